@@ -1,0 +1,40 @@
+"""Keep the config of a Hugging Face model true while Torch-Pruning prunes the model.
+
+``HFConfigSyncHook()`` goes into any Torch-Pruning pruner's constructor; after every step
+``model.config`` says what the weights are, so that ``save_pretrained`` and ``from_pretrained`` give
+back the same model, logit for logit.
+"""
+
+from __future__ import annotations
+
+from .errors import ConfigSyncError, TPHFConfigError, TracingError, UnsupportedModelError
+from .hook import HFConfigSyncHook
+from .pruners import Handle, PrunerHook, disable, enable, register
+from .report import SyncReport
+
+__all__ = [
+    "ConfigSyncError",
+    "HFConfigSyncHook",
+    "Handle",
+    "PrunerHook",
+    "SyncReport",
+    "TPHFConfigError",
+    "TracingError",
+    "UnsupportedModelError",
+    "disable",
+    "enable",
+    "pruner_kwargs",
+    "register",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "pruner_kwargs":  # loads torch.overrides and the map; not needed to import
+        from .prepare import pruner_kwargs
+
+        return pruner_kwargs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+enable()

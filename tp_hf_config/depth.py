@@ -1,0 +1,105 @@
+"""Fewer layers for learning: the cost must not grow with the depth of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .reference import Builder, FieldPath, Refusal, shapes, with_values
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A config with as few layers as show every kind of layer, and how names map onto it.
+
+    Attributes:
+        data: the shallow config's JSON.
+        alike: name of a list of layers -> for each layer, the index of the first one like it.
+    """
+
+    data: dict[str, Any]
+    alike: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def canonical(self, name: str) -> str:
+        """The name, in the shallow model, of the tensor or module that is like ``name``."""
+        parts: list[str] = []
+        for part in name.split("."):
+            indices = self.alike.get(".".join(parts))
+            if indices is not None and part.isdigit():
+                part = str(indices[int(part)])
+            parts.append(part)
+        return ".".join(parts)
+
+
+def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
+    """Find the settings that only repeat layers, and lower them.
+
+    A setting counts when a lower value takes tensors away and changes no other tensor's shape.
+    Where nothing can be lowered, the result is the config itself.
+    """
+    full_shapes = shapes(full)
+    alike = _alike(full, full_shapes)
+    lowered = data
+    for length in sorted({len(indices) for indices in alike.values()}, reverse=True):
+        keep = max([2] + [max(indices) + 1 for indices in alike.values() if len(indices) == length])
+        if keep >= length:
+            continue
+        for change in _changes(data, length, keep):
+            trial = with_values(lowered, change)
+            model = builder.build(trial)
+            if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
+                lowered, full_shapes = trial, shapes(model)
+    return Depth(lowered, alike if lowered is not data else {})
+
+
+def _lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
+    }
+
+
+def _alike(model: nn.Module, all_shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """For every list of layers: the index of the first layer with the same names and shapes."""
+    result: dict[str, tuple[int, ...]] = {}
+    for name, layers in _lists(model).items():
+        signatures: list[frozenset[tuple[str, tuple[int, ...]]]] = [
+            frozenset(shapes(layer).items()) for layer in layers
+        ]
+        result[name] = tuple(signatures.index(signature) for signature in signatures)
+    return result
+
+
+def _changes(data: dict[str, Any], length: int, keep: int) -> list[dict[FieldPath, Any]]:
+    """Ways to say ``keep`` layers instead of ``length``: a field, alone or with its lists."""
+    changes: list[dict[FieldPath, Any]] = []
+
+    def visit(node: dict[str, Any], path: FieldPath) -> None:
+        lists: dict[FieldPath, Any] = {
+            (*path, key): value[:keep]
+            for key, value in node.items()
+            if isinstance(value, list) and len(value) == length
+        }
+        for key, value in node.items():
+            if isinstance(value, dict):
+                visit(value, (*path, key))
+            elif value == length and isinstance(value, int) and not isinstance(value, bool):
+                changes.append({(*path, key): keep})
+                if lists:
+                    changes.append({(*path, key): keep, **lists})
+
+    visit(data, ())
+    return changes
+
+
+def _only_fewer(before: Shapes, model: nn.Module, alike: dict[str, tuple[int, ...]]) -> bool:
+    """Whether ``model`` has strictly fewer tensors, all as before, and every kind of layer."""
+    after = shapes(model)
+    if not (after.keys() < before.keys() and all(before[name] == after[name] for name in after)):
+        return False
+    return all(max(alike.get(name, (0,))) < len(layers) for name, layers in _lists(model).items())

@@ -1,0 +1,35 @@
+"""What can go wrong, as exceptions a caller can tell apart.
+
+Every message says what was found, what was expected, which layer or field it concerns and what to
+do next.  Inner functions return reasons; only the edges of the library raise.
+"""
+
+from __future__ import annotations
+
+
+class TPHFConfigError(Exception):
+    """Base class of every error this library raises on purpose."""
+
+
+class UnsupportedModelError(TPHFConfigError):
+    """The model cannot be followed at all; raised before anything is pruned."""
+
+
+class TracingError(TPHFConfigError):
+    """Torch-Pruning cannot trace this model; raised before anything is pruned."""
+
+
+class ConfigSyncError(TPHFConfigError):
+    """No config of this class builds the pruned model.
+
+    Raised before anything is written: the config is as it was and the model is as the pruner left
+    it.
+
+    Attributes:
+        conflicts: the fields that need several values at once, each with the layers that need
+            them: ``{"intermediate_size": {64: ["model.layers.0..."], 48: [...]}}``.
+    """
+
+    def __init__(self, message: str, conflicts: dict[str, dict[int, list[str]]] | None = None):
+        super().__init__(message)
+        self.conflicts = conflicts or {}

@@ -1,0 +1,82 @@
+"""Which config fields are worth trying: those that building the class reads.
+
+A field that is read but not declared (``getattr(config, "head_dim", None)``) is found the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .reference import Builder, FieldPath
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def candidates(
+    builder: Builder, config: PreTrainedConfig, data: dict[str, Any]
+) -> tuple[dict[FieldPath, int], list[FieldPath]]:
+    """The fields worth trying: whole numbers, and unset ones, that building the class reads."""
+    live = builder.config(data)
+    nodes = dict(_config_nodes(live))
+    with _recorded({type(node) for node in nodes.values()}) as reads:
+        builder.build(data)
+    declared: dict[FieldPath, int] = {}
+    unset: list[FieldPath] = []
+    for path, node in nodes.items():
+        part: Any = data
+        for key in path:
+            part = part.get(key) if isinstance(part, dict) else None
+        part = part if isinstance(part, dict) else {}
+        for name in sorted(reads.get(type(node), ())):
+            value = part.get(name)
+            field: FieldPath = (*path, name)
+            entries = enumerate(value) if isinstance(value, list) else ()
+            whole = {(*field, index): entry for index, entry in entries} or {field: value}
+            declared.update({key: entry for key, entry in whole.items() if _is_count(entry)})
+            if value is None and not name.startswith("_"):
+                unset.append(field)
+    return declared, unset
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _config_nodes(
+    config: PreTrainedConfig, path: FieldPath = ()
+) -> Iterator[tuple[FieldPath, PreTrainedConfig]]:
+    from transformers import PretrainedConfig
+
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _config_nodes(value, (*path, name))
+
+
+@contextmanager
+def _recorded(classes: set[type]) -> Iterator[dict[type, set[str]]]:
+    """Note the attributes that are read from configs of some classes, declared or not."""
+    reads: dict[type, set[str]] = {cls: set() for cls in classes}
+    own = {cls: cls.__dict__.get("__getattribute__") for cls in classes}
+
+    def recorder(cls: type, inherited: Any) -> Any:
+        def __getattribute__(self: Any, key: str) -> Any:
+            if not key.startswith("__"):
+                reads[cls].add(inherited(self, "attribute_map").get(key, key))
+            return inherited(self, key)
+
+        return __getattribute__
+
+    try:
+        for cls in classes:
+            setattr(cls, "__getattribute__", recorder(cls, cls.__getattribute__))
+        yield reads
+    finally:
+        for cls, original in own.items():
+            if original is None:
+                delattr(cls, "__getattribute__")
+            else:
+                setattr(cls, "__getattribute__", original)

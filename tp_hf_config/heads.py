@@ -1,0 +1,211 @@
+"""See how layers' outputs are split into heads, by running the forward pass without data.
+
+The number of heads of a BERT layer is not in any tensor's shape.  It is in what the forward pass
+does with a projection's output: ``view(batch, tokens, heads, head_dim)``.  A run on the meta device
+shows it for every class, costs milliseconds and needs no layer names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .inputs import example_inputs
+
+_SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
+_CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
+_VALUES = (
+    torch.Tensor.item,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__index__,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the forward pass takes layers' outputs apart.
+
+    Attributes:
+        heads: layer -> how each piece of its output features is split: ``((heads, head_dim),)``,
+            for fused q/k/v three of them, or ``((heads, parts, head_dim),)`` where they are fused
+            per head.
+        pieces: layer -> sizes of the pieces its output features are cut into (fused gate and up,
+            fused q/k/v).
+        outputs: layers whose output is what the model returns (``lm_head``, classifiers).
+    """
+
+    heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    pieces: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: frozenset[str] = frozenset()
+
+
+def observe(model: nn.Module) -> Layout:
+    """Run ``model`` (on the meta device) and note how projections' outputs are taken apart.
+
+    A class whose forward pass needs real values stops part of the way; what was seen until then
+    is returned.
+    """
+    watch = _Watch()
+    handles = [
+        module.register_forward_hook(watch.hook(name))
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None and module.weight.ndim == 2
+    ]
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            inputs = example_inputs(model)
+        with torch.no_grad(), torch.device("meta"), watch:
+            watch.returned(model(**inputs))
+    except Exception:
+        pass  # data-dependent forward passes end here; the layers before are known
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Layout(
+        heads=watch.complete_heads(),
+        pieces={name: tuple(sizes) for name, sizes in watch.pieces.items()},
+        outputs=frozenset(watch.outputs),
+    )
+
+
+def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The trailing dimensions of ``shape`` that split the last dimension of ``before``."""
+    for start in range(len(shape) - 1, -1, -1):
+        if math.prod(shape[start:]) == before[-1]:
+            tail = shape[start:]
+            while len(tail) > 1 and tail[0] == 1 and len(shape) - start > 2:
+                start, tail = start + 1, tail[1:]
+            return tail if len(tail) > 1 else None
+    return None
+
+
+class _Watch(TorchFunctionMode):
+    """Follows each projection's output until it is taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._splits: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.pieces: dict[str, list[int]] = {}
+        self.outputs: set[str] = set()
+        # tensors are kept, so that ids stay unique; piece -1 is the whole output
+        self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
+
+    def hook(self, name: str) -> Any:
+        def remember(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                self._source[id(output)] = (name, -1, output)
+
+        return remember
+
+    def complete_heads(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Layers whose whole output, or every piece of it, is split into heads."""
+        result: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for name in dict.fromkeys(name for name, _ in self._splits):
+            if (name, -1) in self._splits:
+                result[name] = (self._splits[(name, -1)],)
+            else:
+                pieces = range(len(self.pieces[name]))
+                if all((name, piece) in self._splits for piece in pieces):
+                    result[name] = tuple(self._splits[(name, piece)] for piece in pieces)
+        return result
+
+    def returned(self, outputs: Any) -> None:
+        """Note the projections whose output is among the model's outputs."""
+        values = outputs.values() if isinstance(outputs, dict) else outputs
+        for value in values if isinstance(values, (list, tuple)) else list(values):
+            if id(value) in self._source:
+                self.outputs.add(self._source[id(value)][0])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _VALUES and args[0].is_meta:
+            return True  # masks ask whether anything is masked; no value is known here
+        output = func(*args, **(kwargs or {}))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        known = self._source.get(id(tensors[0])) if tensors else None
+        if known is not None:
+            self._note(known[0], known[1], tensors, func, output)
+        return output
+
+    def _note(
+        self, name: str, piece: int, tensors: list[torch.Tensor], func: Any, output: Any
+    ) -> None:
+        before = tensors[0]
+        if func in _SPLITS:
+            tail = feature_split(tuple(output.shape), tuple(before.shape))
+            if tail is not None:
+                self._splits.setdefault((name, piece), tail)
+        elif func in _CHUNKS:
+            if piece == -1 and sum(part.shape[-1] for part in output) == before.shape[-1]:
+                for part in output:
+                    self._cut(name, part)
+        elif not isinstance(output, torch.Tensor):
+            return
+        elif func is torch.Tensor.__getitem__:
+            if (
+                piece == -1
+                and output.shape[:-1] == before.shape[:-1]
+                and output.shape[-1] < before.shape[-1]
+            ):
+                self._cut(name, output)
+        elif output.shape == before.shape and all(
+            other.numel() < before.numel() for other in tensors[1:]
+        ):
+            self._source[id(output)] = (name, piece, output)  # scaled, normalised: still it
+
+    def _cut(self, name: str, part: torch.Tensor) -> None:
+        """One more piece of a layer's output; pieces are cut in order."""
+        pieces = self.pieces.setdefault(name, [])
+        self._source[id(part)] = (name, len(pieces), part)
+        pieces.append(part.shape[-1])
+
+
+def heads_of(piece: int) -> str:
+    """What a piece's number of heads is called among the observables."""
+    return "heads" if piece == 0 else f"heads of piece {piece}"
+
+
+def splits_after(
+    splits: Sequence[tuple[int, ...]], removed: Collection[int]
+) -> tuple[tuple[int, ...], ...] | None:
+    """How a layer's pieces are split once some features are gone; see :func:`split_after`."""
+    start, result = 0, []
+    for split in splits:
+        end = start + math.prod(split)
+        after = split_after(split, [index - start for index in removed if start <= index < end])
+        if after is None:
+            return None
+        result.append(after)
+        start = end
+    return tuple(result) if all(0 <= index < start for index in removed) else None
+
+
+def split_after(split: tuple[int, ...], removed: Collection[int]) -> tuple[int, ...] | None:
+    """The split of a projection's features once some of them are gone.
+
+    Args:
+        split: ``(heads, head_dim)``, or ``(heads, parts, head_dim)`` for fused layouts.
+        removed: the features that were pruned.
+
+    Returns:
+        ``split`` with fewer heads where every feature of a head went, and with a smaller head dim
+        where every other head lost the same number; ``None`` where heads lost different numbers,
+        so that what is left cannot be told apart into equal heads.
+    """
+    width = math.prod(split[1:])
+    lost = Counter(index // width for index in removed)
+    gone = sum(1 for count in lost.values() if count == width)
+    counts = {lost.get(head, 0) for head in range(split[0])} - {width}
+    if len(counts) > 1:
+        return None
+    dims = counts.pop() if counts else 0
+    if dims % math.prod(split[1:-1]) or gone == split[0]:
+        return None
+    return (split[0] - gone, *split[1:-1], split[-1] - dims // math.prod(split[1:-1]))

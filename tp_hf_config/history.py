@@ -1,0 +1,106 @@
+"""Record what a pruner prunes, group by group, while it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """One side of one layer in a pruned group: which of its channels went.
+
+    Attributes:
+        name: the layer's name in the model that the pruner prunes.
+        out: whether output channels were pruned (else input channels).
+        removed: the pruned channels, in the numbering of before this prune.
+        before: how many there were.
+    """
+
+    name: str
+    out: bool
+    removed: tuple[int, ...]
+    before: int
+
+
+@dataclass(frozen=True)
+class PrunedGroup:
+    """A group of coupled layers that lost channels together; the first is the root."""
+
+    layers: tuple[PrunedLayer, ...]
+
+    @property
+    def root(self) -> PrunedLayer:
+        """The layer that the group was asked for by."""
+        return self.layers[0]
+
+
+class Recorder:
+    """Watches one ``DependencyGraph``: every group that it hands out reports when it is pruned.
+
+    Only the graph instance is touched; :meth:`detach` leaves it as it was.
+    """
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+        self._groups: list[PrunedGroup] = []
+
+    def attach(self) -> None:
+        """Start watching."""
+        original = self.graph.get_pruning_group
+
+        def get_pruning_group(*args: Any, **kwargs: Any) -> Any:
+            group = original(*args, **kwargs)
+            group.prune = partial(self._prune, group)
+            return group
+
+        self.graph.get_pruning_group = get_pruning_group
+
+    def detach(self) -> None:
+        """Stop watching; groups handed out before go on reporting to nobody."""
+        vars(self.graph).pop("get_pruning_group", None)
+
+    def drain(self) -> list[PrunedGroup]:
+        """What was pruned since the last call."""
+        groups, self._groups = self._groups, []
+        return groups
+
+    def _prune(self, group: Any, idxs: Any = None, record_history: bool = True) -> None:
+        prune = type(group).prune
+        if idxs is not None:  # makes a group of its own, which reports by itself
+            prune(group, idxs, record_history)
+            return
+        layers = tuple(self._layers(group))
+        frozen = [(dep.target, name) for dep, _ in group for name in _frozen(dep.target.module)]
+        try:
+            prune(group, None, record_history)
+        finally:
+            self._groups.append(PrunedGroup(layers))
+            for node, name in frozen:  # Torch-Pruning's new Parameters all require gradients
+                parameter = getattr(node.module, name) if name else node.module
+                parameter.requires_grad_(False)
+
+    def _layers(self, group: Any) -> Iterator[PrunedLayer]:
+        graph = self.graph
+        for dep, idxs in group:
+            module = dep.target.module
+            name = graph._module2name.get(module) if isinstance(module, nn.Module) else None
+            if isinstance(module, nn.Parameter):
+                name = graph._param_to_name.get(module)
+            if name is None or not len(idxs):
+                continue
+            out = graph.is_out_channel_pruning_fn(dep.handler)
+            size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
+            yield PrunedLayer(name, out, tuple(int(i) for i in idxs), size or 0)
+
+
+def _frozen(module: Any) -> list[str]:
+    if isinstance(module, nn.Parameter):
+        return [] if module.requires_grad else [""]
+    if not isinstance(module, nn.Module):
+        return []
+    return [name for name, p in module._parameters.items() if p is not None and not p.requires_grad]

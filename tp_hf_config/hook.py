@@ -1,0 +1,113 @@
+"""The hook: after every step the config follows the weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from . import pruners
+from .errors import ConfigSyncError
+from .history import Recorder
+from .locate import check_followable, find_pretrained
+from .report import SyncReport
+
+if TYPE_CHECKING:
+    from .sync import Follower
+
+
+class HFConfigSyncHook:
+    """Keeps ``model.config`` true to the weights while a Torch-Pruning pruner prunes.
+
+    Pass it to a pruner's constructor, ``hooks=[HFConfigSyncHook()]``, or attach it to a pruner that
+    exists, ``HFConfigSyncHook().register(pruner)``. One hook follows one pruner.
+
+    Attributes:
+        reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
+    """
+
+    def __init__(self) -> None:
+        self.reports: list[SyncReport] = []
+        self._follower: Follower | None = None
+        self._recorder: Recorder | None = None
+
+    @property
+    def last_report(self) -> SyncReport | None:
+        """The report of the latest sync; ``None`` before the first."""
+        return self.reports[-1] if self.reports else None
+
+    def register(self, pruner: Any) -> pruners.Handle:
+        """Attach this hook to a pruner that exists already.
+
+        Returns:
+            A handle with ``remove()``, which is also a context manager.
+
+        Raises:
+            UnsupportedModelError: the pruner's model cannot be followed.
+        """
+        return pruners.register(pruner, self)
+
+    @contextmanager
+    def constructing(self, model: nn.Module) -> Iterator[None]:
+        """Around a pruner's constructor: check the model first, trace it safely."""
+        from .tracing import safe_tracing
+
+        _, pretrained = find_pretrained(model)
+        check_followable(pretrained)
+        with safe_tracing(model):
+            yield
+
+    def attach(self, pruner: Any) -> None:
+        """Start following a pruner; called by ``register``."""
+        from .sync import Follower
+
+        if self._follower is not None:
+            raise ValueError(
+                "this HFConfigSyncHook follows another pruner already: give every pruner a hook "
+                "of its own, or remove() the handle of the other one first"
+            )
+        follower = Follower(pruner)
+        self._follower, self._recorder = follower, Recorder(pruner.DG)
+        self._recorder.attach()
+
+    def detach(self, pruner: Any) -> None:
+        """Stop following; called when the handle is removed."""
+        if self._recorder is not None:
+            self._recorder.detach()
+        self._follower = self._recorder = None
+
+    def after_step(self, pruner: Any) -> None:
+        """Called after every step of the pruner."""
+        self.sync()
+
+    def sync(self) -> SyncReport:
+        """Bring the config in step with the weights, now.
+
+        Called by itself after every step; by hand after ``group.prune()``,
+        ``pruner.manual_prune_width(...)`` or ``load_pruning_history(...)``.
+
+        Raises:
+            ConfigSyncError: no config of this class says what the weights are. Nothing is written
+                then; pruning can go on and sync later.
+        """
+        if self._follower is None or self._recorder is None:
+            raise ValueError(
+                "this HFConfigSyncHook is attached to no pruner: pass it as hooks=[hook] or call "
+                "hook.register(pruner)"
+            )
+        started = time.perf_counter()
+        step = len(self.reports) + 1
+        groups = self._recorder.drain()
+        try:
+            outcome = self._follower.follow(groups)
+        except ConfigSyncError as error:
+            seconds = time.perf_counter() - started
+            self.reports.append(SyncReport(step, groups, seconds=seconds, error=str(error)))
+            raise
+        seconds = time.perf_counter() - started
+        report = SyncReport(step, groups, seconds=seconds, **outcome)
+        self.reports.append(report)
+        return report

@@ -1,0 +1,88 @@
+"""Small example inputs for any Hugging Face model, from its forward signature and its config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_TEXT_LENGTH = 8
+_TEXT = ("input_ids", "decoder_input_ids")
+
+
+def example_inputs(model: nn.Module, config: Any = None) -> dict[str, Any]:
+    """Keyword arguments for one small forward pass of ``model``, on its device.
+
+    ``config`` is the model's own unless given (for a module that wraps a Hugging Face model).
+
+    Text gives ``(1, 8)`` token ids, vision ``(1, channels, height, width)`` pixels of the config's
+    own size, speech ``(1, bins, frames)`` features or ``(1, samples)`` values.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    config = model.config if config is None else config
+    parameter = next(model.parameters())
+    inputs: dict[str, Any] = {}
+    for name in _TEXT:
+        if name in parameters:
+            ids = torch.arange(1, 1 + _TEXT_LENGTH, device=parameter.device)[None]
+            inputs[name] = ids % max(2, _setting(config, "vocab_size") or 2)
+    makers: dict[str, Callable[[Any], tuple[int, ...]]] = {
+        "pixel_values": _pixels,
+        "input_features": _features,
+        "input_values": lambda _: (1, 4000),
+    }
+    for name, maker in makers.items():
+        if name in parameters:
+            shape = maker(config)
+            inputs[name] = torch.rand(shape, device=parameter.device).to(parameter.dtype)
+    if "use_cache" in parameters:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def tensors_with_grad(outputs: Any) -> list[torch.Tensor]:
+    """Every differentiable tensor in a model's output, caches and ``None`` left out.
+
+    Torch-Pruning's tracer fails on anything else (its ``utils.flatten_as_list``).
+    """
+    return list(_walk(outputs))
+
+
+def _walk(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if value.grad_fn is not None:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _walk(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _walk(item)
+
+
+def _setting(config: Any, name: str) -> Any:
+    for part in (
+        config,
+        *(getattr(config, key, None) for key in ("text_config", "vision_config", "audio_config")),
+    ):
+        value = getattr(part, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+def _pixels(config: Any) -> tuple[int, ...]:
+    size = _setting(config, "image_size") or 224
+    if isinstance(size, dict):
+        size = (size["height"], size["width"])
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    return (1, _setting(config, "num_channels") or 3, height, width)
+
+
+def _features(config: Any) -> tuple[int, ...]:
+    bins = _setting(config, "num_mel_bins") or 80
+    positions = _setting(config, "max_source_positions") or 1500
+    return (1, bins, 2 * positions)

@@ -1,0 +1,134 @@
+"""Learn which config fields set which dimensions, by asking the model class itself.
+
+One field is changed, the class is built again without data, and every dimension that moved belongs
+to that field.  No field, layer or architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .depth import Depth, shallow
+from .errors import UnsupportedModelError
+from .fields import candidates
+from .heads import Layout
+from .reference import (
+    Builder,
+    FieldPath,
+    Mismatch,
+    Refusal,
+    compare,
+    config_json,
+    shapes,
+)
+from .solve import Expression, Observable
+from .study import Study
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ConfigMap:
+    """What a class builds from its config, as far as widths go.
+
+    Attributes:
+        builder: builds the class.
+        data: the config's JSON when it was learned, with every default.
+        values: the fields that set something, with the value that ``data`` has or implies.
+        unset: those of them that ``data`` leaves to a default (``None`` or absent).
+        expressions: how the fields make each observable of the shallow model.
+        depth: the shallow config, and how names map onto it.
+        layout: how the forward pass takes the shallow model's projections apart.
+        inexact: observables that no straight line describes; only the proof looks at them.
+        linked: field -> the field it has to move with, in proportion (OPT's
+            ``word_embed_proj_dim`` and ``hidden_size``: apart, the class builds other layers).
+    """
+
+    builder: Builder
+    data: dict[str, Any]
+    values: dict[FieldPath, int]
+    unset: frozenset[FieldPath]
+    expressions: dict[Observable, Expression]
+    depth: Depth
+    layout: Layout
+    inexact: frozenset[Observable] = field(default_factory=frozenset)
+    linked: dict[FieldPath, FieldPath] = field(default_factory=dict)
+
+    def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
+        """The fields that set one observable of the full model."""
+        expression = self.expressions.get((self.depth.canonical(name), which))
+        return expression.fields if expression else frozenset()
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[str, ConfigMap]] = weakref.WeakKeyDictionary()
+
+
+def map_of(model: PreTrainedModel) -> ConfigMap:
+    """The map of a live model's class around its config; learned once per config.
+
+    Raises:
+        UnsupportedModelError: the config does not build the model that it belongs to.
+    """
+    key = model.config.to_json_string(use_diff=False)
+    if model not in _known or _known[model][0] != key:
+        builder = Builder(model)
+        full = builder.build(config_json(model.config))
+        if isinstance(full, Refusal):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be built from its own config: {full.reason}. "
+                "Mend model.config first."
+            )
+        mismatches = compare(shapes(model), shapes(full))
+        if mismatches:
+            raise UnsupportedModelError(_disagreement(model, mismatches))
+        _known[model] = key, learn(builder, model.config, full)
+    return _known[model][1]
+
+
+def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:
+    name = type(model).__name__
+    lines = "; ".join(str(mismatch) for mismatch in mismatches[:3])
+    more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+    if any("lora_" in mismatch.name or ".base_layer." in mismatch.name for mismatch in mismatches):
+        advice = "It has PEFT adapters: merge them first (model.merge_and_unload())."
+    else:
+        advice = "Attach the hook before pruning, with the config that the model was loaded with."
+    return f"{name} and its config disagree before any pruning: {lines}{more}. {advice}"
+
+
+def learn(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> ConfigMap:
+    """Learn the map of one model class around one config.
+
+    Args:
+        builder: builds the class.
+        config: the config to learn around.
+        full: the class built from that config, without data.
+    """
+    data = config_json(config, use_diff=False)
+    depth = shallow(builder, data, full)
+    declared, unset = candidates(builder, config, depth.data)
+    study = Study(builder, depth, {})
+    found_unset = {path: study.implied(path) for path in unset}
+    implied = {path: value for path, value in found_unset.items() if value is not None}
+    study = Study(builder, depth, implied)
+    values = {**declared, **implied}
+    moves, linked = study.moves(values)
+    expressions, inexact = study.expressions(values, moves)
+    moving = {path for expression in expressions.values() for path in expression.fields}
+    return ConfigMap(
+        builder=builder,
+        data=data,
+        values={path: value for path, value in values.items() if path in moving | set(linked)},
+        unset=frozenset(path for path in implied if path in moving),
+        expressions=expressions,
+        depth=depth,
+        layout=study.layout,
+        inexact=inexact,
+        linked=linked,
+    )

@@ -1,0 +1,48 @@
+"""Which values of a field a class accepts, found by asking it."""
+
+from __future__ import annotations
+
+from math import lcm
+
+from .learn import ConfigMap
+from .reference import FieldPath, Refusal, with_values
+
+
+def accepts(known: ConfigMap, values: dict[FieldPath, int]) -> Refusal | None:
+    """The class's own words where it refuses these values; None where it builds."""
+    full = dict(values)
+    for follower, leader in known.linked.items():
+        if leader in values:
+            full[follower] = values[leader]
+    implied = {path: known.values[path] for path in known.unset}
+    data = with_values(known.depth.data, {**implied, **full})
+    model = known.builder.build(data)
+    return model if isinstance(model, Refusal) else None
+
+
+def multiple_of(known: ConfigMap, path: FieldPath) -> int:
+    """The number that a field has to stay a multiple of, with all other fields as they are.
+
+    Llama's ``hidden_size`` has to be a multiple of its attention heads; most widths are free (1).
+    """
+    value = known.values[path]
+    others = sorted({v for other, v in known.values.items() if other != path and v < value})
+    pairs = {lcm(a, b) for a in others[:6] for b in (2, 4, 8)}
+    for step in sorted({1, 2, 4, 8, *others, *pairs}):
+        if value % step or 3 * step >= value:
+            continue
+        if all(accepts(known, {path: value - n * step}) is None for n in (1, 2, 3)):
+            return step
+    return 1
+
+
+def nearest_accepted(known: ConfigMap, values: dict[FieldPath, int], path: FieldPath) -> list[int]:
+    """The nearest value below and above that the class accepts with the other ``values``."""
+    found: list[int] = []
+    for direction in (-1, 1):
+        for distance in range(1, 257):
+            value = values[path] + direction * distance
+            if value >= 1 and accepts(known, {**values, path: value}) is None:
+                found.append(value)
+                break
+    return found

@@ -1,0 +1,80 @@
+"""Find the one Hugging Face model in what is being pruned; refuse what cannot be followed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
+    """Return the outermost ``PreTrainedModel`` in ``model`` and the name it has there.
+
+    The name is empty when ``model`` itself is the ``PreTrainedModel``.
+
+    Raises:
+        UnsupportedModelError: there is none, or there are several side by side.
+    """
+    from transformers import PreTrainedModel
+
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found[name] = module
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} contains no transformers.PreTrainedModel, so there is no "
+            "config to keep in step. Pass a Hugging Face model, or a module that contains one."
+        )
+    if len(found) > 1:
+        names = ", ".join(f"{name} ({type(module).__name__})" for name, module in found.items())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} contains {len(found)} Hugging Face models side by side: "
+            f"{names}. Expected one. Prune them one at a time, each with a pruner of its own."
+        )
+    return next(iter(found.items()))
+
+
+def check_followable(model: PreTrainedModel) -> None:
+    """Refuse models whose weights are not plain, whole tensors in memory.
+
+    Raises:
+        UnsupportedModelError: quantised, meta-device, offloaded, sharded or adapted weights.
+    """
+    name = type(model).__name__
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedModelError(
+            f"{name} is quantised ({_quantisation(model)}): its weights are packed and cannot be "
+            "pruned. Load it in float16, bfloat16 or float32, prune, and quantise the result."
+        )
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{name}: {parameter_name} is on the meta device (no data, or offloaded by "
+                "accelerate). Load the whole model into memory: from_pretrained(folder) without "
+                "device_map offloading."
+            )
+        if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+            raise UnsupportedModelError(
+                f"{name}: {parameter_name} is sharded over several processes "
+                f"({type(parameter.data).__name__}). Prune the whole model in one process, then "
+                "shard it."
+            )
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise UnsupportedModelError(
+                f"{name}: {parameter_name} holds {parameter.dtype}, a quantised storage format. "
+                "Load the model in float16, bfloat16 or float32, prune, and quantise the result."
+            )
+
+
+def _quantisation(model: PreTrainedModel) -> str:
+    config = getattr(model.config, "quantization_config", None)
+    method = getattr(config, "quant_method", None) or (
+        config.get("quant_method") if isinstance(config, dict) else None
+    )
+    return str(getattr(method, "value", method) or "method unknown")

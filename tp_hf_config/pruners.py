@@ -1,0 +1,243 @@
+"""Make Torch-Pruning's pruners take ``hooks=`` and fire them.
+
+Torch-Pruning has no hook API, and its subclasses spell out their arguments, so ``hooks=`` is taken
+out before a constructor sees it.  Only constructors are wrapped; ``step`` is wrapped on the single
+pruner that has hooks.  A pruner without hooks behaves exactly as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol, runtime_checkable
+
+import torch_pruning as tp
+
+from .errors import TPHFConfigError
+
+_Base: Any = tp.pruner.BasePruner
+_DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
+_hooks: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+_constructing = threading.local()
+_lock = threading.RLock()
+
+
+@runtime_checkable
+class PrunerHook(Protocol):
+    """What a hook has to have: a call after each step.
+
+    It may also have ``constructing(model)``, a context manager around the pruner's constructor,
+    and ``attach(pruner)`` / ``detach(pruner)``, called when it is registered and removed.
+    """
+
+    def after_step(self, pruner: Any) -> None:
+        """Called after ``step()``, and when an interactive step ends, however it ends."""
+        ...
+
+
+class Handle:
+    """Undoes one registration; also a context manager that does so at its end."""
+
+    def __init__(self, pruner: Any, hook: PrunerHook):
+        self._pruner, self._hook = weakref.ref(pruner), hook
+
+    def remove(self) -> None:
+        """Take the hook off the pruner; a second call does nothing."""
+        pruner = self._pruner()
+        registered = _hooks.get(pruner, []) if pruner is not None else []
+        if pruner is None or not any(hook is self._hook for hook in registered):
+            return
+        remaining = [hook for hook in registered if hook is not self._hook]
+        _call(self._hook, "detach", pruner)
+        if remaining:
+            _hooks[pruner] = remaining
+        else:
+            del _hooks[pruner]
+            own_step = vars(pruner).pop("step").replaced
+            if own_step is not None:  # the user had put one on this pruner
+                pruner.step = own_step
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def register(pruner: Any, hook: PrunerHook) -> Handle:
+    """Attach a hook to a pruner that exists already.
+
+    Raises:
+        TypeError: ``hook`` has no ``after_step``.
+    """
+    _check(hook)
+    _call(hook, "attach", pruner)
+    registered = _hooks.setdefault(pruner, [])
+    if not registered:
+        pruner.step = _stepper(pruner)
+    registered.append(hook)
+    return Handle(pruner, hook)
+
+
+def _check(hook: Any) -> None:
+    if not isinstance(hook, PrunerHook):
+        raise TypeError(
+            f"hooks: {type(hook).__name__} has no after_step(pruner) method. Pass a "
+            "HFConfigSyncHook() or an object with that method."
+        )
+
+
+def _call(hook: Any, name: str, *args: Any) -> Any:
+    method = getattr(hook, name, None)
+    return method(*args) if method is not None else None
+
+
+def _stepper(pruner: Any) -> Callable[..., Any]:
+    """A ``step`` for one pruner that fires its hooks afterwards."""
+    reference = weakref.ref(pruner)
+    own_step = vars(pruner).get("step")
+    kind: Any = type(pruner)
+
+    @functools.wraps(kind.step)
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        owner = reference()
+        try:
+            step = functools.partial(kind.step, owner) if own_step is None else own_step
+            result = step(*args, **kwargs)
+        except BaseException:
+            _fire_quietly(owner)
+            raise
+        if inspect.isgenerator(result):
+            return _interactive(owner, result)
+        _fire(owner)
+        return result
+
+    stepping.replaced = own_step  # type: ignore[attr-defined]
+    return stepping
+
+
+def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
+    """Pass groups on; fire when they are exhausted and when the user leaves the loop early."""
+    try:
+        yield from groups
+    except BaseException:  # GeneratorExit on break, or the user's own exception
+        _fire_quietly(pruner)
+        raise
+    _fire(pruner)
+
+
+def _fire(pruner: Any) -> None:
+    for hook in list(_hooks.get(pruner, ())):
+        hook.after_step(pruner)
+
+
+def _fire_quietly(pruner: Any) -> None:
+    """Fire where another exception is on its way, which must be the one that surfaces."""
+    for hook in list(_hooks.get(pruner, ())):
+        try:
+            hook.after_step(pruner)
+        except TPHFConfigError as error:
+            warnings.warn(f"{type(hook).__name__} after an interrupted step: {error}", stacklevel=2)
+
+
+def enable() -> None:
+    """Let every pruner's constructor take ``hooks=``; done by ``import tp_hf_config``."""
+    with _lock:
+        for cls in _family(_Base):
+            _wrap_init(cls)
+        if "__init_subclass__" not in vars(_Base):
+            _Base.__init_subclass__ = classmethod(_wrap_subclass)
+
+
+def disable() -> None:
+    """Undo :func:`enable`: constructors are Torch-Pruning's own again."""
+    with _lock:
+        for cls in _family(_Base):
+            wrapped = getattr(vars(cls).get("__init__"), "_tp_hf_config", None)
+            if wrapped is not None:
+                original, own = wrapped
+                if own:
+                    cls.__init__ = original
+                else:
+                    del cls.__init__
+        if "__init_subclass__" in vars(_Base):
+            del _Base.__init_subclass__
+
+
+def _family(cls: Any) -> Iterator[Any]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _family(subclass)
+
+
+def _wrap_subclass(cls: Any, /, **kwargs: Any) -> None:
+    super(_Base, cls).__init_subclass__(**kwargs)
+    _wrap_init(cls)
+
+
+def _wrap_init(cls: Any) -> None:
+    """Wrap a class's constructor, inherited from a mixin or its own, unless it is wrapped."""
+    original = cls.__init__
+    if hasattr(original, "_tp_hf_config"):
+        return
+    signature = inspect.signature(original)
+    if "hooks" in signature.parameters:  # the user's class has hooks of its own
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if cls is _Base and getattr(_constructing, "active", False):
+            args, kwargs = (), _with_own_dicts(signature, self, args, kwargs)
+        hooks = kwargs.pop("hooks", None)
+        hooks = [] if hooks is None else hooks
+        hooks = list(hooks) if isinstance(hooks, (list, tuple)) else [hooks]
+        if not hooks:
+            original(self, *args, **kwargs)
+        else:
+            _construct(
+                self, functools.partial(original, self, *args, **kwargs), hooks, args, kwargs
+            )
+
+    __init__._tp_hf_config = (original, "__init__" in vars(cls))  # type: ignore[attr-defined]
+    cls.__init__ = __init__
+
+
+def _construct(
+    pruner: Any, construct: Callable[[], None], hooks: list[Any], args: Any, kwargs: Any
+) -> None:
+    for hook in hooks:
+        _check(hook)
+    model = kwargs["model"] if "model" in kwargs else (args[0] if args else None)
+    with ExitStack() as stack:
+        for hook in hooks:
+            context: AbstractContextManager[Any] | None = _call(hook, "constructing", model)
+            if context is not None:
+                stack.enter_context(context)
+        stack.callback(setattr, _constructing, "active", getattr(_constructing, "active", False))
+        _constructing.active = True
+        construct()
+    for hook in hooks:
+        register(pruner, hook)
+
+
+def _with_own_dicts(
+    signature: inspect.Signature, pruner: Any, args: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments whose dicts belong to this pruner alone.
+
+    Torch-Pruning writes to ``num_heads`` and its like, whose defaults are shared mutable dicts, so
+    what one pruner wrote is found by the next (seen in 1.6.1, base_pruner.py).
+    """
+    bound = signature.bind(pruner, *args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    arguments.pop(next(iter(signature.parameters)))
+    return {
+        name: dict(value) if name in _DICTS and isinstance(value, dict) else value
+        for name, value in arguments.items()
+    }

@@ -1,0 +1,175 @@
+"""Build a model class from a config, without weights, and compare it with the live model.
+
+Everything goes through the config's JSON, as ``from_pretrained`` would read it, so what is built
+here is what a reload will build.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FieldPath = tuple[str | int, ...]
+"""Where a value stands in a config's JSON: ``("text_config", "hidden_size")``."""
+
+_BUILD_LOCK = threading.RLock()
+
+
+def field_name(path: FieldPath) -> str:
+    """The way people write a field: ``text_config.hidden_size``, ``depths[0]``."""
+    return "".join(
+        f"[{key}]" if isinstance(key, int) else ("." if i else "") + key
+        for i, key in enumerate(path)
+    )
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A class or its config did not accept the values; ``reason`` is in its own words."""
+
+    reason: str
+
+
+def config_json(config: PreTrainedConfig, use_diff: bool = True) -> dict[str, Any]:
+    """The config as ``save_pretrained`` writes it (``use_diff``), or with every default."""
+    result: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
+    return result
+
+
+def with_values(data: dict[str, Any], values: dict[FieldPath, int | None]) -> dict[str, Any]:
+    """A copy of a config's JSON with some fields set; missing parents are made."""
+    result = copy.deepcopy(data)
+    for path, value in values.items():
+        node: Any = result
+        for key in path[:-1]:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+        node[path[-1]] = value
+    return result
+
+
+class Builder:
+    """Builds one model class from JSON configs, on the meta device.
+
+    Args:
+        model: the live model; its class, config class and dtype are used, its weights are not.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model_class = type(model)
+        self.config_class = type(model.config)
+        self.dtype = model.dtype if model.dtype.is_floating_point else torch.float32
+
+    def config(self, data: dict[str, Any]) -> PreTrainedConfig:
+        """The config that ``from_pretrained`` would read; what the class raises passes through."""
+        config = self.config_class.from_dict(copy.deepcopy(data))
+        config._attn_implementation = "eager"
+        if hasattr(type(config), "_experts_implementation"):
+            config._experts_implementation = "eager"
+        return config
+
+    def build(self, data: dict[str, Any], buffers: bool = False) -> nn.Module | Refusal:
+        """Build the class from a config's JSON.
+
+        Args:
+            data: the config as JSON.
+            buffers: compute buffers for real (on the CPU), keep parameters without data.
+
+        Returns:
+            The model in eval mode, or the class's own words where it refuses the config.
+        """
+        try:
+            with _construction(self.dtype, buffers):
+                model: nn.Module = self.model_class(self.config(data))
+                return model.train(False)
+        except Exception as error:  # a class may refuse with any exception
+            text = " ".join(str(error).split()) or type(error).__name__
+            return Refusal(text.removeprefix("Class validation error for validator "))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty`` (parameters without values) goes to meta; computed tensors stay real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _construction(dtype: torch.dtype, buffers: bool) -> Iterator[None]:
+    """The surroundings in which ``from_pretrained`` constructs: dtype, no init, no log lines."""
+    import logging
+
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import (  # type: ignore[attr-defined, no-redef]
+            no_init_weights,
+        )
+
+    logger = logging.getLogger("transformers")
+    with _BUILD_LOCK:
+        default, level = torch.get_default_dtype(), logger.level
+        rng = torch.random.get_rng_state()
+        try:
+            logger.setLevel(logging.CRITICAL)
+            torch.set_default_dtype(dtype)
+            place: Any = _EmptyOnMeta() if buffers else torch.device("meta")
+            with torch.no_grad(), no_init_weights(), place:
+                yield
+        finally:
+            torch.set_default_dtype(default)
+            torch.random.set_rng_state(rng)
+            logger.setLevel(level)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter and saved buffer, tied ones under each of their names."""
+    result = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for module_name, module in model.named_modules():
+        hidden = module._non_persistent_buffers_set
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in hidden:
+                result[f"{module_name}.{name}" if module_name else name] = tuple(buffer.shape)
+    return result
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One tensor whose shape the config does not give."""
+
+    name: str
+    found: tuple[int, ...]
+    expected: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        if self.expected is None:
+            return f"{self.name}: found {list(self.found)}, but the config builds no such tensor"
+        return f"{self.name}: found {list(self.found)}, the config builds {list(self.expected)}"
+
+
+def compare(
+    live: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
+) -> Sequence[Mismatch]:
+    """Every live tensor that the built model lacks or has in another shape."""
+    return [
+        Mismatch(name, shape, built.get(name))
+        for name, shape in live.items()
+        if built.get(name) != shape
+    ]

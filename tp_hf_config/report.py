@@ -1,0 +1,104 @@
+"""What a sync did, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .history import PrunedGroup
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One sync of a model's config with its weights.
+
+    Attributes:
+        step: how many syncs this hook has done, this one included.
+        groups: what was pruned since the last sync.
+        fields: config field -> (old value, new value); ``None`` stands for unset.
+        attributes: module attributes refreshed.
+        buffers: buffers that are not saved, refreshed.
+        ties: tied weights made one Parameter again.
+        proof: how the new config was proved; empty when it was not.
+        seconds: wall-clock time of the sync.
+        notes: what else the user should know.
+        error: why no config fits; ``None`` when one does.
+    """
+
+    step: int
+    groups: Sequence[PrunedGroup] = ()
+    fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    attributes: Sequence[str] = ()
+    buffers: Sequence[str] = ()
+    ties: Sequence[str] = ()
+    proof: str = ""
+    seconds: float = 0.0
+    notes: Sequence[str] = ()
+    error: str | None = None
+
+    def __str__(self) -> str:
+        head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned"
+        if self.error is not None:
+            return f"{head}; the config does not follow: {self.error}"
+        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
+        refreshed = ", ".join(
+            _count(len(items), word)
+            for items, word in (
+                (self.attributes, "attribute"),
+                (self.buffers, "buffer"),
+                (self.ties, "tie"),
+            )
+            if items
+        )
+        lines = [f"{head}; {changes or 'no config field changes'}"]
+        lines.append(
+            f"  {refreshed or 'nothing else'} refreshed; {self.proof}; {self.seconds:.2f} s"
+        )
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for ``json.dumps``, with the versions it was made by."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "versions": versions(),
+            "step": self.step,
+            "groups": [
+                {
+                    "root": group.root.name,
+                    "side": "out" if group.root.out else "in",
+                    "removed": len(group.root.removed),
+                    "of": group.root.before,
+                    "layers": len(group.layers),
+                }
+                for group in self.groups
+                if group.layers
+            ],
+            "fields": {name: {"old": old, "new": new} for name, (old, new) in self.fields.items()},
+            "attributes": list(self.attributes),
+            "buffers": list(self.buffers),
+            "ties": list(self.ties),
+            "proof": self.proof,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "error": self.error,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of this library and of what it stands on."""
+    found: dict[str, str] = {}
+    for package in ("tp-hf-config", "torch", "transformers", "torch-pruning"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")

@@ -1,0 +1,213 @@
+"""Follow one model through its prunes: shapes now, solve, prove, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .apply import (
+    Changes,
+    Difference,
+    all_or_nothing,
+    changed_values,
+    difference,
+    write_attributes,
+    write_buffers,
+    write_fields,
+    write_ties,
+)
+from .errors import ConfigSyncError
+from .explain import explain_conflict, explain_mismatch, explain_refusal
+from .heads import heads_of, splits_after
+from .history import PrunedGroup
+from .learn import map_of
+from .locate import check_followable, find_pretrained
+from .reference import FieldPath, Refusal, compare, config_json, field_name, shapes, with_values
+from .solve import Conflict, Observable, Problem, solve
+from .ties import ties_of
+
+
+class Follower:
+    """Knows one pruner's model: what its config builds, and how its heads stand.
+
+    Raises:
+        UnsupportedModelError: the model cannot be followed, or its config does not build it.
+    """
+
+    def __init__(self, pruner: Any):
+        self.pruner = pruner
+        self.prefix, self.model = find_pretrained(pruner.model)
+        check_followable(self.model)
+        self.known = map_of(self.model)
+        built = self.known.builder.build(config_json(self.model.config), buffers=True)
+        if isinstance(built, Refusal):  # only the buffers can fail here: the map exists
+            raise ConfigSyncError(f"buffers cannot be computed: {built.reason}")
+        self.reference: nn.Module = built
+        self.ties = ties_of(self.model)
+        self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
+            name: self.known.layout.heads[canonical]
+            for name, _ in self.model.named_modules()
+            if (canonical := self.known.depth.canonical(name)) in self.known.layout.heads
+        }
+
+    def follow(self, groups: Sequence[PrunedGroup]) -> dict[str, Any]:
+        """Bring config, attributes, buffers and ties in step; all of it or nothing.
+
+        Returns:
+            The fields of a :class:`~tp_hf_config.SyncReport` that say what was done.
+
+        Raises:
+            ConfigSyncError: no config says what the weights are.
+        """
+        notes = self._count_heads(groups)
+        live = self._live_shapes()
+        values = self._solve(live)
+        data, built = self._prove(live, values)
+        change = difference(self.reference, built)
+        old = config_json(self.model.config, use_diff=False)
+        with all_or_nothing() as changes:
+            outcome = self._write(changes, change)
+            self._check_written(data)
+        new = config_json(self.model.config, use_diff=False)
+        self.reference = built
+        self.ties = ties_of(self.model)
+        outcome["fields"] = {
+            field_name(path): (_value_at(old, path), value)
+            for path, value in changed_values(old, new)
+        }
+        outcome["proof"] = (
+            f"proved: {len(live)} tensors are as {type(self.model).__name__} builds them "
+            "from the new config.json"
+        )
+        outcome["notes"] = notes
+        return outcome
+
+    def _count_heads(self, groups: Sequence[PrunedGroup]) -> list[str]:
+        """Follow how projections are split into heads, from the channels that were pruned."""
+        for group in groups:
+            for layer in group.layers:
+                name = self._own_name(layer.name)
+                split = self.splits.get(name) if name is not None and layer.out else None
+                if name is not None and split is not None:
+                    self.splits[name] = splits_after(split, layer.removed)
+        wanted = getattr(self.pruner, "prune_num_heads", False) and (
+            getattr(self.pruner, "head_pruning_ratio", 0)
+            or getattr(self.pruner, "head_pruning_ratio_dict", None)
+        )
+        touched = {
+            self._own_name(layer.name) for group in groups for layer in group.layers if layer.out
+        }
+        if wanted and groups and not touched & self.splits.keys():
+            return [
+                "head_pruning_ratio asks for fewer heads, but the pruner found no group of "
+                "attention heads that it can prune in this model"
+            ]
+        return []
+
+    def _own_name(self, name: str) -> str | None:
+        """A name in the pruner's model as a name in the Hugging Face model inside it."""
+        if not self.prefix:
+            return name
+        inside = name.startswith(f"{self.prefix}.")
+        return name.removeprefix(f"{self.prefix}.") if inside else None
+
+    def _live_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that the model has once tied weights are one again."""
+        live = shapes(self.model)
+        for tie in self.ties:
+            conflict = tie.conflict(self.model)
+            if conflict is not None:
+                raise ConfigSyncError(
+                    f"{conflict}. {type(self.model).__name__} stores them once, so a reload would "
+                    "change one of them. Prune them in one group, keep them (ignored_layers=), or "
+                    "untie them before pruning (config.tie_word_embeddings=False)."
+                )
+            live.update(dict.fromkeys(tie.names, live[tie.keeper(self.model)]))
+        return live
+
+    def _targets(self, live: Mapping[str, tuple[int, ...]]) -> dict[Observable, int]:
+        """What the weights and the heads are now, in full names."""
+        targets: dict[Observable, int] = {
+            (name, dim): size for name, shape in live.items() for dim, size in enumerate(shape)
+        }
+        for name, splits in self.splits.items():
+            if splits is None:
+                raise ConfigSyncError(
+                    f"{name}: its heads lost different numbers of dimensions, so what is left "
+                    "cannot be told apart into equal heads. Tell the pruner about the heads "
+                    "(num_heads=, as pruner_kwargs(model) does), or keep the layer "
+                    "(ignored_layers=)."
+                )
+            for index, split in enumerate(splits):
+                targets[(name, heads_of(index))] = split[0]
+        return targets
+
+    def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
+        known = self.known
+        expressions = {}
+        targets = {}
+        for (name, which), target in self._targets(live).items():
+            expression = known.expressions.get((known.depth.canonical(name), which))
+            if expression is not None:
+                expressions[(name, which)] = expression
+                targets[(name, which)] = target
+        result = solve(Problem(expressions, known.values, targets))
+        if isinstance(result, Conflict):
+            raise explain_conflict(self.model, known, result)
+        for follower, leader in known.linked.items():
+            result[follower] = result[leader]
+        return result
+
+    def _prove(
+        self, live: Mapping[str, tuple[int, ...]], values: dict[FieldPath, int]
+    ) -> tuple[dict[str, Any], nn.Module]:
+        """The new config's JSON and what it builds; unset fields stay unset where that suffices."""
+        known = self.known
+        base = config_json(self.model.config)
+        changed = {
+            path: value
+            for path, value in values.items()
+            if value != known.values[path] or _value_at(base, path) not in (value, None)
+        }
+        explicit = {path: values[path] for path in known.unset}
+        attempts = [{p: v for p, v in changed.items() if p not in known.unset}]
+        for path in explicit:
+            attempts.append({**attempts[0], path: explicit[path]})
+        attempts.append({**changed, **explicit})
+        built: nn.Module | Refusal = Refusal("not tried")
+        for attempt in attempts:
+            data = with_values(base, dict(attempt))
+            built = known.builder.build(data, buffers=True)
+            if not isinstance(built, Refusal) and not compare(dict(live), shapes(built)):
+                return data, built
+        if isinstance(built, Refusal):
+            raise explain_refusal(self.model, known, values, built)
+        raise explain_mismatch(self.model, compare(dict(live), shapes(built)))
+
+    def _write(self, changes: Changes, change: Difference) -> dict[str, Any]:
+        write_fields(changes, self.model, change.fields)
+        return {
+            "attributes": write_attributes(changes, self.model, change.attributes),
+            "buffers": write_buffers(changes, self.model, change.buffers),
+            "ties": write_ties(changes, self.model, self.ties),
+        }
+
+    def _check_written(self, data: dict[str, Any]) -> None:
+        """The live config now says what was proved."""
+        wrong = changed_values(data, config_json(self.model.config))
+        if wrong:
+            names = ", ".join(field_name(path) for path, _ in wrong)
+            raise ConfigSyncError(f"the config does not take the values proved for {names}")
+
+
+def _value_at(data: Any, path: FieldPath) -> Any:
+    for key in path:
+        if isinstance(data, dict):
+            data = data.get(key)
+        elif isinstance(data, list) and isinstance(key, int):
+            data = data[key]
+        else:
+            return None
+    return data

@@ -1,0 +1,65 @@
+"""Tied weights: one Parameter under several names, which pruning silently takes apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Names that share one Parameter.
+
+    Attributes:
+        names: the names, in the model's order.
+        parameter: what they shared when last looked at.
+    """
+
+    names: tuple[str, ...]
+    parameter: nn.Parameter
+
+    def pruned(self, model: nn.Module) -> list[str]:
+        """The names under which there is another Parameter now.
+
+        A name under which the old one still is belongs to a layer that the pruner did not see
+        (T5's ``shared``): it follows the others.
+        """
+        return [name for name in self.names if model.get_parameter(name) is not self.parameter]
+
+    def keeper(self, model: nn.Module) -> str:
+        """The name whose Parameter all names shall have."""
+        return next(iter(self.pruned(model)), self.names[0])
+
+    def conflict(self, model: nn.Module) -> str | None:
+        """Why they cannot be one Parameter again; None: they can."""
+        first, *others = self.pruned(model) or self.names[:1]
+        weight = model.get_parameter(first)
+        for name in others:
+            other = model.get_parameter(name)
+            if other.shape != weight.shape:
+                return (
+                    f"{first} has shape {list(weight.shape)} and {name} {list(other.shape)}, but "
+                    "they are tied, one weight under two names"
+                )
+            if not torch.equal(other, weight):
+                return (
+                    f"{first} and {name} are tied, one weight under two names, but lost different "
+                    "channels"
+                )
+        return None
+
+
+def ties_of(model: nn.Module) -> list[Tie]:
+    """Every Parameter that has several names."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [Tie(tuple(group), parameter) for parameter, group in names.items() if len(group) > 1]
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the parameter's name in it."""
+    module_name, _, key = name.rpartition(".")
+    return model.get_submodule(module_name), key

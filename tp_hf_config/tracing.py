@@ -1,0 +1,230 @@
+"""What Torch-Pruning's tracer needs from a Hugging Face model while it runs, put back afterwards.
+
+Every change here answers one fault of the tracer, and nothing stays changed, on error either.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate, permutations
+from typing import Any
+
+import torch_pruning.dependency.graph as tp_graph
+import torch_pruning.ops as tp_ops
+from torch import nn
+
+from .errors import TracingError
+
+_ROTATIONS = ("rotate_half", "rotate_every_two")
+_MAX_VISITS_PER_NODE = 60
+_UNWRAPPED = r"Unwrapped parameters detected"
+
+
+@contextmanager
+def safe_tracing(model: nn.Module) -> Iterator[None]:
+    """Everything that makes ``model`` traceable, for the time of a pruner's constructor.
+
+    Raises:
+        TracingError: a dependency group grows without end.
+    """
+    with ExitStack() as stack:
+        for context in (
+            _settings_kept(model),
+            _traceable_config(model),
+            _neutral_rotary(model),
+            _bounded_groups(),
+            _coupled_ties(),
+            _splits_that_shrink(),
+            _no_unwrapped_warning(),
+        ):
+            stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def _settings_kept(model: nn.Module) -> Iterator[None]:
+    """All parameters traced, eval mode; both as they were afterwards.
+
+    The tracer follows autograd, which ends at frozen parameters, and leaves the model in eval mode
+    (dependency/graph.py, ``_trace``).
+    """
+    training = {module: module.training for module in model.modules()}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        model.eval()
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _traceable_config(model: nn.Module) -> Iterator[None]:
+    """Eager attention and no cache.
+
+    Fused attention hides how key/value heads are repeated (Torch-Pruning issue 516), and a cache
+    in the output ends in ``'tuple' object has no attribute 'grad_fn'``.
+    """
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if hasattr(config, "to_json_string"):
+            configs[id(config)] = config
+    before = [(config, dict(vars(config))) for config in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation = "eager"
+            if "use_cache" in vars(config):
+                config.use_cache = False
+        yield
+    finally:
+        for config, values in before:
+            vars(config).update(values)
+            for key in vars(config).keys() - values.keys():
+                del vars(config)[key]
+
+
+@contextmanager
+def _neutral_rotary(model: nn.Module) -> Iterator[None]:
+    """Rotary embeddings that rotate nothing.
+
+    The tracer takes the ``cat`` of ``rotate_half`` for a concatenation of channels, and its group's
+    indices grow for ever (Torch-Pruning issue 527; dependency/index_mapping.py,
+    ``update_concat_index_mapping``).  Every modelling file holds its own function.
+    """
+    files = {
+        sys.modules[cls.__module__]
+        for module in model.modules()
+        for cls in type(module).__mro__
+        if cls.__module__ in sys.modules and not cls.__module__.startswith(("torch.", "builtins"))
+    }
+    before = [
+        (file, name, vars(file)[name])
+        for file in files
+        for name in _ROTATIONS
+        if name in vars(file)
+    ]
+    try:
+        for file, name, _ in before:
+            setattr(file, name, _identity)
+        yield
+    finally:
+        for file, name, function in before:
+            setattr(file, name, function)
+
+
+def _identity(x: Any, *args: Any, **kwargs: Any) -> Any:
+    return x
+
+
+@contextmanager
+def _bounded_groups() -> Iterator[None]:
+    """Notice a group that grows without end, instead of waiting for it."""
+    original = tp_graph.Group
+
+    class BoundedGroup(original):  # type: ignore[valid-type, misc]
+        """A group that counts how often each of its nodes is visited."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._visits: dict[Any, int] = {}
+
+        def add_dep(self, dep: Any, idxs: Any) -> None:
+            key = (id(dep.target), dep.handler)
+            visits = self._visits[key] = self._visits.get(key, 0) + 1
+            if visits > _MAX_VISITS_PER_NODE:
+                raise TracingError(
+                    f"Torch-Pruning's trace does not end: the group that starts at "
+                    f"{self._group[0].dep.target.name} reaches {dep.target.name} again and again "
+                    f"({visits} times), each time with other channels. The tracer mistakes a "
+                    "concatenation or a repeat there for one of channels (Torch-Pruning issue "
+                    "527). Put the layers around it into ignored_layers="
+                )
+            super().add_dep(dep, idxs)
+
+    try:
+        tp_graph.Group = BoundedGroup
+        yield
+    finally:
+        tp_graph.Group = original
+
+
+@contextmanager
+def _coupled_ties() -> Iterator[None]:
+    """Layers that share one weight belong to one group.
+
+    The tracer follows outputs, not weights: a masked-LM decoder and the embeddings it is tied to,
+    or the embeddings of an encoder and its decoder, end in two groups that lose different channels
+    of the same weight.
+    """
+    graph_class = tp_graph.DependencyGraph
+    original = graph_class._build_dependency
+
+    def _build_dependency(graph: Any, module2node: Any) -> None:
+        original(graph, module2node)
+        sharing: dict[nn.Parameter, list[Any]] = {}
+        for module, node in module2node.items():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, (nn.Linear, nn.Embedding)) and weight is not None:
+                sharing.setdefault(weight, []).append(node)
+        for nodes in sharing.values():
+            for source, target in permutations(nodes, 2):
+                _couple(graph, source, target)
+
+    try:
+        graph_class._build_dependency = _build_dependency
+        yield
+    finally:
+        graph_class._build_dependency = original
+
+
+def _couple(graph: Any, source: Any, target: Any) -> None:
+    """Make pruning the width of one tied layer prune that of the other."""
+    sides = []
+    for node in (source, target):
+        layer_pruner = graph.get_pruner_of_module(node.module)
+        embeds = isinstance(node.module, nn.Embedding)
+        sides.append(layer_pruner.prune_out_channels if embeds else layer_pruner.prune_in_channels)
+    source.dependencies.append(tp_graph.Dependency(sides[0], sides[1], source, target))
+
+
+class _SplitPruner(tp_ops.SplitPruner):  # type: ignore[misc]
+    """Moves the offsets of a split node when its channels are pruned.
+
+    Torch-Pruning stores the new offsets on the pruner instead of the node (ops.py,
+    ``SplitPruner.prune_out_channels``, 1.6.1), so the second step of a fused gate and up reads
+    channels that are gone: ``IndexError: index ... is out of bounds``.
+    """
+
+    def prune_out_channels(self, layer: Any, idxs: Any) -> None:
+        super().prune_out_channels(layer, idxs)
+        if layer.split_sizes is not None:
+            layer.offsets = [0, *accumulate(layer.split_sizes)]
+
+    prune_in_channels = prune_out_channels
+
+
+@contextmanager
+def _splits_that_shrink() -> Iterator[None]:
+    """The graph built in the meantime keeps the mended pruner of split nodes."""
+    original = tp_ops.SplitPruner
+    try:
+        tp_ops.SplitPruner = _SplitPruner
+        yield
+    finally:
+        tp_ops.SplitPruner = original
+
+
+@contextmanager
+def _no_unwrapped_warning() -> Iterator[None]:
+    """Norm weights of Hugging Face models are bare Parameters; the tracer's default is right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_UNWRAPPED)
+        yield
