@@ -51,23 +51,47 @@ class Recorder:
 
     def attach(self) -> None:
         """Start watching."""
-        original = self.graph.get_pruning_group
-
-        def get_pruning_group(*args: Any, **kwargs: Any) -> Any:
-            group = original(*args, **kwargs)
-            group.prune = partial(self._prune, group)
-            return group
-
-        self.graph.get_pruning_group = get_pruning_group
+        watched = vars(self.graph).get("get_pruning_group")
+        if not isinstance(watched, _Watched):
+            watched = self.graph.get_pruning_group = _Watched(self.graph)
+        watched.recorders.append(self)
 
     def detach(self) -> None:
         """Stop watching; groups handed out before go on reporting to nobody."""
-        vars(self.graph).pop("get_pruning_group", None)
+        watched = self.graph.get_pruning_group
+        watched.recorders.remove(self)
+        if not watched.recorders:
+            watched.restore()
 
     def drain(self) -> list[PrunedGroup]:
         """What was pruned since the last call."""
         groups, self._groups = self._groups, []
         return groups
+
+    def note(self, group: PrunedGroup) -> None:
+        """Keep a group that was pruned."""
+        self._groups.append(group)
+
+
+class _Watched:
+    """Stands in for one graph's ``get_pruning_group`` while recorders watch it."""
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+        self.recorders: list[Recorder] = []
+        self._own = vars(graph).get("get_pruning_group")
+        self._original = graph.get_pruning_group
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        group = self._original(*args, **kwargs)
+        group.prune = partial(self._prune, group)
+        return group
+
+    def restore(self) -> None:
+        """Put back what the graph had."""
+        del self.graph.get_pruning_group
+        if self._own is not None:
+            self.graph.get_pruning_group = self._own
 
     def _prune(self, group: Any, idxs: Any = None, record_history: bool = True) -> None:
         prune = type(group).prune
@@ -79,7 +103,8 @@ class Recorder:
         try:
             prune(group, None, record_history)
         finally:
-            self._groups.append(PrunedGroup(layers))
+            for recorder in self.recorders:
+                recorder.note(PrunedGroup(layers))
             for node, name in frozen:  # Torch-Pruning's new Parameters all require gradients
                 parameter = getattr(node.module, name) if name else node.module
                 parameter.requires_grad_(False)

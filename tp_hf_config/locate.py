@@ -48,10 +48,7 @@ def check_followable(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise UnsupportedModelError(
-            f"{name} is quantised ({_quantisation(model)}): its weights are packed and cannot be "
-            "pruned. Load it in float16, bfloat16 or float32, prune, and quantise the result."
-        )
+        raise UnsupportedModelError(_quantised(model))
     for parameter_name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedModelError(
@@ -72,9 +69,20 @@ def check_followable(model: PreTrainedModel) -> None:
             )
 
 
-def _quantisation(model: PreTrainedModel) -> str:
+def _quantised(model: PreTrainedModel) -> str:
     config = getattr(model.config, "quantization_config", None)
-    method = getattr(config, "quant_method", None) or (
-        config.get("quant_method") if isinstance(config, dict) else None
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    method = method or getattr(config, "quant_method", None) or "method unknown"
+    head = f"{type(model).__name__} is quantised ({getattr(method, 'value', method)})"
+    linear = [module for module in model.modules() if "Linear" in type(module).__name__]
+    plain = all(type(module).__module__.startswith("torch.nn") for module in linear)
+    if linear and plain and all(weight.is_floating_point() for weight in model.parameters()):
+        return (
+            f"{head}, although its weights are plain tensors by now (as after loading a GGUF "
+            "file), and save_pretrained would refuse it. Say so first: "
+            "model.hf_quantizer.remove_quantization_config(model)"
+        )
+    return (
+        f"{head}: its weights are packed and cannot be pruned. Load it in float16, bfloat16 or "
+        "float32, prune, and quantise the result."
     )
-    return str(getattr(method, "value", method) or "method unknown")

@@ -11,7 +11,6 @@ import functools
 import inspect
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +21,6 @@ from .errors import TPHFConfigError
 
 _Base: Any = tp.pruner.BasePruner
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
-_hooks: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 _constructing = threading.local()
 _lock = threading.RLock()
 
@@ -44,23 +42,19 @@ class Handle:
     """Undoes one registration; also a context manager that does so at its end."""
 
     def __init__(self, pruner: Any, hook: PrunerHook):
-        self._pruner, self._hook = weakref.ref(pruner), hook
+        self._pruner, self._hook = pruner, hook
 
     def remove(self) -> None:
         """Take the hook off the pruner; a second call does nothing."""
-        pruner = self._pruner()
-        registered = _hooks.get(pruner, []) if pruner is not None else []
-        if pruner is None or not any(hook is self._hook for hook in registered):
+        hooks = _hooks_of(self._pruner)
+        if not any(hook is self._hook for hook in hooks):
             return
-        remaining = [hook for hook in registered if hook is not self._hook]
-        _call(self._hook, "detach", pruner)
-        if remaining:
-            _hooks[pruner] = remaining
-        else:
-            del _hooks[pruner]
-            own_step = vars(pruner).pop("step").replaced
+        hooks[:] = [hook for hook in hooks if hook is not self._hook]
+        _call(self._hook, "detach", self._pruner)
+        if not hooks:
+            own_step = vars(self._pruner).pop("step").replaced
             if own_step is not None:  # the user had put one on this pruner
-                pruner.step = own_step
+                self._pruner.step = own_step
 
     def __enter__(self) -> Handle:
         return self
@@ -77,11 +71,16 @@ def register(pruner: Any, hook: PrunerHook) -> Handle:
     """
     _check(hook)
     _call(hook, "attach", pruner)
-    registered = _hooks.setdefault(pruner, [])
-    if not registered:
+    if not _hooks_of(pruner):
         pruner.step = _stepper(pruner)
-    registered.append(hook)
+    _hooks_of(pruner).append(hook)
     return Handle(pruner, hook)
+
+
+def _hooks_of(pruner: Any) -> list[Any]:
+    """The hooks of a pruner, kept on the ``step`` that fires them."""
+    hooks: list[Any] = getattr(vars(pruner).get("step"), "hooks", [])
+    return hooks
 
 
 def _check(hook: Any) -> None:
@@ -99,25 +98,23 @@ def _call(hook: Any, name: str, *args: Any) -> Any:
 
 def _stepper(pruner: Any) -> Callable[..., Any]:
     """A ``step`` for one pruner that fires its hooks afterwards."""
-    reference = weakref.ref(pruner)
     own_step = vars(pruner).get("step")
-    kind: Any = type(pruner)
+    step = pruner.step
 
-    @functools.wraps(kind.step)
+    @functools.wraps(step)
     def stepping(*args: Any, **kwargs: Any) -> Any:
-        owner = reference()
         try:
-            step = functools.partial(kind.step, owner) if own_step is None else own_step
             result = step(*args, **kwargs)
         except BaseException:
-            _fire_quietly(owner)
+            _fire_quietly(pruner)
             raise
         if inspect.isgenerator(result):
-            return _interactive(owner, result)
-        _fire(owner)
+            return _interactive(pruner, result)
+        _fire(pruner)
         return result
 
     stepping.replaced = own_step  # type: ignore[attr-defined]
+    stepping.hooks = []  # type: ignore[attr-defined]
     return stepping
 
 
@@ -132,13 +129,13 @@ def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
 
 
 def _fire(pruner: Any) -> None:
-    for hook in list(_hooks.get(pruner, ())):
+    for hook in list(_hooks_of(pruner)):
         hook.after_step(pruner)
 
 
 def _fire_quietly(pruner: Any) -> None:
     """Fire where another exception is on its way, which must be the one that surfaces."""
-    for hook in list(_hooks.get(pruner, ())):
+    for hook in list(_hooks_of(pruner)):
         try:
             hook.after_step(pruner)
         except TPHFConfigError as error:
@@ -158,13 +155,12 @@ def disable() -> None:
     """Undo :func:`enable`: constructors are Torch-Pruning's own again."""
     with _lock:
         for cls in _family(_Base):
-            wrapped = getattr(vars(cls).get("__init__"), "_tp_hf_config", None)
-            if wrapped is not None:
-                original, own = wrapped
-                if own:
-                    cls.__init__ = original
-                else:
+            own_init = vars(cls).get("__init__")
+            if _is_ours(own_init):
+                if own_init.inherited:
                     del cls.__init__
+                else:
+                    cls.__init__ = own_init.original
         if "__init_subclass__" in vars(_Base):
             del _Base.__init_subclass__
 
@@ -180,10 +176,15 @@ def _wrap_subclass(cls: Any, /, **kwargs: Any) -> None:
     _wrap_init(cls)
 
 
+def _is_ours(init: Any) -> bool:
+    """Whether a constructor is a wrapper of this module (a copy of its attributes is not)."""
+    return getattr(init, "wrapper", None) is init is not None
+
+
 def _wrap_init(cls: Any) -> None:
     """Wrap a class's constructor, inherited from a mixin or its own, unless it is wrapped."""
     original = cls.__init__
-    if hasattr(original, "_tp_hf_config"):
+    if _is_ours(original):
         return
     signature = inspect.signature(original)
     if "hooks" in signature.parameters:  # the user's class has hooks of its own
@@ -191,28 +192,28 @@ def _wrap_init(cls: Any) -> None:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if cls is _Base and getattr(_constructing, "active", False):
-            args, kwargs = (), _with_own_dicts(signature, self, args, kwargs)
         hooks = kwargs.pop("hooks", None)
         hooks = [] if hooks is None else hooks
         hooks = list(hooks) if isinstance(hooks, (list, tuple)) else [hooks]
+        if cls is _Base and (hooks or getattr(_constructing, "active", False)):
+            args, kwargs = (), _with_own_dicts(signature, self, args, kwargs)
         if not hooks:
             original(self, *args, **kwargs)
         else:
-            _construct(
-                self, functools.partial(original, self, *args, **kwargs), hooks, args, kwargs
-            )
+            model = kwargs["model"] if "model" in kwargs else (args[0] if args else None)
+            construct = functools.partial(original, self, *args, **kwargs)
+            _construct(self, construct, hooks, model)
 
-    __init__._tp_hf_config = (original, "__init__" in vars(cls))  # type: ignore[attr-defined]
+    marked: Any = __init__
+    marked.wrapper, marked.original = __init__, original
+    marked.inherited = "__init__" not in vars(cls)
     cls.__init__ = __init__
 
 
-def _construct(
-    pruner: Any, construct: Callable[[], None], hooks: list[Any], args: Any, kwargs: Any
-) -> None:
+def _construct(pruner: Any, construct: Callable[[], None], hooks: list[Any], model: Any) -> None:
+    """Run a constructor inside the hooks' surroundings, then register them: all or none."""
     for hook in hooks:
         _check(hook)
-    model = kwargs["model"] if "model" in kwargs else (args[0] if args else None)
     with ExitStack() as stack:
         for hook in hooks:
             context: AbstractContextManager[Any] | None = _call(hook, "constructing", model)
@@ -221,8 +222,10 @@ def _construct(
         stack.callback(setattr, _constructing, "active", getattr(_constructing, "active", False))
         _constructing.active = True
         construct()
-    for hook in hooks:
-        register(pruner, hook)
+    with ExitStack() as undo:
+        for hook in hooks:
+            undo.callback(register(pruner, hook).remove)
+        undo.pop_all()
 
 
 def _with_own_dicts(
