@@ -68,8 +68,8 @@ def explain_refusal(
     hint = f" The nearest it takes: {'; '.join(advice)}." if advice else ""
     return ConfigSyncError(
         f"{type(model.config).__name__} refuses what the weights are now ({listed}). It says: "
-        f"{refusal.reason!r}.{hint} pruner_kwargs(model) sets round_to so that this does not "
-        "happen. Nothing was written; go on pruning and sync again."
+        f"{refusal.reason!r}.{hint} Choose ratios that end there after every step, or round_to= a "
+        "number that the class accepts. Nothing was written; go on pruning and sync again."
     )
 
 

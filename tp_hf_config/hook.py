@@ -11,6 +11,7 @@ from torch import nn
 
 from . import pruners
 from .errors import ConfigSyncError
+from .head_schedule import HeadSchedule
 from .history import Recorder
 from .locate import check_followable, find_pretrained
 from .report import SyncReport
@@ -33,6 +34,7 @@ class HFConfigSyncHook:
         self.reports: list[SyncReport] = []
         self._follower: Follower | None = None
         self._recorder: Recorder | None = None
+        self._schedule: HeadSchedule | None = None
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -71,13 +73,16 @@ class HFConfigSyncHook:
             )
         follower = Follower(pruner)
         self._follower, self._recorder = follower, Recorder(pruner.DG)
+        self._schedule = HeadSchedule(pruner)
         self._recorder.attach()
+        self._schedule.attach()
 
     def detach(self, pruner: Any) -> None:
         """Stop following; called when the handle is removed."""
-        if self._recorder is not None:
+        if self._recorder is not None and self._schedule is not None:
             self._recorder.detach()
-        self._follower = self._recorder = None
+            self._schedule.detach()
+        self._follower = self._recorder = self._schedule = None
 
     def after_step(self, pruner: Any) -> None:
         """Called after every step of the pruner."""

@@ -99,10 +99,10 @@ class Follower:
         touched = {
             self._own_name(layer.name) for group in groups for layer in group.layers if layer.out
         }
-        if wanted and groups and not touched & self.splits.keys():
+        if wanted and not touched & self.splits.keys():
             return [
-                "head_pruning_ratio asks for fewer heads, but the pruner found no group of "
-                "attention heads that it can prune in this model"
+                "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none: its trace "
+                "finds no group of heads here, or pruning_ratio is 0 (it then skips heads too)"
             ]
         return []
 
