@@ -33,7 +33,8 @@ def explain_conflict(
         )
     needs = {
         field_name(path): {
-            _number(value): [observable[0] for observable in who] for value, who in values.items()
+            _number(value): list(dict.fromkeys(name for name, _ in who))
+            for value, who in values.items()
         }
         for path, values in conflict.needs.items()
     }

@@ -199,13 +199,11 @@ def split_after(split: tuple[int, ...], removed: Collection[int]) -> tuple[int, 
         where every other head lost the same number; ``None`` where heads lost different numbers,
         so that what is left cannot be told apart into equal heads.
     """
-    width = math.prod(split[1:])
-    lost = Counter(index // width for index in removed)
-    gone = sum(1 for count in lost.values() if count == width)
-    counts = {lost.get(head, 0) for head in range(split[0])} - {width}
-    if len(counts) > 1:
+    heads, parts, dim = split[0], math.prod(split[1:-1]), split[-1]
+    lost = Counter(index // dim for index in removed)  # per part of a head
+    going = [[lost[head * parts + part] for part in range(parts)] for head in range(heads)]
+    staying = [counts for counts in going if counts != [dim] * parts]
+    counts = {count for head in staying for count in head}
+    if len(counts) != 1:
         return None
-    dims = counts.pop() if counts else 0
-    if dims % math.prod(split[1:-1]) or gone == split[0]:
-        return None
-    return (split[0] - gone, *split[1:-1], split[-1] - dims // math.prod(split[1:-1]))
+    return (len(staying), *split[1:-1], dim - counts.pop())

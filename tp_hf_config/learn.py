@@ -75,18 +75,18 @@ def map_of(model: PreTrainedModel) -> ConfigMap:
     Raises:
         UnsupportedModelError: the config does not build the model that it belongs to.
     """
+    builder = Builder(model)
+    full = builder.build(config_json(model.config))
+    if isinstance(full, Refusal):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be built from its own config: "
+            f"{full.reason.rstrip('.')}. Mend model.config first."
+        )
+    mismatches = compare(shapes(model), shapes(full))
+    if mismatches:
+        raise UnsupportedModelError(_disagreement(model, mismatches))
     key = model.config.to_json_string(use_diff=False)
     if model not in _known or _known[model][0] != key:
-        builder = Builder(model)
-        full = builder.build(config_json(model.config))
-        if isinstance(full, Refusal):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be built from its own config: {full.reason}. "
-                "Mend model.config first."
-            )
-        mismatches = compare(shapes(model), shapes(full))
-        if mismatches:
-            raise UnsupportedModelError(_disagreement(model, mismatches))
         _known[model] = key, learn(builder, model.config, full)
     return _known[model][1]
 

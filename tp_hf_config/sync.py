@@ -18,7 +18,7 @@ from .apply import (
     write_fields,
     write_ties,
 )
-from .errors import ConfigSyncError
+from .errors import ConfigSyncError, UnsupportedModelError
 from .explain import explain_conflict, explain_mismatch, explain_refusal
 from .heads import heads_of, splits_after
 from .history import PrunedGroup
@@ -27,6 +27,7 @@ from .locate import check_followable, find_pretrained
 from .reference import FieldPath, Refusal, compare, config_json, field_name, shapes, with_values
 from .solve import Conflict, Observable, Problem, solve
 from .ties import ties_of
+from .widths import WidthView
 
 
 class Follower:
@@ -46,11 +47,34 @@ class Follower:
             raise ConfigSyncError(f"buffers cannot be computed: {built.reason}")
         self.reference: nn.Module = built
         self.ties = ties_of(self.model)
+        self._check_traced()
         self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
             name: self.known.layout.heads[canonical]
             for name, _ in self.model.named_modules()
             if (canonical := self.known.depth.canonical(name)) in self.known.layout.heads
         }
+
+    def _check_traced(self) -> None:
+        """Every layer whose width is going to be pruned is in the pruner's graph."""
+        traced, ignored = self.pruner.DG.module2node, self.pruner.ignored_layers
+        tied = {name for tie in self.ties for name in tie.names}
+        producers = list(WidthView(self.model, self.known).producers())
+        going = {
+            path
+            for _, module, fields in producers
+            if module in traced and module not in ignored
+            for path in fields
+        }
+        for name, module, fields in producers:
+            weight = f"{name}.weight"
+            follows = (fields | self.known.fields_of(weight, 1)) & going
+            if module not in traced and weight not in tied and follows:
+                raise UnsupportedModelError(
+                    f"{name} is as wide as {field_name(min(follows))} says, but the outputs that "
+                    "were traced do not depend on it, so Torch-Pruning would leave it as it is. "
+                    "Build the model without it (BERT: add_pooling_layer=False), return what it "
+                    "computes, or keep the width: pruner_kwargs(model, prune=...)."
+                )
 
     def follow(self, groups: Sequence[PrunedGroup]) -> dict[str, Any]:
         """Bring config, attributes, buffers and ties in step; all of it or nothing.
