@@ -92,12 +92,13 @@ class Difference:
     buffers: Sequence[Buffer]
 
 
-def difference(old: nn.Module, new: nn.Module) -> Difference:
+def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
     """Compare two models of one class, built without weights but with real buffers.
 
     Config fields are compared for every config object that some module holds (an encoder's config
-    is often a copy of the model's).
+    is often a copy of the model's). Modules that the live model was built without are passed over.
     """
+    present = {name for name, _ in live.named_modules()}
     fields: list[tuple[str, FieldPath, Any]] = []
     attributes: list[Attribute] = []
     buffers: list[Buffer] = []
@@ -105,7 +106,7 @@ def difference(old: nn.Module, new: nn.Module) -> Difference:
     seen: set[int] = set()
     for name, module in new.named_modules():
         reference = before.get(name)
-        if reference is None:
+        if reference is None or name not in present:
             continue
         config = vars(module).get("config")
         if config is not None and hasattr(config, "to_json_string") and id(config) not in seen:

@@ -17,8 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch_pruning as tp
 
-from .errors import TPHFConfigError
-
 _Base: Any = tp.pruner.BasePruner
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
 _constructing = threading.local()
@@ -138,7 +136,7 @@ def _fire_quietly(pruner: Any) -> None:
     for hook in list(_hooks_of(pruner)):
         try:
             hook.after_step(pruner)
-        except TPHFConfigError as error:
+        except Exception as error:
             warnings.warn(f"{type(hook).__name__} after an interrupted step: {error}", stacklevel=2)
 
 

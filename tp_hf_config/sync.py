@@ -89,7 +89,7 @@ class Follower:
         live = self._live_shapes()
         values = self._solve(live)
         data, built = self._prove(live, values)
-        change = difference(self.reference, built)
+        change = difference(self.model, self.reference, built)
         old = config_json(self.model.config, use_diff=False)
         with all_or_nothing() as changes:
             outcome = self._write(changes, change)
