@@ -8,33 +8,47 @@ three steps takes three of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 
 class HeadSchedule:
-    """Stands in for one pruner's ``get_target_head_pruning_ratio``: ratios of the heads left."""
+    """Stands in for one pruner's ``get_target_head_pruning_ratio``: ratios of the heads left.
 
-    def __init__(self, pruner: Any):
-        self.pruner = pruner
+    Args:
+        pruner: the pruner to mend.
+        accepts: whether the class takes, where it has so many heads, so many others; fewer heads
+            go until it does.
+    """
+
+    def __init__(self, pruner: Any, accepts: Callable[[int, int], bool]):
+        self.pruner, self.accepts = pruner, accepts
         self._own = vars(pruner).get("get_target_head_pruning_ratio")
-        self._from_start = pruner.get_target_head_pruning_ratio
+        self._from_start = type(pruner).get_target_head_pruning_ratio
 
     def attach(self) -> None:
-        """Mend the pruner."""
-        self.pruner.get_target_head_pruning_ratio = self
+        """Mend the pruner, unless another hook has."""
+        if not isinstance(self._own, HeadSchedule):
+            self.pruner.get_target_head_pruning_ratio = self
 
     def detach(self) -> None:
         """Leave the pruner as it was."""
-        del self.pruner.get_target_head_pruning_ratio
-        if self._own is not None:
-            self.pruner.get_target_head_pruning_ratio = self._own
+        if vars(self.pruner).get("get_target_head_pruning_ratio") is self:
+            del self.pruner.get_target_head_pruning_ratio
+            if self._own is not None:
+                self.pruner.get_target_head_pruning_ratio = self._own
 
     def __call__(self, module: Any) -> float:
         """The share of the heads now left that has to go in this step."""
-        ratio: float = self._from_start(module)
+        if self._own is not None:
+            ratio: float = self._own(module)
+        else:
+            ratio = self._from_start(self.pruner, module)
         initial = self.pruner.init_num_heads.get(module)
         left = self.pruner.num_heads.get(module)
         if self.pruner.global_pruning or not initial or not left:
             return ratio
-        going = left - (initial - math.ceil(ratio * initial - 1e-9))
+        wanted = initial - math.ceil(ratio * initial - 1e-9)
+        kept = next((n for n in range(max(wanted, 1), left) if self.accepts(left, n)), left)
+        going = left - kept
         return (going - 0.5) / left if going > 0 else 0.0  # its ceil makes this ``going`` again

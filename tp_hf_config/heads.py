@@ -76,6 +76,16 @@ def observe(model: nn.Module) -> Layout:
     )
 
 
+def runs(model: nn.Module) -> bool:
+    """Whether the forward pass of a model on the meta device ends."""
+    try:
+        with torch.no_grad(), torch.device("meta"), _Watch():
+            model(**example_inputs(model))
+    except Exception:
+        return False
+    return True
+
+
 def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...] | None:
     """The trailing dimensions of ``shape`` that split the last dimension of ``before``."""
     for start in range(len(shape) - 1, -1, -1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,8 +82,11 @@ class _Watched:
         self._own = vars(graph).get("get_pruning_group")
         self._original = graph.get_pruning_group
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        group = self._original(*args, **kwargs)
+    def __call__(self, module: Any, pruning_fn: Any, idxs: Any) -> Any:
+        # a tensor's elements are not found among numbers, and nothing would be cut: that is what
+        # BasePruner.manual_prune_width passes for a ratio (base_pruner.py, 1.6.1)
+        numbers = [int(index) for index in idxs] if isinstance(idxs, Iterable) else idxs
+        group = self._original(module, pruning_fn, numbers)
         group.prune = partial(self._prune, group)
         return group
 

@@ -73,7 +73,7 @@ class HFConfigSyncHook:
             )
         follower = Follower(pruner)
         self._follower, self._recorder = follower, Recorder(pruner.DG)
-        self._schedule = HeadSchedule(pruner)
+        self._schedule = HeadSchedule(pruner, follower.accepts_heads)
         self._recorder.attach()
         self._schedule.attach()
 

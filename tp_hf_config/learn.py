@@ -48,6 +48,7 @@ class ConfigMap:
         inexact: observables that no straight line describes; only the proof looks at them.
         linked: field -> the field it has to move with, in proportion (OPT's
             ``word_embed_proj_dim`` and ``hidden_size``: apart, the class builds other layers).
+        sizes: ``values`` and the fields of inexact observables (an image's size).
     """
 
     builder: Builder
@@ -59,6 +60,7 @@ class ConfigMap:
     layout: Layout
     inexact: frozenset[Observable] = field(default_factory=frozenset)
     linked: dict[FieldPath, FieldPath] = field(default_factory=dict)
+    sizes: dict[FieldPath, int] = field(default_factory=dict)
 
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
         """The fields that set one observable of the full model."""
@@ -131,4 +133,5 @@ def learn(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> Config
         layout=study.layout,
         inexact=inexact,
         linked=linked,
+        sizes={path: value for path, value in values.items() if path in moves or path in linked},
     )

@@ -97,6 +97,15 @@ class Builder:
             text = " ".join(str(error).split()) or type(error).__name__
             return Refusal(text.removeprefix("Class validation error for validator "))
 
+    def build_real(self, data: dict[str, Any]) -> nn.Module | Refusal:
+        """Build the class with its initial weights, in float64 on the CPU."""
+        try:
+            with _construction(torch.float64, None):
+                model: nn.Module = self.model_class(self.config(data))
+                return model.double().train(False)
+        except Exception as error:  # as in build
+            return Refusal(" ".join(str(error).split()) or type(error).__name__)
+
 
 class _EmptyOnMeta(TorchFunctionMode):
     """``torch.empty`` (parameters without values) goes to meta; computed tensors stay real."""
@@ -109,8 +118,11 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def _construction(dtype: torch.dtype, buffers: bool) -> Iterator[None]:
-    """The surroundings in which ``from_pretrained`` constructs: dtype, no init, no log lines."""
+def _construction(dtype: torch.dtype, buffers: bool | None) -> Iterator[None]:
+    """The surroundings in which ``from_pretrained`` constructs: dtype, no init, no log lines.
+
+    ``buffers``: compute buffers, but not parameters; ``None``: compute everything.
+    """
     import logging
 
     try:
@@ -127,6 +139,9 @@ def _construction(dtype: torch.dtype, buffers: bool) -> Iterator[None]:
         try:
             logger.setLevel(logging.CRITICAL)
             torch.set_default_dtype(dtype)
+            if buffers is None:  # everything for real
+                yield
+                return
             place: Any = _EmptyOnMeta() if buffers else torch.device("meta")
             with torch.no_grad(), no_init_weights(), place:
                 yield

@@ -23,6 +23,7 @@ from .explain import explain_conflict, explain_mismatch, explain_refusal
 from .heads import heads_of, splits_after
 from .history import PrunedGroup
 from .learn import map_of
+from .limits import accepts
 from .locate import check_followable, find_pretrained
 from .reference import FieldPath, Refusal, compare, config_json, field_name, shapes, with_values
 from .solve import Conflict, Observable, Problem, solve
@@ -48,11 +49,24 @@ class Follower:
         self.reference: nn.Module = built
         self.ties = ties_of(self.model)
         self._check_traced()
+        self.values = dict(self.known.values)
+        self.heads_went = False
         self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
             name: self.known.layout.heads[canonical]
             for name, _ in self.model.named_modules()
             if (canonical := self.known.depth.canonical(name)) in self.known.layout.heads
         }
+
+    def accepts_heads(self, now: int, then: int) -> bool:
+        """Whether the class takes ``then`` heads where it has ``now``.
+
+        Where heads go together with the hidden size (BERT), the ratios see to it.
+        """
+        view = WidthView(self.model, self.known)
+        going = [path for path in view.count_fields() if self.values[path] == now]
+        if not all(view.moves_shapes(path) for path in going):
+            return True
+        return accepts(self.known, {**self.values, **dict.fromkeys(going, then)}) is None
 
     def _check_traced(self) -> None:
         """Every layer whose width is going to be pruned is in the pruner's graph."""
@@ -95,7 +109,7 @@ class Follower:
             outcome = self._write(changes, change)
             self._check_written(data)
         new = config_json(self.model.config, use_diff=False)
-        self.reference = built
+        self.reference, self.values = built, values
         self.ties = ties_of(self.model)
         outcome["fields"] = {
             field_name(path): (_value_at(old, path), value)
@@ -123,10 +137,12 @@ class Follower:
         touched = {
             self._own_name(layer.name) for group in groups for layer in group.layers if layer.out
         }
-        if wanted and not touched & self.splits.keys():
+        self.heads_went |= bool(touched & self.splits.keys())
+        if wanted and not self.heads_went:
             return [
                 "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none: its trace "
-                "finds no group of heads here, or pruning_ratio is 0 (it then skips heads too)"
+                "finds no group of heads here, the class takes no number of heads in between, or "
+                "pruning_ratio is 0 (it then skips heads too)"
             ]
         return []
 

@@ -78,12 +78,18 @@ class WidthView:
         inner |= {known.linked[path] for path in inner & known.linked.keys()}
         return frozenset(inner - barred)
 
+    def count_fields(self) -> frozenset[FieldPath]:
+        """The fields that set into how many heads a projection's output is split."""
+        return frozenset(
+            path
+            for (_, which), expression in self.known.expressions.items()
+            if isinstance(which, str)
+            for path in expression.fields
+        )
+
     def head_fields(self) -> frozenset[FieldPath]:
         """The fields that set how many heads there are, or how wide one is."""
-        counts: set[FieldPath] = set()
-        for (_, which), expression in self.known.expressions.items():
-            if isinstance(which, str):
-                counts |= expression.fields
+        counts = self.count_fields()
         dims = {
             path
             for name, _, fields in self.producers()
@@ -107,7 +113,7 @@ class WidthView:
         widths = self.widths()
         heads = self.head_fields()
         default = widths - heads - self.unequal()
-        if prune_num_heads:
+        if prune_num_heads and any(self.plain_heads(name) for name, _, _ in self.head_layers()):
             self._check_heads()
             # what has to stay a multiple of the heads cannot move while they do
             tied = {path for path in default if multiple_of(self.known, path) > 1}
@@ -127,7 +133,7 @@ class WidthView:
         selected = frozenset(names[name] for name in wanted)
         if prune_num_heads and selected & heads:
             selected |= heads  # query, key and value heads go together
-            silent = {path for path in heads if not self._moves_shapes(path)}
+            silent = {path for path in heads if not self.moves_shapes(path)}
             if silent and not self.coupled(selected):
                 raise UnsupportedModelError(
                     f"prune={wanted}: {type(self.model.config).__name__} makes the head size from "
@@ -137,7 +143,8 @@ class WidthView:
                 )
         return selected
 
-    def _moves_shapes(self, path: FieldPath) -> bool:
+    def moves_shapes(self, path: FieldPath) -> bool:
+        """Whether a field is to be seen in some tensor's shape."""
         return any(
             isinstance(which, int) and path in expression.fields
             for (_, which), expression in self.known.expressions.items()
