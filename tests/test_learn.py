@@ -1,0 +1,424 @@
+"""The map from config to dimensions: learned at one config, it finds another."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import small
+import torch
+import transformers as hf
+from transformers.utils import logging as hf_logging
+
+from tp_hf_config import depth, learn, study
+from tp_hf_config.heads import heads_of, observe
+from tp_hf_config.learn import ConfigMap, map_of
+from tp_hf_config.reference import Builder, Refusal, config_json, shapes, with_values
+from tp_hf_config.solve import Conflict, Problem, solve
+
+Values = dict[tuple[str | int, ...], int]
+SEEDS = range(10)
+
+
+def sizes(rng: random.Random, **choices: Any) -> Values:
+    return {(name,): rng.choice(values) for name, values in choices.items()}
+
+
+def heads_and_hidden(rng: random.Random, hidden: str = "hidden_size") -> Values:
+    """A legal pair for classes whose head size is hidden size / heads."""
+    heads = rng.choice([2, 3, 4, 6])
+    return {("num_attention_heads",): heads, (hidden,): heads * rng.choice([4, 6, 8, 10])}
+
+
+def llama(rng: random.Random) -> Values:
+    kv = rng.choice([1, 2, 4])
+    heads = kv * rng.choice([2, 3])
+    return {
+        ("num_key_value_heads",): kv,
+        ("num_attention_heads",): heads,
+        ("hidden_size",): heads * rng.choice([8, 10, 12]),
+        **sizes(rng, intermediate_size=[17, 40, 64, 90], head_dim=[4, 6, 8, 16]),
+    }
+
+
+def qwen2(rng: random.Random) -> Values:
+    """``head_dim`` is read by the class and declared nowhere."""
+    return {**llama(rng), ("hidden_size",): rng.choice([30, 34, 52, 64])}
+
+
+def gpt2(rng: random.Random) -> Values:
+    heads = rng.choice([2, 3, 4])
+    values = {("n_head",): heads, ("n_embd",): heads * rng.choice([6, 8, 12])}
+    return values | (sizes(rng, n_inner=[33, 64, 100]) if rng.random() < 0.7 else {})
+
+
+def opt(rng: random.Random) -> Values:
+    """``word_embed_proj_dim`` has to move with ``hidden_size``: apart, other layers are built."""
+    values = heads_and_hidden(rng)
+    return {
+        **values,
+        ("word_embed_proj_dim",): values[("hidden_size",)],
+        **sizes(rng, ffn_dim=[20, 48, 64]),
+    }
+
+
+def bert(rng: random.Random) -> Values:
+    return heads_and_hidden(rng) | sizes(rng, intermediate_size=[17, 48, 64, 100])
+
+
+def t5(rng: random.Random) -> Values:
+    return sizes(rng, d_model=[24, 30, 48], d_kv=[4, 6, 9], num_heads=[2, 3, 5], d_ff=[40, 64, 77])
+
+
+def phi3(rng: random.Random) -> Values:
+    values = heads_and_hidden(rng)
+    return {
+        **values,
+        ("num_key_value_heads",): values[("num_attention_heads",)],
+        **sizes(rng, intermediate_size=[17, 48, 64, 100]),
+    }
+
+
+def whisper(rng: random.Random) -> Values:
+    heads = rng.choice([2, 3, 4])
+    values = {
+        ("encoder_attention_heads",): heads,
+        ("decoder_attention_heads",): rng.choice([h for h in (2, 3, 4) if (heads * 12) % h == 0]),
+        ("d_model",): heads * 12,
+    }
+    return values | sizes(rng, encoder_ffn_dim=[30, 48, 64], decoder_ffn_dim=[32, 50, 66])
+
+
+def clip(rng: random.Random) -> Values:
+    values: Values = {("projection_dim",): rng.choice([20, 24, 32])}
+    for tower in ("text_config", "vision_config"):
+        for (name,), value in bert(rng).items():
+            values[(tower, name)] = value
+    return values
+
+
+def mixtral(rng: random.Random) -> Values:
+    return llama(rng) | sizes(rng, num_local_experts=[2, 3, 4])
+
+
+_LLM = {
+    "vocab_size": 40,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+}
+_TOWER = {"num_hidden_layers": 2}
+CLASSES: dict[str, tuple[type, Callable[..., Any], Callable[[random.Random], Values]]] = {
+    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**_LLM), llama),
+    "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**_LLM), qwen2),
+    "gpt2": (
+        hf.GPT2LMHeadModel,
+        lambda: hf.GPT2Config(vocab_size=40, n_positions=32, n_layer=3, n_embd=24, n_head=4),
+        gpt2,
+    ),
+    "opt": (hf.OPTForCausalLM, lambda: hf.OPTConfig(**_LLM), opt),
+    "bert": (hf.BertModel, lambda: hf.BertConfig(**_LLM), bert),
+    "t5": (
+        hf.T5ForConditionalGeneration,
+        lambda: hf.T5Config(vocab_size=40, num_layers=3, num_decoder_layers=3),
+        t5,
+    ),
+    "vit": (
+        hf.ViTForImageClassification,
+        lambda: hf.ViTConfig(num_hidden_layers=3, image_size=16, patch_size=8),
+        bert,
+    ),
+    "phi3": (hf.Phi3ForCausalLM, lambda: hf.Phi3Config(**_LLM, pad_token_id=0), phi3),
+    "whisper": (
+        hf.WhisperForConditionalGeneration,
+        lambda: hf.WhisperConfig(
+            vocab_size=40,
+            encoder_layers=2,
+            decoder_layers=2,
+            num_mel_bins=8,
+            max_source_positions=10,
+            max_target_positions=12,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        ),
+        whisper,
+    ),
+    "clip": (
+        hf.CLIPModel,
+        lambda: hf.CLIPConfig(
+            text_config={"vocab_size": 40, "max_position_embeddings": 16, **_TOWER},
+            vision_config={"image_size": 16, "patch_size": 8, **_TOWER},
+        ),
+        clip,
+    ),
+    "mixtral": (hf.MixtralForCausalLM, lambda: hf.MixtralConfig(**_LLM), mixtral),
+}
+
+
+def built(cls: Any, config: Any, values: Values) -> Any:
+    """The class at some values, on the meta device."""
+    data = with_values(config_json(config, use_diff=False), dict(values))
+    with torch.device("meta"):
+        return cls(type(config).from_dict(data)).eval()
+
+
+def learned(model: Any) -> ConfigMap:
+    builder = Builder(model)
+    full = builder.build(config_json(model.config))
+    assert not isinstance(full, Refusal), full.reason
+    return learn.learn(builder, model.config, full)
+
+
+def solved(known: ConfigMap, target: Any) -> dict[Any, int] | Conflict:
+    """Field values for the shapes of ``target`` and its head counts."""
+    wanted: dict[Any, int] = {
+        (name, dim): size
+        for name, shape in shapes(target).items()
+        for dim, size in enumerate(shape)
+    }
+    wanted |= {
+        (name, heads_of(index)): split[0]
+        for name, splits in observe(target).heads.items()
+        for index, split in enumerate(splits)
+    }
+    expressions, targets = {}, {}
+    for (name, which), size in wanted.items():
+        expression = known.expressions.get((known.depth.canonical(name), which))
+        if expression is not None:
+            expressions[(name, which)], targets[(name, which)] = expression, size
+    result = solve(Problem(expressions, known.values, targets))
+    if isinstance(result, dict):
+        result |= {follower: result[leader] for follower, leader in known.linked.items()}
+    return result
+
+
+def legal(sample: Callable[[random.Random], Values], rng: random.Random, start: Values) -> Values:
+    """Values that the class accepts, up to four of them other than in ``start``."""
+    while True:
+        values = sample(rng)
+        if values.keys() == start.keys() and len(values.items() - start.items()) <= 4:
+            return values
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_learn_from_one_config_and_find_another(name: str):
+    cls, default, sample = CLASSES[name]
+    config = default()
+    rng = random.Random(name)
+    start = sample(rng)
+    known = learned(built(cls, config, start))
+    base = config_json(built(cls, config, start).config, use_diff=False)
+    moved = 0
+    for _ in SEEDS:
+        values = legal(sample, rng, start)
+        moved += values != start
+        target = built(cls, config, values)
+        result = solved(known, target)
+        assert isinstance(result, dict), (start, values, result)
+        found = {path: result.get(path, start[path]) for path in values}
+        if not observe(target).heads:  # one head is no split: then nothing shows
+            continue
+        assert found == values
+        rebuilt = known.builder.build(with_values(base, {**start, **result}))
+        assert not isinstance(rebuilt, Refusal)
+        assert shapes(rebuilt) == shapes(target)
+    assert moved > 5
+
+
+def test_fields_that_are_read_and_not_declared():
+    cls, default, _ = CLASSES["qwen2"]
+    config = default()
+    values: Values = {
+        ("hidden_size",): 34,
+        ("num_attention_heads",): 4,
+        ("num_key_value_heads",): 2,
+        ("head_dim",): 8,
+    }
+    known = learned(built(cls, config, values))
+    assert known.values[("head_dim",)] == 8
+    assert "head_dim" not in config_json(config, use_diff=False)
+    del values[("head_dim",)]
+    unset = learned(built(cls, config, {**values, ("hidden_size",): 32}))
+    assert ("head_dim",) in unset.unset
+    assert unset.values[("head_dim",)] == 8
+
+
+def test_an_unset_field_that_means_a_multiple():
+    cls, default, _ = CLASSES["gpt2"]
+    known = learned(built(cls, default(), {}))
+    assert ("n_inner",) in known.unset
+    assert known.values[("n_inner",)] == 4 * 24
+
+
+def test_fields_that_move_as_one():
+    cls, default, _ = CLASSES["opt"]
+    values = {("hidden_size",): 24, ("word_embed_proj_dim",): 24, ("num_attention_heads",): 4}
+    known = learned(built(cls, default(), values))
+    assert [sorted(pair) for pair in known.linked.items()] == [
+        [("hidden_size",), ("word_embed_proj_dim",)]
+    ]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, model: Any) -> int:
+    calls = 0
+    original = Builder.build
+
+    def build(self: Builder, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(self, *args, **kwargs)
+
+    builder = Builder(model)
+    full = builder.build(config_json(model.config))
+    monkeypatch.setattr(Builder, "build", build)
+    learn.learn(builder, model.config, full)
+    monkeypatch.undo()
+    return calls
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "clip", "gpt2"])
+def test_learning_does_not_grow_with_the_depth(name: str, monkeypatch: pytest.MonkeyPatch):
+    cls, default, _ = CLASSES[name]
+    fields: dict[str, list[tuple[str | int, ...]]] = {
+        "t5": [("num_layers",), ("num_decoder_layers",)],
+        "clip": [("text_config", "num_hidden_layers"), ("vision_config", "num_hidden_layers")],
+        "gpt2": [("n_layer",)],
+    }
+    start = CLASSES[name][2](random.Random(0))
+    counts = [
+        counted(
+            monkeypatch,
+            built(
+                cls,
+                default(),
+                {**start, **dict.fromkeys(fields.get(name, [("num_hidden_layers",)]), layers)},
+            ),
+        )
+        for layers in (5, 41)  # numbers that no other field has
+    ]
+    assert counts[0] == counts[1]
+    assert counts[0] < 400
+
+
+def test_the_shallow_config_and_its_names():
+    model = built(hf.LlamaForCausalLM, hf.LlamaConfig(**_LLM), {("num_hidden_layers",): 12})
+    builder = Builder(model)
+    data = config_json(model.config, use_diff=False)
+    found = depth.shallow(builder, data, model)
+    assert found.data["num_hidden_layers"] == 2
+    assert found.canonical("model.layers.11.mlp.up_proj.weight") == (
+        "model.layers.0.mlp.up_proj.weight"
+    )
+    assert found.canonical("lm_head.weight") == "lm_head.weight"
+    assert data["num_hidden_layers"] == 12
+
+
+def test_the_map_is_kept_until_the_config_changes(monkeypatch: pytest.MonkeyPatch):
+    model = small.bert()
+    first = map_of(model)
+    assert map_of(model) is first
+    model.config.layer_norm_eps = 1e-3
+    assert map_of(model) is not first
+
+
+# Nothing stays behind
+
+
+def test_config_classes_are_left_as_they_were():
+    models = [small.llama(), small.bert(), built(hf.CLIPModel, CLASSES["clip"][1](), {})]
+    for model in models:
+        classes = {
+            cls
+            for module in model.modules()
+            if hasattr(module, "config")
+            for cls in type(module.config).__mro__
+        }
+        before = {cls: dict(vars(cls)) for cls in classes}
+        learned(model)
+        assert {cls: dict(vars(cls)) for cls in classes} == before
+        assert "__getattribute__" not in vars(type(model.config))
+
+
+def test_a_config_class_with_a_getattribute_of_its_own_keeps_it():
+    class Config(hf.LlamaConfig):
+        model_type = "llama"
+
+        def __getattribute__(self, key: str) -> Any:
+            return super().__getattribute__(key)
+
+    own = vars(Config)["__getattribute__"]
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(Config(**_LLM, hidden_size=32, num_attention_heads=4))
+    learned(model)
+    assert vars(Config)["__getattribute__"] is own
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.DEBUG])
+def test_global_state_is_as_it_was(level: int):
+    model = small.llama(attn_implementation="sdpa").to(torch.float64)
+    config = dict(vars(model.config))
+    verbosity = hf_logging.get_verbosity()
+    torch.manual_seed(3)
+    rng = torch.random.get_rng_state()
+    hf_logging.set_verbosity(level)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        known = map_of(model)
+        assert torch.get_default_dtype() == torch.bfloat16
+        assert hf_logging.get_verbosity() == level
+        assert logging.getLogger("transformers").level == level
+        assert torch.equal(torch.random.get_rng_state(), rng)
+        assert torch.is_grad_enabled()
+        assert torch.empty(1).device.type == "cpu"
+        built_again = known.builder.build(config_json(model.config), buffers=True)
+        assert not isinstance(built_again, Refusal)
+        assert torch.equal(torch.random.get_rng_state(), rng)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        hf_logging.set_verbosity(verbosity)
+    assert vars(model.config) == config
+    assert next(built_again.parameters()).dtype == torch.float64
+
+
+class Draws(hf.LlamaForCausalLM):
+    """Construction takes random numbers, as a few classes' buffers do."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.register_buffer("noise", torch.rand(4), persistent=False)
+
+
+def test_random_numbers_are_not_used_up():
+    with torch.device("meta"):
+        model = Draws(small.llama().config)
+    rng = torch.random.get_rng_state()
+    rebuilt = Builder(model).build(config_json(model.config), buffers=True)
+    assert not isinstance(rebuilt, Refusal)
+    assert not rebuilt.noise.is_meta
+    assert torch.equal(torch.random.get_rng_state(), rng)
+
+
+def test_global_state_is_as_it_was_when_a_class_refuses():
+    model = small.llama()
+    rng, level = torch.random.get_rng_state(), logging.getLogger("transformers").level
+    data = with_values(config_json(model.config), {("hidden_size",): 33})
+    refusal = Builder(model).build(data)
+    assert isinstance(refusal, Refusal)
+    assert "The hidden size (33) is not a multiple of the number of attention heads (4)" in (
+        refusal.reason
+    )
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.random.get_rng_state(), rng)
+    assert logging.getLogger("transformers").level == level
+
+
+def test_a_study_of_what_cannot_be_built_says_so():
+    model = small.llama()
+    data = with_values(config_json(model.config), {("hidden_size",): 33})
+    with pytest.raises(ValueError, match="the class does not build its own config"):
+        study.Study(Builder(model), depth.Depth(data), {})

@@ -1,0 +1,787 @@
+"""``hooks=`` on every Torch-Pruning pruner, and its undoing."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import inspect
+import weakref
+from typing import Any, ClassVar
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+from torch import nn
+
+import tp_hf_config
+from tp_hf_config import Handle, HFConfigSyncHook, PrunerHook, pruner_kwargs, register
+
+CLASSES = {
+    name: getattr(tp.pruner, name)
+    for name in (
+        "MetaPruner",
+        "BasePruner",
+        "MagnitudePruner",
+        "GroupNormPruner",
+        "BNScalePruner",
+        "GrowingRegPruner",
+    )
+}
+Base: Any = tp.pruner.BasePruner
+
+
+class Spy:
+    """A hook that notes every call; all it shares with the library's own is the interface."""
+
+    def __init__(self, name: str = "spy", log: list[str] | None = None):
+        self.name = name
+        self.log: list[str] = [] if log is None else log
+        self.pruners: list[Any] = []
+
+    def after_step(self, pruner: Any) -> None:
+        self.log.append(self.name)
+        self.pruners.append(pruner)
+
+
+class FullSpy(Spy):
+    """A hook with everything that a hook may have."""
+
+    def constructing(self, model: nn.Module) -> FullSpy:
+        self.log.append(f"constructing {type(model).__name__}")
+        return self
+
+    def __enter__(self) -> None:
+        self.log.append("enter")
+
+    def __exit__(self, *exception: object) -> None:
+        self.log.append("exit" if exception[0] is None else f"exit {exception[0].__name__}")
+
+    def attach(self, pruner: Any) -> None:
+        self.log.append("attach")
+
+    def detach(self, pruner: Any) -> None:
+        self.log.append("detach")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("as_list", [True, False])
+def test_every_pruner_takes_hooks(name: str, as_list: bool):
+    model, spy = small.mlp(), Spy()
+    pruner = small.pruner_of(model, CLASSES[name], hooks=[spy] if as_list else spy)
+    assert spy.log == []
+    pruner.step()
+    assert spy.log == ["spy"]
+    assert spy.pruners == [pruner]
+    assert [tuple(model[i].weight.shape) for i in (0, 2, 4)] == [(8, 8), (6, 8), (4, 6)]
+
+
+@pytest.mark.parametrize("empty", [None, [], ()])
+def test_no_hooks_is_no_hooks(empty: Any):
+    pruner = small.pruner_of(small.mlp(), hooks=empty)
+    assert "step" not in vars(pruner)
+
+
+def test_tuple_of_hooks():
+    first, second = Spy(), Spy()
+    pruner = small.pruner_of(small.mlp(), hooks=(first, second))
+    pruner.step()
+    assert (first.log, second.log) == (["spy"], ["spy"])
+
+
+class Plain(Base):
+    """Inherits its constructor."""
+
+
+class OwnSignature(Base):
+    """Spells out its arguments, as Torch-Pruning's own do."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, importance: Any, ratio: float = 0.5):
+        super().__init__(
+            model,
+            example_inputs,
+            importance,
+            pruning_ratio=ratio,
+            ignored_layers=[model[4]],
+        )
+        self.ratio = ratio
+
+
+class Keywords(Base):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seen = kwargs
+
+
+class Mixin:
+    def __init__(self, *args: Any, label: str = "", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.label = label
+
+
+class Mixed(Mixin, Base):
+    """Its constructor comes from a class that is no pruner."""
+
+
+class OfGroupNorm(tp.pruner.GroupNormPruner):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Plain, Keywords, Mixed, OfGroupNorm])
+def test_subclass_defined_after_the_import(cls: Any):
+    spy = Spy()
+    pruner = small.pruner_of(small.mlp(), cls, hooks=[spy])
+    pruner.step()
+    assert spy.log == ["spy"]
+    assert spy.pruners == [pruner]
+
+
+def test_subclass_with_a_signature_of_its_own():
+    model, spy = small.mlp(), Spy()
+    importance = tp.importance.MagnitudeImportance()
+    pruner = OwnSignature(model, torch.rand(1, 8), importance, 0.25, hooks=spy)
+    pruner.step()
+    assert spy.log == ["spy"]
+    assert pruner.ratio == 0.25
+    assert model[0].out_features == 12
+
+
+def test_subclass_never_sees_hooks():
+    pruner = small.pruner_of(small.mlp(), Keywords, hooks=[Spy()])
+    assert "hooks" not in pruner.seen
+
+
+def test_mixin_keeps_its_own_arguments_and_is_not_touched():
+    spy = Spy()
+    pruner = small.pruner_of(small.mlp(), Mixed, hooks=[spy], label="mine")
+    assert pruner.label == "mine"
+    assert not hasattr(Mixin.__init__, "_tp_hf_config")
+
+
+def test_subclass_that_passes_hooks_on_itself():
+    class Passing(Base):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, hooks=[spy], **kwargs)
+
+    spy = Spy()
+    pruner = small.pruner_of(small.mlp(), Passing)
+    pruner.step()
+    assert spy.log == ["spy"]
+
+
+def test_subclass_of_a_class_that_keeps_init_subclass_to_itself():
+    class Registered(Base):
+        known: ClassVar[list[type]] = []
+
+        def __init_subclass__(cls, **kwargs: Any):
+            super().__init_subclass__(**kwargs)
+            Registered.known.append(cls)
+
+    class Leaf(Registered):
+        def __init__(self, model: nn.Module, example_inputs: Any, importance: Any, **kwargs: Any):
+            super().__init__(model, example_inputs, importance, **kwargs)
+
+    spy = Spy()
+    pruner = small.pruner_of(small.mlp(), Leaf, hooks=[spy])
+    pruner.step()
+    assert Registered.known == [Leaf]
+    assert spy.log == ["spy"]
+
+
+def test_init_subclass_arguments_reach_the_classes_after_it():
+    class Tagged:
+        def __init_subclass__(cls, tag: str = "", **kwargs: Any):
+            super().__init_subclass__(**kwargs)
+            cls.tag = tag
+
+    class Both(Base, Tagged, tag="x"):
+        pass
+
+    assert Both.tag == "x"
+
+
+def test_subclass_with_hooks_of_its_own_is_left_alone():
+    class Own(Base):
+        def __init__(self, *args: Any, hooks: str = "none", **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.own_hooks = hooks
+
+    init = vars(Own)["__init__"]
+    pruner = small.pruner_of(small.mlp(), Own, hooks="mine")
+    assert pruner.own_hooks == "mine"
+    assert "step" not in vars(pruner)
+    assert not hasattr(init, "_tp_hf_config")
+
+
+def test_positional_arguments():
+    model, spy = small.mlp(), Spy()
+    importance = tp.importance.MagnitudeImportance()
+    # model, example_inputs, importance, global_pruning, pruning_ratio
+    pruner = Base(model, torch.rand(1, 8), importance, False, 0.25, hooks=[spy])
+    assert pruner.pruning_ratio == 0.25
+    assert pruner.global_pruning is False
+    pruner.step()
+    assert spy.log == ["spy"]
+    assert model[0].out_features == 12
+
+
+def test_model_as_a_keyword_reaches_constructing():
+    model, spy = small.mlp(), FullSpy()
+    importance = tp.importance.MagnitudeImportance()
+    Base(importance=importance, example_inputs=torch.rand(1, 8), model=model, hooks=[spy])
+    assert spy.log == ["constructing Sequential", "enter", "exit", "attach"]
+
+
+def test_subclass_with_its_own_step_fires_once():
+    class Stepping(Base):
+        def step(self, interactive: bool = False) -> Any:
+            self.steps = getattr(self, "steps", 0) + 1
+            return super().step(interactive)
+
+    spy = Spy()
+    pruner = small.pruner_of(small.mlp(), Stepping, hooks=[spy])
+    pruner.step()
+    assert pruner.steps == 1
+    assert spy.log == ["spy"]
+
+
+def test_classes_defined_before_the_import():
+    printed = small.python(
+        """
+        import torch, torch_pruning as tp
+        from torch import nn
+
+        Base = tp.pruner.BasePruner
+        class Plain(Base): pass
+        class Strict(Base):
+            def __init__(self, model, example_inputs, importance):
+                super().__init__(model, example_inputs, importance, ignored_layers=[model[2]])
+        class Mixin:
+            def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
+        class Mixed(Mixin, Base): pass
+        class OfStrict(Strict): pass
+        class OfGroupNorm(tp.pruner.GroupNormPruner): pass
+        class Own(Base):
+            def __init__(self, *args, hooks=None, **kwargs):
+                super().__init__(*args, **kwargs); self.mine = hooks
+        own_init = Own.__init__
+
+        import tp_hf_config
+        class Spy:
+            calls = 0
+            def after_step(self, pruner): self.calls += 1
+
+        def fired(cls):
+            spy = Spy()
+            model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+            pruner = cls(model, torch.rand(1, 4), tp.importance.MagnitudeImportance(), hooks=[spy])
+            pruner.step()
+            return spy.calls
+        print([fired(cls) for cls in (Plain, Strict, Mixed, OfStrict, OfGroupNorm, Own)])
+        print(Own.__init__ is own_init)
+        """
+    )
+    assert printed == "[1, 1, 1, 1, 1, 0]\nTrue"
+
+
+def test_disable_restores_the_very_functions_and_enable_works_again():
+    printed = small.python(
+        """
+        import torch, torch_pruning as tp
+        from torch import nn
+        Base = tp.pruner.BasePruner
+        class Mixin:
+            def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
+        class Mixed(Mixin, Base): pass
+        class Plain(Base): pass
+        classes = [Base, tp.pruner.GroupNormPruner, tp.pruner.BNScalePruner,
+                   tp.pruner.GrowingRegPruner, Mixed, Plain]
+        before = [dict(vars(cls)) for cls in classes]
+
+        import tp_hf_config
+        class After(Base):
+            def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
+        class AfterMixed(Mixin, Base): pass
+        print(Base.__init__ is before[0]["__init__"], "__init_subclass__" in vars(Base))
+
+        class Spy:
+            calls = 0
+            def after_step(self, pruner): self.calls += 1
+        def make(cls, **kwargs):
+            model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+            return cls(model, torch.rand(1, 4), tp.importance.MagnitudeImportance(), **kwargs)
+
+        for _ in range(2):
+            tp_hf_config.disable()
+        def differs(cls, old):
+            new = vars(cls)
+            keys = [k for k in new if k not in ("__doc__",)]
+            return new.keys() != old.keys() or any(new[k] is not old[k] for k in keys)
+        print([differs(cls, old) for cls, old in zip(classes, before)])
+        print("__init__" in vars(AfterMixed), hasattr(After.__init__, "_tp_hf_config"))
+        for cls in [*classes, After, AfterMixed]:
+            try:
+                make(cls, hooks=[Spy()])
+            except TypeError as error:
+                print(str(error).partition(".")[2])
+        class Between(Base): pass
+        print("__init__" in vars(Between))
+
+        for _ in range(3):
+            tp_hf_config.enable()
+        for cls in [*classes, After, AfterMixed, Between]:
+            spy = Spy()
+            pruner = make(cls, hooks=[spy])
+            pruner.step()
+            print(spy.calls, end=" ")
+        tp_hf_config.disable()
+        print()
+        print([differs(cls, old) for cls, old in zip(classes, before)])
+        """
+    )
+    refused = "__init__() got an unexpected keyword argument 'hooks'"
+    assert printed.splitlines() == [
+        "False True",
+        "[False, False, False, False, False, False]",
+        "False False",
+        *[refused] * 8,
+        "False",
+        "1 1 1 1 1 1 1 1 1 ",
+        "[False, False, False, False, False, False]",
+    ]
+
+
+def test_enable_twice_is_once():
+    spy = Spy()
+    init, hook = vars(Base)["__init__"], vars(Base)["__init_subclass__"]
+    tp_hf_config.enable()
+    assert vars(Base)["__init__"] is init
+    assert vars(Base)["__init_subclass__"] is hook
+    pruner = small.pruner_of(small.mlp(), hooks=[spy])
+    pruner.step()
+    assert spy.log == ["spy"]
+
+
+def test_disable_gives_back_a_constructor_that_wraps_torch_prunings():
+    class Decorated(Base):
+        @functools.wraps(Base.__init__)
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.mine = True
+
+    try:
+        tp_hf_config.disable()
+        assert small.pruner_of(small.mlp(), Decorated).mine
+    finally:
+        tp_hf_config.enable()
+    assert small.pruner_of(small.mlp(), Decorated).mine
+
+
+def test_a_pruner_with_hooks_survives_disable():
+    spy = Spy()
+    pruner = small.pruner_of(small.mlp(), hooks=[spy])
+    try:
+        tp_hf_config.disable()
+        pruner.step()
+    finally:
+        tp_hf_config.enable()
+    assert spy.log == ["spy"]
+
+
+def test_without_hooks_nothing_is_different():
+    code = """
+        import torch, torch_pruning as tp
+        from torch import nn
+        {}
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.Linear(12, 4))
+        pruner = tp.pruner.MetaPruner(
+            model, torch.rand(1, 8), tp.importance.MagnitudeImportance(), pruning_ratio=0.4,
+            iterative_steps=2, ignored_layers=[model[3]],
+        )
+        print(sorted(vars(pruner)))
+        for _ in range(2):
+            pruner.step()
+        print(pruner.pruning_history())
+        print([p.tolist() for p in model.parameters()])
+        """
+    assert small.python(code.format("")) == small.python(code.format("import tp_hf_config"))
+
+
+def test_signature_and_docs_are_torch_prunings():
+    printed = small.python(
+        """
+        import inspect, torch_pruning as tp
+        before = inspect.signature(tp.pruner.BasePruner), tp.pruner.BasePruner.__init__.__doc__
+        import tp_hf_config
+        print((inspect.signature(tp.pruner.BasePruner), tp.pruner.BasePruner.__init__.__doc__)
+              == before)
+        """
+    )
+    assert printed == "True"
+
+
+# Torch-Pruning's mutable defaults
+
+
+DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
+
+
+def defaults_of(cls: Any) -> dict[str, dict[Any, Any]]:
+    parameters = inspect.signature(cls.__init__).parameters
+    return {name: parameters[name].default for name in DICTS}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_nothing_leaks_through_default_dicts(name: str):
+    cls = CLASSES[name]
+    before = {key: dict(value) for key, value in defaults_of(cls).items()}
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1))
+    arguments = (model, torch.rand(1, 4, 2, 2), tp.importance.MagnitudeImportance())
+    pruner = cls(*arguments, hooks=[Spy()])
+    assert pruner.out_channel_groups == {model[1]: 2}  # Torch-Pruning writes into its own
+    assert defaults_of(cls) == before
+    other = small.pruner_of(small.mlp(), cls, hooks=[Spy()])
+    assert (other.num_heads, other.in_channel_groups, other.out_channel_groups) == ({}, {}, {})
+    assert model[1] not in small.pruner_of(small.mlp(), cls).out_channel_groups
+
+
+def test_the_users_dicts_are_not_written_to():
+    model = small.bert()
+    kwargs = pruner_kwargs(model, prune_num_heads=True)
+    before = {name: dict(kwargs[name]) for name in DICTS[:3]}
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **kwargs,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        head_pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook()],
+    )
+    pruner.step()
+    assert set(pruner.num_heads.values()) == {2}
+    assert {name: kwargs[name] for name in before} == before
+
+
+def test_pruner_kwargs_are_fresh_every_time():
+    model = small.bert()
+    first, second = pruner_kwargs(model), pruner_kwargs(model)
+    for name, value in first.items():
+        if isinstance(value, (dict, list)):
+            assert value is not second[name], name
+
+
+# What a hook is
+
+
+class Weak:
+    def __init__(self) -> None:
+        self.after_step_count = 0
+
+
+@pytest.mark.parametrize("wrong", [Weak(), "text", 3, {"a": 1}])
+def test_an_object_that_is_no_hook(wrong: Any):
+    message = (
+        f"hooks: {type(wrong).__name__} has no after_step(pruner) method. Pass a "
+        "HFConfigSyncHook() or an object with that method."
+    )
+    model = small.mlp()
+    with pytest.raises(TypeError) as raised:
+        small.pruner_of(model, hooks=[Spy(), wrong])
+    assert str(raised.value) == message
+    pruner = small.pruner_of(model)
+    before = dict(vars(pruner))
+    with pytest.raises(TypeError) as raised:
+        register(pruner, wrong)
+    assert str(raised.value) == message
+    assert vars(pruner) == before
+
+
+def test_a_wrong_hook_is_refused_before_any_tracing():
+    spy = FullSpy()
+    with pytest.raises(TypeError, match="has no after_step"):
+        small.pruner_of(small.mlp(), hooks=[spy, object()])
+    assert spy.log == []
+
+
+def test_hooks_are_the_documented_interface():
+    assert isinstance(HFConfigSyncHook(), PrunerHook)
+    assert isinstance(Spy(), PrunerHook)
+    assert not isinstance(Weak(), PrunerHook)
+
+
+def test_hooks_fire_in_the_order_given():
+    log: list[str] = []
+    pruner = small.pruner_of(small.mlp(), hooks=[Spy("b", log), Spy("a", log)])
+    register(pruner, Spy("c", log))
+    pruner.step()
+    assert log == ["b", "a", "c"]
+
+
+def test_everything_a_hook_may_have_is_called_in_order():
+    log: list[str] = []
+    spy = FullSpy("full", log)
+    pruner = small.pruner_of(small.mlp(), hooks=[spy])
+    pruner.step()
+    handle = register(pruner, Spy())
+    handle.remove()
+    assert log == ["constructing Sequential", "enter", "exit", "attach", "full"]
+
+
+def fails(model: nn.Module, example_inputs: Any) -> Any:
+    raise RuntimeError("mine")
+
+
+def test_constructing_ends_when_the_constructor_raises():
+    log: list[str] = []
+    with pytest.raises(RuntimeError, match="mine"):
+        small.pruner_of(small.mlp(), hooks=[FullSpy("full", log)], forward_fn=fails)
+    assert log == ["constructing Sequential", "enter", "exit RuntimeError"]
+
+
+def test_an_argument_that_torch_pruning_does_not_know():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        small.pruner_of(small.mlp(), hooks=[Spy()], nonsense=1)
+
+
+def test_a_hook_that_cannot_be_attached_takes_the_others_off():
+    class Refuses(Spy):
+        def attach(self, pruner: Any) -> None:
+            raise ValueError("not this one")
+
+    model, hook = small.bert(), HFConfigSyncHook()
+    arguments = {
+        **pruner_kwargs(model),
+        "importance": tp.importance.GroupMagnitudeImportance(),
+    }
+    with pytest.raises(ValueError, match="not this one"):
+        tp.pruner.MetaPruner(model, **arguments, hooks=[hook, Refuses()])
+    pruner = tp.pruner.MetaPruner(model, **arguments, pruning_ratio=0.25, hooks=[hook])
+    pruner.step()
+    assert model.config.hidden_size == 24
+
+
+# Registering and removing
+
+
+def everything(obj: Any) -> dict[str, Any]:
+    return dict(vars(obj))
+
+
+def same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() == before.keys() and all(now[key] is before[key] for key in now)
+
+
+def hf_pruner(**kwargs: Any) -> Any:
+    model = small.bert()
+    return tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        **kwargs,
+    )
+
+
+def test_attach_then_remove_leaves_the_pruner_as_it_was():
+    pruner = hf_pruner()
+    before, graph, model = everything(pruner), everything(pruner.DG), everything(pruner.model)
+    handle = HFConfigSyncHook().register(pruner)
+    assert isinstance(handle, Handle)
+    assert not same(everything(pruner), before)
+    handle.remove()
+    assert same(everything(pruner), before)
+    assert same(everything(pruner.DG), graph)
+    assert same(everything(pruner.model), model)
+    handle.remove()  # a second call does nothing
+    assert same(everything(pruner), before)
+    pruner.step()
+    assert pruner.model.config.hidden_size == 32
+
+
+def test_register_follows():
+    pruner = hf_pruner()
+    hook = HFConfigSyncHook()
+    hook.register(pruner)
+    pruner.step()
+    assert pruner.model.config.hidden_size == 24
+    assert len(hook.reports) == 1
+
+
+def test_step_of_a_pruner_that_nobody_holds():
+    spy = Spy()
+    small.pruner_of(small.mlp(), hooks=[spy]).step()
+    assert spy.log == ["spy"]
+    step = small.pruner_of(small.mlp(), hooks=[spy]).step
+    gc.collect()
+    step()
+    assert spy.log == ["spy", "spy"]
+    groups = small.pruner_of(small.mlp(), hooks=[spy]).step(interactive=True)
+    gc.collect()
+    assert len([group.prune() for group in groups]) == 2
+    assert spy.log == ["spy"] * 3
+
+
+def test_handle_is_a_context_manager():
+    pruner = hf_pruner()
+    before = everything(pruner)
+    hook = HFConfigSyncHook()
+    with hook.register(pruner) as handle:
+        assert isinstance(handle, Handle)
+        pruner.step()
+    assert vars(pruner).keys() == before.keys()
+    assert pruner.model.config.hidden_size == 24
+    with pytest.raises(RuntimeError, match="mine"), hook.register(pruner):
+        raise RuntimeError("mine")
+    assert "step" not in vars(pruner)
+
+
+def test_removing_one_of_two_leaves_the_other():
+    log: list[str] = []
+    pruner = small.pruner_of(small.mlp(), iterative_steps=2)
+    before = everything(pruner)
+    first, second = FullSpy("first", log), FullSpy("second", log)
+    one, two = register(pruner, first), register(pruner, second)
+    one.remove()
+    pruner.step()
+    assert log == ["attach", "attach", "detach", "second"]
+    two.remove()
+    assert log[-1] == "detach"
+    assert everything(pruner).keys() == before.keys()
+    pruner.step()
+    assert log[-1] == "detach"
+
+
+def test_removing_a_hook_while_hooks_fire():
+    log: list[str] = []
+
+    class Leaves(Spy):
+        def after_step(self, pruner: Any) -> None:
+            super().after_step(pruner)
+            handle.remove()
+
+    pruner = small.pruner_of(small.mlp(), iterative_steps=2)
+    handle = register(pruner, Leaves("once", log))
+    register(pruner, Spy("always", log))
+    pruner.step()
+    pruner.step()
+    assert log == ["once", "always", "always"]
+
+
+def test_a_step_that_the_user_put_on_the_pruner_comes_back():
+    pruner = small.pruner_of(small.mlp())
+    calls: list[Any] = []
+
+    def mine(interactive: bool = False) -> None:
+        calls.append(interactive)
+
+    pruner.step = mine
+    spy = Spy()
+    handle = register(pruner, spy)
+    pruner.step()
+    assert calls == [False]
+    assert spy.log == ["spy"]
+    handle.remove()
+    assert vars(pruner)["step"] is mine
+
+
+def test_a_get_pruning_group_that_the_user_put_on_the_graph_comes_back():
+    pruner = hf_pruner()
+    original = pruner.DG.get_pruning_group
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    pruner.DG.get_pruning_group = mine
+    HFConfigSyncHook().register(pruner).remove()
+    assert vars(pruner.DG).get("get_pruning_group") is mine
+
+
+def test_two_config_hooks_on_one_pruner_come_off_in_any_order():
+    for first in (0, 1):
+        pruner = hf_pruner()
+        graph = everything(pruner.DG)
+        hooks = HFConfigSyncHook(), HFConfigSyncHook()
+        handles = [hook.register(pruner) for hook in hooks]
+        handles[first].remove()
+        pruner.step()
+        left = hooks[1 - first]
+        assert [len(hook.reports) for hook in (hooks[first], left)] == [0, 1]
+        assert len(left.last_report.groups) == 6
+        handles[1 - first].remove()
+        assert vars(pruner.DG).keys() == graph.keys()
+
+
+def test_two_config_hooks_on_one_pruner_report_the_same():
+    hooks = HFConfigSyncHook(), HFConfigSyncHook()
+    pruner = hf_pruner(hooks=hooks)
+    pruner.step()
+    first, second = (hook.last_report for hook in hooks)
+    assert len(first.groups) == 6
+    assert first.groups == second.groups
+    assert first.fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
+    assert second.fields == {}  # the first has written them
+
+
+def test_one_hook_on_two_pruners():
+    hook = HFConfigSyncHook()
+    first, second = hf_pruner(hooks=[hook]), hf_pruner()
+    before = everything(second)
+    with pytest.raises(ValueError, match="another pruner") as raised:
+        hook.register(second)
+    assert str(raised.value) == (
+        "this HFConfigSyncHook follows another pruner already: give every pruner a hook of its "
+        "own, or remove() the handle of the other one first"
+    )
+    assert same(everything(second), before)
+    first.step()
+    assert first.model.config.hidden_size == 24
+
+
+def test_a_hook_moves_on_once_removed():
+    hook = HFConfigSyncHook()
+    first, second = hf_pruner(), hf_pruner()
+    hook.register(first).remove()
+    hook.register(second)
+    second.step()
+    assert (first.model.config.hidden_size, second.model.config.hidden_size) == (32, 24)
+
+
+def test_sync_of_a_hook_on_no_pruner():
+    hook = HFConfigSyncHook()
+    assert hook.last_report is None
+    with pytest.raises(ValueError, match="attached to no pruner") as raised:
+        hook.sync()
+    assert str(raised.value) == (
+        "this HFConfigSyncHook is attached to no pruner: pass it as hooks=[hook] or call "
+        "hook.register(pruner)"
+    )
+    handle = hook.register(hf_pruner())
+    handle.remove()
+    with pytest.raises(ValueError, match="attached to no pruner"):
+        hook.sync()
+
+
+def test_a_pruner_and_its_model_are_freed():
+    pruner = hf_pruner(hooks=[HFConfigSyncHook()])
+    pruner.step()
+    references = weakref.ref(pruner), weakref.ref(pruner.model)
+    del pruner
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_the_model_carries_nothing_of_the_hook():
+    model = small.bert()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        hooks=[HFConfigSyncHook()],
+    )
+    pruner.step()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    copied = copy.deepcopy(model)
+    assert copied.config.hidden_size == model.config.hidden_size == 16
