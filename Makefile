@@ -28,8 +28,11 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/pytest
 
+# What the hook costs, and how long pruning takes beside a trace and a peer.
 bench: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/prune.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

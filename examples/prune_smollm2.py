@@ -39,7 +39,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"
@@ -62,6 +62,7 @@ def main() -> None:
     batches = shuffled(train, args.seed)
 
     pruner = make_pruner(model, args, hook := HFConfigSyncHook())
+    print_groups(model)
     with Progress(console=console) as progress:
         for step in range(1, args.steps + 1):
             name = f"step {step}/{args.steps}"
@@ -134,13 +135,16 @@ def make_pruner(
     """An ordinary Torch-Pruning pruner; what it has to know about the model comes from us."""
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **pruner_kwargs(model, ratios={"hidden_size": args.hidden, "intermediate_size": args.ffn}),
         importance=tp.importance.GroupTaylorImportance(),
-        pruning_ratio=args.hidden,
-        pruning_ratio_dict={layer.mlp.gate_proj: args.ffn for layer in model.model.layers},
         iterative_steps=args.steps,
         hooks=[hook],
     )
+
+
+def print_groups(model: Model) -> None:
+    """What can be pruned in this model, and how that is known."""
+    console.print(str(prunable(model)), soft_wrap=True)
 
 
 def accumulate_gradients(model: Model, batches: Iterable[Tensor]) -> None:

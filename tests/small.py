@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,12 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from tp_hf_config import pruner_kwargs
+
 ROOT = Path(__file__).resolve().parent.parent
+
+traced_kwargs = functools.partial(pruner_kwargs, graph="trace")
+"""What these tests are about is the traced graph; the config graph has its own tests."""
 
 
 def mlp() -> nn.Sequential:

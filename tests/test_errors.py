@@ -11,6 +11,7 @@ import torch
 import torch_pruning as tp
 import torch_pruning.dependency.graph as tp_graph
 import transformers as hf
+from small import traced_kwargs
 from torch import nn
 from transformers.models.llama import modeling_llama
 
@@ -22,7 +23,6 @@ from tp_hf_config import (
     TPHFConfigError,
     TracingError,
     UnsupportedModelError,
-    pruner_kwargs,
 )
 
 SYNC_LATER = "Nothing was written; go on pruning and sync again."
@@ -31,7 +31,7 @@ SYNC_LATER = "Nothing was written; go on pruning and sync again."
 def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
     hook = HFConfigSyncHook()
     arguments = {
-        **pruner_kwargs(model),
+        **traced_kwargs(model),
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.25,
         **kwargs,
@@ -48,7 +48,7 @@ def refused(model: nn.Module) -> str:
     before = {name: (id(p), tuple(p.shape)) for name, p in model.named_parameters()}
     messages = []
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(model)
+        traced_kwargs(model)
     messages.append(str(raised.value))
     importance = tp.importance.GroupMagnitudeImportance()
     with pytest.raises(UnsupportedModelError) as raised:
@@ -198,7 +198,7 @@ class Adapted(nn.Module):
 
 def construction_refused(model: nn.Module, good: nn.Module) -> str:
     """What is said when the map is made; ``good`` gives the arguments that this needs."""
-    arguments = pruner_kwargs(good)
+    arguments = traced_kwargs(good)
     importance = tp.importance.GroupMagnitudeImportance()
     with pytest.raises(UnsupportedModelError) as raised:
         tp.pruner.MetaPruner(
@@ -209,7 +209,7 @@ def construction_refused(model: nn.Module, good: nn.Module) -> str:
             hooks=[HFConfigSyncHook()],
         )
     with pytest.raises(UnsupportedModelError) as again:
-        pruner_kwargs(model)
+        traced_kwargs(model)
     assert str(raised.value) == str(again.value)
     return str(raised.value)
 
@@ -245,7 +245,7 @@ def test_a_model_pruned_before_the_hook_comes():
     model = small.bert()
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **traced_kwargs(model),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
     )
@@ -273,7 +273,7 @@ def test_a_config_that_its_class_refuses():
 
 def test_prune_a_field_that_is_none():
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(small.bert(), prune=("nonsense", "hidden_size", "vocab_size"))
+        traced_kwargs(small.bert(), prune=("nonsense", "hidden_size", "vocab_size"))
     assert str(raised.value) == (
         "prune=['nonsense', 'hidden_size', 'vocab_size']: nonsense, vocab_size sets no width of "
         "BertModel that tracing can prune. Fields that do: hidden_size, intermediate_size."
@@ -282,7 +282,7 @@ def test_prune_a_field_that_is_none():
 
 def test_head_dims_of_a_rotary_model():
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(small.llama(), prune_head_dims=True)
+        traced_kwargs(small.llama(), prune_head_dims=True)
     assert str(raised.value) == (
         "LlamaForCausalLM encodes positions in its head dims (its position tables are as wide as "
         "a head), so they are not interchangeable. Leave prune_head_dims out, or prune whole heads "
@@ -327,7 +327,7 @@ def test_layers_of_different_widths():
         "local ranking (global_pruning=False), or keep them all (ignored_layers=). " + SYNC_LATER
     )
     assert [group.root.name for group in hook.last_report.groups] == ["model.layers.0.mlp.up_proj"]
-    model(**pruner_kwargs(small.llama())["example_inputs"])  # the model itself runs on
+    model(**traced_kwargs(small.llama())["example_inputs"])  # the model itself runs on
 
     cut(pruner, layers[1].mlp.up_proj, list(range(8, 24)))
     report = hook.sync()
@@ -402,7 +402,7 @@ def untied_trace(model: nn.Module) -> tuple[HFConfigSyncHook, Any]:
     """Traced without the hook, so tied layers are in groups of their own."""
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **traced_kwargs(model),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
     )
@@ -510,7 +510,7 @@ def test_a_tensor_that_the_config_cannot_size():
 def test_a_trace_that_does_not_end(monkeypatch: pytest.MonkeyPatch):
     """Rotary embeddings left as they are: Torch-Pruning issue 527."""
     model = small.llama(hidden_size=64, num_key_value_heads=2)
-    arguments = {**pruner_kwargs(model), "ignored_layers": []}
+    arguments = {**traced_kwargs(model), "ignored_layers": []}
     model.train()
     model.model.norm.weight.requires_grad_(False)
     model.config.use_cache = True
@@ -568,7 +568,7 @@ class Classifier(nn.Module):
 def test_a_wrapper_works_end_to_end(tmp_path: Any):
     model = Classifier().eval()
     backbone, config = model.backbone, model.backbone.config
-    kwargs = pruner_kwargs(model)
+    kwargs = traced_kwargs(model)
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
@@ -606,7 +606,7 @@ def test_a_layer_that_the_trace_did_not_see():
         "pruner_kwargs(model, prune=...)."
     )
     small.assert_same(before, small.state_of(model))
-    hook, pruner = attached(model, **pruner_kwargs(model, prune=("intermediate_size",)))
+    hook, pruner = attached(model, **traced_kwargs(model, prune=("intermediate_size",)))
     pruner.step()
     assert hook.last_report.fields == {"intermediate_size": (64, 48)}
 
@@ -614,7 +614,7 @@ def test_a_layer_that_the_trace_did_not_see():
 def test_the_head_of_a_wrapper_may_lose_its_outputs():
     """What is outside the Hugging Face model is none of the config's business."""
     model = Classifier().eval()
-    hook, _ = attached(model, ignored_layers=pruner_kwargs(model)["ignored_layers"])
+    hook, _ = attached(model, ignored_layers=traced_kwargs(model)["ignored_layers"])
     tp.prune_linear_out_channels(model.head, [0])
     assert hook.sync().fields == {}
 

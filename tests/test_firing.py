@@ -14,17 +14,18 @@ import torch
 import torch_pruning as tp
 import torch_pruning.dependency.graph as tp_graph
 import torch_pruning.ops as tp_ops
+from small import traced_kwargs
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from tp_hf_config import ConfigSyncError, HFConfigSyncHook, SyncReport, pruner_kwargs
+from tp_hf_config import ConfigSyncError, HFConfigSyncHook, SyncReport
 from tp_hf_config.report import SCHEMA_VERSION
 
 
 def attached(model: nn.Module, hooks: Any = (), **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
     hook = HFConfigSyncHook()
     arguments = {
-        **pruner_kwargs(model),
+        **traced_kwargs(model),
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.25,
         **kwargs,
@@ -210,7 +211,7 @@ def test_a_first_hook_that_fails_does_not_keep_the_config_from_following():
             raise RuntimeError("a bug in the hook")
 
     model = small.llama()
-    kwargs = pruner_kwargs(model)
+    kwargs = traced_kwargs(model)
     pruner = tp.pruner.MetaPruner(
         model,
         **kwargs,
@@ -238,7 +239,8 @@ def test_groups_that_are_listed_and_not_pruned():
         [],
     )
     assert str(report).startswith(
-        "sync 1: 0 groups pruned; no config field changes\n  nothing else refreshed; proved: "
+        "sync 1: 0 groups pruned (traced graph); no config field changes\n"
+        "  nothing else refreshed; proved: "
     )
     small.assert_same(before, small.state_of(model))
     for group in groups:  # and later, by hand
@@ -312,7 +314,7 @@ def test_sync_after_loading_a_pruning_history(heads: bool):
         kwargs["head_pruning_ratio"] = 0.5
     hooks, pruners = zip(
         *(
-            attached(model, **kwargs, **pruner_kwargs(model, prune_num_heads=heads))
+            attached(model, **kwargs, **traced_kwargs(model, prune_num_heads=heads))
             for model in (first, again)
         ),
         strict=True,
@@ -337,7 +339,7 @@ def test_the_history_is_torch_prunings():
     arguments = {"importance": tp.importance.GroupMagnitudeImportance(), "pruning_ratio": 0.25}
     _, pruner = attached(followed)
     pruner.step()
-    reference = tp.pruner.MetaPruner(plain, **pruner_kwargs(plain), **arguments)
+    reference = tp.pruner.MetaPruner(plain, **traced_kwargs(plain), **arguments)
     reference.step()
     histories = (pruner.pruning_history(), reference.pruning_history())
     assert sorted(map(str, histories[0])) == sorted(map(str, histories[1]))
@@ -392,6 +394,7 @@ def test_report_to_json():
     assert data == {
         "schema_version": SCHEMA_VERSION,
         "step": 1,
+        "graph": "traced graph: asked for",
         "fields": {
             "hidden_size": {"old": 32, "new": 24},
             "intermediate_size": {"old": 64, "new": 48},
@@ -441,7 +444,9 @@ def test_report_is_short_enough_for_a_loop():
     hook, pruner = attached(model)
     pruner.step()
     lines = str(hook.last_report).splitlines()
-    assert lines[0] == ("sync 1: 9 groups pruned; hidden_size 32 -> 24, intermediate_size 64 -> 48")
+    assert lines[0] == (
+        "sync 1: 9 groups pruned (traced graph); hidden_size 32 -> 24, intermediate_size 64 -> 48"
+    )
     assert lines[1].startswith("  24 attributes, 1 tie refreshed; proved: ")
     assert lines[1].endswith(" s")
     assert len(lines) == 2
@@ -552,7 +557,7 @@ def unusual(training: bool) -> Any:
 @pytest.mark.parametrize("training", [True, False])
 def test_construction_leaves_everything_as_it_was(training: bool):
     model = unusual(training)
-    kwargs = pruner_kwargs(model)
+    kwargs = traced_kwargs(model)
     before = surroundings(model)
     assert before["config"]["_attn_implementation_internal"] == "sdpa"
     pruner = tp.pruner.MetaPruner(
@@ -578,7 +583,7 @@ def test_construction_leaves_everything_as_it_was(training: bool):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
     model = unusual(training)
-    kwargs = pruner_kwargs(model)
+    kwargs = traced_kwargs(model)
     before = surroundings(model)
     state = small.state_of(model)
     hook = HFConfigSyncHook()
@@ -611,7 +616,7 @@ def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
 def test_pruner_kwargs_leave_everything_as_it_was():
     model = unusual(training=True)
     before, state = surroundings(model), small.state_of(model)
-    pruner_kwargs(model)
+    traced_kwargs(model)
     assert surroundings(model) == before
     small.assert_same(state, small.state_of(model))
 

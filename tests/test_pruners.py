@@ -13,10 +13,11 @@ import pytest
 import small
 import torch
 import torch_pruning as tp
+from small import traced_kwargs
 from torch import nn
 
 import tp_hf_config
-from tp_hf_config import Handle, HFConfigSyncHook, PrunerHook, pruner_kwargs, register
+from tp_hf_config import Handle, HFConfigSyncHook, PrunerHook, register
 
 CLASSES = {
     name: getattr(tp.pruner, name)
@@ -48,8 +49,8 @@ class Spy:
 class FullSpy(Spy):
     """A hook with everything that a hook may have."""
 
-    def constructing(self, model: nn.Module) -> FullSpy:
-        self.log.append(f"constructing {type(model).__name__}")
+    def constructing(self, arguments: dict[str, Any]) -> FullSpy:
+        self.log.append(f"constructing {type(arguments['model']).__name__}")
         return self
 
     def __enter__(self) -> None:
@@ -449,7 +450,7 @@ def test_nothing_leaks_through_default_dicts(name: str):
 
 def test_the_users_dicts_are_not_written_to():
     model = small.bert()
-    kwargs = pruner_kwargs(model, prune_num_heads=True)
+    kwargs = traced_kwargs(model, prune_num_heads=True)
     before = {name: dict(kwargs[name]) for name in DICTS[:3]}
     pruner = tp.pruner.MetaPruner(
         model,
@@ -466,7 +467,7 @@ def test_the_users_dicts_are_not_written_to():
 
 def test_pruner_kwargs_are_fresh_every_time():
     model = small.bert()
-    first, second = pruner_kwargs(model), pruner_kwargs(model)
+    first, second = traced_kwargs(model), traced_kwargs(model)
     for name, value in first.items():
         if isinstance(value, (dict, list)):
             assert value is not second[name], name
@@ -552,7 +553,7 @@ def test_a_hook_that_cannot_be_attached_takes_the_others_off():
 
     model, hook = small.bert(), HFConfigSyncHook()
     arguments = {
-        **pruner_kwargs(model),
+        **traced_kwargs(model),
         "importance": tp.importance.GroupMagnitudeImportance(),
     }
     with pytest.raises(ValueError, match="not this one"):
@@ -577,7 +578,7 @@ def hf_pruner(**kwargs: Any) -> Any:
     model = small.bert()
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **traced_kwargs(model),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         **kwargs,
@@ -777,7 +778,7 @@ def test_the_model_carries_nothing_of_the_hook():
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **traced_kwargs(model),
         importance=tp.importance.GroupMagnitudeImportance(),
         hooks=[HFConfigSyncHook()],
     )

@@ -18,11 +18,11 @@ import pytest
 import tiny
 import torch
 import torch_pruning as tp
+from small import traced_kwargs
 
 from tp_hf_config import (
     HFConfigSyncHook,
     UnsupportedModelError,
-    pruner_kwargs,
 )
 
 FFN = dict.fromkeys(tiny.NAMES, "intermediate_size") | {"opt": "ffn_dim", "t5": "d_ff"}
@@ -115,11 +115,11 @@ def head_fields(model: str) -> tuple[str, ...]:
 def arguments(case: Case, model: Any) -> dict[str, Any]:
     """What a case's pruner is told."""
     if case.mode == "ffn":
-        return {**pruner_kwargs(model, prune=(FFN[case.model],)), "pruning_ratio": 0.25}
+        return {**traced_kwargs(model, prune=(FFN[case.model],)), "pruning_ratio": 0.25}
     if case.mode == "hidden":
-        return {**pruner_kwargs(model, prune=(HIDDEN[case.model],)), "pruning_ratio": 0.25}
+        return {**traced_kwargs(model, prune=(HIDDEN[case.model],)), "pruning_ratio": 0.25}
     if case.mode == "default":
-        return {**pruner_kwargs(model), "pruning_ratio": 0.25}
+        return {**traced_kwargs(model), "pruning_ratio": 0.25}
     if case.mode == "all":  # every width, and heads
         ratio, prune = 0.25, None
     else:  # heads alone: the only fields to prune, so pruning_ratio has nothing else to take
@@ -128,7 +128,7 @@ def arguments(case: Case, model: Any) -> dict[str, Any]:
             head_fields(case.model),
         )
     return {
-        **pruner_kwargs(model, prune=prune, prune_num_heads=True),
+        **traced_kwargs(model, prune=prune, prune_num_heads=True),
         "pruning_ratio": 0.25,  # Torch-Pruning takes no heads where this is 0
         "head_pruning_ratio": ratio,
     }
@@ -360,7 +360,7 @@ def test_no_heads_go_where_the_pruning_ratio_is_zero(name: str) -> None:
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune_num_heads=True),
+        **traced_kwargs(model, prune_num_heads=True),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.0,
         head_pruning_ratio=0.5,

@@ -13,9 +13,9 @@ import small
 import torch
 import torch_pruning as tp
 import torch_pruning.dependency.graph as tp_graph
+from small import traced_kwargs
 from torch import nn
 
-from tp_hf_config import pruner_kwargs
 from tp_hf_config.inputs import tensors_with_grad
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 def plain(model: nn.Module, **kwargs: Any) -> Any:
     """A pruner without hooks: Torch-Pruning alone."""
     arguments = {
-        **pruner_kwargs(model),
+        **traced_kwargs(model),
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.5,
         **kwargs,
@@ -185,7 +185,7 @@ def test_iterative_head_pruning_takes_too_many():
     pruner = plain(
         model,
         **{
-            **pruner_kwargs(model, prune_num_heads=True),
+            **traced_kwargs(model, prune_num_heads=True),
             "pruning_ratio": 0.25,
             "head_pruning_ratio": 0.25,
             "iterative_steps": 2,

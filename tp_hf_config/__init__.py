@@ -16,13 +16,16 @@ __all__ = [
     "ConfigSyncError",
     "HFConfigSyncHook",
     "Handle",
+    "Prunable",
     "PrunerHook",
     "SyncReport",
     "TPHFConfigError",
     "TracingError",
     "UnsupportedModelError",
+    "Width",
     "disable",
     "enable",
+    "prunable",
     "pruner_kwargs",
     "register",
 ]
@@ -30,10 +33,14 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name == "pruner_kwargs":  # loads torch.overrides and the map; not needed to import
+    if name == "pruner_kwargs":  # what an import alone does not need is loaded when it is used
         from .prepare import pruner_kwargs
 
         return pruner_kwargs
+    if name in ("Prunable", "Width", "prunable"):
+        from . import offers
+
+        return getattr(offers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

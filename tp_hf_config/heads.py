@@ -40,11 +40,13 @@ class Layout:
         pieces: layer -> sizes of the pieces its output features are cut into (fused gate and up,
             fused q/k/v).
         outputs: layers whose output is what the model returns (``lm_head``, classifiers).
+        steps: how many projections were called; a forward pass that broke off has fewer.
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     pieces: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
+    steps: int = 0
 
 
 def observe(model: nn.Module) -> Layout:
@@ -57,7 +59,7 @@ def observe(model: nn.Module) -> Layout:
     handles = [
         module.register_forward_hook(watch.hook(name))
         for name, module in model.named_modules()
-        if getattr(module, "weight", None) is not None and module.weight.ndim == 2
+        if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
     ]
     try:
         with torch.no_grad(), torch.device("meta"):
@@ -73,17 +75,8 @@ def observe(model: nn.Module) -> Layout:
         heads=watch.complete_heads(),
         pieces={name: tuple(sizes) for name, sizes in watch.pieces.items()},
         outputs=frozenset(watch.outputs),
+        steps=watch.steps,
     )
-
-
-def runs(model: nn.Module) -> bool:
-    """Whether the forward pass of a model on the meta device ends."""
-    try:
-        with torch.no_grad(), torch.device("meta"), _Watch():
-            model(**example_inputs(model))
-    except Exception:
-        return False
-    return True
 
 
 def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -105,11 +98,13 @@ class _Watch(TorchFunctionMode):
         self._splits: dict[tuple[str, int], tuple[int, ...]] = {}
         self.pieces: dict[str, list[int]] = {}
         self.outputs: set[str] = set()
+        self.steps = 0
         # tensors are kept, so that ids stay unique; piece -1 is the whole output
         self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
 
     def hook(self, name: str) -> Any:
         def remember(module: nn.Module, args: Any, output: Any) -> None:
+            self.steps += 1
             if isinstance(output, torch.Tensor):
                 self._source[id(output)] = (name, -1, output)
 
@@ -137,6 +132,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _VALUES and args[0].is_meta:
             return True  # masks ask whether anything is masked; no value is known here
+        if func is torch.Tensor.__contains__ and args[0].is_meta:
+            return False  # is there a padding token?
         output = func(*args, **(kwargs or {}))
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         known = self._source.get(id(tensors[0])) if tensors else None

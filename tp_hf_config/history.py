@@ -123,6 +123,11 @@ class _Watched:
                 continue
             out = graph.is_out_channel_pruning_fn(dep.handler)
             size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
+            if hasattr(graph, "side_of"):  # a graph of views knows better
+                side = graph.side_of(module, out)
+                if side is None:
+                    continue
+                name, out = side
             yield PrunedLayer(name, out, tuple(int(i) for i in idxs), size or 0)
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from . import pruners
 from .errors import ConfigSyncError
-from .head_schedule import HeadSchedule
 from .history import Recorder
 from .locate import check_followable, find_pretrained
 from .report import SyncReport
 
 if TYPE_CHECKING:
+    from .head_schedule import HeadSchedule
+    from .steer import UnitSteering
     from .sync import Follower
+
+
+Graph = Literal["auto", "config", "trace"]
 
 
 class HFConfigSyncHook:
@@ -26,15 +30,24 @@ class HFConfigSyncHook:
     Pass it to a pruner's constructor, ``hooks=[HFConfigSyncHook()]``, or attach it to a pruner that
     exists, ``HFConfigSyncHook().register(pruner)``. One hook follows one pruner.
 
+    Args:
+        graph: ``"config"``: the pruner's dependency graph is made from the config, every group
+            proved, nothing traced; ``"trace"``: Torch-Pruning traces, safely; ``"auto"``: what
+            ``pruner_kwargs`` chose, else the trace.
+
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph = "auto") -> None:
+        if graph not in ("auto", "config", "trace"):
+            raise ValueError(f"graph={graph!r}: expected 'auto', 'config' or 'trace'")
+        self.graph = graph
         self.reports: list[SyncReport] = []
+        self._why = "traced graph: registered with a pruner that had it"
         self._follower: Follower | None = None
         self._recorder: Recorder | None = None
-        self._schedule: HeadSchedule | None = None
+        self._mended: list[HeadSchedule | UnitSteering] = []
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -53,17 +66,35 @@ class HFConfigSyncHook:
         return pruners.register(pruner, self)
 
     @contextmanager
-    def constructing(self, model: nn.Module) -> Iterator[None]:
-        """Around a pruner's constructor: check the model first, trace it safely."""
+    def constructing(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Around a pruner's constructor: check the model, put the graph in or trace safely."""
+        from .prepare import pruner_kwargs
+        from .steer import building
         from .tracing import safe_tracing
 
+        model: nn.Module = arguments["model"]
         _, pretrained = find_pretrained(model)
         check_followable(pretrained)
-        with safe_tracing(model):
+        inputs = arguments.get("example_inputs")
+        graph = None if self.graph == "trace" else getattr(inputs, "graph", None)
+        self._why = getattr(inputs, "why", "traced graph: no pruner_kwargs")
+        if self.graph == "config" and graph is None:
+            inputs = pruner_kwargs(model, graph="config")["example_inputs"]
+            graph, self._why = inputs.graph, inputs.why
+        elif self.graph == "trace":
+            if getattr(inputs, "graph", None) is not None:
+                raise ValueError(
+                    "HFConfigSyncHook(graph='trace'), but pruner_kwargs made its arguments for the "
+                    "config graph: say pruner_kwargs(model, graph='trace') too"
+                )
+            self._why = "traced graph: asked for"
+        with building(graph) if graph is not None else safe_tracing(model):
             yield
 
     def attach(self, pruner: Any) -> None:
         """Start following a pruner; called by ``register``."""
+        from .head_schedule import HeadSchedule
+        from .steer import UnitSteering
         from .sync import Follower
 
         if self._follower is not None:
@@ -73,16 +104,17 @@ class HFConfigSyncHook:
             )
         follower = Follower(pruner)
         self._follower, self._recorder = follower, Recorder(pruner.DG)
-        self._schedule = HeadSchedule(pruner, follower.accepts_heads)
-        self._recorder.attach()
-        self._schedule.attach()
+        self._mended = [HeadSchedule(pruner, follower.accepts_heads), UnitSteering(pruner)]
+        for part in (self._recorder, *self._mended):
+            part.attach()
 
     def detach(self, pruner: Any) -> None:
         """Stop following; called when the handle is removed."""
-        if self._recorder is not None and self._schedule is not None:
-            self._recorder.detach()
-            self._schedule.detach()
-        self._follower = self._recorder = self._schedule = None
+        if self._recorder is not None:
+            for part in (self._recorder, *self._mended):
+                part.detach()
+        self._follower = self._recorder = None
+        self._mended = []
 
     def after_step(self, pruner: Any) -> None:
         """Called after every step of the pruner."""
@@ -110,9 +142,11 @@ class HFConfigSyncHook:
             outcome = self._follower.follow(groups)
         except ConfigSyncError as error:
             seconds = time.perf_counter() - started
-            self.reports.append(SyncReport(step, groups, seconds=seconds, error=str(error)))
+            self.reports.append(
+                SyncReport(step, self._why, groups, seconds=seconds, error=str(error))
+            )
             raise
         seconds = time.perf_counter() - started
-        report = SyncReport(step, groups, seconds=seconds, **outcome)
+        report = SyncReport(step, self._why, groups, seconds=seconds, **outcome)
         self.reports.append(report)
         return report

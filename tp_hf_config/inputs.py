@@ -13,13 +13,15 @@ _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")
 
 
-def example_inputs(model: nn.Module, config: Any = None) -> dict[str, Any]:
+def example_inputs(
+    model: nn.Module, config: Any = None, length: int = _TEXT_LENGTH
+) -> dict[str, Any]:
     """Keyword arguments for one small forward pass of ``model``, on its device.
 
     ``config`` is the model's own unless given (for a module that wraps a Hugging Face model).
 
-    Text gives ``(1, 8)`` token ids, vision ``(1, channels, height, width)`` pixels of the config's
-    own size, speech ``(1, bins, frames)`` features or ``(1, samples)`` values.
+    Text gives ``(1, length)`` token ids, vision ``(1, channels, height, width)`` pixels of the
+    config's own size, speech ``(1, bins, frames)`` features or ``(1, samples)`` values.
     """
     parameters = inspect.signature(model.forward).parameters
     config = model.config if config is None else config
@@ -27,7 +29,7 @@ def example_inputs(model: nn.Module, config: Any = None) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for name in _TEXT:
         if name in parameters:
-            ids = torch.arange(1, 1 + _TEXT_LENGTH, device=parameter.device)[None]
+            ids = torch.arange(1, 1 + length, device=parameter.device)[None]
             inputs[name] = ids % max(2, _setting(config, "vocab_size") or 2)
     makers: dict[str, Callable[[Any], tuple[int, ...]]] = {
         "pixel_values": _pixels,

@@ -6,11 +6,12 @@ to that field.  No field, layer or architecture is known by name.
 
 from __future__ import annotations
 
-import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .depth import Depth, shallow
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConfigMap:
     """What a class builds from its config, as far as widths go.
 
@@ -62,13 +63,23 @@ class ConfigMap:
     linked: dict[FieldPath, FieldPath] = field(default_factory=dict)
     sizes: dict[FieldPath, int] = field(default_factory=dict)
 
+    def count_fields(self) -> frozenset[FieldPath]:
+        """The fields that set into how many heads a projection's output is split."""
+        return frozenset(
+            path
+            for (_, which), expression in self.expressions.items()
+            if isinstance(which, str)
+            for path in expression.fields
+        )
+
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
         """The fields that set one observable of the full model."""
         expression = self.expressions.get((self.depth.canonical(name), which))
         return expression.fields if expression else frozenset()
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[str, ConfigMap]] = weakref.WeakKeyDictionary()
+_known: OrderedDict[tuple[type, str, torch.dtype], ConfigMap] = OrderedDict()
+_KEPT = 32
 
 
 def map_of(model: PreTrainedModel) -> ConfigMap:
@@ -87,10 +98,12 @@ def map_of(model: PreTrainedModel) -> ConfigMap:
     mismatches = compare(shapes(model), shapes(full))
     if mismatches:
         raise UnsupportedModelError(_disagreement(model, mismatches))
-    key = model.config.to_json_string(use_diff=False)
-    if model not in _known or _known[model][0] != key:
-        _known[model] = key, learn(builder, model.config, full)
-    return _known[model][1]
+    key = (type(model), model.config.to_json_string(use_diff=False), builder.dtype)
+    if key not in _known:
+        _known[key] = learn(builder, model.config, full)
+        while len(_known) > _KEPT:
+            _known.popitem(last=False)
+    return _known[key]
 
 
 def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:

@@ -27,8 +27,9 @@ _lock = threading.RLock()
 class PrunerHook(Protocol):
     """What a hook has to have: a call after each step.
 
-    It may also have ``constructing(model)``, a context manager around the pruner's constructor,
-    and ``attach(pruner)`` / ``detach(pruner)``, called when it is registered and removed.
+    It may also have ``constructing(arguments)``, which returns a context manager around the
+    pruner's constructor (``arguments["model"]`` is the model, and so on), and ``attach(pruner)`` /
+    ``detach(pruner)``, called when it is registered and removed.
     """
 
     def after_step(self, pruner: Any) -> None:
@@ -198,9 +199,10 @@ def _wrap_init(cls: Any) -> None:
         if not hooks:
             original(self, *args, **kwargs)
         else:
-            model = kwargs["model"] if "model" in kwargs else (args[0] if args else None)
+            names = list(signature.parameters)[1 : len(args) + 1]
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             construct = functools.partial(original, self, *args, **kwargs)
-            _construct(self, construct, hooks, model)
+            _construct(self, construct, hooks, arguments)
 
     marked: Any = __init__
     marked.wrapper, marked.original = __init__, original
@@ -208,13 +210,15 @@ def _wrap_init(cls: Any) -> None:
     cls.__init__ = __init__
 
 
-def _construct(pruner: Any, construct: Callable[[], None], hooks: list[Any], model: Any) -> None:
+def _construct(
+    pruner: Any, construct: Callable[[], None], hooks: list[Any], arguments: dict[str, Any]
+) -> None:
     """Run a constructor inside the hooks' surroundings, then register them: all or none."""
     for hook in hooks:
         _check(hook)
     with ExitStack() as stack:
         for hook in hooks:
-            context: AbstractContextManager[Any] | None = _call(hook, "constructing", model)
+            context: AbstractContextManager[Any] | None = _call(hook, "constructing", arguments)
             if context is not None:
                 stack.enter_context(context)
         stack.callback(setattr, _constructing, "active", getattr(_constructing, "active", False))

@@ -73,7 +73,9 @@ class Builder:
 
     def config(self, data: dict[str, Any]) -> PreTrainedConfig:
         """The config that ``from_pretrained`` would read; what the class raises passes through."""
-        config = self.config_class.from_dict(copy.deepcopy(data))
+        decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
+        values = copy.deepcopy(data)
+        config = self.config_class.from_dict(decode(values) if decode is not None else values)
         config._attn_implementation = "eager"
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"

@@ -18,6 +18,7 @@ class SyncReport:
 
     Attributes:
         step: how many syncs this hook has done, this one included.
+        graph: which dependency graph the groups come from, and why that one.
         groups: what was pruned since the last sync.
         fields: config field -> (old value, new value); ``None`` stands for unset.
         attributes: module attributes refreshed.
@@ -30,6 +31,7 @@ class SyncReport:
     """
 
     step: int
+    graph: str = ""
     groups: Sequence[PrunedGroup] = ()
     fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     attributes: Sequence[str] = ()
@@ -41,7 +43,8 @@ class SyncReport:
     error: str | None = None
 
     def __str__(self) -> str:
-        head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned"
+        graph = f" ({self.graph.split(':')[0]})" if self.graph else ""
+        head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned{graph}"
         if self.error is not None:
             return f"{head}; the config does not follow: {self.error}"
         changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
@@ -67,6 +70,7 @@ class SyncReport:
             "schema_version": SCHEMA_VERSION,
             "versions": versions(),
             "step": self.step,
+            "graph": self.graph,
             "groups": [
                 {
                     "root": group.root.name,

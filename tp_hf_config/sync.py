@@ -20,6 +20,7 @@ from .apply import (
 )
 from .errors import ConfigSyncError, UnsupportedModelError
 from .explain import explain_conflict, explain_mismatch, explain_refusal
+from .graph import ConfigGraph
 from .heads import heads_of, splits_after
 from .history import PrunedGroup
 from .learn import map_of
@@ -63,13 +64,15 @@ class Follower:
         Where heads go together with the hidden size (BERT), the ratios see to it.
         """
         view = WidthView(self.model, self.known)
-        going = [path for path in view.count_fields() if self.values[path] == now]
+        going = [path for path in self.known.count_fields() if self.values[path] == now]
         if not all(view.moves_shapes(path) for path in going):
             return True
         return accepts(self.known, {**self.values, **dict.fromkeys(going, then)}) is None
 
     def _check_traced(self) -> None:
         """Every layer whose width is going to be pruned is in the pruner's graph."""
+        if isinstance(self.pruner.DG, ConfigGraph):
+            return
         traced, ignored = self.pruner.DG.module2node, self.pruner.ignored_layers
         tied = {name for tie in self.ties for name in tie.names}
         producers = list(WidthView(self.model, self.known).producers())
@@ -104,6 +107,7 @@ class Follower:
         values = self._solve(live)
         data, built = self._prove(live, values)
         change = difference(self.model, self.reference, built)
+        self._check_counts(change)
         old = config_json(self.model.config, use_diff=False)
         with all_or_nothing() as changes:
             outcome = self._write(changes, change)
@@ -225,6 +229,19 @@ class Follower:
         if isinstance(built, Refusal):
             raise explain_refusal(self.model, known, values, built)
         raise explain_mismatch(self.model, compare(dict(live), shapes(built)))
+
+    def _check_counts(self, change: Difference) -> None:
+        """A count that the class makes 0 would break some forward pass (DeepSeek's MLA heads)."""
+        before = dict(self.reference.named_modules())
+        for item in change.attributes:
+            old = getattr(before[item.module], item.key, 0)
+            if type(item.value) is int and item.value == 0 and type(old) is int and old > 0:
+                raise ConfigSyncError(
+                    f"{type(self.model).__name__} with these widths has {item.module}.{item.key} 0 "
+                    f"where it was {old}: another field that sets no shape would have to change "
+                    "with them. Keep that width (prune=, ignored_layers=). Nothing was written; go "
+                    "on pruning and sync again."
+                )
 
     def _write(self, changes: Changes, change: Difference) -> dict[str, Any]:
         write_fields(changes, self.model, change.fields)

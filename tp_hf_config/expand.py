@@ -1,0 +1,199 @@
+"""From groups proved on the tiny copy to groups of the real model: every layer, real positions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .groups import Finding, Group
+from .learn import ConfigMap
+from .miniature import Miniature
+from .reference import FieldPath, field_name
+from .twins import Dim, Layout
+
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one parameter of the real model, and where its units stand.
+
+    Attributes:
+        name: the parameter's name; a tied weight is listed under each of its names.
+        dim: the dimension.
+        layout: how the units stand along it.
+    """
+
+    name: str
+    dim: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """Dimensions of the real model that lose the same units.
+
+    Attributes:
+        fields: the config fields that count its units.
+        members: its dimensions.
+        units: how many units it has when nothing is pruned.
+        classes: units are interchangeable inside each of so many equal runs; 1: all of them.
+    """
+
+    fields: tuple[FieldPath, ...]
+    members: tuple[Member, ...]
+    units: int
+    classes: int
+
+
+def expand(
+    finding: Finding, mini: Miniature, known: ConfigMap, model: nn.Module
+) -> list[WidthGroup] | str:
+    """The real model's groups of one width, or why what was found does not carry over."""
+    names = _parameter_names(model)
+    result: list[WidthGroup] = []
+    covered: set[tuple[str, int]] = set()
+    for group in finding.groups:
+        for instance in _instances(group, known, names):
+            real = _real_group(group, instance, mini, known, model)
+            if isinstance(real, str):
+                return real
+            result.append(real)
+            covered |= {(member.name, member.dim) for member in real.members}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for dim in range(parameter.ndim):
+            moved = known.fields_of(name, dim) & set(finding.fields)
+            if moved and (name, dim) not in covered:
+                return f"{name} follows {field_name(min(moved))} but was found in no group"
+    return result
+
+
+def _parameter_names(model: nn.Module) -> dict[str, list[str]]:
+    """Name by which the model lists a parameter -> all of its names."""
+    result: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        result.setdefault(id(parameter), []).append(name)
+    return {names[0]: names for names in result.values()}
+
+
+def _instances(
+    group: Group, known: ConfigMap, names: Mapping[str, Sequence[str]]
+) -> Iterator[dict[str, Dim]]:
+    """Real parameter names of each real group that is like a tiny one, with the tiny dimension.
+
+    A group inside one layer of a list stands once in every layer that is like it; a group that
+    reaches over several layers holds all of them.  Two dimensions of one parameter are told apart
+    by a ``#`` and a number behind the name.
+    """
+    alike = known.depth.alike
+    by_name: dict[str, list[Dim]] = {}
+    for dim in group.dims:
+        by_name.setdefault(known.depth.canonical(dim.name), []).append(dim)
+    single = _single_layers(group, known)
+    if any(alike[path][index] != index for path, index in single.items()):
+        return  # the same as in the first layer of its kind
+    copies: list[tuple[str, int]] = [
+        (path, real)
+        for path, index in single.items()
+        for real, first in enumerate(alike[path])
+        if first == index
+    ]
+    for path, real in copies or [("", 0)]:
+        prefix = f"{path}.{real}." if path else ""
+        found: dict[str, Dim] = {}
+        for name in names:
+            if not name.startswith(prefix):
+                continue
+            for number, dim in enumerate(_distinct(by_name.get(known.depth.canonical(name), []))):
+                found[f"{name}#{number}"] = dim
+        yield found
+
+
+def _distinct(dims: Sequence[Dim]) -> list[Dim]:
+    """One of each (dimension, layout): layers that are alike have alike dimensions."""
+    return list({(dim.dim, dim.layout): dim for dim in dims}.values())
+
+
+def _single_layers(group: Group, known: ConfigMap) -> dict[str, int]:
+    """The lists of like layers of which a group uses one layer only, and which."""
+    used: dict[str, set[int]] = {}
+    outside = False
+    for dim in group.dims:
+        inside = False
+        for match in _INDEX.finditer(dim.name):
+            path = dim.name[: match.start()]
+            indices = known.depth.alike.get(path, ())
+            if len(set(indices)) < len(indices):
+                used.setdefault(path, set()).add(int(match.group(1)))
+                inside = True
+        outside |= not inside
+    if outside:
+        return {}
+    return {path: next(iter(found)) for path, found in used.items() if len(found) == 1}
+
+
+def _real_group(
+    group: Group, instance: Mapping[str, Dim], mini: Miniature, known: ConfigMap, model: nn.Module
+) -> WidthGroup | str:
+    values = known.values
+    if any(field not in values for field in group.fields):
+        return f"{field_name(group.fields[0])} sets no width of the real model"
+    units = values[group.fields[0]]
+    if any(values[field] % units for field in group.fields):
+        return " and ".join(f"{field_name(f)} {values[f]}" for f in group.fields) + " do not divide"
+    sources = dict(zip(group.dims, group.sources, strict=True))
+    aliases = _parameter_names(model)
+    members: list[Member] = []
+    for key, dim in instance.items():
+        name = key.rpartition("#")[0]
+        layout = _real_layout(name, dim, sources[dim], units, mini, known)
+        if isinstance(layout, str):
+            return layout
+        members += [Member(alias, dim.dim, layout) for alias in aliases[name]]
+    classes = group.classes
+    if classes > 1:
+        found = _real_counts(classes, mini, known)
+        if len(found) != 1:
+            return f"its units go in {classes} classes in the tiny copy; at full size in {found}"
+        (classes,) = found
+        if units % classes:
+            return f"{units} units do not go into {classes} equal classes"
+    return WidthGroup(group.fields, tuple(members), units, classes)
+
+
+def _real_layout(
+    name: str, dim: Dim, field: FieldPath, units: int, mini: Miniature, known: ConfigMap
+) -> Layout | str:
+    expression = known.expressions.get((known.depth.canonical(name), dim.dim))
+    slope: Any = expression.terms.get(frozenset({field})) if expression else None
+    if expression is None or slope is None:
+        return f"{name}: dimension {dim.dim} does not follow {field_name(field)} at full size"
+    per_unit = slope * known.values[field] / units
+    parts, run = dim.layout.parts, per_unit / dim.layout.parts
+    if dim.layout.run == 1:  # one position in every part: there can be more parts (heads)
+        parts, run = int(per_unit), per_unit / int(per_unit)
+    rest = expression.base - slope * known.values[field]
+    if run.denominator != 1 or rest < 0 or (dim.layout.offset and not rest):
+        return f"{name}: dimension {dim.dim} holds no whole units at full size"
+    blocks = dim.layout.blocks
+    if blocks > 1:
+        found = _real_counts(blocks, mini, known)
+        if len(found) != 1:
+            return f"{name}: blocks of the tiny copy cannot be told at full size"
+        (blocks,) = found
+    return Layout(parts, int(run), blocks, int(rest) if dim.layout.offset else 0)
+
+
+def _real_counts(count: int, mini: Miniature, known: ConfigMap) -> set[int]:
+    """What a number of heads in the tiny copy is in the real model."""
+    found: set[int] = set()
+    for layer, splits in mini.known.layout.heads.items():
+        real = known.layout.heads.get(known.depth.canonical(layer), ())
+        for tiny, full in zip(splits, real, strict=False):
+            if tiny[0] == count:
+                found.add(full[0])
+    return found

@@ -1,0 +1,320 @@
+"""A dependency graph for Torch-Pruning that is made from proved groups instead of a trace.
+
+The pruner, its importances, its ranking and its interactive steps stay Torch-Pruning's own; it asks
+this graph for its groups and gets those that the config can say.  No example input, no forward
+pass, no autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch_pruning import _helpers, ops
+from torch_pruning.dependency.dependency import Dependency
+from torch_pruning.dependency.group import Group
+from torch_pruning.dependency.node import Node
+from torch_pruning.pruner import function
+
+from .expand import WidthGroup
+from .reference import field_name
+from .views import (
+    UNITS,
+    Coupled,
+    ParameterView,
+    Side,
+    Units,
+    cut,
+    handler_of,
+    is_vector,
+    layer_side,
+    units_of,
+)
+
+
+class ConfigGroup(Group):  # type: ignore[misc]
+    """A pruning group that cuts whole units, and records a layer as its root."""
+
+    def __init__(self, graph: ConfigGraph, coupled: Coupled, units: Sequence[int]):
+        super().__init__()
+        self._DG = graph
+        self.coupled = coupled
+        self.units = list(units)
+
+    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
+        """Cut the group's units, or those that ``idxs`` of its root are, from every layer."""
+        if idxs is not None:
+            root = self[0].dep
+            self._DG.get_pruning_group(root.target.module, root.handler, idxs).prune()
+            return
+        record = min(self._group, key=lambda item: self._DG.history_rank(item.dep.target.module))
+        entry = [
+            self._DG.history_name(record.dep.target.module),
+            self._DG.is_out_channel_pruning_fn(record.dep.handler),
+            list(record.idxs),
+        ]
+        for side in self.coupled.sides:
+            cut(side, self.units)
+        self.coupled.units.count -= len(self.units)
+        if record_history:
+            self._DG._pruning_history.append(entry)
+
+
+class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
+    """Torch-Pruning's dependency graph, with groups that were proved instead of traced.
+
+    Args:
+        model: the Hugging Face model (not a wrapper around it).
+        groups: its groups.
+        prefix: the model's name in the module that the pruner prunes.
+        multiples: for fields that the class does not take every value of, what they have to be
+            a multiple of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[WidthGroup],
+        prefix: str = "",
+        multiples: Mapping[Any, int] | None = None,
+    ):
+        super().__init__()
+        self.pretrained, self.prefix = model, prefix
+        self.register_customized_layer(Units, UNITS)
+        self._views: dict[tuple[str, int], ParameterView] = {}
+        self.coupled = [
+            Coupled(
+                group.fields,
+                self._sides(group),
+                group.classes,
+                Units(group.units),
+                (multiples or {}).get(group.fields, 1),
+            )
+            for group in groups
+        ]
+
+    def build_dependency(self, model: nn.Module, *args: Any, **kwargs: Any) -> ConfigGraph:
+        """Take the groups as they are; example inputs are not looked at."""
+        self.model, self.verbose = model, False
+        self.ignored_params: list[Any] = list(kwargs.get("ignored_params") or ())
+        self._module2name = {module: name for name, module in model.named_modules()}
+        self._param_to_name: dict[nn.Parameter, str] = {}
+        self.unwrapped_parameters: list[Any] = []
+        for (name, _), view in self._views.items():
+            layer = name.rpartition(".")[0]
+            self._module2name[view] = f"{self.prefix}.{layer}".strip(".")
+        self.module2node = {
+            side.module: Node(side.module, None, self._module2name.get(side.module))
+            for coupled in self.coupled
+            for side in coupled.sides
+        }
+        for number, coupled in enumerate(self.coupled):
+            fields = " + ".join(field_name(path) for path in coupled.fields)
+            self._module2name[coupled.units] = f"{fields}, group {number}"
+            node = Node(coupled.units, None, self._module2name[coupled.units])
+            node.type = ops.OPTYPE.CUSTOMIZED
+            self.module2node[coupled.units] = node
+        return self
+
+    def get_all_groups(
+        self, ignored_layers: Sequence[nn.Module] = (), root_module_types: Any = None
+    ) -> Iterator[ConfigGroup]:
+        """Every group whose layers are not ignored, with all of its units."""
+        ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
+        for coupled in self.coupled:
+            if any(self._owner(side.module) in ignored for side in coupled.sides if side.out):
+                continue
+            if any(self._holds_ignored(side) for side in coupled.sides):
+                continue
+            root = coupled.root
+            if root is None:
+                units = list(range(coupled.units.count))
+                yield self.get_pruning_group(coupled.units, UNITS.prune_out_channels, units)
+            else:
+                channels = sorted(root.table.flatten().tolist())
+                handler = handler_of(root.module, root.out)
+                yield self.get_pruning_group(root.module, handler, channels)
+
+    @property
+    def fields(self) -> list[tuple[tuple[str | int, ...], ...]]:
+        """The config fields whose groups these are."""
+        return list(dict.fromkeys(coupled.fields for coupled in self.coupled))
+
+    def roots_of(self, path: tuple[str | int, ...]) -> list[nn.Module]:
+        """Layers with an output side in the groups of one field, as keys for ratios."""
+        return [
+            next(side.module for side in coupled.sides if side.out)
+            for coupled in self.coupled
+            if path in coupled.fields
+        ]
+
+    def _holds_ignored(self, side: Side) -> bool:
+        owned = [self.pretrained.get_parameter(member.name) for member in side.members]
+        return any(ignored is mine for ignored in self.ignored_params for mine in owned)
+
+    def get_pruning_group(
+        self, module: nn.Module, pruning_fn: Any, idxs: int | Sequence[int]
+    ) -> ConfigGroup:
+        """The group that a layer's channels belong to, cut to the units that they are.
+
+        Raises:
+            ValueError: the layer's side is in no group, or the channels are not whole units.
+        """
+        channels = [int(idxs)] if isinstance(idxs, int) else [int(index) for index in idxs]
+        out = self.is_out_channel_pruning_fn(pruning_fn)
+        for coupled in self.coupled:
+            if coupled.units is module:
+                return self._group(coupled, channels, module, True)
+        both = out and self.is_in_channel_pruning_fn(pruning_fn)  # one function for both (norms)
+        for coupled in self.coupled:
+            for side in [*coupled.ranked, *coupled.sides]:
+                if side.module is not module:
+                    known = self.side_of(side.module, side.out)
+                    if self._owner(side.module) is not module or known is None:
+                        continue
+                    fits = known[1] is out or both
+                else:
+                    fits = side.out is out or both
+                units = units_of(side, channels) if fits else None
+                if units is not None:
+                    return self._group(coupled, units, side.module, side.out)
+        name = self._module2name.get(module, type(module).__name__)
+        raise ValueError(
+            f"{name}: these {'output' if out else 'input'} channels are no whole units of a group "
+            "that the config can say. See tp_hf_config.prunable(model)."
+        )
+
+    def check_pruning_group(self, group: ConfigGroup) -> bool:
+        """Whether something is left of every layer, and as much of every class."""
+        count, classes = group.coupled.units.count, group.coupled.classes
+        if not group.units or len(group.units) >= count:
+            return False
+        size = count // classes
+        lost = [sum(unit // size == c for unit in group.units) for c in range(classes)]
+        return len(set(lost)) == 1
+
+    def get_pruner_of_module(self, module: Any) -> Any:
+        """Torch-Pruning's pruner of a layer; a view is pruned like a linear layer."""
+        if isinstance(module, Units):
+            return UNITS
+        found = super().get_pruner_of_module(module)
+        if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and self._view_of(module) is not None:
+            return function.PrunerBox[ops.OPTYPE.LINEAR]
+        return found
+
+    def load_pruning_history(self, pruning_history: Any) -> None:
+        """Prune again what a history says; it may name views by ``parameter#dimension``."""
+        self._pruning_history = pruning_history
+        named = {self.history_name(view): view for view in self._views.values()}
+        for name, is_out, idxs in pruning_history:
+            module = named[name] if name in named else self.model.get_submodule(name)
+            handler = handler_of(module, is_out)
+            self.get_pruning_group(module, handler, idxs).prune(record_history=False)
+
+    def side_of(self, module: nn.Module, out: bool) -> tuple[str, bool] | None:
+        """What to call one side of a layer in reports, and whether it is the output side."""
+        if isinstance(module, Units):
+            return None
+        if not isinstance(module, ParameterView):
+            return self._module2name[module], out
+        if type(module.owner).__name__ == "Conv1D" and module.key == "weight":
+            return self._module2name[module], module.dim == 1  # a transposed linear layer
+        return self.history_name(module), True
+
+    def history_rank(self, module: nn.Module) -> int:
+        """Layers stand in a history before views, which plain Torch-Pruning cannot replay."""
+        return 2 if isinstance(module, Units) else int(isinstance(module, ParameterView))
+
+    def history_name(self, module: nn.Module) -> str:
+        """What a history calls a layer or a view."""
+        name: str = self._module2name[module]
+        if isinstance(module, ParameterView):
+            return f"{name}.{module.key}#{module.dim}"
+        return name
+
+    def importance_of(self, group: ConfigGroup, importance: Any) -> Any:
+        """Importance of a group's units, from that of its layers' channels.
+
+        Importances add up what falls on one channel of the first layer; a unit that is several
+        channels wide (a head) has the mean of its channels', as Torch-Pruning's heads have.
+        """
+        if group.coupled.root is not None:
+            return importance(group)
+        side = group.coupled.ranked[0]
+        values = importance(self._channel_group(group.coupled, side))
+        return None if values is None else values.view(side.table.shape).mean(1)
+
+    def _channel_group(self, coupled: Coupled, root: Side) -> ConfigGroup:
+        """A group in which every channel of the root's units counts by itself."""
+        group = ConfigGroup(self, coupled, range(coupled.units.count))
+        width = root.table.shape[1]
+        for side in [root, *(other for other in coupled.sides if other is not root)]:
+            per_unit = side.table.shape[1]
+            roots = [
+                unit * width + (place * width // per_unit)
+                for unit in range(len(side.table))
+                for place in range(per_unit)
+            ]
+            self._add(group, side, side.table.flatten().tolist(), roots)
+        return group
+
+    def _group(
+        self, coupled: Coupled, units: Sequence[int], root: nn.Module, out: bool
+    ) -> ConfigGroup:
+        group = ConfigGroup(self, coupled, units)
+        if isinstance(root, Units):
+            node = self.module2node[root]
+            dep = Dependency(UNITS.prune_out_channels, UNITS.prune_out_channels, node, node)
+            item = _helpers.GroupItem(dep, list(units))
+            item.root_idxs = list(units)
+            group._group.append(item)
+        first = [side for side in coupled.sides if side.module is root and side.out is out]
+        rest = [side for side in coupled.sides if side not in first]
+        rest.sort(key=lambda side: is_vector(side.module))  # reports name a layer first
+        labels = first[0].table[:, 0].tolist() if first else list(range(coupled.units.count))
+        for side in first + rest:
+            rows = side.table[list(units)]
+            roots = [labels[unit] for unit in units for _ in range(rows.shape[1])]
+            self._add(group, side, rows.flatten().tolist(), roots)
+        return group
+
+    def _add(self, group: ConfigGroup, side: Side, idxs: list[int], roots: list[int]) -> None:
+        handler = handler_of(side.module, side.out)
+        # the pruner ranks by the name of the first item's source: one of the group's own
+        source = self.module2node[group.coupled.units]
+        trigger = group[0].dep.handler if len(group) else handler
+        dep = Dependency(trigger, handler, source, self.module2node[side.module])
+        # in order: some importances sort the indices, but not the roots beside them
+        pairs = sorted(zip(idxs, roots, strict=True))
+        item = _helpers.GroupItem(dep, [index for index, _ in pairs])
+        item.root_idxs = [root for _, root in pairs]
+        group._group.append(item)
+
+    def _owner(self, module: nn.Module) -> nn.Module:
+        return module.owner if isinstance(module, ParameterView) else module
+
+    def _view_of(self, module: nn.Module) -> ParameterView | None:
+        return next((v for v in self._views.values() if v.owner is module), None)
+
+    def _sides(self, group: WidthGroup) -> list[Side]:
+        """The sides of layers behind a group's dimensions, each once."""
+        sides: dict[tuple[int, bool], Side] = {}
+        for member in group.members:
+            layer_name, _, key = member.name.rpartition(".")
+            layer = self.pretrained.get_submodule(layer_name)
+            table = member.layout.table(group.units)
+            side_of_layer = layer_side(layer, key, member.dim)
+            module: nn.Module = layer
+            if side_of_layer is None:
+                module = self._views.setdefault(
+                    (member.name, member.dim), ParameterView(layer, key, member.dim)
+                )
+            out = side_of_layer is not False
+            side = sides.setdefault((id(module), out), Side(module, out, table))
+            if any(other.name == member.name for other in side.members):  # fused q, k and v
+                side.table = torch.cat([side.table, table], dim=1)
+            side.members.append(member)
+        return list(sides.values())

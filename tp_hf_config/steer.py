@@ -1,0 +1,104 @@
+"""Make one pruner work on a graph of whole units, and leave it as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import gcd, lcm
+from types import SimpleNamespace
+from typing import Any
+
+import torch_pruning.pruner.algorithms.base_pruner as tp_base
+
+from .graph import ConfigGraph, ConfigGroup
+
+
+class GraphInputs(dict[str, Any]):
+    """Example inputs that carry the graph to prune by; made by ``pruner_kwargs``.
+
+    Torch-Pruning hands ``example_inputs`` to the graph untouched, and a graph that is not traced
+    does not look at them.
+
+    Attributes:
+        graph: the graph made from the config; ``None``: trace.
+        why: which graph it is, and why.
+    """
+
+    def __init__(self, inputs: dict[str, Any], graph: ConfigGraph | None, why: str):
+        super().__init__(inputs)
+        self.graph, self.why = graph, why
+
+
+@contextmanager
+def building(graph: ConfigGraph) -> Iterator[None]:
+    """While one pruner is constructed, its dependency graph is this one."""
+    original = tp_base.dependency
+    try:
+        tp_base.dependency = SimpleNamespace(DependencyGraph=lambda: graph)
+        yield
+    finally:
+        tp_base.dependency = original
+
+
+class UnitSteering:
+    """One pruner's questions about a group, answered for groups of whole units.
+
+    ``estimate_importance`` gives one value per unit also where a unit is several channels wide;
+    ``_get_channel_groups`` knows the classes inside which units are interchangeable;
+    ``_round_to`` rounds each group to what the class takes of its field, and counts the units of a
+    class against those of a class (Torch-Pruning counts them against all, base_pruner.py, 1.6.1).
+    """
+
+    _NAMES = ("estimate_importance", "_get_channel_groups", "_is_atten_group", "_round_to")
+
+    def __init__(self, pruner: Any):
+        self.pruner = pruner
+        self._own = {name: vars(pruner).get(name) for name in self._NAMES}
+        self._estimate = pruner.estimate_importance
+        self._channel_groups = pruner._get_channel_groups
+        self._attention = pruner._is_atten_group
+        self._round = pruner._round_to
+        self._group: Any = None
+
+    def attach(self) -> None:
+        """Answer for the pruner, if its graph is of units."""
+        if isinstance(self.pruner.DG, ConfigGraph):
+            for name in self._NAMES:
+                setattr(self.pruner, name, getattr(self, name))
+
+    def detach(self) -> None:
+        """Leave the pruner as it was."""
+        for name, own in self._own.items():
+            if vars(self.pruner).get(name) == getattr(self, name):
+                delattr(self.pruner, name)
+                if own is not None:
+                    setattr(self.pruner, name, own)
+
+    def estimate_importance(self, group: Any, *args: Any, **kwargs: Any) -> Any:
+        """Importance of a group's units, shape ``(units,)``."""
+        if isinstance(group, ConfigGroup):
+            return self.pruner.DG.importance_of(
+                group, lambda one: self._estimate(one, *args, **kwargs)
+            )
+        return self._estimate(group, *args, **kwargs)
+
+    def _get_channel_groups(self, group: Any) -> int:
+        if isinstance(group, ConfigGroup):
+            return group.coupled.classes
+        classes: int = self._channel_groups(group)
+        return classes
+
+    def _is_atten_group(self, group: Any) -> Any:
+        self._group = group  # asked right before the group is rounded
+        return self._attention(group)
+
+    def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
+        if not isinstance(self._group, ConfigGroup):
+            rounded: int = self._round(n_pruned, current_channels, round_to)
+            return rounded
+        coupled = self._group.coupled
+        multiple = lcm(round_to, coupled.multiple)
+        multiple //= gcd(multiple, coupled.classes)  # of each class
+        size = coupled.units.count // coupled.classes
+        kept = size - n_pruned
+        return size - kept // multiple * multiple

@@ -1,0 +1,292 @@
+"""Find by experiment which dimensions of a model's parameters belong together: the twin test.
+
+Two units of a width are made twins (the same weights in every dimension of that width), so that
+nothing in the model can tell them apart and their gradients are equal everywhere.  Where they are
+not, the two are not interchangeable there.  Then one dimension's twin is disturbed: exactly the
+dimensions that are indexed by the same unit now show unequal gradients.  What is linked is a group,
+and a group is right when permuting its units leaves the model's output as it was.
+
+It needs a model, inputs and a list of dimensions, and knows nothing of configs or pruners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_EQUAL = 1e-9
+"""Relative difference up to which two float64 results are the same."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the units of a width stand along one dimension.
+
+    The dimension holds ``blocks`` blocks; in each, ``parts`` times all of the block's units; a unit
+    is ``run`` positions long. One block of several parts is "gate, then up"; one block per head of
+    three parts is "query, key and value of head 0, of head 1, ...".
+    """
+
+    parts: int = 1
+    run: int = 1
+    blocks: int = 1
+    offset: int = 0
+
+    def positions(self, unit: int, units: int) -> list[int]:
+        """The positions of one unit out of ``units``."""
+        block, place = divmod(unit, units // self.blocks)
+        per_part = units // self.blocks * self.run
+        start = self.offset + block * self.parts * per_part + place * self.run
+        return [start + part * per_part + i for part in range(self.parts) for i in range(self.run)]
+
+    def table(self, units: int) -> Tensor:
+        """Positions of every unit, shape ``(units, parts * run)``."""
+        return torch.tensor([self.positions(unit, units) for unit in range(units)])
+
+    def grouped(self, size: int) -> Layout:
+        """The layout of units that are ``size`` neighbouring units each."""
+        return replace(self, run=self.run * size)
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of one parameter, and how a width's units stand along it."""
+
+    name: str
+    dim: int
+    layout: Layout = Layout()
+
+
+@dataclass(frozen=True)
+class Links:
+    """What the twin test found.
+
+    Attributes:
+        groups: dimensions that belong together.
+        unequal: dimensions in which the two units are not interchangeable.
+        silent: dimensions without any gradient; where they belong cannot be seen.
+    """
+
+    groups: tuple[tuple[Dim, ...], ...]
+    unequal: tuple[Dim, ...]
+    silent: tuple[Dim, ...]
+
+
+class TwinTest:
+    """The experiments on one model.
+
+    Args:
+        model: small, in float64 and eval mode; its parameters are changed and put back.
+        inputs: keyword arguments of one forward pass.
+        units: how many units the width has.
+    """
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], units: int):
+        self.model, self.inputs, self.units = model, inputs, units
+        self.parameters = dict(model.named_parameters())
+        self._weights: list[tuple[Tensor, Tensor]] = []
+        self.base = [output.detach() for output in self.outputs()]
+
+    def outputs(self) -> list[Tensor]:
+        """The differentiable outputs of one forward pass, random numbers in it always the same."""
+        torch.manual_seed(0)
+        with _AllFloat64():
+            return list(_tensors(self.model(**self.inputs)))
+
+    def links(self, dims: Sequence[Dim], pairs: int = 4, thorough: bool = False) -> Links:
+        """Make two units twins, disturb one dimension after the other, join what is linked.
+
+        A unit can be out of sight for these inputs (a dead ReLU), so up to ``pairs`` pairs of
+        units are tried until every dimension was seen.  One disturbance mostly shows the whole
+        group; ``thorough`` disturbs every dimension all the same, with every pair.
+        """
+        groups: list[set[Dim]] = []
+        hidden = list(dims)
+        silent: list[Dim] = []
+        for first in range(0, min(2 * pairs, self.units - 1), 2):
+            second = first + 1
+            with self._restored(dims):
+                self._make_twins(dims, first, second)
+                grads = self._gradients(dims, first, second)
+                silent = [dim for dim in dims if self._is_silent(grads, dim)]
+                rest = [dim for dim in dims if dim not in silent]
+                unequal = self._unequal(rest, grads, first, second)
+                if unequal:
+                    return Links((), tuple(unequal), tuple(silent))
+                hidden = [d for d in hidden if d in rest and self._is_dead(grads, d, first)]
+                for group in self._components(rest, first, second, thorough):
+                    joined = [other for other in groups if other & group]
+                    groups = [other for other in groups if not other & group]
+                    groups.append(group.union(*joined))
+            if not hidden and not thorough:
+                break
+        ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
+        return Links(tuple(ordered), (), tuple(silent))
+
+    def _make_twins(self, dims: Sequence[Dim], first: int, second: int) -> None:
+        for dim in dims:
+            data = self.parameters[dim.name].data
+            source, target = self._pair(dim, first, second)
+            data.index_copy_(dim.dim, target, data.index_select(dim.dim, source).clone())
+
+    def _is_dead(self, grads: dict[str, Tensor | None], dim: Dim, unit: int) -> bool:
+        grad = grads[dim.name]
+        index = torch.tensor(dim.layout.positions(unit, self.units))
+        return grad is not None and not bool(grad.index_select(dim.dim, index).any())
+
+    def permutation_error(self, dims: Sequence[Dim], order: Sequence[int]) -> float:
+        """How much the outputs change when the units stand in another order in ``dims``.
+
+        An output axis that is itself as long as the width may come out in the new order.
+        """
+        with self._restored(dims), torch.no_grad():
+            for dim in dims:
+                parameter = self.parameters[dim.name].data
+                table = dim.layout.table(self.units).to(parameter.device)
+                parameter.index_copy_(
+                    dim.dim,
+                    table.flatten(),
+                    parameter.index_select(dim.dim, table[list(order)].flatten()).clone(),
+                )
+            changed = self.outputs()
+        return max(
+            (self._change(old, new, order) for old, new in zip(self.base, changed, strict=True)),
+            default=0.0,
+        )
+
+    def proves(self, dims: Sequence[Dim], order: Sequence[int]) -> bool:
+        """Whether that order of the units leaves the model the same function."""
+        return self.permutation_error(dims, order) < _EQUAL
+
+    def _change(self, old: Tensor, new: Tensor, order: Sequence[int]) -> float:
+        scale = float(old.abs().max()) or 1.0
+        candidates = [old]
+        for axis, size in enumerate(old.shape):
+            if size == self.units:
+                index = torch.tensor(list(order), device=old.device)
+                candidates += [one.index_select(axis, index) for one in candidates]
+        return min(float((one - new).abs().max()) for one in candidates) / scale
+
+    def _components(
+        self, dims: list[Dim], first: int, second: int, thorough: bool
+    ) -> list[set[Dim]]:
+        groups: list[set[Dim]] = []
+        for dim in dims:
+            if not thorough and any(dim in group for group in groups):
+                continue
+            linked = {dim, *self._disturbed(dim, dims, first, second)}
+            joined = [group for group in groups if group & linked]
+            groups = [group for group in groups if not group & linked]
+            groups.append(linked.union(*joined))
+        return groups
+
+    def _disturbed(self, dim: Dim, dims: list[Dim], first: int, second: int) -> list[Dim]:
+        """The dimensions in which the twins differ once one of them has noise in ``dim``."""
+        parameter = self.parameters[dim.name]
+        source, _ = self._pair(dim, first, second)
+        before = parameter.data.clone()
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(
+            parameter.index_select(dim.dim, source).shape, generator=generator, dtype=torch.float64
+        ).to(parameter.device)
+        for other in dims:
+            if other.name == dim.name and other.dim != dim.dim:
+                one, two = self._pair(other, first, second)
+                noise.index_copy_(other.dim, two, noise.index_select(other.dim, one).clone())
+        parameter.data.index_add_(dim.dim, source, noise)
+        try:
+            grads = self._gradients(dims, first, second)
+            return self._unequal(dims, grads, first, second)
+        finally:
+            parameter.data.copy_(before)
+
+    def _gradients(self, dims: Sequence[Dim], first: int, second: int) -> dict[str, Tensor | None]:
+        names = list(dict.fromkeys(dim.name for dim in dims))
+        losses = [self._loss(output, first, second) for output in self.outputs()]
+        loss = torch.stack(losses).sum()
+        grads = torch.autograd.grad(
+            loss, [self.parameters[name] for name in names], allow_unused=True
+        )
+        return dict(zip(names, grads, strict=True))
+
+    def _loss(self, output: Tensor, first: int, second: int) -> Tensor:
+        """Not linear in the output, or the last projection would show no link."""
+        generator = torch.Generator().manual_seed(2)
+        weights = torch.randn((2, *output.shape), generator=generator, dtype=torch.float64)
+        for axis, size in enumerate(output.shape):
+            if size == self.units:
+                alike = weights.index_select(axis + 1, torch.tensor([first]))
+                weights.index_copy_(axis + 1, torch.tensor([second]), alike.clone())
+        weights = weights.to(output.device)
+        return (output * weights[0] + output * output * weights[1]).sum()
+
+    def _is_silent(self, grads: dict[str, Tensor | None], dim: Dim) -> bool:
+        grad = grads[dim.name]
+        return grad is None or float(grad.abs().max()) < 1e-12
+
+    def _unequal(
+        self, dims: Sequence[Dim], grads: dict[str, Tensor | None], first: int, second: int
+    ) -> list[Dim]:
+        result = []
+        for dim in dims:
+            grad = grads[dim.name]
+            if grad is None:
+                continue
+            one, two = self._pair(dim, first, second)
+            difference = grad.index_select(dim.dim, one) - grad.index_select(dim.dim, two)
+            if float(difference.abs().max()) > _EQUAL * float(grad.abs().max()):
+                result.append(dim)
+        return result
+
+    def _pair(self, dim: Dim, first: int, second: int) -> tuple[Tensor, Tensor]:
+        device = self.parameters[dim.name].device
+        return (
+            torch.tensor(dim.layout.positions(first, self.units), device=device),
+            torch.tensor(dim.layout.positions(second, self.units), device=device),
+        )
+
+    @contextmanager
+    def _restored(self, dims: Sequence[Dim]) -> Iterator[None]:
+        before = {name: self.parameters[name].data.clone() for name in {d.name for d in dims}}
+        try:
+            yield
+        finally:
+            for name, data in before.items():
+                self.parameters[name].data.copy_(data)
+
+
+class _AllFloat64(TorchFunctionMode):
+    """Casts to lower precision stay in float64: norms in float32 would hide small differences."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        low = (torch.float32, torch.float16, torch.bfloat16)
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            return args[0].double()
+        if any(value in low for value in args if isinstance(value, torch.dtype)):
+            args = tuple(
+                torch.float64 if isinstance(value, torch.dtype) and value in low else value
+                for value in args
+            )
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in low:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The floating point tensors of a model's output that depend on its parameters."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and (value.requires_grad or not torch.is_grad_enabled()):
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

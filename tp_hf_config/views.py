@@ -1,0 +1,229 @@
+"""Layers as a graph of whole units sees them: sides, views of bare parameters, cutting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch_pruning import ops
+from torch_pruning.pruner import function
+
+from .expand import Member
+
+_BATCHNORM = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass
+class Side:
+    """One side of one layer: what Torch-Pruning prunes in one call.
+
+    Attributes:
+        module: a layer that Torch-Pruning knows, or a view of a parameter that looks like one.
+        out: whether these are the layer's output channels.
+        table: the positions of each unit that is left, shape ``(units, positions per unit)``.
+        members: the parameters' dimensions behind it.
+    """
+
+    module: nn.Module
+    out: bool
+    table: torch.Tensor
+    members: list[Member] = field(default_factory=list)
+
+
+class ParameterView(nn.Linear):
+    """One dimension of a parameter, for importances to read as a linear layer's output channels.
+
+    ``Conv1D`` weights, stacked experts and bare parameters become visible to them this way.
+    ``weight`` is a view of the parameter as it is now, its channels first.
+    """
+
+    owner: nn.Module
+    key: str
+    dim: int
+
+    def __init__(self, owner: nn.Module, key: str, dim: int):
+        nn.Module.__init__(self)
+        vars(self).update(owner=owner, key=key, dim=dim, bias=None)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter behind the view."""
+        parameter = self.owner._parameters[self.key]
+        assert parameter is not None  # views are made of parameters that exist
+        return parameter
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The parameter with this dimension first, and its gradient; both write through."""
+        parameter = self.parameter
+        view: torch.Tensor = parameter.detach().movedim(self.dim, 0)
+        grad = None if parameter.grad is None else parameter.grad.movedim(self.dim, 0)
+        if view.ndim == 1:
+            view, grad = view[:, None], None if grad is None else grad[:, None]
+        view.grad = grad
+        return view
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """The length of the dimension."""
+        return self.parameter.shape[self.dim]
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """The number of values per channel."""
+        return self.parameter.numel() // max(1, self.out_features)
+
+    def cut(self, kept: torch.Tensor) -> None:
+        """Keep some positions of the dimension, in the parameter and in its gradient."""
+        old = self.parameter
+        index = kept.to(old.device)
+        new = nn.Parameter(old.detach().index_select(self.dim, index), old.requires_grad)
+        if old.grad is not None:
+            new.grad = old.grad.index_select(self.dim, index)
+        self.owner._parameters[self.key] = new
+
+    def extra_repr(self) -> str:
+        """The parameter and its dimension, for ``print(group)``."""
+        return f"{self.key}, dim={self.dim}, channels={self.out_features}"
+
+
+def is_vector(module: nn.Module) -> bool:
+    """Whether a module is a view of a parameter with a single dimension."""
+    return isinstance(module, ParameterView) and module.parameter.ndim == 1
+
+
+class Units(nn.Module):
+    """Stands for the units of a group in which no layer has one channel per unit (heads)."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+
+class UnitsPruner(function.BasePruningFunc):  # type: ignore[misc]
+    """Counts a group's units; what is cut are its layers."""
+
+    def prune_out_channels(self, layer: Units, idxs: Sequence[int]) -> Units:
+        """Fewer units."""
+        layer.count -= len(idxs)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: Units) -> int:
+        """The number of units."""
+        return layer.count
+
+    get_in_channels = get_out_channels
+
+
+@dataclass
+class Coupled:
+    """A group of sides that lose the same units.
+
+    ``multiple``: the class takes only multiples of it.
+    """
+
+    fields: tuple[tuple[str | int, ...], ...]
+    sides: list[Side]
+    classes: int
+    units: Units
+    multiple: int = 1
+
+    @property
+    def root(self) -> Side | None:
+        """The side whose channels are the units, one to one."""
+        for side in self.ranked:
+            if side.table.shape[1] == 1:
+                return side
+        return None
+
+    @property
+    def ranked(self) -> list[Side]:
+        """The sides that importances look at, output sides first."""
+        kinds = (nn.Linear, nn.modules.conv._ConvNd)
+        seen = [side for side in self.sides if isinstance(side.module, kinds)]
+        return sorted(
+            (side for side in seen if not is_vector(side.module)), key=lambda side: not side.out
+        )
+
+
+def cut(side: Side, units: Sequence[int]) -> None:
+    """Cut units from one side of one layer; the table follows."""
+    gone = side.table[list(units)].flatten()
+    kept_units = torch.ones(len(side.table), dtype=torch.bool)
+    kept_units[list(units)] = False
+    module = side.module
+    if isinstance(module, ParameterView):
+        size = module.out_features
+        kept = torch.ones(size, dtype=torch.bool)
+        kept[gone] = False
+        module.cut(kept.nonzero().flatten())
+    else:
+        size = _channels(side)
+        handler_of(module, side.out)(module, gone.tolist())
+    shift = torch.zeros(size + 1, dtype=torch.long)
+    shift[1:].index_add_(0, gone, torch.ones(len(gone), dtype=torch.long))
+    shift = shift.cumsum(0)
+    side.table = side.table[kept_units]
+    side.table = side.table - shift[side.table]
+
+
+def _channels(side: Side) -> int:
+    layer_pruner = function.PrunerBox[ops.module2type(side.module)]
+    count = layer_pruner.get_out_channels if side.out else layer_pruner.get_in_channels
+    return int(count(side.module))
+
+
+def handler_of(module: nn.Module, out: bool) -> Any:
+    """Torch-Pruning's pruning function of one side of a layer."""
+    if isinstance(module, Units):
+        return UNITS.prune_out_channels
+    if is_vector(module):
+        # importances pass over bare vectors (norm weights), as over those of a traced graph
+        return function.PrunerBox[ops.OPTYPE.PARAMETER].prune_out_channels
+    layer_pruner = function.PrunerBox[ops.module2type(module)]
+    return layer_pruner.prune_out_channels if out else layer_pruner.prune_in_channels
+
+
+UNITS = UnitsPruner()
+
+
+def layer_side(layer: nn.Module, key: str, dim: int) -> bool | None:
+    """Whether a dimension is a layer's output side (else its input side); None: neither."""
+    if isinstance(layer, nn.Linear) and layer.weight.shape == (
+        layer.out_features,
+        layer.in_features,
+    ):
+        return dim == 0
+    if isinstance(layer, nn.modules.conv._ConvNd) and not layer.transposed:
+        if layer.groups != 1 or dim > 1:
+            return None
+        return dim == 0
+    if isinstance(layer, nn.Embedding):
+        return True if dim == 1 else None
+    if isinstance(layer, (nn.LayerNorm, _BATCHNORM)):
+        return True
+    return None
+
+
+def units_of(side: Side, channels: Sequence[int]) -> list[int] | None:
+    """The units that channels are; None where they are none, or not whole ones.
+
+    One channel of fused gate and up stands for both: units count where one whole part is given.
+    """
+    where = {int(p): unit for unit, row in enumerate(side.table.tolist()) for p in row}
+    if any(channel not in where for channel in channels):
+        return None
+    given: dict[int, int] = {}
+    for channel in channels:
+        given[where[channel]] = given.get(where[channel], 0) + 1
+    row = side.table.shape[1]
+    run = 1
+    if row > 1:
+        first = side.table[0].tolist()
+        run = next((i for i in range(1, row) if first[i] != first[i - 1] + 1), row)
+    return list(given) if all(count % run == 0 for count in given.values()) else None
