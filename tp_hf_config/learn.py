@@ -82,14 +82,19 @@ _known: OrderedDict[tuple[type, str, torch.dtype], ConfigMap] = OrderedDict()
 _KEPT = 32
 
 
-def map_of(model: PreTrainedModel) -> ConfigMap:
+def map_of(model: PreTrainedModel, full: nn.Module | Refusal | None = None) -> ConfigMap:
     """The map of a live model's class around its config; learned once per config.
+
+    Args:
+        model: the live model.
+        full: the class built from the model's config, where that was done already.
 
     Raises:
         UnsupportedModelError: the config does not build the model that it belongs to.
     """
     builder = Builder(model)
-    full = builder.build(config_json(model.config))
+    if full is None:
+        full = builder.build(config_json(model.config))
     if isinstance(full, Refusal):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be built from its own config: "

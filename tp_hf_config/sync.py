@@ -26,7 +26,16 @@ from .history import PrunedGroup
 from .learn import map_of
 from .limits import accepts
 from .locate import check_followable, find_pretrained
-from .reference import FieldPath, Refusal, compare, config_json, field_name, shapes, with_values
+from .reference import (
+    Builder,
+    FieldPath,
+    Refusal,
+    compare,
+    config_json,
+    field_name,
+    shapes,
+    with_values,
+)
 from .solve import Conflict, Observable, Problem, solve
 from .ties import ties_of
 from .widths import WidthView
@@ -43,10 +52,9 @@ class Follower:
         self.pruner = pruner
         self.prefix, self.model = find_pretrained(pruner.model)
         check_followable(self.model)
-        self.known = map_of(self.model)
-        built = self.known.builder.build(config_json(self.model.config), buffers=True)
-        if isinstance(built, Refusal):  # only the buffers can fail here: the map exists
-            raise ConfigSyncError(f"buffers cannot be computed: {built.reason}")
+        built = Builder(self.model).build(config_json(self.model.config), buffers=True)
+        self.known = map_of(self.model, built)  # refuses where nothing was built
+        assert not isinstance(built, Refusal)
         self.reference: nn.Module = built
         self.ties = ties_of(self.model)
         self._check_traced()
@@ -103,7 +111,7 @@ class Follower:
             ConfigSyncError: no config says what the weights are.
         """
         notes = self._count_heads(groups)
-        live = self._live_shapes()
+        live = self._live_shapes(groups)
         values = self._solve(live)
         data, built = self._prove(live, values)
         change = difference(self.model, self.reference, built)
@@ -157,11 +165,16 @@ class Follower:
         inside = name.startswith(f"{self.prefix}.")
         return name.removeprefix(f"{self.prefix}.") if inside else None
 
-    def _live_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _live_shapes(self, groups: Sequence[PrunedGroup]) -> dict[str, tuple[int, ...]]:
         """The shapes that the model has once tied weights are one again."""
         live = shapes(self.model)
+        lost: dict[str | None, list[tuple[int, ...]]] = {}
+        for layer in (layer for group in groups for layer in group.layers):
+            lost.setdefault(self._own_name(layer.name), []).append(layer.removed)
         for tie in self.ties:
-            conflict = tie.conflict(self.model)
+            cuts = [lost.get(name.rpartition(".")[0], []) for name in tie.pruned(self.model)]
+            alike = bool(cuts and cuts[0]) and all(cut == cuts[0] for cut in cuts)
+            conflict = tie.conflict(self.model, alike)
             if conflict is not None:
                 raise ConfigSyncError(
                     f"{conflict}. {type(self.model).__name__} stores them once, so a reload would "
@@ -192,12 +205,18 @@ class Follower:
         known = self.known
         expressions = {}
         targets = {}
+        first: dict[tuple[str, int | str, int], Observable] = {}  # alike layers say it once
         for (name, which), target in self._targets(live).items():
-            expression = known.expressions.get((known.depth.canonical(name), which))
+            canonical = known.depth.canonical(name)
+            expression = known.expressions.get((canonical, which))
             if expression is not None:
                 expressions[(name, which)] = expression
                 targets[(name, which)] = target
-        result = solve(Problem(expressions, known.values, targets))
+                first.setdefault((canonical, which, target), (name, which))
+        few = {observable: targets[observable] for observable in first.values()}
+        result = solve(Problem(expressions, known.values, few))
+        if isinstance(result, Conflict):
+            result = solve(Problem(expressions, known.values, targets))  # names every layer
         if isinstance(result, Conflict):
             raise explain_conflict(self.model, known, result)
         for follower, leader in known.linked.items():

@@ -32,8 +32,11 @@ class Tie:
         """The name whose Parameter all names shall have."""
         return next(iter(self.pruned(model)), self.names[0])
 
-    def conflict(self, model: nn.Module) -> str | None:
-        """Why they cannot be one Parameter again; None: they can."""
+    def conflict(self, model: nn.Module, alike: bool = False) -> str | None:
+        """Why they cannot be one Parameter again; None: they can.
+
+        ``alike``: all are known to have lost the same channels, so values need no comparing.
+        """
         first, *others = self.pruned(model) or self.names[:1]
         weight = model.get_parameter(first)
         for name in others:
@@ -43,7 +46,7 @@ class Tie:
                     f"{first} has shape {list(weight.shape)} and {name} {list(other.shape)}, but "
                     "they are tied, one weight under two names"
                 )
-            if not torch.equal(other, weight):
+            if not alike and not torch.equal(other, weight):
                 return (
                     f"{first} and {name} are tied, one weight under two names, but lost different "
                     "channels"
