@@ -12,6 +12,7 @@ import small
 import torch
 import torch_pruning as tp
 import transformers as hf
+import zoo
 from torch import nn
 from torch_pruning.dependency import DependencyGraph
 
@@ -1326,3 +1327,20 @@ def test_what_the_trace_does_not_see():
     expected = [{f"transformer.h.{i}.mlp.c_{part}" for part in ("fc", "proj")} for i in range(2)]
     assert sorted(map(sorted, names)) == sorted(map(sorted, expected))
     assert all("c_fc" in str(group) and "c_proj" in str(group) for group in groups)
+
+
+def test_a_traced_graph_does_not_cut_what_was_disproved():
+    model = zoo.build("gpt_neox")  # its inner widths are rotary in part
+    with pytest.raises(UnsupportedModelError, match=r"hidden_size: .* A traced graph would cut it"):
+        pruner_kwargs(model, graph="trace", prune=("hidden_size",))
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, graph="trace"),
+        importance=Importance(),
+        pruning_ratio=0.25,
+        hooks=[hook],
+    )
+    pruner.step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {"intermediate_size": (96, 72)}

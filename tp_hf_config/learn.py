@@ -46,10 +46,9 @@ class ConfigMap:
         expressions: how the fields make each observable of the shallow model.
         depth: the shallow config, and how names map onto it.
         layout: how the forward pass takes the shallow model's projections apart.
-        inexact: observables that no straight line describes; only the proof looks at them.
         linked: field -> the field it has to move with, in proportion (OPT's
             ``word_embed_proj_dim`` and ``hidden_size``: apart, the class builds other layers).
-        sizes: ``values`` and the fields of inexact observables (an image's size).
+        sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
     """
 
     builder: Builder
@@ -59,7 +58,6 @@ class ConfigMap:
     expressions: dict[Observable, Expression]
     depth: Depth
     layout: Layout
-    inexact: frozenset[Observable] = field(default_factory=frozenset)
     linked: dict[FieldPath, FieldPath] = field(default_factory=dict)
     sizes: dict[FieldPath, int] = field(default_factory=dict)
 
@@ -139,7 +137,7 @@ def learn(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> Config
     study = Study(builder, depth, implied)
     values = {**declared, **implied}
     moves, linked = study.moves(values)
-    expressions, inexact = study.expressions(values, moves)
+    expressions = study.expressions(values, moves)
     moving = {path for expression in expressions.values() for path in expression.fields}
     return ConfigMap(
         builder=builder,
@@ -149,7 +147,6 @@ def learn(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> Config
         expressions=expressions,
         depth=depth,
         layout=study.layout,
-        inexact=inexact,
         linked=linked,
         sizes={path: value for path, value in values.items() if path in moves or path in linked},
     )

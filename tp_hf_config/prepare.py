@@ -15,7 +15,7 @@ from .learn import map_of
 from .limits import multiple_of
 from .locate import check_followable, find_pretrained
 from .offers import Width, widths_of
-from .reference import field_name
+from .reference import FieldPath, field_name
 from .steer import GraphInputs
 from .widths import WidthView
 
@@ -206,7 +206,7 @@ def _for_trace(
     prune_head_dims: bool | None,
     round_to: int | None,
 ) -> dict[str, Any]:
-    selected = view.select(wanted, prune_num_heads)
+    selected = view.select(wanted, prune_num_heads) - _disproved(view, wanted)
     coupled = view.coupled(selected)
     if prune_head_dims is None:
         prune_head_dims = bool(coupled) and not prune_num_heads
@@ -238,6 +238,26 @@ def _for_trace(
         **({"pruning_ratio_dict": by_module} if by_module else {}),
         **view.rounding(selected, coupled, round_to, prune_num_heads),
     }
+
+
+def _disproved(view: WidthView, wanted: list[str] | None) -> set[FieldPath]:
+    """Widths whose units an experiment showed not to be interchangeable: no trace may cut them.
+
+    Heads are left to Torch-Pruning's own bookkeeping.
+    """
+    heads = view.head_fields()
+    found = {
+        width.fields[0]: str(width.reason)
+        for width in widths_of(view.model)
+        if width.disproved and len(width.fields) == 1 and width.fields[0] not in heads
+    }
+    for path, reason in found.items():
+        if field_name(path) in (wanted or ()):
+            raise UnsupportedModelError(
+                f"{type(view.model).__name__} cannot prune {field_name(path)}: {reason}. A traced "
+                "graph would cut it all the same, and wrongly."
+            )
+    return set(found)
 
 
 def _around(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:

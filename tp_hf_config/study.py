@@ -187,8 +187,11 @@ class Study:
 
     def expressions(
         self, values: Mapping[FieldPath, int], moves: Mapping[FieldPath, list[Move]]
-    ) -> tuple[dict[Observable, Expression], frozenset[Observable]]:
-        """One expression per observable that moves, and the observables that no line describes."""
+    ) -> dict[Observable, Expression]:
+        """One expression per observable that moves along straight lines.
+
+        The others (an image's number of patches) are looked at by the proof alone.
+        """
         slopes: dict[Observable, dict[FieldPath, Fraction]] = {}
         inexact: set[Observable] = set()
         for path, points in moves.items():
@@ -206,12 +209,11 @@ class Study:
                 elif found:
                     inexact.add(key)
         pairs = self._pairs(values, moves, slopes)
-        expressions = {
+        return {
             key: self._expression(key, by_field, values, pairs)
             for key, by_field in slopes.items()
             if key not in inexact
         }
-        return expressions, frozenset(inexact)
 
     def _pairs(
         self,
