@@ -5,8 +5,9 @@
 Seconds on the real SmolLM2-135M, the best of some rounds in turn: FFN alone, and FFN with the
 hidden size; "traced" is Torch-Pruning's own graph (made safe by this library), "config" the graph
 made from the config.  OptiPFair (``pip install optipfair``) cuts FFNs only.  Learning and proving
-is done once per model and printed by itself.  Then a random Llama of 1.5 billion parameters: the
-step as a multiple of the time to read and write its weights once, and the peak of memory.
+is done once per model and printed by itself.  Then, without weights, the same for 70 billion
+parameters, and a random Llama of 1.5 billion: the step as a multiple of the time to read and write
+its weights once, and the peak of memory.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from overhead import smollm2
+from overhead import llama, smollm2
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config.offers import widths_of
 from tp_hf_config.report import versions
 
 RATIO = 0.2
@@ -74,7 +76,7 @@ def best(rounds: int, what: Callable[[PreTrainedModel], Any], model: PreTrainedM
 def on_smollm2(rounds: int) -> dict[str, Any]:
     """All rows of the first table."""
     model = smollm2()
-    pruner_kwargs(model, graph="trace")  # first use of every module is not what is measured
+    prunable(llama(2))  # first use of every module is not what is measured
     started = time.perf_counter()
     prunable(copy.deepcopy(model))
     figures: dict[str, Any] = {"learn and prove": time.perf_counter() - started}
@@ -85,6 +87,23 @@ def on_smollm2(rounds: int) -> dict[str, Any]:
             )
     figures["FFN, OptiPFair"] = best(rounds, optipfair, model)
     return figures
+
+
+def on_meta_70b() -> float:
+    """Seconds to learn and prove a Llama of 70 billion parameters, which needs no weights."""
+    config = LlamaConfig(
+        num_hidden_layers=80,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    started = time.perf_counter()
+    widths_of(model)
+    return time.perf_counter() - started
 
 
 def on_large(layers: int = 32) -> dict[str, float]:
@@ -138,6 +157,8 @@ def main() -> None:
             table.add_row(name, *shown, f"{together:.3f}")
     console.print(table)
     if not arguments.no_large:
+        figures["learn and prove, 70 billion"] = seconds = on_meta_70b()
+        console.print(f"learn and prove a Llama of 70 billion parameters: {seconds:.2f} s")
         large = figures["large"] = on_large()
         table = Table("random Llama, 32 layers, 2048 wide", "", title="the limit")
         for name, number in large.items():

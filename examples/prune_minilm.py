@@ -72,7 +72,7 @@ def main() -> None:
     pruner = make_pruner(model, args, hook := HFConfigSyncHook())
     accumulate_gradients(model, original, tokenizer, train[: 8 * BATCH])
     pruner.step()  # prunes the weights; the config follows by itself
-    console.print(hook.last_report)
+    console.print(str(hook.last_report), soft_wrap=True)
 
     unrecovered = copy.deepcopy(model)
     recover(model, original, tokenizer, train, args)

@@ -69,7 +69,7 @@ def main() -> None:
             sample = list(islice(batches, CALIBRATION))
             accumulate_gradients(model, progress.track(sample, description=f"{name} calibrate"))
             pruner.step()  # prunes the weights; the config follows by itself
-            console.print(hook.last_report)
+            console.print(str(hook.last_report), soft_wrap=True)
             cut = perplexity(model, held_out)
             sample = list(islice(batches, args.recovery_steps))
             recover(model, unpruned, progress.track(sample, description=f"{name} recover"), args)

@@ -64,6 +64,8 @@ class SyncReport:
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
+    __rich__ = __str__  # rich would print every index of every layer
+
     def to_dict(self) -> dict[str, Any]:
         """The report for ``json.dumps``, with the versions it was made by."""
         return {
