@@ -6,6 +6,7 @@ workaround that its docstring names can go.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -203,3 +204,19 @@ def test_the_version_is_not_the_packages():
     if version("torch-pruning") != "1.6.1":
         pytest.skip("this fault was in 1.6.1 only")
     assert tp.__version__ == "1.6.0"
+
+
+def test_round_to_counts_one_heads_channels_against_all():
+    """BasePruner._round_to (base_pruner.py): mended by tp_hf_config/steer.py.
+
+    Of 12 heads of 32 channels, 4 of every head go: 336 are left, a multiple of 12, so nothing is
+    to be rounded. Torch-Pruning takes the 4 from all 384 and rounds 380 down to 372: 12 of 32.
+    """
+    assert tp.pruner.BasePruner._round_to(None, 4, 12 * 32, 12) == 12
+
+
+def test_hessian_importance_sorts_channels_and_leaves_their_roots():
+    """GroupHessianImportance (importance.py): tp_hf_config/graph.py hands both out in order."""
+    source = inspect.getsource(tp.importance.GroupHessianImportance.__call__)
+    assert "idxs.sort()" in source
+    assert "root_idxs.sort()" not in source
