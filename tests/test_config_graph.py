@@ -290,6 +290,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "deepseek_v3": {
         "n_routed_experts": "no permutation of units is neutral in model.layers.*.mlp.experts.",
         "n_shared_experts": "n_shared_experts is 1 in the tiny copy",
+        "num_attention_heads": "model.layers.0.self_attn.num_key_value_groups would be 0",
         "qk_nope_head_dim": "it sets no parameter that the outputs depend on",
         "qk_rope_head_dim": _NOT + " model.layers.*.self_attn.",
         "v_head_dim": _NOT + " model.layers.*.self_attn.",
@@ -353,12 +354,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "vision_config.patch_size": _RUN + ": 'NoneType' object has no attribute 'device'",
         "vision_config.temporal_patch_size": _RUN + ": 'NoneType' object has no attribute 'device'",
     },
-}
-# Offered, but the config cannot follow: the sync says why and writes nothing.
-UNSAYABLE: dict[str, dict[str, str]] = {
-    "deepseek_v3": {
-        "num_attention_heads": "has model.layers.0.self_attn.num_key_value_groups 0 where it was 1"
-    }
 }
 # END OF TABLES
 # What goes in and comes out of a model keeps its width.
@@ -529,7 +524,7 @@ CASES = [
 def test_every_width_is_offered_or_refused_for_a_known_reason(name: str) -> None:
     found = {width: reason for width, reason in table_of(name).items() if width not in ENDS}
     offered = {width for width, reason in found.items() if reason is None}
-    assert offered == HALF.get(name, {}).keys() | UNSAYABLE.get(name, {}).keys()
+    assert offered == HALF.get(name, {}).keys()
     refused = {width: reason for width, reason in found.items() if reason is not None}
     assert refused.keys() == REFUSED.get(name, {}).keys()
     for width, fragment in REFUSED.get(name, {}).items():
@@ -547,14 +542,12 @@ def test_a_refused_width_raises_before_pruning(name: str) -> None:
             assert fragment in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "field", "message"),
-    [(name, field, text) for name, found in UNSAYABLE.items() for field, text in found.items()],
-)
-def test_a_config_that_cannot_follow_says_so(name: str, field: str, message: str) -> None:
-    with pytest.raises(ConfigSyncError) as caught:
-        run_of(Case(name, field, 1))
-    assert message in str(caught.value)
+def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tp_hf_config.offers.vanished_counts", lambda old, new: [])
+    with pytest.raises(ConfigSyncError, match=r"makes model.layers.0.self_attn.num_key_value_gr"):
+        run_of(Case("deepseek_v3", "num_attention_heads", 1))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -85,6 +85,15 @@ def explain_mismatch(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> 
     )
 
 
+def explain_vanished(model: PreTrainedModel, names: Sequence[str]) -> ConfigSyncError:
+    """A count that the class makes 0 would break some forward pass."""
+    return ConfigSyncError(
+        f"{type(model).__name__} with these widths makes {names[0]} 0: another field that sets no "
+        "shape would have to change with them. Keep that width (prune=, ignored_layers=). Nothing "
+        "was written; go on pruning and sync again."
+    )
+
+
 def _needs(by_value: dict[int | float, list[str]], base: int | None) -> str:
     parts = []
     for value, names in sorted(by_value.items()):

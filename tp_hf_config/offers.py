@@ -16,7 +16,7 @@ from .groups import Finding, find_groups
 from .learn import ConfigMap, map_of
 from .locate import check_followable, find_pretrained
 from .miniature import Miniature, miniature
-from .reference import FieldPath, Refusal, field_name
+from .reference import FieldPath, Refusal, field_name, vanished_counts, with_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,6 +138,10 @@ def _one_thread() -> Iterator[None]:
 def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTrainedModel) -> Width:
     if finding.reason is not None:
         return Width(finding.fields, reason=finding.reason, disproved=finding.disproved)
+    vanished = _vanished(finding, known)
+    if vanished:
+        reason = f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
+        return Width(finding.fields, reason=reason, disproved=True)
     groups = expand(finding, mini, known, model)
     if isinstance(groups, str):
         return Width(finding.fields, reason=groups)
@@ -150,6 +154,17 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
         layers=len({m.name.rpartition(".")[0] for group in groups for m in group.members}),
         parameters=_parameters_per_unit(groups, model),
     )
+
+
+def _vanished(finding: Finding, known: ConfigMap) -> list[str]:
+    """Counts that would be 0 in a model with a quarter less of this width."""
+    now = {path: known.values[path] for path in known.unset}
+    less = {path: known.values[path] - known.values[path] // 4 for path in finding.fields}
+    old = known.builder.build(with_values(known.depth.data, dict(now)))
+    new = known.builder.build(with_values(known.depth.data, {**now, **less}))
+    if isinstance(old, Refusal) or isinstance(new, Refusal):
+        return []
+    return vanished_counts(old, new)
 
 
 def _parameters_per_unit(groups: Sequence[WidthGroup], model: nn.Module) -> int:

@@ -167,6 +167,23 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return result
 
 
+def vanished_counts(old: nn.Module, new: nn.Module) -> list[str]:
+    """Whole-number attributes that are above 0 in one build of a class and 0 in another.
+
+    A field that sets no shape did not follow: DeepSeek's ``num_key_value_groups`` is heads over
+    ``num_key_value_heads``, which its latent attention does not use for any weight.
+    """
+    before = dict(old.named_modules())
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, module in new.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is int and value == 0
+        for was in [vars(before[name]).get(key) if name in before else None]
+        if type(was) is int and was > 0
+    ]
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """One tensor whose shape the config does not give."""

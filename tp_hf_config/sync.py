@@ -19,7 +19,12 @@ from .apply import (
     write_ties,
 )
 from .errors import ConfigSyncError, UnsupportedModelError
-from .explain import explain_conflict, explain_mismatch, explain_refusal
+from .explain import (
+    explain_conflict,
+    explain_mismatch,
+    explain_refusal,
+    explain_vanished,
+)
 from .graph import ConfigGraph
 from .heads import heads_of, splits_after
 from .history import PrunedGroup
@@ -34,6 +39,7 @@ from .reference import (
     config_json,
     field_name,
     shapes,
+    vanished_counts,
     with_values,
 )
 from .solve import Conflict, Observable, Problem, solve
@@ -114,8 +120,10 @@ class Follower:
         live = self._live_shapes(groups)
         values = self._solve(live)
         data, built = self._prove(live, values)
+        vanished = vanished_counts(self.reference, built)
+        if vanished:
+            raise explain_vanished(self.model, vanished)
         change = difference(self.model, self.reference, built)
-        self._check_counts(change)
         old = config_json(self.model.config, use_diff=False)
         with all_or_nothing() as changes:
             outcome = self._write(changes, change)
@@ -248,19 +256,6 @@ class Follower:
         if isinstance(built, Refusal):
             raise explain_refusal(self.model, known, values, built)
         raise explain_mismatch(self.model, compare(dict(live), shapes(built)))
-
-    def _check_counts(self, change: Difference) -> None:
-        """A count that the class makes 0 would break some forward pass (DeepSeek's MLA heads)."""
-        before = dict(self.reference.named_modules())
-        for item in change.attributes:
-            old = getattr(before[item.module], item.key, 0)
-            if type(item.value) is int and item.value == 0 and type(old) is int and old > 0:
-                raise ConfigSyncError(
-                    f"{type(self.model).__name__} with these widths has {item.module}.{item.key} 0 "
-                    f"where it was {old}: another field that sets no shape would have to change "
-                    "with them. Keep that width (prune=, ignored_layers=). Nothing was written; go "
-                    "on pruning and sync again."
-                )
 
     def _write(self, changes: Changes, change: Difference) -> dict[str, Any]:
         write_fields(changes, self.model, change.fields)
