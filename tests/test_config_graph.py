@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 import masking
@@ -546,6 +547,7 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tp_hf_config.offers.vanished_counts", lambda old, new: [])
+    monkeypatch.setattr("tp_hf_config.offers._experiments", weakref.WeakKeyDictionary())
     with pytest.raises(ConfigSyncError, match=r"makes model.layers.0.self_attn.num_key_value_gr"):
         run_of(Case("deepseek_v3", "num_attention_heads", 1))
 

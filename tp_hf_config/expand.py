@@ -13,6 +13,7 @@ from .groups import Finding, Group
 from .learn import ConfigMap
 from .miniature import Miniature
 from .reference import FieldPath, field_name
+from .ties import parameter_names
 from .twins import Dim, Layout
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -54,12 +55,12 @@ def expand(
     finding: Finding, mini: Miniature, known: ConfigMap, model: nn.Module
 ) -> list[WidthGroup] | str:
     """The real model's groups of one width, or why what was found does not carry over."""
-    names = _parameter_names(model)
+    names = {names[0]: names for names in parameter_names(model).values()}
     result: list[WidthGroup] = []
     covered: set[tuple[str, int]] = set()
     for group in finding.groups:
         for instance in _instances(group, known, names):
-            real = _real_group(group, instance, mini, known, model)
+            real = _real_group(group, instance, mini, known, names)
             if isinstance(real, str):
                 return real
             result.append(real)
@@ -70,14 +71,6 @@ def expand(
             if moved and (name, dim) not in covered:
                 return f"{name} follows {field_name(min(moved))} but was found in no group"
     return result
-
-
-def _parameter_names(model: nn.Module) -> dict[str, list[str]]:
-    """Name by which the model lists a parameter -> all of its names."""
-    result: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        result.setdefault(id(parameter), []).append(name)
-    return {names[0]: names for names in result.values()}
 
 
 def _instances(
@@ -137,7 +130,11 @@ def _single_layers(group: Group, known: ConfigMap) -> dict[str, int]:
 
 
 def _real_group(
-    group: Group, instance: Mapping[str, Dim], mini: Miniature, known: ConfigMap, model: nn.Module
+    group: Group,
+    instance: Mapping[str, Dim],
+    mini: Miniature,
+    known: ConfigMap,
+    names: Mapping[str, Sequence[str]],
 ) -> WidthGroup | str:
     values = known.values
     if any(field not in values for field in group.fields):
@@ -146,14 +143,13 @@ def _real_group(
     if any(values[field] % units for field in group.fields):
         return " and ".join(f"{field_name(f)} {values[f]}" for f in group.fields) + " do not divide"
     sources = dict(zip(group.dims, group.sources, strict=True))
-    aliases = _parameter_names(model)
     members: list[Member] = []
     for key, dim in instance.items():
         name = key.rpartition("#")[0]
         layout = _real_layout(name, dim, sources[dim], units, mini, known)
         if isinstance(layout, str):
             return layout
-        members += [Member(alias, dim.dim, layout) for alias in aliases[name]]
+        members += [Member(alias, dim.dim, layout) for alias in names[name]]
     classes = group.classes
     if classes > 1:
         found = _real_counts(classes, mini, known)

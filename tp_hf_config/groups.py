@@ -83,10 +83,7 @@ def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:
         module = mini.model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, torch.nn.Embedding) and dim == 0:
             return False
-    return any(
-        path in expression.fields and isinstance(which, int)
-        for (_, which), expression in mini.known.expressions.items()
-    )
+    return mini.known.moves_shapes(path)
 
 
 def _find(mini: Miniature, scales: Mapping[FieldPath, int]) -> Finding:
@@ -156,13 +153,12 @@ def _layouts(
         return []
     layer = name.rpartition(".")[0]
     pieces = mini.known.layout.pieces.get(layer, ())
-    counts = sorted(mini.known.count_fields(), key=str)
     heads = {split[0] for splits in mini.known.layout.heads.values() for split in splits}
     found: list[Layout] = []
     for offset in dict.fromkeys([0, rest]):
         parts = [n for n in range(1, width + 1) if width % n == 0]
         # heads are runs; the dimensions of a head, and of gate and up, stand in every part
-        parts.sort(reverse=path not in counts)
+        parts.sort(reverse=path not in mini.known.count_fields())
         parts.sort(key=lambda n: n != len(pieces))
         found += [Layout(n, width // n, 1, offset) for n in parts]
         if width > 1 and dim == 0:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from . import pruners
+from .choice import Graph, check_graph
 from .errors import ConfigSyncError
 from .history import Recorder
 from .locate import check_followable, find_pretrained
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from .head_schedule import HeadSchedule
     from .steer import UnitSteering
     from .sync import Follower
-
-
-Graph = Literal["auto", "config", "trace"]
 
 
 class HFConfigSyncHook:
@@ -40,8 +38,7 @@ class HFConfigSyncHook:
     """
 
     def __init__(self, graph: Graph = "auto") -> None:
-        if graph not in ("auto", "config", "trace"):
-            raise ValueError(f"graph={graph!r}: expected 'auto', 'config' or 'trace'")
+        check_graph(graph)
         self.graph = graph
         self.reports: list[SyncReport] = []
         self._why = "traced graph: registered with a pruner that had it"

@@ -70,6 +70,13 @@ class ConfigMap:
             for path in expression.fields
         )
 
+    def moves_shapes(self, path: FieldPath) -> bool:
+        """Whether a field is to be seen in some tensor's shape."""
+        return any(
+            isinstance(which, int) and path in expression.fields
+            for (_, which), expression in self.expressions.items()
+        )
+
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
         """The fields that set one observable of the full model."""
         expression = self.expressions.get((self.depth.canonical(name), which))

@@ -116,8 +116,8 @@ def widths_of(model: PreTrainedModel) -> tuple[Width, ...]:
     if known not in _experiments:
         with _one_thread():
             mini = miniature(known)
-            found = () if isinstance(mini, Refusal) else tuple(find_groups(mini))
-        _experiments[known] = mini, found
+            found = [] if isinstance(mini, Refusal) else find_groups(mini)
+            _experiments[known] = mini, tuple(_sayable(finding, known) for finding in found)
     mini, findings = _experiments[known]
     if isinstance(mini, Refusal):
         return tuple(Width((path,), reason=mini.reason) for path in known.values)
@@ -138,10 +138,6 @@ def _one_thread() -> Iterator[None]:
 def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTrainedModel) -> Width:
     if finding.reason is not None:
         return Width(finding.fields, reason=finding.reason, disproved=finding.disproved)
-    vanished = _vanished(finding, known)
-    if vanished:
-        reason = f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
-        return Width(finding.fields, reason=reason, disproved=True)
     groups = expand(finding, mini, known, model)
     if isinstance(groups, str):
         return Width(finding.fields, reason=groups)
@@ -156,15 +152,21 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
     )
 
 
-def _vanished(finding: Finding, known: ConfigMap) -> list[str]:
-    """Counts that would be 0 in a model with a quarter less of this width."""
+def _sayable(finding: Finding, known: ConfigMap) -> Finding:
+    """The finding, refused where a quarter less of the width makes some count of the class 0."""
+    if finding.reason is not None:
+        return finding
     now = {path: known.values[path] for path in known.unset}
     less = {path: known.values[path] - known.values[path] // 4 for path in finding.fields}
     old = known.builder.build(with_values(known.depth.data, dict(now)))
     new = known.builder.build(with_values(known.depth.data, {**now, **less}))
     if isinstance(old, Refusal) or isinstance(new, Refusal):
-        return []
-    return vanished_counts(old, new)
+        return finding
+    vanished = vanished_counts(old, new)
+    if not vanished:
+        return finding
+    reason = f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
+    return Finding(finding.fields, reason=reason, disproved=True)
 
 
 def _parameters_per_unit(groups: Sequence[WidthGroup], model: nn.Module) -> int:

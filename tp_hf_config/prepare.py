@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import lcm
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .choice import Graph, check_graph
 from .errors import UnsupportedModelError
 from .graph import ConfigGraph
 from .inputs import example_inputs, tensors_with_grad
@@ -21,8 +22,6 @@ from .widths import WidthView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Graph = Literal["auto", "config", "trace"]
 
 
 def pruner_kwargs(
@@ -64,8 +63,7 @@ def pruner_kwargs(
             pruned, with the reason and the fields that can.
         ValueError: an unknown ``graph``.
     """
-    if graph not in ("auto", "config", "trace"):
-        raise ValueError(f"graph={graph!r}: expected 'auto', 'config' or 'trace'")
+    check_graph(graph)
     prefix, pretrained = find_pretrained(model)
     check_followable(pretrained)
     view = WidthView(pretrained, map_of(pretrained))

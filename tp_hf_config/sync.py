@@ -77,9 +77,8 @@ class Follower:
 
         Where heads go together with the hidden size (BERT), the ratios see to it.
         """
-        view = WidthView(self.model, self.known)
         going = [path for path in self.known.count_fields() if self.values[path] == now]
-        if not all(view.moves_shapes(path) for path in going):
+        if not all(self.known.moves_shapes(path) for path in going):
             return True
         return accepts(self.known, {**self.values, **dict.fromkeys(going, then)}) is None
 

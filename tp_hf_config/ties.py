@@ -54,12 +54,21 @@ class Tie:
         return None
 
 
-def ties_of(model: nn.Module) -> list[Tie]:
-    """Every Parameter that has several names."""
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every Parameter with all of its names; the first is the one that the model lists it by."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    return [Tie(tuple(group), parameter) for parameter, group in names.items() if len(group) > 1]
+    return names
+
+
+def ties_of(model: nn.Module) -> list[Tie]:
+    """Every Parameter that has several names."""
+    return [
+        Tie(tuple(names), parameter)
+        for parameter, names in parameter_names(model).items()
+        if len(names) > 1
+    ]
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

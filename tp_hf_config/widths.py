@@ -157,7 +157,7 @@ class WidthView:
         selected = frozenset(names[name] for name in wanted)
         if prune_num_heads and selected & heads:
             selected |= heads  # query, key and value heads go together
-            silent = {path for path in heads if not self.moves_shapes(path)}
+            silent = {path for path in heads if not self.known.moves_shapes(path)}
             if silent and not self.coupled(selected):
                 raise UnsupportedModelError(
                     f"prune={wanted}: {type(self.model.config).__name__} makes the head size from "
@@ -166,13 +166,6 @@ class WidthView:
                     "pruning_ratio."
                 )
         return selected
-
-    def moves_shapes(self, path: FieldPath) -> bool:
-        """Whether a field is to be seen in some tensor's shape."""
-        return any(
-            isinstance(which, int) and path in expression.fields
-            for (_, which), expression in self.known.expressions.items()
-        )
 
     def _check_heads(self) -> None:
         """Heads that something besides projections is as wide as are beyond tracing."""
