@@ -256,6 +256,7 @@ _MODELS: dict[str, Callable[[], _Made]] = {
         hf.Qwen2VLConfig(
             text_config={
                 **_GQA,
+                **_FLOAT32,
                 "rope_parameters": {
                     "rope_type": "default",
                     "mrope_section": [2, 3, 3],
@@ -263,6 +264,7 @@ _MODELS: dict[str, Callable[[], _Made]] = {
                 },
             },
             vision_config={
+                **_FLOAT32,
                 "depth": 2,
                 "embed_dim": 32,
                 "hidden_size": 64,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from torch import nn
 
+from .directions import Share, Shares, shares_of, units_of
 from .groups import Finding, Group
 from .learn import ConfigMap
 from .miniature import Miniature
 from .reference import FieldPath, field_name
-from .ties import parameter_names
+from .ties import parameter_names, saved_buffers
 from .twins import Dim, Layout
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -43,12 +44,14 @@ class WidthGroup:
         members: its dimensions.
         units: how many units it has when nothing is pruned.
         classes: units are interchangeable inside each of so many equal runs; 1: all of them.
+        grain: how many of its units go with one unit of the fields.
     """
 
     fields: tuple[FieldPath, ...]
     members: tuple[Member, ...]
     units: int
     classes: int
+    grain: int = 1
 
 
 def expand(
@@ -56,20 +59,28 @@ def expand(
 ) -> list[WidthGroup] | str:
     """The real model's groups of one width, or why what was found does not carry over."""
     names = {names[0]: names for names in parameter_names(model).values()}
+    buffers = saved_buffers(model)
+    names.update({name: [name] for name in buffers})
+    missing = [path for path in finding.fields if path not in known.values]
+    if missing:
+        return f"{field_name(missing[0])} sets no width of the real model"
+    shares = shares_of(known, finding.fields)
+    if isinstance(shares, str):
+        return shares
     result: list[WidthGroup] = []
     covered: set[tuple[str, int]] = set()
     for group in finding.groups:
         for instance in _instances(group, known, names):
-            real = _real_group(group, instance, mini, known, names)
+            real = _real_group(group, instance, mini, known, shares, names)
             if isinstance(real, str):
                 return real
             result.append(real)
             covered |= {(member.name, member.dim) for member in real.members}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        for dim in range(parameter.ndim):
-            moved = known.fields_of(name, dim) & set(finding.fields)
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items()):
+        for dim in range(tensor.ndim):
+            moved = (known.depth.canonical(name), dim) in shares
             if moved and (name, dim) not in covered:
-                return f"{name} follows {field_name(min(moved))} but was found in no group"
+                return f"{name} follows {field_name(finding.fields[-1])} but was found in no group"
     return result
 
 
@@ -134,46 +145,60 @@ def _real_group(
     instance: Mapping[str, Dim],
     mini: Miniature,
     known: ConfigMap,
+    shares: Shares,
     names: Mapping[str, Sequence[str]],
 ) -> WidthGroup | str:
-    values = known.values
-    if any(field not in values for field in group.fields):
-        return f"{field_name(group.fields[0])} sets no width of the real model"
-    units = values[group.fields[0]]
-    if any(values[field] % units for field in group.fields):
-        return " and ".join(f"{field_name(f)} {values[f]}" for f in group.fields) + " do not divide"
+    units = units_of(known, group.fields)
     sources = dict(zip(group.dims, group.sources, strict=True))
-    members: list[Member] = []
+    found: list[tuple[str, int, Layout]] = []
+    grains: set[int] = set()
     for key, dim in instance.items():
         name = key.rpartition("#")[0]
-        layout = _real_layout(name, dim, sources[dim], units, mini, known)
+        share = next(
+            (
+                share
+                for share in shares.get((known.depth.canonical(name), dim.dim), ())
+                if share.field == sources[dim]
+            ),
+            None,
+        )
+        if share is None:
+            return f"{name}: dimension {dim.dim} does not follow it at full size"
+        layout = _real_layout(name, dim, share, group, mini, known)
         if isinstance(layout, str):
             return layout
-        members += [Member(alias, dim.dim, layout) for alias in names[name]]
+        if group.grain > 1:
+            grain, left = divmod(layout.run, dim.layout.run)
+            if left:
+                return f"{name}: dimension {dim.dim} holds no whole units at full size"
+            grains.add(grain)
+            layout = replace(layout, run=dim.layout.run)
+        found.append((name, dim.dim, layout))
+    if len(grains) > 1:
+        return f"its dimensions hold {sorted(grains)} channels a unit at full size"
     classes = group.classes
     if classes > 1:
-        found = _real_counts(classes, mini, known)
-        if len(found) != 1:
-            return f"its units go in {classes} classes in the tiny copy; at full size in {found}"
-        (classes,) = found
+        counts = _real_counts(classes, mini, known)
+        if len(counts) != 1:
+            return f"its units go in {classes} classes in the tiny copy; at full size in {counts}"
+        (classes,) = counts
         if units % classes:
             return f"{units} units do not go into {classes} equal classes"
-    return WidthGroup(group.fields, tuple(members), units, classes)
+    grain = grains.pop() if grains else 1
+    members = tuple(
+        Member(alias, dim, layout) for name, dim, layout in found for alias in names[name]
+    )
+    return WidthGroup(group.fields, members, units * grain, classes, grain)
 
 
 def _real_layout(
-    name: str, dim: Dim, field: FieldPath, units: int, mini: Miniature, known: ConfigMap
+    name: str, dim: Dim, share: Share, group: Group, mini: Miniature, known: ConfigMap
 ) -> Layout | str:
-    expression = known.expressions.get((known.depth.canonical(name), dim.dim))
-    slope: Any = expression.terms.get(frozenset({field})) if expression else None
-    if expression is None or slope is None:
-        return f"{name}: dimension {dim.dim} does not follow {field_name(field)} at full size"
-    per_unit = slope * known.values[field] / units
-    parts, run = dim.layout.parts, per_unit / dim.layout.parts
-    if dim.layout.run == 1:  # one position in every part: there can be more parts (heads)
-        parts, run = int(per_unit), per_unit / int(per_unit)
-    rest = expression.base - slope * known.values[field]
-    if run.denominator != 1 or rest < 0 or (dim.layout.offset and not rest):
+    per_unit = share.per_unit
+    parts, run = dim.layout.parts, Fraction(per_unit, dim.layout.parts)
+    if dim.layout.run == 1 and group.grain == 1:
+        parts, run = per_unit, Fraction(1)  # one position in every part: there can be more (heads)
+    if run.denominator != 1 or (dim.layout.offset and not share.rest):
         return f"{name}: dimension {dim.dim} holds no whole units at full size"
     blocks = dim.layout.blocks
     if blocks > 1:
@@ -181,7 +206,11 @@ def _real_layout(
         if len(found) != 1:
             return f"{name}: blocks of the tiny copy cannot be told at full size"
         (blocks,) = found
-    return Layout(parts, int(run), blocks, int(rest) if dim.layout.offset else 0)
+    gap = Fraction(share.rest, parts) if dim.layout.gap else Fraction(0)
+    if gap.denominator != 1:
+        return f"{name}: what stands between the units of dimension {dim.dim} is uneven"
+    rest = int(gap) if gap else share.rest
+    return Layout(parts, int(run), blocks, rest if dim.layout.offset else 0, int(gap))
 
 
 def _real_counts(count: int, mini: Miniature, known: ConfigMap) -> set[int]:

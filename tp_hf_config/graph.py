@@ -21,6 +21,7 @@ from torch_pruning.pruner import function
 
 from .expand import WidthGroup
 from .reference import field_name
+from .ties import tensor
 from .views import (
     UNITS,
     Coupled,
@@ -91,7 +92,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                 self._sides(group),
                 group.classes,
                 Units(group.units),
-                (multiples or {}).get(group.fields, 1),
+                (multiples or {}).get(group.fields, 1) * group.grain,
             )
             for group in groups
         ]
@@ -152,7 +153,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         ]
 
     def _holds_ignored(self, side: Side) -> bool:
-        owned = [self.pretrained.get_parameter(member.name) for member in side.members]
+        owned = [tensor(self.pretrained, member.name) for member in side.members]
         return any(ignored is mine for ignored in self.ignored_params for mine in owned)
 
     def get_pruning_group(

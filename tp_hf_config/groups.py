@@ -7,18 +7,31 @@ which layout; a permutation of units that leaves the outputs as they were is the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice, product
-from typing import Any
+from math import gcd
 
 import torch
 
+from .directions import (
+    Share,
+    equal_fields,
+    grouped_heads,
+    shares_of,
+    units_of,
+    whole_heads,
+)
 from .miniature import Miniature
 from .reference import FieldPath, field_name
+from .ties import saved_buffers
 from .twins import Dim, Layout, Links, TwinTest
 
-_MAX_LAYOUTS = 8
+_MAX_LAYOUTS = 12
+
+_Style = tuple[tuple[tuple[int, Layout], ...], FieldPath | None]
+"""Dimensions alike in how their units may stand, and the field that sets them."""
 
 
 @dataclass(frozen=True)
@@ -28,51 +41,61 @@ class Group:
     Attributes:
         fields: the config fields that count its units.
         dims: its dimensions, in the names of the tiny copy.
-        sources: for each of them, the field that sets it.
+        sources: for each of them, the field that sets it; ``None``: the fields together.
         units: how many units it has there.
         classes: units may only change places inside each of so many equal runs of units (the
             dimensions of a head, the query heads of a key/value head); 1: anywhere.
+        grain: how many of its units go with one unit of the fields (the channels of a residual
+            stream that go with one attention head).
     """
 
     fields: tuple[FieldPath, ...]
     dims: tuple[Dim, ...]
-    sources: tuple[FieldPath, ...]
+    sources: tuple[FieldPath | None, ...]
     units: int
     classes: int
+    grain: int = 1
 
 
 @dataclass(frozen=True)
 class Finding:
     """What was found for one width: its groups, or why it cannot be pruned.
 
-    ``disproved``: units were seen not to be interchangeable (else nothing was seen).
+    ``disproved``: units were seen not to be interchangeable; ``unseen``: the outputs do not show
+    some of its dimensions.
     """
 
     fields: tuple[FieldPath, ...]
     groups: tuple[Group, ...] = ()
     reason: str | None = None
     disproved: bool = False
+    unseen: bool = False
 
 
 def find_groups(mini: Miniature) -> list[Finding]:
     """Find the groups of every field of a class, and of the fields that only go together."""
-    findings: list[Finding] = []
-    counts = sorted(mini.known.count_fields(), key=str)
-    for path in mini.known.values:
-        if path in mini.known.linked or not _sets_outputs(mini, path):
-            continue
-        findings.append(_find(mini, {path: 1}))
-    for larger, smaller in product(counts, counts):
-        ratio = mini.known.values[larger] / mini.known.values[smaller]
-        if larger != smaller and ratio == int(ratio) and _alone(findings, smaller) is None:
-            joint = _find(mini, {smaller: 1, larger: int(ratio)})
-            if joint.reason is None:
-                findings.append(joint)
+    known = mini.known
+    findings = [
+        _find(mini, (path,))
+        for path in known.values
+        if path not in known.linked and _sets_outputs(mini, path)
+    ]
+    failed = {f.fields[0] for f in findings if f.reason is not None}
+    equal: list[tuple[FieldPath, ...]] = []
+    for fields in equal_fields(known, failed):
+        if (found := _find(mini, fields)).reason is None:
+            findings.append(found)
+            equal.append(fields)
+    for fields in grouped_heads(known, failed):
+        if (found := _find(mini, fields)).reason is None:
+            findings.append(found)
+    for fields in whole_heads(known):
+        tried = [_find(mini, fields)]
+        for pair in equal:
+            if tried[-1].reason is not None and fields[-1] in pair:
+                tried.append(_find(mini, (*fields[:-1], *pair)))
+        findings.append(tried[-1] if tried[-1].reason is None else tried[0])
     return findings
-
-
-def _alone(findings: Sequence[Finding], path: FieldPath) -> Finding | None:
-    return next((f for f in findings if f.fields == (path,) and f.reason is None), None)
 
 
 def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:
@@ -86,45 +109,126 @@ def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:
     return mini.known.moves_shapes(path)
 
 
-def _find(mini: Miniature, scales: Mapping[FieldPath, int]) -> Finding:
-    """Groups of units that are ``scales[field]`` units of each field."""
-    fields = tuple(scales)
-    units = mini.known.values[fields[0]] // scales[fields[0]]
+def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
+    """Groups of units that are the same share of every one of the fields."""
+    known = mini.known
+    units = units_of(known, fields)
     if units < 2:
         return Finding(fields, reason=f"{field_name(fields[0])} is {units} in the tiny copy")
-    styles: dict[tuple[tuple[Layout, ...], FieldPath], list[Dim]] = {}
-    listed = dict(mini.model.named_parameters())  # a tied weight once; no buffers
-    for (name, which), expression in sorted(mini.known.expressions.items(), key=str):
-        for path in scales:
-            if path not in expression.fields or not isinstance(which, int) or name not in listed:
-                continue
-            slope = expression.terms.get(frozenset({path}))
-            layouts = _layouts(mini, name, which, expression.base, slope, path, scales[path])
-            if not layouts:
-                return Finding(fields, reason=f"{name} has no whole units along dimension {which}")
-            styles.setdefault((tuple(layouts), path), []).append(Dim(name, which))
+    shares = shares_of(known, fields)
+    if isinstance(shares, str):
+        return Finding(fields, reason=shares)
+    styles: dict[_Style, list[Dim]] = {}
+    listed = dict(mini.model.named_parameters()) | saved_buffers(mini.model)  # a tied weight once
+    heads = bool(set(fields) & known.count_fields())
+    for (name, dim), parts in shares.items():
+        for share in parts if name in listed else ():
+            layouts = _layouts(mini, name, dim, share, units, heads)
+            styles.setdefault((tuple(layouts), share.field), []).append(Dim(name, dim))
     if not styles:
         return Finding(fields, reason="it sets no parameter's dimension alone")
-    test = TwinTest(mini.model, mini.inputs, units)
+    runs = sorted({known.values[path] // units for path in fields})
+    test = TwinTest(mini.model, mini.inputs, units, runs)
     best: Links | None = None
-    for chosen in islice(product(*(layouts for layouts, _ in styles)), _MAX_LAYOUTS):
-        sources = {
-            Dim(dim.name, dim.dim, layout): path
-            for layout, ((_, path), alike) in zip(chosen, styles.items(), strict=True)
-            for dim in alike
-        }
+    found: Finding | None = None
+    choices = list(islice(_choices(styles, units), _MAX_LAYOUTS))
+    for sources in choices:
         links = test.links(list(sources))
         if not links.unequal:
-            found = _proved(test, sources, fields, links, units)
-            if found.reason is None:
-                return found
-            links = test.links(list(sources), thorough=True)
-            return _proved(test, sources, fields, links, units)
+            found = _proved(test, sources, fields, links)
+            if found.reason is not None:
+                links = test.links(list(sources), thorough=True)
+                found = _proved(test, sources, fields, links)
+            if mini.partial and found.unseen:
+                found = replace(found, reason=f"{found.reason} when given text alone")
+            break
         if best is None or len(links.unequal) < len(best.unequal):
             best = links
-    names = _named(best.unequal if best else ())
-    reason = f"units are not interchangeable in {names}"
-    return Finding(fields, reason=reason, disproved=True)
+    if found is None:
+        names = _named(best.unequal if best else ())
+        reason = f"units are not interchangeable in {names}"
+        found = Finding(fields, reason=reason, disproved=True)
+    if found.disproved and len(fields) == 1:
+        return _without_twins(test, choices[0], fields) or found
+    return _refined(mini, found) if len(fields) > 1 else found
+
+
+def _without_twins(
+    test: TwinTest, sources: Mapping[Dim, FieldPath | None], fields: tuple[FieldPath, ...]
+) -> Finding | None:
+    """One group per layer, by permutation alone.
+
+    Twins that compete (routed experts: the best few are taken) are never alike, but may well
+    change places.  Every dimension has to matter (without it the permutation is not neutral), or
+    to stand beside one that does.
+    """
+    layers: dict[str, list[Dim]] = {}
+    for dim in sources:
+        layers.setdefault(re.split(r"(?<=\.\d)\d*\.", dim.name)[0], []).append(dim)
+    groups: list[Group] = []
+    for dims in layers.values():
+        classes = _classes(test, dims, test.units)
+        if classes is None:
+            return None
+        order = list(_order(test.units, classes, swap=True))
+        idle = [d for d in dims if test.proves([other for other in dims if other != d], order)]
+        busy = [dim for dim in dims if dim not in idle]
+        if any(_companion(dim, [busy]) is None for dim in idle):
+            return None
+        groups.append(
+            Group(fields, tuple(dims), tuple(sources[dim] for dim in dims), test.units, classes)
+        )
+    return Finding(fields, tuple(groups))
+
+
+def _choices(
+    styles: Mapping[_Style, Sequence[Dim]], units: int
+) -> Iterator[dict[Dim, FieldPath | None]]:
+    """The dimensions with one layout for each style of them, likely choices first."""
+    ranked = islice(product(*(layouts for layouts, _ in styles)), 10_000)
+    for chosen in sorted(ranked, key=lambda one: sum(unlikely for unlikely, _ in one)):
+        sources = {
+            Dim(dim.name, dim.dim, layout): path
+            for (_, layout), ((_, path), alike) in zip(chosen, styles.items(), strict=True)
+            for dim in alike
+        }
+        if not _overlap(sources, units):
+            yield sources
+
+
+def _overlap(dims: Iterable[Dim], units: int) -> bool:
+    """Whether two widths in one dimension (query heads, key/value heads) claim one position."""
+    taken: dict[tuple[str, int], set[Layout]] = {}
+    for dim in dims:
+        taken.setdefault((dim.name, dim.dim), set()).add(dim.layout)
+    for layouts in taken.values():
+        if len(layouts) > 1:
+            positions = torch.cat([layout.table(units).flatten() for layout in layouts]).tolist()
+            if len(set(positions)) < len(positions):
+                return True
+    return False
+
+
+def _refined(mini: Miniature, finding: Finding) -> Finding:
+    """Let a group choose among smaller units where those are interchangeable everywhere.
+
+    Whole heads go with a run of the residual stream's channels, but which channels is free.
+    """
+    return replace(finding, groups=tuple(_finest(mini, group) for group in finding.groups))
+
+
+def _finest(mini: Miniature, group: Group) -> Group:
+    run = reduce(gcd, (dim.layout.run for dim in group.dims))
+    for grain in (n for n in range(run, 1, -1) if run % n == 0):
+        dims = tuple(
+            replace(dim, layout=replace(dim.layout, run=dim.layout.run // grain))
+            for dim in group.dims
+        )
+        units = group.units * grain
+        test = TwinTest(mini.model, mini.inputs, units)
+        if all(test.proves(dims, list(_order(units, 1, swap))) for swap in (True, False)):
+            return replace(group, dims=dims, units=units, classes=1, grain=grain)
+    return group
 
 
 def _named(dims: Sequence[Dim]) -> str:
@@ -135,77 +239,81 @@ def _named(dims: Sequence[Dim]) -> str:
 
 
 def _layouts(
-    mini: Miniature,
-    name: str,
-    dim: int,
-    size: int,
-    slope: Any,
-    path: FieldPath,
-    scale: int,
-) -> list[Layout]:
-    """The ways in which a field's units can stand along a dimension, likely ones first."""
-    value = mini.known.values[path]
-    if slope is None or slope.denominator != 1 or slope < 1:
-        return []
-    width = int(slope)
-    rest = size - width * value
-    if rest < 0:
-        return []
-    layer = name.rpartition(".")[0]
-    pieces = mini.known.layout.pieces.get(layer, ())
-    heads = {split[0] for splits in mini.known.layout.heads.values() for split in splits}
-    found: list[Layout] = []
-    for offset in dict.fromkeys([0, rest]):
-        parts = [n for n in range(1, width + 1) if width % n == 0]
-        # heads are runs; the dimensions of a head, and of gate and up, stand in every part
-        parts.sort(reverse=path not in mini.known.count_fields())
-        parts.sort(key=lambda n: n != len(pieces))
-        found += [Layout(n, width // n, 1, offset) for n in parts]
-        if width > 1 and dim == 0:
-            found += [
-                Layout(n, width // n, blocks, offset)
-                for blocks in sorted(heads)
-                if blocks > 1 and value // scale % blocks == 0
-                for n in parts
-                if n > 1
-            ]
-    return [layout.grouped(scale) for layout in found]
+    mini: Miniature, name: str, dim: int, share: Share, units: int, heads: bool
+) -> list[tuple[int, Layout]]:
+    """The ways in which units can stand along a dimension, each with how unlikely it is.
+
+    Heads are runs; the dimensions of a head, and of gate and up, stand in every part.
+    """
+    width = share.per_unit
+    pieces = mini.known.layout.pieces.get(name.rpartition(".")[0], ())
+    counts = {split[0] for splits in mini.known.layout.heads.values() for split in splits}
+    parts = [n for n in range(1, width + 1) if width % n == 0]
+    parts.sort(reverse=not heads)
+    parts.sort(key=lambda n: n != len(pieces))
+    blocks = [b for b in sorted(counts) if b > 1 and units % b == 0 and width > 1 and dim == 0]
+    ranked = [
+        (rank + place + far, Layout(n, width // n, block, offset, gap))
+        for place, block in ((0, 1), *((len(parts), block) for block in blocks))
+        for rank, n in enumerate(parts)
+        for far, (offset, gap) in enumerate(_between(share.rest, n, n in counts))
+        if n > 1 or block == 1
+    ]
+    return sorted(ranked, key=lambda one: one[0])
+
+
+def _between(rest: int, parts: int, heads: bool) -> list[tuple[int, int]]:
+    """Where the rest of a dimension can stand: behind or before the units, or in every part.
+
+    Returns:
+        Offsets of the first unit and gaps between parts, likely ones first.
+    """
+    if not rest:
+        return [(0, 0)]
+    apart = [(0, 0), (rest, 0)]
+    if parts == 1 or rest % parts:
+        return apart
+    inside = [(0, rest // parts), (rest // parts, rest // parts)]
+    return inside + apart if heads else apart + inside
 
 
 def _proved(
     test: TwinTest,
-    sources: Mapping[Dim, FieldPath],
+    sources: Mapping[Dim, FieldPath | None],
     fields: tuple[FieldPath, ...],
     links: Links,
-    units: int,
 ) -> Finding:
     """The linked groups with their silent companions, each proved by permutation."""
     groups: list[Group] = []
     homeless: list[Dim] = []
     members: list[list[Dim]] = [list(group) for group in links.groups]
     for silent in links.silent:
-        layer = silent.name.rpartition(".")[0]
-        for group in members:
-            if any(
-                dim.name.rpartition(".")[0] == layer and dim.layout == silent.layout
-                for dim in group
-                if dim.dim == 0
-            ):
-                group.append(silent)
-                break
-        else:
-            homeless.append(silent)
+        group = _companion(silent, members)
+        (homeless if group is None else group).append(silent)
     for group in members:
-        classes = _classes(test, group, units)
+        classes = _classes(test, group, test.units)
         if classes is None:
-            return Finding(fields, reason=f"no permutation of units is neutral in {_named(group)}")
+            reason = f"no permutation of units is neutral in {_named(group)}"
+            return Finding(fields, reason=reason, disproved=True)
         by_field = tuple(sources[dim] for dim in group)
-        groups.append(Group(fields, tuple(group), by_field, units, classes))
+        groups.append(Group(fields, tuple(group), by_field, test.units, classes))
     if homeless:
-        return Finding(fields, tuple(groups), f"the outputs do not depend on {_named(homeless)}")
+        reason = f"the outputs do not depend on {_named(homeless)}"
+        return Finding(fields, tuple(groups), reason, unseen=True)
     if not groups:
         return Finding(fields, reason="it sets no parameter that the outputs depend on")
     return Finding(fields, tuple(groups))
+
+
+def _companion(silent: Dim, groups: Sequence[list[Dim]]) -> list[Dim] | None:
+    """The group with the output side of the layer that a dimension without effect is part of."""
+    layer = silent.name.rpartition(".")[0]
+    for group in groups:
+        for dim in group:
+            beside = dim.name.rpartition(".")[0] == layer
+            if beside and dim.dim == 0 and dim.layout == silent.layout:
+                return group
+    return None
 
 
 def _classes(test: TwinTest, dims: Sequence[Dim], units: int) -> int | None:

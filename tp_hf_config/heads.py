@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .inputs import example_inputs
+from .inputs import example_inputs, text_alone
 
 _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
@@ -53,8 +53,18 @@ def observe(model: nn.Module) -> Layout:
     """Run ``model`` (on the meta device) and note how projections' outputs are taken apart.
 
     A class whose forward pass needs real values stops part of the way; what was seen until then
-    is returned.
+    is returned. Where images or sound stop it early, text alone may go further.
     """
+    with torch.no_grad(), torch.device("meta"):
+        inputs = example_inputs(model)
+    text = text_alone(inputs)
+    everything = _observe(model, inputs)
+    if "input_ids" not in text or text.keys() == inputs.keys():
+        return everything
+    return max(everything, _observe(model, text), key=lambda layout: layout.steps)
+
+
+def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
     watch = _Watch()
     handles = [
         module.register_forward_hook(watch.hook(name))
@@ -62,8 +72,6 @@ def observe(model: nn.Module) -> Layout:
         if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
     ]
     try:
-        with torch.no_grad(), torch.device("meta"):
-            inputs = example_inputs(model)
         with torch.no_grad(), torch.device("meta"), watch:
             watch.returned(model(**inputs))
     except Exception:
@@ -88,6 +96,16 @@ def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int,
                 start, tail = start + 1, tail[1:]
             return tail if len(tail) > 1 else None
     return None
+
+
+def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Query, key and value one after the other, each split into heads (ModernBERT's ``Wqkv``).
+
+    ``(heads, 3, head_dim)`` is another layout: all three of one head, then of the next.
+    """
+    if len(split) == 3 and split[0] == 3 and split[1] != 3:
+        return (split[1:],) * 3
+    return (split,)
 
 
 class _Watch(TorchFunctionMode):
@@ -115,7 +133,7 @@ class _Watch(TorchFunctionMode):
         result: dict[str, tuple[tuple[int, ...], ...]] = {}
         for name in dict.fromkeys(name for name, _ in self._splits):
             if (name, -1) in self._splits:
-                result[name] = (self._splits[(name, -1)],)
+                result[name] = _by_piece(self._splits[(name, -1)])
             else:
                 pieces = range(len(self.pieces[name]))
                 if all((name, piece) in self._splits for piece in pieces):
@@ -149,6 +167,8 @@ class _Watch(TorchFunctionMode):
             tail = feature_split(tuple(output.shape), tuple(before.shape))
             if tail is not None:
                 self._splits.setdefault((name, piece), tail)
+                if piece == -1 and len(splits := _by_piece(tail)) > 1:
+                    self.pieces.setdefault(name, [math.prod(split) for split in splits])
         elif func in _CHUNKS:
             if piece == -1 and sum(part.shape[-1] for part in output) == before.shape[-1]:
                 for part in output:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,8 +40,52 @@ def example_inputs(
         if name in parameters:
             shape = maker(config)
             inputs[name] = torch.rand(shape, device=parameter.device).to(parameter.dtype)
+    if "image_grid_thw" in parameters and inputs.keys() >= {"pixel_values", "input_ids"}:
+        inputs.update(_image_among_text(config, inputs["input_ids"], parameter, parameters))
     if "use_cache" in parameters:
         inputs["use_cache"] = False
+    return inputs
+
+
+def text_alone(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a model that takes several kinds, without images and sound."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if not name.startswith(("pixel", "input_f", "input_v", "image", "mm_"))
+    }
+
+
+def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, and a second sample beside the first."""
+    return {
+        name: torch.cat([value, value if name.endswith("_thw") else value.flip(-1)])
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _image_among_text(
+    config: Any, ids: torch.Tensor, parameter: torch.Tensor, wanted: Container[str]
+) -> dict[str, Any]:
+    """One image as a row of patches, and its tokens in front of the text (Qwen-VL's way).
+
+    An image of ``2 m x 2 m`` patches is merged to four tokens (``m``: ``spatial_merge_size``).
+    """
+    vision, token = config.vision_config, config.image_token_id
+    side = 2 * getattr(vision, "spatial_merge_size", 2)
+    channels = next(
+        (getattr(vision, key) for key in ("in_channels", "in_chans") if hasattr(vision, key)), 3
+    )
+    size = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+    text = ids.masked_fill(ids == token, 1 if token != 1 else 2)
+    both = torch.cat([torch.full_like(ids[:, :4], token), text], dim=1)
+    pixels = torch.rand(side * side, size, device=parameter.device).to(parameter.dtype)
+    grid = torch.tensor([[1, side, side]], device=parameter.device)
+    inputs = {"input_ids": both, "pixel_values": pixels, "image_grid_thw": grid}
+    if "mm_token_type_ids" in wanted:
+        inputs["mm_token_type_ids"] = (both == token).int()
     return inputs
 
 

@@ -7,8 +7,9 @@ to that field.  No field, layer or architecture is known by name.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from .reference import (
     compare,
     config_json,
     shapes,
+    with_values,
 )
 from .solve import Expression, Observable
 from .study import Study
@@ -46,8 +48,10 @@ class ConfigMap:
         expressions: how the fields make each observable of the shallow model.
         depth: the shallow config, and how names map onto it.
         layout: how the forward pass takes the shallow model's projections apart.
-        linked: field -> the field it has to move with, in proportion (OPT's
-            ``word_embed_proj_dim`` and ``hidden_size``: apart, the class builds other layers).
+        linked: field -> the field whose value it has to have too (OPT's ``word_embed_proj_dim``
+            and ``hidden_size``: apart, the class builds other layers).
+        bound: widths that the class takes no other value of alone, and the fields that would have
+            to move with each (Mamba 2: hidden size times ``expand`` is heads times head dim).
         sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
     """
 
@@ -59,6 +63,7 @@ class ConfigMap:
     depth: Depth
     layout: Layout
     linked: dict[FieldPath, FieldPath] = field(default_factory=dict)
+    bound: dict[FieldPath, tuple[FieldPath, ...]] = field(default_factory=dict)
     sizes: dict[FieldPath, int] = field(default_factory=dict)
 
     def count_fields(self) -> frozenset[FieldPath]:
@@ -76,6 +81,24 @@ class ConfigMap:
             isinstance(which, int) and path in expression.fields
             for (_, which), expression in self.expressions.items()
         )
+
+    def build_at(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
+        """The shallow model with some fields at other values, on the meta device.
+
+        Unset fields are set to what they imply, so that they do not follow others.
+        """
+        full: dict[FieldPath, int | None] = {path: self.values[path] for path in self.unset}
+        full.update(values)
+        for follower, leader in self.linked.items():
+            if leader in values:
+                full[follower] = values[leader]
+        return self.builder.build(with_values(self.depth.data, full))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the shallow model."""
+        model = self.build_at({})
+        return {} if isinstance(model, Refusal) else shapes(model)
 
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
         """The fields that set one observable of the full model."""
@@ -141,11 +164,13 @@ def learn(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> Config
     study = Study(builder, depth, {})
     found_unset = {path: study.implied(path) for path in unset}
     implied = {path: value for path, value in found_unset.items() if value is not None}
+    implied = study.free(implied, declared)
     study = Study(builder, depth, implied)
     values = {**declared, **implied}
     moves, linked = study.moves(values)
     expressions = study.expressions(values, moves)
     moving = {path for expression in expressions.values() for path in expression.fields}
+    linked |= study.dragged(values, moving)
     return ConfigMap(
         builder=builder,
         data=data,
@@ -155,5 +180,6 @@ def learn(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> Config
         depth=depth,
         layout=study.layout,
         linked=linked,
+        bound=study.bound,
         sizes={path: value for path, value in values.items() if path in moves or path in linked},
     )

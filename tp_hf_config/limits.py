@@ -5,18 +5,12 @@ from __future__ import annotations
 from math import lcm
 
 from .learn import ConfigMap
-from .reference import FieldPath, Refusal, with_values
+from .reference import FieldPath, Refusal
 
 
 def accepts(known: ConfigMap, values: dict[FieldPath, int]) -> Refusal | None:
     """The class's own words where it refuses these values; None where it builds."""
-    full = dict(values)
-    for follower, leader in known.linked.items():
-        if leader in values:
-            full[follower] = values[leader]
-    implied = {path: known.values[path] for path in known.unset}
-    data = with_values(known.depth.data, {**implied, **full})
-    model = known.builder.build(data)
+    model = known.build_at(values)
     return model if isinstance(model, Refusal) else None
 
 

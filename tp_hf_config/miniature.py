@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from .heads import Layout, observe
-from .inputs import example_inputs
+from .inputs import example_inputs, second_sample, text_alone
 from .learn import ConfigMap, learn
 from .reference import FieldPath, Refusal, shapes, with_values
+from .ties import saved_buffers
 
 _FEW = 8
 _HEAD_DIM = 16
+_PLACES = ("image", "video", "audio", "vision")
 _LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
     (_FEW, (4, 2, 3, 6, 8)),
     (63, (4, 6, 8, 12, 16)),
@@ -31,11 +33,13 @@ class Miniature:
         known: the map of the class around the tiny config.
         model: the class with random weights, none of them trivial, in float64 and eval mode.
         inputs: keyword arguments of one forward pass of two samples.
+        partial: it runs on text alone, though the class takes images or sound too.
     """
 
     known: ConfigMap
     model: nn.Module
     inputs: dict[str, Any]
+    partial: bool = False
 
 
 def miniature(known: ConfigMap) -> Miniature | Refusal:
@@ -67,16 +71,15 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         inputs = _working_inputs(model)
         if isinstance(inputs, Refusal):
             return inputs
-    return Miniature(learn(builder, builder.config(data), full), model, inputs)
+    partial = not example_inputs(model).keys() <= inputs.keys()
+    return Miniature(learn(builder, builder.config(data), full), model, inputs, partial)
 
 
 def _working_inputs(model: nn.Module) -> dict[str, Any] | Refusal:
     """Inputs of two samples with which the model runs: all kinds that it takes, or text alone."""
-    everything = _two_samples(example_inputs(model))
-    short = _two_samples(example_inputs(model, length=3))  # few positions in the tiny copy
-    text = {
-        key: value for key, value in everything.items() if not key.startswith(("pixel", "input_f"))
-    }
+    everything = second_sample(example_inputs(model))
+    short = second_sample(example_inputs(model, length=3))  # few positions in the tiny copy
+    text = second_sample(text_alone(example_inputs(model)))
     reason = ""
     for inputs in (everything, short, text) if "input_ids" in text else (everything,):
         try:
@@ -134,11 +137,18 @@ def _smaller(
     if path in known.linked:
         return
     value = _get(data, path)
-    few = value <= _FEW or path in known.count_fields()
+    heads = path in known.count_fields()
+    if value <= _LADDERS[0][1][0] and not heads:
+        return  # few enough; of fewer experts a router would take all
+    few = value <= _FEW or heads
     ladder = next(steps for limit, steps in _LADDERS if few or limit is None or value <= limit)
     followers = [other for other, leader in known.linked.items() if leader == path]
     current = {other: _get(data, other) for other in known.sizes}
-    equals = [other for other, size in current.items() if size == value]
+    equals = [
+        other
+        for other, size in current.items()
+        if size == value and (other in known.count_fields()) == heads
+    ]
     taken = {size for size in current.values() if size != value}
     fresh = [step for step in ladder if step < value and step not in taken]
     used = [step for step in ladder if step < value and step in taken and not few]
@@ -169,6 +179,8 @@ def _small_tokens(data: dict[str, Any]) -> dict[str, Any]:
         }
 
     result: dict[str, Any] = visit(data)
+    places = [k for k in result if k.startswith(_PLACES) and k.endswith("_token_id")]
+    result.update({key: 3 + number for number, key in enumerate(places)})  # each another
     return result
 
 
@@ -182,10 +194,6 @@ def _randomise(model: nn.Module) -> None:
             else:
                 parameter.add_(0.3 * noise)
 
-
-def _two_samples(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs, and a second sample beside the first."""
-    return {
-        name: torch.cat([value, value.flip(-1)]) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
+        for buffer in saved_buffers(model).values():
+            buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance stays above 0
+            buffer.add_(0.3 * torch.rand_like(buffer))

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .directions import units_of
 from .expand import WidthGroup, expand
 from .groups import Finding, find_groups
 from .learn import ConfigMap, map_of
 from .locate import check_followable, find_pretrained
 from .miniature import Miniature, miniature
-from .reference import FieldPath, Refusal, field_name, vanished_counts, with_values
+from .reference import FieldPath, Refusal, field_name, vanished_counts
+from .ties import tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,14 +52,19 @@ class Width:
     disproved: bool = False
 
     @property
-    def name(self) -> str:
+    def names(self) -> tuple[str, ...]:
         """The fields as people write them."""
-        return " + ".join(field_name(path) for path in self.fields)
+        return tuple(field_name(path) for path in self.fields)
+
+    @property
+    def name(self) -> str:
+        """The fields in one text."""
+        return " + ".join(self.names)
 
     def to_dict(self) -> dict[str, Any]:
         """The width for ``json.dumps``."""
         return {
-            "fields": [field_name(path) for path in self.fields],
+            "fields": list(self.names),
             "units": self.units,
             "groups": len(self.groups),
             "layers": self.layers,
@@ -117,11 +124,23 @@ def widths_of(model: PreTrainedModel) -> tuple[Width, ...]:
         with _one_thread():
             mini = miniature(known)
             found = [] if isinstance(mini, Refusal) else find_groups(mini)
-            _experiments[known] = mini, tuple(_sayable(finding, known) for finding in found)
+            _experiments[known] = (
+                mini,
+                tuple(_apart(_sayable(finding, known), found, known) for finding in found),
+            )
     mini, findings = _experiments[known]
     if isinstance(mini, Refusal):
         return tuple(Width((path,), reason=mini.reason) for path in known.values)
-    return tuple(_width(finding, mini, known, model) for finding in findings)
+    bound = tuple(
+        Width(
+            (path,),
+            reason=f"{type(model.config).__name__} takes no other value of it alone, only with "
+            + " or ".join(field_name(other) for other in others),
+            disproved=True,
+        )
+        for path, others in known.bound.items()
+    )
+    return tuple(_width(finding, mini, known, model) for finding in findings) + bound
 
 
 @contextmanager
@@ -146,7 +165,7 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
     return Width(
         fields=finding.fields,
         groups=tuple(groups),
-        units=groups[0].units,
+        units=groups[0].units // groups[0].grain,
         layers=len({m.name.rpartition(".")[0] for group in groups for m in group.members}),
         parameters=_parameters_per_unit(groups, model),
     )
@@ -156,10 +175,9 @@ def _sayable(finding: Finding, known: ConfigMap) -> Finding:
     """The finding, refused where a quarter less of the width makes some count of the class 0."""
     if finding.reason is not None:
         return finding
-    now = {path: known.values[path] for path in known.unset}
-    less = {path: known.values[path] - known.values[path] // 4 for path in finding.fields}
-    old = known.builder.build(with_values(known.depth.data, dict(now)))
-    new = known.builder.build(with_values(known.depth.data, {**now, **less}))
+    units = units_of(known, finding.fields)
+    less = {p: known.values[p] // units * (units - units // 4) for p in finding.fields}
+    old, new = known.build_at({}), known.build_at(less)
     if isinstance(old, Refusal) or isinstance(new, Refusal):
         return finding
     vanished = vanished_counts(old, new)
@@ -169,14 +187,29 @@ def _sayable(finding: Finding, known: ConfigMap) -> Finding:
     return Finding(finding.fields, reason=reason, disproved=True)
 
 
+def _apart(finding: Finding, others: Sequence[Finding], known: ConfigMap) -> Finding:
+    """The finding, refused where a part that was not seen to run is as wide and may read it.
+
+    Qwen2-VL's ``vision_config.hidden_size`` has to be the text's, which text alone cannot show.
+    """
+    unseen = [path for other in others if other.unseen for path in other.fields]
+    for path in unseen:
+        if finding.reason is None and any(
+            known.values.get(path) == known.values.get(own) for own in finding.fields
+        ):
+            reason = f"{field_name(path)} is as wide, and its part of the model was not seen to run"
+            return Finding(finding.fields, reason=reason)
+    return finding
+
+
 def _parameters_per_unit(groups: Sequence[WidthGroup], model: nn.Module) -> int:
     total = 0
     counted: set[tuple[int, int]] = set()
     for group in groups:
         for member in group.members:
-            parameter = model.get_parameter(member.name)
+            parameter = tensor(model, member.name)
             if (id(parameter), member.dim) not in counted:
                 counted.add((id(parameter), member.dim))
-                share = member.layout.parts * member.layout.run
+                share = member.layout.parts * member.layout.run * group.grain
                 total += parameter.numel() // parameter.shape[member.dim] * share
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import lcm
+from math import gcd, lcm
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from .locate import check_followable, find_pretrained
 from .offers import Width, widths_of
 from .reference import FieldPath, field_name
 from .steer import GraphInputs
+from .ties import tensor
 from .widths import WidthView
 
 if TYPE_CHECKING:
@@ -100,15 +101,16 @@ def _multiple(view: WidthView, width: Width) -> int:
     """
     known = view.known
     multiple = 1
-    if not set(width.fields) & known.count_fields():
+    if len(width.fields) == 1 and not set(width.fields) & known.count_fields():
         multiple = multiple_of(known, width.fields[0])
     for group in width.groups:
-        multiple = lcm(multiple, group.classes)  # all groups of one width lose the same number
+        own = group.classes  # all groups of one width lose the same number
         for member in group.members:
-            parameter = view.model.get_parameter(member.name)
+            parameter = tensor(view.model, member.name)
             owner = view.model.get_submodule(member.name.rpartition(".")[0])
             if parameter.ndim == 3 and member.dim > 0 and not isinstance(owner, nn.Conv1d):
-                multiple = lcm(multiple, 16 // parameter.element_size())
+                own = lcm(own, 16 // parameter.element_size())
+        multiple = lcm(multiple, own // gcd(own, group.grain))
     return multiple
 
 
@@ -121,8 +123,11 @@ def _proved_widths(view: WidthView, wanted: list[str] | None, must: bool) -> lis
             by_field.setdefault(field_name(path), []).append(width)
     if wanted is None:
         inner = view.inner_widths()
-        default = [w for w in widths if len(w.fields) == 1 and w.fields[0] in inner]
-        proved = [width for width in default if width.reason is None]
+        default = [width for width in widths if inner >= set(width.fields)]
+        proved: list[Width] = []
+        for width in default:
+            if width.reason is None and not any(set(width.fields) & set(w.fields) for w in proved):
+                proved.append(width)
         if proved:
             return proved
         reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
@@ -132,9 +137,12 @@ def _proved_widths(view: WidthView, wanted: list[str] | None, must: bool) -> lis
             )
         return reason
     chosen: list[Width] = []
+    named = set(wanted)
     for name in wanted:
         candidates = by_field.get(name, [])
         found = [width for width in candidates if width.reason is None]
+        # of several, one whose fields are all named, and the one that holds most of those
+        found.sort(key=lambda one: (not named >= set(one.names), -len(named & set(one.names))))
         if not found:
             reasons = sorted({str(width.reason) for width in candidates}) or ["no such width"]
             reason = f"{name}: {'; '.join(reasons)}"

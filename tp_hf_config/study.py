@@ -5,17 +5,17 @@ Everything here happens around one shallow config, on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, permutations
 from math import prod
 
 from torch import nn
 
 from .depth import Depth
 from .heads import Layout, heads_of, observe
-from .reference import Builder, FieldPath, Refusal, shapes, with_values
+from .reference import Builder, FieldPath, Refusal, shapes, vanished_counts, with_values
 from .solve import Expression, Observable, product
 
 Sizes = dict[Observable, int]
@@ -46,6 +46,7 @@ class Study:
         self.base = self._sizes(model, self.layout)
         self.attributes = _numbers(model)
         self.split_weights = {f"{name}.weight" for name in self.layout.heads}
+        self.bound: dict[FieldPath, tuple[FieldPath, ...]] = {}
 
     def _build(self, values: Mapping[FieldPath, int | None]) -> nn.Module | Refusal:
         return self.builder.build(with_values(self.data, dict(values)))
@@ -115,6 +116,27 @@ class Study:
             return None
         return int(value)
 
+    def free(
+        self, implied: Mapping[FieldPath, int], values: Mapping[FieldPath, int]
+    ) -> dict[FieldPath, int]:
+        """Those of the unset fields that another may move without.
+
+        DeBERTa's ``attention_head_size`` has to follow the hidden size: kept, the forward pass
+        breaks off earlier than where it is left unset.
+        """
+        result = dict(implied)
+        for path, value in implied.items():
+            for other in (field for field in values if values[field] % value == 0):
+                moved = {other: 2 * values[other]}
+                followed, kept = self._build(moved), self._build({**moved, path: value})
+                if isinstance(followed, Refusal) or isinstance(kept, Refusal):
+                    continue
+                if shapes(followed) == shapes(kept):
+                    continue
+                if observe(kept).steps < observe(followed).steps:
+                    result.pop(path, None)
+        return result
+
     def moves(
         self, values: Mapping[FieldPath, int]
     ) -> tuple[dict[FieldPath, list[Move]], dict[FieldPath, FieldPath]]:
@@ -140,7 +162,19 @@ class Study:
                 points = self._as_one(path, other, values[path])
                 if points:
                     moves[path], linked[other] = points, path
+        self.bound = self._bound([path for path in refused if path not in moves], values)
         return moves, linked
+
+    def _bound(
+        self, refused: Sequence[FieldPath], values: Mapping[FieldPath, int]
+    ) -> dict[FieldPath, tuple[FieldPath, ...]]:
+        """Widths that the class only takes in proportion with another, and those others."""
+        found: dict[FieldPath, tuple[FieldPath, ...]] = {}
+        for path, other in permutations(refused, 2):
+            sizes = self.at({path: 2 * values[path], other: 2 * values[other]}, watch=False)
+            if isinstance(sizes, dict) and any(sizes.values()):
+                found[path] = (*found.get(path, ()), other)
+        return found
 
     def _alone(self, path: FieldPath, value: int) -> list[Move] | Refusal | None:
         """Two moves of one field; empty: it sets nothing; otherwise why it does not move alone."""
@@ -157,6 +191,32 @@ class Study:
             if len(points) == 2:
                 break
         return points or (None if None in others else others[0])
+
+    def dragged(
+        self, values: Mapping[FieldPath, int], moving: Collection[FieldPath]
+    ) -> dict[FieldPath, FieldPath]:
+        """Fields that set no shape, but without which some count becomes 0: field -> leader.
+
+        DeepSeek's latent attention has no key/value heads, but ``num_key_value_groups`` is heads
+        over ``num_key_value_heads``.
+        """
+        base = self._build({})
+        found: dict[FieldPath, FieldPath] = {}
+        for path in moving:
+            less = values[path] * 3 // 4
+            alone = self._build({path: less}) if less else base
+            if isinstance(base, Refusal) or isinstance(alone, Refusal):
+                continue
+            if not vanished_counts(base, alone):
+                continue
+            for other in values.keys() - set(moving):
+                both = self._build({path: less, other: less})
+                if values[other] != values[path] or isinstance(both, Refusal):
+                    continue
+                if not vanished_counts(base, both):
+                    found[other] = path
+                    break
+        return found
 
     def _as_one(self, path: FieldPath, other: FieldPath, value: int) -> list[Move]:
         """Moves of two fields of equal value, always at the same value."""

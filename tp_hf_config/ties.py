@@ -62,6 +62,25 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The floating point buffers that are saved with the model (a router's bias)."""
+    return {
+        f"{name}.{key}".lstrip("."): buffer
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+        and buffer.is_floating_point()
+        and key not in module._non_persistent_buffers_set
+    }
+
+
+def tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer by its name."""
+    module, key = owner(model, name)
+    found: torch.Tensor = getattr(module, key)
+    return found
+
+
 def ties_of(model: nn.Module) -> list[Tie]:
     """Every Parameter that has several names."""
     return [

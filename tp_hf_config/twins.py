@@ -30,18 +30,20 @@ class Layout:
 
     The dimension holds ``blocks`` blocks; in each, ``parts`` times all of the block's units; a unit
     is ``run`` positions long. One block of several parts is "gate, then up"; one block per head of
-    three parts is "query, key and value of head 0, of head 1, ...".
+    three parts is "query, key and value of head 0, of head 1, ...".  ``gap`` positions behind every
+    part belong to something else ("value dims of head 0, its key dims, value dims of head 1, ...").
     """
 
     parts: int = 1
     run: int = 1
     blocks: int = 1
     offset: int = 0
+    gap: int = 0
 
     def positions(self, unit: int, units: int) -> list[int]:
         """The positions of one unit out of ``units``."""
         block, place = divmod(unit, units // self.blocks)
-        per_part = units // self.blocks * self.run
+        per_part = units // self.blocks * self.run + self.gap
         start = self.offset + block * self.parts * per_part + place * self.run
         return [start + part * per_part + i for part in range(self.parts) for i in range(self.run)]
 
@@ -85,11 +87,16 @@ class TwinTest:
         model: small, in float64 and eval mode; its parameters are changed and put back.
         inputs: keyword arguments of one forward pass.
         units: how many units the width has.
+        runs: an output axis that is one of these times as long holds the units in such runs.
     """
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], units: int):
+    def __init__(
+        self, model: nn.Module, inputs: dict[str, Any], units: int, runs: Sequence[int] = (1,)
+    ):
         self.model, self.inputs, self.units = model, inputs, units
-        self.parameters = dict(model.named_parameters())
+        self.axes = {units * run: Layout(run=run) for run in runs}
+        self.parameters: dict[str, Tensor] = dict(model.named_buffers())
+        self.parameters.update(model.named_parameters())
         self._weights: list[tuple[Tensor, Tensor]] = []
         self.base = [output.detach() for output in self.outputs()]
 
@@ -108,14 +115,14 @@ class TwinTest:
         """
         groups: list[set[Dim]] = []
         hidden = list(dims)
-        silent: list[Dim] = []
+        silent = list(dims)
         for first in range(0, min(2 * pairs, self.units - 1), 2):
             second = first + 1
             with self._restored(dims):
                 self._make_twins(dims, first, second)
                 grads = self._gradients(dims, first, second)
-                silent = [dim for dim in dims if self._is_silent(grads, dim)]
-                rest = [dim for dim in dims if dim not in silent]
+                rest = [dim for dim in dims if not self._is_silent(grads, dim)]
+                silent = [dim for dim in silent if dim not in rest]
                 unequal = self._unequal(rest, grads, first, second)
                 if unequal:
                     return Links((), tuple(unequal), tuple(silent))
@@ -168,8 +175,9 @@ class TwinTest:
         scale = float(old.abs().max()) or 1.0
         candidates = [old]
         for axis, size in enumerate(old.shape):
-            if size == self.units:
-                index = torch.tensor(list(order), device=old.device)
+            if size in self.axes:
+                places = self.axes[size].table(self.units)[list(order)].flatten()
+                index = places.to(old.device)
                 candidates += [one.index_select(axis, index) for one in candidates]
         return min(float((one - new).abs().max()) for one in candidates) / scale
 
@@ -207,22 +215,27 @@ class TwinTest:
             parameter.data.copy_(before)
 
     def _gradients(self, dims: Sequence[Dim], first: int, second: int) -> dict[str, Tensor | None]:
-        names = list(dict.fromkeys(dim.name for dim in dims))
+        names = [n for n in dict.fromkeys(d.name for d in dims) if self.parameters[n].requires_grad]
         losses = [self._loss(output, first, second) for output in self.outputs()]
         loss = torch.stack(losses).sum()
         grads = torch.autograd.grad(
             loss, [self.parameters[name] for name in names], allow_unused=True
         )
-        return dict(zip(names, grads, strict=True))
+        found: dict[str, Tensor | None] = dict.fromkeys(dim.name for dim in dims)
+        found.update(zip(names, grads, strict=True))
+        return found
 
     def _loss(self, output: Tensor, first: int, second: int) -> Tensor:
         """Not linear in the output, or the last projection would show no link."""
         generator = torch.Generator().manual_seed(2)
         weights = torch.randn((2, *output.shape), generator=generator, dtype=torch.float64)
         for axis, size in enumerate(output.shape):
-            if size == self.units:
-                alike = weights.index_select(axis + 1, torch.tensor([first]))
-                weights.index_copy_(axis + 1, torch.tensor([second]), alike.clone())
+            if size in self.axes:
+                one, two = (
+                    torch.tensor(self.axes[size].positions(unit, self.units))
+                    for unit in (first, second)
+                )
+                weights.index_copy_(axis + 1, two, weights.index_select(axis + 1, one).clone())
         weights = weights.to(output.device)
         return (output * weights[0] + output * output * weights[1]).sum()
 

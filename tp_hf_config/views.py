@@ -49,10 +49,9 @@ class ParameterView(nn.Linear):
         vars(self).update(owner=owner, key=key, dim=dim, bias=None)
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter behind the view."""
-        parameter = self.owner._parameters[self.key]
-        assert parameter is not None  # views are made of parameters that exist
+    def parameter(self) -> torch.Tensor:
+        """The parameter behind the view, or the buffer."""
+        parameter: torch.Tensor = getattr(self.owner, self.key)
         return parameter
 
     @property
@@ -80,7 +79,11 @@ class ParameterView(nn.Linear):
         """Keep some positions of the dimension, in the parameter and in its gradient."""
         old = self.parameter
         index = kept.to(old.device)
-        new = nn.Parameter(old.detach().index_select(self.dim, index), old.requires_grad)
+        values = old.detach().index_select(self.dim, index)
+        if self.key in self.owner._buffers:
+            self.owner._buffers[self.key] = values
+            return
+        new = nn.Parameter(values, old.requires_grad)
         if old.grad is not None:
             new.grad = old.grad.index_select(self.dim, index)
         self.owner._parameters[self.key] = new

@@ -1,0 +1,146 @@
+"""In which directions a class's config can be made smaller: one field, or several in proportion.
+
+Query heads go with key/value heads; where a class makes the head dim from hidden size and heads
+(BERT), whole heads go with the hidden size; widths that have to stay equal go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import reduce
+from itertools import combinations, permutations
+from math import gcd
+
+from .learn import ConfigMap
+from .reference import FieldPath, Refusal, shapes
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one field, or a direction as a whole (``field`` is None), has of one dimension.
+
+    Attributes:
+        field: the field.
+        per_unit: positions that one unit of the direction takes.
+        rest: positions of the dimension that belong to something else.
+    """
+
+    field: FieldPath | None
+    per_unit: int
+    rest: int
+
+
+Shares = dict[tuple[str, int], tuple[Share, ...]]
+
+
+def units_of(known: ConfigMap, fields: tuple[FieldPath, ...]) -> int:
+    """How many units a direction has: each is the same share of every one of its fields."""
+    return reduce(gcd, (known.values[path] for path in fields))
+
+
+def shares_of(known: ConfigMap, fields: tuple[FieldPath, ...]) -> Shares | str:
+    """What the units of a direction have of each dimension, or why there are no whole units."""
+    units = units_of(known, fields)
+    scales = {path: known.values[path] // units for path in fields}
+    if len(fields) == 1:
+        return _along_lines(known, scales, None)
+    moved = _moved(known, scales, units)
+    return moved if isinstance(moved, str) else _along_lines(known, scales, moved)
+
+
+def _along_lines(
+    known: ConfigMap, scales: Mapping[FieldPath, int], moved: dict[tuple[str, int], int] | None
+) -> Shares | str:
+    """The shares by field where they add up to what moves, else what moves as one share."""
+    units = units_of(known, tuple(scales))
+    shares: Shares = {}
+    for (name, dim), expression in sorted(known.expressions.items(), key=str):
+        if not isinstance(dim, int) or not expression.fields & scales.keys():
+            continue
+        found: list[Share] = []
+        for path in sorted(expression.fields & scales.keys(), key=list(scales).index):
+            per_unit = expression.terms.get(frozenset({path}), Fraction(0)) * scales[path]
+            rest = expression.base - per_unit * units
+            if per_unit.denominator != 1 or per_unit < 1 or rest < 0:
+                if moved is None:
+                    return f"{name} has no whole units along dimension {dim}"
+                break
+            found.append(Share(path, int(per_unit), int(rest)))
+        else:
+            if moved is None or moved.get((name, dim)) == sum(share.per_unit for share in found):
+                shares[name, dim] = tuple(found)
+    for (name, dim), step in (moved or {}).items():
+        if (name, dim) not in shares:
+            left = known.shapes[name][dim] - step * units
+            if step < 1 or left < 0:
+                return f"{name} has no whole units along dimension {dim}"
+            shares[name, dim] = (Share(None, step, left),)
+    return dict(sorted(shares.items(), key=str))
+
+
+def _moved(
+    known: ConfigMap, scales: Mapping[FieldPath, int], units: int
+) -> dict[tuple[str, int], int] | str:
+    """By how much each dimension moves for one unit, seen in two builds of the class."""
+    builds: list[tuple[int, dict[str, tuple[int, ...]]]] = []
+    reason = ""
+    for less in dict.fromkeys([1, -1, -2, 2, *range(3, units)]):
+        model = known.build_at({p: known.values[p] - less * s for p, s in scales.items()})
+        if isinstance(model, Refusal):
+            reason = model.reason
+            continue
+        built = shapes(model)
+        if built.keys() != known.shapes.keys():
+            reason = "it builds other layers then"
+            continue
+        builds.append((less, built))
+        if len(builds) == 2:
+            break
+    if len(builds) < 2:
+        return f"the class takes no other number: {reason}"
+    result: dict[tuple[str, int], int] = {}
+    for name, shape in known.shapes.items():
+        if known.depth.canonical(name) != name:
+            continue
+        for dim, now in enumerate(shape):
+            slopes = {Fraction(now - built[name][dim], less) for less, built in builds}
+            if len(slopes) > 1 or next(iter(slopes)).denominator != 1:
+                return f"{name} does not follow in whole units along dimension {dim}"
+            if any(slopes):
+                result[name, dim] = int(next(iter(slopes)))
+    return result
+
+
+def grouped_heads(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+    """Numbers of heads that cannot go alone, with another that is a multiple of them."""
+    counts = sorted((p for p in known.count_fields() if known.moves_shapes(p)), key=str)
+    for smaller, larger in permutations(counts, 2):
+        if smaller in failed and known.values[larger] % known.values[smaller] == 0:
+            yield smaller, larger
+
+
+def whole_heads(known: ConfigMap) -> Iterator[tuple[FieldPath, ...]]:
+    """Widths that are split into a number of heads that no shape shows, with that number."""
+    silent = {path for path in known.count_fields() if not known.moves_shapes(path)}
+    tied: dict[FieldPath, set[FieldPath]] = {}
+    for (name, which), expression in known.expressions.items():
+        if isinstance(which, str) and expression.fields & silent:
+            weight = f"{name}.weight"
+            for width in known.fields_of(weight, 0) | known.fields_of(weight, 1):
+                tied.setdefault(width, set()).update(expression.fields & silent)
+    for width, counts in tied.items():
+        if width not in counts:
+            yield (*sorted(counts, key=str), width)
+
+
+def equal_fields(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+    """Pairs of widths of equal size that cannot go alone, both of them if there are such."""
+    widths = [path for path in known.values if known.moves_shapes(path)]
+    pairs = [
+        pair
+        for pair in combinations(widths, 2)
+        if known.values[pair[0]] == known.values[pair[1]] and failed & set(pair)
+    ]
+    yield from [pair for pair in pairs if failed >= set(pair)] or pairs
