@@ -20,6 +20,7 @@ from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
     UnsupportedModelError,
+    prunable,
     pruner_kwargs,
 )
 from tp_hf_config.graph import ConfigGraph, ParameterView, Units
@@ -1176,12 +1177,15 @@ def neox() -> Any:
 
 
 @pytest.mark.parametrize("graph", ["auto", "config"])
-def test_rotary_hidden_size_is_refused_with_the_reason(graph: Any):
+def test_hidden_size_goes_with_whole_heads_where_head_dims_rotate(graph: Any):
     """GPT-NeoX's head dim is hidden / heads, and its dims are rotated: not interchangeable."""
-    with pytest.raises(UnsupportedModelError, match="not interchangeable") as caught:
-        pruner_kwargs(fresh(neox), prune=("hidden_size",), graph=graph)
-    assert "hidden_size" in str(caught.value)
-    assert "intermediate_size" in str(caught.value)  # what can be pruned
+    widths = {width.name: width.reason for width in prunable(fresh(neox)).widths}
+    assert str(widths["hidden_size"]).startswith("units are not interchangeable in gpt_neox.layers")
+    model = fresh(neox)
+    pruner, hook = pruner_of(model, fields=("hidden_size",), graph=graph)
+    pruner.step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {"hidden_size": (32, 16), "num_attention_heads": (4, 2)}
 
 
 def test_what_can_be_pruned_is_pruned_where_another_width_cannot():

@@ -23,8 +23,8 @@ from .directions import (
     units_of,
     whole_heads,
 )
-from .miniature import Miniature
-from .reference import FieldPath, field_name
+from .miniature import Miniature, why_not
+from .reference import FieldPath, Refusal, field_name, with_values
 from .ties import saved_buffers
 from .twins import Dim, Layout, Links, TwinTest
 
@@ -62,7 +62,8 @@ class Finding:
     """What was found for one width: its groups, or why it cannot be pruned.
 
     ``disproved``: units were seen not to be interchangeable; ``unseen``: the outputs do not show
-    some of its dimensions.
+    some of its dimensions; ``least``: fewer units, and the class does not run (a router that takes
+    the best two experts needs two).
     """
 
     fields: tuple[FieldPath, ...]
@@ -70,6 +71,7 @@ class Finding:
     reason: str | None = None
     disproved: bool = False
     unseen: bool = False
+    least: int = 1
 
 
 def find_groups(mini: Miniature) -> list[Finding]:
@@ -149,8 +151,21 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
         reason = f"units are not interchangeable in {names}"
         found = Finding(fields, reason=reason, disproved=True)
     if found.disproved and len(fields) == 1:
-        return _without_twins(test, choices[0], fields) or found
-    return _refined(mini, found) if len(fields) > 1 else found
+        found = _without_twins(test, choices[0], fields) or found
+    if len(fields) > 1:
+        return _refined(mini, found)
+    stacked = (listed[dim.name].ndim == 3 and dim.dim == 0 for g in found.groups for dim in g.dims)
+    return replace(found, least=_least(mini, fields[0])) if any(stacked) else found
+
+
+def _least(mini: Miniature, path: FieldPath) -> int:
+    """The smallest value of a field with which the class still runs."""
+    known = mini.known
+    for value in range(1, known.values[path]):
+        model = known.builder.build_real(with_values(known.depth.data, {path: value}))
+        if not isinstance(model, Refusal) and why_not(model, mini.inputs) is None:
+            return value
+    return known.values[path]
 
 
 def _without_twins(

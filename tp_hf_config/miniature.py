@@ -82,13 +82,21 @@ def _working_inputs(model: nn.Module) -> dict[str, Any] | Refusal:
     text = second_sample(text_alone(example_inputs(model)))
     reason = ""
     for inputs in (everything, short, text) if "input_ids" in text else (everything,):
-        try:
-            with torch.no_grad():
-                model(**inputs)
+        stopped = why_not(model, inputs)
+        if stopped is None:
             return inputs
-        except Exception as error:  # whatever a class's forward pass raises
-            reason = reason or " ".join(str(error).split())[:200]
+        reason = reason or stopped
     return Refusal(f"the tiny copy does not run: {reason}")
+
+
+def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """What a forward pass breaks off with; ``None``: it does not."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:  # whatever a class's forward pass raises
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
 
 
 def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str, Any]:

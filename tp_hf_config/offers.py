@@ -39,6 +39,7 @@ class Width:
         layers: how many layers of the model have a part in it.
         parameters: how many parameters one unit holds in all of its groups.
         reason: why it cannot be pruned; ``None`` where it can.
+        least: fewer units, and the class does not run.
         disproved: an experiment showed that its units are not interchangeable; no other way of
             finding groups would be right either.
     """
@@ -50,6 +51,7 @@ class Width:
     parameters: int = 0
     reason: str | None = None
     disproved: bool = False
+    least: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -168,6 +170,7 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
         units=groups[0].units // groups[0].grain,
         layers=len({m.name.rpartition(".")[0] for group in groups for m in group.members}),
         parameters=_parameters_per_unit(groups, model),
+        least=finding.least,
     )
 
 
