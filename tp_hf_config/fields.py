@@ -36,9 +36,19 @@ def candidates(
             entries = enumerate(value) if isinstance(value, list) else ()
             whole = {(*field, index): entry for index, entry in entries} or {field: value}
             declared.update({key: entry for key, entry in whole.items() if _is_count(entry)})
-            if value is None and not name.startswith("_"):
+            if value is None and not name.startswith("_") and not _is_machinery(name):
                 unset.append(field)
     return declared, unset
+
+
+def _is_machinery(name: str) -> bool:
+    """Whether a name is a method or constant that every config has; ``num_labels`` is neither."""
+    from transformers import PretrainedConfig
+
+    found = getattr(PretrainedConfig, name, None)
+    if isinstance(found, property):
+        return found.fset is None
+    return hasattr(PretrainedConfig, name)
 
 
 def _is_count(value: Any) -> bool:

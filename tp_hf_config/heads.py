@@ -58,13 +58,15 @@ def observe(model: nn.Module) -> Layout:
     with torch.no_grad(), torch.device("meta"):
         inputs = example_inputs(model)
     text = text_alone(inputs)
-    everything = _observe(model, inputs)
-    if "input_ids" not in text or text.keys() == inputs.keys():
-        return everything
-    return max(everything, _observe(model, text), key=lambda layout: layout.steps)
+    seen, ended = _observe(model, inputs)
+    if ended or "input_ids" not in text or text.keys() == inputs.keys():
+        return seen
+    return max(seen, _observe(model, text)[0], key=lambda layout: layout.steps)
 
 
-def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
+def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Layout, bool]:
+    """What was seen, and whether the forward pass came to its end."""
+    ended = False
     watch = _Watch()
     handles = [
         module.register_forward_hook(watch.hook(name))
@@ -74,17 +76,19 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
     try:
         with torch.no_grad(), torch.device("meta"), watch:
             watch.returned(model(**inputs))
+            ended = True
     except Exception:
         pass  # data-dependent forward passes end here; the layers before are known
     finally:
         for handle in handles:
             handle.remove()
-    return Layout(
+    seen = Layout(
         heads=watch.complete_heads(),
         pieces={name: tuple(sizes) for name, sizes in watch.pieces.items()},
         outputs=frozenset(watch.outputs),
         steps=watch.steps,
     )
+    return seen, ended
 
 
 def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...] | None:

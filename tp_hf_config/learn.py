@@ -150,19 +150,22 @@ def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str
     return f"{name} and its config disagree before any pruning: {lines}{more}. {advice}"
 
 
-def learn(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> ConfigMap:
+def learn(
+    builder: Builder, config: PreTrainedConfig, full: nn.Module, all_set: bool = False
+) -> ConfigMap:
     """Learn the map of one model class around one config.
 
     Args:
         builder: builds the class.
         config: the config to learn around.
         full: the class built from that config, without data.
+        all_set: no width is left to a default.
     """
     data = config_json(config, use_diff=False)
     depth = shallow(builder, data, full)
     declared, unset = candidates(builder, config, depth.data)
     study = Study(builder, depth, {})
-    found_unset = {path: study.implied(path) for path in unset}
+    found_unset = {path: study.implied(path) for path in unset if not all_set}
     implied = {path: value for path, value in found_unset.items() if value is not None}
     implied = study.free(implied, declared)
     study = Study(builder, depth, implied)

@@ -72,7 +72,9 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         if isinstance(inputs, Refusal):
             return inputs
     partial = not example_inputs(model).keys() <= inputs.keys()
-    return Miniature(learn(builder, builder.config(data), full), model, inputs, partial)
+    return Miniature(
+        learn(builder, builder.config(data), full, all_set=True), model, inputs, partial
+    )
 
 
 def _working_inputs(model: nn.Module) -> dict[str, Any] | Refusal:
