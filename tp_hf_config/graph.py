@@ -7,7 +7,7 @@ pass, no autograd.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         prefix: the model's name in the module that the pruner prunes.
         multiples: for fields that the class does not take every value of, what they have to be
             a multiple of.
+        heads: the fields whose groups follow the pruner's head ratios.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         groups: Sequence[WidthGroup],
         prefix: str = "",
         multiples: Mapping[Any, int] | None = None,
+        heads: Collection[Any] = (),
     ):
         super().__init__()
         self.pretrained, self.prefix = model, prefix
@@ -93,6 +95,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                 group.classes,
                 Units(group.units),
                 (multiples or {}).get(group.fields, 1) * group.grain,
+                group.grain,
+                group.fields in heads,
             )
             for group in groups
         ]

@@ -11,6 +11,7 @@ from typing import Any
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
 from .graph import ConfigGraph, ConfigGroup
+from .views import Coupled
 
 
 class GraphInputs(dict[str, Any]):
@@ -47,6 +48,7 @@ class UnitSteering:
     ``_get_channel_groups`` knows the classes inside which units are interchangeable;
     ``_round_to`` rounds each group to what the class takes of its field, and counts the units of a
     class against those of a class (Torch-Pruning counts them against all, base_pruner.py, 1.6.1).
+    Groups of whole heads are ranked by themselves, at the pruner's head ratios.
     """
 
     _NAMES = ("estimate_importance", "_get_channel_groups", "_is_atten_group", "_round_to")
@@ -65,9 +67,16 @@ class UnitSteering:
         if isinstance(self.pruner.DG, ConfigGraph):
             for name in self._NAMES:
                 setattr(self.pruner, name, getattr(self, name))
+            for number, coupled in enumerate(self._of_heads()):
+                scope = (f"heads {number}", [coupled.units])
+                self.pruner._layer_to_scope[coupled.units] = scope
+                self.pruner.pruning_ratio_dict[coupled.units] = self._head_ratios(coupled)
 
     def detach(self) -> None:
         """Leave the pruner as it was."""
+        for coupled in self._of_heads():
+            self.pruner._layer_to_scope.pop(coupled.units, None)
+            self.pruner.pruning_ratio_dict.pop(coupled.units, None)
         for name, own in self._own.items():
             if vars(self.pruner).get(name) == getattr(self, name):
                 delattr(self.pruner, name)
@@ -82,6 +91,22 @@ class UnitSteering:
             )
         return self._estimate(group, *args, **kwargs)
 
+    def _of_heads(self) -> list[Coupled]:
+        graph = self.pruner.DG
+        return [c for c in graph.coupled if c.heads] if isinstance(graph, ConfigGraph) else []
+
+    def _head_ratios(self, coupled: Coupled) -> list[float]:
+        """The ratios of all steps, of a layer in ``head_pruning_ratio_dict`` or of all."""
+        pruner = self.pruner
+        if not pruner.prune_num_heads:
+            return [0.0] * len(pruner.per_step_head_pruning_ratio)
+        for side in coupled.sides:
+            if side.module in pruner.head_pruning_ratio_dict:
+                own: list[float] = pruner.head_pruning_ratio_dict[side.module]
+                return own
+        ratios: list[float] = pruner.per_step_head_pruning_ratio
+        return ratios
+
     def _get_channel_groups(self, group: Any) -> int:
         if isinstance(group, ConfigGroup):
             return group.coupled.classes
@@ -90,6 +115,8 @@ class UnitSteering:
 
     def _is_atten_group(self, group: Any) -> Any:
         self._group = group  # asked right before the group is rounded
+        if isinstance(group, ConfigGroup):
+            return False, []  # heads are units here, not Torch-Pruning's bookkeeping
         return self._attention(group)
 
     def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:

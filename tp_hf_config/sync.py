@@ -116,6 +116,7 @@ class Follower:
             ConfigSyncError: no config says what the weights are.
         """
         notes = self._count_heads(groups)
+        self._tell_heads()
         live = self._live_shapes(groups)
         values = self._solve(live)
         data, built = self._prove(live, values)
@@ -164,6 +165,15 @@ class Follower:
                 "pruning_ratio is 0 (it then skips heads too)"
             ]
         return []
+
+    def _tell_heads(self) -> None:
+        """``pruner.num_heads`` and the channel groups made of it say what the layers have now."""
+        for name, module in self.model.named_modules():
+            split = self.splits.get(name)
+            if split and module in self.pruner.num_heads:
+                self.pruner.num_heads[module] = split[0][0]
+                if module in self.pruner.out_channel_groups:
+                    self.pruner.out_channel_groups[module] = split[0][0]
 
     def _own_name(self, name: str) -> str | None:
         """A name in the pruner's model as a name in the Hugging Face model inside it."""

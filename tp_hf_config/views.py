@@ -127,7 +127,8 @@ class UnitsPruner(function.BasePruningFunc):  # type: ignore[misc]
 class Coupled:
     """A group of sides that lose the same units.
 
-    ``multiple``: the class takes only multiples of it.
+    ``multiple``: the class takes only multiples of it; ``grain``: how many of its units go with
+    one unit of the fields; ``heads``: it follows the head ratios.
     """
 
     fields: tuple[tuple[str | int, ...], ...]
@@ -135,6 +136,8 @@ class Coupled:
     classes: int
     units: Units
     multiple: int = 1
+    grain: int = 1
+    heads: bool = False
 
     @property
     def root(self) -> Side | None:

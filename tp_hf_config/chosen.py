@@ -1,0 +1,220 @@
+"""Which widths a pruner is going to prune: by field, by default, or heads in one of two modes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd, lcm
+
+from torch import nn
+
+from .choice import Gqa
+from .errors import UnsupportedModelError
+from .offers import Width, widths_of
+from .reference import field_name
+from .ties import tensor
+from .widths import WidthView
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes:
+        fields: config fields by name; ``None``: every width inside the model.
+        heads: whole attention heads, by Torch-Pruning's head ratios.
+        gqa: how grouped-query heads go; ``None``: what suits the model.
+        head_dims: the same number of dimensions of every head too.
+    """
+
+    fields: tuple[str, ...] | None = None
+    heads: bool = False
+    gqa: Gqa | None = None
+    head_dims: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The widths of one pruner.
+
+    Attributes:
+        widths: all of them; no two share a dimension.
+        heads: those of them that follow the head ratios.
+        how: how the heads go, in words.
+    """
+
+    widths: tuple[Width, ...]
+    heads: tuple[Width, ...] = ()
+    how: str = ""
+
+
+def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
+    """The widths to prune by the config graph, or why it is left to the trace.
+
+    Args:
+        view: the model.
+        wanted: what is asked for.
+        must: there is no trace to leave it to.
+
+    Raises:
+        UnsupportedModelError: a width cannot be pruned by any graph.
+    """
+    heads: list[Width] = []
+    if wanted.heads:
+        found = _heads(view, wanted.gqa, must)
+        if isinstance(found, str):
+            return found
+        heads = found
+    dims = _head_dims(view, must) if wanted.head_dims else []
+    if isinstance(dims, str):
+        return dims
+    apart = {path for width in heads + dims for path in width.fields}
+    others: list[Width] | str = []
+    if wanted.fields is None:
+        others = _default(view, must and not apart)
+        if isinstance(others, str) and apart:
+            others = []
+    elif wanted.fields:
+        others = _named(view, wanted.fields, must)
+    if isinstance(others, str):
+        return others
+    rest = [width for width in others if not apart & set(width.fields)]
+    widths = tuple(dict.fromkeys(heads + dims + rest))
+    _check_apart(view, widths)
+    return Chosen(widths, tuple(heads), _in_words(view, heads))
+
+
+def multiple_in(view: WidthView, width: Width) -> int:
+    """What a width has to stay a multiple of for the kernels, and to lose the same everywhere.
+
+    Stacked experts run in a grouped matrix product that takes rows of whole 16 bytes only.
+    """
+    multiple = 1
+    for group in width.groups:
+        own = group.classes  # all groups of one width lose the same number
+        for member in group.members:
+            parameter = tensor(view.model, member.name)
+            owner = view.model.get_submodule(member.name.rpartition(".")[0])
+            if parameter.ndim == 3 and member.dim > 0 and not isinstance(owner, nn.Conv1d):
+                own = lcm(own, 16 // parameter.element_size())
+        multiple = lcm(multiple, own // gcd(own, group.grain))
+    return multiple
+
+
+def _default(view: WidthView, must: bool) -> list[Width] | str:
+    """Every width inside the model that is proved."""
+    inner = view.inner_widths()
+    default = [width for width in widths_of(view.model) if inner >= set(width.fields)]
+    proved: list[Width] = []
+    for width in default:
+        if width.reason is None and not any(set(width.fields) & set(w.fields) for w in proved):
+            proved.append(width)
+    if proved:
+        return proved
+    reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
+    if must or any(width.disproved for width in default):
+        raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
+    return reason
+
+
+def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | str:
+    """The widths that hold the named fields."""
+    widths = widths_of(view.model)
+    chosen: list[Width] = []
+    named = set(fields)
+    for name in fields:
+        candidates = [width for width in widths if name in width.names]
+        found = [width for width in candidates if width.reason is None]
+        # of several, one whose fields are all named, and the one that holds most of those
+        found.sort(key=lambda one: (not named >= set(one.names), -len(named & set(one.names))))
+        if found:
+            chosen += [width for width in found[:1] if width not in chosen]
+            continue
+        reasons = sorted({str(width.reason) for width in candidates}) or ["no such width"]
+        reason = f"{name}: {'; '.join(reasons)}"
+        if not must and not any(width.disproved for width in candidates):
+            return reason
+        raise _cannot(view, reason)
+    return chosen
+
+
+def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:
+    """The widths that count attention heads, in the mode that is asked for."""
+    counts = view.known.count_fields()
+    candidates = [width for width in widths_of(view.model) if set(width.fields) & counts]
+    proved = [width for width in candidates if width.reason is None]
+
+    def rank(width: Width) -> tuple[int, ...]:
+        several = sum(view.known.moves_shapes(path) for path in set(width.fields) & counts) > 1
+        can_move = all(group.units > group.classes for group in width.groups)
+        return (not can_move, several is not (gqa == "group"), len(width.fields))
+
+    chosen: list[Width] = []
+    for width in sorted(proved, key=rank):
+        if not any(set(width.fields) & set(other.fields) for other in chosen):
+            chosen.append(width)
+    if chosen:
+        return chosen
+    reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no heads were seen"
+    if must or any(width.disproved for width in candidates):
+        raise _cannot(view, f"attention heads: {reason}")
+    return reason
+
+
+def _head_dims(view: WidthView, must: bool) -> list[Width] | str:
+    """The widths that are head dims, where the class lets them move."""
+    fields = view.head_fields() - view.known.count_fields()
+    candidates = [width for width in widths_of(view.model) if set(width.fields) & fields]
+    proved = [width for width in candidates if width.reason is None]
+    alone = [width for width in proved if len(width.fields) == 1]
+    if alone:
+        return alone
+    reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no head dims were seen"
+    if view.rotates_head_dims():
+        reason = (
+            "it encodes positions in its head dims (its position tables are as wide as a head), so "
+            f"they are not interchangeable ({reason}). Leave prune_head_dims out, or prune whole "
+            "heads (prune_num_heads=True)"
+        )
+    if must or view.rotates_head_dims() or any(width.disproved for width in candidates):
+        raise _cannot(view, f"head dims: {reason}")
+    return reason
+
+
+def _cannot(view: WidthView, reason: str) -> UnsupportedModelError:
+    offered = ", ".join(w.name for w in widths_of(view.model) if w.reason is None) or "none"
+    return UnsupportedModelError(
+        f"{type(view.model).__name__} cannot prune {reason}. Widths that can: {offered}."
+    )
+
+
+def _in_words(view: WidthView, heads: Sequence[Width]) -> str:
+    """How heads go: for the report."""
+    counts = view.known.count_fields()
+    parts: list[str] = []
+    for width in heads:
+        moving = [path for path in width.fields if path in counts]
+        classes = width.groups[0].classes
+        if len(moving) > 1 and all(view.known.moves_shapes(path) for path in moving):
+            parts.append(f"whole key/value groups ({width.name})")
+        elif classes > 1:
+            parts.append(f"{moving[0][-1]} out of each of {classes} key/value groups")
+        elif set(width.fields) - set(moving):
+            parts.append(f"whole heads, and {', '.join(width.names[len(moving) :])} with them")
+        else:
+            parts.append(f"whole heads ({field_name(moving[0])})")
+    return "; ".join(parts)
+
+
+def _check_apart(view: WidthView, chosen: Sequence[Width]) -> None:
+    """Two widths that share a dimension (heads times head dim) cannot go in one pruner."""
+    owner: dict[tuple[str, int], Width] = {}
+    for width in chosen:
+        for member in (member for group in width.groups for member in group.members):
+            other = owner.setdefault((member.name, member.dim), width)
+            if other is not width:
+                raise UnsupportedModelError(
+                    f"{type(view.model).__name__}: {other.name} and {width.name} both set "
+                    f"dimension {member.dim} of {member.name}. Prune them one after the other, "
+                    "each with a pruner of its own."
+                )
