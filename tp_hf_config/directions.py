@@ -122,17 +122,16 @@ def grouped_heads(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[Fi
 
 
 def whole_heads(known: ConfigMap) -> Iterator[tuple[FieldPath, ...]]:
-    """Widths that are split into a number of heads that no shape shows, with that number."""
-    silent = {path for path in known.count_fields() if not known.moves_shapes(path)}
+    """Widths that are split into a number of heads that their layers do not show, with it."""
     tied: dict[FieldPath, set[FieldPath]] = {}
     for (name, which), expression in known.expressions.items():
-        if isinstance(which, str) and expression.fields & silent:
+        if isinstance(which, str):
             weight = f"{name}.weight"
-            for width in known.fields_of(weight, 0) | known.fields_of(weight, 1):
-                tied.setdefault(width, set()).update(expression.fields & silent)
+            widths = known.fields_of(weight, 0) | known.fields_of(weight, 1)
+            for width in widths if not widths & expression.fields else ():
+                tied.setdefault(width, set()).update(expression.fields)
     for width, counts in tied.items():
-        if width not in counts:
-            yield (*sorted(counts, key=str), width)
+        yield (*sorted(counts, key=str), width)
 
 
 def equal_fields(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:

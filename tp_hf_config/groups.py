@@ -10,25 +10,25 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import islice, product
+from itertools import islice
 from math import gcd
 
 import torch
 
 from .directions import (
-    Share,
     equal_fields,
     grouped_heads,
     shares_of,
     units_of,
     whole_heads,
 )
+from .layouts import layouts_of, likely_first
 from .miniature import Miniature, why_not
 from .reference import FieldPath, Refusal, field_name, with_values
 from .ties import saved_buffers
 from .twins import Dim, Layout, Links, TwinTest
 
-_MAX_LAYOUTS = 12
+_MAX_LAYOUTS = 16
 
 _Style = tuple[tuple[tuple[int, Layout], ...], FieldPath | None]
 """Dimensions alike in how their units may stand, and the field that sets them."""
@@ -125,12 +125,14 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
     heads = bool(set(fields) & known.count_fields())
     for (name, dim), parts in shares.items():
         for share in parts if name in listed else ():
-            layouts = _layouts(mini, name, dim, share, units, heads)
+            layouts = layouts_of(mini, name, dim, share, units, heads)
             styles.setdefault((tuple(layouts), share.field), []).append(Dim(name, dim))
     if not styles:
         return Finding(fields, reason="it sets no parameter's dimension alone")
-    runs = sorted({known.values[path] // units for path in fields})
-    test = TwinTest(mini.model, mini.inputs, units, runs)
+    runs = {known.values[path] // units for path in fields}
+    if len(fields) > 1:  # an output can be a multiple of a field
+        runs |= {share.per_unit for parts in shares.values() for share in parts}
+    test = TwinTest(mini.model, mini.inputs, units, sorted(runs))
     best: Links | None = None
     found: Finding | None = None
     choices = list(islice(_choices(styles, units), _MAX_LAYOUTS))
@@ -200,11 +202,10 @@ def _choices(
     styles: Mapping[_Style, Sequence[Dim]], units: int
 ) -> Iterator[dict[Dim, FieldPath | None]]:
     """The dimensions with one layout for each style of them, likely choices first."""
-    ranked = islice(product(*(layouts for layouts, _ in styles)), 10_000)
-    for chosen in sorted(ranked, key=lambda one: sum(unlikely for unlikely, _ in one)):
+    for chosen in likely_first([layouts for layouts, _ in styles]):
         sources = {
             Dim(dim.name, dim.dim, layout): path
-            for (_, layout), ((_, path), alike) in zip(chosen, styles.items(), strict=True)
+            for layout, ((_, path), alike) in zip(chosen, styles.items(), strict=True)
             for dim in alike
         }
         if not _overlap(sources, units):
@@ -251,45 +252,6 @@ def _named(dims: Sequence[Dim]) -> str:
     names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", dim.name) for dim in dims))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _layouts(
-    mini: Miniature, name: str, dim: int, share: Share, units: int, heads: bool
-) -> list[tuple[int, Layout]]:
-    """The ways in which units can stand along a dimension, each with how unlikely it is.
-
-    Heads are runs; the dimensions of a head, and of gate and up, stand in every part.
-    """
-    width = share.per_unit
-    pieces = mini.known.layout.pieces.get(name.rpartition(".")[0], ())
-    counts = {split[0] for splits in mini.known.layout.heads.values() for split in splits}
-    parts = [n for n in range(1, width + 1) if width % n == 0]
-    parts.sort(reverse=not heads)
-    parts.sort(key=lambda n: n != len(pieces))
-    blocks = [b for b in sorted(counts) if b > 1 and units % b == 0 and width > 1 and dim == 0]
-    ranked = [
-        (rank + place + far, Layout(n, width // n, block, offset, gap))
-        for place, block in ((0, 1), *((len(parts), block) for block in blocks))
-        for rank, n in enumerate(parts)
-        for far, (offset, gap) in enumerate(_between(share.rest, n, n in counts))
-        if n > 1 or block == 1
-    ]
-    return sorted(ranked, key=lambda one: one[0])
-
-
-def _between(rest: int, parts: int, heads: bool) -> list[tuple[int, int]]:
-    """Where the rest of a dimension can stand: behind or before the units, or in every part.
-
-    Returns:
-        Offsets of the first unit and gaps between parts, likely ones first.
-    """
-    if not rest:
-        return [(0, 0)]
-    apart = [(0, 0), (rest, 0)]
-    if parts == 1 or rest % parts:
-        return apart
-    inside = [(0, rest // parts), (rest // parts, rest // parts)]
-    return inside + apart if heads else apart + inside
 
 
 def _proved(

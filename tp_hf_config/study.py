@@ -66,7 +66,7 @@ class Study:
         if not moved and _numbers(model) == self.attributes:
             return {}
         sizes = dict.fromkeys(self.base, 0) | sizes
-        if watch and (not moved or moved & self.split_weights):
+        if watch:  # numbers of heads may move where no projection does (Swin)
             sizes |= self._sizes(model, observe(model))
         elif not moved & self.split_weights:
             sizes = self.base | sizes  # heads stay where no projection moves
@@ -181,7 +181,8 @@ class Study:
         points: list[Move] = []
         others: list[Refusal | None] = []
         for probe in _probes(value):
-            sizes = self.at({path: probe}, watch=not points)
+            heads = any(isinstance(which, str) for point in points for _, which in point.sizes)
+            sizes = self.at({path: probe}, watch=heads or not points)
             if not isinstance(sizes, dict):
                 others.append(sizes)
                 continue

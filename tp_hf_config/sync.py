@@ -116,7 +116,6 @@ class Follower:
             ConfigSyncError: no config says what the weights are.
         """
         notes = self._count_heads(groups)
-        self._tell_heads()
         live = self._live_shapes(groups)
         values = self._solve(live)
         data, built = self._prove(live, values)
@@ -130,6 +129,7 @@ class Follower:
             self._check_written(data)
         new = config_json(self.model.config, use_diff=False)
         self.reference, self.values = built, values
+        self._tell_heads()
         self.ties = ties_of(self.model)
         outcome["fields"] = {
             field_name(path): (_value_at(old, path), value)
@@ -168,12 +168,10 @@ class Follower:
 
     def _tell_heads(self) -> None:
         """``pruner.num_heads`` and the channel groups made of it say what the layers have now."""
-        for name, module in self.model.named_modules():
-            split = self.splits.get(name)
-            if split and module in self.pruner.num_heads:
-                self.pruner.num_heads[module] = split[0][0]
-                if module in self.pruner.out_channel_groups:
-                    self.pruner.out_channel_groups[module] = split[0][0]
+        for _, module, count in WidthView(self.model, self.known).head_layers(self.values):
+            for counts in (self.pruner.num_heads, self.pruner.out_channel_groups):
+                if module in self.pruner.num_heads and module in counts:
+                    counts[module] = count
 
     def _own_name(self, name: str) -> str | None:
         """A name in the pruner's model as a name in the Hugging Face model inside it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .errors import UnsupportedModelError
+from .heads import heads_of
 from .learn import ConfigMap
 from .limits import multiple_of
 from .reference import FieldPath, field_name
@@ -37,12 +38,22 @@ class WidthView:
                 if weight is not None:
                     yield name, module, self.known.fields_of(f"{name}.weight", dim)
 
-    def head_layers(self) -> Iterable[tuple[str, nn.Module, int]]:
-        """Layers whose output is split into heads, and into how many."""
+    def head_layers(
+        self, values: Mapping[FieldPath, int] | None = None
+    ) -> Iterable[tuple[str, nn.Module, int]]:
+        """Layers whose output is split into heads, and how many heads the config says they have.
+
+        ``values``: of the config now; by default those that were learned.
+        """
+        values = values or self.known.values
         for name, module in self.model.named_modules():
-            splits = self.known.layout.heads.get(self.known.depth.canonical(name))
+            canonical = self.known.depth.canonical(name)
+            splits = self.known.layout.heads.get(canonical)
             if splits is not None and isinstance(module, nn.Linear):
-                yield name, module, splits[0][0]
+                counted = self.known.expressions.get((canonical, heads_of(0)))
+                # Falcon's one key/value head stands among the query heads of its projection
+                fields = counted.fields if counted else frozenset()
+                yield name, module, values[min(fields)] if len(fields) == 1 else splits[0][0]
 
     def plain_heads(self, name: str) -> bool:
         """Whether a layer's output is one (heads, head dim) block, as many as its neighbours'."""
