@@ -465,7 +465,12 @@ def test_report_notes_and_singular_words():
 def test_heads_asked_for_and_not_found_are_noted():
     model = small.bert()
     hook, pruner = attached(
-        model, num_heads={}, out_channel_groups={}, prune_num_heads=True, head_pruning_ratio=0.5
+        model,
+        num_heads={},
+        out_channel_groups={},
+        prune_num_heads=True,
+        head_pruning_ratio=0.5,
+        pruning_ratio=0.0,
     )
     ffn = [layer.intermediate.dense for layer in model.encoder.layer]
     for layer in ffn:

@@ -42,6 +42,7 @@ class HFConfigSyncHook:
         self.graph = graph
         self.reports: list[SyncReport] = []
         self._why = "traced graph: registered with a pruner that had it"
+        self._unproved: list[str] = []
         self._follower: Follower | None = None
         self._recorder: Recorder | None = None
         self._mended: list[HeadSchedule | UnitSteering] = []
@@ -58,7 +59,8 @@ class HFConfigSyncHook:
             A handle with ``remove()``, which is also a context manager.
 
         Raises:
-            UnsupportedModelError: the pruner's model cannot be followed.
+            UnsupportedModelError: the pruner's model cannot be followed, or a traced group that it
+                is going to prune is wrong.
         """
         return pruners.register(pruner, self)
 
@@ -67,6 +69,7 @@ class HFConfigSyncHook:
         """Around a pruner's constructor: check the model, put the graph in or trace safely."""
         from .prepare import pruner_kwargs
         from .steer import building
+        from .traced_groups import keeping_groups
         from .tracing import safe_tracing
 
         model: nn.Module = arguments["model"]
@@ -85,14 +88,16 @@ class HFConfigSyncHook:
                     "config graph: say pruner_kwargs(model, graph='trace') too"
                 )
             self._why = "traced graph: asked for"
-        with building(graph) if graph is not None else safe_tracing(model):
+        with building(graph) if graph is not None else safe_tracing(model), keeping_groups():
             yield
 
     def attach(self, pruner: Any) -> None:
         """Start following a pruner; called by ``register``."""
+        from .graph import ConfigGraph
         from .head_schedule import HeadSchedule
         from .steer import UnitSteering
         from .sync import Follower
+        from .traced_proof import check_traced
 
         if self._follower is not None:
             raise ValueError(
@@ -100,6 +105,8 @@ class HFConfigSyncHook:
                 "of its own, or remove() the handle of the other one first"
             )
         follower = Follower(pruner)
+        if not isinstance(pruner.DG, ConfigGraph):
+            self._unproved = check_traced(pruner, follower.model, follower.known)
         self._follower, self._recorder = follower, Recorder(pruner.DG)
         self._mended = [HeadSchedule(pruner, follower.accepts_heads), UnitSteering(pruner)]
         for part in (self._recorder, *self._mended):
@@ -111,7 +118,7 @@ class HFConfigSyncHook:
             for part in (self._recorder, *self._mended):
                 part.detach()
         self._follower = self._recorder = None
-        self._mended = []
+        self._mended, self._unproved = [], []
 
     def after_step(self, pruner: Any) -> None:
         """Called after every step of the pruner."""
@@ -143,6 +150,7 @@ class HFConfigSyncHook:
                 SyncReport(step, self._why, groups, seconds=seconds, error=str(error))
             )
             raise
+        outcome["notes"] = [*self._unproved, *outcome["notes"]]
         seconds = time.perf_counter() - started
         report = SyncReport(step, self._why, groups, seconds=seconds, **outcome)
         self.reports.append(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +18,11 @@ from .learn import ConfigMap, map_of
 from .locate import check_followable, find_pretrained
 from .miniature import Miniature, miniature
 from .reference import FieldPath, Refusal, field_name, vanished_counts
-from .ties import tensor
+from .ties import parameter_names, tensor
+from .twins import Dim, Layout, TwinTest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_experiments: weakref.WeakKeyDictionary[
-    ConfigMap, tuple[Miniature | Refusal, tuple[Finding, ...]]
-] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,21 @@ class Width:
 
 
 @dataclass(frozen=True)
+class _Experiments:
+    """What experiments with one class and config found.
+
+    ``widths``: the same at full size, per names of the model's parameters (they show its ties).
+    """
+
+    mini: Miniature | Refusal
+    findings: tuple[Finding, ...]
+    widths: dict[Any, tuple[Width, ...]] = field(default_factory=dict)
+
+
+_experiments: weakref.WeakKeyDictionary[ConfigMap, _Experiments] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
 class Prunable:
     """The widths of one model; printed as a table."""
 
@@ -119,30 +131,65 @@ def prunable(model: nn.Module) -> Prunable:
     return Prunable(type(pretrained).__name__, widths_of(pretrained))
 
 
-def widths_of(model: PreTrainedModel) -> tuple[Width, ...]:
-    """The widths of a model, from experiments that are done once per class and config."""
-    known = map_of(model)
+def widths_of(model: PreTrainedModel, known: ConfigMap | None = None) -> tuple[Width, ...]:
+    """The widths of a model, from experiments that are done once per class and config.
+
+    Args:
+        model: the live model.
+        known: its map, where that was looked up already.
+    """
+    known = known or map_of(model)
     if known not in _experiments:
         with _one_thread():
             mini = miniature(known)
             found = [] if isinstance(mini, Refusal) else find_groups(mini)
-            _experiments[known] = (
-                mini,
-                tuple(_apart(_sayable(finding, known), found, known) for finding in found),
-            )
-    mini, findings = _experiments[known]
-    if isinstance(mini, Refusal):
-        return tuple(Width((path,), reason=mini.reason) for path in known.values)
-    bound = tuple(
+            sayable = (_apart(_sayable(finding, known), found, known) for finding in found)
+            _experiments[known] = _Experiments(mini, tuple(sayable))
+    done = _experiments[known]
+    if isinstance(done.mini, Refusal):
+        return tuple(Width((path,), reason=done.mini.reason) for path in known.values)
+    names = tuple(map(tuple, parameter_names(model).values()))
+    if names not in done.widths:
+        widths = tuple(_width(f, done.mini, known, model) for f in done.findings)
+        done.widths[names] = widths + _bound(known)
+    return done.widths[names]
+
+
+def _bound(known: ConfigMap) -> tuple[Width, ...]:
+    """The widths that the class takes no other value of alone."""
+    return tuple(
         Width(
             (path,),
-            reason=f"{type(model.config).__name__} takes no other value of it alone, only with "
-            + " or ".join(field_name(other) for other in others),
+            reason=f"{known.builder.config_class.__name__} takes no other value of it alone, only "
+            f"with {' or '.join(field_name(other) for other in others)}",
             disproved=True,
         )
         for path, others in known.bound.items()
     )
-    return tuple(_width(finding, mini, known, model) for finding in findings) + bound
+
+
+def single_positions(group: WidthGroup, known: ConfigMap) -> bool:
+    """Whether a group's units fall into smaller ones: every position is interchangeable.
+
+    Where a class makes an inner width four times the hidden size, a unit of the field is four
+    channels of it, and a trace may cut them one by one.
+    """
+    done = _experiments[known]
+    canonical = known.depth.canonical
+    mine = {(canonical(member.name), member.dim) for member in group.members}
+    for tiny in (tiny for finding in done.findings for tiny in finding.groups):
+        sizes = {dim.layout.parts * dim.layout.run for dim in tiny.dims}
+        places = {(canonical(dim.name), dim.dim) for dim in tiny.dims}
+        fused = len({(dim.name, dim.dim) for dim in tiny.dims}) < len(tiny.dims)
+        fits = tiny.fields == group.fields and places <= mine and not fused
+        if isinstance(done.mini, Refusal) or not fits or len(sizes) > 1:
+            continue
+        count = tiny.units * sizes.pop()
+        dims = [Dim(dim.name, dim.dim, Layout(offset=dim.layout.offset)) for dim in tiny.dims]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+        with _one_thread():
+            return TwinTest(done.mini.model, done.mini.inputs, count).proves(dims, order)
+    return False
 
 
 @contextmanager

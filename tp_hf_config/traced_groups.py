@@ -1,0 +1,213 @@
+"""What Torch-Pruning's traced groups cut: dimensions of parameters, and which channels together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning.dependency.graph as tp_graph
+from torch import Tensor, nn
+
+Key = tuple[nn.Parameter, int]
+"""A dimension of a parameter; a tied weight is one parameter."""
+
+UNTOUCHED, MIXED = -1, -2
+
+_Conv = nn.modules.conv._ConvNd
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_KEPT = "_groups_of_the_constructor"
+
+
+@dataclass(frozen=True)
+class TracedGroup:
+    """A group that a pruner may prune.
+
+    Attributes:
+        root: the layer that it starts at.
+        pieces: for each dimension that it cuts, positions along it and their channels of the root.
+        ways: for each way in which the pruner chooses channels (dimensions of all heads, whole
+            heads), which of the root's channels only go together: the same number for those.
+        opaque: parameters of layers in it of which it cannot be told what is cut.
+        notes: why not all of it can be told.
+    """
+
+    root: str
+    pieces: Mapping[Key, Sequence[tuple[list[int], list[int]]]]
+    ways: Sequence[Tensor]
+    opaque: Sequence[nn.Parameter] = ()
+    notes: Sequence[str] = ()
+
+    def cuts(self, together: Tensor) -> dict[Key, Tensor]:
+        """For each dimension, with which channels of the root each position goes.
+
+        ``UNTOUCHED``: with none; ``MIXED``: with several that do not go together.
+        """
+        everything = list(range(len(together)))
+        result: dict[Key, Tensor] = {}
+        for (parameter, dim), pieces in self.pieces.items():
+            size = parameter.shape[dim]
+            if size == len(everything) and pieces == [(everything, everything)]:
+                result[parameter, dim] = together
+                continue
+            positions = torch.tensor([p for where, _ in pieces for p in where])
+            going = together[torch.tensor([r for _, roots in pieces for r in roots])]
+            if int(positions.max()) >= size:
+                result[parameter, dim] = torch.full((size,), MIXED)
+                continue
+            none = torch.full((size,), UNTOUCHED)
+            low = none.scatter_reduce(0, positions, going, "amin", include_self=False)
+            high = none.scatter_reduce(0, positions, going, "amax", include_self=False)
+            result[parameter, dim] = torch.where(low == high, low, MIXED)
+        return result
+
+
+@contextmanager
+def keeping_groups() -> Iterator[None]:
+    """Graphs keep the groups that they list: finding them is most of a constructor's time.
+
+    Where paths of the trace meet, Torch-Pruning keeps one root of a channel and drops the others
+    (dependency/group.py, ``add_and_merge``); the groups made in the meantime remember those.
+    """
+    if hasattr(tp_graph.Group, "dropped"):  # another hook's surroundings
+        yield
+        return
+    original = tp_graph.Group
+    listing = tp_graph.DependencyGraph.get_all_groups
+
+    class KeepingGroup(original):  # type: ignore[valid-type, misc]
+        """A group that remembers what merging drops."""
+
+        dropped: Sequence[tuple[Any, Any]] = ()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._roots: dict[Any, dict[int, int]] = {}
+
+        def add_and_merge(self, dep: Any, idxs: Any) -> None:
+            key = (id(dep.target), dep.handler)
+            if key in self._roots:
+                roots = self._roots[key]
+                if not roots:
+                    known = next(i for d, i in self._group if (id(d.target), d.handler) == key)
+                    roots |= {index.idx: index.root_idx for index in known}
+                self.dropped = [
+                    *self.dropped,
+                    *(
+                        (dep, index)
+                        for index in idxs
+                        if roots.setdefault(index.idx, index.root_idx) != index.root_idx
+                    ),
+                ]
+            else:
+                self._roots[key] = {}  # filled when a second path comes
+            super().add_and_merge(dep, idxs)
+
+    def get_all_groups(graph: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        groups = []
+        for group in listing(graph, *args, **kwargs):
+            groups.append(group)
+            yield group
+        vars(graph)[_KEPT] = groups
+
+    try:
+        tp_graph.Group = KeepingGroup
+        tp_graph.DependencyGraph.get_all_groups = get_all_groups
+        yield
+    finally:
+        tp_graph.Group = original
+        tp_graph.DependencyGraph.get_all_groups = listing
+
+
+def traced_groups(pruner: Any) -> Iterator[TracedGroup]:
+    """The groups that a pruner's ratios prune."""
+    graph = pruner.DG
+    with keeping_groups():
+        groups = vars(graph).pop(_KEPT, None)
+        if groups is None:
+            groups = list(
+                graph.get_all_groups(
+                    ignored_layers=pruner.ignored_layers,
+                    root_module_types=pruner.root_module_types,
+                )
+            )
+            del vars(graph)[_KEPT]
+        for group in groups:
+            root = graph._module2name.get(group[0].dep.target.module, "")
+            attention, layers = pruner._is_atten_group(group)
+            if attention:  # the pruner starts such a group elsewhere
+                group = pruner._downstream_node_as_root_if_attention(group)
+            if group is not None and _ratio(pruner, group) > 0:
+                yield _read(pruner, group, root, layers)
+
+
+def _ratio(pruner: Any, group: Any) -> float:
+    """The share of its channels that a group is going to lose; as ``BasePruner._prune`` looks."""
+    ratios = pruner.per_step_pruning_ratio
+    for dep, _ in group:
+        for node, function in ((dep.source, dep.trigger), (dep.target, dep.handler)):
+            out = pruner.DG.is_out_channel_pruning_fn(function)
+            if out and node.module in pruner._layer_to_scope:
+                return float(max(pruner.pruning_ratio_dict.get(node.module, ratios)))
+    return float(max(ratios))
+
+
+def _read(pruner: Any, group: Any, root: str, heads: Sequence[nn.Module]) -> TracedGroup:
+    graph = pruner.DG
+    pieces: dict[Key, list[tuple[list[int], list[int]]]] = {}
+    opaque: list[nn.Parameter] = []
+    notes: list[str] = []
+    kept = [(item.dep, item.idxs, item.root_idxs) for item in group.items]
+    dropped = [(dep, [index.idx], [index.root_idx]) for dep, index in group.dropped]
+    for dep, positions, roots in kept + dropped:
+        module = dep.target.module
+        if not isinstance(module, nn.Parameter) and module not in graph._module2name:
+            continue  # an operation
+        keys = _cut(graph, dep)
+        if keys is None:
+            opaque += module.parameters()
+            notes.append(f"what is cut of a {type(module).__name__} is not known")
+        for key in keys or ():
+            pieces.setdefault(key, []).append((positions, roots))
+    channels = torch.arange(len(group[0].idxs))
+    ways: list[Tensor] = []
+    if not heads or pruner.prune_head_dims:
+        ways.append(channels % max(1, len(channels) // pruner._get_channel_groups(group)))
+    if heads and pruner.prune_num_heads and _head_ratio(pruner, heads[0]) > 0:
+        counts = {pruner.num_heads[module] for module in heads}
+        if len(counts) == 1:
+            ways.append(channels // max(1, len(channels) // min(counts)))
+        else:
+            notes.append("query heads are cut without the key and value heads that they share")
+    return TracedGroup(root, pieces, ways, opaque, notes)
+
+
+def _head_ratio(pruner: Any, module: nn.Module) -> float:
+    ratios = pruner.per_step_head_pruning_ratio
+    return float(max(pruner.head_pruning_ratio_dict.get(module, ratios)))
+
+
+def _cut(graph: Any, dep: Any) -> list[Key] | None:
+    """The parameters' dimensions that one item of a group cuts; None: it cannot be told."""
+    module = dep.target.module
+    if isinstance(module, nn.Parameter):
+        return [(module, dep.target.pruning_dim)]
+    if type(module) in graph.CUSTOMIZED_PRUNERS or module in graph.CUSTOMIZED_PRUNERS:
+        return None
+    out = graph.is_out_channel_pruning_fn(dep.handler)
+    turned = bool(getattr(module, "transposed", False))
+    if isinstance(module, nn.Embedding):
+        dims = {"weight": 1}
+    elif isinstance(module, _NORMS):
+        dims = {"weight": -1, "bias": -1}
+    elif isinstance(module, (nn.Linear, _Conv)) and out:
+        dims = {"weight": 1 if turned else 0, "bias": 0}
+    elif isinstance(module, (nn.Linear, _Conv)) and getattr(module, "groups", 1) == 1:
+        dims = {"weight": 0 if turned else 1}
+    else:
+        return None
+    own = module._parameters
+    present = [(own[key], dim) for key, dim in dims.items() if own.get(key) is not None]
+    return [(parameter, dim % parameter.ndim) for parameter, dim in present]
