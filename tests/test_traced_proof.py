@@ -16,7 +16,7 @@ from torch import nn
 from torch_pruning import ops
 
 import tp_hf_config.traced_proof
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
 from tp_hf_config.offers import Width, widths_of
 
 WRONG = "Torch-Pruning's trace is wrong about the group that starts at "
@@ -334,3 +334,15 @@ def test_inner_channels_may_go_one_by_one() -> None:
     """ConvNeXt's inner width is four times the stage's: experiments show its channels are free."""
     model = zoo.build("convnext")
     assert attached(model).last_report.fields == {"hidden_sizes": ([16, 24], [12, 18])}
+
+
+def test_what_no_permutation_proves_is_not_left_to_the_trace() -> None:
+    """DeepSeek-V3 chooses experts by groups of them: an experiment's verdict too."""
+    model = zoo.build("deepseek_v3")
+    (width,) = (width for width in widths_of(model) if width.name == "n_routed_experts")
+    assert width.reason.startswith("no permutation of units is neutral in ")
+    with pytest.raises(UnsupportedModelError) as raised:
+        pruner_kwargs(model, prune=("n_routed_experts",))
+    assert str(raised.value).startswith(
+        f"DeepseekV3ForCausalLM cannot prune n_routed_experts: {width.reason}. Widths that can: "
+    )
