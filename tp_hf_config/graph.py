@@ -127,12 +127,22 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def get_all_groups(
         self, ignored_layers: Sequence[nn.Module] = (), root_module_types: Any = None
     ) -> Iterator[ConfigGroup]:
-        """Every group whose layers are not ignored, with all of its units."""
+        """Every group whose layers are not ignored, with all of its units.
+
+        Args:
+            ignored_layers: layers that keep their outputs.
+            root_module_types: only groups in which a layer of these types loses outputs. Those
+                that Torch-Pruning has by default stand for all.
+        """
+        types = tuple(root_module_types or ())
+        every = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
         ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
         for coupled in self.coupled:
             if any(self._owner(side.module) in ignored for side in coupled.sides if side.out):
                 continue
             if any(self._holds_ignored(side) for side in coupled.sides):
+                continue
+            if not every and not any(self._is_root(side, types) for side in coupled.sides):
                 continue
             root = coupled.root
             if root is None:
@@ -155,6 +165,13 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             for coupled in self.coupled
             if path in coupled.fields
         ]
+
+    def _is_root(self, side: Side, types: tuple[type, ...]) -> bool:
+        """Whether one side is the outputs of a layer of some types; views are linear layers."""
+        known = self.side_of(side.module, side.out)
+        outputs = known is not None and known[1]
+        plain = isinstance(side.module, types) and not is_vector(side.module)
+        return outputs and (plain or isinstance(self._owner(side.module), types))
 
     def _holds_ignored(self, side: Side) -> bool:
         owned = [tensor(self.pretrained, member.name) for member in side.members]

@@ -67,6 +67,7 @@ class HFConfigSyncHook:
     @contextmanager
     def constructing(self, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Around a pruner's constructor: check the model, put the graph in or trace safely."""
+        from .arguments import check_arguments
         from .prepare import pruner_kwargs
         from .steer import building
         from .traced_groups import keeping_groups
@@ -88,6 +89,8 @@ class HFConfigSyncHook:
                     "config graph: say pruner_kwargs(model, graph='trace') too"
                 )
             self._why = "traced graph: asked for"
+        if graph is not None:
+            check_arguments(arguments)
         with building(graph) if graph is not None else safe_tracing(model), keeping_groups():
             yield
 
