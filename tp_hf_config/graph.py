@@ -7,7 +7,7 @@ pass, no autograd.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,15 @@ from torch_pruning.dependency.group import Group
 from torch_pruning.dependency.node import Node
 from torch_pruning.pruner import function
 
+from .cuts import Cuts
 from .expand import WidthGroup
 from .reference import field_name
 from .ties import tensor
+from .twins import Layout
 from .views import (
     UNITS,
     Coupled,
+    Leaving,
     ParameterView,
     Side,
     Units,
@@ -57,11 +60,13 @@ class ConfigGroup(Group):  # type: ignore[misc]
             self._DG.is_out_channel_pruning_fn(record.dep.handler),
             list(record.idxs),
         ]
-        for side in self.coupled.sides:
-            cut(side, self.units)
-        self.coupled.units.count -= len(self.units)
-        if record_history:
-            self._DG._pruning_history.append(entry)
+        leaving = Leaving(self.units)
+        with self._DG.cuts.together():
+            for side in self.coupled.sides:
+                cut(side, leaving, self._DG.cuts)
+            self.coupled.units.count -= len(self.units)
+            if record_history:
+                self._DG._pruning_history.append(entry)
 
 
 class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
@@ -87,6 +92,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         super().__init__()
         self.pretrained, self.prefix = model, prefix
         self.register_customized_layer(Units, UNITS)
+        self.cuts = Cuts()
         self._views: dict[tuple[str, int], ParameterView] = {}
         self.coupled = [
             Coupled(
@@ -100,6 +106,12 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             )
             for group in groups
         ]
+
+        self._sides_of: dict[nn.Module, list[tuple[Coupled, Side]]] = {}
+        for coupled in self.coupled:
+            for side in [*coupled.ranked, *coupled.sides]:
+                for module in {side.module, self._owner(side.module)}:
+                    self._sides_of.setdefault(module, []).append((coupled, side))
 
     def build_dependency(self, model: nn.Module, *args: Any, **kwargs: Any) -> ConfigGraph:
         """Take the groups as they are; example inputs are not looked at."""
@@ -191,18 +203,12 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             if coupled.units is module:
                 return self._group(coupled, channels, module, True)
         both = out and self.is_in_channel_pruning_fn(pruning_fn)  # one function for both (norms)
-        for coupled in self.coupled:
-            for side in [*coupled.ranked, *coupled.sides]:
-                if side.module is not module:
-                    known = self.side_of(side.module, side.out)
-                    if self._owner(side.module) is not module or known is None:
-                        continue
-                    fits = known[1] is out or both
-                else:
-                    fits = side.out is out or both
-                units = units_of(side, channels) if fits else None
-                if units is not None:
-                    return self._group(coupled, units, side.module, side.out)
+        for coupled, side in self._sides_of.get(module, ()):
+            known = self.side_of(side.module, side.out) if side.module is not module else None
+            fits = both or (side.out if known is None else known[1]) is out
+            units = units_of(side, channels) if fits else None
+            if units is not None:
+                return self._group(coupled, units, side.module, side.out)
         name = self._module2name.get(module, type(module).__name__)
         raise ValueError(
             f"{name}: these {'output' if out else 'input'} channels are no whole units of a group "
@@ -273,14 +279,9 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         """A group in which every channel of the root's units counts by itself."""
         group = ConfigGroup(self, coupled, range(coupled.units.count))
         width = root.table.shape[1]
-        for side in [root, *(other for other in coupled.sides if other is not root)]:
-            per_unit = side.table.shape[1]
-            roots = [
-                unit * width + (place * width // per_unit)
-                for unit in range(len(side.table))
-                for place in range(per_unit)
-            ]
-            self._add(group, side, side.table.flatten().tolist(), roots)
+        first = torch.tensor(group.units)[:, None] * width
+        rest = [side for side in coupled.sides if side is not root]
+        self._fill(group, [root, *rest], lambda n: first + torch.arange(n) * width // n)
         return group
 
     def _group(
@@ -296,12 +297,23 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         first = [side for side in coupled.sides if side.module is root and side.out is out]
         rest = [side for side in coupled.sides if side not in first]
         rest.sort(key=lambda side: is_vector(side.module))  # reports name a layer first
-        labels = first[0].table[:, 0].tolist() if first else list(range(coupled.units.count))
-        for side in first + rest:
-            rows = side.table[list(units)]
-            roots = [labels[unit] for unit in units for _ in range(rows.shape[1])]
-            self._add(group, side, rows.flatten().tolist(), roots)
+        every = first[0].table[:, :1] if first else torch.arange(coupled.units.count)[:, None]
+        labels = every[group.units]
+        self._fill(group, first + rest, lambda n: labels.expand(-1, n))
         return group
+
+    def _fill(
+        self, group: ConfigGroup, sides: Sequence[Side], roots: Callable[[int], torch.Tensor]
+    ) -> None:
+        """Add sides to a group; ``roots``: what each position of a unit counts for, of so many."""
+        seen: dict[int, tuple[list[int], list[int]]] = {}
+        for side in sides:
+            if id(side.table) not in seen:  # in most groups, all but a few are one and the same
+                idxs, order = side.table[group.units].flatten().sort()
+                # in order: some importances sort the indices, but not the roots beside them
+                of_root = roots(side.table.shape[1]).flatten()[order]
+                seen[id(side.table)] = idxs.tolist(), of_root.tolist()
+            self._add(group, side, *seen[id(side.table)])
 
     def _add(self, group: ConfigGroup, side: Side, idxs: list[int], roots: list[int]) -> None:
         handler = handler_of(side.module, side.out)
@@ -309,10 +321,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         source = self.module2node[group.coupled.units]
         trigger = group[0].dep.handler if len(group) else handler
         dep = Dependency(trigger, handler, source, self.module2node[side.module])
-        # in order: some importances sort the indices, but not the roots beside them
-        pairs = sorted(zip(idxs, roots, strict=True))
-        item = _helpers.GroupItem(dep, [index for index, _ in pairs])
-        item.root_idxs = [root for _, root in pairs]
+        item = _helpers.GroupItem(dep, list(idxs))
+        item.root_idxs = list(roots)
         group._group.append(item)
 
     def _owner(self, module: nn.Module) -> nn.Module:
@@ -324,10 +334,13 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def _sides(self, group: WidthGroup) -> list[Side]:
         """The sides of layers behind a group's dimensions, each once."""
         sides: dict[tuple[int, bool], Side] = {}
+        tables: dict[Layout, torch.Tensor] = {}
         for member in group.members:
             layer_name, _, key = member.name.rpartition(".")
             layer = self.pretrained.get_submodule(layer_name)
-            table = member.layout.table(group.units)
+            table = tables.get(member.layout)
+            if table is None:
+                table = tables[member.layout] = member.layout.table(group.units)
             side_of_layer = layer_side(layer, key, member.dim)
             module: nn.Module = layer
             if side_of_layer is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -122,6 +122,12 @@ class HFConfigSyncHook:
                 part.detach()
         self._follower = self._recorder = None
         self._mended, self._unproved = [], []
+
+    def stepping(self, pruner: Any) -> AbstractContextManager[None]:
+        """Around a step: a graph made from the config copies every parameter once."""
+        from .steer import cutting_together
+
+        return cutting_together(pruner)
 
     def after_step(self, pruner: Any) -> None:
         """Called after every step of the pruner."""

@@ -28,8 +28,9 @@ class PrunerHook(Protocol):
     """What a hook has to have: a call after each step.
 
     It may also have ``constructing(arguments)``, which returns a context manager around the
-    pruner's constructor (``arguments["model"]`` is the model, and so on), and ``attach(pruner)`` /
-    ``detach(pruner)``, called when it is registered and removed.
+    pruner's constructor (``arguments["model"]`` is the model, and so on), ``stepping(pruner)``,
+    which returns one around each call of ``step()`` (an interactive step's groups come after it),
+    and ``attach(pruner)`` / ``detach(pruner)``, called when it is registered and removed.
     """
 
     def after_step(self, pruner: Any) -> None:
@@ -95,6 +96,14 @@ def _call(hook: Any, name: str, *args: Any) -> Any:
     return method(*args) if method is not None else None
 
 
+def _enter(stack: ExitStack, hooks: list[Any], name: str, *args: Any) -> None:
+    """Enter the surroundings that hooks want."""
+    for hook in hooks:
+        context: AbstractContextManager[Any] | None = _call(hook, name, *args)
+        if context is not None:
+            stack.enter_context(context)
+
+
 def _stepper(pruner: Any) -> Callable[..., Any]:
     """A ``step`` for one pruner that fires its hooks afterwards."""
     own_step = vars(pruner).get("step")
@@ -103,7 +112,9 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
     @functools.wraps(step)
     def stepping(*args: Any, **kwargs: Any) -> Any:
         try:
-            result = step(*args, **kwargs)
+            with ExitStack() as stack:
+                _enter(stack, _hooks_of(pruner), "stepping", pruner)
+                result = step(*args, **kwargs)
         except BaseException:
             _fire_quietly(pruner)
             raise
@@ -217,10 +228,7 @@ def _construct(
     for hook in hooks:
         _check(hook)
     with ExitStack() as stack:
-        for hook in hooks:
-            context: AbstractContextManager[Any] | None = _call(hook, "constructing", arguments)
-            if context is not None:
-                stack.enter_context(context)
+        _enter(stack, hooks, "constructing", arguments)
         stack.callback(setattr, _constructing, "active", getattr(_constructing, "active", False))
         _constructing.active = True
         construct()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import gcd, lcm
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +39,28 @@ def building(graph: ConfigGraph) -> Iterator[None]:
         yield
     finally:
         tp_base.dependency = original
+
+
+def cutting_together(pruner: Any) -> AbstractContextManager[None]:
+    """Around one step: what its groups cut is cut at its end, every parameter copied once.
+
+    Only around Torch-Pruning's own step: it asks for every importance before it prunes the first
+    group, and looks at no weight afterwards.  Whose step that is not may look when it likes.
+    """
+    step = vars(pruner).get("step")
+    own = getattr(step, "replaced", None) is None and "_prune" not in vars(pruner)
+    if own and isinstance(pruner.DG, ConfigGraph) and _inherits(pruner, _STEP):
+        return pruner.DG.cuts.together()
+    return nullcontext()
+
+
+_STEP = ("step", "_prune")
+_BASE = {name: getattr(tp_base.BasePruner, name) for name in _STEP}
+
+
+def _inherits(pruner: Any, names: Iterable[str]) -> bool:
+    """Whether a pruner's class has Torch-Pruning's own methods of these names."""
+    return all(getattr(type(pruner), name) is _BASE[name] for name in names)
 
 
 class UnitSteering:

@@ -11,9 +11,16 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
+from .cuts import Cuts
 from .expand import Member
 
 _BATCHNORM = nn.modules.batchnorm._BatchNorm
+# the weight's dimension and the attribute that counts it: output side, input side
+_PLAIN: dict[type, tuple[tuple[int, str], ...]] = {
+    nn.Linear: ((0, "out_features"), (1, "in_features")),
+    nn.Embedding: ((1, "embedding_dim"),),
+    nn.LayerNorm: ((0, "normalized_shape"),),
+}
 
 
 @dataclass
@@ -74,19 +81,6 @@ class ParameterView(nn.Linear):
     def in_features(self) -> int:  # type: ignore[override]
         """The number of values per channel."""
         return self.parameter.numel() // max(1, self.out_features)
-
-    def cut(self, kept: torch.Tensor) -> None:
-        """Keep some positions of the dimension, in the parameter and in its gradient."""
-        old = self.parameter
-        index = kept.to(old.device)
-        values = old.detach().index_select(self.dim, index)
-        if self.key in self.owner._buffers:
-            self.owner._buffers[self.key] = values
-            return
-        new = nn.Parameter(values, old.requires_grad)
-        if old.grad is not None:
-            new.grad = old.grad.index_select(self.dim, index)
-        self.owner._parameters[self.key] = new
 
     def extra_repr(self) -> str:
         """The parameter and its dimension, for ``print(group)``."""
@@ -157,28 +151,66 @@ class Coupled:
         )
 
 
-def cut(side: Side, units: Sequence[int]) -> None:
-    """Cut units from one side of one layer; the table follows."""
-    gone = side.table[list(units)].flatten()
-    kept_units = torch.ones(len(side.table), dtype=torch.bool)
-    kept_units[list(units)] = False
+class Leaving:
+    """The units that leave a group: what is left of a table is computed once for all its sides."""
+
+    def __init__(self, units: Sequence[int]):
+        self.units = list(units)
+        self._seen: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    def of(self, table: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+        """Positions that go and that stay of a dimension, its new table, and the old one."""
+        if (id(table), size) not in self._seen:  # the old one is held, so that its id stays its own
+            gone = table[self.units].flatten()
+            kept = torch.ones(size, dtype=torch.bool)
+            kept[gone] = False
+            left = torch.ones(len(table), dtype=torch.bool)
+            left[self.units] = False
+            renumbered = kept.cumsum(0) - 1
+            stays = kept.nonzero().flatten()
+            self._seen[id(table), size] = gone, stays, renumbered[table[left]], table
+        return self._seen[id(table), size]
+
+
+def cut(side: Side, leaving: Leaving, cuts: Cuts) -> None:
+    """Cut units from one side of one layer; the table follows.
+
+    A plain layer's parameters go to ``cuts``, which may copy them later, together with what other
+    sides lose; any other layer is cut now, by Torch-Pruning's own pruner.
+    """
     module = side.module
-    if isinstance(module, ParameterView):
-        size = module.out_features
-        kept = torch.ones(size, dtype=torch.bool)
-        kept[gone] = False
-        module.cut(kept.nonzero().flatten())
-    else:
-        size = _channels(side)
+    places = _places(module, side.out)
+    for owner, key, dim, _ in places:
+        cuts.settle(owner, key, dim)
+    gone, kept, table, _ = leaving.of(side.table, _channels(side))
+    for owner, key, dim, size in places:
+        cuts.keep(owner, key, dim, kept, size)
+    if not places:
         handler_of(module, side.out)(module, gone.tolist())
-    shift = torch.zeros(size + 1, dtype=torch.long)
-    shift[1:].index_add_(0, gone, torch.ones(len(gone), dtype=torch.long))
-    shift = shift.cumsum(0)
-    side.table = side.table[kept_units]
-    side.table = side.table - shift[side.table]
+    side.table = table
+
+
+def _places(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:
+    """Owner, name, dimension and size attribute of all that a side cuts; none: not a plain layer.
+
+    Of subclasses and parametrized layers it is not known what else there is to do.
+    """
+    if isinstance(module, ParameterView):
+        return [(module.owner, module.key, module.dim, None)]
+    if type(module) not in _PLAIN or module._parameters.get("weight") is None:
+        return []
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return []
+    dim, size = _PLAIN[type(module)][0 if out else -1]
+    places: list[tuple[nn.Module, str, int, str | None]] = [(module, "weight", dim, size)]
+    if dim == 0 and module._parameters.get("bias") is not None:
+        places.append((module, "bias", 0, None))
+    return places
 
 
 def _channels(side: Side) -> int:
+    if isinstance(side.module, ParameterView):
+        return side.module.out_features
     layer_pruner = function.PrunerBox[ops.module2type(side.module)]
     count = layer_pruner.get_out_channels if side.out else layer_pruner.get_in_channels
     return int(count(side.module))
@@ -221,15 +253,18 @@ def units_of(side: Side, channels: Sequence[int]) -> list[int] | None:
 
     One channel of fused gate and up stands for both: units count where one whole part is given.
     """
-    where = {int(p): unit for unit, row in enumerate(side.table.tolist()) for p in row}
-    if any(channel not in where for channel in channels):
+    if not channels:
+        return []
+    table, asked = side.table, torch.tensor(channels)
+    where = torch.full((int(max(table.max(), asked.max())) + 1,), -1)
+    where[table] = torch.arange(len(table))[:, None]
+    if asked.min() < 0 or where[asked].min() < 0:
         return None
-    given: dict[int, int] = {}
-    for channel in channels:
-        given[where[channel]] = given.get(where[channel], 0) + 1
-    row = side.table.shape[1]
+    units = where[asked]
+    counts = units.bincount(minlength=len(table))
+    row = table.shape[1]
     run = 1
     if row > 1:
-        first = side.table[0].tolist()
+        first = table[0].tolist()
         run = next((i for i in range(1, row) if first[i] != first[i - 1] + 1), row)
-    return list(given) if all(count % run == 0 for count in given.values()) else None
+    return None if (counts % run).any() else list(dict.fromkeys(units.tolist()))
