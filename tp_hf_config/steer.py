@@ -11,6 +11,7 @@ from typing import Any
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
 from .graph import ConfigGraph, ConfigGroup
+from .pieces import in_pieces, takes_pieces
 from .views import Coupled
 
 
@@ -54,8 +55,8 @@ def cutting_together(pruner: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-_STEP = ("step", "_prune")
-_BASE = {name: getattr(tp_base.BasePruner, name) for name in _STEP}
+_STEP, _ESTIMATE = ("step", "_prune"), ("estimate_importance",)
+_BASE = {name: getattr(tp_base.BasePruner, name) for name in (*_STEP, *_ESTIMATE)}
 
 
 def _inherits(pruner: Any, names: Iterable[str]) -> bool:
@@ -109,7 +110,7 @@ class UnitSteering:
         """Importance of a group's units, shape ``(units,)``."""
         if isinstance(group, ConfigGroup):
             return self.pruner.DG.importance_of(
-                group, lambda one: self._estimate(one, *args, **kwargs)
+                group, lambda one: self._estimate_one(one, *args, **kwargs)
             )
         return self._estimate(group, *args, **kwargs)
 
@@ -128,6 +129,13 @@ class UnitSteering:
                 return own
         ratios: list[float] = pruner.per_step_head_pruning_ratio
         return ratios
+
+    def _estimate_one(self, group: ConfigGroup, *args: Any, **kwargs: Any) -> Any:
+        importance = self.pruner.importance
+        own = self._own["estimate_importance"] is None and _inherits(self.pruner, _ESTIMATE)
+        if own and takes_pieces(importance) and not args and not kwargs:
+            return in_pieces(importance, group)
+        return self._estimate(group, *args, **kwargs)
 
     def _get_channel_groups(self, group: Any) -> int:
         if isinstance(group, ConfigGroup):
