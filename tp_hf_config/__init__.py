@@ -7,7 +7,13 @@ back the same model, logit for logit.
 
 from __future__ import annotations
 
-from .errors import ConfigSyncError, TPHFConfigError, TracingError, UnsupportedModelError
+from .errors import (
+    ConfigSyncError,
+    PrunerSettingsWarning,
+    TPHFConfigError,
+    TracingError,
+    UnsupportedModelError,
+)
 from .hook import HFConfigSyncHook
 from .pruners import Handle, PrunerHook, disable, enable, register
 from .report import SyncReport
@@ -16,8 +22,10 @@ __all__ = [
     "ConfigSyncError",
     "HFConfigSyncHook",
     "Handle",
+    "Plan",
     "Prunable",
     "PrunerHook",
+    "PrunerSettingsWarning",
     "SyncReport",
     "TPHFConfigError",
     "TracingError",
@@ -25,6 +33,7 @@ __all__ = [
     "Width",
     "disable",
     "enable",
+    "plan",
     "prunable",
     "pruner_kwargs",
     "register",
@@ -41,6 +50,14 @@ def __getattr__(name: str) -> object:
         from . import offers
 
         return getattr(offers, name)
+    if name == "plan":
+        from .planning import plan
+
+        return plan
+    if name == "Plan":
+        from .plans import Plan
+
+        return Plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

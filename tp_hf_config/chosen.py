@@ -10,8 +10,9 @@ from torch import nn
 
 from .choice import Gqa
 from .errors import UnsupportedModelError
+from .limits import multiple_of
 from .offers import Width, widths_of
-from .reference import field_name
+from .reference import FieldPath, field_name
 from .ties import tensor
 from .widths import WidthView
 
@@ -84,7 +85,19 @@ def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
     return Chosen(widths, tuple(heads), _in_words(view, heads))
 
 
-def multiple_in(view: WidthView, width: Width) -> int:
+def multiples_of(view: WidthView, chosen: Chosen) -> dict[tuple[FieldPath, ...], int]:
+    """What each width stays a multiple of: the class asks for it, or kernels and classes do."""
+    counts = view.known.count_fields()
+    multiples: dict[tuple[FieldPath, ...], int] = {}
+    for width in chosen.widths:
+        multiple = _multiple_in(view, width)
+        if len(width.fields) == 1 and not set(width.fields) & counts:
+            multiple = lcm(multiple, multiple_of(view.known, width.fields[0]))
+        multiples[width.fields] = multiple
+    return multiples
+
+
+def _multiple_in(view: WidthView, width: Width) -> int:
     """What a width has to stay a multiple of for the kernels, and to lose the same everywhere.
 
     Stacked experts run in a grouped matrix product that takes rows of whole 16 bytes only.
@@ -104,7 +117,7 @@ def multiple_in(view: WidthView, width: Width) -> int:
 def _default(view: WidthView, must: bool) -> list[Width] | str:
     """Every width inside the model that is proved."""
     inner = view.inner_widths()
-    default = [width for width in widths_of(view.model) if inner >= set(width.fields)]
+    default = [width for width in widths_of(view.model, view.known) if inner >= set(width.fields)]
     proved: list[Width] = []
     for width in default:
         if width.reason is None and not any(set(width.fields) & set(w.fields) for w in proved):
@@ -119,7 +132,7 @@ def _default(view: WidthView, must: bool) -> list[Width] | str:
 
 def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | str:
     """The widths that hold the named fields."""
-    widths = widths_of(view.model)
+    widths = widths_of(view.model, view.known)
     chosen: list[Width] = []
     named = set(fields)
     for name in fields:
@@ -141,7 +154,9 @@ def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | 
 def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:
     """The widths that count attention heads, in the mode that is asked for."""
     counts = view.known.count_fields()
-    candidates = [width for width in widths_of(view.model) if set(width.fields) & counts]
+    candidates = [
+        width for width in widths_of(view.model, view.known) if set(width.fields) & counts
+    ]
     proved = [width for width in candidates if width.reason is None]
 
     def rank(width: Width) -> tuple[int, ...]:
@@ -164,7 +179,9 @@ def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:
 def _head_dims(view: WidthView, must: bool) -> list[Width] | str:
     """The widths that are head dims, where the class lets them move."""
     fields = view.head_fields() - view.known.count_fields()
-    candidates = [width for width in widths_of(view.model) if set(width.fields) & fields]
+    candidates = [
+        width for width in widths_of(view.model, view.known) if set(width.fields) & fields
+    ]
     proved = [width for width in candidates if width.reason is None]
     alone = [width for width in proved if len(width.fields) == 1]
     if alone:
@@ -182,7 +199,9 @@ def _head_dims(view: WidthView, must: bool) -> list[Width] | str:
 
 
 def _cannot(view: WidthView, reason: str) -> UnsupportedModelError:
-    offered = ", ".join(w.name for w in widths_of(view.model) if w.reason is None) or "none"
+    offered = (
+        ", ".join(w.name for w in widths_of(view.model, view.known) if w.reason is None) or "none"
+    )
     return UnsupportedModelError(
         f"{type(view.model).__name__} cannot prune {reason}. Widths that can: {offered}."
     )

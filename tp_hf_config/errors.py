@@ -33,3 +33,10 @@ class ConfigSyncError(TPHFConfigError):
     def __init__(self, message: str, conflicts: dict[str, dict[int, list[str]]] | None = None):
         super().__init__(message)
         self.conflicts = conflicts or {}
+
+
+class PrunerSettingsWarning(UserWarning):
+    """A pruner's settings cannot end in a model that its config describes; nothing is pruned yet.
+
+    ``HFConfigSyncHook(strict=True)`` raises :class:`ConfigSyncError` instead.
+    """

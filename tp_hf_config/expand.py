@@ -45,6 +45,7 @@ class WidthGroup:
         units: how many units it has when nothing is pruned.
         classes: units are interchangeable inside each of so many equal runs; 1: all of them.
         grain: how many of its units go with one unit of the fields.
+        least: fewer units, and the class does not run.
     """
 
     fields: tuple[FieldPath, ...]
@@ -52,6 +53,12 @@ class WidthGroup:
     units: int
     classes: int
     grain: int = 1
+    least: int = 1
+
+    @property
+    def run(self) -> int:
+        """How many neighbouring channels a unit is."""
+        return max(member.layout.run for member in self.members)
 
 
 def expand(

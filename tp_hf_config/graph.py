@@ -103,6 +103,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                 (multiples or {}).get(group.fields, 1) * group.grain,
                 group.grain,
                 group.fields in heads,
+                group.run,
+                group.least,
             )
             for group in groups
         ]
@@ -146,16 +148,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             root_module_types: only groups in which a layer of these types loses outputs. Those
                 that Torch-Pruning has by default stand for all.
         """
-        types = tuple(root_module_types or ())
-        every = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
-        ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
-        for coupled in self.coupled:
-            if any(self._owner(side.module) in ignored for side in coupled.sides if side.out):
-                continue
-            if any(self._holds_ignored(side) for side in coupled.sides):
-                continue
-            if not every and not any(self._is_root(side, types) for side in coupled.sides):
-                continue
+        for coupled in self.taking_part(ignored_layers, root_module_types):
             root = coupled.root
             if root is None:
                 units = list(range(coupled.units.count))
@@ -164,6 +157,21 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                 channels = sorted(root.table.flatten().tolist())
                 handler = handler_of(root.module, root.out)
                 yield self.get_pruning_group(root.module, handler, channels)
+
+    def taking_part(
+        self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
+    ) -> Iterator[Coupled]:
+        """The groups that :meth:`get_all_groups` gives."""
+        types = tuple(root_module_types or ())
+        every = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
+        ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
+        for coupled in self.coupled:
+            if any(self._owner(side.module) in ignored for side in coupled.sides if side.out):
+                continue
+            if any(self._holds_ignored(side) for side in coupled.sides):
+                continue
+            if every or any(self._is_root(side, types) for side in coupled.sides):
+                yield coupled
 
     @property
     def fields(self) -> list[tuple[tuple[str | int, ...], ...]]:

@@ -112,7 +112,18 @@ def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     return (split,)
 
 
-class _Watch(TorchFunctionMode):
+class NoValues(TorchFunctionMode):
+    """A forward pass on the meta device: questions about values, which masks ask, are answered."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _VALUES and args[0].is_meta:
+            return True  # masks ask whether anything is masked; no value is known here
+        if func is torch.Tensor.__contains__ and args[0].is_meta:
+            return False  # is there a padding token?
+        return func(*args, **(kwargs or {}))
+
+
+class _Watch(NoValues):
     """Follows each projection's output until it is taken apart."""
 
     def __init__(self) -> None:
@@ -152,11 +163,7 @@ class _Watch(TorchFunctionMode):
                 self.outputs.add(self._source[id(value)][0])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _VALUES and args[0].is_meta:
-            return True  # masks ask whether anything is masked; no value is known here
-        if func is torch.Tensor.__contains__ and args[0].is_meta:
-            return False  # is there a padding token?
-        output = func(*args, **(kwargs or {}))
+        output = super().__torch_function__(func, types, args, kwargs)
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         known = self._source.get(id(tensors[0])) if tensors else None
         if known is not None:

@@ -32,14 +32,17 @@ class HFConfigSyncHook:
         graph: ``"config"``: the pruner's dependency graph is made from the config, every group
             proved, nothing traced; ``"trace"``: Torch-Pruning traces, safely; ``"auto"``: what
             ``pruner_kwargs`` chose, else the trace.
+        strict: settings of the pruner that cannot end in a loadable model raise when the hook is
+            attached, before any weight is touched; by default they warn
+            (:class:`~tp_hf_config.PrunerSettingsWarning`).
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
     """
 
-    def __init__(self, graph: Graph = "auto") -> None:
+    def __init__(self, graph: Graph = "auto", strict: bool = False) -> None:
         check_graph(graph)
-        self.graph = graph
+        self.graph, self.strict = graph, strict
         self.reports: list[SyncReport] = []
         self._why = "traced graph: registered with a pruner that had it"
         self._unproved: list[str] = []
@@ -95,12 +98,18 @@ class HFConfigSyncHook:
             yield
 
     def attach(self, pruner: Any) -> None:
-        """Start following a pruner; called by ``register``."""
+        """Start following a pruner; called by ``register``.
+
+        Raises:
+            ConfigSyncError: ``strict``, and the pruner's settings cannot be carried out.
+        """
+        from .foresee import foresee
         from .graph import ConfigGraph
         from .head_schedule import HeadSchedule
         from .steer import UnitSteering
         from .sync import Follower
         from .traced_proof import check_traced
+        from .widths import WidthView
 
         if self._follower is not None:
             raise ValueError(
@@ -110,9 +119,18 @@ class HFConfigSyncHook:
         follower = Follower(pruner)
         if not isinstance(pruner.DG, ConfigGraph):
             self._unproved = check_traced(pruner, follower.model, follower.known)
+        steering = UnitSteering(pruner)
+        steering.attach()
+        try:
+            view = WidthView(follower.model, follower.known)
+            steering.foreseen = foresee(pruner, view, self.strict)
+        except BaseException:
+            steering.detach()
+            raise
         self._follower, self._recorder = follower, Recorder(pruner.DG)
-        self._mended = [HeadSchedule(pruner, follower.accepts_heads), UnitSteering(pruner)]
-        for part in (self._recorder, *self._mended):
+        schedule = HeadSchedule(pruner, follower.accepts_heads)
+        self._mended = [schedule, steering]
+        for part in (self._recorder, schedule):
             part.attach()
 
     def detach(self, pruner: Any) -> None:

@@ -82,8 +82,8 @@ class ConfigMap:
             for (_, which), expression in self.expressions.items()
         )
 
-    def build_at(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
-        """The shallow model with some fields at other values, on the meta device.
+    def config_at(self, values: Mapping[FieldPath, int], shallow: bool = True) -> dict[str, Any]:
+        """The config with some fields at other values; what is linked follows.
 
         Unset fields are set to what they imply, so that they do not follow others.
         """
@@ -92,7 +92,11 @@ class ConfigMap:
         for follower, leader in self.linked.items():
             if leader in values:
                 full[follower] = values[leader]
-        return self.builder.build(with_values(self.depth.data, full))
+        return with_values(self.depth.data if shallow else self.data, full)
+
+    def build_at(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
+        """The shallow model with some fields at other values, on the meta device."""
+        return self.builder.build(self.config_at(values))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import lcm
 
 from .learn import ConfigMap
 from .reference import FieldPath, Refusal
 
 
-def accepts(known: ConfigMap, values: dict[FieldPath, int]) -> Refusal | None:
+def accepts(known: ConfigMap, values: Mapping[FieldPath, int]) -> Refusal | None:
     """The class's own words where it refuses these values; None where it builds."""
     model = known.build_at(values)
     return model if isinstance(model, Refusal) else None

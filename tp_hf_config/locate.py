@@ -40,8 +40,12 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
     return next(iter(found.items()))
 
 
-def check_followable(model: PreTrainedModel) -> None:
+def check_followable(model: PreTrainedModel, weights: bool = True) -> None:
     """Refuse models whose weights are not plain, whole tensors in memory.
+
+    Args:
+        model: the model.
+        weights: they are going to be pruned, so they have to have data.
 
     Raises:
         UnsupportedModelError: quantised, meta-device, offloaded, sharded or adapted weights.
@@ -50,7 +54,7 @@ def check_followable(model: PreTrainedModel) -> None:
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(_quantised(model))
     for parameter_name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and weights:
             raise UnsupportedModelError(
                 f"{name}: {parameter_name} is on the meta device (no data, or offloaded by "
                 "accelerate). Load the whole model into memory: from_pretrained(folder) without "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,6 @@ class Width:
         layers: how many layers of the model have a part in it.
         parameters: how many parameters one unit holds in all of its groups.
         reason: why it cannot be pruned; ``None`` where it can.
-        least: fewer units, and the class does not run.
         disproved: an experiment showed that its units are not interchangeable; no other way of
             finding groups would be right either.
     """
@@ -48,7 +47,6 @@ class Width:
     parameters: int = 0
     reason: str | None = None
     disproved: bool = False
-    least: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -213,11 +211,10 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
         return Width(finding.fields, reason="the real model has no such group")
     return Width(
         fields=finding.fields,
-        groups=tuple(groups),
+        groups=tuple(replace(group, least=finding.least) for group in groups),
         units=groups[0].units // groups[0].grain,
         layers=len({m.name.rpartition(".")[0] for group in groups for m in group.members}),
         parameters=_parameters_per_unit(groups, model),
-        least=finding.least,
     )
 
 

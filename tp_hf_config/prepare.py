@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .choice import Gqa, Graph, check_gqa, check_graph
-from .chosen import Chosen, Wanted, choose, multiple_in
+from .chosen import Chosen, Wanted, choose, multiples_of
 from .errors import UnsupportedModelError
 from .graph import ConfigGraph
 from .inputs import example_inputs, tensors_with_grad
 from .learn import map_of
-from .limits import multiple_of
 from .locate import check_followable, find_pretrained
 from .offers import widths_of
 from .reference import FieldPath, field_name
@@ -97,16 +95,9 @@ def pruner_kwargs(
 
 
 def _graph_of(view: WidthView, chosen: Chosen, prefix: str) -> ConfigGraph:
-    known = view.known
-    multiples: dict[Any, int] = {}
-    for width in chosen.widths:
-        multiples[width.fields] = multiple_in(view, width)
-        if len(width.fields) == 1 and not set(width.fields) & known.count_fields():
-            asked = multiple_of(known, width.fields[0])  # by the class
-            multiples[width.fields] = lcm(asked, multiples[width.fields])
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
-    return ConfigGraph(view.model, groups, prefix, multiples, heads)
+    return ConfigGraph(view.model, groups, prefix, multiples_of(view, chosen), heads)
 
 
 def _for_config_graph(

@@ -109,6 +109,22 @@ class Builder:
             return Refusal(" ".join(str(error).split()) or type(error).__name__)
 
 
+def without_data(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> PreTrainedModel | Refusal:
+    """A model class built from a config on the meta device, in the config's dtype."""
+    wanted = getattr(config, "dtype", None)
+    dtype = wanted if isinstance(wanted, torch.dtype) else torch.float32
+    try:
+        with _construction(dtype, False):
+            model: PreTrainedModel = model_class(copy.deepcopy(config))
+            model.tie_weights()  # construction without initialising leaves it out
+            model.train(False)
+            return model
+    except Exception as error:  # as in Builder.build
+        return Refusal(" ".join(str(error).split()) or type(error).__name__)
+
+
 class _EmptyOnMeta(TorchFunctionMode):
     """``torch.empty`` (parameters without values) goes to meta; computed tensors stay real."""
 

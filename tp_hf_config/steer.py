@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from math import gcd, lcm
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
+from .amounts import in_runs, multiple_below, per_class
 from .graph import ConfigGraph, ConfigGroup
 from .pieces import in_pieces, takes_pieces
 from .views import Coupled
+
+if TYPE_CHECKING:
+    from .foresee import Foreseen
 
 
 class GraphInputs(dict[str, Any]):
@@ -84,6 +87,7 @@ class UnitSteering:
         self._attention = pruner._is_atten_group
         self._round = pruner._round_to
         self._group: Any = None
+        self.foreseen: Foreseen | None = None
 
     def attach(self) -> None:
         """Answer for the pruner, if its graph is of units."""
@@ -154,8 +158,11 @@ class UnitSteering:
             rounded: int = self._round(n_pruned, current_channels, round_to)
             return rounded
         coupled = self._group.coupled
-        multiple = lcm(round_to, coupled.multiple)
-        multiple //= gcd(multiple, coupled.classes)  # of each class
         size = coupled.units.count // coupled.classes
-        kept = size - n_pruned
-        return size - kept // multiple * multiple
+        if self.foreseen is not None:
+            left = self.foreseen.units_left(coupled, self.pruner.current_step)
+            if left is not None:
+                return size - left // coupled.classes
+        rounded_to = in_runs(round_to, coupled.run)
+        multiple = per_class(coupled.multiple, rounded_to, coupled.classes)
+        return size - multiple_below(size - n_pruned, multiple)

@@ -90,6 +90,8 @@ class Study:
         points: list[Move] = []
         for probe in _UNSET_PROBES:
             sizes = self.at({path: probe}, watch=False)
+            if isinstance(sizes, Refusal) and "'int' object" in sizes.reason:
+                break  # Python's words: no number will do
             if isinstance(sizes, dict):
                 if not any(sizes.values()):
                     break

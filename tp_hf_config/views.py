@@ -122,7 +122,8 @@ class Coupled:
     """A group of sides that lose the same units.
 
     ``multiple``: the class takes only multiples of it; ``grain``: how many of its units go with
-    one unit of the fields; ``heads``: it follows the head ratios.
+    one unit of the fields; ``heads``: it follows the head ratios; ``run``: how many neighbouring
+    channels a unit is; ``least``: fewer units, and the class does not run.
     """
 
     fields: tuple[tuple[str | int, ...], ...]
@@ -132,6 +133,8 @@ class Coupled:
     multiple: int = 1
     grain: int = 1
     heads: bool = False
+    run: int = 1
+    least: int = 1
 
     @property
     def root(self) -> Side | None:

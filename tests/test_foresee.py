@@ -1,0 +1,214 @@
+"""Settings that cannot end in a loadable model are told when a pruner is made, not after its steps.
+
+Every problem that is told here is real: the same settings fail once they are carried out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import small
+import torch_pruning as tp
+import zoo
+
+from tp_hf_config import (
+    ConfigSyncError,
+    HFConfigSyncHook,
+    PrunerSettingsWarning,
+    pruner_kwargs,
+)
+
+FFN = ("intermediate_size",)
+
+
+def pruner_of(model: Any, hook: HFConfigSyncHook | None = None, **changes: Any) -> Any:
+    """A pruner of the FFN, or of what ``prune`` names, on the config graph or another."""
+    prune, ratios = changes.pop("prune", FFN), changes.pop("ratios", None)
+    graph = changes.pop("graph", "config")
+    kwargs = pruner_kwargs(model, prune=prune, ratios=ratios, graph=graph)
+    importance = tp.importance.MagnitudeImportance()
+    kwargs |= {"importance": importance, "pruning_ratio": 0.5, **changes}
+    return tp.pruner.BasePruner(model, **kwargs, hooks=[hook or HFConfigSyncHook(strict=True)])
+
+
+def gate(model: Any, layer: int) -> Any:
+    return model.model.layers[layer].mlp.gate_proj
+
+
+def assert_told(model: Any, words: str, **settings: Any) -> str:
+    """Strict refuses with these words and touches nothing; else it warns, and pruning fails."""
+    before = small.state_of(model)
+    hook = HFConfigSyncHook(strict=True)
+    with pytest.raises(ConfigSyncError, match=words):
+        pruner_of(model, hook, **settings)
+    small.assert_same(before, small.state_of(model))
+    hook.strict = False
+    with pytest.warns(PrunerSettingsWarning, match=words) as told:
+        pruner = pruner_of(model, hook, **settings)
+    assert [warning.filename for warning in told] == [__file__]
+    small.assert_same(before, small.state_of(model))
+    with pytest.raises(ConfigSyncError):
+        all_steps(pruner)
+    return str(told[0].message)
+
+
+def all_steps(pruner: Any) -> None:
+    for _ in range(pruner.iterative_steps):
+        pruner.step()
+
+
+GRAPHS = pytest.mark.parametrize("graph", ["config", "trace"])
+
+
+class TestTold:
+    @GRAPHS
+    def test_global_ranking(self, graph: str) -> None:
+        message = assert_told(
+            small.llama(),
+            "2 groups of intermediate_size are ranked",
+            graph=graph,
+            global_pruning=True,
+        )
+        assert "global_pruning=False" in message
+
+    def test_isomorphic_ranking(self) -> None:
+        settings: dict[str, Any] = {"global_pruning": True, "isomorphic": True}
+        assert_told(small.llama(), "2 groups of intermediate_size are ranked", **settings)
+
+    @GRAPHS
+    def test_one_layer_ignored(self, graph: str) -> None:
+        model = small.llama()
+        ignored = pruner_kwargs(model, prune=FFN, graph=graph)["ignored_layers"]  # type: ignore[arg-type]
+        assert_told(
+            model,
+            "1 of 2 .* stay at 64",
+            graph=graph,
+            ignored_layers=[*ignored, gate(model, 0)],
+        )
+
+    @GRAPHS
+    def test_layers_at_different_ratios(self, graph: str) -> None:
+        model = small.llama()
+        assert_told(
+            model,
+            "32.* 48" if graph == "trace" else r"32 in .*; 48 in model\.layers\.0\.mlp",
+            graph=graph,
+            pruning_ratio_dict={gate(model, 0): 0.25},
+        )
+
+    def test_widths_that_the_class_does_not_take(self) -> None:
+        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+        message = assert_told(
+            model,
+            r"refused at step 1 \(hidden_size 30, num_attention_heads 4\).*not a multiple",
+            prune=("hidden_size", "num_attention_heads"),
+            pruning_ratio=0.3,
+        )
+        assert 'taken: ratios={"hidden_size": 0.5, "num_attention_heads": 0.3}' in message
+
+    def test_a_step_on_the_way(self) -> None:
+        """Two heads of six divide 48; the four and a half of the way are rounded to five."""
+        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=1)
+        assert_told(
+            model,
+            r"refused at step 1 \(num_attention_heads 5\)",
+            prune=("num_attention_heads",),
+            pruning_ratio=0.3,
+            iterative_steps=2,
+        )
+
+    def test_no_rounding(self) -> None:
+        """``round_to=None`` takes away what ``pruner_kwargs`` said."""
+        assert_told(
+            small.llama(),
+            "refused at step 1",
+            prune=("hidden_size",),
+            pruning_ratio=0.3,
+            round_to=None,
+        )
+
+    def test_ratios_of_one_scope(self) -> None:
+        model = small.llama()
+        both = (gate(model, 0), gate(model, 1))
+        assert_told(
+            model,
+            "2 groups of intermediate_size are ranked",
+            pruning_ratio_dict={both: 0.5},
+            global_pruning=True,
+        )
+
+
+class TestNotTold:
+    @pytest.fixture(autouse=True)
+    def _nothing(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PrunerSettingsWarning)
+            yield
+
+    def test_what_works(self) -> None:
+        model = small.llama()
+        ratios = {"hidden_size": 0.25, "intermediate_size": 0.3}
+        pruner = pruner_of(model, prune=tuple(ratios), ratios=ratios, iterative_steps=2)
+        pruner.step()
+        pruner.step()
+        assert (model.config.hidden_size, model.config.intermediate_size) == (24, 44)
+
+    @GRAPHS
+    def test_every_layer_ignored(self, graph: str) -> None:
+        model = small.llama()
+        gates = [gate(model, 0), gate(model, 1)]
+        ignored = pruner_kwargs(model, prune=FFN, graph=graph)["ignored_layers"]  # type: ignore[arg-type]
+        pruner_of(model, graph=graph, ignored_layers=[*ignored, *gates]).step()
+        assert model.config.intermediate_size == 64
+
+    @GRAPHS
+    def test_global_ranking_of_one_group(self, graph: str) -> None:
+        model = small.llama()
+        pruner_of(model, prune=("hidden_size",), graph=graph, global_pruning=True).step()
+        assert model.config.hidden_size == 16
+
+    @GRAPHS
+    def test_a_ratio_of_zero(self, graph: str) -> None:
+        pruner_of(small.llama(), pruning_ratio=0.0, graph=graph, global_pruning=True).step()
+
+    @GRAPHS
+    def test_ratios_with_the_same_end(self, graph: str) -> None:
+        model = small.llama()
+        pruner_of(model, graph=graph, pruning_ratio_dict={gate(model, 0): 0.499}).step()
+        assert model.config.intermediate_size == 32
+
+    def test_a_pruner_that_has_begun(self) -> None:
+        model = small.llama()
+        kwargs = pruner_kwargs(model, prune=FFN, graph="trace")
+        pruner = tp.pruner.BasePruner(
+            model,
+            **kwargs,
+            importance=tp.importance.MagnitudeImportance(),
+            global_pruning=True,
+            pruning_ratio=0.2,
+        )
+        pruner.current_step = 1
+        HFConfigSyncHook(strict=True).register(pruner)
+
+    @pytest.mark.parametrize("name", ["gpt2", "mixtral", "deepseek_v3", "bert", "t5", "swin"])
+    def test_classes(self, name: str) -> None:
+        """What ``pruner_kwargs`` says of a class is foreseen to work."""
+        model = zoo.build(name)
+        tp.pruner.BasePruner(
+            model,
+            **pruner_kwargs(model, graph="config"),
+            importance=tp.importance.MagnitudeImportance(),
+            pruning_ratio=0.3,
+            iterative_steps=3,
+            hooks=[HFConfigSyncHook(strict=True)],
+        )
+
+
+def test_a_refused_hook_can_be_used_again() -> None:
+    model, hook = small.llama(), HFConfigSyncHook(strict=True)
+    with pytest.raises(ConfigSyncError):
+        pruner_of(model, hook, global_pruning=True)
+    pruner_of(model, hook).step()
+    assert model.config.intermediate_size == 32

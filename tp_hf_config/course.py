@@ -1,0 +1,292 @@
+"""Where a pruner's settings lead: widths after every step, and what the class says to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import chain, islice, product
+from math import lcm
+
+from torch import nn
+
+from .amounts import Amount, multiple_below
+from .learn import ConfigMap
+from .reference import FieldPath, Refusal, field_name, shapes, vanished_counts
+
+Values = dict[FieldPath, int]
+State = dict[tuple[FieldPath, ...], tuple[int, ...]]
+"""Fields of each width -> units left of each kind of its groups."""
+
+_TRIES, _FEW, _DOWN = 24, 6, 65
+
+
+@dataclass(frozen=True)
+class Move:
+    """One width that is going to be pruned.
+
+    Attributes:
+        fields: the fields that count its units.
+        amounts: the numbers of its groups, those that are alike once.
+        ratio: the share of its units that shall be gone in the end.
+        clamped: ``max_pruning_ratio`` holds for the ratio itself (ratios of single layers).
+        ratios: the ratios of the steps, where a scheduler is not to be asked for them.
+        counts: it counts heads: of the numbers that the class takes, the nearest is kept.
+    """
+
+    fields: tuple[FieldPath, ...]
+    amounts: tuple[Amount, ...]
+    ratio: float
+    clamped: bool = False
+    ratios: tuple[float, ...] | None = None
+    counts: bool = False
+
+    @property
+    def units(self) -> int:
+        """How many units of its fields there are at the start."""
+        return self.amounts[0].units // self.amounts[0].grain
+
+    @property
+    def name(self) -> str:
+        """The fields as people write them."""
+        return " + ".join(field_name(path) for path in self.fields)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Widths that the class does not take.
+
+    Attributes:
+        step: the step that leads there.
+        values: field -> value, where it is another than before.
+        reason: the class's own words.
+    """
+
+    step: int
+    values: Values
+    reason: str
+
+
+@dataclass(frozen=True)
+class Course:
+    """The way of all widths through all steps.
+
+    Attributes:
+        known: the map of the class.
+        moves: the widths.
+        schedule: the ratios of the steps, of a ratio in the end: Torch-Pruning's scheduler.
+        round_to: the pruner's.
+        max_ratio: the pruner's ``max_pruning_ratio``.
+    """
+
+    known: ConfigMap
+    moves: tuple[Move, ...]
+    schedule: Callable[[float], Sequence[float]]
+    round_to: int | None = 1
+    max_ratio: float = 1.0
+    _asked: dict[frozenset[tuple[FieldPath, int]], str | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def ratios(self, move: Move) -> tuple[float, ...]:
+        """The share of a width that shall be gone after each step."""
+        if move.ratios is not None:
+            return move.ratios
+        most = self.max_ratio if move.clamped else 1.0
+        return tuple(min(ratio, most) for ratio in list(self.schedule(move.ratio))[1:])
+
+    @cached_property
+    def walk(self) -> list[State]:
+        """For each step, what is left of each kind of group of each width."""
+        state: State = {move.fields: tuple(a.units for a in move.amounts) for move in self.moves}
+        result: list[State] = []
+        for step in range(max((len(self.ratios(move)) for move in self.moves), default=0)):
+            state = self._settle(state, step)
+            result.append(state)
+        return result
+
+    def _settle(self, now: State, step: int) -> State:
+        """What one step leaves: Torch-Pruning's amounts, moved to what the class takes."""
+        plain: State = {}
+        choices: list[list[State]] = []
+        for move in self.moves:
+            ratio = self.ratios(move)[step]
+            if move.counts:
+                choices.append([*self._counts(move, now[move.fields], ratio)])
+            plain[move.fields] = tuple(
+                amount.next(units, ratio, self.round_to, self.max_ratio)
+                for amount, units in zip(move.amounts, now[move.fields], strict=True)
+            )
+        stay = {move.fields: now[move.fields] for move in self.moves if move.counts}
+        states = [
+            {**plain, **{path: units for one in chosen for path, units in one.items()}}
+            for chosen in islice(product(*choices), _TRIES)
+        ]
+        last = {**plain, **stay}
+        near = (other for state in states for other in (state, *self._divisible(state)))
+        for state in chain(near, self._smaller(states[0]), self._smaller(last)):
+            if self.refuses(self.values_of(state)) is None:
+                return state
+        return last
+
+    def _counts(self, move: Move, now: tuple[int, ...], ratio: float) -> Iterator[State]:
+        """Numbers of heads that can be left, nearest to what is asked for first."""
+        wanted = move.units * (1 - ratio)
+        left = now[0] // move.amounts[0].grain
+        grid = max(amount.step(self.round_to) // amount.grain for amount in move.amounts) or 1
+        least = max(grid, *(amount.least for amount in move.amounts))
+        stuck = any(a.exhausted(n, self.max_ratio) for a, n in zip(move.amounts, now, strict=True))
+        numbers = [left] if stuck or wanted >= left else [*range(least, left, grid), left]
+        for number in sorted(numbers, key=lambda n: (abs(n - wanted), -n)):
+            yield {move.fields: tuple(number * amount.grain for amount in move.amounts)}
+
+    def _divisible(self, state: State) -> Iterator[State]:
+        """The state with one width lowered to a multiple of a number of heads that moves."""
+        counts = [move for move in self.moves if move.counts]
+        for move, heads in product(self._moved(state), counts):
+            left = state[heads.fields][0] // heads.amounts[0].grain
+            yield {
+                **state,
+                move.fields: tuple(
+                    multiple_below(units, lcm(amount.step(self.round_to), left)) or units
+                    for amount, units in zip(move.amounts, state[move.fields], strict=True)
+                ),
+            }
+
+    def _smaller(self, state: State) -> Iterator[State]:
+        """The state, and others in which one width is a little smaller."""
+        yield state
+        for move in self._moved(state):
+            for down in range(1, _DOWN):
+                units = tuple(
+                    n - down * amount.step(self.round_to)
+                    for n, amount in zip(state[move.fields], move.amounts, strict=True)
+                )
+                if min(units) >= 1:
+                    yield {**state, move.fields: units}
+
+    def _moved(self, state: State) -> list[Move]:
+        """The widths, not numbers of heads, that have lost something."""
+        return [
+            move
+            for move in self.moves
+            if not move.counts and state[move.fields] != tuple(a.units for a in move.amounts)
+        ]
+
+    def units(self, move: Move) -> list[list[int]]:
+        """For each kind of group of a width, its units after each step."""
+        return [[state[move.fields][i] for state in self.walk] for i in range(len(move.amounts))]
+
+    def steps(self) -> list[Values]:
+        """The fields' values after each step."""
+        return [self.values_of(state) for state in self.walk]
+
+    def values_of(self, state: State) -> Values:
+        """The values of all fields where so many units are left."""
+        return {
+            path: self.known.values[path] * state[move.fields][0] // move.amounts[0].units
+            for move in self.moves
+            for path in move.fields
+        }
+
+    def refusal(self) -> Refused | None:
+        """The first step whose widths the class does not take, or that no config can say."""
+        steps = self.steps()
+        for move in self.moves:
+            ends = {
+                tuple(n // amount.grain for n in units)
+                for amount, units in zip(move.amounts, self.units(move), strict=True)
+            }
+            if len(ends) > 1:
+                apart = " and ".join(map(str, sorted(ends)))
+                words = f"groups of {move.name} would have {apart} units"
+                return Refused(len(steps), self._changed(steps[-1]), words)
+        for number, values in enumerate(steps, 1):
+            reason = self.refuses(values)
+            if reason is not None:
+                return Refused(number, self._changed(values), reason)
+        return None
+
+    def taken(self) -> bool:
+        """Whether the class takes all of it; the end is asked first."""
+        return not any(self.refuses(values) for values in reversed(self.steps())) and (
+            self.refusal() is None
+        )
+
+    def refuses(self, values: Mapping[FieldPath, int]) -> str | None:
+        """The class's own words, or which count of it would vanish; None: it takes the values."""
+        changed = self._changed(values)
+        key = frozenset(changed.items())
+        if key not in self._asked:
+            self._asked[key] = self._ask(changed) if changed else None
+        return self._asked[key]
+
+    def _changed(self, values: Mapping[FieldPath, int]) -> Values:
+        return {path: v for path, v in values.items() if v != self.known.values[path]}
+
+    def _ask(self, values: Values) -> str | None:
+        new = self.known.build_at(values)
+        if isinstance(new, Refusal):
+            return new.reason
+        old = _unpruned(self.known)
+        if isinstance(old, Refusal):
+            return None  # its own config: refused long ago
+        vanished = vanished_counts(old, new)
+        if vanished:
+            return f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
+        return self._other_tensors(shapes(old), shapes(new), values)
+
+    def _other_tensors(
+        self, old: Mapping[str, Sequence[int]], new: Mapping[str, Sequence[int]], values: Values
+    ) -> str | None:
+        """Why what the class builds is not what pruning leaves."""
+        if old.keys() != new.keys():
+            return f"the class builds other tensors there: {min(old.keys() ^ new.keys())}"
+        moves = {path: value - self.known.values[path] for path, value in values.items()}
+        for (name, dim), expression in self.known.expressions.items():
+            if isinstance(dim, int) and name in new and expression.fields & moves.keys():
+                left = expression.evaluate(moves)
+                if left != new[name][dim]:
+                    return f"the class builds {name} with {new[name][dim]}, pruning leaves {left}"
+        return None
+
+    def at(self, ratios: Mapping[tuple[FieldPath, ...], float]) -> Course:
+        """The same with other ratios for some widths."""
+        moves = [
+            replace(move, ratio=ratios[move.fields], ratios=None) if move.fields in ratios else move
+            for move in self.moves
+        ]
+        return replace(self, moves=tuple(moves))
+
+    def reachable(self, move: Move) -> range:
+        """The numbers of units that rounding can leave of a width."""
+        start, grid = move.amounts[0].units, move.amounts[0].step(self.round_to)
+        return range(grid, start + 1, grid)
+
+    def nearest(self) -> list[Course]:
+        """Courses near this one that the class takes: one ratio changed, or else several."""
+        if not self.steps():
+            return []
+        near = {move.fields: self._near(move) for move in self.moves}
+        found: list[Course] = []
+        for fields, ratios in near.items():
+            tried = (self.at({fields: ratio}) for ratio in ratios)
+            found += islice((course for course in tried if course.taken()), 1)
+        if found:
+            return found
+        every = islice(product(*(ratios[:_FEW] for ratios in near.values())), 4 * _TRIES)
+        tried = (self.at(dict(zip(near, ratios, strict=True))) for ratios in every)
+        return list(islice((course for course in tried if course.taken()), 1))
+
+    def _near(self, move: Move) -> list[float]:
+        """Ratios that lead a width elsewhere, near ends first."""
+        end, amount, all_units = self.units(move)[0][-1], move.amounts[0], self.reachable(move)
+        middle = end // all_units.step - 1  # where the end stands among them
+        window = all_units[max(0, middle - _TRIES) : middle + _TRIES + 1]
+        others = sorted(window, key=lambda units: (abs(units - end), units))
+        return [amount.ratio_for(units, move.counts) for units in others if units != end][:_TRIES]
+
+
+@lru_cache(maxsize=4)
+def _unpruned(known: ConfigMap) -> nn.Module | Refusal:
+    return known.build_at({})

@@ -1,0 +1,334 @@
+"""Tell from a pruner's settings that they cannot end in a loadable model, before it prunes.
+
+What each step will leave is what :mod:`tp_hf_config.amounts` says, from the pruner's own ratios,
+scopes, rounding and ignored layers.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch_pruning import ops
+
+from .amounts import Amount
+from .course import Course, Move
+from .errors import ConfigSyncError, PrunerSettingsWarning
+from .graph import ConfigGraph
+from .plan_table import refusal_lines
+from .planning import planned_refusal
+from .reference import FieldPath, field_name
+from .views import UNITS, Coupled, handler_of
+from .widths import WidthView
+
+_LISTED = 3
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a pruner on the config graph is going to leave.
+
+    Attributes:
+        course: the way of all widths.
+        kinds: group -> its width's fields, and which kind of its groups it is.
+    """
+
+    course: Course
+    kinds: dict[int, tuple[tuple[FieldPath, ...], int]]
+
+    def units_left(self, coupled: Coupled, step: int) -> int | None:
+        """What a step leaves of a group; ``None`` where it did not come to it as foreseen."""
+        walk, kind = self.course.walk, self.kinds.get(id(coupled))
+        if kind is None or not 1 <= step <= len(walk):
+            return None
+        fields, number = kind
+        move = next(move for move in self.course.moves if move.fields == fields)
+        before = walk[step - 2][fields][number] if step > 1 else move.amounts[number].units
+        return walk[step - 1][fields][number] if before == coupled.units.count else None
+
+
+def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
+    """What a pruner will leave; warn, or raise, where no config will say it.
+
+    A pruner that has begun is left alone: what it did already is not known.
+
+    Raises:
+        ConfigSyncError: there is such a thing, and ``strict``.
+    """
+    if pruner.current_step:
+        return None
+    foreseen: Foreseen | None = None
+    if isinstance(pruner.DG, ConfigGraph):
+        foreseen, problem = _foreseen(pruner, view)
+    else:
+        problem = next(_traced_problems(pruner, view), None)
+    if problem is None:
+        return foreseen
+    message = (
+        f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
+        "tp_hf_config.plan(model, ...) shows what settings give."
+    )
+    if strict:
+        raise ConfigSyncError(message)
+    warnings.warn(message, PrunerSettingsWarning, stacklevel=_frames_inside() + 1)
+    return foreseen
+
+
+def _frames_inside() -> int:
+    """How many frames of this package stand above its caller."""
+    package, depth = __name__.partition(".")[0], 0
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(f"{package}."):
+        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
+    return depth
+
+
+@dataclass(frozen=True)
+class _Going:
+    """One group that the pruner is going to prune.
+
+    Attributes:
+        coupled: the group.
+        layer: one of its layers, for messages.
+        scope: what the pruner ranks its units with.
+        ratios: for each step, the share of its units that shall be gone.
+        amount: its numbers.
+    """
+
+    coupled: Coupled
+    layer: str
+    scope: str
+    ratios: tuple[float, ...]
+    amount: Amount
+
+
+def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None]:
+    """The course of a pruner on the config graph, and what is wrong with it."""
+    going = list(_going(pruner))
+    by_fields: dict[tuple[FieldPath, ...], list[_Going]] = {}
+    for group in going:
+        by_fields.setdefault(group.coupled.fields, []).append(group)
+    scopes: dict[str, int] = {}
+    for group in going:
+        scopes[group.scope] = scopes.get(group.scope, 0) + (max(group.ratios, default=0) > 0)
+    moves: list[Move] = []
+    kinds: dict[int, tuple[tuple[FieldPath, ...], int]] = {}
+    for fields, groups in by_fields.items():
+        name = " + ".join(map(field_name, fields))
+        ranked = [group for group in groups if scopes[group.scope] > 1]
+        if ranked and len(groups) > 1:
+            return None, _ranked(name, len(groups))
+        if ranked:
+            return None, None  # one group of it: how many it loses is decided by importance
+        staying = [c for c in pruner.DG.coupled if c.fields == fields]
+        problem = _apart(pruner, name, groups, len(staying) - len(groups))
+        if problem is not None:
+            return None, problem
+        amounts = list(dict.fromkeys(group.amount for group in groups))
+        kinds |= {id(one.coupled): (fields, amounts.index(one.amount)) for one in groups}
+        moves.append(
+            Move(
+                fields,
+                tuple(amounts),
+                groups[0].ratios[-1] if groups[0].ratios else 0.0,
+                ratios=groups[0].ratios,
+                counts=bool(set(fields) & view.known.count_fields()),
+            )
+        )
+    course = Course(
+        view.known,
+        tuple(moves),
+        lambda ratio: pruner.iterative_pruning_ratio_scheduler(ratio, pruner.iterative_steps),
+        pruner.round_to,
+        pruner.max_pruning_ratio,
+    )
+    foreseen = Foreseen(course, kinds) if pruner.round_to else None
+    refusal = planned_refusal(course)
+    if refusal is None:
+        return foreseen, None
+    words = " ".join(line.strip() for line in refusal_lines(refusal))
+    return foreseen, f"the class will not take the widths. {words}"
+
+
+def _ranked(name: str, number: int) -> str:
+    return (
+        f"the {number} groups of {name} are ranked together, so they lose different numbers, and "
+        "one config field cannot say that. Use global_pruning=False, isomorphic=False, and no two "
+        "of them under one key of pruning_ratio_dict."
+    )
+
+
+def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> str | None:
+    """Groups of one field that do not end at the same number."""
+    ends: dict[tuple[int, ...], list[str]] = {}
+    for group in groups:
+        amount = group.amount
+        left = amount.after(group.ratios, pruner.round_to, pruner.max_pruning_ratio)
+        ends.setdefault(tuple(n // amount.grain for n in left), []).append(group.layer)
+    start = groups[0].amount.units // groups[0].amount.grain
+    if staying and set(ends) != {(start,) * len(groups[0].ratios)}:
+        return (
+            f"{staying} of {staying + len(groups)} groups of {name} stay at {start} "
+            f"(ignored_layers), the others go to {min(ends)[-1]}, and one config field cannot say "
+            "that. Ignore a layer of every group, or of none (prune= of pruner_kwargs leaves a "
+            "field out)."
+        )
+    if len(ends) < 2:
+        return None
+    parts = "; ".join(
+        f"{' -> '.join(map(str, left))} in {', '.join(layers[:_LISTED])}"
+        + (f" and {len(layers) - _LISTED} more" if len(layers) > _LISTED else "")
+        for left, layers in sorted(ends.items())
+    )
+    return (
+        f"the groups of {name} will have different numbers of units: {parts}. One config field "
+        "cannot say that: give all of them one ratio (ratios= of pruner_kwargs)."
+    )
+
+
+def _going(pruner: Any) -> Iterator[_Going]:
+    """The groups that take part, as the pruner will look at them."""
+    graph: ConfigGraph = pruner.DG
+    sides: dict[Any, int] = {}
+    found: list[tuple[Coupled, Any, list[Any]]] = []
+    for coupled in graph.taking_part(pruner.ignored_layers):
+        group = _one_unit(graph, coupled)
+        keys = []
+        for item in group:
+            module, out = item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
+            if item.dep.target.type == ops.OPTYPE.PARAMETER:
+                continue
+            key = (coupled.fields, module, out)
+            sides[key] = sides.get(key, 0) + len(item.idxs)
+            keys.append(key)
+        found.append((coupled, group, keys))
+    for coupled, group, keys in found:
+        layers = {
+            (
+                graph.get_out_channels(key[1]) if key[2] else graph.get_in_channels(key[1]),
+                sides[key],
+            )
+            for key in keys
+        }
+        scope, ratios = _scope(pruner, group)
+        yield _Going(
+            coupled,
+            graph._module2name.get(group[-1].dep.target.module, ""),
+            scope,
+            ratios,
+            Amount(
+                coupled.units.count,
+                coupled.classes,
+                coupled.multiple,
+                tuple(sorted(layer for layer in layers if layer[0] is not None)),
+                coupled.grain,
+                coupled.least,
+                coupled.run,
+            ),
+        )
+
+
+def _one_unit(graph: ConfigGraph, coupled: Coupled) -> Any:
+    """A group's first unit: its layers in the order in which the pruner sees them."""
+    root = coupled.root
+    if root is None:
+        return graph.get_pruning_group(coupled.units, UNITS.prune_out_channels, [0])
+    handler = handler_of(root.module, root.out)
+    return graph.get_pruning_group(root.module, handler, root.table[0].tolist())
+
+
+def _scope(pruner: Any, group: Any) -> tuple[str, tuple[float, ...]]:
+    """What a group is ranked with, and its ratios, as ``BasePruner._prune`` finds them (1.6.1)."""
+    graph = pruner.DG
+    for item in group:
+        dep = item.dep
+        for module, function in (
+            (dep.source.module, dep.trigger),
+            (dep.target.module, dep.handler),
+        ):
+            if module in pruner._layer_to_scope and graph.is_out_channel_pruning_fn(function):
+                ratios = pruner.pruning_ratio_dict[module][1:]
+                name: str = pruner._layer_to_scope[module][0]
+                return name, tuple(min(ratio, pruner.max_pruning_ratio) for ratio in ratios)
+    ratios = tuple(pruner.per_step_pruning_ratio[1:])
+    if pruner.isomorphic:
+        kinds = (
+            f"{type(item.dep.source.module).__name__} {type(item.dep.target.module).__name__} "
+            f"{graph.is_out_channel_pruning_fn(item.dep.handler)}"
+            for item in group
+        )
+        return "isomorphic: " + ", ".join(kinds), ratios
+    if pruner.global_pruning:
+        return "global", ratios
+    return graph._module2name[group[0].dep.source.module], ratios
+
+
+def _traced_problems(pruner: Any, view: WidthView) -> Iterator[str]:
+    """What can be told of a traced graph without its groups: fields with one in every layer."""
+    for path in sorted(view.widths() - view.head_fields(), key=str):
+        layers = _layers_of(pruner, view, path)
+        if len(layers) < 2:
+            continue
+        ignored = {
+            name
+            for name, modules in layers.items()
+            if any(module in pruner.ignored_layers for module in modules)
+        }
+        ends = {
+            name: _end(pruner, modules[0])
+            for name, modules in layers.items()
+            if name not in ignored
+        }
+        start = view.known.values[path]
+        moving = {end for end in ends.values() if end < start}
+        if not moving:
+            continue
+        name = field_name(path)
+        if pruner.global_pruning or pruner.isomorphic:
+            yield _ranked(name, len(ends))
+        elif ignored:
+            yield (
+                f"{len(ignored)} of {len(layers)} layers with {name} stay at {start} "
+                "(ignored_layers), the others do not, and one config field cannot say that. Ignore "
+                "it in every layer or in none."
+            )
+        elif len(set(ends.values())) > 1:
+            values = ", ".join(map(str, sorted(set(ends.values()))))
+            yield (
+                f"the ratios of {name} differ: its layers will have {values}, and one config field "
+                "cannot say that. Give all of them one ratio (ratios= of pruner_kwargs)."
+            )
+
+
+def _end(pruner: Any, module: nn.Module) -> int:
+    """A layer's output channels after the last step, unrounded."""
+    ratios = pruner.pruning_ratio_dict.get(module, pruner.per_step_pruning_ratio)
+    size = pruner.layer_init_out_ch.get(module) or 0
+    return int(size * (1 - ratios[-1]))
+
+
+def _layers_of(pruner: Any, view: WidthView, path: FieldPath) -> dict[str, list[nn.Module]]:
+    """The producers of one field in each layer of a list; empty where it sets others as well."""
+    known = view.known
+    lists = [name for name, m in view.model.named_modules() if isinstance(m, nn.ModuleList)]
+
+    def home(name: str) -> str | None:
+        for outer in lists:
+            index = name.removeprefix(f"{outer}.").partition(".")[0]
+            if name.startswith(f"{outer}.") and index.isdigit():
+                return f"{outer}.{index}"
+        return None
+
+    for (name, which), expression in known.expressions.items():
+        if isinstance(which, int) and path in expression.fields and home(name) is None:
+            return {}
+    result: dict[str, list[nn.Module]] = {}
+    for name, module, fields in view.producers():
+        place = home(name)
+        if path in fields and place is not None and module in pruner.DG.module2node:
+            result.setdefault(place, []).append(module)
+    return result
