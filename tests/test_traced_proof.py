@@ -309,6 +309,20 @@ def test_what_a_customised_pruner_cuts_is_noted() -> None:
     ]
 
 
+def test_grouped_query_heads_are_noted() -> None:
+    """Torch-Pruning takes query heads of every key/value head, and leaves those."""
+    model = small.llama(hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
+    heads: dict[nn.Module, int] = {}
+    for attention in (layer.self_attn for layer in model.model.layers):
+        heads |= {attention.q_proj: 8, attention.k_proj: 4, attention.v_proj: 4}
+    kwargs = {"ignored_layers": [model.lm_head], "num_heads": heads, "prune_head_dims": False}
+    hook = attached(model, **kwargs, prune_num_heads=True, head_pruning_ratio=0.5)
+    assert hook.last_report.notes[0] == (
+        "traced, not proved: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj: "
+        "query heads are cut without the key and value heads that they share"
+    )
+
+
 def test_groups_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Listing them is most of a constructor's time."""
     listings: list[Any] = []

@@ -64,7 +64,7 @@ class Amount:
         if round_to:
             multiple = per_class(self.multiple, in_runs(round_to, self.run), self.classes)
             wanted = multiple_below(wanted // self.classes, multiple) * self.classes
-        if wanted < self.least:
+        if self.least > 1 and wanted < self.least:
             grid = self.step(round_to)
             wanted = min(now, -(-self.least // grid) * grid)
         return wanted or now  # no group is emptied: it is passed over

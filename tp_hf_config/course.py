@@ -68,6 +68,23 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Adjusted:
+    """A step at which the class does not take what is asked for, and something near is done.
+
+    Attributes:
+        step: the step.
+        asked: field -> the value that the ratios ask for, where another is taken.
+        taken: field -> that one.
+        reason: the class's own words; empty where the asked number is no whole one.
+    """
+
+    step: int
+    asked: dict[FieldPath, float]
+    taken: Values
+    reason: str
+
+
+@dataclass(frozen=True)
 class Course:
     """The way of all widths through all steps.
 
@@ -118,7 +135,7 @@ class Course:
                 for amount, units in zip(move.amounts, now[move.fields], strict=True)
             )
         stay = {move.fields: now[move.fields] for move in self.moves if move.counts}
-        states = [
+        states: list[State] = [
             {**plain, **{path: units for one in chosen for path, units in one.items()}}
             for chosen in islice(product(*choices), _TRIES)
         ]
@@ -172,6 +189,22 @@ class Course:
             for move in self.moves
             if not move.counts and state[move.fields] != tuple(a.units for a in move.amounts)
         ]
+
+    @cached_property
+    def adjusted(self) -> list[Adjusted]:
+        """The steps at which numbers of heads, or widths with them, are not what was asked for."""
+        result: list[Adjusted] = []
+        for number, values in enumerate(self.steps()):
+            asked: dict[FieldPath, float] = {}
+            for move in (move for move in self.moves if move.counts):
+                left = max(0.0, 1 - self.ratios(move)[number])
+                asked |= {path: self.known.values[path] * left for path in move.fields}
+            off = {path: value for path, value in asked.items() if round(value) != values[path]}
+            if off:
+                whole = {**values, **{path: max(1, round(value)) for path, value in off.items()}}
+                taken = {path: values[path] for path in off}
+                result.append(Adjusted(number + 1, off, taken, self.refuses(whole) or ""))
+        return result
 
     def units(self, move: Move) -> list[list[int]]:
         """For each kind of group of a width, its units after each step."""

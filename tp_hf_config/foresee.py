@@ -19,7 +19,7 @@ from .amounts import Amount
 from .course import Course, Move
 from .errors import ConfigSyncError, PrunerSettingsWarning
 from .graph import ConfigGraph
-from .plan_table import refusal_lines
+from .plan_table import adjusted_line, refusal_lines
 from .planning import planned_refusal
 from .reference import FieldPath, field_name
 from .views import UNITS, Coupled, handler_of
@@ -39,6 +39,10 @@ class Foreseen:
 
     course: Course
     kinds: dict[int, tuple[tuple[FieldPath, ...], int]]
+
+    def notes(self, step: int) -> list[str]:
+        """What a step does instead of what is asked for."""
+        return [adjusted_line(one) for one in self.course.adjusted if one.step == step]
 
     def units_left(self, coupled: Coupled, step: int) -> int | None:
         """What a step leaves of a group; ``None`` where it did not come to it as foreseen."""

@@ -141,6 +141,17 @@ class HFConfigSyncHook:
         self._follower = self._recorder = None
         self._mended, self._unproved = [], []
 
+    def _adjusted(self) -> list[str]:
+        """What the latest step of the pruner did instead of what its ratios ask for."""
+        from .steer import UnitSteering
+
+        return [
+            note
+            for part in self._mended
+            if isinstance(part, UnitSteering) and part.foreseen is not None
+            for note in part.foreseen.notes(part.pruner.current_step)
+        ]
+
     def stepping(self, pruner: Any) -> AbstractContextManager[None]:
         """Around a step: a graph made from the config copies every parameter once."""
         from .steer import cutting_together
@@ -177,7 +188,7 @@ class HFConfigSyncHook:
                 SyncReport(step, self._why, groups, seconds=seconds, error=str(error))
             )
             raise
-        outcome["notes"] = [*self._unproved, *outcome["notes"]]
+        outcome["notes"] = [*self._unproved, *outcome["notes"], *self._adjusted()]
         seconds = time.perf_counter() - started
         report = SyncReport(step, self._why, groups, seconds=seconds, **outcome)
         self.reports.append(report)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .reference import field_name
+
 if TYPE_CHECKING:
+    from .course import Adjusted
     from .plans import Plan, PlannedRefusal, PlannedWidth
 
 _HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple of", "ranks")
@@ -37,6 +40,14 @@ def refusal_lines(refusal: PlannedRefusal) -> list[str]:
     if not refusal.nearest:
         lines.append("  no settings near them are taken: change one ratio at a time")
     return lines
+
+
+def adjusted_line(adjusted: Adjusted) -> str:
+    """What is asked for, why it is not done, and what is."""
+    asked = ", ".join(f"{field_name(path)} {value:.4g}" for path, value in adjusted.asked.items())
+    taken = ", ".join(f"{field_name(path)} {value}" for path, value in adjusted.taken.items())
+    reason = f" ({adjusted.reason.rstrip('.')})" if adjusted.reason else ""
+    return f"step {adjusted.step}: the ratios ask for {asked}{reason}; nearest legal: {taken}"
 
 
 def rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -79,6 +90,7 @@ def footnotes(plan: Plan) -> list[str]:
             f"{plan.settings.pruning_ratio:g}"
             + "".join(f", {name} {ratio:g}" for name, ratio in plan.settings.ratios.items())
         )
+    lines += plan.adjusted
     lines += [f"stays: {name}: {reason}" for name, reason in plan.kept.items()]
     return lines + [f"note: {note}" for note in plan.notes]
 

@@ -19,6 +19,7 @@ from .course import Course, Move
 from .errors import UnsupportedModelError
 from .learn import ConfigMap, map_of
 from .offers import Width, widths_of
+from .plan_table import adjusted_line
 from .plans import Plan, PlannedRefusal, PlannedWidth, Scheduler, Settings
 from .reference import FieldPath, Refusal, field_name
 from .sizes import ParameterCount, Size, size_of
@@ -206,6 +207,7 @@ def _plan(
         before=before,
         after=after,
         refusal=planned_refusal(course),
+        adjusted=tuple(map(adjusted_line, course.adjusted)),
         target=target,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
         notes=notes,

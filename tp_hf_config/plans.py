@@ -130,6 +130,7 @@ class Plan:
         kept: width -> why it cannot be pruned.
         before: the size now.
         after: the size in the end; ``None`` where the class refuses the widths.
+        adjusted: steps at which the class does not take the number of heads that is asked for.
         refusal: why the settings cannot be carried out; ``None`` where they can.
         target: how many parameters were asked for, if any were.
         tokens: FLOPs are counted for each token; else for each input (an image, a recording).
@@ -143,6 +144,7 @@ class Plan:
     before: Size
     after: Size | None
     refusal: PlannedRefusal | None
+    adjusted: tuple[str, ...] = ()
     target: int | None = None
     tokens: bool = True
     notes: tuple[str, ...] = ()
@@ -217,6 +219,7 @@ class Plan:
             "before": self.before.to_dict(),
             "after": None if self.after is None else self.after.to_dict(),
             "refusal": None if self.refusal is None else self.refusal.to_dict(),
+            "adjusted": list(self.adjusted),
             "target_parameters": self.target,
             "notes": list(self.notes),
         }
