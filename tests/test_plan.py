@@ -108,6 +108,10 @@ class TestAmounts:
         """Torch-Pruning looks before a step whether a layer has lost more than it may."""
         amount = Amount(10, layers=((10, 1),))
         assert amount.after([0.2, 0.4, 0.6, 0.8], max_ratio=0.5) == [8, 6, 4, 4]
+        assert amount.after([0.5, 0.8], max_ratio=0.5) == [5, 1]
+
+    def test_nothing_asked_is_nothing_rounded(self) -> None:
+        assert Amount(65).after([0.0, 0.001], round_to=8) == [65, 64]
 
     def test_a_choice_decides_instead_of_rounding(self) -> None:
         amount = Amount(8, choose=lambda wanted, now: min(n for n in (8, 4, 2) if n >= wanted))
@@ -482,4 +486,27 @@ def test_what_is_planned_is_what_pruning_gives(
     for _ in range(result.refusal.step - 1):
         pruner.step()
     with pytest.raises(ConfigSyncError):
+        pruner.step()
+
+
+@pytest.mark.filterwarnings("ignore::tp_hf_config.PrunerSettingsWarning")
+@pytest.mark.parametrize("hidden", range(6, 72, 6))
+def test_refused_exactly_where_pruning_fails(hidden: int) -> None:
+    """Six heads over two of keys go to four: some hidden sizes divide by them, some do not."""
+    model = small.llama(hidden_size=72, num_attention_heads=6, num_key_value_heads=2)
+    ratios = {"hidden_size": Amount(72).ratio_for(hidden), "num_attention_heads": 0.3}
+    result = plan(model, ratios=ratios)
+    assert result.values == {"hidden_size": hidden, "num_attention_heads": 4}
+    assert (result.refusal is None) == (hidden % 4 == 0)
+    pruner = tp.pruner.BasePruner(
+        model,
+        **tp_hf_config.pruner_kwargs(model, ratios=ratios),
+        importance=tp.importance.MagnitudeImportance(),
+        hooks=[HFConfigSyncHook()],
+    )
+    if result.refusal is None:
+        pruner.step()
+        assert (model.config.hidden_size, model.config.num_attention_heads) == (hidden, 4)
+        return
+    with pytest.raises(ConfigSyncError, match="is not a multiple"):
         pruner.step()

@@ -73,7 +73,7 @@ class Amount:
         """Whether a layer has lost as much as it may; the group is passed over then."""
         gone = self.units - now
         left = [(size, size - gone * channels) for size, channels in self.layers]
-        return any(size < start * (1 - max_ratio) or size == 1 for start, size in left)
+        return any(size < start * (1 - max_ratio) for start, size in left)
 
     def ratio_for(self, kept: int, nearest: bool = False) -> float:
         """A ratio, of few digits where one will do, that leaves ``kept`` units in one step.

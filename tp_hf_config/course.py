@@ -12,7 +12,9 @@ from torch import nn
 
 from .amounts import Amount, multiple_below
 from .learn import ConfigMap
+from .offers import Width
 from .reference import FieldPath, Refusal, field_name, shapes, vanished_counts
+from .ties import tensor
 
 Values = dict[FieldPath, int]
 State = dict[tuple[FieldPath, ...], tuple[int, ...]]
@@ -318,6 +320,30 @@ class Course:
         window = all_units[max(0, middle - _TRIES) : middle + _TRIES + 1]
         others = sorted(window, key=lambda units: (abs(units - end), units))
         return [amount.ratio_for(units, move.counts) for units in others if units != end][:_TRIES]
+
+
+def amounts_of(width: Width, multiple: int, model: nn.Module) -> tuple[Amount, ...]:
+    """The numbers of a width's groups; groups that are alike in them stand once."""
+    together: dict[tuple[str, int], int] = {}
+    for member in (member for group in width.groups for member in group.members):
+        key = (member.name, member.dim)
+        together[key] = together.get(key, 0) + member.layout.parts * member.layout.run
+    found: dict[Amount, None] = {}
+    for group in width.groups:
+        layers = {
+            (tensor(model, m.name).shape[m.dim], together[m.name, m.dim]) for m in group.members
+        }
+        amount = Amount(
+            group.units,
+            group.classes,
+            multiple * group.grain,
+            tuple(sorted(layers)),
+            group.grain,
+            group.least,
+            group.run,
+        )
+        found[amount] = None
+    return tuple(found)
 
 
 @lru_cache(maxsize=4)

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch_pruning import ops
 
 from .amounts import Amount
 from .course import Course, Move
 from .errors import ConfigSyncError, PrunerSettingsWarning
+from .foresee_traced import ranked_together, traced_problems
 from .graph import ConfigGraph
 from .plan_table import adjusted_line, refusal_lines
 from .planning import planned_refusal
@@ -69,7 +69,7 @@ def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
     if isinstance(pruner.DG, ConfigGraph):
         foreseen, problem = _foreseen(pruner, view)
     else:
-        problem = next(_traced_problems(pruner, view), None)
+        problem = next(traced_problems(pruner, view), None)
     if problem is None:
         return foreseen
     message = (
@@ -125,7 +125,7 @@ def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None
         name = " + ".join(map(field_name, fields))
         ranked = [group for group in groups if scopes[group.scope] > 1]
         if ranked and len(groups) > 1:
-            return None, _ranked(name, len(groups))
+            return None, ranked_together(name, len(groups))
         if ranked:
             return None, None  # one group of it: how many it loses is decided by importance
         staying = [c for c in pruner.DG.coupled if c.fields == fields]
@@ -156,14 +156,6 @@ def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None
         return foreseen, None
     words = " ".join(line.strip() for line in refusal_lines(refusal))
     return foreseen, f"the class will not take the widths. {words}"
-
-
-def _ranked(name: str, number: int) -> str:
-    return (
-        f"the {number} groups of {name} are ranked together, so they lose different numbers, and "
-        "one config field cannot say that. Use global_pruning=False, isomorphic=False, and no two "
-        "of them under one key of pruning_ratio_dict."
-    )
 
 
 def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> str | None:
@@ -269,70 +261,3 @@ def _scope(pruner: Any, group: Any) -> tuple[str, tuple[float, ...]]:
     if pruner.global_pruning:
         return "global", ratios
     return graph._module2name[group[0].dep.source.module], ratios
-
-
-def _traced_problems(pruner: Any, view: WidthView) -> Iterator[str]:
-    """What can be told of a traced graph without its groups: fields with one in every layer."""
-    for path in sorted(view.widths() - view.head_fields(), key=str):
-        layers = _layers_of(pruner, view, path)
-        if len(layers) < 2:
-            continue
-        ignored = {
-            name
-            for name, modules in layers.items()
-            if any(module in pruner.ignored_layers for module in modules)
-        }
-        ends = {
-            name: _end(pruner, modules[0])
-            for name, modules in layers.items()
-            if name not in ignored
-        }
-        start = view.known.values[path]
-        moving = {end for end in ends.values() if end < start}
-        if not moving:
-            continue
-        name = field_name(path)
-        if pruner.global_pruning or pruner.isomorphic:
-            yield _ranked(name, len(ends))
-        elif ignored:
-            yield (
-                f"{len(ignored)} of {len(layers)} layers with {name} stay at {start} "
-                "(ignored_layers), the others do not, and one config field cannot say that. Ignore "
-                "it in every layer or in none."
-            )
-        elif len(set(ends.values())) > 1:
-            values = ", ".join(map(str, sorted(set(ends.values()))))
-            yield (
-                f"the ratios of {name} differ: its layers will have {values}, and one config field "
-                "cannot say that. Give all of them one ratio (ratios= of pruner_kwargs)."
-            )
-
-
-def _end(pruner: Any, module: nn.Module) -> int:
-    """A layer's output channels after the last step, unrounded."""
-    ratios = pruner.pruning_ratio_dict.get(module, pruner.per_step_pruning_ratio)
-    size = pruner.layer_init_out_ch.get(module) or 0
-    return int(size * (1 - ratios[-1]))
-
-
-def _layers_of(pruner: Any, view: WidthView, path: FieldPath) -> dict[str, list[nn.Module]]:
-    """The producers of one field in each layer of a list; empty where it sets others as well."""
-    known = view.known
-    lists = [name for name, m in view.model.named_modules() if isinstance(m, nn.ModuleList)]
-
-    def home(name: str) -> str | None:
-        for outer in lists:
-            index = name.removeprefix(f"{outer}.").partition(".")[0]
-            if name.startswith(f"{outer}.") and index.isdigit():
-                return f"{outer}.{index}"
-        return None
-
-    for (name, which), expression in known.expressions.items():
-        if isinstance(which, int) and path in expression.fields and home(name) is None:
-            return {}
-    result: dict[str, list[nn.Module]] = {}
-    for name, module, fields in view.producers():
-        place = home(name)
-        if path in fields and place is not None and module in pruner.DG.module2node:
-            result.setdefault(place, []).append(module)
-    return result

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import nn
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
-from .amounts import Amount
 from .chosen import Chosen, Wanted, choose, multiples_of
-from .course import Course, Move
+from .course import Course, Move, amounts_of
 from .errors import UnsupportedModelError
 from .learn import ConfigMap, map_of
 from .offers import Width, widths_of
@@ -24,7 +23,6 @@ from .plans import Plan, PlannedRefusal, PlannedWidth, Scheduler, Settings
 from .reference import FieldPath, Refusal, field_name
 from .sizes import ParameterCount, Size, size_of
 from .target import course_to
-from .ties import tensor
 from .unbuilt import model_of
 from .widths import WidthView
 
@@ -128,7 +126,7 @@ def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Course:
         moves.append(
             Move(
                 width.fields,
-                _amounts(width, multiples[width.fields], view.model),
+                amounts_of(width, multiples[width.fields], view.model),
                 ratio,
                 clamped=bool(named) or width in chosen.heads,
                 counts=bool(set(width.fields) & known.count_fields()),
@@ -146,30 +144,6 @@ def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Course:
 
 def _scheduled(schedule: Scheduler, steps: int, ratio: float) -> Sequence[float]:
     return schedule(ratio, steps)
-
-
-def _amounts(width: Width, multiple: int, model: nn.Module) -> tuple[Amount, ...]:
-    """The numbers of a width's groups; groups that are alike in them stand once."""
-    together: dict[tuple[str, int], int] = {}
-    for member in (member for group in width.groups for member in group.members):
-        key = (member.name, member.dim)
-        together[key] = together.get(key, 0) + member.layout.parts * member.layout.run
-    found: dict[Amount, None] = {}
-    for group in width.groups:
-        layers = {
-            (tensor(model, m.name).shape[m.dim], together[m.name, m.dim]) for m in group.members
-        }
-        amount = Amount(
-            group.units,
-            group.classes,
-            multiple * group.grain,
-            tuple(sorted(layers)),
-            group.grain,
-            group.least,
-            group.run,
-        )
-        found[amount] = None
-    return tuple(found)
 
 
 def _plan(

@@ -1,0 +1,87 @@
+"""What a pruner's settings say of a traced graph, whose groups are not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .reference import FieldPath, field_name
+from .widths import WidthView
+
+
+def traced_problems(pruner: Any, view: WidthView) -> Iterator[str]:
+    """What can be told of a traced graph without its groups: fields with one in every layer."""
+    for path in sorted(view.widths() - view.head_fields(), key=str):
+        layers = _layers_of(pruner, view, path)
+        if len(layers) < 2:
+            continue
+        ignored = {
+            name
+            for name, modules in layers.items()
+            if any(module in pruner.ignored_layers for module in modules)
+        }
+        ends = {
+            name: _end(pruner, modules[0])
+            for name, modules in layers.items()
+            if name not in ignored
+        }
+        start = view.known.values[path]
+        moving = {end for end in ends.values() if end < start}
+        if not moving:
+            continue
+        name = field_name(path)
+        if pruner.global_pruning or pruner.isomorphic:
+            yield ranked_together(name, len(ends))
+        elif ignored:
+            yield (
+                f"{len(ignored)} of {len(layers)} layers with {name} stay at {start} "
+                "(ignored_layers), the others do not, and one config field cannot say that. Ignore "
+                "it in every layer or in none."
+            )
+        elif len(set(ends.values())) > 1:
+            values = ", ".join(map(str, sorted(set(ends.values()))))
+            yield (
+                f"the ratios of {name} differ: its layers will have {values}, and one config field "
+                "cannot say that. Give all of them one ratio (ratios= of pruner_kwargs)."
+            )
+
+
+def _end(pruner: Any, module: nn.Module) -> int:
+    """A layer's output channels after the last step, unrounded."""
+    ratios = pruner.pruning_ratio_dict.get(module, pruner.per_step_pruning_ratio)
+    size = pruner.layer_init_out_ch.get(module) or 0
+    return int(size * (1 - ratios[-1]))
+
+
+def _layers_of(pruner: Any, view: WidthView, path: FieldPath) -> dict[str, list[nn.Module]]:
+    """The producers of one field in each layer of a list; empty where it sets others as well."""
+    known = view.known
+    lists = [name for name, m in view.model.named_modules() if isinstance(m, nn.ModuleList)]
+
+    def home(name: str) -> str | None:
+        for outer in lists:
+            index = name.removeprefix(f"{outer}.").partition(".")[0]
+            if name.startswith(f"{outer}.") and index.isdigit():
+                return f"{outer}.{index}"
+        return None
+
+    for (name, which), expression in known.expressions.items():
+        if isinstance(which, int) and path in expression.fields and home(name) is None:
+            return {}
+    result: dict[str, list[nn.Module]] = {}
+    for name, module, fields in view.producers():
+        place = home(name)
+        if path in fields and place is not None and module in pruner.DG.module2node:
+            result.setdefault(place, []).append(module)
+    return result
+
+
+def ranked_together(name: str, number: int) -> str:
+    """Groups of one field are ranked with each other."""
+    return (
+        f"the {number} groups of {name} are ranked together, so they lose different numbers, and "
+        "one config field cannot say that. Use global_pruning=False, isomorphic=False, and no two "
+        "of them under one key of pruning_ratio_dict."
+    )
