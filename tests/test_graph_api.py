@@ -1151,13 +1151,33 @@ def test_trace_is_taken_where_it_is_asked_for():
     assert model.config.intermediate_size == 32
 
 
-def test_head_ratios_need_the_trace():
+@pytest.mark.parametrize("graph", ["auto", "config"])
+def test_head_ratios_are_for_heads_and_the_others_for_the_rest(graph: Any):
+    """BERT's heads can only go with the hidden size; the FFN follows ``pruning_ratio``."""
     model = fresh(bert)
-    with pytest.raises(UnsupportedModelError, match="prune_num_heads"):
-        pruner_kwargs(model, graph="config", prune_num_heads=True)
-    arguments = pruner_kwargs(model, graph="auto", prune_num_heads=True)
-    assert arguments["example_inputs"].graph is None
-    assert "head ratios" in arguments["example_inputs"].why
+    hook = HFConfigSyncHook()
+    arguments = pruner_kwargs(model, graph=graph, prune_num_heads=True)
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **arguments,
+        importance=Importance(),
+        pruning_ratio=0.25,
+        head_pruning_ratio=0.5,
+        hooks=[hook],
+    )
+    heads, hidden, ffn = (
+        getattr(model.config, key)
+        for key in ("num_attention_heads", "hidden_size", "intermediate_size")
+    )
+    pruner.step()
+    assert hook.last_report is not None
+    assert hook.last_report.graph.endswith("heads: whole heads, and hidden_size with them")
+    assert hook.last_report.fields == {
+        "num_attention_heads": (heads, heads // 2),
+        "hidden_size": (hidden, hidden // 2),
+        "intermediate_size": (ffn, ffn * 3 // 4),
+    }
+    assert set(pruner.num_heads.values()) == {heads // 2}
 
 
 def neox() -> Any:

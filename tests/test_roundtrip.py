@@ -254,33 +254,17 @@ HEADS: dict[tuple[str, str, int], list[dict[str, int]]] = {
     **{(name, "all", 3): [_WITH_HEADS] * 3 for name in BERTS},
 }
 
-# Head pruning that takes no heads: the widths shrink, the heads stay, and the report says so. The
-# trace finds no group where query and key/value heads differ in number or sit in one projection
-# (Phi3). Llama's hidden size, which has to stay a multiple of the heads, is kept where heads could
-# go.
-_HEAD_DIM = {"head_dim": 16}
+# Head pruning that takes no heads: the widths shrink, the heads stay, and the report says so.
+# Llama's hidden size, which has to stay a multiple of the heads, is kept where heads could go.
 _FFN_IN_THREE = [{"intermediate_size": size} for size in (117, 106, 96)]
 HEADLESS: dict[tuple[str, str, int], list[dict[str, int]]] = {
-    **{(name, "heads-quarter", 1): [{}] for name in (*LLAMAS, "qwen2", "qwen3", "mistral", "phi3")},
-    ("llama", "all", 1): [{"intermediate_size": 96}],
-    ("llama", "all", 3): _FFN_IN_THREE,
-    ("llama-tied", "all", 1): [{"intermediate_size": 96}],
-    ("llama-tied", "all", 3): _FFN_IN_THREE,
-    ("llama-gqa", "all", 1): [_AT_ONCE],
-    ("llama-gqa", "all", 3): [
-        {"hidden_size": 56, "intermediate_size": 116},
-        {"hidden_size": 52, "intermediate_size": 104},
-        {"hidden_size": 48, "intermediate_size": 96},
-    ],
-    ("qwen2", "all", 1): [_AT_ONCE | _HEAD_DIM],
-    ("qwen2", "all", 3): together(*_IN_THREE, **_HEAD_DIM),
-    ("qwen3", "all", 1): [_AT_ONCE],
-    ("qwen3", "all", 3): list(_IN_THREE),
-    ("mistral", "all", 1): [_AT_ONCE],
-    ("mistral", "all", 3): list(_IN_THREE),
-    ("phi3", "all", 1): [_AT_ONCE | _HEAD_DIM],
-    ("phi3", "all", 3): together(*_IN_THREE, **_HEAD_DIM),
+    **{(name, "heads-quarter", 1): [{}] for name in ("llama", "llama-tied")},
+    **{(name, "all", 1): [{"intermediate_size": 96}] for name in ("llama", "llama-tied")},
+    **{(name, "all", 3): _FFN_IN_THREE for name in ("llama", "llama-tied")},
 }
+# Torch-Pruning's trace takes query and key/value heads of different numbers apart wrongly, and
+# does not see those in one projection (Phi3).
+GROUPED = ("llama-gqa", "qwen2", "qwen3", "mistral", "phi3")
 NO_HEADS = "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none"
 
 ALL_CASES = [
@@ -352,7 +336,17 @@ def test_heads_that_cannot_go_alone_are_refused_before_pruning(
     assert model.config.to_dict() == before
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-gqa", "gemma", "opt", "bert", "vit"])
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_query_heads_are_not_traced(name: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        traced_kwargs(tiny.build(name), prune_num_heads=True)
+    assert str(caught.value).endswith(
+        ": Torch-Pruning's trace prunes grouped-query and fused heads wrongly (its issues 495 and "
+        "516). Use graph='config', which takes the same head_pruning_ratio."
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "opt", "bert", "vit"])
 def test_no_heads_go_where_the_pruning_ratio_is_zero(name: str) -> None:
     """Torch-Pruning reaches its head pruning only where channels are to go (``_prune``)."""
     model = tiny.build(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -350,13 +351,20 @@ def test_inner_channels_may_go_one_by_one() -> None:
     assert attached(model).last_report.fields == {"hidden_sizes": ([16, 24], [12, 18])}
 
 
-def test_what_no_permutation_proves_is_not_left_to_the_trace() -> None:
-    """DeepSeek-V3 chooses experts by groups of them: an experiment's verdict too."""
-    model = zoo.build("deepseek_v3")
-    (width,) = (width for width in widths_of(model) if width.name == "n_routed_experts")
-    assert width.reason.startswith("no permutation of units is neutral in ")
+def test_what_no_permutation_proves_is_not_left_to_the_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Groups that are linked, but not proved: an experiment's verdict too."""
+    monkeypatch.setattr("tp_hf_config.offers._experiments", weakref.WeakKeyDictionary())
+    monkeypatch.setattr("tp_hf_config.twins.TwinTest.proves", lambda *_: False)
+    model = zoo.build("llama")
+    (width,) = (width for width in widths_of(model) if width.name == "intermediate_size")
+    assert width.reason == (
+        "no permutation of units is neutral in model.layers.*.mlp.down_proj.weight, "
+        "model.layers.*.mlp.gate_proj.weight, model.layers.*.mlp.up_proj.weight"
+    )
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(model, prune=("n_routed_experts",))
+        pruner_kwargs(model, prune=("intermediate_size",))
     assert str(raised.value).startswith(
-        f"DeepseekV3ForCausalLM cannot prune n_routed_experts: {width.reason}. Widths that can: "
+        f"LlamaForCausalLM cannot prune intermediate_size: {width.reason}. Widths that can: "
     )

@@ -63,7 +63,10 @@ class TracedProof:
         self.single: dict[frozenset[tuple[str, int]], bool] = {}  # kinds of groups: one by one
         self.groups: dict[Key, list[int]] = {}  # the proved groups that a dimension is in
         self.proved: list[tuple[WidthGroup, dict[Key, dict[Layout, None]]]] = []
-        for group in (group for width in self.widths for group in width.groups):
+        # where units go with others of another grain (channels with whole heads), one traced group
+        # alone says nothing
+        alone = [w for w in self.widths if all(group.grain == 1 for group in w.groups)]
+        for group in (group for width in alone for group in width.groups):
             layouts: dict[Key, dict[Layout, None]] = {}
             for member in (one for one in group.members if one.name in named):  # not buffers
                 layouts.setdefault((named[member.name], member.dim), {})[member.layout] = None
