@@ -28,7 +28,7 @@ from .reference import FieldPath, Refusal, field_name, with_values
 from .ties import saved_buffers
 from .twins import Dim, Layout, Links, TwinTest
 
-_MAX_LAYOUTS = 16
+_MAX_LAYOUTS = 10
 
 _Style = tuple[tuple[tuple[int, Layout], ...], FieldPath | None]
 """Dimensions alike in how their units may stand, and the field that sets them."""

@@ -148,8 +148,8 @@ def _smaller(
         return
     value = _get(data, path)
     heads = path in known.count_fields()
-    if value <= _LADDERS[0][1][0] and not heads:
-        return  # few enough; of fewer experts a router would take all
+    if value <= _LADDERS[0][1][0] and _stacked(known, path):
+        return  # of fewer experts a router would take all
     few = value <= _FEW or heads
     ladder = next(steps for limit, steps in _LADDERS if few or limit is None or value <= limit)
     followers = [other for other, leader in known.linked.items() if leader == path]
@@ -167,6 +167,14 @@ def _smaller(
             yield dict.fromkeys([path, *followers], step)
         if len(equals) > 1:
             yield dict.fromkeys([path, *followers, *equals], step)
+
+
+def _stacked(known: ConfigMap, path: FieldPath) -> bool:
+    """Whether a field counts weights that are stacked in one tensor (experts)."""
+    return any(
+        path in expression.fields and dim == 0 and len(known.shapes[name]) == 3
+        for (name, dim), expression in known.expressions.items()
+    )
 
 
 def _get(data: Any, path: FieldPath) -> int:

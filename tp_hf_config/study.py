@@ -329,7 +329,7 @@ def _is_product(
 def _probes(value: int) -> list[int]:
     probes = [2 * value, 3 * value, value + 1, 4 * value]
     if value > 1:
-        if value % 2 == 0:
+        if value % 2 == 0 and value > 2:  # one head is no split
             probes.insert(1, value // 2)
         probes += [value - 1, 1]
         probes += [value // factor for factor in (3, 5, 7) if value % factor == 0]
