@@ -296,6 +296,7 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
 ) -> None:
     monkeypatch.setattr("tp_hf_config.offers.vanished_counts", lambda old, new: [])
     monkeypatch.setattr("tp_hf_config.offers._experiments", weakref.WeakKeyDictionary())
+    monkeypatch.setattr("tp_hf_config.course.vanished_counts", lambda old, new: [])
     monkeypatch.setattr("tp_hf_config.learn._known", OrderedDict())
     monkeypatch.setattr("tp_hf_config.study.Study.dragged", lambda *_: {})
     with pytest.raises(ConfigSyncError, match=r"makes model.layers.0.self_attn.num_key_value_gr"):
