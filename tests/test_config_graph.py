@@ -21,6 +21,7 @@ import masking
 import pytest
 import torch
 import torch_pruning as tp
+import transformers as hf
 import zoo
 from torch import nn
 
@@ -380,6 +381,32 @@ def test_several_widths_at_once(name: str, fields: tuple[str, ...]) -> None:
     pruner.step()
     pruner.step()
     assert_same_as_masked(original, model, zoo.inputs(original))
+
+
+def test_a_part_that_the_model_was_built_without_is_no_group() -> None:
+    """A tiny BERT has a pooler, whose units are a group of their own; this one has none."""
+    config = zoo.build("bert").config
+    torch.manual_seed(0)
+    model = hf.BertModel(config, add_pooling_layer=False).eval()
+    widths = {width.name: width for width in prunable(model).widths}
+    # one stream, and the heads of each layer
+    assert len(widths["hidden_size"].groups) == 1 + 2 * config.num_hidden_layers
+    heads = widths["num_attention_heads + hidden_size"]
+    assert len(heads.groups) == 1 + config.num_hidden_layers
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune_num_heads=True, prune=("intermediate_size",)),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        head_pruning_ratio=0.25,
+        hooks=[hook := HFConfigSyncHook(graph="config")],
+    )
+    pruner.step()
+    assert hook.last_report.fields == {
+        "num_attention_heads": (4, 3),
+        "hidden_size": (64, 48),
+        "intermediate_size": (96, 48),
+    }
 
 
 def test_the_masked_comparison_can_fail() -> None:

@@ -121,7 +121,8 @@ def _instances(
                 continue
             for number, dim in enumerate(_distinct(by_name.get(known.depth.canonical(name), []))):
                 found[f"{name}#{number}"] = dim
-        yield found
+        if found:  # else a part that this model was built without (BERT without its pooler)
+            yield found
 
 
 def _distinct(dims: Sequence[Dim]) -> list[Dim]:
