@@ -158,6 +158,14 @@ class Follower:
             self._own_name(layer.name) for group in groups for layer in group.layers if layer.out
         }
         self.heads_went |= bool(touched & self.splits.keys())
+        graph = self.pruner.DG
+        if wanted and isinstance(graph, ConfigGraph):
+            if any(coupled.heads for coupled in graph.coupled):
+                return []
+            return [
+                "head_pruning_ratio asks for fewer heads, but the pruner has no group of heads: "
+                "say pruner_kwargs(model, prune_num_heads=True)"
+            ]
         if wanted and not self.heads_went:
             return [
                 "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none: its trace "
