@@ -165,6 +165,8 @@ def take_head_dims(model: nn.Module, pruned: nn.Module) -> None:
             layers, old, new = [module], module.head_dim, fresh[name].head_dim
         if layers[0] is not None and old != new:
             for key, parameter in layers[0]._parameters.items():
+                if parameter is None:
+                    continue
                 rows = parameter[: module.embed_dim] if key.startswith("in_proj") else parameter
                 with torch.no_grad():
                     rows.mul_((old / new) ** 0.5)
