@@ -219,7 +219,9 @@ def _in_words(view: WidthView, heads: Sequence[Width]) -> str:
         elif classes > 1:
             parts.append(f"{moving[0][-1]} out of each of {classes} key/value groups")
         elif set(width.fields) - set(moving):
-            parts.append(f"whole heads, and {', '.join(width.names[len(moving) :])} with them")
+            alike = len({view.known.values[path] for path in moving}) == 1
+            what = "whole heads" if alike else "whole key/value groups"
+            parts.append(f"{what}, and {', '.join(width.names[len(moving) :])} with them")
         else:
             parts.append(f"whole heads ({field_name(moving[0])})")
     return "; ".join(parts)

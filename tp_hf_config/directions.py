@@ -131,7 +131,8 @@ def whole_heads(known: ConfigMap) -> Iterator[tuple[FieldPath, ...]]:
             for width in widths if not widths & expression.fields else ():
                 tied.setdefault(width, set()).update(expression.fields)
     for width, counts in tied.items():
-        yield (*sorted(counts, key=str), width)
+        several = {path for path in counts if known.values[path] > 1}  # one head for all stays
+        yield (*sorted(several or counts, key=str), width)
 
 
 def equal_fields(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:

@@ -130,9 +130,10 @@ class _Watch(NoValues):
         super().__init__()
         self._splits: dict[tuple[str, int], tuple[int, ...]] = {}
         self.pieces: dict[str, list[int]] = {}
+        self._per_head: set[str] = set()
         self.outputs: set[str] = set()
         self.steps = 0
-        # tensors are kept, so that ids stay unique; piece -1 is the whole output
+        # tensors are kept, so that ids stay unique; piece -1 is the whole output, -2 its split
         self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
 
     def hook(self, name: str) -> Any:
@@ -147,7 +148,9 @@ class _Watch(NoValues):
         """Layers whose whole output, or every piece of it, is split into heads."""
         result: dict[str, tuple[tuple[int, ...], ...]] = {}
         for name in dict.fromkeys(name for name, _ in self._splits):
-            if (name, -1) in self._splits:
+            if name in self._per_head:
+                result[name] = (self._splits[(name, -1)],)
+            elif (name, -1) in self._splits:
                 result[name] = _by_piece(self._splits[(name, -1)])
             else:
                 pieces = range(len(self.pieces[name]))
@@ -165,6 +168,8 @@ class _Watch(NoValues):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = super().__torch_function__(func, types, args, kwargs)
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        # a norm's weight stands before what it scales (OLMo 2's queries)
+        tensors.sort(key=lambda tensor: id(tensor) not in self._source)
         known = self._source.get(id(tensors[0])) if tensors else None
         if known is not None:
             self._note(known[0], known[1], tensors, func, output)
@@ -176,10 +181,13 @@ class _Watch(NoValues):
         before = tensors[0]
         if func in _SPLITS:
             tail = feature_split(tuple(output.shape), tuple(before.shape))
+            if piece != -1 and output.shape == (*before.shape[:-1], 1, before.shape[-1]):
+                tail = (1, before.shape[-1])  # fused query, key and value with one key/value head
             if tail is not None:
                 self._splits.setdefault((name, piece), tail)
                 if piece == -1 and len(splits := _by_piece(tail)) > 1:
                     self.pieces.setdefault(name, [math.prod(split) for split in splits])
+                    self._source[id(output)] = (name, -2, output)
         elif func in _CHUNKS:
             if piece == -1 and sum(part.shape[-1] for part in output) == before.shape[-1]:
                 for part in output:
@@ -187,6 +195,11 @@ class _Watch(NoValues):
         elif not isinstance(output, torch.Tensor):
             return
         elif func is torch.Tensor.__getitem__:
+            if piece == -2 and output.shape[:-2] == before.shape[:-2]:
+                self._per_head.add(
+                    name
+                )  # parts are taken out of each of the three: those are heads
+                self.pieces.pop(name, None)
             if (
                 piece == -1
                 and output.shape[:-1] == before.shape[:-1]
@@ -208,6 +221,27 @@ class _Watch(NoValues):
 def heads_of(piece: int) -> str:
     """What a piece's number of heads is called among the observables."""
     return "heads" if piece == 0 else f"heads of piece {piece}"
+
+
+def counts_of(
+    splits: Sequence[tuple[int, ...]], like: Sequence[tuple[int, ...]] = ()
+) -> dict[str, int]:
+    """What is counted of a layer: the heads of its pieces.
+
+    Where what is fused per head is several parts (each key/value head's queries, its key and its
+    value), all parts too: how many there are in a head need not be the same for ever.
+
+    Args:
+        splits: how the pieces are split.
+        like: how they are at other widths; a single head shows no dimension of its own.
+    """
+    found: dict[str, int] = {}
+    for piece, split in enumerate(splits):
+        split = (1,) * (len(like[piece]) - len(split) if piece < len(like) else 0) + split
+        found[heads_of(piece)] = split[0]
+        if len(split) > 2:
+            found[f"parts of {heads_of(piece)}"] = math.prod(split[:-1])
+    return found
 
 
 def splits_after(

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from .directions import Share
+from .heads import heads_of
 from .miniature import Miniature
 from .twins import Layout
 
@@ -32,7 +33,8 @@ def layouts_of(
         for far, (offset, gap) in enumerate(_between(share.rest, n, n in counts))
         if n > 1 or block == 1
     ]
-    seen = _as_cut(pieces, width * units, share.rest)
+    mine = [_may_hold(mini, name, piece, share) for piece in range(len(pieces))]
+    seen = _as_cut(pieces, mine, width * units, share.rest)
     return sorted(
         (
             (0 if (layout.parts, layout.offset, layout.gap) in seen else 1 + score, layout)
@@ -42,11 +44,24 @@ def layouts_of(
     )
 
 
-def _as_cut(pieces: Sequence[int], size: int, rest: int) -> set[tuple[int, int, int]]:
+def _may_hold(mini: Miniature, name: str, piece: int, share: Share) -> bool:
+    """Whether a piece of a layer's output can be heads of a share's field.
+
+    With twice as many query heads as key/value heads, queries are as wide as keys and values.
+    """
+    fields = mini.known.fields_of(name.rpartition(".")[0], heads_of(piece))
+    return share.field is None or not fields or share.field in fields
+
+
+def _as_cut(
+    pieces: Sequence[int], mine: Sequence[bool], size: int, rest: int
+) -> set[tuple[int, int, int]]:
     """Parts, offset and gap of units that fill some neighbouring pieces of a layer's output."""
     found: set[tuple[int, int, int]] = set()
     for start, end in combinations(range(len(pieces) + 1), 2):
         window, offset = pieces[start:end], sum(pieces[:start])
+        if not all(mine[start:end]):
+            continue
         if sum(window) == size and len(set(window)) == 1 and offset in (0, rest):
             found.add((len(window), offset, 0))
     return found

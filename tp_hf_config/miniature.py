@@ -152,6 +152,8 @@ def _smaller(
         return  # of fewer experts a router would take all
     few = value <= _FEW or heads
     ladder = next(steps for limit, steps in _LADDERS if few or limit is None or value <= limit)
+    if heads:  # even numbers: several may have to go in proportion (Whisper's encoder, decoder)
+        ladder = tuple(sorted(ladder, key=lambda step: step % 2))
     followers = [other for other, leader in known.linked.items() if leader == path]
     current = {other: _get(data, other) for other in known.sizes}
     equals = [

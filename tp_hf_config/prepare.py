@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -19,8 +19,7 @@ from .reference import FieldPath, field_name
 from .steer import GraphInputs
 from .widths import WidthView
 
-if TYPE_CHECKING:
-    pass
+_ASKED = "asked for"
 
 
 def pruner_kwargs(
@@ -71,7 +70,7 @@ def pruner_kwargs(
     check_followable(pretrained)
     view = WidthView(pretrained, map_of(pretrained))
     fields = None if prune is None and ratios is None else tuple(prune or ratios or ())
-    why = "asked for"
+    why = _ASKED
     if graph != "trace":
         wanted = Wanted(fields, prune_num_heads, gqa, bool(prune_head_dims))
         chosen = choose(view, wanted, must=graph == "config")
@@ -147,10 +146,15 @@ def _for_trace(
     selected = view.select(wanted, prune_num_heads) - _disproved(view, wanted)
     coupled = view.coupled(selected)
     if prune_num_heads and not any(view.plain_heads(name) for name, _, _ in view.head_layers()):
+        why = inputs.why.removeprefix("traced graph: ")
+        way_out = (
+            "Use graph='config', which takes the same head_pruning_ratio."
+            if why == _ASKED
+            else f"The graph made from the config cannot prune heads here either: {why}."
+        )
         raise UnsupportedModelError(
             f"{type(pretrained).__name__}: Torch-Pruning's trace prunes grouped-query and fused "
-            "heads wrongly (its issues 495 and 516). Use graph='config', which takes the same "
-            "head_pruning_ratio."
+            f"heads wrongly (its issues 495 and 516). {way_out}"
         )
     if prune_head_dims is None:
         prune_head_dims = bool(coupled) and not prune_num_heads

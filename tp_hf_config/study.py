@@ -14,7 +14,7 @@ from math import prod
 from torch import nn
 
 from .depth import Depth
-from .heads import Layout, heads_of, observe
+from .heads import Layout, counts_of, observe
 from .reference import Builder, FieldPath, Refusal, shapes, vanished_counts, with_values
 from .solve import Expression, Observable, product
 
@@ -81,8 +81,8 @@ class Study:
             for dim, size in enumerate(shape)
         }
         for name, splits in layout.heads.items():
-            for index, split in enumerate(splits):
-                sizes[(name, heads_of(index))] = split[0]
+            counts = counts_of(splits, self.layout.heads.get(name, ()))
+            sizes.update({(name, which): count for which, count in counts.items()})
         return {key: size for key, size in sizes.items() if self.canonical(key[0]) == key[0]}
 
     def implied(self, path: FieldPath) -> int | None:

@@ -26,7 +26,7 @@ from .explain import (
     explain_vanished,
 )
 from .graph import ConfigGraph
-from .heads import heads_of, splits_after
+from .heads import counts_of, heads_of, splits_after
 from .history import PrunedGroup
 from .learn import map_of
 from .limits import accepts
@@ -145,11 +145,16 @@ class Follower:
     def _count_heads(self, groups: Sequence[PrunedGroup]) -> list[str]:
         """Follow how projections are split into heads, from the channels that were pruned."""
         for group in groups:
+            lost: dict[str, set[int]] = {}  # a fused layer is in a group once for each piece
             for layer in group.layers:
                 name = self._own_name(layer.name)
-                split = self.splits.get(name) if name is not None and layer.out else None
-                if name is not None and split is not None:
-                    self.splits[name] = splits_after(split, layer.removed)
+                if name in self.splits and layer.out:
+                    lost.setdefault(name, set()).update(layer.removed)
+            for name, removed in lost.items():
+                split = self.splits[name]
+                self.splits[name] = None if split is None else splits_after(split, removed)
+        if isinstance(self.pruner.DG, ConfigGraph):
+            return []
         wanted = getattr(self.pruner, "prune_num_heads", False) and (
             getattr(self.pruner, "head_pruning_ratio", 0)
             or getattr(self.pruner, "head_pruning_ratio_dict", None)
@@ -176,7 +181,11 @@ class Follower:
 
     def _tell_heads(self) -> None:
         """``pruner.num_heads`` and the channel groups made of it say what the layers have now."""
-        for _, module, count in WidthView(self.model, self.known).head_layers(self.values):
+        view = WidthView(self.model, self.known)
+        for name, module, count in view.head_layers(self.values):
+            splits = self.splits.get(name)
+            if splits and not view.known.fields_of(name, heads_of(0)):
+                count = splits[0][0]  # a layer that no experiment reached (behind experts)
             for counts in (self.pruner.num_heads, self.pruner.out_channel_groups):
                 if module in self.pruner.num_heads and module in counts:
                     counts[module] = count
@@ -220,8 +229,7 @@ class Follower:
                     "(num_heads=, as pruner_kwargs(model) does), or keep the layer "
                     "(ignored_layers=)."
                 )
-            for index, split in enumerate(splits):
-                targets[(name, heads_of(index))] = split[0]
+            targets.update({(name, which): count for which, count in counts_of(splits).items()})
         return targets
 
     def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
