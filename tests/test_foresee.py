@@ -12,6 +12,7 @@ import pytest
 import small
 import torch_pruning as tp
 import zoo
+from test_plan import narrow
 
 from tp_hf_config import (
     ConfigSyncError,
@@ -99,33 +100,32 @@ class TestTold:
         )
 
     def test_widths_that_the_class_does_not_take(self) -> None:
-        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
         message = assert_told(
-            model,
-            r"refused at step 1 \(hidden_size 30, num_attention_heads 4\).*not a multiple",
-            prune=("hidden_size", "num_attention_heads"),
-            pruning_ratio=0.3,
-        )
-        assert 'taken: ratios={"hidden_size": 0.5, "num_attention_heads": 0.3}' in message
-
-    def test_a_step_on_the_way(self) -> None:
-        """Two heads of six divide 48; the four and a half of the way are rounded to five."""
-        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=1)
-        assert_told(
-            model,
-            r"refused at step 1 \(num_attention_heads 5\)",
-            prune=("num_attention_heads",),
-            pruning_ratio=0.3,
+            narrow(),
+            r"refused at step 2 \(hidden_size 16\): hidden_size: at least 24 are needed\.",
+            prune=("hidden_size",),
             iterative_steps=2,
         )
+        assert 'taken: ratios={"hidden_size": 0.25} (hidden_size 24)' in message
 
     def test_no_rounding(self) -> None:
-        """``round_to=None`` takes away what ``pruner_kwargs`` said."""
-        assert_told(
+        """``round_to=None`` takes away what ``pruner_kwargs`` said: Torch-Pruning asks nobody."""
+        message = assert_told(
             small.llama(),
-            "refused at step 1",
+            r"refused at step 1 \(hidden_size 22\).*\(22\) is not a multiple",
             prune=("hidden_size",),
             pruning_ratio=0.3,
+            round_to=None,
+        )
+        assert 'taken: ratios={"hidden_size": 0.375} (hidden_size 20)' in message
+
+    def test_no_rounding_of_heads(self) -> None:
+        """Three of the four heads do not divide 32; with rounding, all four would stay."""
+        assert_told(
+            small.llama(num_key_value_heads=1),
+            r"refused at step 1 \(num_attention_heads 3\)",
+            prune=("num_attention_heads",),
+            pruning_ratio=0.25,
             round_to=None,
         )
 
@@ -204,6 +204,120 @@ class TestNotTold:
             iterative_steps=3,
             hooks=[HFConfigSyncHook(strict=True)],
         )
+
+
+class TestCarriedOut:
+    """What the class does not take, but something near it: done, and said in the report."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PrunerSettingsWarning)
+            yield
+
+    def notes(self, model: Any, **settings: Any) -> list[list[str]]:
+        """What the hook says of each step."""
+        hook = HFConfigSyncHook(strict=True)
+        pruner = pruner_of(model, hook, **settings)
+        all_steps(pruner)
+        return [list(report.notes) for report in hook.reports]
+
+    def test_hidden_size_lowered_for_the_heads(self) -> None:
+        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+        told = self.notes(model, prune=("hidden_size", "num_attention_heads"), pruning_ratio=0.3)
+        assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 4)
+        assert told == [
+            [
+                "step 1: the ratios ask for hidden_size 30 ('validate_architecture': ValueError: "
+                "The hidden size (30) is not a multiple of the number of attention heads (4)); "
+                "nearest legal: hidden_size 24"
+            ]
+        ]
+
+    def test_heads_on_the_way(self) -> None:
+        """Five heads do not divide 48: six stay until there can be four."""
+        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=1)
+        told = self.notes(
+            model, prune=("num_attention_heads",), pruning_ratio=0.3, iterative_steps=2
+        )
+        assert model.config.num_attention_heads == 4
+        assert told == [
+            [
+                "step 1: the ratios ask for num_attention_heads 5.1 ('validate_architecture': "
+                "ValueError: The hidden size (48) is not a multiple of the number of attention "
+                "heads (5)); nearest legal: num_attention_heads 6"
+            ],
+            [],
+        ]
+
+    def test_no_rounding_where_none_is_needed(self) -> None:
+        model = small.llama()
+        assert self.notes(model, prune=("hidden_size",), round_to=None) == [[]]
+        assert model.config.hidden_size == 16
+
+    def test_two_widths_that_may_not_be_equal(self) -> None:
+        """OPT with two equal widths builds no projection between them."""
+        model = zoo.build("opt")
+        told = self.notes(
+            model,
+            prune=("hidden_size", "word_embed_proj_dim"),
+            ratios={"hidden_size": 0.25, "word_embed_proj_dim": 0.0},
+        )
+        assert (model.config.hidden_size, model.config.word_embed_proj_dim) == (44, 48)
+        assert told == [
+            [
+                "step 1: the ratios ask for hidden_size 48 (the class builds other tensors there: "
+                "model.decoder.project_in.weight); nearest legal: hidden_size 44"
+            ]
+        ]
+
+    def test_never_fewer_experts_than_a_token_goes_to(self) -> None:
+        model = zoo.build("mixtral")
+        assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (4, 2)
+        told = self.notes(model, prune=("num_local_experts",), pruning_ratio=0.9)
+        assert model.config.num_local_experts == 2
+        assert told == [[]]
+
+    def test_pruned_by_hand_before_the_first_step(self) -> None:
+        """Not as foreseen: half of the 28 that Torch-Pruning finds, rounded to four heads."""
+        model = small.llama()
+        hook = HFConfigSyncHook(strict=True)
+        pruner = pruner_of(model, hook, prune=("hidden_size",), pruning_ratio=0.5)
+        group = next(iter(pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers)))
+        group.prune(idxs=[0, 1, 2, 3])
+        assert hook.sync().fields == {"hidden_size": (32, 28)}
+        pruner.step()
+        assert model.config.hidden_size == 12
+
+
+class TestGlobalRanking:
+    def test_one_group_of_each_field_is_decided_by_importance(self) -> None:
+        """What is left of each is known afterwards; each is rounded to what its class takes."""
+        model = small.llama(num_hidden_layers=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PrunerSettingsWarning)
+            hook = HFConfigSyncHook(strict=True)
+            pruner = pruner_of(
+                model, hook, prune=("hidden_size", "intermediate_size"), global_pruning=True
+            )
+        pruner.step()
+        assert (model.config.hidden_size, model.config.intermediate_size) == (16, 31)
+        assert hook.last_report is not None
+        assert hook.last_report.notes == []
+
+    def test_heads_are_ranked_by_themselves(self) -> None:
+        model = small.llama(num_key_value_heads=2)
+        kwargs = pruner_kwargs(model, prune=("hidden_size",), prune_num_heads=True, graph="config")
+        tp.pruner.BasePruner(
+            model,
+            **kwargs,
+            importance=tp.importance.MagnitudeImportance(),
+            global_pruning=True,
+            pruning_ratio=0.25,
+            head_pruning_ratio=0.5,
+            hooks=[HFConfigSyncHook(strict=True)],
+        ).step()
+        assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 2)
 
 
 def test_a_refused_hook_can_be_used_again() -> None:

@@ -13,23 +13,20 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 import zoo
-from hypothesis import HealthCheck, Phase, event, given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-import tp_hf_config
 from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
     Plan,
-    PrunerSettingsWarning,
     UnsupportedModelError,
     Width,
     plan,
-    prunable,
+    pruner_kwargs,
 )
 from tp_hf_config.amounts import Amount
+from tp_hf_config.course import Course
 from tp_hf_config.heads import NoValues
 from tp_hf_config.inputs import example_inputs
 from tp_hf_config.learn import map_of
@@ -57,16 +54,20 @@ LLAMA_70B = hf.LlamaConfig(
 
 
 def pruned(model: Any, plan: Plan) -> list[dict[str, Any]]:
-    """Prune as planned; the config's fields after every step."""
+    """Prune as planned, adjusted as planned; the config's fields after every step."""
+    hook = HFConfigSyncHook(strict=True)
     pruner = tp.pruner.BasePruner(
         model,
         **plan.pruner_kwargs(model),
         importance=tp.importance.MagnitudeImportance(),
-        hooks=[HFConfigSyncHook(strict=True)],
+        hooks=[hook],
     )
     after: list[dict[str, Any]] = []
-    for _ in range(plan.settings.iterative_steps):
+    for number in range(1, plan.settings.iterative_steps + 1):
         pruner.step()
+        assert hook.last_report is not None
+        told = [note for note in hook.last_report.notes if note.startswith("step ")]
+        assert told == [line for line in plan.adjusted if line.startswith(f"step {number}: ")]
         after.append({name: getattr(model.config, name) for name in plan.values})
     return after
 
@@ -113,9 +114,15 @@ class TestAmounts:
     def test_nothing_asked_is_nothing_rounded(self) -> None:
         assert Amount(65).after([0.0, 0.001], round_to=8) == [65, 64]
 
-    def test_a_choice_decides_instead_of_rounding(self) -> None:
-        amount = Amount(8, choose=lambda wanted, now: min(n for n in (8, 4, 2) if n >= wanted))
-        assert amount.after([0.2, 0.6]) == [8, 4]
+    def test_a_class_that_needs_some_units(self) -> None:
+        """A router's top 2 of the experts: never fewer than two are left."""
+        assert Amount(8, least=2).after([0.5, 0.9]) == [4, 2]
+        assert Amount(8, multiple=4, least=3).after([0.9]) == [4]
+
+    def test_channels_of_a_head_are_rounded(self) -> None:
+        """Sixteen channels at a time, six a head: eight heads at a time; four a head: four."""
+        assert Amount(16, run=6).after([0.2], round_to=16) == [8]
+        assert Amount(16, run=4).after([0.2], round_to=16) == [12]
 
     @pytest.mark.parametrize("kept", range(1, 64))
     def test_a_ratio_for_each_number(self, kept: int) -> None:
@@ -152,6 +159,17 @@ class TestNumbers:
         assert [width.ranks for width in result.widths] == [(2, 4, 8)] * 3
         assert result.before.parameters == 70_553_706_496
         assert result.before.bytes == 2 * 70_553_706_496
+
+    def test_a_width_under_its_own_multiple_stays(self) -> None:
+        """A multiple of 3 heads and of 8 is 24 at least, and there are 18."""
+        sizes = {"hidden_size": 18, "num_attention_heads": 3, "num_key_value_heads": 1}
+        result = plan(small.llama(**sizes), round_to=8)
+        assert result.values == {"hidden_size": 18, "intermediate_size": 32}
+        assert result.widths[0].reachable == range(18, 19)
+        assert plan(small.llama(**sizes), round_to=8, target_params=0.8).values == {
+            "hidden_size": 18,
+            "intermediate_size": 40,
+        }
 
     def test_flops_are_those_of_the_products(self) -> None:
         """Two for each weight of a matrix, and the attention over eight tokens."""
@@ -232,55 +250,170 @@ class TestWhatIsPlanned:
         model = small.llama(num_key_value_heads=2)
         query = plan(model, pruning_ratio=0.0, head_pruning_ratio=0.5)
         assert query.values["num_attention_heads"] == 2
-        assert query.widths[-1].ranks == (2,)
+        assert query.widths[0].ranks == (2,)
         group = plan(model, pruning_ratio=0.0, head_pruning_ratio=0.5, gqa="group")
-        assert group.widths[-1].after == {"num_key_value_heads": 1, "num_attention_heads": 2}
-        assert group.widths[-1].ranks == ()
+        assert group.widths[0].after == {"num_key_value_heads": 1, "num_attention_heads": 2}
+        assert group.widths[0].ranks == ()
         one_each = small.llama(num_key_value_heads=4)
         assert "num_key_value_heads" in plan(one_each, head_pruning_ratio=0.5).values
-        with pytest.raises(UnsupportedModelError, match="query"):
-            plan(one_each, gqa="query")
+        with pytest.raises(ValueError, match="gqa='heads'"):
+            plan(one_each, gqa="heads")  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedModelError, match="follows head_pruning_ratio here"):
+            plan(model, ratios={"num_attention_heads": 0.5}, head_pruning_ratio=0.25)
+        together = {"num_attention_heads": 0.5, "hidden_size": 0.25}
+        with pytest.raises(UnsupportedModelError, match="can only be pruned together"):
+            plan(small.bert(), prune=["num_attention_heads"], ratios=together)
+        with pytest.raises(UnsupportedModelError, match="follows head_pruning_ratio here"):
+            pruner_kwargs(
+                model, ratios={"num_attention_heads": 0.5}, prune_num_heads=True, graph="config"
+            )
+
+
+NOT_A_MULTIPLE = (
+    "('validate_architecture': ValueError: The hidden size ({}) is not a multiple of the number of "
+    "attention heads ({}))"
+)
+
+
+class TestAdjusted:
+    def test_query_heads(self) -> None:
+        """As many go from each of three key/value groups: 7.2 heads are 6; 459 is no multiple."""
+        result = plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2)
+        assert result.refusal is None
+        assert result.values == {
+            "num_attention_heads": 6,
+            "hidden_size": 450,
+            "intermediate_size": 1228,
+        }
+        assert result.widths[0].reached == 1 - 6 / 9
+        assert result.adjusted == (
+            "step 1: the ratios ask for num_attention_heads 7.2, hidden_size 459 "
+            f"{NOT_A_MULTIPLE.format(459, 7)}; nearest legal: num_attention_heads 6, "
+            "hidden_size 450",
+        )
+
+    def test_key_value_groups(self) -> None:
+        """Two of three is the nearest whole number of them: only the hidden size is adjusted."""
+        result = plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2, gqa="group")
+        assert result.values == {
+            "num_key_value_heads": 2,
+            "num_attention_heads": 6,
+            "hidden_size": 450,
+            "intermediate_size": 1228,
+        }
+        assert result.adjusted == (
+            f"step 1: the ratios ask for hidden_size 459 {NOT_A_MULTIPLE.format(459, 6)}; "
+            "nearest legal: hidden_size 450",
+        )
+
+    def test_every_step(self) -> None:
+        """Nearest to what each step asks for, but heads do not come back."""
+        result = plan(SMOLLM2, pruning_ratio=0.0, head_pruning_ratio=0.4, iterative_steps=4)
+        assert [step["num_attention_heads"] for step in result.widths[0].steps] == [9, 6, 6, 6]
+        words = "step {}: the ratios ask for num_attention_heads {} {}; nearest legal: {}"
+        threes = "(num_attention_heads stays a multiple of 3)"
+        assert result.adjusted == (
+            words.format(1, 8.1, threes, "num_attention_heads 9"),
+            words.format(2, 7.2, NOT_A_MULTIPLE.format(576, 7), "num_attention_heads 6"),
+            words.format(4, 5.4, NOT_A_MULTIPLE.format(576, 5), "num_attention_heads 6"),
+        )
+
+    def test_numbers_that_cannot_be_left_at_all(self) -> None:
+        """The class takes eight heads of 12; as many have to go from each of three groups."""
+        sizes = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 3}
+        result = plan(small.llama(**sizes), prune=["num_attention_heads"], pruning_ratio=0.34)
+        assert result.adjusted == (
+            "step 1: the ratios ask for num_attention_heads 7.92 (num_attention_heads stays a "
+            "multiple of 3); nearest legal: num_attention_heads 6",
+        )
+
+    def test_far_away(self) -> None:
+        """Of 128 heads 88 shall stay: no number between 64 and 128 divides 8192."""
+        config = hf.LlamaConfig(**{**LLAMA_70B.to_dict(), "num_attention_heads": 128})
+        config.num_key_value_heads = 1
+        result = plan(config, prune=["num_attention_heads"], pruning_ratio=0.3125)
+        assert result.values == {"num_attention_heads": 64}
+
+    def test_whole_heads_with_the_hidden_size(self) -> None:
+        """BERT's config says no head dim: three of four heads are three quarters of the width."""
+        result = plan(tiny.build("bert"), pruning_ratio=0.3, head_pruning_ratio=0.3)
+        assert result.values == {
+            "num_attention_heads": 3,
+            "hidden_size": 48,
+            "intermediate_size": 89,
+        }
+        assert result.widths[0].before == {"num_attention_heads": 4, "hidden_size": 64}
+        assert result.adjusted == ()
+
+    @pytest.mark.parametrize("hidden", [6, 12, 18, 42, 66])
+    def test_the_pruner_does_the_same(self, hidden: int) -> None:
+        """Six heads over two of keys go to four where they can; the hidden size goes with them."""
+        model = small.llama(hidden_size=72, num_attention_heads=6, num_key_value_heads=2)
+        ratios = {"hidden_size": Amount(72).ratio_for(hidden), "num_attention_heads": 0.3}
+        result = plan(model, ratios=ratios)
+        heads, lowered = (6, 6) if hidden == 6 else (4, hidden // 12 * 12)
+        assert result.values == {"hidden_size": lowered, "num_attention_heads": heads}
+        assert bool(result.adjusted) == ((hidden, heads) != (lowered, 4))
+        assert pruned(model, result) == [result.values]
+
+
+class NarrowConfig(hf.LlamaConfig):
+    """Takes no hidden size under 24, whatever the heads are."""
+
+    model_type = "narrow"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.hidden_size < 24:
+            raise ValueError("hidden_size: at least 24 are needed")
+
+
+class Narrow(hf.LlamaForCausalLM):
+    config_class = NarrowConfig
+
+
+def narrow() -> Narrow:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    return Narrow(NarrowConfig(vocab_size=40, num_hidden_layers=2, num_attention_heads=4, **sizes))
 
 
 class TestRefusals:
     def test_in_the_class_own_words_with_what_it_takes(self) -> None:
-        result = plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2)
+        result = plan(narrow(), pruning_ratio=0.5, iterative_steps=2)
         assert result.refusal is not None
-        assert "(459) is not a multiple of the number of attention heads (6)" in (
-            result.refusal.reason
+        assert (result.refusal.step, result.refusal.reason) == (
+            2,
+            "hidden_size: at least 24 are needed",
+        )
+        assert result.refusal.values == {"hidden_size": 16, "intermediate_size": 16}
+        assert result.refusal.nearest == (
+            (
+                {"hidden_size": 0.25, "intermediate_size": 0.5},
+                {"hidden_size": 24, "intermediate_size": 16},
+            ),
         )
         assert result.after is None
-        assert len(result.refusal.nearest) == 2
-        for ratios, values in result.refusal.nearest:
-            other = plan(SMOLLM2, ratios=ratios)
-            assert other.refusal is None
-            assert other.values == values
-
-    def test_a_step_on_the_way(self) -> None:
-        """56 heads of 64 do not divide 8192; 48 do not either; 32 do."""
-        result = plan(LLAMA_70B, prune=["num_attention_heads"], iterative_steps=2)
-        assert result.refusal is not None
-        assert (result.refusal.step, result.refusal.values) == (1, {"num_attention_heads": 48})
-        assert result.widths[0].reachable == (8, 16, 32, 64)
+        assert result.adjusted == ()
+        taken = plan(narrow(), ratios=result.refusal.nearest[0][0], iterative_steps=2)
+        assert taken.refusal is None
+        assert taken.values == result.refusal.nearest[0][1]
 
     def test_no_arguments_for_what_is_refused(self) -> None:
-        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
-        result = plan(model, prune=("hidden_size", "num_attention_heads"), pruning_ratio=0.3)
+        result = plan(narrow(), pruning_ratio=0.5)
         with pytest.raises(ConfigSyncError, match="cannot be carried out: refused at step 1"):
             result.pruner_kwargs()
 
-    def test_other_tensors(self) -> None:
-        """OPT with two equal widths builds no projection between them."""
-        model = zoo.build("opt")
-        names = {"word_embed_proj_dim", "hidden_size"}
-        widths = {w.name: w.before for w in plan(model, prune=names).widths}
-        assert set(widths) == names
-        narrow = min(sum(before.values()) for before in widths.values())
-        wide = max(names, key=lambda name: widths[name][name])
-        ratio = 1 - narrow / widths[wide][wide]
-        result = plan(model, ratios={wide: ratio, **dict.fromkeys(names - {wide}, 0.0)})
-        assert result.refusal is not None
-        assert "other tensors" in result.refusal.reason
+    def test_no_search_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A class that takes nothing is asked some hundred times, not for every width there is."""
+        asked: list[Any] = []
+        monkeypatch.setattr(Course, "_ask", lambda _, values: asked.append(values) or "never")
+        settings: dict[str, Any] = {"pruning_ratio": 0.5, "head_pruning_ratio": 0.5}
+        assert plan(LLAMA_70B, **settings).refusal is not None
+        near = 3 * 24 + 4 * 24 + 64  # settings near these; what heads could be
+        assert len(asked) <= 4 * (40 + 1) + near
+        asked.clear()
+        assert plan(LLAMA_70B, **settings, iterative_steps=200).refusal is not None
+        assert len(asked) <= 4 * (40 + 200) + near
 
 
 class TestTarget:
@@ -295,15 +428,27 @@ class TestTarget:
     def test_a_number(self) -> None:
         assert plan(SMOLLM2, target_params=100_000_000).target == 100_000_000
 
-    def test_legal_heads(self) -> None:
+    def test_heads_at_the_common_ratio(self) -> None:
+        """No head ratio is given, and heads shall go: the ratio that is sought is theirs too."""
         result = plan(LLAMA_70B, prune_num_heads=True, gqa="group", target_params=0.8)
         assert result.refusal is None
         assert result.values == {
-            "hidden_size": 7168,
-            "intermediate_size": 25759,
             "num_key_value_heads": 7,
             "num_attention_heads": 56,
+            "hidden_size": 7168,
+            "intermediate_size": 26364,
         }
+        assert result.settings.head_pruning_ratio == result.settings.pruning_ratio
+        assert result.after is not None
+        assert 0.97 * result.target < result.after.parameters <= result.target
+
+    def test_heads_at_their_own_ratio(self) -> None:
+        result = plan(SMOLLM2, head_pruning_ratio=0.3, target_params=0.8)
+        assert result.values["num_attention_heads"] == 6
+        assert result.settings.head_pruning_ratio == 0.3
+        assert result.settings.ratios == {}
+        assert result.after is not None
+        assert 0.97 * result.target < result.after.parameters <= result.target
 
     def test_fixed_ratios_stay(self) -> None:
         result = plan(
@@ -329,17 +474,35 @@ class TestTarget:
 
 class TestOutput:
     def test_json(self) -> None:
-        result = plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2)
+        result = plan(narrow(), pruning_ratio=0.5)
         read = json.loads(json.dumps(result.to_dict()))
         assert read["schema_version"] == 1
         assert set(read["versions"]) == {"tp-hf-config", "torch", "transformers", "torch-pruning"}
-        assert read["settings"]["ratios"] == {"num_attention_heads": 0.2}
-        assert read["widths"][0]["reachable"] == "every 9th from 9 to 576"
-        assert read["widths"][2]["reachable"] == "3, 6, 9"
-        assert read["refusal"]["step"] == 1
-        assert read["refusal"]["nearest"][0]["values"]["hidden_size"] == 450
-        assert read["before"]["parameters"] == 134_515_008
+        assert read["settings"]["pruning_ratio"] == 0.5
+        assert read["widths"][0]["reachable"] == "1 to 32"
+        assert read["refusal"] == {
+            "step": 1,
+            "values": {"hidden_size": 16, "intermediate_size": 16},
+            "reason": "hidden_size: at least 24 are needed",
+            "nearest": [
+                {
+                    "ratios": {"hidden_size": 0.25, "intermediate_size": 0.5},
+                    "values": {"hidden_size": 24, "intermediate_size": 16},
+                }
+            ],
+        }
+        assert read["before"]["parameters"] == numbers_of(narrow())[0]
         assert read["after"] is None
+        assert read["adjusted"] == []
+
+    def test_json_of_heads(self) -> None:
+        result = plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2)
+        read = json.loads(json.dumps(result.to_dict()))
+        assert read["settings"]["head_pruning_ratio"] == 0.2
+        assert read["widths"][0]["reachable"] == "3, 6, 9"
+        assert read["widths"][1]["reachable"] == "every 9th from 9 to 576"
+        assert read["refusal"] is None
+        assert read["adjusted"] == list(result.adjusted)
 
     def test_text(self) -> None:
         lines = str(plan(SMOLLM2, pruning_ratio=0.2, iterative_steps=3)).splitlines()
@@ -348,11 +511,21 @@ class TestOutput:
         assert "531 -> 495 -> 459" in lines[2]
         assert "parameters: 134,515,008 -> 94,468,167 (70.2%)" in lines
 
+    def test_text_of_heads(self) -> None:
+        result = plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2)
+        lines = str(result).splitlines()
+        assert lines[2].split("  ")[0] == "num_attention_heads"
+        assert "0.333 of 0.2" in lines[2]
+        assert result.adjusted[0] in lines
+
     def test_rich(self) -> None:
         console = Console(file=io.StringIO(), width=160)
         console.print(plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2))
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         assert "every 9th from 9 to 576" in shown
+        assert "step 1: the ratios ask for num_attention_heads 7.2, hidden_size 459" in shown
+        console.print(plan(narrow(), pruning_ratio=0.5))
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
         assert "refused at step 1" in shown
 
 
@@ -398,115 +571,3 @@ class TestKwargs:
         before = small.state_of(model)
         plan(model, target_params=0.7, prune_num_heads=True)
         small.assert_same(before, small.state_of(model))
-
-
-CLASSES = {
-    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig),
-    "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config),
-    "bert": (hf.BertForMaskedLM, hf.BertConfig),
-    "t5": (hf.T5ForConditionalGeneration, hf.T5Config),
-}
-
-
-@st.composite
-def models(draw: st.DrawFn) -> Any:
-    """A random tiny model of one of four kinds, and the fields that can be pruned."""
-    kind = draw(st.sampled_from(["llama", *CLASSES]))  # the first validates its heads
-    key_value = draw(st.sampled_from([1, 2, 3]))
-    heads = key_value * draw(st.integers(1, 4))
-    per_head = draw(st.sampled_from([4, 6, 8]))
-    ffn = draw(st.integers(9, 70))
-    common = {"vocab_size": 40, "tie_word_embeddings": draw(st.booleans())}
-    cls, config_cls = CLASSES[kind]
-    if kind == "t5":
-        width = draw(st.integers(8, 50))
-        sizes = {"d_model": width, "d_ff": ffn, "d_kv": per_head, "num_heads": heads}
-        fields = ("d_model", "d_ff", draw(st.sampled_from(["d_kv", "num_heads"])))
-        config = config_cls(**sizes, **common, num_layers=2, decoder_start_token_id=0)
-    else:
-        fields = ("hidden_size", "intermediate_size")
-        sizes = dict(zip(fields, (heads * per_head, ffn), strict=True))
-        if kind != "bert":
-            common["num_key_value_heads"] = key_value
-            fields += (draw(st.sampled_from(["num_attention_heads", "num_key_value_heads"])),)
-        config = config_cls(**sizes, **common, num_attention_heads=heads, num_hidden_layers=2)
-    return cls(config).eval(), draw(st.sets(st.sampled_from(fields), min_size=2))
-
-
-@settings(
-    max_examples=25,
-    phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(
-    models(),
-    st.floats(0.02, 0.98),
-    st.dictionaries(st.integers(0, 3), st.floats(0, 1), max_size=2),
-    st.integers(1, 4),
-    st.sampled_from([None, None, 2, 3, 8]),
-    st.sampled_from([1.0, 1.0, 0.5]),
-)
-def test_what_is_planned_is_what_pruning_gives(
-    made: Any,
-    ratio: float,
-    ratios: dict[int, float],
-    number: int,
-    round_to: int | None,
-    max_ratio: float,
-) -> None:
-    model, chosen = made
-    offered = {name for w in prunable(model).widths if not w.reason for name in names(w)}
-    fields = sorted(chosen & offered)
-    if not fields:
-        with pytest.raises(UnsupportedModelError, match="cannot prune"):
-            plan(model, prune=chosen)
-        return
-    own = {fields[i]: value for i, value in ratios.items() if i < len(fields)}
-    asked: dict[str, Any] = {
-        "pruning_ratio": ratio,
-        "iterative_steps": number,
-        "max_pruning_ratio": max_ratio,
-    }
-    result = plan(model, prune=fields, ratios=own, round_to=round_to, **asked)
-    event("taken" if result.refusal is None else "refused")
-    if result.refusal is None:
-        assert pruned(model, result) == steps(result)
-        assert result.after is not None
-        assert numbers_of(model) == (result.after.parameters, result.after.bytes)
-        return
-    kwargs = tp_hf_config.pruner_kwargs(
-        model, prune=fields, ratios=own, graph="config", round_to=round_to
-    )
-    kwargs |= {**asked, "importance": tp.importance.MagnitudeImportance()}
-    with pytest.warns(PrunerSettingsWarning, match=f"refused at step {result.refusal.step} "):
-        pruner = tp.pruner.BasePruner(model, **kwargs, hooks=[HFConfigSyncHook()])
-    for _ in range(result.refusal.step - 1):
-        pruner.step()
-    with pytest.raises(ConfigSyncError):
-        pruner.step()
-
-
-@pytest.mark.filterwarnings("ignore::tp_hf_config.PrunerSettingsWarning")
-@pytest.mark.parametrize("hidden", range(6, 72, 6))
-def test_refused_exactly_where_pruning_fails(hidden: int) -> None:
-    """Six heads over two of keys go to four: some hidden sizes divide by them, some do not."""
-    model = small.llama(hidden_size=72, num_attention_heads=6, num_key_value_heads=2)
-    ratios = {"hidden_size": Amount(72).ratio_for(hidden), "num_attention_heads": 0.3}
-    result = plan(model, ratios=ratios)
-    assert result.values == {"hidden_size": hidden, "num_attention_heads": 4}
-    assert (result.refusal is None) == (hidden % 4 == 0)
-    pruner = tp.pruner.BasePruner(
-        model,
-        **tp_hf_config.pruner_kwargs(model, ratios=ratios),
-        importance=tp.importance.MagnitudeImportance(),
-        hooks=[HFConfigSyncHook()],
-    )
-    if result.refusal is None:
-        pruner.step()
-        assert (model.config.hidden_size, model.config.num_attention_heads) == (hidden, 4)
-        return
-    with pytest.raises(ConfigSyncError, match="is not a multiple"):
-        pruner.step()

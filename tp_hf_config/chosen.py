@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
 
 from torch import nn
 
+from .amounts import Amount
 from .choice import Gqa
 from .errors import UnsupportedModelError
 from .limits import multiple_of
@@ -85,6 +86,34 @@ def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
     return Chosen(widths, tuple(heads), _in_words(view, heads))
 
 
+def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
+    """Ratios of fields are for widths that are pruned, one for each, where no head ratio decides.
+
+    Raises:
+        UnsupportedModelError: one is not.
+    """
+    heads = {name for width in chosen.heads for name in width.names}
+    free = {name for width in chosen.widths for name in width.names} - heads
+    for name in ratios:
+        if name in heads:
+            raise UnsupportedModelError(
+                f"ratios={dict(ratios)}: {name} follows head_pruning_ratio here. Leave one of them "
+                "out: the ratio, or prune_num_heads (and name the field in prune=)."
+            )
+        if name not in free:
+            raise UnsupportedModelError(
+                f"ratios={dict(ratios)}: {name} is not among the fields to prune "
+                f"({', '.join(sorted(free))})."
+            )
+    for width in chosen.widths:
+        own = {name: ratios[name] for name in width.names if name in ratios}
+        if len(set(own.values())) > 1:
+            raise UnsupportedModelError(
+                f"ratios={dict(ratios)}: {' and '.join(own)} can only be pruned together "
+                f"({width.name}). Give one of them a ratio."
+            )
+
+
 def multiples_of(view: WidthView, chosen: Chosen) -> dict[tuple[FieldPath, ...], int]:
     """What each width stays a multiple of: the class asks for it, or kernels and classes do."""
     counts = view.known.count_fields()
@@ -95,6 +124,30 @@ def multiples_of(view: WidthView, chosen: Chosen) -> dict[tuple[FieldPath, ...],
             multiple = lcm(multiple, multiple_of(view.known, width.fields[0]))
         multiples[width.fields] = multiple
     return multiples
+
+
+def amounts_of(width: Width, multiple: int, model: nn.Module) -> tuple[Amount, ...]:
+    """The numbers of a width's groups; groups that are alike in them stand once."""
+    together: dict[tuple[str, int], int] = {}
+    for member in (member for group in width.groups for member in group.members):
+        key = (member.name, member.dim)
+        together[key] = together.get(key, 0) + member.layout.parts * member.layout.run
+    found: dict[Amount, None] = {}
+    for group in width.groups:
+        layers = {
+            (tensor(model, m.name).shape[m.dim], together[m.name, m.dim]) for m in group.members
+        }
+        amount = Amount(
+            group.units,
+            group.classes,
+            multiple * group.grain,
+            tuple(sorted(layers)),
+            group.grain,
+            group.least,
+            group.run,
+        )
+        found[amount] = None
+    return tuple(found)
 
 
 def _multiple_in(view: WidthView, width: Width) -> int:

@@ -12,15 +12,13 @@ from torch import nn
 
 from .amounts import Amount, multiple_below
 from .learn import ConfigMap
-from .offers import Width
 from .reference import FieldPath, Refusal, field_name, shapes, vanished_counts
-from .ties import tensor
 
 Values = dict[FieldPath, int]
 State = dict[tuple[FieldPath, ...], tuple[int, ...]]
 """Fields of each width -> units left of each kind of its groups."""
 
-_TRIES, _FEW, _DOWN = 24, 6, 65
+_TRIES, _FEW, _DOWN, _HEADS, _PATIENT = 24, 6, 65, 96, 40
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Adjusted:
         step: the step.
         asked: field -> the value that the ratios ask for, where another is taken.
         taken: field -> that one.
-        reason: the class's own words; empty where the asked number is no whole one.
+        reason: the class's own words, or which numbers can be left at all.
     """
 
     step: int
@@ -96,6 +94,9 @@ class Course:
         schedule: the ratios of the steps, of a ratio in the end: Torch-Pruning's scheduler.
         round_to: the pruner's.
         max_ratio: the pruner's ``max_pruning_ratio``.
+        patience: how long to look for what the class takes: as soon as it has refused so many
+            times ``_PATIENT`` widths, and so many for each step, no step looks for others. With
+            none, the nearest is done unasked.
     """
 
     known: ConfigMap
@@ -103,61 +104,96 @@ class Course:
     schedule: Callable[[float], Sequence[float]]
     round_to: int | None = 1
     max_ratio: float = 1.0
+    patience: int = 4
     _asked: dict[frozenset[tuple[FieldPath, int]], str | None] = field(
         default_factory=dict, compare=False, repr=False
     )
 
     def ratios(self, move: Move) -> tuple[float, ...]:
         """The share of a width that shall be gone after each step."""
-        if move.ratios is not None:
-            return move.ratios
-        most = self.max_ratio if move.clamped else 1.0
-        return tuple(min(ratio, most) for ratio in list(self.schedule(move.ratio))[1:])
+        return self._ratios[move.fields]
+
+    @cached_property
+    def _ratios(self) -> dict[tuple[FieldPath, ...], tuple[float, ...]]:
+        found: dict[tuple[FieldPath, ...], tuple[float, ...]] = {}
+        for move in self.moves:
+            most = self.max_ratio if move.clamped else 1.0
+            ratios = move.ratios
+            if ratios is None:
+                ratios = tuple(min(ratio, most) for ratio in list(self.schedule(move.ratio))[1:])
+            found[move.fields] = ratios
+        return found
 
     @cached_property
     def walk(self) -> list[State]:
         """For each step, what is left of each kind of group of each width."""
-        state: State = {move.fields: tuple(a.units for a in move.amounts) for move in self.moves}
-        result: list[State] = []
-        for step in range(max((len(self.ratios(move)) for move in self.moves), default=0)):
-            state = self._settle(state, step)
-            result.append(state)
+        return [left for _, left in self._walk]
+
+    @cached_property
+    def _walk(self) -> list[tuple[State, State]]:
+        """For each step, what Torch-Pruning's amounts alone leave, and what is left."""
+        now: State = {move.fields: tuple(a.units for a in move.amounts) for move in self.moves}
+        steps = max((len(self.ratios(move)) for move in self.moves), default=0)
+        refused: set[frozenset[tuple[FieldPath, int]]] = set()
+        result: list[tuple[State, State]] = []
+        for step in range(steps):
+            plain = {
+                move.fields: tuple(
+                    amount.next(units, self.ratios(move)[step], self.round_to, self.max_ratio)
+                    for amount, units in zip(move.amounts, now[move.fields], strict=True)
+                )
+                for move in self.moves
+            }
+            if self.round_to:  # without it, Torch-Pruning asks nobody
+                stay = {move.fields: now[move.fields] for move in self.moves if move.counts}
+                now = {**plain, **stay}
+                for state in self._candidates(now, plain, step):
+                    if self.patience and len(refused) >= self.patience * (_PATIENT + steps):
+                        break
+                    values = self.values_of(state)
+                    if not self.patience or self.refuses(values) is None:
+                        now = state
+                        break
+                    refused.add(frozenset(values.items()))
+            else:
+                now = plain
+            result.append((plain, now))
         return result
 
-    def _settle(self, now: State, step: int) -> State:
-        """What one step leaves: Torch-Pruning's amounts, moved to what the class takes."""
-        plain: State = {}
-        choices: list[list[State]] = []
-        for move in self.moves:
-            ratio = self.ratios(move)[step]
-            if move.counts:
-                choices.append([*self._counts(move, now[move.fields], ratio)])
-            plain[move.fields] = tuple(
-                amount.next(units, ratio, self.round_to, self.max_ratio)
-                for amount, units in zip(move.amounts, now[move.fields], strict=True)
-            )
-        stay = {move.fields: now[move.fields] for move in self.moves if move.counts}
+    def _candidates(self, stay: State, plain: State, step: int) -> Iterator[State]:
+        """What a step can leave: Torch-Pruning's amounts first, then what is near them.
+
+        Args:
+            stay: Torch-Pruning's amounts, and every number of heads as it was.
+            plain: Torch-Pruning's amounts.
+            step: which step.
+        """
+        heads = [
+            [*self._counts(move, stay[move.fields], self.ratios(move)[step])]
+            for move in self.moves
+            if move.counts
+        ]
         states: list[State] = [
             {**plain, **{path: units for one in chosen for path, units in one.items()}}
-            for chosen in islice(product(*choices), _TRIES)
+            for chosen in islice(product(*heads), _HEADS)
         ]
-        last = {**plain, **stay}
-        near = (other for state in states for other in (state, *self._divisible(state)))
-        for state in chain(near, self._smaller(states[0]), self._smaller(last)):
-            if self.refuses(self.values_of(state)) is None:
-                return state
-        return last
+        divisible = (other for state in states for other in (state, *self._divisible(state)))
+        return chain(islice(divisible, _HEADS), self._smaller(states[0]), self._smaller(stay))
 
     def _counts(self, move: Move, now: tuple[int, ...], ratio: float) -> Iterator[State]:
         """Numbers of heads that can be left, nearest to what is asked for first."""
         wanted = move.units * (1 - ratio)
-        left = now[0] // move.amounts[0].grain
-        grid = max(amount.step(self.round_to) // amount.grain for amount in move.amounts) or 1
-        least = max(grid, *(amount.least for amount in move.amounts))
+        left, numbers = now[0] // move.amounts[0].grain, self._numbers(move)
         stuck = any(a.exhausted(n, self.max_ratio) for a, n in zip(move.amounts, now, strict=True))
-        numbers = [left] if stuck or wanted >= left else [*range(least, left, grid), left]
-        for number in sorted(numbers, key=lambda n: (abs(n - wanted), -n)):
+        fewer = [] if stuck or wanted >= left else [number for number in numbers if number < left]
+        for number in sorted([*fewer, left], key=lambda n: (abs(n - wanted), -n)):
             yield {move.fields: tuple(number * amount.grain for amount in move.amounts)}
+
+    def _numbers(self, move: Move) -> range:
+        """How many units of a width's fields rounding can leave, as far as it alone goes."""
+        grid = lcm(*(amount.step(self.round_to) // amount.grain or 1 for amount in move.amounts))
+        least = max(-(-amount.least // amount.grain) for amount in move.amounts)
+        return range(-(-least // grid) * grid, move.units + 1, grid)
 
     def _divisible(self, state: State) -> Iterator[State]:
         """The state with one width lowered to a multiple of a number of heads that moves."""
@@ -194,18 +230,28 @@ class Course:
 
     @cached_property
     def adjusted(self) -> list[Adjusted]:
-        """The steps at which numbers of heads, or widths with them, are not what was asked for."""
+        """The steps at which something else is left than what is asked for, and rounded."""
         result: list[Adjusted] = []
-        for number, values in enumerate(self.steps()):
+        for number, (plain, left) in enumerate(self._walk if self.round_to else ()):
+            values, alone = self.values_of(left), self.values_of(plain)
+            if self.refuses(values) is not None:
+                break  # nothing goes beyond it
             asked: dict[FieldPath, float] = {}
-            for move in (move for move in self.moves if move.counts):
-                left = max(0.0, 1 - self.ratios(move)[number])
-                asked |= {path: self.known.values[path] * left for path in move.fields}
-            off = {path: value for path, value in asked.items() if round(value) != values[path]}
-            if off:
-                whole = {**values, **{path: max(1, round(value)) for path, value in off.items()}}
-                taken = {path: values[path] for path in off}
-                result.append(Adjusted(number + 1, off, taken, self.refuses(whole) or ""))
+            grids: list[str] = []
+            for move in self.moves:
+                share = max(0.0, 1 - self.ratios(move)[number])
+                off = move.units * share - left[move.fields][0] / move.amounts[0].grain
+                if move.counts and abs(off) > 0.5 + 1e-9:  # not the nearest whole number
+                    asked |= {path: self.known.values[path] * share for path in move.fields}
+                    if (grid := self._numbers(move).step) > 1:
+                        grids.append(f"{move.name} stays a multiple of {grid}")
+                elif not move.counts and plain[move.fields] != left[move.fields]:
+                    asked |= {path: alone[path] for path in move.fields}
+            if asked:
+                whole = {path: max(1, round(value)) for path, value in asked.items()}
+                reason = self.refuses({**values, **whole}) or "; ".join(grids)
+                taken = {path: values[path] for path in asked}
+                result.append(Adjusted(number + 1, asked, taken, reason))
         return result
 
     def units(self, move: Move) -> list[list[int]]:
@@ -285,18 +331,23 @@ class Course:
                     return f"the class builds {name} with {new[name][dim]}, pruning leaves {left}"
         return None
 
-    def at(self, ratios: Mapping[tuple[FieldPath, ...], float]) -> Course:
-        """The same with other ratios for some widths."""
+    def at(
+        self, ratios: Mapping[tuple[FieldPath, ...], float], patience: int | None = None
+    ) -> Course:
+        """The same with other ratios for some widths, and less patience."""
         moves = [
             replace(move, ratio=ratios[move.fields], ratios=None) if move.fields in ratios else move
             for move in self.moves
         ]
-        return replace(self, moves=tuple(moves))
+        patience = self.patience if patience is None else patience
+        return replace(self, moves=tuple(moves), patience=patience)
 
     def reachable(self, move: Move) -> range:
-        """The numbers of units that rounding can leave of a width."""
-        start, grid = move.amounts[0].units, move.amounts[0].step(self.round_to)
-        return range(grid, start + 1, grid)
+        """The numbers of units that rounding can leave of a width; at least what there is."""
+        amount = move.amounts[0]
+        grid = amount.step(self.round_to)
+        rounded = range(-(-amount.least // grid) * grid, amount.units + 1, grid)
+        return rounded or range(amount.units, amount.units + 1)
 
     def nearest(self) -> list[Course]:
         """Courses near this one that the class takes: one ratio changed, or else several."""
@@ -305,45 +356,21 @@ class Course:
         near = {move.fields: self._near(move) for move in self.moves}
         found: list[Course] = []
         for fields, ratios in near.items():
-            tried = (self.at({fields: ratio}) for ratio in ratios)
+            tried = (self.at({fields: ratio}, patience=0) for ratio in ratios)
             found += islice((course for course in tried if course.taken()), 1)
         if found:
             return found
         every = islice(product(*(ratios[:_FEW] for ratios in near.values())), 4 * _TRIES)
-        tried = (self.at(dict(zip(near, ratios, strict=True))) for ratios in every)
+        tried = (self.at(dict(zip(near, ratios, strict=True)), patience=0) for ratios in every)
         return list(islice((course for course in tried if course.taken()), 1))
 
     def _near(self, move: Move) -> list[float]:
         """Ratios that lead a width elsewhere, near ends first."""
         end, amount, all_units = self.units(move)[0][-1], move.amounts[0], self.reachable(move)
-        middle = end // all_units.step - 1  # where the end stands among them
-        window = all_units[max(0, middle - _TRIES) : middle + _TRIES + 1]
+        middle = (end - all_units.start) // all_units.step  # where the end stands among them
+        window = all_units[max(0, middle - _TRIES) : max(0, middle + _TRIES + 1)]
         others = sorted(window, key=lambda units: (abs(units - end), units))
         return [amount.ratio_for(units, move.counts) for units in others if units != end][:_TRIES]
-
-
-def amounts_of(width: Width, multiple: int, model: nn.Module) -> tuple[Amount, ...]:
-    """The numbers of a width's groups; groups that are alike in them stand once."""
-    together: dict[tuple[str, int], int] = {}
-    for member in (member for group in width.groups for member in group.members):
-        key = (member.name, member.dim)
-        together[key] = together.get(key, 0) + member.layout.parts * member.layout.run
-    found: dict[Amount, None] = {}
-    for group in width.groups:
-        layers = {
-            (tensor(model, m.name).shape[m.dim], together[m.name, m.dim]) for m in group.members
-        }
-        amount = Amount(
-            group.units,
-            group.classes,
-            multiple * group.grain,
-            tuple(sorted(layers)),
-            group.grain,
-            group.least,
-            group.run,
-        )
-        found[amount] = None
-    return tuple(found)
 
 
 @lru_cache(maxsize=4)

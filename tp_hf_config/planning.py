@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import nn
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
-from .chosen import Chosen, Wanted, choose, multiples_of
-from .course import Course, Move, amounts_of
+from .choice import check_gqa
+from .chosen import Chosen, Wanted, amounts_of, check_ratios, choose, multiples_of
+from .course import Course, Move
 from .errors import UnsupportedModelError
 from .learn import ConfigMap, map_of
 from .offers import Width, widths_of
@@ -67,14 +68,16 @@ def plan(
         max_pruning_ratio: the share of a layer's channels that may go.
         iterative_pruning_ratio_scheduler: the ratios of the steps; default: linear.
         target_params: how many parameters shall be left at most: a share of them (up to 1), or a
-            number. One ratio is then sought for all widths that ``ratios`` does not name.
+            number. One ratio is then sought for all widths that ``ratios`` does not name, and for
+            heads that are pruned where ``head_pruning_ratio`` is 0.
         model_class: the class of a config; default: the one it names, else a causal or other
             language model, a classifier, a base model, whichever there is.
 
     Raises:
         UnsupportedModelError: no single Hugging Face model, or a field that cannot be pruned.
-        ValueError: a ratio outside 0 to 1, or a target that cannot be reached.
+        ValueError: a ratio outside 0 to 1, an unknown ``gqa``, or a target that cannot be reached.
     """
+    check_gqa(gqa)
     model = model_of(model_or_config, model_class)
     known = map_of(model)
     view = WidthView(model, known)
@@ -109,13 +112,7 @@ def _check_ratios(ratios: Mapping[str, float]) -> None:
 
 def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Course:
     known = view.known
-    fields = [name for width in chosen.widths for name in width.names]
-    for name in settings.ratios:
-        if name not in fields:
-            raise UnsupportedModelError(
-                f"ratios={settings.ratios}: {name} is not among the fields to prune "
-                f"({', '.join(sorted(fields))})."
-            )
+    check_ratios(chosen, settings.ratios)
     multiples = multiples_of(view, chosen)
     moves = []
     for width in chosen.widths:
@@ -162,9 +159,10 @@ def _plan(
     if target_params is not None:
         target = int(target_params * (before.parameters if target_params <= 1 else 1))
         count = ParameterCount(known, full)
-        free = [m for m in course.moves if not m.clamped]
+        heads = {width.fields for width in chosen.heads if not settings.head_pruning_ratio}
+        free = [m for m in course.moves if not m.clamped or m.fields in heads]
         course = course_to(course, free, count, target)
-        settings = _settings_of(course, settings)
+        settings = _settings_of(course, settings, heads)
     values = course.steps()[-1]
     _, after, _ = _sized(known, values)
     names = {width.name for width in chosen.widths}
@@ -232,13 +230,21 @@ def _width(width: Width, move: Move, course: Course, offered: Sequence[Width]) -
     )
 
 
-def _settings_of(course: Course, settings: Settings) -> Settings:
+def _settings_of(
+    course: Course, settings: Settings, heads: Collection[tuple[FieldPath, ...]]
+) -> Settings:
     """The settings that lead where a course does: one ratio, and the exceptions."""
     free = [move for move in course.moves if not move.clamped]
     common = Counter(move.ratio for move in free).most_common(1)
     ratio = common[0][0] if common else settings.pruning_ratio
     others = {field_name(move.fields[0]): move.ratio for move in free if move.ratio != ratio}
-    return replace(settings, pruning_ratio=ratio, ratios={**settings.ratios, **others})
+    of_heads = [move.ratio for move in course.moves if move.fields in heads]
+    return replace(
+        settings,
+        pruning_ratio=ratio,
+        ratios={**settings.ratios, **others},
+        head_pruning_ratio=of_heads[0] if of_heads else settings.head_pruning_ratio,
+    )
 
 
 def _named(values: Mapping[FieldPath, int]) -> dict[str, int]:

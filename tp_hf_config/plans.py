@@ -130,7 +130,7 @@ class Plan:
         kept: width -> why it cannot be pruned.
         before: the size now.
         after: the size in the end; ``None`` where the class refuses the widths.
-        adjusted: steps at which the class does not take the number of heads that is asked for.
+        adjusted: steps at which the class does not take what is asked for, and what is done.
         refusal: why the settings cannot be carried out; ``None`` where they can.
         target: how many parameters were asked for, if any were.
         tokens: FLOPs are counted for each token; else for each input (an image, a recording).

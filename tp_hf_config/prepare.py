@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .choice import Gqa, Graph, check_gqa, check_graph
-from .chosen import Chosen, Wanted, choose, multiples_of
+from .chosen import Chosen, Wanted, check_ratios, choose, multiples_of
 from .errors import UnsupportedModelError
 from .graph import ConfigGraph
 from .inputs import example_inputs, tensors_with_grad
@@ -113,12 +113,8 @@ def _for_config_graph(
         why += f"; heads: {chosen.how}"
     by_module: dict[Any, float] = {}
     names = {field_name(path): path for path in fields}
+    check_ratios(chosen, ratios or {})
     for name, ratio in (ratios or {}).items():
-        if name not in names:
-            raise UnsupportedModelError(
-                f"ratios={dict(ratios or {})}: {name} is not among the fields to prune "
-                f"({', '.join(sorted(names))})."
-            )
         by_module.update(dict.fromkeys(graph.roots_of(names[name]), ratio))
     return {
         "example_inputs": GraphInputs(example_inputs(model, view.model.config), graph, why),

@@ -43,7 +43,7 @@ def course_to(course: Course, moves: Sequence[Move], count: ParameterCount, targ
     for ratio in _ratios(at(_short(at(high), moves, high)), moves, highest):
         here = at(ratio)
         near = [here] if here.taken() else here.nearest()
-        fitting = [one for one in near if parameters(one) <= target]
+        fitting = [one for one in near if parameters(one) <= target and _one_head_ratio(one, moves)]
         if fitting:
             return max(fitting, key=parameters)
     raise ValueError(
@@ -52,10 +52,17 @@ def course_to(course: Course, moves: Sequence[Move], count: ParameterCount, targ
     )
 
 
+def _one_head_ratio(course: Course, moves: Sequence[Move]) -> bool:
+    """Heads that the target decides have one ratio: a pruner has no other for them."""
+    heads = {move.fields for move in moves if move.clamped}
+    return len({move.ratio for move in course.moves if move.fields in heads}) < 2
+
+
 def _highest(course: Course, move: Move) -> float:
     least = course.reachable(move)[0]
-    start = move.amounts[0].units
-    return move.amounts[0].ratio_for(least, move.counts) if least < start else 0.0
+    if move.counts or least == move.amounts[0].units:
+        return 1.0
+    return move.amounts[0].ratio_for(least)
 
 
 def _ratios(course: Course, moves: Sequence[Move], highest: float) -> Iterator[float]:
@@ -67,9 +74,10 @@ def _ratios(course: Course, moves: Sequence[Move], highest: float) -> Iterator[f
         for move in moves:
             moved = course.at({move.fields: ratio})
             end = moved.units(next(m for m in moved.moves if m.fields == move.fields))[0][-1]
-            grid = course.reachable(move).step
-            if end > grid:
-                following.append(move.amounts[0].ratio_for(end - grid, move.counts))
+            reachable = course.reachable(move)
+            if end > reachable[0]:
+                fewer = end - reachable.step
+                following.append(move.amounts[0].ratio_for(fewer, move.counts))
         larger = [other for other in following if ratio < other <= highest]
         if not larger:
             return
