@@ -220,7 +220,7 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
 
 def _sayable(finding: Finding, known: ConfigMap) -> Finding:
     """The finding, refused where a quarter less of the width makes some count of the class 0."""
-    if finding.reason is not None:
+    if finding.reason is not None or not set(finding.fields) <= known.values.keys():
         return finding
     units = units_of(known, finding.fields)
     less = {p: known.values[p] // units * (units - units // 4) for p in finding.fields}

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
 from .amounts import in_runs, multiple_below, per_class
@@ -74,7 +75,8 @@ class UnitSteering:
     ``_get_channel_groups`` knows the classes inside which units are interchangeable;
     ``_round_to`` rounds each group to what the class takes of its field, and counts the units of a
     class against those of a class (Torch-Pruning counts them against all, base_pruner.py, 1.6.1).
-    Groups of whole heads are ranked by themselves, at the pruner's head ratios.
+    Groups of whole heads are ranked by themselves, at the pruner's head ratios; where as many have
+    to go out of every key/value group, those that matter least in each go.
     """
 
     _NAMES = ("estimate_importance", "_get_channel_groups", "_is_atten_group", "_round_to")
@@ -87,6 +89,7 @@ class UnitSteering:
         self._attention = pruner._is_atten_group
         self._round = pruner._round_to
         self._group: Any = None
+        self._ranked: Any = None
         self.foreseen: Foreseen | None = None
 
     def attach(self) -> None:
@@ -112,10 +115,12 @@ class UnitSteering:
 
     def estimate_importance(self, group: Any, *args: Any, **kwargs: Any) -> Any:
         """Importance of a group's units, shape ``(units,)``."""
+        ranked, self._ranked = self._ranked, None
         if isinstance(group, ConfigGroup):
-            return self.pruner.DG.importance_of(
+            values = self.pruner.DG.importance_of(
                 group, lambda one: self._estimate_one(one, *args, **kwargs)
             )
+            return values if ranked is not group or values is None else _places(group, values)
         return self._estimate(group, *args, **kwargs)
 
     def _of_heads(self) -> list[Coupled]:
@@ -143,9 +148,20 @@ class UnitSteering:
 
     def _get_channel_groups(self, group: Any) -> int:
         if isinstance(group, ConfigGroup):
+            if self._chooses_in_each(group.coupled):
+                self._ranked = group  # the pruner asks for its importance next, to rank its units
+                return 1
             return group.coupled.classes
         classes: int = self._channel_groups(group)
         return classes
+
+    def _chooses_in_each(self, coupled: Coupled) -> bool:
+        """Whether each class loses its own least units, not those at the same places as others.
+
+        Torch-Pruning ranks the places of grouped channels by their mean over the groups, but
+        grouped-query heads inside each group.
+        """
+        return coupled.classes > 1 and coupled.root is None and bool(self.pruner.round_to)
 
     def _is_atten_group(self, group: Any) -> Any:
         self._group = group  # asked right before the group is rounded
@@ -158,11 +174,19 @@ class UnitSteering:
             rounded: int = self._round(n_pruned, current_channels, round_to)
             return rounded
         coupled = self._group.coupled
+        together = coupled.classes if self._chooses_in_each(coupled) else 1
         size = coupled.units.count // coupled.classes
         if self.foreseen is not None:
             left = self.foreseen.units_left(coupled, self.pruner.current_step)
             if left is not None:
-                return size - left // coupled.classes
+                return (size - left // coupled.classes) * together
         rounded_to = in_runs(round_to, coupled.run)
         multiple = per_class(coupled.multiple, rounded_to, coupled.classes)
-        return size - multiple_below(size - n_pruned, multiple)
+        kept = (size * together - n_pruned) // together
+        return (size - multiple_below(kept, multiple)) * together
+
+
+def _places(group: ConfigGroup, values: torch.Tensor) -> torch.Tensor:
+    """Each unit's place among its class's, least first, so that the least of all classes go."""
+    ranked = values.view(group.coupled.classes, -1).argsort(1).argsort(1)
+    return ranked.to(values.dtype).flatten()

@@ -193,6 +193,12 @@ class Study:
             points.append(Move(probe, sizes))
             if len(points) == 2:
                 break
+        if len(points) == 2 and all(_blind(point.sizes) for point in points):
+            for probe in (probe for probe in reversed(_probes(value)) if probe < value):
+                sizes = self.at({path: probe})
+                if isinstance(sizes, dict) and not _blind(sizes):
+                    points[1] = Move(probe, sizes)
+                    break
         return points or (None if None in others else others[0])
 
     def dragged(
@@ -324,6 +330,18 @@ def _is_product(
     base: int, slopes: Mapping[FieldPath, Fraction], values: Mapping[FieldPath, int]
 ) -> bool:
     return all(slope * values[path] == base for path, slope in slopes.items())
+
+
+def _blind(sizes: Sizes) -> bool:
+    """Whether a projection moved, and the forward pass stopped before it was taken apart.
+
+    Falcon's heads stand in groups of whole numbers; twice as many groups need not divide them.
+    """
+    return any(
+        not size and sizes.get((f"{name}.weight", 0))
+        for (name, which), size in sizes.items()
+        if isinstance(which, str)
+    )
 
 
 def _probes(value: int) -> list[int]:

@@ -53,6 +53,8 @@ class WidthView:
                 counted = self.known.expressions.get((canonical, heads_of(0)))
                 # Falcon's one key/value head stands among the query heads of its projection
                 fields = counted.fields if counted else frozenset()
+                if len(fields) > 1:  # a number that is 1 counts no heads to prune
+                    fields = frozenset(path for path in fields if self.known.values[path] > 1)
                 yield name, module, values[min(fields)] if len(fields) == 1 else splits[0][0]
 
     def plain_heads(self, name: str) -> bool:
