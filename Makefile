@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench heads-table clean
 
 $(VENV)/.demo: setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ bench: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/prune.py
+
+# The README's table of attention heads, from trying every mode of every class in it.
+heads-table: $(VENV)/.demo
+	$(BIN)/python benchmarks/head_modes.py --write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
