@@ -161,7 +161,9 @@ class UnitSteering:
         Torch-Pruning ranks the places of grouped channels by their mean over the groups, but
         grouped-query heads inside each group.
         """
-        return coupled.classes > 1 and coupled.root is None and bool(self.pruner.round_to)
+        pruner = self.pruner
+        alone = coupled.heads or not (pruner.global_pruning or pruner.isomorphic)
+        return coupled.classes > 1 and coupled.root is None and alone and bool(pruner.round_to)
 
     def _is_atten_group(self, group: Any) -> Any:
         self._group = group  # asked right before the group is rounded
