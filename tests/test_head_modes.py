@@ -516,8 +516,10 @@ def test_interactive_steps(gqa: str) -> None:
 def test_what_was_done_instead_is_noted() -> None:
     run = pruned(head_zoo.build("mistral", Shape(9, 3)), "query", 3)
     assert run.notes == [
-        "step 1: the ratios ask for num_attention_heads 7.5; nearest legal: num_attention_heads 9",
-        "step 3: the ratios ask for num_attention_heads 4.5; nearest legal: num_attention_heads 6",
+        "step 1: the ratios ask for num_attention_heads 7.5 (num_attention_heads stays a multiple "
+        "of 3); nearest legal: num_attention_heads 9",
+        "step 3: the ratios ask for num_attention_heads 4.5 (num_attention_heads stays a multiple "
+        "of 3); nearest legal: num_attention_heads 6",
     ]
 
 
