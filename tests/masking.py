@@ -138,7 +138,7 @@ def masked_copy(original: nn.Module, removed: Removed) -> nn.Module:
         if is_norm(module):
             left = _norm_left(module, name, removed)
             if len(left) < len(module.weight):
-                _over_kept_channels(module, left)
+                over_kept_channels(module, left)
     return model
 
 
@@ -222,7 +222,7 @@ def _norm_left(module: nn.Module, name: str, removed: Removed) -> torch.Tensor:
     return removed.left(key, OUT, size)
 
 
-def _over_kept_channels(norm: nn.Module, left: torch.Tensor) -> None:
+def over_kept_channels(norm: nn.Module, left: torch.Tensor) -> None:
     """Make a norm look at the kept channels only and give zeros elsewhere."""
     narrow = copy.deepcopy(norm)
     for key, parameter in narrow._parameters.items():
@@ -231,10 +231,10 @@ def _over_kept_channels(norm: nn.Module, left: torch.Tensor) -> None:
     if isinstance(narrow, nn.LayerNorm):
         narrow.normalized_shape = (len(left),)
     norm.narrow = narrow  # a submodule, so that .double() reaches it
+    axis = 1 if getattr(norm, "data_format", "") == "channels_first" else -1
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        result = torch.zeros_like(x)
-        result[..., left] = narrow(x[..., left])
-        return result
+    def forward(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        cut = [one.index_select(axis, left) for one in (x, *others)]
+        return torch.zeros_like(x).index_copy_(axis, left, narrow(*cut))
 
     norm.forward = forward

@@ -23,6 +23,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 import zoo
+from reloading import assert_reloaded, save_first
 from torch import nn
 
 from tp_hf_config import (
@@ -110,7 +111,7 @@ def masked(original: nn.Module, pruned: nn.Module) -> nn.Module:
         if masking.is_norm(module) and not isinstance(module, nn.GroupNorm):
             channels = left["weight"][0]
             if len(channels) < len(module.weight):
-                _narrow(module, channels)
+                masking.over_kept_channels(module, channels)
             continue
         for key, dims in left.items():
             parameter = module._parameters[key]
@@ -120,24 +121,6 @@ def masked(original: nn.Module, pruned: nn.Module) -> nn.Module:
                 with torch.no_grad():
                     parameter.index_fill_(dim, gone.nonzero().view(-1), 0.0)
     return model
-
-
-def _narrow(norm: nn.Module, left: torch.Tensor) -> None:
-    """Make a norm look at the kept channels only and give zeros elsewhere."""
-    narrow = copy.deepcopy(norm)
-    for key, parameter in narrow._parameters.items():
-        if parameter is not None:
-            narrow._parameters[key] = nn.Parameter(parameter.detach()[left])
-    if isinstance(narrow, nn.LayerNorm):
-        narrow.normalized_shape = (len(left),)
-    norm.narrow = narrow  # a submodule, so that .double() reaches it
-    axis = 1 if getattr(norm, "data_format", "") == "channels_first" else -1
-
-    def forward(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        cut = [one.index_select(axis, left) for one in (x, *others)]
-        return torch.zeros_like(x).index_copy_(axis, left, narrow(*cut))
-
-    norm.forward = forward
 
 
 def take_scales(model: nn.Module, pruned: nn.Module) -> None:
@@ -297,9 +280,8 @@ def test_a_refused_width_raises_before_pruning(name: str) -> None:
 def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tp_hf_config.offers.vanished_counts", lambda old, new: [])
+    monkeypatch.setattr("tp_hf_config.limits.vanished_counts", lambda old, new: [])
     monkeypatch.setattr("tp_hf_config.offers._experiments", weakref.WeakKeyDictionary())
-    monkeypatch.setattr("tp_hf_config.course.vanished_counts", lambda old, new: [])
     monkeypatch.setattr("tp_hf_config.learn._known", OrderedDict())
     monkeypatch.setattr("tp_hf_config.study.Study.dragged", lambda *_: {})
     with pytest.raises(ConfigSyncError, match=r"makes model.layers.0.self_attn.num_key_value_gr"):
@@ -323,23 +305,14 @@ def test_the_pruned_model_is_the_masked_original(case: Case) -> None:
 
 @pytest.fixture(scope="module")
 def saved(request: pytest.FixtureRequest, collector: Any) -> dict[str, Exception]:
-    """All models whose reload is going to be asked about are saved, before the first is.
 
-    Returns:
-        Why a case could not be saved; it fails in its own test, not in that of another.
-    """
-    failures: dict[str, Exception] = {}
-    for item in request.session.items:
-        if getattr(item, "function", None) is test_a_fresh_process_gets_the_same_model:
-            case = item.callspec.params["case"]
-            try:
-                model = run_of(case).model
-                if case.model in WITHOUT_HEAD:
-                    model = model.model
-                collector.add(f"config graph {case}", model, zoo.inputs(model))
-            except Exception as error:
-                failures[str(case)] = error
-    return failures
+    def save(case: Case) -> None:
+        model = run_of(case).model
+        if case.model in WITHOUT_HEAD:
+            model = model.model
+        collector.add(f"config graph {case}", model, zoo.inputs(model))
+
+    return save_first(request.session, test_a_fresh_process_gets_the_same_model, save)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -349,12 +322,7 @@ def test_a_fresh_process_gets_the_same_model(
     if str(case) in saved:
         raise saved[str(case)]
     result = collector.result(f"config graph {case}")
-    assert "error" not in result, result["error"]
-    assert result["loading"] == {}, "keys that are missing, left over or of another shape"
-    assert result["outputs"]
-    assert result["different"] == []
-    assert result["same_tokens"]
-    assert result["same_config"]
+    assert_reloaded(result)
 
 
 @pytest.mark.parametrize(

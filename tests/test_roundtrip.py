@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 import torch_pruning as tp
+from reloading import assert_reloaded, save_first
 from small import traced_kwargs
 
 from tp_hf_config import (
@@ -370,21 +371,12 @@ def test_no_heads_go_where_the_pruning_ratio_is_zero(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved(request: pytest.FixtureRequest, collector: Any) -> dict[str, Exception]:
-    """All models whose reload is going to be asked about are saved, before the first is.
 
-    Returns:
-        Why a case could not be saved; it fails in its own test, not in that of another.
-    """
-    failures: dict[str, Exception] = {}
-    for item in request.session.items:
-        if getattr(item, "function", None) is test_a_fresh_process_gets_the_same_model:
-            case = item.callspec.params["case"]
-            try:
-                run = run_of(case)
-                collector.add(str(case), run.model, tiny.inputs(run.model))
-            except Exception as error:
-                failures[str(case)] = error
-    return failures
+    def save(case: Case) -> None:
+        model = run_of(case).model
+        collector.add(str(case), model, tiny.inputs(model))
+
+    return save_first(request.session, test_a_fresh_process_gets_the_same_model, save)
 
 
 @pytest.mark.parametrize("case", ALL_CASES)
@@ -394,13 +386,8 @@ def test_a_fresh_process_gets_the_same_model(
     if str(case) in saved:
         raise saved[str(case)]
     result = collector.result(str(case))
-    assert "error" not in result, result["error"]
-    assert result["loading"] == {}, "keys that are missing, left over or of another shape"
-    assert result["outputs"]
-    assert result["different"] == []
-    assert result["same_tokens"]
+    assert_reloaded(result)
     assert result["new_tokens"] == (4 if case.model in GENERATING else 0)
-    assert result["same_config"]
     ties = TIES.get(case.model, [])
     assert result["ties"] == ties
     for names in ties:

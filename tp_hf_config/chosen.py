@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
 
@@ -167,14 +167,24 @@ def _multiple_in(view: WidthView, width: Width) -> int:
     return multiple
 
 
+def _widths(view: WidthView) -> tuple[Width, ...]:
+    return widths_of(view.model, view.known)
+
+
+def _disjoint(widths: Iterable[Width]) -> list[Width]:
+    """Those that share no field with one before them."""
+    chosen: list[Width] = []
+    for width in widths:
+        if not any(set(width.fields) & set(other.fields) for other in chosen):
+            chosen.append(width)
+    return chosen
+
+
 def _default(view: WidthView, must: bool) -> list[Width] | str:
     """Every width inside the model that is proved."""
     inner = view.inner_widths()
-    default = [width for width in widths_of(view.model, view.known) if inner >= set(width.fields)]
-    proved: list[Width] = []
-    for width in default:
-        if width.reason is None and not any(set(width.fields) & set(w.fields) for w in proved):
-            proved.append(width)
+    default = [width for width in _widths(view) if inner >= set(width.fields)]
+    proved = _disjoint(width for width in default if width.reason is None)
     if proved:
         return proved
     reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
@@ -185,7 +195,7 @@ def _default(view: WidthView, must: bool) -> list[Width] | str:
 
 def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | str:
     """The widths that hold the named fields."""
-    widths = widths_of(view.model, view.known)
+    widths = _widths(view)
     chosen: list[Width] = []
     named = set(fields)
     for name in fields:
@@ -207,9 +217,7 @@ def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | 
 def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:
     """The widths that count attention heads, in the mode that is asked for."""
     counts = view.known.count_fields()
-    candidates = [
-        width for width in widths_of(view.model, view.known) if set(width.fields) & counts
-    ]
+    candidates = [width for width in _widths(view) if set(width.fields) & counts]
     proved = [width for width in candidates if width.reason is None]
 
     def rank(width: Width) -> tuple[int, ...]:
@@ -217,10 +225,7 @@ def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:
         can_move = all(group.units > group.classes for group in width.groups)
         return (not can_move, several is not (gqa == "group"), len(width.fields))
 
-    chosen: list[Width] = []
-    for width in sorted(proved, key=rank):
-        if not any(set(width.fields) & set(other.fields) for other in chosen):
-            chosen.append(width)
+    chosen = _disjoint(sorted(proved, key=rank))
     if chosen:
         return chosen
     reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no heads were seen"
@@ -232,9 +237,7 @@ def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:
 def _head_dims(view: WidthView, must: bool) -> list[Width] | str:
     """The widths that are head dims, where the class lets them move."""
     fields = view.head_fields() - view.known.count_fields()
-    candidates = [
-        width for width in widths_of(view.model, view.known) if set(width.fields) & fields
-    ]
+    candidates = [width for width in _widths(view) if set(width.fields) & fields]
     proved = [width for width in candidates if width.reason is None]
     alone = [width for width in proved if len(width.fields) == 1]
     if alone:
@@ -252,9 +255,7 @@ def _head_dims(view: WidthView, must: bool) -> list[Width] | str:
 
 
 def _cannot(view: WidthView, reason: str) -> UnsupportedModelError:
-    offered = (
-        ", ".join(w.name for w in widths_of(view.model, view.known) if w.reason is None) or "none"
-    )
+    offered = ", ".join(width.name for width in _widths(view) if width.reason is None) or "none"
     return UnsupportedModelError(
         f"{type(view.model).__name__} cannot prune {reason}. Widths that can: {offered}."
     )

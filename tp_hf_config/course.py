@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain, islice, product
 from math import lcm
 
-from torch import nn
-
 from .amounts import Amount, multiple_below
 from .learn import ConfigMap
-from .reference import FieldPath, Refusal, field_name, shapes, vanished_counts
+from .limits import vanishing
+from .reference import FieldPath, Refusal, field_name, shapes
 
 Values = dict[FieldPath, int]
 State = dict[tuple[FieldPath, ...], tuple[int, ...]]
@@ -309,13 +308,8 @@ class Course:
         new = self.known.build_at(values)
         if isinstance(new, Refusal):
             return new.reason
-        old = _unpruned(self.known)
-        if isinstance(old, Refusal):
-            return None  # its own config: refused long ago
-        vanished = vanished_counts(old, new)
-        if vanished:
-            return f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
-        return self._other_tensors(shapes(old), shapes(new), values)
+        reason = vanishing(self.known, new)
+        return reason or self._other_tensors(self.known.shapes, shapes(new), values)
 
     def _other_tensors(
         self, old: Mapping[str, Sequence[int]], new: Mapping[str, Sequence[int]], values: Values
@@ -371,8 +365,3 @@ class Course:
         window = all_units[max(0, middle - _TRIES) : max(0, middle + _TRIES + 1)]
         others = sorted(window, key=lambda units: (abs(units - end), units))
         return [amount.ratio_for(units, move.counts) for units in others if units != end][:_TRIES]
-
-
-@lru_cache(maxsize=4)
-def _unpruned(known: ConfigMap) -> nn.Module | Refusal:
-    return known.build_at({})

@@ -22,7 +22,8 @@ from .graph import ConfigGraph
 from .plan_table import adjusted_line, refusal_lines
 from .planning import planned_refusal
 from .reference import FieldPath, field_name
-from .views import UNITS, Coupled, handler_of
+from .steer import given_ratios
+from .views import Coupled
 from .widths import WidthView
 
 _LISTED = 3
@@ -192,7 +193,7 @@ def _going(pruner: Any) -> Iterator[_Going]:
     sides: dict[Any, int] = {}
     found: list[tuple[Coupled, Any, list[Any]]] = []
     for coupled in graph.taking_part(pruner.ignored_layers):
-        group = _one_unit(graph, coupled)
+        group = graph.group_at(coupled, [0])  # its layers in the order that the pruner sees
         keys = []
         for item in group:
             module, out = item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
@@ -228,28 +229,12 @@ def _going(pruner: Any) -> Iterator[_Going]:
         )
 
 
-def _one_unit(graph: ConfigGraph, coupled: Coupled) -> Any:
-    """A group's first unit: its layers in the order in which the pruner sees them."""
-    root = coupled.root
-    if root is None:
-        return graph.get_pruning_group(coupled.units, UNITS.prune_out_channels, [0])
-    handler = handler_of(root.module, root.out)
-    return graph.get_pruning_group(root.module, handler, root.table[0].tolist())
-
-
 def _scope(pruner: Any, group: Any) -> tuple[str, tuple[float, ...]]:
     """What a group is ranked with, and its ratios, as ``BasePruner._prune`` finds them (1.6.1)."""
     graph = pruner.DG
-    for item in group:
-        dep = item.dep
-        for module, function in (
-            (dep.source.module, dep.trigger),
-            (dep.target.module, dep.handler),
-        ):
-            if module in pruner._layer_to_scope and graph.is_out_channel_pruning_fn(function):
-                ratios = pruner.pruning_ratio_dict[module][1:]
-                name: str = pruner._layer_to_scope[module][0]
-                return name, tuple(min(ratio, pruner.max_pruning_ratio) for ratio in ratios)
+    given = given_ratios(pruner, group)
+    if given is not None:
+        return given[0], tuple(min(ratio, pruner.max_pruning_ratio) for ratio in given[1][1:])
     ratios = tuple(pruner.per_step_pruning_ratio[1:])
     if pruner.isomorphic:
         kinds = (

@@ -7,7 +7,7 @@ pass, no autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,14 +149,15 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                 that Torch-Pruning has by default stand for all.
         """
         for coupled in self.taking_part(ignored_layers, root_module_types):
-            root = coupled.root
-            if root is None:
-                units = list(range(coupled.units.count))
-                yield self.get_pruning_group(coupled.units, UNITS.prune_out_channels, units)
-            else:
-                channels = sorted(root.table.flatten().tolist())
-                handler = handler_of(root.module, root.out)
-                yield self.get_pruning_group(root.module, handler, channels)
+            yield self.group_at(coupled, range(coupled.units.count))
+
+    def group_at(self, coupled: Coupled, units: Iterable[int]) -> ConfigGroup:
+        """Some units of a group, asked for at its root, as the pruner does."""
+        root = coupled.root
+        if root is None:
+            return self.get_pruning_group(coupled.units, UNITS.prune_out_channels, list(units))
+        channels = sorted(root.table[list(units)].flatten().tolist())
+        return self.get_pruning_group(root.module, handler_of(root.module, root.out), channels)
 
     def taking_part(
         self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None

@@ -196,9 +196,7 @@ class _Watch(NoValues):
             return
         elif func is torch.Tensor.__getitem__:
             if piece == -2 and output.shape[:-2] == before.shape[:-2]:
-                self._per_head.add(
-                    name
-                )  # parts are taken out of each of the three: those are heads
+                self._per_head.add(name)  # parts of each of the three: those are heads
                 self.pieces.pop(name, None)
             if (
                 piece == -1

@@ -48,7 +48,8 @@ class HFConfigSyncHook:
         self._unproved: list[str] = []
         self._follower: Follower | None = None
         self._recorder: Recorder | None = None
-        self._mended: list[HeadSchedule | UnitSteering] = []
+        self._schedule: HeadSchedule | None = None
+        self._steering: UnitSteering | None = None
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -94,8 +95,11 @@ class HFConfigSyncHook:
             self._why = "traced graph: asked for"
         if graph is not None:
             check_arguments(arguments)
-        with building(graph) if graph is not None else safe_tracing(model), keeping_groups():
-            yield
+            with building(graph):
+                yield
+        else:
+            with safe_tracing(model), keeping_groups():
+                yield
 
     def attach(self, pruner: Any) -> None:
         """Start following a pruner; called by ``register``.
@@ -109,7 +113,6 @@ class HFConfigSyncHook:
         from .steer import UnitSteering
         from .sync import Follower
         from .traced_proof import check_traced
-        from .widths import WidthView
 
         if self._follower is not None:
             raise ValueError(
@@ -122,35 +125,30 @@ class HFConfigSyncHook:
         steering = UnitSteering(pruner)
         steering.attach()
         try:
-            view = WidthView(follower.model, follower.known)
-            steering.foreseen = foresee(pruner, view, self.strict)
+            steering.foreseen = foresee(pruner, follower.view, self.strict)
         except BaseException:
             steering.detach()
             raise
         self._follower, self._recorder = follower, Recorder(pruner.DG)
-        schedule = HeadSchedule(pruner, follower.accepts_heads)
-        self._mended = [schedule, steering]
-        for part in (self._recorder, schedule):
+        self._schedule = HeadSchedule(pruner, follower.accepts_heads)
+        self._steering = steering
+        for part in (self._recorder, self._schedule):
             part.attach()
 
     def detach(self, pruner: Any) -> None:
         """Stop following; called when the handle is removed."""
-        if self._recorder is not None:
-            for part in (self._recorder, *self._mended):
+        for part in (self._recorder, self._schedule, self._steering):
+            if part is not None:
                 part.detach()
-        self._follower = self._recorder = None
-        self._mended, self._unproved = [], []
+        self._follower = self._recorder = self._schedule = self._steering = None
+        self._unproved = []
 
     def _adjusted(self) -> list[str]:
         """What the latest step of the pruner did instead of what its ratios ask for."""
-        from .steer import UnitSteering
-
-        return [
-            note
-            for part in self._mended
-            if isinstance(part, UnitSteering) and part.foreseen is not None
-            for note in part.foreseen.notes(part.pruner.current_step)
-        ]
+        steering = self._steering
+        if steering is None or steering.foreseen is None:
+            return []
+        return steering.foreseen.notes(steering.pruner.current_step)
 
     def stepping(self, pruner: Any) -> AbstractContextManager[None]:
         """Around a step: a graph made from the config copies every parameter once."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from .twins import tensors_in
 
 _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")
@@ -94,19 +96,7 @@ def tensors_with_grad(outputs: Any) -> list[torch.Tensor]:
 
     Torch-Pruning's tracer fails on anything else (its ``utils.flatten_as_list``).
     """
-    return list(_walk(outputs))
-
-
-def _walk(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        if value.grad_fn is not None:
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _walk(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _walk(item)
+    return [tensor for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
 
 
 def _setting(config: Any, name: str) -> Any:

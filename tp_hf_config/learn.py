@@ -99,10 +99,18 @@ class ConfigMap:
         return self.builder.build(self.config_at(values))
 
     @cached_property
+    def unpruned(self) -> nn.Module | Refusal:
+        """The shallow model as it was learned."""
+        return self.build_at({})
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the shallow model."""
-        model = self.build_at({})
-        return {} if isinstance(model, Refusal) else shapes(model)
+        return {} if isinstance(self.unpruned, Refusal) else shapes(self.unpruned)
+
+    def splits_of(self, name: str) -> tuple[tuple[int, ...], ...] | None:
+        """How a layer of the full model, by its name, has its output split into heads."""
+        return self.layout.heads.get(self.depth.canonical(name))
 
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
         """The fields that set one observable of the full model."""

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import lcm
 
+from torch import nn
+
 from .learn import ConfigMap
-from .reference import FieldPath, Refusal
+from .reference import FieldPath, Refusal, vanished_counts
 
 
 def accepts(known: ConfigMap, values: Mapping[FieldPath, int]) -> Refusal | None:
     """The class's own words where it refuses these values; None where it builds."""
     model = known.build_at(values)
     return model if isinstance(model, Refusal) else None
+
+
+def vanishing(known: ConfigMap, new: nn.Module) -> str | None:
+    """Which count of the class is 0 in a build at other values, though it was not before."""
+    if isinstance(known.unpruned, Refusal):
+        return None  # its own config: refused long ago
+    vanished = vanished_counts(known.unpruned, new)
+    if not vanished:
+        return None
+    return f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
 
 
 def multiple_of(known: ConfigMap, path: FieldPath) -> int:

@@ -15,9 +15,10 @@ from .directions import units_of
 from .expand import WidthGroup, expand
 from .groups import Finding, find_groups
 from .learn import ConfigMap, map_of
+from .limits import vanishing
 from .locate import check_followable, find_pretrained
 from .miniature import Miniature, miniature
-from .reference import FieldPath, Refusal, field_name, vanished_counts
+from .reference import FieldPath, Refusal, field_name
 from .ties import parameter_names, tensor
 from .twins import Dim, Layout, TwinTest
 
@@ -224,14 +225,9 @@ def _sayable(finding: Finding, known: ConfigMap) -> Finding:
         return finding
     units = units_of(known, finding.fields)
     less = {p: known.values[p] // units * (units - units // 4) for p in finding.fields}
-    old, new = known.build_at({}), known.build_at(less)
-    if isinstance(old, Refusal) or isinstance(new, Refusal):
-        return finding
-    vanished = vanished_counts(old, new)
-    if not vanished:
-        return finding
-    reason = f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
-    return Finding(finding.fields, reason=reason, disproved=True)
+    new = known.build_at(less)
+    reason = None if isinstance(new, Refusal) else vanishing(known, new)
+    return finding if reason is None else Finding(finding.fields, reason=reason, disproved=True)
 
 
 def _apart(finding: Finding, others: Sequence[Finding], known: ConfigMap) -> Finding:

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
-from .choice import check_gqa
+from .choice import Gqa, check_gqa
 from .chosen import Chosen, Wanted, amounts_of, check_ratios, choose, multiples_of
 from .course import Course, Move
 from .errors import UnsupportedModelError
@@ -41,7 +41,7 @@ def plan(
     prune: Iterable[str] | None = None,
     head_pruning_ratio: float = 0.0,
     prune_num_heads: bool | None = None,
-    gqa: Literal["query", "group"] | None = None,
+    gqa: Gqa | None = None,
     iterative_steps: int = 1,
     round_to: int | None = None,
     max_pruning_ratio: float = 1.0,

@@ -192,7 +192,7 @@ def _disproved(view: WidthView, wanted: list[str] | None) -> set[FieldPath]:
     heads = view.head_fields()
     found = {
         width.fields[0]: str(width.reason)
-        for width in widths_of(view.model)
+        for width in widths_of(view.model, view.known)
         if width.disproved and len(width.fields) == 1 and width.fields[0] not in heads
     }
     for path, reason in found.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,20 @@ _BASE = {name: getattr(tp_base.BasePruner, name) for name in (*_STEP, *_ESTIMATE
 def _inherits(pruner: Any, names: Iterable[str]) -> bool:
     """Whether a pruner's class has Torch-Pruning's own methods of these names."""
     return all(getattr(type(pruner), name) is _BASE[name] for name in names)
+
+
+def given_ratios(pruner: Any, group: Any) -> tuple[str, Sequence[float]] | None:
+    """The scope and the ratios that a pruner was given for a layer of a group, if it was.
+
+    Looked for as in ``BasePruner._prune`` (base_pruner.py, 1.6.1).
+    """
+    for dep, _ in group:
+        for node, function in ((dep.source, dep.trigger), (dep.target, dep.handler)):
+            scope = pruner._layer_to_scope.get(node.module)
+            if scope is not None and pruner.DG.is_out_channel_pruning_fn(function):
+                ratios = pruner.pruning_ratio_dict.get(node.module, pruner.per_step_pruning_ratio)
+                return scope[0], ratios
+    return None
 
 
 class UnitSteering:

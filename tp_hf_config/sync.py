@@ -60,6 +60,7 @@ class Follower:
         check_followable(self.model)
         built = Builder(self.model).build(config_json(self.model.config), buffers=True)
         self.known = map_of(self.model, built)  # refuses where nothing was built
+        self.view = WidthView(self.model, self.known)
         assert not isinstance(built, Refusal)
         self.reference: nn.Module = built
         self.ties = ties_of(self.model)
@@ -67,9 +68,9 @@ class Follower:
         self.values = dict(self.known.values)
         self.heads_went = False
         self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
-            name: self.known.layout.heads[canonical]
+            name: splits
             for name, _ in self.model.named_modules()
-            if (canonical := self.known.depth.canonical(name)) in self.known.layout.heads
+            if (splits := self.known.splits_of(name))
         }
 
     def accepts_heads(self, now: int, then: int) -> bool:
@@ -88,7 +89,7 @@ class Follower:
             return
         traced, ignored = self.pruner.DG.module2node, self.pruner.ignored_layers
         tied = {name for tie in self.ties for name in tie.names}
-        producers = list(WidthView(self.model, self.known).producers())
+        producers = list(self.view.producers())
         going = {
             path
             for _, module, fields in producers
@@ -163,14 +164,6 @@ class Follower:
             self._own_name(layer.name) for group in groups for layer in group.layers if layer.out
         }
         self.heads_went |= bool(touched & self.splits.keys())
-        graph = self.pruner.DG
-        if wanted and isinstance(graph, ConfigGraph):
-            if any(coupled.heads for coupled in graph.coupled):
-                return []
-            return [
-                "head_pruning_ratio asks for fewer heads, but the pruner has no group of heads: "
-                "say pruner_kwargs(model, prune_num_heads=True)"
-            ]
         if wanted and not self.heads_went:
             return [
                 "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none: its trace "
@@ -181,10 +174,9 @@ class Follower:
 
     def _tell_heads(self) -> None:
         """``pruner.num_heads`` and the channel groups made of it say what the layers have now."""
-        view = WidthView(self.model, self.known)
-        for name, module, count in view.head_layers(self.values):
+        for name, module, count in self.view.head_layers(self.values):
             splits = self.splits.get(name)
-            if splits and not view.known.fields_of(name, heads_of(0)):
+            if splits and not self.known.fields_of(name, heads_of(0)):
                 count = splits[0][0]  # a layer that no experiment reached (behind experts)
             for counts in (self.pruner.num_heads, self.pruner.out_channel_groups):
                 if module in self.pruner.num_heads and module in counts:

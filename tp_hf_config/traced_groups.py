@@ -11,6 +11,8 @@ import torch
 import torch_pruning.dependency.graph as tp_graph
 from torch import Tensor, nn
 
+from .steer import given_ratios
+
 Key = tuple[nn.Parameter, int]
 """A dimension of a parameter; a tied weight is one parameter."""
 
@@ -145,13 +147,8 @@ def traced_groups(pruner: Any) -> Iterator[TracedGroup]:
 
 def _ratio(pruner: Any, group: Any) -> float:
     """The share of its channels that a group is going to lose; as ``BasePruner._prune`` looks."""
-    ratios = pruner.per_step_pruning_ratio
-    for dep, _ in group:
-        for node, function in ((dep.source, dep.trigger), (dep.target, dep.handler)):
-            out = pruner.DG.is_out_channel_pruning_fn(function)
-            if out and node.module in pruner._layer_to_scope:
-                return float(max(pruner.pruning_ratio_dict.get(node.module, ratios)))
-    return float(max(ratios))
+    given = given_ratios(pruner, group)
+    return float(max(pruner.per_step_pruning_ratio if given is None else given[1]))
 
 
 def _read(pruner: Any, group: Any, root: str, heads: Sequence[nn.Module]) -> TracedGroup:

@@ -157,7 +157,7 @@ class TracedProof:
         split = {
             name: splits
             for name, _ in self.model.named_modules()
-            if (splits := self.known.layout.heads.get(self.known.depth.canonical(name)))
+            if (splits := self.known.splits_of(name))
         }
         parents = {name.rpartition(".")[0] for name in layers & split.keys()}
         if not parents:

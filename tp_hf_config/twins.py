@@ -104,7 +104,12 @@ class TwinTest:
         """The differentiable outputs of one forward pass, random numbers in it always the same."""
         torch.manual_seed(0)
         with _AllFloat64():
-            return list(_tensors(self.model(**self.inputs)))
+            return [
+                tensor
+                for tensor in tensors_in(self.model(**self.inputs))
+                if tensor.is_floating_point()
+                and (tensor.requires_grad or not torch.is_grad_enabled())
+            ]
 
     def links(self, dims: Sequence[Dim], pairs: int = 4, thorough: bool = False) -> Links:
         """Make two units twins, disturb one dimension after the other, join what is linked.
@@ -292,14 +297,13 @@ class _AllFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating point tensors of a model's output that depend on its parameters."""
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a model's output, however it is nested."""
     if isinstance(value, Tensor):
-        if value.is_floating_point() and (value.requires_grad or not torch.is_grad_enabled()):
-            yield value
+        yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

@@ -47,12 +47,10 @@ class WidthView:
         """
         values = values or self.known.values
         for name, module in self.model.named_modules():
-            canonical = self.known.depth.canonical(name)
-            splits = self.known.layout.heads.get(canonical)
+            splits = self.known.splits_of(name)
             if splits is not None and isinstance(module, nn.Linear):
-                counted = self.known.expressions.get((canonical, heads_of(0)))
                 # Falcon's one key/value head stands among the query heads of its projection
-                fields = counted.fields if counted else frozenset()
+                fields = self.known.fields_of(name, heads_of(0))
                 if len(fields) > 1:  # a number that is 1 counts no heads to prune
                     fields = frozenset(path for path in fields if self.known.values[path] > 1)
                 yield name, module, values[min(fields)] if len(fields) == 1 else splits[0][0]
@@ -130,7 +128,7 @@ class WidthView:
         dims = {
             path
             for name, _, fields in self.producers()
-            if self.known.depth.canonical(name) in self.known.layout.heads
+            if self.known.splits_of(name)
             for path in fields
             if fields & counts
         }
@@ -200,7 +198,7 @@ class WidthView:
         return frozenset(
             path
             for name, _, fields in self.producers()
-            if self.known.depth.canonical(name) in self.known.layout.heads
+            if self.known.splits_of(name)
             for path in fields & selected
             if path not in heads
         )
