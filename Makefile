@@ -1,9 +1,10 @@
 # Everything sets itself up: `make demo` and `make test` work alone in a fresh clone.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench heads-table clean
+.PHONY: demo test test-oldest lint bench heads-table support clean
 
 $(VENV)/.demo: setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,16 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/pytest
 
+# The oldest versions that setup.cfg declares, on one case of every mechanism.
+$(OLDEST)/.test: setup.cfg tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --upgrade pip
+	$(OLDEST)/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[demo,test]'
+	touch $@
+
+test-oldest: $(OLDEST)/.test
+	$(OLDEST)/bin/pytest -m sample
+
 # What the hook costs, and how long pruning takes beside a trace and a peer.
 bench: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[bench]'
@@ -38,5 +49,12 @@ bench: $(VENV)/.demo
 heads-table: $(VENV)/.demo
 	$(BIN)/python benchmarks/head_modes.py --write
 
+# docs/support.md: every architecture of transformers, measured. Takes about an hour; goes on where
+# it was stopped.
+support: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable '.[support]'
+	$(BIN)/python benchmarks/support
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .support

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,33 @@ import torch
 
 THREADS = 2
 torch.set_num_threads(THREADS)
+
+
+SAMPLE = [
+    line
+    for line in Path(__file__).with_name("sample.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what ``sample.txt`` lists; a line that stands for nothing is an error."""
+    found: set[str] = set()
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        matching = {line for line in SAMPLE if _stands_for(line, name)}
+        found |= matching
+        if matching:
+            item.add_marker("sample")
+    missing = [line for line in SAMPLE if line not in found]
+    if missing and config.getoption("markexpr") == "sample":
+        raise pytest.UsageError(f"tests/sample.txt: no test is {', '.join(missing)}")
+
+
+def _stands_for(line: str, name: str) -> bool:
+    """Whether a line of the list means a test: itself, or the class, file or function it is in."""
+    escaped = line.replace("[", "[[]")
+    return fnmatch(name, escaped) or name.startswith((f"{line}::", f"{line}["))
 
 
 class Collector:

@@ -56,7 +56,7 @@ def _falcon(shape: Shape, **kind: Any) -> Any:
     return hf.FalconForCausalLM, hf.FalconConfig(**config)
 
 
-_Made = tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]
+_Made = tuple[type[hf.PreTrainedModel], hf.PretrainedConfig]
 GROUPED: dict[str, Callable[[Shape], _Made]] = {
     "llama": lambda s: (hf.LlamaForCausalLM, hf.LlamaConfig(**_narrow(s))),
     "qwen2": lambda s: (hf.Qwen2ForCausalLM, hf.Qwen2Config(**_grouped(s))),

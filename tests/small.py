@@ -6,17 +6,18 @@ import functools
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
+import transformers as hf
 from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
     LlamaConfig,
-    LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     RobertaConfig,
@@ -25,7 +26,29 @@ from transformers import (
 
 from tp_hf_config import pruner_kwargs
 
+TRANSFORMERS = tuple(int(part) for part in hf.__version__.split(".")[:2])
+TORCH_PRUNING = tuple(int(part) for part in version("torch-pruning").split(".")[:2])
+"""Versions, for what differs: ``TRANSFORMERS >= (5,)``."""
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Llama4(hf.LlamaForCausalLM):
+    """Transformers 4 checks no widths of Llama; this one refuses what that of 5 refuses."""
+
+    def __init__(self, config: Any):
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if hidden % heads:
+            raise ValueError(
+                "Class validation error for validator 'validate_architecture': ValueError: The "
+                f"hidden size ({hidden}) is not a multiple of the number of attention heads "
+                f"({heads})."
+            )
+        super().__init__(config)
+
+
+_Llama4.__name__ = hf.LlamaForCausalLM.__name__
+LlamaForCausalLM = hf.LlamaForCausalLM if TRANSFORMERS >= (5,) else _Llama4
 
 traced_kwargs = functools.partial(pruner_kwargs, graph="trace")
 """What these tests are about is the traced graph; the config graph has its own tests."""

@@ -9,7 +9,6 @@ import pytest
 import small
 import torch
 import torch_pruning as tp
-import torch_pruning.dependency.graph as tp_graph
 import transformers as hf
 from small import traced_kwargs
 from torch import nn
@@ -24,6 +23,7 @@ from tp_hf_config import (
     TracingError,
     UnsupportedModelError,
 )
+from tp_hf_config.versions import graph_module as tp_graph
 
 SYNC_LATER = "Nothing was written; go on pruning and sync again."
 

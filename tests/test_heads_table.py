@@ -8,6 +8,16 @@ from typing import Any
 
 import small
 
+# The README's table is that of Transformers 5; 4 knows no head_dim of ViT, writes DeepSeek-V3's
+# qk_head_dim down, and lists Swin's stages in another order.
+ROWS_OF_4 = {
+    "DeepseekV3ForCausalLM": "| `DeepseekV3ForCausalLM` | `num_attention_heads`, "
+    "`num_key_value_heads` |   |   | `v_head_dim` |   |",
+    "ViTForImageClassification": "| `ViTForImageClassification` |   |   | `hidden_size`, "
+    "`num_attention_heads` |   |   |",
+    "SwinForImageClassification": "| `SwinForImageClassification` |   |   |   |   | num_heads[0]: "
+    "units are not interchangeable in self.relative_position_bias_table |",
+}
 README = (small.ROOT / "README.md").read_text()
 
 
@@ -26,4 +36,5 @@ def test_the_table_is_what_the_command_gives() -> None:
     assert README.count(module.BEGIN) == README.count(module.END) == 1
     written = module.between_marks(README).splitlines()
     for line, made in zip(written, module.table().splitlines(), strict=True):
-        assert line == made
+        row = ROWS_OF_4.get(line.split("`")[1]) if "`" in line else None
+        assert made == (row if row and small.TRANSFORMERS < (5,) else line)

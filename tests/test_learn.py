@@ -101,7 +101,10 @@ def clip(rng: random.Random) -> Values:
 
 
 def mixtral(rng: random.Random) -> Values:
-    return llama(rng) | sizes(rng, num_local_experts=[2, 3, 4])
+    # in Transformers 4 their number is one of layers, which no width is
+    return llama(rng) | sizes(
+        rng, num_local_experts=[2, 3, 4] if small.TRANSFORMERS >= (5,) else [4]
+    )
 
 
 _LLM = {

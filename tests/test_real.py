@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 import torch_pruning as tp
 from conftest import Collector
@@ -26,9 +27,11 @@ def smollm2() -> Any:
 
 
 def test_smollm2_is_pruned_saved_and_loaded_elsewhere(smollm2: Any, collector: Collector) -> None:
-    with pytest.raises(UnsupportedModelError, match="remove_quantization_config"):
-        pruner_kwargs(smollm2)  # plain tensors, but save_pretrained would refuse
-    smollm2.hf_quantizer.remove_quantization_config(smollm2)
+    if small.TRANSFORMERS >= (5,):  # 4 does not call a model quantised that it read from GGUF
+        with pytest.raises(UnsupportedModelError, match="remove_quantization_config"):
+            pruner_kwargs(smollm2)  # plain tensors, but save_pretrained would refuse
+        smollm2.hf_quantizer.remove_quantization_config(smollm2)
+    assert not hasattr(smollm2.config, "quantization_config")
     hook = HFConfigSyncHook()
     ratios = {"hidden_size": 1 / 16, "intermediate_size": 0.25, "num_key_value_heads": 1 / 3}
     pruner = tp.pruner.MetaPruner(

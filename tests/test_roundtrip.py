@@ -15,6 +15,7 @@ from typing import Any
 
 import masking
 import pytest
+import small
 import tiny
 import torch
 import torch_pruning as tp
@@ -30,6 +31,8 @@ FFN = dict.fromkeys(tiny.NAMES, "intermediate_size") | {"opt": "ffn_dim", "t5": 
 HIDDEN = dict.fromkeys(tiny.NAMES, "hidden_size") | {"t5": "d_model"}
 LLAMAS = ("llama", "llama-gqa", "llama-tied")
 BERTS = ("bert", "bert-cls", "roberta", "roberta-cls")
+if small.TRANSFORMERS < (5,):  # no head_dim in its config
+    BERTS += ("vit",)
 
 # A quarter of 64 and of 128 goes, in one step or in three. Llama takes multiples of its heads only,
 # so both widths are rounded down to four; where the heads shrink with the hidden size (BERT, OPT),
@@ -46,7 +49,7 @@ FFN_IN_THREE_WITH_HIDDEN = (
     | dict.fromkeys((*BERTS, "opt"), (112, 104, 96))
 )
 # What has to be written beside the hidden size, so that the class does not derive it from that.
-HEAD_DIM_UNSET = ("qwen2", "phi3", "vit")
+HEAD_DIM_UNSET = ("qwen2", "phi3", "vit" if small.TRANSFORMERS >= (5,) else "mistral")
 
 TIES = {
     "llama-tied": [["lm_head.weight", "model.embed_tokens.weight"]],
@@ -242,12 +245,18 @@ HEADS: dict[tuple[str, str, int], list[dict[str, int]]] = {
     ("gemma", "heads-half", 3): heads(3, 2, 2, fields=_BOTH),
     ("gemma", "all", 1): heads(3, fields=_BOTH, **_AT_ONCE),
     ("gemma", "all", 3): together(*_IN_THREE, num_attention_heads=3, num_key_value_heads=3),
-    ("vit", "heads-quarter", 1): heads(3, head_dim=16),
-    ("vit", "heads-half", 1): heads(2, head_dim=16),
-    ("vit", "heads-half", 3): heads(3, 2, 2, head_dim=16),
-    # 48 / 3 is the head dim of before, so it can stay unset; 58 / 3 is not
-    ("vit", "all", 1): heads(3, **_AT_ONCE),
-    ("vit", "all", 3): together(*_IN_THREE, num_attention_heads=3, head_dim=16),
+    **{
+        ("vit", mode, steps): fields
+        for mode, steps, fields in (
+            ("heads-quarter", 1, heads(3, head_dim=16)),
+            ("heads-half", 1, heads(2, head_dim=16)),
+            ("heads-half", 3, heads(3, 2, 2, head_dim=16)),
+            # 48 / 3 is the head dim of before, so it can stay unset; 58 / 3 is not
+            ("all", 1, heads(3, **_AT_ONCE)),
+            ("all", 3, together(*_IN_THREE, num_attention_heads=3, head_dim=16)),
+        )
+        if "vit" not in BERTS
+    },
     # the hidden size goes with the heads, whole heads of it: the first step takes everything
     ("opt", "all", 1): [_OPT],
     ("opt", "all", 3): [_OPT] * 3,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import small
 import torch
 import transformers as hf
 
@@ -24,17 +25,17 @@ _VIT = {**_SIZES, "image_size": 32, "patch_size": 8, "num_labels": 5}
 del _VIT["vocab_size"], _VIT["max_position_embeddings"]
 _GQA = {**_SIZES, "num_key_value_heads": 2}
 
-_MODELS: dict[str, Callable[[], tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]]] = {
+_MODELS: dict[str, Callable[[], tuple[type[hf.PreTrainedModel], hf.PretrainedConfig]]] = {
     "llama": lambda: (
-        hf.LlamaForCausalLM,
+        small.LlamaForCausalLM,
         hf.LlamaConfig(**_SIZES, num_key_value_heads=4, tie_word_embeddings=False),
     ),
     "llama-gqa": lambda: (
-        hf.LlamaForCausalLM,
+        small.LlamaForCausalLM,
         hf.LlamaConfig(**_GQA, tie_word_embeddings=False),
     ),
     "llama-tied": lambda: (
-        hf.LlamaForCausalLM,
+        small.LlamaForCausalLM,
         hf.LlamaConfig(**_SIZES, num_key_value_heads=4, tie_word_embeddings=True),
     ),
     "qwen2": lambda: (

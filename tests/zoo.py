@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import small
 import tiny
 import torch
 import transformers as hf
@@ -44,9 +45,10 @@ _BART = {
     "decoder_start_token_id": 2,
 }
 _FLOAT32 = {"dtype": "float32"}  # what Transformers writes into nested configs at a reload
+_ROPE = "rope_parameters" if small.TRANSFORMERS >= (5,) else "rope_scaling"
 _EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
 
-_Made = tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]
+_Made = tuple[type[hf.PreTrainedModel], hf.PretrainedConfig]
 _MODELS: dict[str, Callable[[], _Made]] = {
     "llama": lambda: (hf.LlamaForCausalLM, hf.LlamaConfig(**_GQA)),
     "qwen2": lambda: (hf.Qwen2ForCausalLM, hf.Qwen2Config(**_GQA)),
@@ -257,7 +259,7 @@ _MODELS: dict[str, Callable[[], _Made]] = {
             text_config={
                 **_GQA,
                 **_FLOAT32,
-                "rope_parameters": {
+                _ROPE: {
                     "rope_type": "default",
                     "mrope_section": [2, 3, 3],
                     "rope_theta": 10000.0,
@@ -322,6 +324,6 @@ def inputs(model: hf.PreTrainedModel) -> dict[str, torch.Tensor]:
             "input_ids": tokens,
             "pixel_values": rand(2 * 16, 3 * 2 * 4 * 4),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
-            "mm_token_type_ids": (tokens == 90).int(),
+            **({"mm_token_type_ids": (tokens == 90).int()} if small.TRANSFORMERS >= (5,) else {}),
         }
     return {"input_ids": ids(7)}

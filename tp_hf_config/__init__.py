@@ -26,6 +26,7 @@ __all__ = [
     "Prunable",
     "PrunerHook",
     "PrunerSettingsWarning",
+    "Support",
     "SyncReport",
     "TPHFConfigError",
     "TracingError",
@@ -37,6 +38,7 @@ __all__ = [
     "prunable",
     "pruner_kwargs",
     "register",
+    "supports",
 ]
 __version__ = "0.1.0"
 
@@ -50,6 +52,10 @@ def __getattr__(name: str) -> object:
         from . import offers
 
         return getattr(offers, name)
+    if name in ("Support", "supports"):
+        from . import support
+
+        return getattr(support, name)
     if name == "plan":
         from .planning import plan
 

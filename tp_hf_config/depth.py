@@ -11,6 +11,8 @@ from .reference import Builder, FieldPath, Refusal, shapes, with_values
 
 Shapes = dict[str, tuple[int, ...]]
 
+_FEW = 16
+
 
 @dataclass(frozen=True)
 class Depth:
@@ -53,7 +55,26 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
             model = builder.build(trial)
             if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
                 lowered, full_shapes = trial, shapes(model)
-    return Depth(lowered, alike if lowered is not data else {})
+    if lowered is data:
+        return Depth(lowered)
+    lengths = _list_lengths(lowered)
+    for name, indices in alike.items():
+        if len(indices) in lengths and _layers_in(full_shapes, name) == len(indices):
+            alike[name] = tuple(range(len(indices)))  # each may have an entry of its own
+    return Depth(lowered, alike)
+
+
+def _layers_in(all_shapes: Shapes, name: str) -> int:
+    """How many layers of a list have tensors."""
+    rest = [key.removeprefix(f"{name}.") for key in all_shapes if key.startswith(f"{name}.")]
+    return len({key.partition(".")[0] for key in rest})
+
+
+def _list_lengths(data: Any) -> set[int]:
+    """How long the lists in a config are."""
+    if isinstance(data, dict):
+        return {length for value in data.values() for length in _list_lengths(value)}
+    return {len(data)} if isinstance(data, list) else set()
 
 
 def _lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
@@ -83,7 +104,7 @@ def _changes(data: dict[str, Any], length: int, keep: int) -> list[dict[FieldPat
         lists: dict[FieldPath, Any] = {
             (*path, key): value[:keep]
             for key, value in node.items()
-            if isinstance(value, list) and len(value) == length
+            if isinstance(value, list) and len(value) == length and not _few_widths(value)
         }
         for key, value in node.items():
             if isinstance(value, dict):
@@ -95,6 +116,11 @@ def _changes(data: dict[str, Any], length: int, keep: int) -> list[dict[FieldPat
 
     visit(data, ())
     return changes
+
+
+def _few_widths(entries: list[Any]) -> bool:
+    """Whether a list may hold a width of every layer, of so few that each can be looked at."""
+    return len(entries) <= _FEW and all(type(entry) is int and entry > _FEW for entry in entries)
 
 
 def _only_fewer(before: Shapes, model: nn.Module, alike: dict[str, tuple[int, ...]]) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 from torch import nn
 
@@ -204,6 +205,11 @@ def _real_layout(
 ) -> Layout | str:
     per_unit = share.per_unit
     parts, run = dim.layout.parts, Fraction(per_unit, dim.layout.parts)
+    if dim.layout.parts == dim.layout.run == group.grain == 1 < per_unit:
+        return (
+            f"{name}: {per_unit} positions of dimension {dim.dim} go with a unit at full size, one "
+            "in the tiny copy, so that their order was not seen"
+        )
     if dim.layout.run == 1 and group.grain == 1:
         parts, run = per_unit, Fraction(1)  # one position in every part: there can be more (heads)
     if run.denominator != 1 or (dim.layout.offset and not share.rest):
@@ -229,4 +235,20 @@ def _real_counts(count: int, mini: Miniature, known: ConfigMap) -> set[int]:
         for tiny, full in zip(splits, real, strict=False):
             if tiny[0] == count:
                 found.add(full[0])
-    return found
+    return found or _kept_numbers(count, mini, known)
+
+
+def _kept_numbers(count: int, mini: Miniature, known: ConfigMap) -> set[int]:
+    """The number itself, where a field says it in both configs (a router's groups of experts)."""
+    tiny, full = dict(_numbers(mini.known.data)), dict(_numbers(known.data))
+    paths = [path for path, value in tiny.items() if value == count]
+    return {count} if paths and all(full.get(path) == count for path in paths) else set()
+
+
+def _numbers(node: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in items:
+        if isinstance(value, (dict, list)):
+            yield from _numbers(value, (*path, key))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield (*path, key), value

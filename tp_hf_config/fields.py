@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+_FEW = 64
+
+
 def candidates(
     builder: Builder, config: PreTrainedConfig, data: dict[str, Any]
 ) -> tuple[dict[FieldPath, int], list[FieldPath]]:
@@ -33,12 +36,30 @@ def candidates(
         for name in sorted(reads.get(type(node), ())):
             value = part.get(name)
             field: FieldPath = (*path, name)
-            entries = enumerate(value) if isinstance(value, list) else ()
-            whole = {(*field, index): entry for index, entry in entries} or {field: value}
+            whole = {} if field in nodes else dict(_entries(value, field))
             declared.update({key: entry for key, entry in whole.items() if _is_count(entry)})
-            if value is None and not name.startswith("_") and not _is_machinery(name):
+            own = not name.startswith("_") and not _is_machinery(name)
+            if value is None and own and _takes_numbers(type(node), name):
                 unset.append(field)
-    return declared, unset
+    return declared, sorted(unset, key=lambda path: str(path[-1]))  # like fields stand together
+
+
+def _takes_numbers(config_class: type, name: str) -> bool:
+    """Whether a config's field may be a whole number, going by what is written beside it."""
+    declared = getattr(config_class, "__dataclass_fields__", {}).get(name)
+    return declared is None or any(word in str(declared.type) for word in ("int", "Any"))
+
+
+def _entries(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
+    """A value, or what stands in a list or a small dictionary, and in those in it."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _entries(entry, (*path, index))
+    elif isinstance(value, dict):  # a large one names labels
+        for key, entry in value.items() if len(value) <= _FEW else ():
+            yield from _entries(entry, (*path, key))
+    else:
+        yield path, value
 
 
 def _is_machinery(name: str) -> bool:

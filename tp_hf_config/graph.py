@@ -14,9 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 from torch_pruning import _helpers, ops
-from torch_pruning.dependency.dependency import Dependency
-from torch_pruning.dependency.group import Group
-from torch_pruning.dependency.node import Node
+from torch_pruning.dependency import Dependency, Group, Node
 from torch_pruning.pruner import function
 
 from .cuts import Cuts

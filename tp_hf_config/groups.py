@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import islice
 from math import gcd
 
 import torch
@@ -133,27 +132,20 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
     if len(fields) > 1:  # an output can be a multiple of a field
         runs |= {share.per_unit for parts in shares.values() for share in parts}
     test = TwinTest(mini.model, mini.inputs, units, sorted(runs))
-    best: Links | None = None
     found: Finding | None = None
-    choices = list(islice(_choices(styles, units), _MAX_LAYOUTS))
-    for sources in choices:
-        links = test.links(list(sources))
-        if not links.unequal:
+    first, (sources, links) = _searched(test, styles, units)
+    if not links.unequal:
+        found = _proved(test, sources, fields, links)
+        if found.reason is not None:
+            links = test.links(list(sources), thorough=True)
             found = _proved(test, sources, fields, links)
-            if found.reason is not None:
-                links = test.links(list(sources), thorough=True)
-                found = _proved(test, sources, fields, links)
-            if mini.partial and found.unseen:
-                found = replace(found, reason=f"{found.reason} when given text alone")
-            break
-        if best is None or len(links.unequal) < len(best.unequal):
-            best = links
+        if mini.partial and found.unseen:
+            found = replace(found, reason=f"{found.reason} when given text alone")
     if found is None:
-        names = _named(best.unequal if best else ())
-        reason = f"units are not interchangeable in {names}"
+        reason = f"units are not interchangeable in {_named(links.unequal)}"
         found = Finding(fields, reason=reason, disproved=True)
     if found.disproved and len(fields) == 1:
-        found = _without_twins(test, choices[0], fields) or found
+        found = _without_twins(test, first, fields) or found
     if len(fields) > 1:
         return _refined(mini, found)
     stacked = (listed[dim.name].ndim == 3 and dim.dim == 0 for g in found.groups for dim in g.dims)
@@ -198,18 +190,59 @@ def _without_twins(
     return Finding(fields, tuple(groups))
 
 
-def _choices(
-    styles: Mapping[_Style, Sequence[Dim]], units: int
-) -> Iterator[dict[Dim, FieldPath | None]]:
-    """The dimensions with one layout for each style of them, likely choices first."""
-    for chosen in likely_first([layouts for layouts, _ in styles]):
-        sources = {
-            Dim(dim.name, dim.dim, layout): path
-            for layout, ((_, path), alike) in zip(chosen, styles.items(), strict=True)
-            for dim in alike
-        }
+_Sources = dict[Dim, FieldPath | None]
+
+
+def _searched(
+    test: TwinTest, styles: Mapping[_Style, Sequence[Dim]], units: int
+) -> tuple[_Sources, tuple[_Sources, Links]]:
+    """The likeliest layouts, and those in which the fewest dimensions tell units apart.
+
+    First likely layouts together; then, from the best of those, others for one style at a time,
+    where units are told apart.
+    """
+    tried: list[tuple[int, tuple[Layout, ...], _Sources, Links]] = []
+
+    def attempt(chosen: tuple[Layout, ...]) -> bool:
+        sources = _sources(styles, chosen)
         if not _overlap(sources, units):
-            yield sources
+            links = test.links(list(sources))
+            tried.append((len(links.unequal), chosen, sources, links))
+        return bool(tried) and not tried[-1][0]
+
+    def best() -> tuple[int, tuple[Layout, ...], _Sources, Links]:
+        return min(tried, key=lambda one: one[0])
+
+    for chosen in likely_first([layouts for layouts, _ in styles]):
+        if attempt(chosen) or len(tried) == _MAX_LAYOUTS:
+            break
+    options = [[layout for _, layout in layouts] for layouts, _ in styles]
+    better = bool(best()[0])
+    while better:
+        least, chosen, _, links = best()
+        apart = {(dim.name, dim.dim) for dim in links.unequal}
+        places = [
+            place
+            for place, alike in enumerate(styles.values())
+            if any((dim.name, dim.dim) in apart for dim in alike)
+        ]
+        for place in places:
+            for layout in options[place][:_MAX_LAYOUTS]:
+                attempt((*chosen[:place], layout, *chosen[place + 1 :]))
+            if best()[0] < least:
+                break
+        better = 0 < best()[0] < least and len(tried) < 4 * _MAX_LAYOUTS
+    _, _, sources, links = best()
+    return tried[0][2], (sources, links)
+
+
+def _sources(styles: Mapping[_Style, Sequence[Dim]], chosen: Sequence[Layout]) -> _Sources:
+    """The dimensions with one layout for each style of them, and the fields that set them."""
+    return {
+        Dim(dim.name, dim.dim, layout): path
+        for layout, ((_, path), alike) in zip(chosen, styles.items(), strict=True)
+        for dim in alike
+    }
 
 
 def _overlap(dims: Iterable[Dim], units: int) -> bool:

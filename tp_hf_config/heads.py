@@ -15,18 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from .inputs import example_inputs, text_alone
+from .dry_run import NoValues, RealNumbers
+from .inputs import example_inputs, form_of, input_forms, text_inputs
 
 _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
-_VALUES = (
-    torch.Tensor.item,
-    torch.Tensor.__bool__,
-    torch.Tensor.__int__,
-    torch.Tensor.__index__,
-)
 
 
 @dataclass(frozen=True)
@@ -41,31 +35,64 @@ class Layout:
             fused q/k/v).
         outputs: layers whose output is what the model returns (``lm_head``, classifiers).
         steps: how many projections were called; a forward pass that broke off has fewer.
+        ended: the forward pass came to its end, with all that it takes.
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     pieces: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
     steps: int = 0
+    ended: bool = False
+
+    def joined(self, other: Layout) -> Layout:
+        """What was seen here and in another run."""
+        return Layout(
+            {**self.heads, **other.heads},
+            {**self.pieces, **other.pieces},
+            self.outputs | other.outputs,
+            self.steps + other.steps,
+            self.ended,
+        )
 
 
 def observe(model: nn.Module) -> Layout:
     """Run ``model`` (on the meta device) and note how projections' outputs are taken apart.
 
     A class whose forward pass needs real values stops part of the way; what was seen until then
-    is returned. Where images or sound stop it early, text alone may go further.
+    is returned. Where images or sound stop it early, text alone goes another part of the way.
     """
-    with torch.no_grad(), torch.device("meta"):
+    with torch.no_grad(), RealNumbers():
+        text = text_inputs(model)
+        if type(model) not in form_of:
+            form_of[type(model)] = _best_form(model)
         inputs = example_inputs(model)
-    text = text_alone(inputs)
-    seen, ended = _observe(model, inputs)
-    if ended or "input_ids" not in text or text.keys() == inputs.keys():
-        return seen
-    return max(seen, _observe(model, text)[0], key=lambda layout: layout.steps)
+    seen = _observe(model, inputs)
+    return seen if seen.ended or text is None else seen.joined(_observe(model, text))
 
 
-def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Layout, bool]:
-    """What was seen, and whether the forward pass came to its end."""
+def _best_form(model: nn.Module) -> int:
+    """The form of inputs with which the forward pass goes furthest."""
+    calls: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+        for module in model.modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    best, most = 0, -1
+    try:
+        for number, inputs in enumerate(input_forms(model)):
+            calls.clear()
+            if _observe(model, inputs).ended:
+                return number
+            if len(calls) > most:
+                best, most = number, len(calls)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return best
+
+
+def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
     ended = False
     watch = _Watch()
     handles = [
@@ -74,7 +101,7 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Layout, bool]
         if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
     ]
     try:
-        with torch.no_grad(), torch.device("meta"), watch:
+        with torch.no_grad(), RealNumbers(), watch:
             watch.returned(model(**inputs))
             ended = True
     except Exception:
@@ -82,13 +109,13 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Layout, bool]
     finally:
         for handle in handles:
             handle.remove()
-    seen = Layout(
+    return Layout(
         heads=watch.complete_heads(),
         pieces={name: tuple(sizes) for name, sizes in watch.pieces.items()},
         outputs=frozenset(watch.outputs),
         steps=watch.steps,
+        ended=ended,
     )
-    return seen, ended
 
 
 def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -110,17 +137,6 @@ def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     if len(split) == 3 and split[0] == 3 and split[1] != 3:
         return (split[1:],) * 3
     return (split,)
-
-
-class NoValues(TorchFunctionMode):
-    """A forward pass on the meta device: questions about values, which masks ask, are answered."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _VALUES and args[0].is_meta:
-            return True  # masks ask whether anything is masked; no value is known here
-        if func is torch.Tensor.__contains__ and args[0].is_meta:
-            return False  # is there a padding token?
-        return func(*args, **(kwargs or {}))
 
 
 class _Watch(NoValues):

@@ -1,18 +1,33 @@
-"""Small example inputs for any Hugging Face model, from its forward signature and its config."""
+"""Small example inputs for any Hugging Face model, from its forward signature and its config.
+
+The names of a forward pass's arguments are the same all over transformers, the shapes behind them
+are not: :func:`input_forms` goes through those that there are, likely ones first.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 
+from .dry_run import NoValues
+from .input_shapes import BESIDE, DISPENSABLE, MAIN, REQUIRED, TOWERS, Shape, size_of
 from .twins import tensors_in
 
 _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")
+_VIDEOS = "pixel_values_videos"
+_SEEN = ("image", "video", "audio")
+_PER_TOKEN = {"bbox": 4, "image_attention_mask": 1}
+_PACKED = ("target_sizes", "tgt_sizes")
+_OWN_COUNT = "feature_attention_mask"
+_QUERIES = "image_embeds_position_mask"
+_MOST_FORMS = 16
 
 
 def example_inputs(
@@ -25,70 +40,217 @@ def example_inputs(
     Text gives ``(1, length)`` token ids, vision ``(1, channels, height, width)`` pixels of the
     config's own size, speech ``(1, bins, frames)`` features or ``(1, samples)`` values.
     """
+    return next(input_forms(model, config, length, form_of.get(type(model), 0)))
+
+
+form_of: dict[type, int] = {}
+"""Which form a class takes, where it is not the first: seen when it was first run."""
+
+
+def text_inputs(model: nn.Module, length: int = _TEXT_LENGTH) -> dict[str, Any] | None:
+    """Keyword arguments without images and sound, for a model that takes text beside them."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters or not _main(parameters, model.config):
+        return None
+    ids = _texts(model, parameters, model.config, length)[0]
+    return {**ids, "use_cache": False} if "use_cache" in parameters else ids
+
+
+def input_forms(
+    model: nn.Module, config: Any = None, length: int = _TEXT_LENGTH, first: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Keyword arguments for one small forward pass, in all forms that they may have to take.
+
+    Tokens that stand for an image or a sound are as many as the model makes features of it.
+    ``first`` forms are left out.
+    """
     parameters = inspect.signature(model.forward).parameters
     config = model.config if config is None else config
-    parameter = next(model.parameters())
-    inputs: dict[str, Any] = {}
-    for name in _TEXT:
-        if name in parameters:
-            ids = torch.arange(1, 1 + length, device=parameter.device)[None]
-            inputs[name] = ids % max(2, _setting(config, "vocab_size") or 2)
-    makers: dict[str, Callable[[Any], tuple[int, ...]]] = {
-        "pixel_values": _pixels,
-        "input_features": _features,
-        "input_values": lambda _: (1, 4000),
-    }
-    for name, maker in makers.items():
-        if name in parameters:
-            shape = maker(config)
-            inputs[name] = torch.rand(shape, device=parameter.device).to(parameter.dtype)
-    if "image_grid_thw" in parameters and inputs.keys() >= {"pixel_values", "input_ids"}:
-        inputs.update(_image_among_text(config, inputs["input_ids"], parameter, parameters))
-    if "use_cache" in parameters:
-        inputs["use_cache"] = False
-    return inputs
+    plain, *others = _texts(model, parameters, config, length)
+    forms = chain(
+        ((form, plain) for form in _forms(parameters, config)),
+        ((next(_forms(parameters, config)), text) for text in others),
+    )
+    for form, text in islice(forms, first, _MOST_FORMS):
+        seen = {name: shape.made(model) for name, shape in form.items()}
+        inputs = _with_places(model, {**text, **seen}, parameters, config)
+        yield {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
 
 
-def text_alone(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a model that takes several kinds, without images and sound."""
-    return {
-        name: value
-        for name, value in inputs.items()
-        if not name.startswith(("pixel", "input_f", "input_v", "image", "mm_"))
+def _forms(parameters: Mapping[str, Any], config: Any) -> Iterator[dict[str, Shape]]:
+    """For every argument that is given, its shape."""
+    main = _main(parameters, config)
+    forms = [dict(zip(main, chosen, strict=True)) for chosen in _one_by_one(main.values())]
+    for form in forms:
+        found = _with_others(form, parameters, config)
+        yield found
+        if any(name in found for name in DISPENSABLE):
+            yield {name: shape for name, shape in found.items() if name not in DISPENSABLE}
+
+
+def _main(parameters: Mapping[str, Any], config: Any) -> dict[str, list[Shape]]:
+    """The shapes that the arguments may have which all others go by."""
+    names = [name for name in MAIN if name in parameters and _has_tower(config, name)]
+    alone = not names and not any(name in parameters for name in _TEXT)
+    for name in REQUIRED:
+        wanted = alone or (name == _VIDEOS and "pixel_values" not in parameters)
+        if name in parameters and (wanted or _required(parameters[name])):
+            names.append(name)
+    found = {name: {**MAIN, **REQUIRED}[name](config, parameters) for name in names}
+    return {name: shapes for name, shapes in found.items() if shapes}
+
+
+def _has_tower(config: Any, name: str) -> bool:
+    return getattr(config, TOWERS.get(name, ""), config) is not None
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is inspect.Parameter.empty
+
+
+def _with_others(
+    form: dict[str, Shape], parameters: Mapping[str, Any], config: Any
+) -> dict[str, Shape]:
+    """The form, and what goes beside the arguments in it."""
+    beside = {
+        name: make(config, form) for name, make in BESIDE.items() if name in parameters and form
     }
+    return {**form, **{name: shape for name, shape in beside.items() if shape is not None}}
+
+
+def _one_by_one(choices: Any) -> Iterator[tuple[Shape, ...]]:
+    """The first of each, then others in one place, then the last of each."""
+    choices = list(choices)
+    first = [options[0] for options in choices]
+    yield tuple(first)
+    for place, options in enumerate(choices):
+        for option in options[1:]:
+            yield (*first[:place], option, *first[place + 1 :])
+    if sum(len(options) > 1 for options in choices) > 1:
+        for number in range(1, max(map(len, choices))):
+            yield tuple(options[min(number, len(options) - 1)] for options in choices)
+
+
+def _texts(
+    model: nn.Module, parameters: Mapping[str, Any], config: Any, length: int
+) -> list[dict[str, torch.Tensor]]:
+    """Token ids; for a model of sound in codebooks also so many rows or columns of them."""
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    ids = torch.arange(1, 1 + length, device=device)[None] % max(2, size_of(config, "vocab_size"))
+    taken = (_token(config, kind) for kind in _SEEN)
+    for token in (token for token in taken if token is not None):
+        ids = ids.masked_fill(ids == token, 1 if token != 1 else 2)
+    names = [name for name in _TEXT if name in parameters]
+    found = [dict.fromkeys(names, ids)]
+    books = size_of(config, "num_codebooks") or size_of(
+        getattr(config, "decoder_config", None), "num_channels"
+    )
+    if books and names:
+        for several in (
+            ids.repeat(books, 1),
+            ids[..., None].repeat(1, 1, books),
+            ids[..., None].repeat(1, 1, books + 1),
+        ):
+            found.append({**found[0], names[-1]: several})
+    return found
+
+
+def _token(config: Any, kind: str) -> int | None:
+    """The token that stands for an image, a video or a sound."""
+    for name in (f"{kind}_token_id", f"{kind}_token_index"):
+        found = getattr(config, name, None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _with_places(
+    model: nn.Module, inputs: dict[str, Any], parameters: Mapping[str, Any], config: Any
+) -> dict[str, Any]:
+    """The inputs, with a token in the text for every feature of an image, a video or a sound."""
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim > 2:
+        return inputs
+    counts = {kind: _count(model, kind, inputs, config) for kind in _SEEN}
+    places = [
+        torch.full_like(ids[:, :1], _token(config, kind) or 0).repeat(1, count)
+        for kind, count in counts.items()
+    ]
+    queries = size_of(config, "latent_query_num") if _QUERIES in parameters else 0
+    ids = torch.cat([torch.ones_like(ids[:, :1]).repeat(1, queries), *places, ids], dim=1)
+    found = {**inputs, "input_ids": ids}
+    if _QUERIES in parameters:
+        found[_QUERIES] = torch.arange(ids.shape[1], device=ids.device)[None] < queries
+    for name, width in _PER_TOKEN.items():
+        if name in parameters and (name != "image_attention_mask" or "pixel_values" in inputs):
+            make = torch.zeros if name == "bbox" else torch.ones
+            found[name] = make((*ids.shape, width), dtype=ids.dtype, device=ids.device)
+    if not any(counts.values()):
+        return found
+    if _OWN_COUNT in inputs and "attention_mask" in parameters:
+        found["attention_mask"] = torch.ones_like(ids)
+    if "mm_token_type_ids" in parameters:
+        kinds = torch.zeros_like(ids)
+        for number, kind in enumerate(_SEEN, start=1):
+            kinds[ids == _token(config, kind)] = number
+        found["mm_token_type_ids"] = kinds
+    if "token_type_ids" in parameters:
+        image = _token(config, "image")
+        found["token_type_ids"] = (ids == (-1 if image is None else image)).to(ids.dtype)
+    return found
+
+
+def _count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
+    """How many tokens of a kind there have to be in the text."""
+    name = f"get_{kind}_features"
+    if _token(config, kind) is None:
+        return 0
+    if kind == "audio" and _OWN_COUNT in inputs and not hasattr(model, name):
+        return 1  # the forward pass puts in the others itself
+    methods = (getattr(module, name) for module in model.modules() if hasattr(module, name))
+    return next((count for method in methods if (count := _features(method, inputs))), 0)
+
+
+def _features(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int:
+    """How many features a model makes of the images (videos, sounds) in its inputs."""
+    accepted = inspect.signature(method).parameters
+    seen = {name: value for name, value in inputs.items() if name not in _TEXT}
+    own = {name: value for name, value in inputs.items() if name in accepted}
+    for given in ({name: value for name, value in own.items() if name in seen}, own, seen):
+        try:
+            with torch.no_grad(), NoValues():
+                made = method(**given)
+            break
+        except Exception as error:  # some count the text's tokens here and say what they expect
+            if expected := re.search(r"features:? (\d+)$", str(error)):
+                return int(expected[1])
+    else:  # it takes something else; the forward pass will say so
+        return 0
+    made = getattr(made, "pooler_output", made)
+    return sum(
+        tensor.numel() // tensor.shape[-1]
+        for tensor in tensors_in(made)
+        if tensor.is_floating_point() and tensor.ndim > 1
+    )
 
 
 def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs, and a second sample beside the first."""
+    packed = any(name in inputs for name in _PACKED)  # the patches of all images in one row
     return {
-        name: torch.cat([value, value if name.endswith("_thw") else value.flip(-1)])
+        name: torch.cat(
+            [value, value.flip(-1) if _may_turn(name) else value],
+            dim=-1 if packed and name == "pixel_values" else 0,
+        )
         if isinstance(value, torch.Tensor)
         else value
         for name, value in inputs.items()
     }
 
 
-def _image_among_text(
-    config: Any, ids: torch.Tensor, parameter: torch.Tensor, wanted: Container[str]
-) -> dict[str, Any]:
-    """One image as a row of patches, and its tokens in front of the text (Qwen-VL's way).
-
-    An image of ``2 m x 2 m`` patches is merged to four tokens (``m``: ``spatial_merge_size``).
-    """
-    vision, token = config.vision_config, config.image_token_id
-    side = 2 * getattr(vision, "spatial_merge_size", 2)
-    channels = next(
-        (getattr(vision, key) for key in ("in_channels", "in_chans") if hasattr(vision, key)), 3
-    )
-    size = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
-    text = ids.masked_fill(ids == token, 1 if token != 1 else 2)
-    both = torch.cat([torch.full_like(ids[:, :4], token), text], dim=1)
-    pixels = torch.rand(side * side, size, device=parameter.device).to(parameter.dtype)
-    grid = torch.tensor([[1, side, side]], device=parameter.device)
-    inputs = {"input_ids": both, "pixel_values": pixels, "image_grid_thw": grid}
-    if "mm_token_type_ids" in wanted:
-        inputs["mm_token_type_ids"] = (both == token).int()
-    return inputs
+def _may_turn(name: str) -> bool:
+    return name in _TEXT or name.endswith("token_type_ids") or name in MAIN
 
 
 def tensors_with_grad(outputs: Any) -> list[torch.Tensor]:
@@ -97,28 +259,3 @@ def tensors_with_grad(outputs: Any) -> list[torch.Tensor]:
     Torch-Pruning's tracer fails on anything else (its ``utils.flatten_as_list``).
     """
     return [tensor for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
-
-
-def _setting(config: Any, name: str) -> Any:
-    for part in (
-        config,
-        *(getattr(config, key, None) for key in ("text_config", "vision_config", "audio_config")),
-    ):
-        value = getattr(part, name, None)
-        if value is not None:
-            return value
-    return None
-
-
-def _pixels(config: Any) -> tuple[int, ...]:
-    size = _setting(config, "image_size") or 224
-    if isinstance(size, dict):
-        size = (size["height"], size["width"])
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
-    return (1, _setting(config, "num_channels") or 3, height, width)
-
-
-def _features(config: Any) -> tuple[int, ...]:
-    bins = _setting(config, "num_mel_bins") or 80
-    positions = _setting(config, "max_source_positions") or 1500
-    return (1, bins, 2 * positions)

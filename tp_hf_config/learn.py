@@ -6,8 +6,10 @@ to that field.  No field, layer or architecture is known by name.
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import lines
 from .depth import Depth, shallow
 from .errors import UnsupportedModelError
 from .fields import candidates
@@ -29,7 +32,7 @@ from .reference import (
     shapes,
     with_values,
 )
-from .solve import Expression, Observable
+from .solve import Expression, Observable, Power
 from .study import Study
 
 if TYPE_CHECKING:
@@ -53,6 +56,9 @@ class ConfigMap:
         bound: widths that the class takes no other value of alone, and the fields that would have
             to move with each (Mamba 2: hidden size times ``expand`` is heads times head dim).
         sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
+        powers: dimensions along no straight line that are powers of fields (hidden over heads).
+        loose: dimensions that follow no such rule (rounded ones), and the fields that move them.
+        silent: other whole numbers that the class reads, and that set no dimension.
     """
 
     builder: Builder
@@ -65,6 +71,9 @@ class ConfigMap:
     linked: dict[FieldPath, FieldPath] = field(default_factory=dict)
     bound: dict[FieldPath, tuple[FieldPath, ...]] = field(default_factory=dict)
     sizes: dict[FieldPath, int] = field(default_factory=dict)
+    powers: dict[Observable, Power] = field(default_factory=dict)
+    loose: dict[Observable, frozenset[FieldPath]] = field(default_factory=dict)
+    silent: dict[FieldPath, int] = field(default_factory=dict)
 
     def count_fields(self) -> frozenset[FieldPath]:
         """The fields that set into how many heads a projection's output is split."""
@@ -145,10 +154,24 @@ def map_of(model: PreTrainedModel, full: nn.Module | Refusal | None = None) -> C
         raise UnsupportedModelError(_disagreement(model, mismatches))
     key = (type(model), model.config.to_json_string(use_diff=False), builder.dtype)
     if key not in _known:
-        _known[key] = learn(builder, model.config, full)
+        with _old_objects_aside():
+            _known[key] = learn(builder, model.config, full)
         while len(_known) > _KEPT:
             _known.popitem(last=False)
     return _known[key]
+
+
+@contextmanager
+def _old_objects_aside() -> Iterator[None]:
+    """Spare the garbage collector what was there before: hundreds of builds wake it often."""
+    if gc.get_freeze_count():  # somebody else's
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:
@@ -177,14 +200,13 @@ def learn(
     depth = shallow(builder, data, full)
     declared, unset = candidates(builder, config, depth.data)
     study = Study(builder, depth, {})
-    found_unset = {path: study.implied(path) for path in unset if not all_set}
-    implied = {path: value for path, value in found_unset.items() if value is not None}
-    implied = study.free(implied, declared)
+    implied = study.free({} if all_set else study.all_implied(unset), declared)
     study = Study(builder, depth, implied)
     values = {**declared, **implied}
     moves, linked = study.moves(values)
-    expressions = study.expressions(values, moves)
+    expressions = lines.expressions(study, values, moves)
     moving = {path for expression in expressions.values() for path in expression.fields}
+    powers, loose = lines.powers(study, values, moves, expressions)
     linked |= study.dragged(values, moving)
     return ConfigMap(
         builder=builder,
@@ -197,4 +219,7 @@ def learn(
         linked=linked,
         bound=study.bound,
         sizes={path: value for path, value in values.items() if path in moves or path in linked},
+        silent={p: v for p, v in declared.items() if p not in moves and p not in linked},
+        powers=powers,
+        loose=loose,
     )

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from .heads import Layout, observe
-from .inputs import example_inputs, second_sample, text_alone
+from .inputs import example_inputs, input_forms, second_sample, text_inputs
 from .learn import ConfigMap, learn
 from .reference import FieldPath, Refusal, shapes, with_values
 from .ties import saved_buffers
+from .twins import AllFloat64, tensors_in
 
 _FEW = 8
 _HEAD_DIM = 16
+_ROWS = 2048
+_EXPERTS = (4, 8, 16, 32)
+_LONG_TEXT = 32
+_CROPS = "image_grid_pinpoints"
+_TOKEN = ("_token_id", "_token_index")
 _PLACES = ("image", "video", "audio", "vision")
 _LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
     (_FEW, (4, 2, 3, 6, 8)),
@@ -47,13 +54,13 @@ def miniature(known: ConfigMap) -> Miniature | Refusal:
 
     Where it does not, some widths have to stay equal to each other: those go together then.
     """
-    refusal = Refusal("not tried")
+    found: list[Miniature | Refusal] = []
     for together in (False, True):
-        found = _build(known, _shrunken(known, _small_tokens(known.depth.data), together))
-        if isinstance(found, Miniature):
-            return found
-        refusal = found
-    return refusal
+        made = _build(known, _shrunken(known, _small_tokens(known.depth.data), together))
+        if isinstance(made, Miniature) and not made.partial:
+            return made
+        found.append(made)
+    return next((one for one in found if isinstance(one, Miniature)), found[-1])
 
 
 def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
@@ -67,34 +74,60 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         model = builder.build_real(data)
         if isinstance(model, Refusal):
             return model
-        _randomise(model)
-        inputs = _working_inputs(model)
-        if isinstance(inputs, Refusal):
-            return inputs
-    partial = not example_inputs(model).keys() <= inputs.keys()
+        randomise(model)
+        working = _working_inputs(model)
+        if isinstance(working, Refusal):
+            return working
+    inputs, partial = working
     return Miniature(
         learn(builder, builder.config(data), full, all_set=True), model, inputs, partial
     )
 
 
-def _working_inputs(model: nn.Module) -> dict[str, Any] | Refusal:
-    """Inputs of two samples with which the model runs: all kinds that it takes, or text alone."""
-    everything = second_sample(example_inputs(model))
-    short = second_sample(example_inputs(model, length=3))  # few positions in the tiny copy
-    text = second_sample(text_alone(example_inputs(model)))
+def _working_inputs(model: nn.Module) -> tuple[dict[str, Any], bool] | Refusal:
+    """Inputs of two samples with which the model runs, and whether it is text alone.
+
+    Three tokens come last: there may be few positions.
+    """
+    first = [example_inputs(model)]  # it went furthest without data
+    forms = chain(first, input_forms(model), islice(input_forms(model, length=3), 1))
+    text = text_inputs(model)
     reason = ""
-    for inputs in (everything, short, text) if "input_ids" in text else (everything,):
-        stopped = why_not(model, inputs)
-        if stopped is None:
-            return inputs
-        reason = reason or stopped
+    for form, partial in chain(((form, False) for form in forms), ((text, True),)):
+        stopped = "" if form is None else why_not(model, inputs := second_sample(form))
+        if form is not None and stopped is None:
+            return _reaching(model, inputs), partial
+        reason = reason or stopped or ""
     return Refusal(f"the tiny copy does not run: {reason}")
+
+
+def _reaching(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """These inputs, or a longer text where that reaches more of the model.
+
+    No token of a short one may go to some expert; Transformers 4 keeps each as layers of its own.
+    """
+    unreached = _unreached(model, inputs)
+    if unreached and "input_ids" in inputs:
+        longer = second_sample(example_inputs(model, length=_LONG_TEXT))
+        alike = longer.keys() == inputs.keys() and why_not(model, longer) is None
+        if alike and _unreached(model, longer) < unreached:
+            return longer
+    return inputs
+
+
+def _unreached(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """How many parameters the outputs do not depend on."""
+    with AllFloat64():
+        outputs = [tensor for tensor in tensors_in(model(**inputs)) if tensor.requires_grad]
+    total = torch.stack([tensor.sum() for tensor in outputs]).sum()
+    grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    return sum(grad is None for grad in grads)
 
 
 def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
     """What a forward pass breaks off with; ``None``: it does not."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), AllFloat64():
             model(**inputs)
     except Exception as error:  # whatever a class's forward pass raises
         return " ".join(str(error).split())[:200] or type(error).__name__
@@ -107,17 +140,66 @@ def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[st
     if isinstance(base, Refusal):
         return data
     names, before = set(shapes(base)), observe(base)
+    several = _several_per_unit(known)
     data = with_values(data, {path: known.sizes[path] for path in known.unset})
+    counts = {split[0] for splits in before.heads.values() for split in splits}
+    parts = {_part(path) for path in known.count_fields()}
+    heads = known.count_fields() | {
+        path for path, size in known.sizes.items() if size in counts and _part(path) not in parts
+    }
+
+    def runs(trial: dict[str, Any]) -> bool:
+        model = known.builder.build(trial)
+        return (
+            not isinstance(model, Refusal)
+            and set(shapes(model)) == names
+            and _still_several(several, trial, shapes(model))
+            and not _single(shapes(base), shapes(model))
+            and _alike(before, observe(model))
+        )
+
     for path in sorted(known.sizes, key=lambda path: known.sizes[path]):
-        for change in _smaller(known, data, path, together):
-            trial = with_values(data, dict(change))
-            model = known.builder.build(trial)
-            if isinstance(model, Refusal) or set(shapes(model)) != names:
-                continue
-            if _alike(before, observe(model)):
+        changes = _smaller(known, data, path, heads, together)
+        trials = [with_values(data, {**one, **_crops(data, one)}) for one in changes]
+        fitting = [trial for trial in trials if runs(trial)] if _stacked(known, path) else []
+        for trial in fitting:  # room for a router: it runs with half of the experts too
+            if runs(with_values(trial, {path: _get(trial, path) // 2})):
                 data = trial
                 break
+        else:
+            data = next((one for one in fitting or trials if fitting or runs(one)), data)
     return data
+
+
+def _several_per_unit(known: ConfigMap) -> list[tuple[str, int, FieldPath]]:
+    """Dimensions in which a unit of some field holds several positions, and that field.
+
+    With one position a unit, the tiny copy could not show in which order they stand.
+    """
+    return [
+        (name, dim, path)
+        for (name, dim), expression in known.expressions.items()
+        if isinstance(dim, int)
+        for path in expression.fields
+        if expression.terms.get(frozenset({path}), 0) > 1
+    ]
+
+
+def _still_several(
+    several: Sequence[tuple[str, int, FieldPath]],
+    data: dict[str, Any],
+    built: dict[str, tuple[int, ...]],
+) -> bool:
+    return all(
+        built[name][dim] > _get(data, path)
+        for name, dim, path in several
+        if name in built and dim < len(built[name])
+    )
+
+
+def _single(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a dimension shrank to 1: attention over one patch of an image shows nothing."""
+    return any(1 in built[name] and built[name].count(1) > before[name].count(1) for name in built)
 
 
 def _alike(before: Layout, after: Layout) -> bool:
@@ -125,7 +207,7 @@ def _alike(before: Layout, after: Layout) -> bool:
 
     A head of two dimensions has no partial rotary embedding any more.
     """
-    if after.steps < before.steps:
+    if after.steps < before.steps or (before.ended and not after.ended):
         return False
     for layer, splits in before.heads.items():
         now = after.heads.get(layer, ())
@@ -137,38 +219,106 @@ def _alike(before: Layout, after: Layout) -> bool:
 
 
 def _smaller(
-    known: ConfigMap, data: dict[str, Any], path: FieldPath, together: bool
+    known: ConfigMap,
+    data: dict[str, Any],
+    path: FieldPath,
+    counts: Collection[FieldPath],
+    together: bool,
 ) -> Iterator[dict[FieldPath, int]]:
     """Smaller values of a field, alone (but if ``together``) and with all fields equal to it.
 
     Values that no other field has come first, so that what is different stays different; small
-    numbers (heads, experts) take no others.
+    numbers take no others, but those of heads (``counts``), as long as there are more query heads
+    than key/value heads where there were.
     """
     if path in known.linked:
         return
     value = _get(data, path)
-    heads = path in known.count_fields()
-    if value <= _LADDERS[0][1][0] and _stacked(known, path):
-        return  # of fewer experts a router would take all
+    if value <= _ROWS and _only_rows(known, path):
+        return  # positions or distances: a forward pass may look up any of them
+    heads = path in counts
+    stacked = _stacked(known, path)
     few = value <= _FEW or heads
     ladder = next(steps for limit, steps in _LADDERS if few or limit is None or value <= limit)
-    if heads:  # even numbers: several may have to go in proportion (Whisper's encoder, decoder)
-        ladder = tuple(sorted(ladder, key=lambda step: step % 2))
+    if stacked:  # of fewer experts a router would take all
+        ladder = _EXPERTS
+    elif heads and value % 2 == 0:  # several may go in proportion (Whisper's encoder, decoder)
+        ladder = tuple(step for step in ladder if step % 2 == 0)
     followers = [other for other, leader in known.linked.items() if leader == path]
     current = {other: _get(data, other) for other in known.sizes}
     equals = [
-        other
-        for other, size in current.items()
-        if size == value and (other in known.count_fields()) == heads
+        other for other, size in current.items() if size == value and (other in counts) == heads
     ]
     taken = {size for size in current.values() if size != value}
     fresh = [step for step in ladder if step < value and step not in taken]
-    used = [step for step in ladder if step < value and step in taken and not few]
+    if heads:
+        taken_too = [step for step in ladder if step in taken - _beside(data, path, counts)]
+    else:
+        taken_too = [] if few else [step for step in ladder if step in taken]
+    used = [step for step in taken_too if step < value]
     for step in fresh + used:
+        alone = dict.fromkeys([path, *followers], step)
+        with_equals = dict.fromkeys([path, *followers, *equals], step)
+        if heads and len(equals) > 1:  # as many query heads as key/value heads stay as many
+            yield with_equals
         if not together or len(equals) == 1:
-            yield dict.fromkeys([path, *followers], step)
-        if len(equals) > 1:
-            yield dict.fromkeys([path, *followers, *equals], step)
+            yield alone
+        if not heads and len(equals) > 1:
+            yield with_equals
+    if not heads:
+        yield from _with_heads(data, [path, *followers, *equals], value, counts)
+
+
+def _part(path: FieldPath) -> FieldPath:
+    """The nested config that a field stands in."""
+    return path[:-2] if isinstance(path[-1], int) else path[:-1]
+
+
+def _beside(data: dict[str, Any], path: FieldPath, counts: Collection[FieldPath]) -> set[int]:
+    """Other numbers of heads in the same part of the config."""
+    beside = {_get(data, other) for other in counts if _part(other) == _part(path)}
+    if isinstance(path[-1], int):  # stages
+        beside |= {_get(data, (*path[:-1], place)) for place in range(path[-1] + 1)}
+    return beside - {_get(data, path)}
+
+
+def _crops(data: dict[str, Any], change: dict[FieldPath, int]) -> dict[FieldPath, int]:
+    """The sizes of images that are cut into parts of the image size, as many parts as before."""
+    sizes = [path for path in change if path[-1] == "image_size"]
+    return {
+        (_CROPS, row, side): length * change[path] // _get(data, path)
+        for path in sizes[:1]
+        for row, lengths in enumerate(data.get(_CROPS) or ())
+        for side, length in enumerate(lengths)
+    }
+
+
+def _with_heads(
+    data: dict[str, Any], widths: list[FieldPath], value: int, counts: Collection[FieldPath]
+) -> Iterator[dict[FieldPath, int]]:
+    """Fewer heads of the same width (rotary sections may fix it), and all widths with them."""
+    for path in counts:
+        number = _get(data, path)
+        for step in sorted(_LADDERS[0][1]):
+            taken = _beside(data, path, counts)
+            if number % 2 < step % 2 or step in taken:
+                continue
+            if step < number and value % number == 0:
+                yield {**dict.fromkeys(widths, value * step // number), path: step}
+
+
+def _only_rows(known: ConfigMap, path: FieldPath) -> bool:
+    """Whether a field sets nothing but the number of entries of embeddings."""
+    model = known.unpruned
+    places = [place for place, one in known.expressions.items() if path in one.fields]
+    return (
+        bool(places)
+        and not isinstance(model, Refusal)
+        and all(
+            dim == 0 and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+            for name, dim in places
+        )
+    )
 
 
 def _stacked(known: ConfigMap, path: FieldPath) -> bool:
@@ -193,18 +343,19 @@ def _small_tokens(data: dict[str, Any]) -> dict[str, Any]:
             return node
         return {
             key: 1
-            if key.endswith("_token_id") and isinstance(value, int) and value > 2
+            if key.endswith(_TOKEN) and isinstance(value, int) and value > 2
             else visit(value)
             for key, value in node.items()
         }
 
     result: dict[str, Any] = visit(data)
-    places = [k for k in result if k.startswith(_PLACES) and k.endswith("_token_id")]
+    places = [k for k in result if k.startswith(_PLACES) and k.endswith(_TOKEN)]
     result.update({key: 3 + number for number, key in enumerate(places)})  # each another
     return result
 
 
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
+    """Random values for every parameter and saved buffer, none of them trivial."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(True)  # fixed position tables have dimensions too

@@ -139,7 +139,7 @@ def widths_of(model: PreTrainedModel, known: ConfigMap | None = None) -> tuple[W
     """
     known = known or map_of(model)
     if known not in _experiments:
-        with _one_thread():
+        with one_thread():
             mini = miniature(known)
             found = [] if isinstance(mini, Refusal) else find_groups(mini)
             sayable = (_apart(_sayable(finding, known), found, known) for finding in found)
@@ -186,13 +186,13 @@ def single_positions(group: WidthGroup, known: ConfigMap) -> bool:
         count = tiny.units * sizes.pop()
         dims = [Dim(dim.name, dim.dim, Layout(offset=dim.layout.offset)) for dim in tiny.dims]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-        with _one_thread():
+        with one_thread():
             return TwinTest(done.mini.model, done.mini.inputs, count).proves(dims, order)
     return False
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Tiny tensors: several threads would only wait for each other."""
     threads = torch.get_num_threads()
     try:
@@ -203,6 +203,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTrainedModel) -> Width:
+    if all(known.values.get(path) == 1 for path in finding.fields):
+        return Width(finding.fields, reason="it is 1: nothing of it can go", disproved=True)
     if finding.reason is not None:
         return Width(finding.fields, reason=finding.reason, disproved=finding.disproved)
     groups = expand(finding, mini, known, model)

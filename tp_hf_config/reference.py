@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+
+from .versions import no_init_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -91,13 +94,20 @@ class Builder:
         Returns:
             The model in eval mode, or the class's own words where it refuses the config.
         """
-        try:
-            with _construction(self.dtype, buffers):
-                model: nn.Module = self.model_class(self.config(data))
-                return model.train(False)
-        except Exception as error:  # a class may refuse with any exception
-            text = " ".join(str(error).split()) or type(error).__name__
-            return Refusal(text.removeprefix("Class validation error for validator "))
+        text = ""
+        for place in (_EmptyOnMeta(),) if buffers else (_OnMeta(), torch.device("meta")):
+            try:
+                with _construction(self.dtype, place):
+                    config = self.config(data)
+                    if hasattr(type(config), "_experts_implementation"):
+                        config._experts_implementation = "batched_mm"  # its shapes need no routing
+                    model: nn.Module = self.model_class(config)
+                    return model.train(False)
+            except Exception as error:  # a class may refuse with any exception
+                text = " ".join(str(error).split()) or type(error).__name__
+            if "device" not in text:
+                break
+        return Refusal(text.removeprefix("Class validation error for validator "))
 
     def build_real(self, data: dict[str, Any]) -> nn.Module | Refusal:
         """Build the class with its initial weights, in float64 on the CPU."""
@@ -116,13 +126,36 @@ def without_data(
     wanted = getattr(config, "dtype", None)
     dtype = wanted if isinstance(wanted, torch.dtype) else torch.float32
     try:
-        with _construction(dtype, False):
+        with _construction(dtype, torch.device("meta")):
             model: PreTrainedModel = model_class(copy.deepcopy(config))
             model.tie_weights()  # construction without initialising leaves it out
             model.train(False)
             return model
     except Exception as error:  # as in Builder.build
         return Refusal(" ".join(str(error).split()) or type(error).__name__)
+
+
+class _OnMeta(DeviceContext):
+    """The meta device, without torch's long way there to a range and to sums of single numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("meta"))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.arange and all(type(arg) is int for arg in args):
+            options = dict(kwargs or {})
+            start, end, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
+            if options.keys() <= {"dtype", "device"} and args and (end - start) * step >= 0:
+                options["dtype"] = options.get("dtype") or torch.int64
+                return torch.empty(-((start - end) // step), **{"device": "meta", **options})
+        if func is torch.tensor and type(args[0]) is int and _is_whole(kwargs):
+            return func(*args, **kwargs or {})  # a number goes with any device
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+def _is_whole(options: Any) -> bool:
+    dtype = (options or {}).get("dtype")
+    return dtype is None or not dtype.is_floating_point
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -136,19 +169,12 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def _construction(dtype: torch.dtype, buffers: bool | None) -> Iterator[None]:
+def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
     """The surroundings in which ``from_pretrained`` constructs: dtype, no init, no log lines.
 
-    ``buffers``: compute buffers, but not parameters; ``None``: compute everything.
+    ``place``: where tensors go; ``None``: everything is computed.
     """
     import logging
-
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # transformers 4
-        from transformers.modeling_utils import (  # type: ignore[attr-defined, no-redef]
-            no_init_weights,
-        )
 
     logger = logging.getLogger("transformers")
     with _BUILD_LOCK:
@@ -157,16 +183,28 @@ def _construction(dtype: torch.dtype, buffers: bool | None) -> Iterator[None]:
         try:
             logger.setLevel(logging.CRITICAL)
             torch.set_default_dtype(dtype)
-            if buffers is None:  # everything for real
+            if place is None:
                 yield
                 return
-            place: Any = _EmptyOnMeta() if buffers else torch.device("meta")
-            with torch.no_grad(), no_init_weights(), place:
+            with torch.no_grad(), no_init_weights(), _short_configs(), place:
                 yield
         finally:
             torch.set_default_dtype(default)
             torch.random.set_rng_state(rng)
             logger.setLevel(level)
+
+
+@contextmanager
+def _short_configs() -> Iterator[None]:
+    """Configs say their class alone: log lines that nobody sees spell them out at great length."""
+    from transformers import PretrainedConfig
+
+    spelled_out = PretrainedConfig.__repr__
+    try:
+        PretrainedConfig.__repr__ = lambda self: type(self).__name__  # type: ignore[method-assign]
+        yield
+    finally:
+        PretrainedConfig.__repr__ = spelled_out  # type: ignore[method-assign]
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations
-from math import prod
+from math import isqrt, prod
 
 Field = tuple[str | int, ...]
 Observable = tuple[str, int | str]
@@ -52,6 +52,50 @@ class Expression:
         return (target - rest) / slope if slope else None
 
 
+@dataclass(frozen=True)
+class Power:
+    """``base`` times a power of each field over its base value: hidden size over heads.
+
+    Attributes:
+        base: the value when no field moves.
+        exponents: 1, 2, -1 or -2 for each field.
+        values: base value of each field.
+    """
+
+    base: int
+    exponents: Mapping[Field, int]
+    values: Mapping[Field, int]
+
+    @property
+    def fields(self) -> frozenset[Field]:
+        """The fields that have a say."""
+        return frozenset(self.exponents)
+
+    def evaluate(self, moves: Mapping[Field, int]) -> Fraction:
+        """The value when the given fields move and all others stay."""
+        return prod(
+            (self._factor(name, moves) for name in self.exponents), start=Fraction(self.base)
+        )
+
+    def move_of(self, name: Field, moves: Mapping[Field, int], target: int) -> Fraction | None:
+        """How far ``name`` must move for the value to be ``target``; None: it has no say."""
+        if name not in self.exponents:
+            return None
+        others = (self._factor(other, moves) for other in self.exponents if other != name)
+        ratio = target / prod(others, start=Fraction(self.base))
+        exponent = self.exponents[name]
+        if exponent < 0:
+            ratio = 1 / ratio
+        if abs(exponent) == 2:
+            ratio = Fraction(isqrt(ratio.numerator), isqrt(ratio.denominator))
+        return self.values[name] * (ratio - 1)
+
+    def _factor(self, name: Field, moves: Mapping[Field, int]) -> Fraction:
+        value = self.values[name]
+        factor: Fraction = Fraction(value + moves.get(name, 0), value) ** self.exponents[name]
+        return factor
+
+
 def product(base: int, values: Mapping[Field, int]) -> Expression:
     """The expression of a dimension that is ``base`` times each field over its base value."""
     names = sorted(values, key=str)
@@ -89,7 +133,7 @@ class Problem:
         hold: fields to leave as they are where shapes alone allow several answers, in order.
     """
 
-    expressions: Mapping[Observable, Expression]
+    expressions: Mapping[Observable, Expression | Power]
     base: Mapping[Field, int]
     targets: Mapping[Observable, int]
     hold: Sequence[Field] = ()
@@ -106,7 +150,24 @@ def solve(problem: Problem) -> dict[Field, int] | Conflict:
     return {name: problem.base[name] + moves.get(name, 0) for name in problem.base}
 
 
-def _search(problem: Problem, moves: dict[Field, int]) -> dict[Field, int] | Conflict:
+def open_together(problem: Problem) -> list[Field]:
+    """Fields that the targets only set together: one of each lot has to be known for the rest."""
+    moves = _forced(problem, {})
+    return [] if isinstance(moves, Conflict) else _entangled(problem, moves)
+
+
+def _search(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | Conflict:
+    forced = _forced(problem, moves)
+    if isinstance(forced, Conflict):
+        return forced
+    entangled = _entangled(problem, forced)
+    if not entangled:
+        return forced
+    return _branch(problem, forced, entangled)
+
+
+def _forced(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | Conflict:
+    """The moves that follow from others, one after the other."""
     moves = dict(moves)
     while True:
         votes = _votes(problem, moves)
@@ -114,13 +175,9 @@ def _search(problem: Problem, moves: dict[Field, int]) -> dict[Field, int] | Con
         if conflict is not None:
             return conflict
         if not votes:
-            break
+            return moves
         for name, by_move in votes.items():
             moves[name] = int(next(iter(by_move)))
-    entangled = _entangled(problem, moves)
-    if not entangled:
-        return moves
-    return _branch(problem, moves, entangled)
 
 
 def _votes(

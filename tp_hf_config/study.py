@@ -5,18 +5,20 @@ Everything here happens around one shallow config, on the meta device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, permutations
-from math import prod
+from typing import Any
 
 from torch import nn
 
+from .at_once import each_of, without_effect
 from .depth import Depth
 from .heads import Layout, counts_of, observe
 from .reference import Builder, FieldPath, Refusal, shapes, vanished_counts, with_values
-from .solve import Expression, Observable, product
+from .solve import Observable
 
 Sizes = dict[Observable, int]
 
@@ -41,12 +43,15 @@ class Study:
         model = self._build({})
         if isinstance(model, Refusal):
             raise ValueError(f"the class does not build its own config: {model.reason}")
-        self.names = set(shapes(model))
+        self.model = model
+        self.shapes = shapes(model)
         self.layout = observe(model)
-        self.base = self._sizes(model, self.layout)
+        self.base = self._sizes(self.shapes, self.layout)
         self.attributes = _numbers(model)
         self.split_weights = {f"{name}.weight" for name in self.layout.heads}
         self.bound: dict[FieldPath, tuple[FieldPath, ...]] = {}
+        self._repeating: Counter[FieldPath] = Counter()
+        self._vanishing: dict[FieldPath, bool] = {}
 
     def _build(self, values: Mapping[FieldPath, int | None]) -> nn.Module | Refusal:
         return self.builder.build(with_values(self.data, dict(values)))
@@ -59,31 +64,75 @@ class Study:
         model = self._build(values)
         if isinstance(model, Refusal):
             return model
-        if set(shapes(model)) != self.names:
+        built = shapes(model)
+        if built.keys() != self.shapes.keys():
+            alike = all(self.shapes.get(name, shape) == shape for name, shape in built.items())
+            self._repeating.update(list(values) if alike and len(values) == 1 else [])
             return None
-        sizes = self._sizes(model, Layout())
+        lower = [path for path, value in values.items() if value < self._value(path)]
+        if lower:
+            vanished = bool(vanished_counts(self.model, model))
+            self._vanishing.update(
+                dict.fromkeys(lower, vanished) if len(values) == 1 or not vanished else {}
+            )
+        sizes = self._sizes(built, Layout())
         moved = {key[0] for key, size in sizes.items() if self.base[key] != size}
-        if not moved and _numbers(model) == self.attributes:
+        changed = _changed(self.attributes, _numbers(model))
+        if not moved and not changed:
             return {}
         sizes = dict.fromkeys(self.base, 0) | sizes
-        if watch:  # numbers of heads may move where no projection does (Swin)
-            sizes |= self._sizes(model, observe(model))
+        may_split = bool(moved & self.split_weights) or self._around_splits(changed)
+        if watch and may_split:  # numbers of heads may move where no projection does (Swin)
+            sizes |= self._sizes(built, observe(model))
         elif not moved & self.split_weights:
             sizes = self.base | sizes  # heads stay where no projection moves
             sizes |= {key: self.base[key] for key, size in sizes.items() if not size}
         return {key: size for key, size in sizes.items() if self.base.get(key, size) != size}
 
-    def _sizes(self, model: nn.Module, layout: Layout) -> Sizes:
+    def _around_splits(self, changed: Collection[str]) -> bool:
+        """Whether a module changed that may split a projection into heads: one around it."""
+        around = set()
+        for name in self.layout.heads:
+            parent = name.rpartition(".")[0]
+            around |= {parent, parent.rpartition(".")[0]}
+        return bool(around & set(changed))
+
+    def _value(self, path: FieldPath) -> int:
+        """A field's value in the config that is studied; 0: it has none."""
+        node: Any = self.data
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else node[key]
+        return node if isinstance(node, int) else 0
+
+    def _counts_layers(self, path: FieldPath) -> bool:
+        """Whether other values of a field only gave more or fewer tensors, none in another shape.
+
+        Once may be a projection between two widths that are equal then.
+        """
+        return self._repeating[path] > 1
+
+    def quiet(self, values: Mapping[FieldPath, int]) -> bool | Refusal:
+        """Whether the class builds the same shapes at these values, and splits as many heads."""
+        model = self._build(values)
+        if isinstance(model, Refusal) or shapes(model) != self.shapes:
+            return model if isinstance(model, Refusal) else False
+        return not self._around_splits(_changed(self.attributes, _numbers(model)))
+
+    def _sizes(self, built: Mapping[str, tuple[int, ...]], layout: Layout) -> Sizes:
         """The observables of a built model, one of each kind of layer."""
         sizes: Sizes = {
-            (name, dim): size
-            for name, shape in shapes(model).items()
-            for dim, size in enumerate(shape)
+            (name, dim): size for name, shape in built.items() for dim, size in enumerate(shape)
         }
         for name, splits in layout.heads.items():
             counts = counts_of(splits, self.layout.heads.get(name, ()))
             sizes.update({(name, which): count for which, count in counts.items()})
         return {key: size for key, size in sizes.items() if self.canonical(key[0]) == key[0]}
+
+    def all_implied(self, unset: Sequence[FieldPath]) -> dict[FieldPath, int]:
+        """The unset fields that set something, with the values that they stand for."""
+        quiet = without_effect(self, dict.fromkeys(unset, _UNSET_PROBES[0]))
+        found = {path: self.implied(path) for path in unset if path not in quiet}
+        return {path: value for path, value in found.items() if value is not None}
 
     def implied(self, path: FieldPath) -> int | None:
         """The value that an unset field stands for: setting it changes nothing."""
@@ -92,6 +141,8 @@ class Study:
             sizes = self.at({path: probe}, watch=False)
             if isinstance(sizes, Refusal) and "'int' object" in sizes.reason:
                 break  # Python's words: no number will do
+            if self._counts_layers(path):
+                break
             if isinstance(sizes, dict):
                 if not any(sizes.values()):
                     break
@@ -127,16 +178,17 @@ class Study:
         breaks off earlier than where it is left unset.
         """
         result = dict(implied)
-        for path, value in implied.items():
-            for other in (field for field in values if values[field] % value == 0):
-                moved = {other: 2 * values[other]}
-                followed, kept = self._build(moved), self._build({**moved, path: value})
-                if isinstance(followed, Refusal) or isinstance(kept, Refusal):
-                    continue
-                if shapes(followed) == shapes(kept):
+        for other in values if implied else ():
+            moved = {other: 2 * values[other]}
+            followed = self._build(moved)
+            if isinstance(followed, Refusal) or shapes(followed) == self.shapes:
+                continue
+            for path, value in [item for item in result.items() if values[other] % item[1] == 0]:
+                kept = self._build({**moved, path: value})
+                if isinstance(kept, Refusal) or shapes(followed) == shapes(kept):
                     continue
                 if observe(kept).steps < observe(followed).steps:
-                    result.pop(path, None)
+                    del result[path]
         return result
 
     def moves(
@@ -147,24 +199,29 @@ class Study:
         refused: list[FieldPath] = []
         rebuilt: list[FieldPath] = []
         for path, value in values.items():
-            points = self._alone(path, value)
+            points = self._alone(path, value, enough=1)
             if isinstance(points, Refusal):
                 refused.append(path)
             elif points is None:
                 rebuilt.append(path)
             elif points:
                 moves[path] = points
+        self._add_second(values, moves)
         for path in refused:
-            points = self._together(path, values, list(moves))
+            points = self._together(path, values, moves)
             if points:
                 moves[path] = points
         linked: dict[FieldPath, FieldPath] = {}
-        for path, other in combinations(rebuilt, 2):
-            if values[path] == values[other] and not {path, other} & (moves.keys() | linked):
+        alone = [path for path in refused if path not in moves]
+        for path, other in (*combinations(rebuilt, 2), *combinations(alone, 2)):
+            if {path, other} & (moves.keys() | linked.keys()):
+                continue
+            if values[path] == values[other] and not self._counts_layers(path):
                 points = self._as_one(path, other, values[path])
                 if points:
                     moves[path], linked[other] = points, path
-        self.bound = self._bound([path for path in refused if path not in moves], values)
+        single = [path for path in alone if path not in moves.keys() | linked]
+        self.bound = self._bound(single, values)
         return moves, linked
 
     def _bound(
@@ -178,28 +235,59 @@ class Study:
                 found[path] = (*found.get(path, ()), other)
         return found
 
-    def _alone(self, path: FieldPath, value: int) -> list[Move] | Refusal | None:
-        """Two moves of one field; empty: it sets nothing; otherwise why it does not move alone."""
-        points: list[Move] = []
+    def _alone(
+        self, path: FieldPath, value: int, points: Sequence[Move] = (), enough: int = 2
+    ) -> list[Move] | Refusal | None:
+        """Moves of one field; empty: it sets nothing; otherwise why it does not move alone."""
+        points = list(points)
         others: list[Refusal | None] = []
         for probe in _probes(value):
+            if any(point.value == probe for point in points):
+                continue
             heads = any(isinstance(which, str) for point in points for _, which in point.sizes)
             sizes = self.at({path: probe}, watch=heads or not points)
             if not isinstance(sizes, dict):
                 others.append(sizes)
+                if self._counts_layers(path):
+                    break
                 continue
             if not sizes:
                 return points
+            if not any(sizes.values()):
+                continue  # the forward pass broke off earlier (a router short of experts)
             points.append(Move(probe, sizes))
-            if len(points) == 2:
+            if len(points) >= enough:
                 break
-        if len(points) == 2 and all(_blind(point.sizes) for point in points):
-            for probe in (probe for probe in reversed(_probes(value)) if probe < value):
-                sizes = self.at({path: probe})
-                if isinstance(sizes, dict) and not _blind(sizes):
-                    points[1] = Move(probe, sizes)
-                    break
-        return points or (None if None in others else others[0])
+        if points or not others:
+            return points
+        return None if None in others else others[0]
+
+    def _add_second(
+        self, values: Mapping[FieldPath, int], moves: dict[FieldPath, list[Move]]
+    ) -> None:
+        """A second move of each field, several fields in one build where that can be told apart."""
+        first = {path: points[0] for path, points in moves.items()}
+        probes = {
+            path: next(p for p in _probes(values[path]) if p != point.value)
+            for path, point in first.items()
+        }
+        moved = {path: point.sizes for path, point in first.items()}
+        for path, probe, sizes in each_of(self, probes, moved):
+            moves[path].append(Move(probe, sizes))
+        for path, points in moves.items():
+            if len(points) == 1:
+                more = self._alone(path, values[path], points)
+                moves[path] = more if isinstance(more, list) else points
+            if len(moves[path]) == 2 and all(_blind(point.sizes) for point in moves[path]):
+                self._seeing(path, values[path], moves[path])
+
+    def _seeing(self, path: FieldPath, value: int, points: list[Move]) -> None:
+        """Put a lower value at which the forward pass goes further in the place of the second."""
+        for probe in (probe for probe in reversed(_probes(value)) if probe < value):
+            sizes = self.at({path: probe})
+            if isinstance(sizes, dict) and not _blind(sizes):
+                points[1] = Move(probe, sizes)
+                break
 
     def dragged(
         self, values: Mapping[FieldPath, int], moving: Collection[FieldPath]
@@ -209,39 +297,49 @@ class Study:
         DeepSeek's latent attention has no key/value heads, but ``num_key_value_groups`` is heads
         over ``num_key_value_heads``.
         """
-        base = self._build({})
         found: dict[FieldPath, FieldPath] = {}
         for path in moving:
             less = values[path] * 3 // 4
-            alone = self._build({path: less}) if less else base
-            if isinstance(base, Refusal) or isinstance(alone, Refusal):
+            if not less or not self._vanishing.get(path, True):
                 continue
-            if not vanished_counts(base, alone):
+            alone = self._build({path: less})
+            if isinstance(alone, Refusal) or not vanished_counts(self.model, alone):
                 continue
-            for other in values.keys() - set(moving):
+            equal = [p for p in values.keys() - set(moving) if values[p] == values[path]]
+            for other in equal:
                 both = self._build({path: less, other: less})
-                if values[other] != values[path] or isinstance(both, Refusal):
-                    continue
-                if not vanished_counts(base, both):
+                if not isinstance(both, Refusal) and not vanished_counts(self.model, both):
                     found[other] = path
                     break
         return found
 
     def _as_one(self, path: FieldPath, other: FieldPath, value: int) -> list[Move]:
         """Moves of two fields of equal value, always at the same value."""
-        found = ((probe, self.at({path: probe, other: probe})) for probe in (2 * value, 3 * value))
-        return [Move(probe, sizes) for probe, sizes in found if isinstance(sizes, dict) and sizes]
+        found: list[Move] = []
+        for probe in (2 * value, 3 * value):
+            sizes = self.at({path: probe, other: probe})
+            if sizes is None:
+                break
+            if isinstance(sizes, dict) and sizes:
+                found.append(Move(probe, sizes))
+        return found
 
     def _together(
-        self, path: FieldPath, values: Mapping[FieldPath, int], partners: list[FieldPath]
+        self,
+        path: FieldPath,
+        values: Mapping[FieldPath, int],
+        moves: Mapping[FieldPath, Sequence[Move]],
     ) -> list[Move]:
         """A move of a field that the class only accepts together with another one's."""
-        for partner in partners:
+        for partner, points in moves.items():
             for factor in (2, 3):
                 both = {path: factor * values[path], partner: factor * values[partner]}
-                alone = self.at({partner: both[partner]}, watch=False)
                 together = self.at(both, watch=False)
-                if not isinstance(alone, dict) or not isinstance(together, dict):
+                if not isinstance(together, dict):
+                    continue
+                seen = [point.sizes for point in points if point.value == both[partner]]
+                alone = seen[0] if seen else self.at({partner: both[partner]}, watch=False)
+                if not isinstance(alone, dict):
                     continue
                 sizes = {
                     key: size + together.get(key, size) - alone.get(key, size)
@@ -253,83 +351,6 @@ class Study:
                 if sizes:
                     return [Move(both[path], sizes)]
         return []
-
-    def expressions(
-        self, values: Mapping[FieldPath, int], moves: Mapping[FieldPath, list[Move]]
-    ) -> dict[Observable, Expression]:
-        """One expression per observable that moves along straight lines.
-
-        The others (an image's number of patches) are looked at by the proof alone.
-        """
-        slopes: dict[Observable, dict[FieldPath, Fraction]] = {}
-        inexact: set[Observable] = set()
-        for path, points in moves.items():
-            for key in {key for point in points for key in point.sizes}:
-                found = {
-                    Fraction(point.sizes.get(key, self.base[key]) - self.base[key])
-                    / (point.value - values[path])
-                    for point in points
-                    if point.sizes.get(key) != 0
-                }
-                if len(found) == 1:
-                    slope = found.pop()
-                    if slope:
-                        slopes.setdefault(key, {})[path] = slope
-                elif found:
-                    inexact.add(key)
-        pairs = self._pairs(values, moves, slopes)
-        return {
-            key: self._expression(key, by_field, values, pairs)
-            for key, by_field in slopes.items()
-            if key not in inexact
-        }
-
-    def _pairs(
-        self,
-        values: Mapping[FieldPath, int],
-        moves: Mapping[FieldPath, list[Move]],
-        slopes: Mapping[Observable, Mapping[FieldPath, Fraction]],
-    ) -> list[tuple[dict[FieldPath, int], Sizes]]:
-        """Builds with two fields moved at once, where a dimension mixes them: moves and sizes."""
-        wanted = {
-            frozenset(pair)
-            for key, by_field in slopes.items()
-            if len(by_field) > 1 and not _is_product(self.base[key], by_field, values)
-            for pair in combinations(by_field, 2)
-        }
-        result: list[tuple[dict[FieldPath, int], Sizes]] = []
-        for pair in wanted:
-            at = {path: moves[path][0].value for path in pair}
-            sizes = self.at(at)
-            if isinstance(sizes, dict):
-                steps = {path: at[path] - values[path] for path in pair}
-                result.append((steps, {**self.base, **sizes}))
-        return result
-
-    def _expression(
-        self,
-        key: Observable,
-        slopes: Mapping[FieldPath, Fraction],
-        values: Mapping[FieldPath, int],
-        pairs: list[tuple[dict[FieldPath, int], Sizes]],
-    ) -> Expression:
-        base = self.base[key]
-        if len(slopes) > 1 and _is_product(base, slopes, values):
-            return product(base, {path: values[path] for path in slopes})
-        terms = {frozenset({path}): slope for path, slope in slopes.items()}
-        for steps, sizes in pairs:
-            if steps.keys() <= slopes.keys():
-                straight = base + sum((slopes[p] * step for p, step in steps.items()), Fraction(0))
-                cross = (sizes[key] - straight) / prod(steps.values())
-                if cross:
-                    terms[frozenset(steps)] = cross
-        return Expression(base, terms)
-
-
-def _is_product(
-    base: int, slopes: Mapping[FieldPath, Fraction], values: Mapping[FieldPath, int]
-) -> bool:
-    return all(slope * values[path] == base for path, slope in slopes.items())
 
 
 def _blind(sizes: Sizes) -> bool:
@@ -354,11 +375,18 @@ def _probes(value: int) -> list[int]:
     return list(dict.fromkeys(probe for probe in probes if probe != value and probe > 0))
 
 
-def _numbers(model: nn.Module) -> dict[tuple[str, str], float]:
+def _numbers(model: nn.Module) -> dict[str, dict[str, float]]:
     """Numeric attributes of every module."""
     return {
-        (name, key): value
+        name: {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
         for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """The modules whose attributes are others now."""
+    return [name for name, numbers in after.items() if before.get(name) != numbers]

@@ -25,6 +25,7 @@ from .explain import (
     explain_refusal,
     explain_vanished,
 )
+from .fit import build_as, fit, value_at
 from .graph import ConfigGraph
 from .heads import counts_of, heads_of, splits_after
 from .history import PrunedGroup
@@ -35,14 +36,12 @@ from .reference import (
     Builder,
     FieldPath,
     Refusal,
-    compare,
     config_json,
     field_name,
     shapes,
     vanished_counts,
-    with_values,
 )
-from .solve import Conflict, Observable, Problem, solve
+from .solve import Conflict, Observable
 from .ties import ties_of
 from .widths import WidthView
 
@@ -133,7 +132,7 @@ class Follower:
         self._tell_heads()
         self.ties = ties_of(self.model)
         outcome["fields"] = {
-            field_name(path): (_value_at(old, path), value)
+            field_name(path): (value_at(old, path), value)
             for path, value in changed_values(old, new)
         }
         outcome["proof"] = (
@@ -225,52 +224,21 @@ class Follower:
         return targets
 
     def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
-        known = self.known
-        expressions = {}
-        targets = {}
-        first: dict[tuple[str, int | str, int], Observable] = {}  # alike layers say it once
-        for (name, which), target in self._targets(live).items():
-            canonical = known.depth.canonical(name)
-            expression = known.expressions.get((canonical, which))
-            if expression is not None:
-                expressions[(name, which)] = expression
-                targets[(name, which)] = target
-                first.setdefault((canonical, which, target), (name, which))
-        few = {observable: targets[observable] for observable in first.values()}
-        result = solve(Problem(expressions, known.values, few))
+        result = fit(self.known, self._targets(live))
         if isinstance(result, Conflict):
-            result = solve(Problem(expressions, known.values, targets))  # names every layer
-        if isinstance(result, Conflict):
-            raise explain_conflict(self.model, known, result)
-        for follower, leader in known.linked.items():
-            result[follower] = result[leader]
+            raise explain_conflict(self.model, self.known, result)
         return result
 
     def _prove(
         self, live: Mapping[str, tuple[int, ...]], values: dict[FieldPath, int]
     ) -> tuple[dict[str, Any], nn.Module]:
         """The new config's JSON and what it builds; unset fields stay unset where that suffices."""
-        known = self.known
-        base = config_json(self.model.config)
-        changed = {
-            path: value
-            for path, value in values.items()
-            if value != known.values[path] or _value_at(base, path) not in (value, None)
-        }
-        explicit = {path: values[path] for path in known.unset}
-        attempts = [{p: v for p, v in changed.items() if p not in known.unset}]
-        for path in explicit:
-            attempts.append({**attempts[0], path: explicit[path]})
-        attempts.append({**changed, **explicit})
-        built: nn.Module | Refusal = Refusal("not tried")
-        for attempt in attempts:
-            data = with_values(base, dict(attempt))
-            built = known.builder.build(data, buffers=True)
-            if not isinstance(built, Refusal) and not compare(dict(live), shapes(built)):
-                return data, built
-        if isinstance(built, Refusal):
-            raise explain_refusal(self.model, known, values, built)
-        raise explain_mismatch(self.model, compare(dict(live), shapes(built)))
+        proof = build_as(self.known, config_json(self.model.config), live, values, buffers=True)
+        if isinstance(proof, tuple):
+            return proof
+        if isinstance(proof, Refusal):
+            raise explain_refusal(self.model, self.known, values, proof)
+        raise explain_mismatch(self.model, proof)
 
     def _write(self, changes: Changes, change: Difference) -> dict[str, Any]:
         write_fields(changes, self.model, change.fields)
@@ -282,18 +250,12 @@ class Follower:
 
     def _check_written(self, data: dict[str, Any]) -> None:
         """The live config now says what was proved."""
-        wrong = changed_values(data, config_json(self.model.config))
+        proved = config_json(self.known.builder.config(data))
+        wrong = [
+            (path, value)
+            for path, value in changed_values(data, config_json(self.model.config))
+            if value != value_at(proved, path)  # the class sets it itself (Swin's hidden_size)
+        ]
         if wrong:
             names = ", ".join(field_name(path) for path, _ in wrong)
             raise ConfigSyncError(f"the config does not take the values proved for {names}")
-
-
-def _value_at(data: Any, path: FieldPath) -> Any:
-    for key in path:
-        if isinstance(data, dict):
-            data = data.get(key)
-        elif isinstance(data, list) and isinstance(key, int):
-            data = data[key]
-        else:
-            return None
-    return data

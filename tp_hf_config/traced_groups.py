@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning.dependency.graph as tp_graph
 from torch import Tensor, nn
 
 from .steer import given_ratios
+from .versions import graph_module as tp_graph
 
 Key = tuple[nn.Parameter, int]
 """A dimension of a parameter; a tied weight is one parameter."""

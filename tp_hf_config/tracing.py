@@ -6,20 +6,22 @@ Every change here answers one fault of the tracer, and nothing stays changed, on
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, permutations
 from typing import Any
 
-import torch_pruning.dependency.graph as tp_graph
 import torch_pruning.ops as tp_ops
 from torch import nn
 
 from .errors import TracingError
+from .versions import graph_module as tp_graph
 
 _ROTATIONS = ("rotate_half", "rotate_every_two")
 _MAX_VISITS_PER_NODE = 60
+_TRACER = "torch_pruning/dependency/"
 _UNWRAPPED = r"Unwrapped parameters detected"
 
 
@@ -28,10 +30,11 @@ def safe_tracing(model: nn.Module) -> Iterator[None]:
     """Everything that makes ``model`` traceable, for the time of a pruner's constructor.
 
     Raises:
-        TracingError: a dependency group grows without end.
+        TracingError: a dependency group grows without end, or the tracer breaks off.
     """
     with ExitStack() as stack:
         for context in (
+            _faults_named(model),
             _settings_kept(model),
             _traceable_config(model),
             _neutral_rotary(model),
@@ -42,6 +45,25 @@ def safe_tracing(model: nn.Module) -> Iterator[None]:
         ):
             stack.enter_context(context)
         yield
+
+
+@contextmanager
+def _faults_named(model: nn.Module) -> Iterator[None]:
+    """What the tracer breaks off with says so, whatever it is (an index, a key, a ``None``)."""
+    try:
+        yield
+    except TracingError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = frames[-1].filename.replace("\\", "/").rpartition(_TRACER)
+        if not where[1]:
+            raise  # from the model or the caller's own functions
+        raise TracingError(
+            f"Torch-Pruning cannot trace {type(model).__name__}: {type(error).__name__}: {error} "
+            f"(its dependency/{where[2]}, line {frames[-1].lineno}). Nothing was pruned. Name "
+            "widths that need no trace (prunable(model) lists them): prune=, graph='config'."
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ It needs a model, inputs and a list of dimensions, and knows nothing of configs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,15 +101,12 @@ class TwinTest:
         self.base = [output.detach() for output in self.outputs()]
 
     def outputs(self) -> list[Tensor]:
-        """The differentiable outputs of one forward pass, random numbers in it always the same."""
-        torch.manual_seed(0)
-        with _AllFloat64():
-            return [
-                tensor
-                for tensor in tensors_in(self.model(**self.inputs))
-                if tensor.is_floating_point()
-                and (tensor.requires_grad or not torch.is_grad_enabled())
-            ]
+        """The differentiable outputs of one forward pass."""
+        return [
+            tensor
+            for tensor in outputs_in_float64(self.model, self.inputs)
+            if tensor.requires_grad or not torch.is_grad_enabled()
+        ]
 
     def links(self, dims: Sequence[Dim], pairs: int = 4, thorough: bool = False) -> Links:
         """Make two units twins, disturb one dimension after the other, join what is linked.
@@ -279,8 +276,20 @@ class TwinTest:
                 self.parameters[name].data.copy_(data)
 
 
-class _AllFloat64(TorchFunctionMode):
-    """Casts to lower precision stay in float64: norms in float32 would hide small differences."""
+class AllFloat64(TorchFunctionMode):
+    """Casts to lower precision stay in float64: norms in float32 would hide small differences.
+
+    So do constants: Transformers 4 fills a mask of the default dtype with float64's least number.
+    """
+
+    def __enter__(self) -> Any:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         low = (torch.float32, torch.float16, torch.bfloat16)
@@ -295,6 +304,13 @@ class _AllFloat64(TorchFunctionMode):
         if kwargs.get("dtype") in low:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+def outputs_in_float64(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """The floating point outputs of one forward pass, random numbers in it always the same."""
+    torch.manual_seed(0)
+    with AllFloat64():
+        return [value for value in tensors_in(model(**inputs)) if value.is_floating_point()]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

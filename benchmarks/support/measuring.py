@@ -1,0 +1,94 @@
+"""What happens to one pair: in a process of its own it is pruned, in another one loaded again."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pairs import Pair, config_of
+
+RESULT = "result.json"
+
+
+def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> None:
+    """Build, learn, make tiny, prune; what is known so far always lies in ``folder``."""
+    _surroundings(seconds, memory)
+    import transformers
+
+    from tp_hf_config.learn import map_of
+    from tp_hf_config.measure import trials
+    from tp_hf_config.reference import Refusal, without_data
+    from tp_hf_config.support import prepared
+
+    result: dict[str, Any] = {"stage": "class", "why": "it did not end in time", "widths": []}
+
+    def note(**news: Any) -> None:
+        result.update(news)
+        (folder / RESULT).write_text(json.dumps(result))
+
+    try:
+        note()
+        model_class = getattr(transformers, pair.class_name)
+        note(stage="build")
+        config = config_of(pair)
+        model = without_data(model_class, config)
+        if isinstance(model, Refusal):
+            raise RuntimeError(model.reason)
+        note(stage="learn", parameters=sum(p.numel() for p in model.parameters()))
+        started = time.perf_counter()
+        map_of(model)
+        note(stage="run", learn_seconds=time.perf_counter() - started)
+        made = prepared(model, seed)
+        if isinstance(made, Refusal):
+            raise RuntimeError(made.reason)
+        tiny, inputs, partial = made
+        note(stage="prune", partial=partial)
+        for trial in trials(tiny, inputs, folder):
+            folders = [str(one.relative_to(folder)) for one in trial.folders]
+            result["widths"].append({**trial.width.to_dict(), "folders": folders})
+            note()
+        note(stage="done", why="")
+    except BaseException as error:  # the child must say what happened, whatever it was
+        text = str(error) or type(error).__name__
+        note(
+            why=f"{'' if type(error) is RuntimeError else type(error).__name__ + ': '}{text}"[:400]
+        )
+
+
+def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
+    """Load what was saved, in a process that has not seen the pruning."""
+    _surroundings(seconds, memory)
+    import transformers
+
+    from tp_hf_config.measure import reloaded
+
+    result = json.loads((folder / RESULT).read_text())
+    for width in result["widths"]:
+        for saved in width.pop("folders"):
+            why = reloaded(getattr(transformers, pair.class_name), folder / saved)
+            if why is not None:
+                width.update(outcome="failed", why=why)
+            shutil.rmtree(folder / saved)
+    (folder / RESULT).write_text(json.dumps(result))
+
+
+def _surroundings(seconds: int, memory: int) -> None:
+    """Limits of this process: of processor time, so that a busy machine changes nothing."""
+    import torch
+    import transformers
+
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)

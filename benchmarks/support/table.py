@@ -1,0 +1,206 @@
+"""The results as JSON, as a page, and as totals."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tp_hf_config.report import versions
+
+BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
+KINDS = ("feed-forward", "hidden", "heads", "other")
+_SIGNS = {"works": "yes", "refused": "refused", "failed": "FAILED", "mixed": "some"}
+_NOT_BUILT = ("class", "build")
+_NOT_RUN = (*_NOT_BUILT, "learn", "run")
+
+Result = dict[str, Any]
+
+
+def kind_of(field: str) -> str:
+    """What a config field counts, by its name: for the table's columns, and for nothing else."""
+    key = re.sub(r"\[\d+\]", "", field).rpartition(".")[2].lower()
+    if re.search(r"head_dim|head_size|d_kv|expert_num|num_.*expert|n_.*expert|labels|layers", key):
+        return "other"
+    if re.search(r"head|attn_num", key):
+        return "heads"
+    if re.search(r"intermediate|ffn|d_ff|n_inner|mlp|feed_?forward|dim_ff", key):
+        return "feed-forward"
+    if re.search(r"^(d_model|n_embd|dim|hidden_sizes?|embed_dims?|hidden_dim|emb_dim)$", key):
+        return "hidden"
+    return "other"
+
+
+def outcome_of(result: Result, kind: str) -> str | None:
+    """What the fields of one kind came to; ``None``: the class has none of them."""
+    by_field: dict[str, set[str]] = {}
+    for width in result["widths"]:
+        for field in width["fields"]:
+            if kind_of(field) == kind:
+                by_field.setdefault(field, set()).add(width["outcome"])
+    found = {
+        next(one for one in ("failed", "works", "refused") if one in outcomes)
+        for outcomes in by_field.values()
+    }
+    if "failed" in found:
+        return "failed"
+    return found.pop() if len(found) == 1 else "mixed" if found else None
+
+
+def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
+    """The numbers that count, of so many pairs that there are."""
+    built = [r for r in results if r["stage"] not in _NOT_BUILT]
+    runs = [r for r in built if r["stage"] not in _NOT_RUN]
+    rows = [
+        ("(task, model type) pairs", _of(len(results), pairs)),
+        ("built", str(len(built))),
+        ("run at tiny size", str(len(runs))),
+    ]
+    for kind in KINDS:
+        found = [one for one in (outcome_of(r, kind) for r in runs) if one is not None]
+        good = sum(one in ("works", "mixed") for one in found)
+        every = sum(one == "works" for one in found)
+        share = f" ({100 * good / len(found):.1f} %; every such field: {every})" if found else ""
+        rows.append((f"{kind}: pruned, saved, loaded", f"{good} of {len(found)}{share}"))
+    outcomes = Counter(width["outcome"] for r in runs for width in r["widths"])
+    rows += [
+        ("widths that work", str(outcomes["works"])),
+        ("widths refused before anything was pruned", str(outcomes["refused"])),
+        ("widths that failed", str(outcomes["failed"])),
+        ("of those silently wrong", str(sum(map(silent, widths_of(runs))))),
+    ]
+    return rows
+
+
+def _of(measured: int, pairs: int) -> str:
+    return str(pairs) if measured == pairs else f"{measured} measured, of {pairs} that there are"
+
+
+def widths_of(results: list[Result]) -> list[Result]:
+    """All widths of all classes."""
+    return [width for result in results for width in result["widths"]]
+
+
+def silent(width: Result) -> bool:
+    """Whether a failure came without an error: the model was pruned and saved, and is wrong."""
+    wrong = ("off the original", "other outputs", "holds other", "holds values", "holds channels")
+    return width["outcome"] == "failed" and any(words in width["why"] for words in wrong)
+
+
+def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> None:
+    """Print the totals; with ``root``, write the page, the JSON and the README's totals too."""
+    rows = totals(results, pairs)
+    shown = Table(show_header=False)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+    for result in results:
+        for width in result["widths"]:
+            if width["outcome"] == "failed":
+                print(f"{result['task']} {result['type']}: {' + '.join(width['fields'])}")
+                print(f"    {width['why']}")
+    if root is None:
+        return
+    head = {
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "seed": seed,
+        "totals": dict(rows),
+    }
+    folder = root / "docs"
+    folder.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(result) for result in results)
+    text = json.dumps(head, indent=1)[:-2] + f',\n "pairs": [\n{lines}\n]\n}}\n'
+    (folder / "support.json").write_text(text)
+    (folder / "support.md").write_text(page(results, head, rows))
+    readme = root / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    quoted = f"{BEGIN}\n{_markdown([('measured', _dated(head)), *rows])}\n{END}"
+    readme.write_text(before + quoted + rest.partition(END)[2])
+
+
+def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]]) -> str:
+    """``docs/support.md``."""
+    lines = [("task", "model type", "class", *KINDS[:3], "other widths that go", "or why not")]
+    lines += [_line(result) for result in results]
+    return "\n".join(
+        [
+            "# What can be pruned, saved and loaded again",
+            "",
+            f"Measured by `make support`: {_dated(head)}. Every width of every class goes by half,",
+            "in one step and in two, at tiny size with random weights. *yes*: the pruned model",
+            "computes what the original does with the removed units masked, and a fresh process",
+            "loads it with the same bits. *refused*: an error before anything is pruned or",
+            "written. *some*: some of several fields go. The reasons, field by field, are in",
+            "[support.json](support.json).",
+            "",
+            _markdown([("", ""), *rows]),
+            "",
+            "## Why widths are refused or fail",
+            "",
+            _markdown([("times", "reason"), *reasons(results)]),
+            "",
+            "## Every pair",
+            "",
+            _markdown(lines),
+            "",
+        ]
+    )
+
+
+def reasons(results: list[Result]) -> list[tuple[str, str]]:
+    """How often each reason was given, names of layers and numbers left out."""
+    counts = Counter(
+        f"{width['outcome']}: {_plain(width['why'])}"
+        for width in widths_of(results)
+        if width["outcome"] != "works"
+    )
+    counts.update(
+        f"not {'built' if r['stage'] in _NOT_BUILT else 'run'}: {_plain(r['why'])}"
+        for r in results
+        if r["stage"] in _NOT_RUN
+    )
+    return [(str(count), reason) for reason, count in counts.most_common(60)]
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"[\w*]+(\.[\w*]+)+(, [\w*]+(\.[\w*]+)+)*( and \d+ more)?", "...", text)
+    return re.sub(r"\d+", "#", text)[:160]
+
+
+def _line(result: Result) -> tuple[str, ...]:
+    named = (result["task"], f"`{result['type']}`", f"`{result['class']}`")
+    if result["stage"] in _NOT_RUN:
+        word = "built" if result["stage"] in _NOT_BUILT else "run"
+        return (*named, "", "", "", "", f"not {word}: {_cell(result['why'])}")
+    found = (outcome_of(result, kind) for kind in KINDS[:3])
+    others = {
+        f"`{field}`"
+        for width in result["widths"]
+        for field in width["fields"]
+        if width["outcome"] == "works" and kind_of(field) == "other"
+    }
+    partial = "text alone" if result.get("partial") else ""
+    signs = ("" if one is None else _SIGNS[one] for one in found)
+    why = result["why"] if result["stage"] != "done" else partial
+    return (*named, *signs, ", ".join(sorted(others)), _cell(why))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")[:140]
+
+
+def _dated(head: dict[str, Any]) -> str:
+    named = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
+    return f"{head['date']}, {named}, seed {head['seed']}"
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(cell or " " for cell in line) + " |" for line in lines)

@@ -1,0 +1,99 @@
+"""Forward passes without data, past the places where values decide."""
+
+from __future__ import annotations
+
+import torch
+import transformers as hf
+from torch import nn
+
+from tp_hf_config.dry_run import NoValues, RealNumbers
+from tp_hf_config.heads import observe
+from tp_hf_config.reference import Refusal, without_data
+
+META = torch.device("meta")
+
+
+class TestRealNumbers:
+    def test_whole_numbers_stay_real_on_a_model_without_data(self) -> None:
+        with RealNumbers():
+            positions = torch.arange(4, device=META) + 1
+            mask = torch.ones(1, 4, dtype=torch.bool, device=META)
+            moved = torch.tensor([[2, 3]]).to(META)
+        assert positions.tolist() == [1, 2, 3, 4]
+        assert mask.all()
+        assert moved.tolist() == [[2, 3]]
+
+    def test_what_is_computed_from_weights_has_a_shape_only(self) -> None:
+        embedding = nn.Embedding(10, 3, device=META)
+        with RealNumbers():
+            out = embedding(torch.tensor([[1, 2]]))
+            scaled = out * torch.ones(2, 1)
+        assert (out.device, tuple(out.shape)) == (META, (1, 2, 3))
+        assert (scaled.device, tuple(scaled.shape)) == (META, (1, 2, 3))
+
+    def test_a_real_mask_chooses_as_many_rows_as_it_has(self) -> None:
+        with RealNumbers():
+            rows = torch.empty(4, 3, device=META)[torch.tensor([True, False, True, True])]
+        assert tuple(rows.shape) == (3, 3)
+
+    def test_a_mask_without_values_chooses_all(self) -> None:
+        values = torch.empty(4, 3, device=META)
+        with RealNumbers():
+            assert tuple(values[values[:, 0] > 0].shape) == (4, 3)
+            assert (values > 0).nonzero().tolist()[:2] == [[0, 0], [0, 1]]
+            assert [len(axis) for axis in torch.where(values > 0)] == [12, 12]
+
+    def test_of_many_experts_a_few_are_chosen(self) -> None:
+        with RealNumbers() as numbers:
+            assert numbers.guessed is False
+            assert (torch.empty(64, device=META) > 0).nonzero().flatten().tolist() == [*range(8)]
+            assert numbers.guessed is True
+
+    def test_what_is_known_is_not_guessed(self) -> None:
+        with RealNumbers() as numbers:
+            assert torch.tensor([0, 1, 1]).nonzero().flatten().tolist() == [1, 2]
+            torch.empty(3, 2, device=META)[torch.tensor([True, False, True])] * 2
+        assert numbers.guessed is False
+
+    def test_what_has_no_values_stays_where_it_is(self) -> None:
+        with RealNumbers():
+            moved = torch.empty(2, device=META).to("cpu")
+        assert moved.device == META
+
+    def test_without_it_nothing_is_real(self) -> None:
+        assert torch.arange(4, device=META).device == META
+
+
+class TestNoValues:
+    def test_questions_about_values_are_answered(self) -> None:
+        value = torch.empty(1, device=META)
+        with NoValues():
+            assert bool(value.any()) is True
+            assert int(value) == 1
+            assert 0 not in torch.empty(3, device=META)
+            assert torch.empty(2, device=META).tolist() == [1, 1]
+
+    def test_real_values_are_their_own(self) -> None:
+        with NoValues():
+            assert torch.tensor(3).item() == 3
+            assert not torch.tensor(False)
+            assert 3 in torch.tensor([3])
+            assert torch.tensor([2, 5]).tolist() == [2, 5]
+
+
+def test_experts_that_the_router_chooses_are_all_seen() -> None:
+    config = hf.MixtralConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    config._experts_implementation = "eager"
+    model = without_data(hf.MixtralForCausalLM, config)
+    assert not isinstance(model, Refusal)
+    seen = observe(model)
+    assert seen.ended
+    assert seen.heads["model.layers.1.self_attn.q_proj"] == ((4, 8),)  # behind the first experts

@@ -1,0 +1,132 @@
+"""A forward pass of a model without data that gets past the places where values decide.
+
+Weights and what is computed from them have shapes only.  Whole numbers and masks (token ids, an
+image's grid, positions) stay real on the CPU, so that sizes made from them are known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .versions import plain_on_meta
+
+_COPY = torch.ops.aten._to_copy.default
+_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+_NONZERO = torch.ops.aten.nonzero.default
+_FEW = 8
+_ITEM = torch.ops.aten._local_scalar_dense.default
+
+_VALUES = (
+    torch.Tensor.item,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__index__,
+)
+
+
+class NoValues(TorchFunctionMode):
+    """A forward pass on the meta device: questions about values, which masks ask, are answered."""
+
+    def __enter__(self) -> Any:
+        self._plain = plain_on_meta()
+        self._plain.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._plain.__exit__(*exception)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _VALUES and args[0].is_meta:
+            return True  # masks ask whether anything is masked; no value is known here
+        if func is torch.Tensor.__contains__ and args[0].is_meta:
+            return False  # is there a padding token?
+        if func is torch.Tensor.tolist and args[0].is_meta:
+            return torch.ones(args[0].shape, device="cpu", dtype=torch.long).tolist()
+        return func(*args, **(kwargs or {}))
+
+
+def _interpolated(
+    values: torch.Tensor, size: Any = None, scale_factor: Any = None, *_: Any, **__: Any
+) -> torch.Tensor:
+    """What ``interpolate`` returns; torch's own way there takes long on the meta device."""
+    spatial = values.shape[2:]
+    wanted = scale_factor if size is None else size
+    each = wanted if isinstance(wanted, (tuple, list)) else (wanted,) * len(spatial)
+    if size is None:
+        each = [int(length * factor) for length, factor in zip(spatial, each, strict=True)]
+    return values.new_empty((*values.shape[:2], *map(int, each)))
+
+
+class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Whole numbers are computed, everything else has shapes only.
+
+    Where values choose (which tokens an expert takes, which images are more than padding), all are
+    chosen; of a long row (experts, one after the other) the first few, which are like all others.
+
+    Attributes:
+        guessed: values have chosen something, so that not all that was computed is what would be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.guessed = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiles here, and its guard costs more than all else
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        flat = tree_flatten((args, kwargs))[0]
+        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+        if kwargs.get("device") == torch.device("meta") and self._stays_real(func, tensors, kwargs):
+            kwargs["device"] = torch.device("cpu")
+        if any(tensor.is_meta for tensor in tensors):
+            if func is _NONZERO:
+                self.guessed = True
+                chosen = torch.ones(tensors[0].shape, device="cpu").nonzero()
+                return chosen[:_FEW] if chosen.shape[1] == 1 else chosen
+            if func is _ITEM:
+                self.guessed = True
+                return 1
+            if func is _COPY and "device" in kwargs:
+                kwargs["device"] = torch.device("meta")
+            if func in _INDEX:
+                self.guessed |= any(one.is_meta for one in tensors[1:] if one.dtype == torch.bool)
+                args = (args[0], _positions(args[1]), *args[2:])
+            args, kwargs = tree_map(_without_data, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _stays_real(func: Any, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
+        if func is _COPY:
+            dtype = kwargs.get("dtype") or tensors[0].dtype
+            return not tensors[0].is_meta and not dtype.is_floating_point
+        if tensors:
+            return not any(tensor.is_meta for tensor in tensors)
+        dtype = kwargs.get("dtype")
+        return (dtype is not None and not dtype.is_floating_point) or "arange" in str(func)
+
+
+def _positions(indices: Any) -> list[Any]:
+    """Masks as the positions that they choose, whose number is a size."""
+    result: list[Any] = []
+    for index in indices:
+        if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+            known = torch.ones(index.shape, device="cpu") if index.is_meta else index
+            result += known.nonzero(as_tuple=True)
+        else:
+            result.append(index)
+    return result
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value

@@ -1,0 +1,373 @@
+"""Did the right units go?  A pruned model must be the original with the removed units at zero.
+
+Shapes cannot tell: a layer that lost the wrong channels, or regrouped heads, has the shapes that
+its config asks for.  Which units went is read off the values themselves, not off any record of the
+pruning: random weights stand for their places.  Norms run over the kept channels, routers never
+choose the removed experts, scales that depend on widths are those of the pruned model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .heads import Layout, observe
+from .reference import Refusal
+from .ties import saved_buffers
+from .twins import outputs_in_float64
+
+
+class Side(NamedTuple):
+    """One dimension of a tensor: how long it was, and which of its positions are left."""
+
+    size: int
+    left: Tensor
+
+    @property
+    def gone(self) -> Tensor:
+        """The positions that are not."""
+        gone = torch.ones(self.size, dtype=torch.bool)
+        gone[self.left] = False
+        return gone.nonzero().view(-1)
+
+    @property
+    def cut(self) -> bool:
+        """Whether any position went."""
+        return len(self.left) < self.size
+
+
+Kept = dict[str, tuple[Side, ...]]
+"""What is left of every tensor, dimension by dimension."""
+
+_EXACT = 1e-9
+_NEVER = -1e9
+_PROJECTIONS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+
+
+def difference(
+    original: nn.Module, pruned: nn.Module, fresh: nn.Module, inputs: Mapping[str, Any]
+) -> str | None:
+    """Where a pruned model is not the original with the removed units masked; ``None``: nowhere.
+
+    Args:
+        original: before pruning, every weight random, in float64 and eval mode.
+        pruned: after it.
+        fresh: the class built anew from the pruned model's config, any weights: its scales count.
+        inputs: keyword arguments of one forward pass.
+    """
+    kept = kept_positions(original, pruned)
+    if isinstance(kept, Refusal):
+        return kept.reason
+    with torch.no_grad():
+        got = outputs_in_float64(pruned, inputs)
+    first = _compared(_masked_outputs(original, fresh, kept, inputs), got, kept)
+    if first is None:
+        return None
+    # attention may read its scale off the head dim as it runs, where no attribute says it
+    scaled = copy.deepcopy(original)
+    if not _scale_queries(scaled, observe(original), observe(fresh)):
+        return first
+    second = _compared(_masked_outputs(scaled, fresh, kept, inputs), got, kept)
+    return None if second is None else first
+
+
+def _masked_outputs(
+    original: nn.Module, fresh: nn.Module, kept: Kept, inputs: Mapping[str, Any]
+) -> list[Tensor]:
+    reference = copy.deepcopy(original)
+    _take_scales(reference, fresh)
+    _mask(reference, kept)
+    with torch.no_grad(), _norms_over_kept(reference, kept), _closed(reference, kept):
+        return outputs_in_float64(reference, inputs)
+
+
+def _compared(expected: Sequence[Tensor], got: Sequence[Tensor], kept: Kept) -> str | None:
+    """Where outputs differ from those of the masked original, or ``None``."""
+    if len(expected) != len(got):
+        return f"{len(got)} outputs, the original has {len(expected)}"
+    for number, (full, value) in enumerate(zip(expected, got, strict=True)):
+        aligned = _aligned(full, value, kept)
+        if isinstance(aligned, Refusal):
+            return f"output {number}: {aligned.reason}"
+        full, value = aligned
+        error = float((value - full).norm() / full.norm().clamp_min(1e-30))
+        if not error <= _EXACT:
+            return f"output {number} is {error:.0e} off the original with the removed units masked"
+    return None
+
+
+def _scale_queries(model: nn.Module, before: Layout, after: Layout) -> bool:
+    """Scale queries by what the head dim changed; whether there were any.
+
+    The first of the projections that one module splits into heads makes the queries.
+    """
+    found: set[str] = set()
+    for name, splits in before.heads.items():
+        parent, new = name.rpartition(".")[0], after.heads.get(name)
+        if parent in found or new is None or new[0][-1] == splits[0][-1]:
+            continue
+        found.add(parent)
+        layer = model.get_submodule(name)
+        rows = torch.arange(math.prod(splits[0]))
+        if len(splits[0]) == 3:  # fused per head: its query, then its key
+            rows = rows.view(splits[0])[:, 0].flatten()
+        for key, parameter in layer.named_parameters(recurse=False):
+            dim = parameter.ndim - 1 if type(layer).__name__ == "Conv1D" else 0
+            factor = torch.ones(parameter.shape[dim], dtype=parameter.dtype)
+            factor[rows] = (splits[0][-1] / new[0][-1]) ** 0.5
+            with torch.no_grad():
+                parameter.mul_(factor if dim or key == "bias" else factor[:, None])
+    return bool(found)
+
+
+def kept_positions(original: nn.Module, pruned: nn.Module) -> Kept | Refusal:
+    """Which positions of every tensor are left, or which tensor holds anything else."""
+    before, after = _tensors(original), _tensors(pruned)
+    if before.keys() != after.keys():
+        return Refusal(f"other tensors: {', '.join(sorted(before.keys() ^ after.keys())[:3])}")
+    kept: Kept = {}
+    for name, value in before.items():
+        found = _kept(value, after[name])
+        if isinstance(found, Refusal):
+            return Refusal(f"{name} holds {found.reason}")
+        kept[name] = found
+    return kept
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {name: value.detach() for name, value in {**named, **saved_buffers(model)}.items()}
+
+
+def _kept(before: Tensor, after: Tensor) -> tuple[Side, ...] | Refusal:
+    if before.shape == after.shape:
+        if not torch.equal(before, after):
+            return Refusal("other values than before")
+        return tuple(Side(size, torch.arange(size)) for size in before.shape)
+    if before.ndim != after.ndim:
+        return Refusal("other dimensions than before")
+    values, order = before.flatten().sort()
+    alone = torch.ones(len(values), dtype=torch.bool)
+    alone[1:] &= values[1:] != values[:-1]
+    alone[:-1] &= values[1:] != values[:-1]
+    where = torch.searchsorted(values, after.flatten()).clamp(max=len(values) - 1)
+    if not torch.equal(values[where], after.flatten()):
+        return Refusal("values that the original has not")
+    places = torch.stack(torch.unravel_index(order[where], before.shape))
+    sure = alone[where].view(after.shape)
+    result: list[Side] = []
+    expected = before
+    for dim, size in enumerate(after.shape):
+        rows = places[dim].view(after.shape).movedim(dim, 0).reshape(size, -1)
+        known = sure.movedim(dim, 0).reshape(size, -1)
+        left = torch.stack([row[k][0] for row, k in zip(rows, known, strict=True)])
+        if not bool((left.diff() > 0).all()):
+            return Refusal("channels in another order")
+        expected = expected.index_select(dim, left)
+        result.append(Side(before.shape[dim], left))
+    return tuple(result) if torch.equal(expected, after) else Refusal("channels of mixed origin")
+
+
+def _mask(model: nn.Module, kept: Kept) -> None:
+    """Everything of the removed units becomes zero."""
+    with torch.no_grad():
+        for name, value in _tensors(model).items():
+            for dim, side in enumerate(kept[name]):
+                if side.cut:
+                    value.index_fill_(dim, side.gone, 0.0)
+
+
+def _vectors(module: nn.Module) -> bool:
+    """Whether a module is nothing but vectors as long as what goes through it: a norm, a scale."""
+    own = list(module.parameters())
+    leaf = next(module.children(), None) is None
+    plain = isinstance(module, _PROJECTIONS) or saved_buffers(module)
+    return bool(own) and leaf and not plain and all(p.numel() == max(p.shape) for p in own)
+
+
+@contextmanager
+def _norms_over_kept(model: nn.Module, kept: Kept) -> Iterator[None]:
+    """Norms look at the kept channels only and give zeros elsewhere."""
+    before: list[tuple[nn.Module, Any]] = []
+    for name, module in model.named_modules():
+        if _vectors(module):
+            sides = [
+                side
+                for key, _ in module.named_parameters()
+                for side in kept[f"{name}.{key}" if name else key]
+            ]
+            cut = [side for side in sides if side.cut]
+            if not cut:
+                continue
+            size, left = cut[0]
+            narrow = _narrow(module, left)
+        elif "norm" in type(module).__name__.lower() and not list(module.parameters()):
+            size, left, narrow = 0, None, copy.deepcopy(module)
+        else:
+            continue
+        before.append((module, vars(module).get("forward")))
+        module.forward = _over(narrow, size, left)
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _narrow(module: nn.Module, left: Tensor) -> nn.Module:
+    narrow = copy.deepcopy(module)
+    for key, parameter in narrow._parameters.items():
+        if parameter is not None and parameter.numel() > 1:
+            dim = max(range(parameter.ndim), key=lambda d: parameter.shape[d])
+            narrow._parameters[key] = nn.Parameter(parameter.detach().index_select(dim, left))
+    if isinstance(narrow, nn.LayerNorm):
+        narrow.normalized_shape = (len(left),)
+    if isinstance(narrow, nn.RMSNorm):
+        narrow.normalized_shape = (len(left),)
+    return narrow
+
+
+def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Tensor]:
+    """A forward pass over some channels: those given, or those that are not zero everywhere."""
+
+    def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:
+        places = left
+        axis = -1
+        if places is None:
+            places = (x != 0).flatten(0, -2).any(0).nonzero().view(-1)
+        elif x.shape[-1] != size:
+            axis = 1
+        width = x.shape[axis]
+
+        def cut(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.ndim > 1 and value.shape[axis] == width
+            return value.index_select(axis, places) if fits else value
+
+        result: Tensor = narrow(
+            cut(x), *map(cut, others), **{key: cut(value) for key, value in named.items()}
+        )
+        full = result.new_zeros(*x.shape)
+        return full.index_copy(axis, places, result)
+
+    return forward
+
+
+@contextmanager
+def _closed(model: nn.Module, kept: Kept) -> Iterator[None]:
+    """Where stacked experts went, no router chooses them: what scores them says never."""
+    tensors = _tensors(model)
+    lost = [
+        (name.rpartition(".")[0].rpartition(".")[0], kept[name][0])
+        for name, value in tensors.items()
+        if value.ndim == 3 and kept[name][0].cut
+    ]
+    weights: dict[int, Tensor] = {}
+    for layer, experts in lost:
+        for name, value in tensors.items():
+            inside = name.startswith(f"{layer}.") or not layer
+            if not inside or value.ndim > 2 or kept[name][0].size != experts.size:
+                continue
+            if torch.equal(kept[name][0].left, experts.left):
+                if value.ndim == 1:
+                    with torch.no_grad():
+                        value.index_fill_(0, experts.gone, _NEVER)
+                weights[value.data_ptr()] = experts.gone
+    plain = torch.nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        out = plain(x, weight, *rest, **named)
+        gone = weights.get(weight.data_ptr()) if weight.ndim == 2 else None
+        return out if gone is None else out.index_fill(-1, gone, _NEVER)
+
+    torch.nn.functional.linear = linear  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = plain
+
+
+def _take_scales(model: nn.Module, fresh: nn.Module) -> None:
+    """Numbers that follow widths (attention scales), as the class computes them for the new ones.
+
+    Read from a model freshly built from the pruned config, so that a number that was not refreshed
+    in the pruned model shows as a difference.
+    """
+    built = dict(fresh.named_modules())
+    for name, module in model.named_modules():
+        other = built.get(name)
+        if other is None:
+            continue
+        for key, value in vars(module).items():
+            new = vars(other).get(key)
+            if isinstance(value, float) and isinstance(new, float):
+                setattr(module, key, new)
+            elif type(value) is int and type(new) is int and value != new:
+                setattr(module, key, _Width(value, new))
+        for key, buffer in module._buffers.items():
+            new = other._buffers.get(key)
+            hidden = key in module._non_persistent_buffers_set
+            if hidden and buffer is not None and new is not None and buffer.ndim == 0:
+                module._buffers[key] = new.to(buffer)
+
+
+class _Width(int):
+    """A width that reshapes as it was and scales (``width**-0.5``) as it is after pruning."""
+
+    new: int
+
+    def __new__(cls, value: int, new: int) -> _Width:
+        self = super().__new__(cls, value)
+        self.new = new
+        return self
+
+    def __pow__(self, exponent: Any, *rest: Any) -> Any:
+        return pow(self.new, exponent, *rest)
+
+    def __float__(self) -> float:  # what math.sqrt asks for
+        return float(self.new)
+
+    def __deepcopy__(self, memo: Any) -> _Width:
+        return self
+
+
+def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | Refusal:
+    """Both at the positions that are left, along axes that were cut.
+
+    Those are the positions of a group that was cut alike (the nearest, where several were), or the
+    channels that are not zero for every input.
+    """
+    if full.ndim != value.ndim:
+        return Refusal(f"shape {list(value.shape)}, the original's has {list(full.shape)}")
+    axes = [n for n in range(full.ndim) if full.shape[n] != value.shape[n]]
+    pairs = [(full, value)]
+    for axis in axes:
+        pairs = [one for pair in pairs for one in _cut_alike(*pair, axis, kept)]
+    fitting = [(one, other) for one, other in pairs if one.shape == other.shape]
+    if not fitting:
+        return Refusal(f"shape {list(value.shape)}, unmasked in the original {list(full.shape)}")
+    return min(fitting, key=lambda pair: float((pair[0] - pair[1]).norm()))
+
+
+def _cut_alike(full: Tensor, value: Tensor, axis: int, kept: Kept) -> list[tuple[Tensor, Tensor]]:
+    sizes = (full.shape[axis], value.shape[axis])
+    lefts = {
+        tuple(side.left.tolist()): side.left
+        for sides in kept.values()
+        for side in sides
+        if (side.size, len(side.left)) == sizes
+    }
+    cut = [(full.index_select(axis, left), value) for left in lefts.values()]
+    dense = [
+        one.index_select(axis, (rows != 0).any(1).nonzero().view(-1))
+        for one in (full, value)
+        for rows in (one.movedim(axis, 0).reshape(one.shape[axis], -1),)
+    ]
+    return [*cut, (dense[0], dense[1])]

@@ -1,0 +1,221 @@
+"""Try every width of one class for real, at tiny size: prune, compare, save, load again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .errors import TPHFConfigError
+from .hook import HFConfigSyncHook
+from .learn import map_of
+from .masked import difference
+from .miniature import Miniature, randomise
+from .offers import Width, widths_of
+from .prepare import pruner_kwargs
+from .reference import Builder, Refusal, config_json
+from .ties import saved_buffers
+from .twins import outputs_in_float64
+
+Outcome = Literal["works", "refused", "failed"]
+CASE = "case.pt"
+RATIO = 0.5
+STEPS = (1, 2)
+
+
+@dataclass(frozen=True)
+class WidthSupport:
+    """What pruning one width of a class came to.
+
+    Attributes:
+        fields: the config fields that count its units.
+        outcome: ``works``: pruned in one step and in two, the pruned model computes what the
+            original does with the removed units masked, and a model loaded from the saved folder
+            computes the same bits; ``refused``: an error before anything was pruned or written;
+            ``failed``: anything else.
+        why: the reason, where it does not work.
+        graph: which dependency graph pruned it, ``config`` or ``trace``.
+        units: how many units it has in the tiny copy.
+    """
+
+    fields: tuple[str, ...]
+    outcome: Outcome
+    why: str = ""
+    graph: str = ""
+    units: int = 0
+
+    @property
+    def name(self) -> str:
+        """The fields in one text."""
+        return " + ".join(self.fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result for ``json.dumps``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One width pruned in a copy of the tiny model, and where the copy was saved."""
+
+    width: WidthSupport
+    folders: tuple[Path, ...] = ()
+
+
+def tiny_model(mini: Miniature, seed: int) -> nn.Module:
+    """The class at the tiny copy's widths with random weights from ``seed``, in float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = mini.known.builder.build_real(mini.known.data)
+        if isinstance(model, Refusal):  # the tiny copy itself was built from the same config
+            raise RuntimeError(model.reason)
+        model.tie_weights()  # type: ignore[operator]
+        randomise(model)
+    with torch.no_grad():  # some classes load some weights in float32, whatever is asked for
+        for value in (*model.parameters(), *saved_buffers(model).values()):
+            value.copy_(value.float())
+    return model
+
+
+def trials(model: nn.Module, inputs: Mapping[str, Any], folder: Path) -> Iterator[Trial]:
+    """Prune every width that the library lists for a model, each in copies of its own.
+
+    Args:
+        model: small, random weights in float64, eval mode; not changed.
+        inputs: keyword arguments of one forward pass.
+        folder: where pruned copies are saved.
+    """
+    found = widths_of(model, map_of(model))  # type: ignore[arg-type]
+    proved = {name for width in found if width.reason is None for name in width.names}
+    for number, width in enumerate(found):
+        if width.reason is not None and proved & set(width.names):
+            continue  # it goes, only not in this way
+        yield _trial(model, inputs, width, folder / f"{number:02d}")
+
+
+def _trial(model: nn.Module, inputs: Mapping[str, Any], width: Width, folder: Path) -> Trial:
+    folders: list[Path] = []
+    graph = ""
+    for steps in STEPS if width.units > 2 else STEPS[:1]:
+        copied = copy.deepcopy(model)
+        hook = HFConfigSyncHook()
+        try:
+            with _quiet():
+                pruner = _pruner(copied, width, steps, hook)
+        except TPHFConfigError as error:
+            return Trial(WidthSupport(width.names, "refused", width.reason or str(error)))
+        except Exception as error:
+            why = f"{type(error).__name__} from the pruner's constructor: {error}"
+            return Trial(WidthSupport(width.names, "failed", _line(why)))
+        graph = "config" if hasattr(pruner.DG, "coupled") else "trace"
+        failed = _pruned(model, copied, pruner, hook, inputs, steps)
+        if failed is None and not any(report.groups for report in hook.reports):
+            why = width.reason or f"{_least(width)} of {width.units} have to stay"
+            return Trial(WidthSupport(width.names, "refused", why, graph, width.units))
+        if failed is None:
+            folders.append(folder / str(steps))
+            failed = save(copied, inputs, folders[-1])
+        if failed is not None:
+            why = _line(f"{steps} steps: {failed}" if steps > 1 else failed)
+            return Trial(WidthSupport(width.names, "failed", why, graph, width.units))
+    return Trial(WidthSupport(width.names, "works", "", graph, width.units), tuple(folders))
+
+
+def _least(width: Width) -> int:
+    """How many units the class needs, or the kernels it runs on."""
+    return max(max(group.least, group.classes) for group in width.groups)
+
+
+def _pruner(model: nn.Module, width: Width, steps: int, hook: HFConfigSyncHook) -> Any:
+    import torch_pruning as tp
+
+    return tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=width.names),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=RATIO,
+        iterative_steps=steps,
+        hooks=[hook],
+    )
+
+
+def _pruned(
+    original: nn.Module,
+    model: Any,
+    pruner: Any,
+    hook: HFConfigSyncHook,
+    inputs: Mapping[str, Any],
+    steps: int,
+) -> str | None:
+    """Prune to the end and compare; why that failed, or ``None``."""
+    try:
+        with _quiet():
+            for _ in range(steps):
+                pruner.step()
+        fresh = Builder(model).build_real(config_json(model.config))
+        if isinstance(fresh, Refusal):
+            return f"the new config does not build: {fresh.reason}"
+        return difference(original, model, fresh, inputs)
+    except TPHFConfigError as error:
+        return f"{type(error).__name__} after the step: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def save(model: Any, inputs: Mapping[str, Any], folder: Path) -> str | None:
+    """Save a model with what goes in and what comes out; why that failed, or ``None``."""
+    try:
+        with torch.no_grad():
+            outputs = outputs_in_float64(model, inputs)
+        model.save_pretrained(folder)
+        torch.save({"inputs": dict(inputs), "outputs": outputs}, folder / CASE)
+        (folder / "class.json").write_text(
+            json.dumps([type(model).__module__, type(model).__name__])
+        )
+    except Exception as error:
+        return f"it cannot be saved: {type(error).__name__}: {error}"
+    return None
+
+
+def reloaded(model_class: Any, folder: Path) -> str | None:
+    """Load a saved model and compare bit for bit; where it differs, or ``None``."""
+    case = torch.load(folder / CASE, weights_only=True)
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+        wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
+        if wrong:
+            return _line(f"loading reports {wrong}")
+        if getattr(model, "_can_set_experts_implementation", bool)():
+            model.set_experts_implementation("eager")
+        for parameter in model.parameters():  # aligned in memory like the live weights
+            parameter.data = parameter.data.clone()
+        with torch.no_grad():
+            outputs = outputs_in_float64(model.double().eval(), case["inputs"])
+    except Exception as error:
+        return _line(f"it cannot be loaded: {type(error).__name__}: {error}")
+    same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
+    return None if same else "loaded again it computes other outputs"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:500]
