@@ -254,6 +254,8 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
         result: Tensor = narrow(
             cut(x), *map(cut, others), **{key: cut(value) for key, value in named.items()}
         )
+        if result.shape[axis] != len(places):
+            return result  # it does not keep the channels apart
         full = result.new_zeros(*x.shape)
         return full.index_copy(axis, places, result)
 
