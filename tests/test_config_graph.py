@@ -34,6 +34,8 @@ from tp_hf_config import (
     prunable,
     pruner_kwargs,
 )
+from tp_hf_config.masked import kept_along
+from tp_hf_config.reference import Refusal
 
 
 class Case(NamedTuple):
@@ -84,28 +86,9 @@ def kept_channels(before: torch.Tensor, after: torch.Tensor) -> list[torch.Tenso
     The parameters are random, so that a value stands for its place; the library's own record is
     not looked at.
     """
-    if before.shape == after.shape:
-        assert torch.equal(before, after), "other values"
-        return [torch.arange(size) for size in before.shape]
-    values, order = before.flatten().sort()
-    unique = torch.ones(len(values), dtype=torch.bool)
-    unique[1:] &= values[1:] != values[:-1]
-    unique[:-1] &= values[1:] != values[:-1]
-    where = torch.searchsorted(values, after.flatten()).clamp(max=len(values) - 1)
-    assert torch.equal(values[where], after.flatten()), "values that the original has not"
-    places = torch.stack(torch.unravel_index(order[where], before.shape))
-    sure = unique[where].view(after.shape)
-    result = []
-    for dim, size in enumerate(after.shape):
-        rows = places[dim].view(after.shape).movedim(dim, 0).reshape(size, -1)
-        known = sure.movedim(dim, 0).reshape(size, -1)
-        result.append(torch.tensor([int(row[k][0]) for row, k in zip(rows, known, strict=True)]))
-    expected = before
-    for dim, left in enumerate(result):
-        assert bool((left.diff() > 0).all()), "channels in another order"
-        expected = expected.index_select(dim, left)
-    assert torch.equal(expected, after), "channels of different origin"
-    return result
+    found = kept_along(before, after)
+    assert not isinstance(found, Refusal), found.reason
+    return [side.left for side in found]
 
 
 def masked(original: nn.Module, pruned: nn.Module) -> nn.Module:

@@ -83,7 +83,8 @@ def _masked_outputs(
     reference = copy.deepcopy(original)
     _take_scales(reference, fresh)
     _mask(reference, kept)
-    with torch.no_grad(), _norms_over_kept(reference, kept), _closed(reference, kept):
+    _norms_over_kept(reference, kept)
+    with torch.no_grad(), _closed(reference, kept):
         return outputs_in_float64(reference, inputs)
 
 
@@ -133,7 +134,7 @@ def kept_positions(original: nn.Module, pruned: nn.Module) -> Kept | Refusal:
         return Refusal(f"other tensors: {', '.join(sorted(before.keys() ^ after.keys())[:3])}")
     kept: Kept = {}
     for name, value in before.items():
-        found = _kept(value, after[name])
+        found = kept_along(value, after[name])
         if isinstance(found, Refusal):
             return Refusal(f"{name} holds {found.reason}")
         kept[name] = found
@@ -145,7 +146,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in {**named, **saved_buffers(model)}.items()}
 
 
-def _kept(before: Tensor, after: Tensor) -> tuple[Side, ...] | Refusal:
+def kept_along(before: Tensor, after: Tensor) -> tuple[Side, ...] | Refusal:
+    """What is left of a tensor of random values, dimension by dimension, found by value."""
     if before.shape == after.shape:
         if not torch.equal(before, after):
             return Refusal("other values than before")
@@ -191,10 +193,8 @@ def _vectors(module: nn.Module) -> bool:
     return bool(own) and leaf and not plain and all(p.numel() == max(p.shape) for p in own)
 
 
-@contextmanager
-def _norms_over_kept(model: nn.Module, kept: Kept) -> Iterator[None]:
-    """Norms look at the kept channels only and give zeros elsewhere."""
-    before: list[tuple[nn.Module, Any]] = []
+def _norms_over_kept(model: nn.Module, kept: Kept) -> None:
+    """Make norms look at the kept channels only and give zeros elsewhere."""
     for name, module in model.named_modules():
         if _vectors(module):
             sides = [
@@ -211,15 +211,7 @@ def _norms_over_kept(model: nn.Module, kept: Kept) -> Iterator[None]:
             size, left, narrow = 0, None, copy.deepcopy(module)
         else:
             continue
-        before.append((module, vars(module).get("forward")))
         module.forward = _over(narrow, size, left)
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 def _narrow(module: nn.Module, left: Tensor) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -177,9 +176,6 @@ def save(model: Any, inputs: Mapping[str, Any], folder: Path) -> str | None:
             outputs = outputs_in_float64(model, inputs)
         model.save_pretrained(folder)
         torch.save({"inputs": dict(inputs), "outputs": outputs}, folder / CASE)
-        (folder / "class.json").write_text(
-            json.dumps([type(model).__module__, type(model).__name__])
-        )
     except Exception as error:
         return f"it cannot be saved: {type(error).__name__}: {error}"
     return None

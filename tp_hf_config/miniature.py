@@ -139,7 +139,7 @@ def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[st
     base = known.builder.build(data)
     if isinstance(base, Refusal):
         return data
-    names, before = set(shapes(base)), observe(base)
+    unshrunken, before = shapes(base), observe(base)
     several = _several_per_unit(known)
     data = with_values(data, {path: known.sizes[path] for path in known.unset})
     counts = {split[0] for splits in before.heads.values() for split in splits}
@@ -150,24 +150,26 @@ def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[st
 
     def runs(trial: dict[str, Any]) -> bool:
         model = known.builder.build(trial)
+        if isinstance(model, Refusal):
+            return False
+        built = shapes(model)
         return (
-            not isinstance(model, Refusal)
-            and set(shapes(model)) == names
-            and _still_several(several, trial, shapes(model))
-            and not _single(shapes(base), shapes(model))
+            built.keys() == unshrunken.keys()
+            and _still_several(several, trial, built)
+            and not _single(unshrunken, built)
             and _alike(before, observe(model))
         )
 
     for path in sorted(known.sizes, key=lambda path: known.sizes[path]):
         changes = _smaller(known, data, path, heads, together)
-        trials = [with_values(data, {**one, **_crops(data, one)}) for one in changes]
-        fitting = [trial for trial in trials if runs(trial)] if _stacked(known, path) else []
-        for trial in fitting:  # room for a router: it runs with half of the experts too
-            if runs(with_values(trial, {path: _get(trial, path) // 2})):
-                data = trial
-                break
-        else:
-            data = next((one for one in fitting or trials if fitting or runs(one)), data)
+        trials = (with_values(data, {**one, **_crops(data, one)}) for one in changes)
+        fitting: Iterator[dict[str, Any]] = filter(runs, trials)
+        if _stacked(known, path):  # room for a router first: it runs with half of the experts too
+            every = list(fitting)
+            halves = [with_values(one, {path: _get(one, path) // 2}) for one in every]
+            roomy = (one for one, half in zip(every, halves, strict=True) if runs(half))
+            fitting = chain(roomy, every)
+        data = next(fitting, data)
     return data
 
 
@@ -299,11 +301,11 @@ def _with_heads(
     """Fewer heads of the same width (rotary sections may fix it), and all widths with them."""
     for path in counts:
         number = _get(data, path)
+        if value % number:
+            continue
+        taken = _beside(data, path, counts)
         for step in sorted(_LADDERS[0][1]):
-            taken = _beside(data, path, counts)
-            if number % 2 < step % 2 or step in taken:
-                continue
-            if step < number and value % number == 0:
+            if step < number and step % 2 <= number % 2 and step not in taken:
                 yield {**dict.fromkeys(widths, value * step // number), path: step}
 
 

@@ -43,9 +43,9 @@ class Support:
     versions: dict[str, str] = field(default_factory=versions)
 
     def outcome(self, name: str) -> Outcome | None:
-        """What a config field came to; the best of the ways in which it can go.
+        """What a config field came to; ``None``: the class has no such width.
 
-        ``None``: the class has no such width.
+        ``failed`` where any way of pruning it did, else ``works`` where any does.
         """
         found = {width.outcome for width in self.widths if name in width.fields}
         ranked: tuple[Outcome, ...] = ("failed", "works", "refused")

@@ -55,10 +55,8 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
             note()
         note(stage="done", why="")
     except BaseException as error:  # the child must say what happened, whatever it was
-        text = str(error) or type(error).__name__
-        note(
-            why=f"{'' if type(error) is RuntimeError else type(error).__name__ + ': '}{text}"[:400]
-        )
+        named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+        note(why=f"{named}{str(error) or type(error).__name__}"[:400])
 
 
 def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
