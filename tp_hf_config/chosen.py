@@ -188,7 +188,7 @@ def _default(view: WidthView, must: bool) -> list[Width] | str:
     if proved:
         return proved
     reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
-    if must or any(width.disproved for width in default):
+    if must or any(width.tried for width in default):
         raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
     return reason
 
@@ -208,7 +208,7 @@ def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | 
             continue
         reasons = sorted({str(width.reason) for width in candidates}) or ["no such width"]
         reason = f"{name}: {'; '.join(reasons)}"
-        if not must and not any(width.disproved for width in candidates):
+        if not must and not any(width.tried for width in candidates):
             return reason
         raise _cannot(view, reason)
     return chosen

@@ -22,12 +22,14 @@ def fit(
     sizes: Mapping[Observable, int],
     given: Mapping[FieldPath, int] | None = None,
     powers: bool = False,
+    hold: Sequence[FieldPath] = (),
 ) -> Values | Conflict:
     """Values at which the map gives these sizes, in the full model's names; linked fields too.
 
-    ``powers``: take in what the map knows along no straight line too.
+    ``powers``: take in what the map knows along no straight line too; ``hold``: fields that stay
+    where sizes alone allow several answers.
     """
-    whole = problem_of(known, sizes, given, powers)
+    whole = replace(problem_of(known, sizes, given, powers), hold=hold)
     first: dict[tuple[str, int | str, int], Observable] = {}  # alike layers say it once
     for name, which in whole.targets:
         alike = (known.depth.canonical(name), which, whole.targets[name, which])

@@ -24,6 +24,7 @@ from .directions import (
 from .layouts import layouts_of, likely_first
 from .miniature import Miniature, why_not
 from .reference import FieldPath, Refusal, field_name, with_values
+from .rehearsal import rehearse
 from .ties import saved_buffers
 from .twins import Dim, Layout, Links, TwinTest
 
@@ -96,7 +97,17 @@ def find_groups(mini: Miniature) -> list[Finding]:
             if tried[-1].reason is not None and fields[-1] in pair:
                 tried.append(_find(mini, (*fields[:-1], *pair)))
         findings.append(tried[-1] if tried[-1].reason is None else tried[0])
-    return findings
+    return [_rehearsed(mini, finding) for finding in findings]
+
+
+def _rehearsed(mini: Miniature, finding: Finding) -> Finding:
+    """The finding, refused where the class built smaller does not compute what is left."""
+    wrong = rehearse(mini, finding) if finding.reason is None else None
+    if wrong is None:
+        return finding
+    name = " and ".join(map(field_name, finding.fields))
+    reason = f"with less of {name} the class computes something else than is left: {wrong}"
+    return Finding(finding.fields, reason=reason, disproved=True)
 
 
 def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:

@@ -12,6 +12,8 @@ from torch import nn
 _SAMPLES = 7680  # of sound: what the strides of a speech encoder divide and leave some frames of
 _FRAMES = 64  # of a spectrogram
 _PIXELS = 64
+IMAGE_SIZES = ("image_size", "img_size", "max_img_size", "resolution")
+"""What configs call the side of an image."""
 _NESTED = ("text_config", "vision_config", "audio_config")
 
 
@@ -92,9 +94,9 @@ def _channels(config: Any) -> int:
 
 
 def _side(config: Any) -> tuple[int, int] | None:
-    names = ("image_size", "img_size", "max_img_size", "resolution")
     given = setting(config, "model_args") or {}  # of timm
-    size = setting(_vision(config), *names) or setting(config, *names) or given.get("img_size")
+    size = setting(_vision(config), *IMAGE_SIZES) or setting(config, *IMAGE_SIZES)
+    size = size or given.get("img_size")
     if isinstance(size, dict):
         size = (size.get("height"), size.get("width"))
     if isinstance(size, int):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from math import lcm
 
 from torch import nn
 
 from .learn import ConfigMap
-from .reference import FieldPath, Refusal, vanished_counts
+from .reference import FieldPath, Refusal, shapes, vanished_counts
 
 
 def accepts(known: ConfigMap, values: Mapping[FieldPath, int]) -> Refusal | None:
@@ -25,6 +25,31 @@ def vanishing(known: ConfigMap, new: nn.Module) -> str | None:
     if not vanished:
         return None
     return f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
+
+
+def straying(
+    known: ConfigMap, values: Mapping[FieldPath, int], new: nn.Module, held: Set[tuple[str, int]]
+) -> str | None:
+    """Which dimension is not what the map says of other values, and in no group.
+
+    Args:
+        known: the class.
+        values: of the fields that are not as they were.
+        new: the build at these.
+        held: dimensions that are in a group.
+    """
+    moves = {path: value - known.values[path] for path, value in values.items()}
+    for name, shape in shapes(new).items():
+        was = known.shapes.get(name, shape)
+        for dim, (size, before) in enumerate(zip(shape, was, strict=True)):
+            expression = known.expressions.get((name, dim))
+            expected = before if expression is None else expression.evaluate(moves)
+            if size != expected and (name, dim) not in held:
+                return (
+                    f"{name} would have {size} instead of {before} along dimension {dim}, which "
+                    "follows it in steps: no unit of it holds a part of that"
+                )
+    return None
 
 
 def multiple_of(known: ConfigMap, path: FieldPath) -> int:

@@ -9,38 +9,18 @@ choose the removed experts, scales that depend on widths are those of the pruned
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import Layout, observe
 from .reference import Refusal
+from .scales import AsNarrow, Side, SizesRead, Width, take_scales
 from .ties import saved_buffers
 from .twins import outputs_in_float64
-
-
-class Side(NamedTuple):
-    """One dimension of a tensor: how long it was, and which of its positions are left."""
-
-    size: int
-    left: Tensor
-
-    @property
-    def gone(self) -> Tensor:
-        """The positions that are not."""
-        gone = torch.ones(self.size, dtype=torch.bool)
-        gone[self.left] = False
-        return gone.nonzero().view(-1)
-
-    @property
-    def cut(self) -> bool:
-        """Whether any position went."""
-        return len(self.left) < self.size
-
 
 Kept = dict[str, tuple[Side, ...]]
 """What is left of every tensor, dimension by dimension."""
@@ -64,27 +44,29 @@ def difference(
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
         return kept.reason
-    with torch.no_grad():
+    with torch.no_grad(), SizesRead() as read:
         got = outputs_in_float64(pruned, inputs)
-    first = _compared(_masked_outputs(original, fresh, kept, inputs), got, kept)
-    if first is None:
+    plain = _compared(_masked_outputs(original, fresh, kept, inputs, nullcontext()), got, kept)
+    if plain is None:
         return None
-    # attention may read its scale off the head dim as it runs, where no attribute says it
-    scaled = copy.deepcopy(original)
-    if not _scale_queries(scaled, observe(original), observe(fresh)):
-        return first
-    second = _compared(_masked_outputs(scaled, fresh, kept, inputs), got, kept)
-    return None if second is None else first
+    # a scale may be read off the head dim as the model runs, where no attribute says it
+    narrow = AsNarrow(read.sizes, (side for sides in kept.values() for side in sides))
+    outputs = _masked_outputs(original, fresh, kept, inputs, narrow)
+    return None if _compared(outputs, got, kept) is None else plain
 
 
 def _masked_outputs(
-    original: nn.Module, fresh: nn.Module, kept: Kept, inputs: Mapping[str, Any]
+    original: nn.Module,
+    fresh: nn.Module,
+    kept: Kept,
+    inputs: Mapping[str, Any],
+    surroundings: AbstractContextManager[Any],
 ) -> list[Tensor]:
     reference = copy.deepcopy(original)
-    _take_scales(reference, fresh)
+    take_scales(reference, fresh)
     _mask(reference, kept)
     _norms_over_kept(reference, kept)
-    with torch.no_grad(), _closed(reference, kept):
+    with torch.no_grad(), _closed(reference, kept), surroundings:
         return outputs_in_float64(reference, inputs)
 
 
@@ -101,30 +83,6 @@ def _compared(expected: Sequence[Tensor], got: Sequence[Tensor], kept: Kept) -> 
         if not error <= _EXACT:
             return f"output {number} is {error:.0e} off the original with the removed units masked"
     return None
-
-
-def _scale_queries(model: nn.Module, before: Layout, after: Layout) -> bool:
-    """Scale queries by what the head dim changed; whether there were any.
-
-    The first of the projections that one module splits into heads makes the queries.
-    """
-    found: set[str] = set()
-    for name, splits in before.heads.items():
-        parent, new = name.rpartition(".")[0], after.heads.get(name)
-        if parent in found or new is None or new[0][-1] == splits[0][-1]:
-            continue
-        found.add(parent)
-        layer = model.get_submodule(name)
-        rows = torch.arange(math.prod(splits[0]))
-        if len(splits[0]) == 3:  # fused per head: its query, then its key
-            rows = rows.view(splits[0])[:, 0].flatten()
-        for key, parameter in layer.named_parameters(recurse=False):
-            dim = parameter.ndim - 1 if type(layer).__name__ == "Conv1D" else 0
-            factor = torch.ones(parameter.shape[dim], dtype=parameter.dtype)
-            factor[rows] = (splits[0][-1] / new[0][-1]) ** 0.5
-            with torch.no_grad():
-                parameter.mul_(factor if dim or key == "bias" else factor[:, None])
-    return bool(found)
 
 
 def kept_positions(original: nn.Module, pruned: nn.Module) -> Kept | Refusal:
@@ -190,7 +148,9 @@ def _vectors(module: nn.Module) -> bool:
     own = list(module.parameters())
     leaf = next(module.children(), None) is None
     plain = isinstance(module, _PROJECTIONS) or saved_buffers(module)
-    return bool(own) and leaf and not plain and all(p.numel() == max(p.shape) for p in own)
+    return (
+        bool(own) and leaf and not plain and all(p.ndim and p.numel() == max(p.shape) for p in own)
+    )
 
 
 def _norms_over_kept(model: nn.Module, kept: Kept) -> None:
@@ -220,10 +180,11 @@ def _narrow(module: nn.Module, left: Tensor) -> nn.Module:
         if parameter is not None and parameter.numel() > 1:
             dim = max(range(parameter.ndim), key=lambda d: parameter.shape[d])
             narrow._parameters[key] = nn.Parameter(parameter.detach().index_select(dim, left))
-    if isinstance(narrow, nn.LayerNorm):
-        narrow.normalized_shape = (len(left),)
-    if isinstance(narrow, nn.RMSNorm):
-        narrow.normalized_shape = (len(left),)
+    if hasattr(narrow, "normalized_shape"):
+        setattr(narrow, "normalized_shape", (len(left),))
+    for key, value in vars(narrow).items():  # one group of channels for each
+        if isinstance(value, Width):
+            setattr(narrow, key, value.new)
     return narrow
 
 
@@ -235,23 +196,31 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
         axis = -1
         if places is None:
             places = (x != 0).flatten(0, -2).any(0).nonzero().view(-1)
-        elif x.shape[-1] != size:
+            if hasattr(narrow, "normalized_shape"):  # without weights, as OLMo's
+                setattr(narrow, "normalized_shape", (len(places),))
+        elif _long(x, -1) != size:
             axis = 1
-        width = x.shape[axis]
+        width = _long(x, axis)
 
         def cut(value: Any) -> Any:
-            fits = isinstance(value, Tensor) and value.ndim > 1 and value.shape[axis] == width
+            fits = isinstance(value, Tensor) and value.ndim > 1 and _long(value, axis) == width
             return value.index_select(axis, places) if fits else value
 
         result: Tensor = narrow(
             cut(x), *map(cut, others), **{key: cut(value) for key, value in named.items()}
         )
-        if result.shape[axis] != len(places):
+        if _long(result, axis) != len(places):
             return result  # it does not keep the channels apart
-        full = result.new_zeros(*x.shape)
-        return full.index_copy(axis, places, result)
+        narrow_last = result.movedim(axis, -1)
+        full = F.pad(torch.zeros_like(narrow_last), (0, width - len(places)))
+        return full.index_copy(-1, places, narrow_last).movedim(-1, axis)
 
     return forward
+
+
+def _long(x: Tensor, axis: int) -> int:
+    """How long an axis is, so that it is not among the sizes that the model reads."""
+    return len(x.movedim(axis, 0))
 
 
 @contextmanager
@@ -267,69 +236,25 @@ def _closed(model: nn.Module, kept: Kept) -> Iterator[None]:
     for layer, experts in lost:
         for name, value in tensors.items():
             inside = name.startswith(f"{layer}.") or not layer
-            if not inside or value.ndim > 2 or kept[name][0].size != experts.size:
+            if not inside or value.ndim not in (1, 2) or kept[name][0].size != experts.size:
                 continue
             if torch.equal(kept[name][0].left, experts.left):
                 if value.ndim == 1:
                     with torch.no_grad():
                         value.index_fill_(0, experts.gone, _NEVER)
                 weights[value.data_ptr()] = experts.gone
-    plain = torch.nn.functional.linear
+    plain = F.linear
 
     def linear(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
         out = plain(x, weight, *rest, **named)
         gone = weights.get(weight.data_ptr()) if weight.ndim == 2 else None
         return out if gone is None else out.index_fill(-1, gone, _NEVER)
 
-    torch.nn.functional.linear = linear  # type: ignore[assignment]
+    F.linear = linear  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.nn.functional.linear = plain
-
-
-def _take_scales(model: nn.Module, fresh: nn.Module) -> None:
-    """Numbers that follow widths (attention scales), as the class computes them for the new ones.
-
-    Read from a model freshly built from the pruned config, so that a number that was not refreshed
-    in the pruned model shows as a difference.
-    """
-    built = dict(fresh.named_modules())
-    for name, module in model.named_modules():
-        other = built.get(name)
-        if other is None:
-            continue
-        for key, value in vars(module).items():
-            new = vars(other).get(key)
-            if isinstance(value, float) and isinstance(new, float):
-                setattr(module, key, new)
-            elif type(value) is int and type(new) is int and value != new:
-                setattr(module, key, _Width(value, new))
-        for key, buffer in module._buffers.items():
-            new = other._buffers.get(key)
-            hidden = key in module._non_persistent_buffers_set
-            if hidden and buffer is not None and new is not None and buffer.ndim == 0:
-                module._buffers[key] = new.to(buffer)
-
-
-class _Width(int):
-    """A width that reshapes as it was and scales (``width**-0.5``) as it is after pruning."""
-
-    new: int
-
-    def __new__(cls, value: int, new: int) -> _Width:
-        self = super().__new__(cls, value)
-        self.new = new
-        return self
-
-    def __pow__(self, exponent: Any, *rest: Any) -> Any:
-        return pow(self.new, exponent, *rest)
-
-    def __float__(self) -> float:  # what math.sqrt asks for
-        return float(self.new)
-
-    def __deepcopy__(self, memo: Any) -> _Width:
-        return self
+        F.linear = plain
 
 
 def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | Refusal:

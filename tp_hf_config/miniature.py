@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fit import value_at
 from .heads import Layout, observe
+from .images import crops, smaller_images
 from .inputs import example_inputs, input_forms, second_sample, text_inputs
 from .learn import ConfigMap, learn
 from .reference import FieldPath, Refusal, shapes, with_values
@@ -22,7 +24,6 @@ _HEAD_DIM = 16
 _ROWS = 2048
 _EXPERTS = (4, 8, 16, 32)
 _LONG_TEXT = 32
-_CROPS = "image_grid_pinpoints"
 _TOKEN = ("_token_id", "_token_index")
 _PLACES = ("image", "video", "audio", "vision")
 _LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
@@ -160,9 +161,10 @@ def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[st
             and _alike(before, observe(model))
         )
 
+    data = next(filter(runs, smaller_images(known, data)), data)
     for path in sorted(known.sizes, key=lambda path: known.sizes[path]):
         changes = _smaller(known, data, path, heads, together)
-        trials = (with_values(data, {**one, **_crops(data, one)}) for one in changes)
+        trials = (with_values(data, {**one, **crops(data, one)}) for one in changes)
         fitting: Iterator[dict[str, Any]] = filter(runs, trials)
         if _stacked(known, path):  # room for a router first: it runs with half of the experts too
             every = list(fitting)
@@ -284,17 +286,6 @@ def _beside(data: dict[str, Any], path: FieldPath, counts: Collection[FieldPath]
     return beside - {_get(data, path)}
 
 
-def _crops(data: dict[str, Any], change: dict[FieldPath, int]) -> dict[FieldPath, int]:
-    """The sizes of images that are cut into parts of the image size, as many parts as before."""
-    sizes = [path for path in change if path[-1] == "image_size"]
-    return {
-        (_CROPS, row, side): length * change[path] // _get(data, path)
-        for path in sizes[:1]
-        for row, lengths in enumerate(data.get(_CROPS) or ())
-        for side, length in enumerate(lengths)
-    }
-
-
 def _with_heads(
     data: dict[str, Any], widths: list[FieldPath], value: int, counts: Collection[FieldPath]
 ) -> Iterator[dict[FieldPath, int]]:
@@ -332,9 +323,7 @@ def _stacked(known: ConfigMap, path: FieldPath) -> bool:
 
 
 def _get(data: Any, path: FieldPath) -> int:
-    for key in path:
-        data = data[key]
-    return int(data)
+    return int(value_at(data, path))
 
 
 def _small_tokens(data: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .directions import units_of
 from .expand import WidthGroup, expand
 from .groups import Finding, find_groups
 from .learn import ConfigMap, map_of
-from .limits import vanishing
+from .limits import straying, vanishing
 from .locate import check_followable, find_pretrained
 from .miniature import Miniature, miniature
 from .reference import FieldPath, Refusal, field_name
@@ -39,6 +39,7 @@ class Width:
         reason: why it cannot be pruned; ``None`` where it can.
         disproved: an experiment showed that its units are not interchangeable; no other way of
             finding groups would be right either.
+        tried: experiments were made with the class; else its tiny copy does not run.
     """
 
     fields: tuple[FieldPath, ...]
@@ -48,6 +49,7 @@ class Width:
     parameters: int = 0
     reason: str | None = None
     disproved: bool = False
+    tried: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,7 +148,7 @@ def widths_of(model: PreTrainedModel, known: ConfigMap | None = None) -> tuple[W
             _experiments[known] = _Experiments(mini, tuple(sayable))
     done = _experiments[known]
     if isinstance(done.mini, Refusal):
-        return tuple(Width((path,), reason=done.mini.reason) for path in known.values)
+        return tuple(Width((path,), reason=done.mini.reason, tried=False) for path in known.values)
     names = tuple(map(tuple, parameter_names(model).values()))
     if names not in done.widths:
         widths = tuple(_width(f, done.mini, known, model) for f in done.findings)
@@ -222,14 +224,23 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
 
 
 def _sayable(finding: Finding, known: ConfigMap) -> Finding:
-    """The finding, refused where a quarter less of the width makes some count of the class 0."""
+    """The finding, refused where less of the width makes the class build what nobody can prune to.
+
+    A quarter less, and half: some count becomes 0, or a dimension that no group holds moves.
+    """
     if finding.reason is not None or not set(finding.fields) <= known.values.keys():
         return finding
+    held = {(dim.name, dim.dim) for group in finding.groups for dim in group.dims}
     units = units_of(known, finding.fields)
-    less = {p: known.values[p] // units * (units - units // 4) for p in finding.fields}
-    new = known.build_at(less)
-    reason = None if isinstance(new, Refusal) else vanishing(known, new)
-    return finding if reason is None else Finding(finding.fields, reason=reason, disproved=True)
+    for left in dict.fromkeys((units - units // 4, units - units // 2)):
+        less = {path: known.values[path] // units * left for path in finding.fields}
+        new = known.build_at(less)
+        if isinstance(new, Refusal):
+            continue
+        reason = vanishing(known, new) or straying(known, less, new, held)
+        if reason is not None:
+            return Finding(finding.fields, reason=reason, disproved=True)
+    return finding
 
 
 def _apart(finding: Finding, others: Sequence[Finding], known: ConfigMap) -> Finding:

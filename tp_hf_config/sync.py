@@ -126,7 +126,7 @@ class Follower:
         old = config_json(self.model.config, use_diff=False)
         with all_or_nothing() as changes:
             outcome = self._write(changes, change)
-            self._check_written(data)
+            self._check_written(data, built)
         new = config_json(self.model.config, use_diff=False)
         self.reference, self.values = built, values
         self._tell_heads()
@@ -224,7 +224,11 @@ class Follower:
         return targets
 
     def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
-        result = fit(self.known, self._targets(live))
+        graph = self.pruner.DG
+        counted = graph.fields if isinstance(graph, ConfigGraph) else [tuple(self.known.values)]
+        going = {path for fields in counted for path in fields}
+        hold = [path for path in self.known.values if path not in going]
+        result = fit(self.known, self._targets(live), hold=hold)
         if isinstance(result, Conflict):
             raise explain_conflict(self.model, self.known, result)
         return result
@@ -248,13 +252,17 @@ class Follower:
             "ties": write_ties(changes, self.model, self.ties),
         }
 
-    def _check_written(self, data: dict[str, Any]) -> None:
-        """The live config now says what was proved."""
+    def _check_written(self, data: dict[str, Any], built: nn.Module) -> None:
+        """The live config now says what was proved.
+
+        The class may set a field itself (Swin's hidden_size), or its model (LeViT's down_ops).
+        """
         proved = config_json(self.known.builder.config(data))
+        after = config_json(built.config)  # type: ignore[arg-type]
         wrong = [
             (path, value)
             for path, value in changed_values(data, config_json(self.model.config))
-            if value != value_at(proved, path)  # the class sets it itself (Swin's hidden_size)
+            if value not in (value_at(proved, path), value_at(after, path))
         ]
         if wrong:
             names = ", ".join(field_name(path) for path, _ in wrong)

@@ -8,7 +8,7 @@ the same ones in every dimension of each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,8 @@ def check_traced(pruner: Any, model: PreTrainedModel, known: ConfigMap) -> list[
     """
     proof = TracedProof(model, known)
     unproved: dict[str, list[str]] = {}
-    for group in traced_groups(pruner):
+    groups = list(traced_groups(pruner))
+    for group in groups:
         wrong, notes = proof.look_at(group)
         if wrong is not None:
             raise UnsupportedModelError(
@@ -49,6 +50,13 @@ def check_traced(pruner: Any, model: PreTrainedModel, known: ConfigMap) -> list[
             )
         for note in notes:
             unproved.setdefault(note, []).append(group.root)
+    field, left = proof.left_out(groups)
+    if left:
+        raise UnsupportedModelError(
+            f"Torch-Pruning's trace would cut only a part of what {field} sets: not "
+            f"{_some(left)}. No config of {type(model).__name__} could say what is left then. Keep "
+            "the width: name others in pruner_kwargs(model, prune=...)."
+        )
     return [f"traced, not proved: {_some(roots)}: {note}" for note, roots in unproved.items()]
 
 
@@ -99,6 +107,29 @@ class TracedProof:
                         return f"{self.names[key[0]]} follows {reason}", []
                     notes[reason] = None
         return None, list(notes)
+
+    def left_out(self, groups: Sequence[TracedGroup]) -> tuple[str, list[str]]:
+        """A field that is cut in some dimensions, none of them proved, and those that are not."""
+        cut = {key for group in groups for key in group.pieces}
+        opaque = {id(parameter) for group in groups for parameter in group.opaque}
+        for parameter, dim in cut:
+            if (parameter, dim) in self.groups or parameter not in self.names:
+                continue
+            left = {
+                path: [
+                    name
+                    for other, name in self.names.items()
+                    for d in range(other.ndim)
+                    if path in self.known.fields_of(name, d)
+                    and (other, d) not in cut
+                    and id(other) not in opaque
+                ]
+                for path in self.known.fields_of(self.names[parameter], dim)
+            }
+            if left and all(left.values()):
+                path = min(left, key=lambda one: len(left[one]))
+                return field_name(path), left[path]
+        return "", []
 
     def _fault(self, number: int, cuts: Mapping[Key, Tensor], traced: TracedGroup) -> str | None:
         """Why what a traced group cuts is not whole units of a proved one; None: it is."""

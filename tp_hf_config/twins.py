@@ -98,15 +98,14 @@ class TwinTest:
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
         self._weights: list[tuple[Tensor, Tensor]] = []
-        self.base = [output.detach() for output in self.outputs()]
+        every = outputs_in_float64(model, inputs)
+        self._depending = [number for number, one in enumerate(every) if one.requires_grad]
+        self.base = [every[number].detach() for number in self._depending]
 
     def outputs(self) -> list[Tensor]:
-        """The differentiable outputs of one forward pass."""
-        return [
-            tensor
-            for tensor in outputs_in_float64(self.model, self.inputs)
-            if tensor.requires_grad or not torch.is_grad_enabled()
-        ]
+        """The outputs of one forward pass that depend on parameters."""
+        every = outputs_in_float64(self.model, self.inputs)
+        return [every[number] for number in self._depending]
 
     def links(self, dims: Sequence[Dim], pairs: int = 4, thorough: bool = False) -> Links:
         """Make two units twins, disturb one dimension after the other, join what is linked.
@@ -218,12 +217,13 @@ class TwinTest:
 
     def _gradients(self, dims: Sequence[Dim], first: int, second: int) -> dict[str, Tensor | None]:
         names = [n for n in dict.fromkeys(d.name for d in dims) if self.parameters[n].requires_grad]
-        losses = [self._loss(output, first, second) for output in self.outputs()]
-        loss = torch.stack(losses).sum()
-        grads = torch.autograd.grad(
-            loss, [self.parameters[name] for name in names], allow_unused=True
-        )
         found: dict[str, Tensor | None] = dict.fromkeys(dim.name for dim in dims)
+        losses = [self._loss(output, first, second) for output in self.outputs()]
+        if not names or not losses:
+            return found
+        grads = torch.autograd.grad(
+            torch.stack(losses).sum(), [self.parameters[name] for name in names], allow_unused=True
+        )
         found.update(zip(names, grads, strict=True))
         return found
 

@@ -1,0 +1,134 @@
+"""A cut is rehearsed on the tiny copy: what only looks like units of a field is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_pruning as tp
+import transformers as hf
+
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable, pruner_kwargs
+from tp_hf_config.learn import map_of
+from tp_hf_config.limits import straying
+from tp_hf_config.masked import difference
+from tp_hf_config.measure import tiny_model
+from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.reference import Builder, FieldPath, Refusal, config_json
+
+
+def qwen3_5_moe() -> hf.PreTrainedModel:
+    """As many key heads of linear attention as dimensions in one: 8 either way."""
+    config = hf.Qwen3_5MoeTextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_key_heads=8,
+        linear_num_value_heads=16,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+    )
+    torch.manual_seed(0)
+    return hf.Qwen3_5MoeForCausalLM(config).eval()
+
+
+def test_one_dimension_of_every_head_is_not_taken_for_a_head() -> None:
+    widths = {width.name: width for width in prunable(qwen3_5_moe()).widths}
+    heads = widths["linear_num_key_heads"]
+    assert heads.reason is not None
+    assert heads.disproved
+    assert widths["linear_key_head_dim"].reason is None
+
+
+def test_a_factor_of_a_product_is_known_by_what_the_pruner_prunes() -> None:
+    mini = miniature(map_of(qwen3_5_moe()))
+    assert isinstance(mini, Miniature)
+    model = tiny_model(mini, 0)
+    original = tiny_model(mini, 0)
+    before = dict(model.config.to_dict())  # type: ignore[union-attr, operator]
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=("linear_key_head_dim",)),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[hook],
+    )
+    pruner.step()
+    half = before["linear_key_head_dim"] // 2
+    assert hook.last_report is not None
+    changed = {name: new for name, (_, new) in hook.last_report.fields.items()}
+    assert changed == {"linear_key_head_dim": half}
+    fresh = Builder(model).build_real(config_json(model.config))  # type: ignore[arg-type]
+    assert difference(original, model, fresh, mini.inputs) is None  # type: ignore[arg-type]
+
+
+def test_a_trace_that_would_leave_a_part_of_a_field_is_refused_before_anything() -> None:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = hf.CLIPConfig(vision_config=vision, text_config=text, num_labels=3)
+    model = hf.CLIPForImageClassification(config).eval()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    field = "vision_config.hidden_size"
+    with pytest.raises(UnsupportedModelError, match=r"the outputs do not depend on .*post_layer"):
+        pruner_kwargs(model, prune=(field,))
+    with pytest.raises(UnsupportedModelError, match=r"only a part of what .* sets|do not depend"):
+        tp.pruner.MetaPruner(
+            model,
+            **pruner_kwargs(model, prune=(field,), graph="trace"),
+            importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=0.5,
+            hooks=[HFConfigSyncHook()],
+        )
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
+
+
+def test_a_width_that_a_squeeze_follows_in_steps_is_refused() -> None:
+    config = hf.RegNetConfig(
+        embedding_size=16, hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], groups_width=8
+    )
+    model = hf.RegNetForImageClassification(config).eval()
+    widths = {width.name: width.reason for width in prunable(model).widths}
+    assert "the class builds [1, 8, 1, 1]" in str(widths["embedding_size"])
+    known = map_of(model)
+    less: dict[FieldPath, int] = {("embedding_size",): 9}
+    fewer = known.build_at(less)
+    assert not isinstance(fewer, Refusal)
+    squeeze = "regnet.encoder.stages.0.layers.0.layer.2.attention.0.weight"
+    assert f"{squeeze} would have 2 instead of 4" in str(straying(known, less, fewer, set()))
+    moving = {(name, dim) for name, shape in known.shapes.items() for dim in range(len(shape))}
+    assert straying(known, less, fewer, moving) is None
+
+
+def test_outputs_that_depend_on_no_parameter_are_left_out_of_the_proof() -> None:
+    config = hf.TimeSeriesTransformerConfig(
+        prediction_length=4,
+        context_length=12,
+        lags_sequence=[1, 2],
+        num_time_features=1,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=40,
+    )
+    widths = {
+        width.name: width.reason
+        for width in prunable(hf.TimeSeriesTransformerModel(config).eval()).widths
+    }
+    assert widths["encoder_ffn_dim"] is None
+    assert widths["decoder_ffn_dim"] is None

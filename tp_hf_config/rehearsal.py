@@ -1,0 +1,96 @@
+"""Rehearse a cut on the tiny copy: does the class, built smaller, compute what is left?
+
+A permutation shows that units are alike, not that the class counts them so: with as many heads as
+dimensions in a head, one dimension out of every head looks like one head.  Built from the smaller
+config with the weights that are left, the class has to be the original with the units masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .directions import units_of
+from .masked import difference
+from .reference import FieldPath, Refusal
+from .ties import saved_buffers
+
+if TYPE_CHECKING:
+    from .groups import Finding, Group
+    from .miniature import Miniature
+
+
+def rehearse(mini: Miniature, finding: Finding) -> str | None:
+    """What is wrong with cutting a width to about half, and building the class so.
+
+    Returns:
+        ``None`` where the result is the original with the units masked, and where the class takes
+        no smaller value of the width that could be tried.
+    """
+    for less, groups in _cuts(mini, finding):
+        fresh = mini.known.builder.build_real(mini.known.config_at(less))
+        if isinstance(fresh, Refusal):
+            continue
+        fresh.tie_weights()  # type: ignore[operator]
+        wrong = _carried(fresh, _tensors(mini.model), groups)
+        try:
+            return wrong or difference(mini.model, fresh, fresh, mini.inputs)
+        except Exception as error:  # a class may stop with any exception
+            return f"it does not run then: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+_Left = list[tuple["Group", Tensor]]
+"""Groups, each with the units that stay."""
+
+
+def _cuts(mini: Miniature, finding: Finding) -> Iterator[tuple[dict[FieldPath, int], _Left]]:
+    """Smaller values of a width, the nearest to half first, with what stays of every group."""
+    values, units = mini.known.values, units_of(mini.known, finding.fields)
+    for left in sorted(range(finding.least, units), key=lambda n: abs(2 * n - units)):
+        if all(left * group.grain % group.classes == 0 for group in finding.groups):
+            less = {path: values[path] // units * left for path in finding.fields}
+            yield less, [(group, _staying(group, left * group.grain)) for group in finding.groups]
+
+
+def _staying(group: Group, left: int) -> Tensor:
+    """The same number of every class, at random places."""
+    generator = torch.Generator().manual_seed(left)
+    size = group.units // group.classes
+    starts = range(0, group.units, size)
+    chosen = [
+        start + torch.randperm(size, generator=generator)[: left // group.classes]
+        for start in starts
+    ]
+    return torch.cat(chosen).sort().values
+
+
+def _carried(fresh: nn.Module, original: dict[str, Tensor], groups: _Left) -> str | None:
+    """Fill a smaller build with what is left of the original; why that fails, or ``None``."""
+    keep = {
+        (name, dim): torch.ones(size, dtype=torch.bool)
+        for name, value in original.items()
+        for dim, size in enumerate(value.shape)
+    }
+    for group, staying in groups:
+        for dim in group.dims:
+            table = dim.layout.table(group.units)
+            gone = torch.ones(len(table), dtype=torch.bool)
+            gone[staying] = False
+            keep[dim.name, dim.dim][table[gone].flatten()] = False
+    with torch.no_grad():
+        for name, value in _tensors(fresh).items():
+            left = original[name]
+            for axis in range(left.ndim):
+                left = left.index_select(axis, keep[name, axis].nonzero().view(-1))
+            if left.shape != value.shape:
+                return f"{name} has {list(left.shape)}, the class builds {list(value.shape)}"
+            value.copy_(left)
+    return None
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **saved_buffers(model)}
