@@ -27,6 +27,7 @@ from transformers import (
 from tp_hf_config import pruner_kwargs
 
 TRANSFORMERS = tuple(int(part) for part in hf.__version__.split(".")[:2])
+TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 TORCH_PRUNING = tuple(int(part) for part in version("torch-pruning").split(".")[:2])
 """Versions, for what differs: ``TRANSFORMERS >= (5,)``."""
 

@@ -8,6 +8,7 @@ back the same model, logit for logit.
 from __future__ import annotations
 
 from .errors import (
+    CheckpointError,
     ConfigSyncError,
     PrunerSettingsWarning,
     TPHFConfigError,
@@ -19,6 +20,8 @@ from .pruners import Handle, PrunerHook, disable, enable, register
 from .report import SyncReport
 
 __all__ = [
+    "CheckReport",
+    "CheckpointError",
     "ConfigSyncError",
     "HFConfigSyncHook",
     "Handle",
@@ -26,21 +29,37 @@ __all__ = [
     "Prunable",
     "PrunerHook",
     "PrunerSettingsWarning",
+    "RepairReport",
+    "RoundtripReport",
     "Support",
     "SyncReport",
     "TPHFConfigError",
     "TracingError",
     "UnsupportedModelError",
     "Width",
+    "check_checkpoint",
     "disable",
     "enable",
     "plan",
     "prunable",
     "pruner_kwargs",
     "register",
+    "repair_checkpoint",
     "supports",
+    "verify_checkpoint",
+    "verify_roundtrip",
 ]
 __version__ = "0.1.0"
+
+_CHECKPOINT = {
+    "CheckReport": "reports",
+    "RepairReport": "reports",
+    "RoundtripReport": "reports",
+    "check_checkpoint": "check",
+    "repair_checkpoint": "repair",
+    "verify_checkpoint": "verify",
+    "verify_roundtrip": "verify",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -64,6 +83,10 @@ def __getattr__(name: str) -> object:
         from .plans import Plan
 
         return Plan
+    if name in _CHECKPOINT:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.checkpoint.{_CHECKPOINT[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,6 +6,8 @@ do next.  Inner functions return reasons; only the edges of the library raise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class TPHFConfigError(Exception):
     """Base class of every error this library raises on purpose."""
@@ -33,6 +35,19 @@ class ConfigSyncError(TPHFConfigError):
     def __init__(self, message: str, conflicts: dict[str, dict[int, list[str]]] | None = None):
         super().__init__(message)
         self.conflicts = conflicts or {}
+
+
+class CheckpointError(TPHFConfigError):
+    """A folder cannot be checked, repaired or verified; nothing in it was changed.
+
+    Attributes:
+        candidates: the configs that fit equally well, as ``given=`` of
+            :func:`~tp_hf_config.repair_checkpoint` takes them.
+    """
+
+    def __init__(self, message: str, candidates: Sequence[dict[str, int]] = ()):
+        super().__init__(message)
+        self.candidates = tuple(candidates)
 
 
 class PrunerSettingsWarning(UserWarning):

@@ -1,0 +1,130 @@
+"""Checkpoint folders to check, break and repair; and what Transformers itself says of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import small
+import tiny
+import torch
+import transformers as hf
+import zoo
+from transformers.utils import logging as hf_logging
+
+hf_logging.disable_progress_bar()
+
+_TEXT = {**zoo._GQA, **zoo._FLOAT32}
+_VISION = {**zoo._VISION, **zoo._FLOAT32, "projection_dim": 64}
+BITS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "BOOL": 1}
+
+
+def _llava() -> hf.PreTrainedModel:
+    config = hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**_TEXT), vision_config=hf.CLIPVisionConfig(**_VISION)
+    )
+    config.image_token_index = config.image_token_id = 98
+    return hf.LlavaForConditionalGeneration(config)
+
+
+_OTHERS = {
+    "llava": _llava,
+    "bert-lm": lambda: hf.BertForMaskedLM(hf.BertConfig(**tiny._SIZES)),
+    "gemma3-deep": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**{**_TEXT, "num_hidden_layers": 8}, head_dim=16)
+    ),
+    "llama-deep": lambda: small.llama(num_hidden_layers=6),
+}
+
+
+@lru_cache
+def _kept(name: str, options: tuple[tuple[str, Any], ...]) -> TemporaryDirectory[str]:
+    model = _OTHERS[name]() if name in _OTHERS else (zoo if name in zoo.NAMES else tiny).build(name)
+    place = TemporaryDirectory()
+    model.save_pretrained(Path(place.name) / "model", **dict(options))
+    return place
+
+
+def saved(name: str, folder: Path, **options: Any) -> Path:
+    """What a class's own ``save_pretrained`` writes, in a new folder."""
+    kept = Path(_kept(name, tuple(options.items())).name) / "model"
+    shutil.copytree(kept, folder / "model")
+    return folder / "model"
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def edit(folder: Path, **fields: Any) -> Path:
+    """Change fields of config.json; ``None`` takes one out."""
+    data = {**config_of(folder), **fields}
+    data = {key: value for key, value in data.items() if fields.get(key, 0) is not None}
+    (folder / "config.json").write_text(json.dumps(data))
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    found: dict[str, Any] = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    return found
+
+
+def with_header(path: Path, header: dict[str, Any] | bytes) -> None:
+    """Give a safetensors file another header; its data stays."""
+    data = path.read_bytes()
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[begin:])
+
+
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> None:
+    """A safetensors file whose header is right and whose data is a hole."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = BITS[dtype]
+        for one in shape:
+            size *= one
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+
+
+def loads(folder: Path, exactly: bool = False) -> bool:
+    """Whether ``from_pretrained`` finds every weight, in its shape; exactly: and nothing else."""
+    level = hf_logging.get_verbosity()
+    try:
+        hf_logging.set_verbosity(50)
+        name = config_of(folder)["architectures"][0]
+        _, info = getattr(hf, name).from_pretrained(folder, output_loading_info=True)
+    except Exception:
+        return False
+    finally:
+        hf_logging.set_verbosity(level)
+    wrong = info["missing_keys"] or info["mismatched_keys"]
+    return not wrong and not (exactly and info["unexpected_keys"])
+
+
+def logits(folder: Path, name: str) -> torch.Tensor:
+    model = getattr(hf, config_of(folder)["architectures"][0]).from_pretrained(folder).eval()
+    module = zoo if name in zoo.NAMES else tiny
+    with torch.no_grad():
+        return model(**module.inputs(model))[0]

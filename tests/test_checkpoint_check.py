@@ -1,0 +1,398 @@
+"""A folder's config against its weights: sound ones stay sound, broken ones get their cause."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import folders
+import pytest
+import small
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from tp_hf_config import CheckpointError, check_checkpoint
+from tp_hf_config.cli import check as command
+
+SOUND = (
+    "llama",
+    "llama-tied",
+    "bert",
+    "bert-lm",
+    "gpt2",
+    "t5",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "qwen2_vl",
+    "llava",
+    "vit",
+    "whisper",
+    "clip",
+    "mamba2",
+    "swin",
+    "wav2vec2",
+)
+
+
+def causes(folder: Path) -> list[str]:
+    report = check_checkpoint(folder)
+    assert report.sound is False
+    assert report.why_not is None
+    return [cause.text for cause in report.causes]
+
+
+# What a class saves is sound
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_a_class_saves_is_sound(name: str, tmp_path: Path):
+    folder = folders.saved(name, tmp_path)
+    before = folders.files(folder)
+    report = check_checkpoint(folder)
+    assert (report.sound, report.causes, report.notes) == (True, (), ())
+    assert folders.files(folder) == before
+
+
+def test_a_report_says_what_was_looked_at(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    report = check_checkpoint(folder)
+    assert str(report) == (
+        f"{folder}: sound\n  LlamaForCausalLM: 21 tensors, 74,432 parameters, 1 file"
+    )
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["schema_version"] == 1
+    assert data["sound"] is True
+    assert data["versions"]["transformers"] == hf.__version__
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_shards_are_sound(name: str, tmp_path: Path):
+    folder = folders.saved(name, tmp_path, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    report = check_checkpoint(folder)
+    assert report.sound is True
+    assert len(report.files) == len(list(folder.glob("*.safetensors")))
+
+
+def test_pickled_weights_are_sound(tmp_path: Path):
+    folder = folders.saved("bert", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    report = check_checkpoint(folder)
+    if small.TORCH < (2, 6):
+        assert report.sound is None
+        assert "reads pickles unsafely; torch 2.6 or newer does not" in str(report)
+        return
+    assert (report.sound, report.files) == (True, ("pytorch_model.bin",))
+    folders.edit(folder, intermediate_size=80)
+    assert causes(folder) == ["intermediate_size says 80, the weights of layers 0-1 hold 96"]
+
+
+@pytest.mark.parametrize("into", ["base", "task"])
+def test_the_prefix_of_the_base_model_may_be_there_or_not(into: str, tmp_path: Path):
+    folder = folders.saved("bert-lm" if into == "base" else "bert", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    if into == "base":
+        folders.edit(folder, architectures=["BertModel"])
+        assert check_checkpoint(folder).sound is folders.loads(folder)
+        return
+    bare = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    save_file(
+        {k: v for k, v in bare.items() if not k.startswith("classifier")},
+        folder / "model.safetensors",
+    )
+    folders.edit(folder, architectures=["BertModel"])
+    assert folders.loads(folder)
+    assert check_checkpoint(folder).sound is True
+
+
+def test_another_head_in_the_weights_is_only_noted(tmp_path: Path):
+    folder = folders.saved("bert-lm", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["cls.seq_relationship.weight"] = torch.zeros(2, 64)
+    save_file(tensors, folder / "model.safetensors")
+    assert folders.loads(folder)
+    report = check_checkpoint(folder)
+    assert report.sound is True
+    assert report.notes == ("not used by this class: cls.seq_relationship.weight",)
+
+
+def test_linked_files_as_in_the_hub_cache_are_read(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("..") / "blobs" / path.name)
+    assert check_checkpoint(folder).sound is True
+
+
+# What is wrong is said once, by its cause
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        (
+            "llama",
+            {"intermediate_size": 80},
+            ["intermediate_size says 80, the weights of layers 0-1 hold 96"],
+        ),
+        (
+            "llama",
+            {"num_hidden_layers": 3},
+            ["num_hidden_layers says 3, the weights are those of 2"],
+        ),
+        (
+            "llama",
+            {"num_hidden_layers": 1},
+            ["num_hidden_layers says 1, the weights are those of 2"],
+        ),
+        (
+            "llama",
+            {"attention_bias": True},
+            ["attention_bias says true, the weights are those of false"],
+        ),
+        (
+            "llama-tied",
+            {"tie_word_embeddings": False},
+            ["tie_word_embeddings says false, the weights are those of true"],
+        ),
+        (
+            "qwen3",
+            {"head_dim": None},
+            ["head_dim is not set, which means 128, the weights of layers 0-1 hold 12"],
+        ),
+        (
+            "bert",
+            {"intermediate_size": 100, "vocab_size": 50},
+            [
+                "intermediate_size says 100, the weights of layers 0-1 hold 96",
+                "vocab_size says 50, the weights of bert.embeddings.word_embeddings.weight hold 99",
+            ],
+        ),
+        (
+            "mixtral",
+            {"num_local_experts": 2},
+            ["num_local_experts says 2, the weights of layers 0-1 hold 4"]
+            if small.TRANSFORMERS >= (5,)  # one tensor of all experts; before a list of modules
+            else ["num_local_experts says 2, the weights are those of 4"],
+        ),
+        (
+            "t5",
+            {"num_decoder_layers": 1, "d_ff": 55},
+            [
+                "num_decoder_layers says 1, the weights are those of 2",
+                "d_ff says 55, the weights of layers 0-1 of decoder.block and layers 0-1 of "
+                "encoder.block hold 96",
+            ],
+        ),
+        ("gpt2", {"n_embd": 32}, ["n_embd says 32, the weights of layers 0-1 hold 64"]),
+        ("swin", {"depths": [2, 1]}, ["depths[0] says 2, the weights are those of 1"]),
+        (
+            "llama",
+            {"num_attention_heads": 2},
+            [
+                "the shapes fit head_dim=16, num_attention_heads=4, num_key_value_heads=2 or "
+                "head_dim=32, num_attention_heads=2, num_key_value_heads=1, and nothing tells which"
+            ],
+        ),
+        (
+            "llama",
+            {"num_hidden_layers": 10**9},
+            ["num_hidden_layers says 1,000,000,000, the weights are those of 2"],
+        ),
+        (
+            "llama",
+            {"vocab_size": 10**12},
+            [
+                "vocab_size says 1,000,000,000,000, the weights of lm_head.weight, "
+                "model.embed_tokens.weight hold 99"
+            ],
+        ),
+    ],
+)
+def test_causes(name: str, fields: dict[str, Any], expected: list[str], tmp_path: Path):
+    folder = folders.edit(folders.saved(name, tmp_path), **fields)
+    assert causes(folder) == expected
+
+
+def test_layers_that_need_different_widths_are_told_apart(tmp_path: Path):
+    folder = folders.saved("llama-deep", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
+        name = f"model.layers.3.mlp.{part}_proj.weight"
+        tensors[name] = tensors[name].narrow(dim, 0, 40).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    assert causes(folder) == [
+        "intermediate_size would need several values at once: 64 in layers 0-2, 4-5; 40 in layer 3"
+    ]
+
+
+def test_a_shape_that_no_field_sets(tmp_path: Path):
+    folder = folders.saved("vit", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vit.embeddings.cls_token"] = torch.zeros(1, 2, 64)
+    save_file(tensors, folder / "model.safetensors")
+    found = causes(folder)
+    assert found[0] == "vit.embeddings.cls_token holds [1, 2, 64], the config builds [1, 1, 64]"
+    assert "no width of ViTConfig gives vit.embeddings.cls_token" in found[1]
+
+
+def test_missing_tensors_are_one_cause(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if ".mlp.up_proj" not in name},
+        folder / "model.safetensors",
+    )
+    assert causes(folder) == [
+        "2 tensors are missing in the weights: LlamaForCausalLM would start them anew: "
+        "model.layers.*.mlp.up_proj.weight"
+    ]
+
+
+def test_tensors_without_a_place_are_one_cause(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.mlp.norm.weight"] = torch.zeros(96)
+    save_file(tensors, folder / "model.safetensors")
+    assert causes(folder) == [
+        "2 tensors are in the weights, and LlamaForCausalLM has no place for them in this config: "
+        "model.layers.*.mlp.norm.weight"
+    ]
+
+
+def test_tied_tensors_that_differ_in_the_files(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), tie_word_embeddings=True)
+    report = check_checkpoint(folder)
+    names = "lm_head.weight and model.embed_tokens.weight"
+    text = f"the config ties {names}, which hold different numbers"
+    if small.TRANSFORMERS >= (5,):  # leaves them apart when it loads
+        assert report.sound is True
+        assert report.notes == (
+            f"{text}: Transformers leaves them apart; repair says so in the config",
+        )
+    else:
+        assert [cause.text for cause in report.causes] == [text]
+
+
+def test_a_config_that_the_class_refuses(tmp_path: Path):
+    folder = folders.edit(folders.saved("gpt2", tmp_path), n_head=3)
+    assert causes(folder)[0].startswith("GPT2Config refuses config.json: `embed_dim` must be ")
+
+
+# What cannot be told is not guessed
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        (
+            {"architectures": None},
+            'config.json names no class. Add it: "architectures": ["LlamaForCausalLM"] (the class '
+            "that the weights were saved from)",
+        ),
+        ({"architectures": ["AutoModel"]}, "has no class AutoModel, which config.json names"),
+        ({"architectures": ["os"]}, "has no class os, which config.json names"),
+        (
+            {"model_type": "bert"},
+            'model_type says "bert", but LlamaForCausalLM (architectures) takes LlamaConfig',
+        ),
+        ({"quantization_config": {"bits": 4}}, "the weights are quantised (quantization_config)"),
+        ({"num_labels": 10**9}, "num_labels says 1,000,000,000, far above all that the weights"),
+    ],
+)
+def test_could_not_tell(fields: dict[str, Any], why: str, tmp_path: Path):
+    report = check_checkpoint(folders.edit(folders.saved("llama", tmp_path), **fields))
+    assert report.sound is None
+    assert report.causes == ()
+    assert report.why_not is not None
+    assert why in report.why_not
+    assert f"could not tell\n  {report.model or 'no class'}" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist. Say the folder that holds config.json."),
+        (lambda path: path.write_text(""), "is not a folder. Say the folder that holds"),
+        (lambda path: path.mkdir(), "has no config.json. Say the folder that holds it."),
+    ],
+)
+def test_no_folder_with_a_config(make: Any, message: str, tmp_path: Path):
+    make(tmp_path / "it")
+    with pytest.raises(CheckpointError) as error:
+        check_checkpoint(tmp_path / "it")
+    assert message in str(error.value)
+
+
+def test_no_weights(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match=r"There is model.fp16.safetensors, which no plain"):
+        check_checkpoint(folder)
+
+
+# Size does not matter
+
+
+def test_a_70b_folder_of_holes(tmp_path: Path):
+    config = hf.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in hf.LlamaForCausalLM(config).state_dict().items()
+        }
+    weight_map = {}
+    for shard in range(30):
+        name = f"model-{shard + 1:05d}-of-00030.safetensors"
+        part = dict(list(shapes.items())[shard::30])
+        folders.sparse(tmp_path / name, part)
+        weight_map.update(dict.fromkeys(part, name))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    report = check_checkpoint(tmp_path)
+    assert (report.sound, report.tensors, len(report.files)) == (True, 723, 30)
+    assert report.parameters == 70_553_706_496
+    folders.edit(tmp_path, intermediate_size=28000)
+    assert causes(tmp_path) == [
+        "intermediate_size says 28,000, the weights of layers 0-79 hold 28,672"
+    ]
+
+
+# The command
+
+
+def command_of(*argv: str) -> Any:
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    return command.run(parser.parse_args(argv))
+
+
+def test_the_command(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    outcome = command_of(str(folder))
+    assert (outcome.code, outcome.data["sound"]) == (0, True)
+    folders.edit(folder, intermediate_size=80)
+    outcome = command_of(str(folder))
+    assert outcome.code == 1
+    assert outcome.text.endswith("intermediate_size says 80, the weights of layers 0-1 hold 96")
+    folders.edit(folder, architectures=None)
+    assert command_of(str(folder)).code == 2
+    assert outcome.data["causes"][0]["holds"] == 96

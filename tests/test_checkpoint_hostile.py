@@ -1,0 +1,559 @@
+"""Folders from anywhere: cut off, lying, absurd or meant to harm; a clear answer to each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import folders
+import pytest
+import safetensors
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
+
+from tp_hf_config import CheckpointError, check_checkpoint, repair_checkpoint
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folders.saved("llama", tmp_path)
+
+
+def refused(folder: Path, expected: str) -> None:
+    """Not sound, with this as its first cause; not repaired; and nothing in the folder changed."""
+    before = folders.files(folder)
+    report = check_checkpoint(folder)
+    assert report.sound is False
+    assert expected in report.causes[0].text, report.causes[0].text
+    with pytest.raises(CheckpointError):
+        repair_checkpoint(folder)
+    assert folders.files(folder) == before
+
+
+# Weights files
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        (0, "model.safetensors has 0 bytes, fewer than the 8 that say how long its header is"),
+        (5, "model.safetensors has 5 bytes, fewer than the 8"),
+        (100, "model.safetensors is cut off: its header should have "),
+        (-40, "model.safetensors: it is cut off: model.norm.weight ends at byte 297,728"),
+    ],
+)
+def test_a_file_that_is_cut_off(cut: int, expected: str, folder: Path):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:cut])
+    refused(folder, expected)
+
+
+def test_a_file_that_is_cut_off_and_a_config_that_is_wrong(folder: Path):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:-40])
+    folders.edit(folder, intermediate_size=80)
+    report = check_checkpoint(folder)
+    assert [cause.kind for cause in report.causes] == ["files", "field"]
+    assert report.causes[1].text == "intermediate_size says 80, the weights of layers 0-1 hold 96"
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (b"{", "has a header that is not JSON"),
+        (b"[]", "has a header that is a list; expected an object of tensors"),
+        (b'{"a": {}, "a": {}}', "a name is there twice"),
+        (b"[" * 100_000, "has a header that is nested too deeply"),
+        (b"\xff\xfe", "has a header that is not JSON"),
+        (b'{"a": 5}', "a is described by a int; expected dtype, shape and data_offsets"),
+        (b'{"a": {"dtype": 3}}', "a has no dtype"),
+        (b'{"a": {"dtype": "F32", "shape": [-1]}}', "a has a shape that is not a list of whole"),
+        (b'{"a": {"dtype": "F32", "shape": [1e3]}}', "a has a shape that is not a list of whole"),
+        (b'{"a": {"dtype": "F32", "shape": [%d]}}' % 10**30, "a has a shape that is not a list"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "a has data_offsets"),
+        (
+            b'{"\\u001b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
+            "[2J takes 8 bytes, but F32 [1] takes 4",
+        ),
+    ],
+)
+def test_a_header_that_is_none(header: bytes, expected: str, folder: Path):
+    folders.with_header(folder / WEIGHTS, header)
+    refused(folder, expected)
+    assert "\x1b" not in str(check_checkpoint(folder))
+
+
+def test_a_header_that_claims_to_be_huge(folder: Path):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 2**62) + data[8:])
+    refused(folder, "says that its header has 4,611,686,018,427,387,904 bytes; at most 100,000,000")
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"shape": [65]}, "model.norm.weight takes 256 bytes, but F32 [65] takes 260"),
+        ({"dtype": "F16"}, "model.norm.weight takes 256 bytes, but F16 [64] takes 128"),
+        ({"data_offsets": [10**12, 10**12 + 256]}, "it is cut off: model.norm.weight ends at byte"),
+        ({"data_offsets": [0, 256]}, "overlaps the one before"),
+        ({"dtype": "F33"}, "safetensors refuses it: "),
+    ],
+)
+def test_a_header_that_lies(change: dict[str, Any], expected: str, folder: Path):
+    header = folders.header_of(folder / WEIGHTS)
+    folders.with_header(folder / WEIGHTS, {**header, NORM: {**header[NORM], **change}})
+    refused(folder, expected)
+
+
+def test_a_tensor_without_numbers(folder: Path):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "lm_head.weight": torch.zeros(99, 0)}, folder / WEIGHTS)
+    refused(folder, "lm_head.weight holds [99, 0], the config builds [99, 64]")
+
+
+def test_weights_that_do_not_fit_into_the_address_space(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unmapped(*_: Any, **__: Any) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(safetensors, "safe_open", unmapped)
+    assert check_checkpoint(folder).sound is True
+    folders.edit(folder, intermediate_size=80)
+    assert repair_checkpoint(folder).written
+
+
+def test_data_that_belongs_to_no_tensor(folder: Path):
+    with (folder / WEIGHTS).open("ab") as file:
+        file.write(b"0123")
+    refused(folder, "model.safetensors: 4 bytes at its end belong to no tensor")
+
+
+def test_a_hole_in_the_data(folder: Path):
+    header = folders.header_of(folder / WEIGHTS)
+    first = min(
+        (name for name in header if name != "__metadata__"),
+        key=lambda name: header[name]["data_offsets"],
+    )
+    del header[first]
+    folders.with_header(folder / WEIGHTS, header)
+    refused(folder, "leaves a hole")
+
+
+def test_a_folder_in_the_place_of_the_weights(folder: Path):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a file; expected the"):
+        check_checkpoint(folder)
+
+
+class _Harm:
+    """What a pickle does that means harm."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_in_it_is_not_run(zipped: bool, folder: Path, tmp_path: Path):
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    harm = {**tensors, "harm": _Harm(str(tmp_path / "harmed"))}
+    torch.save(harm, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    report = check_checkpoint(folder)
+    if zipped:
+        assert [cause.text for cause in report.causes] == [
+            "pytorch_model.bin holds more than tensors, and is not unpickled: that could run code"
+        ]
+    else:
+        assert report.sound is None
+        assert report.why_not == (
+            "pytorch_model.bin is not in torch.save's zip format, and is not unpickled. Save it "
+            "as safetensors."
+        )
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "pytorch_model.bin is cut off: it is not a whole torch.save file"),
+        (b"PK\x03\x04", "pytorch_model.bin is cut off: it is not a whole torch.save file"),
+    ],
+)
+def test_a_pickle_that_is_cut_off(content: bytes, expected: str, folder: Path):
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    refused(folder, expected)
+
+
+def test_a_pickle_of_something_else(folder: Path):
+    (folder / WEIGHTS).unlink()
+    torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin holds a list; expected tensors by name")
+
+
+# Shards and their index
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return folders.saved("llama", tmp_path, max_shard_size="100KB")
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / INDEX).read_text())
+    return found
+
+
+def test_a_shard_that_is_missing(sharded: Path):
+    gone = sorted(sharded.glob("*.safetensors"))[1]
+    gone.unlink()
+    refused(sharded, f"{gone.name} is missing; the index names it")
+    assert len(check_checkpoint(sharded).causes) == 1
+
+
+def test_a_shard_that_is_missing_and_a_config_that_is_refused(sharded: Path):
+    sorted(sharded.glob("*.safetensors"))[1].unlink()
+    folders.edit(sharded, hidden_size=66)
+    report = check_checkpoint(sharded)
+    assert [cause.kind for cause in report.causes] == ["files", "config"]
+
+
+def test_a_shard_that_is_a_folder(sharded: Path):
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    shard.unlink()
+    shard.mkdir()
+    refused(sharded, f"{shard.name} is not a file; the index names it")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../secret.safetensors", "/etc/secret.safetensors", "..\\x.safetensors", "passwd", "a\0b"],
+)
+def test_an_index_that_names_files_outside(name: str, sharded: Path, tmp_path: Path):
+    shutil.copy(sorted(sharded.glob("*.safetensors"))[0], tmp_path / "secret.safetensors")
+    index = index_of(sharded)
+    index["weight_map"][NORM] = name
+    (sharded / INDEX).write_text(json.dumps(index))
+    refused(sharded, "outside the folder: not read")
+
+
+def test_an_index_that_promises_what_is_not_there(sharded: Path):
+    index = index_of(sharded)
+    index["weight_map"]["model.extra.weight"] = index["weight_map"][NORM]
+    (sharded / INDEX).write_text(json.dumps(index))
+    refused(sharded, "the index says that model.extra.weight is in ")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "model.safetensors.index.json is not JSON"),
+        ("[]", "model.safetensors.index.json has no weight_map"),
+        ('"x"', "model.safetensors.index.json holds a text; expected an object"),
+        ('{"weight_map": {}}', "model.safetensors.index.json has no weight_map"),
+        ('{"weight_map": {"a": 5}}', "its weight_map should give a file's name for every tensor"),
+        ("[" * 100_000, "model.safetensors.index.json is nested too deeply"),
+    ],
+)
+def test_an_index_that_is_none(content: str, expected: str, sharded: Path):
+    (sharded / INDEX).write_text(content)
+    refused(sharded, expected)
+
+
+# config.json
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "config.json is not JSON"),
+        ("[1, 2]", "config.json holds a list; expected an object"),
+        ("null", "config.json holds a NoneType; expected an object"),
+        ('"llama"', "config.json holds a text; expected an object"),
+        ("[" * 100_000, "config.json is nested too deeply"),
+        ('{"a": \xff}', "config.json is not JSON"),
+    ],
+)
+def test_a_config_that_is_none(content: str, expected: str, folder: Path):
+    (folder / "config.json").write_bytes(content.encode("latin-1"))
+    refused(folder, expected)
+
+
+def test_a_config_that_is_a_folder(folder: Path):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    report = check_checkpoint(folder)
+    assert [cause.text for cause in report.causes] == ["config.json is not a file"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"hidden_size": "abc"}, "LlamaConfig refuses config.json: "),
+        ({"hidden_size": [64]}, "LlamaConfig refuses config.json: "),
+        ({"hidden_size": float("nan")}, "LlamaConfig refuses config.json: "),
+        ({"hidden_size": -64}, "LlamaConfig refuses config.json: "),
+        ({"hidden_size": 0}, ""),
+        (
+            {"hidden_size": 10**30},
+            "hidden_size says about 2**100, the weights of layers 0-1 hold 64",
+        ),
+        ({"intermediate_size": 2**40}, "intermediate_size says 1,099,511,627,776, the weights of"),
+        ({"num_hidden_layers": 5000}, "it asks for more than 4,264 modules, far more than the"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers says 1,000,000,000, the weights are"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers says about 2**100, the weights are"),
+        ({"rope_parameters": 7}, "LlamaConfig refuses config.json: "),
+        ({"dtype": False}, "dtype says false, which is no type that torch has"),
+    ],
+)
+def test_absurd_values(fields: dict[str, Any], expected: str, folder: Path):
+    report = check_checkpoint(folders.edit(folder, **fields))
+    assert report.sound is False
+    assert expected in report.causes[0].text
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({f"field{n}": n for n in range(5000)}, "config.json has 5,0"),
+        ({"own": list(range(600_000))}, "config.json has more values, or nests them deeper"),
+        ({"own": json.loads("[" * 80 + "]" * 80)}, "config.json has more values, or nests them"),
+        ({"architectures": "LlamaForCausalLM"}, "config.json names no class"),
+        ({"architectures": [{"a": 1}]}, "config.json names no class"),
+        ({"architectures": ["x" * 10_000]}, "has no class xxx"),
+        ({"model_type": ["llama"], "architectures": [5]}, "config.json names no class"),
+    ],
+)
+def test_what_is_not_tried(fields: dict[str, Any], why: str, folder: Path):
+    report = check_checkpoint(folders.edit(folder, **fields))
+    assert report.sound is None
+    assert report.why_not is not None
+    assert why in report.why_not
+    assert len(str(report)) < 1000
+    with pytest.raises(CheckpointError):
+        repair_checkpoint(folder)
+
+
+# Code
+
+
+CODE = """
+import pathlib
+import transformers
+pathlib.Path({mark!r}).write_text("run")
+class OwnConfig(transformers.LlamaConfig):
+    model_type = "own-llama"
+class OwnModel(transformers.LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_the_folder_is_only_run_when_it_is_trusted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    mark = tmp_path / "mark"
+    (folder / "own.py").write_text(CODE.format(mark=str(mark)))
+    folders.edit(
+        folder,
+        model_type="own-llama",
+        architectures=["OwnModel"],
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    )
+    for call in (check_checkpoint, repair_checkpoint):
+        with pytest.raises(CheckpointError) as error:
+            call(folder)
+        assert str(error.value) == (
+            f"{folder}: its class is code in the folder (auto_map in config.json), which is not "
+            "run. Read it, then say trust_remote_code=True (--trust-remote-code)."
+        )
+    assert not mark.exists()
+    report = check_checkpoint(folder, trust_remote_code=True)
+    assert (report.sound, report.model) == (True, "OwnModel")
+    assert report.notes == ("code of the folder was run",)
+    assert mark.exists()
+
+
+def test_code_beside_a_class_of_transformers_is_not_run(folder: Path, tmp_path: Path):
+    (folder / "own.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
+    folders.edit(folder, auto_map={"AutoConfig": "own.OwnConfig"})
+    report = check_checkpoint(folder)
+    assert report.sound is True
+    assert report.notes == ("the folder has code of its own, which was not run",)
+    assert not (tmp_path / "mark").exists()
+
+
+# Permissions
+
+
+def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    folders.edit(folder, intermediate_size=80)
+    before = folders.files(folder)
+    opened = os.open
+
+    def read_only(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and str(path).startswith(str(folder)):
+            raise PermissionError(13, "Permission denied")  # root may write everywhere
+        return opened(path, flags, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+            repair_checkpoint(folder)
+    assert folders.files(folder) == before
+    assert repair_checkpoint(folder, out=folder.parent / "new").written
+
+
+def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = Path.open
+
+    def denied(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == WEIGHTS:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    report = check_checkpoint(folder)
+    assert [cause.text for cause in report.causes] == [
+        "model.safetensors cannot be read: Permission denied"
+    ]
+
+
+# Fuzzed
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 140),
+    st.sampled_from([2**31, 10**12, 10**30, 5000]),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(0, 4), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(0, 4), max_size=2),
+)
+FUZZ = settings(
+    max_examples=int(os.environ.get("TP_HF_CONFIG_FUZZ", "25")),
+    deadline=None,
+    derandomize="TP_HF_CONFIG_FUZZ" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+NAMES = ("llama", "llama-tied", "bert", "gpt2", "mixtral", "t5", "vit", "qwen3")
+
+
+def judged(folder: Path) -> None:
+    """Nothing but a verdict or a CheckpointError; the right one; nothing changed."""
+    before = folders.files(folder)
+    try:
+        report = check_checkpoint(folder)
+    except CheckpointError:
+        return
+    finally:
+        assert folders.files(folder) == before
+    str(report)
+    json.dumps(report.to_dict())
+    assert (report.sound is False) == bool(report.causes)
+    assert (report.sound is None) == (report.why_not is not None)
+    if report.sound is not None:  # as Transformers finds it, in both directions
+        assert folders.loads(folder) or not report.sound
+        assert report.sound or not folders.loads(folder, exactly=True)
+
+
+@FUZZ
+@given(data=st.data())
+def test_configs_that_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
+    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
+    names = st.sampled_from(sorted(folders.config_of(folder)))
+    fields = data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=3))
+    judged(folders.edit(folder, **fields))
+    shutil.rmtree(folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_repairs_of_configs_that_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
+    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
+    names = st.sampled_from(sorted(folders.config_of(folder)))
+    fields = data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=2))
+    before = folders.files(folders.edit(folder, **fields))
+    try:
+        report = repair_checkpoint(folder)
+    except CheckpointError:
+        assert folders.files(folder) == before
+    else:
+        assert check_checkpoint(folder).sound is True
+        assert folders.loads(folder)
+        assert report.written == (folders.files(folder) != before)
+    shutil.rmtree(folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_files_whose_bytes_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
+    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
+    path = folder / data.draw(st.sampled_from(["config.json", WEIGHTS]))
+    content = bytearray(path.read_bytes())
+    head = min(len(content), 4000)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, head - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    cut = data.draw(st.one_of(st.none(), st.integers(0, len(content))))
+    path.write_bytes(bytes(content[:cut]))
+    judged(folder)
+    shutil.rmtree(folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_headers_that_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
+    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
+    header = folders.header_of(folder / WEIGHTS)
+    for name in data.draw(st.lists(st.sampled_from(sorted(header)), min_size=1, max_size=3)):
+        key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "name", "gone"]))
+        entry = header.pop(name, {})
+        if key == "name":
+            header[data.draw(st.sampled_from([name + "x", "model." + name, "5", ".", ""]))] = entry
+        elif key != "gone":
+            header[name] = {**entry, key: data.draw(VALUES)}
+    folders.with_header(folder / WEIGHTS, header)
+    judged(folder)
+    shutil.rmtree(folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_tensors_that_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
+    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
+    tensors = load_file(folder / WEIGHTS)
+    for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=4)):
+        tensor = tensors.pop(name, torch.zeros(3))
+        kind = data.draw(st.sampled_from(["shape", "name", "gone", "type"]))
+        if kind == "shape":
+            size = data.draw(st.integers(0, 3))
+            tensors[name] = torch.zeros(*tensor.shape[:-1], size) if size else tensor[..., :0]
+        elif kind == "name":
+            name = name.replace(data.draw(st.sampled_from("01.wm")), data.draw(st.text(max_size=2)))
+            tensors[name] = tensor
+        elif kind == "type":
+            tensors[name] = tensor.to(data.draw(st.sampled_from([torch.int8, torch.bfloat16])))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS)
+    judged(folder)
+    shutil.rmtree(folder)

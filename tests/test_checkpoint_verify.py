@@ -1,0 +1,124 @@
+"""Saved, loaded in a fresh process and run: the same bits, or how far they are apart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import folders
+import pytest
+import tiny
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tp_hf_config import (
+    CheckpointError,
+    UnsupportedModelError,
+    verify_checkpoint,
+    verify_roundtrip,
+)
+from tp_hf_config.cli import verify as command
+
+
+def test_a_model_that_comes_back_the_same():
+    model = tiny.build("t5").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = verify_roundtrip(model, tiny.inputs(model))
+    assert (report.same, report.loading, report.differences, report.error) == (True, (), (), None)
+    assert report.outputs == ("logits", "encoder_last_hidden_state")
+    assert str(report) == (
+        "T5ForConditionalGeneration: same outputs as the live model "
+        "(T5ForConditionalGeneration, fresh process)"
+    )
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_whose_config_does_not_follow():
+    model = tiny.build("bert-cls")
+    model.config.intermediate_size = 96
+    report = verify_roundtrip(model, tiny.inputs(model))
+    assert not report.same
+    assert report.error is not None
+    assert report.error.startswith("RuntimeError: ")
+    assert "not the same as the live model" in str(report)
+
+
+def test_differences_are_quantified():
+    model = tiny.build("qwen2")
+    model.config.rms_norm_eps = 0.1  # the live norms keep theirs
+    report = verify_roundtrip(model, tiny.inputs(model))
+    assert not report.same
+    (difference,) = report.differences
+    assert (difference.output, difference.of) == ("logits", 2 * 7 * 99)
+    assert 0 < difference.elements <= difference.of
+    assert difference.largest is not None
+    assert 0 < difference.largest < 10
+    assert "of 1,386 numbers differ, by at most " in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["differences"][0]["output"] == "logits"
+
+
+class OwnModel(hf.BertModel):
+    """A class that only this module has."""
+
+
+def test_a_class_of_another_module():
+    model = OwnModel(hf.BertConfig(**tiny._SIZES)).eval()
+    report = verify_roundtrip(model, tiny.inputs(model))
+    assert (report.same, report.error, report.model) == (True, None, "OwnModel")
+
+
+def test_no_hugging_face_model():
+    with pytest.raises(UnsupportedModelError, match=r"contains no transformers\.PreTrainedModel"):
+        verify_roundtrip(nn.Linear(2, 2), {})
+
+
+def test_a_folder_loads_and_runs(tmp_path: Path):
+    folder = folders.saved("t5", tmp_path)
+    report = verify_checkpoint(folder)
+    assert (report.same, report.error, report.against) == (True, None, None)
+    assert report.outputs == ("logits", "encoder_last_hidden_state")
+    assert str(report) == f"{folder}: loads and runs (T5ForConditionalGeneration, fresh process)"
+
+
+def test_a_folder_that_is_not_sound_is_not_run(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    report = verify_checkpoint(folder)
+    assert not report.same
+    assert report.loading == ("intermediate_size says 80, the weights of layers 0-1 hold 96",)
+    assert report.error == "it is not sound"
+
+
+def test_a_folder_of_which_nothing_can_be_told(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), architectures=None)
+    with pytest.raises(CheckpointError, match=r"config\.json names no class"):
+        verify_checkpoint(folder)
+
+
+def command_of(*argv: str) -> Any:
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    return command.run(parser.parse_args(argv))
+
+
+def test_the_command_against_itself_and_against_another_folder(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, other = folders.saved("vit", tmp_path / "a"), folders.saved("vit", tmp_path / "b")
+    outcome = command_of(str(one), "--against", str(other))
+    assert outcome.code == 0
+    assert outcome.text == (
+        f"{one}: same outputs as {other} (ViTForImageClassification, fresh process)"
+    )
+    tensors = load_file(other / "model.safetensors")
+    tensors["classifier.bias"] += 1.0
+    save_file(tensors, other / "model.safetensors")
+    outcome = command_of(str(one), "--against", str(other))
+    assert outcome.code == 1
+    head, line = outcome.text.splitlines()
+    assert head == f"{one}: not the same as {other} (ViTForImageClassification, fresh process)"
+    assert line.startswith("  logits: 5 of 5 numbers differ, by at most 1 (")

@@ -1,0 +1,234 @@
+"""A folder's config.json against its weights, from their headers alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..reference import Refusal
+from .assess import Assessment, assess
+from .building import Classes, Unknown, classes_of, said_too_large, too_large
+from .causes import of_misplaced, of_solution, of_unsolved
+from .folder import Config, Weights, existing, read_config, read_weights
+from .loading import MAJOR
+from .reports import Cause, CheckReport
+from .solving import Solution, Task, Unsolved, solution
+from .ties import apart
+from .words import and_more, short
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder, read.
+
+    Attributes:
+        path: where it is.
+        config: what config.json says.
+        weights: what the headers say.
+        classes: of the model; a text: why they are not known.
+    """
+
+    path: Path
+    config: Config
+    weights: Weights
+    classes: Classes | str
+
+
+@dataclass(frozen=True)
+class Known:
+    """A folder of which all is known.
+
+    Attributes:
+        path: where it is.
+        data: config.json.
+        weights: what the headers say, with no fault.
+        classes: of the model.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    weights: Weights
+    classes: Classes
+
+
+def check_checkpoint(
+    folder: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> CheckReport:
+    """Compare a folder's config with its weights; no weight is read, nothing is written.
+
+    The class that config.json names is built without data, and the tensors of the safetensors
+    headers (of a ``.bin`` file's metadata) are matched with it by Transformers' own loading.
+
+    Args:
+        folder: with config.json and weights.
+        trust_remote_code: run the folder's own code, where its class needs that.
+
+    Returns:
+        Whether it is sound, and if not, why: one cause for all tensors that share it.
+
+    Raises:
+        CheckpointError: no folder, no config.json, no weights, or code that is not trusted.
+    """
+    read = read_folder(Path(folder), trust_remote_code)
+    if isinstance(read.classes, str) or read.weights.unsure or read.config.unsure:
+        return _untold(read)
+    return _told(read, read.classes)
+
+
+def read_folder(path: Path, trust_remote_code: bool) -> Folder:
+    """Read a folder's config and headers, and find its class.
+
+    Raises:
+        CheckpointError: as :func:`check_checkpoint`.
+    """
+    try:
+        existing(path)
+        config, weights = read_config(path), read_weights(path)
+    except (OSError, ValueError) as error:  # no permission; a name that no file can have
+        raise CheckpointError(f"{short(path)} cannot be read: {short(error)}") from error
+    if config.data is None or config.unsure is not None:
+        return Folder(path, config, weights, config.unsure or "config.json cannot be read")
+    if "quantization_config" in config.data:
+        why = "the weights are quantised (quantization_config), and packed shapes say no widths"
+        return Folder(path, config, weights, why)
+    try:
+        classes = classes_of(config.data, path, len(weights.tensors), trust_remote_code)
+    except (ImportError, RuntimeError) as error:  # a class whose libraries are not installed
+        classes = Unknown(f"the class cannot be loaded: {short(error)}")
+    return Folder(
+        path, config, weights, classes.reason if isinstance(classes, Unknown) else classes
+    )
+
+
+def _untold(read: Folder) -> CheckReport:
+    """What can be said without a class."""
+    causes = tuple(_faults(read))
+    why_not = None
+    if not causes:
+        unsure = read.weights.unsure or read.config.unsure
+        why_not = unsure or (read.classes if isinstance(read.classes, str) else None)
+    return replace(_report(read), sound=False if causes else None, causes=causes, why_not=why_not)
+
+
+def _faults(read: Folder) -> Iterator[Cause]:
+    if read.config.fault is not None:
+        yield Cause("config", read.config.fault)
+    for fault in read.weights.faults:
+        yield Cause("files", fault)
+
+
+def _report(read: Folder) -> CheckReport:
+    known = read.classes if isinstance(read.classes, Classes) else None
+    return CheckReport(
+        folder=str(read.path),
+        model=known.model.__name__ if known else None,
+        sound=None,
+        notes=(known.note,) if known and known.note else (),
+        files=read.weights.files,
+        tensors=len(read.weights.tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in read.weights.tensors.values()),
+    )
+
+
+def _told(read: Folder, classes: Classes) -> CheckReport:
+    """The verdict on a folder whose class is known."""
+    report, faults = _report(read), tuple(_faults(read))
+    data: dict[str, Any] = read.config.data or {}
+    if not read.weights.complete and not read.weights.tensors:
+        return replace(report, sound=False, causes=faults)
+    if too_large(data, read.weights.tensors):
+        return _absurd(report, faults, read, classes)
+    found = assess(classes, data, read.weights.tensors)
+    if isinstance(found, Assessment) and found.unused:
+        listed = f"{short(found.unused[0])}{and_more(found.unused)}"
+        report = replace(report, notes=(*report.notes, f"not used by this class: {listed}"))
+    if isinstance(found, Assessment) and found.fits:
+        report = _with_ties(report, read, found, classes)
+        return replace(
+            report, sound=not (faults or report.causes), causes=(*faults, *report.causes)
+        )
+    if not read.weights.complete:
+        return replace(report, sound=False, causes=(*faults, *_partly(found)))
+    solved = solution(Task(classes, data, read.weights.tensors))
+    return _explained(report, faults, found, solved, classes)
+
+
+def _with_ties(
+    report: CheckReport, read: Folder, found: Assessment, classes: Classes
+) -> CheckReport:
+    """The report, and whether tensors that the config ties hold different numbers.
+
+    Transformers 5 leaves these apart, with a warning; 4 drops one of them.
+    """
+    names = apart(read.path, found, read.weights.tensors, classes.model.base_model_prefix)
+    if names is None:
+        return report
+    text = f"the config ties {names[0]} and {names[1]}, which hold different numbers"
+    if MAJOR >= 5:
+        text = f"{text}: Transformers leaves them apart; repair says so in the config"
+        return replace(report, notes=(*report.notes, text))
+    return replace(report, causes=(Cause("field", text, tensors=names),))
+
+
+def _absurd(
+    report: CheckReport, faults: tuple[Cause, ...], read: Folder, classes: Classes
+) -> CheckReport:
+    """The verdict on a config by whose numbers nothing is built."""
+    data, tensors = read.config.data or {}, read.weights.tensors
+    solved = solution(Task(classes, data, tensors))
+    if isinstance(solved, Solution):
+        return replace(report, sound=False, causes=(*faults, *of_solution(solved)))
+    text = said_too_large(too_large(data, tensors), tensors)
+    sound = False if faults else None
+    return replace(report, sound=sound, causes=faults, why_not=f"{text}: not built")
+
+
+def _partly(found: Assessment | Refusal) -> Iterator[Cause]:
+    """What can be said of a checkpoint of which a part is missing."""
+    if isinstance(found, Refusal):
+        yield Cause("config", f"the class refuses config.json: {found.reason}")
+
+
+def _explained(
+    report: CheckReport,
+    faults: tuple[Cause, ...],
+    found: Assessment | Refusal,
+    solved: Solution | Unsolved,
+    classes: Classes,
+) -> CheckReport:
+    causes = list(faults)
+    name = classes.config.__name__
+    if isinstance(found, Refusal):
+        causes.append(Cause("config", f"{name} refuses config.json: {found.reason}"))
+    if isinstance(solved, Solution):
+        causes += of_solution(solved)
+        undecided: tuple[str, ...] = solved.undecided
+        return replace(report, sound=False, causes=tuple(causes), undecided=undecided)
+    if isinstance(found, Assessment):
+        more = list(of_unsolved(solved, found, classes))
+        causes += more or list(of_misplaced(found, classes))
+        causes += [] if len(causes) > len(faults) else [Cause("config", solved.reason)]
+    return replace(report, sound=False, causes=tuple(causes), candidates=solved.candidates)
+
+
+def checked(folder: Path, trust_remote_code: bool) -> Known:
+    """A folder that can be solved: class known, every header whole.
+
+    Raises:
+        CheckpointError: it cannot be, and why.
+    """
+    read = read_folder(folder, trust_remote_code)
+    wrong = read.config.fault or next(iter(read.weights.faults), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{folder}: {wrong}. No config mends that: get the file anew, or correct it by hand."
+        )
+    unsure = read.weights.unsure or read.classes
+    if isinstance(unsure, str) or isinstance(read.classes, str) or read.config.data is None:
+        raise CheckpointError(f"{folder}: {unsure}.")
+    return Known(folder, read.config.data, read.weights, read.classes)

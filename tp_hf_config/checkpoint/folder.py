@@ -1,0 +1,230 @@
+"""A folder's config and weights files, read as they are; nothing in it is believed yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .headers import Header, Stored, read_pickle, read_safetensors
+from .words import and_more, short
+
+CONFIG = "config.json"
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_LONGEST_CONFIG = 32 * 2**20
+_LONGEST_INDEX = 256 * 2**20
+_LONGEST_NAME = 200
+_MOST_FIELDS = 4096
+_MOST_VALUES = 500_000
+_DEEPEST = 64
+_MOST_TENSORS = 500_000
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the weights files hold.
+
+    Attributes:
+        files: the files with tensors.
+        tensors: by name.
+        faults: what is wrong with the files.
+        complete: the name of every tensor is known.
+        unsure: why nothing can be said of them; ``None`` where it can.
+    """
+
+    files: tuple[str, ...] = ()
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
+    complete: bool = True
+    unsure: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says.
+
+    Attributes:
+        data: its fields; ``None`` where it cannot be read.
+        fault: why it cannot be loaded.
+        unsure: why nothing can be said of it.
+    """
+
+    data: dict[str, Any] | None
+    fault: str | None = None
+    unsure: str | None = None
+
+
+def existing(folder: Path) -> None:
+    """Refuse what is not a folder with a config.
+
+    Raises:
+        CheckpointError: it is not there, or is no checkpoint at all.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}. Say the folder that holds config.json.")
+    if not (folder / CONFIG).exists():
+        inside = [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG}"))]
+        hint = f" There is one in {folder / inside[0]}." if inside else ""
+        raise CheckpointError(f"{folder} has no {CONFIG}.{hint} Say the folder that holds it.")
+
+
+def read_config(folder: Path) -> Config:
+    """The folder's config.json."""
+    data = _json(folder / CONFIG, _LONGEST_CONFIG)
+    if isinstance(data, str):
+        return Config(None, fault=data)
+    if not isinstance(data, dict):
+        return Config(None, fault=f"{CONFIG} holds a {type(data).__name__}; expected an object")
+    return Config(data, unsure=_too_much(data))
+
+
+def _json(path: Path, longest: int) -> Any:
+    """A file's JSON; a text: why there is none."""
+    name = path.name
+    if not path.is_file():
+        return f"{name} is not a file" if path.exists() else f"{name} is missing"
+    try:
+        if path.stat().st_size > longest:
+            return f"{name} has {path.stat().st_size:,} bytes; at most {longest:,} are read"
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+    except RecursionError:
+        return f"{name} is nested too deeply"
+    except ValueError as error:
+        return f"{name} is not JSON: {short(error)}"
+    return f"{name} holds a text; expected an object" if isinstance(data, str) else data
+
+
+def _too_much(data: dict[str, Any]) -> str | None:
+    """Why a config is not tried: too many fields or values, or nested too deeply."""
+    if len(data) > _MOST_FIELDS:
+        return f"{CONFIG} has {len(data):,} fields; at most {_MOST_FIELDS:,} are tried"
+    for count, (depth, _) in enumerate(_values(data)):
+        if depth > _DEEPEST or count > _MOST_VALUES:
+            return f"{CONFIG} has more values, or nests them deeper, than any config that is tried"
+    return None
+
+
+def _values(data: Any) -> Iterator[tuple[int, Any]]:
+    waiting = [(0, data)]
+    while waiting:
+        depth, value = waiting.pop()
+        yield depth, value
+        if depth <= _DEEPEST and isinstance(value, (dict, list)):
+            inside = value.values() if isinstance(value, dict) else value
+            waiting.extend((depth + 1, one) for one in inside)
+
+
+def read_weights(folder: Path) -> Weights:
+    """The headers of the weights that ``from_pretrained`` would load.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if name is None:
+        raise CheckpointError(_none(folder))
+    if not name.endswith(".index.json"):
+        return _joined([_header(folder / name)], (name,))
+    found = _shards(folder, name)
+    if isinstance(found, str):
+        return Weights(faults=(found,), complete=False)
+    shards, promised, faults = found
+    weights = _joined([_header(folder / shard) for shard in shards], shards)
+    return _with_index(weights, promised, faults)
+
+
+def _none(folder: Path) -> str:
+    wrong = [name for name in _WEIGHTS if (folder / name).exists()]
+    if wrong:
+        return f"{folder / wrong[0]} is not a file; expected the weights."
+    others = sorted(
+        p.name for end in ("safetensors", "bin", "gguf") for p in folder.glob(f"*.{end}")
+    )
+    seen = f" There is {others[0]}{and_more(others)}, which no plain load reads." if others else ""
+    return f"{folder} has no weights ({', '.join(_WEIGHTS)}).{seen}"
+
+
+def _header(path: Path) -> Header:
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "is missing"
+        return Header({}, (f"{path.name} {what}; the index names it",), complete=False)
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def _joined(headers: list[Header], files: tuple[str, ...]) -> Weights:
+    tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    unsure = next((header.unsure for header in headers if header.unsure is not None), None)
+    if len(tensors) > _MOST_TENSORS:
+        unsure = f"the files have {len(tensors):,} tensors; at most {_MOST_TENSORS:,} are looked at"
+    return Weights(
+        files,
+        tensors,
+        tuple(fault for header in headers for fault in header.faults),
+        all(header.complete for header in headers),
+        unsure,
+    )
+
+
+def _shards(
+    folder: Path, index: str
+) -> tuple[tuple[str, ...], dict[str, str], tuple[str, ...]] | str:
+    """The shards that an index names, which tensor is promised where, and what is wrong with it."""
+    data = _json(folder / index, _LONGEST_INDEX)
+    if isinstance(data, str):
+        return data
+    promised = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(promised, dict) or not promised:
+        return f"{index} has no weight_map that says which tensor is in which file"
+    if not all(isinstance(file, str) and file for file in promised.values()):
+        return f"{index}: its weight_map should give a file's name for every tensor"
+    files = sorted(set(promised.values()))
+    outside = [file for file in files if not _inside(file)]
+    faults: tuple[str, ...] = ()
+    if outside:
+        faults = (
+            f"{index} names {short(outside[0])}{and_more(outside)}, outside the folder: not read",
+        )
+    return tuple(file for file in files if _inside(file)), promised, faults
+
+
+def _inside(file: str) -> bool:
+    """Whether a name stays in the folder, taken literally; links in it may lead anywhere."""
+    path = Path(file)
+    plain = file.isprintable() and len(file) < _LONGEST_NAME and "\\" not in file
+    plain = plain and not path.is_absolute() and ".." not in path.parts
+    return plain and path.suffix in (".safetensors", ".bin")
+
+
+def _with_index(weights: Weights, promised: dict[str, str], faults: tuple[str, ...]) -> Weights:
+    """The weights, and what the index promises of them that is not so."""
+    found = list(faults) + list(weights.faults)
+    elsewhere = [
+        name
+        for name, file in promised.items()
+        if weights.complete
+        and not faults
+        and weights.tensors.get(name, Stored("", ())).file != file
+    ]
+    if elsewhere:
+        found.append(
+            f"the index says that {short(elsewhere[0])} is in {short(promised[elsewhere[0]])}"
+            f"{and_more(elsewhere)}; it is not"
+        )
+    return Weights(
+        weights.files,
+        weights.tensors,
+        tuple(found),
+        weights.complete and not faults,
+        weights.unsure,
+    )

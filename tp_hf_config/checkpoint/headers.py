@@ -1,0 +1,229 @@
+"""What a weights file says about its tensors: names, types and shapes; no tensor is read.
+
+A header is checked before it is believed: a file from anywhere may be cut off, or lie.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .words import and_more, short
+
+_MOST = 100_000_000
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: as the file calls it (``BF16``).
+        shape: its dimensions.
+        file: the file's name.
+        start: the byte of the file at which its data begins; ``None``: not known.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+    start: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """How much data it has; 0 where the type is not known."""
+        return math.prod(self.shape) * _BITS.get(self.dtype, 0) // 8
+
+
+@dataclass(frozen=True)
+class Header:
+    """What could be read of a file's header.
+
+    Attributes:
+        tensors: by name.
+        faults: what is wrong with the file, one sentence each.
+        complete: all its tensors are known, whatever is wrong with their data.
+        unsure: why nothing can be said; ``None`` where it can.
+    """
+
+    tensors: dict[str, Stored]
+    faults: tuple[str, ...] = ()
+    complete: bool = True
+    unsure: str | None = None
+
+
+def unreadable(reason: str) -> Header:
+    """A file of which nothing is known but what is wrong with it."""
+    return Header({}, (reason,), complete=False)
+
+
+def read_safetensors(path: Path) -> Header:
+    """The header of a safetensors file, checked against the file's size and against itself."""
+    name = path.name
+    try:
+        size = path.stat().st_size
+        found = _header(path, size)
+    except OSError as error:
+        return unreadable(f"{name} cannot be read: {error.strerror or error}")
+    if isinstance(found, str):
+        return unreadable(f"{name} {found}")
+    header, begin = found
+    tensors: dict[str, Stored] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        parsed = _entry(entry)
+        if isinstance(parsed, str):
+            return unreadable(f"{name}: {short(key)} {parsed}")
+        dtype, shape, span = parsed
+        spans[key] = span
+        tensors[key] = Stored(dtype, shape, name, begin + span[0])
+    faults = [f"{name}: {fault}" for fault in _misplaced(tensors, spans, size - begin)]
+    if not faults:
+        faults += [f"{name}: safetensors refuses it: {r}" for r in _refused(path)]
+    return Header(tensors, tuple(faults))
+
+
+def _header(path: Path, size: int) -> tuple[dict[str, Any], int] | str:
+    """The header's JSON and where the data begins, or what is wrong."""
+    if size < 8:
+        return f"has {size} bytes, fewer than the 8 that say how long its header is: it is cut off"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MOST:
+            return f"says that its header has {length:,} bytes; at most {_MOST:,} are allowed"
+        if 8 + length > size:
+            return f"is cut off: its header should have {length:,} bytes, the file has {size:,}"
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_doubles)
+    except RecursionError:
+        return "has a header that is nested too deeply"
+    except ValueError as error:
+        return f"has a header that is not JSON: {error}"
+    if not isinstance(header, dict):
+        return f"has a header that is a {type(header).__name__}; expected an object of tensors"
+    return header, 8 + length
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]] | str:
+    """Type, shape and place of one tensor, or what is wrong."""
+    if not isinstance(entry, dict):
+        return f"is described by a {type(entry).__name__}; expected dtype, shape and data_offsets"
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    span: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str):
+        return "has no dtype"
+    if not _counts(shape):
+        return "has a shape that is not a list of whole numbers"
+    if not _counts(span) or len(span) != 2 or span[0] > span[1]:
+        return "has data_offsets that are not a beginning and an end"
+    return dtype, tuple(shape), (span[0], span[1])
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+def _misplaced(
+    tensors: Mapping[str, Stored], spans: Mapping[str, tuple[int, int]], room: int
+) -> Iterator[str]:
+    """What places, sizes and the file's length say against each other; the first of each kind."""
+    wrong = [
+        name
+        for name, (start, end) in spans.items()
+        if tensors[name].dtype in _BITS and end - start != tensors[name].bytes
+    ]
+    if wrong:
+        one, (start, end) = tensors[wrong[0]], spans[wrong[0]]
+        yield (
+            f"{short(wrong[0])} takes {end - start:,} bytes, but {one.dtype} {list(one.shape)} "
+            f"takes {one.bytes:,}{and_more(wrong)}"
+        )
+    beyond = [name for name, (_, end) in spans.items() if end > room]
+    if beyond:
+        last = max(end for _, end in spans.values())
+        yield (
+            f"it is cut off: {short(beyond[0])} ends at byte {spans[beyond[0]][1]:,} of the data"
+            f"{and_more(beyond)}; {last:,} bytes are expected, {room:,} are there"
+        )
+    at = 0
+    for name, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != at:
+            yield f"{short(name)} {'overlaps the one before' if start < at else 'leaves a hole'}"
+            return
+        at = end
+    if at < room:
+        yield f"{room - at:,} bytes at its end belong to no tensor"
+
+
+def _refused(path: Path) -> Iterator[str]:
+    """The last word has the library that loads it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt"):
+            pass
+    except SafetensorError as error:
+        yield str(error)
+    except (OSError, RuntimeError, MemoryError):
+        return  # it could not be mapped: what was seen before stands
+
+
+def read_pickle(path: Path) -> Header:
+    """The tensors of a ``torch.save`` file, without their data and without running its code."""
+    import torch
+    from transformers.utils.import_utils import check_torch_load_is_safe
+
+    name = path.name
+    try:
+        check_torch_load_is_safe()
+    except ValueError:
+        why = f"{name}: torch {torch.__version__} reads pickles unsafely; torch 2.6 or newer does"
+        return Header({}, complete=False, unsure=f"{why} not. Save it as safetensors, or update.")
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                start = file.read(2)
+            if start in (b"", b"PK"):
+                return unreadable(f"{name} is cut off: it is not a whole torch.save file")
+            why = f"{name} is not in torch.save's zip format, and is not unpickled"
+            return Header({}, complete=False, unsure=f"{why}. Save it as safetensors.")
+        loaded = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return unreadable(
+            f"{name} holds more than tensors, and is not unpickled: that could run code"
+        )
+    except (Exception, RecursionError) as error:  # torch raises whatever a broken file leads to
+        return unreadable(f"{name} cannot be read: {short(str(error) or type(error).__name__)}")
+    if not isinstance(loaded, dict):
+        return unreadable(f"{name} holds a {type(loaded).__name__}; expected tensors by name")
+    return Header(
+        {
+            key: Stored(str(value.dtype).removeprefix("torch."), tuple(value.shape), name)
+            for key, value in loaded.items()
+            if isinstance(key, str) and isinstance(value, torch.Tensor)
+        }
+    )

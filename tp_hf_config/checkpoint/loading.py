@@ -1,0 +1,153 @@
+"""Which tensor of a checkpoint goes where: asked of Transformers itself, with shapes alone.
+
+What ``from_pretrained`` does with a checkpoint's keys (prefixes, renamed and fused tensors, ties,
+keys that a class ignores) is its own code here too, run on tensors without data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..reference import Mismatch
+from .headers import Stored
+from .words import short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAJOR = int(version("transformers").partition(".")[0])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint's tensors are to a model.
+
+    Attributes:
+        shapes: for every tensor of the model that the checkpoint has, the shape that it has there.
+        missing: tensors of the model that would be newly initialised.
+        unknown: tensors of the checkpoint that the model has no place for, as it would name them.
+        mismatched: tensors in another shape than the model's.
+        failed: tensors that could not be put together from the checkpoint's, and why.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> Loaded:
+    """Load tensors without data into a model without data (which is used up by it)."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        state = {
+            name: torch.empty(tensor.shape, dtype=model.dtype, device="meta")
+            for name, tensor in tensors.items()
+        }
+        with _quietly():
+            found = (_loaded_by_5 if MAJOR >= 5 else _loaded_by_4)(model, state)
+    except Exception as error:  # Transformers' loading may raise anything
+        return Loaded(failed={"": short(error) or type(error).__name__})
+    missing, unknown, mismatched, failed, absent = found
+    if MAJOR < 5:  # 5 casts
+        failed = {**failed, **_whole_numbers(model, tensors)}
+    shapes = {name: shape for name, shape in expected.items() if name not in absent}
+    shapes.update(mismatched)
+    return Loaded(
+        shapes,
+        tuple(sorted(missing)),
+        tuple(sorted(unknown)),
+        tuple(Mismatch(n, shape, expected[n]) for n, shape in sorted(mismatched.items())),
+        {name: _last_line(text) for name, text in sorted(failed.items())},
+    )
+
+
+_Found = tuple[set[str], set[str], dict[str, tuple[int, ...]], dict[str, str], set[str]]
+
+
+def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Found:
+    """Missing, unknown, mismatched and failed tensors, and those that are not in the files."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    conversions: Any = get_model_conversion_mapping(model, None, None)
+    settings = LoadStateDictConfig(
+        ignore_mismatched_sizes=True,
+        device_map={"": "meta"},
+        weight_mapping=conversions,
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, state, settings)
+    absent = set(info.missing_keys)
+    model.mark_tied_weights_as_initialized(info)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    mismatched = {name: tuple(shape) for name, shape, _ in info.mismatched_keys}
+    return info.missing_keys, info.unexpected_keys, mismatched, info.conversion_errors, absent
+
+
+def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Found:
+    """The same by Transformers 4, whose loading cannot be run without allocating."""
+    from transformers import modeling_utils as hf  # type: ignore[attr-defined, unused-ignore]
+
+    place: Any = hf
+    prefix = model.base_model_prefix
+    has = bool(prefix) and any(name.startswith(prefix) for name in state)
+    wants = bool(prefix) and hasattr(model, prefix)
+    base, task = has and not wants, wants and not has
+    name = type(model).__name__.lower()
+    mapping = model._checkpoint_conversion_mapping if any(n in name for n in place.VLMS) else None
+    renamed = model._get_key_renaming_mapping(list(state), mapping, base, task)
+    missing, unknown = place._find_missing_and_unexpected_keys(
+        model, list(state), list(renamed.values()), base, None
+    )
+    names, found = place._find_mismatched_keys(model, state, None, True, renamed, False, True)
+    mismatched = {name: tuple(shape) for name, (shape, _) in zip(names, found, strict=True)}
+    absent = set(model.state_dict()) - set(renamed.values())
+    missing, unknown = model._adjust_missing_and_unexpected_keys(missing, unknown, task)
+    return set(missing), set(unknown), mismatched, {}, absent
+
+
+def _whole_numbers(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> dict[str, str]:
+    """Weights that are stored as whole numbers, which Transformers 4 does not load."""
+    whole = ("I", "U", "BOOL", "int", "uint", "bool")
+    floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    return {
+        name: f"its type is {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if name in floating and tensor.dtype.startswith(whole)
+    }
+
+
+def _last_line(text: str) -> str:
+    """The end of what Transformers keeps of an exception: its own words, without the trace."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line and not line.startswith("Error: ")]
+    return short((errors or lines or [""])[-1])
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars and no log lines of a load that is none."""
+    from transformers.utils import logging as hf
+
+    bars: Any = hf
+
+    logger = logging.getLogger("transformers")
+    level, shown = logger.level, bars.is_progress_bar_enabled()
+    try:
+        logger.setLevel(logging.CRITICAL)
+        bars.disable_progress_bar()
+        yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            bars.enable_progress_bar()

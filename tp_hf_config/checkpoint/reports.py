@@ -1,0 +1,203 @@
+"""What was found in a folder, and what was done to it: text and JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..report import versions
+from .words import number, printable
+
+SCHEMA_VERSION = 1
+
+Kind = Literal["files", "config", "field", "tensors"]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One thing that is wrong with a folder.
+
+    Attributes:
+        kind: ``files``: the weights or their index; ``config``: config.json cannot be loaded;
+            ``field``: a config field that says something else than the weights hold;
+            ``tensors``: tensors are missing, unknown or of shapes that no field sets.
+        text: in one sentence.
+        field: the config field, where it is one.
+        says: its value; ``None``: not set.
+        holds: the value that the weights need; ``None``: several, or not known.
+        tensors: those that show it.
+    """
+
+    kind: Kind
+    text: str
+    field: str | None = None
+    says: Any = None
+    holds: Any = None
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """A folder's config against its weights.
+
+    Attributes:
+        folder: which.
+        model: the class; ``None``: not known.
+        sound: ``from_pretrained`` loads every weight that the class has; ``None``: could not tell.
+        causes: what is wrong.
+        why_not: why it could not tell.
+        undecided: fields that no shape shows.
+        candidates: configs that fit the weights equally well.
+        notes: what else the user should know.
+        files: the weights files.
+        tensors: how many they hold.
+        parameters: how many numbers these have.
+    """
+
+    folder: str
+    model: str | None
+    sound: bool | None
+    causes: tuple[Cause, ...] = ()
+    why_not: str | None = None
+    undecided: tuple[str, ...] = ()
+    candidates: tuple[dict[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    tensors: int = 0
+    parameters: int = 0
+
+    def __str__(self) -> str:
+        verdict = {True: "sound", False: "not sound", None: "could not tell"}[self.sound]
+        size = f"{self.tensors:,} tensors, {self.parameters:,} parameters, "
+        count = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
+        lines = [f"{self.folder}: {verdict}", f"  {self.model or 'no class'}: {size}{count}"]
+        if self.why_not is not None:
+            lines.append(f"  {self.why_not}")
+        lines += [f"  {cause.text}" for cause in self.causes]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(map(printable, lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for ``json.dumps``."""
+        return _dated(asdict(self))
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What repairing a folder's config came to.
+
+    Attributes:
+        folder: the folder with the repaired config; for a dry run the one that was looked at.
+        fields: config field -> (old value, new value); ``None`` stands for not set.
+        difference: the two files as a unified diff; empty: nothing to change.
+        written: whether anything was.
+        backup: the old config's file; ``None``: none was needed.
+        undecided: fields that no shape shows; they were left as they are.
+        notes: what else the user should know.
+        after: the folder as it is now, or would be.
+    """
+
+    folder: str
+    fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    difference: str = ""
+    written: bool = False
+    backup: str | None = None
+    undecided: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    after: CheckReport | None = None
+
+    def __str__(self) -> str:
+        if not self.difference:
+            head = "config.json says what the weights are; nothing to repair"
+        else:
+            head = "repaired" if self.written else "not written (dry run)"
+        lines = [f"{self.folder}: {head}"]
+        lines += [
+            f"  {printable(name)}: {number(old)} -> {number(new)}"
+            for name, (old, new) in self.fields.items()
+        ]
+        if self.backup is not None:
+            lines.append(f"  the old config is in {self.backup}")
+        if self.undecided and self.difference:
+            lines.append(f"  no shape shows {', '.join(self.undecided)}: left as it is")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines + ([self.difference] if self.difference else []))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for ``json.dumps``."""
+        found = asdict(self)
+        found["fields"] = {n: {"old": old, "new": new} for n, (old, new) in self.fields.items()}
+        return _dated(found)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One output that is not the same in both.
+
+    Attributes:
+        output: which.
+        elements: how many numbers differ; all where the shapes do.
+        of: how many there are.
+        largest: the largest absolute difference; ``None``: shapes or types differ.
+        relative: that over the largest number there.
+    """
+
+    output: str
+    elements: int
+    of: int
+    largest: float | None = None
+    relative: float | None = None
+
+    def __str__(self) -> str:
+        if self.largest is None or self.relative is None:
+            return f"{self.output}: another shape or type"
+        return (
+            f"{self.output}: {self.elements:,} of {self.of:,} numbers differ, "
+            f"by at most {self.largest:.3g} ({self.relative:.3g} of the largest)"
+        )
+
+
+@dataclass(frozen=True)
+class RoundtripReport:
+    """A model that was saved or a folder, loaded and run in a fresh process.
+
+    Attributes:
+        what: the folder, or the class that was saved.
+        model: the class.
+        same: it loads without a missing or mismatched weight and computes the same bits; where
+            there is nothing to compare with: it loads and runs.
+        loading: what was wrong with loading.
+        outputs: the outputs that were looked at.
+        differences: those that differ.
+        error: why it does not load or run.
+        against: what it was compared with.
+        notes: what else the user should know.
+    """
+
+    what: str
+    model: str
+    same: bool
+    loading: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    error: str | None = None
+    against: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        done = "loads and runs" if self.against is None else f"same outputs as {self.against}"
+        bad = "does not load or run" if self.against is None else f"not the same as {self.against}"
+        lines = [f"{self.what}: {done if self.same else bad} ({self.model}, fresh process)"]
+        lines += [f"  {one}" for one in (*self.loading, *self.differences)]
+        if self.error is not None:
+            lines.append(f"  {self.error}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for ``json.dumps``."""
+        return _dated(asdict(self))
+
+
+def _dated(data: dict[str, Any]) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "versions": versions(), **data}

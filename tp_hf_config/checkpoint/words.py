@@ -1,0 +1,75 @@
+"""Names from files and layers' numbers, as messages say them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+_LONGEST = 200
+
+
+def printable(text: str) -> str:
+    """Nothing in it that moves a terminal's cursor: names in files may be anything."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def short(text: object) -> str:
+    """One line that is not endless."""
+    line = " ".join(printable(str(text)[: 2 * _LONGEST]).split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
+def and_more(names: Collection[object], shown: int = 1) -> str:
+    """How many are not shown."""
+    return f" (and {len(names) - shown} more)" if len(names) > shown else ""
+
+
+def number(value: Any) -> str:
+    """A field's value: ``1,536``, ``true``, ``not set``."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 10**18 else f"about 2**{abs(value).bit_length()}"
+    return short(value)
+
+
+def place(name: str) -> tuple[str, int] | None:
+    """The list of layers that a tensor is in, and the layer's number; None: in no list."""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdecimal() and len(part) < 10 and index:
+            return ".".join(parts[:index]), int(part)
+    return None
+
+
+def layers(names: Iterable[str]) -> str:
+    """Where some tensors are: ``layers 0-29``, or their names where they are in no layer."""
+    numbers: dict[str, set[int]] = {}
+    alone: list[str] = []
+    for name in names:
+        at = place(name)
+        if at is None:
+            alone.append(name)
+        else:
+            numbers.setdefault(at[0], set()).add(at[1])
+    kinds = [
+        f"{'layer' if len(found) == 1 else 'layers'} {_ranges(sorted(found))}"
+        + (f" of {short(where)}" if len(numbers) > 1 else "")
+        for where, found in numbers.items()
+    ]
+    listed = [short(name) for name in alone[:2]]
+    more = and_more(alone, 2)
+    return " and ".join([*kinds, *([", ".join(listed) + more] if listed and not kinds else [])])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    parts: list[list[int]] = []
+    for value in numbers:
+        if parts and value == parts[-1][1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in parts[:5]]
+    return ", ".join(shown) + (", ..." if len(parts) > 5 else "")

@@ -1,0 +1,26 @@
+"""``tp-hf-config check``: a folder's config against its weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from .outcome import DONE, FAILED, UNKNOWN, Outcome
+
+HELP = "compare a folder's config.json with its weights, without loading them"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("folder", metavar="FOLDER", help="holds config.json and the weights")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
+    )
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Check the folder; exit code 0: sound, 1: not, 2: could not tell."""
+    from ..checkpoint.check import check_checkpoint
+
+    report = check_checkpoint(options.folder, trust_remote_code=options.trust_remote_code)
+    code = {True: DONE, False: FAILED, None: UNKNOWN}[report.sound]
+    return Outcome(code, str(report), report.to_dict())

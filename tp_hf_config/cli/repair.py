@@ -1,0 +1,40 @@
+"""``tp-hf-config repair``: the config that a folder's weights need."""
+
+from __future__ import annotations
+
+import argparse
+
+from .outcome import DONE, Outcome
+
+HELP = "write the config.json that a folder's weights need, where there is exactly one"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("folder", metavar="FOLDER", help="holds config.json and the weights")
+    parser.add_argument("--out", metavar="DIR", help="write a new folder, leave FOLDER as it is")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be written")
+    parser.add_argument(
+        "--head-dim", type=int, metavar="N", help="the size of a head, where no shape shows it"
+    )
+    parser.add_argument(
+        "--heads", type=int, metavar="N", help="the number of query heads, where no shape shows it"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
+    )
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Repair the folder; exit code 0: it is sound now, or would be."""
+    from ..checkpoint.repair import repair_checkpoint
+
+    said = {"head_dim": options.head_dim, "num_attention_heads": options.heads}
+    report = repair_checkpoint(
+        options.folder,
+        out=options.out,
+        dry_run=options.dry_run,
+        given={name: value for name, value in said.items() if value is not None},
+        trust_remote_code=options.trust_remote_code,
+    )
+    return Outcome(DONE, str(report), report.to_dict())
