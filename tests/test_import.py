@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import small
 
 
@@ -21,6 +22,40 @@ def test_import_loads_no_modelling_code():
     assert "tp_hf_config.hook" in modules
     assert "transformers.modeling_utils" not in modules
     assert [name for name in modules if name.startswith("transformers")] == []
+
+
+def test_import_alone_loads_no_torch():
+    modules = loaded("import tp_hf_config, tp_hf_config.errors")
+    assert not {"torch", "torch_pruning", "transformers"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import tp_hf_config, torch_pruning as tp",
+        "import torch_pruning as tp, tp_hf_config",
+        "import tp_hf_config, importlib.util as u; u.find_spec('torch_pruning'); "
+        "import torch_pruning as tp",
+        "from tp_hf_config import HFConfigSyncHook; import torch_pruning as tp",
+    ],
+)
+def test_pruners_take_hooks_whichever_is_imported_first(first: str):
+    printed = small.python(
+        f"""
+        {first}
+        from torch import nn, rand
+        class Hook:
+            def after_step(self, pruner):
+                print("fired")
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        importance = tp.importance.MagnitudeImportance()
+        kept = [model[1]]
+        tp.pruner.BasePruner(
+            model, rand(1, 4), importance, ignored_layers=kept, hooks=[Hook()]
+        ).step()
+        """
+    )
+    assert printed == "fired"
 
 
 def test_import_adds_nothing_beside_itself():

@@ -7,6 +7,9 @@ back the same model, logit for logit.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .errors import (
     CheckpointError,
     ConfigSyncError,
@@ -15,9 +18,21 @@ from .errors import (
     TracingError,
     UnsupportedModelError,
 )
-from .hook import HFConfigSyncHook
-from .pruners import Handle, PrunerHook, disable, enable, register
-from .report import SyncReport
+from .imports import when_imported
+
+if TYPE_CHECKING:
+    from .checkpoint.check import check_checkpoint
+    from .checkpoint.repair import repair_checkpoint
+    from .checkpoint.reports import CheckReport, RepairReport, RoundtripReport
+    from .checkpoint.verify import verify_checkpoint, verify_roundtrip
+    from .hook import HFConfigSyncHook
+    from .offers import Prunable, Width, prunable
+    from .planning import plan
+    from .plans import Plan
+    from .prepare import pruner_kwargs
+    from .pruners import Handle, PrunerHook, disable, enable, register
+    from .report import SyncReport
+    from .support import Support, supports
 
 __all__ = [
     "CheckReport",
@@ -51,43 +66,28 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_CHECKPOINT = {
-    "CheckReport": "reports",
-    "RepairReport": "reports",
-    "RoundtripReport": "reports",
-    "check_checkpoint": "check",
-    "repair_checkpoint": "repair",
-    "verify_checkpoint": "verify",
-    "verify_roundtrip": "verify",
+_LOADED_WHEN_USED = {  # torch alone takes longer to load than a shell command should to answer
+    "checkpoint.check": ("check_checkpoint",),
+    "checkpoint.repair": ("repair_checkpoint",),
+    "checkpoint.reports": ("CheckReport", "RepairReport", "RoundtripReport"),
+    "checkpoint.verify": ("verify_checkpoint", "verify_roundtrip"),
+    "hook": ("HFConfigSyncHook",),
+    "offers": ("Prunable", "Width", "prunable"),
+    "planning": ("plan",),
+    "plans": ("Plan",),
+    "prepare": ("pruner_kwargs",),
+    "pruners": ("Handle", "PrunerHook", "disable", "enable", "register"),
+    "report": ("SyncReport",),
+    "support": ("Support", "supports"),
 }
 
 
 def __getattr__(name: str) -> object:
-    if name == "pruner_kwargs":  # what an import alone does not need is loaded when it is used
-        from .prepare import pruner_kwargs
-
-        return pruner_kwargs
-    if name in ("Prunable", "Width", "prunable"):
-        from . import offers
-
-        return getattr(offers, name)
-    if name in ("Support", "supports"):
-        from . import support
-
-        return getattr(support, name)
-    if name == "plan":
-        from .planning import plan
-
-        return plan
-    if name == "Plan":
-        from .plans import Plan
-
-        return Plan
-    if name in _CHECKPOINT:
-        from importlib import import_module
-
-        return getattr(import_module(f"{__name__}.checkpoint.{_CHECKPOINT[name]}"), name)
+    for module, names in _LOADED_WHEN_USED.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-enable()
+# Pruners take hooks= from the moment that both are imported, whichever comes first.
+when_imported("torch_pruning", f"{__name__}.pruners")

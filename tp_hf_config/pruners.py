@@ -254,3 +254,6 @@ def _with_own_dicts(
         name: dict(value) if name in _DICTS and isinstance(value, dict) else value
         for name, value in arguments.items()
     }
+
+
+enable()
