@@ -23,6 +23,7 @@ from tp_hf_config import (
     UnsupportedModelError,
     Width,
     plan,
+    prunable,
     pruner_kwargs,
 )
 from tp_hf_config.amounts import Amount
@@ -420,6 +421,14 @@ class TestRefusals:
         with pytest.raises(ConfigSyncError, match="cannot be carried out: refused at step 1"):
             result.pruner_kwargs()
 
+    def test_a_misspelt_field(self) -> None:
+        with pytest.raises(UnsupportedModelError) as raised:
+            plan(narrow(), prune=["intermedite_size"])
+        assert str(raised.value).startswith(
+            "Narrow cannot prune intermedite_size: no such width (did you mean intermediate_size?)."
+            " Widths that can: hidden_size, intermediate_size, num_attention_heads"
+        )
+
     def test_no_search_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A class that takes nothing is asked some hundred times, not for every width there is."""
         asked: list[Any] = []
@@ -544,6 +553,26 @@ class TestOutput:
         console.print(plan(narrow(), pruning_ratio=0.5))
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         assert "refused at step 1" in shown
+
+
+class TestPrunable:
+    def test_a_config_or_a_model_without_weights_shows_the_same(self) -> None:
+        model = small.bert()
+        shown = prunable(model)
+        assert [width.name for width in shown.widths if width.reason is None] == [
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads + hidden_size",
+        ]
+        for source in (model.config, small.bert().to("meta")):
+            assert prunable(source, model_class=hf.BertModel) == shown
+
+    def test_rich(self) -> None:
+        console = Console(file=io.StringIO(), width=160)
+        console.print(prunable(small.bert()))
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "num_attention_heads + hidden_size" in shown
+        assert shown.count("units permuted: same outputs") == 3
 
 
 class TestKwargs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import gcd, lcm
 
 from torch import nn
@@ -206,12 +207,19 @@ def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | 
         if found:
             chosen += [width for width in found[:1] if width not in chosen]
             continue
-        reasons = sorted({str(width.reason) for width in candidates}) or ["no such width"]
+        reasons = sorted({str(width.reason) for width in candidates}) or [_no_such(name, widths)]
         reason = f"{name}: {'; '.join(reasons)}"
         if not must and not any(width.tried for width in candidates):
             return reason
         raise _cannot(view, reason)
     return chosen
+
+
+def _no_such(name: str, widths: Sequence[Width]) -> str:
+    """That there is no width of this name, and the one that is spelled most like it."""
+    known = [other for width in widths for other in width.names]
+    close = get_close_matches(name, known, n=1)
+    return "no such width" + "".join(f" (did you mean {other}?)" for other in close)
 
 
 def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:

@@ -16,14 +16,14 @@ from .expand import WidthGroup, expand
 from .groups import Finding, find_groups
 from .learn import ConfigMap, map_of
 from .limits import straying, vanishing
-from .locate import check_followable, find_pretrained
 from .miniature import Miniature, miniature
 from .reference import FieldPath, Refusal, field_name
 from .ties import parameter_names, tensor
 from .twins import Dim, Layout, TwinTest
+from .unbuilt import model_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Prunable:
     model: str
     widths: tuple[Width, ...]
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, ...]]:
+        """A head, and one row for each width."""
         rows: list[tuple[str, ...]] = [
             ("config field", "units", "groups", "layers", "parameters a unit", "proof")
         ]
@@ -104,6 +105,10 @@ class Prunable:
             shown = [f"{n:,}" if width.reason is None else "" for n in numbers]
             proof = width.reason or "units permuted: same outputs"
             rows.append((width.name, *shown, proof))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self._rows()
         sizes = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
             "  ".join(
@@ -113,23 +118,45 @@ class Prunable:
         ]
         return "\n".join([self.model, *lines])
 
+    def __rich__(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        head, *rows = self._rows()
+        table = Table(title=self.model)
+        for name in head:
+            left = name in (head[0], head[-1])
+            table.add_column(name, justify="left" if left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        return table
+
     def to_dict(self) -> dict[str, Any]:
         """The table for ``json.dumps``."""
         return {"model": self.model, "widths": [width.to_dict() for width in self.widths]}
 
 
-def prunable(model: nn.Module) -> Prunable:
+def prunable(
+    model_or_config: nn.Module | PreTrainedConfig,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+) -> Prunable:
     """What can be pruned in this model through the graph made from its config.
 
     Experiments run on a tiny copy of the class with random weights (see
     :mod:`tp_hf_config.twins`), so the cost does not grow with the model.
 
+    Args:
+        model_or_config: a model, on the meta device too, or a config.
+        model_class: the class of a config; default: as in :func:`~tp_hf_config.plan`.
+
     Raises:
-        UnsupportedModelError: no single followable Hugging Face model.
+        UnsupportedModelError: no single followable Hugging Face model, or a config that builds
+            none.
+        TypeError: neither a module nor a config.
     """
-    _, pretrained = find_pretrained(model)
-    check_followable(pretrained)
-    return Prunable(type(pretrained).__name__, widths_of(pretrained))
+    model = model_of(model_or_config, model_class)
+    return Prunable(type(model).__name__, widths_of(model))
 
 
 def widths_of(model: PreTrainedModel, known: ConfigMap | None = None) -> tuple[Width, ...]:
