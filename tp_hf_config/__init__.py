@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import (
     CheckpointError,
     ConfigSyncError,
+    PipelineError,
     PrunerSettingsWarning,
     TPHFConfigError,
     TracingError,
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigSyncError",
     "HFConfigSyncHook",
     "Handle",
+    "PipelineError",
     "Plan",
     "Prunable",
     "PrunerHook",

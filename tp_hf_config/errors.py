@@ -21,6 +21,10 @@ class TracingError(TPHFConfigError):
     """Torch-Pruning cannot trace this model; raised before anything is pruned."""
 
 
+class PipelineError(TPHFConfigError):
+    """A model folder could not be read, pruned as asked, or written; nothing was written."""
+
+
 class ConfigSyncError(TPHFConfigError):
     """No config of this class builds the pruned model.
 

@@ -1,0 +1,90 @@
+"""What can be refused before weights are read."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from ..errors import ConfigSyncError, PipelineError
+from ..plans import Plan, PlannedRefusal
+from .calibration import read_text
+from .job import Job
+
+
+def check_job(job: Job) -> str | None:
+    """The calibration text, once all that needs no model is in order.
+
+    Raises:
+        PipelineError: something is not.
+    """
+    wanting = "--importance taylor" if job.importance == "taylor" else "--recover"
+    if job.calibration is None and (job.importance == "taylor" or job.recover):
+        raise PipelineError(
+            f"{wanting} needs text to run the model on. Add --calibration FILE (plain text, some "
+            "thousand words of what the model is for)"
+            + (", or use --importance magnitude" if job.importance == "taylor" else "")
+        )
+    dtype_of(job.dtype)
+    _check_device(job.device)
+    return None if job.calibration is None else read_text(job.calibration)
+
+
+def dtype_of(name: str | None) -> Any:
+    """The type of this name in torch.
+
+    Raises:
+        PipelineError: weights are not of such a type.
+    """
+    import torch
+
+    if name is None:
+        return None
+    found = getattr(torch, name, None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise PipelineError(f"dtype {name}: expected float32, float16, bfloat16 or float64")
+    return found
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except Exception as error:  # torch's words for it differ by device
+        raise PipelineError(
+            f"device {name} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def check_plan(plan: Plan, job: Job) -> None:
+    """Refuse what cannot be carried out, and what would prune nothing.
+
+    Raises:
+        ConfigSyncError: the class refuses the widths.
+        PipelineError: no width changes, or the disk is full already.
+    """
+    if plan.refusal is not None:
+        raise ConfigSyncError(_refused(plan, plan.refusal))
+    if all(width.after == width.before for width in plan.widths):
+        steps = "; ".join(
+            f"{w.name} {w.asked:g} of {next(iter(w.before.values())):,}" for w in plan.widths
+        )
+        raise PipelineError(f"these ratios prune nothing ({steps}). Ask for more")
+    free = shutil.disk_usage(job.out.expanduser().resolve().parent).free
+    if plan.after is not None and plan.after.bytes > free:
+        raise PipelineError(
+            f"{job.out}: the pruned model takes {plan.after.bytes:,} bytes, and {free:,} are free"
+        )
+
+
+def _refused(plan: Plan, refusal: PlannedRefusal) -> str:
+    """What the class says to the widths, and ratios that it takes."""
+    values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
+    lines = [f"{plan.model} refuses {values}: {refusal.reason.rstrip('.')}."]
+    for ratios, leads_to in refusal.nearest:
+        options = ",".join(f"{name}={ratio:g}" for name, ratio in ratios.items())
+        values = ", ".join(f"{name} {value}" for name, value in leads_to.items())
+        lines.append(f"It takes --ratios {options} ({values})")
+    if not refusal.nearest:
+        lines.append("It takes nothing near them: change one ratio at a time")
+    return "\n".join(lines)

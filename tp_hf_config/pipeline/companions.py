@@ -1,0 +1,93 @@
+"""What belongs to a model beside its weights: tokenizer, processor, licence, code."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import PipelineError
+from .source import Source, tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_BELONG = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "normalizer.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*preprocessor_config.json",
+    "*processor_config.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "NOTICE*",
+)
+_WRITTEN_ANEW = ("config.json", "generation_config.json", "README.md", "*.index.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The files that went along, and those that stayed behind."""
+
+    files: tuple[str, ...]
+    left: tuple[str, ...] = ()
+
+
+def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copied:
+    """Put a model's tokenizer, processor, chat template, licence and trusted code into a folder.
+
+    Links are followed inside the model's folder and the Hub's cache alone.
+    """
+    if source.gguf is not None:
+        return Copied(
+            tuple(sorted(Path(f).name for f in tokenizer_of(source).save_pretrained(out)))
+        )
+    folder = source.folder or _snapshot(source)
+    wanted: tuple[str, ...] = _BELONG
+    if source.trust_remote_code and getattr(config, "auto_map", None):
+        wanted = (*_BELONG, "*.py")
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # the Hub's cache keeps files as links
+        roots.append((folder.parent.parent / "blobs").resolve())
+    copied, left = [], []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name.startswith(".") or _matches(name, _WRITTEN_ANEW + _WEIGHTS):
+            continue
+        inside = any(path.resolve().is_relative_to(root) for root in roots)
+        if not inside or not _matches(name, wanted) or (out / name).exists():
+            left.append(name)
+            continue
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, out / name)
+        copied.append(name)
+    return Copied(tuple(copied), tuple(left))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file in the folder itself, or in the named one, is meant."""
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )
+
+
+def _snapshot(source: Source) -> Path:
+    """The small files of a model on the Hub, in the Hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.place, allow_patterns=[*_BELONG, "*.py", "README.md"]))
+    except Exception as error:  # of the network, of the Hub, of the cache
+        raise PipelineError(
+            f"{source.name}: its tokenizer and processor files cannot be fetched: {error}"
+        ) from error

@@ -1,0 +1,120 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import PipelineError
+
+
+@contextmanager
+def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
+    """A folder to write to, which becomes ``target`` at the end and is gone after any failure.
+
+    It stands beside ``target``, so that the end is a rename.
+
+    Args:
+        target: the folder to be; empty or not there, unless ``overwrite``.
+        source: a folder that has to stay.
+        overwrite: a model folder that is there is replaced in the end.
+
+    Raises:
+        PipelineError: ``target`` cannot be written to, or would overwrite something.
+    """
+    target = target.expanduser().resolve()
+    reason = _taken(target, overwrite) or _amid(target, source)
+    if reason is not None:
+        raise PipelineError(reason)
+    token = secrets.token_hex(4)
+    work = target.with_name(f".{target.name}.{token}.unfinished")
+    try:
+        work.mkdir()
+        yield work
+        _flush(work)
+        reason = _taken(target, overwrite)  # it may have been written meanwhile
+        if reason is not None:
+            raise PipelineError(reason)
+        _put(work, target, target.with_name(f".{target.name}.{token}.old"))
+    except OSError as error:
+        raise PipelineError(f"{target}: cannot be written: {error}") from error
+    finally:
+        with uninterrupted():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _taken(target: Path, overwrite: bool) -> str | None:
+    """Why a folder may not be written to, or ``None``."""
+    if not target.parent.is_dir():
+        return f"{target}: the folder it is to be in is not there. Make it first: {target.parent}"
+    if target.exists() and not target.is_dir():
+        return f"{target}: expected a new folder, found a file. Choose another name."
+    if not target.exists() or not any(target.iterdir()):
+        return None
+    if not overwrite:
+        return f"{target}: is not empty. Choose another folder, or add --overwrite to replace it."
+    if not (target / "config.json").is_file():
+        return f"{target}: is not empty and holds no config.json; --overwrite replaces models only."
+    return None
+
+
+def _amid(target: Path, source: Path | None) -> str | None:
+    """Why a folder cannot be replaced without harm to another, or ``None``."""
+    if source is None:
+        return None
+    source = source.resolve()
+    if target == source or target in source.parents:
+        return f"{target}: the model to prune is in it. Choose another folder."
+    return None
+
+
+def _flush(folder: Path) -> None:
+    """What was written is on the disk before the name is."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put(work: Path, target: Path, aside: Path) -> None:
+    """Give a folder its name; what has that name now goes, or is there again after a failure."""
+    with uninterrupted():
+        try:
+            if target.exists():
+                os.rename(target, aside)
+            os.rename(work, target)
+        except BaseException:
+            if aside.exists() and not target.exists():
+                os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and a polite kill wait until the end of this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    waiting: list[int] = []
+
+    def wait(number: int, frame: Any) -> None:
+        waiting.append(number)
+
+    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for waited in waiting:
+            signal.raise_signal(waited)

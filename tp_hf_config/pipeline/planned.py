@@ -1,0 +1,38 @@
+"""The plan of a model that is not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PipelineError
+from ..planning import plan
+from ..plans import Plan
+from .source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def planned(
+    source: Source,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    settings: Mapping[str, Any],
+) -> Plan:
+    """What :func:`~tp_hf_config.plan` says from the config alone.
+
+    Args:
+        source: the model.
+        config: its config.
+        model_class: its class.
+        settings: arguments of :func:`~tp_hf_config.plan`.
+
+    Raises:
+        PipelineError: a target cannot be reached.
+        UnsupportedModelError: a field that cannot be pruned.
+    """
+    try:
+        return plan(config, model_class=model_class, **settings)
+    except ValueError as error:
+        raise PipelineError(f"{source.name}: {error}") from error

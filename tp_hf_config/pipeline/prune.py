@@ -1,0 +1,208 @@
+"""A folder in, a pruned folder out: the order of things."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import PipelineError, UnsupportedModelError
+from ..hook import HFConfigSyncHook
+from ..plans import Plan
+from ..report import SyncReport
+from .calibration import Objective, Text, objective_of, shuffled, takes_text, windows_of
+from .card import card
+from .checks import check_job, check_plan, dtype_of
+from .companions import copy_companions
+from .job import Importance, Job, Pruned
+from .output import new_folder
+from .planned import planned
+from .progress import Progress, Silent
+from .recovery import accumulate_gradients, recover
+from .roundtrip import prove_roundtrip
+from .source import check_plain, class_for, config_of, load, tokenizer_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+_IMPORTANCES: dict[Importance, str] = {
+    "magnitude": "GroupMagnitudeImportance",
+    "taylor": "GroupTaylorImportance",
+    "random": "RandomImportance",
+}
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """A text, what the model is asked about it, and the unpruned model where that teaches."""
+
+    text: Text
+    objective: Objective
+    batches: Iterator[Tensor]
+    teacher: PreTrainedModel | None
+
+
+def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
+    """Prune a model and write it, with all that belongs to it, once it is proved to load again.
+
+    Raises:
+        PipelineError: something cannot be read or written, or the round trip is not proved.
+        UnsupportedModelError: the model, or a width of it, cannot be pruned.
+        ConfigSyncError: the class refuses the widths.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    with new_folder(job.out, source=job.source.folder, overwrite=job.overwrite) as work:
+        text = check_job(job)
+        config = config_of(job.source)
+        check_plain(job.source, config)
+        config.dtype = dtype_of(job.dtype) or config.dtype
+        model_class = class_for(job.source, config)
+        plan = planned(job.source, config, model_class, job.widths)
+        check_plan(plan, job)
+        if text is not None and not takes_text(model_class):
+            raise UnsupportedModelError(
+                f"{model_class.__name__} takes no text, so --calibration is of no use to it. Leave "
+                "it out (and --recover), and use --importance magnitude or random"
+            )
+        progress.say(plan)
+        with _seeded(job.seed):
+            done = _written(job, config, model_class, plan, text, work, progress)
+    return replace(done, seconds=time.perf_counter() - started)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed, and the caller's go on afterwards as if there had been none."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)  # Torch-Pruning 1.5 shuffles by it
+            yield
+    finally:
+        random.setstate(state)
+
+
+def _written(
+    job: Job,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    plan: Plan,
+    text: str | None,
+    work: Path,
+    progress: Progress,
+) -> Pruned:
+    """Do it, in a folder that is not yet the one."""
+    dtype = dtype_of(job.dtype)
+    progress.say(f"loading {job.source.name}")
+    loaded = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    model = loaded.model
+    lesson = None if text is None else _lesson(job, model, text)
+    parameters, perplexity = model.num_parameters(), _perplexity(model, lesson)
+    reports = _pruned(job, plan, model, lesson, progress)
+    after = _perplexity(model, lesson)
+    del lesson  # the unpruned model makes room for the process that loads the pruned one
+    _save(model, work, job.max_shard_size)
+    copied = copy_companions(job.source, model.config, work)
+    progress.say("a fresh process loads what was written")
+    proof = prove_roundtrip(model, work, job.source.trust_remote_code)
+    notes = [*loaded.notes, *plan.notes, *(note for report in reports for note in report.notes)]
+    result = Pruned(
+        type(model).__name__,
+        job.out,
+        plan,
+        reports,
+        (parameters, model.num_parameters()),
+        proof,
+        copied,
+        None if perplexity is None or after is None else (perplexity, after),
+        tuple(dict.fromkeys(notes)),
+        settings=job.settings,
+    )
+    (work / "README.md").write_text(_card(job, result), encoding="utf-8")
+    return result
+
+
+def _lesson(job: Job, model: PreTrainedModel, text: str) -> _Lesson:
+    tokenizer = tokenizer_of(job.source)
+    windows = windows_of(text, tokenizer, model)
+    return _Lesson(
+        windows,
+        objective_of(model, tokenizer, windows.train[:1]),
+        shuffled(windows.train, job.seed),
+        copy.deepcopy(model) if job.recover else None,
+    )
+
+
+def _perplexity(model: PreTrainedModel, lesson: _Lesson | None) -> float | None:
+    return None if lesson is None else lesson.objective.perplexity(model, lesson.text.held_out)
+
+
+def _pruned(
+    job: Job,
+    plan: Plan,
+    model: PreTrainedModel,
+    lesson: _Lesson | None,
+    progress: Progress,
+) -> tuple[SyncReport, ...]:
+    """Step by step, with the gradients before and the recovery after each."""
+    import torch_pruning as tp
+
+    hook = HFConfigSyncHook(strict=True)
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **plan.pruner_kwargs(model),
+        importance=getattr(tp.importance, _IMPORTANCES[job.importance])(),
+        hooks=[hook],
+    )
+    steps = plan.settings.iterative_steps
+    for step in range(1, steps + 1):
+        name = f"step {step}/{steps}"
+        if lesson is not None and job.importance == "taylor":
+            what = f"{name}: gradients"
+            accumulate_gradients(model, lesson.objective, lesson.batches, progress, what)
+        pruner.step()
+        progress.say(str(hook.last_report))
+        updates = job.recover * step // steps - job.recover * (step - 1) // steps
+        if lesson is not None and lesson.teacher is not None and updates:
+            what = f"{name}: recovery"
+            task, batches = lesson.objective, lesson.batches
+            recover(model, lesson.teacher, task, batches, updates, progress, what)
+    model.zero_grad()
+    return tuple(hook.reports)
+
+
+def _save(model: PreTrainedModel, folder: Path, max_shard_size: str | None) -> None:
+    from safetensors import SafetensorError
+
+    shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    try:
+        model.save_pretrained(folder, **shards)
+    except SafetensorError as error:  # a full disk, in the words of its Rust
+        raise PipelineError(f"the weights cannot be written: {error}") from error
+
+
+def _card(job: Job, result: Pruned) -> str:
+    lines = [f"Round trip: {result.proof}."]
+    if result.perplexity is not None:
+        old, new = result.perplexity
+        lines.append(f"Perplexity on held-out calibration text: {old:.1f} before, {new:.1f} after.")
+    lines += [f"{note}." for note in result.notes]
+    return card(
+        job.source,
+        model_class=result.model,
+        fields=result.fields,
+        parameters=result.parameters,
+        settings=job.settings,
+        lines=lines,
+    )

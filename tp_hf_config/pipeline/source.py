@@ -1,0 +1,237 @@
+"""Where a model comes from (a folder, a GGUF file, a Hub id), and reading it from there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PipelineError, TPHFConfigError, UnsupportedModelError
+from ..unbuilt import class_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SHOWN = 300
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from.
+
+    Attributes:
+        name: as the user wrote it.
+        place: a local folder or a Hub id.
+        gguf: the name of the GGUF file in it, if it is one.
+        trust_remote_code: Python files that come with the model may run.
+    """
+
+    name: str
+    place: str
+    gguf: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; ``None`` for a Hub id."""
+        folder = Path(self.place)
+        return folder if folder.is_dir() else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` has to be told."""
+        gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"trust_remote_code": self.trust_remote_code, **gguf}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, and what there is to say about how it got there."""
+
+    model: PreTrainedModel
+    notes: tuple[str, ...] = ()
+
+
+def find_source(name: str, trust_remote_code: bool = False) -> Source:
+    """What a user means by a folder, a file or a name.
+
+    Raises:
+        PipelineError: there is no such folder or file, or no model in it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise PipelineError(f"{name}: {_without_config(path)}")
+        return Source(name, str(path), None, trust_remote_code)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise PipelineError(
+                f"{name}: expected a folder with a config.json, a GGUF file or a Hub id, found a "
+                f"{path.suffix or 'plain'} file. For a model's weights, give the folder: "
+                f"{path.parent}"
+            )
+        return Source(name, str(path.parent), path.name, trust_remote_code)
+    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
+        raise PipelineError(f"{name}: there is no such file or folder")
+    return Source(name, name, None, trust_remote_code)
+
+
+def _without_config(folder: Path) -> str:
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf:
+        return f"no config.json in this folder, but a GGUF file. Say which file: {gguf[0]}"
+    inside = sorted(found.parent for found in folder.glob("*/config.json"))
+    if inside:
+        return f"no config.json in this folder, but in one inside. Give that: {inside[0]}"
+    return "no config.json in this folder; expected what save_pretrained writes"
+
+
+def config_of(source: Source) -> PreTrainedConfig:
+    """The model's config; no weights are read.
+
+    Raises:
+        PipelineError: it cannot be read, or wants to run code that is not trusted.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **source.options)
+        return config
+    except Exception as error:  # whatever a config class raises at what is in the file
+        raise _cannot(source, "its config cannot be read", error) from error
+
+
+def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that the config names.
+
+    Raises:
+        PipelineError: it is code that is not trusted, or cannot be loaded.
+        UnsupportedModelError: there is none.
+    """
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    own = {
+        reference.rpartition(".")[2]: reference
+        for reference in (getattr(config, "auto_map", None) or {}).values()
+        if isinstance(reference, str)
+    }
+    reference = next((own[name] for name in named if name in own), None)
+    if reference is None:
+        return class_of(config)
+    if source.trust_remote_code:
+        try:
+            found: type[PreTrainedModel] = get_class_from_dynamic_module(reference, source.place)
+            return found
+        except Exception as error:  # whatever that code raises
+            raise _cannot(source, f"its code ({reference}) cannot be loaded", error) from error
+    if any(hasattr(transformers, name) for name in named):
+        return class_of(config)
+    raise _untrusted(source, reference)
+
+
+def load(
+    source: Source,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> Loaded:
+    """The whole model in memory, in eval mode.
+
+    Args:
+        source: where it is.
+        config: its config.
+        model_class: its class.
+        dtype: of its weights; default: as they are stored, float32 from a GGUF file.
+        device: where to put it.
+
+    Raises:
+        PipelineError: it cannot be read.
+    """
+    import torch
+
+    stored: Any = torch.float32 if source.gguf else "auto"
+    try:
+        model, info = read_weights(source, config, model_class, dtype or stored)
+        model = model.to(device)  # type: ignore[arg-type]
+    except Exception as error:  # whatever reading weights can end in
+        raise _cannot(source, "its weights cannot be loaded", error) from error
+    if source.gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
+    missing = sorted(info["missing_keys"])
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} tensors are not in {source.name} and are random: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return Loaded(model, tuple(notes))
+
+
+def read_weights(
+    source: Source, config: PreTrainedConfig, model_class: type[PreTrainedModel], dtype: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in eval mode, and what loading it reports; errors pass through."""
+    loaded: Any = model_class.from_pretrained(
+        source.place, config=config, dtype=dtype, output_loading_info=True, **source.options
+    )
+    model, info = loaded
+    return model.eval(), info
+
+
+def check_plain(source: Source, config: PreTrainedConfig) -> None:
+    """Refuse packed weights before they are read.
+
+    Raises:
+        UnsupportedModelError: the config says that the weights are quantised.
+    """
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None and source.gguf is None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else None
+        raise UnsupportedModelError(
+            f"{source.name} is quantised ({method or 'method unknown'}): packed weights cannot be "
+            "pruned. Prune the float16, bfloat16 or float32 model that it was made of, and "
+            "quantise the result."
+        )
+
+
+def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.place, **source.options
+        )
+    except Exception as error:  # each tokenizer class has its own way of failing
+        raise _cannot(source, "its tokenizer cannot be loaded", error) from error
+    return found
+
+
+def _cannot(source: Source, what: str, error: Exception) -> TPHFConfigError:
+    text = " ".join(str(error).split())
+    if not source.trust_remote_code and "trust_remote_code" in text:
+        return _untrusted(source, "its class")
+    if source.folder is None:
+        what = f"no such file or folder here, and as a model on the Hub {what}"
+    if "size mismatch" in text or "ignore_mismatched_sizes" in text:
+        what = f"its config does not fit its weights (tp-hf-config check {source.name}); {what}"
+    shown = text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
+    return PipelineError(f"{source.name}: {what}: {type(error).__name__}: {shown}")
+
+
+def _untrusted(source: Source, what: str) -> PipelineError:
+    return PipelineError(
+        f"{source.name}: {what} is code that comes with the model, and it is not run unless you "
+        "say so. Look at its .py files, then add --trust-remote-code"
+    )
