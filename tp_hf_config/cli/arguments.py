@@ -1,0 +1,173 @@
+"""Arguments that several commands have, and what a user may write behind them."""
+
+from __future__ import annotations
+
+import argparse
+from fractions import Fraction
+from typing import Any
+
+_UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+class UsageError(Exception):
+    """Arguments that do not go together; ends with the usage and exit code 2."""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model, and whether its code may run."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file or a Hub id")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python files that come with the model"
+    )
+
+
+def add_widths(parser: argparse.ArgumentParser) -> None:
+    """What to prune, and how much: the arguments of ``tp_hf_config.plan``."""
+    group = parser.add_argument_group("what to prune")
+    group.add_argument(
+        "--pruning-ratio", metavar="R", type=share, help="the share of every width to prune"
+    )
+    group.add_argument(
+        "--prune",
+        metavar="FIELDS",
+        type=names,
+        help="config fields to prune, with commas between; default: every width inside the model",
+    )
+    group.add_argument(
+        "--ratios", metavar="FIELD=R,...", type=ratios, help="a share for each field"
+    )
+    group.add_argument(
+        "--head-pruning-ratio",
+        metavar="R",
+        type=share,
+        help="the share of attention heads to prune",
+    )
+    group.add_argument(
+        "--gqa",
+        choices=("query", "group"),
+        help="query heads out of every key/value group, or whole groups",
+    )
+    group.add_argument(
+        "--target-params",
+        metavar="N",
+        type=amount,
+        help="how many parameters to leave (100M), or which share of them (0.8)",
+    )
+    group.add_argument("--steps", metavar="N", type=count, default=1, help="pruning steps")
+    group.add_argument(
+        "--round-to", metavar="N", type=count, help="keep widths multiples of this (64)"
+    )
+    group.add_argument(
+        "--max-pruning-ratio", metavar="R", type=share, help="the most that any layer may lose"
+    )
+
+
+def widths_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``tp_hf_config.plan``; what was not said is left out.
+
+    Raises:
+        UsageError: it is not said what to prune, or something would have no effect.
+    """
+    reason = _contradiction(options)
+    if reason is not None:
+        raise UsageError(reason)
+    alone = (options.pruning_ratio, options.ratios, options.target_params) == (None, None, None)
+    given = {
+        "pruning_ratio": options.pruning_ratio,
+        "ratios": options.ratios,
+        "prune": () if alone else options.prune,
+        "head_pruning_ratio": options.head_pruning_ratio,
+        "gqa": options.gqa,
+        "iterative_steps": options.steps,
+        "round_to": options.round_to,
+        "max_pruning_ratio": options.max_pruning_ratio,
+        "target_params": options.target_params,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _contradiction(options: argparse.Namespace) -> str | None:
+    ratio, ratios, prune = options.pruning_ratio, options.ratios, options.prune
+    target, heads = options.target_params, options.head_pruning_ratio
+    if ratio is ratios is target is heads is None:
+        return (
+            "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, "
+            "--head-pruning-ratio 0.25 or --target-params 0.8"
+        )
+    if ratio is not None and target is not None:
+        return "--target-params finds the ratio by itself: leave --pruning-ratio out"
+    if options.gqa is not None and heads is None and target is None:
+        return "--gqa says which heads go, not how many: add --head-pruning-ratio 0.25"
+    if ratio is not None and ratios and prune is None:
+        return (
+            "with --ratios, --pruning-ratio is for other fields: name them all in --prune, or "
+            "leave it out"
+        )
+    without = [name for name in prune or () if name not in (ratios or {})]
+    if without and ratio is None and target is None:
+        return f"which share of {', '.join(without)}? Add --pruning-ratio 0.2"
+    return None
+
+
+def share(text: str) -> float:
+    """A share above 0 and below 1: ``0.2``, ``1/5``, ``20%``."""
+    try:
+        found = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except (ValueError, ZeroDivisionError):
+        raise _not(text, "a share such as 0.2, 1/5 or 20%") from None
+    if found == 0:
+        raise argparse.ArgumentTypeError("0 prunes nothing: expected a share such as 0.2")
+    if not 0 < found < 1:
+        raise _not(text, "a share between 0 and 1")
+    return float(found)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Config fields with commas between."""
+    found = tuple(name.strip() for name in text.split(","))
+    if not all(found):
+        raise _not(text, "config fields with commas between: hidden_size,intermediate_size")
+    return found
+
+
+def ratios(text: str) -> dict[str, float]:
+    """Config fields and shares: ``hidden_size=0.1,intermediate_size=0.3``."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise _not(text, "hidden_size=0.1,intermediate_size=0.3")
+        found[name.strip()] = share(value.strip())
+    return found
+
+
+def amount(text: str) -> float:
+    """A number of parameters, or a share of them: ``100M``, ``1.5B``, ``0.8``."""
+    unit = _UNITS.get(text[-1:].lower(), 1)
+    try:
+        found = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        raise _not(text, "a number of parameters (100M), or a share of them (0.8)") from None
+    if not 0 < found < float("inf"):
+        raise _not(text, "a number above 0")
+    return found
+
+
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 or more."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise _not(text, f"a whole number, {least} or more")
+    return int(text)
+
+
+def _not(text: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{text!r}: expected {expected}")

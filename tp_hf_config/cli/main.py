@@ -1,0 +1,150 @@
+"""``tp-hf-config``: finds the command, prints what it found, says what went wrong.
+
+Exit codes: 0 done or sound; 1 refused or not sound; 2 wrong usage, or could not tell; 130 Ctrl-C;
+143 terminated; 141 nobody reads the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from typing import Any
+
+from .. import __version__
+from ..errors import PrunerSettingsWarning, TPHFConfigError
+from .arguments import UsageError
+from .console import show
+from .outcome import FAILED, UNKNOWN, Outcome
+
+PROGRAM = "tp-hf-config"
+COMMANDS = ("check", "repair", "verify", "plan", "prunable", "prune", "completion")
+INTERRUPTED, TERMINATED, UNREAD = 130, 143, 141
+
+
+class Terminated(BaseException):
+    """Somebody asked the process to end."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; default: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    typed = sys.argv[1:] if argv is None else argv
+    try:
+        options = parser_of().parse_args(typed)
+    except SystemExit as ended:  # argparse has said what it is
+        return ended.code if isinstance(ended.code, int) else UNKNOWN
+    options.typed = shlex.join([PROGRAM, *typed])
+    try:
+        outcome = _run(options)
+        if options.json:
+            print(json.dumps(outcome.data, indent=2, default=str))
+        else:
+            show(outcome)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+        return UNREAD
+    return outcome.code
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Prune Hugging Face models, and keep their configs true to their weights.",
+        epilog="Exit codes: 0 done or sound, 1 refused or not sound, 2 could not tell or wrong "
+        "usage, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module: Any = import_module(f".{name}", __package__)
+        own = commands.add_parser(
+            name, help=module.HELP, description=f"{_sentence(module.HELP)}.", allow_abbrev=False
+        )
+        module.add(own)
+        own.add_argument("--json", action="store_true", help="print JSON")
+        own.add_argument("--debug", action="store_true", help="show the trace of an error")
+        own.set_defaults(run=module.run, usage=own.format_usage)
+    return parser
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _run(options: argparse.Namespace) -> Outcome:
+    """Run the command; what it raises becomes an outcome, said on standard error."""
+    try:
+        with redirect_stdout(sys.stderr), _few_warnings(), _terminable():
+            outcome: Outcome = options.run(options)
+            return outcome
+    except UsageError as error:
+        sys.stderr.write(options.usage())
+        return _wrong(options, error, UNKNOWN, str(error))
+    except TPHFConfigError as error:
+        return _wrong(options, error, FAILED, str(error))
+    except KeyboardInterrupt as error:
+        return _wrong(options, error, INTERRUPTED, "interrupted")
+    except Terminated as error:
+        return _wrong(options, error, TERMINATED, "terminated")
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if not options.debug:
+            text += "\nThis is not foreseen: --debug shows where it happened."
+        return _wrong(options, error, UNKNOWN, text)
+
+
+def _wrong(options: argparse.Namespace, error: BaseException, code: int, text: str) -> Outcome:
+    if options.debug:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"{PROGRAM} {options.command}: {text}", file=sys.stderr)
+    return Outcome(code, "", {"error": text, "type": type(error).__name__, "code": code})
+
+
+@contextmanager
+def _few_warnings() -> Iterator[None]:
+    """This library's warnings as lines; those of the libraries below are for their users."""
+
+    def line(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", PrunerSettingsWarning)
+        warnings.showwarning = line
+        yield
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill unwinds as Ctrl-C does, so that nothing half-written stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,31 @@
+"""``plan``: what pruning will give, without weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from .arguments import add_model, add_widths, widths_of
+from .console import Drawn, quiet_libraries
+from .outcome import DONE, FAILED, Outcome
+
+HELP = "say what pruning will give, from the config alone"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The model, and what to prune."""
+    add_model(parser)
+    add_widths(parser)
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """The library's plan; 1 where the class refuses it."""
+    settings = widths_of(options)
+    from ..pipeline.planned import planned
+    from ..pipeline.source import class_for, config_of, find_source
+
+    with quiet_libraries():
+        source = find_source(options.model, options.trust_remote_code)
+        config = config_of(source)
+        plan = planned(source, config, class_for(source, config), settings)
+    code = DONE if plan.refusal is None else FAILED
+    return Drawn(code, str(plan), plan.to_dict(), plan)

@@ -1,0 +1,83 @@
+"""``prune``: a model in, a pruned model out."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from .arguments import add_model, add_widths, natural, widths_of
+from .console import progress, quiet_libraries
+from .outcome import DONE, Outcome
+
+HELP = "prune a model and write it, once it is proved to load again"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The model, what to prune and how, and where to write."""
+    add_model(parser)
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="the folder to write"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that is there, in the end"
+    )
+    add_widths(parser)
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--importance",
+        choices=("magnitude", "taylor", "random"),
+        default="magnitude",
+        help="what goes first; taylor needs --calibration",
+    )
+    how.add_argument("--calibration", metavar="FILE", type=Path, help="plain text for the model")
+    how.add_argument(
+        "--recover",
+        metavar="N",
+        type=natural,
+        default=0,
+        help="updates of distillation from the unpruned model, spread over the steps",
+    )
+    how.add_argument("--device", metavar="D", default="cpu", help="where to compute (cpu, cuda)")
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16", "float64"),
+        help="of the weights; default: as they are stored, float32 from a GGUF file",
+    )
+    how.add_argument("--seed", metavar="N", type=natural, default=0, help="of all that is random")
+    how.add_argument(
+        "--max-shard-size", metavar="S", type=size, help="of each weight file, such as 5GB"
+    )
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Prune; the report."""
+    widths = widths_of(options)
+    from ..pipeline.job import Job
+    from ..pipeline.prune import prune_checkpoint
+    from ..pipeline.source import find_source
+
+    with quiet_libraries(), progress() as shown:
+        job = Job(
+            find_source(options.model, options.trust_remote_code),
+            options.out,
+            widths,
+            importance=options.importance,
+            calibration=options.calibration,
+            recover=options.recover,
+            device=options.device,
+            dtype=options.dtype,
+            seed=options.seed,
+            max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite,
+            command=options.typed,
+        )
+        done = prune_checkpoint(job, shown)
+    return Outcome(DONE, str(done), done.to_dict())
+
+
+def size(text: str) -> str:
+    """A size of files, as ``save_pretrained`` takes it."""
+    if not re.fullmatch(r"[1-9]\d*[KMG]B", text.upper()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500MB or 5GB")
+    return text.upper()
