@@ -91,7 +91,7 @@ class TestLight:
         assert (code, out) == (0, f"tp-hf-config {tp_hf_config.__version__}\n")
 
     def test_every_command_has_help_and_json(self, capsys: Any) -> None:
-        for command in ("plan", "prunable", "prune", "completion"):
+        for command in ("check", "repair", "verify", "plan", "prunable", "prune", "completion"):
             code, out, _ = shell(capsys, command, "--help")
             assert code == 0
             assert "--json" in out
