@@ -144,13 +144,19 @@ def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Unkno
 
     remote = data["auto_map"]
     names = [name for name in remote if name != "AutoConfig"] if isinstance(remote, dict) else []
-    if not names or "AutoConfig" not in remote:
-        return Unknown("auto_map in config.json names no config and model class")
+    if not names:
+        return Unknown("auto_map in config.json names no model class")
     try:
-        config: Any = get_class_from_dynamic_module(remote["AutoConfig"], str(folder))
         model: Any = get_class_from_dynamic_module(remote[names[0]], str(folder))
+        config: Any = (
+            get_class_from_dynamic_module(remote["AutoConfig"], str(folder))
+            if "AutoConfig" in remote
+            else _config_class(data, model)
+        )
     except Exception as error:  # whatever the folder's code raises
         return Unknown(f"the folder's own code cannot be loaded: {short(error)}")
+    if isinstance(config, Unknown):
+        return config
     return Classes(config, model, most, "code of the folder was run")
 
 

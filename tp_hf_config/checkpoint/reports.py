@@ -172,6 +172,7 @@ class RoundtripReport:
         error: why it does not load or run.
         against: what it was compared with.
         notes: what else the user should know.
+        numbers: how many were compared.
     """
 
     what: str
@@ -183,6 +184,7 @@ class RoundtripReport:
     error: str | None = None
     against: str | None = None
     notes: tuple[str, ...] = ()
+    numbers: int = 0
 
     def __str__(self) -> str:
         done = "loads and runs" if self.against is None else f"same outputs as {self.against}"

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHOWN = 4
+_ALIGNED = 64
+_REMOTE = "transformers_modules"
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,39 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
     """
     _, found = find_pretrained(model)
     check_followable(found)
-    name = type(found).__name__
-    with _evaluating(found):
-        live = {key: value.cpu() for key, value in child.outputs_of(found, dict(inputs)).items()}
     with TemporaryDirectory(prefix="tp_hf_config-") as place:
         folder = Path(place) / "saved"
         try:
             found.save_pretrained(folder)
         except Exception as error:  # whatever saving refuses
-            why = f"it cannot be saved: {short(error)}"
+            name, why = type(found).__name__, f"it cannot be saved: {short(error)}"
             return RoundtripReport(name, name, False, error=why, against="the live model")
-        job = _job(folder, _named(type(found)), _options(found))
-        (done,) = _fresh([job], dict(inputs), Path(place), str(found.device))
+        return compare_saved(found, folder, inputs)
+
+
+def compare_saved(
+    model: PreTrainedModel, folder: Path, inputs: Mapping[str, Any]
+) -> RoundtripReport:
+    """Load a folder in a fresh process and compare with the live model that was saved to it.
+
+    Args:
+        model: its weights may be moved to aligned memory, on which the order of sums can depend.
+        folder: where it was saved.
+        inputs: keyword arguments of its forward pass.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % _ALIGNED:
+            parameter.data = parameter.data.clone()
+    with _evaluating(model):
+        live = {key: value.cpu() for key, value in child.outputs_of(model, dict(inputs)).items()}
+    named, options = _named(type(model)), _options(model)
+    job = _job(folder, named, options)
+    if named[0].startswith(_REMOTE):
+        job = _job_of(folder, trust_remote_code=True)
+        job["options"].update(options)
+    with TemporaryDirectory(prefix="tp_hf_config-") as place:
+        (done,) = _fresh([job], dict(inputs), Path(place), str(model.device))
+    name = type(model).__name__
     report = _compared(name, name, live, done, "the live model")
     wrong = tuple(_loading(done.loading))
     return replace(report, loading=wrong, same=report.same and not wrong)
@@ -142,7 +165,7 @@ def _job_of(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     read = checked(path, trust_remote_code)
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
     named = _named(read.classes.model)
-    if not named[0].startswith("transformers_modules"):
+    if not named[0].startswith(_REMOTE):
         return _job(path, named, options)
     references: dict[str, str] = read.data["auto_map"]
     remote = next(ref for key, ref in references.items() if key != "AutoConfig")
@@ -220,7 +243,8 @@ def _compared(
         for difference in _difference(name, reference.get(name), done.outputs.get(name))
     )
     same = bool(names) and not differences
-    return RoundtripReport(what, model, same, (), names, differences, None, against)
+    numbers = sum(tensor.numel() for tensor in reference.values())
+    return RoundtripReport(what, model, same, (), names, differences, None, against, (), numbers)
 
 
 def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Iterator[Difference]:

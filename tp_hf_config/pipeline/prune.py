@@ -115,7 +115,7 @@ def _written(
     _save(model, work, job.max_shard_size)
     copied = copy_companions(job.source, model.config, work)
     progress.say("a fresh process loads what was written")
-    proof = prove_roundtrip(model, work, job.source.trust_remote_code)
+    proof = prove_roundtrip(model, work)
     notes = [*loaded.notes, *plan.notes, *(note for report in reports for note in report.notes)]
     result = Pruned(
         type(model).__name__,
