@@ -84,9 +84,7 @@ def test_a_trace_that_would_leave_a_part_of_a_field_is_refused_before_anything()
     model = hf.CLIPForImageClassification(config).eval()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     field = "vision_config.hidden_size"
-    with pytest.raises(UnsupportedModelError, match=r"the outputs do not depend on .*post_layer"):
-        pruner_kwargs(model, prune=(field,))
-    with pytest.raises(UnsupportedModelError, match=r"only a part of what .* sets|do not depend"):
+    with pytest.raises(UnsupportedModelError, match=r"post_layernorm.* not in it"):
         tp.pruner.MetaPruner(
             model,
             **pruner_kwargs(model, prune=(field,), graph="trace"),
@@ -132,3 +130,33 @@ def test_outputs_that_depend_on_no_parameter_are_left_out_of_the_proof() -> None
     }
     assert widths["encoder_ffn_dim"] is None
     assert widths["decoder_ffn_dim"] is None
+
+
+def test_vectors_that_no_output_depends_on_go_along_with_the_residual_stream() -> None:
+    config = hf.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    model = hf.Dinov2ForImageClassification(config).eval()
+    token = "dinov2.embeddings.mask_token"
+    (width,) = (width for width in prunable(model).widths if width.name == "hidden_size")
+    assert width.reason is None
+    assert width.along == (token,)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=("hidden_size",)),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        hooks=[hook],
+    )
+    with torch.no_grad():  # every channel told apart
+        for name in (token, "dinov2.layernorm.bias"):
+            model.get_parameter(name).copy_(torch.arange(32.0).view_as(before[name]))
+    pruner.step()
+    assert hook.last_report is not None
+    assert f"no output depends on {token}, cut alike" in hook.last_report.graph
+    kept = model.get_parameter("dinov2.layernorm.bias")
+    assert len(kept) == 24
+    assert torch.equal(model.get_parameter(token).flatten(), kept)

@@ -63,7 +63,8 @@ class Finding:
 
     ``disproved``: units were seen not to be interchangeable; ``unseen``: the outputs do not show
     some of its dimensions; ``least``: fewer units, and the class does not run (a router that takes
-    the best two experts needs two).
+    the best two experts needs two); ``along``: parameters that no output depends on, in a group all
+    the same.
     """
 
     fields: tuple[FieldPath, ...]
@@ -72,6 +73,7 @@ class Finding:
     disproved: bool = False
     unseen: bool = False
     least: int = 1
+    along: tuple[str, ...] = ()
 
 
 def find_groups(mini: Miniature) -> list[Finding]:
@@ -150,8 +152,9 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
         if found.reason is not None:
             links = test.links(list(sources), thorough=True)
             found = _proved(test, sources, fields, links)
-        if mini.partial and found.unseen:
-            found = replace(found, reason=f"{found.reason} when given text alone")
+        if mini.partial and (found.unseen or found.along):  # what reads images was not run
+            unseen = found.reason or f"the outputs do not depend on {', '.join(found.along[:3])}"
+            found = replace(found, reason=f"{unseen} when given text alone", unseen=True, along=())
     if found is None:
         reason = f"units are not interchangeable in {_named(links.unequal)}"
         found = Finding(fields, reason=reason, disproved=True)
@@ -318,12 +321,43 @@ def _proved(
             return Finding(fields, reason=reason, disproved=True)
         by_field = tuple(sources[dim] for dim in group)
         groups.append(Group(fields, tuple(group), by_field, test.units, classes))
-    if homeless:
+    stream = _stream(test, homeless, groups) if homeless else None
+    if homeless and stream is None:
         reason = f"the outputs do not depend on {_named(homeless)}"
         return Finding(fields, tuple(groups), reason, unseen=True)
     if not groups:
         return Finding(fields, reason="it sets no parameter that the outputs depend on")
-    return Finding(fields, tuple(groups))
+    if stream is not None:
+        own = groups[stream]
+        more = tuple(sources[dim] for dim in homeless)
+        groups[stream] = replace(own, dims=(*own.dims, *homeless), sources=(*own.sources, *more))
+    return Finding(fields, tuple(groups), along=tuple(dim.name for dim in homeless))
+
+
+def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> int | None:
+    """The place of the group that vectors go along with which the class has and does not use.
+
+    A last norm whose output nobody takes (CLIP's image classifier), the token of a mask that was
+    not given (DINOv2): where a single group of the width is of free channels, the residual stream,
+    they can only be of that one, channel by channel.  The stream is what norms belong to.
+    """
+    sizes = {dim.layout for dim in unused}
+    plain = len(sizes) == 1 and sizes <= {Layout(run=dim.layout.run) for dim in unused}
+    streams = [
+        place
+        for place, group in enumerate(groups)
+        if group.classes == 1
+        and any(d.layout in sizes and _is_vector_alone(test.model, d.name) for d in group.dims)
+    ]
+    vectors = all(max(p.shape) == p.numel() for p in (test.parameters[d.name] for d in unused))
+    alone = len(streams) == 1 and plain and vectors and test.unused(dim.name for dim in unused)
+    return streams[0] if alone else None
+
+
+def _is_vector_alone(model: torch.nn.Module, name: str) -> bool:
+    """Whether a parameter is of a norm or a scale: a vector, and beside it nothing but vectors."""
+    beside = model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False)
+    return all(parameter.ndim == 1 for parameter in beside)
 
 
 def _companion(silent: Dim, groups: Sequence[list[Dim]]) -> list[Dim] | None:

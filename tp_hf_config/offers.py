@@ -40,6 +40,8 @@ class Width:
         disproved: an experiment showed that its units are not interchangeable; no other way of
             finding groups would be right either.
         tried: experiments were made with the class; else its tiny copy does not run.
+        along: parameters that no output depends on; they lose the same channels as the residual
+            stream, which no experiment can show.
     """
 
     fields: tuple[FieldPath, ...]
@@ -50,6 +52,7 @@ class Width:
     reason: str | None = None
     disproved: bool = False
     tried: bool = True
+    along: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,7 +106,7 @@ class Prunable:
         for width in self.widths:
             numbers = (width.units, len(width.groups), width.layers, width.parameters)
             shown = [f"{n:,}" if width.reason is None else "" for n in numbers]
-            proof = width.reason or "units permuted: same outputs"
+            proof = width.reason or "units permuted: same outputs" + said_along(width.along)
             rows.append((width.name, *shown, proof))
         return rows
 
@@ -247,7 +250,16 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
         units=groups[0].units // groups[0].grain,
         layers=len({m.name.rpartition(".")[0] for group in groups for m in group.members}),
         parameters=_parameters_per_unit(groups, model),
+        along=finding.along,
     )
+
+
+def said_along(names: Sequence[str]) -> str:
+    """That parameters go along that no output depends on, behind another text."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return f"; no output depends on {', '.join(names[: 2 if more else 3])}{more}, cut alike"
 
 
 def _sayable(finding: Finding, known: ConfigMap) -> Finding:

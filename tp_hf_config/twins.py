@@ -11,7 +11,7 @@ It needs a model, inputs and a list of dimensions, and knows nothing of configs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,6 +147,15 @@ class TwinTest:
         grad = grads[dim.name]
         index = torch.tensor(dim.layout.positions(unit, self.units))
         return grad is not None and not bool(grad.index_select(dim.dim, index).any())
+
+    def unused(self, names: Iterable[str]) -> bool:
+        """Whether none of these parameters has any part in the outputs, whatever its values."""
+        asked = [self.parameters[name] for name in names]
+        if not all(parameter.requires_grad for parameter in asked):
+            return False  # buffers: not seen this way
+        total = torch.stack([output.sum() for output in self.outputs()]).sum()
+        grads = torch.autograd.grad(total, asked, allow_unused=True)
+        return all(grad is None for grad in grads)
 
     def permutation_error(self, dims: Sequence[Dim], order: Sequence[int]) -> float:
         """How much the outputs change when the units stand in another order in ``dims``.
