@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 
+import doc_blocks
 import pytest
 import small
 
 _PATH = small.ROOT / "docs" / "upstream.md"
 _SECTION = re.compile(r"^## (.+?)$(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SECTIONS = _SECTION.findall(_PATH.read_text(encoding="utf-8"))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("title", "text"), _SECTIONS, ids=[title for title, _ in _SECTIONS])
 def test_the_fault_is_still_there(title: str, text: str) -> None:
-    (block,) = _BLOCK.findall(text)
-    exec(compile(block, f"{_PATH.name}: {title}", "exec"), {"__name__": title})
+    (block,) = doc_blocks.blocks(text, f"{_PATH.name}: {title}")
+    doc_blocks.run_python(block, {"__name__": title})
