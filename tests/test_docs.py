@@ -1,0 +1,119 @@
+"""The documentation is true: its code runs, its output is what comes, no message is missing."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import importlib.util
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import doc_blocks
+import model_folders
+import pytest
+import small
+import torch
+import zoo
+
+import tp_hf_config
+from tp_hf_config.cli.main import parser_of
+
+DOCS = small.ROOT / "docs"
+PAGES = [  # upstream.md: test_upstream_doc.py
+    path.relative_to(DOCS).as_posix()
+    for path in sorted(DOCS.rglob("*.md"))
+    if path.name != "upstream.md"
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages call ``my-llm`` and the like: tiny models."""
+    root = tmp_path_factory.mktemp("models")
+    model_folders.save("llama-gqa", root / "my-llm")
+    model_folders.save("bert-cls", root / "my-encoder")
+    model_folders.save("vit", root / "my-vit")
+    zoo.build("mixtral").save_pretrained(root / "my-moe")
+    model_folders.save_text(root / "text.txt")
+    return root
+
+
+@pytest.fixture
+def workplace(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the models to work in; tiny tensors, so one thread."""
+    place = tmp_path / "work"
+    shutil.copytree(models, place)
+    monkeypatch.chdir(place)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield place
+    torch.set_num_threads(threads)
+
+
+def assert_shown(shown: str, came: str, where: str) -> None:
+    """A page shows what comes; ``...`` stands for anything."""
+    checker = doctest.OutputChecker()
+    assert checker.check_output(shown, came, doctest.ELLIPSIS), f"{where}: it is now\n{came}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_and_gives_what_it_shows(page: str, workplace: Path) -> None:
+    found = doc_blocks.blocks((DOCS / page).read_text(encoding="utf-8"), page)
+    names: dict[str, Any] = {"__name__": page}
+    printed = ""
+    for block in found:
+        if block.reason is not None:
+            continue
+        if block.language == "python":
+            printed = doc_blocks.run_python(block, names)
+        elif block.language == "console":
+            for command, shown in doc_blocks.commands(block):
+                assert_shown(shown, doc_blocks.run_command(command), f"{block.where}: {command}")
+        elif block.language == "text":  # what the Python above it prints
+            assert_shown(block.code, printed, block.where)
+
+
+def test_no_block_is_passed_over() -> None:
+    texts = {page: (DOCS / page).read_text(encoding="utf-8") for page in PAGES}
+    found = [block for page, text in texts.items() for block in doc_blocks.blocks(text, page)]
+    assert {block.language for block in found} == {"python", "console", "text", "bash"}
+    assert 2 * len(found) == sum(text.count("```") for text in texts.values())
+    assert [block.where for block in found if block.reason is not None] == []
+
+
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestReference:
+    def test_every_public_name_is_there(self) -> None:
+        page = (DOCS / "reference" / "python.md").read_text(encoding="utf-8")
+        listed = re.findall(r"^::: tp_hf_config\.(\w+)$", page, re.MULTILINE)
+        assert sorted(listed) == sorted(tp_hf_config.__all__)
+
+    def test_every_option_of_every_command_is_there(self) -> None:
+        path = DOCS / "reference" / "command-line.md"
+        hook = _module("command_line")
+        page = hook.on_page_markdown(path.read_text(encoding="utf-8"))
+        sections = dict(re.findall(r"^## (\S+)$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+        (commands,) = (
+            action.choices
+            for action in parser_of()._actions
+            if isinstance(action, argparse._SubParsersAction)
+        )
+        assert hook.MARK not in page
+        for name, parser in commands.items():
+            for action in parser._actions[1:]:  # the first is --help
+                shown = action.option_strings[-1:] or [action.metavar or action.dest]
+                assert f"`{shown[0]}" in sections[name], (name, shown)
+                assert str(action.help) in sections[name]
