@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import doc_blocks
+import messages
 import model_folders
 import pytest
 import small
@@ -28,6 +29,8 @@ PAGES = [  # upstream.md: test_upstream_doc.py
     for path in sorted(DOCS.rglob("*.md"))
     if path.name != "upstream.md"
 ]
+ERRORS = (DOCS / "errors.md").read_text(encoding="utf-8")
+_ROW = re.compile(r"^\| `(.+?)` \|", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,33 @@ def test_no_block_is_passed_over() -> None:
     assert {block.language for block in found} == {"python", "console", "text", "bash"}
     assert 2 * len(found) == sum(text.count("```") for text in texts.values())
     assert [block.where for block in found if block.reason is not None] == []
+
+
+class TestErrors:
+    def test_every_exception_has_a_section(self) -> None:
+        headings = re.findall(r"^## (\w+)", ERRORS, re.MULTILINE)
+        assert set(headings) >= messages.OWN
+
+    def test_every_message_has_a_row(self) -> None:
+        page = " ".join(_ROW.findall(ERRORS))
+        missing = [found for found in messages.messages() if found.fragment not in page]
+        assert missing == []
+
+    def test_every_row_is_a_message(self) -> None:
+        said = messages.literals()
+        dead = [row for row in _ROW.findall(ERRORS) if not any(text in row for text in said)]
+        assert dead == []
+
+    def test_a_raise_without_a_text_of_its_own_is_seen_through(self) -> None:
+        """The finder follows names, helpers and what they return; else a row could be missed."""
+        found = {message.fragment for message in messages.messages()}
+        assert {
+            "is not empty. Choose another folder, or add --overwrite to replace it",  # by a name
+            "a share such as 0.2, 1/5 or 20%",  # a helper's argument
+            "Nothing tells which; say it",  # what a helper returns
+            "and its config disagree before any pruning",
+            "loaded again it computes other outputs (of",
+        } <= found
 
 
 def _module(name: str) -> ModuleType:
