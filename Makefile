@@ -62,4 +62,4 @@ docs: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf .support
+	rm -rf .support site
