@@ -173,8 +173,8 @@ def test_sharded():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
-def test_integer_weights(dtype: torch.dtype):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_one_byte(dtype: torch.dtype):
     model = small.bert()
     model.pooler.dense.weight = nn.Parameter(torch.zeros(32, 32, dtype=dtype), requires_grad=False)
     assert refused(model) == (

@@ -20,6 +20,7 @@ from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
     UnsupportedModelError,
+    plan,
     prunable,
     pruner_kwargs,
 )
@@ -478,6 +479,28 @@ def test_a_model_in_a_wrapper_has_full_names_in_its_history():
     other.load_pruning_history(copy.deepcopy(pruner.pruning_history()))
     assert_equal(model, twin)
     assert hook.last_report is not None
+
+
+def test_what_a_wrapper_reads_keeps_its_width():
+    class Classifier(nn.Module):
+        def __init__(self, body: Any):
+            super().__init__()
+            self.body, self.head = body, nn.Linear(body.config.hidden_size, 3)
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.head(self.body(**inputs).last_hidden_state[:, 0])
+
+    config = hf.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = Classifier(hf.BertModel(config, add_pooling_layer=False).eval())
+    planned = [width.name for width in plan(model, pruning_ratio=0.5).widths]
+    assert planned == ["intermediate_size"]
+    pruner, _ = pruner_of(model, None)
+    pruner.step()
+    assert (model.body.config.hidden_size, model.body.config.intermediate_size) == (32, 24)
+    assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).shape == (1, 3)
 
 
 # --- importances --------------------------------------------------------------------------------

@@ -499,6 +499,12 @@ def test_an_object_that_is_no_hook(wrong: Any):
     assert vars(pruner) == before
 
 
+def test_a_class_is_no_hook():
+    with pytest.raises(TypeError) as raised:
+        small.pruner_of(small.mlp(), hooks=[Spy])
+    assert str(raised.value) == "hooks: Spy is a class. Pass an object: Spy()"
+
+
 def test_a_wrong_hook_is_refused_before_any_tracing():
     spy = FullSpy()
     with pytest.raises(TypeError, match="has no after_step"):

@@ -28,12 +28,14 @@ class Wanted:
         heads: whole attention heads, by Torch-Pruning's head ratios.
         gqa: how grouped-query heads go; ``None``: what suits the model.
         head_dims: the same number of dimensions of every head too.
+        wrapped: another module reads the model's outputs, so by default their width stays.
     """
 
     fields: tuple[str, ...] | None = None
     heads: bool = False
     gqa: Gqa | None = None
     head_dims: bool = False
+    wrapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
     apart = {path for width in heads + dims for path in width.fields}
     others: list[Width] | str = []
     if wanted.fields is None:
-        others = _default(view, must and not apart)
+        others = _default(view, must and not apart, wanted.wrapped)
         if isinstance(others, str) and apart:
             others = []
     elif wanted.fields:
@@ -181,10 +183,11 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
     return chosen
 
 
-def _default(view: WidthView, must: bool) -> list[Width] | str:
+def _default(view: WidthView, must: bool, wrapped: bool) -> list[Width] | str:
     """Every width inside the model that is proved."""
     inner = view.inner_widths()
     default = [width for width in _widths(view) if inner >= set(width.fields)]
+    default = [width for width in default if not (wrapped and width.outward)]
     proved = _disjoint(width for width in default if width.reason is None)
     if proved:
         return proved

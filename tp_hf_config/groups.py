@@ -64,7 +64,7 @@ class Finding:
     ``disproved``: units were seen not to be interchangeable; ``unseen``: the outputs do not show
     some of its dimensions; ``least``: fewer units, and the class does not run (a router that takes
     the best two experts needs two); ``along``: parameters that no output depends on, in a group all
-    the same.
+    the same; ``outward``: an output is as wide.
     """
 
     fields: tuple[FieldPath, ...]
@@ -74,6 +74,7 @@ class Finding:
     unseen: bool = False
     least: int = 1
     along: tuple[str, ...] = ()
+    outward: bool = False
 
 
 def find_groups(mini: Miniature) -> list[Finding]:
@@ -160,6 +161,7 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
         found = Finding(fields, reason=reason, disproved=True)
     if found.disproved and len(fields) == 1:
         found = _without_twins(test, first, fields) or found
+    found = replace(found, outward=test.shows_outside())
     if len(fields) > 1:
         return _refined(mini, found)
     stacked = (listed[dim.name].ndim == 3 and dim.dim == 0 for g in found.groups for dim in g.dims)

@@ -66,7 +66,8 @@ def check_followable(model: PreTrainedModel, weights: bool = True) -> None:
                 f"({type(parameter.data).__name__}). Prune the whole model in one process, then "
                 "shard it."
             )
-        if not (parameter.is_floating_point() or parameter.is_complex()):
+        whole = not (parameter.is_floating_point() or parameter.is_complex())
+        if whole or parameter.element_size() == 1:  # float8
             raise UnsupportedModelError(
                 f"{name}: {parameter_name} holds {parameter.dtype}, a quantised storage format. "
                 "Load the model in float16, bfloat16 or float32, prune, and quantise the result."

@@ -42,6 +42,7 @@ class Width:
         tried: experiments were made with the class; else its tiny copy does not run.
         along: parameters that no output depends on; they lose the same channels as the residual
             stream, which no experiment can show.
+        outward: an output of the model is as wide, so that what reads it has to follow.
     """
 
     fields: tuple[FieldPath, ...]
@@ -53,6 +54,7 @@ class Width:
     disproved: bool = False
     tried: bool = True
     along: tuple[str, ...] = ()
+    outward: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -251,6 +253,7 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
         layers=len({m.name.rpartition(".")[0] for group in groups for m in group.members}),
         parameters=_parameters_per_unit(groups, model),
         along=finding.along,
+        outward=finding.outward,
     )
 
 

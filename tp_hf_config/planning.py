@@ -98,7 +98,8 @@ def plan(
         max_pruning_ratio=max_pruning_ratio,
         scheduler=iterative_pruning_ratio_scheduler,
     )
-    chosen = choose(view, Wanted(names, heads, gqa), must=True)
+    wrapped = isinstance(model_or_config, nn.Module) and model_or_config is not model
+    chosen = choose(view, Wanted(names, heads, gqa, wrapped=wrapped), must=True)
     assert not isinstance(chosen, str)  # that it must
     course = _course(view, chosen, settings)
     return _plan(model_or_config, view, chosen, course, settings, target_params)

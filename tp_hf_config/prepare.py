@@ -42,7 +42,8 @@ def pruner_kwargs(
     Args:
         model: a ``PreTrainedModel``, or a module that contains exactly one.
         prune: config fields to prune (``("intermediate_size",)``); default: every width inside the
-            model but attention heads and numbers of experts.
+            model but attention heads and numbers of experts, and, where the model is inside
+            another module, but the width of what it returns.
         ratios: pruning ratio per config field, where it is not the pruner's ``pruning_ratio``.
         graph: ``"config"``: groups made from the config and proved by experiment, no tracing;
             ``"trace"``: Torch-Pruning's trace, made safe; ``"auto"``: the former where all that
@@ -72,7 +73,7 @@ def pruner_kwargs(
     fields = None if prune is None and ratios is None else tuple(prune or ratios or ())
     why = _ASKED
     if graph != "trace":
-        wanted = Wanted(fields, prune_num_heads, gqa, bool(prune_head_dims))
+        wanted = Wanted(fields, prune_num_heads, gqa, bool(prune_head_dims), bool(prefix))
         chosen = choose(view, wanted, must=graph == "config")
         if not isinstance(chosen, str):
             made = _graph_of(view, chosen, prefix)

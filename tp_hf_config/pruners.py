@@ -84,6 +84,8 @@ def _hooks_of(pruner: Any) -> list[Any]:
 
 
 def _check(hook: Any) -> None:
+    if isinstance(hook, type):
+        raise TypeError(f"hooks: {hook.__name__} is a class. Pass an object: {hook.__name__}()")
     if not isinstance(hook, PrunerHook):
         raise TypeError(
             f"hooks: {type(hook).__name__} has no after_step(pruner) method. Pass a "

@@ -148,6 +148,10 @@ class TwinTest:
         index = torch.tensor(dim.layout.positions(unit, self.units))
         return grad is not None and not bool(grad.index_select(dim.dim, index).any())
 
+    def shows_outside(self) -> bool:
+        """Whether an output has an axis as long as the width."""
+        return any(size in self.axes for output in self.base for size in output.shape)
+
     def unused(self, names: Iterable[str]) -> bool:
         """Whether none of these parameters has any part in the outputs, whatever its values."""
         asked = [self.parameters[name] for name in names]
