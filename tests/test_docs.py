@@ -112,7 +112,7 @@ class TestErrors:
             "a share such as 0.2, 1/5 or 20%",  # a helper's argument
             "Nothing tells which; say it",  # what a helper returns
             "and its config disagree before any pruning",
-            "loaded again it computes other outputs (of",
+            "no inputs were found that it runs with",
         } <= found
 
 
