@@ -425,3 +425,19 @@ def test_a_study_of_what_cannot_be_built_says_so():
     data = with_values(config_json(model.config), {("hidden_size",): 33})
     with pytest.raises(ValueError, match="the class does not build its own config"):
         study.Study(Builder(model), depth.Depth(data), {})
+
+
+def test_small_widths_in_a_list_are_not_taken_for_repeated_layers():
+    """Every layer has an entry of its own, however alike they are."""
+    config = hf.HubertConfig(
+        conv_dim=[4] * 7,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    known = map_of(hf.HubertModel(config).eval())
+    weight = "feature_extractor.conv_layers.{}.conv.weight"
+    assert known.depth.canonical(weight.format(3)) == weight.format(3)
+    assert known.fields_of(weight.format(3), 0) == {("conv_dim", 3)}
+    assert known.fields_of(weight.format(3), 1) == {("conv_dim", 2)}

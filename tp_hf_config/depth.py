@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,12 +46,12 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
     """
     full_shapes = shapes(full)
     alike = _alike(full, full_shapes)
-    lowered = data
+    lowered, widths = data, _width_lists(builder, data, full_shapes)
     for length in sorted({len(indices) for indices in alike.values()}, reverse=True):
         keep = max([2] + [max(indices) + 1 for indices in alike.values() if len(indices) == length])
         if keep >= length:
             continue
-        for change in _changes(data, length, keep):
+        for change in _changes(data, length, keep, widths):
             trial = with_values(lowered, change)
             model = builder.build(trial)
             if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
@@ -96,7 +97,9 @@ def _alike(model: nn.Module, all_shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return result
 
 
-def _changes(data: dict[str, Any], length: int, keep: int) -> list[dict[FieldPath, Any]]:
+def _changes(
+    data: dict[str, Any], length: int, keep: int, widths: Set[FieldPath]
+) -> list[dict[FieldPath, Any]]:
     """Ways to say ``keep`` layers instead of ``length``: a field, alone or with its lists."""
     changes: list[dict[FieldPath, Any]] = []
 
@@ -104,7 +107,7 @@ def _changes(data: dict[str, Any], length: int, keep: int) -> list[dict[FieldPat
         lists: dict[FieldPath, Any] = {
             (*path, key): value[:keep]
             for key, value in node.items()
-            if isinstance(value, list) and len(value) == length and not _few_widths(value)
+            if isinstance(value, list) and len(value) == length and (*path, key) not in widths
         }
         for key, value in node.items():
             if isinstance(value, dict):
@@ -118,9 +121,31 @@ def _changes(data: dict[str, Any], length: int, keep: int) -> list[dict[FieldPat
     return changes
 
 
-def _few_widths(entries: list[Any]) -> bool:
-    """Whether a list may hold a width of every layer, of so few that each can be looked at."""
-    return len(entries) <= _FEW and all(type(entry) is int and entry > _FEW for entry in entries)
+def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:
+    """Lists that hold a width of every layer, of so few that each can be looked at.
+
+    Large numbers are taken for widths; of small ones, those whose double makes a tensor longer.
+    """
+    found: set[FieldPath] = set()
+
+    def visit(node: dict[str, Any], path: FieldPath) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                visit(value, (*path, key))
+            elif isinstance(value, list) and 1 < len(value) <= _FEW:
+                whole = all(type(entry) is int for entry in value)
+                if whole and (min(value) > _FEW or longer((*path, key), value)):
+                    found.add((*path, key))
+
+    def longer(path: FieldPath, value: list[int]) -> bool:
+        model = builder.build(with_values(data, {(*path, len(value) - 1): 2 * value[-1]}))
+        after = {} if isinstance(model, Refusal) else shapes(model)
+        return after.keys() == before.keys() and any(
+            shape[:1] != before[name][:1] for name, shape in after.items()
+        )
+
+    visit(data, ())
+    return found
 
 
 def _only_fewer(before: Shapes, model: nn.Module, alike: dict[str, tuple[int, ...]]) -> bool:
