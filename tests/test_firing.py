@@ -407,6 +407,7 @@ def test_report_to_json():
         "buffers": [],
         "ties": [],
         "proof": "proved: 21 tensors are as LlamaForCausalLM builds them from the new config.json",
+        "parameters": {"before": 23200, "after": 15096},
         "notes": [],
         "error": None,
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from .locate import check_followable, find_pretrained
 from .report import SyncReport
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .head_schedule import HeadSchedule
     from .steer import UnitSteering
     from .sync import Follower
@@ -50,6 +53,7 @@ class HFConfigSyncHook:
         self._recorder: Recorder | None = None
         self._schedule: HeadSchedule | None = None
         self._steering: UnitSteering | None = None
+        self._parameters = 0
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -132,6 +136,7 @@ class HFConfigSyncHook:
         self._follower, self._recorder = follower, Recorder(pruner.DG)
         self._schedule = HeadSchedule(pruner, follower.accepts_heads)
         self._steering = steering
+        self._parameters = follower.model.num_parameters()
         for part in (self._recorder, self._schedule):
             part.attach()
 
@@ -176,18 +181,52 @@ class HFConfigSyncHook:
                 "hook.register(pruner)"
             )
         started = time.perf_counter()
-        step = len(self.reports) + 1
         groups = self._recorder.drain()
+        failed: ConfigSyncError | None = None
         try:
             outcome = self._follower.follow(groups)
+            outcome["notes"] = [*self._unproved, *outcome["notes"], *self._adjusted()]
         except ConfigSyncError as error:
-            seconds = time.perf_counter() - started
-            self.reports.append(
-                SyncReport(step, self._why, groups, seconds=seconds, error=str(error))
-            )
-            raise
-        outcome["notes"] = [*self._unproved, *outcome["notes"], *self._adjusted()]
-        seconds = time.perf_counter() - started
-        report = SyncReport(step, self._why, groups, seconds=seconds, **outcome)
+            failed, outcome = error, {"error": str(error)}
+        before, self._parameters = self._parameters, self._follower.model.num_parameters()
+        report = SyncReport(
+            step=len(self.reports) + 1,
+            graph=self._why,
+            groups=groups,
+            parameters=(before, self._parameters),
+            seconds=time.perf_counter() - started,
+            **outcome,
+        )
         self.reports.append(report)
+        if failed is not None:
+            raise failed
         return report
+
+    def plot(self, path: str | PathLike[str]) -> Figure:
+        """Draw the widths before the first step and after the last, as PNG or by the suffix.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: there is no report yet.
+        """
+        from .plots import plot_widths
+
+        return plot_widths(self.reports, path)
+
+    def plot_history(
+        self, path: str | PathLike[str], metrics: Mapping[str, Sequence[float]] | None = None
+    ) -> Figure:
+        """Draw how many parameters there were after each step, and what was measured of them.
+
+        Args:
+            path: the file to write.
+            metrics: a name (``"perplexity"``) with a value for each report, or one more: first
+                that of before the first step.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: there is no report yet, or a metric has another number of values.
+        """
+        from .plots import plot_history
+
+        return plot_history(self.reports, path, metrics)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 from .history import PrunedGroup
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
 
@@ -25,6 +29,7 @@ class SyncReport:
         buffers: buffers that are not saved, refreshed.
         ties: tied weights made one Parameter again.
         proof: how the new config was proved; empty when it was not.
+        parameters: the model's parameters before and after, tied ones counted once.
         seconds: wall-clock time of the sync.
         notes: what else the user should know.
         error: why no config fits; ``None`` when one does.
@@ -38,6 +43,7 @@ class SyncReport:
     buffers: Sequence[str] = ()
     ties: Sequence[str] = ()
     proof: str = ""
+    parameters: tuple[int, int] = (0, 0)
     seconds: float = 0.0
     notes: Sequence[str] = ()
     error: str | None = None
@@ -66,6 +72,16 @@ class SyncReport:
 
     __rich__ = __str__  # rich would print every index of every layer
 
+    def plot(self, path: str | PathLike[str]) -> Figure:
+        """Draw the widths of fields and layers before and after, as PNG or by the suffix.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        from .plots import plot_widths
+
+        return plot_widths([self], path)
+
     def to_dict(self) -> dict[str, Any]:
         """The report for ``json.dumps``, with the versions it was made by."""
         return {
@@ -89,6 +105,7 @@ class SyncReport:
             "buffers": list(self.buffers),
             "ties": list(self.ties),
             "proof": self.proof,
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "seconds": self.seconds,
             "notes": list(self.notes),
             "error": self.error,
