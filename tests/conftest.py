@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,11 @@ class Collector:
 def collector(tmp_path_factory: pytest.TempPathFactory) -> Collector:
     """One collector for the whole run."""
     return Collector(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models that small wait for their threads longer than they compute."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)

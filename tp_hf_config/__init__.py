@@ -17,6 +17,7 @@ from .errors import (
     PrunerSettingsWarning,
     TPHFConfigError,
     TracingError,
+    TrainingError,
     UnsupportedModelError,
 )
 from .imports import when_imported
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .checkpoint.verify import verify_checkpoint, verify_roundtrip
     from .hook import HFConfigSyncHook
     from .offers import Prunable, Width, prunable
+    from .optimizers import optimizer_follows
     from .planning import plan
     from .plans import Plan
     from .prepare import pruner_kwargs
@@ -52,11 +54,13 @@ __all__ = [
     "SyncReport",
     "TPHFConfigError",
     "TracingError",
+    "TrainingError",
     "UnsupportedModelError",
     "Width",
     "check_checkpoint",
     "disable",
     "enable",
+    "optimizer_follows",
     "plan",
     "prunable",
     "pruner_kwargs",
@@ -75,6 +79,7 @@ _LOADED_WHEN_USED = {  # torch alone takes longer to load than a shell command s
     "checkpoint.verify": ("verify_checkpoint", "verify_roundtrip"),
     "hook": ("HFConfigSyncHook",),
     "offers": ("Prunable", "Width", "prunable"),
+    "optimizers": ("optimizer_follows",),
     "planning": ("plan",),
     "plans": ("Plan",),
     "prepare": ("pruner_kwargs",),

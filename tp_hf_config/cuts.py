@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .lineage import note
+
 PIECE = 1 << 20  # bytes at a time: memory that stays in cache is not fetched from the system anew
 
 
@@ -111,6 +113,7 @@ def _smaller(old: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tenso
     new = nn.Parameter(values, old.requires_grad)
     if old.grad is not None:
         new.grad = select(old.grad, kept)
+    note(new, old, kept)
     return new
 
 

@@ -25,6 +25,13 @@ class PipelineError(TPHFConfigError):
     """A model folder could not be read, pruned as asked, or written; nothing was written."""
 
 
+class TrainingError(TPHFConfigError):
+    """A model cannot be pruned in this training run, or not with this optimizer.
+
+    Raised before anything is pruned, unless the message says otherwise.
+    """
+
+
 class ConfigSyncError(TPHFConfigError):
     """No config of this class builds the pruned model.
 
