@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .pruners import Handle, PrunerHook, disable, enable, register
     from .report import SyncReport
     from .support import Support, supports
+    from .training import PruningCallback
 
 __all__ = [
     "CheckReport",
@@ -48,6 +49,7 @@ __all__ = [
     "Prunable",
     "PrunerHook",
     "PrunerSettingsWarning",
+    "PruningCallback",
     "RepairReport",
     "RoundtripReport",
     "Support",
@@ -86,6 +88,7 @@ _LOADED_WHEN_USED = {  # torch alone takes longer to load than a shell command s
     "pruners": ("Handle", "PrunerHook", "disable", "enable", "register"),
     "report": ("SyncReport",),
     "support": ("Support", "supports"),
+    "training": ("PruningCallback",),
 }
 
 

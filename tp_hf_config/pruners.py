@@ -46,7 +46,7 @@ class Handle:
 
     def remove(self) -> None:
         """Take the hook off the pruner; a second call does nothing."""
-        hooks = _hooks_of(self._pruner)
+        hooks = hooks_of(self._pruner)
         if not any(hook is self._hook for hook in hooks):
             return
         hooks[:] = [hook for hook in hooks if hook is not self._hook]
@@ -71,13 +71,13 @@ def register(pruner: Any, hook: PrunerHook) -> Handle:
     """
     _check(hook)
     _call(hook, "attach", pruner)
-    if not _hooks_of(pruner):
+    if not hooks_of(pruner):
         pruner.step = _stepper(pruner)
-    _hooks_of(pruner).append(hook)
+    hooks_of(pruner).append(hook)
     return Handle(pruner, hook)
 
 
-def _hooks_of(pruner: Any) -> list[Any]:
+def hooks_of(pruner: Any) -> list[Any]:
     """The hooks of a pruner, kept on the ``step`` that fires them."""
     hooks: list[Any] = getattr(vars(pruner).get("step"), "hooks", [])
     return hooks
@@ -115,7 +115,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
     def stepping(*args: Any, **kwargs: Any) -> Any:
         try:
             with ExitStack() as stack:
-                _enter(stack, _hooks_of(pruner), "stepping", pruner)
+                _enter(stack, hooks_of(pruner), "stepping", pruner)
                 result = step(*args, **kwargs)
         except BaseException:
             _fire_quietly(pruner)
@@ -141,13 +141,13 @@ def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
 
 
 def _fire(pruner: Any) -> None:
-    for hook in list(_hooks_of(pruner)):
+    for hook in list(hooks_of(pruner)):
         hook.after_step(pruner)
 
 
 def _fire_quietly(pruner: Any) -> None:
     """Fire where another exception is on its way, which must be the one that surfaces."""
-    for hook in list(_hooks_of(pruner)):
+    for hook in list(hooks_of(pruner)):
         try:
             hook.after_step(pruner)
         except Exception as error:

@@ -1,0 +1,243 @@
+"""Pruning while training: checkpoints load, and a resumed run ends as one that went on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+import transformers as hf
+from tiny_training import DATA, MODELS, gradients, pruner_of
+
+from tp_hf_config import PruningCallback, TrainingError
+
+STEPS = 10
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def trained(
+    model: Any, callback: PruningCallback, folder: Path, resume: Path | None = None, **changes: Any
+) -> hf.Trainer:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    arguments = hf.TrainingArguments(**{**settings, **changes})
+    trainer = hf.Trainer(model, arguments, train_dataset=DATA, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    """The same names, and the same values to the bit."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def every(number: int = 3, **settings: Any) -> PruningCallback:
+    return PruningCallback(every=number, **{"pruning_ratio": 0.3, "iterative_steps": 3, **settings})
+
+
+class TestTrainer:
+    @pytest.mark.parametrize(
+        ("name", "stops"), [("llama", (2, 7)), ("llama-tied", (3,)), ("bert", (4,))]
+    )
+    def test_checkpoints_load_and_a_resumed_run_ends_the_same(
+        self, name: str, stops: Sequence[int], tmp_path: Path
+    ):
+        whole = MODELS[name]()
+        cls, callback = type(whole), every()
+        trainer = trained(whole, callback, tmp_path / "whole")
+        checkpoints = [tmp_path / "whole" / f"checkpoint-{n}" for n in range(1, STEPS + 1)]
+        widths = []
+        for folder in checkpoints:
+            loaded, info = cls.from_pretrained(folder, output_loading_info=True)
+            assert not any(info.values()), info
+            widths.append((loaded.config.hidden_size, loaded.config.intermediate_size))
+        assert widths == [(32, 64)] * 2 + [(28, 57)] * 3 + [(24, 51)] * 3 + [(20, 44)] * 2
+        for stop in stops:
+            model, again = cls.from_pretrained(checkpoints[stop - 1]), every()
+            resumed = trained(model, again, tmp_path, checkpoints[stop - 1], save_strategy="no")
+            configs = [{**m.config.to_dict(), "_name_or_path": ""} for m in (model, whole)]
+            assert configs[0] == configs[1]
+            assert again.pruner.pruning_history() == callback.pruner.pruning_history()
+            assert_equal(model.state_dict(), whole.state_dict())
+            first, second = trainer.optimizer.state_dict(), resumed.optimizer.state_dict()
+            assert first["param_groups"] == second["param_groups"]
+            assert first["state"].keys() == second["state"].keys()
+            for number, state in first["state"].items():
+                assert_equal(second["state"][number], state)
+            assert [r.fields for r in again.hook.reports[1:]] == [
+                r.fields for r in callback.hook.reports[stop // 3 :]
+            ]
+
+    def test_the_pruning_acts_on_the_gradients_of_all_accumulated_batches(self, tmp_path: Path):
+        seen: list[list[bool]] = []
+
+        class Importance(tp.importance.GroupTaylorImportance):
+            def __call__(self, group: Any) -> Any:
+                seen.append([bool((p.grad != 0).any()) for p in model.parameters()])
+                return super().__call__(group)
+
+        model = small.llama()
+        callback = PruningCallback(
+            lambda model: pruner_of(model, importance=Importance(), iterative_steps=2), at=(1, 3)
+        )
+        trained(model, callback, tmp_path, gradient_accumulation_steps=2, max_steps=3, save_steps=1)
+        assert seen == [[True] * 21] * len(seen) != []
+        assert model.config.hidden_size == 24
+        states = [
+            json.loads((tmp_path / f"checkpoint-{n}" / "trainer_state.json").read_text())
+            for n in (1, 2, 3)
+        ]
+        saved = [
+            s["stateful_callbacks"]["PruningCallback"]["attributes"]["progress"] for s in states
+        ]
+        assert [s["step"] for s in saved] == [1, 1, 2]
+        assert saved[0]["fields"] == [[["hidden_size"], 32], [["intermediate_size"], 64]]
+
+    def test_a_skipped_step_prunes_nothing_and_the_next_one_does(self):
+        model = small.llama()
+        inner = torch.optim.AdamW(model.parameters())
+        callback = PruningCallback(at=(1,), pruning_ratio=0.5)
+        state = hf.TrainerState(max_steps=2)
+        arguments = hf.TrainingArguments("unused", report_to="none", use_cpu=True)
+        wrapped = SimpleNamespace(optimizer=inner, step_was_skipped=True)
+        given = {"model": model, "optimizer": wrapped}
+        callback.on_train_begin(arguments, state, hf.TrainerControl(), **given)
+        gradients(model)
+        callback.on_optimizer_step(arguments, state, hf.TrainerControl(), **given)
+        assert model.config.hidden_size == 32
+        wrapped.step_was_skipped, state.global_step = False, 1
+        callback.on_optimizer_step(arguments, state, hf.TrainerControl(), **given)
+        assert model.config.hidden_size == 16
+        assert inner.param_groups[0]["params"] == list(model.parameters())
+
+    def test_resuming_with_a_model_that_is_not_the_checkpoints_is_refused(self):
+        model = small.llama()
+        callback = PruningCallback(at=(1, 2), pruning_ratio=0.5, iterative_steps=2)
+        state, control = hf.TrainerState(max_steps=2), hf.TrainerControl()
+        arguments = hf.TrainingArguments("unused", report_to="none", use_cpu=True)
+        given = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+        callback.on_train_begin(arguments, state, control, **given)
+        gradients(model)
+        callback.on_optimizer_step(arguments, state, control, **given)
+        saved = {"PruningCallback": json.loads(json.dumps(callback.state()))}
+        state = hf.TrainerState(global_step=1, max_steps=2, stateful_callbacks=[])
+        state.stateful_callbacks = saved
+        other = small.llama(hidden_size=24, intermediate_size=44)
+        before, parameters = small.state_of(other), list(other.parameters())
+        optimizer = torch.optim.AdamW(other.parameters())
+        again = PruningCallback(at=(1, 2), pruning_ratio=0.5, iterative_steps=2)
+        with pytest.raises(TrainingError) as raised:
+            again.on_train_begin(arguments, state, control, model=other, optimizer=optimizer)
+        assert str(raised.value) == (
+            "model.layers.0.mlp.gate_proj.weight has shape [44, 24], but the pruning that the "
+            "checkpoint tells of leaves [48, 24]. Build the model from the checkpoint: "
+            "from_pretrained(checkpoint), and give PruningCallback the arguments that it had."
+        )
+        small.assert_same(before, small.state_of(other))
+        assert optimizer.param_groups[0]["params"] == parameters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "say when to prune, either every=100 or at=(100, 200, 300)"),
+        ({"every": 2, "at": (2,)}, "say when to prune, either every=100 or at=(100, 200, 300)"),
+        ({"every": 0}, "every=0: expected 1 or more optimizer steps"),
+        ({"at": (3, 2)}, "at=(3, 2): expected rising optimizer steps"),
+        ({"at": (0, 2)}, "at=(0, 2): expected rising optimizer steps"),
+        (
+            {"every": 2, "build": pruner_of, "pruning_ratio": 0.5},
+            "pruning_ratio: the function given makes the pruner, so give them there",
+        ),
+    ],
+)
+def test_arguments_that_say_no_schedule_are_refused(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        PruningCallback(**arguments)
+    assert str(raised.value) == f"PruningCallback: {message}"
+
+
+RUN = {
+    "deepspeed": None,
+    "fsdp": [],
+    "world_size": 1,
+    "n_gpu": 0,
+    "load_best_model_at_end": False,
+    "auto_find_batch_size": False,
+    "restore_callback_states_from_checkpoint": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deepspeed": {}, "fsdp": ["full_shard"]}, "DeepSpeed and FSDP keep Parameters in pieces"),
+        ({"deepspeed": {"a": 1}}, "DeepSpeed and FSDP keep Parameters in pieces of their own"),
+        ({"world_size": 2}, "2 processes: the Trainer's DistributedDataParallel would go on with"),
+        ({"n_gpu": 2}, "2 GPUs in one process: give it one (CUDA_VISIBLE_DEVICES=0)"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True would load a checkpoint"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True begins anew with a model"),
+        (
+            {"restore_callback_states_from_checkpoint": True},
+            "restore_callback_states_from_checkpoint=True makes callbacks anew, without their",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_pruned_in_are_refused(changes: dict[str, Any], message: str):
+    model = small.llama()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    arguments = SimpleNamespace(**{**RUN, **changes})
+    with pytest.raises(TrainingError) as raised:
+        every().on_train_begin(arguments, hf.TrainerState(), hf.TrainerControl(), **given)
+    assert str(raised.value).startswith(f"PruningCallback: {message}")
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            lambda: PruningCallback(at=(1, 2), pruning_ratio=0.5),
+            "at= names 2 optimizer steps, but the pruner has iterative_steps=1: give as many",
+        ),
+        (
+            every,
+            "training ends after 8 optimizer steps, before the pruner's last of 3 steps, which "
+            "comes after 9: prune earlier or train longer",
+        ),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused(callback: Any, message: str):
+    model = small.llama()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    state = hf.TrainerState(max_steps=8)
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        callback().on_train_begin(SimpleNamespace(**RUN), state, hf.TrainerControl(), **given)
+    assert str(raised.value) == f"PruningCallback: {message}"
+
+
+def test_an_optimizer_that_cannot_follow_is_refused_after_its_first_step(tmp_path: Path):
+    model = small.llama()
+    message = "^PruningCallback: Adafactor keeps 'exp_avg_sq_row' of model.embed_tokens.weight"
+    with pytest.raises(TrainingError, match=message):
+        trained(model, every(), tmp_path, optim="adafactor")
+    assert model.config.hidden_size == 32
+    assert list(tmp_path.iterdir()) == []
