@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,15 +54,31 @@ def every(number: int = 3, **settings: Any) -> PruningCallback:
     return PruningCallback(every=number, **{"pruning_ratio": 0.3, "iterative_steps": 3, **settings})
 
 
+def traced(model: Any) -> Any:
+    return pruner_of(model, "trace", pruning_ratio=0.3, iterative_steps=3)
+
+
 class TestTrainer:
     @pytest.mark.parametrize(
-        ("name", "stops"), [("llama", (2, 7)), ("llama-tied", (3,)), ("bert", (4,))]
+        ("name", "make", "stops", "ffn"),
+        [
+            ("llama", every, (2, 7), (57, 51, 44)),
+            ("llama-tied", every, (3,), (57, 51, 44)),
+            ("bert", every, (4,), (57, 51, 44)),
+            ("llama-tied", lambda: PruningCallback(traced, at=(3, 6, 9)), (6,), (56, 48, 44)),
+        ],
+        ids=["llama", "llama-tied", "bert", "traced"],
     )
     def test_checkpoints_load_and_a_resumed_run_ends_the_same(
-        self, name: str, stops: Sequence[int], tmp_path: Path
+        self,
+        name: str,
+        make: Callable[[], PruningCallback],
+        stops: Sequence[int],
+        ffn: tuple[int, int, int],
+        tmp_path: Path,
     ):
         whole = MODELS[name]()
-        cls, callback = type(whole), every()
+        cls, callback = type(whole), make()
         trainer = trained(whole, callback, tmp_path / "whole")
         checkpoints = [tmp_path / "whole" / f"checkpoint-{n}" for n in range(1, STEPS + 1)]
         widths = []
@@ -70,9 +86,10 @@ class TestTrainer:
             loaded, info = cls.from_pretrained(folder, output_loading_info=True)
             assert not any(info.values()), info
             widths.append((loaded.config.hidden_size, loaded.config.intermediate_size))
-        assert widths == [(32, 64)] * 2 + [(28, 57)] * 3 + [(24, 51)] * 3 + [(20, 44)] * 2
+        steps = [(hidden, ffn[step]) for step, hidden in enumerate((28, 24, 20))]
+        assert widths == [(32, 64)] * 2 + steps[:1] * 3 + steps[1:2] * 3 + steps[2:] * 2
         for stop in stops:
-            model, again = cls.from_pretrained(checkpoints[stop - 1]), every()
+            model, again = cls.from_pretrained(checkpoints[stop - 1]), make()
             resumed = trained(model, again, tmp_path, checkpoints[stop - 1], save_strategy="no")
             configs = [{**m.config.to_dict(), "_name_or_path": ""} for m in (model, whole)]
             assert configs[0] == configs[1]
