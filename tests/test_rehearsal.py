@@ -10,10 +10,11 @@ import transformers as hf
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable, pruner_kwargs
 from tp_hf_config.learn import map_of
 from tp_hf_config.limits import straying
-from tp_hf_config.masked import difference
+from tp_hf_config.masked import _axis, difference
 from tp_hf_config.measure import tiny_model
 from tp_hf_config.miniature import Miniature, miniature
 from tp_hf_config.reference import Builder, FieldPath, Refusal, config_json
+from tp_hf_config.scales import Side
 
 
 def qwen3_5_moe() -> hf.PreTrainedModel:
@@ -160,3 +161,14 @@ def test_vectors_that_no_output_depends_on_go_along_with_the_residual_stream() -
     kept = model.get_parameter("dinov2.layernorm.bias")
     assert len(kept) == 24
     assert torch.equal(model.get_parameter(token).flatten(), kept)
+
+
+def test_channels_are_told_from_an_axis_as_long() -> None:
+    """ConvNeXt's norms take channels first, and an image can be as wide as there are channels."""
+    side = Side(4, torch.tensor([0, 2]))
+    first = torch.ones(2, 4, 3, 4)
+    first[:, side.gone] = 0
+    assert _axis(first, side) == 1
+    assert _axis(first.movedim(1, -1), side) == -1
+    assert _axis(torch.ones(2, 5, 4), side) == -1
+    assert _axis(torch.ones(2, 4, 5), side) == 1

@@ -198,8 +198,8 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
             places = (x != 0).flatten(0, -2).any(0).nonzero().view(-1)
             if hasattr(narrow, "normalized_shape"):  # without weights, as OLMo's
                 setattr(narrow, "normalized_shape", (len(places),))
-        elif _long(x, -1) != size:
-            axis = 1
+        else:
+            axis = _axis(x, Side(size, places))
         width = _long(x, axis)
 
         def cut(value: Any) -> Any:
@@ -216,6 +216,16 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
         return full.index_copy(-1, places, narrow_last).movedim(-1, axis)
 
     return forward
+
+
+def _axis(x: Tensor, side: Side) -> int:
+    """Along which axis channels stand: the last, or the one after the samples (ConvNeXt).
+
+    Where both are as long, it is the one along which removed channels are zero.
+    """
+    fitting = [axis for axis in (-1, 1) if x.ndim > 1 and _long(x, axis) == side.size]
+    masked = (axis for axis in fitting if not bool(x.index_select(axis, side.gone).any()))
+    return next(masked, fitting[0] if fitting else 1)
 
 
 def _long(x: Tensor, axis: int) -> int:
