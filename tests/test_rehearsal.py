@@ -172,3 +172,21 @@ def test_channels_are_told_from_an_axis_as_long() -> None:
     assert _axis(first.movedim(1, -1), side) == -1
     assert _axis(torch.ones(2, 5, 4), side) == -1
     assert _axis(torch.ones(2, 4, 5), side) == 1
+
+
+def test_a_parameter_that_holds_nothing_goes_along() -> None:
+    """Without register tokens DINOv3 has a tensor of none of them, as wide as the others."""
+    config = hf.DINOv3ViTConfig(
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        num_register_tokens=0,
+    )
+    model = hf.DINOv3ViTModel(config).eval()
+    widths = {width.name: width for width in prunable(model).widths}
+    width = widths["num_attention_heads + hidden_size"]
+    assert width.reason is None
+    assert "embeddings.register_tokens" in width.along

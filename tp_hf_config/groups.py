@@ -351,7 +351,8 @@ def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> i
         if group.classes == 1
         and any(d.layout in sizes and _is_vector_alone(test.model, d.name) for d in group.dims)
     ]
-    vectors = all(max(p.shape) == p.numel() for p in (test.parameters[d.name] for d in unused))
+    held = [test.parameters[dim.name] for dim in unused]
+    vectors = all(parameter.numel() in (0, max(parameter.shape)) for parameter in held)
     alone = len(streams) == 1 and plain and vectors and test.unused(dim.name for dim in unused)
     return streams[0] if alone else None
 

@@ -112,6 +112,9 @@ def kept_along(before: Tensor, after: Tensor) -> tuple[Side, ...] | Refusal:
         return tuple(Side(size, torch.arange(size)) for size in before.shape)
     if before.ndim != after.ndim:
         return Refusal("other dimensions than before")
+    if not before.numel():  # tokens that there are none of: nothing tells which
+        sizes = zip(before.shape, after.shape, strict=True)
+        return tuple(Side(size, torch.arange(left)) for size, left in sizes)
     values, order = before.flatten().sort()
     alone = torch.ones(len(values), dtype=torch.bool)
     alone[1:] &= values[1:] != values[:-1]

@@ -155,10 +155,11 @@ class TwinTest:
     def unused(self, names: Iterable[str]) -> bool:
         """Whether none of these parameters has any part in the outputs, whatever its values."""
         asked = [self.parameters[name] for name in names]
+        asked = [parameter for parameter in asked if parameter.numel()]
         if not all(parameter.requires_grad for parameter in asked):
             return False  # buffers: not seen this way
         total = torch.stack([output.sum() for output in self.outputs()]).sum()
-        grads = torch.autograd.grad(total, asked, allow_unused=True)
+        grads = torch.autograd.grad(total, asked, allow_unused=True) if asked else ()
         return all(grad is None for grad in grads)
 
     def permutation_error(self, dims: Sequence[Dim], order: Sequence[int]) -> float:
@@ -256,7 +257,7 @@ class TwinTest:
 
     def _is_silent(self, grads: dict[str, Tensor | None], dim: Dim) -> bool:
         grad = grads[dim.name]
-        return grad is None or float(grad.abs().max()) < 1e-12
+        return grad is None or not grad.numel() or float(grad.abs().max()) < 1e-12
 
     def _unequal(
         self, dims: Sequence[Dim], grads: dict[str, Tensor | None], first: int, second: int
@@ -264,7 +265,7 @@ class TwinTest:
         result = []
         for dim in dims:
             grad = grads[dim.name]
-            if grad is None:
+            if grad is None or not grad.numel():
                 continue
             one, two = self._pair(dim, first, second)
             difference = grad.index_select(dim.dim, one) - grad.index_select(dim.dim, two)
