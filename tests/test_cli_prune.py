@@ -573,6 +573,13 @@ class TestWholeOrNotAtAll:
 class TestNewFolder:
     """The last renames, with faults between them."""
 
+    @pytest.fixture(autouse=True)
+    def ctrl_c_as_in_a_shell(self) -> Iterator[None]:
+        """What runs in the background starts with Ctrl-C ignored."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     @pytest.fixture
     def out(self, tmp_path: Path) -> Path:
         (tmp_path / "out").mkdir()

@@ -47,17 +47,24 @@ def take_scales(model: nn.Module, fresh: nn.Module) -> None:
         other = built.get(name)
         if other is None:
             continue
-        for key, value in vars(module).items():
-            new = vars(other).get(key)
-            if isinstance(value, float) and isinstance(new, float):
-                setattr(module, key, new)
-            elif type(value) is int and type(new) is int and value != new:
-                setattr(module, key, Width(value, new))
+        _take_numbers(module, other)
+        if "config" in vars(module):  # Falcon divides by a width of its config as it runs
+            _take_numbers(module.config, other.config)
         for key, buffer in module._buffers.items():
             new = other._buffers.get(key)
             hidden = key in module._non_persistent_buffers_set
             if hidden and buffer is not None and new is not None and buffer.ndim == 0:
                 module._buffers[key] = new.to(buffer)
+
+
+def _take_numbers(one: Any, other: Any) -> None:
+    """Set the numbers of one object that are others in another."""
+    for key, value in list(vars(one).items()):
+        new = vars(other).get(key)
+        if isinstance(value, float) and isinstance(new, float):
+            vars(one)[key] = new
+        elif type(value) is int and type(new) is int and value != new:
+            vars(one)[key] = Width(value, new)
 
 
 class Width(int):
@@ -77,6 +84,10 @@ class Width(int):
         return Width(int(self) * other, self.new * other) if type(other) is int else NotImplemented
 
     __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        whole = type(other) is int and other != 0
+        return Width(int(self) // other, self.new // other) if whole else NotImplemented
 
     def __float__(self) -> float:  # what math.sqrt asks for
         return float(self.new)
