@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -14,7 +16,7 @@ from tp_hf_config.masked import _axis, difference
 from tp_hf_config.measure import tiny_model
 from tp_hf_config.miniature import Miniature, miniature
 from tp_hf_config.reference import Builder, FieldPath, Refusal, config_json
-from tp_hf_config.scales import Side
+from tp_hf_config.scales import Side, Width
 
 
 def qwen3_5_moe() -> hf.PreTrainedModel:
@@ -190,3 +192,12 @@ def test_a_parameter_that_holds_nothing_goes_along() -> None:
     width = widths["num_attention_heads + hidden_size"]
     assert width.reason is None
     assert "embeddings.register_tokens" in width.along
+
+
+def test_a_width_reshapes_as_it_was_and_scales_as_it_is() -> None:
+    hidden, heads = Width(32, 16), Width(4, 2)
+    each = hidden // heads
+    assert (each, each.new) == (8, 8)
+    assert (hidden // 2, (hidden // 2).new) == (16, 8)
+    assert (heads * each, (heads * each).new, (3 * heads).new) == (32, 16, 6)
+    assert (hidden**0.5, math.sqrt(hidden)) == (4.0, 4.0)

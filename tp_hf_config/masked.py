@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .reference import Refusal
-from .scales import AsNarrow, Side, SizesRead, Width, take_scales
+from .scales import AsNarrow, Side, SizesRead, Width, as_written, take_scales
 from .ties import saved_buffers
 from .twins import outputs_in_float64
 
@@ -44,14 +44,15 @@ def difference(
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
         return kept.reason
-    with torch.no_grad(), SizesRead() as read:
+    with torch.no_grad(), as_written(pruned), SizesRead() as read:
         got = outputs_in_float64(pruned, inputs)
     plain = _compared(_masked_outputs(original, fresh, kept, inputs, nullcontext()), got, kept)
     if plain is None:
         return None
     # a scale may be read off the head dim as the model runs, where no attribute says it
     narrow = AsNarrow(read.sizes, (side for sides in kept.values() for side in sides))
-    outputs = _masked_outputs(original, fresh, kept, inputs, narrow)
+    with as_written(original):
+        outputs = _masked_outputs(original, fresh, kept, inputs, narrow)
     return None if _compared(outputs, got, kept) is None else plain
 
 
