@@ -441,3 +441,17 @@ def test_small_widths_in_a_list_are_not_taken_for_repeated_layers():
     assert known.depth.canonical(weight.format(3)) == weight.format(3)
     assert known.fields_of(weight.format(3), 0) == {("conv_dim", 3)}
     assert known.fields_of(weight.format(3), 1) == {("conv_dim", 2)}
+
+
+def test_a_value_that_makes_a_layer_another_kind_is_other_tensors():
+    """ConvBERT's dense layers get one more dimension where they are in groups."""
+    config = hf.ConvBertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        embedding_size=32,
+    )
+    known = map_of(hf.ConvBertModel(config).eval())
+    assert ("intermediate_size",) in known.values

@@ -69,6 +69,8 @@ class Study:
             alike = all(self.shapes.get(name, shape) == shape for name, shape in built.items())
             self._repeating.update(list(values) if alike and len(values) == 1 else [])
             return None
+        if any(len(shape) != len(self.shapes[name]) for name, shape in built.items()):
+            return None  # a dense layer in groups (ConvBERT)
         lower = [path for path, value in values.items() if value < self._value(path)]
         if lower:
             vanished = bool(vanished_counts(self.model, model))
