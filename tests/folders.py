@@ -15,6 +15,7 @@ import tiny
 import torch
 import transformers as hf
 import zoo
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
 hf_logging.disable_progress_bar()
@@ -67,6 +68,17 @@ def edit(folder: Path, **fields: Any) -> Path:
     data = {**config_of(folder), **fields}
     data = {key: value for key, value in data.items() if fields.get(key, 0) is not None}
     (folder / "config.json").write_text(json.dumps(data))
+    return folder
+
+
+def with_a_narrow_layer(place: Path) -> Path:
+    """A Llama of which one layer lost other FFN channels than the rest."""
+    folder = saved("llama-deep", place)
+    tensors = load_file(folder / "model.safetensors")
+    for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
+        name = f"model.layers.3.mlp.{part}_proj.weight"
+        tensors[name] = tensors[name].narrow(dim, 0, 40).contiguous()
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

@@ -222,12 +222,7 @@ def test_causes(name: str, fields: dict[str, Any], expected: list[str], tmp_path
 
 
 def test_layers_that_need_different_widths_are_told_apart(tmp_path: Path):
-    folder = folders.saved("llama-deep", tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
-        name = f"model.layers.3.mlp.{part}_proj.weight"
-        tensors[name] = tensors[name].narrow(dim, 0, 40).contiguous()
-    save_file(tensors, folder / "model.safetensors")
+    folder = folders.with_a_narrow_layer(tmp_path)
     assert causes(folder) == [
         "intermediate_size would need several values at once: 64 in layers 0-2, 4-5; 40 in layer 3"
     ]

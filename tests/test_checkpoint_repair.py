@@ -195,12 +195,7 @@ def test_a_given_field_that_the_class_has_not(tmp_path: Path):
 
 
 def test_layers_of_different_widths_are_told_apart(tmp_path: Path):
-    folder = folders.saved("llama-deep", tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
-        name = f"model.layers.3.mlp.{part}_proj.weight"
-        tensors[name] = tensors[name].narrow(dim, 0, 40).contiguous()
-    save_file(tensors, folder / "model.safetensors")
+    folder = folders.with_a_narrow_layer(tmp_path)
     with pytest.raises(CheckpointError, match="64 in layers 0-2, 4-5; 40 in layer 3"):
         repair_checkpoint(folder)
 

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 from .errors import ConfigSyncError
 from .learn import ConfigMap
 from .limits import nearest_accepted
-from .reference import FieldPath, Mismatch, Refusal, field_name
+from .reference import FieldPath, Mismatch, Refusal, field_name, listed
 from .solve import Conflict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LISTED = 3
+
+
+def some(names: Sequence[str]) -> str:
+    """Up to three names, or two and how many more there are."""
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return ", ".join(names[:2] if more else names) + more
 
 
 def explain_conflict(
@@ -76,12 +82,10 @@ def explain_refusal(
 
 def explain_mismatch(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> ConfigSyncError:
     """The config found builds other shapes than the weights have."""
-    lines = "; ".join(str(mismatch) for mismatch in mismatches[:_LISTED])
-    more = f" and {len(mismatches) - _LISTED} more" if len(mismatches) > _LISTED else ""
     return ConfigSyncError(
         f"no {type(model.config).__name__} says what the weights of {type(model).__name__} are "
-        f"now: {lines}{more}. No field of the config sets these dimensions on their own: keep the "
-        "layers (ignored_layers=). Nothing was written; go on pruning and sync again."
+        f"now: {listed(mismatches)}. No field of the config sets these dimensions on their own: "
+        "keep the layers (ignored_layers=). Nothing was written; go on pruning and sync again."
     )
 
 

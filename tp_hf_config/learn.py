@@ -29,6 +29,7 @@ from .reference import (
     Refusal,
     compare,
     config_json,
+    listed,
     shapes,
     with_values,
 )
@@ -176,13 +177,11 @@ def _old_objects_aside() -> Iterator[None]:
 
 def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:
     name = type(model).__name__
-    lines = "; ".join(str(mismatch) for mismatch in mismatches[:3])
-    more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
     if any("lora_" in mismatch.name or ".base_layer." in mismatch.name for mismatch in mismatches):
         advice = "It has PEFT adapters: merge them first (model.merge_and_unload())."
     else:
         advice = "Attach the hook before pruning, with the config that the model was loaded with."
-    return f"{name} and its config disagree before any pruning: {lines}{more}. {advice}"
+    return f"{name} and its config disagree before any pruning: {listed(mismatches)}. {advice}"
 
 
 def learn(

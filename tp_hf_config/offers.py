@@ -13,6 +13,7 @@ from torch import nn
 
 from .directions import units_of
 from .expand import WidthGroup, expand
+from .explain import some
 from .groups import Finding, find_groups
 from .learn import ConfigMap, map_of
 from .limits import straying, vanishing
@@ -261,8 +262,7 @@ def said_along(names: Sequence[str]) -> str:
     """That parameters go along that no output depends on, behind another text."""
     if not names:
         return ""
-    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
-    return f"; no output depends on {', '.join(names[: 2 if more else 3])}{more}, cut alike"
+    return f"; no output depends on {some(names)}, cut alike"
 
 
 def _sayable(finding: Finding, known: ConfigMap) -> Finding:

@@ -16,7 +16,7 @@ from torch import nn
 from .fit import Shapes, Values, build_as, fit
 from .guess import SMALL, Asked, nearest, others, search, solutions, unseen, with_heads
 from .learn import ConfigMap
-from .reference import FieldPath, Mismatch, Refusal, shapes
+from .reference import FieldPath, Mismatch, Refusal, listed, shapes
 from .solve import Conflict, Observable
 
 _TRIED = 64
@@ -140,9 +140,8 @@ def _taken(asked: Asked, found: Values, given: Mapping[FieldPath, int]) -> Value
 
 
 def _mismatched(known: ConfigMap, mismatches: Sequence[Mismatch]) -> Refusal:
-    listed = "; ".join(str(mismatch) for mismatch in mismatches[:3])
-    more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-    return Refusal(f"no width of {known.builder.config_class.__name__} gives {listed}{more}")
+    name = known.builder.config_class.__name__
+    return Refusal(f"no width of {name} gives {listed(mismatches)}")
 
 
 def _differences(solutions: Sequence[Values]) -> list[Values]:

@@ -252,6 +252,12 @@ class Mismatch:
         return f"{self.name}: found {list(self.found)}, the config builds {list(self.expected)}"
 
 
+def listed(mismatches: Sequence[Mismatch]) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+    return "; ".join(str(mismatch) for mismatch in mismatches[:3]) + more
+
+
 def compare(
     live: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
 ) -> Sequence[Mismatch]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .cuts import select
 from .directions import units_of
 from .masked import difference
 from .reference import FieldPath, Refusal
@@ -70,22 +71,18 @@ def _staying(group: Group, left: int) -> Tensor:
 
 def _carried(fresh: nn.Module, original: dict[str, Tensor], groups: _Left) -> str | None:
     """Fill a smaller build with what is left of the original; why that fails, or ``None``."""
-    keep = {
-        (name, dim): torch.ones(size, dtype=torch.bool)
-        for name, value in original.items()
-        for dim, size in enumerate(value.shape)
-    }
+    masks: dict[str, dict[int, Tensor]] = {}
     for group, staying in groups:
+        gone = torch.ones(group.units, dtype=torch.bool)
+        gone[staying] = False
         for dim in group.dims:
-            table = dim.layout.table(group.units)
-            gone = torch.ones(len(table), dtype=torch.bool)
-            gone[staying] = False
-            keep[dim.name, dim.dim][table[gone].flatten()] = False
+            size = original[dim.name].shape[dim.dim]
+            mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
+            mask[dim.layout.table(group.units)[gone].flatten()] = False
     with torch.no_grad():
         for name, value in _tensors(fresh).items():
-            left = original[name]
-            for axis in range(left.ndim):
-                left = left.index_select(axis, keep[name, axis].nonzero().view(-1))
+            kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
+            left = select(original[name], kept) if kept else original[name]
             if left.shape != value.shape:
                 return f"{name} has {list(left.shape)}, the class builds {list(value.shape)}"
             value.copy_(left)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import UnsupportedModelError
 from .expand import WidthGroup
+from .explain import some
 from .learn import ConfigMap
 from .offers import single_positions, widths_of
 from .reference import field_name
@@ -54,10 +55,10 @@ def check_traced(pruner: Any, model: PreTrainedModel, known: ConfigMap) -> list[
     if left:
         raise UnsupportedModelError(
             f"Torch-Pruning's trace would cut only a part of what {field} sets: not "
-            f"{_some(left)}. No config of {type(model).__name__} could say what is left then. Keep "
+            f"{some(left)}. No config of {type(model).__name__} could say what is left then. Keep "
             "the width: name others in pruner_kwargs(model, prune=...)."
         )
-    return [f"traced, not proved: {_some(roots)}: {note}" for note, roots in unproved.items()]
+    return [f"traced, not proved: {some(roots)}: {note}" for note, roots in unproved.items()]
 
 
 class TracedProof:
@@ -140,7 +141,7 @@ class TracedProof:
         if missing:
             names = [self.names[parameter] for parameter, _ in missing]
             follows, is_not = ("follows", "is") if len(names) == 1 else ("follow", "are")
-            return f"{_some(names)} {follows} {fields} but {is_not} not in it"
+            return f"{some(names)} {follows} {fields} but {is_not} not in it"
         units: Tensor | None = None
         first = ""
         for key, styles in layouts.items():
@@ -226,8 +227,3 @@ def _table(layouts: Iterable[Layout], units: int) -> Tensor:
     """Where the units stand along a dimension; fused layers have a layout for each part."""
     tables = [_positions(layout, units) for layout in layouts]
     return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
-    return ", ".join(names[:2] if more else names) + more

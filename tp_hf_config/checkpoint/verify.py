@@ -24,7 +24,7 @@ from ..locate import check_followable, find_pretrained
 from ..reference import Refusal
 from . import child
 from .building import build
-from .check import check_checkpoint, checked
+from .check import Known, check_checkpoint, checked
 from .reports import Difference, RoundtripReport
 from .words import and_more, short
 
@@ -88,7 +88,7 @@ def compare_saved(
     named, options = _named(type(model)), _options(model)
     job = _job(folder, named, options)
     if named[0].startswith(_REMOTE):
-        job = _job_of(folder, trust_remote_code=True)
+        job = _job_of(checked(folder, trust_remote_code=True))
         job["options"].update(options)
     with TemporaryDirectory(prefix="tp_hf_config-") as place:
         (done,) = _fresh([job], dict(inputs), Path(place), str(model.device))
@@ -125,8 +125,9 @@ def verify_checkpoint(
         if report.sound is False:
             name, causes = report.model or "no class", tuple(cause.text for cause in report.causes)
             return RoundtripReport(str(one), name, False, loading=causes, error="it is not sound")
-    name, inputs = _example(path, trust_remote_code)
-    jobs = [_job_of(one, trust_remote_code) for one in paths]
+    known = [checked(one, trust_remote_code) for one in paths]
+    name, inputs = _example(known[0])
+    jobs = [_job_of(one) for one in known]
     with TemporaryDirectory(prefix="tp_hf_config-") as place:
         done, *others = _fresh(jobs, inputs, Path(place), "cpu", cast=True)
     wrong = tuple(_loading(done.loading, ("missing_keys", "mismatched_keys")))
@@ -141,12 +142,11 @@ def verify_checkpoint(
     return replace(found, loading=wrong, notes=notes, same=found.same and not wrong)
 
 
-def _example(path: Path, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+def _example(read: Known) -> tuple[str, dict[str, Any]]:
     """A folder's class, and small random inputs for it."""
-    read = checked(path, trust_remote_code)
     model = build(read.classes, read.data)
     if isinstance(model, Refusal):
-        raise CheckpointError(f"{path}: the class refuses config.json: {model.reason}.")
+        raise CheckpointError(f"{read.path}: the class refuses config.json: {model.reason}.")
     observe(model)  # which form of inputs the class takes
     with torch.no_grad(), RealNumbers():
         inputs = example_inputs(model)
@@ -160,16 +160,15 @@ def _example(path: Path, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     return type(model).__name__, made
 
 
-def _job_of(path: Path, trust_remote_code: bool) -> dict[str, Any]:
+def _job_of(read: Known) -> dict[str, Any]:
     """How a folder is loaded in a fresh process."""
-    read = checked(path, trust_remote_code)
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
     named = _named(read.classes.model)
     if not named[0].startswith(_REMOTE):
-        return _job(path, named, options)
+        return _job(read.path, named, options)
     references: dict[str, str] = read.data["auto_map"]
     remote = next(ref for key, ref in references.items() if key != "AutoConfig")
-    return _job(path, named, {**options, "trust_remote_code": True}, remote)
+    return _job(read.path, named, {**options, "trust_remote_code": True}, remote)
 
 
 def _named(model_class: type) -> tuple[str, str]:
