@@ -71,11 +71,13 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         guessed: values have chosen something, so that not all that was computed is what would be.
+        numbers: how many numbers the operations made.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.guessed = False
+        self.numbers = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -101,7 +103,10 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.guessed |= any(one.is_meta for one in tensors[1:] if one.dtype == torch.bool)
                 args = (args[0], _positions(args[1]), *args[2:])
             args, kwargs = tree_map(_without_data, (args, kwargs))
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if isinstance(output, torch.Tensor):
+            self.numbers += output.numel()
+        return output
 
     @staticmethod
     def _stays_real(func: Any, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:

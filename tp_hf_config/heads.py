@@ -36,6 +36,7 @@ class Layout:
         outputs: layers whose output is what the model returns (``lm_head``, classifiers).
         steps: how many projections were called; a forward pass that broke off has fewer.
         ended: the forward pass came to its end, with all that it takes.
+        numbers: how many numbers its operations made, which is what it costs.
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Layout:
     outputs: frozenset[str] = frozenset()
     steps: int = 0
     ended: bool = False
+    numbers: int = 0
 
     def joined(self, other: Layout) -> Layout:
         """What was seen here and in another run."""
@@ -52,6 +54,7 @@ class Layout:
             self.outputs | other.outputs,
             self.steps + other.steps,
             self.ended,
+            self.numbers + other.numbers,
         )
 
 
@@ -95,13 +98,14 @@ def _best_form(model: nn.Module) -> int:
 def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
     ended = False
     watch = _Watch()
+    run = RealNumbers()
     handles = [
         module.register_forward_hook(watch.hook(name))
         for name, module in model.named_modules()
         if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
     ]
     try:
-        with torch.no_grad(), RealNumbers(), watch:
+        with torch.no_grad(), run, watch:
             watch.returned(model(**inputs))
             ended = True
     except Exception:
@@ -115,6 +119,7 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
         outputs=frozenset(watch.outputs),
         steps=watch.steps,
         ended=ended,
+        numbers=run.numbers,
     )
 
 

@@ -16,7 +16,11 @@ _CROPS = "image_grid_pinpoints"
 
 
 def smaller_images(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Configs for smaller images, where their size sets no width; windows in proportion (Swin)."""
+    """Configs for smaller images, where their size sets no width; windows in proportion (Swin).
+
+    Where a size that sets one stands beside others that do not, all go together, and the numbers of
+    patches that follow (SAM).
+    """
     whole = config_json(known.builder.config(data), use_diff=False)
     found: dict[FieldPath, int] = {}
     windows: dict[FieldPath, int] = {}
@@ -31,7 +35,15 @@ def smaller_images(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[str,
             visit(value, (*path, key))
 
     visit(whole, ())
-    found = {p: side for p, side in found.items() if side > _IMAGES[0] and p not in known.sizes}
+    found = {p: side for p, side in found.items() if side > _IMAGES[0]}
+    grids = _grids(known, max(found.values(), default=0))
+    setting = {path: side for path, side in found.items() if path in known.sizes}
+    if setting and (grids or len(found) > len(setting)):
+        for size in _IMAGES:
+            sides: dict[FieldPath, int] = {path: min(size, side) for path, side in found.items()}
+            fewer = {path: size // patch for path, patch in grids.items()}
+            yield with_values(data, {**sides, **fewer})
+    found = {path: side for path, side in found.items() if path not in setting}
     lists = {path[:-1] for path in (*found, *windows) if isinstance(path[-1], int)}
     data = with_values(data, {path: value_at(whole, path) for path in lists})
     largest = max(found.values(), default=0)
@@ -43,6 +55,13 @@ def smaller_images(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[str,
         }
         if narrow:
             yield with_values(small, narrow)
+
+
+def _grids(known: ConfigMap, image: int) -> dict[FieldPath, int]:
+    """Fields that count the patches along an image without setting a width, and a patch's side."""
+    patches = {side for side in known.sizes.values() if side > 1 and image % side == 0}
+    sides = {image // patch: patch for patch in patches}
+    return {path: sides[value] for path, value in known.silent.items() if value in sides}
 
 
 def crops(data: dict[str, Any], change: dict[FieldPath, int]) -> dict[FieldPath, int]:

@@ -15,6 +15,7 @@ from .heads import Layout, observe
 from .images import crops, smaller_images
 from .inputs import example_inputs, input_forms, second_sample, text_inputs
 from .learn import ConfigMap, learn
+from .lighter import in_proportion, lighter
 from .reference import FieldPath, Refusal, shapes, with_values
 from .ties import saved_buffers
 from .twins import AllFloat64, tensors_in
@@ -145,25 +146,26 @@ def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[st
     data = with_values(data, {path: known.sizes[path] for path in known.unset})
     counts = {split[0] for splits in before.heads.values() for split in splits}
     parts = {_part(path) for path in known.count_fields()}
-    heads = known.count_fields() | {
-        path for path, size in known.sizes.items() if size in counts and _part(path) not in parts
-    }
+    splitting = known.count_fields() | {p for p, size in known.sizes.items() if size in counts}
+    heads = known.count_fields() | {path for path in splitting if _part(path) not in parts}
 
-    def runs(trial: dict[str, Any]) -> bool:
+    def seen(trial: dict[str, Any]) -> Layout | None:
         model = known.builder.build(trial)
         if isinstance(model, Refusal):
-            return False
+            return None
         built = shapes(model)
-        return (
-            built.keys() == unshrunken.keys()
-            and _still_several(several, trial, built)
-            and not _single(unshrunken, built)
-            and _alike(before, observe(model))
-        )
+        if built.keys() != unshrunken.keys() or _single(unshrunken, built):
+            return None
+        layout = observe(model) if _still_several(several, trial, built) else None
+        return layout if layout is not None and _alike(before, layout) else None
+
+    def runs(trial: dict[str, Any]) -> bool:
+        return seen(trial) is not None
 
     data = next(filter(runs, smaller_images(known, data)), data)
+    data = in_proportion(known, data, seen)
     for path in sorted(known.sizes, key=lambda path: known.sizes[path]):
-        changes = _smaller(known, data, path, heads, together)
+        changes = _smaller(known, data, path, heads, splitting, together)
         trials = (with_values(data, {**one, **crops(data, one)}) for one in changes)
         fitting: Iterator[dict[str, Any]] = filter(runs, trials)
         if _stacked(known, path):  # room for a router first: it runs with half of the experts too
@@ -172,7 +174,8 @@ def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[st
             roomy = (one for one, half in zip(every, halves, strict=True) if runs(half))
             fitting = chain(roomy, every)
         data = next(fitting, data)
-    return data
+    matrices = (shape for shape in known.shapes.values() if len(shape) == 3 and 1 not in shape)
+    return lighter(known, data, max((shape[0] for shape in matrices), default=0), seen)
 
 
 def _several_per_unit(known: ConfigMap) -> list[tuple[str, int, FieldPath]]:
@@ -227,13 +230,15 @@ def _smaller(
     data: dict[str, Any],
     path: FieldPath,
     counts: Collection[FieldPath],
+    splitting: Collection[FieldPath],
     together: bool,
 ) -> Iterator[dict[FieldPath, int]]:
     """Smaller values of a field, alone (but if ``together``) and with all fields equal to it.
 
     Values that no other field has come first, so that what is different stays different; small
     numbers take no others, but those of heads (``counts``), as long as there are more query heads
-    than key/value heads where there were.
+    than key/value heads where there were.  Last, fewer of what may count heads (``splitting``) with
+    the width that they split.
     """
     if path in known.linked:
         return
@@ -270,7 +275,7 @@ def _smaller(
         if not heads and len(equals) > 1:
             yield with_equals
     if not heads:
-        yield from _with_heads(data, [path, *followers, *equals], value, counts)
+        yield from _with_heads(data, [path, *followers, *equals], value, splitting)
 
 
 def _part(path: FieldPath) -> FieldPath:

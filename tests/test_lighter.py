@@ -1,0 +1,90 @@
+"""A tiny copy is cheap to run: what costs and sets no width goes down, what is bound goes along."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamba2ForCausalLM
+
+from tp_hf_config.heads import Layout
+from tp_hf_config.images import smaller_images
+from tp_hf_config.learn import map_of
+from tp_hf_config.lighter import in_proportion, lighter
+from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.unbuilt import model_of
+
+
+def known_of(data: Any = None, **parts: Any) -> Any:
+    config = SimpleNamespace(to_json_string=lambda use_diff: json.dumps(data or {}))
+    builder = SimpleNamespace(config=lambda data: config)
+    return SimpleNamespace(**{"builder": builder, "silent": {}, "bound": {}, "sizes": {}, **parts})
+
+
+def costs(each: int, *fields: str, legal: Any = lambda data: True) -> Any:
+    """A forward pass that costs ``each`` for every one of these fields' sizes."""
+
+    def seen(data: dict[str, Any]) -> Layout | None:
+        sizes = (data[f] for f in fields)
+        total = sum(sum(size) if isinstance(size, list) else size for size in sizes)
+        return Layout(numbers=each * total) if legal(data) else None
+
+    return seen
+
+
+def test_a_size_that_costs_goes_down_as_far_as_is_needed() -> None:
+    known = known_of(silent={("chunk",): 256, ("limit",): 1024})
+    data = {"chunk": 256, "limit": 1024}
+    assert lighter(known, data, 0, costs(10**5, "chunk")) == {"chunk": 16, "limit": 1024}
+
+
+def test_a_light_class_keeps_all_sizes() -> None:
+    known, data = known_of(silent={("chunk",): 256}), {"chunk": 256}
+    assert lighter(known, data, 0, costs(10**4, "chunk")) == data
+
+
+def test_what_may_count_the_experts_of_a_token_stays() -> None:
+    known, data = known_of(silent={("top_k",): 32}), {"top_k": 32}
+    seen = costs(10**6, "top_k")
+    assert lighter(known, data, 32, seen) == data
+    assert lighter(known, data, 8, seen) == {"top_k": 16}
+
+
+def test_equal_entries_of_a_list_go_down_together() -> None:
+    known = known_of(silent={("windows", n): 512 for n in range(3)})
+    seen = costs(10**4, "windows", legal=lambda data: len(set(data["windows"])) == 1)
+    assert lighter(known, {"windows": [512] * 3}, 0, seen) == {"windows": [32] * 3}
+
+
+def test_bound_widths_shrink_in_proportion() -> None:
+    known = known_of(bound={("hidden",): (("heads",),), ("heads",): (("hidden",),)})
+    seen = costs(1, "hidden", legal=lambda data: data["hidden"] == 32 * data["heads"])
+    assert in_proportion(known, {"hidden": 4096, "heads": 128}, seen) == {"hidden": 128, "heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (Mamba2ForCausalLM, Mamba2Config(num_hidden_layers=2)),
+        (FalconH1ForCausalLM, FalconH1Config(num_hidden_layers=2)),
+    ],
+    ids=["Mamba2", "FalconH1"],
+)
+def test_state_space_models_of_the_usual_size_are_tiny(model_class: Any, config: Any) -> None:
+    mini = miniature(map_of(model_of(config, model_class)))
+    assert isinstance(mini, Miniature)
+    assert sum(parameter.numel() for parameter in mini.model.parameters()) < 50_000
+    assert mini.model.config.hidden_size < config.hidden_size // 32  # type: ignore[union-attr]
+
+
+def test_images_that_set_widths_shrink_with_the_sizes_that_follow() -> None:
+    data = {
+        "vision": {"image_size": 1024, "patch_size": 16},
+        "prompt": {"image_size": 1024, "grid": 64},
+    }
+    sizes = {("vision", "image_size"): 1024, ("vision", "patch_size"): 16}
+    silent = {("prompt", "grid"): 64, ("prompt", "image_size"): 1024}
+    known = known_of(data, sizes=sizes, silent=silent)
+    first = next(smaller_images(known, data))
+    assert first["vision"] == {"image_size": 64, "patch_size": 16}
+    assert first["prompt"] == {"image_size": 64, "grid": 4}
