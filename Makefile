@@ -39,11 +39,12 @@ $(OLDEST)/.test: setup.cfg tests/oldest.txt
 test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/pytest -m sample
 
-# What the hook costs, and how long pruning takes beside a trace and a peer.
+# What the hook costs, how long pruning takes beside a trace and a peer, and what checking 70B takes.
 bench: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/prune.py
+	$(BIN)/python benchmarks/check.py
 
 # The README's table of attention heads, from trying every mode of every class in it.
 heads-table: $(VENV)/.demo
