@@ -4,7 +4,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint bench heads-table support docs clean
+.PHONY: demo test test-oldest lint bench fuzz heads-table support docs clean
 
 $(VENV)/.demo: setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,12 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/check.py
 
+# The checkpoint commands on folders changed at random, for ten minutes (FUZZ: seconds). What they
+# do wrong is kept in .fuzz/.
+FUZZ ?= 600
+fuzz: $(VENV)/.dev
+	$(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ)
+
 # The README's table of attention heads, from trying every mode of every class in it.
 heads-table: $(VENV)/.demo
 	$(BIN)/python benchmarks/head_modes.py --write
@@ -63,4 +69,4 @@ docs: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf .support site
+	rm -rf .support .fuzz site
