@@ -293,6 +293,14 @@ NOT_A_MULTIPLE = (
 )
 
 
+def test_fields_that_go_together_are_listed_once() -> None:
+    """With as many key/value heads as heads, several searches come to one width."""
+    widths = prunable(small.llama(num_key_value_heads=4)).widths
+    assert [width.name for width in widths if len(width.fields) > 1] == [
+        "num_attention_heads + num_key_value_heads"
+    ]
+
+
 class TestAdjusted:
     def test_query_heads(self) -> None:
         """As many go from each of three key/value groups: 7.2 heads are 6; 459 is no multiple."""
