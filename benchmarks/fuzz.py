@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py [--seconds 600] [--seed N] [--kinds config ...] [--found DIR]
 
 The folders are those of the tests (``tests/hostile.py``), each time from other seeds.  What breaks
-a property is kept in DIR: the folder as it was, and the error with the seed.  Exit code 1:
+a property is kept in DIR: the folder as it was, and the error, under its seed.  Exit code 1:
 something was found.  Should the process itself die, the folder that killed it is ``DIR/now``.
 """
 
@@ -37,7 +37,7 @@ class Fuzzer:
         self.end = time.monotonic() + seconds
         self.examples: Counter[str] = Counter()
         self.slowest = (0.0, "nothing")
-        self.broken = 0
+        self.broken: set[str] = set()
 
     @property
     def over(self) -> bool:
@@ -75,7 +75,7 @@ class Fuzzer:
         try:
             KINDS[kind].judge(folder)
         except Exception:
-            self.keep(kept, f"{kind}, seed {number}", traceback.format_exc())
+            self.keep(kept, f"{kind}-{number}", traceback.format_exc())
             raise
         finally:
             self.examples[kind] += 1
@@ -84,11 +84,11 @@ class Fuzzer:
 
     def keep(self, folder: Path, name: str, error: str) -> None:
         """The folder that breaks a property, and how."""
-        self.broken += 1
-        kept = self.found / f"{self.broken:03d}"
+        self.broken.add(name)
+        kept = self.found / name
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(folder, kept / "model")
-        (kept / "error.txt").write_text(f"{name}\n{error}")
+        (kept / "error.txt").write_text(error)
 
 
 def main() -> None:
@@ -112,7 +112,8 @@ def main() -> None:
     total, seconds = fuzzer.examples.total(), time.monotonic() - started
     print(f"{total:,} folders in {seconds:.0f} s from seed {first}: {each}")
     print(f"slowest: {fuzzer.slowest[0]:.1f} s ({fuzzer.slowest[1]})")
-    print(f"broken properties: {fuzzer.broken}" + (f", in {fuzzer.found}" * bool(fuzzer.broken)))
+    where = f", in {fuzzer.found}" if fuzzer.broken else ""
+    print(f"broken properties: {len(fuzzer.broken)}{where}")
     sys.exit(1 if fuzzer.broken else 0)
 
 

@@ -135,7 +135,9 @@ def judged(folder: Path) -> None:
     json.dumps(report.to_dict())
     assert (report.sound is False) == bool(report.causes)
     assert (report.sound is None) == (report.why_not is not None)
-    if report.sound is not None:  # as Transformers finds it, in both directions
+    # Transformers 5 loads all that the shards hold, 4 what the index says: it has to be true
+    lies = any("the index says that" in cause.text for cause in report.causes)
+    if report.sound is not None and not lies:  # as Transformers finds it, in both directions
         assert folders.loads(folder) or not report.sound
         assert report.sound or not folders.loads(folder, exactly=True)
 
