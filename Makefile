@@ -4,7 +4,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint bench heads-table support docs clean
+.PHONY: demo test test-oldest lint bench fuzz heads-table support docs clean
 
 $(VENV)/.demo: setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -39,11 +39,18 @@ $(OLDEST)/.test: setup.cfg tests/oldest.txt
 test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/pytest -m sample
 
-# What the hook costs, and how long pruning takes beside a trace and a peer.
+# What the hook costs, how long pruning takes beside a trace and a peer, and what checking 70B takes.
 bench: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/prune.py
+	$(BIN)/python benchmarks/check.py
+
+# The checkpoint commands on folders changed at random, for ten minutes (FUZZ: seconds). What they
+# do wrong is kept in .fuzz/.
+FUZZ ?= 600
+fuzz: $(VENV)/.dev
+	$(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ)
 
 # The README's table of attention heads, from trying every mode of every class in it.
 heads-table: $(VENV)/.demo
@@ -62,4 +69,4 @@ docs: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf .support site
+	rm -rf .support .fuzz site

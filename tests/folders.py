@@ -125,14 +125,27 @@ def loads(folder: Path, exactly: bool = False) -> bool:
     level = hf_logging.get_verbosity()
     try:
         hf_logging.set_verbosity(50)
-        name = config_of(folder)["architectures"][0]
-        _, info = getattr(hf, name).from_pretrained(folder, output_loading_info=True)
+        model_class = getattr(hf, config_of(folder)["architectures"][0])
+        if _needs_more_than_there_is(model_class, folder):
+            return False  # to see that by loading would take minutes, and gigabytes
+        _, info = model_class.from_pretrained(folder, output_loading_info=True)
     except Exception:
         return False
     finally:
         hf_logging.set_verbosity(level)
     wrong = info["missing_keys"] or info["mismatched_keys"]
     return not wrong and not (exactly and info["unexpected_keys"])
+
+
+def _needs_more_than_there_is(model_class: Any, folder: Path) -> bool:
+    """Whether one tensor of the class has more numbers than the files have bytes."""
+    try:
+        with torch.device("meta"):
+            model = model_class(model_class.config_class.from_pretrained(folder))
+    except Exception:
+        return False
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    return any(parameter.numel() > there for parameter in model.parameters())
 
 
 def logits(folder: Path, name: str) -> torch.Tensor:

@@ -18,6 +18,9 @@ OWN = {
     if isinstance(value, type) and value.__module__ == errors.__name__
 }
 RAISED = OWN | {"UsageError", "ArgumentTypeError", "ValueError", "TypeError", "Unknown"}
+REASONS = {"Refusal", "Unsolved", "Cause", "unreadable"}  # said by another module than makes them
+REASONING = ("checkpoint/*.py", "foresee*.py", "shortfall.py")
+"""Modules whose reasons reach the user as they are: in reports, warnings and notes."""
 _LEAST = 12  # letters: a shorter piece says nothing by itself
 _EDGES = " .,:;?()="
 _DEPTH = 4  # a reason comes through so many functions before it is raised
@@ -42,6 +45,7 @@ class _Module:
     def __init__(self, path: Path):
         self.path = path
         self.tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.reasons = any(path.relative_to(PACKAGE).match(pattern) for pattern in REASONING)
         self.functions = {n.name: n for n in ast.walk(self.tree) if isinstance(n, _Function)}
 
     def found(self) -> Iterator[Message]:
@@ -51,7 +55,7 @@ class _Module:
             for node in ast.walk(scope):
                 if node not in seen:
                     seen.add(node)
-                    for value in self._said(node):
+                    for value in (*self._said(node), *self._reasons(node)):
                         for text in self._texts(value, scope, _DEPTH):
                             yield Message(text, f"{self.path.relative_to(PACKAGE)}:{value.lineno}")
 
@@ -63,6 +67,17 @@ class _Module:
             return node.args[:1]
         return []
 
+    def _reasons(self, node: ast.AST) -> list[ast.expr]:
+        """The expressions that make a reason: an argument of one, or what a finder of one gives."""
+        if not self.reasons:
+            return []
+        if isinstance(node, ast.Call) and _name(node.func) in REASONS:
+            return node.args
+        if isinstance(node, _Function) and _gives_reasons(node):
+            given = (n for n in ast.walk(node) if isinstance(n, ast.Return | ast.Yield))
+            return [one.value for one in given if one.value is not None]
+        return []
+
     def _texts(self, value: ast.AST, scope: ast.AST, depth: int) -> Iterator[str]:
         """The texts that an expression may stand for, each by its longest piece."""
         if isinstance(value, ast.Constant | ast.JoinedStr):
@@ -70,8 +85,8 @@ class _Module:
             if _tells(text):
                 yield text
                 return
-        if depth == 0:
-            return
+        if depth == 0 or (isinstance(value, ast.Call) and _name(value.func) == "removeprefix"):
+            return  # what is taken off is not said
         if isinstance(value, ast.Name):
             for given in _assigned(value.id, scope):
                 yield from self._texts(given, scope, depth - 1)
@@ -83,6 +98,12 @@ class _Module:
         else:
             for child in ast.iter_child_nodes(value):
                 yield from self._texts(child, scope, depth)
+
+
+def _gives_reasons(function: _Function) -> bool:
+    """Whether a text that it gives says why there is nothing else, or is one of several faults."""
+    gives = "" if function.returns is None else ast.unparse(function.returns)
+    return gives.startswith(("str | None", "Iterator[str]")) or gives.endswith("| str")
 
 
 def _tells(text: str) -> bool:

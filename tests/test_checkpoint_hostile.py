@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import folders
+import hostile
 import pytest
 import safetensors
 import torch
@@ -437,123 +438,16 @@ def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatc
     ]
 
 
-# Fuzzed
+# Fuzzed: ``make fuzz`` does the same with more time and other seeds
 
 
-VALUES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 140),
-    st.sampled_from([2**31, 10**12, 10**30, 5000]),
-    st.floats(),
-    st.text(max_size=5),
-    st.lists(st.integers(0, 4), max_size=3),
-    st.dictionaries(st.text(max_size=3), st.integers(0, 4), max_size=2),
-)
-FUZZ = settings(
-    max_examples=int(os.environ.get("TP_HF_CONFIG_FUZZ", "25")),
-    deadline=None,
-    derandomize="TP_HF_CONFIG_FUZZ" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
-NAMES = ("llama", "llama-tied", "bert", "gpt2", "mixtral", "t5", "vit", "qwen3")
-
-
-def judged(folder: Path) -> None:
-    """Nothing but a verdict or a CheckpointError; the right one; nothing changed."""
-    before = folders.files(folder)
-    try:
-        report = check_checkpoint(folder)
-    except CheckpointError:
-        return
-    finally:
-        assert folders.files(folder) == before
-    str(report)
-    json.dumps(report.to_dict())
-    assert (report.sound is False) == bool(report.causes)
-    assert (report.sound is None) == (report.why_not is not None)
-    if report.sound is not None:  # as Transformers finds it, in both directions
-        assert folders.loads(folder) or not report.sound
-        assert report.sound or not folders.loads(folder, exactly=True)
-
-
-@FUZZ
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("kind", hostile.KINDS)
 @given(data=st.data())
-def test_configs_that_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
-    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
-    names = st.sampled_from(sorted(folders.config_of(folder)))
-    fields = data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=3))
-    judged(folders.edit(folder, **fields))
-    shutil.rmtree(folder)
-
-
-@FUZZ
-@given(data=st.data())
-def test_repairs_of_configs_that_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
-    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
-    names = st.sampled_from(sorted(folders.config_of(folder)))
-    fields = data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=2))
-    before = folders.files(folders.edit(folder, **fields))
-    try:
-        report = repair_checkpoint(folder)
-    except CheckpointError:
-        assert folders.files(folder) == before
-    else:
-        assert check_checkpoint(folder).sound is True
-        assert folders.loads(folder)
-        assert report.written == (folders.files(folder) != before)
-    shutil.rmtree(folder)
-
-
-@FUZZ
-@given(data=st.data())
-def test_files_whose_bytes_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
-    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
-    path = folder / data.draw(st.sampled_from(["config.json", WEIGHTS]))
-    content = bytearray(path.read_bytes())
-    head = min(len(content), 4000)
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, head - 1))
-        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    cut = data.draw(st.one_of(st.none(), st.integers(0, len(content))))
-    path.write_bytes(bytes(content[:cut]))
-    judged(folder)
-    shutil.rmtree(folder)
-
-
-@FUZZ
-@given(data=st.data())
-def test_headers_that_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
-    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
-    header = folders.header_of(folder / WEIGHTS)
-    for name in data.draw(st.lists(st.sampled_from(sorted(header)), min_size=1, max_size=3)):
-        key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "name", "gone"]))
-        entry = header.pop(name, {})
-        if key == "name":
-            header[data.draw(st.sampled_from([name + "x", "model." + name, "5", ".", ""]))] = entry
-        elif key != "gone":
-            header[name] = {**entry, key: data.draw(VALUES)}
-    folders.with_header(folder / WEIGHTS, header)
-    judged(folder)
-    shutil.rmtree(folder)
-
-
-@FUZZ
-@given(data=st.data())
-def test_tensors_that_were_changed_anywhere(data: st.DataObject, tmp_path_factory: Any):
-    folder = folders.saved(data.draw(st.sampled_from(NAMES)), tmp_path_factory.mktemp("fuzz"))
-    tensors = load_file(folder / WEIGHTS)
-    for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=4)):
-        tensor = tensors.pop(name, torch.zeros(3))
-        kind = data.draw(st.sampled_from(["shape", "name", "gone", "type"]))
-        if kind == "shape":
-            size = data.draw(st.integers(0, 3))
-            tensors[name] = torch.zeros(*tensor.shape[:-1], size) if size else tensor[..., :0]
-        elif kind == "name":
-            name = name.replace(data.draw(st.sampled_from("01.wm")), data.draw(st.text(max_size=2)))
-            tensors[name] = tensor
-        elif kind == "type":
-            tensors[name] = tensor.to(data.draw(st.sampled_from([torch.int8, torch.bfloat16])))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS)
-    judged(folder)
+def test_folders_that_were_changed_anywhere(
+    kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+):
+    change, judge = hostile.KINDS[kind]
+    folder = change(data, tmp_path_factory.mktemp("fuzz"))
+    judge(folder)
     shutil.rmtree(folder)

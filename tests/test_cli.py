@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ import small
 from transformers import AutoConfig
 
 import tp_hf_config
-from tp_hf_config.cli import completion, console
+from tp_hf_config.cli import completion, console, stopping
+from tp_hf_config.cli import main as main_module
 from tp_hf_config.cli.main import main
 from tp_hf_config.course import Course
 from tp_hf_config.pipeline import source
@@ -321,6 +325,93 @@ class TestFaults:
 
         monkeypatch.setattr(source, "config_of", interrupted)
         assert shell(capsys, "prunable", vit) == (130, "", "tp-hf-config prunable: interrupted\n")
+
+
+RUN_FROM_C = """
+import ctypes, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tp_hf_config.cli import main, prunable
+run = ctypes.pythonapi.PyRun_String
+run.restype = ctypes.py_object
+run.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object]
+def command(options):
+    run(b"import signal; signal.raise_signal(signal.SIGINT)", 257, {}, {})
+prunable.run = command
+sys.argv = ["tp-hf-config", "prunable", "x"]
+sys.exit(main.run())
+"""
+
+
+class TestStopping:
+    """Ctrl-C as a terminal gives it; what runs in the background starts with it ignored."""
+
+    @pytest.fixture(autouse=True)
+    def ctrl_c_as_in_a_shell(self) -> Iterator[None]:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.parametrize(
+        ("number", "code", "said"),
+        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    )
+    @pytest.mark.parametrize("turned_into", [None, ModuleNotFoundError, SystemExit])
+    def test_a_library_turns_it_into_something_else(
+        self,
+        capsys: Any,
+        vit: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        number: signal.Signals,
+        code: int,
+        said: str,
+        turned_into: type[BaseException] | None,
+    ) -> None:
+        def imports(*_: Any) -> None:
+            try:
+                signal.raise_signal(number)
+            except BaseException:
+                if turned_into is not None:
+                    raise turned_into("Could not import module") from None
+                stopping.stop_if_asked()
+
+        handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        monkeypatch.setattr(source, "config_of", imports)
+        assert shell(capsys, "prunable", vit) == (code, "", f"tp-hf-config prunable: {said}\n")
+        assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+
+    @pytest.mark.parametrize("shown", [console.Lines(), console.Bar(None)])
+    def test_a_library_swallows_it(self, shown: Any) -> None:
+        """The next thing that is said is the end: nothing more is done."""
+        with stopping.stoppable():
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(stopping.Interrupted):
+                shown.say("loading")
+        with stopping.stoppable():
+            stopping.stop_if_asked()  # another command
+
+    def test_ignored_stays_ignored(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with stopping.stoppable():
+            signal.raise_signal(signal.SIGINT)
+            stopping.stop_if_asked()
+
+    def test_through_code_that_is_run_from_c(self) -> None:
+        """Of a plain KeyboardInterrupt Python remembers that, and dies of the signal at its end."""
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_FROM_C], cwd=small.ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (130, "tp-hf-config prunable: interrupted\n")
+
+    def test_while_the_outcome_is_shown(self, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def shown(_: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(main_module, "show", shown)
+        monkeypatch.setattr(sys, "argv", ["tp-hf-config", "completion", "bash"])
+        assert main_module.run() == 130
+        assert capsys.readouterr().err == "tp-hf-config: interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # the process is at its end
 
 
 class TestCompletion:

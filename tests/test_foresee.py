@@ -276,7 +276,7 @@ class TestCarriedOut:
         assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (4, 2)
         told = self.notes(model, prune=("num_local_experts",), pruning_ratio=0.9)
         assert model.config.num_local_experts == 2
-        assert told == [[]]
+        assert told == [["num_local_experts ends at 2, not at 0.9 less: no less can be left of it"]]
 
     def test_pruned_by_hand_before_the_first_step(self) -> None:
         """Not as foreseen: half of the 28 that Torch-Pruning finds, rounded to four heads."""

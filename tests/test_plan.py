@@ -293,6 +293,91 @@ NOT_A_MULTIPLE = (
 )
 
 
+class TestRatiosThatCannotBe:
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            (
+                {"ratios": {"hidden_size": 0.25}},
+                "every width that is pruned has a ratio of its own",
+            ),
+            (
+                {"prune": ["hidden_size"], "ratios": {"hidden_size": 0.25}},
+                "every width that is pruned has a ratio of its own",
+            ),
+            ({"prune": (), "head_pruning_ratio": 0.5}, "every width that is pruned has a ratio"),
+            ({"target_params": 0.8}, "target_params= finds the ratio by itself"),
+        ],
+    )
+    def test_one_that_no_width_follows(self, settings: dict[str, Any], said: str) -> None:
+        model = small.llama(num_key_value_heads=2)
+        with pytest.raises(ValueError, match=f"pruning_ratio=0.3: {said}"):
+            plan(model, pruning_ratio=0.3, **settings)
+        expected = plan(model, **settings).values
+        assert plan(model, pruning_ratio=0.0, **settings).values == expected
+
+    def test_one_that_some_width_follows(self) -> None:
+        fields = ("hidden_size", "intermediate_size")
+        result = plan(small.llama(), prune=fields, ratios={fields[0]: 0.25}, pruning_ratio=0.5)
+        assert result.values == {"hidden_size": 24, "intermediate_size": 32}
+
+    @pytest.mark.parametrize(
+        ("settings", "hidden", "said"),
+        [
+            ({"pruning_ratio": 0.875}, 4, ()),
+            (
+                {"pruning_ratio": 0.95},
+                32,
+                (
+                    "hidden_size ends at 32, not at 0.95 less: it would leave nothing, and then "
+                    "nothing is pruned; 0.875 leaves the least",
+                ),
+            ),
+            (
+                {"ratios": {"hidden_size": 0.75}, "max_pruning_ratio": 0.5},
+                16,
+                ("hidden_size ends at 16, not at 0.75 less: max_pruning_ratio is 0.5",),
+            ),
+            (
+                {"prune": ["hidden_size"], "round_to": 64},
+                32,
+                (
+                    "hidden_size ends at 32, not at 0.5 less: no smaller multiple of 64 can be "
+                    "left of it",
+                ),
+            ),
+        ],
+    )
+    def test_less_goes_than_is_asked_for(
+        self, settings: dict[str, Any], hidden: int, said: tuple[str, ...]
+    ) -> None:
+        model = small.llama()
+        result = plan(model, **settings)
+        assert (result.values["hidden_size"], result.adjusted) == (hidden, said)
+        assert pruned(model, result) == [result.values]
+
+    def test_the_report_says_it_too(self) -> None:
+        model, hook = small.llama(), HFConfigSyncHook()
+        pruner = tp.pruner.BasePruner(
+            model,
+            **pruner_kwargs(model),
+            importance=tp.importance.MagnitudeImportance(),
+            pruning_ratio=0.95,
+            hooks=[hook],
+        )
+        pruner.step()
+        assert hook.last_report is not None
+        assert plan(small.llama(), pruning_ratio=0.95).adjusted[0] in hook.last_report.notes
+
+
+def test_fields_that_go_together_are_listed_once() -> None:
+    """With as many key/value heads as heads, several searches come to one width."""
+    widths = prunable(small.llama(num_key_value_heads=4)).widths
+    assert [width.name for width in widths if len(width.fields) > 1] == [
+        "num_attention_heads + num_key_value_heads"
+    ]
+
+
 class TestAdjusted:
     def test_query_heads(self) -> None:
         """As many go from each of three key/value groups: 7.2 heads are 6; 459 is no multiple."""

@@ -113,6 +113,38 @@ def test_what_no_shape_shows_stays_and_is_named():
     assert found.undecided == {("num_attention_heads",)}
 
 
+@pytest.mark.parametrize(("size", "fitting"), [(26, range(24, 32)), (20, range(16, 24))])
+def test_an_image_size_of_which_several_fit(size: int, fitting: range):
+    """Pictures are cut into whole patches of eight."""
+    known = known_of("vit")
+    assert known.sizes[("patch_size",)] == 8
+    wanted = target(known, image_size=size)
+    found = recover(known, wanted)
+    assert isinstance(found, Conflict)
+    assert found.ambiguous == [{("image_size",): value} for value in fitting]
+    told = recover(known, wanted, {("image_size",): size})
+    assert isinstance(told, Recovery)
+    assert told.values[("image_size",)] == size
+    stays = recover(known, target(known))
+    assert isinstance(stays, Recovery)
+    assert stays.values == known.sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape"),
+    [
+        ("t5", "shared.weight", (0, 64)),
+        ("swin", "swin.embeddings.patch_embeddings.projection.weight", (0, 3, 4, 4)),
+    ],
+)
+def test_a_dimension_of_nothing(name: str, tensor: str, shape: tuple[int, ...]):
+    known = known_of(name)
+    found = recover(known, {**target(known), tensor: shape})
+    assert isinstance(found, Refusal | Conflict)
+    told = str(found)
+    assert tensor in told, told
+
+
 def test_heads_move_with_a_hidden_size_that_they_do_not_divide():
     known = known_of("bert")
     wanted = target(known, hidden_size=51, num_attention_heads=3)

@@ -22,6 +22,7 @@ from .graph import ConfigGraph
 from .plan_table import adjusted_line, refusal_lines
 from .planning import planned_refusal
 from .reference import FieldPath, field_name
+from .shortfall import shortfalls
 from .steer import given_ratios
 from .views import Coupled
 from .widths import WidthView
@@ -42,8 +43,10 @@ class Foreseen:
     kinds: dict[int, tuple[tuple[FieldPath, ...], int]]
 
     def notes(self, step: int) -> list[str]:
-        """What a step does instead of what is asked for."""
-        return [adjusted_line(one) for one in self.course.adjusted if one.step == step]
+        """What a step does instead of what is asked for; the last, what all of them do not."""
+        lines = [adjusted_line(one) for one in self.course.adjusted if one.step == step]
+        last = step == len(self.course.walk)
+        return lines + (shortfalls(self.course) if last else [])
 
     def units_left(self, coupled: Coupled, step: int) -> int | None:
         """What a step leaves of a group; ``None`` where it did not come to it as foreseen."""

@@ -86,19 +86,21 @@ def find_groups(mini: Miniature) -> list[Finding]:
         if path not in known.linked and _sets_outputs(mini, path)
     ]
     failed = {f.fields[0] for f in findings if f.reason is not None}
-    equal: list[tuple[FieldPath, ...]] = []
-    for fields in equal_fields(known, failed):
+    equal = [_find(mini, fields) for fields in equal_fields(known, failed)]
+    equal = [found for found in equal if found.reason is None]
+    findings += equal
+
+    def is_new(fields: tuple[FieldPath, ...]) -> bool:
+        return all(set(fields) != set(other.fields) for other in findings)
+
+    for fields in filter(is_new, grouped_heads(known, failed)):
         if (found := _find(mini, fields)).reason is None:
             findings.append(found)
-            equal.append(fields)
-    for fields in grouped_heads(known, failed):
-        if (found := _find(mini, fields)).reason is None:
-            findings.append(found)
-    for fields in whole_heads(known):
+    for fields in filter(is_new, whole_heads(known)):
         tried = [_find(mini, fields)]
         for pair in equal:
-            if tried[-1].reason is not None and fields[-1] in pair:
-                tried.append(_find(mini, (*fields[:-1], *pair)))
+            if tried[-1].reason is not None and fields[-1] in pair.fields:
+                tried.append(_find(mini, (*fields[:-1], *pair.fields)))
         findings.append(tried[-1] if tried[-1].reason is None else tried[0])
     return [_rehearsed(mini, finding) for finding in findings]
 

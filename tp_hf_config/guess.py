@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from math import gcd, prod
+from math import gcd, isqrt, prod
 
 from .fit import Shapes, Values, fit, problem_of
 from .learn import ConfigMap
@@ -178,15 +178,8 @@ def _steps(
     tried = set()
     for path, ratios in influence.items():
         for have, want in list(ratios)[:4]:
-            value = values[path]
-            for number in (
-                value * want // have,
-                -(-value * want // have),
-                value + want - have,
-                value * have // want,
-                -(-value * have // want),
-            ):
-                if number >= 1 and number != value and (path, number) not in tried:
+            for number in _scaled(values[path], have, want):
+                if number not in (0, values[path]) and (path, number) not in tried:
                     tried.add((path, number))
                     yield path, number
     highest = {path: known.sizes[path] for path in [*influence, *unseen(known)]}
@@ -197,6 +190,19 @@ def _steps(
             if number != values.get(path, most) and (path, number) not in tried:
                 tried.add((path, number))
                 yield path, number
+
+
+def _scaled(value: int, have: int, want: int) -> Iterator[int]:
+    """What a field may be where a dimension is another: along, against, or as a square (images)."""
+    if have and want:
+        yield value * want // have
+        yield -(-value * want // have)
+    yield max(0, value + want - have)
+    if have and want:
+        yield value * have // want
+        yield -(-value * have // want)
+        yield isqrt(value * value * want // have)
+        yield isqrt(value * value * want // have) + 1
 
 
 def _fields_of(known: ConfigMap, key: Observable) -> frozenset[FieldPath]:

@@ -22,6 +22,7 @@ from .offers import Width, widths_of
 from .plan_table import adjusted_line
 from .plans import Plan, PlannedRefusal, PlannedWidth, Scheduler, Settings
 from .reference import FieldPath, Refusal, field_name
+from .shortfall import shortfalls
 from .sizes import ParameterCount, Size, size_of
 from .target import course_to
 from .unbuilt import model_of
@@ -36,7 +37,7 @@ _KERNELS, _RANKS, _ASKED = (64, 128, 256), (2, 4, 8), 64
 def plan(
     model_or_config: nn.Module | PreTrainedConfig,
     *,
-    pruning_ratio: float = 0.5,
+    pruning_ratio: float | None = None,
     ratios: Mapping[str, float] | None = None,
     prune: Iterable[str] | None = None,
     head_pruning_ratio: float = 0.0,
@@ -56,9 +57,10 @@ def plan(
 
     Args:
         model_or_config: a model, on the meta device too, or a config.
-        pruning_ratio: for every width that ``ratios`` does not name.
+        pruning_ratio: for every width to prune that ``ratios`` does not name; default: 0.5.
         ratios: ratio per config field.
-        prune: config fields to prune; default: every width inside the model but attention heads.
+        prune: config fields to prune; default: those that ``ratios`` names, without it every width
+            inside the model but attention heads.
         head_pruning_ratio: the share of attention heads to prune as well.
         prune_num_heads: whether heads are pruned; default: where ``head_pruning_ratio`` is not 0.
         gqa: ``"query"``: query heads out of every key/value group; ``"group"``: whole key/value
@@ -75,7 +77,8 @@ def plan(
 
     Raises:
         UnsupportedModelError: no single Hugging Face model, or a field that cannot be pruned.
-        ValueError: a ratio outside 0 to 1, an unknown ``gqa``, or a target that cannot be reached.
+        ValueError: a ratio outside 0 to 1 or one that no width follows, an unknown ``gqa``, or a
+            target that cannot be reached.
     """
     check_gqa(gqa)
     model = model_of(model_or_config, model_class)
@@ -84,11 +87,12 @@ def plan(
     fixed = dict(ratios or {})
     names = None if prune is None and not fixed else tuple(prune or fixed)
     heads = bool(head_pruning_ratio or gqa) if prune_num_heads is None else prune_num_heads
-    _check_ratios({"pruning_ratio": pruning_ratio, "head_pruning_ratio": head_pruning_ratio})
+    common = 0.5 if pruning_ratio is None else pruning_ratio
+    _check_ratios({"pruning_ratio": common, "head_pruning_ratio": head_pruning_ratio})
     _check_ratios(fixed)
     settings = Settings(
         prune=names,
-        pruning_ratio=pruning_ratio,
+        pruning_ratio=common,
         ratios=fixed,
         prune_num_heads=heads,
         gqa=gqa,
@@ -102,6 +106,8 @@ def plan(
     chosen = choose(view, Wanted(names, heads, gqa, wrapped=wrapped), must=True)
     assert not isinstance(chosen, str)  # that it must
     course = _course(view, chosen, settings)
+    if pruning_ratio:
+        _check_followed(course, settings, target_params)
     return _plan(model_or_config, view, chosen, course, settings, target_params)
 
 
@@ -109,6 +115,21 @@ def _check_ratios(ratios: Mapping[str, float]) -> None:
     for name, ratio in ratios.items():
         if not 0 <= ratio <= 1:
             raise ValueError(f"{name}={ratio}: expected a share between 0 and 1")
+
+
+def _check_followed(course: Course, settings: Settings, target_params: float | None) -> None:
+    """A common ratio that decides nothing was meant otherwise."""
+    ratio = settings.pruning_ratio
+    if target_params is not None:
+        raise ValueError(
+            f"pruning_ratio={ratio}: target_params= finds the ratio by itself. Leave one of them "
+            "out"
+        )
+    if course.moves and all(move.clamped for move in course.moves):
+        raise ValueError(
+            f"pruning_ratio={ratio}: every width that is pruned has a ratio of its own (ratios=, "
+            "head_pruning_ratio=). Name the fields that it is for in prune= too, or leave it out"
+        )
 
 
 def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Course:
@@ -180,7 +201,7 @@ def _plan(
         before=before,
         after=after,
         refusal=planned_refusal(course),
-        adjusted=tuple(map(adjusted_line, course.adjusted)),
+        adjusted=(*map(adjusted_line, course.adjusted), *shortfalls(course)),
         target=target,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
         notes=notes,

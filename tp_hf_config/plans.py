@@ -130,7 +130,8 @@ class Plan:
         kept: width -> why it cannot be pruned.
         before: the size now.
         after: the size in the end; ``None`` where the class refuses the widths.
-        adjusted: steps at which the class does not take what is asked for, and what is done.
+        adjusted: steps at which the class does not take what is asked for, and what is done; widths
+            of which less goes than their ratio says, and why.
         refusal: why the settings cannot be carried out; ``None`` where they can.
         target: how many parameters were asked for, if any were.
         tokens: FLOPs are counted for each token; else for each input (an image, a recording).

@@ -20,6 +20,7 @@ from .reference import FieldPath, Mismatch, Refusal, listed, shapes
 from .solve import Conflict, Observable
 
 _TRIED = 64
+_FURTHER = 64
 _LISTED = 8
 
 
@@ -65,10 +66,37 @@ def recover(
         return reason
     proof = build_as(known, known.data, target, values)
     if isinstance(proof, tuple):
-        return Recovery(values, proof[0], frozenset(unseen(known)) - given.keys())
+        found = Recovery(values, proof[0], frozenset(unseen(known)) - given.keys())
+        return _several(known, found, given) or found
     if not fitting:
         return reason
     return proof if isinstance(proof, Refusal) else _mismatched(known, proof)
+
+
+def _several(known: ConfigMap, found: Recovery, given: Mapping[FieldPath, int]) -> Conflict | None:
+    """The values of a field that would change and of which several fit; None: each is the one."""
+    for path in found.values.keys() - given.keys() - known.linked.keys() - found.undecided:
+        if found.values[path] != known.sizes.get(path):
+            alike = _alike(known, found.values, path)
+            if len(alike) > 1:
+                return Conflict(ambiguous=[{path: value} for value in alike])
+    return None
+
+
+def _alike(known: ConfigMap, values: Values, path: FieldPath) -> list[int]:
+    """The values of a field, next to the one found, with which the same is built."""
+    built, found = known.build_at(values), [values[path]]
+    for step in (-1, 1):
+        other = values[path] + step
+        while other > 0 and abs(other - values[path]) <= _FURTHER:
+            alike = known.build_at({**values, path: other})
+            if isinstance(alike, Refusal) or isinstance(built, Refusal):
+                break
+            if shapes(alike) != shapes(built):
+                break
+            found.append(other)
+            other += step
+    return sorted(found)
 
 
 def _other_tensors(known: ConfigMap, target: Shapes) -> Refusal | None:

@@ -6,21 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
 from ..errors import TPHFConfigError
 from ..fit import value_at
 from ..learn import ConfigMap, map_of
 from ..recover import Recovery, recover
-from ..reference import FieldPath, Mismatch, Refusal, field_name, shapes, with_values
+from ..reference import FieldPath, Mismatch, Refusal, field_name, with_values
 from ..solve import Conflict
 from .assess import Assessment, assess
 from .building import Classes, build
 from .headers import Stored
 from .starting import Start, partners, starts, undecided
 from .structure import Structure, as_json, described, every_default, settled, untied
-
-_FURTHER = 64
 
 
 @dataclass(frozen=True)
@@ -232,42 +228,13 @@ def paths_of(known: ConfigMap, given: Mapping[str, int]) -> dict[FieldPath, int]
 
 
 def _not_told(known: ConfigMap, found: Recovery, given: Mapping[FieldPath, int]) -> Unsolved | None:
-    """A field that would change although other values have the same shapes; None: there is none."""
-    for path, value in found.values.items():
-        if value == known.sizes.get(path) or path in given or path in known.linked:
-            continue
-        name = field_name(path)
-        if path in found.undecided:
+    """A field that would change although no shape shows it; None: there is none."""
+    for path in sorted(found.undecided - given.keys() - known.linked.keys(), key=field_name):
+        if found.values[path] != known.sizes.get(path):
+            name = field_name(path)
             why = f"{name} cannot stay {known.sizes[path]}, and no shape shows what it is"
             return Unsolved(f"{why}: say it, given={{{name!r}: ...}}")
-        built = known.build_at(found.values)
-        alike = [{name: other} for other in _alike(known, found.values, path, built)]
-        if len(alike) > 1:
-            listed = " or ".join(f"{name}={one[name]}" for one in alike)
-            return Unsolved(f"the shapes fit {listed}", {}, tuple(alike))
     return None
-
-
-def _alike(
-    known: ConfigMap, values: Mapping[FieldPath, int], path: FieldPath, built: nn.Module | Refusal
-) -> list[int]:
-    """The values of a field, next to the one found, with which the same is built."""
-    found = [values[path]]
-    for step in (-1, 1):
-        other = values[path] + step
-        while other > 0 and abs(other - values[path]) <= _FURTHER:
-            if not _same(known, {**values, path: other}, built):
-                break
-            found.append(other)
-            other += step
-    return sorted(found)
-
-
-def _same(known: ConfigMap, values: Mapping[FieldPath, int], built: nn.Module | Refusal) -> bool:
-    other = known.build_at(values)
-    if isinstance(other, Refusal) or isinstance(built, Refusal):
-        return False
-    return shapes(other) == shapes(built)
 
 
 def _conflicting(found: Conflict, changed: tuple[Changed, ...]) -> Unsolved:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from .outcome import Outcome
+from .stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
@@ -45,6 +46,7 @@ def quiet_libraries() -> Iterator[None]:
     """Transformers says nothing but errors."""
     from transformers.utils import logging as untyped
 
+    stop_if_asked()  # the import may have swallowed it
     logging: Any = untyped
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     try:
@@ -75,6 +77,7 @@ class Lines:
 
     def say(self, what: object) -> None:
         """In lines."""
+        stop_if_asked()
         print(what, file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
@@ -93,6 +96,7 @@ class Bar:
         """As rich draws it; text without markup."""
         from rich.text import Text
 
+        stop_if_asked()
         self._bars.console.print(Text(what) if isinstance(what, str) else what)
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:

@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -25,14 +24,27 @@ from ..errors import PrunerSettingsWarning, TPHFConfigError
 from .arguments import UsageError
 from .console import show
 from .outcome import FAILED, UNKNOWN, Outcome
+from .stopping import Terminated, asked_to_stop, stoppable
 
 PROGRAM = "tp-hf-config"
 COMMANDS = ("check", "repair", "verify", "plan", "prunable", "prune", "completion")
-INTERRUPTED, TERMINATED, UNREAD = 130, 143, 141
+INTERRUPTED, TERMINATED, UNREAD = (130, "interrupted"), (143, "terminated"), 141
 
 
-class Terminated(BaseException):
-    """Somebody asked the process to end."""
+def run() -> int:
+    """Run one command as a process does: Ctrl-C is no crash at any time.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return main()
+    except KeyboardInterrupt:  # before the command began, or while its outcome is shown
+        code, text = INTERRUPTED
+        print(f"{PROGRAM}: {text}", file=sys.stderr)
+        return code
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: the exit code stays
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,23 +105,28 @@ def _sentence(text: str) -> str:
 def _run(options: argparse.Namespace) -> Outcome:
     """Run the command; what it raises becomes an outcome, said on standard error."""
     try:
-        with redirect_stdout(sys.stderr), _few_warnings(), _terminable():
+        with redirect_stdout(sys.stderr), _few_warnings(), stoppable():
             outcome: Outcome = options.run(options)
             return outcome
-    except UsageError as error:
+    except BaseException as error:
+        stop = asked_to_stop(error)
+        if stop is not None:
+            return _wrong(options, stop, *(TERMINATED if type(stop) is Terminated else INTERRUPTED))
+        if not isinstance(error, Exception):
+            raise
+        return _failed(options, error)
+
+
+def _failed(options: argparse.Namespace, error: Exception) -> Outcome:
+    if isinstance(error, UsageError):
         sys.stderr.write(options.usage())
         return _wrong(options, error, UNKNOWN, str(error))
-    except TPHFConfigError as error:
+    if isinstance(error, TPHFConfigError):
         return _wrong(options, error, FAILED, str(error))
-    except KeyboardInterrupt as error:
-        return _wrong(options, error, INTERRUPTED, "interrupted")
-    except Terminated as error:
-        return _wrong(options, error, TERMINATED, "terminated")
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        if not options.debug:
-            text += "\nThis is not foreseen: --debug shows where it happened."
-        return _wrong(options, error, UNKNOWN, text)
+    text = f"{type(error).__name__}: {error}"
+    if not options.debug:
+        text += "\nThis is not foreseen: --debug shows where it happened."
+    return _wrong(options, error, UNKNOWN, text)
 
 
 def _wrong(options: argparse.Namespace, error: BaseException, code: int, text: str) -> Outcome:
@@ -131,20 +148,3 @@ def _few_warnings() -> Iterator[None]:
         warnings.simplefilter("always", PrunerSettingsWarning)
         warnings.showwarning = line
         yield
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """A polite kill unwinds as Ctrl-C does, so that nothing half-written stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -69,7 +69,8 @@ def check_plan(plan: Plan, job: Job) -> None:
         steps = "; ".join(
             f"{w.name} {w.asked:g} of {next(iter(w.before.values())):,}" for w in plan.widths
         )
-        raise PipelineError(f"these ratios prune nothing ({steps}). Ask for more")
+        why = "; ".join(plan.adjusted) or "Ask for more"
+        raise PipelineError(f"these ratios prune nothing ({steps}). {why}")
     free = shutil.disk_usage(job.out.expanduser().resolve().parent).free
     if plan.after is not None and plan.after.bytes > free:
         raise PipelineError(
