@@ -145,7 +145,7 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
     runs = {known.values[path] // units for path in fields}
     if len(fields) > 1:  # an output can be a multiple of a field
         runs |= {share.per_unit for parts in shares.values() for share in parts}
-    test = TwinTest(mini.model, mini.inputs, units, sorted(runs))
+    test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
     found: Finding | None = None
     first, (sources, links) = _searched(test, styles, units)
     if not links.unequal:
@@ -290,7 +290,7 @@ def _finest(mini: Miniature, group: Group) -> Group:
             for dim in group.dims
         )
         units = group.units * grain
-        test = TwinTest(mini.model, mini.inputs, units)
+        test = TwinTest(mini.model, mini.inputs, units, watched=mini.watched)
         if all(test.proves(dims, list(_order(units, 1, swap))) for swap in (True, False)):
             return replace(group, dims=dims, units=units, classes=1, grain=grain)
     return group
