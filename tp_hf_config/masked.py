@@ -52,8 +52,14 @@ def difference(
     with torch.no_grad(), as_written(pruned), SizesRead() as read:
         got = outputs_in_float64(pruned, inputs, watched)
 
+    # a class may exchange modules as it first runs (BigBird, which leaves short texts dense)
+    started = copy.deepcopy(original)
+    for model in (started, fresh):
+        with torch.no_grad():
+            outputs_in_float64(model, inputs)
+
     def masked(surroundings: AbstractContextManager[Any]) -> list[Tensor]:
-        reference = _masked(original, fresh, kept)
+        reference = _masked(started, fresh, kept)
         with torch.no_grad(), _closed(reference, kept), surroundings:
             return outputs_in_float64(reference, inputs, watched)
 
@@ -212,8 +218,9 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
         width = _long(x, axis)
 
         def cut(value: Any) -> Any:
-            fits = isinstance(value, Tensor) and value.ndim > 1 and _long(value, axis) == width
-            return value.index_select(axis, places) if fits else value
+            if not isinstance(value, Tensor) or value.ndim < 2 or value.ndim <= axis:
+                return value
+            return value.index_select(axis, places) if _long(value, axis) == width else value
 
         result: Tensor = narrow(
             cut(x), *map(cut, others), **{key: cut(value) for key, value in named.items()}
@@ -230,9 +237,10 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
 def _axis(x: Tensor, side: Side) -> int:
     """Along which axis channels stand: the last, or the one after the samples (ConvNeXt).
 
-    Where both are as long, it is the one along which removed channels are zero.
+    Or another one (heads).  Of several as long, it is that along which removed channels are zero.
     """
-    fitting = [axis for axis in (-1, 1) if x.ndim > 1 and _long(x, axis) == side.size]
+    axes = (-1, 1, *range(2, x.ndim - 1)) if x.ndim > 1 else ()
+    fitting = [axis for axis in axes if _long(x, axis) == side.size]
     masked = (axis for axis in fitting if not bool(x.index_select(axis, side.gone).any()))
     return next(masked, fitting[0] if fitting else 1)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _NONE = 1e-12
+_NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 _MASKED = 1e30
 """What is larger says never; beside it every difference would be none."""
 
@@ -79,7 +80,7 @@ class _Watch(AllFloat64):
     Attributes:
         results: what was kept.
         read: tensors that a function took whose own result carries no gradient: an order, places, a
-            comparison.
+            comparison, a number.
     """
 
     def __init__(self, wanted: Collection[Result] | None):
@@ -112,11 +113,13 @@ class _Watch(AllFloat64):
         if func is torch._C._set_grad_enabled:
             return None
         made = super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
         tensors = list(tensors_in(made))
         for tensor in tensors:
             if tensor.is_floating_point():
-                self._keep(tensor, getattr(func, "__name__", ""))
-        if self.wanted is None and not all(tensor.requires_grad for tensor in tensors):
+                self._keep(tensor, name)
+        told = name in _NUMBERS or not all(tensor.requires_grad for tensor in tensors)
+        if self.wanted is None and told:
             taken = tensors_in([*args, *(kwargs or {}).values()])
             self.read += [tensor for tensor in taken if tensor.requires_grad]
         return made
@@ -159,8 +162,8 @@ def _floating(outputs: Any) -> list[Tensor]:
 def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result, ...]:
     """The results to watch: they depend on parameters that no output of the model depends on.
 
-    Those that end there, and those by which something is chosen.  Of tensors that are one and the
-    same, the first.
+    Those by which something is chosen, and of those that end there as many as it takes to see every
+    such parameter, the ones that depend on most of them first.
     """
     outputs = [one for one in outputs_in_float64(model, inputs) if one.requires_grad]
     unseen = _without_effect(outputs, list(model.parameters()))
@@ -173,17 +176,19 @@ def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result
             model(**inputs)
     except RuntimeError:  # a parameter changed in place, where no gradients are meant to be
         return ()
-    found = {_edge(made): result for result, made in reversed(watch.results.items())}
-    taken = _taken(watch.results.values())
-    read = {_edge(made) for made in watch.read}
-    tensors = watch.results
-    return tuple(
-        result
-        for edge, result in reversed(found.items())
-        if edge[0] is not None
-        and (edge in read or edge not in taken)
-        and len(_without_effect([_unmasked(tensors[result])], unseen)) < len(unseen)
-    )
+    taken, read = _taken(watch.results.values()), {_edge(made) for made in watch.read}
+    first = {_edge(made): result for result, made in reversed(watch.results.items())}
+    shown: dict[Result, set[int]] = {}
+    for edge, result in reversed(first.items()):
+        if edge[0] is not None and (edge in read or edge not in taken):
+            blind = _without_effect([_unmasked(watch.results[result])], unseen)
+            shown[result] = set(map(id, unseen)) - set(map(id, blind))
+    choosing = {result for edge, result in first.items() if edge in read and shown.get(result)}
+    needed: set[Result] = set()
+    for result in sorted(shown.keys() - choosing, key=lambda one: (-len(shown[one]), one)):
+        if not shown[result] <= set().union(*(shown[other] for other in needed)):
+            needed.add(result)
+    return tuple(result for result in shown if result in choosing | needed)
 
 
 _Edge = tuple[Any, int]
