@@ -195,6 +195,8 @@ class TwinTest:
         return self.permutation_error(dims, order) < _EQUAL
 
     def _change(self, old: Tensor, new: Tensor, order: Sequence[int]) -> float:
+        if bool(new.isnan().any()) and not bool(old.isnan().any()):
+            return torch.inf
         scale = float(old.abs().max()) or 1.0
         candidates = [old]
         for axis, size in enumerate(old.shape):
