@@ -339,9 +339,9 @@ def _proved(
 def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> int | None:
     """The place of the group that vectors go along with which the class has and does not use.
 
-    The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3): where a single
-    group of the width is of free channels, the residual stream, they can only be of that one, channel
-    by channel.  The stream is what norms belong to.
+    The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3): where a
+    single group of the width is of free channels, the residual stream, they can only be of that
+    one, channel by channel.  The stream is what norms belong to.
     """
     sizes = {dim.layout for dim in unused}
     plain = len(sizes) == 1 and sizes <= {Layout(run=dim.layout.run) for dim in unused}
