@@ -20,7 +20,7 @@ import small
 import torch
 from torch import nn
 
-from tp_hf_config.twins import AllFloat64
+from tp_hf_config.passes import AllFloat64
 
 OUT, IN = True, False
 _EXACT = 1e-9

@@ -13,7 +13,7 @@ from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable, prun
 from tp_hf_config.learn import map_of
 from tp_hf_config.limits import straying
 from tp_hf_config.masked import _axis, difference
-from tp_hf_config.measure import tiny_model
+from tp_hf_config.measure import subject
 from tp_hf_config.miniature import Miniature, miniature
 from tp_hf_config.reference import Builder, FieldPath, Refusal, config_json
 from tp_hf_config.scales import Side, Width
@@ -53,8 +53,8 @@ def test_one_dimension_of_every_head_is_not_taken_for_a_head() -> None:
 def test_a_factor_of_a_product_is_known_by_what_the_pruner_prunes() -> None:
     mini = miniature(map_of(qwen3_5_moe()))
     assert isinstance(mini, Miniature)
-    model = tiny_model(mini, 0)
-    original = tiny_model(mini, 0)
+    model = subject(mini, 0).model
+    original = subject(mini, 0).model
     before = dict(model.config.to_dict())  # type: ignore[union-attr, operator]
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
@@ -174,6 +174,8 @@ def test_channels_are_told_from_an_axis_as_long() -> None:
     assert _axis(first.movedim(1, -1), side) == -1
     assert _axis(torch.ones(2, 5, 4), side) == -1
     assert _axis(torch.ones(2, 4, 5), side) == 1
+    heads = torch.ones(2, 5, 4, 3)
+    assert _axis(heads, side) == 2
 
 
 def test_a_parameter_that_holds_nothing_goes_along() -> None:

@@ -147,7 +147,7 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
     runs = {known.values[path] // units for path in fields}
     if len(fields) > 1:  # an output can be a multiple of a field
         runs |= {share.per_unit for parts in shares.values() for share in parts}
-    test = TwinTest(mini.model, mini.inputs, units, sorted(runs))
+    test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
     found: Finding | None = None
     first, (sources, links) = _searched(test, styles, units)
     if not links.unequal:
@@ -292,7 +292,7 @@ def _finest(mini: Miniature, group: Group) -> Group:
             for dim in group.dims
         )
         units = group.units * grain
-        test = TwinTest(mini.model, mini.inputs, units)
+        test = TwinTest(mini.model, mini.inputs, units, watched=mini.watched)
         if all(test.proves(dims, list(_order(units, 1, swap))) for swap in (True, False)):
             return replace(group, dims=dims, units=units, classes=1, grain=grain)
     return group
@@ -341,9 +341,9 @@ def _proved(
 def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> int | None:
     """The place of the group that vectors go along with which the class has and does not use.
 
-    A last norm whose output nobody takes (CLIP's image classifier), the token of a mask that was
-    not given (DINOv2): where a single group of the width is of free channels, the residual stream,
-    they can only be of that one, channel by channel.  The stream is what norms belong to.
+    The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3): where a
+    single group of the width is of free channels, the residual stream, they can only be of that
+    one, channel by channel.  The stream is what norms belong to.
     """
     sizes = {dim.layout for dim in unused}
     plain = len(sizes) == 1 and sizes <= {Layout(run=dim.layout.run) for dim in unused}

@@ -17,7 +17,7 @@ from torch import nn
 
 from .dry_run import NoValues
 from .input_shapes import BESIDE, DISPENSABLE, MAIN, REQUIRED, TOWERS, Shape, size_of
-from .twins import tensors_in
+from .passes import tensors_in
 
 _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .passes import Result, outputs_in_float64
 from .reference import Refusal
 from .scales import AsNarrow, Side, SizesRead, Width, as_written, take_scales
 from .ties import saved_buffers
-from .twins import outputs_in_float64
 
 Kept = dict[str, tuple[Side, ...]]
 """What is left of every tensor, dimension by dimension."""
@@ -31,7 +31,11 @@ _PROJECTIONS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 
 def difference(
-    original: nn.Module, pruned: nn.Module, fresh: nn.Module, inputs: Mapping[str, Any]
+    original: nn.Module,
+    pruned: nn.Module,
+    fresh: nn.Module,
+    inputs: Mapping[str, Any],
+    watched: Sequence[Result] = (),
 ) -> str | None:
     """Where a pruned model is not the original with the removed units masked; ``None``: nowhere.
 
@@ -40,35 +44,42 @@ def difference(
         pruned: after it.
         fresh: the class built anew from the pruned model's config, any weights: its scales count.
         inputs: keyword arguments of one forward pass.
+        watched: what is compared beside the outputs.
     """
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
         return kept.reason
     with torch.no_grad(), as_written(pruned), SizesRead() as read:
-        got = outputs_in_float64(pruned, inputs)
-    plain = _compared(_masked_outputs(original, fresh, kept, inputs, nullcontext()), got, kept)
+        got = outputs_in_float64(pruned, inputs, watched)
+
+    # a class may exchange modules as it first runs (BigBird, which leaves short texts dense)
+    started = copy.deepcopy(original)
+    for model in (started, fresh):
+        with torch.no_grad():
+            outputs_in_float64(model, inputs)
+
+    def masked(surroundings: AbstractContextManager[Any]) -> list[Tensor]:
+        reference = _masked(started, fresh, kept)
+        with torch.no_grad(), _closed(reference, kept), surroundings:
+            return outputs_in_float64(reference, inputs, watched)
+
+    plain = _compared(masked(nullcontext()), got, kept)
     if plain is None:
         return None
     # a scale may be read off the head dim as the model runs, where no attribute says it
     narrow = AsNarrow(read.sizes, (side for sides in kept.values() for side in sides))
     with as_written(original):
-        outputs = _masked_outputs(original, fresh, kept, inputs, narrow)
+        outputs = masked(narrow)
     return None if _compared(outputs, got, kept) is None else plain
 
 
-def _masked_outputs(
-    original: nn.Module,
-    fresh: nn.Module,
-    kept: Kept,
-    inputs: Mapping[str, Any],
-    surroundings: AbstractContextManager[Any],
-) -> list[Tensor]:
+def _masked(original: nn.Module, fresh: nn.Module, kept: Kept) -> nn.Module:
+    """The original with the removed units masked."""
     reference = copy.deepcopy(original)
     take_scales(reference, fresh)
     _mask(reference, kept)
     _norms_over_kept(reference, kept)
-    with torch.no_grad(), _closed(reference, kept), surroundings:
-        return outputs_in_float64(reference, inputs)
+    return reference
 
 
 def _compared(expected: Sequence[Tensor], got: Sequence[Tensor], kept: Kept) -> str | None:
@@ -207,8 +218,9 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
         width = _long(x, axis)
 
         def cut(value: Any) -> Any:
-            fits = isinstance(value, Tensor) and value.ndim > 1 and _long(value, axis) == width
-            return value.index_select(axis, places) if fits else value
+            if not isinstance(value, Tensor) or value.ndim < 2 or value.ndim <= axis:
+                return value
+            return value.index_select(axis, places) if _long(value, axis) == width else value
 
         result: Tensor = narrow(
             cut(x), *map(cut, others), **{key: cut(value) for key, value in named.items()}
@@ -225,9 +237,10 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
 def _axis(x: Tensor, side: Side) -> int:
     """Along which axis channels stand: the last, or the one after the samples (ConvNeXt).
 
-    Where both are as long, it is the one along which removed channels are zero.
+    Or another one (heads).  Of several as long, it is that along which removed channels are zero.
     """
-    fitting = [axis for axis in (-1, 1) if x.ndim > 1 and _long(x, axis) == side.size]
+    axes = (-1, 1, *range(2, x.ndim - 1)) if x.ndim > 1 else ()
+    fitting = [axis for axis in axes if _long(x, axis) == side.size]
     masked = (axis for axis in fitting if not bool(x.index_select(axis, side.gone).any()))
     return next(masked, fitting[0] if fitting else 1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from .learn import map_of
 from .masked import difference
 from .miniature import Miniature, randomise
 from .offers import Width, widths_of
+from .passes import Result, outputs_in_float64
 from .prepare import pruner_kwargs
 from .reference import Builder, Refusal, config_json
 from .ties import saved_buffers
-from .twins import outputs_in_float64
 
 Outcome = Literal["works", "refused", "failed"]
 CASE = "case.pt"
@@ -62,6 +62,23 @@ class WidthSupport:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """The tiny model that is pruned in copies, and how it runs.
+
+    Attributes:
+        model: the class at the tiny copy's widths with random weights, in float64.
+        inputs: keyword arguments of one forward pass.
+        watched: what is compared beside the outputs.
+        partial: only text goes through it, though the class takes images or sound too.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    watched: Sequence[Result] = ()
+    partial: bool = False
+
+
+@dataclass(frozen=True)
 class Trial:
     """One width pruned in a copy of the tiny model, and where the copy was saved."""
 
@@ -69,8 +86,8 @@ class Trial:
     folders: tuple[Path, ...] = ()
 
 
-def tiny_model(mini: Miniature, seed: int) -> nn.Module:
-    """The class at the tiny copy's widths with random weights from ``seed``, in float64."""
+def subject(mini: Miniature, seed: int) -> Subject:
+    """The class at the tiny copy's widths, with random weights from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = mini.known.builder.build_real(mini.known.data)
@@ -81,30 +98,29 @@ def tiny_model(mini: Miniature, seed: int) -> nn.Module:
     with torch.no_grad():  # some classes load some weights in float32, whatever is asked for
         for value in (*model.parameters(), *saved_buffers(model).values()):
             value.copy_(value.float())
-    return model
+    return Subject(model, mini.inputs, mini.watched, mini.partial)
 
 
-def trials(model: nn.Module, inputs: Mapping[str, Any], folder: Path) -> Iterator[Trial]:
+def trials(case: Subject, folder: Path) -> Iterator[Trial]:
     """Prune every width that the library lists for a model, each in copies of its own.
 
     Args:
-        model: small, random weights in float64, eval mode; not changed.
-        inputs: keyword arguments of one forward pass.
+        case: the model, which is not changed, and how it runs.
         folder: where pruned copies are saved.
     """
-    found = widths_of(model, map_of(model))  # type: ignore[arg-type]
+    found = widths_of(case.model, map_of(case.model))  # type: ignore[arg-type]
     proved = {name for width in found if width.reason is None for name in width.names}
     for number, width in enumerate(found):
         if width.reason is not None and proved & set(width.names):
             continue  # it goes, only not in this way
-        yield _trial(model, inputs, width, folder / f"{number:02d}")
+        yield _trial(case, width, folder / f"{number:02d}")
 
 
-def _trial(model: nn.Module, inputs: Mapping[str, Any], width: Width, folder: Path) -> Trial:
+def _trial(case: Subject, width: Width, folder: Path) -> Trial:
     folders: list[Path] = []
     graph = ""
     for steps in STEPS if width.units > 2 else STEPS[:1]:
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(case.model)
         hook = HFConfigSyncHook()
         try:
             with _quiet():
@@ -115,13 +131,13 @@ def _trial(model: nn.Module, inputs: Mapping[str, Any], width: Width, folder: Pa
             why = f"{type(error).__name__} from the pruner's constructor: {error}"
             return Trial(WidthSupport(width.names, "failed", _line(why)))
         graph = "config" if hasattr(pruner.DG, "coupled") else "trace"
-        failed = _pruned(model, copied, pruner, hook, inputs, steps)
+        failed = _pruned(case, copied, pruner, hook, steps)
         if failed is None and not any(report.groups for report in hook.reports):
             why = width.reason or f"{_least(width)} of {width.units} have to stay"
             return Trial(WidthSupport(width.names, "refused", why, graph, width.units))
         if failed is None:
             folders.append(folder / str(steps))
-            failed = save(copied, inputs, folders[-1])
+            failed = save(copied, case.inputs, folders[-1], case.watched)
         if failed is not None:
             why = _line(f"{steps} steps: {failed}" if steps > 1 else failed)
             return Trial(WidthSupport(width.names, "failed", why, graph, width.units))
@@ -147,12 +163,7 @@ def _pruner(model: nn.Module, width: Width, steps: int, hook: HFConfigSyncHook) 
 
 
 def _pruned(
-    original: nn.Module,
-    model: Any,
-    pruner: Any,
-    hook: HFConfigSyncHook,
-    inputs: Mapping[str, Any],
-    steps: int,
+    case: Subject, model: Any, pruner: Any, hook: HFConfigSyncHook, steps: int
 ) -> str | None:
     """Prune to the end and compare; why that failed, or ``None``."""
     try:
@@ -162,20 +173,23 @@ def _pruned(
         fresh = Builder(model).build_real(config_json(model.config))
         if isinstance(fresh, Refusal):
             return f"the new config does not build: {fresh.reason}"
-        return difference(original, model, fresh, inputs)
+        return difference(case.model, model, fresh, case.inputs, case.watched)
     except TPHFConfigError as error:
         return f"{type(error).__name__} after the step: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
-def save(model: Any, inputs: Mapping[str, Any], folder: Path) -> str | None:
+def save(
+    model: Any, inputs: Mapping[str, Any], folder: Path, watched: Sequence[Result] = ()
+) -> str | None:
     """Save a model with what goes in and what comes out; why that failed, or ``None``."""
     try:
         with torch.no_grad():
-            outputs = outputs_in_float64(model, inputs)
+            outputs = outputs_in_float64(model, inputs, watched)
         model.save_pretrained(folder)
-        torch.save({"inputs": dict(inputs), "outputs": outputs}, folder / CASE)
+        case = {"inputs": dict(inputs), "watched": [tuple(one) for one in watched]}
+        torch.save({**case, "outputs": outputs}, folder / CASE)
     except Exception as error:
         return f"it cannot be saved: {type(error).__name__}: {error}"
     return None
@@ -199,7 +213,8 @@ def reloaded(model_class: Any, folder: Path) -> str | None:
         for parameter in model.parameters():  # aligned in memory like the live weights
             parameter.data = parameter.data.clone()
         with torch.no_grad():
-            outputs = outputs_in_float64(model.double().eval(), case["inputs"])
+            watched = [Result(*one) for one in case["watched"]]
+            outputs = outputs_in_float64(model.double().eval(), case["inputs"], watched)
     except Exception as error:
         return _line(f"it cannot be loaded: {type(error).__name__}: {error}")
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))

@@ -16,9 +16,9 @@ from .images import crops, smaller_images
 from .inputs import example_inputs, input_forms, second_sample, text_inputs
 from .learn import ConfigMap, learn
 from .lighter import in_proportion, lighter
+from .passes import AllFloat64, Result, tensors_in, watched_results
 from .reference import FieldPath, Refusal, shapes, with_values
 from .ties import saved_buffers
-from .twins import AllFloat64, tensors_in
 
 _FEW = 8
 _HEAD_DIM = 16
@@ -43,12 +43,14 @@ class Miniature:
         model: the class with random weights, none of them trivial, in float64 and eval mode.
         inputs: keyword arguments of one forward pass of two samples.
         partial: it runs on text alone, though the class takes images or sound too.
+        watched: what counts as an output beside the outputs: of parts that run without any.
     """
 
     known: ConfigMap
     model: nn.Module
     inputs: dict[str, Any]
     partial: bool = False
+    watched: tuple[Result, ...] = ()
 
 
 def miniature(known: ConfigMap) -> Miniature | Refusal:
@@ -81,9 +83,9 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         if isinstance(working, Refusal):
             return working
     inputs, partial = working
-    return Miniature(
-        learn(builder, builder.config(data), full, all_set=True), model, inputs, partial
-    )
+    around = learn(builder, builder.config(data), full, all_set=True)
+    watched = () if partial else watched_results(model, inputs)
+    return Miniature(around, model, inputs, partial, watched)
 
 
 def _working_inputs(model: nn.Module) -> tuple[dict[str, Any], bool] | Refusal:

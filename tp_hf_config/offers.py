@@ -222,7 +222,9 @@ def single_positions(group: WidthGroup, known: ConfigMap) -> bool:
         dims = [Dim(dim.name, dim.dim, Layout(offset=dim.layout.offset)) for dim in tiny.dims]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
         with one_thread():
-            return TwinTest(done.mini.model, done.mini.inputs, count).proves(dims, order)
+            return TwinTest(
+                done.mini.model, done.mini.inputs, count, watched=done.mini.watched
+            ).proves(dims, order)
     return False
 
 

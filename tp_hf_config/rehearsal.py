@@ -38,7 +38,7 @@ def rehearse(mini: Miniature, finding: Finding) -> str | None:
         fresh.tie_weights()  # type: ignore[operator]
         wrong = _carried(fresh, _tensors(mini.model), groups)
         try:
-            return wrong or difference(mini.model, fresh, fresh, mini.inputs)
+            return wrong or difference(mini.model, fresh, fresh, mini.inputs, mini.watched)
         except Exception as error:  # a class may stop with any exception
             return f"it does not run then: {type(error).__name__}: {' '.join(str(error).split())}"
     return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .learn import map_of
-from .measure import Outcome, Trial, WidthSupport, reloaded, tiny_model, trials
+from .measure import Outcome, Subject, Trial, WidthSupport, reloaded, subject, trials
 from .miniature import miniature
 from .offers import one_thread
 from .reference import Refusal
@@ -99,19 +99,16 @@ def supports(
         made = prepared(model, seed)
         if isinstance(made, Refusal):
             return Support(name, why_not=made.reason, seed=seed)
-        tiny, inputs, partial = made
-        widths = tuple(
-            after_reload(trial, type(model)) for trial in trials(tiny, inputs, Path(folder))
-        )
-    return Support(name, widths, None, partial, seed)
+        widths = tuple(after_reload(trial, type(model)) for trial in trials(made, Path(folder)))
+    return Support(name, widths, None, made.partial, seed)
 
 
-def prepared(model: PreTrainedModel, seed: int) -> tuple[nn.Module, dict[str, Any], bool] | Refusal:
-    """The tiny copy of a model's class, its inputs, and whether it saw text alone."""
+def prepared(model: PreTrainedModel, seed: int) -> Subject | Refusal:
+    """The tiny copy of a model's class that is pruned, and how it runs."""
     mini = miniature(map_of(model))
     if isinstance(mini, Refusal):
         return mini
-    return tiny_model(mini, seed), mini.inputs, mini.partial
+    return subject(mini, seed)
 
 
 def after_reload(trial: Trial, model_class: type[nn.Module]) -> WidthSupport:

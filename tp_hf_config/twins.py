@@ -11,14 +11,15 @@ It needs a model, inputs and a list of dimensions, and knows nothing of configs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from .passes import Result, outputs_in_float64
 
 _EQUAL = 1e-9
 """Relative difference up to which two float64 results are the same."""
@@ -88,23 +89,30 @@ class TwinTest:
         inputs: keyword arguments of one forward pass.
         units: how many units the width has.
         runs: an output axis that is one of these times as long holds the units in such runs.
+        watched: what counts as an output beside the outputs.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: dict[str, Any], units: int, runs: Sequence[int] = (1,)
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        units: int,
+        runs: Sequence[int] = (1,),
+        watched: Sequence[Result] = (),
     ):
-        self.model, self.inputs, self.units = model, inputs, units
+        self.model, self.inputs, self.units, self.watched = model, inputs, units, watched
         self.axes = {units * run: Layout(run=run) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
         self._weights: list[tuple[Tensor, Tensor]] = []
-        every = outputs_in_float64(model, inputs)
+        every = outputs_in_float64(model, inputs, watched)
         self._depending = [number for number, one in enumerate(every) if one.requires_grad]
+        self._outward = every[: len(every) - len(watched)]
         self.base = [every[number].detach() for number in self._depending]
 
     def outputs(self) -> list[Tensor]:
         """The outputs of one forward pass that depend on parameters."""
-        every = outputs_in_float64(self.model, self.inputs)
+        every = outputs_in_float64(self.model, self.inputs, self.watched)
         return [every[number] for number in self._depending]
 
     def links(self, dims: Sequence[Dim], pairs: int = 4, thorough: bool = False) -> Links:
@@ -150,7 +158,7 @@ class TwinTest:
 
     def shows_outside(self) -> bool:
         """Whether an output has an axis as long as the width."""
-        return any(size in self.axes for output in self.base for size in output.shape)
+        return any(size in self.axes for output in self._outward for size in output.shape)
 
     def unused(self, names: Iterable[str]) -> bool:
         """Whether none of these parameters has any part in the outputs, whatever its values."""
@@ -187,6 +195,8 @@ class TwinTest:
         return self.permutation_error(dims, order) < _EQUAL
 
     def _change(self, old: Tensor, new: Tensor, order: Sequence[int]) -> float:
+        if bool(new.isnan().any()) and not bool(old.isnan().any()):
+            return torch.inf
         scale = float(old.abs().max()) or 1.0
         candidates = [old]
         for axis, size in enumerate(old.shape):
@@ -288,52 +298,3 @@ class TwinTest:
         finally:
             for name, data in before.items():
                 self.parameters[name].data.copy_(data)
-
-
-class AllFloat64(TorchFunctionMode):
-    """Casts to lower precision stay in float64: norms in float32 would hide small differences.
-
-    So do constants: Transformers 4 fills a mask of the default dtype with float64's least number.
-    """
-
-    def __enter__(self) -> Any:
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        torch.set_default_dtype(self._default)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        low = (torch.float32, torch.float16, torch.bfloat16)
-        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
-            return args[0].double()
-        if any(value in low for value in args if isinstance(value, torch.dtype)):
-            args = tuple(
-                torch.float64 if isinstance(value, torch.dtype) and value in low else value
-                for value in args
-            )
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in low:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-def outputs_in_float64(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """The floating point outputs of one forward pass, random numbers in it always the same."""
-    torch.manual_seed(0)
-    with AllFloat64():
-        return [value for value in tensors_in(model(**inputs)) if value.is_floating_point()]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a model's output, however it is nested."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)

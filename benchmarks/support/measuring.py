@@ -47,9 +47,8 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
         made = prepared(model, seed)
         if isinstance(made, Refusal):
             raise RuntimeError(made.reason)
-        tiny, inputs, partial = made
-        note(stage="prune", partial=partial)
-        for trial in trials(tiny, inputs, folder):
+        note(stage="prune", partial=made.partial)
+        for trial in trials(made, folder):
             folders = [str(one.relative_to(folder)) for one in trial.folders]
             result["widths"].append({**trial.width.to_dict(), "folders": folders})
             note()

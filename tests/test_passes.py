@@ -1,0 +1,302 @@
+"""Parts of a model that run without an output that depends on them are watched, and proved so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+import transformers as hf
+from torch import Tensor, nn
+
+from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs, supports
+from tp_hf_config.learn import map_of
+from tp_hf_config.masked import difference
+from tp_hf_config.measure import subject
+from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.passes import Result, outputs_in_float64, watched_results
+from tp_hf_config.reference import Builder, config_json
+from tp_hf_config.twins import Dim, Layout, Links, TwinTest
+
+HIDDEN, HEADS, RUN, TOKENS = 12, 4, 3, 5
+
+
+def ready(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model.double().eval()
+
+
+def states() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"x": torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64)}
+
+
+class Pooled(nn.Module):
+    """A head whose result nobody takes, beside one whose result is the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(HIDDEN, HIDDEN)
+        self.pool = nn.Linear(HIDDEN, HIDDEN)
+        self.inner = nn.Linear(HIDDEN, 6)
+        self.out = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.body(x)
+        pooled = self.pool(x[:, 0]).tanh()
+        self.inner(pooled)
+        pooled.mean(-1)
+        return self.out(x)
+
+
+class Scored(nn.Module):
+    """Sparse attention's indexer: heads score the tokens, the best are taken."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.query = nn.Linear(HIDDEN, HEADS * RUN, bias=False)
+        self.key = nn.Linear(HIDDEN, RUN, bias=False)
+        self.weights = nn.Linear(HIDDEN, HEADS, bias=False)
+        self.causal = causal
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x).view(*x.shape[:2], HEADS, RUN)
+        scores = torch.einsum("bqhd,bkd->bhqk", query, self.key(x)).relu()
+        scores = torch.einsum("bhqk,bqh->bqk", scores, self.weights(x))
+        if self.causal:
+            later = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, torch.finfo(scores.dtype).min)
+        return scores.topk(3).indices
+
+
+class Sparse(nn.Module):
+    """Every token is the mean of those that the indexer chooses."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.indexer = Scored(causal)
+        self.out = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = F.one_hot(self.indexer(x), TOKENS).sum(-2).to(x.dtype)
+        return self.out(chosen @ x)
+
+
+QUERIES = Dim("indexer.query.weight", 0, Layout(run=RUN))
+WEIGHTS = Dim("indexer.weights.weight", 0)
+
+
+def test_where_the_outputs_show_everything_nothing_is_watched() -> None:
+    assert watched_results(ready(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), {"input": x4()}) == ()
+
+
+def x4() -> Tensor:
+    return torch.ones(2, 4, dtype=torch.float64)
+
+
+def test_a_result_that_nobody_takes_is_watched() -> None:
+    """One that shows all there is to see: not the mean, which shows no more."""
+    model = ready(Pooled())
+    assert watched_results(model, states()) == (Result("inner", "linear", 0),)
+    *outputs, inner = outputs_in_float64(model, states(), [Result("inner", "linear", 0)])
+    assert [output.shape for output in outputs] == [(2, TOKENS, 3)]
+    assert inner.shape == (2, 6)
+
+
+def test_what_does_not_run_is_not_watched() -> None:
+    model = ready(Pooled())
+    model.idle = nn.Linear(HIDDEN, 4).double()  # type: ignore[assignment]
+    assert watched_results(model, states()) == (Result("inner", "linear", 0),)
+
+
+def test_scores_that_only_choose_are_watched() -> None:
+    watched = watched_results(ready(Sparse()), states())
+    assert watched == (Result("indexer", "einsum", 1), Result("indexer", "topk", 0))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_of_scores_go_with_their_weights(causal: bool) -> None:
+    """A mask's least number beside the scores does not hide how they differ."""
+    model = ready(Sparse(causal))
+    dims = [QUERIES, WEIGHTS]
+    blind = TwinTest(model, states(), HEADS).links(dims)
+    assert blind == Links((), (), (QUERIES, WEIGHTS))
+    test = TwinTest(model, states(), HEADS, watched=watched_results(model, states()))
+    assert test.links(dims) == Links(((QUERIES, WEIGHTS),), (), ())
+    order = [1, 0, 3, 2]
+    assert test.proves(dims, order)
+    assert not test.proves([QUERIES], order)
+    assert not test.proves([WEIGHTS], order)
+
+
+def test_a_comparison_chooses_too() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.out = nn.Linear(HIDDEN, 4), nn.Linear(HIDDEN, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.gate(x)
+            return self.out(x * (scores.softmax(-1)[..., :1] > 0.5))
+
+    assert watched_results(ready(Gated()), states()) == (Result("", "__getitem__", 0),)
+
+
+def test_a_number_read_chooses_too() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.out = nn.Linear(HIDDEN, 4), nn.Linear(HIDDEN, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = self.gate(x).sum()
+            total.exp()
+            return self.out(x[:, : 1 + int(total.item()) % 2])
+
+    watched = watched_results(ready(Counted()), states())
+    assert watched == (Result("", "sum", 0), Result("", "exp", 0))
+
+
+def test_a_parameter_that_is_changed_as_the_model_runs_is_left_alone() -> None:
+    class Changing(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.pool.weight.mul_(1.0)
+            return super().forward(x)
+
+    assert watched_results(ready(Changing()), states()) == ()
+
+
+def test_a_watched_result_is_no_output() -> None:
+    model = ready(Pooled())
+    test = TwinTest(model, states(), 6, watched=watched_results(model, states()))
+    assert not test.shows_outside()
+    assert TwinTest(model, states(), 3).shows_outside()
+
+
+def test_a_result_that_a_pass_does_not_give_proves_nothing() -> None:
+    model = ready(Pooled())
+    test = TwinTest(model, states(), 6, watched=watched_results(model, states()))
+    dims, order = [Dim("inner.weight", 0), Dim("inner.bias", 0)], [5, 4, 3, 2, 1, 0]
+    assert test.proves(dims, order)
+    test.watched = [Result("inner", "linear", 1)]
+    assert not test.proves(dims, order)
+
+
+def siglip() -> hf.PreTrainedModel:
+    vision = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes = {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    return hf.SiglipForImageClassification(hf.SiglipConfig(vision_config={**vision, **sizes}))
+
+
+def big_bird() -> hf.PreTrainedModel:
+    config = hf.BigBirdConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    return hf.BigBirdForMaskedLM(config)
+
+
+def hunyuan_moe() -> hf.PreTrainedModel:
+    """The one best expert has the whole weight: its router has no gradient, yet it decides."""
+    config = hf.HunYuanMoEV1Config(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        moe_topk=1,
+    )
+    return hf.HunYuanMoEV1ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "field", "part"),
+    [
+        (siglip, "vision_config.hidden_size", "vision_model.head.mlp.fc1.weight"),
+        (siglip, "vision_config.intermediate_size", "vision_model.head.mlp.fc1.weight"),
+        (big_bird, "hidden_size", "bert.pooler.weight"),
+        (hunyuan_moe, "hidden_size", "model.layers.0.mlp.gate.wg.weight"),
+    ],
+)
+def test_widths_of_parts_that_no_output_shows(
+    build: Callable[[], hf.PreTrainedModel], field: str, part: str
+) -> None:
+    (width,) = (width for width in prunable(build().eval()).widths if width.name == field)
+    assert width.reason is None
+    assert part in {member.name for group in width.groups for member in group.members}
+    assert not width.along
+
+
+def test_a_class_that_exchanges_modules_as_it_first_runs_is_compared_as_it_then_is() -> None:
+    found = {width.name: width for width in supports(big_bird()).widths}
+    assert (found["hidden_size"].outcome, found["hidden_size"].why) == ("works", "")
+
+
+def indexer() -> hf.PreTrainedModel:
+    config = hf.DeepseekV32Config(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        num_hidden_layers=1,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=20,
+        kv_lora_rank=28,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        index_n_heads=4,
+        index_head_dim=32,
+        index_topk=64,
+    )
+    torch.manual_seed(0)
+    return hf.DeepseekV32ForCausalLM(config).eval()
+
+
+@pytest.mark.skipif(not hasattr(hf, "DeepseekV32Config"), reason="this version has no such class")
+def test_heads_that_only_choose_tokens_are_pruned_and_compared() -> None:
+    found = {width.name: width for width in supports(indexer()).widths}
+    assert found["index_n_heads"].outcome == "works"
+    assert found["hidden_size"].outcome == "works"
+    assert found["index_head_dim"].outcome == "refused"
+
+    mini = miniature(map_of(indexer()))
+    assert isinstance(mini, Miniature)
+    case = subject(mini, 0)
+    pruned: Any = copy.deepcopy(case.model)
+    tp.pruner.MetaPruner(
+        pruned,
+        **pruner_kwargs(pruned, prune=("index_n_heads",)),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook()],
+    ).step()
+    fresh = Builder(pruned).build_real(config_json(pruned.config))
+    assert isinstance(fresh, nn.Module)
+    assert difference(case.model, pruned, fresh, case.inputs, case.watched) is None
+    name = "model.layers.0.self_attn.indexer.weights_proj.weight"
+    full, left = case.model.get_parameter(name), pruned.get_parameter(name)
+    assert len(left) == len(full) // 2
+    gone = [row for row in full if not any(torch.equal(row, other) for other in left)]
+    left.data.copy_(torch.stack(gone))
+    assert difference(case.model, pruned, fresh, case.inputs) is None  # all tokens are taken
+    assert "off the original with the removed units masked" in str(
+        difference(case.model, pruned, fresh, case.inputs, case.watched)
+    )

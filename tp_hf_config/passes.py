@@ -1,0 +1,245 @@
+"""One forward pass of an experiment: in float64, and what it computes beside its outputs.
+
+A part of a model may run without an output that depends on it: what it gives is not used (a
+pooling head), or only decides (the scores that the best few are taken of).  Its results are watched
+then, as if they were outputs: those that nothing is computed from, and those that choices are made
+by.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_NONE = 1e-12
+_NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+_MASKED = 1e30
+"""What is larger says never; beside it every difference would be none."""
+
+
+class Result(NamedTuple):
+    """One floating point tensor that a forward pass computes.
+
+    Attributes:
+        module: the name of the innermost module that runs.
+        function: the function that gives the tensor.
+        number: how many results of that function the module had before in this pass.
+    """
+
+    module: str
+    function: str
+    number: int
+
+
+class AllFloat64(TorchFunctionMode):
+    """Casts to lower precision stay in float64: norms in float32 would hide small differences.
+
+    So do constants: Transformers 4 fills a mask of the default dtype with float64's least number.
+    """
+
+    def __enter__(self) -> Any:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        low = (torch.float32, torch.float16, torch.bfloat16)
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            return args[0].double()
+        if any(value in low for value in args if isinstance(value, torch.dtype)):
+            args = tuple(
+                torch.float64 if isinstance(value, torch.dtype) and value in low else value
+                for value in args
+            )
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in low:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+class _Watch(AllFloat64):
+    """Keeps what functions give as a model runs.
+
+    What runs without gradients has them here, where the whole pass has: an experiment asks what
+    depends on what.
+
+    Args:
+        wanted: the results to keep; ``None``: every result, and which of them are ``read``.
+
+    Attributes:
+        results: what was kept.
+        read: tensors that a function took whose own result carries no gradient: an order, places, a
+            comparison, a number.
+    """
+
+    def __init__(self, wanted: Collection[Result] | None):
+        super().__init__()
+        self.wanted = wanted
+        self.results: dict[Result, Tensor] = {}
+        self.read: list[Tensor] = []
+        self._running = [""]
+        self._numbers: Counter[tuple[str, str]] = Counter()
+
+    @contextmanager
+    def over(self, model: nn.Module) -> Iterator[None]:
+        """While the model runs, modules say that they do."""
+        with ExitStack() as stack, self:
+            for name, module in model.named_modules():
+                for handle in (
+                    module.register_forward_pre_hook(partial(self._enter, name)),
+                    module.register_forward_hook(self._leave, always_call=True),
+                ):
+                    stack.callback(handle.remove)
+            yield
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            return None
+        made = super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
+        tensors = list(tensors_in(made))
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                self._keep(tensor, name)
+        told = name in _NUMBERS or not all(tensor.requires_grad for tensor in tensors)
+        if self.wanted is None and told:
+            taken = tensors_in([*args, *(kwargs or {}).values()])
+            self.read += [tensor for tensor in taken if tensor.requires_grad]
+        return made
+
+    def _keep(self, tensor: Tensor, function: str) -> None:
+        place = (self._running[-1], function)
+        result = Result(*place, self._numbers[place])
+        self._numbers[place] += 1
+        if self.wanted is None or result in self.wanted:
+            self.results[result] = tensor
+
+
+def outputs_in_float64(
+    model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[Result] = ()
+) -> list[Tensor]:
+    """The floating point outputs of one forward pass, random numbers in it always the same.
+
+    The watched results come last; one that this pass does not compute is not a number.
+    """
+    torch.manual_seed(0)
+    if not watched:
+        with AllFloat64():
+            return _floating(model(**inputs))
+    watch = _Watch(set(watched))
+    with watch.over(model):
+        outputs = _floating(model(**inputs))
+    missing = torch.tensor(torch.nan, dtype=torch.float64)
+    beside = (watch.results.get(result, missing) for result in watched)
+    return [*outputs, *map(_unmasked, beside)]
+
+
+def _unmasked(scores: Tensor) -> Tensor:
+    return scores.masked_fill(scores.abs() > _MASKED, 0.0)
+
+
+def _floating(outputs: Any) -> list[Tensor]:
+    return [value for value in tensors_in(outputs) if value.is_floating_point()]
+
+
+def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result, ...]:
+    """The results to watch: they depend on parameters that no output of the model depends on.
+
+    Those by which something is chosen, and of those that end there as many as it takes to see every
+    such parameter, the ones that depend on most of them first.
+    """
+    outputs = [one for one in outputs_in_float64(model, inputs) if one.requires_grad]
+    unseen = _without_effect(outputs, list(model.parameters()))
+    if not unseen:
+        return ()
+    watch = _Watch(None)
+    torch.manual_seed(0)
+    try:
+        with watch.over(model):
+            model(**inputs)
+    except RuntimeError:  # a parameter changed in place, where no gradients are meant to be
+        return ()
+    taken, read = _taken(watch.results.values()), {_edge(made) for made in watch.read}
+    first = {_edge(made): result for result, made in reversed(watch.results.items())}
+    shown: dict[Result, set[int]] = {}
+    for edge, result in reversed(first.items()):
+        if edge[0] is not None and (edge in read or edge not in taken):
+            blind = _without_effect([_unmasked(watch.results[result])], unseen)
+            shown[result] = set(map(id, unseen)) - set(map(id, blind))
+    choosing = {result for edge, result in first.items() if edge in read and shown.get(result)}
+    needed: set[Result] = set()
+    for result in sorted(shown.keys() - choosing, key=lambda one: (-len(shown[one]), one)):
+        if not shown[result] <= set().union(*(shown[other] for other in needed)):
+            needed.add(result)
+    return tuple(result for result in shown if result in choosing | needed)
+
+
+_Edge = tuple[Any, int]
+
+
+def _edge(tensor: Tensor) -> _Edge:
+    """Where a tensor stands in the graph of the pass."""
+    return tensor.grad_fn, tensor.output_nr
+
+
+def _taken(tensors: Iterable[Tensor]) -> set[_Edge]:
+    """Everything in the graph that something else is computed from."""
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(waiting)
+    taken: set[_Edge] = set()
+    while waiting:
+        for node, number in waiting.pop().next_functions:
+            if node is not None:
+                taken.add((node, number))
+                if node not in seen:
+                    seen.add(node)
+                    waiting.append(node)
+    return taken
+
+
+def _without_effect(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters that these tensors do not depend on."""
+    if not outputs or not parameters:
+        return list(parameters)
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    for output in outputs:
+        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        losses.append((output.square() * weights.to(output.device)).sum())
+    grads = torch.autograd.grad(
+        torch.stack(losses).sum(), parameters, allow_unused=True, retain_graph=True
+    )
+    return [
+        parameter
+        for parameter, grad in zip(parameters, grads, strict=True)
+        if grad is None or not grad.numel() or float(grad.abs().max()) < _NONE
+    ]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a model's output, however it is nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
