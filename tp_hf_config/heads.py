@@ -18,6 +18,7 @@ from torch import nn
 
 from .dry_run import NoValues, RealNumbers
 from .inputs import example_inputs, form_of, input_forms, text_inputs
+from .states import look_for_states, states_of
 
 _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
@@ -36,6 +37,7 @@ class Layout:
         outputs: layers whose output is what the model returns (``lm_head``, classifiers).
         steps: how many projections were called; a forward pass that broke off has fewer.
         ended: the forward pass came to its end, with all that it takes.
+        idle: some projection was not called.
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -43,6 +45,7 @@ class Layout:
     outputs: frozenset[str] = frozenset()
     steps: int = 0
     ended: bool = False
+    idle: bool = False
 
     def joined(self, other: Layout) -> Layout:
         """What was seen here and in another run."""
@@ -52,6 +55,7 @@ class Layout:
             self.outputs | other.outputs,
             self.steps + other.steps,
             self.ended,
+            self.idle,
         )
 
 
@@ -60,6 +64,7 @@ def observe(model: nn.Module) -> Layout:
 
     A class whose forward pass needs real values stops part of the way; what was seen until then
     is returned. Where images or sound stop it early, text alone goes another part of the way.
+    Layers that read the states of an encoder outside of the model are given some.
     """
     with torch.no_grad(), RealNumbers():
         text = text_inputs(model)
@@ -67,6 +72,14 @@ def observe(model: nn.Module) -> Layout:
             form_of[type(model)] = _best_form(model)
         inputs = example_inputs(model)
     seen = _observe(model, inputs)
+    if (
+        seen.idle
+        and states_of(model) is None
+        and look_for_states(model, inputs, lambda given: _observe(model, given).ended)
+    ):
+        with torch.no_grad(), RealNumbers():
+            inputs = example_inputs(model)
+        seen = _observe(model, inputs)
     return seen if seen.ended or text is None else seen.joined(_observe(model, text))
 
 
@@ -95,11 +108,12 @@ def _best_form(model: nn.Module) -> int:
 def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
     ended = False
     watch = _Watch()
-    handles = [
-        module.register_forward_hook(watch.hook(name))
+    watched = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
-    ]
+    }
+    handles = [module.register_forward_hook(watch.hook(name)) for name, module in watched.items()]
     try:
         with torch.no_grad(), RealNumbers(), watch:
             watch.returned(model(**inputs))
@@ -115,6 +129,7 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
         outputs=frozenset(watch.outputs),
         steps=watch.steps,
         ended=ended,
+        idle=watch.called < watched.keys(),
     )
 
 
@@ -149,12 +164,14 @@ class _Watch(NoValues):
         self._per_head: set[str] = set()
         self.outputs: set[str] = set()
         self.steps = 0
+        self.called: set[str] = set()
         # tensors are kept, so that ids stay unique; piece -1 is the whole output, -2 its split
         self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
 
     def hook(self, name: str) -> Any:
         def remember(module: nn.Module, args: Any, output: Any) -> None:
             self.steps += 1
+            self.called.add(name)
             if isinstance(output, torch.Tensor):
                 self._source[id(output)] = (name, -1, output)
 

@@ -16,7 +16,7 @@ from torch import nn
 from .errors import TPHFConfigError
 from .hook import HFConfigSyncHook
 from .learn import map_of
-from .masked import difference
+from .masked import difference, inputs_left
 from .miniature import Miniature, randomise
 from .offers import Width, widths_of
 from .prepare import pruner_kwargs
@@ -28,6 +28,7 @@ Outcome = Literal["works", "refused", "failed"]
 CASE = "case.pt"
 RATIO = 0.5
 STEPS = (1, 2)
+_SHORT = 1024
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,21 @@ def tiny_model(mini: Miniature, seed: int) -> nn.Module:
             raise RuntimeError(model.reason)
         model.tie_weights()  # type: ignore[operator]
         randomise(model)
-    with torch.no_grad():  # some classes load some weights in float32, whatever is asked for
-        for value in (*model.parameters(), *saved_buffers(model).values()):
-            value.copy_(value.float())
+        with torch.no_grad():
+            for value in (*model.parameters(), *saved_buffers(model).values()):
+                _as_float32(value)
     return model
+
+
+def _as_float32(value: torch.Tensor) -> None:
+    """Round as classes do that load some weights in float32, whatever is asked for.
+
+    The entries of a short vector stay different: which of them are left is found by value.
+    """
+    value.copy_(value.float())
+    if value.ndim == 1 and len(value) <= _SHORT:
+        while len(torch.unique(value)) < len(value):
+            value.add_(1e-3 * torch.randn_like(value)).copy_(value.float())
 
 
 def trials(model: nn.Module, inputs: Mapping[str, Any], folder: Path) -> Iterator[Trial]:
@@ -121,7 +133,7 @@ def _trial(model: nn.Module, inputs: Mapping[str, Any], width: Width, folder: Pa
             return Trial(WidthSupport(width.names, "refused", why, graph, width.units))
         if failed is None:
             folders.append(folder / str(steps))
-            failed = save(copied, inputs, folders[-1])
+            failed = save(copied, inputs_left(model, copied, inputs), folders[-1])
         if failed is not None:
             why = _line(f"{steps} steps: {failed}" if steps > 1 else failed)
             return Trial(WidthSupport(width.names, "failed", why, graph, width.units))
@@ -169,8 +181,10 @@ def _pruned(
         return f"{type(error).__name__}: {error}"
 
 
-def save(model: Any, inputs: Mapping[str, Any], folder: Path) -> str | None:
+def save(model: Any, inputs: Mapping[str, Any] | Refusal, folder: Path) -> str | None:
     """Save a model with what goes in and what comes out; why that failed, or ``None``."""
+    if isinstance(inputs, Refusal):
+        return inputs.reason
     try:
         with torch.no_grad():
             outputs = outputs_in_float64(model, inputs)

@@ -16,6 +16,7 @@ from .images import crops, smaller_images
 from .inputs import example_inputs, input_forms, second_sample, text_inputs
 from .learn import ConfigMap, learn
 from .reference import FieldPath, Refusal, shapes, with_values
+from .states import states_in
 from .ties import saved_buffers
 from .twins import AllFloat64, tensors_in
 
@@ -48,6 +49,11 @@ class Miniature:
     model: nn.Module
     inputs: dict[str, Any]
     partial: bool = False
+
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """The states of an encoder among the inputs: units stand along them too."""
+        return states_in(self.model, self.inputs)
 
 
 def miniature(known: ConfigMap) -> Miniature | Refusal:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .states import states_in
+
 _EQUAL = 1e-9
 """Relative difference up to which two float64 results are the same."""
 
@@ -93,10 +95,12 @@ class TwinTest:
     def __init__(
         self, model: nn.Module, inputs: dict[str, Any], units: int, runs: Sequence[int] = (1,)
     ):
-        self.model, self.inputs, self.units = model, inputs, units
+        self.model, self.inputs, self.units = model, dict(inputs), units
         self.axes = {units * run: Layout(run=run) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
+        for name, states in states_in(model, inputs).items():  # units stand along them too
+            self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
         self._weights: list[tuple[Tensor, Tensor]] = []
         every = outputs_in_float64(model, inputs)
         self._depending = [number for number, one in enumerate(every) if one.requires_grad]
