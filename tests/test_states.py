@@ -15,6 +15,7 @@ import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
+import tp_hf_config.miniature as miniatures
 from tp_hf_config import (
     HFConfigSyncHook,
     UnsupportedModelError,
@@ -27,8 +28,9 @@ from tp_hf_config.heads import observe
 from tp_hf_config.inputs import example_inputs
 from tp_hf_config.learn import map_of
 from tp_hf_config.reference import without_data
-from tp_hf_config.states import states_of
+from tp_hf_config.states import look_for_states, states_of
 
+_EMBEDDING = "model.decoder.embed_tokens.weight"
 _DECODER: dict[str, Any] = {
     "vocab_size": 99,
     "d_model": 32,
@@ -163,6 +165,38 @@ class TestInputs:
         assert example_inputs(model).keys() == {"input_ids"} | {
             key for key in example_inputs(model) if key == "use_cache"
         }
+
+    def test_what_states_do_not_let_run_is_not_tried_again(self) -> None:
+        model = without_data(hf.BertLMHeadModel, bert().config)
+        assert isinstance(model, hf.PreTrainedModel)
+        runs: list[Any] = []
+        for _ in range(2):
+            assert not look_for_states(
+                model, {}, ["cls.unused"], lambda given: bool(runs.append(1))
+            )
+        assert len(runs) == 2  # without states, and with some
+
+    def test_where_the_tiny_copy_does_not_run_with_states_it_is_given_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = miniatures.why_not
+
+        def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+            return "no" if "encoder_hidden_states" in inputs else plain(model, inputs)
+
+        monkeypatch.setattr(miniatures, "why_not", why_not)
+        mini = miniatures.miniature(map_of(bart()))
+        assert isinstance(mini, miniatures.Miniature)
+        assert (mini.states, mini.partial) == ({}, False)
+
+    def test_tied_weights_stay_alike_at_tiny_size(self) -> None:
+        config = hf.MarianConfig(
+            **_DECODER, encoder_layers=2, pad_token_id=0, decoder_start_token_id=0, eos_token_id=1
+        )
+        mini = miniatures.miniature(map_of(_random(hf.MarianForCausalLM(config))))
+        assert isinstance(mini, miniatures.Miniature)
+        rows = [mini.known.shapes[name][0] for name in ("lm_head.weight", _EMBEDDING)]
+        assert rows[0] == rows[1] < 99
 
     def test_a_model_with_an_encoder_of_its_own_is_given_none(self) -> None:
         config = hf.BartConfig(

@@ -37,7 +37,7 @@ class Layout:
         outputs: layers whose output is what the model returns (``lm_head``, classifiers).
         steps: how many projections were called; a forward pass that broke off has fewer.
         ended: the forward pass came to its end, with all that it takes.
-        idle: some projection was not called.
+        idle: projections that were not called.
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Layout:
     outputs: frozenset[str] = frozenset()
     steps: int = 0
     ended: bool = False
-    idle: bool = False
+    idle: frozenset[str] = frozenset()
 
     def joined(self, other: Layout) -> Layout:
         """What was seen here and in another run."""
@@ -55,7 +55,7 @@ class Layout:
             self.outputs | other.outputs,
             self.steps + other.steps,
             self.ended,
-            self.idle,
+            self.idle & other.idle,
         )
 
 
@@ -72,10 +72,8 @@ def observe(model: nn.Module) -> Layout:
             form_of[type(model)] = _best_form(model)
         inputs = example_inputs(model)
     seen = _observe(model, inputs)
-    if (
-        seen.idle
-        and states_of(model) is None
-        and look_for_states(model, inputs, lambda given: _observe(model, given).ended)
+    if states_of(model) is None and look_for_states(
+        model, inputs, seen.idle, lambda given: _observe(model, given).ended
     ):
         with torch.no_grad(), RealNumbers():
             inputs = example_inputs(model)
@@ -129,7 +127,7 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
         outputs=frozenset(watch.outputs),
         steps=watch.steps,
         ended=ended,
-        idle=watch.called < watched.keys(),
+        idle=frozenset(watched.keys() - watch.called),
     )
 
 

@@ -94,13 +94,16 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
 def _working_inputs(model: nn.Module) -> tuple[dict[str, Any], bool] | Refusal:
     """Inputs of two samples with which the model runs, and whether it is text alone.
 
-    Three tokens come last: there may be few positions.
+    Three tokens come last: there may be few positions. Before text alone, states of an encoder are
+    left out.
     """
-    first = [example_inputs(model)]  # it went furthest without data
-    forms = chain(first, input_forms(model), islice(input_forms(model, length=3), 1))
+    first = example_inputs(model)  # it went furthest without data
+    forms = chain([first], input_forms(model), islice(input_forms(model, length=3), 1))
+    states = states_in(model, first)
+    bare = [{name: value for name, value in first.items() if name not in states}] if states else []
     text = text_inputs(model)
     reason = ""
-    for form, partial in chain(((form, False) for form in forms), ((text, True),)):
+    for form, partial in chain(((form, False) for form in chain(forms, bare)), ((text, True),)):
         stopped = "" if form is None else why_not(model, inputs := second_sample(form))
         if form is not None and stopped is None:
             return _reaching(model, inputs), partial
@@ -165,6 +168,7 @@ def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[st
             and _still_several(several, trial, built)
             and not _single(unshrunken, built)
             and _alike(before, observe(model))
+            and _ties_alike(model, built)
         )
 
     data = next(filter(runs, smaller_images(known, data)), data)
@@ -210,6 +214,12 @@ def _still_several(
 def _single(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
     """Whether a dimension shrank to 1: attention over one patch of an image shows nothing."""
     return any(1 in built[name] and built[name].count(1) > before[name].count(1) for name in built)
+
+
+def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
+    """Whether tied weights are alike: Marian's decoder counts its tokens by two fields."""
+    model.tie_weights()
+    return shapes(model) == built
 
 
 def _alike(before: Layout, after: Layout) -> bool:

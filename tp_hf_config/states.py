@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,6 +50,9 @@ class States:
 _reads: dict[type, States] = {}
 """What a class reads, in its first layer that does; layers without their numbers."""
 
+_in_vain: set[tuple[type, frozenset[str]]] = set()
+"""Classes and layers of them that states did not let run."""
+
 
 def states_of(model: nn.Module) -> States | None:
     """The states that a model reads, as far as its class was seen to."""
@@ -71,7 +74,10 @@ def made_states(model: nn.Module) -> dict[str, Tensor]:
 
 
 def look_for_states(
-    model: nn.Module, inputs: Mapping[str, Any], run: Callable[[Mapping[str, Any]], bool]
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    idle: Iterable[str],
+    run: Callable[[Mapping[str, Any]], bool],
 ) -> bool:
     """See whether states of an encoder let layers run that do not without, and which reads them.
 
@@ -80,10 +86,12 @@ def look_for_states(
     Args:
         model: on the meta device.
         inputs: keyword arguments of a forward pass, without states.
+        idle: layers that do not run with these.
         run: runs the model on keyword arguments, and says whether it came to its end.
     """
     offered = [name for name in ARGUMENTS if name in inspect.signature(model.forward).parameters]
-    if not offered:
+    tried = (type(model), frozenset(_NUMBER.sub(".*", f"{name}.") for name in idle))
+    if not offered or not tried[1] or tried in _in_vain:
         return False
     without = _followed(model, inputs, run)
     for argument in offered:
@@ -98,6 +106,7 @@ def look_for_states(
         if found.called > without.called and found.ended >= without.ended:
             _reads[type(model)] = States(argument, _NUMBER.sub(".*", name), dim)
             return True
+    _in_vain.add(tried)
     return False
 
 
