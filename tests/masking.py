@@ -104,6 +104,7 @@ def assert_same_as_masked(
     pruned: nn.Module,
     reports: Iterable[Any],
     inputs: Mapping[str, torch.Tensor],
+    narrow: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """The pruned model computes what the original does with the removed units at zero.
 
@@ -112,6 +113,7 @@ def assert_same_as_masked(
         pruned: the model after pruning, its config brought in step.
         reports: the hook's reports, all of them.
         inputs: for one forward pass.
+        narrow: those of the pruned model, where they are others.
     """
     removed = removed_by(reports, original)
     assert_values_kept(original, pruned, removed)
@@ -120,7 +122,7 @@ def assert_same_as_masked(
     take_scales(masked, pruned)
     if small.TRANSFORMERS < (5,):
         take_head_dims(masked, pruned)
-    expected, got = outputs(masked, inputs), outputs(pruned, inputs)
+    expected, got = outputs(masked, inputs), outputs(pruned, narrow or inputs)
     assert expected.keys() == got.keys()
     tolerance = _WITH_FLOAT32_INSIDE if computes_in_float32(original) else _EXACT
     for name, value in got.items():

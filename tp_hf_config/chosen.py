@@ -187,7 +187,7 @@ def _default(view: WidthView, must: bool, wrapped: bool) -> list[Width] | str:
     """Every width inside the model that is proved."""
     inner = view.inner_widths()
     default = [width for width in _widths(view) if inner >= set(width.fields)]
-    default = [width for width in default if not (wrapped and width.outward)]
+    default = [width for width in default if not (wrapped and (width.outward or width.handed))]
     proved = _disjoint(width for width in default if width.reason is None)
     if proved:
         return proved

@@ -169,7 +169,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                 continue
             if any(self._holds_ignored(side) for side in coupled.sides):
                 continue
-            if every or any(self._is_root(side, types) for side in coupled.sides):
+            reads = coupled.inward and any(isinstance(s.module, types) for s in coupled.sides)
+            if every or reads or any(self._is_root(side, types) for side in coupled.sides):
                 yield coupled
 
     @property
@@ -180,7 +181,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def roots_of(self, path: tuple[str | int, ...]) -> list[nn.Module]:
         """Layers with an output side in the groups of one field, as keys for ratios."""
         return [
-            next(side.module for side in coupled.sides if side.out)
+            next((side.module for side in coupled.sides if side.out), coupled.units)
             for coupled in self.coupled
             if path in coupled.fields
         ]

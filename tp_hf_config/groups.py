@@ -7,7 +7,7 @@ which layout; a permutation of units that leaves the outputs as they were is the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import gcd
@@ -15,16 +15,18 @@ from math import gcd
 import torch
 
 from .directions import (
+    Shares,
     equal_fields,
     grouped_heads,
     shares_of,
     units_of,
     whole_heads,
 )
-from .layouts import layouts_of, likely_first
+from .layouts import layouts_of, likely_first, overlap
 from .miniature import Miniature, why_not
 from .reference import FieldPath, Refusal, field_name, with_values
 from .rehearsal import rehearse
+from .states import AXIS, states_of
 from .ties import saved_buffers
 from .twins import Dim, Layout, Links, TwinTest
 
@@ -64,7 +66,8 @@ class Finding:
     ``disproved``: units were seen not to be interchangeable; ``unseen``: the outputs do not show
     some of its dimensions; ``least``: fewer units, and the class does not run (a router that takes
     the best two experts needs two); ``along``: parameters that no output depends on, in a group all
-    the same; ``outward``: an output is as wide.
+    the same; ``outward``: an output is as wide; ``handed``: inputs (states of an encoder) that lose
+    the same units.
     """
 
     fields: tuple[FieldPath, ...]
@@ -75,6 +78,7 @@ class Finding:
     least: int = 1
     along: tuple[str, ...] = ()
     outward: bool = False
+    handed: tuple[str, ...] = ()
 
 
 def find_groups(mini: Miniature) -> list[Finding]:
@@ -135,8 +139,10 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
     shares = shares_of(known, fields)
     if isinstance(shares, str):
         return Finding(fields, reason=shares)
+    shares |= _handed(mini, shares)
     styles: dict[_Style, list[Dim]] = {}
-    listed = dict(mini.model.named_parameters()) | saved_buffers(mini.model)  # a tied weight once
+    listed = {**saved_buffers(mini.model), **dict(mini.model.named_parameters())}  # a tied one once
+    listed |= mini.states
     heads = bool(set(fields) & known.count_fields())
     for (name, dim), parts in shares.items():
         for share in parts if name in listed else ():
@@ -163,11 +169,21 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
         found = Finding(fields, reason=reason, disproved=True)
     if found.disproved and len(fields) == 1:
         found = _without_twins(test, first, fields) or found
-    found = replace(found, outward=test.shows_outside())
+    handed = tuple(n for n in mini.states if any(d.name == n for g in found.groups for d in g.dims))
+    found = replace(found, outward=test.shows_outside(), handed=handed)
     if len(fields) > 1:
         return _refined(mini, found)
     stacked = (listed[dim.name].ndim == 3 and dim.dim == 0 for g in found.groups for dim in g.dims)
     return replace(found, least=_least(mini, fields[0])) if any(stacked) else found
+
+
+def _handed(mini: Miniature, shares: Shares) -> Shares:
+    """What the fields have of the states of an encoder: as much as of what reads them."""
+    read = states_of(mini.model)
+    if read is None or not mini.states:
+        return {}
+    reader = (mini.known.depth.canonical(read.reader), read.dim)
+    return {(read.argument, AXIS): shares[reader]} if reader in shares else {}
 
 
 def _least(mini: Miniature, path: FieldPath) -> int:
@@ -223,7 +239,7 @@ def _searched(
 
     def attempt(chosen: tuple[Layout, ...]) -> bool:
         sources = _sources(styles, chosen)
-        if not _overlap(sources, units):
+        if not overlap(sources, units):
             links = test.links(list(sources))
             tried.append((len(links.unequal), chosen, sources, links))
         return bool(tried) and not tried[-1][0]
@@ -261,19 +277,6 @@ def _sources(styles: Mapping[_Style, Sequence[Dim]], chosen: Sequence[Layout]) -
         for layout, ((_, path), alike) in zip(chosen, styles.items(), strict=True)
         for dim in alike
     }
-
-
-def _overlap(dims: Iterable[Dim], units: int) -> bool:
-    """Whether two widths in one dimension (query heads, key/value heads) claim one position."""
-    taken: dict[tuple[str, int], set[Layout]] = {}
-    for dim in dims:
-        taken.setdefault((dim.name, dim.dim), set()).add(dim.layout)
-    for layouts in taken.values():
-        if len(layouts) > 1:
-            positions = torch.cat([layout.table(units).flatten() for layout in layouts]).tolist()
-            if len(set(positions)) < len(positions):
-                return True
-    return False
 
 
 def _refined(mini: Miniature, finding: Finding) -> Finding:
@@ -361,8 +364,8 @@ def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> i
 
 def _is_vector_alone(model: torch.nn.Module, name: str) -> bool:
     """Whether a parameter is of a norm or a scale: a vector, and beside it nothing but vectors."""
-    beside = model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False)
-    return all(parameter.ndim == 1 for parameter in beside)
+    beside = list(model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False))
+    return bool(beside) and all(parameter.ndim == 1 for parameter in beside)
 
 
 def _companion(silent: Dim, groups: Sequence[list[Dim]]) -> list[Dim] | None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from .dry_run import NoValues, RealNumbers
 from .inputs import example_inputs, form_of, input_forms, text_inputs
+from .states import look_for_states, states_of
 
 _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
@@ -37,6 +38,7 @@ class Layout:
         steps: how many projections were called; a forward pass that broke off has fewer.
         ended: the forward pass came to its end, with all that it takes.
         numbers: how many numbers its operations made, which is what it costs.
+        idle: projections that were not called.
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Layout:
     steps: int = 0
     ended: bool = False
     numbers: int = 0
+    idle: frozenset[str] = frozenset()
 
     def joined(self, other: Layout) -> Layout:
         """What was seen here and in another run."""
@@ -55,6 +58,7 @@ class Layout:
             self.steps + other.steps,
             self.ended,
             self.numbers + other.numbers,
+            self.idle & other.idle,
         )
 
 
@@ -63,6 +67,7 @@ def observe(model: nn.Module) -> Layout:
 
     A class whose forward pass needs real values stops part of the way; what was seen until then
     is returned. Where images or sound stop it early, text alone goes another part of the way.
+    Layers that read the states of an encoder outside of the model are given some.
     """
     with torch.no_grad(), RealNumbers():
         text = text_inputs(model)
@@ -70,6 +75,12 @@ def observe(model: nn.Module) -> Layout:
             form_of[type(model)] = _best_form(model)
         inputs = example_inputs(model)
     seen = _observe(model, inputs)
+    if states_of(model) is None and look_for_states(
+        model, inputs, seen.idle, lambda given: _observe(model, given).ended
+    ):
+        with torch.no_grad(), RealNumbers():
+            inputs = example_inputs(model)
+        seen = _observe(model, inputs)
     return seen if seen.ended or text is None else seen.joined(_observe(model, text))
 
 
@@ -99,11 +110,12 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
     ended = False
     watch = _Watch()
     run = RealNumbers()
-    handles = [
-        module.register_forward_hook(watch.hook(name))
+    watched = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
-    ]
+    }
+    handles = [module.register_forward_hook(watch.hook(name)) for name, module in watched.items()]
     try:
         with torch.no_grad(), run, watch:
             watch.returned(model(**inputs))
@@ -120,6 +132,7 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
         steps=watch.steps,
         ended=ended,
         numbers=run.numbers,
+        idle=frozenset(watched.keys() - watch.called),
     )
 
 
@@ -154,12 +167,14 @@ class _Watch(NoValues):
         self._per_head: set[str] = set()
         self.outputs: set[str] = set()
         self.steps = 0
+        self.called: set[str] = set()
         # tensors are kept, so that ids stay unique; piece -1 is the whole output, -2 its split
         self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
 
     def hook(self, name: str) -> Any:
         def remember(module: nn.Module, args: Any, output: Any) -> None:
             self.steps += 1
+            self.called.add(name)
             if isinstance(output, torch.Tensor):
                 self._source[id(output)] = (name, -1, output)
 

@@ -315,11 +315,6 @@ def _past_times(config: Any, form: Form) -> Shape | None:
     return Shape((1, form["past_values"].steps, width))
 
 
-def _encoded(config: Any, form: Form) -> Shape | None:
-    width = getattr(config, "encoder_hidden_size", None)
-    return Shape((1, 4, width)) if isinstance(width, int) else None
-
-
 MAIN: dict[str, Choices] = {
     "pixel_values": _pixels,
     "input_features": _features,
@@ -374,7 +369,6 @@ BESIDE: dict[str, Beside] = {
     "past_observed_mask": _like("past_values", "ones"),
     "past_values_padding": lambda config, form: Shape(form["past_values"].size[:2], "ids"),
     "decoder_input_values": _like("input_values", "numbers"),
-    "encoder_hidden_states": _encoded,
 }
 """What it is given beside those."""
 

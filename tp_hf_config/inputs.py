@@ -18,6 +18,7 @@ from torch import nn
 from .dry_run import NoValues
 from .input_shapes import BESIDE, DISPENSABLE, MAIN, REQUIRED, TOWERS, Shape, size_of
 from .passes import tensors_in
+from .states import ARGUMENTS, made_states
 
 _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")
@@ -61,7 +62,8 @@ def input_forms(
 ) -> Iterator[dict[str, Any]]:
     """Keyword arguments for one small forward pass, in all forms that they may have to take.
 
-    Tokens that stand for an image or a sound are as many as the model makes features of it.
+    Tokens that stand for an image or a sound are as many as the model makes features of it; a
+    decoder that was seen to read the states of an encoder is given some.
     ``first`` forms are left out.
     """
     parameters = inspect.signature(model.forward).parameters
@@ -73,7 +75,8 @@ def input_forms(
     )
     for form, text in islice(forms, first, _MOST_FORMS):
         seen = {name: shape.made(model) for name, shape in form.items()}
-        inputs = _with_places(model, {**text, **seen}, parameters, config)
+        given = {**text, **seen, **made_states(model)}
+        inputs = _with_places(model, given, parameters, config)
         yield {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
 
 
@@ -250,7 +253,7 @@ def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _may_turn(name: str) -> bool:
-    return name in _TEXT or name.endswith("token_type_ids") or name in MAIN
+    return name in (*_TEXT, *MAIN, *ARGUMENTS) or name.endswith("token_type_ids")
 
 
 def tensors_with_grad(outputs: Any) -> list[torch.Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any
+
+import torch
 
 from .directions import Share
 from .heads import heads_of
 from .miniature import Miniature
-from .twins import Layout
+from .twins import Dim, Layout
 
 
 def layouts_of(
@@ -96,3 +98,16 @@ def likely_first(choices: Sequence[Sequence[tuple[int, Layout]]]) -> Iterator[tu
 
     for total in range(sum(max(unlikely for unlikely, _ in layouts) for layouts in choices) + 1):
         yield from adding_up(total, choices)
+
+
+def overlap(dims: Iterable[Dim], units: int) -> bool:
+    """Whether two widths in one dimension (query heads, key/value heads) claim one position."""
+    taken: dict[tuple[str, int], set[Layout]] = {}
+    for dim in dims:
+        taken.setdefault((dim.name, dim.dim), set()).add(dim.layout)
+    for layouts in taken.values():
+        if len(layouts) > 1:
+            positions = torch.cat([layout.table(units).flatten() for layout in layouts]).tolist()
+            if len(set(positions)) < len(positions):
+                return True
+    return False

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .passes import Result, outputs_in_float64
 from .reference import Refusal
 from .scales import AsNarrow, Side, SizesRead, Width, as_written, take_scales
+from .states import AXIS, states_in, states_of
 from .ties import saved_buffers
 
 Kept = dict[str, tuple[Side, ...]]
@@ -39,24 +40,27 @@ def difference(
 ) -> str | None:
     """Where a pruned model is not the original with the removed units masked; ``None``: nowhere.
 
+    States of an encoder lose the channels that the layer which reads them lost.
+
     Args:
         original: before pruning, every weight random, in float64 and eval mode.
         pruned: after it.
         fresh: the class built anew from the pruned model's config, any weights: its scales count.
-        inputs: keyword arguments of one forward pass.
+        inputs: keyword arguments of one forward pass of the original.
         watched: what is compared beside the outputs.
     """
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
         return kept.reason
+    left = _left_of(inputs, original, kept)
     with torch.no_grad(), as_written(pruned), SizesRead() as read:
-        got = outputs_in_float64(pruned, inputs, watched)
+        got = outputs_in_float64(pruned, left, watched)
 
     # a class may exchange modules as it first runs (BigBird, which leaves short texts dense)
     started = copy.deepcopy(original)
-    for model in (started, fresh):
-        with torch.no_grad():
-            outputs_in_float64(model, inputs)
+    with torch.no_grad():
+        outputs_in_float64(started, inputs)
+        outputs_in_float64(fresh, left)
 
     def masked(surroundings: AbstractContextManager[Any]) -> list[Tensor]:
         reference = _masked(started, fresh, kept)
@@ -109,6 +113,23 @@ def kept_positions(original: nn.Module, pruned: nn.Module) -> Kept | Refusal:
             return Refusal(f"{name} holds {found.reason}")
         kept[name] = found
     return kept
+
+
+def inputs_left(
+    original: nn.Module, pruned: nn.Module, inputs: Mapping[str, Any]
+) -> dict[str, Any] | Refusal:
+    """Inputs of a pruned model: those of the original, less channels that it does not read."""
+    kept = kept_positions(original, pruned)
+    return kept if isinstance(kept, Refusal) else _left_of(inputs, original, kept)
+
+
+def _left_of(inputs: Mapping[str, Any], original: nn.Module, kept: Kept) -> dict[str, Any]:
+    read = states_of(original)
+    states = states_in(original, inputs)
+    if read is None:
+        return dict(inputs)
+    left = kept[read.reader][read.dim].left
+    return {**inputs, **{name: one.index_select(AXIS, left) for name, one in states.items()}}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

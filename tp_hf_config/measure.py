@@ -16,7 +16,7 @@ from torch import nn
 from .errors import TPHFConfigError
 from .hook import HFConfigSyncHook
 from .learn import map_of
-from .masked import difference
+from .masked import difference, inputs_left
 from .miniature import Miniature, randomise
 from .offers import Width, widths_of
 from .passes import Result, outputs_in_float64
@@ -28,6 +28,7 @@ Outcome = Literal["works", "refused", "failed"]
 CASE = "case.pt"
 RATIO = 0.5
 STEPS = (1, 2)
+_SHORT = 1024
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,21 @@ def subject(mini: Miniature, seed: int) -> Subject:
             raise RuntimeError(model.reason)
         model.tie_weights()  # type: ignore[operator]
         randomise(model)
-    with torch.no_grad():  # some classes load some weights in float32, whatever is asked for
+    with torch.no_grad():
         for value in (*model.parameters(), *saved_buffers(model).values()):
-            value.copy_(value.float())
+            _as_float32(value)
     return Subject(model, mini.inputs, mini.watched, mini.partial)
+
+
+def _as_float32(value: torch.Tensor) -> None:
+    """Round as classes do that load some weights in float32, whatever is asked for.
+
+    The entries of a short vector stay different: which of them are left is found by value.
+    """
+    value.copy_(value.float())
+    if value.ndim == 1 and len(value) <= _SHORT:
+        while len(torch.unique(value)) < len(value):
+            value.add_(1e-3 * torch.randn_like(value)).copy_(value.float())
 
 
 def trials(case: Subject, folder: Path) -> Iterator[Trial]:
@@ -137,7 +149,8 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
             return Trial(WidthSupport(width.names, "refused", why, graph, width.units))
         if failed is None:
             folders.append(folder / str(steps))
-            failed = save(copied, case.inputs, folders[-1], case.watched)
+            left = inputs_left(case.model, copied, case.inputs)
+            failed = save(copied, left, folders[-1], case.watched)
         if failed is not None:
             why = _line(f"{steps} steps: {failed}" if steps > 1 else failed)
             return Trial(WidthSupport(width.names, "failed", why, graph, width.units))
@@ -181,9 +194,14 @@ def _pruned(
 
 
 def save(
-    model: Any, inputs: Mapping[str, Any], folder: Path, watched: Sequence[Result] = ()
+    model: Any,
+    inputs: Mapping[str, Any] | Refusal,
+    folder: Path,
+    watched: Sequence[Result] = (),
 ) -> str | None:
     """Save a model with what goes in and what comes out; why that failed, or ``None``."""
+    if isinstance(inputs, Refusal):
+        return inputs.reason
     try:
         with torch.no_grad():
             outputs = outputs_in_float64(model, inputs, watched)

@@ -18,6 +18,7 @@ from .learn import ConfigMap, learn
 from .lighter import in_proportion, lighter
 from .passes import AllFloat64, Result, tensors_in, watched_results
 from .reference import FieldPath, Refusal, shapes, with_values
+from .states import states_in
 from .ties import saved_buffers
 
 _FEW = 8
@@ -51,6 +52,11 @@ class Miniature:
     inputs: dict[str, Any]
     partial: bool = False
     watched: tuple[Result, ...] = ()
+
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """The states of an encoder among the inputs: units stand along them too."""
+        return states_in(self.model, self.inputs)
 
 
 def miniature(known: ConfigMap) -> Miniature | Refusal:
@@ -91,13 +97,16 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
 def _working_inputs(model: nn.Module) -> tuple[dict[str, Any], bool] | Refusal:
     """Inputs of two samples with which the model runs, and whether it is text alone.
 
-    Three tokens come last: there may be few positions.
+    Three tokens come last: there may be few positions. Before text alone, states of an encoder are
+    left out.
     """
-    first = [example_inputs(model)]  # it went furthest without data
-    forms = chain(first, input_forms(model), islice(input_forms(model, length=3), 1))
+    first = example_inputs(model)  # it went furthest without data
+    forms = chain([first], input_forms(model), islice(input_forms(model, length=3), 1))
+    states = states_in(model, first)
+    bare = [{name: value for name, value in first.items() if name not in states}] if states else []
     text = text_inputs(model)
     reason = ""
-    for form, partial in chain(((form, False) for form in forms), ((text, True),)):
+    for form, partial in chain(((form, False) for form in chain(forms, bare)), ((text, True),)):
         stopped = "" if form is None else why_not(model, inputs := second_sample(form))
         if form is not None and stopped is None:
             return _reaching(model, inputs), partial
@@ -158,8 +167,10 @@ def _shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[st
         built = shapes(model)
         if built.keys() != unshrunken.keys() or _single(unshrunken, built):
             return None
-        layout = observe(model) if _still_several(several, trial, built) else None
-        return layout if layout is not None and _alike(before, layout) else None
+        if not _still_several(several, trial, built) or not _ties_alike(model, built):
+            return None
+        layout = observe(model)
+        return layout if _alike(before, layout) else None
 
     def runs(trial: dict[str, Any]) -> bool:
         return seen(trial) is not None
@@ -209,6 +220,12 @@ def _still_several(
 def _single(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
     """Whether a dimension shrank to 1: attention over one patch of an image shows nothing."""
     return any(1 in built[name] and built[name].count(1) > before[name].count(1) for name in built)
+
+
+def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
+    """Whether tied weights are alike: Marian's decoder counts its tokens by two fields."""
+    model.tie_weights()
+    return shapes(model) == built
 
 
 def _alike(before: Layout, after: Layout) -> bool:

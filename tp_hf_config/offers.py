@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ class Width:
         along: parameters that no output depends on; they lose the same channels as the residual
             stream, which no experiment can show.
         outward: an output of the model is as wide, so that what reads it has to follow.
+        handed: inputs that lose the same channels, states of an encoder outside of the model; what
+            makes them has to follow.
     """
 
     fields: tuple[FieldPath, ...]
@@ -56,6 +58,7 @@ class Width:
     tried: bool = True
     along: tuple[str, ...] = ()
     outward: bool = False
+    handed: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,6 +79,7 @@ class Width:
             "layers": self.layers,
             "parameters_per_unit": self.parameters,
             "reason": self.reason,
+            "inputs": list(self.handed),
         }
 
 
@@ -109,7 +113,8 @@ class Prunable:
         for width in self.widths:
             numbers = (width.units, len(width.groups), width.layers, width.parameters)
             shown = [f"{n:,}" if width.reason is None else "" for n in numbers]
-            proof = width.reason or "units permuted: same outputs" + said_along(width.along)
+            proved = "units permuted: same outputs" + said_along(width.along)
+            proof = width.reason or proved + said_handed(width.handed)
             rows.append((width.name, *shown, proof))
         return rows
 
@@ -211,9 +216,10 @@ def single_positions(group: WidthGroup, known: ConfigMap) -> bool:
     done = _experiments[known]
     canonical = known.depth.canonical
     mine = {(canonical(member.name), member.dim) for member in group.members}
+    inputs = set() if isinstance(done.mini, Refusal) else done.mini.states.keys()
     for tiny in (tiny for finding in done.findings for tiny in finding.groups):
         sizes = {dim.layout.parts * dim.layout.run for dim in tiny.dims}
-        places = {(canonical(dim.name), dim.dim) for dim in tiny.dims}
+        places = {(canonical(d.name), d.dim) for d in tiny.dims if d.name not in inputs}
         fused = len({(dim.name, dim.dim) for dim in tiny.dims}) < len(tiny.dims)
         fits = tiny.fields == group.fields and places <= mine and not fused
         if isinstance(done.mini, Refusal) or not fits or len(sizes) > 1:
@@ -257,6 +263,7 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
         parameters=_parameters_per_unit(groups, model),
         along=finding.along,
         outward=finding.outward,
+        handed=finding.handed,
     )
 
 
@@ -265,6 +272,11 @@ def said_along(names: Sequence[str]) -> str:
     if not names:
         return ""
     return f"; no output depends on {some(names)}, cut alike"
+
+
+def said_handed(names: Iterable[str]) -> str:
+    """That inputs have to lose the same channels, behind another text."""
+    return "".join(f"; {name} has to lose the same channels" for name in dict.fromkeys(names))
 
 
 def _sayable(finding: Finding, known: ConfigMap) -> Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -204,10 +204,17 @@ def _plan(
         adjusted=(*map(adjusted_line, course.adjusted), *shortfalls(course)),
         target=target,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
-        notes=notes,
+        notes=(*notes, *_handed(chosen)),
         _live=weakref.ref(source) if live else lambda: None,
         _fields=dict(known.values),
     )
+
+
+def _handed(chosen: Chosen) -> Iterator[str]:
+    """What whoever gives the model its inputs has to know."""
+    for width in chosen.widths:
+        for name in width.handed:
+            yield f"{name} has to lose channels with {width.name}: the report of a step says which"
 
 
 def _sized(

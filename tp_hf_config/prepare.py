@@ -14,7 +14,7 @@ from .graph import ConfigGraph
 from .inputs import example_inputs, tensors_with_grad
 from .learn import map_of
 from .locate import check_followable, find_pretrained
-from .offers import said_along, widths_of
+from .offers import said_along, said_handed, widths_of
 from .reference import FieldPath, field_name
 from .steer import GraphInputs
 from .widths import WidthView
@@ -111,6 +111,7 @@ def _for_config_graph(
     fields = {path for fields in graph.fields for path in fields}
     why = f"config graph: {len(graph.coupled)} groups, each proved by permutation"
     why += said_along([name for width in chosen.widths for name in width.along])
+    why += said_handed(name for width in chosen.widths for name in width.handed)
     if chosen.how:
         why += f"; heads: {chosen.how}"
     by_module: dict[Any, float] = {}

@@ -75,7 +75,7 @@ def _carried(fresh: nn.Module, original: dict[str, Tensor], groups: _Left) -> st
     for group, staying in groups:
         gone = torch.ones(group.units, dtype=torch.bool)
         gone[staying] = False
-        for dim in group.dims:
+        for dim in (dim for dim in group.dims if dim.name in original):  # not the inputs
             size = original[dim.name].shape[dim.dim]
             mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
             mask[dim.layout.table(group.units)[gone].flatten()] = False

@@ -33,6 +33,8 @@ class SyncReport:
         seconds: wall-clock time of the sync.
         notes: what else the user should know.
         error: why no config fits; ``None`` when one does.
+        inputs: an input of states that an encoder outside of the model makes -> its channels that
+            the model still reads, as they were numbered when the hook was attached.
     """
 
     step: int
@@ -47,6 +49,7 @@ class SyncReport:
     seconds: float = 0.0
     notes: Sequence[str] = ()
     error: str | None = None
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         graph = f" ({self.graph.split(':')[0]})" if self.graph else ""
@@ -67,6 +70,10 @@ class SyncReport:
         lines.append(
             f"  {refreshed or 'nothing else'} refreshed; {self.proof}; {self.seconds:.2f} s"
         )
+        lines += [
+            f"  {name}: give it {len(left)} channels now, report.inputs says which"
+            for name, left in self.inputs.items()
+        ]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -104,6 +111,7 @@ class SyncReport:
             "attributes": list(self.attributes),
             "buffers": list(self.buffers),
             "ties": list(self.ties),
+            "inputs": {name: list(left) for name, left in self.inputs.items()},
             "proof": self.proof,
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "seconds": self.seconds,

@@ -42,6 +42,7 @@ from .reference import (
     vanished_counts,
 )
 from .solve import Conflict, Observable
+from .states import states_of
 from .ties import ties_of
 from .widths import WidthView
 
@@ -66,6 +67,7 @@ class Follower:
         self._check_traced()
         self.values = dict(self.known.values)
         self.heads_went = False
+        self.inputs: dict[str, tuple[int, ...]] = {}
         self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
             name: splits
             for name, _ in self.model.named_modules()
@@ -115,6 +117,7 @@ class Follower:
         Raises:
             ConfigSyncError: no config says what the weights are.
         """
+        self._follow_inputs(groups)
         notes = self._count_heads(groups)
         live = self._live_shapes(groups)
         values = self._solve(live)
@@ -139,8 +142,20 @@ class Follower:
             f"proved: {len(live)} tensors are as {type(self.model).__name__} builds them "
             "from the new config.json"
         )
+        outcome["inputs"] = dict(self.inputs)
         outcome["notes"] = notes
         return outcome
+
+    def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
+        """Keep in mind which channels of the states of an encoder are still read."""
+        read = states_of(self.model)
+        for layer in (layer for group in groups for layer in group.layers):
+            if read is not None and not layer.out and self._own_name(layer.name) == read.layer:
+                left = self.inputs.get(read.argument, tuple(range(layer.before)))
+                gone = set(layer.removed)
+                self.inputs[read.argument] = tuple(
+                    channel for place, channel in enumerate(left) if place not in gone
+                )
 
     def _count_heads(self, groups: Sequence[PrunedGroup]) -> list[str]:
         """Follow how projections are split into heads, from the channels that were pruned."""

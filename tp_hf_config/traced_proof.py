@@ -8,7 +8,7 @@ the same ones in every dimension of each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,8 @@ from .expand import WidthGroup
 from .explain import some
 from .learn import ConfigMap
 from .offers import single_positions, widths_of
-from .reference import field_name
+from .reference import FieldPath, field_name
+from .states import states_of
 from .ties import parameter_names
 from .traced_groups import UNTOUCHED, Key, TracedGroup, traced_groups
 from .twins import Layout
@@ -110,8 +111,16 @@ class TracedProof:
         return None, list(notes)
 
     def left_out(self, groups: Sequence[TracedGroup]) -> tuple[str, list[str]]:
-        """A field that is cut in some dimensions, none of them proved, and those that are not."""
+        """A field that is cut in some dimensions, and those that are not.
+
+        Where some of them are proved, only what reads states of an encoder can be left out: no
+        trace starts from an input.
+        """
         cut = {key for group in groups for key in group.pieces}
+        for fields, reading in self._reading():
+            alike = {key for group, keys in self.proved if group.fields == fields for key in keys}
+            if alike & cut and not cut.intersection(reading):
+                return field_name(fields[0]), [self.names[parameter] for parameter, _ in reading]
         opaque = {id(parameter) for group in groups for parameter in group.opaque}
         for parameter, dim in cut:
             if (parameter, dim) in self.groups or parameter not in self.names:
@@ -131,6 +140,14 @@ class TracedProof:
                 path = min(left, key=lambda one: len(left[one]))
                 return field_name(path), left[path]
         return "", []
+
+    def _reading(self) -> Iterator[tuple[tuple[FieldPath, ...], list[Key]]]:
+        """The dimensions that lose channels of states, by the fields that set those."""
+        read = states_of(self.model)
+        for group, keys in self.proved:
+            members = {(member.name, member.dim) for member in group.members}
+            if read is not None and (read.reader, read.dim) in members:
+                yield group.fields, list(keys)
 
     def _fault(self, number: int, cuts: Mapping[Key, Tensor], traced: TracedGroup) -> str | None:
         """Why what a traced group cuts is not whole units of a proved one; None: it is."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .passes import Result, outputs_in_float64
+from .states import states_in
 
 _EQUAL = 1e-9
 """Relative difference up to which two float64 results are the same."""
@@ -100,10 +101,12 @@ class TwinTest:
         runs: Sequence[int] = (1,),
         watched: Sequence[Result] = (),
     ):
-        self.model, self.inputs, self.units, self.watched = model, inputs, units, watched
+        self.model, self.inputs, self.units, self.watched = model, dict(inputs), units, watched
         self.axes = {units * run: Layout(run=run) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
+        for name, states in states_in(model, inputs).items():  # units stand along them too
+            self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
         self._weights: list[tuple[Tensor, Tensor]] = []
         every = outputs_in_float64(model, inputs, watched)
         self._depending = [number for number, one in enumerate(every) if one.requires_grad]

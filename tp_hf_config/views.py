@@ -92,12 +92,12 @@ def is_vector(module: nn.Module) -> bool:
     return isinstance(module, ParameterView) and module.parameter.ndim == 1
 
 
-class Units(nn.Module):
-    """Stands for the units of a group in which no layer has one channel per unit (heads)."""
+class Units(ops._CustomizedOp):  # type: ignore[misc]
+    """Stands for the units of a group in which no output has one channel per unit (heads)."""
 
     def __init__(self, count: int):
-        super().__init__()
-        self.count = count
+        nn.Module.__init__(self)  # Torch-Pruning's own leaves that out
+        self.op_cls, self.count = Units, count
 
 
 class UnitsPruner(function.BasePruningFunc):  # type: ignore[misc]
@@ -137,9 +137,14 @@ class Coupled:
     least: int = 1
 
     @property
+    def inward(self) -> bool:
+        """Whether it is inputs alone (of the layers that read the states of an encoder)."""
+        return not any(side.out for side in self.sides)
+
+    @property
     def root(self) -> Side | None:
-        """The side whose channels are the units, one to one."""
-        for side in self.ranked:
+        """The side whose channels are the units, one to one; pruners rank by outputs."""
+        for side in () if self.inward else self.ranked:
             if side.table.shape[1] == 1:
                 return side
         return None
