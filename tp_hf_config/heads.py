@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .dry_run import NoValues, RealNumbers
@@ -21,6 +22,7 @@ from .inputs import example_inputs, form_of, input_forms, text_inputs
 
 _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
+_SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Layout:
         outputs: layers whose output is what the model returns (``lm_head``, classifiers).
         steps: how many projections were called; a forward pass that broke off has fewer.
         ended: the forward pass came to its end, with all that it takes.
+        alone: how often something was chosen among one: attention over a single token.
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -43,6 +46,7 @@ class Layout:
     outputs: frozenset[str] = frozenset()
     steps: int = 0
     ended: bool = False
+    alone: int = 0
 
     def joined(self, other: Layout) -> Layout:
         """What was seen here and in another run."""
@@ -52,6 +56,7 @@ class Layout:
             self.outputs | other.outputs,
             self.steps + other.steps,
             self.ended,
+            self.alone + other.alone,
         )
 
 
@@ -115,6 +120,7 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
         outputs=frozenset(watch.outputs),
         steps=watch.steps,
         ended=ended,
+        alone=watch.alone,
     )
 
 
@@ -139,6 +145,16 @@ def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     return (split,)
 
 
+def _among(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int | None:
+    """Among how many a softmax chooses; ``None``: the function is none."""
+    if func in _SOFTMAX:
+        values = args[0] if args else kwargs["input"]
+        return int(values.shape[kwargs.get("dim", args[1] if len(args) > 1 else -1)])
+    if func is F.scaled_dot_product_attention:
+        return int((args[1] if len(args) > 1 else kwargs["key"]).shape[-2])
+    return None
+
+
 class _Watch(NoValues):
     """Follows each projection's output until it is taken apart."""
 
@@ -149,6 +165,7 @@ class _Watch(NoValues):
         self._per_head: set[str] = set()
         self.outputs: set[str] = set()
         self.steps = 0
+        self.alone = 0
         # tensors are kept, so that ids stay unique; piece -1 is the whole output, -2 its split
         self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
 
@@ -183,6 +200,7 @@ class _Watch(NoValues):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = super().__torch_function__(func, types, args, kwargs)
+        self.alone += _among(func, args, kwargs or {}) == 1
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         # a norm's weight stands before what it scales (OLMo 2's queries)
         tensors.sort(key=lambda tensor: id(tensor) not in self._source)
