@@ -165,6 +165,19 @@ def test_vectors_that_no_output_depends_on_go_along_with_the_residual_stream() -
     assert torch.equal(model.get_parameter(token).flatten(), kept)
 
 
+def test_a_tiny_image_leaves_attention_more_than_one_token() -> None:
+    """Over one token, dimensions of different heads could change places."""
+    config = hf.HieraConfig(
+        embed_dim=24, image_size=[64, 64], depths=[1, 1, 1, 2], num_heads=[1, 2, 4, 6]
+    )
+    widths = prunable(hf.HieraForImageClassification(config).eval()).widths
+    (width,) = (width for width in widths if width.name == "embed_dim")
+    inner = "hiera.encoder.stages.3.layers.1.attn.qkv.bias"
+    (group,) = (g for g in width.groups if any(member.name == inner for member in g.members))
+    assert width.reason is None
+    assert group.classes == 3  # eight units in a row are of one head of 32 dimensions
+
+
 def test_channels_are_told_from_an_axis_as_long() -> None:
     """ConvNeXt's norms take channels first, and an image can be as wide as there are channels."""
     side = Side(4, torch.tensor([0, 2]))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .dry_run import NoValues, RealNumbers
@@ -22,6 +23,7 @@ from .states import look_for_states, states_of
 
 _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
+_SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Layout:
         ended: the forward pass came to its end, with all that it takes.
         numbers: how many numbers its operations made, which is what it costs.
         idle: projections that were not called.
+        alone: how often something was chosen among one: attention over a single token.
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class Layout:
     ended: bool = False
     numbers: int = 0
     idle: frozenset[str] = frozenset()
+    alone: int = 0
 
     def joined(self, other: Layout) -> Layout:
         """What was seen here and in another run."""
@@ -59,6 +63,7 @@ class Layout:
             self.ended,
             self.numbers + other.numbers,
             self.idle & other.idle,
+            self.alone + other.alone,
         )
 
 
@@ -133,6 +138,7 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
         ended=ended,
         numbers=run.numbers,
         idle=frozenset(watched.keys() - watch.called),
+        alone=watch.alone,
     )
 
 
@@ -157,6 +163,16 @@ def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     return (split,)
 
 
+def _among(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int | None:
+    """Among how many a softmax chooses; ``None``: the function is none."""
+    if func in _SOFTMAX:
+        values = args[0] if args else kwargs["input"]
+        return int(values.shape[kwargs.get("dim", args[1] if len(args) > 1 else -1)])
+    if func is F.scaled_dot_product_attention:
+        return int((args[1] if len(args) > 1 else kwargs["key"]).shape[-2])
+    return None
+
+
 class _Watch(NoValues):
     """Follows each projection's output until it is taken apart."""
 
@@ -168,6 +184,7 @@ class _Watch(NoValues):
         self.outputs: set[str] = set()
         self.steps = 0
         self.called: set[str] = set()
+        self.alone = 0
         # tensors are kept, so that ids stay unique; piece -1 is the whole output, -2 its split
         self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
 
@@ -203,6 +220,7 @@ class _Watch(NoValues):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = super().__torch_function__(func, types, args, kwargs)
+        self.alone += _among(func, args, kwargs or {}) == 1
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         # a norm's weight stands before what it scales (OLMo 2's queries)
         tensors.sort(key=lambda tensor: id(tensor) not in self._source)

@@ -231,9 +231,12 @@ def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
 def _alike(before: Layout, after: Layout) -> bool:
     """Whether a forward pass goes as far, over heads wide enough for all that is in them.
 
-    A head of two dimensions has no partial rotary embedding any more.
+    A head of two dimensions has no partial rotary embedding any more, and attention over a single
+    token (of an image that is too small) is the same whatever its queries are.
     """
     if after.steps < before.steps or (before.ended and not after.ended):
+        return False
+    if after.alone > before.alone:
         return False
     for layer, splits in before.heads.items():
         now = after.heads.get(layer, ())
