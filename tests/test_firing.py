@@ -409,6 +409,7 @@ def test_report_to_json():
         "proof": "proved: 21 tensors are as LlamaForCausalLM builds them from the new config.json",
         "parameters": {"before": 23200, "after": 15096},
         "notes": [],
+        "inputs": {},
         "error": None,
     }
     assert SCHEMA_VERSION == 1
