@@ -15,7 +15,7 @@ from .errors import UnsupportedModelError
 from .limits import multiple_of
 from .offers import Width, widths_of
 from .reference import FieldPath, field_name
-from .ties import tensor
+from .ties import convolves, tensor
 from .widths import WidthView
 
 
@@ -124,7 +124,10 @@ def multiples_of(view: WidthView, chosen: Chosen) -> dict[tuple[FieldPath, ...],
     for width in chosen.widths:
         multiple = _multiple_in(view, width)
         if len(width.fields) == 1 and not set(width.fields) & counts:
-            multiple = lcm(multiple, multiple_of(view.known, width.fields[0]))
+            own = multiple_of(view.known, width.fields[0])
+            multiple = lcm(
+                multiple, own // gcd(own, view.known.values[width.fields[0]] // width.units)
+            )
         multiples[width.fields] = multiple
     return multiples
 
@@ -163,8 +166,8 @@ def _multiple_in(view: WidthView, width: Width) -> int:
         own = group.classes  # all groups of one width lose the same number
         for member in group.members:
             parameter = tensor(view.model, member.name)
-            owner = view.model.get_submodule(member.name.rpartition(".")[0])
-            if parameter.ndim == 3 and member.dim > 0 and not isinstance(owner, nn.Conv1d):
+            stacked = parameter.ndim == 3 and not convolves(view.model, member.name)
+            if stacked and member.dim > 0:
                 own = lcm(own, 16 // parameter.element_size())
         multiple = lcm(multiple, own // gcd(own, group.grain))
     return multiple

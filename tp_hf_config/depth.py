@@ -100,7 +100,10 @@ def _alike(model: nn.Module, all_shapes: Shapes) -> dict[str, tuple[int, ...]]:
 def _changes(
     data: dict[str, Any], length: int, keep: int, widths: Set[FieldPath]
 ) -> list[dict[FieldPath, Any]]:
-    """Ways to say ``keep`` layers instead of ``length``: a field, alone or with its lists."""
+    """Ways to say ``keep`` layers instead of ``length``: a field, alone or with its lists.
+
+    Or a list of the layers that have something beside them, which is as long (Qwen3-VL).
+    """
     changes: list[dict[FieldPath, Any]] = []
 
     def visit(node: dict[str, Any], path: FieldPath) -> None:
@@ -116,9 +119,16 @@ def _changes(
                 changes.append({(*path, key): keep})
                 if lists:
                     changes.append({(*path, key): keep, **lists})
+        changes.extend({key: value} for key, value in lists.items() if is_numbers(value))
 
     visit(data, ())
     return changes
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether a list can name layers by their numbers."""
+    whole = isinstance(value, list) and all(type(entry) is int for entry in value)
+    return whole and len(value) > 1 and value == sorted(set(value)) and value[0] >= 0
 
 
 def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
-from itertools import combinations, permutations
-from math import gcd
+from itertools import combinations, permutations, product
+from math import gcd, lcm
 
 from .learn import ConfigMap
 from .reference import FieldPath, Refusal, shapes
@@ -36,8 +36,29 @@ Shares = dict[tuple[str, int], tuple[Share, ...]]
 
 
 def units_of(known: ConfigMap, fields: tuple[FieldPath, ...]) -> int:
-    """How many units a direction has: each is the same share of every one of its fields."""
-    return reduce(gcd, (known.values[path] for path in fields))
+    """How many units a direction has: each is the same share of every one of its fields.
+
+    It holds whole positions of every dimension that is in proportion: where a convolution in groups
+    reads a sixteenth of the channels in each (wav2vec 2.0), a unit is sixteen channels.
+    """
+    common = reduce(gcd, (known.values[path] for path in fields))
+    sizes = _in_proportion(known, {path: known.values[path] // common for path in fields}, common)
+    return common // lcm(*(Fraction(size, common).denominator for size in sizes.values()))
+
+
+def _in_proportion(
+    known: ConfigMap, scales: Mapping[FieldPath, int], common: int
+) -> dict[tuple[str, int], int]:
+    """The dimensions that are a multiple, or a fraction, of a direction, with their sizes."""
+    found: dict[tuple[str, int], int] = {}
+    for (name, dim), expression in known.expressions.items():
+        slopes = [expression.terms.get(frozenset({path}), 0) * n for path, n in scales.items()]
+        if isinstance(dim, int) and sum(slopes) * common == expression.base:
+            found[name, dim] = expression.base
+    for (name, dim), power in known.powers.items():
+        if isinstance(dim, int) and sum(power.exponents.get(path, 0) for path in scales) == 1:
+            found[name, dim] = power.base
+    return found
 
 
 def shares_of(known: ConfigMap, fields: tuple[FieldPath, ...]) -> Shares | str:
@@ -50,12 +71,29 @@ def shares_of(known: ConfigMap, fields: tuple[FieldPath, ...]) -> Shares | str:
     return moved if isinstance(moved, str) else _along_lines(known, scales, moved)
 
 
+def strides_in(shares: Shares) -> dict[int, set[int]]:
+    """Positions that a unit takes -> in how many parts they may stand.
+
+    A convolution in groups has as many output channels for each input channel of a group.
+    """
+    found: dict[int, set[int]] = {}
+    for name, dim in shares:
+        for own, other in product(shares[name, dim], shares.get((name, 1 - dim), ())):
+            parts, rest = divmod(own.per_unit, other.per_unit)
+            if parts > 1 and not rest:
+                found.setdefault(own.per_unit, set()).add(parts)
+    return found
+
+
 def _along_lines(
     known: ConfigMap, scales: Mapping[FieldPath, int], moved: dict[tuple[str, int], int] | None
 ) -> Shares | str:
     """The shares by field where they add up to what moves, else what moves as one share."""
     units = units_of(known, tuple(scales))
     shares: Shares = {}
+    for (name, dim), power in known.powers.items() if moved is None else ():
+        if isinstance(dim, int) and all(power.exponents.get(path) == 1 for path in scales):
+            shares[name, dim] = tuple(Share(path, power.base // units, 0) for path in scales)
     for (name, dim), expression in sorted(known.expressions.items(), key=str):
         if not isinstance(dim, int) or not expression.fields & scales.keys():
             continue

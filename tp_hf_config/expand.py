@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from .directions import Share, Shares, shares_of, units_of
 from .groups import Finding, Group
+from .heads import splits_after
 from .learn import ConfigMap
 from .miniature import Miniature
 from .reference import FieldPath, field_name
@@ -47,6 +48,8 @@ class WidthGroup:
         classes: units are interchangeable inside each of so many equal runs; 1: all of them.
         grain: how many of its units go with one unit of the fields.
         least: fewer units, and the class does not run.
+        apart: how many channels a unit is that are not neighbours (one of every group of a
+            convolution).
     """
 
     fields: tuple[FieldPath, ...]
@@ -55,11 +58,12 @@ class WidthGroup:
     classes: int
     grain: int = 1
     least: int = 1
+    apart: int = 1
 
     @property
     def run(self) -> int:
-        """How many neighbouring channels a unit is."""
-        return max(member.layout.run for member in self.members)
+        """How many channels a unit is."""
+        return max(self.apart, *(member.layout.run for member in self.members))
 
 
 def expand(
@@ -158,50 +162,98 @@ def _real_group(
     names: Mapping[str, Sequence[str]],
 ) -> WidthGroup | str:
     units = units_of(known, group.fields)
+    found: list[tuple[str, Dim, Share]] = []
     sources = dict(zip(group.dims, group.sources, strict=True))
-    found: list[tuple[str, int, Layout]] = []
-    grains: set[int] = set()
     for key, dim in instance.items():
         name = key.rpartition("#")[0]
-        share = next(
-            (
-                share
-                for share in shares.get((known.depth.canonical(name), dim.dim), ())
-                if share.field == sources[dim]
-            ),
-            None,
-        )
+        mine = shares.get((known.depth.canonical(name), dim.dim), ())
+        share = next((share for share in mine if share.field == sources[dim]), None)
         if share is None:
             return f"{name}: dimension {dim.dim} does not follow it at full size"
-        layout = _real_layout(name, dim, share, group, mini, known)
-        if isinstance(layout, str):
-            return layout
-        if group.grain > 1:
-            grain, left = divmod(layout.run, dim.layout.run)
-            if left:
-                return f"{name}: dimension {dim.dim} holds no whole units at full size"
-            grains.add(grain)
-            layout = replace(layout, run=dim.layout.run)
-        found.append((name, dim.dim, layout))
-    if len(grains) > 1:
-        return f"its dimensions hold {sorted(grains)} channels a unit at full size"
+        found.append((name, dim, share))
+    grain = _real_grain(group, found)
+    if isinstance(grain, str):
+        return grain
     classes = group.classes
     if classes > 1:
-        counts = _real_counts(classes, mini, known)
+        counts = _real_classes(group, mini, known)
         if len(counts) != 1:
-            return f"its units go in {classes} classes in the tiny copy; at full size in {counts}"
+            full = " or ".join(map(str, sorted(counts))) or "an unknown number"
+            return f"its units go in {classes} classes in the tiny copy; at full size in {full}"
         (classes,) = counts
-        if units % classes:
-            return f"{units} units do not go into {classes} equal classes"
-    grain = grains.pop() if grains else 1
-    members = tuple(
-        Member(alias, dim, layout) for name, dim, layout in found for alias in names[name]
-    )
-    return WidthGroup(group.fields, members, units * grain, classes, grain)
+        if units * grain % classes:
+            return f"{units * grain} units do not go into {classes} equal classes"
+    members: list[Member] = []
+    for name, dim, share in found:
+        layout = _real_layout(name, dim, share, grain, group, mini, known)
+        if isinstance(layout, str):
+            return layout
+        members += [Member(alias, dim.dim, layout) for alias in names[name]]
+    path, *others = group.fields
+    apart = 1 if others else known.values[path] // (units * grain)
+    real = WidthGroup(group.fields, tuple(members), units * grain, classes, grain, apart=apart)
+    return _uneven_heads(real, known) or real
+
+
+def _real_grain(group: Group, found: Sequence[tuple[str, Dim, Share]]) -> int | str:
+    """How many units of a group go with one of the fields at full size.
+
+    Dimensions that hold a unit in one place tell; of several places there can be more or fewer.
+    """
+    if group.grain == 1:
+        return 1
+    single = [one for one in found if one[1].layout.parts == 1]
+    grains: set[int] = set()
+    for name, dim, share in single or found:
+        grain, left = divmod(share.per_unit, dim.layout.parts * dim.layout.run)
+        if left:
+            return f"{name}: dimension {dim.dim} holds no whole units at full size"
+        grains.add(grain)
+    if len(grains) > 1:
+        return f"its dimensions hold {sorted(grains)} channels a unit at full size"
+    return grains.pop()
+
+
+def _real_classes(group: Group, mini: Miniature, known: ConfigMap) -> set[int]:
+    """In how many classes the units of a group go at full size; several: it cannot be told.
+
+    The heads of its own layers tell; where those were not seen (torch splits them itself), all that
+    is as many in the tiny copy has to agree.
+    """
+    if group.grain == 1:
+        return _real_counts(group.classes, mini, known)
+    found: set[int] = set()
+    for layer in {dim.name.rpartition(".")[0] for dim in group.dims if dim.dim == 0}:
+        tiny, real = mini.known.splits_of(layer) or (), known.splits_of(layer) or ()
+        pairs = zip(tiny, real, strict=False)
+        found |= {full[0] for split, full in pairs if split[0] == group.classes}
+    if found:
+        return found
+    moving = mini.known.values | mini.known.silent
+    full_values = dict(_numbers(known.data))
+    fields = {full_values.get(path, 0) for path, n in moving.items() if n == group.classes}
+    return fields | _real_counts(group.classes, mini, known)
+
+
+def _uneven_heads(group: WidthGroup, known: ConfigMap) -> str | None:
+    """Why a unit that stands in several places cannot go: it is not as much of every head."""
+    for member in group.members if group.classes == 1 else ():
+        splits = known.splits_of(member.name.rpartition(".")[0])
+        if splits is None or member.dim or member.layout.parts == 1:
+            continue
+        if splits_after(splits, member.layout.positions(0, group.units)) is None:
+            return f"{member.name}: its units are not the same share of every head"
+    return None
 
 
 def _real_layout(
-    name: str, dim: Dim, share: Share, group: Group, mini: Miniature, known: ConfigMap
+    name: str,
+    dim: Dim,
+    share: Share,
+    grain: int,
+    group: Group,
+    mini: Miniature,
+    known: ConfigMap,
 ) -> Layout | str:
     per_unit = share.per_unit
     parts, run = dim.layout.parts, Fraction(per_unit, dim.layout.parts)
@@ -212,6 +264,10 @@ def _real_layout(
         )
     if dim.layout.run == 1 and group.grain == 1:
         parts, run = per_unit, Fraction(1)  # one position in every part: there can be more (heads)
+    elif group.grain > 1:
+        parts, run = per_unit // (dim.layout.run * grain), Fraction(dim.layout.run)
+        if parts * dim.layout.run * grain != per_unit:
+            return f"{name}: dimension {dim.dim} holds no whole units at full size"
     if run.denominator != 1 or (dim.layout.offset and not share.rest):
         return f"{name}: dimension {dim.dim} holds no whole units at full size"
     blocks = dim.layout.blocks

@@ -19,21 +19,18 @@ from .directions import (
     equal_fields,
     grouped_heads,
     shares_of,
+    strides_in,
     units_of,
     whole_heads,
 )
-from .layouts import layouts_of, likely_first, overlap
+from .layouts import layouts_of
 from .miniature import Miniature, why_not
 from .reference import FieldPath, Refusal, field_name, with_values
 from .rehearsal import rehearse
+from .search import Style, searched
 from .states import AXIS, states_of
 from .ties import saved_buffers
 from .twins import Dim, Layout, Links, TwinTest
-
-_MAX_LAYOUTS = 10
-
-_Style = tuple[tuple[tuple[int, Layout], ...], FieldPath | None]
-"""Dimensions alike in how their units may stand, and the field that sets them."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
     if isinstance(shares, str):
         return Finding(fields, reason=shares)
     shares |= _handed(mini, shares)
-    styles: dict[_Style, list[Dim]] = {}
+    styles: dict[Style, list[Dim]] = {}
     listed = {**saved_buffers(mini.model), **dict(mini.model.named_parameters())}  # a tied one once
     listed |= mini.states
     heads = bool(set(fields) & known.count_fields())
@@ -155,7 +152,7 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
         runs |= {share.per_unit for parts in shares.values() for share in parts}
     test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
     found: Finding | None = None
-    first, (sources, links) = _searched(test, styles, units)
+    first, (sources, links) = searched(test, styles, strides_in(shares))
     if not links.unequal:
         found = _proved(test, sources, fields, links)
         if found.reason is not None:
@@ -171,7 +168,7 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
         found = _without_twins(test, first, fields) or found
     handed = tuple(n for n in mini.states if any(d.name == n for g in found.groups for d in g.dims))
     found = replace(found, outward=test.shows_outside(), handed=handed)
-    if len(fields) > 1:
+    if len(fields) > 1 or units < known.values[fields[0]]:
         return _refined(mini, found)
     stacked = (listed[dim.name].ndim == 3 and dim.dim == 0 for g in found.groups for dim in g.dims)
     return replace(found, least=_least(mini, fields[0])) if any(stacked) else found
@@ -224,70 +221,33 @@ def _without_twins(
     return Finding(fields, tuple(groups))
 
 
-_Sources = dict[Dim, FieldPath | None]
-
-
-def _searched(
-    test: TwinTest, styles: Mapping[_Style, Sequence[Dim]], units: int
-) -> tuple[_Sources, tuple[_Sources, Links]]:
-    """The likeliest layouts, and those in which the fewest dimensions tell units apart.
-
-    First likely layouts together; then, from the best of those, others for one style at a time,
-    where units are told apart.
-    """
-    tried: list[tuple[int, tuple[Layout, ...], _Sources, Links]] = []
-
-    def attempt(chosen: tuple[Layout, ...]) -> bool:
-        sources = _sources(styles, chosen)
-        if not overlap(sources, units):
-            links = test.links(list(sources))
-            tried.append((len(links.unequal), chosen, sources, links))
-        return bool(tried) and not tried[-1][0]
-
-    def best() -> tuple[int, tuple[Layout, ...], _Sources, Links]:
-        return min(tried, key=lambda one: one[0])
-
-    for chosen in likely_first([layouts for layouts, _ in styles]):
-        if attempt(chosen) or len(tried) == _MAX_LAYOUTS:
-            break
-    options = [[layout for _, layout in layouts] for layouts, _ in styles]
-    better = bool(best()[0])
-    while better:
-        least, chosen, _, links = best()
-        apart = {(dim.name, dim.dim) for dim in links.unequal}
-        places = [
-            place
-            for place, alike in enumerate(styles.values())
-            if any((dim.name, dim.dim) in apart for dim in alike)
-        ]
-        for place in places:
-            for layout in options[place][:_MAX_LAYOUTS]:
-                attempt((*chosen[:place], layout, *chosen[place + 1 :]))
-            if best()[0] < least:
-                break
-        better = 0 < best()[0] < least and len(tried) < 4 * _MAX_LAYOUTS
-    _, _, sources, links = best()
-    return tried[0][2], (sources, links)
-
-
-def _sources(styles: Mapping[_Style, Sequence[Dim]], chosen: Sequence[Layout]) -> _Sources:
-    """The dimensions with one layout for each style of them, and the fields that set them."""
-    return {
-        Dim(dim.name, dim.dim, layout): path
-        for layout, ((_, path), alike) in zip(chosen, styles.items(), strict=True)
-        for dim in alike
-    }
-
-
 def _refined(mini: Miniature, finding: Finding) -> Finding:
     """Let a group choose among smaller units where those are interchangeable everywhere.
 
     Whole heads go with a run of the residual stream's channels, but which channels is free.
     """
-    return replace(finding, groups=tuple(_finest(mini, group) for group in finding.groups))
+    groups = finding.groups
+    if not set(finding.fields) & mini.known.count_fields():
+        groups = tuple(_by_position(mini, group) for group in groups)
+    return replace(finding, groups=tuple(_finest(mini, group) for group in groups))
+
+
+def _by_position(mini: Miniature, group: Group) -> Group:
+    """The group in units of single positions, if those may change places: in each head, say."""
+    sizes = {dim.layout.parts * dim.layout.run for dim in group.dims}
+    if len(sizes) > 1 or any(dim.layout.offset or dim.layout.gap for dim in group.dims):
+        return group
+    (grain,) = sizes
+    dims = tuple(replace(dim, layout=Layout()) for dim in group.dims)
+    units = group.units * grain
+    classes = _classes(TwinTest(mini.model, mini.inputs, units, watched=mini.watched), dims, units)
+    if classes is None:
+        return group
+    return replace(group, dims=dims, units=units, classes=classes, grain=grain)
 
 
 def _finest(mini: Miniature, group: Group) -> Group:
+    """The group in the smallest parts of its runs that are interchangeable."""
     run = reduce(gcd, (dim.layout.run for dim in group.dims))
     for grain in (n for n in range(run, 1, -1) if run % n == 0):
         dims = tuple(
@@ -295,9 +255,10 @@ def _finest(mini: Miniature, group: Group) -> Group:
             for dim in group.dims
         )
         units = group.units * grain
-        test = TwinTest(mini.model, mini.inputs, units, watched=mini.watched)
-        if all(test.proves(dims, list(_order(units, 1, swap))) for swap in (True, False)):
-            return replace(group, dims=dims, units=units, classes=1, grain=grain)
+        widths = {dim.layout.parts * dim.layout.run for dim in dims}
+        test = TwinTest(mini.model, mini.inputs, units, sorted(widths), mini.watched)
+        if all(test.proves(dims, list(_order(units, group.classes, s))) for s in (True, False)):
+            return replace(group, dims=dims, units=units, grain=grain)
     return group
 
 
@@ -349,7 +310,8 @@ def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> i
     one, channel by channel.  The stream is what norms belong to.
     """
     sizes = {dim.layout for dim in unused}
-    plain = len(sizes) == 1 and sizes <= {Layout(run=dim.layout.run) for dim in unused}
+    whole = all(_fills(test.parameters[dim.name], dim, test.units) for dim in unused)
+    plain = len(sizes) == 1 and whole
     streams = [
         place
         for place, group in enumerate(groups)
@@ -360,6 +322,12 @@ def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> i
     vectors = all(parameter.numel() in (0, max(parameter.shape)) for parameter in held)
     alone = len(streams) == 1 and plain and vectors and test.unused(dim.name for dim in unused)
     return streams[0] if alone else None
+
+
+def _fills(parameter: torch.Tensor, dim: Dim, units: int) -> bool:
+    """Whether units fill a dimension, all of one kind of place in one block."""
+    layout = Layout(dim.layout.parts, dim.layout.run)
+    return dim.layout == layout and len(layout.table(units).flatten()) == parameter.shape[dim.dim]
 
 
 def _is_vector_alone(model: torch.nn.Module, name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .depth import is_numbers
 from .fit import value_at
 from .heads import Layout, observe
 from .images import crops, smaller_images
@@ -17,7 +18,7 @@ from .inputs import example_inputs, input_forms, second_sample, text_inputs
 from .learn import ConfigMap, learn
 from .lighter import in_proportion, lighter
 from .passes import AllFloat64, Result, tensors_in, watched_results
-from .reference import FieldPath, Refusal, shapes, with_values
+from .reference import Builder, FieldPath, Refusal, shapes, with_values
 from .states import states_in
 from .ties import saved_buffers
 
@@ -88,10 +89,42 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         working = _working_inputs(model)
         if isinstance(working, Refusal):
             return working
-    inputs, partial = working
+        inputs, partial = working
+        data, model = _with_layers_named(builder, data, model, inputs)
+        full = builder.build(data)
+    if isinstance(full, Refusal):
+        return full
     around = learn(builder, builder.config(data), full, all_set=True)
     watched = () if partial else watched_results(model, inputs)
     return Miniature(around, model, inputs, partial, watched)
+
+
+def _with_layers_named(
+    builder: Builder, data: dict[str, Any], model: nn.Module, inputs: dict[str, Any]
+) -> tuple[dict[str, Any], nn.Module]:
+    """The config and its class, lists of layers naming those that are left, if more is reached.
+
+    What Qwen3-VL has beside its layers 8, 16 and 24 would never run in a copy of two layers.
+    """
+    unreached = _unreached(model, inputs)
+    for path, length in _numbers_of_layers(data) if unreached else ():
+        named: dict[FieldPath, Any] = {path: list(range(length))}
+        trial = with_values(data, named)
+        other = builder.build_real(trial)
+        if isinstance(other, Refusal) or shapes(other) != shapes(model):
+            continue
+        randomise(other)
+        if why_not(other, inputs) is None and _unreached(other, inputs) < unreached:
+            data, model, unreached = trial, other, _unreached(other, inputs)
+    return data, model
+
+
+def _numbers_of_layers(node: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
+    """Lists in a config that can name layers by their numbers, and how long they are."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if is_numbers(value):
+            yield (*path, key), len(value)
+        yield from _numbers_of_layers(value, (*path, key))
 
 
 def _working_inputs(model: nn.Module) -> tuple[dict[str, Any], bool] | Refusal:

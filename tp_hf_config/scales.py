@@ -152,7 +152,10 @@ class AsNarrow(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             old = args[3] // args[4]
             (head_dim,) = next(self.read, (old,))
-            args = _with_queries(args, (old / head_dim) ** 0.5)
+            factor = (old / head_dim) ** 0.5
+            args = _with_queries(args, factor)
+            if kwargs.get("q_proj_weight") is not None:  # WavLM's stand apart
+                kwargs["q_proj_weight"] = kwargs["q_proj_weight"] * factor
         if func in (torch.softmax, Tensor.softmax, F.softmax) and args:
             args = (self._without_gone(args[0]), *args[1:])
         result = func(*args, **kwargs)

@@ -94,3 +94,9 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter, and the parameter's name in it."""
     module_name, _, key = name.rpartition(".")
     return model.get_submodule(module_name), key
+
+
+def convolves(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is a convolution's, with or without a norm of its weight."""
+    owners = (name.rsplit(".", depth)[0] for depth in (1, 3) if name.count(".") >= depth)
+    return any(isinstance(model.get_submodule(one), nn.modules.conv._ConvNd) for one in owners)

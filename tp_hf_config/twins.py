@@ -11,7 +11,7 @@ It needs a model, inputs and a list of dimensions, and knows nothing of configs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +53,11 @@ class Layout:
         """Positions of every unit, shape ``(units, parts * run)``."""
         return torch.tensor([self.positions(unit, units) for unit in range(units)])
 
+    def permuted(self, units: int, order: Sequence[int]) -> Tensor:
+        """Which position stands at each of a dimension that is full of units in another order."""
+        table = self.table(units)
+        return table[list(order)].flatten()[table.flatten().argsort()]
+
     def grouped(self, size: int) -> Layout:
         """The layout of units that are ``size`` neighbouring units each."""
         return replace(self, run=self.run * size)
@@ -89,7 +94,8 @@ class TwinTest:
         model: small, in float64 and eval mode; its parameters are changed and put back.
         inputs: keyword arguments of one forward pass.
         units: how many units the width has.
-        runs: an output axis that is one of these times as long holds the units in such runs.
+        runs: an output axis that is one of these times as long holds the units, as the dimensions
+            of that length do, or else in such runs or parts.
         watched: what counts as an output beside the outputs.
     """
 
@@ -102,7 +108,7 @@ class TwinTest:
         watched: Sequence[Result] = (),
     ):
         self.model, self.inputs, self.units, self.watched = model, dict(inputs), units, watched
-        self.axes = {units * run: Layout(run=run) for run in runs}
+        self.axes = {units * run: (Layout(run=run), Layout(parts=run)) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
         for name, states in states_in(model, inputs).items():  # units stand along them too
@@ -188,8 +194,9 @@ class TwinTest:
                     parameter.index_select(dim.dim, table[list(order)].flatten()).clone(),
                 )
             changed = self.outputs()
+        axes = self._axes(dims)
         return max(
-            (self._change(old, new, order) for old, new in zip(self.base, changed, strict=True)),
+            (self._change(*pair, order, axes) for pair in zip(self.base, changed, strict=True)),
             default=0.0,
         )
 
@@ -197,16 +204,33 @@ class TwinTest:
         """Whether that order of the units leaves the model the same function."""
         return self.permutation_error(dims, order) < _EQUAL
 
-    def _change(self, old: Tensor, new: Tensor, order: Sequence[int]) -> float:
+    def _axes(self, dims: Iterable[Dim]) -> dict[int, tuple[Layout, ...]]:
+        """For each length of an output axis that holds the units, the layouts they may have."""
+        found: dict[int, dict[Layout, None]] = {size: {} for size in self.axes}
+        for layout in dict.fromkeys(dim.layout for dim in dims):
+            size = self.units * layout.parts * layout.run
+            if size in found and not layout.offset and not layout.gap:
+                found[size][layout] = None
+        return {size: tuple(layouts) or self.axes[size] for size, layouts in found.items()}
+
+    def _change(
+        self,
+        old: Tensor,
+        new: Tensor,
+        order: Sequence[int],
+        axes: Mapping[int, Sequence[Layout]],
+    ) -> float:
         if bool(new.isnan().any()) and not bool(old.isnan().any()):
             return torch.inf
         scale = float(old.abs().max()) or 1.0
         candidates = [old]
         for axis, size in enumerate(old.shape):
-            if size in self.axes:
-                places = self.axes[size].table(self.units)[list(order)].flatten()
-                index = places.to(old.device)
-                candidates += [one.index_select(axis, index) for one in candidates]
+            orders = [layout.permuted(self.units, order) for layout in axes.get(size, ())]
+            candidates += [
+                one.index_select(axis, index.to(old.device))
+                for one in candidates
+                for index in orders
+            ]
         return min(float((one - new).abs().max()) for one in candidates) / scale
 
     def _components(
@@ -245,7 +269,8 @@ class TwinTest:
     def _gradients(self, dims: Sequence[Dim], first: int, second: int) -> dict[str, Tensor | None]:
         names = [n for n in dict.fromkeys(d.name for d in dims) if self.parameters[n].requires_grad]
         found: dict[str, Tensor | None] = dict.fromkeys(dim.name for dim in dims)
-        losses = [self._loss(output, first, second) for output in self.outputs()]
+        axes = self._axes(dims)
+        losses = [self._loss(output, first, second, axes) for output in self.outputs()]
         if not names or not losses:
             return found
         grads = torch.autograd.grad(
@@ -254,19 +279,34 @@ class TwinTest:
         found.update(zip(names, grads, strict=True))
         return found
 
-    def _loss(self, output: Tensor, first: int, second: int) -> Tensor:
+    def _loss(
+        self, output: Tensor, first: int, second: int, axes: Mapping[int, Sequence[Layout]]
+    ) -> Tensor:
         """Not linear in the output, or the last projection would show no link."""
         generator = torch.Generator().manual_seed(2)
         weights = torch.randn((2, *output.shape), generator=generator, dtype=torch.float64)
         for axis, size in enumerate(output.shape):
-            if size in self.axes:
-                one, two = (
-                    torch.tensor(self.axes[size].positions(unit, self.units))
-                    for unit in (first, second)
-                )
-                weights.index_copy_(axis + 1, two, weights.index_select(axis + 1, one).clone())
+            if size in axes:
+                alike = self._alike(size, first, second, axes[size])
+                weights = weights.index_select(axis + 1, alike)
         weights = weights.to(output.device)
         return (output * weights[0] + output * output * weights[1]).sum()
+
+    def _alike(self, size: int, first: int, second: int, layouts: Sequence[Layout]) -> Tensor:
+        """For each position of an output's axis, the one that counts as much: a twin's counterpart.
+
+        Where the axis can hold the units in several ways, they are twins in each.
+        """
+        pairs = [
+            (layout.positions(first, self.units), layout.positions(second, self.units))
+            for layout in layouts
+        ]
+        alike = torch.arange(size)
+        for _ in pairs:
+            for one, two in pairs:
+                least = torch.minimum(alike[one], alike[two])
+                alike[one], alike[two] = least, least
+        return alike
 
     def _is_silent(self, grads: dict[str, Tensor | None], dim: Dim) -> bool:
         grad = grads[dim.name]

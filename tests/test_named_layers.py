@@ -1,0 +1,119 @@
+"""Layers that a config names by their numbers: the tiny copy has few, and runs what they have."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+import transformers as hf
+
+from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config.depth import is_numbers
+from tp_hf_config.inputs import example_inputs, second_sample
+from tp_hf_config.learn import map_of
+from tp_hf_config.masked import difference
+from tp_hf_config.miniature import Miniature, miniature, randomise
+from tp_hf_config.offers import widths_of
+from tp_hf_config.reference import Builder, Refusal, config_json
+
+pytestmark = pytest.mark.skipif(
+    small.TRANSFORMERS < (5,), reason="Transformers 4 has other configs of Qwen3-VL"
+)
+
+
+def _qwen3_vl() -> Any:
+    """Features of layers 1, 3 and 5 of the images go into the text's first three layers."""
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    text = {
+        "vocab_size": 99,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": rotary,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "depth": 7,
+        "hidden_size": 64,
+        "intermediate_size": 56,
+        "num_heads": 4,
+        "out_hidden_size": 48,
+        "deepstack_visual_indexes": [1, 3, 5],
+    }
+    tokens = {
+        "image_token_id": 90,
+        "video_token_id": 91,
+        "vision_start_token_id": 92,
+        "vision_end_token_id": 93,
+    }
+    torch.manual_seed(0)
+    config = hf.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+    model = hf.Qwen3VLModel(config).double().eval()
+    model.set_attn_implementation("eager")
+    randomise(model)
+    return model
+
+
+def test_the_tiny_copy_names_layers_that_it_has() -> None:
+    known = map_of(_qwen3_vl())
+    assert known.depth.canonical("visual.deepstack_merger_list.2.norm.weight") == (
+        "visual.deepstack_merger_list.0.norm.weight"
+    )
+    mini = miniature(known)
+    assert isinstance(mini, Miniature)
+    vision = mini.known.data["vision_config"]
+    assert (vision["depth"], vision["deepstack_visual_indexes"]) == (2, [0, 1])
+
+
+def test_images_stay_as_wide_as_the_text_that_they_go_into() -> None:
+    model = _qwen3_vl()
+    reasons = {width.name: width.reason for width in widths_of(model)}
+    both = "text_config.hidden_size + vision_config.out_hidden_size"
+    assert reasons[both] is None
+    assert reasons["vision_config.num_heads + vision_config.hidden_size"] is None
+    assert "not interchangeable" in str(reasons["text_config.hidden_size"])
+    pruned = copy.deepcopy(model)
+    tp.pruner.MetaPruner(
+        pruned,
+        **pruner_kwargs(pruned, prune=both.split(" + ")),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook()],
+    ).step()
+    config = pruned.config
+    assert (config.text_config.hidden_size, config.vision_config.out_hidden_size) == (24, 24)
+    assert config.vision_config.deepstack_visual_indexes == [1, 3, 5]
+    assert [merger.linear_fc2.out_features for merger in pruned.visual.deepstack_merger_list] == [
+        24,
+        24,
+        24,
+    ]
+    fresh = Builder(pruned).build_real(config_json(config))
+    assert not isinstance(fresh, Refusal)
+    assert difference(model, pruned, fresh, second_sample(example_inputs(model))) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([8, 16, 24], True),
+        ([0, 3], True),
+        ([2, 2, 6, 2], False),
+        ([3, 1], False),
+        ([-1, 4], False),
+        ([5], False),
+        ([1, True], False),
+        ([0.5, 1.5], False),
+        ("12", False),
+        (7, False),
+    ],
+)
+def test_numbers_of_layers_are_whole_and_rise(value: Any, expected: bool) -> None:
+    assert is_numbers(value) is expected

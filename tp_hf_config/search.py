@@ -1,0 +1,174 @@
+"""Try the layouts in which the units of a width may stand, until units are told apart nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, permutations
+
+from .layouts import likely_first, overlap
+from .reference import FieldPath
+from .twins import Dim, Layout, Links, TwinTest
+
+_MAX_LAYOUTS = 10
+
+Style = tuple[tuple[tuple[int, Layout], ...], FieldPath | None]
+"""Dimensions alike in how their units may stand, and the field that sets them."""
+
+Sources = dict[Dim, FieldPath | None]
+"""Dimensions in one layout, each with the field that sets it."""
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Layouts that were tried, and what the twin test found."""
+
+    sources: Sources
+    links: Links
+    chosen: tuple[Layout, ...] = ()
+
+    @property
+    def apart(self) -> set[tuple[str, int]]:
+        """The dimensions in which units are told apart."""
+        return {(dim.name, dim.dim) for dim in self.links.unequal}
+
+    @property
+    def failures(self) -> int:
+        """In how many dimensions units are told apart."""
+        return len(self.links.unequal)
+
+
+def searched(
+    test: TwinTest, styles: Mapping[Style, Sequence[Dim]], strides: Mapping[int, Collection[int]]
+) -> tuple[Sources, tuple[Sources, Links]]:
+    """The likeliest layouts, and those in which the fewest dimensions tell units apart.
+
+    First likely layouts together; then, from the best of those, others for one style at a time,
+    where units are told apart; then those that ``strides`` name, of so many positions of a unit in
+    so many parts; then two of what was tried, each where the other fails.
+    """
+    search = _Search(test, styles)
+    search.likely_together()
+    search.style_by_style()
+    found = search.best()
+    if found.failures:
+        found = search.strided(strides) or found
+    return search.tried[0].sources, (found.sources, found.links)
+
+
+class _Search:
+    """What was tried so far for one width."""
+
+    def __init__(self, test: TwinTest, styles: Mapping[Style, Sequence[Dim]]):
+        self.test, self.styles = test, styles
+        self.options = [[layout for _, layout in layouts] for layouts, _ in styles]
+        self.tried: list[_Attempt] = []
+
+    def best(self) -> _Attempt:
+        """The first of what fails least."""
+        return min(self.tried, key=lambda one: one.failures)
+
+    def likely_together(self) -> None:
+        """Likely layouts of all styles, until one fits."""
+        for chosen in likely_first([layouts for layouts, _ in self.styles]):
+            if self._fits(chosen) or len(self.tried) == _MAX_LAYOUTS:
+                break
+
+    def style_by_style(self) -> None:
+        """Other layouts for one style at a time, from the best, as long as that gets better."""
+        better = bool(self.best().failures)
+        while better:
+            now = self.best()
+            places = [
+                place
+                for place, alike in enumerate(self.styles.values())
+                if any((dim.name, dim.dim) in now.apart for dim in alike)
+            ]
+            for place in places:
+                for layout in self.options[place][:_MAX_LAYOUTS]:
+                    self._fits((*now.chosen[:place], layout, *now.chosen[place + 1 :]))
+                if self.best().failures < now.failures:
+                    break
+            least = self.best().failures
+            better = 0 < least < now.failures and len(self.tried) < 4 * _MAX_LAYOUTS
+
+    def strided(self, strides: Mapping[int, Collection[int]]) -> _Attempt | None:
+        """Units in several places, and two attempts in one; ``None`` where nothing fits."""
+        likely = self.best()
+        for layouts in _strided(self.options, strides):
+            self._fits(layouts)
+        mixed = islice(_mixed(self.tried), _MAX_LAYOUTS) if self.best().failures else ()
+        for sources in mixed:
+            if self._tries(sources):
+                break
+        found = self.best()
+        if found.failures:
+            return None
+        return self.tried[-1] if self._tries(_no_more_than_needed(found, likely)) else found
+
+    def _fits(self, chosen: tuple[Layout, ...]) -> bool:
+        """Try a layout for each style; whether units are told apart nowhere."""
+        return self._tries(_sources(self.styles, chosen), chosen)
+
+    def _tries(self, sources: Sources, chosen: tuple[Layout, ...] = ()) -> bool:
+        if overlap(sources, self.test.units):
+            return False
+        self.tried.append(_Attempt(sources, self.test.links(list(sources)), chosen))
+        return not self.tried[-1].failures
+
+
+def _strided(
+    options: Sequence[Sequence[Layout]], strides: Mapping[int, Collection[int]]
+) -> Iterator[tuple[Layout, ...]]:
+    """Units of some size in so many parts, those of a multiple in as many times more.
+
+    What holds no such units stays as is likeliest.
+    """
+    for size, several in strides.items():
+        for parts in several:
+            layouts = [
+                Layout(parts * (every[0].parts * every[0].run) // size, size // parts)
+                for every in options
+            ]
+            pairs = zip(layouts, options, strict=True)
+            yield tuple(layout if layout in every else every[0] for layout, every in pairs)
+
+
+def _mixed(tried: Sequence[_Attempt]) -> Iterator[Sources]:
+    """Two of what was tried, each where the other tells units apart.
+
+    A width may set the channels of a stream, one in every group of a convolution, and the heads
+    beside it, which are runs.
+    """
+    for one, other in permutations(sorted(tried, key=lambda one: one.failures), 2):
+        mixed = _with_layouts_of(other, one, one.apart) if not one.apart & other.apart else {}
+        if mixed and mixed not in (one.sources, other.sources):
+            yield mixed
+
+
+def _no_more_than_needed(found: _Attempt, likely: _Attempt) -> Sources:
+    """What was found, in likelier layouts in groups where those tell no units apart."""
+    places = [{(dim.name, dim.dim) for dim in group} for group in found.links.groups]
+    fine = [group for group in places if not group & likely.apart]
+    return _with_layouts_of(likely, found, set().union(*fine))
+
+
+def _with_layouts_of(other: _Attempt, one: _Attempt, places: set[tuple[str, int]]) -> Sources:
+    """One attempt with another's layouts in some places; what is silent goes with its layer."""
+    layers = {name.rpartition(".")[0] for name, dim in places if dim == 0}
+    silent = {(dim.name, dim.dim) for dim in one.links.silent}
+    places = places | {place for place in silent if place[0].rpartition(".")[0] in layers}
+    theirs = {(dim.name, dim.dim, path): dim for dim, path in other.sources.items()}
+    return {
+        theirs[dim.name, dim.dim, path] if (dim.name, dim.dim) in places else dim: path
+        for dim, path in one.sources.items()
+    }
+
+
+def _sources(styles: Mapping[Style, Sequence[Dim]], chosen: Sequence[Layout]) -> Sources:
+    """The dimensions with one layout for each style of them, and the fields that set them."""
+    return {
+        Dim(dim.name, dim.dim, layout): path
+        for layout, ((_, path), alike) in zip(chosen, styles.items(), strict=True)
+        for dim in alike
+    }
