@@ -57,7 +57,7 @@ support: $(VENV)/.demo
 	$(BIN)/python benchmarks/support
 
 # docs/engines.md: pruned models in CTranslate2, ONNX Runtime, OpenVINO, llama.cpp, vLLM and
-# sentence-transformers, each in an environment of its own (10 GB). Takes about an hour.
+# sentence-transformers, each in an environment of its own (9 GB). Takes about an hour.
 engines: $(VENV)/.demo
 	$(BIN)/python benchmarks/engines --environments $(ENGINES)
 

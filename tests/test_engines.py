@@ -98,6 +98,12 @@ class TestCompare:
         }
         assert self.compared({"died": "(-11)"}) == {"outcome": "died", "why": "(-11)"}
 
+    def test_what_had_to_be_set_is_told(self) -> None:
+        after = {"why": "ValueError: no", "remedy": "model.x = 1"}
+        numbers = {"embeddings": [[1.0]]}
+        found = self.compared({**numbers, "after": after}, numbers)
+        assert found == {"outcome": "same", "off": 0.0, "after": after}
+
 
 class TestAsk:
     @pytest.fixture

@@ -43,7 +43,8 @@ def main() -> None:
     chosen = [case for case in CASES if not options.cases or case.key in options.cases]
     before = _before() if options.engines or options.more else {"cases": [], "engines": {}}
     made = {case.key: _made(case, options.reuse) for case in chosen}
-    rows = {row["key"]: row for row in before["cases"]} | made
+    known = {case.key for case in CASES}
+    rows = {row["key"]: row for row in before["cases"] if row["key"] in known} | made
     results = {
         "versions": versions(),
         "prompts": len(PROMPTS),
@@ -58,7 +59,8 @@ def main() -> None:
         environment = install(engine, options.environments.resolve(), options.install_seconds)
         found = _described(engine, environment)
         if options.more and engine.name in engines:
-            found["results"] = engines[engine.name]["results"]
+            kept = engines[engine.name]["results"]
+            found["results"] = {key: kept[key] for key in kept if key in rows}
         engines[engine.name] = found
         for case in () if environment.why_not else chosen:
             asked = engine.generates if case.generates else engine.embeds

@@ -55,8 +55,14 @@ def compare(expected: Answer, given: Answer, within: tuple[float, float]) -> dic
 
     ``outcome`` is "same", "near-tie" (another token where the two best are closer than what may
     differ), "differs", "refused" (the engine's words are in ``why``) or "died"; ``off`` the largest
-    difference of a log-probability or of an embedding's component.
+    difference of a log-probability or of an embedding's component; ``after`` what an engine said
+    first and what had to be set then.
     """
+    found = _compared(expected, given, within)
+    return {**found, "after": given["after"]} if "after" in given else found
+
+
+def _compared(expected: Answer, given: Answer, within: tuple[float, float]) -> dict[str, Any]:
     for key, outcome in (("error", "refused"), ("died", "died")):
         if key in given:
             return {"outcome": outcome, "why": given[key]}

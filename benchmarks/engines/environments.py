@@ -67,8 +67,8 @@ ENGINES = (
         within=(1e-3, 1e-3),
         note="Its own converter is not on PyPI: `benchmarks/engines/gguf_file.py` writes the file. "
         "`llama.attention.key_length` has to be there: without it the head dim is taken for "
-        "hidden size / heads, and the file refused. Its own tokenizer cuts the prompts. With its GELU "
-        "in transformers too, the embeddings of the last row differ by 2e-5.",
+        "hidden size / heads, and the file refused. Its own tokenizer cuts the prompts. With its "
+        "GELU in transformers too, the embeddings of the last row differ by 2e-5.",
     ),
     Engine(
         "CTranslate2",
@@ -76,6 +76,8 @@ ENGINES = (
         ("ctranslate2", "transformers", "torch"),
         ("ctranslate2", "transformers", "torch"),
         "ctranslate2",
+        note="Its Llama converter takes the head dim for hidden size / heads: prune the hidden "
+        "size with the heads (six heads of 64: 384), or neither.",
     ),
     Engine(
         "ONNX Runtime",
@@ -84,7 +86,9 @@ ENGINES = (
         ("onnxruntime", "optimum-onnx", "transformers", "torch"),
         "onnxruntime",
         note="optimum-onnx stands on transformers 4, which does not read `rope_parameters`: "
-        "`rope_theta` is written beside it here, in a copy of the config.",
+        "`rope_theta` is written beside it here, in a copy of the config. Its empty cache takes "
+        "the head dim of a Llama for hidden size / heads: where that is not so, say it with "
+        "`model.embed_size_per_head` before the first call.",
     ),
     Engine(
         "OpenVINO",

@@ -28,7 +28,7 @@ def generate(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
     )
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in question["ids"]]
     found: dict[str, Any] = {"tokens": [], "log_probabilities": []}
-    for output in model.generate(prompts, sampling):
+    for output in model.generate(prompts, sampling, use_tqdm=False):
         (result,) = output.outputs
         tokens = list(result.token_ids)
         scores = [one[token].logprob for one, token in zip(result.logprobs, tokens, strict=True)]
@@ -41,5 +41,6 @@ def embed(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
     """Mean pooled token vectors."""
     pooling = PoolerConfig(pooling_type="MEAN")
     model = LLM(model=str(folder), runner="pooling", pooler_config=pooling, **SETTINGS)
-    outputs = model.embed([TokensPrompt(prompt_token_ids=ids) for ids in question["ids"]])
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in question["ids"]]
+    outputs = model.embed(prompts, use_tqdm=False)
     return {"embeddings": [output.outputs.embedding for output in outputs]}

@@ -18,7 +18,8 @@ log-probability. For MiniLM it is the largest difference of a component of the e
 pooled, length one). Pruned by {versions}.
 
 Widths are heads (query/key-value) x head dim, hidden size, FFN. A pruned model here is not trained
-again, so its text is poor; what counts is that it is the same."""
+again, so its text is poor; what counts is that it is the same. Every figure is in
+[engines.json](engines.json)."""
 
 
 def page(results: Results) -> str:
@@ -41,7 +42,9 @@ def show(results: Results) -> None:
     """The tables on the terminal."""
     for model in dict.fromkeys(case["model"] for case in results["cases"]):
         header, *rows = _rows(results, model)
-        table = Table(*header, title=model)
+        table = Table(title=model)
+        for name in header:
+            table.add_column(name, overflow="fold")
         for row in rows:
             table.add_row(*row)
         Console().print(table)
@@ -77,7 +80,7 @@ def _cell(engine: dict[str, Any], key: str) -> str:
         return str(result["outcome"])
     off = f"{result['off']:.0e}"
     if result["outcome"] == "same":
-        return f"same, {off}"
+        return f"same once told, {off}" if "after" in result else f"same, {off}"
     if "first" not in result:
         return f"DIFFERS, {off}"
     gap = max(one["gap"] for one in result["first"])
@@ -111,11 +114,14 @@ def _said(results: Results) -> Iterable[str]:
     for name, engine in results["engines"].items():
         for case in results["cases"]:
             result = engine["results"].get(case["key"], {})
-            if "why" in result:
-                text = " ".join(result["why"].split())[:400].replace("`", "'")
+            said = result.get("after", result)
+            if "why" in said:
+                text = f"`{' '.join(said['why'].split())[:400].replace('`', chr(39))}`"
+                if "remedy" in said:
+                    text += f"; goes with `{said['remedy']}`"
                 where.setdefault((name, text), []).append(f"{case['model']}: {case['name']}")
     for (name, text), cases in where.items():
-        yield f"- **{name}** ({'; '.join(cases)}): `{text}`"
+        yield f"- **{name}** ({'; '.join(cases)}): {text}"
 
 
 def _versions(results: Results) -> Iterable[tuple[str, ...]]:
