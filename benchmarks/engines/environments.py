@@ -108,7 +108,8 @@ ENGINES = (
         without=("torchaudio", "torchcodec"),
         note="torchaudio as PyPI has it does not load beside torch's build for processors, and "
         "transformers imports it: taken out. `gpu_memory_utilization` is the share of the "
-        "machine's memory, 0.92 if nothing is said.",
+        "machine's memory, 0.92 if nothing is said. On a processor its attention is made for head "
+        "dims of 32, 64, 80, 96, 112, 128, 160, 192, 224, 256 and 512 alone.",
     ),
     Engine(
         "transformers 4",
