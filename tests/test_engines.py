@@ -39,6 +39,55 @@ def test_the_page_is_that_of_the_json() -> None:
     assert (DOCS / "engines.md").read_text(encoding="utf-8") == module("page").page(results)
 
 
+def test_what_the_page_says_of_each_outcome() -> None:
+    outcomes: dict[str, dict[str, Any]] = {
+        "same": {"outcome": "same", "off": 1e-6},
+        "told": {"outcome": "same", "off": 1e-6, "after": {"why": "E: a `b`", "remedy": "x = 1"}},
+        "tie": {"outcome": "near-tie", "off": 0.0, "first": [{"gap": 0.001}]},
+        "other": {"outcome": "differs", "off": 0.0, "first": [{"gap": 0.5}, {"gap": 2.0}]},
+        "numbers": {"outcome": "differs", "off": 0.5},
+        "no": {"outcome": "refused", "why": "E: no"},
+    }
+    engine = {
+        "date": "2026-11-26",
+        "versions": {"x": "1"},
+        "why_not": "",
+        "generates": True,
+        "embeds": False,
+        "precision": "float32",
+        "within": [1e-3, 1e-5],
+        "note": "",
+        "results": outcomes,
+    }
+    names = [*outcomes, "later"]
+    page = module("page").page(
+        {
+            "versions": {},
+            "prompts": 1,
+            "new_tokens": 1,
+            "cases": [{"key": k, "model": "M", "name": k, "widths": "1"} for k in names],
+            "engines": {
+                "A": engine,
+                "B": {**engine, "why_not": "ERROR: none", "versions": {}, "results": {}},
+            },
+        }
+    )
+    cells = {
+        "same": "same, 1e-06",
+        "told": "same once told, 1e-06",
+        "tie": "near-tie, gap 0.001",
+        "other": "OTHER TOKENS, gap 2",
+        "numbers": "DIFFERS, 5e-01",
+        "no": "refused",
+        "later": "not measured",
+    }
+    for name, cell in cells.items():
+        assert f"| {name} | 1 | {cell} | not installed |" in page
+    assert "- **A**: 3 of 6 choices of widths measured give the same, 1 of them once told" in page
+    assert "- **A** (M: told): `E: a 'b'`; goes with `x = 1`\n" in page
+    assert "- **B** could not be installed: `ERROR: none`" in page
+
+
 def test_results_are_of_engines_that_have_a_module() -> None:
     engines = module("environments").ENGINES
     results = json.loads((DOCS / "engines.json").read_text(encoding="utf-8"))

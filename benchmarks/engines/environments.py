@@ -96,8 +96,8 @@ ENGINES = (
         ("optimum-intel[openvino]",),
         ("openvino", "optimum-intel", "transformers", "torch"),
         "openvino",
-        note="Asked for float32: by itself it computes in bfloat16 where the processor can, and "
-        "keeps keys and values in 8 bits.",
+        note="Asked for float32: its documented defaults are bfloat16 where the processor has it, "
+        "and keys and values in 8 bits.",
     ),
     Engine(
         "vLLM",
@@ -119,7 +119,7 @@ ENGINES = (
         "onnxruntime",
         note="The folder as transformers 5 wrote it. Transformers 4 does not read "
         "`rope_parameters` and takes `rope_theta` for 10,000, without a word, pruned or not: "
-        "write `rope_theta` into `config.json` where an engine stands on it.",
+        "write `rope_theta` into `config.json` where an engine stands on it (ONNX Runtime above).",
     ),
 )
 

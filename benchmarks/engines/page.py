@@ -101,8 +101,10 @@ def _summaries(results: Results) -> Iterable[str]:
                 label = f"{case['model']}: {case['name']} ({case['widths']})"
                 by_outcome.setdefault(result["outcome"], []).append(label)
         measured = sum(map(len, by_outcome.values()))
+        told = sum("after" in result for result in engine["results"].values())
         right = len(by_outcome.pop("same", ())) + len(by_outcome.pop("near-tie", ()))
-        text = f"- **{name}**: {right} of {measured} choices of widths give the same."
+        text = f"- **{name}**: {right} of {measured} choices of widths measured give the same"
+        text += f", {told} of them once told what to do." if told else "."
         for outcome, labels in by_outcome.items():
             text += f" {outcome.capitalize()}: {'; '.join(labels)}."
         yield f"{text} {engine['note']}".rstrip()
