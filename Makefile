@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+ENGINES ?= .venv-engines
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint bench fuzz heads-table support docs clean
+.PHONY: demo test test-oldest lint bench fuzz heads-table support engines docs clean
 
 $(VENV)/.demo: setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +63,11 @@ support: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[support]'
 	$(BIN)/python benchmarks/support
 
+# docs/engines.md: pruned models in CTranslate2, ONNX Runtime, OpenVINO, llama.cpp, vLLM and
+# sentence-transformers, each in an environment of its own (9 GB). Takes about an hour.
+engines: $(VENV)/.demo
+	$(BIN)/python benchmarks/engines --environments $(ENGINES)
+
 # The documentation site, into site/. Any warning fails it, which --quiet would hide from --strict.
 docs: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[docs]'
@@ -69,4 +75,4 @@ docs: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf .support .fuzz site
+	rm -rf $(ENGINES) .engines .support .fuzz site

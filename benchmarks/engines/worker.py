@@ -1,0 +1,32 @@
+"""One engine, one model, in a process of its own: ``worker.py on_x FOLDER QUESTION ANSWER``.
+
+Runs in the engine's environment, which has neither this library nor its Torch-Pruning.  What the
+engine raises is its answer: a refusal is a result, and its last words are the message.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Convert, run, write down what came."""
+    module, folder, question, answer = sys.argv[1:]
+    asked = json.loads(Path(question).read_text(encoding="utf-8"))
+    task = "generate" if asked["generates"] else "embed"
+    found: dict[str, Any]
+    try:
+        found = getattr(importlib.import_module(module), task)(Path(folder), asked)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}"}
+    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
