@@ -155,8 +155,8 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
     first, (sources, links) = searched(test, styles, strides_in(shares))
     if not links.unequal:
         found = _proved(test, sources, fields, links)
-        if found.reason is not None:
-            links = test.links(list(sources), thorough=True)
+        if found.reason is not None and (doubted := _doubted(test, links)):
+            links = test.links(list(sources), doubted=doubted)
             found = _proved(test, sources, fields, links)
         if mini.partial and (found.unseen or found.along):  # what reads images was not run
             unseen = found.reason or f"the outputs do not depend on {', '.join(found.along[:3])}"
@@ -277,11 +277,7 @@ def _proved(
 ) -> Finding:
     """The linked groups with their silent companions, each proved by permutation."""
     groups: list[Group] = []
-    homeless: list[Dim] = []
-    members: list[list[Dim]] = [list(group) for group in links.groups]
-    for silent in links.silent:
-        group = _companion(silent, members)
-        (homeless if group is None else group).append(silent)
+    members, homeless = _members(links)
     for group in members:
         classes = _classes(test, group, test.units)
         if classes is None:
@@ -300,6 +296,24 @@ def _proved(
         more = tuple(sources[dim] for dim in homeless)
         groups[stream] = replace(own, dims=(*own.dims, *homeless), sources=(*own.sources, *more))
     return Finding(fields, tuple(groups), along=tuple(dim.name for dim in homeless))
+
+
+def _members(links: Links) -> tuple[list[list[Dim]], list[Dim]]:
+    """The linked groups with their silent companions, and the silent that are of none."""
+    homeless: list[Dim] = []
+    members: list[list[Dim]] = [list(group) for group in links.groups]
+    for silent in links.silent:
+        group = _companion(silent, members)
+        (homeless if group is None else group).append(silent)
+    return members, homeless
+
+
+def _doubted(test: TwinTest, links: Links) -> set[Dim]:
+    """The dimensions to look at once more: of groups that are not proved, or only seemed silent."""
+    members, homeless = _members(links)
+    unproved = (group for group in members if _classes(test, group, test.units) is None)
+    silent = [] if test.unused(dim.name for dim in homeless) else homeless
+    return {dim for group in (*unproved, silent) for dim in group}
 
 
 def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> int | None:

@@ -11,7 +11,7 @@ It needs a model, inputs and a list of dimensions, and knows nothing of configs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,12 +124,12 @@ class TwinTest:
         every = outputs_in_float64(self.model, self.inputs, self.watched)
         return [every[number] for number in self._depending]
 
-    def links(self, dims: Sequence[Dim], pairs: int = 4, thorough: bool = False) -> Links:
+    def links(self, dims: Sequence[Dim], pairs: int = 4, doubted: Collection[Dim] = ()) -> Links:
         """Make two units twins, disturb one dimension after the other, join what is linked.
 
         A unit can be out of sight for these inputs (a dead ReLU), so up to ``pairs`` pairs of
         units are tried until every dimension was seen.  One disturbance mostly shows the whole
-        group; ``thorough`` disturbs every dimension all the same, with every pair.
+        group; those that are ``doubted`` are disturbed all the same, with every pair.
         """
         groups: list[set[Dim]] = []
         hidden = list(dims)
@@ -144,12 +144,14 @@ class TwinTest:
                 unequal = self._unequal(rest, grads, first, second)
                 if unequal:
                     return Links((), tuple(unequal), tuple(silent))
+                settled = {dim for group in groups for dim in group} - {*hidden, *doubted}
                 hidden = [d for d in hidden if d in rest and self._is_dead(grads, d, first)]
-                for group in self._components(rest, first, second, thorough):
+                asked = [dim for dim in rest if dim not in settled]
+                for group in self._components(asked, rest, first, second, doubted):
                     joined = [other for other in groups if other & group]
                     groups = [other for other in groups if not other & group]
                     groups.append(group.union(*joined))
-            if not hidden and not thorough:
+            if not hidden and not doubted:
                 break
         ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
         return Links(tuple(ordered), (), tuple(silent))
@@ -234,11 +236,17 @@ class TwinTest:
         return min(float((one - new).abs().max()) for one in candidates) / scale
 
     def _components(
-        self, dims: list[Dim], first: int, second: int, thorough: bool
+        self,
+        asked: Sequence[Dim],
+        dims: list[Dim],
+        first: int,
+        second: int,
+        doubted: Collection[Dim],
     ) -> list[set[Dim]]:
+        """What the dimensions that are asked for are linked with, of all of them."""
         groups: list[set[Dim]] = []
-        for dim in dims:
-            if not thorough and any(dim in group for group in groups):
+        for dim in asked:
+            if dim not in doubted and any(dim in group for group in groups):
                 continue
             linked = {dim, *self._disturbed(dim, dims, first, second)}
             joined = [group for group in groups if group & linked]
