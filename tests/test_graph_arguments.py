@@ -77,12 +77,23 @@ def test_a_bare_vector_is_no_linear_layer() -> None:
 
 
 def test_a_layer_that_only_reads_is_no_root() -> None:
+    pruner, _ = pruner_of(small.llama())
+    stream, *others = pruner.DG.coupled
+    assert stream.fields == (("hidden_size",),)
+    stream.sides = [s for s in stream.sides if not (s.out and isinstance(s.module, nn.Linear))]
+    assert any(isinstance(side.module, nn.Linear) for side in stream.sides)
+    listed = pruner.DG.get_all_groups(root_module_types=[nn.Linear])
+    assert [group.coupled for group in listed] == others
+
+
+def test_a_group_of_inputs_alone_goes_by_the_layers_that_read() -> None:
     pruner, _ = pruner_of(small.llama(), ("intermediate_size",))
     first, second = pruner.DG.coupled
     first.sides = [side for side in first.sides if not side.out]
     assert len(first.sides) == 1
     listed = pruner.DG.get_all_groups(root_module_types=[nn.Linear])
-    assert [group.coupled for group in listed] == [second]
+    assert [group.coupled for group in listed] == [first, second]
+    assert not list(pruner.DG.get_all_groups(root_module_types=[nn.Embedding]))
 
 
 @pytest.mark.parametrize("name", ["in_channel_groups", "out_channel_groups", "channel_groups"])

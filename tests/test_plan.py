@@ -301,11 +301,6 @@ class TestRatiosThatCannotBe:
                 {"ratios": {"hidden_size": 0.25}},
                 "every width that is pruned has a ratio of its own",
             ),
-            (
-                {"prune": ["hidden_size"], "ratios": {"hidden_size": 0.25}},
-                "every width that is pruned has a ratio of its own",
-            ),
-            ({"prune": (), "head_pruning_ratio": 0.5}, "every width that is pruned has a ratio"),
             ({"target_params": 0.8}, "target_params= finds the ratio by itself"),
         ],
     )
@@ -315,6 +310,17 @@ class TestRatiosThatCannotBe:
             plan(model, pruning_ratio=0.3, **settings)
         expected = plan(model, **settings).values
         assert plan(model, pruning_ratio=0.0, **settings).values == expected
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"prune": ["hidden_size"], "ratios": {"hidden_size": 0.25}},
+            {"prune": (), "head_pruning_ratio": 0.5},
+        ],
+    )
+    def test_one_beside_listed_widths_is_that_of_the_pruner(self, settings: dict[str, Any]) -> None:
+        model = small.llama(num_key_value_heads=2)
+        assert plan(model, pruning_ratio=0.3, **settings).values == plan(model, **settings).values
 
     def test_one_that_some_width_follows(self) -> None:
         fields = ("hidden_size", "intermediate_size")

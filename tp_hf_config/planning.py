@@ -107,7 +107,7 @@ def plan(
     assert not isinstance(chosen, str)  # that it must
     course = _course(view, chosen, settings)
     if pruning_ratio:
-        _check_followed(course, settings, target_params)
+        _check_followed(course, settings, target_params, listed=prune is not None)
     return _plan(model_or_config, view, chosen, course, settings, target_params)
 
 
@@ -117,15 +117,17 @@ def _check_ratios(ratios: Mapping[str, float]) -> None:
             raise ValueError(f"{name}={ratio}: expected a share between 0 and 1")
 
 
-def _check_followed(course: Course, settings: Settings, target_params: float | None) -> None:
-    """A common ratio that decides nothing was meant otherwise."""
+def _check_followed(
+    course: Course, settings: Settings, target_params: float | None, listed: bool
+) -> None:
+    """A common ratio that decides nothing was meant otherwise, but where widths are listed."""
     ratio = settings.pruning_ratio
     if target_params is not None:
         raise ValueError(
             f"pruning_ratio={ratio}: target_params= finds the ratio by itself. Leave one of them "
             "out"
         )
-    if course.moves and all(move.clamped for move in course.moves):
+    if not listed and course.moves and all(move.clamped for move in course.moves):
         raise ValueError(
             f"pruning_ratio={ratio}: every width that is pruned has a ratio of its own (ratios=, "
             "head_pruning_ratio=). Name the fields that it is for in prune= too, or leave it out"
