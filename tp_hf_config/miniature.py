@@ -17,7 +17,7 @@ from .passes import AllFloat64, Result, tensors_in, watched_results
 from .reference import Builder, FieldPath, Refusal, shapes, with_values
 from .shrinking import shrunken, small_tokens
 from .states import states_in
-from .ties import saved_buffers
+from .ties import compute_unsaved, saved_buffers
 
 _LONG_TEXT = 32
 
@@ -167,10 +167,17 @@ def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
 
 
 def randomise(model: nn.Module) -> None:
-    """Random values for every parameter and saved buffer, none of them trivial."""
+    """Random values for every parameter and buffer that is saved, none of them trivial.
+
+    Those that are not (Marian's positions) are what the class computes for this config: loading
+    computes them again, for another width other values.
+    """
+    unsaved = compute_unsaved(model)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(True)  # fixed position tables have dimensions too
+            if name in unsaved:
+                continue
             noise = torch.randn_like(parameter)
             if parameter.ndim > 1:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)

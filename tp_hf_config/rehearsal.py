@@ -17,7 +17,7 @@ from .cuts import select
 from .directions import units_of
 from .masked import difference
 from .reference import FieldPath, Refusal
-from .ties import saved_buffers
+from .ties import compute_unsaved, saved_buffers
 
 if TYPE_CHECKING:
     from .groups import Finding, Group
@@ -79,12 +79,17 @@ def _carried(fresh: nn.Module, original: dict[str, Tensor], groups: _Left) -> st
             size = original[dim.name].shape[dim.dim]
             mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
             mask[dim.layout.table(group.units)[gone].flatten()] = False
+    computed = compute_unsaved(fresh)
     with torch.no_grad():
         for name, value in _tensors(fresh).items():
             kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
             left = select(original[name], kept) if kept else original[name]
             if left.shape != value.shape:
                 return f"{name} has {list(left.shape)}, the class builds {list(value.shape)}"
+            if name in computed and not torch.equal(left, value):
+                return (
+                    f"{name} is not saved, and computed anew from the config it holds other values"
+                )
             value.copy_(left)
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,3 +101,18 @@ def convolves(model: nn.Module, name: str) -> bool:
     """Whether a parameter is a convolution's, with or without a norm of its weight."""
     owners = (name.rsplit(".", depth)[0] for depth in (1, 3) if name.count(".") >= depth)
     return any(isinstance(model.get_submodule(one), nn.modules.conv._ConvNd) for one in owners)
+
+
+def unsaved_parameters(model: Any) -> set[str]:
+    """Parameters that are not saved: loading computes them from the config (Marian's positions)."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    return {name for name, _ in model.named_parameters() if name in ignored}
+
+
+def compute_unsaved(model: Any) -> set[str]:
+    """Give parameters that are not saved the values that loading gives them; their names."""
+    names = unsaved_parameters(model)
+    with torch.no_grad():
+        for layer in {name.rpartition(".")[0] for name in names}:
+            model._init_weights(model.get_submodule(layer))
+    return names

@@ -1,0 +1,69 @@
+"""Parameters that are not saved: loading computes them from the config, for any width anew."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch_pruning as tp
+from transformers import MarianConfig, MarianMTModel
+
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable, pruner_kwargs
+
+FOLLOWS = (
+    "with less of d_model the class computes something else than is left: "
+    "model.encoder.embed_positions.weight is not saved, and computed anew from the config it holds "
+    "other values"
+)
+IDS = {"input_ids": torch.tensor([[4, 5, 6, 7]]), "decoder_input_ids": torch.tensor([[1, 5, 6]])}
+
+
+def marian() -> MarianMTModel:
+    torch.manual_seed(0)
+    config = MarianConfig(
+        vocab_size=48,
+        decoder_vocab_size=48,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=16,
+        pad_token_id=1,
+        decoder_start_token_id=1,
+        eos_token_id=2,
+        forced_eos_token_id=2,
+    )
+    return MarianMTModel(config).eval()
+
+
+def pruner_of(model: MarianMTModel, *fields: str, graph: str = "config") -> tp.pruner.MetaPruner:
+    return tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=fields, graph=graph),  # type: ignore[arg-type]
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook()],
+    )
+
+
+def test_a_width_that_sets_their_values_is_refused() -> None:
+    model = marian()
+    (width,) = [w for w in prunable(model).widths if w.name == "d_model"]
+    assert width.reason == FOLLOWS
+    for graph in ("config", "trace"):
+        with pytest.raises(UnsupportedModelError) as raised:
+            pruner_of(model, "d_model", graph=graph)
+        assert FOLLOWS in str(raised.value)
+    assert model.config.d_model == 32
+
+
+def test_others_go_and_load_again_with_the_same_positions(tmp_path: Path) -> None:
+    model = marian()
+    pruner_of(model, "encoder_ffn_dim", "decoder_ffn_dim").step()
+    assert (model.config.encoder_ffn_dim, model.config.decoder_ffn_dim) == (32, 32)
+    model.save_pretrained(tmp_path)
+    loaded = MarianMTModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**IDS).logits, loaded(**IDS).logits)
