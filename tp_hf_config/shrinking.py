@@ -38,7 +38,8 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
     data = with_values(data, {path: known.sizes[path] for path in known.unset})
     counts = {split[0] for splits in before.heads.values() for split in splits}
     parts = {_part(path) for path in known.count_fields()}
-    splitting = known.count_fields() | {p for p, size in known.sizes.items() if size in counts}
+    splitting = sorted(known.count_fields(), key=str)
+    splitting += [p for p, n in known.sizes.items() if n in counts and p not in splitting]
     heads = known.count_fields() | {path for path in splitting if _part(path) not in parts}
 
     def seen(trial: dict[str, Any]) -> Layout | None:
@@ -133,7 +134,7 @@ def _smaller(
     data: dict[str, Any],
     path: FieldPath,
     counts: Collection[FieldPath],
-    splitting: Collection[FieldPath],
+    splitting: Sequence[FieldPath],
     together: bool,
 ) -> Iterator[dict[FieldPath, int]]:
     """Smaller values of a field, alone (but if ``together``) and with all fields equal to it.
@@ -195,12 +196,12 @@ def _beside(data: dict[str, Any], path: FieldPath, counts: Collection[FieldPath]
 
 
 def _with_heads(
-    data: dict[str, Any], widths: list[FieldPath], value: int, counts: Collection[FieldPath]
+    data: dict[str, Any], widths: list[FieldPath], value: int, counts: Sequence[FieldPath]
 ) -> Iterator[dict[FieldPath, int]]:
     """Fewer heads of the same width (rotary sections may fix it), and all widths with them."""
     for path in counts:
         number = _get(data, path)
-        if value % number:
+        if value % number or path in widths:
             continue
         taken = _beside(data, path, counts)
         for step in sorted(_LADDERS[0][1]):
