@@ -10,9 +10,12 @@ import small
 import torch
 import torch_pruning as tp
 import transformers as hf
+from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 from tp_hf_config.depth import is_numbers
+from tp_hf_config.expand import expand
+from tp_hf_config.groups import find_groups
 from tp_hf_config.inputs import example_inputs, second_sample
 from tp_hf_config.learn import map_of
 from tp_hf_config.masked import difference
@@ -117,3 +120,15 @@ def test_images_stay_as_wide_as_the_text_that_they_go_into() -> None:
 )
 def test_numbers_of_layers_are_whole_and_rise(value: Any, expected: bool) -> None:
     assert is_numbers(value) is expected
+
+
+def test_a_layer_that_was_not_looked_at_is_not_left_as_wide_as_it_was() -> None:
+    model = small.llama()
+    known = map_of(model)
+    mini = miniature(known)
+    assert isinstance(mini, Miniature)
+    (finding,) = [one for one in find_groups(mini) if one.fields == (("intermediate_size",),)]
+    model.beside = nn.Linear(model.config.intermediate_size, 3)
+    assert expand(finding, mini, known, model) == (
+        "beside.weight is as wide, and is of no layer that was looked at"
+    )

@@ -81,6 +81,7 @@ def expand(
         return shares
     result: list[WidthGroup] = []
     covered: set[tuple[str, int]] = set()
+    widths = {known.values[path] for path in finding.fields}
     for group in finding.groups:
         for instance in _instances(group, known, names):
             real = _real_group(group, instance, mini, known, shares, names)
@@ -90,9 +91,11 @@ def expand(
             covered |= {(member.name, member.dim) for member in real.members}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items()):
         for dim in range(tensor.ndim):
-            moved = (known.depth.canonical(name), dim) in shares
-            if moved and (name, dim) not in covered:
+            kind = known.depth.canonical(name)
+            if (kind, dim) in shares and (name, dim) not in covered:
                 return f"{name} follows {field_name(finding.fields[-1])} but was found in no group"
+            if kind not in known.shapes and tensor.shape[dim] in widths:  # a layer of a deep list
+                return f"{name} is as wide, and is of no layer that was looked at"
     return result
 
 
