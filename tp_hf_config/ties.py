@@ -103,15 +103,10 @@ def convolves(model: nn.Module, name: str) -> bool:
     return any(isinstance(model.get_submodule(one), nn.modules.conv._ConvNd) for one in owners)
 
 
-def unsaved_parameters(model: Any) -> set[str]:
-    """Parameters that are not saved: loading computes them from the config (Marian's positions)."""
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    return {name for name, _ in model.named_parameters() if name in ignored}
-
-
 def compute_unsaved(model: Any) -> set[str]:
-    """Give parameters that are not saved the values that loading gives them; their names."""
-    names = unsaved_parameters(model)
+    """Give parameters that are not saved (Marian's positions) loading's values; their names."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    names = {name for name, _ in model.named_parameters() if name in ignored}
     with torch.no_grad():
         for layer in {name.rpartition(".")[0] for name in names}:
             model._init_weights(model.get_submodule(layer))
