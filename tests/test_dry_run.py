@@ -55,6 +55,47 @@ class TestRealNumbers:
             torch.empty(3, 2, device=META)[torch.tensor([True, False, True])] * 2
         assert numbers.guessed is False
 
+    def test_arguments_of_the_same_shapes_give_the_same_again(self) -> None:
+        values = torch.empty(2, 3, 4, device=META)
+        whole = torch.empty(2, 3, 4, device=META, dtype=torch.int32)
+        norm = nn.BatchNorm1d(3, device=META).eval()
+        operations = [
+            lambda: values.transpose(1, 2).pow(2),
+            lambda: values.pow(2.0),
+            lambda: whole.mul(2),
+            lambda: whole.mul(2.0),
+            lambda: whole.mul(True),
+            lambda: torch.cat([values, values], dim=1),
+            lambda: torch.cat([values, values], dim=2),
+            lambda: values.to(torch.float16).softmax(-1),
+            lambda: norm(values),
+        ]
+        plain = [operation() for operation in operations]
+        with RealNumbers():
+            runs = [[operation() for operation in operations] for _ in range(3)]
+            views = [values.transpose(0, 1) for _ in range(3)]
+            changed = [values.add_(1) for _ in range(3)]
+        for run in runs:
+            for one, expected in zip(run, plain, strict=True):
+                assert (one.shape, one.stride(), one.dtype) == (
+                    expected.shape,
+                    expected.stride(),
+                    expected.dtype,
+                )
+        assert all(first is not again for first, again in zip(*runs[:2], strict=True))
+        assert all(view._base is values for view in views)
+        assert all(one is values for one in changed)
+
+    def test_the_default_dtype_is_asked_for_anew(self) -> None:
+        whole = torch.empty(3, device=META, dtype=torch.int64)
+        with RealNumbers():
+            assert (whole / 2).dtype is torch.float32
+            torch.set_default_dtype(torch.float64)
+            try:
+                assert (whole / 2).dtype is torch.float64
+            finally:
+                torch.set_default_dtype(torch.float32)
+
     def test_what_has_no_values_stays_where_it_is(self) -> None:
         with RealNumbers():
             moved = torch.empty(2, device=META).to("cpu")

@@ -302,7 +302,7 @@ def test_learning_does_not_grow_with_the_depth(name: str, monkeypatch: pytest.Mo
                 {**start, **dict.fromkeys(fields.get(name, [("num_hidden_layers",)]), layers)},
             ),
         )
-        for layers in (5, 41)  # numbers that no other field has
+        for layers in (37, 41)  # that no other field has, nor one more
     ]
     assert counts[0] == counts[1]
     assert counts[0] < 400
@@ -425,6 +425,60 @@ def test_a_study_of_what_cannot_be_built_says_so():
     data = with_values(config_json(model.config), {("hidden_size",): 33})
     with pytest.raises(ValueError, match="the class does not build its own config"):
         study.Study(Builder(model), depth.Depth(data), {})
+
+
+def test_an_entry_of_a_list_that_counts_layers_is_lowered():
+    config = hf.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 6], num_heads=[2, 4]
+    )
+    known = map_of(hf.SwinModel(config).eval())
+    assert known.depth.data["depths"] == [2, 2]
+    bias = "encoder.layers.1.blocks.{}.layernorm_before.bias"
+    assert known.depth.canonical(bias.format(5)) == bias.format(0)
+    assert known.fields_of(bias.format(5), 0) == {("embed_dim",)}
+
+
+def test_a_field_that_counts_one_layer_more_is_lowered():
+    backbone = hf.SwinConfig(
+        image_size=32,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        out_features=[f"stage{i}" for i in range(1, 5)],
+    )
+    config = hf.Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=24,
+        encoder_layers=2,
+        decoder_layers=7,
+        dim_feedforward=32,
+        num_attention_heads=2,
+        num_queries=5,
+    )
+    known = map_of(hf.Mask2FormerModel(config).eval())
+    assert known.depth.data["decoder_layers"] == 3
+
+
+def test_entries_for_layers_that_are_gone_go_too():
+    """Gemma 4 has what differs from layer to layer under the layers' numbers."""
+    config = hf.Gemma4TextConfig(
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=32,
+        intermediate_size=48,
+        hidden_size_per_layer_input=0,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    known = map_of(hf.Gemma4ForCausalLM(config).eval())
+    assert known.depth.data["num_hidden_layers"] == 6
+    assert set(map(int, known.depth.data["per_layer_config"])) == {5}
+    query = "model.layers.{}.self_attn.q_proj.weight"
+    assert known.depth.canonical(query.format(17)) == query.format(5)
 
 
 def test_small_widths_in_a_list_are_not_taken_for_repeated_layers():

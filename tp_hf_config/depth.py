@@ -102,7 +102,8 @@ def _changes(
 ) -> list[dict[FieldPath, Any]]:
     """Ways to say ``keep`` layers instead of ``length``: a field, alone or with its lists.
 
-    Or a list of the layers that have something beside them, which is as long (Qwen3-VL).
+    Or one entry of a list (Swin's ``depths``), a field that counts one more (Mask2Former's
+    decoder), or a list of the layers that have something beside them, which is as long (Qwen3-VL).
     """
     changes: list[dict[FieldPath, Any]] = []
 
@@ -112,17 +113,30 @@ def _changes(
             for key, value in node.items()
             if isinstance(value, list) and len(value) == length and (*path, key) not in widths
         }
+        lists |= {
+            (*path, key): {number: one for number, one in value.items() if int(number) < keep}
+            for key, value in node.items()
+            if _by_number(value) and max(map(int, value)) < length
+        }
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*path, key))
-            elif value == length and isinstance(value, int) and not isinstance(value, bool):
-                changes.append({(*path, key): keep})
+            elif type(value) is int and 0 <= value - length <= 1:
+                changes.append({(*path, key): keep + value - length})
                 if lists:
-                    changes.append({(*path, key): keep, **lists})
+                    changes.append({(*path, key): keep + value - length, **lists})
+            elif isinstance(value, list) and len(value) <= _FEW and (*path, key) not in widths:
+                places = [(*path, key, i) for i, one in enumerate(value) if one == length]
+                changes.extend({place: keep} for place in places)
         changes.extend({key: value} for key, value in lists.items() if is_numbers(value))
 
     visit(data, ())
     return changes
+
+
+def _by_number(value: Any) -> bool:
+    """Whether this has entries for some layers, named by their numbers (Gemma 4)."""
+    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
 
 
 def is_numbers(value: Any) -> bool:

@@ -6,12 +6,13 @@ image's grid, positions) stay real on the CPU, so that sizes made from them are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from .versions import plain_on_meta
 
@@ -19,6 +20,7 @@ _COPY = torch.ops.aten._to_copy.default
 _INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 _NONZERO = torch.ops.aten.nonzero.default
 _FEW = 8
+_MOST_SEEN = 100_000
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 _VALUES = (
@@ -85,11 +87,11 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        flat = tree_flatten((args, kwargs))[0]
-        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+        tensors = [value for value in _flat(args, kwargs) if isinstance(value, torch.Tensor)]
         if kwargs.get("device") == torch.device("meta") and self._stays_real(func, tensors, kwargs):
             kwargs["device"] = torch.device("cpu")
-        if any(tensor.is_meta for tensor in tensors):
+        on_meta = any(tensor.is_meta for tensor in tensors)
+        if on_meta:
             if func is _NONZERO:
                 self.guessed = True
                 chosen = torch.ones(tensors[0].shape, device="cpu").nonzero()
@@ -102,8 +104,9 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func in _INDEX:
                 self.guessed |= any(one.is_meta for one in tensors[1:] if one.dtype == torch.bool)
                 args = (args[0], _positions(args[1]), *args[2:])
-            args, kwargs = tree_map(_without_data, (args, kwargs))
-        output = func(*args, **kwargs)
+            if not all(one.is_meta for one in _flat(args, kwargs) if isinstance(one, torch.Tensor)):
+                args, kwargs = tree_map(_without_data, (args, kwargs))
+        output = _shaped(func, args, kwargs) if on_meta else func(*args, **kwargs)
         if isinstance(output, torch.Tensor):
             self.numbers += output.numel()
         return output
@@ -117,6 +120,63 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return not any(tensor.is_meta for tensor in tensors)
         dtype = kwargs.get("dtype")
         return (dtype is not None and not dtype.is_floating_point) or "arange" in str(func)
+
+
+def _flat(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """An operation's arguments, and what is in those that are lists."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+_seen: dict[Any, tuple[Any, ...]] = {}
+"""What operations make of which shapes: most do it in Python on the meta device, which is slow."""
+
+
+def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What an operation returns on the meta device; asked once for arguments of the same shapes."""
+    if func not in _makes_new:
+        _makes_new[func] = _is_new(func)
+    if not _makes_new[func]:
+        return func(*args, **kwargs)
+    described = (*map(_described, args), *kwargs, *map(_described, kwargs.values()))
+    key = (func, torch.get_default_dtype(), *described)
+    try:
+        known = _seen.get(key)
+    except TypeError:  # something that cannot be compared
+        return func(*args, **kwargs)
+    if known is None:
+        output = func(*args, **kwargs)
+        made = output if isinstance(output, tuple) else (output,)
+        if all(isinstance(one, torch.Tensor) and one.is_meta for one in made):
+            if len(_seen) >= _MOST_SEEN:
+                _seen.clear()
+            _seen[key] = tuple(map(_described, made))
+        return output
+    again = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in known]
+    return again[0] if len(func._schema.returns) == 1 else tuple(again)
+
+
+_makes_new: dict[Any, bool] = {}
+
+
+def _is_new(func: Any) -> bool:
+    """Whether an operation makes tensors of its own: neither views nor in place."""
+    schema = func._schema
+    aliases = [one.alias_info for one in (*schema.arguments, *schema.returns)]
+    single = all(str(one.type) == "Tensor" for one in schema.returns)
+    return single and all(one is None for one in aliases)
+
+
+def _described(value: Any) -> Any:
+    """All of an argument that decides on shapes."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_described, value))
+    return (type(value), value)
 
 
 def _positions(indices: Any) -> list[Any]:
