@@ -461,6 +461,25 @@ def test_a_field_that_counts_one_layer_more_is_lowered():
     assert known.depth.data["decoder_layers"] == 3
 
 
+def test_layers_of_one_shape_in_a_list_that_stays_are_not_taken_for_one():
+    """Parakeet's convolutions follow one another; pruned with Canary's, the mel bins grew."""
+    config = hf.ParakeetEncoderConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        subsampling_conv_channels=8,
+        num_mel_bins=16,
+    )
+    model = hf.ParakeetEncoder(config).eval()
+    known = map_of(model)
+    assert known.depth.data["num_hidden_layers"] == 2
+    weight = "subsampling.layers.{}.weight"
+    shape = model.get_parameter(weight.format(3)).shape
+    assert model.get_parameter(weight.format(6)).shape == shape
+    assert known.depth.canonical(weight.format(6)) == weight.format(6)
+
+
 def test_entries_for_layers_that_are_gone_go_too():
     """Gemma 4 has what differs from layer to layer under the layers' numbers."""
     config = hf.Gemma4TextConfig(

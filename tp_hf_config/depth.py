@@ -44,7 +44,7 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
     A setting counts when a lower value takes tensors away and changes no other tensor's shape.
     Where nothing can be lowered, the result is the config itself.
     """
-    full_shapes = shapes(full)
+    before = full_shapes = shapes(full)
     alike = _alike(full, full_shapes)
     lowered, widths = data, _width_lists(builder, data, full_shapes)
     for length in sorted({len(indices) for indices in alike.values()}, reverse=True):
@@ -58,10 +58,9 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
                 lowered, full_shapes = trial, shapes(model)
     if lowered is data:
         return Depth(lowered)
-    lengths = _list_lengths(lowered)
     for name, indices in alike.items():
-        if len(indices) in lengths and _layers_in(full_shapes, name) == len(indices):
-            alike[name] = tuple(range(len(indices)))  # each may have an entry of its own
+        if _layers_in(full_shapes, name) == _layers_in(before, name):
+            alike[name] = tuple(range(len(indices)))  # no layer stands for others
     return Depth(lowered, alike)
 
 
@@ -69,13 +68,6 @@ def _layers_in(all_shapes: Shapes, name: str) -> int:
     """How many layers of a list have tensors."""
     rest = [key.removeprefix(f"{name}.") for key in all_shapes if key.startswith(f"{name}.")]
     return len({key.partition(".")[0] for key in rest})
-
-
-def _list_lengths(data: Any) -> set[int]:
-    """How long the lists in a config are."""
-    if isinstance(data, dict):
-        return {length for value in data.values() for length in _list_lengths(value)}
-    return {len(data)} if isinstance(data, list) else set()
 
 
 def _lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
