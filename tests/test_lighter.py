@@ -5,7 +5,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamba2ForCausalLM
+from transformers import (
+    ASTConfig,
+    ASTModel,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GlmAsrEncoder,
+    GlmAsrEncoderConfig,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    VoxtralEncoder,
+    VoxtralEncoderConfig,
+)
 
 from tp_hf_config.heads import Layout
 from tp_hf_config.images import smaller_images
@@ -56,10 +67,36 @@ def test_equal_entries_of_a_list_go_down_together() -> None:
     assert lighter(known, {"windows": [512] * 3}, 0, seen) == {"windows": [32] * 3}
 
 
+def test_positions_go_down_where_they_are_how_long_the_inputs_are() -> None:
+    known, data = known_of(sizes={("positions",): 1500}), {"positions": 1500}
+    rows = [("positions",)]
+    assert lighter(known, data, 0, costs(10**4, "positions"), rows) == {"positions": 375}
+    assert lighter(known, data, 0, lambda data: Layout(numbers=10**8), rows) == data
+
+
 def test_bound_widths_shrink_in_proportion() -> None:
     known = known_of(bound={("hidden",): (("heads",),), ("heads",): (("hidden",),)})
     seen = costs(1, "hidden", legal=lambda data: data["hidden"] == 32 * data["heads"])
     assert in_proportion(known, {"hidden": 4096, "heads": 128}, seen) == {"hidden": 128, "heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "frames"),
+    [
+        (VoxtralEncoder, VoxtralEncoderConfig(), 750),  # as many as it has positions for
+        (ASTModel, ASTConfig(), 40),
+        (GlmAsrEncoder, GlmAsrEncoderConfig(), 64),
+    ],
+    ids=["Voxtral", "AST", "GLM-ASR"],
+)
+def test_sound_is_short_and_its_convolutions_are_no_experts(
+    model_class: Any, config: Any, frames: int
+) -> None:
+    mini = miniature(map_of(model_of(config, model_class)))
+    assert isinstance(mini, Miniature)
+    (sound,) = (one for name, one in mini.inputs.items() if name.startswith("input_"))
+    assert max(sound.shape) == frames
+    assert mini.known.values[("hidden_size",)] <= 64
 
 
 @pytest.mark.parametrize(

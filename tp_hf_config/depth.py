@@ -47,11 +47,12 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
     before = full_shapes = shapes(full)
     alike = _alike(full, full_shapes)
     lowered, widths = data, _width_lists(builder, data, full_shapes)
-    for length in sorted({len(indices) for indices in alike.values()}, reverse=True):
-        keep = max([2] + [max(indices) + 1 for indices in alike.values() if len(indices) == length])
-        if keep >= length:
-            continue
-        for change in _changes(data, length, keep, widths):
+    keeps: dict[int, set[int]] = {}
+    for indices in alike.values():
+        keeps.setdefault(len(indices), set()).add(max(2, max(indices) + 1))
+    steps = ((n, keep) for n in sorted(keeps, reverse=True) for keep in sorted(keeps[n]))
+    for length, keep in steps:  # lists of one length need not have as many kinds of layers
+        for change in _changes(data, length, keep, widths) if keep < length else ():
             trial = with_values(lowered, change)
             model = builder.build(trial)
             if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):

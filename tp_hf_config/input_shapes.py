@@ -180,13 +180,15 @@ def _features(config: Any, names: Collection[str]) -> list[Shape]:
         "mel_dim",
     )
     bins = size_of(audio, *width) or size_of(config, *width, default=80)
-    frames = 2 * size_of(audio, "max_source_positions", default=1500)
+    frames = 2 * size_of(audio, "max_source_positions")  # all of them, where the class counts them
+    counted = [Shape((1, bins, frames), steps=frames)] if frames else []
     few = 2 * size_of(audio, "n_window") or _FRAMES
     stacked = bins * size_of(audio, "num_stacked_frames", default=4)
     return [
-        Shape((1, bins, frames), steps=frames),
+        *counted,
         Shape((1, few, bins), steps=few),
         Shape((1, bins, few), steps=few),
+        Shape((1, bins, 3000), steps=3000),
         Shape((1, 1, few, bins), steps=few),
         Shape((1, few, stacked), steps=few),
         Shape((1, few, 128), steps=few),

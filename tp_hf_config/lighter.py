@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from .fit import value_at
@@ -36,7 +36,9 @@ def in_proportion(known: ConfigMap, data: dict[str, Any], seen: Seen) -> dict[st
     return data
 
 
-def lighter(known: ConfigMap, data: dict[str, Any], most: int, seen: Seen) -> dict[str, Any]:
+def lighter(
+    known: ConfigMap, data: dict[str, Any], most: int, seen: Seen, rows: Collection[FieldPath] = ()
+) -> dict[str, Any]:
     """Lower sizes that set no width (Mamba's chunks, tokens of an image) in a class that is slow.
 
     Args:
@@ -44,9 +46,10 @@ def lighter(known: ConfigMap, data: dict[str, Any], most: int, seen: Seen) -> di
         data: the config so far.
         most: experts that there are; so small a number may be how many of them a token takes.
         seen: how a forward pass goes.
+        rows: fields that count positions alone; of some, that is how long the inputs are (Whisper).
     """
     best = seen(data)
-    for paths in _together(known):
+    for paths in _together({path: known.sizes[path] for path in rows} | known.silent):
         if best is None or best.numbers <= _HEAVY:
             break
         for trial in _lower(data, paths, max(most + 1, _SHORTEST)):
@@ -58,10 +61,10 @@ def lighter(known: ConfigMap, data: dict[str, Any], most: int, seen: Seen) -> di
     return data
 
 
-def _together(known: ConfigMap) -> list[list[FieldPath]]:
-    """Sizes that set no width, largest first; entries of one list as one where they are equal."""
+def _together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
+    """Fields, largest first; entries of one list as one where they are equal."""
     found: dict[tuple[FieldPath, int], list[FieldPath]] = {}
-    for path, value in known.silent.items():
+    for path, value in sizes.items():
         listed = isinstance(path[-1], int)  # one for each layer
         found.setdefault((path[:-1] if listed else path, value), []).append(path)
     return [found[key] for key in sorted(found, key=lambda key: -key[1])]

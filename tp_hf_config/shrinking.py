@@ -14,6 +14,7 @@ from .images import crops, smaller_images
 from .learn import ConfigMap
 from .lighter import in_proportion, lighter
 from .reference import FieldPath, Refusal, shapes, with_values
+from .ties import convolves
 
 _FEW = 8
 _HEAD_DIM = 16
@@ -69,8 +70,10 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
             roomy = (one for one, half in zip(every, halves, strict=True) if runs(half))
             fitting = chain(roomy, every)
         data = next(fitting, data)
-    matrices = (shape for shape in known.shapes.values() if len(shape) == 3 and 1 not in shape)
-    return lighter(known, data, max((shape[0] for shape in matrices), default=0), seen)
+    experts = [name for name, shape in known.shapes.items() if len(shape) == 3 and 1 not in shape]
+    stacked = [known.shapes[name][0] for name in experts if _is_stacked(known, name)]
+    rows = [path for path in known.sizes if _is_position_count(known, data, path)]
+    return lighter(known, data, max(stacked, default=0), seen, rows)
 
 
 def _several_per_unit(known: ConfigMap) -> list[tuple[str, int, FieldPath]]:
@@ -147,7 +150,7 @@ def _smaller(
     if path in known.linked:
         return
     value = _get(data, path)
-    if value <= _ROWS and _only_rows(known, path):
+    if _is_position_count(known, data, path):
         return  # positions or distances: a forward pass may look up any of them
     heads = path in counts
     stacked = _stacked(known, path)
@@ -223,12 +226,22 @@ def _only_rows(known: ConfigMap, path: FieldPath) -> bool:
     )
 
 
+def _is_position_count(known: ConfigMap, data: dict[str, Any], path: FieldPath) -> bool:
+    return _get(data, path) <= _ROWS and _only_rows(known, path)
+
+
 def _stacked(known: ConfigMap, path: FieldPath) -> bool:
     """Whether a field counts weights that are stacked in one tensor (experts)."""
     return any(
-        path in expression.fields and dim == 0 and len(known.shapes[name]) == 3
+        path in expression.fields and dim == 0 and _is_stacked(known, name)
         for (name, dim), expression in known.expressions.items()
     )
+
+
+def _is_stacked(known: ConfigMap, name: str) -> bool:
+    model = known.unpruned
+    several = len(known.shapes[name]) == 3
+    return several and (isinstance(model, Refusal) or not convolves(model, name))
 
 
 def _get(data: Any, path: FieldPath) -> int:
