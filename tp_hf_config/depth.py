@@ -84,7 +84,7 @@ def _alike(model: nn.Module, all_shapes: Shapes) -> dict[str, tuple[int, ...]]:
     result: dict[str, tuple[int, ...]] = {}
     for name, layers in _lists(model).items():
         signatures: list[frozenset[tuple[str, tuple[int, ...]]]] = [
-            frozenset(shapes(layer).items()) for layer in layers
+            frozenset(() if layer is None else shapes(layer).items()) for layer in layers
         ]
         result[name] = tuple(signatures.index(signature) for signature in signatures)
     return result

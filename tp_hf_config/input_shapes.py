@@ -317,6 +317,18 @@ def _past_times(config: Any, form: Form) -> Shape | None:
     return Shape((1, form["past_values"].steps, width))
 
 
+def _future(config: Any, form: Form) -> Shape | None:
+    """What comes after ``past_values``, without which no decoder runs (Informer)."""
+    length = size_of(config, "prediction_length")
+    return Shape((1, length, *form["past_values"].size[2:])) if length else None
+
+
+def _future_times(config: Any, form: Form) -> Shape | None:
+    length = size_of(config, "prediction_length")
+    width = size_of(config, "num_time_features", default=1)
+    return Shape((1, length, width)) if length else None
+
+
 MAIN: dict[str, Choices] = {
     "pixel_values": _pixels,
     "input_features": _features,
@@ -368,6 +380,8 @@ BESIDE: dict[str, Beside] = {
     "input_values_cutoffs": _cutoffs,
     "freq": lambda config, form: Shape((1, 1), "ids"),
     "past_time_features": _past_times,
+    "future_values": _future,
+    "future_time_features": _future_times,
     "past_observed_mask": _like("past_values", "ones"),
     "past_values_padding": lambda config, form: Shape(form["past_values"].size[:2], "ids"),
     "decoder_input_values": _like("input_values", "numbers"),

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +19,15 @@ from .groups import Finding, find_groups
 from .learn import ConfigMap, map_of
 from .limits import straying, vanishing
 from .miniature import Miniature, miniature
-from .reference import FieldPath, Refusal, field_name
+from .reference import FieldPath, Refusal, field_name, shapes
 from .ties import parameter_names, tensor
 from .twins import Dim, Layout, TwinTest
 from .unbuilt import model_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_MOST_BUILDS = 64
 
 
 @dataclass(frozen=True)
@@ -282,21 +285,28 @@ def said_handed(names: Iterable[str]) -> str:
 def _sayable(finding: Finding, known: ConfigMap) -> Finding:
     """The finding, refused where less of the width makes the class build what nobody can prune to.
 
-    A quarter less, and half: some count becomes 0, or a dimension that no group holds moves.
+    A quarter less, and half: some count becomes 0, or a dimension that no group holds moves. Where
+    it refuses both, other numbers are tried; a width that it takes no other number of stays.
     """
     if finding.reason is not None or not set(finding.fields) <= known.values.keys():
         return finding
     held = {(dim.name, dim.dim) for group in finding.groups for dim in group.dims}
     units = units_of(known, finding.fields)
-    for left in dict.fromkeys((units - units // 4, units - units // 2)):
+    reason, taken = "", False
+    several = dict.fromkeys((units - units // 4, units - units // 2, *range(units - 1, 0, -1)))
+    for tried, left in enumerate(islice(several, _MOST_BUILDS)):
+        if taken and tried > 1:
+            break
         less = {path: known.values[path] // units * left for path in finding.fields}
         new = known.build_at(less)
         if isinstance(new, Refusal):
+            reason = f"the class takes no other number: {new.reason}"
             continue
-        reason = vanishing(known, new) or straying(known, less, new, held)
-        if reason is not None:
-            return Finding(finding.fields, reason=reason, disproved=True)
-    return finding
+        wrong = vanishing(known, new) or straying(known, less, new, held)
+        if wrong is not None:
+            return Finding(finding.fields, reason=wrong, disproved=True)
+        taken |= shapes(new) != known.shapes
+    return finding if taken or not reason else Finding(finding.fields, reason=reason)
 
 
 def _apart(finding: Finding, others: Sequence[Finding], known: ConfigMap) -> Finding:
@@ -306,6 +316,8 @@ def _apart(finding: Finding, others: Sequence[Finding], known: ConfigMap) -> Fin
     """
     unseen = [path for other in others if other.unseen for path in other.fields]
     for path in unseen:
+        if path in finding.fields:
+            continue  # of that width all was seen, or it would have a reason of its own
         if finding.reason is None and any(
             known.values.get(path) == known.values.get(own) for own in finding.fields
         ):

@@ -62,6 +62,8 @@ def take_scales(model: nn.Module, fresh: nn.Module) -> None:
 
 def _take_numbers(one: Any, other: Any) -> None:
     """Set the numbers of one object that are others in another."""
+    if not (hasattr(one, "__dict__") and hasattr(other, "__dict__")):
+        return  # Idefics has a None there
     for key, value in list(vars(one).items()):
         new = vars(other).get(key)
         if isinstance(value, float) and isinstance(new, float):

@@ -275,13 +275,24 @@ class Study:
         }
         moved = {path: point.sizes for path, point in first.items()}
         for path, probe, sizes in each_of(self, probes, moved):
-            moves[path].append(Move(probe, sizes))
+            second = Move(probe, sizes)
+            if self._on_a_line(values[path], first[path], second):
+                moves[path].append(second)  # else another field of that build may count
         for path, points in moves.items():
             if len(points) == 1:
                 more = self._alone(path, values[path], points)
                 moves[path] = more if isinstance(more, list) else points
             if len(moves[path]) == 2 and all(_blind(point.sizes) for point in moves[path]):
                 self._seeing(path, values[path], moves[path])
+
+    def _on_a_line(self, value: int, one: Move, two: Move) -> bool:
+        """Whether two moves change every size by as much for one more of the field."""
+        return all(
+            (one.sizes[key] - self.base[key]) * (two.value - value)
+            == (two.sizes[key] - self.base[key]) * (one.value - value)
+            for key in one.sizes.keys() & two.sizes.keys()
+            if one.sizes[key] and two.sizes[key]
+        )
 
     def _seeing(self, path: FieldPath, value: int, points: list[Move]) -> None:
         """Put a lower value at which the forward pass goes further in the place of the second."""
@@ -301,12 +312,18 @@ class Study:
         """
         found: dict[FieldPath, FieldPath] = {}
         for path in moving:
-            less = values[path] * 3 // 4
-            if not less or not self._vanishing.get(path, True):
+            if not self._vanishing.get(path, True):
                 continue
-            alone = self._build({path: less})
-            if isinstance(alone, Refusal) or not vanished_counts(self.model, alone):
+            tried = (values[path] * 3 // 4, values[path] // 2)  # some divide another width
+            built = [(less, self._build({path: less})) for less in tried if less]
+            vanishing = [
+                less
+                for less, alone in built
+                if not isinstance(alone, Refusal) and vanished_counts(self.model, alone)
+            ]
+            if not vanishing:
                 continue
+            less = vanishing[0]
             equal = [p for p in values.keys() - set(moving) if values[p] == values[path]]
             for other in equal:
                 both = self._build({path: less, other: less})
