@@ -49,7 +49,18 @@ def all_or_nothing() -> Iterator[Changes]:
 def _read(target: Any, key: Any) -> Any:
     if isinstance(target, dict):
         return target.get(key, _MISSING)
+    if key in (getattr(target, "per_layer_attributes", None) or ()):
+        return vars(target).get(key, _MISSING)  # the config asks its readers for a layer's own
     return getattr(target, key, _MISSING)
+
+
+def _part(target: Any, key: Any) -> Any:
+    """What stands under a key of a config; settings of single layers as the config holds them."""
+    if isinstance(target, dict):
+        return target[key if key in target else int(key)]
+    if key == "per_layer_config" and hasattr(target, "_heterogeneity_spec"):
+        return target._heterogeneity_spec.per_layer_overrides
+    return getattr(target, str(key))
 
 
 def _write(target: Any, key: Any, value: Any) -> None:
@@ -172,7 +183,7 @@ def write_fields(
     for module_name, path, value in fields:
         target: Any = live.get_submodule(module_name).config
         for key in path[:-1]:
-            target = target[key] if isinstance(target, dict) else getattr(target, str(key))
+            target = _part(target, key)
         if _read(target, path[-1]) != value:
             changes.set(target, path[-1], value)
 

@@ -1,0 +1,113 @@
+"""What is offered of classes that were refused, or failed, for a reason that was not theirs."""
+
+from typing import Any
+
+import pytest
+import transformers as hf
+
+from tp_hf_config import prunable
+from tp_hf_config.apply import all_or_nothing, write_fields
+from tp_hf_config.scales import take_scales
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def albert() -> Any:
+    """Heads need not divide its hidden size, but they count in the width of the queries."""
+    return hf.AlbertForMaskedLM(hf.AlbertConfig(**SMALL, embedding_size=32))
+
+
+def esm() -> Any:
+    """A head for contacts that a plain forward pass does not use counts its attention heads."""
+    return hf.EsmForMaskedLM(hf.EsmConfig(**SMALL, mask_token_id=4, pad_token_id=1))
+
+
+def deepseek() -> Any:
+    """Its hidden size has to be a multiple of its heads, key/value heads have to follow them."""
+    config = hf.DeepseekV2Config(
+        **SMALL,
+        moe_intermediate_size=48,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        kv_lora_rank=16,
+        q_lora_rank=24,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    )
+    return hf.DeepseekV2ForCausalLM(config)
+
+
+def informer() -> Any:
+    """Its decoder runs where the future is given; one of its convolutions is None."""
+    config = hf.InformerConfig(
+        prediction_length=8,
+        context_length=16,
+        lags_sequence=[1, 2],
+        d_model=32,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=56,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
+    return hf.InformerModel(config)
+
+
+def test_a_setting_of_single_layers_follows_under_their_number() -> None:
+    """The config answers for layers alone, and raises where it is asked for all of them."""
+    config = hf.Gemma4TextConfig(
+        **SMALL | {"num_hidden_layers": 6, "num_attention_heads": 2},
+        vocab_size_per_layer_input=100,
+        hidden_size_per_layer_input=0,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    with all_or_nothing() as changes:
+        model = hf.Gemma4TextModel(config)
+        paths = [("per_layer_config", "05", "head_dim"), ("head_dim",)]
+        write_fields(changes, model, [("", path, 8 * (1 + n)) for n, path in enumerate(paths)])
+    saved = config.to_dict()
+    assert [config.per_layer_config[n].head_dim for n in (0, 5)] == [16, 8]
+    assert saved["head_dim"] == 16
+
+
+@pytest.mark.parametrize(
+    ("build", "widths"),
+    [
+        (albert, ["hidden_size", "num_attention_heads + hidden_size"]),
+        (esm, ["hidden_size"]),
+        (deepseek, ["hidden_size", "num_attention_heads"]),
+        (informer, ["d_model", "encoder_ffn_dim", "decoder_ffn_dim"]),
+    ],
+    ids=["Albert", "ESM", "DeepSeek-V2", "Informer"],
+)
+def test_widths_are_offered(build: Any, widths: list[str]) -> None:
+    found = {" + ".join(width.names): width.reason for width in prunable(build().eval()).widths}
+    assert {name: found[name] for name in widths} == dict.fromkeys(widths)
+
+
+def test_a_width_of_which_the_class_takes_no_smaller_number_is_refused() -> None:
+    """BiT's norms stand in 32 groups; with as many channels none can go."""
+    config = hf.BitConfig(embedding_size=32, hidden_sizes=[256] * 4, depths=[1] * 4)
+    model = hf.BitForImageClassification(config)
+    found = {width.name: width.reason for width in prunable(model).widths}
+    assert found["embedding_size"] == (
+        "the class takes no other number: num_channels (1) must be divisible by num_groups (32)"
+    )
+
+
+def test_scales_of_a_module_without_a_config() -> None:
+    """Idefics' layers hold a config that is None."""
+    one, other = (hf.LlamaModel(hf.LlamaConfig(**SMALL)) for _ in range(2))
+    one.layers[0].config, other.layers[0].config = None, None
+    take_scales(one, other)
+    assert one.layers[0].config is None
