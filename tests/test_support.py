@@ -54,7 +54,7 @@ def test_sample_of_the_support_table(task: str, model_type: str) -> None:
     assert [json.loads(json.dumps(one.to_dict())) for one in found.widths] == expected["widths"]
 
 
-def test_a_model_is_measured_at_tiny_size_and_not_touched() -> None:
+def test_a_model_is_measured_at_tiny_size_and_not_touched(capfd: Any) -> None:
     with torch.device("meta"):  # 70 billion parameters
         config = hf.LlamaConfig(
             hidden_size=8192,
@@ -66,7 +66,9 @@ def test_a_model_is_measured_at_tiny_size_and_not_touched() -> None:
         )
         model = hf.LlamaForCausalLM(config)
     before = config_json(model.config)
+    capfd.readouterr()
     found = supports(model)
+    assert capfd.readouterr() == ("", "")  # no bars of what is saved and loaded
     assert {width.name: width.outcome for width in found.widths} == {
         "head_dim": "refused",
         "hidden_size": "works",

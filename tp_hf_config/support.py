@@ -16,6 +16,7 @@ from .miniature import miniature
 from .offers import one_thread
 from .reference import Refusal
 from .report import versions
+from .silence import quiet_transformers
 from .unbuilt import model_of
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def supports(
     """
     model = model_of(source, model_class)
     name = type(model).__name__
-    with TemporaryDirectory(prefix="tp_hf_config-") as folder, one_thread():
+    with TemporaryDirectory(prefix="tp_hf_config-") as folder, one_thread(), quiet_transformers():
         made = prepared(model, seed)
         if isinstance(made, Refusal):
             return Support(name, why_not=made.reason, seed=seed)

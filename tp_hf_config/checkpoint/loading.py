@@ -7,8 +7,7 @@ keys that a class ignores) is its own code here too, run on tensors without data
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..reference import Mismatch
+from ..silence import quiet_transformers
 from .headers import Stored
 from .words import short
 
@@ -52,7 +52,7 @@ def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> Loaded
             name: torch.empty(tensor.shape, dtype=model.dtype, device="meta")
             for name, tensor in tensors.items()
         }
-        with _quietly():
+        with quiet_transformers(logging.CRITICAL):
             found = (_loaded_by_5 if MAJOR >= 5 else _loaded_by_4)(model, state)
     except Exception as error:  # Transformers' loading may raise anything
         return Loaded(failed={"": short(error) or type(error).__name__})
@@ -132,22 +132,3 @@ def _last_line(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line and not line.startswith("Error: ")]
     return short((errors or lines or [""])[-1])
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bars and no log lines of a load that is none."""
-    from transformers.utils import logging as hf
-
-    bars: Any = hf
-
-    logger = logging.getLogger("transformers")
-    level, shown = logger.level, bars.is_progress_bar_enabled()
-    try:
-        logger.setLevel(logging.CRITICAL)
-        bars.disable_progress_bar()
-        yield
-    finally:
-        logger.setLevel(level)
-        if shown:
-            bars.enable_progress_bar()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from ..silence import quiet_transformers
 from .outcome import Outcome
 from .stopping import stop_if_asked
 
@@ -44,19 +45,9 @@ def show(outcome: Outcome) -> None:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Transformers says nothing but errors."""
-    from transformers.utils import logging as untyped
-
-    stop_if_asked()  # the import may have swallowed it
-    logging: Any = untyped
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    try:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()  # they and ours would write over each other
+    with quiet_transformers():  # their progress bars and ours would write over each other
+        stop_if_asked()  # the import may have swallowed it
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager
