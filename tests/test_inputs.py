@@ -164,6 +164,16 @@ def test_a_token_for_every_feature_of_an_image(make: Any) -> None:
     assert not (text_inputs(model) or {})["input_ids"].eq(_IMAGE_TOKEN).any()
 
 
+def test_no_sound_is_padding() -> None:
+    """Gemma 3n's mask says where there is none."""
+    config = hf.Gemma3nAudioConfig(conf_num_hidden_layers=1)
+    with torch.device("meta"):
+        model = hf.Gemma3nAudioEncoder(config)
+    given = example_inputs(model)
+    assert given["audio_mel_mask"].shape == given["audio_mel"].shape[:2]
+    assert not given["audio_mel_mask"].any()
+
+
 def test_tokens_follow_the_size_of_the_image() -> None:
     assert example_inputs(_paligemma(image_size=48))["input_ids"].shape == (1, 36 + 8)
 

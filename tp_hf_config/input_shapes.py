@@ -23,13 +23,14 @@ class Shape:
 
     Attributes:
         size: of one sample; patches of an image come without a batch dimension.
-        what: random numbers from 0 to 1, ones, token ids, or ``values`` row by row.
+        what: random numbers from 0 to 1, ones, a mask of all or none, token ids, or ``values`` row
+            by row.
         values: for ``what="values"``.
         steps: the length in time, which a mask beside it has.
     """
 
     size: tuple[int, ...]
-    what: Literal["numbers", "ones", "mask", "ids", "values"] = "numbers"
+    what: Literal["numbers", "ones", "mask", "no padding", "ids", "values"] = "numbers"
     values: tuple[int, ...] = ()
     steps: int = 0
 
@@ -43,6 +44,8 @@ class Shape:
         device = torch.device("cpu") if parameter.is_meta else parameter.device
         if self.what == "values":
             return torch.tensor(self.values, device=device).view(self.size)
+        if self.what == "no padding":
+            return torch.zeros(self.size, device=device, dtype=torch.bool)
         dtype = torch.bool if self.what == "mask" else torch.long
         return torch.ones(self.size, device=device, dtype=dtype)
 
@@ -272,12 +275,12 @@ def _like(name: str, what: Literal["numbers", "ones", "mask"]) -> Beside:
     return beside
 
 
-def _steps_of(*names: str) -> Beside:
+def _steps_of(*names: str, what: Literal["mask", "no padding"] = "mask") -> Beside:
     """A mask over the time of the first of these arguments that is there."""
 
     def beside(config: Any, form: Form) -> Shape | None:
         steps = next((form[name].steps for name in names if name in form), 0)
-        return Shape((1, steps), "mask") if steps else None
+        return Shape((1, steps), what) if steps else None
 
     return beside
 
@@ -370,7 +373,7 @@ BESIDE: dict[str, Beside] = {
     "pixel_attention_mask": _pixel_mask,
     "input_features_mask": _steps_of("input_features"),
     "feature_attention_mask": _steps_of("input_features"),
-    "audio_mel_mask": _steps_of("audio_mel"),
+    "audio_mel_mask": _steps_of("audio_mel", what="no padding"),
     "padding_mask": _steps_of("input_values", "input_features"),
     "qformer_input_ids": lambda config, form: Shape((1, 4), "ids"),
     "prompt_pixel_values": _like("pixel_values", "numbers"),
