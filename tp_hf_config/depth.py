@@ -111,6 +111,8 @@ def _changes(
             for key, value in node.items()
             if _by_number(value) and max(map(int, value)) < length
         }
+        # first, so that no field that is as large by chance goes along
+        changes.extend({key: value} for key, value in lists.items() if is_numbers(value))
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*path, key))
@@ -121,7 +123,6 @@ def _changes(
             elif isinstance(value, list) and len(value) <= _FEW and (*path, key) not in widths:
                 places = [(*path, key, i) for i, one in enumerate(value) if one == length]
                 changes.extend({place: keep} for place in places)
-        changes.extend({key: value} for key, value in lists.items() if is_numbers(value))
 
     visit(data, ())
     return changes

@@ -246,8 +246,9 @@ def reloaded(model_class: Any, folder: Path) -> str | None:
         wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
         if wrong:
             return _line(f"loading reports {wrong}")
-        if getattr(model, "_can_set_experts_implementation", bool)():
-            model.set_experts_implementation("eager")
+        for module in model.modules():  # a part may, where the whole may not (Kimi K2.5)
+            if getattr(module, "_can_set_experts_implementation", bool)():
+                module.set_experts_implementation("eager")
         for parameter in model.parameters():  # aligned in memory like the live weights
             parameter.data = parameter.data.clone()
         with torch.no_grad():
