@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import lcm
 from typing import Any
 
 import pytest
@@ -11,14 +12,15 @@ import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
 from tp_hf_config.expand import Member, WidthGroup, _uneven_heads
 from tp_hf_config.learn import map_of
 from tp_hf_config.masked import difference
-from tp_hf_config.miniature import randomise
+from tp_hf_config.miniature import Miniature, miniature, randomise
 from tp_hf_config.offers import Width, widths_of
 from tp_hf_config.reference import Builder, Refusal, config_json
 from tp_hf_config.twins import Dim, Layout, TwinTest
+from tp_hf_config.unbuilt import model_of
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 192,
@@ -124,12 +126,30 @@ def test_a_norm_of_the_weight_runs_over_what_is_left() -> None:
 def test_attention_scaled_by_torch_is_compared_with_the_new_scale() -> None:
     """WavLM hands its query weights to torch, which scales by the head dim that it sees."""
     torch.manual_seed(0)
-    model = hf.WavLMModel(hf.WavLMConfig(**_SIZES, num_conv_pos_embeddings=8)).double().eval()
+    sizes = {**_SIZES, "conv_kernel": [7, 5]}  # 10 would be 6 in the tiny copy, as are the heads
+    model = hf.WavLMModel(hf.WavLMConfig(**sizes, num_conv_pos_embeddings=8)).double().eval()
     randomise(model)
     assert _width(model, "hidden_size").units == 4
     pruned = _pruned(model, ("hidden_size",), 0.5)
     assert pruned.config.hidden_size == 96
     assert _off(model, pruned) is None
+
+
+def test_units_of_heads_and_of_groups_are_of_several_positions_in_the_tiny_copy() -> None:
+    """WavLM's 48 channels of a unit are four of each head and three of each group."""
+    config = hf.WavLMConfig(num_hidden_layers=2)
+    tiny = miniature(map_of(model_of(config, hf.WavLMModel)))
+    assert isinstance(tiny, Miniature)
+    small: Any = tiny.model.config
+    unit = lcm(small.num_attention_heads, small.num_conv_pos_embedding_groups)
+    assert unit > max(small.num_attention_heads, small.num_conv_pos_embedding_groups)
+    assert small.hidden_size >= 2 * unit
+    (width,) = (
+        one
+        for one in prunable(config, model_class=hf.WavLMModel).widths
+        if one.names == ("hidden_size",)
+    )
+    assert (width.reason, width.units) == (None, 16)
 
 
 def test_heads_that_were_not_seen_are_not_guessed() -> None:

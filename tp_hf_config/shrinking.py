@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from fractions import Fraction
 from itertools import chain
+from math import lcm
 from typing import Any
 
 from torch import nn
@@ -35,7 +37,7 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
     if isinstance(base, Refusal):
         return data
     unshrunken, before = shapes(base), observe(base)
-    several = _several_per_unit(known)
+    several, shared = _several_per_unit(known), _shared(known)
     data = with_values(data, {path: known.sizes[path] for path in known.unset})
     counts = {split[0] for splits in before.heads.values() for split in splits}
     parts = {_part(path) for path in known.count_fields()}
@@ -51,6 +53,8 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
         if built.keys() != unshrunken.keys() or _single(unshrunken, built):
             return None
         if not _still_several(several, trial, built) or not _ties_alike(model, built):
+            return None
+        if not all(_still_shared(parts, path, trial, built) for path, parts in shared.items()):
             return None
         layout = observe(model)
         return layout if _alike(before, layout) else None
@@ -100,6 +104,44 @@ def _still_several(
         for name, dim, path in several
         if name in built and dim < len(built[name])
     )
+
+
+def _shared(known: ConfigMap) -> dict[FieldPath, dict[tuple[str, int], bool]]:
+    """Fields that several dimensions hold different shares of: those of a head, of a group (WavLM).
+
+    For each such dimension, whether a unit of the field takes several of its positions.
+    """
+    found: dict[FieldPath, dict[tuple[str, int], int]] = {}
+    for path, value in known.values.items():
+        for (name, dim), expression in known.expressions.items():
+            slope = expression.terms.get(frozenset({path}), 0)
+            if isinstance(dim, int) and 0 < slope < 1 and slope * value == expression.base:
+                found.setdefault(path, {})[name, dim] = value // expression.base
+        for (name, dim), power in known.powers.items():
+            others = {n for other, n in power.exponents.items() if other != path}
+            if isinstance(dim, int) and power.exponents.get(path) == 1 and others == {-1}:
+                found.setdefault(path, {})[name, dim] = value // power.base
+    return {
+        path: {place: lcm(*shares.values()) > share for place, share in shares.items()}
+        for path, shares in found.items()
+        if len(set(shares.values())) > 1
+    }
+
+
+def _still_shared(
+    parts: dict[tuple[str, int], bool],
+    path: FieldPath,
+    data: dict[str, Any],
+    built: dict[str, tuple[int, ...]],
+) -> bool:
+    """Whether there are two units yet, each of several positions where it had several."""
+    value = _get(data, path)
+    shares = {(name, dim): Fraction(value, built[name][dim]) for name, dim in parts}
+    if any(share.denominator != 1 for share in shares.values()):
+        return False
+    unit = lcm(*(int(share) for share in shares.values()))
+    several = all(unit > shares[place] for place, wanted in parts.items() if wanted)
+    return several and value >= 2 * unit
 
 
 def _single(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
