@@ -73,8 +73,8 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
     )
     with all_or_nothing() as changes:
         model = hf.Gemma4TextModel(config)
-        paths = [("per_layer_config", "05", "head_dim"), ("head_dim",)]
-        write_fields(changes, model, [("", path, 8 * (1 + n)) for n, path in enumerate(paths)])
+        own = ("", ("per_layer_config", "05", "head_dim"), 8)
+        write_fields(changes, model, [own, ("", ("head_dim",), 16)])
     saved = config.to_dict()
     assert [config.per_layer_config[n].head_dim for n in (0, 5)] == [16, 8]
     assert saved["head_dim"] == 16

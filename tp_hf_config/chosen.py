@@ -15,7 +15,7 @@ from .errors import UnsupportedModelError
 from .limits import multiple_of
 from .offers import Width, widths_of
 from .reference import FieldPath, field_name
-from .ties import convolves, tensor
+from .ties import stacks, tensor
 from .widths import WidthView
 
 
@@ -165,10 +165,8 @@ def _multiple_in(view: WidthView, width: Width) -> int:
     for group in width.groups:
         own = group.classes  # all groups of one width lose the same number
         for member in group.members:
-            parameter = tensor(view.model, member.name)
-            stacked = parameter.ndim == 3 and not convolves(view.model, member.name)
-            if stacked and member.dim > 0:
-                own = lcm(own, 16 // parameter.element_size())
+            if member.dim > 0 and stacks(view.model, member.name):
+                own = lcm(own, 16 // tensor(view.model, member.name).element_size())
         multiple = lcm(multiple, own // gcd(own, group.grain))
     return multiple
 

@@ -109,7 +109,7 @@ def _changes(
         lists |= {
             (*path, key): {number: one for number, one in value.items() if int(number) < keep}
             for key, value in node.items()
-            if _by_number(value) and max(map(int, value)) < length
+            if _by_number(value) and keep <= max(map(int, value)) < length
         }
         # first, so that no field that is as large by chance goes along
         changes.extend({key: value} for key, value in lists.items() if is_numbers(value))
@@ -117,9 +117,8 @@ def _changes(
             if isinstance(value, dict):
                 visit(value, (*path, key))
             elif type(value) is int and 0 <= value - length <= 1:
-                changes.append({(*path, key): keep + value - length})
-                if lists:
-                    changes.append({(*path, key): keep + value - length, **lists})
+                fewer: dict[FieldPath, Any] = {(*path, key): keep + value - length}
+                changes.extend([fewer, {**fewer, **lists}] if lists else [fewer])
             elif isinstance(value, list) and len(value) <= _FEW and (*path, key) not in widths:
                 places = [(*path, key, i) for i, one in enumerate(value) if one == length]
                 changes.extend({place: keep} for place in places)

@@ -7,6 +7,7 @@ image's grid, positions) stay real on the CPU, so that sizes made from them are 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func in _INDEX:
                 self.guessed |= any(one.is_meta for one in tensors[1:] if one.dtype == torch.bool)
                 args = (args[0], _positions(args[1]), *args[2:])
-            if not all(one.is_meta for one in _flat(args, kwargs) if isinstance(one, torch.Tensor)):
+            if func in _INDEX or not all(tensor.is_meta for tensor in tensors):
                 args, kwargs = tree_map(_without_data, (args, kwargs))
         output = _shaped(func, args, kwargs) if on_meta else func(*args, **kwargs)
         if isinstance(output, torch.Tensor):
@@ -137,9 +138,7 @@ _seen: dict[Any, tuple[Any, ...]] = {}
 
 def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What an operation returns on the meta device; asked once for arguments of the same shapes."""
-    if func not in _makes_new:
-        _makes_new[func] = _is_new(func)
-    if not _makes_new[func]:
+    if not _makes_new(func):
         return func(*args, **kwargs)
     described = (*map(_described, args), *kwargs, *map(_described, kwargs.values()))
     key = (func, torch.get_default_dtype(), *described)
@@ -159,10 +158,8 @@ def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return again[0] if len(func._schema.returns) == 1 else tuple(again)
 
 
-_makes_new: dict[Any, bool] = {}
-
-
-def _is_new(func: Any) -> bool:
+@cache
+def _makes_new(func: Any) -> bool:
     """Whether an operation makes tensors of its own: neither views nor in place."""
     schema = func._schema
     aliases = [one.alias_info for one in (*schema.arguments, *schema.returns)]

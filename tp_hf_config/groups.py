@@ -29,7 +29,7 @@ from .reference import FieldPath, Refusal, field_name, with_values
 from .rehearsal import rehearse
 from .search import Style, searched
 from .states import AXIS, states_of
-from .ties import convolves, saved_buffers
+from .ties import saved_buffers, stacks
 from .twins import Dim, Layout, Links, TwinTest
 
 
@@ -170,11 +170,9 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
     found = replace(found, outward=test.shows_outside(), handed=handed)
     if len(fields) > 1 or units < known.values[fields[0]]:
         return _refined(mini, found)
-    dims = [dim for group in found.groups for dim in group.dims if dim.dim == 0]
-    stacked = [dim for dim in dims if listed[dim.name].ndim == 3]
-    if all(dim.name in mini.states or convolves(mini.model, dim.name) for dim in stacked):
-        return found
-    return replace(found, least=_least(mini, fields[0]))
+    dims = (dim for group in found.groups for dim in group.dims if dim.dim == 0)
+    stacked = any(stacks(mini.model, dim.name) for dim in dims)
+    return replace(found, least=_least(mini, fields[0])) if stacked else found
 
 
 def _handed(mini: Miniature, shares: Shares) -> Shares:

@@ -21,7 +21,7 @@ from .passes import Result, outputs_in_float64
 from .reference import Refusal
 from .scales import AsNarrow, Side, SizesRead, Width, as_written, take_scales
 from .states import AXIS, states_in, states_of
-from .ties import convolves, saved_buffers
+from .ties import saved_buffers, stacks
 
 Kept = dict[str, tuple[Side, ...]]
 """What is left of every tensor, dimension by dimension."""
@@ -277,8 +277,8 @@ def _closed(model: nn.Module, kept: Kept) -> Iterator[None]:
     tensors = _tensors(model)
     lost = [
         (name.rpartition(".")[0].rpartition(".")[0], kept[name][0])
-        for name, value in tensors.items()
-        if value.ndim == 3 and kept[name][0].cut and not convolves(model, name)
+        for name in tensors
+        if stacks(model, name) and kept[name][0].cut
     ]
     weights: dict[int, Tensor] = {}
     for layer, experts in lost:

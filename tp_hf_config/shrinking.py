@@ -16,7 +16,7 @@ from .images import crops, smaller_images
 from .learn import ConfigMap
 from .lighter import in_proportion, lighter
 from .reference import FieldPath, Refusal, shapes, with_values
-from .ties import convolves
+from .ties import stacks
 
 _FEW = 8
 _HEAD_DIM = 16
@@ -282,8 +282,7 @@ def _stacked(known: ConfigMap, path: FieldPath) -> bool:
 
 def _is_stacked(known: ConfigMap, name: str) -> bool:
     model = known.unpruned
-    several = len(known.shapes[name]) == 3
-    return several and (isinstance(model, Refusal) or not convolves(model, name))
+    return not isinstance(model, Refusal) and stacks(model, name)
 
 
 def _get(data: Any, path: FieldPath) -> int:

@@ -315,22 +315,20 @@ class Study:
             if not self._vanishing.get(path, True):
                 continue
             tried = (values[path] * 3 // 4, values[path] // 2)  # some divide another width
-            built = [(less, self._build({path: less})) for less in tried if less]
-            vanishing = [
-                less
-                for less, alone in built
-                if not isinstance(alone, Refusal) and vanished_counts(self.model, alone)
-            ]
-            if not vanishing:
+            less = next((one for one in tried if one and self._vanishes({path: one})), None)
+            if less is None:
                 continue
-            less = vanishing[0]
             equal = [p for p in values.keys() - set(moving) if values[p] == values[path]]
             for other in equal:
-                both = self._build({path: less, other: less})
-                if not isinstance(both, Refusal) and not vanished_counts(self.model, both):
+                if self._vanishes({path: less, other: less}) is False:
                     found[other] = path
                     break
         return found
+
+    def _vanishes(self, values: Mapping[FieldPath, int]) -> bool | None:
+        """Whether some count becomes 0 at these values; ``None``: the class refuses them."""
+        model = self._build(values)
+        return None if isinstance(model, Refusal) else bool(vanished_counts(self.model, model))
 
     def _as_one(self, path: FieldPath, other: FieldPath, value: int) -> list[Move]:
         """Moves of two fields of equal value, always at the same value."""

@@ -97,10 +97,15 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(module_name), key
 
 
-def convolves(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is a convolution's, with or without a norm of its weight."""
+def stacks(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is several matrices in one (experts), and not a convolution's weight.
+
+    The weight of a convolution may have a norm: it stands deeper then.
+    """
     owners = (name.rsplit(".", depth)[0] for depth in (1, 3) if name.count(".") >= depth)
-    return any(isinstance(model.get_submodule(one), nn.modules.conv._ConvNd) for one in owners)
+    return tensor(model, name).ndim == 3 and not any(
+        isinstance(model.get_submodule(one), nn.modules.conv._ConvNd) for one in owners
+    )
 
 
 def compute_unsaved(model: Any) -> set[str]:
