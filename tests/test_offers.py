@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 
 from tp_hf_config import prunable
@@ -111,3 +112,13 @@ def test_scales_of_a_module_without_a_config() -> None:
     one.layers[0].config, other.layers[0].config = None, None
     take_scales(one, other)
     assert one.layers[0].config is None
+
+
+@pytest.mark.parametrize(("new", "taken"), [(0.5, 0.5), (0.1, float(torch.tensor(0.1)))])
+def test_a_scale_in_another_precision_is_not_another_scale(new: float, taken: float) -> None:
+    """Gemma 3n's scale of a query is kept in float32, and built in float64 for the experiments."""
+    one, other = (torch.nn.Module() for _ in range(2))
+    one.register_buffer("scale", torch.tensor(0.1).double(), persistent=False)
+    other.register_buffer("scale", torch.tensor(new, dtype=torch.float64), persistent=False)
+    take_scales(one, other)
+    assert one.scale.item() == taken

@@ -10,12 +10,14 @@ import torch_pruning as tp
 import transformers as hf
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable, pruner_kwargs
+from tp_hf_config.groups import find_groups
 from tp_hf_config.learn import map_of
 from tp_hf_config.limits import straying
 from tp_hf_config.masked import _axis, difference
 from tp_hf_config.measure import subject
 from tp_hf_config.miniature import Miniature, miniature
 from tp_hf_config.reference import Builder, FieldPath, Refusal, config_json
+from tp_hf_config.rehearsal import rehearse
 from tp_hf_config.scales import Side, Width
 
 
@@ -216,3 +218,16 @@ def test_a_width_reshapes_as_it_was_and_scales_as_it_is() -> None:
     assert (hidden // 2, (hidden // 2).new) == (16, 8)
     assert (heads * each, (heads * each).new, (3 * heads).new) == (32, 16, 6)
     assert (hidden**0.5, math.sqrt(hidden)) == (4.0, 4.0)
+
+
+def test_a_rehearsal_that_shows_nothing_proves_nothing() -> None:
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1
+    )
+    mini = miniature(map_of(hf.LlamaForCausalLM(config)))
+    assert isinstance(mini, Miniature)
+    finding = next(one for one in find_groups(mini) if one.fields == (("intermediate_size",),))
+    assert finding.reason is None
+    assert rehearse(mini, finding) is None
+    mini.model.get_parameter("model.layers.0.mlp.down_proj.weight").data.mul_(1e-14)
+    assert rehearse(mini, finding) == "its outputs show none of the units that are gone"

@@ -15,13 +15,18 @@ from torch import Tensor, nn
 
 from .cuts import select
 from .directions import units_of
-from .masked import difference
+from .masked import difference, inputs_left
+from .passes import outputs_in_float64
 from .reference import FieldPath, Refusal
 from .ties import compute_unsaved, saved_buffers
 
 if TYPE_CHECKING:
     from .groups import Finding, Group
     from .miniature import Miniature
+
+
+_BLIND_CUTS = 4
+_EQUAL = 1e-9
 
 
 def rehearse(mini: Miniature, finding: Finding) -> str | None:
@@ -31,6 +36,7 @@ def rehearse(mini: Miniature, finding: Finding) -> str | None:
         ``None`` where the result is the original with the units masked, and where the class takes
         no smaller value of the width that could be tried.
     """
+    blind = 0
     for less, groups in _cuts(mini, finding):
         fresh = mini.known.builder.build_real(mini.known.config_at(less))
         if isinstance(fresh, Refusal):
@@ -38,10 +44,29 @@ def rehearse(mini: Miniature, finding: Finding) -> str | None:
         fresh.tie_weights()  # type: ignore[operator]
         wrong = _carried(fresh, _tensors(mini.model), groups)
         try:
-            return wrong or difference(mini.model, fresh, fresh, mini.inputs, mini.watched)
+            wrong = wrong or difference(mini.model, fresh, fresh, mini.inputs, mini.watched)
+            if wrong is not None or _shows(mini, fresh):
+                return wrong
         except Exception as error:  # a class may stop with any exception
             return f"it does not run then: {type(error).__name__}: {' '.join(str(error).split())}"
-    return None
+        blind += 1  # what is left of a sound was padding, say: other units may show
+        if blind == _BLIND_CUTS:
+            break
+    return "its outputs show none of the units that are gone" if blind else None
+
+
+def _shows(mini: Miniature, fresh: nn.Module) -> bool:
+    """Whether a cut changes any output; where it changes none, agreeing proves nothing."""
+    left = inputs_left(mini.model, fresh, mini.inputs)
+    if isinstance(left, Refusal):
+        return True
+    with torch.no_grad():
+        before = outputs_in_float64(mini.model, mini.inputs, mini.watched)
+        after = outputs_in_float64(fresh, left, mini.watched)
+    return any(
+        one.shape != two.shape or bool((one - two).norm() > _EQUAL * one.norm())
+        for one, two in zip(before, after, strict=True)
+    )
 
 
 _Left = list[tuple["Group", Tensor]]

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+_ROUNDING = 1e-6
+
 
 class Side(NamedTuple):
     """One dimension of a tensor: how long it was, and which of its positions are left."""
@@ -57,7 +59,10 @@ def take_scales(model: nn.Module, fresh: nn.Module) -> None:
             new = other._buffers.get(key)
             hidden = key in module._non_persistent_buffers_set
             if hidden and buffer is not None and new is not None and buffer.ndim == 0:
-                module._buffers[key] = new.to(buffer)
+                made = new.to(buffer)
+                # the same number in another precision does not follow a width
+                same = torch.isclose(made, buffer, rtol=_ROUNDING, atol=0.0)
+                module._buffers[key] = buffer if same else made
 
 
 def _take_numbers(one: Any, other: Any) -> None:
