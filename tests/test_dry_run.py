@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers as hf
 from torch import nn
@@ -42,6 +43,12 @@ class TestRealNumbers:
             assert tuple(values[values[:, 0] > 0].shape) == (4, 3)
             assert (values > 0).nonzero().tolist()[:2] == [[0, 0], [0, 1]]
             assert [len(axis) for axis in torch.where(values > 0)] == [12, 12]
+
+    def test_negative_padding_is_refused_as_where_it_computes(self) -> None:
+        """VITS pads by a kernel less its stride; torch's shapes alone take any number."""
+        narrow = nn.ConvTranspose1d(4, 4, 2, stride=4, padding=-1, device=META)
+        with RealNumbers(), pytest.raises(RuntimeError, match="negative padding"):
+            narrow(torch.empty(1, 4, 8, device=META))
 
     def test_of_many_experts_a_few_are_chosen(self) -> None:
         with RealNumbers() as numbers:

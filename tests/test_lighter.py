@@ -5,7 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
+from torch import nn
 from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from tp_hf_config.heads import Layout
@@ -13,6 +15,7 @@ from tp_hf_config.images import smaller_images
 from tp_hf_config.learn import map_of
 from tp_hf_config.lighter import in_proportion, lighter
 from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.shrinking import shrunken
 from tp_hf_config.unbuilt import model_of
 
 
@@ -116,3 +119,38 @@ def test_images_that_set_widths_shrink_with_the_sizes_that_follow() -> None:
     first = next(smaller_images(known, data))
     assert first["vision"] == {"image_size": 64, "patch_size": 16}
     assert first["prompt"] == {"image_size": 64, "grid": 4}
+
+
+class PaddedConfig(hf.PretrainedConfig):
+    """A vocabulary and the tokens of it that are no padding, as Inkling's."""
+
+    model_type = "padded"
+
+    def __init__(self, vocab_size: int = 4096, tokens: int = 4000, **rest: Any):
+        self.vocab_size, self.tokens = vocab_size, tokens
+        self.widths = rest.pop("widths", [80, 82, 84, 86, 88, 90, 100])
+        super().__init__(**rest)
+
+
+class PaddedModel(hf.PreTrainedModel):
+    """Saved with the padding, which is a number of rows."""
+
+    config_class = PaddedConfig
+
+    def __init__(self, config: PaddedConfig):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.widths[0])
+        sizes = [*config.widths, config.tokens]
+        self.layers = nn.Sequential(*map(nn.Linear, sizes[:-1], sizes[1:]))
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Scores of every token."""
+        return self.layers(self.embed(input_ids))
+
+
+def test_a_vocabulary_stays_as_large_as_what_it_is_padded_from() -> None:
+    known = map_of(PaddedModel(PaddedConfig()))
+    tiny = shrunken(known, known.depth.data, False)
+    assert tiny["widths"] == [16, 24, 32, 40, 48, 64, 96]
+    assert (tiny["tokens"], tiny["vocab_size"]) == (128, 128)

@@ -23,6 +23,9 @@ _NONZERO = torch.ops.aten.nonzero.default
 _FEW = 8
 _MOST_SEEN = 100_000
 _ITEM = torch.ops.aten._local_scalar_dense.default
+_CONVOLUTION = torch.ops.aten.convolution.default
+_PADDING = 4
+"""Which argument of a convolution that is."""
 
 _VALUES = (
     torch.Tensor.item,
@@ -147,6 +150,8 @@ def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     except TypeError:  # something that cannot be compared
         return func(*args, **kwargs)
     if known is None:
+        if func is _CONVOLUTION and min(args[_PADDING], default=0) < 0:
+            raise RuntimeError("negative padding is not supported")  # as where it computes
         output = func(*args, **kwargs)
         made = output if isinstance(output, tuple) else (output,)
         if all(isinstance(one, torch.Tensor) and one.is_meta for one in made):

@@ -208,6 +208,8 @@ def _smaller(
         other for other, size in current.items() if size == value and (other in counts) == heads
     ]
     taken = {size for size in current.values() if size != value}
+    least = max((current[other] for other in current if _pads(known, path, other)), default=0)
+    ladder = tuple(step for step in ladder if step >= least)
     fresh = [step for step in ladder if step < value and step not in taken]
     if heads:
         taken_too = [step for step in ladder if step in taken - _beside(data, path, counts)]
@@ -225,6 +227,12 @@ def _smaller(
             yield with_equals
     if not heads:
         yield from _with_heads(data, [path, *followers, *equals], value, splitting)
+
+
+def _pads(known: ConfigMap, path: FieldPath, other: FieldPath) -> bool:
+    """Whether a field may be another one rounded up: a vocabulary padded to some multiple."""
+    more = known.sizes[path] - known.sizes[other]
+    return 0 < more < known.sizes[path] // 16 and known.sizes[other] > _ROWS
 
 
 def _part(path: FieldPath) -> FieldPath:
