@@ -14,6 +14,7 @@ from small import traced_kwargs
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+import tp_hf_config
 import tp_hf_config.apply
 import tp_hf_config.tracing
 from tp_hf_config import (
@@ -183,19 +184,6 @@ def test_weights_of_one_byte(dtype: torch.dtype):
     )
 
 
-class Adapted(nn.Module):
-    """What PEFT puts in the place of a linear layer."""
-
-    def __init__(self, layer: nn.Linear):
-        super().__init__()
-        self.base_layer = layer
-        self.lora_A = nn.Linear(layer.in_features, 2, bias=False)
-        self.lora_B = nn.Linear(2, layer.out_features, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + self.lora_B(self.lora_A(x))
-
-
 def construction_refused(model: nn.Module, good: nn.Module) -> str:
     """What is said when the map is made; ``good`` gives the arguments that this needs."""
     arguments = traced_kwargs(good)
@@ -214,18 +202,43 @@ def construction_refused(model: nn.Module, good: nn.Module) -> str:
     return str(raised.value)
 
 
+def with_adapters(model: hf.PreTrainedModel) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+
+
 def test_adapters():
-    model = small.bert()
-    for layer in model.encoder.layer:
-        layer.attention.self.query = Adapted(layer.attention.self.query)
     query = "encoder.layer.0.attention.self.query"
-    assert construction_refused(model, small.bert()) == (
+    assert construction_refused(with_adapters(small.bert()), small.bert()) == (
         f"BertModel and its config disagree before any pruning: {query}.base_layer.weight: found "
         f"[32, 32], but the config builds no such tensor; {query}.base_layer.bias: found [32], but "
-        f"the config builds no such tensor; {query}.lora_A.weight: found [2, 32], but the config "
-        "builds no such tensor and 5 more. It has PEFT adapters: merge them first "
+        f"the config builds no such tensor; {query}.lora_A.default.weight: found [2, 32], but the "
+        "config builds no such tensor and 5 more. It has PEFT adapters: merge them first "
         "(model.merge_and_unload())."
     )
+
+
+def test_merged_adapters(tmp_path):
+    adapted = with_adapters(small.bert()).eval()
+    inputs = {"input_ids": torch.arange(4)[None]}
+    before = adapted(**inputs).last_hidden_state
+    model = adapted.merge_and_unload()
+    torch.testing.assert_close(model(**inputs).last_hidden_state, before)
+    hook = HFConfigSyncHook()
+    tp.pruner.MetaPruner(
+        model,
+        **tp_hf_config.pruner_kwargs(model, prune=("intermediate_size",)),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[hook],
+    ).step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {"intermediate_size": (64, 32)}
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    model.set_attn_implementation("eager")
+    assert torch.equal(model(**inputs).last_hidden_state, again(**inputs).last_hidden_state)
 
 
 def test_config_and_weights_disagree():
@@ -684,3 +697,50 @@ def test_an_error_of_the_users_own_in_between_is_not_hidden(monkeypatch: pytest.
     monkeypatch.undo()
     assert hook.sync().fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class NamedConfig(hf.PretrainedConfig):
+    """An architecture that goes by its name, as timm's do."""
+
+    model_type = "named"
+    architecture = "small"
+
+
+class NamedModel(hf.PreTrainedModel):
+    """All widths are the architecture's."""
+
+    config_class = NamedConfig
+
+    def __init__(self, config: NamedConfig):
+        super().__init__(config)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the layers."""
+        return self.layers(x)
+
+
+def test_no_field_sets_a_width():
+    model = NamedModel(NamedConfig())
+    said = (
+        "no field of NamedConfig sets a width of NamedModel, so no config can say what is pruned "
+        "of it. Prune a class whose config holds its widths."
+    )
+    for attempt in (
+        lambda: traced_kwargs(model),
+        lambda: tp_hf_config.prunable(model),
+        lambda: tp_hf_config.plan(model, pruning_ratio=0.5),
+        lambda: tp_hf_config.supports(model),
+        lambda: tp.pruner.MetaPruner(
+            model,
+            example_inputs=torch.ones(1, 8),
+            importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=0.5,
+            hooks=[HFConfigSyncHook()],
+        ),
+    ):
+        with pytest.raises(UnsupportedModelError) as raised:
+            attempt()
+        assert str(raised.value) == said
+    assert [tuple(p.shape) for p in model.parameters()] == [(16, 8), (16,), (2, 16), (2,)]

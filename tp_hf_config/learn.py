@@ -140,7 +140,8 @@ def map_of(model: PreTrainedModel, full: nn.Module | Refusal | None = None) -> C
         full: the class built from the model's config, where that was done already.
 
     Raises:
-        UnsupportedModelError: the config does not build the model that it belongs to.
+        UnsupportedModelError: the config does not build the model that it belongs to, or no field
+            of it sets a width (a timm architecture goes by its name).
     """
     builder = Builder(model)
     if full is None:
@@ -159,7 +160,13 @@ def map_of(model: PreTrainedModel, full: nn.Module | Refusal | None = None) -> C
             _known[key] = learn(builder, model.config, full)
         while len(_known) > _KEPT:
             _known.popitem(last=False)
-    return _known[key]
+    known = _known[key]
+    if not known.values and not known.bound:
+        raise UnsupportedModelError(
+            f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
+            "no config can say what is pruned of it. Prune a class whose config holds its widths."
+        )
+    return known
 
 
 @contextmanager
