@@ -528,3 +528,49 @@ def test_a_value_that_makes_a_layer_another_kind_is_other_tensors():
     )
     known = map_of(hf.ConvBertModel(config).eval())
     assert ("intermediate_size",) in known.values
+
+
+def shallow_of(model: hf.PreTrainedModel) -> tuple[int, int]:
+    """How many tensors a model has, and with how few it is learned."""
+    known = map_of(model)
+    return len(shapes(model)), len(known.shapes)
+
+
+def test_layers_go_where_a_class_needs_one_more_than_kinds_of_them():
+    """CvT looks up the dropout of a layer by the number of its stage."""
+    config = hf.CvtConfig(
+        embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 2, 8], image_size=32
+    )
+    full, few = shallow_of(hf.CvtForImageClassification(config).eval())
+    layer = "cvt.encoder.stages.2.layers.0."
+    each = sum(name.startswith(layer) for name in shapes(hf.CvtForImageClassification(config)))
+    assert full - few == 5 * each
+
+
+def test_a_list_of_large_numbers_that_sets_no_width_goes_with_the_layers():
+    """Longformer has a window for every layer, as large as a width."""
+    config = hf.LongformerConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        attention_window=32,
+    )
+    model = hf.LongformerForMaskedLM(config).eval()
+    known = map_of(model)
+    assert known.depth.data["num_hidden_layers"] == 2
+    assert known.depth.data["attention_window"] == [32, 32]
+
+
+def test_layers_go_where_a_backbone_names_its_last():
+    config = hf.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        out_features=["stage6"],
+    )
+    known = map_of(hf.Dinov2Backbone(config).eval())
+    assert known.depth.data["num_hidden_layers"] == 2

@@ -13,6 +13,7 @@ from .reference import Builder, FieldPath, Refusal, shapes, with_values
 Shapes = dict[str, tuple[int, ...]]
 
 _FEW = 16
+_FEATURES = {"out_features", "out_indices"}
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,18 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
         keeps.setdefault(len(indices), set()).add(max(2, max(indices) + 1))
     steps = ((n, keep) for n in sorted(keeps, reverse=True) for keep in sorted(keeps[n]))
     for length, keep in steps:  # lists of one length need not have as many kinds of layers
-        for change in _changes(data, length, keep, widths) if keep < length else ():
-            trial = with_values(lowered, change)
-            model = builder.build(trial)
-            if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
-                lowered, full_shapes = trial, shapes(model)
+        for left in (one for one in (keep, keep + 1, 3 * keep) if one < length):
+            refused, lower = False, lowered
+            for change in _changes(data, length, left, widths):
+                if not all(_holds(lowered, path) for path in change):
+                    continue
+                trial = with_values(lowered, change)
+                model = builder.build(trial)
+                refused |= isinstance(model, Refusal)
+                if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
+                    lowered, full_shapes = trial, shapes(model)
+            if not refused or lowered is not lower:
+                break  # more may do: CvT looks up a list by its stage, Zamba ties every sixth
     if lowered is data:
         return Depth(lowered)
     for name, indices in alike.items():
@@ -119,12 +127,25 @@ def _changes(
             elif type(value) is int and 0 <= value - length <= 1:
                 fewer: dict[FieldPath, Any] = {(*path, key): keep + value - length}
                 changes.extend([fewer, {**fewer, **lists}] if lists else [fewer])
+                if node.keys() >= _FEATURES:  # a backbone's stages by name, of which the last stays
+                    unnamed = {(*path, name): None for name in _FEATURES}
+                    changes.append({**fewer, **lists, **unnamed})
             elif isinstance(value, list) and len(value) <= _FEW and (*path, key) not in widths:
                 places = [(*path, key, i) for i, one in enumerate(value) if one == length]
                 changes.extend({place: keep} for place in places)
 
     visit(data, ())
     return changes
+
+
+def _holds(data: dict[str, Any], path: FieldPath) -> bool:
+    """Whether there is such a place yet: a list may have been made shorter, or nothing."""
+    node: Any = data
+    for key in path:
+        if not isinstance(node, (dict, list)) or (isinstance(node, list) and len(node) <= int(key)):
+            return False
+        node = node.get(key) if isinstance(node, dict) else node[int(key)]
+    return True
 
 
 def _by_number(value: Any) -> bool:
@@ -141,7 +162,8 @@ def is_numbers(value: Any) -> bool:
 def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:
     """Lists that hold a width of every layer, of so few that each can be looked at.
 
-    Large numbers are taken for widths; of small ones, those whose double makes a tensor longer.
+    Large numbers are taken for widths, but for those whose double changes nothing (Longformer's
+    windows); of small ones, those whose double makes a tensor longer.
     """
     found: set[FieldPath] = set()
 
@@ -151,12 +173,16 @@ def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[
                 visit(value, (*path, key))
             elif isinstance(value, list) and 1 < len(value) <= _FEW:
                 whole = all(type(entry) is int for entry in value)
-                if whole and (min(value) > _FEW or longer((*path, key), value)):
-                    found.add((*path, key))
+                if whole:
+                    after = doubled((*path, key), value)
+                    if after != before if min(value) > _FEW else longer(after):
+                        found.add((*path, key))
 
-    def longer(path: FieldPath, value: list[int]) -> bool:
+    def doubled(path: FieldPath, value: list[int]) -> Shapes:
         model = builder.build(with_values(data, {(*path, len(value) - 1): 2 * value[-1]}))
-        after = {} if isinstance(model, Refusal) else shapes(model)
+        return {} if isinstance(model, Refusal) else shapes(model)
+
+    def longer(after: Shapes) -> bool:
         return after.keys() == before.keys() and any(
             shape[:1] != before[name][:1] for name, shape in after.items()
         )
