@@ -321,6 +321,15 @@ def test_the_shallow_config_and_its_names():
     assert data["num_hidden_layers"] == 12
 
 
+def test_a_large_number_for_every_layer_is_no_width():
+    """Longformer's windows: the list goes down with the layers."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    config = hf.LongformerConfig(vocab_size=40, **sizes, attention_window=[512] * 12)
+    model = hf.LongformerModel(config)
+    found = depth.shallow(Builder(model), config_json(model.config, use_diff=False), model)
+    assert (found.data["num_hidden_layers"], found.data["attention_window"]) == (2, [512, 512])
+
+
 def test_the_map_is_kept_until_the_config_changes(monkeypatch: pytest.MonkeyPatch):
     model = small.bert()
     first = map_of(model)

@@ -162,8 +162,8 @@ def is_numbers(value: Any) -> bool:
 def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:
     """Lists that hold a width of every layer, of so few that each can be looked at.
 
-    Large numbers are taken for widths, but for those whose double changes nothing (Longformer's
-    windows); of small ones, those whose double makes a tensor longer.
+    Large numbers are taken for widths, but for one number for all of which the double changes nothing
+    (Longformer's windows); of small ones, those whose double makes a tensor longer.
     """
     found: set[FieldPath] = set()
 
@@ -173,7 +173,9 @@ def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[
                 visit(value, (*path, key))
             elif isinstance(value, list) and 1 < len(value) <= _FEW:
                 whole = all(type(entry) is int for entry in value)
-                if whole:
+                if whole and min(value) > _FEW and len(set(value)) > 1:
+                    found.add((*path, key))
+                elif whole:
                     after = doubled((*path, key), value)
                     if after != before if min(value) > _FEW else longer(after):
                         found.add((*path, key))
