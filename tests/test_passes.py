@@ -164,6 +164,17 @@ def test_a_number_read_chooses_too() -> None:
     assert watched == (Result("", "sum", 0), Result("", "exp", 0))
 
 
+def test_a_tensor_of_the_same_shape_chooses_nothing() -> None:
+    """Longformer's global keys go into zeros that are made like all of its keys."""
+
+    class Blank(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            keys = self.body(x)
+            return self.out(keys.new_zeros(keys.shape) + torch.ones_like(keys)) + keys.sum() * 0
+
+    assert watched_results(ready(Blank()), states()) == ()
+
+
 def test_a_parameter_that_is_changed_as_the_model_runs_is_left_alone() -> None:
     class Changing(Pooled):
         def forward(self, x: Tensor) -> Tensor:

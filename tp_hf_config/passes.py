@@ -20,6 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 _NONE = 1e-12
 _NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+_BLANK = tuple(
+    form.format(what)
+    for what in ("zeros", "ones", "full", "empty", "rand", "randn")
+    for form in ("new_{}", "{}_like")
+)
+"""Functions that take no more than the shape of a tensor: no choice is made by its values."""
 _MASKED = 1e30
 """What is larger says never; beside it every difference would be none."""
 
@@ -119,6 +125,7 @@ class _Watch(AllFloat64):
             if tensor.is_floating_point():
                 self._keep(tensor, name)
         told = name in _NUMBERS or not all(tensor.requires_grad for tensor in tensors)
+        told = told and name not in _BLANK
         if self.wanted is None and told:
             taken = tensors_in([*args, *(kwargs or {}).values()])
             self.read += [tensor for tensor in taken if tensor.requires_grad]
