@@ -154,3 +154,13 @@ def test_a_vocabulary_stays_as_large_as_what_it_is_padded_from() -> None:
     tiny = shrunken(known, known.depth.data, False)
     assert tiny["widths"] == [16, 24, 32, 40, 48, 64, 96]
     assert (tiny["tokens"], tiny["vocab_size"]) == (128, 128)
+
+
+def test_a_width_as_large_as_the_image_is_no_patch() -> None:
+    """GLM-Image merges one patch of each: no number of them along an image of 2,048 pixels."""
+    data = {"image_size": 2048, "patch": 16, "merge": 1}
+    sizes = {("image_size",): 2048, ("patch",): 16, ("hidden",): 2048}
+    known = known_of(data, sizes=sizes, silent={("merge",): 1})
+    assert [one["merge"] for one in smaller_images(known, data)] == [1] * len(
+        list(smaller_images(known, data))
+    )

@@ -59,7 +59,7 @@ def smaller_images(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[str,
 
 def _grids(known: ConfigMap, image: int) -> dict[FieldPath, int]:
     """Fields that count the patches along an image without setting a width, and a patch's side."""
-    patches = {side for side in known.sizes.values() if side > 1 and image % side == 0}
+    patches = {side for side in known.sizes.values() if 1 < side < image and image % side == 0}
     sides = {image // patch: patch for patch in patches}
     return {path: sides[value] for path, value in known.silent.items() if value in sides}
 
