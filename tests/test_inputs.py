@@ -11,7 +11,13 @@ import zoo
 
 from tp_hf_config.dry_run import RealNumbers
 from tp_hf_config.heads import observe
-from tp_hf_config.inputs import example_inputs, input_forms, second_sample, text_inputs
+from tp_hf_config.inputs import (
+    example_inputs,
+    input_forms,
+    second_sample,
+    text_inputs,
+    video_forms,
+)
 from tp_hf_config.reference import Refusal, without_data
 
 _LAYER: dict[str, Any] = {
@@ -218,3 +224,61 @@ def test_a_model_of_text_has_no_text_alone() -> None:
     assert text_inputs(zoo.build("llama")) is None
     assert text_inputs(zoo.build("vit")) is None
     assert (text_inputs(_paligemma()) or {}).keys() == {"input_ids", "use_cache"}
+
+
+def test_a_video_goes_beside_an_image() -> None:
+    vision = {"model_type": "clip_vision_model", **_LAYER, **_IMAGE}
+    config = hf.VideoLlavaConfig(
+        text_config={"model_type": "llama", **_TEXT},
+        vision_config=vision,
+        image_token_index=5,
+        video_token_index=6,
+    )
+    model = hf.VideoLlavaForConditionalGeneration(config)
+    inputs = next(video_forms(model))
+    assert (inputs["pixel_values"].shape, inputs["pixel_values_videos"].ndim) == (
+        (1, 3, 32, 32),
+        5,
+    )
+    assert {token: int((inputs["input_ids"] == token).sum()) > 0 for token in (5, 6)} == {
+        5: True,
+        6: True,
+    }
+    model(**inputs)
+    assert list(video_forms(_paligemma())) == []
+
+
+def test_a_token_for_every_query_where_nothing_counts_features() -> None:
+    config = hf.InstructBlipConfig(
+        text_config={"model_type": "opt", **_TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        vision_config={**_LAYER, **_IMAGE},
+        qformer_config={**_LAYER, "vocab_size": 99, "encoder_hidden_size": 32},
+        num_query_tokens=6,
+        image_token_index=_IMAGE_TOKEN,
+    )
+    make = getattr(hf, "InstructBlipModel", None)
+    if make is None:
+        pytest.skip("this Transformers has no bare InstructBLIP")
+    ids = example_inputs(make(config))["input_ids"]
+    assert int((ids == _IMAGE_TOKEN).sum()) == 6
+
+
+def test_no_time_is_padding() -> None:
+    config = hf.TimesFmConfig(
+        **_LAYER, patch_length=8, context_length=32, horizon_length=16, head_dim=16
+    )
+    inputs = example_inputs(hf.TimesFmModel(config))
+    assert inputs["past_values_padding"].tolist() == [[0] * 32]
+
+
+def test_a_mask_of_images_is_only_for_several() -> None:
+    """FLAVA's is of the patches of one image, and may be left out."""
+    config = hf.FlavaConfig(
+        text_config=_TEXT,
+        image_config={**_LAYER, **_IMAGE},
+        multimodal_config=_LAYER,
+    )
+    model = hf.FlavaModel(config)
+    inputs = example_inputs(model)
+    assert "image_attention_mask" not in inputs
+    model(**inputs)

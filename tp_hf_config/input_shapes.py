@@ -166,7 +166,9 @@ def _pixels(config: Any, names: Collection[str]) -> list[Shape]:
 def _flattened(config: Any, names: Collection[str]) -> list[Shape]:
     """Patches behind their row and column."""
     _, height, width = _patch(config)
-    return [Shape((1, _grid(config) ** 2, 2 + _channels(config) * height * width))]
+    numbers = size_of(_vision(config), "patch_embed_hidden_size")
+    numbers = numbers if setting(config, "patch_size") is None else 0
+    return [Shape((1, _grid(config) ** 2, 2 + (numbers or _channels(config) * height * width)))]
 
 
 def _features(config: Any, names: Collection[str]) -> list[Shape]:
@@ -320,6 +322,11 @@ def _past_times(config: Any, form: Form) -> Shape | None:
     return Shape((1, form["past_values"].steps, width))
 
 
+def _none_padded(config: Any, form: Form) -> Shape | None:
+    length = form["past_values"].size[1]
+    return Shape((1, length), "values", (0,) * length)
+
+
 def _future(config: Any, form: Form) -> Shape | None:
     """What comes after ``past_values``, without which no decoder runs (Informer)."""
     length = size_of(config, "prediction_length")
@@ -386,7 +393,7 @@ BESIDE: dict[str, Beside] = {
     "future_values": _future,
     "future_time_features": _future_times,
     "past_observed_mask": _like("past_values", "ones"),
-    "past_values_padding": lambda config, form: Shape(form["past_values"].size[:2], "ids"),
+    "past_values_padding": _none_padded,
     "decoder_input_values": _like("input_values", "numbers"),
 }
 """What it is given beside those."""

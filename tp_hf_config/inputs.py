@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -24,6 +24,7 @@ _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")
 _VIDEOS = "pixel_values_videos"
 _SEEN = ("image", "video", "audio")
+_DOCUMENT = "document"
 _PER_TOKEN = {"bbox": 4, "image_attention_mask": 1}
 _PACKED = ("target_sizes", "tgt_sizes")
 _OWN_COUNT = "feature_attention_mask"
@@ -57,21 +58,31 @@ def text_inputs(model: nn.Module, length: int = _TEXT_LENGTH) -> dict[str, Any] 
     return {**ids, "use_cache": False} if "use_cache" in parameters else ids
 
 
+def video_forms(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Keyword arguments with a video beside the image, for a class that takes both."""
+    if {"pixel_values", _VIDEOS} <= inspect.signature(model.forward).parameters.keys():
+        yield from input_forms(model, first=form_of.get(type(model), 0), also=(_VIDEOS,))
+
+
 def input_forms(
-    model: nn.Module, config: Any = None, length: int = _TEXT_LENGTH, first: int = 0
+    model: nn.Module,
+    config: Any = None,
+    length: int = _TEXT_LENGTH,
+    first: int = 0,
+    also: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Keyword arguments for one small forward pass, in all forms that they may have to take.
 
     Tokens that stand for an image or a sound are as many as the model makes features of it; a
     decoder that was seen to read the states of an encoder is given some.
-    ``first`` forms are left out.
+    ``first`` forms are left out; arguments in ``also`` are given though the class can do without.
     """
     parameters = inspect.signature(model.forward).parameters
     config = model.config if config is None else config
     plain, *others = _texts(model, parameters, config, length)
     forms = chain(
-        ((form, plain) for form in _forms(parameters, config)),
-        ((next(_forms(parameters, config)), text) for text in others),
+        ((form, plain) for form in _forms(parameters, config, also)),
+        ((next(_forms(parameters, config, also)), text) for text in others),
     )
     for form, text in islice(forms, first, _MOST_FORMS):
         seen = {name: shape.made(model) for name, shape in form.items()}
@@ -80,9 +91,11 @@ def input_forms(
         yield {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
 
 
-def _forms(parameters: Mapping[str, Any], config: Any) -> Iterator[dict[str, Shape]]:
+def _forms(
+    parameters: Mapping[str, Any], config: Any, also: Collection[str]
+) -> Iterator[dict[str, Shape]]:
     """For every argument that is given, its shape."""
-    main = _main(parameters, config)
+    main = _main(parameters, config, also)
     forms = [dict(zip(main, chosen, strict=True)) for chosen in _one_by_one(main.values())]
     for form in forms:
         found = _with_others(form, parameters, config)
@@ -91,12 +104,15 @@ def _forms(parameters: Mapping[str, Any], config: Any) -> Iterator[dict[str, Sha
             yield {name: shape for name, shape in found.items() if name not in DISPENSABLE}
 
 
-def _main(parameters: Mapping[str, Any], config: Any) -> dict[str, list[Shape]]:
+def _main(
+    parameters: Mapping[str, Any], config: Any, also: Collection[str] = ()
+) -> dict[str, list[Shape]]:
     """The shapes that the arguments may have which all others go by."""
     names = [name for name in MAIN if name in parameters and _has_tower(config, name)]
     alone = not names and not any(name in parameters for name in _TEXT)
     for name in REQUIRED:
         wanted = alone or (name == _VIDEOS and "pixel_values" not in parameters)
+        wanted = wanted or name in also
         if name in parameters and (wanted or _required(parameters[name])):
             names.append(name)
     found = {name: {**MAIN, **REQUIRED}[name](config, parameters) for name in names}
@@ -141,7 +157,7 @@ def _texts(
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     ids = torch.arange(1, 1 + length, device=device)[None] % max(2, size_of(config, "vocab_size"))
-    taken = (_token(config, kind) for kind in _SEEN)
+    taken = (_token(config, kind) for kind in (*_SEEN, _DOCUMENT))
     for token in (token for token in taken if token is not None):
         ids = ids.masked_fill(ids == token, 1 if token != 1 else 2)
     names = [name for name in _TEXT if name in parameters]
@@ -186,7 +202,8 @@ def _with_places(
     if _QUERIES in parameters:
         found[_QUERIES] = torch.arange(ids.shape[1], device=ids.device)[None] < queries
     for name, width in _PER_TOKEN.items():
-        if name in parameters and (name != "image_attention_mask" or "pixel_values" in inputs):
+        several = name != "image_attention_mask" or _dims(inputs.get("pixel_values")) == 5
+        if name in parameters and several:
             make = torch.zeros if name == "bbox" else torch.ones
             found[name] = make((*ids.shape, width), dtype=ids.dtype, device=ids.device)
     if not any(counts.values()):
@@ -204,6 +221,10 @@ def _with_places(
     return found
 
 
+def _dims(value: Any) -> int:
+    return value.ndim if isinstance(value, torch.Tensor) else 0
+
+
 def _count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
     """How many tokens of a kind there have to be in the text."""
     name = f"get_{kind}_features"
@@ -211,7 +232,10 @@ def _count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) 
         return 0
     if kind == "audio" and _OWN_COUNT in inputs and not hasattr(model, name):
         return 1  # the forward pass puts in the others itself
-    methods = (getattr(module, name) for module in model.modules() if hasattr(module, name))
+    methods = [getattr(module, name) for module in model.modules() if hasattr(module, name)]
+    if not methods and "pixel_values" in inputs:  # one feature for each query, of every frame
+        pixels = inputs["pixel_values"]
+        return size_of(config, "num_query_tokens") * (pixels.shape[1] if pixels.ndim == 5 else 1)
     return next((count for method in methods if (count := _features(method, inputs))), 0)
 
 
@@ -230,7 +254,8 @@ def _features(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int:
                 return int(expected[1])
     else:  # it takes something else; the forward pass will say so
         return 0
-    made = getattr(made, "pooler_output", made)
+    pooled = getattr(made, "pooler_output", made)
+    made = getattr(made, "last_hidden_state", made) if pooled is None else pooled
     return sum(
         tensor.numel() // tensor.shape[-1]
         for tensor in tensors_in(made)
