@@ -21,11 +21,30 @@ from tp_hf_config.learn import map_of
 from tp_hf_config.masked import difference
 from tp_hf_config.miniature import Miniature, miniature, randomise
 from tp_hf_config.offers import widths_of
+from tp_hf_config.reach import unreached_by
 from tp_hf_config.reference import Builder, Refusal, config_json
 
 pytestmark = pytest.mark.skipif(
     small.TRANSFORMERS < (5,), reason="Transformers 4 has other configs of Qwen3-VL"
 )
+
+
+_TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+_IMAGES = {
+    "hidden_size": 64,
+    "intermediate_size": 56,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def _qwen3_vl() -> Any:
@@ -101,6 +120,32 @@ def test_images_stay_as_wide_as_the_text_that_they_go_into() -> None:
     fresh = Builder(pruned).build_real(config_json(config))
     assert not isinstance(fresh, Refusal)
     assert difference(model, pruned, fresh, second_sample(example_inputs(model))) is None
+
+
+def test_features_of_layers_that_the_tiny_copy_has_not_are_of_others() -> None:
+    """VipLLaVA reads five layers of its images, counted from both ends."""
+    config = hf.VipLlavaConfig(
+        text_config={"model_type": "llama", **_TEXT},
+        vision_config={"model_type": "clip_vision_model", **_IMAGES, "num_hidden_layers": 12},
+        image_token_index=90,
+        vision_feature_layers=[-2, -5, -8, -11, 6],
+    )
+    mini = miniature(map_of(hf.VipLlavaModel(config)))
+    assert isinstance(mini, Miniature)
+    assert (mini.partial, "pixel_values" in mini.inputs) == (False, True)
+    (named,) = (value for key, value in mini.known.data.items() if "feature_layer" in key)
+    assert named == [0, 1, 0, 1, 0]
+
+
+def test_a_layer_behind_which_something_stands_is_one_that_is_left() -> None:
+    config_class = getattr(hf, "MiniCPMV4_7VisionConfig", None)
+    if config_class is None:
+        pytest.skip("this Transformers has no MiniCPM-V 4.7")
+    config = config_class(**_IMAGES, num_hidden_layers=8, insert_layer_id=6)
+    mini = miniature(map_of(hf.MiniCPMV4_7VisionModel(config)))
+    assert isinstance(mini, Miniature)
+    assert (mini.known.data["num_hidden_layers"], mini.known.data["insert_layer_id"]) == (2, 0)
+    assert unreached_by(mini.model, mini.inputs) == set()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import transformers as hf
 from torch import nn
 
 import tp_hf_config.miniature as miniatures
+import tp_hf_config.reach as reach
 from tp_hf_config import (
     HFConfigSyncHook,
     UnsupportedModelError,
@@ -179,12 +180,12 @@ class TestInputs:
     def test_where_the_tiny_copy_does_not_run_with_states_it_is_given_none(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        plain = miniatures.why_not
+        plain = reach.why_not
 
         def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
             return "no" if "encoder_hidden_states" in inputs else plain(model, inputs)
 
-        monkeypatch.setattr(miniatures, "why_not", why_not)
+        monkeypatch.setattr(reach, "why_not", why_not)
         mini = miniatures.miniature(map_of(bart()))
         assert isinstance(mini, miniatures.Miniature)
         assert (mini.states, mini.partial) == ({}, False)

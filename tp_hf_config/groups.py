@@ -24,7 +24,8 @@ from .directions import (
     whole_heads,
 )
 from .layouts import layouts_of
-from .miniature import Miniature, why_not
+from .miniature import Miniature
+from .reach import why_not
 from .reference import FieldPath, Refusal, field_name, with_values
 from .rehearsal import rehearse
 from .search import Style, searched

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from .depth import is_numbers
-from .inputs import example_inputs, input_forms, second_sample, text_inputs
 from .learn import ConfigMap, learn
-from .passes import AllFloat64, Result, tensors_in, watched_results
-from .reference import Builder, FieldPath, Refusal, shapes, with_values
+from .passes import Result, watched_results
+from .reach import Working, unreached_by, why_not, working_inputs
+from .reference import FieldPath, Refusal, shapes, with_values
 from .shrinking import shrunken, small_tokens
 from .states import states_in
 from .ties import compute_unsaved, saved_buffers
 
-_LONG_TEXT = 32
+_LAYERS = 2
+"""As many layers of a kind are left at least."""
+_NAMING = ("layer", "index")
+"""In the names of settings that name layers."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,11 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         if isinstance(model, Refusal):
             return model
         randomise(model)
-        working = _working_inputs(model)
+        working = working_inputs(model)
+        data, model, working = _with_layers_named(known, data, model, working)
         if isinstance(working, Refusal):
             return working
         inputs, partial = working
-        data, model = _with_layers_named(builder, data, model, inputs)
         full = builder.build(data)
     if isinstance(full, Refusal):
         return full
@@ -86,84 +89,61 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
 
 
 def _with_layers_named(
-    builder: Builder, data: dict[str, Any], model: nn.Module, inputs: dict[str, Any]
-) -> tuple[dict[str, Any], nn.Module]:
-    """The config and its class, lists of layers naming those that are left, if more is reached.
+    known: ConfigMap, data: dict[str, Any], model: nn.Module, working: Working
+) -> tuple[dict[str, Any], nn.Module, Working]:
+    """The config and its class, layers named by numbers that are left, if more is reached.
 
-    What Qwen3-VL has beside its layers 8, 16 and 24 would never run in a copy of two layers.
+    What Qwen3-VL has beside its layers 8, 16 and 24 would never run in a copy of two layers, and
+    VipLLaVA finds no layer 6 there to read.
     """
-    unreached = _unreached(model, inputs)
-    for path, length in _numbers_of_layers(data) if unreached else ():
-        named: dict[FieldPath, Any] = {path: list(range(length))}
+    unreached = _left(model, working)
+    for named in _numbers_of_layers(known, data) if unreached else ():
         trial = with_values(data, named)
-        other = builder.build_real(trial)
-        if isinstance(other, Refusal) or shapes(other) != shapes(model):
+        bare = known.builder.build(trial)
+        if isinstance(bare, Refusal) or shapes(bare) != shapes(model):
+            continue
+        other = known.builder.build_real(trial)
+        if isinstance(other, Refusal):
             continue
         randomise(other)
-        if why_not(other, inputs) is None and _unreached(other, inputs) < unreached:
-            data, model, unreached = trial, other, _unreached(other, inputs)
-    return data, model
+        tried = working
+        if isinstance(working, Refusal) or working[1]:
+            tried = working_inputs(other)
+        left = _left(other, tried)
+        if left < unreached:
+            data, model, working, unreached = trial, other, tried, left
+    return data, model, working
 
 
-def _numbers_of_layers(node: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
-    """Lists in a config that can name layers by their numbers, and how long they are."""
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if is_numbers(value):
-            yield (*path, key), len(value)
-        yield from _numbers_of_layers(value, (*path, key))
+def _left(model: nn.Module, working: Working) -> float:
+    """How many parameters the outputs do not depend on with these inputs."""
+    if isinstance(working, Refusal):
+        return math.inf
+    stops = why_not(model, working[0]) is not None
+    return math.inf if stops else len(unreached_by(model, working[0]))
 
 
-def _working_inputs(model: nn.Module) -> tuple[dict[str, Any], bool] | Refusal:
-    """Inputs of two samples with which the model runs, and whether it is text alone.
+def _numbers_of_layers(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[FieldPath, Any]]:
+    """Lists and numbers in a config that can name layers, naming those that are left."""
 
-    Three tokens come last: there may be few positions. Before text alone, states of an encoder are
-    left out.
-    """
-    first = example_inputs(model)  # it went furthest without data
-    forms = chain([first], input_forms(model), islice(input_forms(model, length=3), 1))
-    states = states_in(model, first)
-    bare = [{name: value for name, value in first.items() if name not in states}] if states else []
-    text = text_inputs(model)
-    reason = ""
-    for form, partial in chain(((form, False) for form in chain(forms, bare)), ((text, True),)):
-        stopped = "" if form is None else why_not(model, inputs := second_sample(form))
-        if form is not None and stopped is None:
-            return _reaching(model, inputs), partial
-        reason = reason or stopped or ""
-    return Refusal(f"the tiny copy does not run: {reason}")
+    def visit(node: Any, path: FieldPath) -> Iterator[dict[FieldPath, Any]]:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            here: FieldPath = (*path, key)
+            said = any(word in key for word in _NAMING)
+            if is_numbers(value) or (said and _is_whole(value)):
+                places = range(len(value))
+                yield {here: list(places)}
+                yield {here: [place % _LAYERS for place in places]}
+                yield {here: [_LAYERS - 1 for _ in places]}
+            elif said and type(value) is int and here not in known.silent | known.sizes:
+                yield {here: 0}
+            yield from visit(value, here)
 
-
-def _reaching(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """These inputs, or a longer text where that reaches more of the model.
-
-    No token of a short one may go to some expert; Transformers 4 keeps each as layers of its own.
-    """
-    unreached = _unreached(model, inputs)
-    if unreached and "input_ids" in inputs:
-        longer = second_sample(example_inputs(model, length=_LONG_TEXT))
-        alike = longer.keys() == inputs.keys() and why_not(model, longer) is None
-        if alike and _unreached(model, longer) < unreached:
-            return longer
-    return inputs
+    yield from visit(data, ())
 
 
-def _unreached(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """How many parameters the outputs do not depend on."""
-    with AllFloat64():
-        outputs = [tensor for tensor in tensors_in(model(**inputs)) if tensor.requires_grad]
-    total = torch.stack([tensor.sum() for tensor in outputs]).sum()
-    grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
-    return sum(grad is None for grad in grads)
-
-
-def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """What a forward pass breaks off with; ``None``: it does not."""
-    try:
-        with torch.no_grad(), AllFloat64():
-            model(**inputs)
-    except Exception as error:  # whatever a class's forward pass raises
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
 
 
 def randomise(model: nn.Module) -> None:
