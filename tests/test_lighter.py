@@ -1,5 +1,6 @@
 """A tiny copy is cheap to run: what costs and sets no width goes down, what is bound goes along."""
 
+import copy
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,9 @@ from tp_hf_config.learn import map_of
 from tp_hf_config.lighter import in_proportion, lighter
 from tp_hf_config.miniature import Miniature, miniature
 from tp_hf_config.shrinking import shrunken
+
+
+from tp_hf_config.miniature import Miniature, miniature, randomise
 from tp_hf_config.unbuilt import model_of
 
 
@@ -164,3 +168,13 @@ def test_a_width_as_large_as_the_image_is_no_patch() -> None:
     assert [one["merge"] for one in smaller_images(known, data)] == [1] * len(
         list(smaller_images(known, data))
     )
+
+
+def test_what_flows_through_a_stack_of_convolutions_over_sound_does_not_grow() -> None:
+    """Behind 1e11, what a layer of attention adds would be less than what counts as a change."""
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(32, 32, 3, padding=1), nn.ConvTranspose1d(32, 32, 3, padding=1)] * 6
+    stack = nn.Sequential(*map(copy.deepcopy, layers)).double()
+    randomise(stack)
+    with torch.no_grad():
+        assert stack(torch.randn(1, 32, 64, dtype=torch.float64)).std() < 100

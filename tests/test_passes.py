@@ -18,7 +18,7 @@ from tp_hf_config.learn import map_of
 from tp_hf_config.masked import difference
 from tp_hf_config.measure import subject
 from tp_hf_config.miniature import Miniature, miniature
-from tp_hf_config.passes import Result, outputs_in_float64, watched_results
+from tp_hf_config.passes import Result, outputs_in_float64, warm_up, watched_results
 from tp_hf_config.reference import Builder, config_json
 from tp_hf_config.twins import Dim, Layout, Links, TwinTest
 
@@ -311,3 +311,38 @@ def test_heads_that_only_choose_tokens_are_pruned_and_compared() -> None:
     assert "off the original with the removed units masked" in str(
         difference(case.model, pruned, fresh, case.inputs, case.watched)
     )
+
+
+class Cached(nn.Module):
+    """A first pass computes what is kept then, as Mimi's codebooks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(6, HIDDEN))
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.table.detach().sub(1).sub(2)
+        return x.sub(3) + self.kept.mean()
+
+
+def test_results_are_counted_from_the_second_pass_on() -> None:
+    watched = [Result("", "sub", 0)]
+    model, again = ready(Cached()), ready(Cached())
+    warm_up(model, states(), ())
+    assert model.kept is None
+    warm_up(model, states(), watched)
+    *_, shown = outputs_in_float64(model, states(), watched)
+    assert shown.shape == states()["x"].shape
+    assert difference(model, again, ready(Cached()), states(), watched) is None
+
+
+def test_the_row_of_padding_is_read_like_any_other() -> None:
+    embedding = nn.Embedding(3, 4, padding_idx=0).double()
+    with torch.no_grad():
+        embedding.weight.fill_(1.0)
+    (out,) = outputs_in_float64(embedding, {"input": torch.tensor([0, 0, 2])})
+    out.sum().backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad[:, 0].tolist() == [2.0, 0.0, 1.0]

@@ -582,3 +582,22 @@ def test_layouts_by_example():
     assert Layout(run=2).positions(1, 3) == [2, 3]  # gate and up beside each other; a head
     assert Layout(parts=3, blocks=2).positions(2, 4) == [6, 8, 10]  # q, k, v of each of two heads
     assert Layout(offset=5).positions(1, 3) == [6]
+
+
+class Swamped(nn.Module):
+    """Beside numbers of 1e12, what the units of ``w`` add is less than what counts as a change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, dtype=torch.float64))
+        self.large = nn.Parameter(torch.full((3,), 1e12, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large * x + (self.w * torch.arange(1.0, 5.0)).sum()
+
+
+def test_units_are_told_apart_where_the_outputs_hardly_show_it() -> None:
+    torch.manual_seed(0)
+    test = TwinTest(Swamped(), {"x": torch.randn(2, 3, dtype=torch.float64)}, 4)
+    assert test.proves([Dim("w", 0)], [3, 1, 2, 0])
+    assert not test.alike([Dim("w", 0)], 0, 3)

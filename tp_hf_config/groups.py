@@ -242,8 +242,9 @@ def _by_position(mini: Miniature, group: Group) -> Group:
     (grain,) = sizes
     dims = tuple(replace(dim, layout=Layout()) for dim in group.dims)
     units = group.units * grain
-    classes = _classes(TwinTest(mini.model, mini.inputs, units, watched=mini.watched), dims, units)
-    if classes is None:
+    test = TwinTest(mini.model, mini.inputs, units, watched=mini.watched)
+    classes = _classes(test, dims, units)
+    if classes is None or not test.alike(dims, 0, units // classes - 1):
         return group
     return replace(group, dims=dims, units=units, classes=classes, grain=grain)
 
@@ -259,7 +260,9 @@ def _finest(mini: Miniature, group: Group) -> Group:
         units = group.units * grain
         widths = {dim.layout.parts * dim.layout.run for dim in dims}
         test = TwinTest(mini.model, mini.inputs, units, sorted(widths), mini.watched)
-        if all(test.proves(dims, list(_order(units, group.classes, s))) for s in (True, False)):
+        orders = (list(_order(units, group.classes, swap)) for swap in (True, False))
+        last = units // group.classes - 1
+        if all(test.proves(dims, order) for order in orders) and test.alike(dims, 0, last):
             return replace(group, dims=dims, units=units, grain=grain)
     return group
 
@@ -282,7 +285,7 @@ def _proved(
     members, homeless = _members(links)
     for group in members:
         classes = _classes(test, group, test.units)
-        if classes is None:
+        if classes is None or not test.alike(group, 0, test.units // classes - 1):
             reason = f"no permutation of units is neutral in {_named(group)}"
             return Finding(fields, reason=reason, disproved=True)
         by_field = tuple(sources[dim] for dim in group)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .passes import Result, outputs_in_float64
+from .passes import Result, outputs_in_float64, warm_up
 from .reference import Refusal
 from .scales import AsNarrow, Side, SizesRead, Width, as_written, take_scales
 from .states import AXIS, states_in, states_of
@@ -53,6 +53,7 @@ def difference(
     if isinstance(kept, Refusal):
         return kept.reason
     left = _left_of(inputs, original, kept)
+    warm_up(pruned, left, watched)
     with torch.no_grad(), as_written(pruned), SizesRead() as read:
         got = outputs_in_float64(pruned, left, watched)
 

@@ -20,7 +20,7 @@ from .learn import map_of
 from .masked import difference, inputs_left
 from .miniature import Miniature, randomise
 from .offers import Width, widths_of
-from .passes import Result, outputs_in_float64
+from .passes import Result, outputs_in_float64, warm_up
 from .prepare import pruner_kwargs
 from .reference import Builder, Refusal, config_json
 from .ties import saved_buffers
@@ -253,7 +253,8 @@ def reloaded(model_class: Any, folder: Path) -> str | None:
             parameter.data = parameter.data.clone()
         with torch.no_grad():
             watched = [Result(*one) for one in case["watched"]]
-            outputs = outputs_in_float64(model.double().eval(), case["inputs"], watched)
+            warm_up(model.double().eval(), case["inputs"], watched)
+            outputs = outputs_in_float64(model, case["inputs"], watched)
     except Exception as error:
         return _line(f"it cannot be loaded: {type(error).__name__}: {error}")
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))

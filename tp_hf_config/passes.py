@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -71,6 +72,9 @@ class AllFloat64(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") in low:
             kwargs["dtype"] = torch.float64
+        if func is F.embedding:  # the row of padding is read like any other
+            args = (*args[:2], None, *args[3:])
+            kwargs.pop("padding_idx", None)
         return func(*args, **kwargs)
 
 
@@ -156,6 +160,13 @@ def outputs_in_float64(
     missing = torch.tensor(torch.nan, dtype=torch.float64)
     beside = (watch.results.get(result, missing) for result in watched)
     return [*outputs, *map(_unmasked, beside)]
+
+
+def warm_up(model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[Result]) -> None:
+    """A first pass, where results are counted: it may compute what is kept (Mimi's codebooks)."""
+    if watched:
+        with torch.no_grad():
+            outputs_in_float64(model, inputs)
 
 
 def _unmasked(scores: Tensor) -> Tensor:

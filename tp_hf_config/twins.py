@@ -156,6 +156,18 @@ class TwinTest:
         ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
         return Links(tuple(ordered), (), tuple(silent))
 
+    def alike(self, dims: Sequence[Dim], first: int, second: int) -> bool:
+        """Whether two units are told apart in none of these dimensions.
+
+        Gradients are compared with what each of them is: a change that is lost in the outputs,
+        which a permutation would not show, shows here.
+        """
+        with self._restored(dims):
+            self._make_twins(dims, first, second)
+            grads = self._gradients(dims, first, second)
+            seen = [dim for dim in dims if not self._is_silent(grads, dim)]
+            return not self._unequal(seen, grads, first, second)
+
     def _make_twins(self, dims: Sequence[Dim], first: int, second: int) -> None:
         for dim in dims:
             data = self.parameters[dim.name].data
