@@ -98,6 +98,12 @@ def _alike(model: nn.Module, all_shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return result
 
 
+def kinds_of_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """For every list in which layers repeat: the index of the first layer like each."""
+    found = _alike(model, shapes(model))
+    return {name: alike for name, alike in found.items() if len(set(alike)) < len(alike)}
+
+
 def _changes(
     data: dict[str, Any], length: int, keep: int, widths: Set[FieldPath]
 ) -> list[dict[FieldPath, Any]]:

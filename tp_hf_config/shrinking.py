@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .depth import kinds_of_layers
 from .fit import value_at
 from .heads import Layout, observe
 from .images import crops, smaller_images
@@ -36,7 +37,7 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
     base = known.builder.build(data)
     if isinstance(base, Refusal):
         return data
-    unshrunken, before = shapes(base), observe(base)
+    unshrunken, before, repeated = shapes(base), observe(base), kinds_of_layers(base)
     several, shared = _several_per_unit(known), _shared(known)
     data = with_values(data, {path: known.sizes[path] for path in known.unset})
     counts = {split[0] for splits in before.heads.values() for split in splits}
@@ -53,6 +54,8 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
         if built.keys() != unshrunken.keys() or _single(unshrunken, built):
             return None
         if not _still_several(several, trial, built) or not _ties_alike(model, built):
+            return None
+        if not repeated.items() <= kinds_of_layers(model).items():
             return None
         if not all(_still_shared(parts, path, trial, built) for path, parts in shared.items()):
             return None
@@ -73,11 +76,36 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
             halves = [with_values(one, {path: _get(one, path) // 2}) for one in every]
             roomy = (one for one, half in zip(every, halves, strict=True) if runs(half))
             fitting = chain(roomy, every)
+        elif path not in heads:
+            fitting = _apart_at_half(known, path, fitting, unshrunken)
         data = next(fitting, data)
     experts = [name for name, shape in known.shapes.items() if len(shape) == 3 and 1 not in shape]
     stacked = [known.shapes[name][0] for name in experts if _is_stacked(known, name)]
     rows = [path for path in known.sizes if _is_position_count(known, data, path)]
     return lighter(known, data, max(stacked, default=0), seen, rows)
+
+
+def _apart_at_half(
+    known: ConfigMap,
+    path: FieldPath,
+    fitting: Iterator[dict[str, Any]],
+    before: dict[str, tuple[int, ...]],
+) -> Iterator[dict[str, Any]]:
+    """First those of which half is no other width's value, if the class builds other layers then.
+
+    Electra has a projection between two widths that differ: one of them must not be twice the other
+    where half of it is to go.
+    """
+    later = []
+    for trial in fitting:
+        half = _get(trial, path) // 2
+        if half in {_get(trial, other) for other in known.sizes}:
+            built = known.builder.build(with_values(trial, {path: half}))
+            if not isinstance(built, Refusal) and shapes(built).keys() != before.keys():
+                later.append(trial)
+                continue
+        yield trial
+    yield from later
 
 
 def _several_per_unit(known: ConfigMap) -> list[tuple[str, int, FieldPath]]:
