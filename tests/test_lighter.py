@@ -15,11 +15,8 @@ from tp_hf_config.heads import Layout
 from tp_hf_config.images import smaller_images
 from tp_hf_config.learn import map_of
 from tp_hf_config.lighter import in_proportion, lighter
-from tp_hf_config.miniature import Miniature, miniature
-from tp_hf_config.shrinking import shrunken
-
-
 from tp_hf_config.miniature import Miniature, miniature, randomise
+from tp_hf_config.shrinking import shrunken
 from tp_hf_config.unbuilt import model_of
 
 

@@ -8,6 +8,8 @@ import transformers as hf
 
 from tp_hf_config import prunable
 from tp_hf_config.apply import all_or_nothing, write_fields
+from tp_hf_config.learn import map_of
+from tp_hf_config.miniature import Miniature, miniature
 from tp_hf_config.scales import take_scales
 
 SMALL: dict[str, Any] = {
@@ -63,6 +65,56 @@ def informer() -> Any:
     return hf.InformerModel(config)
 
 
+def qwen2_vl() -> Any:
+    """Its rotary sections fix the head dim: the queries' heads only show with the hidden size."""
+    sizes = SMALL | {"hidden_size": 512, "num_key_value_heads": 2}
+    return hf.Qwen2VLTextModel(hf.Qwen2VLTextConfig(**sizes))
+
+
+def glm4v() -> Any:
+    """The number at which its forward pass goes furthest is rounded to heads of equal width."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    sizes = SMALL | {"hidden_size": 512, "num_key_value_heads": 2}
+    config = hf.Glm4vTextConfig(
+        **sizes, pad_token_id=0, rope_parameters={**rope, "mrope_section": [8, 12, 12]}
+    )
+    return hf.Glm4vTextModel(config)
+
+
+def helium() -> Any:
+    """What attention ends with reads the hidden size, and gets heads times head dim."""
+    config = hf.HeliumConfig(**SMALL, num_key_value_heads=2, head_dim=16, pad_token_id=0)
+    return hf.HeliumForCausalLM(config)
+
+
+def electra() -> Any:
+    """Half of its hidden size is the width of its embeddings, and then a projection is left out."""
+    return hf.ElectraForMaskedLM(hf.ElectraConfig(num_hidden_layers=2))
+
+
+def roformer() -> Any:
+    """Its queries are as many whole heads as go into the hidden size."""
+    return hf.RoFormerForMaskedLM(hf.RoFormerConfig(**SMALL))
+
+
+def lxmert() -> Any:
+    """All of its tokens are of the type whose row is called padding."""
+    layers = {"l_layers": 1, "x_layers": 1, "r_layers": 1}
+    config = hf.LxmertConfig(**SMALL | {"num_hidden_layers": 1}, **layers, visual_feat_dim=16)
+    return hf.LxmertModel(config)
+
+
+def gemma4_unified() -> Any:
+    """One layer in six has heads of another width, which the tiny copy must keep apart."""
+    config = hf.Gemma4UnifiedTextConfig(
+        **SMALL | {"num_hidden_layers": 6},
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=24,
+    )
+    return hf.Gemma4UnifiedForCausalLM(config)
+
+
 def test_a_setting_of_single_layers_follows_under_their_number() -> None:
     """The config answers for layers alone, and raises where it is asked for all of them."""
     config = hf.Gemma4TextConfig(
@@ -88,12 +140,36 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         (esm, ["hidden_size"]),
         (deepseek, ["hidden_size", "num_attention_heads"]),
         (informer, ["d_model", "encoder_ffn_dim", "decoder_ffn_dim"]),
+        (qwen2_vl, ["num_attention_heads + num_key_value_heads + hidden_size"]),
+        (glm4v, ["num_attention_heads + num_key_value_heads + hidden_size"]),
+        (helium, ["num_key_value_heads + num_attention_heads + hidden_size"]),
+        (roformer, ["num_attention_heads + embedding_size"]),
+        (lxmert, ["hidden_size"]),
+        (gemma4_unified, ["hidden_size", "intermediate_size", "num_attention_heads"]),
     ],
-    ids=["Albert", "ESM", "DeepSeek-V2", "Informer"],
+    ids=[
+        "Albert",
+        "ESM",
+        "DeepSeek-V2",
+        "Informer",
+        "Qwen2-VL",
+        "GLM-4V",
+        "Helium",
+        "RoFormer",
+        "LXMERT",
+        "Gemma 4",
+    ],
 )
 def test_widths_are_offered(build: Any, widths: list[str]) -> None:
     found = {" + ".join(width.names): width.reason for width in prunable(build().eval()).widths}
     assert {name: found[name] for name in widths} == dict.fromkeys(widths)
+
+
+def test_half_of_a_width_is_no_other_width_where_layers_hang_on_it() -> None:
+    made = miniature(map_of(electra()))
+    assert isinstance(made, Miniature)
+    sizes = made.known.values
+    assert sizes[("hidden_size",)] // 2 != sizes[("embedding_size",)]
 
 
 def test_a_width_of_which_the_class_takes_no_smaller_number_is_refused() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 from .reference import FieldPath, Refusal
 
 if TYPE_CHECKING:
-    from .study import Sizes, Study
+    from .solve import Observable
+    from .study import Move, Sizes, Study
 
 
 def without_effect(study: Study, probes: Mapping[FieldPath, int]) -> set[FieldPath]:
@@ -80,3 +83,49 @@ def _told_apart(
         mine = {key: size for key, size in sizes.items() if key in moved[path]}
         if mine:
             yield path, probes[path], mine
+
+
+def show_heads(
+    study: Study, values: Mapping[FieldPath, int], moves: Mapping[FieldPath, Sequence[Move]]
+) -> None:
+    """Add to the moves the numbers of heads that only show where the head dim stays as it is.
+
+    Qwen2-VL's rotary sections add up to a head's dimensions: with other numbers of heads alone, as
+    with another hidden size alone, the forward pass stops before the queries are split.
+    """
+    hidden = _hidden_heads(study, moves)
+    blind = {
+        path: mine
+        for path, points in moves.items()
+        if (mine := {key for key in hidden if all(point.sizes.get(key) == 0 for point in points)})
+    }
+    moved = {
+        path: {key for point in points for key in point.sizes} for path, points in moves.items()
+    }
+    for count, width in permutations(blind, 2):
+        keys = {
+            key
+            for key in hidden & blind[count] & blind[width]
+            if (f"{key[0]}.weight", 0) in moved[width]
+            and not {(f"{key[0]}.weight", 0), (f"{key[0]}.weight", 1)} & moved[count]
+        }
+        sizes = study.at({count: 2 * values[count], width: 2 * values[width]}) if keys else None
+        if not isinstance(sizes, dict):
+            continue
+        for key in (key for key in keys if sizes.get(key) == 2 * study.base[key]):
+            hidden.discard(key)
+            for point in moves[count]:
+                share = Fraction(point.value * study.base[key], values[count])
+                point.sizes[key] = int(share) if share.denominator == 1 else 0
+            for point in moves[width]:
+                del point.sizes[key]
+
+
+def _hidden_heads(study: Study, moves: Mapping[FieldPath, Sequence[Move]]) -> set[Observable]:
+    """The numbers of heads that no move of a field was seen to change."""
+    sizes = [point.sizes for points in moves.values() for point in points]
+    return {
+        key
+        for key in study.base
+        if isinstance(key[1], str) and not any(one.get(key) for one in sizes)
+    }

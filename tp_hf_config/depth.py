@@ -168,7 +168,7 @@ def is_numbers(value: Any) -> bool:
 def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:
     """Lists that hold a width of every layer, of so few that each can be looked at.
 
-    Large numbers are taken for widths, but for one number for all of which the double changes nothing
+    Large numbers are taken for widths, but for one number for all whose double changes nothing
     (Longformer's windows); of small ones, those whose double makes a tensor longer.
     """
     found: set[FieldPath] = set()

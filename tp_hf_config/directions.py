@@ -182,3 +182,27 @@ def equal_fields(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[Fie
         if known.values[pair[0]] == known.values[pair[1]] and failed & set(pair)
     ]
     yield from [pair for pair in pairs if failed >= set(pair)] or pairs
+
+
+def heads_with_width(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+    """Widths that cannot go alone, with the numbers of heads that are as wide together.
+
+    Helium's last projection of attention reads the hidden size, and gets heads times head dim.
+    """
+    counts = known.count_fields() & failed
+    for width in sorted(failed - counts, key=str):
+        value = known.values[width]
+        whole = {
+            path
+            for expression in known.expressions.values()
+            if expression.base == value and width not in expression.fields
+            for path in expression.fields & counts
+            if value % known.values[path] == 0
+        }
+        for path in sorted(whole, key=str):
+            among = [
+                other for other in counts - {path} if not known.values[path] % known.values[other]
+            ]
+            yield (*sorted(among, key=str), path, width)
+            if among:
+                yield path, width

@@ -171,6 +171,8 @@ def _real_group(
         name = key.rpartition("#")[0]
         mine = shares.get((known.depth.canonical(name), dim.dim), ())
         share = next((share for share in mine if share.field == sources[dim]), None)
+        if share is None and len(mine) == 1 and None in (sources[dim], mine[0].field):
+            (share,) = mine  # all that moves there: rounded in one config, a line in the other
         if share is None:
             return f"{name}: dimension {dim.dim} does not follow it at full size"
         found.append((name, dim, share))

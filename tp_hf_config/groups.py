@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import chain
 from math import gcd
 
 import torch
@@ -18,6 +19,7 @@ from .directions import (
     Shares,
     equal_fields,
     grouped_heads,
+    heads_with_width,
     shares_of,
     strides_in,
     units_of,
@@ -95,7 +97,9 @@ def find_groups(mini: Miniature) -> list[Finding]:
     def is_new(fields: tuple[FieldPath, ...]) -> bool:
         return all(set(fields) != set(other.fields) for other in findings)
 
-    for fields in filter(is_new, grouped_heads(known, failed)):
+    for fields in filter(
+        is_new, chain(grouped_heads(known, failed), heads_with_width(known, failed))
+    ):
         if (found := _find(mini, fields)).reason is None:
             findings.append(found)
     for fields in filter(is_new, whole_heads(known)):

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .at_once import each_of, without_effect
+from .at_once import each_of, show_heads, without_effect
 from .depth import Depth
 from .heads import Layout, counts_of, observe
 from .reference import Builder, FieldPath, Refusal, shapes, vanished_counts, with_values
@@ -224,6 +224,7 @@ class Study:
                     moves[path], linked[other] = points, path
         single = [path for path in alone if path not in moves.keys() | linked]
         self.bound = self._bound(single, values)
+        show_heads(self, values, moves)
         return moves, linked
 
     def _bound(
@@ -298,8 +299,9 @@ class Study:
         """Put a lower value at which the forward pass goes further in the place of the second."""
         for probe in (probe for probe in reversed(_probes(value)) if probe < value):
             sizes = self.at({path: probe})
-            if isinstance(sizes, dict) and not _blind(sizes):
-                points[1] = Move(probe, sizes)
+            move = Move(probe, sizes) if isinstance(sizes, dict) and not _blind(sizes) else None
+            if move and self._on_a_line(value, points[0], move):  # else something was rounded
+                points[1] = move
                 break
 
     def dragged(
