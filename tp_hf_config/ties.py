@@ -100,11 +100,15 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def stacks(model: nn.Module, name: str) -> bool:
     """Whether a parameter is several matrices in one (experts), and not a convolution's weight.
 
-    The weight of a convolution may have a norm: it stands deeper then.
+    The weight of a convolution may have a norm: it stands deeper then.  A scale for each channel of
+    an image (SwiftFormer) is no matrix.
     """
+    shape = tensor(model, name).shape
     owners = (name.rsplit(".", depth)[0] for depth in (1, 3) if name.count(".") >= depth)
-    return tensor(model, name).ndim == 3 and not any(
-        isinstance(model.get_submodule(one), nn.modules.conv._ConvNd) for one in owners
+    return (
+        len(shape) == 3
+        and 1 not in shape[1:]
+        and not any(isinstance(model.get_submodule(one), nn.modules.conv._ConvNd) for one in owners)
     )
 
 

@@ -119,7 +119,8 @@ RECIPES: dict[str, Recipe] = {
     **dict.fromkeys(
         ("autoformer", "informer", "time_series_transformer"), _given(prediction_length=24)
     ),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _given(head_dim=128)),
+    **dict.fromkeys(("hunyuan_v1_dense", "ministral"), _given(head_dim=128)),
+    "hunyuan_v1_moe": _given(head_dim=128, num_experts=16, moe_topk=2),
     "hunyuan_vl_text": _given(head_dim=128, rope_parameters=_HUNYUAN),
     "hunyuan_vl": _given(text_config={"head_dim": 128, "rope_parameters": _HUNYUAN}),
     "nemotron": _given(num_key_value_heads=8),
