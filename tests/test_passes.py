@@ -164,6 +164,26 @@ def test_a_number_read_chooses_too() -> None:
     assert watched == (Result("", "sum", 0), Result("", "exp", 0))
 
 
+def test_scores_that_make_no_difference_are_watched() -> None:
+    """SwiftFormer's: of a softmax over a single score the result is 1, whatever the score is."""
+
+    class Single(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.out(x * F.linear(x, self.weight).softmax(-1))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, HIDDEN))
+
+    model = ready(Single())
+    watched = watched_results(model, states())
+    assert watched == (Result("", "linear", 0),)
+    dims = [Dim("body.weight", 0), Dim("body.bias", 0), Dim("weight", 1), Dim("out.weight", 1)]
+    links = TwinTest(model, states(), HIDDEN, watched=watched).links(dims)
+    assert [set(one) for one in links.groups] == [set(dims)]
+
+
 def test_a_tensor_of_the_same_shape_chooses_nothing() -> None:
     """Longformer's global keys go into zeros that are made like all of its keys."""
 
@@ -172,7 +192,8 @@ def test_a_tensor_of_the_same_shape_chooses_nothing() -> None:
             keys = self.body(x)
             return self.out(keys.new_zeros(keys.shape) + torch.ones_like(keys)) + keys.sum() * 0
 
-    assert watched_results(ready(Blank()), states()) == ()
+    watched = watched_results(ready(Blank()), states())
+    assert "body" not in {result.module for result in watched}
 
 
 def test_a_parameter_that_is_changed_as_the_model_runs_is_left_alone() -> None:

@@ -15,6 +15,7 @@ from math import gcd
 
 import torch
 
+from .alike import all_alike, as_in_like_layers
 from .directions import (
     Shares,
     equal_fields,
@@ -234,8 +235,9 @@ def _refined(mini: Miniature, finding: Finding) -> Finding:
     """
     groups = finding.groups
     if not set(finding.fields) & mini.known.count_fields():
-        groups = tuple(_by_position(mini, group) for group in groups)
-    return replace(finding, groups=tuple(_finest(mini, group) for group in groups))
+        groups = all_alike(groups, tuple(_by_position(mini, group) for group in groups))
+    finer = tuple(_finest(mini, group) for group in groups)
+    return replace(finding, groups=all_alike(groups, finer))
 
 
 def _by_position(mini: Miniature, group: Group) -> Group:
@@ -286,7 +288,7 @@ def _proved(
 ) -> Finding:
     """The linked groups with their silent companions, each proved by permutation."""
     groups: list[Group] = []
-    members, homeless = _members(links)
+    members, homeless = _members(test, links)
     for group in members:
         classes = _classes(test, group, test.units)
         if classes is None or not test.alike(group, 0, test.units // classes - 1):
@@ -294,6 +296,7 @@ def _proved(
             return Finding(fields, reason=reason, disproved=True)
         by_field = tuple(sources[dim] for dim in group)
         groups.append(Group(fields, tuple(group), by_field, test.units, classes))
+    groups = as_in_like_layers(groups)
     stream = _stream(test, homeless, groups) if homeless else None
     if homeless and stream is None:
         reason = f"the outputs do not depend on {_named(homeless)}"
@@ -307,10 +310,17 @@ def _proved(
     return Finding(fields, tuple(groups), along=tuple(dim.name for dim in homeless))
 
 
-def _members(links: Links) -> tuple[list[list[Dim]], list[Dim]]:
+def _members(test: TwinTest, links: Links) -> tuple[list[list[Dim]], list[Dim]]:
     """The linked groups with their silent companions, and the silent that are of none."""
     homeless: list[Dim] = []
     members: list[list[Dim]] = [list(group) for group in links.groups]
+    for vectors in [g for g in members if all(test.parameters[d.name].ndim == 1 for d in g)]:
+        # a bias before an activation that is all but closed is not seen to go with its weight
+        others = [group for group in members if group is not vectors]
+        homes = [_companion(dim, others) for dim in vectors]
+        if homes[0] is not None and all(home is homes[0] for home in homes):
+            homes[0].extend(vectors)
+            members = others
     for silent in links.silent:
         group = _companion(silent, members)
         (homeless if group is None else group).append(silent)
@@ -319,7 +329,7 @@ def _members(links: Links) -> tuple[list[list[Dim]], list[Dim]]:
 
 def _doubted(test: TwinTest, links: Links) -> set[Dim]:
     """The dimensions to look at once more: of groups that are not proved, or only seemed silent."""
-    members, homeless = _members(links)
+    members, homeless = _members(test, links)
     unproved = (group for group in members if _classes(test, group, test.units) is None)
     silent = [] if test.unused(dim.name for dim in homeless) else homeless
     return {dim for group in (*unproved, silent) for dim in group}

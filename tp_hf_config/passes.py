@@ -206,7 +206,32 @@ def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result
     for result in sorted(shown.keys() - choosing, key=lambda one: (-len(shown[one]), one)):
         if not shown[result] <= set().union(*(shown[other] for other in needed)):
             needed.add(result)
-    return tuple(result for result in shown if result in choosing | needed)
+    seen = set().union(*(shown[result] for result in choosing | needed))
+    rest = [one for one in unseen if id(one) not in seen and one.ndim > 1]
+    last = _last_seen(model, watch.results, rest)
+    return tuple(result for result in watch.results if result in choosing | needed | last)
+
+
+def _last_seen(
+    model: nn.Module, results: Mapping[Result, Tensor], parameters: Sequence[Tensor]
+) -> set[Result]:
+    """The last results that depend on parameters which nothing later depends on.
+
+    Of a softmax over a single score (SwiftFormer's) the result is 1, and attention over equal
+    values (X-CLIP's first layer) gives those, whatever the scores are.  They are looked for in the
+    module that a parameter belongs to, and the one around it.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: set[Result] = set()
+    for parameter in parameters:
+        owner = names[id(parameter)].rpartition(".")[0]
+        around = (owner, owner.rpartition(".")[0])
+        for result in reversed([one for one in results if one.module in around]):
+            made = results[result]
+            if made.requires_grad and not _without_effect([_unmasked(made)], [parameter]):
+                found.add(result)
+                break
+    return found
 
 
 _Edge = tuple[Any, int]
