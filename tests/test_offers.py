@@ -115,6 +115,20 @@ def gemma4_unified() -> Any:
     return hf.Gemma4UnifiedForCausalLM(config)
 
 
+def canine() -> Any:
+    """Each of eight tables holds an eighth of its hidden size, rounded down."""
+    sizes = SMALL | {"hidden_size": 40, "num_attention_heads": 2}
+    return hf.CanineModel(hf.CanineConfig(**sizes, num_hash_buckets=32))
+
+
+def swin() -> Any:
+    """Its stages have other numbers of heads, and stand in other parts of their streams."""
+    config = hf.SwinConfig(
+        image_size=32, embed_dim=96, depths=[1, 1, 1], num_heads=[3, 6, 12], window_size=2
+    )
+    return hf.SwinForImageClassification(config)
+
+
 def test_a_setting_of_single_layers_follows_under_their_number() -> None:
     """The config answers for layers alone, and raises where it is asked for all of them."""
     config = hf.Gemma4TextConfig(
@@ -145,6 +159,8 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         (helium, ["num_key_value_heads + num_attention_heads + hidden_size"]),
         (roformer, ["num_attention_heads + embedding_size"]),
         (lxmert, ["hidden_size"]),
+        (canine, ["hidden_size"]),
+        (swin, ["num_heads[0] + num_heads[1] + num_heads[2] + embed_dim"]),
         (gemma4_unified, ["hidden_size", "intermediate_size", "num_attention_heads"]),
     ],
     ids=[
@@ -157,6 +173,8 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         "Helium",
         "RoFormer",
         "LXMERT",
+        "CANINE",
+        "Swin",
         "Gemma 4",
     ],
 )

@@ -208,8 +208,9 @@ def _real_grain(group: Group, found: Sequence[tuple[str, Dim, Share]]) -> int | 
     if group.grain == 1:
         return 1
     single = [one for one in found if one[1].layout.parts == 1]
+    alone = [one for one in single if one[1].layout.run == 1]  # heads are wider or not
     grains: set[int] = set()
-    for name, dim, share in single or found:
+    for name, dim, share in alone or single or found:
         grain, left = divmod(share.per_unit, dim.layout.parts * dim.layout.run)
         if left:
             return f"{name}: dimension {dim.dim} holds no whole units at full size"
@@ -217,6 +218,11 @@ def _real_grain(group: Group, found: Sequence[tuple[str, Dim, Share]]) -> int | 
     if len(grains) > 1:
         return f"its dimensions hold {sorted(grains)} channels a unit at full size"
     return grains.pop()
+
+
+def _counted(group: Group) -> bool:
+    """Whether some dimension of a group has one position for each of its units (heads)."""
+    return any(dim.layout.parts == dim.layout.run == 1 for dim in group.dims)
 
 
 def _real_classes(group: Group, mini: Miniature, known: ConfigMap) -> set[int]:
@@ -269,6 +275,8 @@ def _real_layout(
         )
     if dim.layout.run == 1 and group.grain == 1:
         parts, run = per_unit, Fraction(1)  # one position in every part: there can be more (heads)
+    elif group.grain > 1 < dim.layout.run and _counted(group):
+        run = Fraction(per_unit, parts * grain)
     elif group.grain > 1:
         parts, run = per_unit // (dim.layout.run * grain), Fraction(dim.layout.run)
         if parts * dim.layout.run * grain != per_unit:

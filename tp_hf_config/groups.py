@@ -104,7 +104,8 @@ def find_groups(mini: Miniature) -> list[Finding]:
         if (found := _find(mini, fields)).reason is None:
             findings.append(found)
     for fields in filter(is_new, whole_heads(known)):
-        tried = [_find(mini, fields)]
+        alone = next((f.groups for f in findings if f.fields == fields[-1:]), ())
+        tried = [_find(mini, fields, alone)]
         for pair in equal:
             if tried[-1].reason is not None and fields[-1] in pair.fields:
                 tried.append(_find(mini, (*fields[:-1], *pair.fields)))
@@ -133,8 +134,11 @@ def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:
     return mini.known.moves_shapes(path)
 
 
-def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
-    """Groups of units that are the same share of every one of the fields."""
+def _find(mini: Miniature, fields: tuple[FieldPath, ...], alone: Sequence[Group] = ()) -> Finding:
+    """Groups of units that are the same share of every one of the fields.
+
+    ``alone``: the groups that one of them sets by itself.
+    """
     known = mini.known
     units = units_of(known, fields)
     if units < 2:
@@ -158,7 +162,9 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
         runs |= {share.per_unit for parts in shares.values() for share in parts}
     test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
     found: Finding | None = None
-    first, (sources, links) = searched(test, styles, strides_in(shares))
+    first, (sources, links) = searched(
+        test, styles, strides_in(shares), [group.dims for group in alone]
+    )
     if not links.unequal:
         found = _proved(test, sources, fields, links)
         if found.reason is not None and (doubted := _doubted(test, links)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, permutations
+from math import gcd
 
 from .layouts import likely_first, overlap
 from .reference import FieldPath
@@ -39,20 +40,24 @@ class _Attempt:
 
 
 def searched(
-    test: TwinTest, styles: Mapping[Style, Sequence[Dim]], strides: Mapping[int, Collection[int]]
+    test: TwinTest,
+    styles: Mapping[Style, Sequence[Dim]],
+    strides: Mapping[int, Collection[int]],
+    alone: Sequence[Sequence[Dim]] = (),
 ) -> tuple[Sources, tuple[Sources, Links]]:
     """The likeliest layouts, and those in which the fewest dimensions tell units apart.
 
     First likely layouts together; then, from the best of those, others for one style at a time,
     where units are told apart; then those that ``strides`` name, of so many positions of a unit in
-    so many parts; then two of what was tried, each where the other fails.
+    so many parts; then two of what was tried, each where the other fails; last units of several of
+    a field's own, in the groups that it sets ``alone``.
     """
     search = _Search(test, styles)
     search.likely_together()
     search.style_by_style()
     found = search.best()
     if found.failures:
-        found = search.strided(strides) or found
+        found = search.strided(strides) or search.grouped(alone) or found
     return search.tried[0].sources, (found.sources, found.links)
 
 
@@ -106,6 +111,32 @@ class _Search:
             return None
         return self.tried[-1] if self._tries(_no_more_than_needed(found, likely)) else found
 
+    def grouped(self, alone: Sequence[Sequence[Dim]]) -> _Attempt | None:
+        """Units of several of a field's own, group by group; ``None`` where they do not fit.
+
+        Every stage of Swin has another number of heads: there, units of its attention stand in
+        fewer parts and longer runs than those of the stream beside it.
+        """
+        groups = [{(dim.name, dim.dim): dim.layout for dim in group} for group in alone]
+        fewer = [_common_parts(group.values()) for group in groups]
+        likely = _sources(self.styles, [options[0] for options in self.options])
+        while groups and all(fewer):
+            parts = {
+                place: layout.parts // by[0]
+                for group, by in zip(groups, fewer, strict=True)
+                for place, layout in group.items()
+            }
+            if self._tries(_in_parts(likely, parts, self.test)):
+                return self.tried[-1]
+            apart = self.tried[-1].apart
+            inside = [group for group in groups if group.keys() & apart] or _around(groups, apart)
+            wrong = [by for group, by in zip(groups, fewer, strict=True) if group in inside]
+            for by in wrong:
+                del by[0]
+            if not wrong:
+                break
+        return None
+
     def _fits(self, chosen: tuple[Layout, ...]) -> bool:
         """Try a layout for each style; whether units are told apart nowhere."""
         return self._tries(_sources(self.styles, chosen), chosen)
@@ -115,6 +146,40 @@ class _Search:
             return False
         self.tried.append(_Attempt(sources, self.test.links(list(sources)), chosen))
         return not self.tried[-1].failures
+
+
+def _common_parts(layouts: Collection[Layout]) -> list[int]:
+    """By how much the parts of all of these can be fewer; nothing where others stand between."""
+    if any(layout.blocks > 1 or layout.offset or layout.gap for layout in layouts):
+        return []
+    common = gcd(*(layout.parts for layout in layouts))
+    return [n for n in range(1, common + 1) if common % n == 0]
+
+
+def _around(
+    groups: Sequence[dict[tuple[str, int], Layout]], places: Collection[tuple[str, int]]
+) -> list[dict[tuple[str, int], Layout]]:
+    """The groups that are whole inside of what is nearest around places of none (heads' biases)."""
+    found = []
+    for name, _ in places:
+        inside: list[dict[tuple[str, int], Layout]] = []
+        while name and not inside:
+            name = name.rpartition(".")[0]
+            inside = [group for group in groups if all(n.startswith(f"{name}.") for n, _ in group)]
+        found += inside if name else []
+    return found
+
+
+def _in_parts(likely: Sources, parts: Mapping[tuple[str, int], int], test: TwinTest) -> Sources:
+    """The likeliest layouts, but for places of which the number of parts is known."""
+    found: Sources = {}
+    for dim, path in likely.items():
+        several = parts.get((dim.name, dim.dim))
+        if several is not None:
+            size = test.parameters[dim.name].shape[dim.dim]
+            dim = Dim(dim.name, dim.dim, Layout(several, size // (test.units * several)))
+        found[dim] = path
+    return found
 
 
 def _strided(

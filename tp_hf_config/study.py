@@ -22,6 +22,9 @@ from .solve import Observable
 
 Sizes = dict[Observable, int]
 
+_ROUNDED = 3
+"""Values at which something is rounded that are tried before one of them is taken."""
+
 _UNSET_PROBES = (24, 40, 8, 2, 4, 1)
 
 
@@ -242,7 +245,7 @@ class Study:
         self, path: FieldPath, value: int, points: Sequence[Move] = (), enough: int = 2
     ) -> list[Move] | Refusal | None:
         """Moves of one field; empty: it sets nothing; otherwise why it does not move alone."""
-        points = list(points)
+        points, rounded = list(points), list[Move]()
         others: list[Refusal | None] = []
         for probe in _probes(value):
             if any(point.value == probe for point in points):
@@ -258,9 +261,12 @@ class Study:
                 return points
             if not any(sizes.values()):
                 continue  # the forward pass broke off earlier (a router short of experts)
-            points.append(Move(probe, sizes))
-            if len(points) >= enough:
+            move = Move(probe, sizes)
+            uneven = bool(points) and self._rounded(value, points[0], move)
+            (rounded if uneven else points).append(move)
+            if len(points) >= enough or len(rounded) == _ROUNDED:
                 break
+        points += rounded[: max(0, enough - len(points))]
         if points or not others:
             return points
         return None if None in others else others[0]
@@ -285,6 +291,15 @@ class Study:
                 moves[path] = more if isinstance(more, list) else points
             if len(moves[path]) == 2 and all(_blind(point.sizes) for point in moves[path]):
                 self._seeing(path, values[path], moves[path])
+
+    def _rounded(self, value: int, one: Move, two: Move) -> bool:
+        """Whether a size is in proportion at one value, and at the other not (CANINE's shards)."""
+        return any(
+            one.sizes[key] * value == self.base[key] * one.value
+            and two.sizes[key] * value != self.base[key] * two.value
+            for key in one.sizes.keys() & two.sizes.keys()
+            if one.sizes[key] and two.sizes[key]
+        )
 
     def _on_a_line(self, value: int, one: Move, two: Move) -> bool:
         """Whether two moves change every size by as much for one more of the field."""
