@@ -91,9 +91,8 @@ def find_groups(mini: Miniature) -> list[Finding]:
         if path not in known.linked and _sets_outputs(mini, path)
     ]
     failed = {f.fields[0] for f in findings if f.reason is not None}
-    equal = [_find(mini, fields) for fields in equal_fields(known, failed)]
-    equal = [found for found in equal if found.reason is None]
-    findings += equal
+    equal = list(equal_fields(known, failed))
+    findings += [found for pair in equal if (found := _find(mini, pair)).reason is None]
 
     def is_new(fields: tuple[FieldPath, ...]) -> bool:
         return all(set(fields) != set(other.fields) for other in findings)
@@ -107,8 +106,8 @@ def find_groups(mini: Miniature) -> list[Finding]:
         alone = next((f.groups for f in findings if f.fields == fields[-1:]), ())
         tried = [_find(mini, fields, alone)]
         for pair in equal:
-            if tried[-1].reason is not None and fields[-1] in pair.fields:
-                tried.append(_find(mini, (*fields[:-1], *pair.fields)))
+            if tried[-1].reason is not None and fields[-1] in pair:
+                tried.append(_find(mini, (*fields[:-1], *pair)))
         findings.append(tried[-1] if tried[-1].reason is None else tried[0])
     return [_rehearsed(mini, finding) for finding in findings]
 
