@@ -601,3 +601,24 @@ def test_units_are_told_apart_where_the_outputs_hardly_show_it() -> None:
     test = TwinTest(Swamped(), {"x": torch.randn(2, 3, dtype=torch.float64)}, 4)
     assert test.proves([Dim("w", 0)], [3, 1, 2, 0])
     assert not test.alike([Dim("w", 0)], 0, 3)
+
+
+def test_an_output_may_hold_the_width_several_times() -> None:
+    """Tokens side by side: their channels are alike only where the axis is known to hold them."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(3, HIDDEN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.up(x).flatten(1)
+            return out
+
+    model = Beside().double()
+    inputs = {"x": torch.randn(2, 4, 3, dtype=torch.float64)}
+    dims = [Dim("up.weight", 0), Dim("up.bias", 0)]
+    plain = TwinTest(model, inputs, HIDDEN)
+    assert plain.links(dims).unequal
+    assert plain.multiples() == {4}
+    assert not TwinTest(model, inputs, HIDDEN, (1, 4)).links(dims).unequal

@@ -159,11 +159,13 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...], alone: Sequence[Group]
     runs = {known.values[path] // units for path in fields}
     if len(fields) > 1:  # an output can be a multiple of a field
         runs |= {share.per_unit for parts in shares.values() for share in parts}
+    by_itself = [group.dims for group in alone]
     test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
     found: Finding | None = None
-    first, (sources, links) = searched(
-        test, styles, strides_in(shares), [group.dims for group in alone]
-    )
+    first, (sources, links) = searched(test, styles, strides_in(shares), by_itself)
+    if links.unequal and (more := test.multiples() - runs):  # tokens side by side (RADIO)
+        test = TwinTest(mini.model, mini.inputs, units, sorted(runs | more), mini.watched)
+        first, (sources, links) = searched(test, styles, strides_in(shares), by_itself)
     if not links.unequal:
         found = _proved(test, sources, fields, links)
         if found.reason is not None and (doubted := _doubted(test, links)):

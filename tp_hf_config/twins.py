@@ -183,6 +183,11 @@ class TwinTest:
         """Whether an output has an axis as long as the width."""
         return any(size in self.axes for output in self._outward for size in output.shape)
 
+    def multiples(self) -> set[int]:
+        """How often the width goes into the last axis of an output, where it does several times."""
+        sizes = {output.shape[-1] for output in self._outward if output.ndim}
+        return {size // self.units for size in sizes if size and size % self.units == 0} - {0, 1}
+
     def unused(self, names: Iterable[str]) -> bool:
         """Whether none of these parameters has any part in the outputs, whatever its values."""
         asked = [self.parameters[name] for name in names]
