@@ -29,10 +29,11 @@ from typing import Any
 FIRST = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION")
 PRELOADED = ["torch", "transformers", "transformers.modeling_utils", "tp_hf_config.recover"]
 SECONDS, BYTES = 300, 9 << 30
+_CHOICES = 8
 
 OTHER = re.compile(
     r"vocab|token|position|image|input_size|patch|label|kernel|window|layer|depths|length|pad|stride|stage|"
-    r"seed|channels$|bins|bucket|frames|num_queries|group_size|block_size|version"
+    r"seed|channels$|classes|bins|bucket|frames|num_queries|group_size|block_size|version"
 )
 """Fields that are no widths: they count layers, symbols, pixels or positions."""
 WIDTH = re.compile(r"channels")
@@ -148,9 +149,11 @@ def outcome(trial: Trial, values: dict[tuple[Any, ...], int]) -> dict[str, Any]:
         return {"result": "no target", "fields": said}
     start = time.perf_counter()
     found = recover(trial.known, target)
-    choices = len(found.ambiguous) if isinstance(found, Conflict) else 0
-    if choices:
-        found = recover(trial.known, target, found.ambiguous[0])
+    choices, given = 0, {}
+    while isinstance(found, Conflict) and found.ambiguous and choices < _CHOICES:
+        choices += 1
+        given |= found.ambiguous[0]
+        found = recover(trial.known, target, given)
     result = {"fields": said, "seconds": time.perf_counter() - start, "choices": choices}
     if isinstance(found, Recovery):
         from tp_hf_config.reference import Refusal, shapes

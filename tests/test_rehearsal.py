@@ -230,4 +230,18 @@ def test_a_rehearsal_that_shows_nothing_proves_nothing() -> None:
     assert finding.reason is None
     assert rehearse(mini, finding) is None
     mini.model.get_parameter("model.layers.0.mlp.down_proj.weight").data.mul_(1e-14)
-    assert rehearse(mini, finding) == "its outputs show none of the units that are gone"
+    nothing = "less of intermediate_size changes no output, so that nothing shows what is left"
+    assert rehearse(mini, finding) == nothing
+
+
+def test_a_width_that_cannot_be_rehearsed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1
+    )
+    mini = miniature(map_of(hf.LlamaForCausalLM(config)))
+    assert isinstance(mini, Miniature)
+    finding = next(one for one in find_groups(mini) if one.fields == (("intermediate_size",),))
+    monkeypatch.setattr(Builder, "build_real", lambda *_: Refusal("no."))
+    assert rehearse(mini, finding) == (
+        "less of intermediate_size cannot be built in the tiny copy, so that nothing shows it: no."
+    )

@@ -114,12 +114,8 @@ def find_groups(mini: Miniature) -> list[Finding]:
 
 def _rehearsed(mini: Miniature, finding: Finding) -> Finding:
     """The finding, refused where the class built smaller does not compute what is left."""
-    wrong = rehearse(mini, finding) if finding.reason is None else None
-    if wrong is None:
-        return finding
-    name = " and ".join(map(field_name, finding.fields))
-    reason = f"with less of {name} the class computes something else than is left: {wrong}"
-    return Finding(finding.fields, reason=reason, disproved=True)
+    reason = rehearse(mini, finding) if finding.reason is None else None
+    return finding if reason is None else Finding(finding.fields, reason=reason, disproved=True)
 
 
 def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:

@@ -17,7 +17,7 @@ from .cuts import select
 from .directions import units_of
 from .masked import difference, inputs_left
 from .passes import outputs_in_float64
-from .reference import FieldPath, Refusal
+from .reference import FieldPath, Refusal, field_name
 from .ties import compute_unsaved, saved_buffers
 
 if TYPE_CHECKING:
@@ -30,29 +30,38 @@ _EQUAL = 1e-9
 
 
 def rehearse(mini: Miniature, finding: Finding) -> str | None:
-    """What is wrong with cutting a width to about half, and building the class so.
+    """Why a width may not be cut: what comes of about half of it, where the class is built so.
 
     Returns:
-        ``None`` where the result is the original with the units masked, and where the class takes
-        no smaller value of the width that could be tried.
+        ``None`` where the result is the original with the units masked.
     """
-    blind = 0
+    name = " and ".join(map(field_name, finding.fields))
+    blind, refused = 0, ""
     for less, groups in _cuts(mini, finding):
         fresh = mini.known.builder.build_real(mini.known.config_at(less))
         if isinstance(fresh, Refusal):
+            refused = f": {fresh.reason}"
             continue
         fresh.tie_weights()  # type: ignore[operator]
-        wrong = _carried(fresh, _tensors(mini.model), groups)
-        try:
-            wrong = wrong or difference(mini.model, fresh, fresh, mini.inputs, mini.watched)
-            if wrong is not None or _shows(mini, fresh):
-                return wrong
-        except Exception as error:  # a class may stop with any exception
-            return f"it does not run then: {type(error).__name__}: {' '.join(str(error).split())}"
+        wrong = _carried(fresh, _tensors(mini.model), groups) or _wrong(mini, fresh)
+        if wrong is not None:
+            return f"with less of {name} the class computes something else than is left: {wrong}"
+        if _shows(mini, fresh):
+            return None
         blind += 1  # what is left of a sound was padding, say: other units may show
         if blind == _BLIND_CUTS:
             break
-    return "its outputs show none of the units that are gone" if blind else None
+    if blind:
+        return f"less of {name} changes no output, so that nothing shows what is left"
+    return f"less of {name} cannot be built in the tiny copy, so that nothing shows it{refused}"
+
+
+def _wrong(mini: Miniature, fresh: nn.Module) -> str | None:
+    """Where a smaller build is not the original with the units masked; ``None``: nowhere."""
+    try:
+        return difference(mini.model, fresh, fresh, mini.inputs, mini.watched)
+    except Exception as error:  # a class may stop with any exception
+        return f"it does not run then: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _shows(mini: Miniature, fresh: nn.Module) -> bool:

@@ -69,7 +69,9 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
         share = f" ({100 * good / len(found):.1f} %; every such field: {every})" if found else ""
         rows.append((f"{kind}: pruned, saved, loaded", f"{good} of {len(found)}{share}"))
     outcomes = Counter(width["outcome"] for r in runs for width in r["widths"])
+    unended = sum(r["why"].startswith("no end") for r in built)
     rows += [
+        ("pairs that did not end within their time", str(unended)),
         ("widths that work", str(outcomes["works"])),
         ("widths refused before anything was pruned", str(outcomes["refused"])),
         ("widths that failed", str(outcomes["failed"])),
@@ -146,12 +148,24 @@ def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]
             "",
             _markdown([("times", "reason"), *reasons(results)]),
             "",
+            "## The slowest to learn",
+            "",
+            _markdown([("task", "model type", "seconds"), *slowest(results)]),
+            "",
             "## Every pair",
             "",
             _markdown(lines),
             "",
         ]
     )
+
+
+def slowest(results: list[Result]) -> list[tuple[str, str, str]]:
+    """The ten pairs whose config takes longest to learn, at full size."""
+    learned = sorted(
+        (r for r in results if "learn_seconds" in r), key=lambda r: -float(r["learn_seconds"])
+    )
+    return [(r["task"], f"`{r['type']}`", f"{r['learn_seconds']:.1f}") for r in learned[:10]]
 
 
 def reasons(results: list[Result]) -> list[tuple[str, str]]:
