@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from .reference import FieldPath, Refusal
 
 if TYPE_CHECKING:
+    from .moves import Move, Sizes
     from .solve import Observable
-    from .study import Move, Sizes, Study
+    from .study import Study
 
 
 def without_effect(study: Study, probes: Mapping[FieldPath, int]) -> set[FieldPath]:

@@ -7,9 +7,10 @@ from fractions import Fraction
 from itertools import combinations
 from math import prod
 
+from .moves import Move, Sizes
 from .reference import FieldPath
 from .solve import Expression, Observable, Power, product
-from .study import Move, Sizes, Study
+from .study import Study
 
 
 def expressions(

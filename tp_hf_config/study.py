@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, permutations
 from typing import Any
@@ -17,23 +16,13 @@ from torch import nn
 from .at_once import each_of, show_heads, without_effect
 from .depth import Depth
 from .heads import Layout, counts_of, observe
+from .moves import UNSET_PROBES, Move, Sizes, blind, on_a_line
+from .moves import probes as probes_of
+from .moves import rounded as is_rounded
 from .reference import Builder, FieldPath, Refusal, shapes, vanished_counts, with_values
-from .solve import Observable
-
-Sizes = dict[Observable, int]
 
 _ROUNDED = 3
 """Values at which something is rounded that are tried before one of them is taken."""
-
-_UNSET_PROBES = (24, 40, 8, 2, 4, 1)
-
-
-@dataclass(frozen=True)
-class Move:
-    """One field at another value, and the observables that the class then builds differently."""
-
-    value: int
-    sizes: Sizes
 
 
 class Study:
@@ -135,14 +124,14 @@ class Study:
 
     def all_implied(self, unset: Sequence[FieldPath]) -> dict[FieldPath, int]:
         """The unset fields that set something, with the values that they stand for."""
-        quiet = without_effect(self, dict.fromkeys(unset, _UNSET_PROBES[0]))
+        quiet = without_effect(self, dict.fromkeys(unset, UNSET_PROBES[0]))
         found = {path: self.implied(path) for path in unset if path not in quiet}
         return {path: value for path, value in found.items() if value is not None}
 
     def implied(self, path: FieldPath) -> int | None:
         """The value that an unset field stands for: setting it changes nothing."""
         points: list[Move] = []
-        for probe in _UNSET_PROBES:
+        for probe in UNSET_PROBES:
             sizes = self.at({path: probe}, watch=False)
             if isinstance(sizes, Refusal) and "'int' object" in sizes.reason:
                 break  # Python's words: no number will do
@@ -247,7 +236,7 @@ class Study:
         """Moves of one field; empty: it sets nothing; otherwise why it does not move alone."""
         points, rounded = list(points), list[Move]()
         others: list[Refusal | None] = []
-        for probe in _probes(value):
+        for probe in probes_of(value):
             if any(point.value == probe for point in points):
                 continue
             heads = any(isinstance(which, str) for point in points for _, which in point.sizes)
@@ -262,7 +251,7 @@ class Study:
             if not any(sizes.values()):
                 continue  # the forward pass broke off earlier (a router short of experts)
             move = Move(probe, sizes)
-            uneven = bool(points) and self._rounded(value, points[0], move)
+            uneven = bool(points) and is_rounded(self.base, value, points[0], move)
             (rounded if uneven else points).append(move)
             if len(points) >= enough or len(rounded) == _ROUNDED:
                 break
@@ -277,45 +266,27 @@ class Study:
         """A second move of each field, several fields in one build where that can be told apart."""
         first = {path: points[0] for path, points in moves.items()}
         probes = {
-            path: next(p for p in _probes(values[path]) if p != point.value)
+            path: next(p for p in probes_of(values[path]) if p != point.value)
             for path, point in first.items()
         }
         moved = {path: point.sizes for path, point in first.items()}
         for path, probe, sizes in each_of(self, probes, moved):
             second = Move(probe, sizes)
-            if self._on_a_line(values[path], first[path], second):
+            if on_a_line(self.base, values[path], first[path], second):
                 moves[path].append(second)  # else another field of that build may count
         for path, points in moves.items():
             if len(points) == 1:
                 more = self._alone(path, values[path], points)
                 moves[path] = more if isinstance(more, list) else points
-            if len(moves[path]) == 2 and all(_blind(point.sizes) for point in moves[path]):
+            if len(moves[path]) == 2 and all(blind(point.sizes) for point in moves[path]):
                 self._seeing(path, values[path], moves[path])
-
-    def _rounded(self, value: int, one: Move, two: Move) -> bool:
-        """Whether a size is in proportion at one value, and at the other not (CANINE's shards)."""
-        return any(
-            one.sizes[key] * value == self.base[key] * one.value
-            and two.sizes[key] * value != self.base[key] * two.value
-            for key in one.sizes.keys() & two.sizes.keys()
-            if one.sizes[key] and two.sizes[key]
-        )
-
-    def _on_a_line(self, value: int, one: Move, two: Move) -> bool:
-        """Whether two moves change every size by as much for one more of the field."""
-        return all(
-            (one.sizes[key] - self.base[key]) * (two.value - value)
-            == (two.sizes[key] - self.base[key]) * (one.value - value)
-            for key in one.sizes.keys() & two.sizes.keys()
-            if one.sizes[key] and two.sizes[key]
-        )
 
     def _seeing(self, path: FieldPath, value: int, points: list[Move]) -> None:
         """Put a lower value at which the forward pass goes further in the place of the second."""
-        for probe in (probe for probe in reversed(_probes(value)) if probe < value):
+        for probe in (probe for probe in reversed(probes_of(value)) if probe < value):
             sizes = self.at({path: probe})
-            move = Move(probe, sizes) if isinstance(sizes, dict) and not _blind(sizes) else None
-            if move and self._on_a_line(value, points[0], move):  # else something was rounded
+            move = Move(probe, sizes) if isinstance(sizes, dict) and not blind(sizes) else None
+            if move and on_a_line(self.base, value, points[0], move):  # else something was rounded
                 points[1] = move
                 break
 
@@ -385,28 +356,6 @@ class Study:
                 if sizes:
                     return [Move(both[path], sizes)]
         return []
-
-
-def _blind(sizes: Sizes) -> bool:
-    """Whether a projection moved, and the forward pass stopped before it was taken apart.
-
-    Falcon's heads stand in groups of whole numbers; twice as many groups need not divide them.
-    """
-    return any(
-        not size and sizes.get((f"{name}.weight", 0))
-        for (name, which), size in sizes.items()
-        if isinstance(which, str)
-    )
-
-
-def _probes(value: int) -> list[int]:
-    probes = [2 * value, 3 * value, value + 1, 4 * value]
-    if value > 1:
-        if value % 2 == 0 and value > 2:  # one head is no split
-            probes.insert(1, value // 2)
-        probes += [value - 1, 1]
-        probes += [value // factor for factor in (3, 5, 7) if value % factor == 0]
-    return list(dict.fromkeys(probe for probe in probes if probe != value and probe > 0))
 
 
 def _numbers(model: nn.Module) -> dict[str, dict[str, float]]:
