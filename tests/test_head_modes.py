@@ -587,14 +587,22 @@ def test_where_neither_graph_can_prune_heads() -> None:
 
 
 @pytest.mark.parametrize("graph", ["config", "auto"])
-def test_swin_is_refused(graph: Any) -> None:
-    with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(zoo.build("swin"), prune_num_heads=True, graph=graph)
-    table = "swin.encoder.layers.*.blocks.*.attention.relative_position_bias."
-    assert str(raised.value).startswith(
-        "SwinForImageClassification cannot prune attention heads: num_heads[1]: units are not "
-        f"interchangeable in {table}relative_position_bias_table; num_heads[1] + embed_dim: "
-    )
+def test_heads_of_every_stage_go_with_the_width(graph: Any) -> None:
+    """Swin's stages have other numbers of heads, and its width doubles from one to the next."""
+    original = zoo.build("swin")
+    model = copy.deepcopy(original)
+    hook = HFConfigSyncHook()
+    tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune_num_heads=True, graph=graph),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        head_pruning_ratio=0.5,
+        hooks=[hook],
+    ).step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {"embed_dim": (16, 8), "num_heads": ([2, 4], [1, 2])}
+    assert_same_as_masked(original, model, zoo.inputs(original))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])

@@ -233,7 +233,9 @@ def _smaller(
     followers = [other for other, leader in known.linked.items() if leader == path]
     current = {other: _get(data, other) for other in known.sizes}
     equals = [
-        other for other, size in current.items() if size == value and (other in counts) == heads
+        other
+        for other, size in current.items()
+        if size == value and (other in counts) == heads and _stacked(known, other) == stacked
     ]
     taken = {size for size in current.values() if size != value}
     least = max((current[other] for other in current if _pads(known, path, other)), default=0)
