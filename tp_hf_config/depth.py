@@ -46,7 +46,7 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
     Where nothing can be lowered, the result is the config itself.
     """
     before = full_shapes = shapes(full)
-    alike = _alike(full, full_shapes)
+    alike = _alike(full)
     lowered, widths = data, _width_lists(builder, data, full_shapes)
     keeps: dict[int, set[int]] = {}
     for indices in alike.values():
@@ -87,7 +87,7 @@ def _lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
     }
 
 
-def _alike(model: nn.Module, all_shapes: Shapes) -> dict[str, tuple[int, ...]]:
+def _alike(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """For every list of layers: the index of the first layer with the same names and shapes."""
     result: dict[str, tuple[int, ...]] = {}
     for name, layers in _lists(model).items():
@@ -100,8 +100,7 @@ def _alike(model: nn.Module, all_shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 def kinds_of_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """For every list in which layers repeat: the index of the first layer like each."""
-    found = _alike(model, shapes(model))
-    return {name: alike for name, alike in found.items() if len(set(alike)) < len(alike)}
+    return {name: alike for name, alike in _alike(model).items() if len(set(alike)) < len(alike)}
 
 
 def _changes(
@@ -161,8 +160,13 @@ def _by_number(value: Any) -> bool:
 
 def is_numbers(value: Any) -> bool:
     """Whether a list can name layers by their numbers."""
-    whole = isinstance(value, list) and all(type(entry) is int for entry in value)
-    return whole and len(value) > 1 and value == sorted(set(value)) and value[0] >= 0
+    several = are_whole(value) and len(value) > 1
+    return several and value == sorted(set(value)) and value[0] >= 0
+
+
+def are_whole(value: Any) -> bool:
+    """Whether this is a list of whole numbers, one at least."""
+    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
 
 
 def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:
@@ -178,10 +182,11 @@ def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[
             if isinstance(value, dict):
                 visit(value, (*path, key))
             elif isinstance(value, list) and 1 < len(value) <= _FEW:
-                whole = all(type(entry) is int for entry in value)
-                if whole and min(value) > _FEW and len(set(value)) > 1:
+                if not are_whole(value):
+                    continue
+                if min(value) > _FEW and len(set(value)) > 1:
                     found.add((*path, key))
-                elif whole:
+                else:
                     after = doubled((*path, key), value)
                     if after != before if min(value) > _FEW else longer(after):
                         found.add((*path, key))

@@ -31,7 +31,7 @@ from .miniature import Miniature
 from .reach import why_not
 from .reference import FieldPath, Refusal, field_name, with_values
 from .rehearsal import rehearse
-from .search import Style, searched
+from .search import Sources, Style, searched
 from .states import AXIS, states_of
 from .ties import saved_buffers, stacks
 from .twins import Dim, Layout, Links, TwinTest
@@ -156,12 +156,15 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...], alone: Sequence[Group]
     if len(fields) > 1:  # an output can be a multiple of a field
         runs |= {share.per_unit for parts in shares.values() for share in parts}
     by_itself = [group.dims for group in alone]
-    test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
+
+    def look(runs: set[int]) -> tuple[TwinTest, Sources, tuple[Sources, Links]]:
+        test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
+        return (test, *searched(test, styles, strides_in(shares), by_itself))
+
     found: Finding | None = None
-    first, (sources, links) = searched(test, styles, strides_in(shares), by_itself)
+    test, first, (sources, links) = look(runs)
     if links.unequal and (more := test.multiples() - runs):  # tokens side by side (RADIO)
-        test = TwinTest(mini.model, mini.inputs, units, sorted(runs | more), mini.watched)
-        first, (sources, links) = searched(test, styles, strides_in(shares), by_itself)
+        test, first, (sources, links) = look(runs | more)
     if not links.unequal:
         found = _proved(test, sources, fields, links)
         if found.reason is not None and (doubted := _doubted(test, links)):
@@ -217,7 +220,7 @@ def _without_twins(
         layers.setdefault(re.split(r"(?<=\.\d)\d*\.", dim.name)[0], []).append(dim)
     groups: list[Group] = []
     for dims in layers.values():
-        classes = _classes(test, dims, test.units)
+        classes = _classes(test, dims)
         if classes is None:
             return None
         order = list(_order(test.units, classes, swap=True))
@@ -252,7 +255,7 @@ def _by_position(mini: Miniature, group: Group) -> Group:
     dims = tuple(replace(dim, layout=Layout()) for dim in group.dims)
     units = group.units * grain
     test = TwinTest(mini.model, mini.inputs, units, watched=mini.watched)
-    classes = _classes(test, dims, units)
+    classes = _classes(test, dims)
     if classes is None or not test.alike(dims, 0, units // classes - 1):
         return group
     return replace(group, dims=dims, units=units, classes=classes, grain=grain)
@@ -293,7 +296,7 @@ def _proved(
     groups: list[Group] = []
     members, homeless = _members(test, links)
     for group in members:
-        classes = _classes(test, group, test.units)
+        classes = _classes(test, group)
         if classes is None or not test.alike(group, 0, test.units // classes - 1):
             reason = f"no permutation of units is neutral in {_named(group)}"
             return Finding(fields, reason=reason, disproved=True)
@@ -333,7 +336,7 @@ def _members(test: TwinTest, links: Links) -> tuple[list[list[Dim]], list[Dim]]:
 def _doubted(test: TwinTest, links: Links) -> set[Dim]:
     """The dimensions to look at once more: of groups that are not proved, or only seemed silent."""
     members, homeless = _members(test, links)
-    unproved = (group for group in members if _classes(test, group, test.units) is None)
+    unproved = (group for group in members if _classes(test, group) is None)
     silent = [] if test.unused(dim.name for dim in homeless) else homeless
     return {dim for group in (*unproved, silent) for dim in group}
 
@@ -383,11 +386,11 @@ def _companion(silent: Dim, groups: Sequence[list[Dim]]) -> list[Dim] | None:
     return None
 
 
-def _classes(test: TwinTest, dims: Sequence[Dim], units: int) -> int | None:
+def _classes(test: TwinTest, dims: Sequence[Dim]) -> int | None:
     """In how many runs of units a permutation has to stay to be neutral; None: none is."""
-    for classes in (n for n in range(1, units) if units % n == 0):
-        if test.proves(dims, list(_order(units, classes, swap=True))):
-            proved = test.proves(dims, list(_order(units, classes, swap=False)))
+    for classes in (n for n in range(1, test.units) if test.units % n == 0):
+        if test.proves(dims, list(_order(test.units, classes, swap=True))):
+            proved = test.proves(dims, list(_order(test.units, classes, swap=False)))
             return classes if proved else None
     return None
 

@@ -111,8 +111,7 @@ def _main(
     names = [name for name in MAIN if name in parameters and _has_tower(config, name)]
     alone = not names and not any(name in parameters for name in _TEXT)
     for name in REQUIRED:
-        wanted = alone or (name == _VIDEOS and "pixel_values" not in parameters)
-        wanted = wanted or name in also
+        wanted = alone or name in also or (name == _VIDEOS and "pixel_values" not in parameters)
         if name in parameters and (wanted or _required(parameters[name])):
             names.append(name)
     found = {name: {**MAIN, **REQUIRED}[name](config, parameters) for name in names}

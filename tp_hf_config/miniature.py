@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .depth import is_numbers
+from .depth import are_whole, is_numbers
 from .learn import ConfigMap, learn
 from .passes import Result, watched_results
 from .reach import Working, unreached_by, why_not, working_inputs
@@ -130,7 +130,7 @@ def _numbers_of_layers(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[
         for key, value in node.items() if isinstance(node, dict) else ():
             here: FieldPath = (*path, key)
             said = any(word in key for word in _NAMING)
-            if is_numbers(value) or (said and _is_whole(value)):
+            if is_numbers(value) or (said and are_whole(value)):
                 places = range(len(value))
                 yield {here: list(places)}
                 yield {here: [place % _LAYERS for place in places]}
@@ -140,10 +140,6 @@ def _numbers_of_layers(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[
             yield from visit(value, here)
 
     yield from visit(data, ())
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
 
 
 def randomise(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ class Move:
     sizes: Sizes
 
 
-def probes(value: int) -> list[int]:
+def probes_of(value: int) -> list[int]:
     """Other values of a field, the likeliest to be taken and to tell something first."""
     tried = [2 * value, 3 * value, value + 1, 4 * value]
     if value > 1:
@@ -60,7 +60,7 @@ def on_a_line(base: Sizes, value: int, one: Move, two: Move) -> bool:
     )
 
 
-def rounded(base: Sizes, value: int, one: Move, two: Move) -> bool:
+def is_rounded(base: Sizes, value: int, one: Move, two: Move) -> bool:
     """Whether a size is in proportion at one value, and at the other not (CANINE's shards)."""
     return any(
         one.sizes[key] * value == base[key] * one.value

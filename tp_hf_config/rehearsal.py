@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .cuts import select
 from .directions import units_of
-from .masked import difference, inputs_left
+from .masked import EXACT, difference, inputs_left
 from .passes import outputs_in_float64
 from .reference import FieldPath, Refusal, field_name
 from .ties import compute_unsaved, saved_buffers
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 _BLIND_CUTS = 4
-_EQUAL = 1e-9
 
 
 def rehearse(mini: Miniature, finding: Finding) -> str | None:
@@ -73,7 +72,7 @@ def _shows(mini: Miniature, fresh: nn.Module) -> bool:
         before = outputs_in_float64(mini.model, mini.inputs, mini.watched)
         after = outputs_in_float64(fresh, left, mini.watched)
     return any(
-        one.shape != two.shape or bool((one - two).norm() > _EQUAL * one.norm())
+        one.shape != two.shape or bool((one - two).norm() > EXACT * one.norm())
         for one, two in zip(before, after, strict=True)
     )
 

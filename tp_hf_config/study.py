@@ -16,9 +16,7 @@ from torch import nn
 from .at_once import each_of, show_heads, without_effect
 from .depth import Depth
 from .heads import Layout, counts_of, observe
-from .moves import UNSET_PROBES, Move, Sizes, blind, on_a_line
-from .moves import probes as probes_of
-from .moves import rounded as is_rounded
+from .moves import UNSET_PROBES, Move, Sizes, blind, is_rounded, on_a_line, probes_of
 from .reference import Builder, FieldPath, Refusal, shapes, vanished_counts, with_values
 
 _ROUNDED = 3
