@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 import torch_pruning as tp
 import transformers as hf
@@ -24,7 +27,7 @@ from tp_hf_config.reference import Builder, config_json
 # One type for each mechanism: grouped heads, fused layers, Conv1D, experts, latent attention,
 # relative positions, tied weights, heads with the hidden size, convolutions, images
 # among text.  What they came to stands in the table that ``make support`` wrote.
-TABLE = json.loads((Path(__file__).parents[1] / "docs" / "support.json").read_text())
+TABLE = json.loads((small.ROOT / "docs" / "support.json").read_text())
 MEASURED = {(pair["task"], pair["type"]): pair for pair in TABLE["pairs"]}
 SAMPLE = [
     ("causal-lm", "llama"),
@@ -52,6 +55,18 @@ def test_sample_of_the_support_table(task: str, model_type: str) -> None:
     found = supports(CONFIG_MAPPING[model_type](), model_class=model_class)
     assert found.why_not is None
     assert [json.loads(json.dumps(one.to_dict())) for one in found.widths] == expected["widths"]
+
+
+def test_the_page_is_what_the_table_says_and_names_are_not_links() -> None:
+    path = small.ROOT / "benchmarks" / "support" / "table.py"
+    spec = importlib.util.spec_from_file_location("support_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    written = (small.ROOT / "docs" / "support.md").read_text()
+    assert written == table.page(TABLE["pairs"], TABLE, list(TABLE["totals"].items()))
+    assert not re.search(r"(?<!\\)\]\[", re.sub(r"`[^`]*`", "", written))
 
 
 def test_a_model_is_measured_at_tiny_size_and_not_touched(capfd: Any) -> None:

@@ -180,7 +180,7 @@ def reasons(results: list[Result]) -> list[tuple[str, str]]:
         for r in results
         if r["stage"] in _NOT_RUN
     )
-    return [(str(count), reason) for reason, count in counts.most_common(60)]
+    return [(str(count), _cell(reason)) for reason, count in counts.most_common(60)]
 
 
 def _plain(text: str) -> str:
@@ -207,7 +207,9 @@ def _line(result: Result) -> tuple[str, ...]:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")[:140]
+    """Somebody's words as one cell, cut, in which nothing is taken for Markdown or HTML."""
+    text = " ".join(text.split())[:160].replace("|", "/").replace("<", "&lt;")
+    return re.sub(r"[][_*`]", r"\\\g<0>", text)
 
 
 def _dated(head: dict[str, Any]) -> str:
