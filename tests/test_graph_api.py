@@ -621,6 +621,45 @@ def test_importance_of_a_key_value_head_counts_all_that_goes_with_it():
         torch.testing.assert_close(values / values.sum(), expected / expected.sum())
 
 
+def test_importance_of_channels_that_stand_behind_others():
+    """A rotary key that all heads share stands behind what they do not (latent attention)."""
+    config_class = getattr(hf, "KimiLinearConfig", None)
+    if config_class is None:
+        pytest.skip("this Transformers has no Kimi Linear")
+    config = config_class(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        mlp_layer_types=["dense", "dense"],
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        linear_num_heads=2,
+        linear_head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = hf.KimiLinearForCausalLM(config).eval()
+    importance = Importance(normalizer=None, group_reduction="sum")
+    pruner, _ = pruner_of(model, ("qk_rope_head_dim",), importance=importance)
+    (group,) = groups_of(pruner)
+    attention = model.model.layers[1].self_attn
+    key = attention.kv_a_proj_with_mqa.weight.detach().pow(2).sum(1)[16:]
+    query = attention.q_proj.weight.detach().pow(2).sum(1).view(2, 16)[:, 8:].sum(0)
+    found = pruner.estimate_importance(group)
+    torch.testing.assert_close(found / found.sum(), (key + query) / (key + query).sum())
+    pruner.step()
+    assert model.config.qk_rope_head_dim == 4
+
+
 def test_the_least_important_heads_go():
     model = fresh(llama)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
 from tp_hf_config.expand import Member, WidthGroup, _uneven_heads
+from tp_hf_config.inputs import example_inputs
 from tp_hf_config.learn import map_of
 from tp_hf_config.masked import difference
 from tp_hf_config.miniature import Miniature, miniature, randomise
@@ -202,3 +203,30 @@ def test_channels_of_a_convolution_in_groups_change_places_in_all_groups_at_once
     assert all(test.proves(group, [1, 0]) for group in links.groups)
     runs = [Dim(dim.name, 0, Layout(run=3)) for dim in dims[:4]]
     assert test.links([*runs, dims[4]]).unequal
+
+
+def test_a_head_is_as_wide_as_it_is_at_full_size() -> None:
+    config_class = getattr(hf, "Sapiens2Config", None)
+    if config_class is None:
+        pytest.skip("this Transformers has no Sapiens 2")
+    config = config_class(
+        hidden_size=256,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads_per_layer=[8, 2],
+        image_size=32,
+        num_register_tokens=2,
+    )
+    torch.manual_seed(0)
+    model = hf.Sapiens2Model(config).double().eval()
+    randomise(model)
+    (width,) = (width for width in widths_of(model) if "num_attention_heads" in width.names)
+    assert width.reason is None
+    units = [group.units for group in width.groups]
+    assert units == [8, 2, 256]  # heads of 32 channels; four heads each; the residual stream
+    pruned = _pruned(model, width.names, 0.5)
+    assert pruned.config.num_key_value_heads_per_layer == [4, 1]
+    fresh = Builder(pruned).build_real(config_json(pruned.config))
+    assert not isinstance(fresh, Refusal)
+    assert difference(model, pruned, fresh, example_inputs(model)) is None

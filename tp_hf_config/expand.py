@@ -176,7 +176,8 @@ def _real_group(
         if share is None:
             return f"{name}: dimension {dim.dim} does not follow it at full size"
         found.append((name, dim, share))
-    grain = _real_grain(group, found)
+    runs = _real_runs(group, mini, known)
+    grain = _real_grain(group, found, runs)
     if isinstance(grain, str):
         return grain
     classes = group.classes
@@ -190,7 +191,7 @@ def _real_group(
             return f"{units * grain} units do not go into {classes} equal classes"
     members: list[Member] = []
     for name, dim, share in found:
-        layout = _real_layout(name, dim, share, grain, group, mini, known)
+        layout = _real_layout(name, dim, share, grain, runs, group, mini, known)
         if isinstance(layout, str):
             return layout
         members += [Member(alias, dim.dim, layout) for alias in names[name]]
@@ -200,7 +201,21 @@ def _real_group(
     return _uneven_heads(real, known) or real
 
 
-def _real_grain(group: Group, found: Sequence[tuple[str, Dim, Share]]) -> int | str:
+def _real_runs(group: Group, mini: Miniature, known: ConfigMap) -> dict[int, int]:
+    """The run of a group's units -> what it is at full size, where that is a head of its layers."""
+    found: dict[int, int] = {}
+    for dim in group.dims if group.grain > 1 else ():
+        layer = dim.name.rpartition(".")[0]
+        tiny, real = mini.known.splits_of(layer) or (), known.splits_of(layer) or ()
+        for split, full in zip(tiny, real, strict=False) if dim.dim == 0 else ():
+            if split[-1] == dim.layout.run > 1:
+                found[dim.layout.run] = full[-1]
+    return found
+
+
+def _real_grain(
+    group: Group, found: Sequence[tuple[str, Dim, Share]], runs: Mapping[int, int]
+) -> int | str:
     """How many units of a group go with one of the fields at full size.
 
     Dimensions that hold a unit in one place tell; of several places there can be more or fewer.
@@ -211,7 +226,8 @@ def _real_grain(group: Group, found: Sequence[tuple[str, Dim, Share]]) -> int | 
     alone = [one for one in single if one[1].layout.run == 1]  # heads are wider or not
     grains: set[int] = set()
     for name, dim, share in alone or single or found:
-        grain, left = divmod(share.per_unit, dim.layout.parts * dim.layout.run)
+        run = runs.get(dim.layout.run, dim.layout.run)
+        grain, left = divmod(share.per_unit, dim.layout.parts * run)
         if left:
             return f"{name}: dimension {dim.dim} holds no whole units at full size"
         grains.add(grain)
@@ -262,6 +278,7 @@ def _real_layout(
     dim: Dim,
     share: Share,
     grain: int,
+    runs: Mapping[int, int],
     group: Group,
     mini: Miniature,
     known: ConfigMap,
@@ -278,8 +295,9 @@ def _real_layout(
     elif group.grain > 1 < dim.layout.run and _counted(group):
         run = Fraction(per_unit, parts * grain)
     elif group.grain > 1:
-        parts, run = per_unit // (dim.layout.run * grain), Fraction(dim.layout.run)
-        if parts * dim.layout.run * grain != per_unit:
+        run = Fraction(runs.get(dim.layout.run, dim.layout.run))
+        parts = per_unit // int(run * grain)
+        if parts * run * grain != per_unit:
             return f"{name}: dimension {dim.dim} holds no whole units at full size"
     if run.denominator != 1 or (dim.layout.offset and not share.rest):
         return f"{name}: dimension {dim.dim} holds no whole units at full size"

@@ -143,9 +143,13 @@ class Coupled:
 
     @property
     def root(self) -> Side | None:
-        """The side whose channels are the units, one to one; pruners rank by outputs."""
+        """The side whose channels are the units, one to one; pruners rank by outputs.
+
+        All its channels: beside others (the shared rotary key of latent attention), importances
+        would count from the first.
+        """
         for side in () if self.inward else self.ranked:
-            if side.table.shape[1] == 1:
+            if side.table.shape[1] == 1 and _channels(side) == len(side.table):
                 return side
         return None
 
