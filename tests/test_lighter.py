@@ -55,6 +55,42 @@ def test_what_may_count_the_experts_of_a_token_stays() -> None:
     assert lighter(known, data, 8, seen) == {"top_k": 16}
 
 
+def test_a_size_of_which_less_costs_more_is_as_it_was() -> None:
+    known, data = known_of(sizes={("patch",): 16, ("hidden",): 64}), {"patch": 6, "hidden": 24}
+    passes = {6: 10**8, 16: 10**6}
+
+    def seen(data: dict[str, Any]) -> Layout:
+        return Layout(numbers=passes[data["patch"]] * data["hidden"])
+
+    assert lighter(known, data, 0, seen) == {"patch": 16, "hidden": 24}
+    passes[16] = 10**8
+    assert lighter(known, data, 0, seen) == data
+
+
+@pytest.mark.parametrize(
+    ("experts", "heads", "taken", "left"), [(16, 8, 8, 16), (16, 8, 2, 8), (4, 4, 2, 4)]
+)
+def test_a_router_has_experts_to_choose_from(
+    experts: int, heads: int, taken: int, left: int
+) -> None:
+    config = hf.Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=16,
+        num_experts=experts,
+        num_experts_per_tok=taken,
+        moe_intermediate_size=24,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    known = map_of(model_of(config, hf.Qwen3MoeModel))
+    small = known.builder.config(shrunken(known, known.depth.data, False))
+    assert (small.num_experts, small.num_experts_per_tok) == (left, taken)
+
+
 def test_equal_entries_of_a_list_go_down_together() -> None:
     known = known_of(silent={("windows", n): 512 for n in range(3)})
     seen = costs(10**4, "windows", legal=lambda data: len(set(data["windows"])) == 1)

@@ -58,6 +58,19 @@ def lighter(
                 data, best = trial, now
     if best is not None and best.numbers > _HEAVY:
         data = next((one for one in smaller_images(known, data) if seen(one)), data)
+        data = _fewer_parts(known, data, seen)
+    return data
+
+
+def _fewer_parts(known: ConfigMap, data: dict[str, Any], seen: Seen) -> dict[str, Any]:
+    """Sizes as they were of which less is more to compute: the patches of an image (LayoutLMv3)."""
+    best = seen(data)
+    for path, value in known.sizes.items():
+        if best is None or best.numbers <= _HEAVY:
+            break
+        now = seen(whole) if (whole := with_values(data, {path: value})) != data else None
+        if now is not None and now.numbers < best.numbers / 2:
+            data, best = whole, now
     return data
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
-from itertools import chain
+from itertools import compress
 from math import lcm
 from typing import Any
 
@@ -69,13 +69,12 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
     data = in_proportion(known, data, seen)
     for path in sorted(known.sizes, key=lambda path: known.sizes[path]):
         changes = _smaller(known, data, path, heads, splitting, together)
-        trials = (with_values(data, {**one, **crops(data, one)}) for one in changes)
+        trials = [with_values(data, {**one, **crops(data, one)}) for one in changes]
         fitting: Iterator[dict[str, Any]] = filter(runs, trials)
-        if _stacked(known, path):  # room for a router first: it runs with half of the experts too
-            every = list(fitting)
-            halves = [with_values(one, {path: _get(one, path) // 2}) for one in every]
-            roomy = (one for one, half in zip(every, halves, strict=True) if runs(half))
-            fitting = chain(roomy, every)
+        if _stacked(known, path):  # room for a router: it runs with half of the experts too
+            halves = (with_values(one, {path: _get(one, path) // 2}) for one in (data, *trials))
+            room, *roomy = map(runs, halves)
+            fitting = filter(runs, compress(trials, roomy) if room else trials)
         elif path not in heads:
             fitting = _apart_at_half(known, path, fitting, unshrunken)
         data = next(fitting, data)
@@ -255,7 +254,7 @@ def _smaller(
             yield alone
         if not heads and len(equals) > 1:
             yield with_equals
-    if not heads:
+    if not heads and not stacked:
         yield from _with_heads(data, [path, *followers, *equals], value, splitting)
 
 
