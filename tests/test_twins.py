@@ -600,7 +600,7 @@ def test_units_are_told_apart_where_the_outputs_hardly_show_it() -> None:
     torch.manual_seed(0)
     test = TwinTest(Swamped(), {"x": torch.randn(2, 3, dtype=torch.float64)}, 4)
     assert test.proves([Dim("w", 0)], [3, 1, 2, 0])
-    assert not test.alike([Dim("w", 0)], 0, 3)
+    assert not test.alike([Dim("w", 0)], classes=1)
 
 
 def test_an_output_may_hold_the_width_several_times() -> None:

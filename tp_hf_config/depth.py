@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,16 +54,10 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
     steps = ((n, keep) for n in sorted(keeps, reverse=True) for keep in sorted(keeps[n]))
     for length, keep in steps:  # lists of one length need not have as many kinds of layers
         for left in (one for one in (keep, keep + 1, 3 * keep) if one < length):
-            refused, lower = False, lowered
-            for change in _changes(data, length, left, widths):
-                if not all(_holds(lowered, path) for path in change):
-                    continue
-                trial = with_values(lowered, change)
-                model = builder.build(trial)
-                refused |= isinstance(model, Refusal)
-                if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
-                    lowered, full_shapes = trial, shapes(model)
-            if not refused or lowered is not lower:
+            changes = _changes(data, length, left, widths)
+            lower, fewer, refused = _lowered(builder, lowered, full_shapes, changes, alike)
+            more, lowered, full_shapes = refused and lower is lowered, lower, fewer
+            if not more:
                 break  # more may do: CvT looks up a list by its stage, Zamba ties every sixth
     if lowered is data:
         return Depth(lowered)
@@ -71,6 +65,26 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
         if _layers_in(full_shapes, name) == _layers_in(before, name):
             alike[name] = tuple(range(len(indices)))  # no layer stands for others
     return Depth(lowered, alike)
+
+
+def _lowered(
+    builder: Builder,
+    data: dict[str, Any],
+    full_shapes: Shapes,
+    changes: Sequence[dict[FieldPath, Any]],
+    alike: Mapping[str, tuple[int, ...]],
+) -> tuple[dict[str, Any], Shapes, bool]:
+    """The config without what only repeats layers, its shapes, and whether some did not build."""
+    refused = False
+    for change in changes:
+        if not all(_holds(data, path) for path in change):
+            continue
+        trial = with_values(data, change)
+        model = builder.build(trial)
+        refused |= isinstance(model, Refusal)
+        if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
+            data, full_shapes = trial, shapes(model)
+    return data, full_shapes, refused
 
 
 def _layers_in(all_shapes: Shapes, name: str) -> int:
@@ -204,7 +218,7 @@ def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[
     return found
 
 
-def _only_fewer(before: Shapes, model: nn.Module, alike: dict[str, tuple[int, ...]]) -> bool:
+def _only_fewer(before: Shapes, model: nn.Module, alike: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether ``model`` has strictly fewer tensors, all as before, and every kind of layer."""
     after = shapes(model)
     if not (after.keys() < before.keys() and all(before[name] == after[name] for name in after)):

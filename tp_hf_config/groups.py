@@ -256,7 +256,7 @@ def _by_position(mini: Miniature, group: Group) -> Group:
     units = group.units * grain
     test = TwinTest(mini.model, mini.inputs, units, watched=mini.watched)
     classes = _classes(test, dims)
-    if classes is None or not test.alike(dims, 0, units // classes - 1):
+    if classes is None or not test.alike(dims, classes):
         return group
     return replace(group, dims=dims, units=units, classes=classes, grain=grain)
 
@@ -273,8 +273,7 @@ def _finest(mini: Miniature, group: Group) -> Group:
         widths = {dim.layout.parts * dim.layout.run for dim in dims}
         test = TwinTest(mini.model, mini.inputs, units, sorted(widths), mini.watched)
         orders = (list(_order(units, group.classes, swap)) for swap in (True, False))
-        last = units // group.classes - 1
-        if all(test.proves(dims, order) for order in orders) and test.alike(dims, 0, last):
+        if all(test.proves(dims, order) for order in orders) and test.alike(dims, group.classes):
             return replace(group, dims=dims, units=units, grain=grain)
     return group
 
@@ -297,7 +296,7 @@ def _proved(
     members, homeless = _members(test, links)
     for group in members:
         classes = _classes(test, group)
-        if classes is None or not test.alike(group, 0, test.units // classes - 1):
+        if classes is None or not test.alike(group, classes):
             reason = f"no permutation of units is neutral in {_named(group)}"
             return Finding(fields, reason=reason, disproved=True)
         by_field = tuple(sources[dim] for dim in group)

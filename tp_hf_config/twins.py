@@ -156,12 +156,13 @@ class TwinTest:
         ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
         return Links(tuple(ordered), (), tuple(silent))
 
-    def alike(self, dims: Sequence[Dim], first: int, second: int) -> bool:
-        """Whether two units are told apart in none of these dimensions.
+    def alike(self, dims: Sequence[Dim], classes: int) -> bool:
+        """Whether the first and last unit of a class are told apart in none of these dimensions.
 
         Gradients are compared with what each of them is: a change that is lost in the outputs,
         which a permutation would not show, shows here.
         """
+        first, second = 0, self.units // classes - 1
         with self._restored(dims):
             self._make_twins(dims, first, second)
             grads = self._gradients(dims, first, second)
