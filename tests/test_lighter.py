@@ -148,14 +148,15 @@ def test_state_space_models_of_the_usual_size_are_tiny(model_class: Any, config:
 def test_images_that_set_widths_shrink_with_the_sizes_that_follow() -> None:
     data = {
         "vision": {"image_size": 1024, "patch_size": 16},
-        "prompt": {"image_size": 1024, "grid": 64},
+        "prompt": {"image_size": 1024, "grid": 64, "hidden": 256, "layer": 4},
     }
     sizes = {("vision", "image_size"): 1024, ("vision", "patch_size"): 16}
-    silent = {("prompt", "grid"): 64, ("prompt", "image_size"): 1024}
+    sizes[("prompt", "hidden")] = 256  # not the side of a patch, of which there would be 4
+    silent = {("prompt", "grid"): 64, ("prompt", "image_size"): 1024, ("prompt", "layer"): 4}
     known = known_of(data, sizes=sizes, silent=silent)
     first = next(smaller_images(known, data))
     assert first["vision"] == {"image_size": 64, "patch_size": 16}
-    assert first["prompt"] == {"image_size": 64, "grid": 4}
+    assert first["prompt"] == {"image_size": 64, "grid": 4, "hidden": 256, "layer": 4}
 
 
 class PaddedConfig(hf.PretrainedConfig):

@@ -12,6 +12,7 @@ from .reference import FieldPath, config_json, with_values
 
 _IMAGES = (64, 96, 128)
 _WINDOW = "window_size"
+_PATCH = "patch_size"
 _CROPS = "image_grid_pinpoints"
 
 
@@ -59,7 +60,8 @@ def smaller_images(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[str,
 
 def _grids(known: ConfigMap, image: int) -> dict[FieldPath, int]:
     """Fields that count the patches along an image without setting a width, and a patch's side."""
-    patches = {side for side in known.sizes.values() if 1 < side < image and image % side == 0}
+    patches = {side for path, side in known.sizes.items() if path[-1] == _PATCH}
+    patches = {side for side in patches if 1 < side < image and image % side == 0}
     sides = {image // patch: patch for patch in patches}
     return {path: sides[value] for path, value in known.silent.items() if value in sides}
 
