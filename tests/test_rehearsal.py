@@ -9,7 +9,13 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable, pruner_kwargs
+from tp_hf_config import (
+    HFConfigSyncHook,
+    UnsupportedModelError,
+    prunable,
+    pruner_kwargs,
+    supports,
+)
 from tp_hf_config.groups import find_groups
 from tp_hf_config.learn import map_of
 from tp_hf_config.limits import straying
@@ -245,3 +251,9 @@ def test_a_width_that_cannot_be_rehearsed_is_refused(monkeypatch: pytest.MonkeyP
     assert rehearse(mini, finding) == (
         "less of intermediate_size cannot be built in the tiny copy, so that nothing shows it: no."
     )
+
+
+def test_states_that_a_forward_pass_leaves_in_the_model_are_no_obstacle() -> None:
+    found = supports(hf.RecurrentGemmaConfig(), model_class=hf.RecurrentGemmaForCausalLM)
+    outcomes = {width.fields: width.outcome for width in found.widths}
+    assert outcomes["hidden_size",] == outcomes["intermediate_size",] == "works"

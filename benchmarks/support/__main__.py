@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks/support", description=__doc__)
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seconds", type=int, default=120, help="processor time of one process")
-    parser.add_argument("--gib", type=float, default=8, help="memory limit of one process")
+    parser.add_argument("--gib", type=float, default=13, help="memory limit of one process")
     parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and the sample")
     parser.add_argument("--types", nargs="+", help="only these model types")
     parser.add_argument("--tasks", nargs="+", help="only these tasks")
