@@ -57,8 +57,8 @@ fuzz: $(VENV)/.dev
 heads-table: $(VENV)/.demo
 	$(BIN)/python benchmarks/head_modes.py --write
 
-# docs/support.md: every architecture of transformers, measured. Takes about two hours on two cores;
-# goes on where it was stopped.
+# docs/support.md: every architecture of transformers, measured. Takes two to three hours on two
+# cores; goes on where it was stopped.
 support: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[support]'
 	$(BIN)/python benchmarks/support
