@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
-from itertools import compress
 from math import lcm
 from typing import Any
 
@@ -65,16 +64,19 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
     def runs(trial: dict[str, Any]) -> bool:
         return seen(trial) is not None
 
+    def leaves_room(trial: dict[str, Any], path: FieldPath) -> bool:
+        """Whether a router has a choice: it runs with half of the experts too."""
+        return runs(with_values(trial, {path: _get(trial, path) // 2}))
+
     data = next(filter(runs, smaller_images(known, data)), data)
     data = in_proportion(known, data, seen)
     for path in sorted(known.sizes, key=lambda path: known.sizes[path]):
         changes = _smaller(known, data, path, heads, splitting, together)
-        trials = [with_values(data, {**one, **crops(data, one)}) for one in changes]
+        trials = (with_values(data, {**one, **crops(data, one)}) for one in changes)
         fitting: Iterator[dict[str, Any]] = filter(runs, trials)
-        if _stacked(known, path):  # room for a router: it runs with half of the experts too
-            halves = (with_values(one, {path: _get(one, path) // 2}) for one in (data, *trials))
-            room, *roomy = map(runs, halves)
-            fitting = filter(runs, compress(trials, roomy) if room else trials)
+        if _stacked(known, path):
+            if leaves_room(data, path):
+                fitting = (one for one in fitting if leaves_room(one, path))
         elif path not in heads:
             fitting = _apart_at_half(known, path, fitting, unshrunken)
         data = next(fitting, data)
