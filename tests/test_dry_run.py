@@ -7,7 +7,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from tp_hf_config.dry_run import NoValues, RealNumbers
+from tp_hf_config import dry_run
+from tp_hf_config.dry_run import KnownShapes, NoValues, RealNumbers
 from tp_hf_config.heads import observe
 from tp_hf_config.reference import Refusal, without_data
 
@@ -49,6 +50,18 @@ class TestRealNumbers:
         narrow = nn.ConvTranspose1d(4, 4, 2, stride=4, padding=-1, device=META)
         with RealNumbers(), pytest.raises(RuntimeError, match="negative padding"):
             narrow(torch.empty(1, 4, 8, device=META))
+
+    def test_so_many_numbers_are_no_sizes(self) -> None:
+        """V-JEPA 2's places of 28,224 patches take seconds to compute."""
+        with RealNumbers():
+            few, many = (torch.ones(n, device=META, dtype=torch.long) * 0.5 for n in (8, 2**22))
+            mask = torch.arange(1024, device=META) > torch.arange(1024, device=META).unsqueeze(1)
+            hidden = torch.where(mask, 0.0, -1.0)  # Longformer asks such a mask
+            waves = (few.sin(), few.cos())
+        assert few.tolist()[:3] == [0.5, 0.5, 0.5]
+        assert (many.is_meta, tuple(many.shape), many.dtype) == (True, (2**22,), torch.float32)
+        assert (hidden < 0).any()
+        assert [(one.is_meta, tuple(one.shape)) for one in waves] == [(True, (8,))] * 2
 
     def test_of_many_experts_a_few_are_chosen(self) -> None:
         with RealNumbers() as numbers:
@@ -110,6 +123,19 @@ class TestRealNumbers:
 
     def test_without_it_nothing_is_real(self) -> None:
         assert torch.arange(4, device=META).device == META
+
+
+class TestKnownShapes:
+    def test_an_operation_is_shaped_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dry_run, "_seen", {})
+        with KnownShapes():
+            first, second = (torch.empty(4, 3, device=META).log() for _ in range(2))
+            real = torch.ones(2).exp()
+        assert (first.shape, second.shape) == ((4, 3), (4, 3))
+        assert first is not second
+        assert second.is_meta
+        assert real.tolist() == torch.ones(2).exp().tolist()
+        assert len(dry_run._seen) == 1
 
 
 class TestNoValues:

@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 from tp_hf_config import depth, learn, study
 from tp_hf_config.heads import heads_of, observe
 from tp_hf_config.learn import ConfigMap, map_of
-from tp_hf_config.reference import Builder, Refusal, config_json, shapes, with_values
+from tp_hf_config.reference import Builder, Refusal, config_json, named_modules, shapes, with_values
 from tp_hf_config.solve import Conflict, Problem, solve
 
 Values = dict[tuple[str | int, ...], int]
@@ -583,3 +583,29 @@ def test_layers_go_where_a_backbone_names_its_last():
     )
     known = map_of(hf.Dinov2Backbone(config).eval())
     assert known.depth.data["num_hidden_layers"] == 2
+
+
+class Filled(hf.LlamaForCausalLM):
+    """Construction fills weights in place and computes with them, as timm's classes do."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        norm, width = self.model.norm.weight, config.hidden_size
+        self.scale = torch.nn.Parameter(torch.empty(width).uniform_(-1, 1).erfinv_().clamp_(min=-1))
+        self.table = torch.nn.Parameter(norm.unsqueeze(0) * torch.zeros(3, 1).mul_(self.scale[:1]))
+
+
+def test_weights_filled_in_place_have_their_shapes():
+    with torch.device("meta"):
+        model = Filled(small.llama().config)
+    built = Builder(model).build(config_json(model.config))
+    assert not isinstance(built, Refusal)
+    assert shapes(built) == shapes(model)
+    assert built.table.shape == (3, model.config.hidden_size)
+
+
+def test_modules_are_named_as_torch_names_them():
+    model = hf.T5ForConditionalGeneration(hf.T5Config(num_layers=1, d_model=8, d_kv=2, d_ff=8))
+    assert list(named_modules(model)) == list(model.named_modules(remove_duplicate=False))
+    tied = model.named_parameters(remove_duplicate=False)
+    assert shapes(model) == {name: tuple(one.shape) for name, one in tied}

@@ -22,6 +22,9 @@ _INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 _NONZERO = torch.ops.aten.nonzero.default
 _FEW = 8
 _MOST_SEEN = 100_000
+_WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
+_LARGE = 2**21
+"""So many numbers are no sizes, and no mask that is asked whether it hides anything."""
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _CONVOLUTION = torch.ops.aten.convolution.default
 _PADDING = 4
@@ -69,8 +72,24 @@ def _interpolated(
     return values.new_empty((*values.shape[:2], *map(int, each)))
 
 
+class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What is computed on the meta device is shaped once."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as below
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_meta = any(one.is_meta for one in _flat(args, {}) if isinstance(one, torch.Tensor))
+        return (_shaped if on_meta else _called)(func, args, kwargs or {})
+
+
+def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whole numbers are computed, everything else has shapes only.
+    """Whole numbers and the few others made of them are computed, all else has shapes only.
 
     Where values choose (which tokens an expert takes, which images are more than padding), all are
     chosen; of a long row (experts, one after the other) the first few, which are like all others.
@@ -113,6 +132,9 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = _shaped(func, args, kwargs) if on_meta else func(*args, **kwargs)
         if isinstance(output, torch.Tensor):
             self.numbers += output.numel()
+            large = output.numel() > _LARGE and output.dtype != torch.bool
+            if func in _WAVES or (large and _makes_new(func)):
+                return _without_data(output)  # of places: long to compute, and nothing asks
         return output
 
     @staticmethod
