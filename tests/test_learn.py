@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers as hf
 from transformers.utils import logging as hf_logging
 
 from tp_hf_config import depth, learn, study
+from tp_hf_config.at_once import may_matter
 from tp_hf_config.heads import heads_of, observe
 from tp_hf_config.learn import ConfigMap, map_of
 from tp_hf_config.reference import Builder, Refusal, config_json, named_modules, shapes, with_values
@@ -609,3 +611,67 @@ def test_modules_are_named_as_torch_names_them():
     assert list(named_modules(model)) == list(model.named_modules(remove_duplicate=False))
     tied = model.named_parameters(remove_duplicate=False)
     assert shapes(model) == {name: tuple(one.shape) for name, one in tied}
+
+
+class TestQuestionsTogether:
+    @staticmethod
+    def asked(*matter: int) -> tuple[list[Any], int]:
+        """Which of 16 fields may matter, and after how many questions that is known."""
+        questions: list[Any] = []
+
+        def in_vain(paths: Any) -> bool:
+            questions.append(paths)
+            return not {path[0] for path in paths} & {*matter}
+
+        found = [path[0] for path in may_matter([(number,) for number in range(16)], in_vain)]
+        return found, len(questions)
+
+    def test_one_question_is_enough_where_nothing_matters(self) -> None:
+        assert self.asked() == ([], 1)
+
+    def test_those_that_matter_are_found_in_their_order(self) -> None:
+        assert self.asked(9, 2, 3)[0] == [2, 3, 9]
+        assert self.asked(5) == ([5], 9)
+
+    def test_the_rest_is_not_asked_once_one_is_enough(self) -> None:
+        questions = iter([False, True, False, False])
+        found = may_matter([(0,), (1,), (2,)], lambda _: next(questions))
+        assert next(found) == (1,)
+
+    def test_nothing_is_asked_of_nothing(self) -> None:
+        assert list(may_matter([], lambda _: False)) == []
+
+
+def test_what_changes_no_word_of_a_refusal_is_not_tried_with_every_field(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """DETR's stages are numbers of a backbone's; no width has anything to do with them."""
+    config = hf.DetrConfig(encoder_layers=1, decoder_layers=1, d_model=16, encoder_ffn_dim=16)
+    with torch.device("meta"):
+        model = hf.DetrModel(config)
+    asked: list[Any] = []
+    own = study.Study._together
+    built = study.Study._build
+
+    def together(self: Any, path: Any, values: Any, moves: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(study.Study, "_build", lambda *args: asked.append(path) or built(*args))
+            return own(self, path, values, moves)
+
+    monkeypatch.setattr(study.Study, "_together", together)
+    known = learned(model)
+    counts = Counter(path for path in asked if path[-2:-1] == ("out_indices",))
+    assert counts
+    assert max(counts.values()) == 2
+    assert ("d_model",) in known.values
+
+
+def test_what_every_config_has_follows_no_width(monkeypatch: pytest.MonkeyPatch):
+    """Two labels where none are named are asked for no width of the class."""
+    model = small.llama()
+    builder, data = Builder(model), config_json(model.config, use_diff=False)
+    asked = study.Study(builder, depth.Depth(data), {})
+    monkeypatch.setattr(asked, "_build", lambda values: pytest.fail(f"built at {values}"))
+    values = {("hidden_size",): model.config.hidden_size}
+    assert asked.free({("num_labels",): 2}, values) == {("num_labels",): 2}
+    assert asked.free({("head_dim",): 5}, values) == {("head_dim",): 5}  # no divisor of it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import permutations
 from typing import TYPE_CHECKING
@@ -39,6 +39,20 @@ def without_effect(study: Study, probes: Mapping[FieldPath, int]) -> set[FieldPa
 
     ask(list(probes))
     return quiet | {path for path in probes if path[-1] in no_numbers}
+
+
+def may_matter(
+    paths: Sequence[FieldPath], in_vain: Callable[[Sequence[FieldPath]], bool]
+) -> Iterator[FieldPath]:
+    """The fields, in their order, without those that are in vain together with others."""
+    if not paths or in_vain(paths):
+        return
+    if len(paths) == 1:
+        yield paths[0]
+        return
+    half = len(paths) // 2
+    yield from may_matter(paths[:half], in_vain)
+    yield from may_matter(paths[half:], in_vain)
 
 
 def each_of(

@@ -62,6 +62,13 @@ def _entries(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
         yield path, value
 
 
+def is_everyones(path: FieldPath) -> bool:
+    """Whether every config has the field, so that no width of a class is behind its default."""
+    from transformers import PretrainedConfig
+
+    return hasattr(PretrainedConfig, str(path[-1]))
+
+
 def _is_machinery(name: str) -> bool:
     """Whether a name is a method or constant that every config has; ``num_labels`` is neither."""
     from transformers import PretrainedConfig

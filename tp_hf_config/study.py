@@ -6,19 +6,31 @@ Everything here happens around one shallow config, on the meta device.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
-from itertools import combinations, permutations
+from functools import cache
+from itertools import combinations
 from typing import Any
 
 from torch import nn
 
-from .at_once import each_of, show_heads, without_effect
+from .at_once import each_of, may_matter, show_heads, without_effect
 from .depth import Depth
+from .fields import is_everyones
 from .heads import Layout, counts_of, observe
 from .moves import UNSET_PROBES, Move, Sizes, blind, is_rounded, on_a_line, probes_of
-from .reference import Builder, FieldPath, Refusal, shapes, vanished_counts, with_values
+from .reference import (
+    Builder,
+    FieldPath,
+    Refusal,
+    named_modules,
+    shapes,
+    vanished_counts,
+    with_values,
+)
 
+_OTHER_TENSORS = 4
+"""Values at which a class has other tensors that are tried before a field is said to set none."""
 _ROUNDED = 3
 """Values at which something is rounded that are tried before one of them is taken."""
 
@@ -28,7 +40,7 @@ class Study:
 
     def __init__(self, builder: Builder, depth: Depth, implied: Mapping[FieldPath, int]):
         self.builder = builder
-        self.canonical = depth.canonical
+        self.canonical = cache(depth.canonical)
         self.data = with_values(depth.data, dict(implied))
         model = self._build({})
         if isinstance(model, Refusal):
@@ -170,12 +182,17 @@ class Study:
         breaks off earlier than where it is left unset.
         """
         result = dict(implied)
-        for other in values if implied else ():
+        for other in values:
+            may_follow = [
+                (path, value)
+                for path, value in result.items()
+                if values[other] % value == 0 and not is_everyones(path)
+            ]
             moved = {other: 2 * values[other]}
-            followed = self._build(moved)
+            followed = self._build(moved) if may_follow else Refusal("")
             if isinstance(followed, Refusal) or shapes(followed) == self.shapes:
                 continue
-            for path, value in [item for item in result.items() if values[other] % item[1] == 0]:
+            for path, value in may_follow:
                 kept = self._build({**moved, path: value})
                 if isinstance(kept, Refusal) or shapes(followed) == shapes(kept):
                     continue
@@ -222,11 +239,29 @@ class Study:
     ) -> dict[FieldPath, tuple[FieldPath, ...]]:
         """Widths that the class only takes in proportion with another, and those others."""
         found: dict[FieldPath, tuple[FieldPath, ...]] = {}
-        for path, other in permutations(refused, 2):
+        for path, other in combinations(refused, 2):
             sizes = self.at({path: 2 * values[path], other: 2 * values[other]}, watch=False)
             if isinstance(sizes, dict) and any(sizes.values()):
                 found[path] = (*found.get(path, ()), other)
+                found[other] = (*found.get(other, ()), path)
         return found
+
+    def _partners(
+        self, path: FieldPath, others: Sequence[FieldPath], values: Mapping[FieldPath, int]
+    ) -> Iterator[FieldPath]:
+        """Those with which a class may take a field's double, of others that it takes alone.
+
+        The rest changes nothing in its words.
+        """
+        alone = self._build({path: 2 * values[path]})
+
+        def in_vain(some: Sequence[FieldPath]) -> bool:
+            if not isinstance(alone, Refusal):
+                return False
+            both = self._build({one: 2 * values[one] for one in (path, *some)})
+            return isinstance(both, Refusal) and both.reason == alone.reason
+
+        return may_matter(others, in_vain)
 
     def _alone(
         self, path: FieldPath, value: int, points: Sequence[Move] = (), enough: int = 2
@@ -241,7 +276,7 @@ class Study:
             sizes = self.at({path: probe}, watch=heads or not points)
             if not isinstance(sizes, dict):
                 others.append(sizes)
-                if self._counts_layers(path):
+                if self._counts_layers(path) or others.count(None) == _OTHER_TENSORS:
                     break
                 continue
             if not sizes:
@@ -297,9 +332,13 @@ class Study:
         over ``num_key_value_heads``.
         """
         found: dict[FieldPath, FieldPath] = {}
-        for path in moving:
-            if not self._vanishing.get(path, True):
-                continue
+        unknown = [path for path in values if path in moving and self._vanishing.get(path, True)]
+
+        def in_vain(some: Sequence[FieldPath]) -> bool:
+            less = {path: values[path] // 2 for path in some if values[path] > 1}
+            return self._vanishes(less) is False
+
+        for path in may_matter(unknown, in_vain):
             tried = (values[path] * 3 // 4, values[path] // 2)  # some divide another width
             less = next((one for one in tried if one and self._vanishes({path: one})), None)
             if less is None:
@@ -334,7 +373,8 @@ class Study:
         moves: Mapping[FieldPath, Sequence[Move]],
     ) -> list[Move]:
         """A move of a field that the class only accepts together with another one's."""
-        for partner, points in moves.items():
+        for partner in self._partners(path, list(moves), values):
+            points = moves[partner]
             for factor in (2, 3):
                 both = {path: factor * values[path], partner: factor * values[partner]}
                 together = self.at(both, watch=False)
@@ -359,12 +399,8 @@ class Study:
 def _numbers(model: nn.Module) -> dict[str, dict[str, float]]:
     """Numeric attributes of every module."""
     return {
-        name: {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
-        for name, module in model.named_modules()
+        name: {key: value for key, value in vars(module).items() if type(value) in (int, float)}
+        for name, module in named_modules(model)
     }
 
 
