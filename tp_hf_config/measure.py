@@ -22,12 +22,11 @@ from .miniature import Miniature, randomise
 from .offers import Width, widths_of
 from .passes import Result, outputs_in_float64, warm_up
 from .prepare import pruner_kwargs
-from .reference import Builder, Refusal, config_json
+from .reference import Builder, Refusal, attention_of, config_json
 from .ties import saved_buffers
 
 Outcome = Literal["works", "refused", "failed"]
 CASE = "case.pt"
-_LOADED: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
 RATIO = 0.5
 STEPS = (1, 2)
 _SHORT = 1024
@@ -117,7 +116,7 @@ def _take_computed(model: Any) -> None:
     with TemporaryDirectory(prefix="tp_hf_config-") as folder:
         try:
             model.save_pretrained(folder)
-            loaded = type(model).from_pretrained(folder, **_LOADED)
+            loaded = type(model).from_pretrained(folder, **_options(model))
         except Exception:
             return
     own, made = dict(model.named_buffers()), dict(loaded.named_buffers())
@@ -125,6 +124,12 @@ def _take_computed(model: Any) -> None:
         for name in computed:
             if name in made and made[name].shape == own[name].shape:
                 own[name].copy_(made[name])
+
+
+def _options(model: Any) -> dict[str, Any]:
+    """How a model is loaded again: it has to compute as the one that was saved."""
+    attention = attention_of.get(type(model), "eager")
+    return {"dtype": torch.float64, "attn_implementation": attention}
 
 
 def _as_float32(value: torch.Tensor) -> None:
@@ -232,7 +237,7 @@ def save(
             outputs = outputs_in_float64(model, inputs, watched)
         model.save_pretrained(folder)
         case = {"inputs": dict(inputs), "watched": [tuple(one) for one in watched]}
-        torch.save({**case, "outputs": outputs}, folder / CASE)
+        torch.save({**case, "outputs": outputs, "options": _options(model)}, folder / CASE)
     except Exception as error:
         return f"it cannot be saved: {type(error).__name__}: {error}"
     return None
@@ -242,7 +247,8 @@ def reloaded(model_class: Any, folder: Path) -> str | None:
     """Load a saved model and compare bit for bit; where it differs, or ``None``."""
     case = torch.load(folder / CASE, weights_only=True)
     try:
-        model, info = model_class.from_pretrained(folder, output_loading_info=True, **_LOADED)
+        options = {**case["options"], "output_loading_info": True}
+        model, info = model_class.from_pretrained(folder, **options)
         wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
         if wrong:
             return _line(f"loading reports {wrong}")

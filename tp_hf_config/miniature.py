@@ -12,15 +12,16 @@ from torch import nn
 
 from .depth import are_whole, is_numbers
 from .learn import ConfigMap, learn
-from .passes import Result, watched_results
+from .passes import AllFloat64, Result, tensors_in, watched_results
 from .reach import Working, unreached_by, why_not, working_inputs
-from .reference import FieldPath, Refusal, shapes, with_values
+from .reference import Builder, FieldPath, Refusal, attention_of, shapes, with_values
 from .shrinking import shrunken, small_tokens
 from .states import states_in
 from .ties import compute_unsaved, saved_buffers
 
 _LAYERS = 2
 """As many layers of a kind are left at least."""
+_OTHER_ATTENTION = "sdpa"
 _NAMING = ("layer", "index")
 """In the names of settings that name layers."""
 
@@ -80,12 +81,37 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         if isinstance(working, Refusal):
             return working
         inputs, partial = working
+        model = _with_numbers(builder, data, model, inputs)
         full = builder.build(data)
     if isinstance(full, Refusal):
         return full
     around = learn(builder, builder.config(data), full, all_set=True)
     watched = () if partial else watched_results(model, inputs)
     return Miniature(around, model, inputs, partial, watched)
+
+
+def _with_numbers(
+    builder: Builder, data: dict[str, Any], model: nn.Module, inputs: dict[str, Any]
+) -> nn.Module:
+    """The model, or with another attention where only that computes numbers.
+
+    Nemotron's streaming encoder hides all that it should see from the eager one.
+    """
+    if _computes_numbers(model, inputs) or builder.model_class in attention_of:
+        return model
+    attention_of[builder.model_class] = _OTHER_ATTENTION
+    other = builder.build_real(data)
+    if not isinstance(other, Refusal):
+        other.load_state_dict(model.state_dict())
+        if why_not(other, inputs) is None and _computes_numbers(other, inputs):
+            return other
+    del attention_of[builder.model_class]
+    return model
+
+
+def _computes_numbers(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    with torch.no_grad(), AllFloat64():
+        return not any(one.isnan().any() for one in tensors_in(model(**inputs)))
 
 
 def _with_layers_named(

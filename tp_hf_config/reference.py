@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 FieldPath = tuple[str | int, ...]
 """Where a value stands in a config's JSON: ``("text_config", "hidden_size")``."""
 
+attention_of: dict[type, str] = {}
+"""Classes whose eager attention computes no numbers, and the one that does."""
+
 _BUILD_LOCK = threading.RLock()
 
 
@@ -81,7 +84,7 @@ class Builder:
         decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
         values = copy.deepcopy(data)
         config = self.config_class.from_dict(decode(values) if decode is not None else values)
-        config._attn_implementation = "eager"
+        config._attn_implementation = attention_of.get(self.model_class, "eager")
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
         return config

@@ -29,7 +29,7 @@ from .reference import (
     with_values,
 )
 
-_OTHER_TENSORS = 4
+_OTHER_TENSORS = 5
 """Values at which a class has other tensors that are tried before a field is said to set none."""
 _ROUNDED = 3
 """Values at which something is rounded that are tried before one of them is taken."""
