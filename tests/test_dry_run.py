@@ -58,6 +58,9 @@ class TestRealNumbers:
             mask = torch.arange(1024, device=META) > torch.arange(1024, device=META).unsqueeze(1)
             hidden = torch.where(mask, 0.0, -1.0)  # Longformer asks such a mask
             waves = (few.sin(), few.cos())
+            places = torch.arange(2**20, device=META)
+            pairs = places.unsqueeze(1) * places  # 8 TiB
+        assert (pairs.is_meta, tuple(pairs.shape), pairs.dtype) == (True, (2**20,) * 2, torch.long)
         assert few.tolist()[:3] == [0.5, 0.5, 0.5]
         assert (many.is_meta, tuple(many.shape), many.dtype) == (True, (2**22,), torch.float32)
         assert (hidden < 0).any()

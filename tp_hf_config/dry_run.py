@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _FEW = 8
 _MOST_SEEN = 100_000
 _WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
 _LARGE = 2**21
-"""So many numbers are no sizes, and no mask that is asked whether it hides anything."""
+"""So many numbers are no sizes."""
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _CONVOLUTION = torch.ops.aten.convolution.default
 _PADDING = 4
@@ -129,12 +130,9 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 args = (args[0], _positions(args[1]), *args[2:])
             if func in _INDEX or not all(tensor.is_meta for tensor in tensors):
                 args, kwargs = tree_map(_without_data, (args, kwargs))
-        output = _shaped(func, args, kwargs) if on_meta else func(*args, **kwargs)
+        output = _shaped(func, args, kwargs) if on_meta else _small(func, args, kwargs, tensors)
         if isinstance(output, torch.Tensor):
             self.numbers += output.numel()
-            large = output.numel() > _LARGE and output.dtype != torch.bool
-            if func in _WAVES or (large and _makes_new(func)):
-                return _without_data(output)  # of places: long to compute, and nothing asks
         return output
 
     @staticmethod
@@ -146,6 +144,25 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return not any(tensor.is_meta for tensor in tensors)
         dtype = kwargs.get("dtype")
         return (dtype is not None and not dtype.is_floating_point) or "arange" in str(func)
+
+
+def _small(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+    """What an operation computes; a shape where that is of so many numbers that nothing asks."""
+    new = _makes_new(func)
+    pointwise = new and torch.Tag.pointwise in func.tags
+    if pointwise and prod(tensor.numel() for tensor in tensors) > _LARGE:
+        shape = _shaped(func, *tree_map(_without_data, (args, kwargs)))
+        if _is_large(shape):  # LightGlue multiplies every place by every other
+            return shape
+    output = func(*args, **kwargs)
+    return _without_data(output) if func in _WAVES or (new and _is_large(output)) else output
+
+
+def _is_large(output: Any) -> bool:
+    """Whether these are more numbers than sizes come from; a mask is asked whatever its size."""
+    if not isinstance(output, torch.Tensor) or output.dtype == torch.bool:
+        return False
+    return output.numel() > _LARGE
 
 
 def _flat(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
