@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, reduce
+from heapq import heapify, heappop, heappush
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -196,25 +198,61 @@ def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result
         return ()
     taken, read = _taken(watch.results.values()), {_edge(made) for made in watch.read}
     first = {_edge(made): result for result, made in reversed(watch.results.items())}
-    shown: dict[Result, set[int]] = {}
-    for edge, result in reversed(first.items()):
-        if edge[0] is not None and (edge in read or edge not in taken):
-            blind = _without_effect([_unmasked(watch.results[result])], unseen)
-            shown[result] = set(map(id, unseen)) - set(map(id, blind))
-    choosing = {result for edge, result in first.items() if edge in read and shown.get(result)}
-    needed: set[Result] = set()
-    for result in sorted(shown.keys() - choosing, key=lambda one: (-len(shown[one]), one)):
-        if not shown[result] <= set().union(*(shown[other] for other in needed)):
-            needed.add(result)
-    seen = set().union(*(shown[result] for result in choosing | needed))
+    sight = _Sight(unseen, watch.results)
+    ends = {one: edge in read for edge, one in first.items() if edge in read or edge not in taken}
+    choosing = {result for result, chooses in ends.items() if chooses and sight.of(result)}
+    needed = sight.fewest(result for result, chooses in ends.items() if not chooses)
+    seen = set().union(*map(sight.of, choosing | needed))
     rest = [one for one in unseen if id(one) not in seen and one.ndim > 1]
-    last = _last_seen(model, watch.results, rest)
+    last = _last_seen(model, sight, rest)
     return tuple(result for result in watch.results if result in choosing | needed | last)
 
 
-def _last_seen(
-    model: nn.Module, results: Mapping[Result, Tensor], parameters: Sequence[Tensor]
-) -> set[Result]:
+class _Sight:
+    """Which of some parameters each result of a pass shows.
+
+    The graph is asked first which it can show at all, and no backward pass made where that says
+    enough: LightGlue has hundreds of results.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], results: Mapping[Result, Tensor]):
+        self.results = results
+        self._parameters = {id(parameter): parameter for parameter in parameters}
+        self._reach = _reach(self._parameters, results.values())
+        self._shown: dict[Result, set[int]] = {}
+
+    def may_be_of(self, result: Result) -> set[int]:
+        """The parameters, by ``id``, that a result is computed from."""
+        reached = self._reach.get(self.results[result].grad_fn, 0)
+        return {one for place, one in enumerate(self._parameters) if reached >> place & 1}
+
+    def of(self, result: Result) -> set[int]:
+        """The parameters that it shows."""
+        if result not in self._shown:
+            asked = [self._parameters[one] for one in self.may_be_of(result)]
+            blind = _without_effect([_unmasked(self.results[result])], asked) if asked else ()
+            self._shown[result] = set(map(id, asked)) - set(map(id, blind))
+        return self._shown[result]
+
+    def fewest(self, results: Iterable[Result]) -> set[Result]:
+        """As many as it takes to see what they show, those that show most first."""
+        waiting = [(-len(self.may_be_of(result)), result, False) for result in results]
+        heapify(waiting)
+        needed: set[Result] = set()
+        seen: set[int] = set()
+        while waiting:
+            _, result, known = heappop(waiting)
+            if self.may_be_of(result) <= seen:
+                continue
+            if not known:
+                heappush(waiting, (-len(self.of(result)), result, True))
+            elif not self.of(result) <= seen:
+                needed.add(result)
+                seen |= self.of(result)
+        return needed
+
+
+def _last_seen(model: nn.Module, sight: _Sight, parameters: Sequence[Tensor]) -> set[Result]:
     """The last results that depend on parameters which nothing later depends on.
 
     Of a softmax over a single score (SwiftFormer's) the result is 1, and attention over equal
@@ -226,9 +264,8 @@ def _last_seen(
     for parameter in parameters:
         owner = names[id(parameter)].rpartition(".")[0]
         around = (owner, owner.rpartition(".")[0])
-        for result in reversed([one for one in results if one.module in around]):
-            made = results[result]
-            if made.requires_grad and not _without_effect([_unmasked(made)], [parameter]):
+        for result in reversed([one for one in sight.results if one.module in around]):
+            if id(parameter) in sight.of(result):
                 found.add(result)
                 break
     return found
@@ -255,6 +292,23 @@ def _taken(tensors: Iterable[Tensor]) -> set[_Edge]:
                     seen.add(node)
                     waiting.append(node)
     return taken
+
+
+def _reach(parameters: Collection[int], tensors: Iterable[Tensor]) -> dict[Any, int]:
+    """For each step of a pass that it is computed from, a bit for each of these parameters."""
+    bits = {parameter: 1 << place for place, parameter in enumerate(parameters)}
+    found: dict[Any, int] = {}
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    while waiting:
+        before = [node for node, _ in waiting[-1].next_functions if node is not None]
+        later = [node for node in before if node not in found]
+        if later:
+            waiting += later
+            continue
+        step = waiting.pop()
+        own = bits.get(id(getattr(step, "variable", None)), 0)
+        found[step] = reduce(or_, (found[node] for node in before), own)
+    return found
 
 
 def _without_effect(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
