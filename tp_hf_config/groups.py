@@ -31,7 +31,7 @@ from .miniature import Miniature
 from .reach import why_not
 from .reference import FieldPath, Refusal, field_name, with_values
 from .rehearsal import rehearse
-from .search import Sources, Style, searched
+from .search import Places, Sources, Style, places_of, searched
 from .states import AXIS, states_of
 from .ties import saved_buffers, stacks
 from .twins import Dim, Layout, Links, TwinTest
@@ -65,10 +65,10 @@ class Finding:
     """What was found for one width: its groups, or why it cannot be pruned.
 
     ``disproved``: units were seen not to be interchangeable; ``unseen``: the outputs do not show
-    some of its dimensions; ``least``: fewer units, and the class does not run (a router that takes
-    the best two experts needs two); ``along``: parameters that no output depends on, in a group all
-    the same; ``outward``: an output is as wide; ``handed``: inputs (states of an encoder) that lose
-    the same units.
+    some of its dimensions; ``apart``: dimensions in which they are not; ``least``: fewer units, and
+    the class does not run (a router that takes the best two experts needs two); ``along``:
+    parameters that no output depends on, in a group all the same; ``outward``: an output is as
+    wide; ``handed``: inputs (states of an encoder) that lose the same units.
     """
 
     fields: tuple[FieldPath, ...]
@@ -76,6 +76,7 @@ class Finding:
     reason: str | None = None
     disproved: bool = False
     unseen: bool = False
+    apart: Places = frozenset()
     least: int = 1
     along: tuple[str, ...] = ()
     outward: bool = False
@@ -90,25 +91,27 @@ def find_groups(mini: Miniature) -> list[Finding]:
         for path in known.values
         if path not in known.linked and _sets_outputs(mini, path)
     ]
-    failed = {f.fields[0] for f in findings if f.reason is not None}
+    apart = {f.fields[0]: f.apart for f in findings if f.reason is not None}
+    failed = set(apart)
     equal = list(equal_fields(known, failed))
-    findings += [found for pair in equal if (found := _find(mini, pair)).reason is None]
+    tried: set[frozenset[FieldPath]] = set()
+    for fields in chain(equal, grouped_heads(known, failed), heads_with_width(known, failed)):
+        if frozenset(fields) not in tried:
+            tried.add(frozenset(fields))
+            alone = [apart[path] for path in fields if path in apart]
+            found = _find(mini, fields, (), frozenset(chain(*alone)) if all(alone) else frozenset())
+            findings += [found] * (found.reason is None)
 
     def is_new(fields: tuple[FieldPath, ...]) -> bool:
         return all(set(fields) != set(other.fields) for other in findings)
 
-    for fields in filter(
-        is_new, chain(grouped_heads(known, failed), heads_with_width(known, failed))
-    ):
-        if (found := _find(mini, fields)).reason is None:
-            findings.append(found)
     for fields in filter(is_new, whole_heads(known)):
-        alone = next((f.groups for f in findings if f.fields == fields[-1:]), ())
-        tried = [_find(mini, fields, alone)]
+        groups = next((f.groups for f in findings if f.fields == fields[-1:]), ())
+        several = [_find(mini, fields, groups)]
         for pair in equal:
-            if tried[-1].reason is not None and fields[-1] in pair:
-                tried.append(_find(mini, (*fields[:-1], *pair)))
-        findings.append(tried[-1] if tried[-1].reason is None else tried[0])
+            if several[-1].reason is not None and fields[-1] in pair:
+                several.append(_find(mini, (*fields[:-1], *pair)))
+        findings.append(several[-1] if several[-1].reason is None else several[0])
     return [_rehearsed(mini, finding) for finding in findings]
 
 
@@ -129,10 +132,16 @@ def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:
     return mini.known.moves_shapes(path)
 
 
-def _find(mini: Miniature, fields: tuple[FieldPath, ...], alone: Sequence[Group] = ()) -> Finding:
+def _find(
+    mini: Miniature,
+    fields: tuple[FieldPath, ...],
+    alone: Sequence[Group] = (),
+    apart_alone: Places = frozenset(),
+) -> Finding:
     """Groups of units that are the same share of every one of the fields.
 
-    ``alone``: the groups that one of them sets by itself.
+    ``alone``: the groups that one of them sets by itself; ``apart_alone``: where units of each of
+    them alone are told apart.
     """
     known = mini.known
     units = units_of(known, fields)
@@ -159,7 +168,7 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...], alone: Sequence[Group]
 
     def look(runs: set[int]) -> tuple[TwinTest, Sources, tuple[Sources, Links]]:
         test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
-        return (test, *searched(test, styles, strides_in(shares), by_itself))
+        return (test, *searched(test, styles, strides_in(shares), by_itself, apart_alone))
 
     found: Finding | None = None
     test, first, (sources, links) = look(runs)
@@ -175,7 +184,8 @@ def _find(mini: Miniature, fields: tuple[FieldPath, ...], alone: Sequence[Group]
             found = replace(found, reason=f"{unseen} when given text alone", unseen=True, along=())
     if found is None:
         reason = f"units are not interchangeable in {_named(links.unequal)}"
-        found = Finding(fields, reason=reason, disproved=True)
+        apart = places_of(links.unequal)
+        found = Finding(fields, reason=reason, disproved=True, apart=apart)
     if found.disproved and len(fields) == 1:
         found = _without_twins(test, first, fields) or found
     handed = tuple(n for n in mini.states if any(d.name == n for g in found.groups for d in g.dims))

@@ -12,12 +12,17 @@ from .reference import FieldPath
 from .twins import Dim, Layout, Links, TwinTest
 
 _MAX_LAYOUTS = 10
+_MAX_IN_VAIN = 4 * _MAX_LAYOUTS
+"""Attempts in a row of which none is better: it stays at that, there may be thousands more."""
 
 Style = tuple[tuple[tuple[int, Layout], ...], FieldPath | None]
 """Dimensions alike in how their units may stand, and the field that sets them."""
 
 Sources = dict[Dim, FieldPath | None]
 """Dimensions in one layout, each with the field that sets it."""
+
+Places = frozenset[tuple[str, int]]
+"""Dimensions in any layout."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,9 @@ class _Attempt:
     chosen: tuple[Layout, ...] = ()
 
     @property
-    def apart(self) -> set[tuple[str, int]]:
+    def apart(self) -> Places:
         """The dimensions in which units are told apart."""
-        return {(dim.name, dim.dim) for dim in self.links.unequal}
+        return places_of(self.links.unequal)
 
     @property
     def failures(self) -> int:
@@ -44,6 +49,7 @@ def searched(
     styles: Mapping[Style, Sequence[Dim]],
     strides: Mapping[int, Collection[int]],
     alone: Sequence[Sequence[Dim]] = (),
+    apart_alone: Places = frozenset(),
 ) -> tuple[Sources, tuple[Sources, Links]]:
     """The likeliest layouts, and those in which the fewest dimensions tell units apart.
 
@@ -51,13 +57,18 @@ def searched(
     where units are told apart; then those that ``strides`` name, of so many positions of a unit in
     so many parts; then two of what was tried, each where the other fails; last units of several of
     a field's own, in the groups that it sets ``alone``.
+
+    Units of several fields that are told apart together wherever those of one are (``apart_alone``)
+    have nothing to do with each other: no more than likely layouts are tried.
     """
     search = _Search(test, styles)
     search.likely_together()
-    search.style_by_style()
     found = search.best()
-    if found.failures:
-        found = search.strided(strides) or search.grouped(alone) or found
+    if found.failures and not (apart_alone and found.apart >= apart_alone):
+        search.style_by_style()
+        found = search.best()
+        if found.failures:
+            found = search.strided(strides) or search.grouped(alone) or found
     return search.tried[0].sources, (found.sources, found.links)
 
 
@@ -81,21 +92,31 @@ class _Search:
 
     def style_by_style(self) -> None:
         """Other layouts for one style at a time, from the best, as long as that gets better."""
-        better = bool(self.best().failures)
+        better = True
         while better:
             now = self.best()
-            places = [
-                place
-                for place, alike in enumerate(self.styles.values())
-                if any((dim.name, dim.dim) in now.apart for dim in alike)
-            ]
-            for place in places:
-                for layout in self.options[place][:_MAX_LAYOUTS]:
-                    self._fits((*now.chosen[:place], layout, *now.chosen[place + 1 :]))
-                if self.best().failures < now.failures:
-                    break
+            for chosen in self._others(now):
+                self._fits(chosen)
+                if self._in_vain() >= _MAX_IN_VAIN:
+                    return
             least = self.best().failures
             better = 0 < least < now.failures and len(self.tried) < 4 * _MAX_LAYOUTS
+
+    def _others(self, now: _Attempt) -> Iterator[tuple[Layout, ...]]:
+        """Other layouts for each style in which units are told apart, until one is better."""
+        asked = {one.chosen for one in self.tried}
+        for place, alike in enumerate(self.styles.values()):
+            if self.best().failures < now.failures:
+                break
+            if any((dim.name, dim.dim) in now.apart for dim in alike):
+                for layout in self.options[place][:_MAX_LAYOUTS]:
+                    chosen = (*now.chosen[:place], layout, *now.chosen[place + 1 :])
+                    if chosen not in asked:
+                        yield chosen
+
+    def _in_vain(self) -> int:
+        """How many attempts there were since the best."""
+        return len(self.tried) - 1 - self.tried.index(self.best())
 
     def strided(self, strides: Mapping[int, Collection[int]]) -> _Attempt | None:
         """Units in several places, and two attempts in one; ``None`` where nothing fits."""
@@ -146,6 +167,11 @@ class _Search:
             return False
         self.tried.append(_Attempt(sources, self.test.links(list(sources)), chosen))
         return not self.tried[-1].failures
+
+
+def places_of(dims: Collection[Dim]) -> Places:
+    """Dimensions without their layouts."""
+    return frozenset((dim.name, dim.dim) for dim in dims)
 
 
 def _common_parts(layouts: Collection[Layout]) -> list[int]:
@@ -218,11 +244,13 @@ def _no_more_than_needed(found: _Attempt, likely: _Attempt) -> Sources:
     return _with_layouts_of(likely, found, set().union(*fine))
 
 
-def _with_layouts_of(other: _Attempt, one: _Attempt, places: set[tuple[str, int]]) -> Sources:
+def _with_layouts_of(
+    other: _Attempt, one: _Attempt, places: Collection[tuple[str, int]]
+) -> Sources:
     """One attempt with another's layouts in some places; what is silent goes with its layer."""
     layers = {name.rpartition(".")[0] for name, dim in places if dim == 0}
     silent = {(dim.name, dim.dim) for dim in one.links.silent}
-    places = places | {place for place in silent if place[0].rpartition(".")[0] in layers}
+    places = {*places} | {place for place in silent if place[0].rpartition(".")[0] in layers}
     theirs = {(dim.name, dim.dim, path): dim for dim, path in other.sources.items()}
     return {
         theirs[dim.name, dim.dim, path] if (dim.name, dim.dim) in places else dim: path

@@ -1,0 +1,93 @@
+"""How long layouts are tried, with experiments whose results are given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, cast
+
+import pytest
+import transformers as hf
+
+from tp_hf_config import groups
+from tp_hf_config.groups import Finding, find_groups
+from tp_hf_config.learn import map_of
+from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.search import Style, places_of, searched
+from tp_hf_config.twins import Dim, Layout, Links, TwinTest
+
+STYLES = 12
+LAYOUTS = [(number, Layout(run=1 + number)) for number in range(10)]
+
+
+class Given:
+    """Units are told apart in every dimension whose layout is not the one that is right."""
+
+    units = 4
+
+    def __init__(self, right: Sequence[int], always: Collection[str] = ()) -> None:
+        self.right = {f"layer{place}": LAYOUTS[number][1] for place, number in enumerate(right)}
+        self.always = always
+        self.asked: list[tuple[Dim, ...]] = []
+
+    def links(self, dims: Sequence[Dim]) -> Links:
+        self.asked.append(tuple(dims))
+        wrong = (
+            dim
+            for dim in dims
+            if dim.name in self.always or dim.layout != self.right.get(dim.name, dim.layout)
+        )
+        return Links((), tuple(wrong), ())
+
+
+def styles(count: int = STYLES) -> dict[Style, list[Dim]]:
+    """So many, each of one dimension."""
+    return {
+        (tuple(LAYOUTS), (f"field{place}",)): [Dim(f"layer{place}", 0)] for place in range(count)
+    }
+
+
+def tries(given: Given, apart_alone: Collection[Dim] = (), count: int = STYLES) -> Links:
+    apart = places_of(apart_alone)
+    return searched(cast(TwinTest, given), styles(count), {}, (), apart)[1][1]
+
+
+def test_styles_one_after_the_other() -> None:
+    """As long as that gets better it goes on, and nothing is asked twice."""
+    given = Given([0, 9, 0, 9, 9, 0])
+    assert not tries(given, count=6).unequal
+    assert len(set(given.asked)) == len(given.asked)
+
+
+def test_what_gets_no_better_comes_to_an_end() -> None:
+    given = Given([0] * STYLES, always={f"layer{place}" for place in range(STYLES)})
+    assert len(tries(given).unequal) == STYLES
+    assert len(given.asked) < 60  # of 10 likely ones and 9 more for each of 12 styles
+
+
+def test_fields_that_have_nothing_to_do_with_each_other_get_likely_layouts_only() -> None:
+    """All that is told apart alone is told apart together too."""
+    always = {"layer0", "layer1"}
+    given = Given([0, 0], always)
+    tries(given, [Dim(name, 0) for name in always], count=2)
+    assert len(given.asked) == 10
+    other = Given([0, 0], {"layer0"})
+    tries(other, [Dim(name, 0) for name in always], count=2)
+    assert len(other.asked) > 10  # one of the two is better off
+
+
+def test_fields_are_tried_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal widths that count heads are both equal fields and grouped heads, either way round."""
+    config = hf.SwinConfig(
+        image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2]
+    )
+    mini = miniature(map_of(hf.SwinModel(config)))
+    assert isinstance(mini, Miniature)
+    asked: list[frozenset[Any]] = []
+
+    def nothing(_: Miniature, fields: tuple[Any, ...], *__: Any) -> Finding:
+        asked.append(frozenset(fields))
+        return Finding(fields, reason="nothing was tried")
+
+    monkeypatch.setattr(groups, "_find", nothing)
+    find_groups(mini)
+    assert asked.count(frozenset({("num_heads", 0), ("num_heads", 1)})) == 1
