@@ -2,6 +2,7 @@
 
 import copy
 import json
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from tp_hf_config.images import smaller_images
 from tp_hf_config.learn import map_of
 from tp_hf_config.lighter import in_proportion, lighter
 from tp_hf_config.miniature import Miniature, miniature, randomise
-from tp_hf_config.shrinking import shrunken
+from tp_hf_config.shrinking import _several_per_unit, _smaller, shrunken
 from tp_hf_config.unbuilt import model_of
 
 
@@ -143,6 +144,44 @@ def test_state_space_models_of_the_usual_size_are_tiny(model_class: Any, config:
     assert isinstance(mini, Miniature)
     assert sum(parameter.numel() for parameter in mini.model.parameters()) < 50_000
     assert mini.model.config.hidden_size < config.hidden_size // 32  # type: ignore[union-attr]
+
+
+def test_a_width_shrinks_with_the_size_of_mambas_heads_and_what_is_twice_as_wide() -> None:
+    config = hf.Zamba2Config()
+    mini = miniature(map_of(model_of(config, hf.Zamba2ForCausalLM)))
+    assert isinstance(mini, Miniature)
+    assert config.hidden_size == 2560
+    assert mini.known.values[("hidden_size",)] == 40
+    assert mini.known.values[("attention_hidden_size",)] == 80
+
+
+def smaller(data: dict[str, int], *heads: str) -> list[dict[str, int]]:
+    """What is tried for the width of a config with so many heads."""
+    sizes = {(name,): size for name, size in data.items()}
+    known = known_of(sizes=sizes, linked={}, expressions={}, unpruned=None)
+    counts = [(name,) for name in heads]
+    tried = _smaller(known, data, ("width",), counts, counts, together=False)
+    return [{path[0]: value for path, value in one.items()} for one in tried]  # type: ignore[misc]
+
+
+def test_as_many_key_value_heads_as_query_heads_stay_as_many() -> None:
+    tried = smaller({"width": 2560, "heads": 40, "groups": 40}, "heads", "groups")
+    assert {"width": 128, "heads": 2} in tried
+    assert {"width": 128, "heads": 2, "groups": 2} in tried
+
+
+def test_a_width_that_many_heads_split_is_as_large_as_they_need() -> None:
+    assert smaller({"width": 1024})[-1] == {"width": 256}
+
+
+def test_what_is_rounded_holds_no_unit_several_times() -> None:
+    """An image of 448 has 32 patches of 14 a side: there may be fewer than its side is long."""
+    slopes = {"positions": Fraction(32, 14), "fused": Fraction(3)}
+    expressions = {
+        (name, 0): SimpleNamespace(fields={("size",)}, terms={frozenset({("size",)}): slope})
+        for name, slope in slopes.items()
+    }
+    assert _several_per_unit(known_of(expressions=expressions)) == [("fused", 0, ("size",))]
 
 
 def test_images_that_set_widths_shrink_with_the_sizes_that_follow() -> None:

@@ -20,7 +20,10 @@ from .ties import stacks
 
 _FEW = 8
 _HEAD_DIM = 16
+_SPLIT = 16 * _HEAD_DIM
+"""Of a width that the class itself splits into so many heads (timm's)."""
 _ROWS = 2048
+_PARTS = (64, 32, 16, 8, 4, 2)
 _EXPERTS = (4, 8, 16, 32)
 _TOKEN = ("_token_id", "_token_index")
 _PLACES = ("image", "video", "audio", "vision")
@@ -119,7 +122,8 @@ def _several_per_unit(known: ConfigMap) -> list[tuple[str, int, FieldPath]]:
         for (name, dim), expression in known.expressions.items()
         if isinstance(dim, int)
         for path in expression.fields
-        if expression.terms.get(frozenset({path}), 0) > 1
+        if (slope := expression.terms.get(frozenset({path}), Fraction(0))) > 1
+        and slope.denominator == 1  # else it is rounded: the patches of an image
     ]
 
 
@@ -258,6 +262,9 @@ def _smaller(
             yield with_equals
     if not heads and not stacked:
         yield from _with_heads(data, [path, *followers, *equals], value, splitting)
+        yield from _with_unseen(known, data, [path, *followers, *equals], value)
+        if value > _SPLIT:
+            yield dict.fromkeys([path, *followers], _SPLIT)
 
 
 def _pads(known: ConfigMap, path: FieldPath, other: FieldPath) -> bool:
@@ -288,9 +295,33 @@ def _with_heads(
         if value % number or path in widths:
             continue
         taken = _beside(data, path, counts)
+        beside = [one for one in counts if _get(data, one) == number and _part(one) == _part(path)]
         for step in sorted(_LADDERS[0][1]):
             if step < number and step % 2 <= number % 2 and step not in taken:
-                yield {**dict.fromkeys(widths, value * step // number), path: step}
+                fewer = dict.fromkeys(widths, value * step // number)
+                yield {**fewer, path: step}
+                if len(beside) > 1:  # as many key/value heads as query heads (ESM C)
+                    yield {**fewer, **dict.fromkeys(beside, step)}
+
+
+def _with_unseen(
+    known: ConfigMap, data: dict[str, Any], widths: list[FieldPath], value: int
+) -> Iterator[dict[FieldPath, int]]:
+    """Less of a large width with a number that no shape shows, in proportion (Zamba 2).
+
+    The size of Mamba's heads, of which there are as many as before; with what is as wide several
+    times, where that is needed.
+    """
+    if value <= _SPLIT:
+        return
+    wider = [path for path in known.sizes if not _get(data, path) % value and path not in widths]
+    for beside, number in known.silent.items():
+        for part in _PARTS if _part(beside) == _part(widths[0]) and not value % number else ():
+            if not number % part and number // part > 1 and value // part >= _HEAD_DIM:
+                less = {**dict.fromkeys(widths, value // part), beside: number // part}
+                yield less
+                if wider:
+                    yield {**less, **{path: _get(data, path) // part for path in wider}}
 
 
 def _only_rows(known: ConfigMap, path: FieldPath) -> bool:
