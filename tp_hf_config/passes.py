@@ -29,6 +29,8 @@ _BLANK = tuple(
     for form in ("new_{}", "{}_like")
 )
 """Functions that take no more than the shape of a tensor: no choice is made by its values."""
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 _MASKED = 1e30
 """What is larger says never; beside it every difference would be none."""
 
@@ -63,16 +65,15 @@ class AllFloat64(TorchFunctionMode):
         torch.set_default_dtype(self._default)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        low = (torch.float32, torch.float16, torch.bfloat16)
-        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+        if func in _CASTS:
             return args[0].double()
-        if any(value in low for value in args if isinstance(value, torch.dtype)):
+        if torch.dtype in map(type, args):
             args = tuple(
-                torch.float64 if isinstance(value, torch.dtype) and value in low else value
+                torch.float64 if type(value) is torch.dtype and value in _LOW else value
                 for value in args
             )
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in low:
+        kwargs = dict(kwargs) if kwargs else {}
+        if kwargs.get("dtype") in _LOW:
             kwargs["dtype"] = torch.float64
         if func is F.embedding:  # the row of padding is read like any other
             args = (*args[:2], None, *args[3:])
@@ -98,6 +99,7 @@ class _Watch(AllFloat64):
     def __init__(self, wanted: Collection[Result] | None):
         super().__init__()
         self.wanted = wanted
+        self._modules = {result.module for result in wanted or ()}
         self.results: dict[Result, Tensor] = {}
         self.read: list[Tensor] = []
         self._running = [""]
@@ -108,12 +110,18 @@ class _Watch(AllFloat64):
         """While the model runs, modules say that they do."""
         with ExitStack() as stack, self:
             for name, module in model.named_modules():
+                if not self._counts(name) and not self._counts(name.rpartition(".")[0]):
+                    continue
                 for handle in (
                     module.register_forward_pre_hook(partial(self._enter, name)),
                     module.register_forward_hook(self._leave, always_call=True),
                 ):
                     stack.callback(handle.remove)
             yield
+
+    def _counts(self, module: str) -> bool:
+        """Whether anything that a module computes may be kept; what is right in it runs apart."""
+        return self.wanted is None or module in self._modules
 
     def _enter(self, name: str, *_: Any) -> None:
         self._running.append(name)
@@ -125,6 +133,8 @@ class _Watch(AllFloat64):
         if func is torch._C._set_grad_enabled:
             return None
         made = super().__torch_function__(func, types, args, kwargs)
+        if not self._counts(self._running[-1]):
+            return made
         name = getattr(func, "__name__", "")
         tensors = list(tensors_in(made))
         for tensor in tensors:
