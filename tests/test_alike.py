@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tp_hf_config.alike import all_alike, as_in_like_layers
-from tp_hf_config.groups import Group, _members
+from tp_hf_config.proofs import Group, _members
 from tp_hf_config.ties import stacks
 from tp_hf_config.twins import Dim, Links, TwinTest
 

@@ -9,9 +9,10 @@ import pytest
 import transformers as hf
 
 from tp_hf_config import groups
-from tp_hf_config.groups import Finding, find_groups
+from tp_hf_config.groups import find_groups
 from tp_hf_config.learn import map_of
 from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.proofs import Finding
 from tp_hf_config.search import Style, places_of, searched
 from tp_hf_config.twins import Dim, Layout, Links, TwinTest
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .twins import Layout
 
 if TYPE_CHECKING:
-    from .groups import Group
+    from .proofs import Group
 
 _Kind = frozenset[tuple[str, int, Layout]]
 

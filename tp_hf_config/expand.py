@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from .directions import Share, Shares, shares_of, units_of
-from .groups import Finding, Group
 from .heads import splits_after
 from .learn import ConfigMap
 from .miniature import Miniature
+from .proofs import Finding, Group
 from .reference import FieldPath, field_name
 from .ties import parameter_names, saved_buffers
 from .twins import Dim, Layout

@@ -7,15 +7,15 @@ which layout; a permutation of units that leaves the outputs as they were is the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import chain
 from math import gcd
 
-import torch
+from torch import nn
 
-from .alike import all_alike, as_in_like_layers
+from .alike import all_alike
 from .directions import (
     Shares,
     equal_fields,
@@ -28,6 +28,7 @@ from .directions import (
 )
 from .layouts import layouts_of
 from .miniature import Miniature
+from .proofs import Finding, Group, classes_of, companion, named, order_of, proved, second_look
 from .reach import why_not
 from .reference import FieldPath, Refusal, field_name, with_values
 from .rehearsal import rehearse
@@ -35,52 +36,6 @@ from .search import Places, Sources, Style, places_of, searched
 from .states import AXIS, states_of
 from .ties import saved_buffers, stacks
 from .twins import Dim, Layout, Links, TwinTest
-
-
-@dataclass(frozen=True)
-class Group:
-    """Dimensions that lose the same units, proved by permutation on the tiny copy.
-
-    Attributes:
-        fields: the config fields that count its units.
-        dims: its dimensions, in the names of the tiny copy.
-        sources: for each of them, the field that sets it; ``None``: the fields together.
-        units: how many units it has there.
-        classes: units may only change places inside each of so many equal runs of units (the
-            dimensions of a head, the query heads of a key/value head); 1: anywhere.
-        grain: how many of its units go with one unit of the fields (the channels of a residual
-            stream that go with one attention head).
-    """
-
-    fields: tuple[FieldPath, ...]
-    dims: tuple[Dim, ...]
-    sources: tuple[FieldPath | None, ...]
-    units: int
-    classes: int
-    grain: int = 1
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found for one width: its groups, or why it cannot be pruned.
-
-    ``disproved``: units were seen not to be interchangeable; ``unseen``: the outputs do not show
-    some of its dimensions; ``apart``: dimensions in which they are not; ``least``: fewer units, and
-    the class does not run (a router that takes the best two experts needs two); ``along``:
-    parameters that no output depends on, in a group all the same; ``outward``: an output is as
-    wide; ``handed``: inputs (states of an encoder) that lose the same units.
-    """
-
-    fields: tuple[FieldPath, ...]
-    groups: tuple[Group, ...] = ()
-    reason: str | None = None
-    disproved: bool = False
-    unseen: bool = False
-    apart: Places = frozenset()
-    least: int = 1
-    along: tuple[str, ...] = ()
-    outward: bool = False
-    handed: tuple[str, ...] = ()
 
 
 def find_groups(mini: Miniature) -> list[Finding]:
@@ -127,7 +82,7 @@ def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:
         if path not in expression.fields or not isinstance(dim, int):
             continue
         module = mini.model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, torch.nn.Embedding) and dim == 0:
+        if isinstance(module, nn.Embedding) and dim == 0:
             return False
     return mini.known.moves_shapes(path)
 
@@ -175,15 +130,14 @@ def _find(
     if links.unequal and (more := test.multiples() - runs):  # tokens side by side (RADIO)
         test, first, (sources, links) = look(runs | more)
     if not links.unequal:
-        found = _proved(test, sources, fields, links)
-        if found.reason is not None and (doubted := _doubted(test, links)):
-            links = test.links(list(sources), doubted=doubted)
-            found = _proved(test, sources, fields, links)
+        found = proved(test, sources, fields, links)
+        if found.reason is not None:
+            found = second_look(test, sources, fields, links) or found
         if mini.partial and (found.unseen or found.along):  # what reads images was not run
             unseen = found.reason or f"the outputs do not depend on {', '.join(found.along[:3])}"
             found = replace(found, reason=f"{unseen} when given text alone", unseen=True, along=())
     if found is None:
-        reason = f"units are not interchangeable in {_named(links.unequal)}"
+        reason = f"units are not interchangeable in {named(links.unequal)}"
         apart = places_of(links.unequal)
         found = Finding(fields, reason=reason, disproved=True, apart=apart)
     if found.disproved and len(fields) == 1:
@@ -230,13 +184,13 @@ def _without_twins(
         layers.setdefault(re.split(r"(?<=\.\d)\d*\.", dim.name)[0], []).append(dim)
     groups: list[Group] = []
     for dims in layers.values():
-        classes = _classes(test, dims)
+        classes = classes_of(test, dims)
         if classes is None:
             return None
-        order = list(_order(test.units, classes, swap=True))
+        order = list(order_of(test.units, classes, swap=True))
         idle = [d for d in dims if test.proves([other for other in dims if other != d], order)]
         busy = [dim for dim in dims if dim not in idle]
-        if any(_companion(dim, [busy]) is None for dim in idle):
+        if any(companion(dim, [busy]) is None for dim in idle):
             return None
         groups.append(
             Group(fields, tuple(dims), tuple(sources[dim] for dim in dims), test.units, classes)
@@ -265,7 +219,7 @@ def _by_position(mini: Miniature, group: Group) -> Group:
     dims = tuple(replace(dim, layout=Layout()) for dim in group.dims)
     units = group.units * grain
     test = TwinTest(mini.model, mini.inputs, units, watched=mini.watched)
-    classes = _classes(test, dims)
+    classes = classes_of(test, dims)
     if classes is None or not test.alike(dims, classes):
         return group
     return replace(group, dims=dims, units=units, classes=classes, grain=grain)
@@ -282,137 +236,7 @@ def _finest(mini: Miniature, group: Group) -> Group:
         units = group.units * grain
         widths = {dim.layout.parts * dim.layout.run for dim in dims}
         test = TwinTest(mini.model, mini.inputs, units, sorted(widths), mini.watched)
-        orders = (list(_order(units, group.classes, swap)) for swap in (True, False))
+        orders = (list(order_of(units, group.classes, swap)) for swap in (True, False))
         if all(test.proves(dims, order) for order in orders) and test.alike(dims, group.classes):
             return replace(group, dims=dims, units=units, grain=grain)
     return group
-
-
-def _named(dims: Sequence[Dim]) -> str:
-    """Some parameters by name, those of alike layers once."""
-    names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", dim.name) for dim in dims))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _proved(
-    test: TwinTest,
-    sources: Mapping[Dim, FieldPath | None],
-    fields: tuple[FieldPath, ...],
-    links: Links,
-) -> Finding:
-    """The linked groups with their silent companions, each proved by permutation."""
-    groups: list[Group] = []
-    members, homeless = _members(test, links)
-    for group in members:
-        classes = _classes(test, group)
-        if classes is None or not test.alike(group, classes):
-            reason = f"no permutation of units is neutral in {_named(group)}"
-            return Finding(fields, reason=reason, disproved=True)
-        by_field = tuple(sources[dim] for dim in group)
-        groups.append(Group(fields, tuple(group), by_field, test.units, classes))
-    groups = as_in_like_layers(groups)
-    stream = _stream(test, homeless, groups) if homeless else None
-    if homeless and stream is None:
-        reason = f"the outputs do not depend on {_named(homeless)}"
-        return Finding(fields, tuple(groups), reason, unseen=True)
-    if not groups:
-        return Finding(fields, reason="it sets no parameter that the outputs depend on")
-    if stream is not None:
-        own = groups[stream]
-        more = tuple(sources[dim] for dim in homeless)
-        groups[stream] = replace(own, dims=(*own.dims, *homeless), sources=(*own.sources, *more))
-    return Finding(fields, tuple(groups), along=tuple(dim.name for dim in homeless))
-
-
-def _members(test: TwinTest, links: Links) -> tuple[list[list[Dim]], list[Dim]]:
-    """The linked groups with their silent companions, and the silent that are of none."""
-    homeless: list[Dim] = []
-    members: list[list[Dim]] = [list(group) for group in links.groups]
-    for vectors in [g for g in members if all(test.parameters[d.name].ndim == 1 for d in g)]:
-        # a bias before an activation that is all but closed is not seen to go with its weight
-        others = [group for group in members if group is not vectors]
-        homes = [_companion(dim, others) for dim in vectors]
-        if homes[0] is not None and all(home is homes[0] for home in homes):
-            homes[0].extend(vectors)
-            members = others
-    for silent in links.silent:
-        group = _companion(silent, members)
-        (homeless if group is None else group).append(silent)
-    return members, homeless
-
-
-def _doubted(test: TwinTest, links: Links) -> set[Dim]:
-    """The dimensions to look at once more: of groups that are not proved, or only seemed silent."""
-    members, homeless = _members(test, links)
-    unproved = (group for group in members if _classes(test, group) is None)
-    silent = [] if test.unused(dim.name for dim in homeless) else homeless
-    return {dim for group in (*unproved, silent) for dim in group}
-
-
-def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> int | None:
-    """The place of the group that vectors go along with which the class has and does not use.
-
-    The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3): where a
-    single group of the width is of free channels, the residual stream, they can only be of that
-    one, channel by channel.  The stream is what norms belong to.
-    """
-    sizes = {dim.layout for dim in unused}
-    whole = all(_fills(test.parameters[dim.name], dim, test.units) for dim in unused)
-    plain = len(sizes) == 1 and whole
-    streams = [
-        place
-        for place, group in enumerate(groups)
-        if group.classes == 1
-        and any(d.layout in sizes and _is_vector_alone(test.model, d.name) for d in group.dims)
-    ]
-    held = [test.parameters[dim.name] for dim in unused]
-    vectors = all(parameter.numel() in (0, max(parameter.shape)) for parameter in held)
-    alone = len(streams) == 1 and plain and vectors and test.unused(dim.name for dim in unused)
-    return streams[0] if alone else None
-
-
-def _fills(parameter: torch.Tensor, dim: Dim, units: int) -> bool:
-    """Whether units fill a dimension, all of one kind of place in one block."""
-    layout = Layout(dim.layout.parts, dim.layout.run)
-    return dim.layout == layout and len(layout.table(units).flatten()) == parameter.shape[dim.dim]
-
-
-def _is_vector_alone(model: torch.nn.Module, name: str) -> bool:
-    """Whether a parameter is of a norm or a scale: a vector, and beside it nothing but vectors."""
-    beside = list(model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False))
-    return bool(beside) and all(parameter.ndim == 1 for parameter in beside)
-
-
-def _companion(silent: Dim, groups: Sequence[list[Dim]]) -> list[Dim] | None:
-    """The group with the output side of the layer that a dimension without effect is part of."""
-    layer = silent.name.rpartition(".")[0]
-    for group in groups:
-        for dim in group:
-            beside = dim.name.rpartition(".")[0] == layer
-            if beside and dim.dim == 0 and dim.layout == silent.layout:
-                return group
-    return None
-
-
-def _classes(test: TwinTest, dims: Sequence[Dim]) -> int | None:
-    """In how many runs of units a permutation has to stay to be neutral; None: none is."""
-    for classes in (n for n in range(1, test.units) if test.units % n == 0):
-        if test.proves(dims, list(_order(test.units, classes, swap=True))):
-            proved = test.proves(dims, list(_order(test.units, classes, swap=False)))
-            return classes if proved else None
-    return None
-
-
-def _order(units: int, classes: int, swap: bool) -> Iterator[int]:
-    """An order of the units inside each class: first and last of the first exchanged, or random."""
-    size = units // classes
-    generator = torch.Generator().manual_seed(units)
-    for start in range(0, units, size):
-        if swap:
-            places = list(range(size))
-            if start == 0:
-                places[0], places[-1] = places[-1], places[0]
-        else:
-            places = torch.randperm(size, generator=generator).tolist()
-        yield from (start + place for place in places)

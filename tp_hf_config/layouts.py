@@ -32,7 +32,7 @@ def layouts_of(
         (rank + place + far, Layout(n, width // n, block, offset, gap))
         for place, block in ((0, 1), *((len(parts), block) for block in blocks))
         for rank, n in enumerate(parts)
-        for far, (offset, gap) in enumerate(_between(share.rest, n, n in counts))
+        for far, (offset, gap) in enumerate(_between(share.rest, n * block, n in counts))
         if n > 1 or block == 1
     ]
     mine = [_may_hold(mini, name, piece, share) for piece in range(len(pieces))]

@@ -15,10 +15,11 @@ from torch import nn
 from .directions import units_of
 from .expand import WidthGroup, expand
 from .explain import some
-from .groups import Finding, find_groups
+from .groups import find_groups
 from .learn import ConfigMap, map_of
 from .limits import straying, vanishing
 from .miniature import Miniature, miniature
+from .proofs import Finding
 from .reference import FieldPath, Refusal, field_name, shapes
 from .ties import parameter_names, tensor
 from .twins import Dim, Layout, TwinTest

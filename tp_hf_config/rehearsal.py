@@ -21,8 +21,8 @@ from .reference import FieldPath, Refusal, field_name
 from .ties import compute_unsaved, saved_buffers
 
 if TYPE_CHECKING:
-    from .groups import Finding, Group
     from .miniature import Miniature
+    from .proofs import Finding, Group
 
 
 _BLIND_CUTS = 4

@@ -1,0 +1,83 @@
+"""What the twin test linked, and what a second look makes of groups that are not proved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tp_hf_config.directions import Share
+from tp_hf_config.layouts import layouts_of
+from tp_hf_config.proofs import second_look
+from tp_hf_config.twins import Dim, Links
+
+ROWS, COLUMNS, OTHER = Dim("0.weight", 0), Dim("1.weight", 1), Dim("2.weight", 0)
+FIELD = ("hidden_size",)
+
+
+class Faint:
+    """Experiments in which ``whole`` groups alone may change places, and links hardly show."""
+
+    units = 4
+    model = torch.nn.Module()
+
+    def __init__(self, whole: Collection[frozenset[Dim]], linked: Sequence[Sequence[Dim]]):
+        self.whole, self.linked = whole, linked
+        self.asked: list[set[Dim]] = []
+        self.parameters = {dim.name: torch.zeros(4, 4) for dim in (ROWS, COLUMNS, OTHER)}
+
+    def proves(self, dims: Iterable[Dim], order: Any) -> bool:
+        left = set(dims)
+        for group in self.whole:
+            if group <= left:
+                left -= group
+        return not left
+
+    def alike(self, dims: Iterable[Dim], classes: int) -> bool:
+        return True
+
+    def unused(self, names: Iterable[str]) -> bool:
+        return False
+
+    def links(self, dims: Sequence[Dim], doubted: Collection[Dim]) -> Links:
+        self.asked.append({*doubted})
+        return Links(tuple(map(tuple, self.linked)), (), ())
+
+
+def looked(test: Any, *groups: Sequence[Dim]) -> Any:
+    sources = {dim: FIELD for group in groups for dim in group}
+    return second_look(test, sources, (FIELD,), Links(tuple(map(tuple, groups)), (), ()))
+
+
+def test_dimensions_that_are_linked_after_all_are_one_group() -> None:
+    test = Faint([frozenset({ROWS, COLUMNS}), frozenset({OTHER})], [(ROWS, COLUMNS), (OTHER,)])
+    found = looked(test, [ROWS], [COLUMNS], [OTHER])
+    assert found.reason is None
+    assert [group.dims for group in found.groups] == [(ROWS, COLUMNS), (OTHER,)]
+    assert test.asked == [{ROWS, COLUMNS}]
+
+
+def test_what_is_never_seen_linked_and_changes_places_together_is_one_group() -> None:
+    """RT-DETR's decoder: what its last layers hand on is too faint to show."""
+    test = Faint([frozenset({ROWS, COLUMNS}), frozenset({OTHER})], [(ROWS,), (COLUMNS,), (OTHER,)])
+    found = looked(test, [ROWS], [COLUMNS], [OTHER])
+    assert found.reason is None
+    assert [group.dims for group in found.groups] == [(OTHER,), (ROWS, COLUMNS)]
+
+
+def test_what_does_not_even_change_places_together_is_not_looked_at_again() -> None:
+    test = Faint([frozenset({OTHER})], [])
+    assert looked(test, [ROWS], [COLUMNS], [OTHER]) is None
+    assert test.asked == []
+
+
+def test_units_stand_nowhere_but_in_their_dimension() -> None:
+    """Mistral Large 4: a key and its turned part for every head, and 24 positions beside them."""
+    layout = SimpleNamespace(pieces={}, heads={"q": ((2, 18),)})
+    known = SimpleNamespace(layout=layout, fields_of=lambda *_: frozenset())
+    mini: Any = SimpleNamespace(known=known)
+    found = [one for _, one in layouts_of(mini, "k.weight", 0, Share(FIELD, 2, 24), 6, False)]
+    assert max(int(layout.table(6).max()) for layout in found) == 35
+    assert any(layout.blocks == 2 and layout.gap == 6 for layout in found)
