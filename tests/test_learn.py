@@ -675,3 +675,32 @@ def test_what_every_config_has_follows_no_width(monkeypatch: pytest.MonkeyPatch)
     values = {("hidden_size",): model.config.hidden_size}
     assert asked.free({("num_labels",): 2}, values) == {("num_labels",): 2}
     assert asked.free({("head_dim",): 5}, values) == {("head_dim",): 5}  # no divisor of it
+
+
+class MapsConfig(hf.PretrainedConfig):
+    """Three channels of an image, and three feature maps taken of it."""
+
+    model_type = "maps"
+
+    def __init__(
+        self, width: int = 16, channels: int = 3, maps: Any = ("a", "b", "c"), **rest: Any
+    ):
+        self.width, self.channels, self.maps = width, channels, list(maps)
+        super().__init__(**rest)
+
+
+class Maps(hf.PreTrainedModel):
+    config_class = MapsConfig
+
+    def __init__(self, config: MapsConfig):
+        super().__init__(config)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(config.width, config.width) for _ in config.maps
+        )
+        self.image = config.channels  # the class reads it, and it sets no shape
+        self.post_init()
+
+
+def test_a_field_as_large_as_a_list_by_chance_is_not_lowered_with_it():
+    data = map_of(Maps(MapsConfig())).depth.data
+    assert (data["maps"], data["channels"]) == (["a", "b"], 3)

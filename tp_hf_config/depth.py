@@ -83,8 +83,25 @@ def _lowered(
         model = builder.build(trial)
         refused |= isinstance(model, Refusal)
         if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
-            data, full_shapes = trial, shapes(model)
+            full_shapes = shapes(model)
+            data = _without_chance(builder, data, change, full_shapes)
     return data, full_shapes, refused
+
+
+def _without_chance(
+    builder: Builder, data: dict[str, Any], change: dict[FieldPath, Any], lowered: Shapes
+) -> dict[str, Any]:
+    """The config with a change, but for a field in it that is as large as a list by chance.
+
+    An image has three channels, and PP-DocLayout takes three feature maps of it.
+    """
+    rest = {path: value for path, value in change.items() if type(value) is not int}
+    if 0 < len(rest) < len(change):
+        fewer = with_values(data, rest)
+        model = builder.build(fewer)
+        if not isinstance(model, Refusal) and shapes(model) == lowered:
+            return fewer
+    return with_values(data, change)
 
 
 def _layers_in(all_shapes: Shapes, name: str) -> int:
