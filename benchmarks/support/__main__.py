@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from measuring import RESULT, load_again, measure
+from measuring import RESULT, learning, load_again, measure
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from table import write
@@ -87,6 +87,17 @@ class Runner:
                 progress.update(task, description=names[:40])
                 time.sleep(0.05)
 
+    def learn(self, pairs: list[Pair]) -> None:
+        """Measure again how long learning takes, for the rows that there are."""
+        done = [pair for pair in pairs if self.done(pair).exists()]
+        with self.context.Pool(self.jobs) as pool, Progress() as progress:
+            task = progress.add_task("learning", total=len(done))
+            for pair, seconds in zip(done, pool.imap(learning, done), strict=True):
+                row = json.loads(self.done(pair).read_text())
+                if seconds is not None:
+                    self.done(pair).write_text(json.dumps({**row, "learn_seconds": seconds}))
+                progress.advance(task)
+
     def _started(self, pair: Pair) -> Running:
         folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="support-")
         arguments = (pair, Path(folder.name), self.seed, self.seconds, self.memory)
@@ -132,6 +143,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", help="only these model types")
     parser.add_argument("--tasks", nargs="+", help="only these tasks")
     parser.add_argument("--sample", type=int, help="only so many types, drawn with the seed")
+    parser.add_argument("--learning", action="store_true", help="measure learning alone, of rows")
     parser.add_argument("--written", action="store_true", help="measure nothing more, write")
     parser.add_argument("--again", action="store_true", help="measure what was measured before too")
     options = parser.parse_args()
@@ -147,7 +159,9 @@ def main() -> None:
     if options.again:
         for pair in pairs:
             runner.done(pair).unlink(missing_ok=True)
-    if not options.written:
+    if options.learning:
+        runner.learn(pairs)
+    elif not options.written:
         runner.run(pairs)
     done = [runner.done(pair) for pair in pairs if runner.done(pair).exists()]
     write(

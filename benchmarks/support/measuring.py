@@ -58,6 +58,28 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
         note(why=f"{named}{str(error) or type(error).__name__}"[:400])
 
 
+def learning(pair: Pair) -> float | None:
+    """Seconds of processor time to learn the class's default config; ``None``: it is not learned.
+
+    Several pairs in one process, whose modules and garbage are those of all before.
+    """
+    _quiet()
+    import transformers
+
+    from tp_hf_config.learn import map_of
+    from tp_hf_config.reference import Refusal, without_data
+
+    try:
+        model = without_data(getattr(transformers, pair.class_name), config_of(pair))
+        if isinstance(model, Refusal):
+            return None
+        started = time.process_time()
+        map_of(model)
+    except Exception:  # the pair's own row says why
+        return None
+    return time.process_time() - started
+
+
 def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
     """Load what was saved, in a process that has not seen the pruning."""
     _surroundings(seconds, memory)
@@ -77,11 +99,16 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
 
 def _surroundings(seconds: int, memory: int) -> None:
     """Limits of this process: of processor time, so that a busy machine changes nothing."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    _quiet()
+
+
+def _quiet() -> None:
+    """One thread, no network, nothing printed."""
     import torch
     import transformers
 
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
