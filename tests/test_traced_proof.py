@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import small
 import tiny
+import torch
 import torch_pruning as tp
 import transformers as hf
 import zoo
@@ -43,6 +44,60 @@ def refusal(model: nn.Module, **kwargs: Any) -> str:
     message = str(raised.value)
     assert message.startswith(WRONG)
     return message.removeprefix(WRONG).partition(" Pruned like that, ")[0]
+
+
+class FrozenConfig(hf.PretrainedConfig):
+    model_type = "frozen-norm"
+
+    def __init__(self, width: int = 16, out: int = 6, **rest: Any):
+        self.width, self.out = width, out
+        super().__init__(**rest)
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm whose numbers are buffers, as detectors have them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(width))
+        self.register_buffer("bias", torch.zeros(width))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values * self.weight + self.bias  # type: ignore[operator]
+
+
+class FrozenNormModel(hf.PreTrainedModel):
+    config_class = FrozenConfig
+
+    def __init__(self, config: FrozenConfig):
+        super().__init__(config)
+        self.first = nn.Linear(5, config.width)
+        self.norm = FrozenNorm(config.width)
+        self.last = nn.Linear(config.width, config.out)
+        self.post_init()
+
+    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(inputs_embeds)).relu())
+
+
+def test_buffers_that_no_trace_cuts_are_missed_before_anything_is_pruned() -> None:
+    """It ended in a ConfigSyncError after the step (PP-DocLayout's frozen batch norms)."""
+    model = FrozenNormModel(FrozenConfig()).eval()
+    before = small.state_of(model)
+    pruner = tp.pruner.MetaPruner(
+        model,
+        example_inputs=torch.randn(2, 5),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        ignored_layers=[model.last],
+        hooks=[Safe()],
+    )
+    with pytest.raises(UnsupportedModelError) as raised:
+        HFConfigSyncHook().register(pruner)
+    small.assert_same(before, small.state_of(model))
+    assert "would cut only a part of what width sets: not norm.weight, norm.bias" in str(
+        raised.value
+    )
 
 
 def registered(model: nn.Module, tamper: Any, **kwargs: Any) -> str:

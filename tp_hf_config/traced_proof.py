@@ -21,7 +21,7 @@ from .learn import ConfigMap
 from .offers import single_positions, widths_of
 from .reference import FieldPath, field_name
 from .states import states_of
-from .ties import parameter_names
+from .ties import parameter_names, saved_buffers
 from .traced_groups import UNTOUCHED, Key, TracedGroup, traced_groups
 from .twins import Layout
 
@@ -122,8 +122,16 @@ class TracedProof:
             if alike & cut and not cut.intersection(reading):
                 return field_name(fields[0]), [self.names[parameter] for parameter, _ in reading]
         opaque = {id(parameter) for group in groups for parameter in group.opaque}
+        bare = self._bare_buffers()
         for parameter, dim in cut:
-            if (parameter, dim) in self.groups or parameter not in self.names:
+            if parameter not in self.names:
+                continue
+            setting = self.known.fields_of(self.names[parameter], dim)
+            never = {path: bare[path] for path in setting if path in bare}
+            if setting and never.keys() == setting:
+                path = min(never, key=lambda one: len(never[one]))
+                return field_name(path), never[path]
+            if (parameter, dim) in self.groups:
                 continue
             left = {
                 path: [
@@ -134,12 +142,25 @@ class TracedProof:
                     and (other, d) not in cut
                     and id(other) not in opaque
                 ]
-                for path in self.known.fields_of(self.names[parameter], dim)
+                for path in setting
             }
             if left and all(left.values()):
                 path = min(left, key=lambda one: len(left[one]))
                 return field_name(path), left[path]
         return "", []
+
+    def _bare_buffers(self) -> dict[FieldPath, list[str]]:
+        """By field, the saved buffers of modules without parameters, which no trace ever cuts.
+
+        The frozen batch norms of detectors (RT-DETR, PP-DocLayout).
+        """
+        found: dict[FieldPath, list[str]] = {}
+        for name, buffer in saved_buffers(self.model).items():
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if not module._parameters:
+                for path in {p for d in range(buffer.ndim) for p in self.known.fields_of(name, d)}:
+                    found.setdefault(path, []).append(name)
+        return found
 
     def _reading(self) -> Iterator[tuple[tuple[FieldPath, ...], list[Key]]]:
         """The dimensions that lose channels of states, by the fields that set those."""
