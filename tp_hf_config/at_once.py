@@ -21,24 +21,17 @@ def without_effect(study: Study, probes: Mapping[FieldPath, int]) -> set[FieldPa
     Halves are asked until all are told apart; a name that is no number in one config is none in
     those inside it either.
     """
-    quiet: set[FieldPath] = set()
     no_numbers: set[str | int] = set()
 
-    def ask(paths: Sequence[FieldPath]) -> None:
+    def in_vain(paths: Sequence[FieldPath]) -> bool:
         left = [path for path in paths if path[-1] not in no_numbers]
-        if not left:
-            return
-        seen = study.quiet({path: probes[path] for path in left})
-        if seen is True:
-            quiet.update(left)
-        elif len(left) > 1:
-            ask(left[: len(left) // 2])
-            ask(left[len(left) // 2 :])
-        elif isinstance(seen, Refusal) and "'int' object" in seen.reason:  # Python's words
-            no_numbers.add(left[0][-1])
+        seen = not left or study.quiet({path: probes[path] for path in left})
+        if len(left) == 1 and isinstance(seen, Refusal) and "'int' object" in seen.reason:
+            no_numbers.add(left[0][-1])  # Python's words
+        return seen is True
 
-    ask(list(probes))
-    return quiet | {path for path in probes if path[-1] in no_numbers}
+    matter = set(may_matter(list(probes), in_vain))
+    return {path for path in probes if path not in matter or path[-1] in no_numbers}
 
 
 def may_matter(

@@ -82,11 +82,8 @@ class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         on_meta = any(one.is_meta for one in _flat(args, {}) if isinstance(one, torch.Tensor))
-        return (_shaped if on_meta else _called)(func, args, kwargs or {})
-
-
-def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        return _shaped(func, args, kwargs) if on_meta else func(*args, **kwargs)
 
 
 class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]

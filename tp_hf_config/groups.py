@@ -54,8 +54,10 @@ def find_groups(mini: Miniature) -> list[Finding]:
         if frozenset(fields) not in tried:
             tried.add(frozenset(fields))
             alone = [apart[path] for path in fields if path in apart]
-            found = _find(mini, fields, (), frozenset(chain(*alone)) if all(alone) else frozenset())
-            findings += [found] * (found.reason is None)
+            everywhere: Places = frozenset(chain(*alone)) if all(alone) else frozenset()
+            found = _find(mini, fields, (), everywhere)
+            if found.reason is None:
+                findings.append(found)
 
     def is_new(fields: tuple[FieldPath, ...]) -> bool:
         return all(set(fields) != set(other.fields) for other in findings)

@@ -188,8 +188,10 @@ class Study:
                 for path, value in result.items()
                 if values[other] % value == 0 and not is_everyones(path)
             ]
+            if not may_follow:
+                continue
             moved = {other: 2 * values[other]}
-            followed = self._build(moved) if may_follow else Refusal("")
+            followed = self._build(moved)
             if isinstance(followed, Refusal) or shapes(followed) == self.shapes:
                 continue
             for path, value in may_follow:

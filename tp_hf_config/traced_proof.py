@@ -127,13 +127,9 @@ class TracedProof:
             if parameter not in self.names:
                 continue
             setting = self.known.fields_of(self.names[parameter], dim)
-            never = {path: bare[path] for path in setting if path in bare}
-            if setting and never.keys() == setting:
-                path = min(never, key=lambda one: len(never[one]))
-                return field_name(path), never[path]
-            if (parameter, dim) in self.groups:
-                continue
-            left = {
+            never = {path: bare.get(path, []) for path in setting}
+            proved = (parameter, dim) in self.groups
+            left: dict[FieldPath, list[str]] = {
                 path: [
                     name
                     for other, name in self.names.items()
@@ -142,11 +138,12 @@ class TracedProof:
                     and (other, d) not in cut
                     and id(other) not in opaque
                 ]
-                for path in setting
+                for path in (() if proved else setting)
             }
-            if left and all(left.values()):
-                path = min(left, key=lambda one: len(left[one]))
-                return field_name(path), left[path]
+            for missed in (never, left):
+                if missed and all(missed.values()):
+                    path, names = min(missed.items(), key=lambda one: len(one[1]))
+                    return field_name(path), names
         return "", []
 
     def _bare_buffers(self) -> dict[FieldPath, list[str]]:
