@@ -340,15 +340,15 @@ def test_heads_that_only_choose_tokens_are_pruned_and_compared() -> None:
     ).step()
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert isinstance(fresh, nn.Module)
-    assert difference(case.model, pruned, fresh, case.inputs, case.watched) is None
+    assert difference(case.model, pruned, fresh, case.mini.inputs, case.mini.watched) is None
     name = "model.layers.0.self_attn.indexer.weights_proj.weight"
     full, left = case.model.get_parameter(name), pruned.get_parameter(name)
     assert len(left) == len(full) // 2
     gone = [row for row in full if not any(torch.equal(row, other) for other in left)]
     left.data.copy_(torch.stack(gone))
-    assert difference(case.model, pruned, fresh, case.inputs) is None  # all tokens are taken
+    assert difference(case.model, pruned, fresh, case.mini.inputs) is None  # all tokens are taken
     assert "off the original with the removed units masked" in str(
-        difference(case.model, pruned, fresh, case.inputs, case.watched)
+        difference(case.model, pruned, fresh, case.mini.inputs, case.mini.watched)
     )
 
 

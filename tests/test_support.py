@@ -202,3 +202,26 @@ def test_a_folder_that_changed_is_seen(tmp_path: Path) -> None:
     config["intermediate_size"] += 1
     (tmp_path / "one" / "config.json").write_text(json.dumps(config))
     assert "cannot be loaded" in str(reloaded(type(model), tmp_path / "one"))
+
+
+def _outcomes(config: Any, model_class: Any) -> dict[str, str]:
+    return {width.name: width.outcome for width in supports(config, model_class=model_class).widths}
+
+
+def test_integers_beside_weights_go_along_and_layers_that_return_a_scale_have_heads() -> None:
+    found = _outcomes(hf.IBertConfig(), hf.IBertForMaskedLM)
+    assert found["hidden_size"] == "works"
+    assert found["intermediate_size"] == "works"
+    assert found["num_attention_heads + hidden_size"] == "works"
+
+
+def test_every_expert_is_reached_by_some_token() -> None:
+    config = hf.SwitchTransformersConfig(num_layers=2, num_decoder_layers=2)
+    found = _outcomes(config, hf.SwitchTransformersForConditionalGeneration)
+    assert found == {"d_ff": "works", "d_kv": "works", "d_model": "works", "num_heads": "works"}
+
+
+def test_a_tiny_copy_is_not_made_smaller_still() -> None:
+    """Groups of convolutions at a size at which heads and groups are no longer told apart."""
+    found = _outcomes(hf.SqueezeBertConfig(), hf.SqueezeBertForMaskedLM)
+    assert found == {"embedding_size": "works", "intermediate_size": "works"}

@@ -192,8 +192,9 @@ class _Watch(NoValues):
         def remember(module: nn.Module, args: Any, output: Any) -> None:
             self.steps += 1
             self.called.add(name)
-            if isinstance(output, torch.Tensor):
-                self._source[id(output)] = (name, -1, output)
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, torch.Tensor):  # I-BERT's layers return a scale beside it
+                self._source[id(first)] = (name, -1, first)
 
         return remember
 

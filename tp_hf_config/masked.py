@@ -190,11 +190,12 @@ def _mask(model: nn.Module, kept: Kept) -> None:
 
 def _vectors(module: nn.Module) -> bool:
     """Whether a module is nothing but vectors as long as what goes through it: a norm, a scale."""
-    own = list(module.parameters())
-    leaf = next(module.children(), None) is None
-    plain = isinstance(module, _PROJECTIONS) or saved_buffers(module)
+    own = list(module.parameters(recurse=False))
+    whole = len(own) == len(list(module.parameters()))
+    statistics = any(buffer.numel() > 1 for buffer in saved_buffers(module).values())
+    plain = isinstance(module, _PROJECTIONS) or statistics
     return (
-        bool(own) and leaf and not plain and all(p.ndim and p.numel() == max(p.shape) for p in own)
+        bool(own) and whole and not plain and all(p.ndim and p.numel() == max(p.shape) for p in own)
     )
 
 
@@ -233,10 +234,10 @@ def _narrow(module: nn.Module, left: Tensor) -> nn.Module:
     return narrow
 
 
-def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Tensor]:
+def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Any]:
     """A forward pass over some channels: those given, or those that are not zero everywhere."""
 
-    def forward(x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def forward(x: Tensor, *others: Any, **named: Any) -> Any:
         places = left
         axis = -1
         if places is None:
@@ -252,14 +253,17 @@ def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Te
                 return value
             return value.index_select(axis, places) if _long(value, axis) == width else value
 
-        result: Tensor = narrow(
+        def whole(result: Any) -> Any:
+            if not isinstance(result, Tensor) or _long(result, axis) != len(places):
+                return result  # it does not keep the channels apart
+            narrow_last = result.movedim(axis, -1)
+            full = F.pad(torch.zeros_like(narrow_last), (0, width - len(places)))
+            return full.index_copy(-1, places, narrow_last).movedim(-1, axis)
+
+        result = narrow(
             cut(x), *map(cut, others), **{key: cut(value) for key, value in named.items()}
         )
-        if _long(result, axis) != len(places):
-            return result  # it does not keep the channels apart
-        narrow_last = result.movedim(axis, -1)
-        full = F.pad(torch.zeros_like(narrow_last), (0, width - len(places)))
-        return full.index_copy(-1, places, narrow_last).movedim(-1, axis)
+        return tuple(map(whole, result)) if type(result) is tuple else whole(result)
 
     return forward
 

@@ -69,15 +69,11 @@ class Subject:
 
     Attributes:
         model: the class at the tiny copy's widths with random weights, in float64.
-        inputs: keyword arguments of one forward pass.
-        watched: what is compared beside the outputs.
-        partial: only text goes through it, though the class takes images or sound too.
+        mini: the tiny copy.
     """
 
     model: nn.Module
-    inputs: Mapping[str, Any]
-    watched: Sequence[Result] = ()
-    partial: bool = False
+    mini: Miniature
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,12 @@ class Trial:
 
 
 def subject(mini: Miniature, seed: int) -> Subject:
-    """The class at the tiny copy's widths, with random weights from ``seed``."""
+    """The class at the tiny copy's widths, with random weights from ``seed``.
+
+    They are not the tiny copy's own, so that what experiments saw by chance is seen here.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + 1)
         model = mini.known.builder.build_real(mini.known.data)
         if isinstance(model, Refusal):  # the tiny copy itself was built from the same config
             raise RuntimeError(model.reason)
@@ -101,7 +100,7 @@ def subject(mini: Miniature, seed: int) -> Subject:
         for value in (*model.parameters(), *saved_buffers(model).values()):
             _as_float32(value)
     _take_computed(model)
-    return Subject(model, mini.inputs, mini.watched, mini.partial)
+    return Subject(model, mini)
 
 
 def _take_computed(model: Any) -> None:
@@ -150,7 +149,7 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
         case: the model, which is not changed, and how it runs.
         folder: where pruned copies are saved.
     """
-    found = widths_of(case.model, map_of(case.model))  # type: ignore[arg-type]
+    found = widths_of(case.model, map_of(case.model), case.mini)  # type: ignore[arg-type]
     proved = {name for width in found if width.reason is None for name in width.names}
     for number, width in enumerate(found):
         if width.reason is not None and proved & set(width.names):
@@ -179,8 +178,8 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
             return Trial(WidthSupport(width.names, "refused", why, graph, width.units))
         if failed is None:
             folders.append(folder / str(steps))
-            left = inputs_left(case.model, copied, case.inputs)
-            failed = save(copied, left, folders[-1], case.watched)
+            left = inputs_left(case.model, copied, case.mini.inputs)
+            failed = save(copied, left, folders[-1], case.mini.watched)
         if failed is not None:
             why = _line(f"{steps} steps: {failed}" if steps > 1 else failed)
             return Trial(WidthSupport(width.names, "failed", why, graph, width.units))
@@ -216,7 +215,7 @@ def _pruned(
         fresh = Builder(model).build_real(config_json(model.config))
         if isinstance(fresh, Refusal):
             return f"the new config does not build: {fresh.reason}"
-        return difference(case.model, model, fresh, case.inputs, case.watched)
+        return difference(case.model, model, fresh, case.mini.inputs, case.mini.watched)
     except TPHFConfigError as error:
         return f"{type(error).__name__} after the step: {error}"
     except Exception as error:

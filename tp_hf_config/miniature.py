@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +24,8 @@ from .ties import compute_unsaved, saved_buffers
 
 _LAYERS = 2
 """As many layers of a kind are left at least."""
+_DRAWS = 40
+"""How often other weights are tried, so that all of many alike parts are reached."""
 _OTHER_ATTENTION = "sdpa"
 _NAMING = ("layer", "index")
 """In the names of settings that name layers."""
@@ -80,7 +85,7 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         data, model, working = _with_layers_named(known, data, model, working)
         if isinstance(working, Refusal):
             return working
-        inputs, partial = working
+        inputs, partial = _reaching_alike(model, working)
         model = _with_numbers(builder, data, model, inputs)
         full = builder.build(data)
     if isinstance(full, Refusal):
@@ -88,6 +93,37 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
     around = learn(builder, builder.config(data), full, all_set=True)
     watched = () if partial else watched_results(model, inputs)
     return Miniature(around, model, inputs, partial, watched)
+
+
+def _reaching_alike(
+    model: nn.Module, working: tuple[dict[str, Any], bool]
+) -> tuple[dict[str, Any], bool]:
+    """The inputs, with other weights where some of many alike parts are left out by chance.
+
+    Of Switch's eight experts the best one is taken for each token: some may be best for none.
+    """
+    if not 0 < _left_out(model, working[0]) < 0.5:
+        return working
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(_DRAWS):
+        _draw(model)
+        again = working_inputs(model)
+        if not isinstance(again, Refusal) and not _left_out(model, again[0]):
+            return again
+    model.load_state_dict(before)
+    return working
+
+
+def _left_out(model: nn.Module, inputs: dict[str, Any]) -> float:
+    """The largest share that is not reached of several parts told apart by their number alone."""
+    alike = Counter(_numbered(name) for name, _ in model.named_parameters())
+    unreached = Counter(map(_numbered, unreached_by(model, inputs)))
+    shares = (count / alike[name] for name, count in unreached.items() if count < alike[name])
+    return max(shares, default=0.0)
+
+
+def _numbered(name: str) -> str:
+    return re.sub(r"\d+(?=\D*$)", "*", name)
 
 
 def _with_numbers(
@@ -180,15 +216,28 @@ def randomise(model: nn.Module) -> None:
             parameter.requires_grad_(True)  # fixed position tables have dimensions too
             if name in unsaved:
                 continue
-            noise = torch.randn_like(parameter)
             if parameter.ndim > 1:
-                parameter.copy_(noise / _fan_in(model, name, parameter) ** 0.5)
+                parameter.copy_(_matrix(model, name, parameter))
             else:
-                parameter.add_(0.3 * noise)
+                parameter.add_(0.3 * torch.randn_like(parameter))
 
         for buffer in saved_buffers(model).values():
             buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance stays above 0
             buffer.add_(0.3 * torch.rand_like(buffer))
+
+
+def _draw(model: nn.Module) -> None:
+    """Other random values for every matrix that is saved."""
+    unsaved = compute_unsaved(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and name not in unsaved:
+                parameter.copy_(_matrix(model, name, parameter))
+
+
+def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    spread: float = _fan_in(model, name, parameter) ** 0.5
+    return torch.randn_like(parameter) / spread
 
 
 def _fan_in(model: nn.Module, name: str, parameter: torch.Tensor) -> int:

@@ -174,17 +174,20 @@ def prunable(
     return Prunable(type(model).__name__, widths_of(model))
 
 
-def widths_of(model: PreTrainedModel, known: ConfigMap | None = None) -> tuple[Width, ...]:
+def widths_of(
+    model: PreTrainedModel, known: ConfigMap | None = None, tiny: Miniature | None = None
+) -> tuple[Width, ...]:
     """The widths of a model, from experiments that are done once per class and config.
 
     Args:
         model: the live model.
         known: its map, where that was looked up already.
+        tiny: its tiny copy, where the model is one itself; else it is made.
     """
     known = known or map_of(model)
     if known not in _experiments:
         with one_thread():
-            mini = miniature(known)
+            mini = tiny or miniature(known)
             found = [] if isinstance(mini, Refusal) else find_groups(mini)
             sayable = (_apart(_sayable(finding, known), found, known) for finding in found)
             _experiments[known] = _Experiments(mini, tuple(sayable))

@@ -135,7 +135,7 @@ def _members(test: TwinTest, links: Links) -> tuple[list[list[Dim]], list[Dim]]:
             homes[0].extend(vectors)
             members = others
     for silent in links.silent:
-        group = companion(silent, members)
+        group = _copied(test, silent, members) or companion(silent, members)
         (homeless if group is None else group).append(silent)
     return members, homeless
 
@@ -189,6 +189,21 @@ def companion(silent: Dim, groups: Sequence[list[Dim]]) -> list[Dim] | None:
         for dim in group:
             beside = dim.name.rpartition(".")[0] == layer
             if beside and dim.dim == 0 and dim.layout == silent.layout:
+                return group
+    return None
+
+
+def _copied(test: TwinTest, silent: Dim, groups: Sequence[list[Dim]]) -> list[Dim] | None:
+    """The group with the same dimension of a tensor of the same shape in the same layer.
+
+    I-BERT keeps integers for every weight, which are only read once it is quantised.
+    """
+    layer, shape = silent.name.rpartition(".")[0], test.parameters[silent.name].shape
+    for group in groups:
+        for dim in group:
+            beside = dim.name.rpartition(".")[0] == layer and dim.name != silent.name
+            same = replace(dim, name=silent.name) == silent
+            if beside and same and test.parameters[dim.name].shape == shape:
                 return group
     return None
 

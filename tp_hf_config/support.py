@@ -101,7 +101,7 @@ def supports(
         if isinstance(made, Refusal):
             return Support(name, why_not=made.reason, seed=seed)
         widths = tuple(after_reload(trial, type(model)) for trial in trials(made, Path(folder)))
-    return Support(name, widths, None, made.partial, seed)
+    return Support(name, widths, None, made.mini.partial, seed)
 
 
 def prepared(model: PreTrainedModel, seed: int) -> Subject | Refusal:

@@ -46,6 +46,9 @@ from .states import states_of
 from .ties import ties_of
 from .widths import WidthView
 
+_ROWS = ".weight#0"
+"""How a history names the outputs of a projection that is no ``nn.Linear`` (I-BERT's)."""
+
 
 class Follower:
     """Knows one pruner's model: what its config builds, and how its heads stand.
@@ -162,7 +165,7 @@ class Follower:
         for group in groups:
             lost: dict[str, set[int]] = {}  # a fused layer is in a group once for each piece
             for layer in group.layers:
-                name = self._own_name(layer.name)
+                name = (self._own_name(layer.name) or "").removesuffix(_ROWS)
                 if name in self.splits and layer.out:
                     lost.setdefault(name, set()).update(layer.removed)
             for name, removed in lost.items():

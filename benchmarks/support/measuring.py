@@ -47,7 +47,7 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
         made = prepared(model, seed)
         if isinstance(made, Refusal):
             raise RuntimeError(made.reason)
-        note(stage="prune", partial=made.partial)
+        note(stage="prune", partial=made.mini.partial)
         for trial in trials(made, folder):
             folders = [str(one.relative_to(folder)) for one in trial.folders]
             result["widths"].append({**trial.width.to_dict(), "folders": folders})
