@@ -271,6 +271,8 @@ def over_kept_channels(norm: nn.Module, left: torch.Tensor) -> None:
             narrow._parameters[key] = nn.Parameter(parameter.detach()[left])
     if isinstance(narrow, nn.LayerNorm):
         narrow.normalized_shape = (len(left),)
+    if hasattr(narrow, "group_size"):  # as many groups as before (Mamba 2)
+        narrow.group_size = narrow.group_size * len(left) // len(norm.weight)
     norm.narrow = narrow  # a submodule, so that .double() reaches it
     axis = 1 if getattr(norm, "data_format", "") == "channels_first" else -1
 

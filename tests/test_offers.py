@@ -6,11 +6,14 @@ import pytest
 import torch
 import transformers as hf
 
-from tp_hf_config import prunable
+from tp_hf_config import plan, prunable
 from tp_hf_config.apply import all_or_nothing, write_fields
 from tp_hf_config.learn import map_of
 from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.offers import widths_of
 from tp_hf_config.scales import take_scales
+from tp_hf_config.twins import Layout
+from tp_hf_config.unbuilt import model_of
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -121,6 +124,39 @@ def canine() -> Any:
     return hf.CanineModel(hf.CanineConfig(**sizes, num_hash_buckets=32))
 
 
+def mamba2() -> Any:
+    """Its heads times head dim are its hidden size times ``expand``; two heads share a state."""
+    sizes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 4, "state_size": 12}
+    config = hf.Mamba2Config(**sizes, num_hidden_layers=2, vocab_size=100, chunk_size=16)
+    return hf.Mamba2ForCausalLM(config)
+
+
+def bamba() -> Any:
+    """As Mamba 2, with attention in every other layer, whose heads read the same hidden size."""
+    config = hf.BambaConfig(
+        **SMALL | {"num_hidden_layers": 4, "hidden_size": 128},
+        num_key_value_heads=2,
+        attn_layer_indices=[1, 3],
+        mamba_n_heads=16,
+        mamba_d_head=16,
+        mamba_d_state=12,
+    )
+    return hf.BambaForCausalLM(config)
+
+
+def falcon_h1() -> Any:
+    """Its heads times head dim are a width of their own."""
+    config = hf.FalconH1Config(
+        **SMALL,
+        num_key_value_heads=2,
+        mamba_d_ssm=48,
+        mamba_n_heads=6,
+        mamba_d_head=8,
+        mamba_d_state=12,
+    )
+    return hf.FalconH1ForCausalLM(config)
+
+
 def swin() -> Any:
     """Its stages have other numbers of heads, and stand in other parts of their streams."""
     config = hf.SwinConfig(
@@ -162,6 +198,9 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         (canine, ["hidden_size"]),
         (swin, ["num_heads[0] + num_heads[1] + num_heads[2] + embed_dim"]),
         (gemma4_unified, ["hidden_size", "intermediate_size", "num_attention_heads"]),
+        (mamba2, ["num_heads + hidden_size", "head_dim + hidden_size", "expand + head_dim"]),
+        (bamba, ["mamba_n_heads + hidden_size", "mamba_d_head + hidden_size"]),
+        (falcon_h1, ["hidden_size", "mamba_n_heads + mamba_d_ssm", "mamba_d_head + mamba_d_ssm"]),
     ],
     ids=[
         "Albert",
@@ -176,6 +215,9 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         "CANINE",
         "Swin",
         "Gemma 4",
+        "Mamba 2",
+        "Bamba",
+        "Falcon-H1",
     ],
 )
 def test_widths_are_offered(build: Any, widths: list[str]) -> None:
@@ -217,3 +259,32 @@ def test_a_scale_in_another_precision_is_not_another_scale(new: float, taken: fl
     other.register_buffer("scale", torch.tensor(new, dtype=torch.float64), persistent=False)
     take_scales(one, other)
     assert one.scale.item() == taken
+
+
+@pytest.mark.parametrize("groups", [8, 4])
+def test_heads_that_share_states_go_in_as_many_classes_as_a_field_says(groups: int) -> None:
+    """No layer shows the number: it is seen at another value in the tiny copy."""
+    config = hf.Mamba2Config(num_hidden_layers=2, n_groups=groups)
+    model = model_of(config, hf.Mamba2ForCausalLM)
+    widths = {width.name: width for width in widths_of(model)}
+    width = widths["num_heads + hidden_size"]
+    assert (width.reason, width.units) == (None, 128)
+    assert [(one.units, one.classes, one.grain) for one in width.groups] == [
+        (4096, 1, 32),
+        (128, groups, 1),
+        (128, groups, 1),
+    ]
+    (table,) = [m.layout for m in width.groups[1].members if "norm" in m.name]
+    assert table == Layout(run=64)
+
+
+def test_a_plan_says_both_fields_of_a_proportion() -> None:
+    config = hf.Mamba2Config(num_hidden_layers=2)
+    planned = plan(config, prune=["hidden_size"], pruning_ratio=0.3)
+    (width,) = planned.widths
+    assert width.before == {"num_heads": 128, "hidden_size": 4096}
+    assert width.steps == ({"num_heads": 88, "hidden_size": 2816},)  # heads by eights
+    assert list(width.reachable) == list(range(8, 129, 8))
+    assert planned.refusal is None
+    (width,) = plan(config, prune=["head_dim"], pruning_ratio=0.25).widths
+    assert width.steps == ({"head_dim": 48, "hidden_size": 3072},)

@@ -168,6 +168,24 @@ def test_heads_and_head_dim_that_both_moved():
     assert found.values[("num_key_value_heads",)] == 1
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_heads": 2, "hidden_size": 16},
+        {"head_dim": 8, "hidden_size": 16},
+        {"expand": 1, "head_dim": 8},
+        {"expand": 4, "hidden_size": 16},
+        {"num_heads": 8, "head_dim": 8},
+    ],
+)
+def test_fields_that_the_class_takes_in_proportion(values: dict[str, int]):
+    known = known_of("mamba2")
+    found = recover(known, target(known, **values))
+    assert isinstance(found, Recovery), found
+    whole = {"hidden_size": 32, "expand": 2, "num_heads": 4, "head_dim": 16, **values}
+    assert {name: found.values[(name,)] for name in whole} == whole
+
+
 def test_key_value_heads_of_a_class_without_a_head_dim():
     config = hf.StableLmConfig(**{**zoo._GQA, "num_attention_heads": 8, "num_key_value_heads": 8})
     known = map_of(hf.StableLmForCausalLM(config))

@@ -13,7 +13,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tp_hf_config.solve import Conflict, Expression, Field, Problem, product, solve
+from tp_hf_config.solve import (
+    Conflict,
+    Expression,
+    Field,
+    Power,
+    Problem,
+    followed,
+    product,
+    solve,
+)
 
 HEADS: Field = ("num_attention_heads",)
 DIM: Field = ("head_dim",)
@@ -51,6 +60,43 @@ def test_a_product_is_the_product_everywhere(pairs: list[tuple[int, int]], facto
     assert expression.evaluate(moves) == factor * prod(after for _, after in pairs)
     assert expression.evaluate({}) == expression.base
     assert expression.fields == frozenset(base)
+
+
+def test_products_of_the_fields_themselves():
+    base = {HEADS: 4, DIM: 8, FFN: 3}  # 2 * heads * dim + heads + 5 * ffn + 7
+    both = frozenset({HEADS, DIM})
+    heads, dim, ffn = (frozenset({name}) for name in (HEADS, DIM, FFN))
+    terms = {heads: Fraction(17), dim: Fraction(8), both: Fraction(2), ffn: Fraction(5)}
+    expression = Expression(90, terms)
+    assert expression.monomials(base) == {both: 2, heads: 1, ffn: 5}
+    triple = product(96, base)
+    assert triple.monomials(base) == {frozenset(base): 1}
+
+
+INNER = Power(16, {HIDDEN: 1, HEADS: -1}, {HIDDEN: 64, HEADS: 4})
+"""A head dim that is hidden over heads."""
+
+
+def test_a_field_follows_where_it_is_whole():
+    assert followed({DIM: INNER}, {HIDDEN: 32}) == {DIM: 8}
+    assert followed({DIM: INNER}, {HIDDEN: 48, HEADS: 3}) == {DIM: 16}
+    assert followed({DIM: INNER}, {HIDDEN: 34}) == {}
+    assert followed({DIM: INNER}, {HIDDEN: 32, DIM: 16}) == {}  # said itself
+    assert followed({DIM: INNER}, {FFN: 2}) == {}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "dim"), [(32, 2, 16), (32, 4, 8), (48, 3, 16), (64, 4, 16)]
+)
+def test_what_is_kept_in_proportion_is_found(hidden: int, heads: int, dim: int):
+    kept = Power(1, {**INNER.exponents, DIM: -1}, {**INNER.values, DIM: 16})
+    rows = ("embed.weight", 1), ("A_log", 0), ("in proportion", "proportion")
+    expressions = dict(
+        zip(rows, (line(64, hidden_size=1), line(4, num_attention_heads=1), kept), strict=True)
+    )
+    targets = dict(zip(rows, (hidden, heads, 1), strict=True))
+    problem = Problem(expressions, {HIDDEN: 64, HEADS: 4, DIM: 16}, targets)
+    assert solve(problem) == {HIDDEN: hidden, HEADS: heads, DIM: dim}
 
 
 @EXAMPLES

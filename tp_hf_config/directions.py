@@ -206,3 +206,14 @@ def heads_with_width(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple
             yield (*sorted(among, key=str), path, width)
             if among:
                 yield path, width
+
+
+def proportional(known: ConfigMap) -> list[tuple[FieldPath, ...]]:
+    """Pairs of fields that the class takes in proportion, most units first."""
+    pairs = {
+        tuple(sorted((path, other), key=lambda one: (known.values[one], str(one))))
+        for path, others in known.bound.items()
+        for other in others
+        if {path, other} <= known.values.keys()
+    }
+    return sorted(pairs, key=lambda fields: (-units_of(known, fields), str(fields)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .counted import counted_by
 from .directions import Share, Shares, shares_of, units_of
 from .heads import splits_after
 from .learn import ConfigMap
@@ -244,22 +245,36 @@ def _counted(group: Group) -> bool:
 def _real_classes(group: Group, mini: Miniature, known: ConfigMap) -> set[int]:
     """In how many classes the units of a group go at full size; several: it cannot be told.
 
-    The heads of its own layers tell; where those were not seen (torch splits them itself), all that
-    is as many in the tiny copy has to agree.
+    The heads of its own layers tell, or a field that is seen to count them; where there is neither
+    (torch splits them itself), all that is as many in the tiny copy has to agree.
     """
-    if group.grain == 1:
-        return _real_counts(group.classes, mini, known)
+    own = {dim.name.rpartition(".")[0] for dim in group.dims if dim.dim == 0}
     found: set[int] = set()
-    for layer in {dim.name.rpartition(".")[0] for dim in group.dims if dim.dim == 0}:
+    for layer in own if group.grain > 1 else ():
         tiny, real = mini.known.splits_of(layer) or (), known.splits_of(layer) or ()
         pairs = zip(tiny, real, strict=False)
         found |= {full[0] for split, full in pairs if split[0] == group.classes}
+    full_values = dict(_numbers(known.data)) | known.values
+    if not found and not _splits_beside(group, mini):
+        found = {full_values.get(path, 0) for path in counted_by(group, mini)}
     if found:
         return found
+    if group.grain == 1:
+        return _real_counts(group.classes, mini, known)
     moving = mini.known.values | mini.known.silent
-    full_values = dict(_numbers(known.data))
     fields = {full_values.get(path, 0) for path, n in moving.items() if n == group.classes}
     return fields | _real_counts(group.classes, mini, known)
+
+
+def _splits_beside(group: Group, mini: Miniature) -> bool:
+    """Whether a layer beside one of a group's is split into as many heads as it has classes."""
+    around = {dim.name.rpartition(".")[0].rpartition(".")[0] for dim in group.dims}
+    return any(
+        split[0] == group.classes
+        for layer, splits in mini.known.layout.heads.items()
+        for split in splits
+        if layer.rpartition(".")[0] in around
+    )
 
 
 def _uneven_heads(group: WidthGroup, known: ConfigMap) -> str | None:

@@ -59,6 +59,10 @@ def problem_of(
         key: Observable = (field_name(path), "given")
         expressions[key] = Expression(base[path], {frozenset({path}): Fraction(1)})
         targets[key] = value
+    for follower, rule in known.follows.items():
+        key = (_in_words(follower, rule), "proportion")
+        exponents, values = {**rule.exponents, follower: -1}, {**rule.values, follower: rule.base}
+        expressions[key], targets[key] = Power(1, exponents, values), 1
     for (name, which), target in sizes.items():
         canonical = (known.depth.canonical(name), which)
         found: Expression | Power | None = known.expressions.get(canonical)
@@ -68,6 +72,13 @@ def problem_of(
             expressions[name, which] = found
             targets[name, which] = target
     return Problem(expressions, base, targets)
+
+
+def _in_words(follower: FieldPath, rule: Power) -> str:
+    """What a class keeps in proportion, for people: heads * head_dim = expand * hidden_size."""
+    along = [field_name(path) for path, exponent in rule.exponents.items() if exponent > 0]
+    against = [field_name(path) for path, exponent in rule.exponents.items() if exponent < 0]
+    return " * ".join([field_name(follower), *against]) + " = " + " * ".join(along)
 
 
 def build_as(

@@ -21,6 +21,7 @@ from .directions import (
     equal_fields,
     grouped_heads,
     heads_with_width,
+    proportional,
     shares_of,
     strides_in,
     units_of,
@@ -44,7 +45,7 @@ def find_groups(mini: Miniature) -> list[Finding]:
     findings = [
         _find(mini, (path,))
         for path in known.values
-        if path not in known.linked and _sets_outputs(mini, path)
+        if path not in known.linked | known.bound and _sets_outputs(mini, path)
     ]
     apart = {f.fields[0]: f.apart for f in findings if f.reason is not None}
     failed = set(apart)
@@ -69,7 +70,24 @@ def find_groups(mini: Miniature) -> list[Finding]:
             if several[-1].reason is not None and fields[-1] in pair:
                 several.append(_find(mini, (*fields[:-1], *pair)))
         findings.append(several[-1] if several[-1].reason is None else several[0])
+    findings += [_in_proportion(mini, fields) for fields in proportional(known)]
     return [_rehearsed(mini, finding) for finding in findings]
+
+
+def _in_proportion(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
+    """What units of two fields are: heads, which are runs, or else a part of every head."""
+    found = _find(mini, fields, heads=True)
+    if found.reason is not None or not all(map(_scales, found.groups)):
+        found = _find(mini, fields)
+    if found.reason is None and not all(map(_scales, found.groups)):
+        return Finding(fields, reason="how long runs of its units are at full size is not seen")
+    return found
+
+
+def _scales(group: Group) -> bool:
+    """Whether runs are heads, which something counts: else there may be more runs at full size."""
+    alone = any(dim.layout.parts == dim.layout.run == 1 for dim in group.dims)
+    return alone or all(dim.layout.run == 1 for dim in group.dims)
 
 
 def _rehearsed(mini: Miniature, finding: Finding) -> Finding:
@@ -94,11 +112,12 @@ def _find(
     fields: tuple[FieldPath, ...],
     alone: Sequence[Group] = (),
     apart_alone: Places = frozenset(),
+    heads: bool = False,
 ) -> Finding:
     """Groups of units that are the same share of every one of the fields.
 
     ``alone``: the groups that one of them sets by itself; ``apart_alone``: where units of each of
-    them alone are told apart.
+    them alone are told apart; ``heads``: units are likely to be heads, though no layer shows it.
     """
     known = mini.known
     units = units_of(known, fields)
@@ -111,7 +130,7 @@ def _find(
     styles: dict[Style, list[Dim]] = {}
     listed = {**saved_buffers(mini.model), **dict(mini.model.named_parameters())}  # a tied one once
     listed |= mini.states
-    heads = bool(set(fields) & known.count_fields())
+    heads = heads or bool(set(fields) & known.count_fields())
     for (name, dim), parts in shares.items():
         for share in parts if name in listed else ():
             layouts = layouts_of(mini, name, dim, share, units, heads)

@@ -22,6 +22,7 @@ from .depth import Depth, shallow
 from .errors import UnsupportedModelError
 from .fields import candidates
 from .heads import Layout
+from .proportion import let_follow, partners
 from .reference import (
     Builder,
     FieldPath,
@@ -33,7 +34,7 @@ from .reference import (
     shapes,
     with_values,
 )
-from .solve import Expression, Observable, Power
+from .solve import Expression, Observable, Power, followed
 from .study import Study
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class ConfigMap:
             and ``hidden_size``: apart, the class builds other layers).
         bound: widths that the class takes no other value of alone, and the fields that would have
             to move with each (Mamba 2: hidden size times ``expand`` is heads times head dim).
+        follows: one field of each such proportion, and how it follows from the others.
         sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
         powers: dimensions along no straight line that are powers of fields (hidden over heads).
         loose: dimensions that follow no such rule (rounded ones), and the fields that move them.
@@ -71,6 +73,7 @@ class ConfigMap:
     layout: Layout
     linked: dict[FieldPath, FieldPath] = field(default_factory=dict)
     bound: dict[FieldPath, tuple[FieldPath, ...]] = field(default_factory=dict)
+    follows: dict[FieldPath, Power] = field(default_factory=dict)
     sizes: dict[FieldPath, int] = field(default_factory=dict)
     powers: dict[Observable, Power] = field(default_factory=dict)
     loose: dict[Observable, frozenset[FieldPath]] = field(default_factory=dict)
@@ -93,12 +96,12 @@ class ConfigMap:
         )
 
     def config_at(self, values: Mapping[FieldPath, int], shallow: bool = True) -> dict[str, Any]:
-        """The config with some fields at other values; what is linked follows.
+        """The config with some fields at other values; what is linked or in proportion follows.
 
         Unset fields are set to what they imply, so that they do not follow others.
         """
         full: dict[FieldPath, int | None] = {path: self.values[path] for path in self.unset}
-        full.update(values)
+        full.update({**values, **followed(self.follows, values)})
         for follower, leader in self.linked.items():
             if leader in values:
                 full[follower] = values[leader]
@@ -210,22 +213,29 @@ def learn(
     study = Study(builder, depth, implied)
     values = {**declared, **implied}
     moves, linked = study.moves(values)
+    bound = partners(study, values)
+    moves |= let_follow(study, bound, values)
+    together = {
+        path for follower, rule in study.follows.items() for path in (follower, *rule.fields)
+    }
     expressions = lines.expressions(study, values, moves)
     moving = {path for expression in expressions.values() for path in expression.fields}
     powers, loose = lines.powers(study, values, moves, expressions)
     linked |= study.dragged(values, moving)
+    sized = moves.keys() | linked.keys() | together
     return ConfigMap(
         builder=builder,
         data=data,
-        values={path: value for path, value in values.items() if path in moving | set(linked)},
+        values={p: value for p, value in values.items() if p in moving | together | set(linked)},
         unset=frozenset(path for path in implied if path in moving),
         expressions=expressions,
         depth=depth,
         layout=study.layout,
         linked=linked,
-        bound=study.bound,
-        sizes={path: value for path, value in values.items() if path in moves or path in linked},
-        silent={p: v for p, v in declared.items() if p not in moves and p not in linked},
+        bound=bound,
+        follows=study.follows,
+        sizes={path: value for path, value in values.items() if path in sized},
+        silent={path: value for path, value in declared.items() if path not in sized},
         powers=powers,
         loose=loose,
     )

@@ -23,16 +23,32 @@ _PARTS = (64, 32, 16, 8, 4, 2)
 
 
 def in_proportion(known: ConfigMap, data: dict[str, Any], seen: Seen) -> dict[str, Any]:
-    """Widths that the class takes no other value of alone (Mamba 2), with one that goes along."""
-    for path, others in known.bound.items():
-        for other in others:
+    """Widths that the class takes no other value of alone (Mamba 2), with one that goes along.
+
+    What was larger than another width stays larger: there are several heads in each group of them.
+    """
+
+    def in_order(trial: dict[str, Any], paths: Collection[FieldPath]) -> bool:
+        return all(
+            value_at(trial, path) > value_at(trial, other)
+            for path in paths
+            for other in known.sizes
+            if known.sizes[path] > known.sizes[other]
+        )
+
+    pairs = [(path, other) for path, others in known.bound.items() for other in others]
+    before: dict[str, Any] = {}
+    while data != before:  # what another is larger than may be smaller now
+        before = data
+        for path, other in pairs:
             values = (int(value_at(data, path)), int(value_at(data, other)))
             trials = (
                 with_values(data, {path: values[0] // part, other: values[1] // part})
                 for part in _PARTS
                 if not any(value % part for value in values) and min(values) // part >= _FEWEST
             )
-            data = next((trial for trial in trials if seen(trial)), data)
+            fitting = (trial for trial in trials if in_order(trial, (path, other)))
+            data = next((trial for trial in fitting if seen(trial)), data)
     return data
 
 

@@ -211,6 +211,7 @@ def _bound(known: ConfigMap) -> tuple[Width, ...]:
             disproved=True,
         )
         for path, others in known.bound.items()
+        if path not in known.values
     )
 
 

@@ -72,8 +72,8 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
         return runs(with_values(trial, {path: _get(trial, path) // 2}))
 
     data = next(filter(runs, smaller_images(known, data)), data)
-    data = in_proportion(known, data, seen)
-    for path in sorted(known.sizes, key=lambda path: known.sizes[path]):
+    free = [path for path in known.sizes if path not in known.bound]
+    for path in sorted(free, key=lambda path: known.sizes[path]):
         changes = _smaller(known, data, path, heads, splitting, together)
         trials = (with_values(data, {**one, **crops(data, one)}) for one in changes)
         fitting: Iterator[dict[str, Any]] = filter(runs, trials)
@@ -83,6 +83,7 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
         elif path not in heads:
             fitting = _apart_at_half(known, path, fitting, unshrunken)
         data = next(fitting, data)
+    data = in_proportion(known, data, seen)
     experts = [name for name, shape in known.shapes.items() if len(shape) == 3 and 1 not in shape]
     stacked = [known.shapes[name][0] for name in experts if _is_stacked(known, name)]
     rows = [path for path in known.sizes if _is_position_count(known, data, path)]
@@ -236,7 +237,7 @@ def _smaller(
     elif heads and value % 2 == 0:  # several may go in proportion (Whisper's encoder, decoder)
         ladder = tuple(step for step in ladder if step % 2 == 0)
     followers = [other for other, leader in known.linked.items() if leader == path]
-    current = {other: _get(data, other) for other in known.sizes}
+    current = {other: _get(data, other) for other in known.sizes if other not in known.bound}
     equals = [
         other
         for other, size in current.items()

@@ -39,6 +39,20 @@ class Expression:
             total += coefficient * prod(moves.get(name, 0) for name in fields)
         return total
 
+    def monomials(self, values: Mapping[Field, int]) -> dict[frozenset[Field], Fraction]:
+        """The same as a sum of products of the fields themselves: each product's factor.
+
+        Args:
+            values: base value of each field.
+        """
+        found: dict[frozenset[Field], Fraction] = {}
+        for fields, coefficient in self.terms.items():
+            for size in range(1, len(fields) + 1):
+                for chosen in map(frozenset, combinations(fields, size)):
+                    rest = prod(-values[name] for name in fields - chosen)
+                    found[chosen] = found.get(chosen, Fraction(0)) + coefficient * rest
+        return {fields: factor for fields, factor in found.items() if factor}
+
     def move_of(self, name: Field, moves: Mapping[Field, int], target: int) -> Fraction | None:
         """How far ``name`` must move for the expression to be ``target``; None: it has no say."""
         slope = Fraction(0)
@@ -94,6 +108,18 @@ class Power:
         value = self.values[name]
         factor: Fraction = Fraction(value + moves.get(name, 0), value) ** self.exponents[name]
         return factor
+
+
+def followed(rules: Mapping[Field, Power], values: Mapping[Field, int]) -> dict[Field, int]:
+    """Fields that follow from others, of which some are at other values; whole ones only."""
+    found: dict[Field, int] = {}
+    for name, rule in rules.items():
+        if name not in values and rule.fields & values.keys():
+            moves = {p: values[p] - rule.values[p] for p in rule.fields & values.keys()}
+            value = rule.evaluate(moves)
+            if value.denominator == 1:
+                found[name] = int(value)
+    return found
 
 
 def product(base: int, values: Mapping[Field, int]) -> Expression:

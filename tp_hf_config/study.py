@@ -28,6 +28,7 @@ from .reference import (
     vanished_counts,
     with_values,
 )
+from .solve import Power, followed
 
 _OTHER_TENSORS = 5
 """Values at which a class has other tensors that are tried before a field is said to set none."""
@@ -36,10 +37,17 @@ _ROUNDED = 3
 
 
 class Study:
-    """Builds around one shallow config."""
+    """Builds around one shallow config.
+
+    Attributes:
+        refused: fields that the class takes no other value of, alone or with one that it does.
+        follows: fields that follow from others in every build.
+    """
 
     def __init__(self, builder: Builder, depth: Depth, implied: Mapping[FieldPath, int]):
         self.builder = builder
+        self.refused: list[FieldPath] = []
+        self.follows: dict[FieldPath, Power] = {}
         self.canonical = cache(depth.canonical)
         self.data = with_values(depth.data, dict(implied))
         model = self._build({})
@@ -51,12 +59,13 @@ class Study:
         self.base = self._sizes(self.shapes, self.layout)
         self.attributes = _numbers(model)
         self.split_weights = {f"{name}.weight" for name in self.layout.heads}
-        self.bound: dict[FieldPath, tuple[FieldPath, ...]] = {}
         self._repeating: Counter[FieldPath] = Counter()
         self._vanishing: dict[FieldPath, bool] = {}
 
-    def _build(self, values: Mapping[FieldPath, int | None]) -> nn.Module | Refusal:
-        return self.builder.build(with_values(self.data, dict(values)))
+    def _build(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
+        return self.builder.build(
+            with_values(self.data, {**values, **followed(self.follows, values)})
+        )
 
     def at(self, values: Mapping[FieldPath, int], watch: bool = True) -> Sizes | Refusal | None:
         """What is built differently at ``values``; None: other tensors altogether.
@@ -210,7 +219,7 @@ class Study:
         refused: list[FieldPath] = []
         rebuilt: list[FieldPath] = []
         for path, value in values.items():
-            points = self._alone(path, value, enough=1)
+            points = self.alone(path, value, enough=1)
             if isinstance(points, Refusal):
                 refused.append(path)
             elif points is None:
@@ -231,22 +240,9 @@ class Study:
                 points = self._as_one(path, other, values[path])
                 if points:
                     moves[path], linked[other] = points, path
-        single = [path for path in alone if path not in moves.keys() | linked]
-        self.bound = self._bound(single, values)
+        self.refused = [path for path in alone if path not in moves.keys() | linked]
         show_heads(self, values, moves)
         return moves, linked
-
-    def _bound(
-        self, refused: Sequence[FieldPath], values: Mapping[FieldPath, int]
-    ) -> dict[FieldPath, tuple[FieldPath, ...]]:
-        """Widths that the class only takes in proportion with another, and those others."""
-        found: dict[FieldPath, tuple[FieldPath, ...]] = {}
-        for path, other in combinations(refused, 2):
-            sizes = self.at({path: 2 * values[path], other: 2 * values[other]}, watch=False)
-            if isinstance(sizes, dict) and any(sizes.values()):
-                found[path] = (*found.get(path, ()), other)
-                found[other] = (*found.get(other, ()), path)
-        return found
 
     def _partners(
         self, path: FieldPath, others: Sequence[FieldPath], values: Mapping[FieldPath, int]
@@ -265,7 +261,7 @@ class Study:
 
         return may_matter(others, in_vain)
 
-    def _alone(
+    def alone(
         self, path: FieldPath, value: int, points: Sequence[Move] = (), enough: int = 2
     ) -> list[Move] | Refusal | None:
         """Moves of one field; empty: it sets nothing; otherwise why it does not move alone."""
@@ -311,7 +307,7 @@ class Study:
                 moves[path].append(second)  # else another field of that build may count
         for path, points in moves.items():
             if len(points) == 1:
-                more = self._alone(path, values[path], points)
+                more = self.alone(path, values[path], points)
                 moves[path] = more if isinstance(more, list) else points
             if len(moves[path]) == 2 and all(blind(point.sizes) for point in moves[path]):
                 self._seeing(path, values[path], moves[path])
