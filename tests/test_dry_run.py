@@ -51,6 +51,15 @@ class TestRealNumbers:
         with RealNumbers(), pytest.raises(RuntimeError, match="negative padding"):
             narrow(torch.empty(1, 4, 8, device=META))
 
+    def test_more_places_than_features_are_refused_as_where_it_computes(self) -> None:
+        """Images that go into a text are as wide as it is: Qwen2.5-Omni does not ask."""
+        text, features = torch.empty(1, 4, 6, device=META), torch.empty(2, 3, device=META)
+        two = torch.tensor([[True, False, True, False]]).unsqueeze(-1)
+        with RealNumbers(), pytest.raises(RuntimeError, match="fewer features"):
+            text.masked_scatter(two, features)
+        with RealNumbers():
+            assert text.masked_scatter(two, features.repeat(2, 1)).shape == text.shape
+
     def test_so_many_numbers_are_no_sizes(self) -> None:
         """V-JEPA 2's places of 28,224 patches take seconds to compute."""
         with RealNumbers():

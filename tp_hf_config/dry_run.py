@@ -26,6 +26,7 @@ _MOST_SEEN = 100_000
 _WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
 _LARGE = 2**21
 """So many numbers are no sizes."""
+_SCATTER = torch.ops.aten.masked_scatter.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _CONVOLUTION = torch.ops.aten.convolution.default
 _PADDING = 4
@@ -122,6 +123,8 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return 1
             if func is _COPY and "device" in kwargs:
                 kwargs["device"] = torch.device("meta")
+            if func is _SCATTER and _too_few(*args):
+                raise RuntimeError("fewer features than places for them")  # as where it computes
             if func in _INDEX:
                 self.guessed |= any(one.is_meta for one in tensors[1:] if one.dtype == torch.bool)
                 args = (args[0], _positions(args[1]), *args[2:])
@@ -215,6 +218,13 @@ def _described(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_described, value))
     return (type(value), value)
+
+
+def _too_few(values: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether there is less in a source than a mask has places for, as far as that is known."""
+    if mask.is_meta:
+        return False
+    return source.numel() < int(mask.expand(values.shape).sum())
 
 
 def _positions(indices: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -74,10 +75,10 @@ def observe(model: nn.Module) -> Layout:
     is returned. Where images or sound stop it early, text alone goes another part of the way.
     Layers that read the states of an encoder outside of the model are given some.
     """
+    if type(model) not in form_of:
+        form_of[type(model)] = _best_form(model)
     with torch.no_grad(), RealNumbers():
         text = text_inputs(model)
-        if type(model) not in form_of:
-            form_of[type(model)] = _best_form(model)
         inputs = example_inputs(model)
     seen = _observe(model, inputs)
     if states_of(model) is None and look_for_states(
@@ -98,8 +99,13 @@ def _best_form(model: nn.Module) -> int:
         if any(True for _ in module.parameters(recurse=False))
     ]
     best, most = 0, -1
+    forms = input_forms(model)
     try:
-        for number, inputs in enumerate(input_forms(model)):
+        for number in count():
+            with torch.no_grad(), RealNumbers():  # not around the run: whole numbers would get lost
+                inputs = next(forms, None)
+            if inputs is None:
+                break
             calls.clear()
             if _observe(model, inputs).ended:
                 return number
