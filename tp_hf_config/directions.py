@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
+from functools import cache, reduce
 from itertools import combinations, permutations, product
 from math import gcd, lcm
 
+from .heads import observe
 from .learn import ConfigMap
 from .reference import FieldPath, Refusal, shapes
 
@@ -182,6 +183,29 @@ def equal_fields(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[Fie
         if known.values[pair[0]] == known.values[pair[1]] and failed & set(pair)
     ]
     yield from [pair for pair in pairs if failed >= set(pair)] or pairs
+
+
+def equal_together(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+    """Three or four widths of equal size of which fewer cannot go, seen in runs without data.
+
+    What a tower makes of images and another of sound stands in one text (Qwen2.5-Omni).
+    """
+    alike: dict[int, list[FieldPath]] = {}
+    for path in sorted(failed, key=str):
+        if known.moves_shapes(path):
+            alike.setdefault(known.values[path], []).append(path)
+
+    @cache
+    def runs(fields: tuple[FieldPath, ...]) -> bool:
+        """Where there are more features than places for them, only more places show it."""
+        value = known.values[fields[0]]
+        builds = (known.build_at(dict.fromkeys(fields, other)) for other in (2 * value, value // 2))
+        return all(not isinstance(model, Refusal) and observe(model).ended for model in builds)
+
+    for size, paths in product((3, 4), alike.values()):
+        for fields in combinations(paths, size):
+            if runs(fields) and not any(map(runs, combinations(fields, size - 1))):
+                yield fields
 
 
 def heads_with_width(known: ConfigMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:

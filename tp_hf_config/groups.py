@@ -19,6 +19,7 @@ from .alike import all_alike
 from .directions import (
     Shares,
     equal_fields,
+    equal_together,
     grouped_heads,
     heads_with_width,
     proportional,
@@ -49,7 +50,7 @@ def find_groups(mini: Miniature) -> list[Finding]:
     ]
     apart = {f.fields[0]: f.apart for f in findings if f.reason is not None}
     failed = set(apart)
-    equal = list(equal_fields(known, failed))
+    equal = [*equal_fields(known, failed), *equal_together(known, failed)]
     tried: set[frozenset[FieldPath]] = set()
     for fields in chain(equal, grouped_heads(known, failed), heads_with_width(known, failed)):
         if frozenset(fields) not in tried:

@@ -207,7 +207,7 @@ def _with_places(
             found[name] = make((*ids.shape, width), dtype=ids.dtype, device=ids.device)
     if not any(counts.values()):
         return found
-    if _OWN_COUNT in inputs and "attention_mask" in parameters:
+    if _puts_in_places(model, inputs) and "attention_mask" in parameters:
         found["attention_mask"] = torch.ones_like(ids)
     if "mm_token_type_ids" in parameters:
         kinds = torch.zeros_like(ids)
@@ -220,6 +220,11 @@ def _with_places(
     return found
 
 
+def _puts_in_places(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward pass makes one token for a sound to as many as it needs, by its mask."""
+    return _OWN_COUNT in inputs and not hasattr(model, "get_audio_features")
+
+
 def _dims(value: Any) -> int:
     return value.ndim if isinstance(value, torch.Tensor) else 0
 
@@ -229,8 +234,8 @@ def _count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) 
     name = f"get_{kind}_features"
     if _token(config, kind) is None:
         return 0
-    if kind == "audio" and _OWN_COUNT in inputs and not hasattr(model, name):
-        return 1  # the forward pass puts in the others itself
+    if kind == "audio" and _puts_in_places(model, inputs):
+        return 1
     methods = [getattr(module, name) for module in model.modules() if hasattr(module, name)]
     if not methods and "pixel_values" in inputs:  # one feature for each query, of every frame
         pixels = inputs["pixel_values"]

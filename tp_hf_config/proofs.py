@@ -12,6 +12,7 @@ from .alike import as_in_like_layers
 from .reference import FieldPath
 from .search import Places
 from .twins import Dim, Layout, Links, TwinTest
+from .unread import is_unread
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,10 @@ def _doubted(test: TwinTest, links: Links) -> list[Dim]:
 def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> int | None:
     """The place of the group that vectors go along with which the class has and does not use.
 
-    The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3): where a
-    single group of the width is of free channels, the residual stream, they can only be of that
-    one, channel by channel.  The stream is what norms belong to.
+    The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3), a table that
+    no code reads (Qwen2.5-Omni): where a single group of the width is of free channels, the
+    residual stream, they can only be of that one, channel by channel.  The stream is what norms
+    belong to.
     """
     sizes = {dim.layout for dim in unused}
     whole = all(_fills(test.parameters[dim.name], dim, test.units) for dim in unused)
@@ -164,10 +166,17 @@ def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> i
         if group.classes == 1
         and any(d.layout in sizes and _is_vector_alone(test.model, d.name) for d in group.dims)
     ]
-    held = [test.parameters[dim.name] for dim in unused]
-    vectors = all(parameter.numel() in (0, max(parameter.shape)) for parameter in held)
+    vectors = all(_is_of_vectors(test, dim) for dim in unused)
     alone = len(streams) == 1 and plain and vectors and test.unused(dim.name for dim in unused)
     return streams[0] if alone else None
+
+
+def _is_of_vectors(test: TwinTest, dim: Dim) -> bool:
+    """Whether a dimension is its parameter's only one, but for the entries of an unread table."""
+    parameter, layer = test.parameters[dim.name], dim.name.rpartition(".")[0]
+    vector = parameter.numel() in (0, max(parameter.shape))
+    table = isinstance(test.model.get_submodule(layer), torch.nn.Embedding) and dim.dim == 1
+    return vector or (table and is_unread(test.model, layer))
 
 
 def _fills(parameter: torch.Tensor, dim: Dim, units: int) -> bool:

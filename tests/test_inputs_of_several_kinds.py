@@ -1,0 +1,101 @@
+"""Images, sound and text in one forward pass, and the widths that stand in all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+
+from tp_hf_config.directions import equal_together
+from tp_hf_config.groups import _find
+from tp_hf_config.inputs import example_inputs
+from tp_hf_config.learn import map_of
+from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.reference import Refusal, without_data
+from tp_hf_config.rehearsal import rehearse
+from tp_hf_config.unread import is_unread
+
+_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_AUDIO, _IMAGE, _VIDEO = 5, 6, 7
+
+
+def _omni() -> Any:
+    """Qwen2.5-Omni, whose config does not say with which token an image begins."""
+    return hf.Qwen2_5OmniThinkerConfig(
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": _ROTARY,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 40,
+            "num_heads": 4,
+            "patch_size": 4,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        audio_config={
+            "d_model": 48,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 56,
+            "num_mel_bins": 16,
+            "max_source_positions": 20,
+            "n_window": 10,
+            "output_dim": 32,
+        },
+        audio_token_index=_AUDIO,
+        image_token_index=_IMAGE,
+        video_token_index=_VIDEO,
+        audio_start_token_id=4,
+        audio_end_token_id=3,
+        user_token_id=1,
+    )
+
+
+_Omni = getattr(hf, "Qwen2_5OmniThinkerModel", hf.Qwen2_5OmniThinkerForConditionalGeneration)
+
+
+def test_an_image_and_a_sound_in_one_text() -> None:
+    """Without a mask of the text no class asks where in it images begin."""
+    model = _Omni(_omni()).eval()
+    inputs = example_inputs(model)
+    assert "attention_mask" not in inputs
+    assert [int((inputs["input_ids"] == token).sum()) for token in (_IMAGE, _AUDIO)] == [4, 10]
+    with torch.no_grad():
+        model(**inputs)
+
+
+def test_three_widths_that_stand_in_one_text() -> None:
+    """One of its parameters, a table of two tokens, no code reads."""
+    model = without_data(_Omni, _omni())
+    assert not isinstance(model, Refusal)
+    mini = miniature(map_of(model))
+    assert isinstance(mini, Miniature)
+    assert not mini.partial
+    fields = [path for path in mini.known.values if mini.known.moves_shapes(path)]
+    (together,) = equal_together(mini.known, set(fields))
+    assert together == (
+        ("audio_config", "output_dim"),
+        ("text_config", "hidden_size"),
+        ("vision_config", "out_hidden_size"),
+    )
+    found = _find(mini, together)
+    assert found.reason is None
+    assert found.along == ("audio_tower.audio_bos_eos_token.weight",)
+    assert rehearse(mini, found) is None
+
+
+def test_what_no_code_reads() -> None:
+    model = without_data(_Omni, _omni())
+    assert not isinstance(model, Refusal)
+    assert is_unread(model, "audio_tower.audio_bos_eos_token")
+    assert not is_unread(model, "language_model.embed_tokens")
+    assert not is_unread(model, "language_model.layers.0")
