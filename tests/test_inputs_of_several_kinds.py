@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -12,8 +13,10 @@ from tp_hf_config.groups import _find
 from tp_hf_config.inputs import example_inputs
 from tp_hf_config.learn import map_of
 from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.reach import unreached_by, working_inputs
 from tp_hf_config.reference import Refusal, without_data
 from tp_hf_config.rehearsal import rehearse
+from tp_hf_config.shrinking import small_tokens
 from tp_hf_config.unread import is_unread
 
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -99,3 +102,58 @@ def test_what_no_code_reads() -> None:
     assert is_unread(model, "audio_tower.audio_bos_eos_token")
     assert not is_unread(model, "language_model.embed_tokens")
     assert not is_unread(model, "language_model.layers.0")
+
+
+def _molmo2() -> Any:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    config = hf.Molmo2Config(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "image_size": [20, 20],
+            "patch_size": 4,
+            **heads,
+        },
+        adapter_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "text_hidden_size": 32,
+            "vision_feature_layer": [0, 1],
+            **heads,
+        },
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "vocab_size": 64,
+            "additional_vocab_size": 8,
+            **heads,
+        },
+        image_patch_id=_IMAGE,
+    )
+    return hf.Molmo2Model(config)
+
+
+@pytest.mark.skipif(not hasattr(hf, "Molmo2Model"), reason="this Transformers has no Molmo 2")
+def test_patches_that_are_pooled_by_their_numbers() -> None:
+    """All patches of an image in one row, and for each token those that it is made of."""
+    model = _molmo2().double().eval()
+    working = working_inputs(model)
+    assert not isinstance(working, Refusal)
+    inputs, partial = working
+    assert not partial
+    assert inputs["pixel_values"].shape == (2, 25, 48)
+    assert inputs["image_token_pooling"][:4].flatten().tolist() == list(range(16))
+    assert inputs["image_grids"].tolist() == [[2, 2, 0, 0]] * 2
+    assert inputs["mm_token_type_ids"][0].tolist() == [1] * 4 + [0] * 8
+    assert unreached_by(model, inputs) == set()
+
+
+@pytest.mark.skipif(not hasattr(hf, "Molmo2Model"), reason="this Transformers has no Molmo 2")
+def test_the_token_of_an_image_by_another_name() -> None:
+    """It is small in the tiny copy, as all are: the vocabulary is."""
+    model = without_data(hf.Molmo2Model, hf.Molmo2Config())
+    assert not isinstance(model, Refusal)
+    data = small_tokens(map_of(model))
+    assert (data["image_patch_id"], data["image_end_token_id"]) == (4, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -147,6 +148,8 @@ def _pixels(config: Any, names: Collection[str]) -> list[Shape]:
     squares = (number, channels, *patch)
     patches = [Shape((number, width)), Shape(squares)]
     rows = [Shape((1, number, width)), Shape((1, *squares))]
+    whole = size_of(_vision(config), "num_position_embeddings")
+    films += [Shape((1, whole, width))] if whole else []
     merged = [
         Shape((number, _grid(config) // 2 * patch[0], _grid(config) // 2 * patch[1], channels))
     ]
@@ -266,6 +269,18 @@ def _flat_grid(config: Any, form: Form) -> Shape | None:
     return Shape((1, 2), "values", (side, side))
 
 
+def _pools(config: Any, form: Form) -> Shape | None:
+    """For each of four tokens the numbers of the patches that it is made of."""
+    patches = prod(form["pixel_values"].size[:-1]) if "pixel_values" in form else 0
+    numbers = tuple(number % patches for number in range(16)) if patches else ()
+    return Shape((4, 4), "values", numbers) if patches else None
+
+
+def _pooled_grid(config: Any, form: Form) -> Shape | None:
+    """Rows and columns of those tokens, and none of a smaller image beside."""
+    return Shape((1, 4), "values", (2, 2, 0, 0)) if "pixel_values" in form else None
+
+
 def _merge(config: Any, form: Form) -> Shape | None:
     return Shape((1,), "values", (_grid(config) // 2,))
 
@@ -374,6 +389,8 @@ BESIDE: dict[str, Beside] = {
     "spatial_shapes": _flat_grid,
     "target_sizes": _flat_grid,
     "tgt_sizes": _flat_grid,
+    "image_token_pooling": _pools,
+    "image_grids": _pooled_grid,
     "image_sizes": _image_sizes,
     "pixel_position_ids": _places,
     "image_position_ids": _places,

@@ -62,7 +62,7 @@ def miniature(known: ConfigMap) -> Miniature | Refusal:
     """
     found: list[Miniature | Refusal] = []
     for together in (False, True):
-        made = _build(known, shrunken(known, small_tokens(known.depth.data), together))
+        made = _build(known, shrunken(known, small_tokens(known), together))
         if isinstance(made, Miniature) and not made.partial:
             return made
         found.append(made)

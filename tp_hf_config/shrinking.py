@@ -360,20 +360,24 @@ def _get(data: Any, path: FieldPath) -> int:
     return int(value_at(data, path))
 
 
-def small_tokens(data: dict[str, Any]) -> dict[str, Any]:
+def small_tokens(known: ConfigMap) -> dict[str, Any]:
     """Special tokens in the first few of the vocabulary, so that the vocabulary can be small."""
+    data = known.depth.data
+    other_names = getattr(known.builder.config(data), "attribute_map", {})
+    tokens = {own for name, own in other_names.items() if name.endswith(_TOKEN)}
+
+    def is_token(key: str) -> bool:
+        return key.endswith(_TOKEN) or key in tokens
 
     def visit(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
         return {
-            key: 1
-            if key.endswith(_TOKEN) and isinstance(value, int) and value > 2
-            else visit(value)
+            key: 1 if is_token(key) and isinstance(value, int) and value > 2 else visit(value)
             for key, value in node.items()
         }
 
     result: dict[str, Any] = visit(data)
-    places = [k for k in result if k.startswith(_PLACES) and k.endswith(_TOKEN)]
+    places = [key for key in result if key.startswith(_PLACES) and is_token(key)]
     result.update({key: 3 + number for number, key in enumerate(places)})  # each another
     return result

@@ -83,6 +83,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "qwen3_asr": _as_wide_as_text(audio_config="output_dim"),
     "janus": _as_wide_as_text(vision_config="projection_dim"),
+    "molmo2": _as_wide_as_text(adapter_config="text_hidden_size"),
     "ovis2": _given(hidden_size=4096),
     # sections of rotary embeddings
     **dict.fromkeys(
