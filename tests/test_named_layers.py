@@ -177,3 +177,18 @@ def test_a_layer_that_was_not_looked_at_is_not_left_as_wide_as_it_was() -> None:
     assert expand(finding, mini, known, model) == (
         "beside.weight is as wide, and is of no layer that was looked at"
     )
+
+
+def test_a_layer_that_two_parts_of_a_config_name_is_one_in_both() -> None:
+    """MiniCPM-V 4.6 sets its images' number to its own whenever a config is made."""
+    config_class = getattr(hf, "MiniCPMV4_6Config", None)
+    if config_class is None:
+        pytest.skip("this Transformers has no MiniCPM-V 4.6")
+    text = {"model_type": "llama", **_TEXT}
+    vision = {**_IMAGES, "num_hidden_layers": 8}
+    config = config_class(text_config=text, vision_config=vision, image_token_id=90)
+    mini = miniature(map_of(hf.MiniCPMV4_6Model(config)))
+    assert isinstance(mini, Miniature)
+    parts = (mini.known.data, mini.known.data["vision_config"])
+    assert [part["insert_layer_id"] for part in parts] == [0, 0]
+    assert unreached_by(mini.model, mini.inputs) == set()

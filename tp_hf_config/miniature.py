@@ -186,7 +186,11 @@ def _left(model: nn.Module, working: Working) -> float:
 
 
 def _numbers_of_layers(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[FieldPath, Any]]:
-    """Lists and numbers in a config that can name layers, naming those that are left."""
+    """Lists and numbers in a config that can name layers, naming those that are left.
+
+    A number that the config hands on to one of its parts (MiniCPM-V 4.6) is given in both.
+    """
+    numbers: dict[str, list[FieldPath]] = {}
 
     def visit(node: Any, path: FieldPath) -> Iterator[dict[FieldPath, Any]]:
         for key, value in node.items() if isinstance(node, dict) else ():
@@ -197,11 +201,16 @@ def _numbers_of_layers(known: ConfigMap, data: dict[str, Any]) -> Iterator[dict[
                 yield {here: list(places)}
                 yield {here: [place % _LAYERS for place in places]}
                 yield {here: [_LAYERS - 1 for _ in places]}
-            elif said and type(value) is int and here not in known.silent | known.sizes:
-                yield {here: 0}
+            elif said and type(value) is int:
+                numbers.setdefault(key, []).append(here)
+                if here not in known.silent | known.sizes:
+                    yield {here: 0}
             yield from visit(value, here)
 
     yield from visit(data, ())
+    for paths in numbers.values():
+        if len(paths) > 1:
+            yield dict.fromkeys(paths, 0)
 
 
 def randomise(model: nn.Module) -> None:
