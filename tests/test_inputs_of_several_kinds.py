@@ -12,7 +12,7 @@ from tp_hf_config.directions import equal_together
 from tp_hf_config.groups import _find
 from tp_hf_config.inputs import example_inputs
 from tp_hf_config.learn import map_of
-from tp_hf_config.miniature import Miniature, miniature
+from tp_hf_config.miniature import Miniature, miniature, randomise
 from tp_hf_config.reach import unreached_by, working_inputs
 from tp_hf_config.reference import Refusal, without_data
 from tp_hf_config.rehearsal import rehearse
@@ -157,3 +157,42 @@ def test_the_token_of_an_image_by_another_name() -> None:
     assert not isinstance(model, Refusal)
     data = small_tokens(map_of(model))
     assert (data["image_patch_id"], data["image_end_token_id"]) == (4, 3)
+
+
+def test_a_protein_beside_a_text() -> None:
+    """None of its tokens is padding, hidden or the end."""
+    config_class = getattr(hf, "EvollaConfig", None)
+    if config_class is None:
+        pytest.skip("this Transformers has no Evolla")
+    layer = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = config_class(
+        **layer,
+        vocab_size=40,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        aligner_num_add_layers=1,
+        resampler_depth=1,
+        resampler_dim_head=8,
+        resampler_heads=2,
+        resampler_num_latents=3,
+        protein_encoder_config={
+            **layer,
+            "vocab_size": 12,
+            "num_hidden_layers": 1,
+            "pad_token_id": 1,
+            "mask_token_id": 4,
+            "max_position_embeddings": 30,
+        },
+    )
+    model = hf.EvollaModel(config).double().eval()
+    randomise(model)
+    working = working_inputs(model)
+    assert not isinstance(working, Refusal)
+    inputs, partial = working
+    assert not partial
+    assert inputs["protein_input_ids"].tolist() == [
+        [5, 6, 7, 8, 9, 10, 11, 5],
+        [5, 11, 10, 9, 8, 7, 6, 5],
+    ]
+    assert inputs["protein_attention_mask"].tolist() == [[1] * 8] * 2
+    assert unreached_by(model, inputs) == set()

@@ -247,6 +247,14 @@ def _rows(config: Any, names: Collection[str]) -> list[Shape]:
     ]
 
 
+def _protein(config: Any, names: Collection[str]) -> list[Shape]:
+    """Tokens of a protein, none of them special."""
+    part = getattr(config, "protein_encoder_config", config)
+    special = [getattr(part, f"{name}_token_id", None) or 0 for name in ("pad", "mask", "eos")]
+    count = max(1, size_of(part, "vocab_size") - max(special) - 1)
+    return [Shape((1, 8), "values", tuple(max(special) + 1 + n % count for n in range(8)))]
+
+
 def _latents(config: Any, names: Collection[str]) -> list[Shape]:
     width = size_of(config, "hidden_size", "d_model")
     return [Shape((1, width, 16)), Shape((1, 16, width))]
@@ -285,7 +293,7 @@ def _merge(config: Any, form: Form) -> Shape | None:
     return Shape((1,), "values", (_grid(config) // 2,))
 
 
-def _like(name: str, what: Literal["numbers", "ones", "mask"]) -> Beside:
+def _like(name: str, what: Literal["numbers", "ones", "mask", "ids"]) -> Beside:
     def beside(config: Any, form: Form) -> Shape | None:
         return Shape(form[name].size, what) if name in form else None
 
@@ -359,6 +367,7 @@ MAIN: dict[str, Choices] = {
     "input_features": _features,
     "input_values": _samples,
     "flattened_patches": _flattened,
+    "protein_input_ids": _protein,
     "visual_embeds": _of("visual_embedding_dim"),
     "visual_feats": _of("visual_feat_dim"),
     "visual_pos": _of("visual_pos_dim"),
@@ -399,6 +408,7 @@ BESIDE: dict[str, Beside] = {
     "feature_attention_mask": _steps_of("input_features"),
     "audio_mel_mask": _steps_of("audio_mel", what="no padding"),
     "padding_mask": _steps_of("input_values", "input_features"),
+    "protein_attention_mask": _like("protein_input_ids", "ids"),
     "qformer_input_ids": lambda config, form: Shape((1, 4), "ids"),
     "prompt_pixel_values": _like("pixel_values", "numbers"),
     "prompt_masks": _like("pixel_values", "numbers"),
