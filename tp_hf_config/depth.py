@@ -55,7 +55,9 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
     for length, keep in steps:  # lists of one length need not have as many kinds of layers
         for left in (one for one in (keep, keep + 1, 3 * keep) if one < length):
             changes = _changes(data, length, left, widths)
-            lower, fewer, refused = _lowered(builder, lowered, full_shapes, changes, alike)
+            lower, fewer, refused = _lowered(
+                builder, lowered, full_shapes, changes, alike, (length, left)
+            )
             more, lowered, full_shapes = refused and lower is lowered, lower, fewer
             if not more:
                 break  # more may do: CvT looks up a list by its stage, Zamba ties every sixth
@@ -73,8 +75,12 @@ def _lowered(
     full_shapes: Shapes,
     changes: Sequence[dict[FieldPath, Any]],
     alike: Mapping[str, tuple[int, ...]],
+    lengths: tuple[int, int],
 ) -> tuple[dict[str, Any], Shapes, bool]:
-    """The config without what only repeats layers, its shapes, and whether some did not build."""
+    """The config without what only repeats layers, its shapes, and whether some did not build.
+
+    ``lengths``: of a list before and after.
+    """
     refused = False
     for change in changes:
         if not all(_holds(data, path) for path in change):
@@ -82,7 +88,9 @@ def _lowered(
         trial = with_values(data, change)
         model = builder.build(trial)
         refused |= isinstance(model, Refusal)
-        if not isinstance(model, Refusal) and _only_fewer(full_shapes, model, alike):
+        if isinstance(model, Refusal) or not _counted(model, alike, *lengths):
+            continue
+        if _only_fewer(full_shapes, model, alike):
             full_shapes = shapes(model)
             data = _without_chance(builder, data, change, full_shapes)
     return data, full_shapes, refused
@@ -233,6 +241,21 @@ def _width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[
 
     visit(data, ())
     return found
+
+
+def _counted(
+    model: nn.Module, alike: Mapping[str, tuple[int, ...]], length: int, left: int
+) -> bool:
+    """Whether the lists that got shorter are as short as was said, one of them at least.
+
+    Phi-4-multimodal's eight steps of sound that become one are no layers: of eight are left five.
+    """
+    shorter = {
+        len(layers)
+        for name, layers in _lists(model).items()
+        if len(layers) != length == len(alike.get(name, ()))
+    }
+    return not shorter or left in shorter
 
 
 def _only_fewer(before: Shapes, model: nn.Module, alike: Mapping[str, tuple[int, ...]]) -> bool:
