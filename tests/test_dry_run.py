@@ -60,6 +60,17 @@ class TestRealNumbers:
         with RealNumbers():
             assert text.masked_scatter(two, features.repeat(2, 1)).shape == text.shape
 
+    def test_places_say_how_many_features_there_are_as_where_it_computes(self) -> None:
+        text, features = torch.empty(1, 4, 6, device=META), torch.empty(2, 6, device=META)
+        three = (torch.tensor([[True, True, False, True]]),)
+        two = (torch.tensor([0, 0]), torch.tensor([0, 2]))
+        said = r"value tensor of shape \[2, 6\] cannot be .* result of shape \[3, 6\]"
+        with RealNumbers(), pytest.raises(RuntimeError, match=said):
+            text.index_put(three, features)
+        with RealNumbers():
+            assert text.index_put(two, features).shape == text.shape
+            assert text.index_put(two, features[:1]).shape == text.shape
+
     def test_so_many_numbers_are_no_sizes(self) -> None:
         """V-JEPA 2's places of 28,224 patches take seconds to compute."""
         with RealNumbers():

@@ -196,3 +196,69 @@ def test_a_protein_beside_a_text() -> None:
     ]
     assert inputs["protein_attention_mask"].tolist() == [[1] * 8] * 2
     assert unreached_by(model, inputs) == set()
+
+
+def _phi4() -> Any:
+    """Tokens of images and sound stand in their parts of the config."""
+    layer = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    vision = {
+        **layer,
+        "num_hidden_layers": 2,
+        "image_size": 32,
+        "crop_size": 32,
+        "patch_size": 8,
+        "image_token_id": _IMAGE,
+    }
+    audio = {
+        **layer,
+        "num_blocks": 2,
+        "input_size": 16,
+        "ext_pw_out_channel": 16,
+        "depthwise_separable_out_channel": 16,
+        "nemo_conv_channels": 8,
+        "audio_token_id": _AUDIO,
+    }
+    return hf.Phi4MultimodalConfig(
+        **layer,
+        vocab_size=40,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=[2],
+        vision_config=vision,
+        audio_config=audio,
+    )
+
+
+def test_as_many_tokens_as_the_forward_pass_says() -> None:
+    """Phi-4-multimodal has no method that makes features; it stops where they do not fit."""
+    model = hf.Phi4MultimodalForCausalLM(_phi4()).double().eval()
+    randomise(model)
+    working = working_inputs(model)
+    assert not isinstance(working, Refusal)
+    inputs, partial = working
+    assert not partial
+    # a crop of 2 x 2 tokens and the whole, each row with one more, and one between; 64 / 8 of sound
+    tokens = [int((inputs["input_ids"][0] == token).sum()) for token in (_IMAGE, _AUDIO)]
+    assert tokens == [2 * 2 * 3 + 1, 8]
+    left = {name.split(".")[2] for name in unreached_by(model, inputs)}
+    assert left == {"audio_embed", "image_embed"}
+    never = ("for_speech", "post_layernorm", "img_processor.head", "encoder.layers.1")
+    assert [n for n in unreached_by(model, inputs) if not any(one in n for one in never)] == []
+
+
+def test_what_is_as_large_as_a_list_by_chance_counts_no_layers() -> None:
+    """Of eight steps of sound three convolutions make one: eight modules in a row."""
+    model = without_data(hf.Phi4MultimodalForCausalLM, _phi4())
+    assert not isinstance(model, Refusal)
+    data = map_of(model).depth.data
+    assert data["audio_config"]["time_reduction"] == 8
+
+
+def test_tokens_in_parts_of_a_config_are_each_another() -> None:
+    model = without_data(hf.Phi4MultimodalForCausalLM, hf.Phi4MultimodalConfig())
+    assert not isinstance(model, Refusal)
+    data = small_tokens(map_of(model))
+    tokens = (data["audio_config"]["audio_token_id"], data["vision_config"]["image_token_id"])
+    assert (sorted(tokens), data["bos_token_id"]) == ([3, 4], 1)

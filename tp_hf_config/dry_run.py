@@ -20,6 +20,7 @@ from .versions import plain_on_meta
 
 _COPY = torch.ops.aten._to_copy.default
 _INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+_PUT = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _NONZERO = torch.ops.aten.nonzero.default
 _FEW = 8
 _MOST_SEEN = 100_000
@@ -125,6 +126,8 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kwargs["device"] = torch.device("meta")
             if func is _SCATTER and _too_few(*args):
                 raise RuntimeError("fewer features than places for them")  # as where it computes
+            if func in _PUT and not self.guessed:
+                _check_broadcast(*args[:3])
             if func in _INDEX:
                 self.guessed |= any(one.is_meta for one in tensors[1:] if one.dtype == torch.bool)
                 args = (args[0], _positions(args[1]), *args[2:])
@@ -225,6 +228,20 @@ def _too_few(values: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> 
     if mask.is_meta:
         return False
     return source.numel() < int(mask.expand(values.shape).sum())
+
+
+def _check_broadcast(values: torch.Tensor, indices: Any, source: torch.Tensor) -> None:
+    """Stop where numbers are put into other places than there are, in torch's words for it."""
+    known = _positions(indices)
+    if any(one is not None and one.is_meta for one in (*indices, *known)):
+        return
+    found = torch.ops.aten.index.Tensor(*tree_map(_without_data, (values, known))).shape
+    sizes = zip(reversed(source.shape), reversed(found), strict=False)
+    if source.ndim > len(found) or any(size not in (1, wanted) for size, wanted in sizes):
+        raise RuntimeError(
+            f"shape mismatch: value tensor of shape {list(source.shape)} cannot be broadcast to "
+            f"indexing result of shape {list(found)}"
+        )
 
 
 def _positions(indices: Any) -> list[Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
 import torch
@@ -12,8 +11,9 @@ from torch import nn
 
 _SAMPLES = 7680  # of sound: what the strides of a speech encoder divide and leave some frames of
 _FRAMES = 64  # of a spectrogram
-_PIXELS = 64
-IMAGE_SIZES = ("image_size", "img_size", "max_img_size", "resolution")
+PIXELS = 64
+"""The side of an image where the config says none."""
+IMAGE_SIZES = ("image_size", "img_size", "max_img_size", "resolution", "crop_size")
 """What configs call the side of an image."""
 _NESTED = ("text_config", "vision_config", "audio_config")
 
@@ -51,11 +51,8 @@ class Shape:
         return torch.ones(self.size, device=device, dtype=dtype)
 
 
-Form = Mapping[str, Shape]
 Choices = Callable[[Any, Collection[str]], list[Shape]]
 """The shapes that an argument may have, for a config and the names of all arguments."""
-Beside = Callable[[Any, Form], Shape | None]
-"""The shape of an argument beside others whose shapes are chosen."""
 
 
 def size_of(config: Any, *names: str, default: int = 0) -> int:
@@ -93,11 +90,13 @@ def _vision(config: Any) -> Any:
     return next(p for p in (getattr(config, "vision_config", None), config) if p is not None)
 
 
-def _channels(config: Any) -> int:
+def channels_of(config: Any) -> int:
+    """How many channels an image has."""
     return size_of(_vision(config), "num_channels", "in_channels", "in_chans", default=3)
 
 
-def _side(config: Any) -> tuple[int, int] | None:
+def side_of(config: Any) -> tuple[int, int] | None:
+    """Height and width of an image, where the config says them."""
     given = setting(config, "model_args") or {}  # of timm
     size = setting(_vision(config), *IMAGE_SIZES) or setting(config, *IMAGE_SIZES)
     size = size or given.get("img_size")
@@ -108,7 +107,7 @@ def _side(config: Any) -> tuple[int, int] | None:
     return tuple(size)[:2] if size and all(size) else None
 
 
-def _patch(config: Any) -> tuple[int, int, int]:
+def patch_of(config: Any) -> tuple[int, int, int]:
     """Depth in time, height and width of a patch of an image."""
     vision = _vision(config)
     size = setting(vision, "patch_size", "spatial_patch_size") or 14
@@ -117,15 +116,15 @@ def _patch(config: Any) -> tuple[int, int, int]:
     return (times, sides[0], sides[-1])
 
 
-def _grid(config: Any) -> int:
+def grid_of(config: Any) -> int:
     """How many patches an image has in each direction, for it to be merged to four tokens."""
     names = ("spatial_merge_size", "merge_size", "pooling_kernel_size", "downsample_factor")
     return 2 * max(1, size_of(_vision(config), *names, default=2))
 
 
-def _crops(config: Any) -> tuple[int, tuple[int, int]] | None:
+def crops_of(config: Any) -> tuple[int, tuple[int, int]] | None:
     """Into how many parts an image is cut (the whole one besides), and its size."""
-    sizes, side = setting(config, "image_grid_pinpoints"), _side(config)
+    sizes, side = setting(config, "image_grid_pinpoints"), side_of(config)
     if not sizes or side is None:
         return None
     height, width = sizes[0]
@@ -133,17 +132,17 @@ def _crops(config: Any) -> tuple[int, tuple[int, int]] | None:
 
 
 def _pixels(config: Any, names: Collection[str]) -> list[Shape]:
-    own = _side(config)
-    sides = [own] if own else [(_PIXELS, _PIXELS), (224, 224)]
-    channels = _channels(config)
+    own = side_of(config)
+    sides = [own] if own else [(PIXELS, PIXELS), (224, 224)]
+    channels = channels_of(config)
     frames = size_of(_vision(config), "num_frames", "frames", default=0)
-    crops = _crops(config)
+    crops = crops_of(config)
     plain = [Shape((1, channels, *side)) for side in sides]
     count = crops[0] if crops else frames or 1
     several = [Shape((1, count, *one.size[1:])) for one in plain]
     pairs = [Shape((1, 2, *one.size[1:])) for one in plain]
     films = [*several, *plain] if frames or crops else [*plain, *several]
-    number, (times, *patch) = _grid(config) ** 2, _patch(config)
+    number, (times, *patch) = grid_of(config) ** 2, patch_of(config)
     width = channels * times * patch[0] * patch[1]
     squares = (number, channels, *patch)
     patches = [Shape((number, width)), Shape(squares)]
@@ -151,11 +150,11 @@ def _pixels(config: Any, names: Collection[str]) -> list[Shape]:
     whole = size_of(_vision(config), "num_position_embeddings")
     films += [Shape((1, whole, width))] if whole else []
     merged = [
-        Shape((number, _grid(config) // 2 * patch[0], _grid(config) // 2 * patch[1], channels))
+        Shape((number, grid_of(config) // 2 * patch[0], grid_of(config) // 2 * patch[1], channels))
     ]
     cubes = [Shape((number, times, *patch, channels))]
     least, most = min(sides[0]), max(sides[0])
-    others = [Shape((1, channels, side, side)) for side in (least, 2 * _PIXELS, 512, 4 * most)]
+    others = [Shape((1, channels, side, side)) for side in (least, 2 * PIXELS, 512, 4 * most)]
     single = [Shape((1, 1, *one.size[2:])) for one in plain]
     if "grid_thw" in names or "image_grid_thw" in names:
         return [*patches, *rows, *merged, *films]
@@ -166,12 +165,17 @@ def _pixels(config: Any, names: Collection[str]) -> list[Shape]:
     return [*dict.fromkeys([*films, *others, *pairs, *rows, *patches, *cubes, *single])]
 
 
+def _crop_and_whole(config: Any, names: Collection[str]) -> list[Shape]:
+    """An image of one crop, behind the whole of it."""
+    return [Shape((1, 2, channels_of(config), *(side_of(config) or (PIXELS, PIXELS))))]
+
+
 def _flattened(config: Any, names: Collection[str]) -> list[Shape]:
     """Patches behind their row and column."""
-    _, height, width = _patch(config)
+    _, height, width = patch_of(config)
     numbers = size_of(_vision(config), "patch_embed_hidden_size")
     numbers = numbers if setting(config, "patch_size") is None else 0
-    return [Shape((1, _grid(config) ** 2, 2 + (numbers or _channels(config) * height * width)))]
+    return [Shape((1, grid_of(config) ** 2, 2 + (numbers or channels_of(config) * height * width)))]
 
 
 def _features(config: Any, names: Collection[str]) -> list[Shape]:
@@ -186,6 +190,7 @@ def _features(config: Any, names: Collection[str]) -> list[Shape]:
         "input_feat_size",
         "input_dim",
         "mel_dim",
+        "input_size",
     )
     bins = size_of(audio, *width) or size_of(config, *width, default=80)
     frames = 2 * size_of(audio, "max_source_positions")  # all of them, where the class counts them
@@ -228,21 +233,21 @@ def _of(*names: str, length: int = 3) -> Choices:
 
 def _film(config: Any, names: Collection[str]) -> list[Shape]:
     frames = size_of(_vision(config), "num_frames", "frames_per_clip", default=2)
-    own = _side(config)
-    sides = [own] if own else [(336, 336), (_PIXELS, _PIXELS), (224, 224)]
-    return [Shape((1, frames, _channels(config), *side), steps=frames) for side in sides]
+    own = side_of(config)
+    sides = [own] if own else [(336, 336), (PIXELS, PIXELS), (224, 224)]
+    return [Shape((1, frames, channels_of(config), *side), steps=frames) for side in sides]
 
 
 def _rows(config: Any, names: Collection[str]) -> list[Shape]:
     """What comes into a tower whose embedding is not its own."""
-    times, height, width = _patch(config)
-    patches = Shape((_grid(config) ** 2, _channels(config) * times * height * width))
+    times, height, width = patch_of(config)
+    patches = Shape((grid_of(config) ** 2, channels_of(config) * times * height * width))
     inner = size_of(config, "hidden_size", "d_model")
     return [
         patches,
         Shape((1, inner, 16)),
         Shape((1, 16, inner)),
-        Shape((_grid(config) ** 2, inner)),
+        Shape((grid_of(config) ** 2, inner)),
         Shape((1, size_of(config, "channels", default=1), _SAMPLES)),
     ]
 
@@ -267,105 +272,12 @@ def _past(config: Any, names: Collection[str]) -> list[Shape]:
     return [Shape((1, length, width), steps=length), Shape((1, length), steps=length)]
 
 
-def _whole_grid(config: Any, form: Form) -> Shape | None:
-    side = _grid(config)
-    return Shape((1, 3), "values", (1, side, side))
-
-
-def _flat_grid(config: Any, form: Form) -> Shape | None:
-    side = _grid(config)
-    return Shape((1, 2), "values", (side, side))
-
-
-def _pools(config: Any, form: Form) -> Shape | None:
-    """For each of four tokens the numbers of the patches that it is made of."""
-    patches = prod(form["pixel_values"].size[:-1]) if "pixel_values" in form else 0
-    numbers = tuple(number % patches for number in range(16)) if patches else ()
-    return Shape((4, 4), "values", numbers) if patches else None
-
-
-def _pooled_grid(config: Any, form: Form) -> Shape | None:
-    """Rows and columns of those tokens, and none of a smaller image beside."""
-    return Shape((1, 4), "values", (2, 2, 0, 0)) if "pixel_values" in form else None
-
-
-def _merge(config: Any, form: Form) -> Shape | None:
-    return Shape((1,), "values", (_grid(config) // 2,))
-
-
-def _like(name: str, what: Literal["numbers", "ones", "mask", "ids"]) -> Beside:
-    def beside(config: Any, form: Form) -> Shape | None:
-        return Shape(form[name].size, what) if name in form else None
-
-    return beside
-
-
-def _steps_of(*names: str, what: Literal["mask", "no padding"] = "mask") -> Beside:
-    """A mask over the time of the first of these arguments that is there."""
-
-    def beside(config: Any, form: Form) -> Shape | None:
-        steps = next((form[name].steps for name in names if name in form), 0)
-        return Shape((1, steps), what) if steps else None
-
-    return beside
-
-
-def _cutoffs(config: Any, form: Form) -> Shape | None:
-    steps = form["input_values"].steps if "input_values" in form else 0
-    return Shape((1, 1), "values", (steps,)) if steps else None
-
-
-def _image_sizes(config: Any, form: Form) -> Shape | None:
-    if "pixel_values" not in form:
-        return None
-    crops = _crops(config)
-    return Shape((1, 2), "values", crops[1] if crops else form["pixel_values"].size[-2:])
-
-
-def _pixel_mask(config: Any, form: Form) -> Shape | None:
-    """Which pictures, or which patches, are more than padding."""
-    size = form["pixel_values"].size if "pixel_values" in form else ()
-    return Shape(size[:2], "mask") if len(size) in (3, 5) else None
-
-
-def _places(config: Any, form: Form) -> Shape | None:
-    side = _grid(config)
-    rows = [number for y in range(side) for x in range(side) for number in (x, y)]
-    return Shape((1, side * side, 2), "values", tuple(rows)) if "pixel_values" in form else None
-
-
-def _high_res(config: Any, form: Form) -> Shape | None:
-    part = getattr(config, "high_res_vision_config", config)
-    side = _side(part) or (_PIXELS, _PIXELS)
-    return Shape((1, _channels(part), *side)) if "pixel_values" in form else None
-
-
-def _past_times(config: Any, form: Form) -> Shape | None:
-    width = size_of(config, "num_time_features", default=1)
-    return Shape((1, form["past_values"].steps, width))
-
-
-def _none_padded(config: Any, form: Form) -> Shape | None:
-    length = form["past_values"].size[1]
-    return Shape((1, length), "values", (0,) * length)
-
-
-def _future(config: Any, form: Form) -> Shape | None:
-    """What comes after ``past_values``, without which no decoder runs (Informer)."""
-    length = size_of(config, "prediction_length")
-    return Shape((1, length, *form["past_values"].size[2:])) if length else None
-
-
-def _future_times(config: Any, form: Form) -> Shape | None:
-    length = size_of(config, "prediction_length")
-    width = size_of(config, "num_time_features", default=1)
-    return Shape((1, length, width)) if length else None
-
-
 MAIN: dict[str, Choices] = {
     "pixel_values": _pixels,
     "input_features": _features,
     "input_values": _samples,
+    "image_pixel_values": _crop_and_whole,
+    "audio_input_features": _features,
     "flattened_patches": _flattened,
     "protein_input_ids": _protein,
     "visual_embeds": _of("visual_embedding_dim"),
@@ -390,47 +302,11 @@ REQUIRED: dict[str, Choices] = {
 }
 """What it is given where it cannot do without."""
 
-BESIDE: dict[str, Beside] = {
-    "grid_thw": _whole_grid,
-    "image_grid_thw": _whole_grid,
-    "merge_sizes": _merge,
-    "image_merge_sizes": _merge,
-    "spatial_shapes": _flat_grid,
-    "target_sizes": _flat_grid,
-    "tgt_sizes": _flat_grid,
-    "image_token_pooling": _pools,
-    "image_grids": _pooled_grid,
-    "image_sizes": _image_sizes,
-    "pixel_position_ids": _places,
-    "image_position_ids": _places,
-    "pixel_attention_mask": _pixel_mask,
-    "input_features_mask": _steps_of("input_features"),
-    "feature_attention_mask": _steps_of("input_features"),
-    "audio_mel_mask": _steps_of("audio_mel", what="no padding"),
-    "padding_mask": _steps_of("input_values", "input_features"),
-    "protein_attention_mask": _like("protein_input_ids", "ids"),
-    "qformer_input_ids": lambda config, form: Shape((1, 4), "ids"),
-    "prompt_pixel_values": _like("pixel_values", "numbers"),
-    "prompt_masks": _like("pixel_values", "numbers"),
-    "high_res_pixel_values": _high_res,
-    "task_inputs": lambda config, form: Shape((1, size_of(config, "task_seq_len")), "ids"),
-    "input_values_cutoffs": _cutoffs,
-    "freq": lambda config, form: Shape((1, 1), "ids"),
-    "past_time_features": _past_times,
-    "future_values": _future,
-    "future_time_features": _future_times,
-    "past_observed_mask": _like("past_values", "ones"),
-    "past_values_padding": _none_padded,
-    "decoder_input_values": _like("input_values", "numbers"),
-}
-"""What it is given beside those."""
-
-DISPENSABLE = ("image_sizes", "pixel_attention_mask", "input_features_mask")
-"""What some classes take, but cannot use in every form."""
-
 TOWERS = {
     "pixel_values": "vision_config",
     "input_features": "audio_config",
     "input_values": "audio_config",
+    "image_pixel_values": "vision_config",
+    "audio_input_features": "audio_config",
 }
 """Without which part of a config an argument is of no use."""

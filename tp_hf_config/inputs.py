@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from .dry_run import NoValues
-from .input_shapes import BESIDE, DISPENSABLE, MAIN, REQUIRED, TOWERS, Shape, size_of
+from .input_beside import BESIDE, DISPENSABLE
+from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, setting, size_of
 from .passes import tensors_in
 from .states import ARGUMENTS, made_states
 
@@ -176,11 +177,8 @@ def _texts(
 
 def _token(config: Any, kind: str) -> int | None:
     """The token that stands for an image, a video or a sound."""
-    for name in (f"{kind}_token_id", f"{kind}_token_index"):
-        found = getattr(config, name, None)
-        if isinstance(found, int):
-            return found
-    return None
+    found = setting(config, f"{kind}_token_id", f"{kind}_token_index")
+    return found if isinstance(found, int) else None
 
 
 def _with_places(
@@ -239,10 +237,25 @@ def _count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) 
     if kind == "audio" and _puts_in_places(model, inputs):
         return 1
     methods = [getattr(module, name) for module in model.modules() if hasattr(module, name)]
+    if not methods and any(argument.startswith(kind) for argument in inputs):
+        return _asked_for(model, kind, inputs, config)
     if not methods and "pixel_values" in inputs:  # one feature for each query, of every frame
         pixels = inputs["pixel_values"]
         return size_of(config, "num_query_tokens") * (pixels.shape[1] if pixels.ndim == 5 else 1)
     return next((count for method in methods if (count := _features(method, inputs))), 0)
+
+
+def _asked_for(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
+    """How many tokens a forward pass says that it has features for, when it is given one."""
+    ids = inputs["input_ids"]
+    one = torch.cat([torch.full_like(ids[:, :1], _token(config, kind) or 0), ids], dim=1)
+    try:
+        with torch.no_grad(), NoValues():
+            model(**{**inputs, "input_ids": one})
+    except Exception as error:
+        said = re.search(r"value tensor of shape \[(\d+)", str(error))
+        return int(said[1]) if said else 0
+    return 0
 
 
 def _features(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int:

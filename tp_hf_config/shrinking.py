@@ -369,15 +369,20 @@ def small_tokens(known: ConfigMap) -> dict[str, Any]:
     def is_token(key: str) -> bool:
         return key.endswith(_TOKEN) or key in tokens
 
-    def visit(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        return {
-            key: 1 if is_token(key) and isinstance(value, int) and value > 2 else visit(value)
-            for key, value in node.items()
-        }
+    places: dict[str, int] = {}
 
-    result: dict[str, Any] = visit(data)
-    places = [key for key in result if key.startswith(_PLACES) and is_token(key)]
-    result.update({key: 3 + number for number, key in enumerate(places)})  # each another
-    return result
+    def number(key: str, value: Any, outermost: bool) -> Any:
+        if is_token(key) and key.startswith(_PLACES) and (outermost or _is_large(value)):
+            return places.setdefault(key, 3 + len(places))  # each another
+        return 1 if is_token(key) and _is_large(value) else value
+
+    def visit(node: dict[str, Any], outermost: bool = False) -> dict[str, Any]:
+        own = {key: number(key, value, outermost) for key, value in node.items()}
+        parts = {key: visit(value) for key, value in node.items() if isinstance(value, dict)}
+        return {**own, **parts}
+
+    return visit(data, outermost=True)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, int) and value > 2
