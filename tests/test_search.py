@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import pytest
+import torch
 import transformers as hf
 
 from tp_hf_config import groups
@@ -29,6 +30,7 @@ class Given:
         self.right = {f"layer{place}": LAYOUTS[number][1] for place, number in enumerate(right)}
         self.always = always
         self.asked: list[tuple[Dim, ...]] = []
+        self.parameters: dict[str, torch.Tensor] = {}
 
     def links(self, dims: Sequence[Dim]) -> Links:
         self.asked.append(tuple(dims))
@@ -76,6 +78,22 @@ def test_fields_that_have_nothing_to_do_with_each_other_get_likely_layouts_only(
     assert len(other.asked) > 10  # one of the two is better off
 
 
+def test_heads_go_whole_in_layers_that_are_split_into_some() -> None:
+    """Where each stage has another number of heads, units are runs there, and parts beside it."""
+    given = Given([])
+    parts, run = Layout(parts=4), Layout(run=4)
+    given.right = {"layer0": parts, "layer1": run}
+    given.parameters = {name: torch.empty(16) for name in given.right}
+    alone = [[Dim(name, 0, parts)] for name in given.right]
+    for split in ({"layer1"}, set[str]()):
+        given.asked.clear()
+        found = searched(cast(TwinTest, given), styles(2), {}, alone, frozenset(), split)[1]
+        assert bool(found[1].unequal) is not bool(split)
+        if split:
+            assert set(found[0]) == {Dim("layer0", 0, parts), Dim("layer1", 0, run)}
+            assert len(given.asked) == 11  # ten likely ones before
+
+
 def test_fields_are_tried_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal widths that count heads are both equal fields and grouped heads, either way round."""
     config = hf.SwinConfig(
@@ -92,3 +110,30 @@ def test_fields_are_tried_together_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(groups, "_find", nothing)
     find_groups(mini)
     assert asked.count(frozenset({("num_heads", 0), ("num_heads", 1)})) == 1
+
+
+def test_numbers_of_heads_of_several_stages_are_found_without_a_long_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What scales the heads of Swin v2 stands in a module of queries, keys and values alone."""
+    config = hf.Swinv2Config(
+        image_size=32, embed_dim=24, depths=[1, 1], num_heads=[2, 4], window_size=2
+    )
+    mini = miniature(map_of(hf.Swinv2Model(config)))
+    assert isinstance(mini, Miniature)
+    asked: list[Sequence[Dim]] = []
+    links = TwinTest.links
+
+    def counted(self: TwinTest, dims: Sequence[Dim], *args: Any, **kwargs: Any) -> Links:
+        asked.append(dims)
+        return links(self, dims, *args, **kwargs)
+
+    fields = (("num_heads", 0), ("num_heads", 1), ("embed_dim",))
+    alone = groups._find(mini, fields[-1:])
+    monkeypatch.setattr(TwinTest, "links", counted)
+    found = groups._find(mini, fields, alone.groups)
+    assert found.reason is None
+    assert len(asked) == 11  # ten likely ones, then whole heads
+    attention = "encoder.layers.1.blocks.0.attention.self."
+    units = {dim: group.units for group in found.groups for dim in group.dims}
+    assert units[Dim(f"{attention}logit_scale", 0)] == mini.known.values["num_heads", 1]

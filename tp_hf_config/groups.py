@@ -7,7 +7,7 @@ which layout; a permutation of units that leaves the outputs as they were is the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import chain
@@ -29,6 +29,7 @@ from .directions import (
     whole_heads,
 )
 from .layouts import layouts_of
+from .learn import ConfigMap
 from .miniature import Miniature
 from .proofs import Finding, Group, classes_of, companion, named, order_of, proved, second_look
 from .reach import why_not
@@ -142,10 +143,11 @@ def _find(
     if len(fields) > 1:  # an output can be a multiple of a field
         runs |= {share.per_unit for parts in shares.values() for share in parts}
     by_itself = [group.dims for group in alone]
+    split = _split_into(known, fields) if alone else frozenset()
 
     def look(runs: set[int]) -> tuple[TwinTest, Sources, tuple[Sources, Links]]:
         test = TwinTest(mini.model, mini.inputs, units, sorted(runs), mini.watched)
-        return (test, *searched(test, styles, strides_in(shares), by_itself, apart_alone))
+        return (test, *searched(test, styles, strides_in(shares), by_itself, apart_alone, split))
 
     found: Finding | None = None
     test, first, (sources, links) = look(runs)
@@ -171,6 +173,16 @@ def _find(
     dims = (dim for group in found.groups for dim in group.dims if dim.dim == 0)
     stacked = any(stacks(mini.model, dim.name) for dim in dims)
     return replace(found, least=_least(mini, fields[0])) if stacked else found
+
+
+def _split_into(known: ConfigMap, fields: Collection[FieldPath]) -> frozenset[str]:
+    """The parameters of layers whose outputs some of these fields split into heads."""
+    layers = {
+        name
+        for (name, which), expression in known.expressions.items()
+        if isinstance(which, str) and expression.fields & set(fields)
+    }
+    return frozenset(name for name in known.shapes if name.rpartition(".")[0] in layers)
 
 
 def _handed(mini: Miniature, shares: Shares) -> Shares:

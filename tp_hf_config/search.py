@@ -50,13 +50,14 @@ def searched(
     strides: Mapping[int, Collection[int]],
     alone: Sequence[Sequence[Dim]] = (),
     apart_alone: Places = frozenset(),
+    split: Collection[str] = (),
 ) -> tuple[Sources, tuple[Sources, Links]]:
     """The likeliest layouts, and those in which the fewest dimensions tell units apart.
 
-    First likely layouts together; then, from the best of those, others for one style at a time,
-    where units are told apart; then those that ``strides`` name, of so many positions of a unit in
-    so many parts; then two of what was tried, each where the other fails; last units of several of
-    a field's own, in the groups that it sets ``alone``.
+    First likely layouts together; then whole heads in the groups that a field sets ``alone`` of
+    layers that are ``split`` into some; then, from the best of those, others for one style at a
+    time, where units are told apart; then those that ``strides`` name, of so many positions of a
+    unit in so many parts; then two of what was tried, each where the other fails.
 
     Units of several fields that are told apart together wherever those of one are (``apart_alone``)
     have nothing to do with each other: no more than likely layouts are tried.
@@ -65,10 +66,11 @@ def searched(
     search.likely_together()
     found = search.best()
     if found.failures and not (apart_alone and found.apart >= apart_alone):
-        search.style_by_style()
+        if not search.whole_heads(alone, split):
+            search.style_by_style()
         found = search.best()
         if found.failures:
-            found = search.strided(strides) or search.grouped(alone) or found
+            found = search.strided(strides) or found
     return search.tried[0].sources, (found.sources, found.links)
 
 
@@ -132,31 +134,25 @@ class _Search:
             return None
         return self.tried[-1] if self._tries(_no_more_than_needed(found, likely)) else found
 
-    def grouped(self, alone: Sequence[Sequence[Dim]]) -> _Attempt | None:
-        """Units of several of a field's own, group by group; ``None`` where they do not fit.
+    def whole_heads(self, alone: Sequence[Sequence[Dim]], split: Collection[str]) -> bool:
+        """Runs in the groups of layers that are split into heads, the rest as it is alone.
 
         Every stage of Swin has another number of heads: there, units of its attention stand in
         fewer parts and longer runs than those of the stream beside it.
         """
-        groups = [{(dim.name, dim.dim): dim.layout for dim in group} for group in alone]
-        fewer = [_common_parts(group.values()) for group in groups]
+        heads = [group for group in alone if any(d.name in split and d.dim == 0 for d in group)]
+        if not heads or not all(_is_plain(dim.layout) for group in alone for dim in group):
+            return False
+        parts = {(dim.name, dim.dim): dim.layout.parts for group in alone for dim in group}
+        for group in heads:
+            common = gcd(*(dim.layout.parts for dim in group))
+            parts |= {(dim.name, dim.dim): dim.layout.parts // common for dim in group}
         likely = _sources(self.styles, [options[0] for options in self.options])
-        while groups and all(fewer):
-            parts = {
-                place: layout.parts // by[0]
-                for group, by in zip(groups, fewer, strict=True)
-                for place, layout in group.items()
-            }
-            if self._tries(_in_parts(likely, parts, self.test)):
-                return self.tried[-1]
-            apart = self.tried[-1].apart
-            inside = [group for group in groups if group.keys() & apart] or _around(groups, apart)
-            wrong = [by for group, by in zip(groups, fewer, strict=True) if group in inside]
-            for by in wrong:
-                del by[0]
-            if not wrong:
-                break
-        return None
+        before = len(self.tried)
+        if self._tries(_in_parts(likely, parts, self.test)):
+            return True
+        del self.tried[before:]  # its styles have no layout each, from which others could go on
+        return False
 
     def _fits(self, chosen: tuple[Layout, ...]) -> bool:
         """Try a layout for each style; whether units are told apart nowhere."""
@@ -174,26 +170,9 @@ def places_of(dims: Collection[Dim]) -> Places:
     return frozenset((dim.name, dim.dim) for dim in dims)
 
 
-def _common_parts(layouts: Collection[Layout]) -> list[int]:
-    """By how much the parts of all of these can be fewer; nothing where others stand between."""
-    if any(layout.blocks > 1 or layout.offset or layout.gap for layout in layouts):
-        return []
-    common = gcd(*(layout.parts for layout in layouts))
-    return [n for n in range(1, common + 1) if common % n == 0]
-
-
-def _around(
-    groups: Sequence[dict[tuple[str, int], Layout]], places: Collection[tuple[str, int]]
-) -> list[dict[tuple[str, int], Layout]]:
-    """The groups that are whole inside of what is nearest around places of none (heads' biases)."""
-    found = []
-    for name, _ in places:
-        inside: list[dict[tuple[str, int], Layout]] = []
-        while name and not inside:
-            name = name.rpartition(".")[0]
-            inside = [group for group in groups if all(n.startswith(f"{name}.") for n, _ in group)]
-        found += inside if name else []
-    return found
+def _is_plain(layout: Layout) -> bool:
+    """Whether nothing stands between the parts of a layout."""
+    return layout == Layout(layout.parts, layout.run)
 
 
 def _in_parts(likely: Sources, parts: Mapping[tuple[str, int], int], test: TwinTest) -> Sources:
