@@ -165,6 +165,19 @@ def swin() -> Any:
     return hf.SwinForImageClassification(config)
 
 
+def swin_backbone() -> Any:
+    """It gives a map of features, twice as wide as the field says, and channels first."""
+    config = hf.SwinConfig(
+        image_size=32,
+        embed_dim=24,
+        depths=[1, 1],
+        num_heads=[2, 4],
+        window_size=2,
+        out_features=["stage2"],
+    )
+    return hf.SwinBackbone(config)
+
+
 def test_a_setting_of_single_layers_follows_under_their_number() -> None:
     """The config answers for layers alone, and raises where it is asked for all of them."""
     config = hf.Gemma4TextConfig(
@@ -197,6 +210,7 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         (lxmert, ["hidden_size"]),
         (canine, ["hidden_size"]),
         (swin, ["num_heads[0] + num_heads[1] + num_heads[2] + embed_dim"]),
+        (swin_backbone, ["embed_dim", "num_heads[0] + num_heads[1] + embed_dim"]),
         (gemma4_unified, ["hidden_size", "intermediate_size", "num_attention_heads"]),
         (mamba2, ["num_heads + hidden_size", "head_dim + hidden_size", "expand + head_dim"]),
         (bamba, ["mamba_n_heads + hidden_size", "mamba_d_head + hidden_size"]),
@@ -214,6 +228,7 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         "LXMERT",
         "CANINE",
         "Swin",
+        "Swin, a backbone",
         "Gemma 4",
         "Mamba 2",
         "Bamba",

@@ -278,6 +278,28 @@ def test_an_unused_parameter_is_silent():
     assert found(links) == {frozenset(stream_dims())}
 
 
+def test_what_is_lost_to_rounding_is_silent():
+    """A bias in front of a norm over tokens: what is left of it grows with the loss."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(HIDDEN, INNER), nn.Linear(INNER, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = self.a(x)
+            return 1e4 * self.b(torch.tanh(inner - inner.mean(1, keepdim=True)))
+
+    dims = [Dim("a.weight", 0), Dim("a.bias", 0), Dim("b.weight", 1)]
+    model = ready(Normed())
+    model(**states()).square().sum().backward()
+    noise = model.get_parameter("a.bias").grad
+    assert noise is not None
+    assert float(noise.abs().max()) > 1e-10
+    links = TwinTest(model, states(), INNER).links(dims)
+    assert links == Links(((dims[0], dims[2]),), (), (dims[1],))
+
+
 @pytest.mark.parametrize("dead", [(0, 1), (0,), (1,), (0, 1, 2, 3)])
 def test_dead_units_hide_nothing(dead: tuple[int, ...]):
     """The first units of a ReLU never fire for these inputs: other pairs show what is linked."""
@@ -622,3 +644,26 @@ def test_an_output_may_hold_the_width_several_times() -> None:
     assert plain.links(dims).unequal
     assert plain.multiples() == {4}
     assert not TwinTest(model, inputs, HIDDEN, (1, 4)).links(dims).unequal
+
+
+def test_a_map_of_features_may_hold_the_width_several_times() -> None:
+    """Its channels stand before height and width, as often as a dimension of the width says."""
+
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, HIDDEN, 1), nn.Conv2d(HIDDEN, 2 * HIDDEN, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.second(torch.tanh(self.first(x)))
+            return out
+
+    model = Maps().double()
+    inputs = {"x": torch.randn(2, 2, 5, 5, dtype=torch.float64)}
+    twice = Layout(parts=2)
+    dims = [Dim("second.weight", 0, twice), Dim("second.bias", 0, twice)]
+    plain = TwinTest(model, inputs, HIDDEN)
+    assert plain.links(dims).unequal
+    assert plain.multiples() == set()
+    assert plain.multiples(held={1, 2}) == {2}
+    assert found(TwinTest(model, inputs, HIDDEN, (1, 2)).links(dims)) == {frozenset(dims)}

@@ -140,8 +140,9 @@ def _find(
     if not styles:
         return Finding(fields, reason="it sets no parameter's dimension alone")
     runs = {known.values[path] // units for path in fields}
+    held = {share.per_unit for parts in shares.values() for share in parts}
     if len(fields) > 1:  # an output can be a multiple of a field
-        runs |= {share.per_unit for parts in shares.values() for share in parts}
+        runs |= held
     by_itself = [group.dims for group in alone]
     split = _split_into(known, fields) if alone else frozenset()
 
@@ -151,7 +152,7 @@ def _find(
 
     found: Finding | None = None
     test, first, (sources, links) = look(runs)
-    if links.unequal and (more := test.multiples() - runs):  # tokens side by side (RADIO)
+    if links.unequal and (more := test.multiples(held) - runs):  # tokens side by side (RADIO)
         test, first, (sources, links) = look(runs | more)
     if not links.unequal:
         found = proved(test, sources, fields, links)

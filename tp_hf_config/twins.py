@@ -24,6 +24,10 @@ from .states import states_in
 
 _EQUAL = 1e-9
 """Relative difference up to which two float64 results are the same."""
+_SILENT = 1e-12
+"""Gradients that are no larger are none."""
+_ROUNDING = 1e-14
+"""The share of the largest gradient that another can be by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class TwinTest:
             with self._restored(dims):
                 self._make_twins(dims, first, second)
                 grads = self._gradients(dims, first, second)
-                rest = [dim for dim in dims if not self._is_silent(grads, dim)]
+                rest = self._seen(dims, grads)
                 silent = [dim for dim in silent if dim not in rest]
                 unequal = self._unequal(rest, grads, first, second)
                 if unequal:
@@ -166,8 +170,7 @@ class TwinTest:
         with self._restored(dims):
             self._make_twins(dims, first, second)
             grads = self._gradients(dims, first, second)
-            seen = [dim for dim in dims if not self._is_silent(grads, dim)]
-            return not self._unequal(seen, grads, first, second)
+            return not self._unequal(self._seen(dims, grads), grads, first, second)
 
     def _make_twins(self, dims: Sequence[Dim], first: int, second: int) -> None:
         for dim in dims:
@@ -184,9 +187,15 @@ class TwinTest:
         """Whether an output has an axis as long as the width."""
         return any(size in self.axes for output in self._outward for size in output.shape)
 
-    def multiples(self) -> set[int]:
-        """How often the width goes into the last axis of an output, where it does several times."""
+    def multiples(self, held: Collection[int] = ()) -> set[int]:
+        """How often the width goes into the last axis of an output, where it does several times.
+
+        Args:
+            held: how often it goes into dimensions; an output's other axes can be as long (maps of
+                features, with their channels before height and width).
+        """
         sizes = {output.shape[-1] for output in self._outward if output.ndim}
+        sizes |= {n for output in self._outward for n in output.shape if n // self.units in held}
         return {size // self.units for size in sizes if size and size % self.units == 0} - {0, 1}
 
     def unused(self, names: Iterable[str]) -> bool:
@@ -336,9 +345,14 @@ class TwinTest:
                 alike[one], alike[two] = least, least
         return alike
 
-    def _is_silent(self, grads: dict[str, Tensor | None], dim: Dim) -> bool:
-        grad = grads[dim.name]
-        return grad is None or not grad.numel() or float(grad.abs().max()) < 1e-12
+    def _seen(self, dims: Sequence[Dim], grads: Mapping[str, Tensor | None]) -> list[Dim]:
+        """The dimensions with gradients that are more than what is lost to rounding."""
+        largest = {
+            name: float(grad.abs().max()) if grad is not None and grad.numel() else 0.0
+            for name, grad in grads.items()
+        }
+        least = max(_SILENT, _ROUNDING * max(largest.values(), default=0.0))
+        return [dim for dim in dims if largest[dim.name] >= least]
 
     def _unequal(
         self, dims: Sequence[Dim], grads: dict[str, Tensor | None], first: int, second: int
