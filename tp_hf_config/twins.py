@@ -26,8 +26,8 @@ _EQUAL = 1e-9
 """Relative difference up to which two float64 results are the same."""
 _SILENT = 1e-12
 """Gradients that are no larger are none."""
-_ROUNDING = 1e-14
-"""The share of the largest gradient that another can be by rounding alone."""
+_ROUNDING = 1e-15
+"""The share of the largest gradient that rounding alone may leave of another."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,8 @@ class TwinTest:
             with self._restored(dims):
                 self._make_twins(dims, first, second)
                 grads = self._gradients(dims, first, second)
-                rest = self._seen(dims, grads)
+                rest, unequal = self._seen(dims, grads, first, second)
                 silent = [dim for dim in silent if dim not in rest]
-                unequal = self._unequal(rest, grads, first, second)
                 if unequal:
                     return Links((), tuple(unequal), tuple(silent))
                 settled = {dim for group in groups for dim in group} - {*hidden, *doubted}
@@ -170,7 +169,7 @@ class TwinTest:
         with self._restored(dims):
             self._make_twins(dims, first, second)
             grads = self._gradients(dims, first, second)
-            return not self._unequal(self._seen(dims, grads), grads, first, second)
+            return not self._seen(dims, grads, first, second)[1]
 
     def _make_twins(self, dims: Sequence[Dim], first: int, second: int) -> None:
         for dim in dims:
@@ -345,17 +344,28 @@ class TwinTest:
                 alike[one], alike[two] = least, least
         return alike
 
-    def _seen(self, dims: Sequence[Dim], grads: Mapping[str, Tensor | None]) -> list[Dim]:
-        """The dimensions with gradients that are more than what is lost to rounding."""
+    def _seen(
+        self, dims: Sequence[Dim], grads: Mapping[str, Tensor | None], first: int, second: int
+    ) -> tuple[list[Dim], list[Dim]]:
+        """The dimensions with gradients, and those of them in which the twins are told apart.
+
+        What differs, and is no more than rounding leaves of larger gradients, is none.
+        """
         largest = {
             name: float(grad.abs().max()) if grad is not None and grad.numel() else 0.0
             for name, grad in grads.items()
         }
-        least = max(_SILENT, _ROUNDING * max(largest.values(), default=0.0))
-        return [dim for dim in dims if largest[dim.name] >= least]
+        seen = [dim for dim in dims if largest[dim.name] >= _SILENT]
+        unequal = self._unequal(seen, grads, first, second)
+        least = _ROUNDING * max(largest.values(), default=0.0)
+        lost = [dim for dim in unequal if largest[dim.name] < least]
+        return (
+            [dim for dim in seen if dim not in lost],
+            [dim for dim in unequal if dim not in lost],
+        )
 
     def _unequal(
-        self, dims: Sequence[Dim], grads: dict[str, Tensor | None], first: int, second: int
+        self, dims: Sequence[Dim], grads: Mapping[str, Tensor | None], first: int, second: int
     ) -> list[Dim]:
         result = []
         for dim in dims:
