@@ -178,6 +178,14 @@ def swin_backbone() -> Any:
     return hf.SwinBackbone(config)
 
 
+def swin2sr() -> Any:
+    """Its stages are alike, and the config has a number of heads for each of them."""
+    config = hf.Swin2SRConfig(
+        image_size=16, embed_dim=16, depths=[1] * 3, num_heads=[2] * 3, window_size=4
+    )
+    return hf.Swin2SRModel(config)
+
+
 def test_a_setting_of_single_layers_follows_under_their_number() -> None:
     """The config answers for layers alone, and raises where it is asked for all of them."""
     config = hf.Gemma4TextConfig(
@@ -211,6 +219,7 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         (canine, ["hidden_size"]),
         (swin, ["num_heads[0] + num_heads[1] + num_heads[2] + embed_dim"]),
         (swin_backbone, ["embed_dim", "num_heads[0] + num_heads[1] + embed_dim"]),
+        (swin2sr, ["embed_dim", "num_heads[0] + num_heads[1] + num_heads[2] + embed_dim"]),
         (gemma4_unified, ["hidden_size", "intermediate_size", "num_attention_heads"]),
         (mamba2, ["num_heads + hidden_size", "head_dim + hidden_size", "expand + head_dim"]),
         (bamba, ["mamba_n_heads + hidden_size", "mamba_d_head + hidden_size"]),
@@ -229,6 +238,7 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         "CANINE",
         "Swin",
         "Swin, a backbone",
+        "Swin2SR",
         "Gemma 4",
         "Mamba 2",
         "Bamba",

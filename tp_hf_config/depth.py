@@ -153,11 +153,10 @@ def _changes(
     changes: list[dict[FieldPath, Any]] = []
 
     def visit(node: dict[str, Any], path: FieldPath) -> None:
-        lists: dict[FieldPath, Any] = {
-            (*path, key): value[:keep]
-            for key, value in node.items()
-            if isinstance(value, list) and len(value) == length and (*path, key) not in widths
-        }
+        as_long = [key for key, one in node.items() if isinstance(one, list) and len(one) == length]
+        # where each of those layers has a width of its own, they only happen to be alike (Swin2SR)
+        own = any((*path, key) in widths for key in as_long)
+        lists: dict[FieldPath, Any] = {(*path, key): node[key][:keep] for key in as_long if not own}
         lists |= {
             (*path, key): {number: one for number, one in value.items() if int(number) < keep}
             for key, value in node.items()
@@ -168,7 +167,7 @@ def _changes(
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*path, key))
-            elif type(value) is int and 0 <= value - length <= 1:
+            elif type(value) is int and 0 <= value - length <= 1 and not own:
                 fewer: dict[FieldPath, Any] = {(*path, key): keep + value - length}
                 changes.extend([fewer, {**fewer, **lists}] if lists else [fewer])
                 if node.keys() >= _FEATURES:  # a backbone's stages by name, of which the last stays
