@@ -8,6 +8,8 @@ import transformers as hf
 
 from tp_hf_config import plan, prunable
 from tp_hf_config.apply import all_or_nothing, write_fields
+from tp_hf_config.counted import counted_by
+from tp_hf_config.groups import _in_proportion
 from tp_hf_config.learn import map_of
 from tp_hf_config.miniature import Miniature, miniature
 from tp_hf_config.offers import widths_of
@@ -301,6 +303,16 @@ def test_heads_that_share_states_go_in_as_many_classes_as_a_field_says(groups: i
     ]
     (table,) = [m.layout for m in width.groups[1].members if "norm" in m.name]
     assert table == Layout(run=64)
+
+
+def test_only_the_field_that_counts_classes_is_taken_for_it() -> None:
+    made = miniature(map_of(mamba2()))
+    assert isinstance(made, Miniature)
+    found = _in_proportion(made, (("num_heads",), ("hidden_size",)))
+    group = next(one for one in found.groups if one.classes > 1)
+    numbers = made.known.values | made.known.silent
+    assert len([path for path, number in numbers.items() if number == group.classes]) > 1
+    assert counted_by(group, made) == [("n_groups",)]
 
 
 def test_a_plan_says_both_fields_of_a_proportion() -> None:
