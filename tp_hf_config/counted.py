@@ -28,15 +28,20 @@ def counted_by(group: Group, mini: Miniature) -> list[FieldPath]:
 
 
 def _counts(path: FieldPath, group: Group, mini: Miniature) -> bool:
-    """Whether units fall into as many classes as a field says, at the first other number."""
-    for number in range(group.units - 1, 0, -1):
-        if group.units % number or number == group.classes:
-            continue
+    """Whether units fall into as many classes as a field says, at every other number that runs.
+
+    One would not do: of a common multiple with another field (SqueezeBERT) it may be the larger.
+    """
+    others = [n for n in range(1, group.units) if group.units % n == 0 and n != group.classes]
+    ran = False
+    for number in others:
         model = _with_other(mini, path, number)
-        if model is not None:
-            dims = _moved(group, mini, model)
-            return dims is not None and _classes(group, mini, model, dims) == number
-    return False
+        if model is None:
+            continue
+        ran, dims = True, _moved(group, mini, model)
+        if dims is None or _classes(group, mini, model, dims) != number:
+            return False
+    return ran
 
 
 def _classes(group: Group, mini: Miniature, model: nn.Module, dims: list[Dim]) -> int | None:
