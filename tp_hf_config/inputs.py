@@ -17,7 +17,7 @@ from torch import nn
 
 from .dry_run import NoValues
 from .input_beside import BESIDE, DISPENSABLE
-from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, setting, size_of
+from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, size_of
 from .passes import tensors_in
 from .states import ARGUMENTS, made_states
 
@@ -30,6 +30,7 @@ _PER_TOKEN = {"bbox": 4, "image_attention_mask": 1}
 _PACKED = ("target_sizes", "tgt_sizes")
 _OWN_COUNT = "feature_attention_mask"
 _QUERIES = "image_embeds_position_mask"
+_TOWER_PARTS = ("vision_config", "audio_config")
 _MOST_FORMS = 16
 
 
@@ -176,9 +177,13 @@ def _texts(
 
 
 def _token(config: Any, kind: str) -> int | None:
-    """The token that stands for an image, a video or a sound."""
-    found = setting(config, f"{kind}_token_id", f"{kind}_token_index")
-    return found if isinstance(found, int) else None
+    """The token that stands for an image, a video or a sound; some towers have it themselves."""
+    for part in (config, *(getattr(config, name, None) for name in _TOWER_PARTS)):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            found = getattr(part, name, None)
+            if isinstance(found, int):
+                return found
+    return None
 
 
 def _with_places(
