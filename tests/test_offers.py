@@ -1,18 +1,21 @@
 """What is offered of classes that were refused, or failed, for a reason that was not theirs."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import plan, prunable
+from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
 from tp_hf_config.apply import all_or_nothing, write_fields
 from tp_hf_config.counted import counted_by
 from tp_hf_config.groups import _in_proportion
 from tp_hf_config.learn import map_of
 from tp_hf_config.miniature import Miniature, miniature
-from tp_hf_config.offers import widths_of
+from tp_hf_config.offers import _apart, widths_of
+from tp_hf_config.proofs import Finding
 from tp_hf_config.scales import take_scales
 from tp_hf_config.twins import Layout
 from tp_hf_config.unbuilt import model_of
@@ -325,3 +328,51 @@ def test_a_plan_says_both_fields_of_a_proportion() -> None:
     assert planned.refusal is None
     (width,) = plan(config, prune=["head_dim"], pruning_ratio=0.25).widths
     assert width.steps == ({"head_dim": 48, "hidden_size": 3072},)
+
+
+def test_norms_with_other_weights_for_every_head_lose_whole_heads() -> None:
+    """Chameleon's ``q_norm`` is a ``LayerNorm`` over head dims, its weights ``[heads, dims]``."""
+    config = hf.ChameleonConfig(
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=64,
+        vocabulary_map={"<image>": 4, "IMGIMGA0": 5},
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": 16,
+            "latent_channels": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "resolution": 32,
+        },
+    )
+    model = hf.ChameleonModel(config)
+    fields = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    before = model.layers[0].self_attn.q_norm.weight.detach().clone().normal_()
+    model.layers[0].self_attn.q_norm.weight.data.copy_(before)
+    tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=fields),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook()],
+    ).step()
+    assert [getattr(model.config, field) for field in fields] == [2, 2, 24]
+    left = model.layers[0].self_attn.q_norm.weight
+    assert left.shape == (2, 12)
+    assert all(any(torch.equal(row, other) for other in before) for row in left)
+
+
+def test_what_is_as_wide_as_a_part_that_did_not_run_is_told_at_full_size() -> None:
+    heads, channels = ("num_attention_heads",), ("vq_config", "channel_multiplier", 2)
+    found, unseen = Finding((heads,)), Finding((channels,), reason="not seen", unseen=True)
+    alike: Any = SimpleNamespace(values={heads: 4, channels: 4})
+    other: Any = SimpleNamespace(values={heads: 32, channels: 4})
+    reason = _apart(found, [found, unseen], alike).reason
+    assert reason is not None
+    assert reason.startswith("vq_config.channel_multiplier[2] is as wide")
+    assert _apart(found, [found, unseen], other) is found

@@ -37,6 +37,7 @@ class Miniature:
 
     Attributes:
         known: the map of the class around the tiny config.
+        full: the map around the config that it is a tiny copy of.
         model: the class with random weights, none of them trivial, in float64 and eval mode.
         inputs: keyword arguments of one forward pass of two samples.
         partial: it runs on text alone, though the class takes images or sound too.
@@ -44,6 +45,7 @@ class Miniature:
     """
 
     known: ConfigMap
+    full: ConfigMap
     model: nn.Module
     inputs: dict[str, Any]
     partial: bool = False
@@ -92,7 +94,7 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         return full
     around = learn(builder, builder.config(data), full, all_set=True)
     watched = () if partial else watched_results(model, inputs)
-    return Miniature(around, model, inputs, partial, watched)
+    return Miniature(around, known, model, inputs, partial, watched)
 
 
 def _reaching_alike(

@@ -189,7 +189,8 @@ def widths_of(
         with one_thread():
             mini = tiny or miniature(known)
             found = [] if isinstance(mini, Refusal) else find_groups(mini)
-            sayable = (_apart(_sayable(finding, known), found, known) for finding in found)
+            full = known if isinstance(mini, Refusal) else mini.full
+            sayable = (_apart(_sayable(finding, known), found, full) for finding in found)
             _experiments[known] = _Experiments(mini, tuple(sayable))
     done = _experiments[known]
     if isinstance(done.mini, Refusal):
@@ -314,8 +315,10 @@ def _sayable(finding: Finding, known: ConfigMap) -> Finding:
     return finding if taken or not reason else Finding(finding.fields, reason=reason)
 
 
-def _apart(finding: Finding, others: Sequence[Finding], known: ConfigMap) -> Finding:
+def _apart(finding: Finding, others: Sequence[Finding], full: ConfigMap) -> Finding:
     """The finding, refused where a part that was not seen to run is as wide and may read it.
+
+    At full size: in a tiny copy, numbers of heads are as large as others by chance (Chameleon).
 
     Qwen2-VL's ``vision_config.hidden_size`` has to be the text's, which text alone cannot show.
     """
@@ -324,7 +327,7 @@ def _apart(finding: Finding, others: Sequence[Finding], known: ConfigMap) -> Fin
         if path in finding.fields:
             continue  # of that width all was seen, or it would have a reason of its own
         if finding.reason is None and any(
-            known.values.get(path) == known.values.get(own) for own in finding.fields
+            full.values.get(path) == full.values.get(own) for own in finding.fields
         ):
             reason = f"{field_name(path)} is as wide, and its part of the model was not seen to run"
             return Finding(finding.fields, reason=reason)

@@ -256,7 +256,7 @@ def layer_side(layer: nn.Module, key: str, dim: int) -> bool | None:
     if isinstance(layer, nn.Embedding):
         return True if dim == 1 else None
     if isinstance(layer, (nn.LayerNorm, _BATCHNORM)):
-        return True
+        return True if layer.weight.ndim == 1 else None  # of every head another (Chameleon)
     return None
 
 
