@@ -225,3 +225,10 @@ def test_a_tiny_copy_is_not_made_smaller_still() -> None:
     """Groups of convolutions at a size at which heads and groups are no longer told apart."""
     found = _outcomes(hf.SqueezeBertConfig(), hf.SqueezeBertForMaskedLM)
     assert found == {"embedding_size": "works", "intermediate_size": "works"}
+
+
+def test_heads_behind_experts_that_no_run_without_data_comes_to() -> None:
+    """JetMoE asks for its tokens' experts as numbers; what follows them is not seen."""
+    found = _outcomes(hf.JetMoeConfig(), hf.JetMoeForCausalLM)
+    assert found["num_key_value_heads"] == "works"
+    assert found["kv_channels"] == "refused"

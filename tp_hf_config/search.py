@@ -12,6 +12,7 @@ from .reference import FieldPath
 from .twins import Dim, Layout, Links, TwinTest
 
 _MAX_LAYOUTS = 10
+_MOST_RUNS = 4
 _MAX_IN_VAIN = 4 * _MAX_LAYOUTS
 """Attempts in a row of which none is better: it stays at that, there may be thousands more."""
 
@@ -55,8 +56,8 @@ def searched(
     """The likeliest layouts, and those in which the fewest dimensions tell units apart.
 
     First likely layouts together; then whole heads in the groups that a field sets ``alone`` of
-    layers that are ``split`` into some; then, from the best of those, others for one style at a
-    time, where units are told apart; then those that ``strides`` name, of so many positions of a
+    layers that are ``split`` into some; then runs as long in all styles; then, from the best of
+    those, others for one style at a time, where units are told apart; then those that ``strides`` name, of so many positions of a
     unit in so many parts; then two of what was tried, each where the other fails.
 
     Units of several fields that are told apart together wherever those of one are (``apart_alone``)
@@ -66,7 +67,7 @@ def searched(
     search.likely_together()
     found = search.best()
     if found.failures and not (apart_alone and found.apart >= apart_alone):
-        if not search.whole_heads(alone, split):
+        if not search.whole_heads(alone, split) and not search.runs_together():
             search.style_by_style()
         found = search.best()
         if found.failures:
@@ -91,6 +92,22 @@ class _Search:
         for chosen in likely_first([layouts for layouts, _ in self.styles]):
             if self._fits(chosen) or len(self.tried) == _MAX_LAYOUTS:
                 break
+
+    def runs_together(self) -> bool:
+        """Whether runs fit that are as long in all styles, or as long as goes into one.
+
+        Heads that no run without data came to (JetMoE's, behind experts).
+        """
+        plain = [{one.run: one for one in some if _is_plain(one)} for some in self.options]
+        runs = sorted({run for some in plain for run in some if run > 1}, reverse=True)
+        several = [
+            tuple(some[max(n for n in some if run % n == 0)] for some in plain)
+            for run in runs
+            if all(any(run % n == 0 for n in some) for some in plain)
+        ]
+        asked = {one.chosen for one in self.tried}
+        new = [chosen for chosen in dict.fromkeys(several) if chosen not in asked]
+        return any(self._fits(chosen) for chosen in new[:_MOST_RUNS])
 
     def style_by_style(self) -> None:
         """Other layouts for one style at a time, from the best, as long as that gets better."""
