@@ -57,8 +57,9 @@ def searched(
 
     First likely layouts together; then whole heads in the groups that a field sets ``alone`` of
     layers that are ``split`` into some; then runs as long in all styles; then, from the best of
-    those, others for one style at a time, where units are told apart; then those that ``strides`` name, of so many positions of a
-    unit in so many parts; then two of what was tried, each where the other fails.
+    those, others for one style at a time, where units are told apart; then those that ``strides``
+    name, of so many positions of a unit in so many parts; then two of what was tried, each where
+    the other fails.
 
     Units of several fields that are told apart together wherever those of one are (``apart_alone``)
     have nothing to do with each other: no more than likely layouts are tried.
