@@ -448,7 +448,7 @@ def test_an_entry_of_a_list_that_counts_layers_is_lowered():
     assert known.fields_of(bias.format(5), 0) == {("embed_dim",)}
 
 
-def test_a_field_that_counts_one_layer_more_is_lowered():
+def mask2former():
     backbone = hf.SwinConfig(
         image_size=32,
         embed_dim=8,
@@ -467,8 +467,21 @@ def test_a_field_that_counts_one_layer_more_is_lowered():
         num_attention_heads=2,
         num_queries=5,
     )
-    known = map_of(hf.Mask2FormerModel(config).eval())
-    assert known.depth.data["decoder_layers"] == 3
+    return hf.Mask2FormerModel(config).eval()
+
+
+def test_a_field_that_counts_one_layer_more_is_lowered():
+    assert map_of(mask2former()).depth.data["decoder_layers"] == 3
+
+
+def test_a_tiny_copy_keeps_its_layers():
+    """Else what it is compared with has fewer."""
+    model = mask2former()
+    builder = Builder(model)
+    bare = builder.build(config_json(model.config))
+    known = learn.learn(builder, model.config, bare, tiny=True)
+    assert known.depth.data["decoder_layers"] == 7
+    assert shapes(known.build_at({})) == shapes(bare)
 
 
 def test_layers_of_one_shape_in_a_list_that_stays_are_not_taken_for_one():

@@ -195,7 +195,7 @@ def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str
 
 
 def learn(
-    builder: Builder, config: PreTrainedConfig, full: nn.Module, all_set: bool = False
+    builder: Builder, config: PreTrainedConfig, full: nn.Module, tiny: bool = False
 ) -> ConfigMap:
     """Learn the map of one model class around one config.
 
@@ -203,13 +203,13 @@ def learn(
         builder: builds the class.
         config: the config to learn around.
         full: the class built from that config, without data.
-        all_set: no width is left to a default.
+        tiny: of a tiny copy, whose layers all count and of which no width is left to a default.
     """
     data = config_json(config, use_diff=False)
-    depth = shallow(builder, data, full)
+    depth = Depth(data) if tiny else shallow(builder, data, full)
     declared, unset = candidates(builder, config, depth.data)
     study = Study(builder, depth, {})
-    implied = study.free({} if all_set else study.all_implied(unset), declared)
+    implied = study.free({} if tiny else study.all_implied(unset), declared)
     study = Study(builder, depth, implied)
     values = {**declared, **implied}
     moves, linked = study.moves(values)

@@ -92,7 +92,7 @@ def _build(known: ConfigMap, data: dict[str, Any]) -> Miniature | Refusal:
         full = builder.build(data)
     if isinstance(full, Refusal):
         return full
-    around = learn(builder, builder.config(data), full, all_set=True)
+    around = learn(builder, builder.config(data), full, tiny=True)
     watched = () if partial else watched_results(model, inputs)
     return Miniature(around, known, model, inputs, partial, watched)
 
