@@ -26,6 +26,8 @@ _LAYERS = 2
 """As many layers of a kind are left at least."""
 _DRAWS = 40
 """How often other weights are tried, so that all of many alike parts are reached."""
+_NO_CHANCE = 4
+"""So often the same parts are left out where it is no chance."""
 _OTHER_ATTENTION = "sdpa"
 _NAMING = ("layer", "index")
 """In the names of settings that name layers."""
@@ -104,24 +106,28 @@ def _reaching_alike(
 
     Of Switch's eight experts the best one is taken for each token: some may be best for none.
     """
-    if not 0 < _left_out(model, working[0]) < 0.5:
+    left_out = _left_out(model, working[0])
+    if not 0 < max(left_out.values(), default=0) < 0.5:
         return working
-    before = copy.deepcopy(model.state_dict())
+    before, same = copy.deepcopy(model.state_dict()), 0
     for _ in range(_DRAWS):
         _draw(model)
         again = working_inputs(model)
-        if not isinstance(again, Refusal) and not _left_out(model, again[0]):
+        now = left_out if isinstance(again, Refusal) else _left_out(model, again[0])
+        if not isinstance(again, Refusal) and not now:
             return again
+        same = same + 1 if now == left_out else 0
+        if same == _NO_CHANCE:
+            break
     model.load_state_dict(before)
     return working
 
 
-def _left_out(model: nn.Module, inputs: dict[str, Any]) -> float:
-    """The largest share that is not reached of several parts told apart by their number alone."""
+def _left_out(model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
+    """Which share is not reached of several parts told apart by their number alone."""
     alike = Counter(_numbered(name) for name, _ in model.named_parameters())
     unreached = Counter(map(_numbered, unreached_by(model, inputs)))
-    shares = (count / alike[name] for name, count in unreached.items() if count < alike[name])
-    return max(shares, default=0.0)
+    return {name: n / alike[name] for name, n in unreached.items() if n < alike[name]}
 
 
 def _numbered(name: str) -> str:
