@@ -11,13 +11,13 @@ import transformers as hf
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
 from tp_hf_config.apply import all_or_nothing, write_fields
 from tp_hf_config.counted import counted_by
-from tp_hf_config.groups import _in_proportion
+from tp_hf_config.groups import _finest, _in_proportion
 from tp_hf_config.learn import map_of
 from tp_hf_config.miniature import Miniature, miniature
 from tp_hf_config.offers import _apart, widths_of
-from tp_hf_config.proofs import Finding
+from tp_hf_config.proofs import Finding, Group
 from tp_hf_config.scales import take_scales
-from tp_hf_config.twins import Layout
+from tp_hf_config.twins import Dim, Layout
 from tp_hf_config.unbuilt import model_of
 
 SMALL: dict[str, Any] = {
@@ -376,3 +376,17 @@ def test_what_is_as_wide_as_a_part_that_did_not_run_is_told_at_full_size() -> No
     assert reason is not None
     assert reason.startswith("vq_config.channel_multiplier[2] is as wide")
     assert _apart(found, [found, unseen], other) is found
+
+
+def test_heads_stay_whole_where_their_dims_could_change_places() -> None:
+    """A layer of sound that attends to all alike: its values alone are of no head."""
+    heads, layer = ("num_attention_heads",), "encoder.self_attn.v_proj"
+    known = SimpleNamespace(
+        expressions={(layer, "heads"): SimpleNamespace(fields=frozenset({heads}))},
+        shapes={f"{layer}.weight": (32, 8), "encoder.self_attn.o_proj.weight": (8, 32)},
+    )
+    run = Layout(run=16)
+    dims = (Dim(f"{layer}.weight", 0, run), Dim("encoder.self_attn.o_proj.weight", 1, run))
+    group = Group((heads,), dims, (heads, heads), 2, 1)
+    mini: Any = SimpleNamespace(known=known)
+    assert _finest(mini, group) is group

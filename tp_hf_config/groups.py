@@ -261,7 +261,13 @@ def _by_position(mini: Miniature, group: Group) -> Group:
 
 
 def _finest(mini: Miniature, group: Group) -> Group:
-    """The group in the smallest parts of its runs that are interchangeable."""
+    """The group in the smallest parts of its runs that are interchangeable.
+
+    Heads stay whole, also where attention to all alike lets dims of several change places.
+    """
+    split = _split_into(mini.known, group.fields)
+    if any(dim.dim == 0 and dim.name in split for dim in group.dims):
+        return group
     run = reduce(gcd, (dim.layout.run for dim in group.dims))
     for grain in (n for n in range(run, 1, -1) if run % n == 0):
         dims = tuple(
