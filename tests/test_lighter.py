@@ -17,7 +17,7 @@ from tp_hf_config.images import smaller_images
 from tp_hf_config.learn import map_of
 from tp_hf_config.lighter import in_proportion, lighter
 from tp_hf_config.miniature import Miniature, miniature, randomise
-from tp_hf_config.shrinking import _several_per_unit, _smaller, shrunken
+from tp_hf_config.shrinking import _keeps_order_alone, _several_per_unit, _smaller, shrunken
 from tp_hf_config.unbuilt import model_of
 
 
@@ -260,3 +260,12 @@ def test_what_flows_through_a_stack_of_convolutions_over_sound_does_not_grow() -
     randomise(stack)
     with torch.no_grad():
         assert stack(torch.randn(1, 32, 64, dtype=torch.float64)).std() < 100
+
+
+def test_a_norm_is_not_left_with_two_numbers() -> None:
+    """Of those it keeps which is larger, no more, and all tokens are alike."""
+    before = {"norm.weight": (64,), "mixer.A_log": (24,), "mixer.weight": (64, 64)}
+    assert _keeps_order_alone(before, {**before, "norm.weight": (2,)})
+    assert not _keeps_order_alone(before, {**before, "norm.weight": (4,)})
+    assert not _keeps_order_alone(before, {**before, "mixer.A_log": (2,)})
+    assert not _keeps_order_alone({**before, "norm.weight": (2,)}, {**before, "norm.weight": (2,)})

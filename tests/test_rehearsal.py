@@ -183,7 +183,7 @@ def test_a_tiny_image_leaves_attention_more_than_one_token() -> None:
     inner = "hiera.encoder.stages.3.layers.1.attn.qkv.bias"
     (group,) = (g for g in width.groups if any(member.name == inner for member in g.members))
     assert width.reason is None
-    assert group.classes == 3  # eight units in a row are of one head of 32 dimensions
+    assert group.classes == 6  # four units of eight channels are one head of 32 dimensions
 
 
 def test_channels_are_told_from_an_axis_as_long() -> None:

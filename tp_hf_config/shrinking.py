@@ -55,6 +55,8 @@ def shrunken(known: ConfigMap, data: dict[str, Any], together: bool) -> dict[str
         built = shapes(model)
         if built.keys() != unshrunken.keys() or _single(unshrunken, built):
             return None
+        if _keeps_order_alone(unshrunken, built):
+            return None
         if not _still_several(several, trial, built) or not _ties_alike(model, built):
             return None
         if not repeated.items() <= kinds_of_layers(model).items():
@@ -181,6 +183,20 @@ def _still_shared(
 def _single(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
     """Whether a dimension shrank to 1: attention over one patch of an image shows nothing."""
     return any(1 in built[name] and built[name].count(1) > before[name].count(1) for name in built)
+
+
+def _keeps_order_alone(
+    before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
+) -> bool:
+    """Whether a norm is over two numbers now, of which it leaves no more than which is larger.
+
+    All tokens are alike then, and attention shows nothing (Phi-4-multimodal's sound).
+    """
+    matrices = {name.rpartition(".")[0] for name, shape in built.items() if len(shape) > 1}
+    return any(
+        shape == (2,) != before[name] and name.rpartition(".")[0] not in matrices
+        for name, shape in built.items()
+    )
 
 
 def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
