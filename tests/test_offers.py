@@ -384,6 +384,7 @@ def test_heads_stay_whole_where_their_dims_could_change_places() -> None:
     known = SimpleNamespace(
         expressions={(layer, "heads"): SimpleNamespace(fields=frozenset({heads}))},
         shapes={f"{layer}.weight": (32, 8), "encoder.self_attn.o_proj.weight": (8, 32)},
+        splits_of=lambda name: ((2, 16),) if name == layer else None,
     )
     run = Layout(run=16)
     dims = (Dim(f"{layer}.weight", 0, run), Dim("encoder.self_attn.o_proj.weight", 1, run))

@@ -266,10 +266,11 @@ def _finest(mini: Miniature, group: Group) -> Group:
     Heads stay whole, also where attention to all alike lets dims of several change places.
     """
     split = _split_into(mini.known, group.fields)
-    if any(dim.dim == 0 and dim.name in split for dim in group.dims):
-        return group
+    heads = [dim for dim in group.dims if dim.dim == 0 and dim.name in split]
     run = reduce(gcd, (dim.layout.run for dim in group.dims))
     for grain in (n for n in range(run, 1, -1) if run % n == 0):
+        if any(dim.layout.run // grain % _head_dim(mini, dim) for dim in heads):
+            continue
         dims = tuple(
             replace(dim, layout=replace(dim.layout, run=dim.layout.run // grain))
             for dim in group.dims
@@ -281,3 +282,9 @@ def _finest(mini: Miniature, group: Group) -> Group:
         if all(test.proves(dims, order) for order in orders) and test.alike(dims, group.classes):
             return replace(group, dims=dims, units=units, grain=grain)
     return group
+
+
+def _head_dim(mini: Miniature, dim: Dim) -> int:
+    """How many positions one head takes of the outputs of its layer; 1: they are not seen split."""
+    splits = mini.known.splits_of(dim.name.rpartition(".")[0])
+    return splits[0][-1] if splits else 1
