@@ -15,8 +15,7 @@ from torch import nn
 from .miniature import Miniature, randomise
 from .proofs import Group, classes_of
 from .reach import why_not
-from .reference import FieldPath, Refusal
-from .ties import saved_buffers
+from .reference import FieldPath, Refusal, shapes
 from .twins import Dim, TwinTest
 
 
@@ -65,7 +64,7 @@ def _moved(group: Group, mini: Miniature, model: nn.Module) -> list[Dim] | None:
 
     ``None``: the units themselves are others there.
     """
-    was, now = _shapes(mini.model), _shapes(model)
+    was, now = shapes(mini.model), shapes(model)
     found = []
     for dim in group.dims if was.keys() == now.keys() else ():
         layout, size = dim.layout, was[dim.name][dim.dim]
@@ -76,8 +75,3 @@ def _moved(group: Group, mini: Miniature, model: nn.Module) -> list[Dim] | None:
         offset = layout.offset + longer if layout.offset else 0
         found.append(replace(dim, layout=replace(layout, offset=offset)))
     return found or None
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    tensors = {**dict(model.named_parameters()), **saved_buffers(model)}
-    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -214,10 +214,8 @@ def _with_places(
         found["attention_mask"] = torch.ones_like(ids)
     if "mm_token_type_ids" in parameters:
         kinds = torch.zeros_like(ids)
-        for number, kind in reversed(
-            list(enumerate(_SEEN, start=1))
-        ):  # a video's may be an image's
-            kinds[ids == _token(config, kind)] = number
+        for kind in reversed(_SEEN):  # a video's token may be an image's
+            kinds[ids == _token(config, kind)] = 1 + _SEEN.index(kind)
         found["mm_token_type_ids"] = kinds
     if "token_type_ids" in parameters:
         image = _token(config, "image")
