@@ -10,7 +10,14 @@ import small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from tp_hf_config.heads import feature_split, heads_of, observe, split_after, splits_after
 
@@ -174,6 +181,13 @@ def test_observe_fused_by_thirds_and_by_heads():
     )
     layout = observe(meta(GPTNeoXForCausalLM, config))
     assert layout.heads == {"gpt_neox.layers.0.attention.query_key_value": ((4, 24),)}
+
+
+def test_observe_one_key_and_value_for_all_heads_that_stay_as_they_are_cut():
+    config = GPTBigCodeConfig(n_embd=32, n_layer=1, n_head=4, vocab_size=40, n_positions=32)
+    layout = observe(meta(GPTBigCodeForCausalLM, config))
+    assert layout.heads == {"transformer.h.0.attn.c_attn": ((4, 8), (1, 8), (1, 8))}
+    assert layout.pieces == {"transformer.h.0.attn.c_attn": (32, 8, 8)}
 
 
 def test_observe_a_forward_that_needs_values_keeps_what_it_saw():

@@ -34,9 +34,30 @@ def albert() -> Any:
     return hf.AlbertForMaskedLM(hf.AlbertConfig(**SMALL, embedding_size=32))
 
 
-def esm() -> Any:
-    """A head for contacts that a plain forward pass does not use counts its attention heads."""
-    return hf.EsmForMaskedLM(hf.EsmConfig(**SMALL, mask_token_id=4, pad_token_id=1))
+def markuplm() -> Any:
+    """It has a projection of its paths' units that none of its code reads."""
+    sizes = {"max_depth": 4, "max_xpath_tag_unit_embeddings": 12, "xpath_unit_hidden_size": 8}
+    tokens = {"max_xpath_subs_unit_embeddings": 12, "tag_pad_id": 9, "subs_pad_id": 9}
+    return hf.MarkupLMModel(hf.MarkupLMConfig(**SMALL, **sizes, **tokens))
+
+
+def gpt_bigcode() -> Any:
+    """Its heads share one key and one value, as wide as a head, in one layer with the queries."""
+    config = hf.GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=32)
+    return hf.GPTBigCodeForCausalLM(config)
+
+
+def sew() -> Any:
+    """What it makes two time steps of is twice as wide, as wide as two neighbouring heads."""
+    config = hf.SEWConfig(
+        **SMALL | {"hidden_size": 96},
+        conv_dim=(16, 24),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 4),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+    )
+    return hf.SEWModel(config)
 
 
 def deepseek() -> Any:
@@ -213,7 +234,9 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
     ("build", "widths"),
     [
         (albert, ["hidden_size", "num_attention_heads + hidden_size"]),
-        (esm, ["hidden_size"]),
+        (markuplm, ["hidden_size", "num_attention_heads + hidden_size"]),
+        (gpt_bigcode, ["n_inner", "n_head + n_embd"]),
+        (sew, ["hidden_size", "num_attention_heads + hidden_size"]),
         (deepseek, ["hidden_size", "num_attention_heads"]),
         (informer, ["d_model", "encoder_ffn_dim", "decoder_ffn_dim"]),
         (qwen2_vl, ["num_attention_heads + num_key_value_heads + hidden_size"]),
@@ -232,7 +255,9 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
     ],
     ids=[
         "Albert",
-        "ESM",
+        "MarkupLM",
+        "GPT-BigCode",
+        "SEW",
         "DeepSeek-V2",
         "Informer",
         "Qwen2-VL",

@@ -128,6 +128,29 @@ def test_a_result_that_nobody_takes_is_watched() -> None:
     assert inner.shape == (2, 6)
 
 
+def test_what_layers_in_a_list_compute_is_not_of_the_module_around_it() -> None:
+    """The list never runs: CvT's stage gives a map that no output depends on, behind its layers."""
+
+    class Layered(Pooled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            F.linear(x[:, 0], self.inner.weight)
+            return self.out(x)
+
+    model = ready(Layered())
+    assert watched_results(model, states()) == (Result("", "linear", 0),)
+    x = states()["x"]
+    for layer in model.layers:
+        x = layer(x)
+    *_, shown = outputs_in_float64(model, states(), [Result("", "linear", 0)])
+    assert torch.equal(shown, F.linear(x[:, 0], model.inner.weight))
+
+
 def test_what_does_not_run_is_not_watched() -> None:
     model = ready(Pooled())
     model.idle = nn.Linear(HIDDEN, 4).double()  # type: ignore[assignment]

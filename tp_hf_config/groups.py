@@ -35,7 +35,7 @@ from .proofs import Finding, Group, classes_of, companion, named, order_of, prov
 from .reach import why_not
 from .reference import FieldPath, Refusal, field_name, with_values
 from .rehearsal import rehearse
-from .search import Places, Sources, Style, places_of, searched
+from .search import Places, Sources, Style, in_other_layouts, places_of, searched
 from .states import AXIS, states_of
 from .ties import saved_buffers, stacks
 from .twins import Dim, Layout, Links, TwinTest
@@ -158,6 +158,10 @@ def _find(
         found = proved(test, sources, fields, links)
         if found.reason is not None:
             found = second_look(test, sources, fields, links) or found
+        if found.unproved:
+            several = in_other_layouts(test, styles, sources, found.unproved)
+            others = (proved(test, other, fields, seen) for other, seen in several)
+            found = next((other for other in others if other.reason is None), found)
         if mini.partial and (found.unseen or found.along):  # what reads images was not run
             unseen = found.reason or f"the outputs do not depend on {', '.join(found.along[:3])}"
             found = replace(found, reason=f"{unseen} when given text alone", unseen=True, along=())
@@ -222,8 +226,9 @@ def _without_twins(
         classes = classes_of(test, dims)
         if classes is None:
             return None
-        order = list(order_of(test.units, classes, swap=True))
-        idle = [d for d in dims if test.proves([other for other in dims if other != d], order)]
+        orders = [list(order_of(test.units, classes, swap)) for swap in (True, False)]
+        rest = [(dim, [other for other in dims if other != dim]) for dim in dims]
+        idle = [dim for dim, others in rest if all(test.proves(others, one) for one in orders)]
         busy = [dim for dim in dims if dim not in idle]
         if any(companion(dim, [busy]) is None for dim in idle):
             return None

@@ -213,10 +213,22 @@ class _Watch(NoValues):
             elif (name, -1) in self._splits:
                 result[name] = _by_piece(self._splits[(name, -1)])
             else:
-                pieces = range(len(self.pieces[name]))
-                if all((name, piece) in self._splits for piece in pieces):
-                    result[name] = tuple(self._splits[(name, piece)] for piece in pieces)
+                result |= self._by_pieces(name)
         return result
+
+    def _by_pieces(self, name: str) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """How every piece is split; one as long as a head of the others is a single head.
+
+        GPT-BigCode's one key and value for all heads stay as they are cut.
+        """
+        sizes = self.pieces[name]
+        seen = {piece: self._splits.get((name, piece)) for piece in range(len(sizes))}
+        dims = {split[-1] for split in seen.values() if split is not None and split[0] > 1}
+        found = [
+            split or ((1, size) if {size} == dims else None)
+            for split, size in zip(seen.values(), sizes, strict=True)
+        ]
+        return {name: tuple(split for split in found if split)} if all(found) else {}
 
     def returned(self, outputs: Any) -> None:
         """Note the projections whose output is among the model's outputs."""
@@ -265,6 +277,8 @@ class _Watch(NoValues):
                 and output.shape[-1] < before.shape[-1]
             ):
                 self._cut(name, output)
+        elif func is torch.Tensor.unsqueeze and output.shape[-1] == before.shape[-1]:
+            self._source[id(output)] = (name, piece, output)
         elif output.shape == before.shape and all(
             other.numel() < before.numel() for other in tensors[1:]
         ):

@@ -18,6 +18,7 @@ from .errors import TPHFConfigError
 from .hook import HFConfigSyncHook
 from .learn import map_of
 from .masked import difference, inputs_left
+from .methods import methods_of
 from .miniature import Miniature, randomise
 from .offers import Width, widths_of
 from .passes import Result, outputs_in_float64, warm_up
@@ -235,7 +236,8 @@ def save(
         with torch.no_grad():
             outputs = outputs_in_float64(model, inputs, watched)
         model.save_pretrained(folder)
-        case = {"inputs": dict(inputs), "watched": [tuple(one) for one in watched]}
+        case: dict[str, Any] = {"inputs": dict(inputs), "watched": [tuple(one) for one in watched]}
+        case["methods"] = list(methods_of.get(type(model), ()))
         torch.save({**case, "outputs": outputs, "options": _options(model)}, folder / CASE)
     except Exception as error:
         return f"it cannot be saved: {type(error).__name__}: {error}"
@@ -246,6 +248,7 @@ def reloaded(model_class: Any, folder: Path) -> str | None:
     """Load a saved model and compare bit for bit; where it differs, or ``None``."""
     case = torch.load(folder / CASE, weights_only=True)
     try:
+        methods_of[model_class] = tuple(case["methods"])
         options = {**case["options"], "output_loading_info": True}
         model, info = model_class.from_pretrained(folder, **options)
         wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}

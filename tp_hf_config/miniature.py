@@ -15,6 +15,7 @@ from torch import nn
 
 from .depth import are_whole, is_numbers
 from .learn import ConfigMap, learn
+from .methods import outputs_of
 from .passes import AllFloat64, Result, tensors_in, watched_results
 from .reach import Working, unreached_by, why_not, working_inputs
 from .reference import Builder, FieldPath, Refusal, attention_of, shapes, with_values
@@ -155,7 +156,7 @@ def _with_numbers(
 
 def _computes_numbers(model: nn.Module, inputs: dict[str, Any]) -> bool:
     with torch.no_grad(), AllFloat64():
-        return not any(one.isnan().any() for one in tensors_in(model(**inputs)))
+        return not any(one.isnan().any() for one in tensors_in(outputs_of(model, inputs)))
 
 
 def _with_layers_named(

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .methods import outputs_of
+
 _NONE = 1e-12
 _NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 _BLANK = tuple(
@@ -29,6 +31,7 @@ _BLANK = tuple(
     for form in ("new_{}", "{}_like")
 )
 """Functions that take no more than the shape of a tensor: no choice is made by its values."""
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 _MASKED = 1e30
@@ -109,8 +112,11 @@ class _Watch(AllFloat64):
     def over(self, model: nn.Module) -> Iterator[None]:
         """While the model runs, modules say that they do."""
         with ExitStack() as stack, self:
+            around = {"": ""}  # the module that runs what a list of modules holds
             for name, module in model.named_modules():
-                if not self._counts(name) and not self._counts(name.rpartition(".")[0]):
+                holder = name.rpartition(".")[0]
+                around[name] = around[holder] if isinstance(module, _LISTS) else name
+                if not self._counts(name) and not self._counts(around[holder]):
                     continue
                 for handle in (
                     module.register_forward_pre_hook(partial(self._enter, name)),
@@ -165,10 +171,10 @@ def outputs_in_float64(
     torch.manual_seed(0)
     if not watched:
         with AllFloat64():
-            return _floating(model(**inputs))
+            return _floating(outputs_of(model, inputs))
     watch = _Watch(set(watched))
     with watch.over(model):
-        outputs = _floating(model(**inputs))
+        outputs = _floating(outputs_of(model, inputs))
     missing = torch.tensor(torch.nan, dtype=torch.float64)
     beside = (watch.results.get(result, missing) for result in watched)
     return [*outputs, *map(_unmasked, beside)]
@@ -203,7 +209,7 @@ def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result
     torch.manual_seed(0)
     try:
         with watch.over(model):
-            model(**inputs)
+            outputs_of(model, inputs)
     except RuntimeError:  # a parameter changed in place, where no gradients are meant to be
         return ()
     taken, read = _taken(watch.results.values()), {_edge(made) for made in watch.read}

@@ -10,7 +10,7 @@ import torch
 
 from .alike import as_in_like_layers
 from .reference import FieldPath
-from .search import Places
+from .search import Places, places_of
 from .twins import Dim, Layout, Links, TwinTest
 from .unread import is_unread
 
@@ -43,10 +43,11 @@ class Finding:
     """What was found for one width: its groups, or why it cannot be pruned.
 
     ``disproved``: units were seen not to be interchangeable; ``unseen``: the outputs do not show
-    some of its dimensions; ``apart``: dimensions in which they are not; ``least``: fewer units, and
-    the class does not run (a router that takes the best two experts needs two); ``along``:
-    parameters that no output depends on, in a group all the same; ``outward``: an output is as
-    wide; ``handed``: inputs (states of an encoder) that lose the same units.
+    some of its dimensions; ``apart``: dimensions in which they are not; ``unproved``: those of a
+    group of which no permutation is neutral; ``least``: fewer units, and the class does not run (a
+    router that takes the best two experts needs two); ``along``: parameters that no output depends
+    on, in a group all the same; ``outward``: an output is as wide; ``handed``: inputs (states of an
+    encoder) that lose the same units.
     """
 
     fields: tuple[FieldPath, ...]
@@ -55,6 +56,7 @@ class Finding:
     disproved: bool = False
     unseen: bool = False
     apart: Places = frozenset()
+    unproved: Places = frozenset()
     least: int = 1
     along: tuple[str, ...] = ()
     outward: bool = False
@@ -81,7 +83,7 @@ def proved(
         classes = classes_of(test, group)
         if classes is None or not test.alike(group, classes):
             reason = f"no permutation of units is neutral in {named(group)}"
-            return Finding(fields, reason=reason, disproved=True)
+            return Finding(fields, reason=reason, disproved=True, unproved=places_of(group))
         by_field = tuple(sources[dim] for dim in group)
         groups.append(Group(fields, tuple(group), by_field, test.units, classes))
     groups = as_in_like_layers(groups)
@@ -152,10 +154,10 @@ def _doubted(test: TwinTest, links: Links) -> list[Dim]:
 def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> int | None:
     """The place of the group that vectors go along with which the class has and does not use.
 
-    The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3), a table that
-    no code reads (Qwen2.5-Omni): where a single group of the width is of free channels, the
-    residual stream, they can only be of that one, channel by channel.  The stream is what norms
-    belong to.
+    The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3), a layer that
+    no code reads (Qwen2.5-Omni's table, MarkupLM's projection): where a single group of the width
+    is of free channels, the residual stream, they can only be of that one, channel by channel.  The
+    stream is what norms belong to.
     """
     sizes = {dim.layout for dim in unused}
     whole = all(_fills(test.parameters[dim.name], dim, test.units) for dim in unused)
@@ -172,11 +174,10 @@ def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> i
 
 
 def _is_of_vectors(test: TwinTest, dim: Dim) -> bool:
-    """Whether a dimension is its parameter's only one, but for the entries of an unread table."""
+    """Whether a dimension is its parameter's only one, or of a layer that no code reads."""
     parameter, layer = test.parameters[dim.name], dim.name.rpartition(".")[0]
     vector = parameter.numel() in (0, max(parameter.shape))
-    table = isinstance(test.model.get_submodule(layer), torch.nn.Embedding) and dim.dim == 1
-    return vector or (table and is_unread(test.model, layer))
+    return vector or is_unread(test.model, layer)
 
 
 def _fills(parameter: torch.Tensor, dim: Dim, units: int) -> bool:

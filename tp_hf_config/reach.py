@@ -1,6 +1,7 @@
 """Inputs that reach as much of the tiny copy as can be: what no output depends on proves nothing.
 
-A longer text, a video beside the image, arguments that a class can do without.
+A longer text, a video beside the image, arguments that a class can do without, methods beside the
+forward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from .inputs import example_inputs, input_forms, second_sample, text_inputs, video_forms
+from .methods import methods_beside, methods_of, outputs_of
 from .optional import optional_arguments, with_optional
 from .passes import AllFloat64, tensors_in
 from .reference import Refusal
@@ -29,6 +31,7 @@ def working_inputs(model: nn.Module) -> Working:
     Three tokens come last: there may be few positions. Before text alone, states of an encoder are
     left out.
     """
+    methods_of.pop(type(model), None)
     first = example_inputs(model)  # it went furthest without data
     forms = chain([first], input_forms(model), islice(input_forms(model, length=3), 1))
     states = states_in(model, first)
@@ -47,7 +50,8 @@ def _reaching(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """These inputs, or others where those reach more of the model.
 
     A longer text: no token of a short one may go to some expert; Transformers 4 keeps each as
-    layers of its own.  Images and videos too, then arguments that no class has to be given.
+    layers of its own.  Images and videos too, then arguments that no class has to be given, then
+    methods beside the forward pass.
     """
     unreached = unreached_by(model, inputs)
     if unreached and "input_ids" in inputs:
@@ -59,7 +63,20 @@ def _reaching(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     for argument in optional_arguments(model, inputs) if unreached else ():
         more = with_optional(model, inputs, argument)
         inputs, unreached = _better(model, more, inputs, unreached)
+    _run_by_methods(model, inputs, unreached)
     return inputs
+
+
+def _run_by_methods(model: nn.Module, inputs: dict[str, Any], unreached: set[str]) -> None:
+    """Let methods run what the forward pass leaves out, those that reach more."""
+    for name in methods_beside(model, inputs) if unreached else ():
+        before = methods_of.get(type(model), ())
+        methods_of[type(model)] = (*before, name)
+        left = unreached if why_not(model, inputs) is not None else unreached_by(model, inputs)
+        if left < unreached:
+            unreached = left
+        else:
+            methods_of[type(model)] = before
 
 
 def _better(
@@ -83,7 +100,7 @@ def _better(
 def unreached_by(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
     """The parameters that the outputs do not depend on."""
     with AllFloat64():
-        outputs = [tensor for tensor in tensors_in(model(**inputs)) if tensor.requires_grad]
+        outputs = [t for t in tensors_in(outputs_of(model, inputs)) if t.requires_grad]
     total = torch.stack([tensor.sum() for tensor in outputs]).sum()
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -94,7 +111,7 @@ def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
     """What a forward pass breaks off with; ``None``: it does not."""
     try:
         with torch.no_grad(), AllFloat64():
-            model(**inputs)
+            outputs_of(model, inputs)
     except Exception as error:  # whatever a class's forward pass raises
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None

@@ -57,9 +57,9 @@ def searched(
 
     First likely layouts together; then whole heads in the groups that a field sets ``alone`` of
     layers that are ``split`` into some; then runs as long in all styles; then, from the best of
-    those, others for one style at a time, where units are told apart; then those that ``strides``
-    name, of so many positions of a unit in so many parts; then two of what was tried, each where
-    the other fails.
+    those, others for one style at a time, where units are told apart; then, beside heads, others
+    for a single dimension; then those that ``strides`` name, of so many positions of a unit in so
+    many parts; then two of what was tried, each where the other fails.
 
     Units of several fields that are told apart together wherever those of one are (``apart_alone``)
     have nothing to do with each other: no more than likely layouts are tried.
@@ -71,7 +71,9 @@ def searched(
         if not search.whole_heads(alone, split) and not search.runs_together():
             search.style_by_style()
         found = search.best()
-        if found.failures:
+        if found.failures and alone and search.one_otherwise():
+            found = search.best()
+        elif found.failures:
             found = search.strided(strides) or found
     return search.tried[0].sources, (found.sources, found.links)
 
@@ -109,6 +111,20 @@ class _Search:
         asked = {one.chosen for one in self.tried}
         new = [chosen for chosen in dict.fromkeys(several) if chosen not in asked]
         return any(self._fits(chosen) for chosen in new[:_MOST_RUNS])
+
+    def one_otherwise(self) -> bool:
+        """Whether a single dimension of its style fits in another layout, beside what is likeliest.
+
+        The maps of attention of all layers side by side (ESM's contacts), beside heads in runs.
+        """
+        asked = {one.chosen for one in self.tried}
+        first = self.tried[0].chosen
+        several = [
+            (*first[:place], layout, *first[place + 1 :])
+            for place, alike in enumerate(self.styles.values())
+            for layout in (self.options[place][:_MAX_LAYOUTS] if len(alike) == 1 else ())
+        ]
+        return any(self._fits(chosen) for chosen in several if chosen not in asked)
 
     def style_by_style(self) -> None:
         """Other layouts for one style at a time, from the best, as long as that gets better."""
@@ -186,6 +202,31 @@ class _Search:
 def places_of(dims: Collection[Dim]) -> Places:
     """Dimensions without their layouts."""
     return frozenset((dim.name, dim.dim) for dim in dims)
+
+
+def in_other_layouts(
+    test: TwinTest, styles: Mapping[Style, Sequence[Dim]], sources: Sources, places: Places
+) -> Iterator[tuple[Sources, Links]]:
+    """Units of some places in another layout, one style at a time, where none are told apart.
+
+    Twins may be alike in several layouts, and a permutation be neutral in one (the upsampling of
+    SEW, of two time steps in a row).
+    """
+    for (layouts, path), alike in styles.items():
+        here = places_of(alike)
+        if not here & places:
+            continue
+        beside = {
+            dim: field
+            for dim, field in sources.items()
+            if (dim.name, dim.dim) not in here or field != path
+        }
+        for _, layout in layouts[:_MAX_LAYOUTS]:
+            trial = beside | {Dim(dim.name, dim.dim, layout): path for dim in alike}
+            if trial != sources and not overlap(trial, test.units):
+                links = test.links(list(trial))
+                if not links.unequal:
+                    yield trial, links
 
 
 def _is_plain(layout: Layout) -> bool:
