@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tp_hf_config.directions import Share
+from tp_hf_config.groups import _without_twins
 from tp_hf_config.layouts import layouts_of
 from tp_hf_config.proofs import second_look
-from tp_hf_config.twins import Dim, Links
+from tp_hf_config.twins import Dim, Links, TwinTest
 
 ROWS, COLUMNS, OTHER = Dim("0.weight", 0), Dim("1.weight", 1), Dim("2.weight", 0)
 FIELD = ("hidden_size",)
@@ -81,3 +82,21 @@ def test_units_stand_nowhere_but_in_their_dimension() -> None:
     found = [one for _, one in layouts_of(mini, "k.weight", 0, Share(FIELD, 2, 24), 6, False)]
     assert max(int(layout.table(6).max()) for layout in found) == 35
     assert any(layout.blocks == 2 and layout.gap == 6 for layout in found)
+
+
+def test_parts_that_no_token_goes_to_do_not_make_the_others_idle() -> None:
+    """First and last of many experts may both have nothing to do: where they stand shows nothing.
+
+    What the others do shows as all change places.
+    """
+
+    class Competing:
+        units = 4
+
+        def proves(self, dims: Collection[Dim], order: Sequence[int]) -> bool:
+            return len(dims) == 2 or list(order) == [3, 1, 2, 0]
+
+    dims = {Dim("layers.0.experts.up", 0): FIELD, Dim("layers.0.gate.weight", 0): FIELD}
+    found = _without_twins(cast(TwinTest, Competing()), cast(Any, dims), (FIELD,))
+    assert found is not None
+    assert [group.dims for group in found.groups] == [tuple(dims)]
