@@ -32,6 +32,7 @@ MEASURED = {(pair["task"], pair["type"]): pair for pair in TABLE["pairs"]}
 SAMPLE = [
     ("causal-lm", "llama"),
     ("causal-lm", "gpt2"),
+    ("causal-lm", "gpt_bigcode"),
     ("causal-lm", "phi3"),
     ("causal-lm", "gemma2"),
     ("causal-lm", "mixtral"),
@@ -57,16 +58,51 @@ def test_sample_of_the_support_table(task: str, model_type: str) -> None:
     assert [json.loads(json.dumps(one.to_dict())) for one in found.widths] == expected["widths"]
 
 
-def test_the_page_is_what_the_table_says_and_names_are_not_links() -> None:
+def table_module() -> Any:
+    """What writes the table."""
     path = small.ROOT / "benchmarks" / "support" / "table.py"
     spec = importlib.util.spec_from_file_location("support_table", path)
     assert spec is not None
     assert spec.loader is not None
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
+    return table
+
+
+def test_the_page_is_what_the_table_says_and_names_are_not_links() -> None:
+    table = table_module()
     written = (small.ROOT / "docs" / "support.md").read_text()
     assert written == table.page(TABLE["pairs"], TABLE, list(TABLE["totals"].items()))
     assert not re.search(r"(?<!\\)\]\[", re.sub(r"`[^`]*`", "", written))
+
+
+def test_a_row_that_does_not_end_is_kept_from_the_table_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_module()
+    monkeypatch.setattr(table, "versions", lambda: {"torch": "2"})
+    ended, late = (
+        {"stage": "done", "why": ""},
+        {"stage": "prune", "why": "no end within 60 s (prune)"},
+    )
+    before = [
+        {"task": "model", "type": "a", **ended, "widths": [{"outcome": "works", "fields": ["d"]}]},
+        {"task": "model", "type": "b", **late, "widths": []},
+        {"task": "model", "type": "c", **ended, "widths": []},
+    ]
+    now = [{"task": "model", "type": kind, **late, "widths": []} for kind in "ab"]
+    now.append({"task": "model", "type": "c", **ended, "widths": [], "seconds": 1})
+    assert table.kept(now, 0, tmp_path) == now
+    (tmp_path / "docs").mkdir()
+    stored = {"versions": {"torch": "2"}, "seed": 0, "pairs": before}
+    (tmp_path / "docs" / "support.json").write_text(json.dumps(stored))
+    assert table.kept(now, 1, tmp_path) == now
+    kept = table.kept(now, 0, tmp_path)
+    assert kept == [{**before[0], "older": True}, *now[1:]]
+    counted = dict(table.totals(kept, 3))
+    assert counted["pairs that ended in a run before, not in this one"] == "1"
+    assert counted["pairs that did not end within their time"] == "1"
+    assert "of a run before" in table._line({**kept[0], "class": "A"})[-1]
 
 
 def test_a_model_is_measured_at_tiny_size_and_not_touched(capfd: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from measuring import RESULT, learning, load_again, measure
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from table import write
+from table import kept, write
 
 from tp_hf_config.report import versions
 
@@ -164,12 +164,10 @@ def main() -> None:
     elif not options.written:
         runner.run(pairs)
     done = [runner.done(pair) for pair in pairs if runner.done(pair).exists()]
-    write(
-        [json.loads(one.read_text()) for one in done],
-        len(pairs),
-        options.seed,
-        None if options.types or options.tasks else ROOT,
-    )
+    rows = [json.loads(one.read_text()) for one in done]
+    whole = not options.types and not options.tasks
+    rows = kept(rows, options.seed, ROOT) if whole else rows
+    write(rows, len(pairs), options.seed, ROOT if whole else None)
 
 
 if __name__ == "__main__":

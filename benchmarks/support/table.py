@@ -72,12 +72,31 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
     unended = sum(r["why"].startswith("no end") for r in built)
     rows += [
         ("pairs that did not end within their time", str(unended)),
+        ("pairs that ended in a run before, not in this one", str(sum("older" in r for r in runs))),
         ("widths that work", str(outcomes["works"])),
         ("widths refused before anything was pruned", str(outcomes["refused"])),
         ("widths that failed", str(outcomes["failed"])),
         ("of those silently wrong", str(sum(map(silent, widths_of(runs))))),
     ]
     return rows
+
+
+def kept(results: list[Result], seed: int, root: Path) -> list[Result]:
+    """The results; what did not end is kept from the table that is there, where it had ended.
+
+    A lower limit of time, or a slower class, takes nothing away: such rows say that they are older.
+    """
+    path = root / "docs" / "support.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    if (table.get("versions"), table.get("seed")) != (versions(), seed):
+        return results
+    ended = {(r["task"], r["type"]): r for r in table["pairs"] if r["stage"] == "done"}
+    found: list[Result] = []
+    for result in results:
+        before = ended.get((result["task"], result["type"]))
+        late = before is not None and result["why"].startswith("no end")
+        found.append({**before, "older": True} if before is not None and late else result)
+    return found
 
 
 def _of(measured: int, pairs: int) -> str:
@@ -202,7 +221,8 @@ def _line(result: Result) -> tuple[str, ...]:
     }
     partial = "text alone" if result.get("partial") else ""
     signs = ("" if one is None else _SIGNS[one] for one in found)
-    why = result["why"] if result["stage"] != "done" else partial
+    older = "of a run before" if result.get("older") else ""
+    why = result["why"] if result["stage"] != "done" else ", ".join(filter(None, (partial, older)))
     return (*named, *signs, ", ".join(sorted(others)), _cell(why))
 
 
