@@ -227,6 +227,35 @@ def test_other_channels_in_one_layer_of_a_group_are_seen() -> None:
     assert "off the original" in f"{first} {second}"
 
 
+class Scaled(nn.Module):
+    """A scale that holds a norm without weights, as Moonshine's streaming encoder has them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) * self.gamma
+
+
+def test_a_norm_inside_a_scale_is_taken_over_what_is_left() -> None:
+    torch.manual_seed(0)
+    original, left = (
+        nn.Sequential(nn.Linear(4, width), Scaled(width), nn.Linear(width, 3)).double()
+        for width in (8, 5)
+    )
+    with torch.no_grad():
+        original[1].gamma += torch.rand(8)
+        for one, other in zip(left.parameters(), original.parameters(), strict=True):
+            one.copy_(other[tuple(map(slice, one.shape))])
+    inputs = {"input": torch.randn(2, 3, 4).double()}
+    assert difference(original, left, left, inputs) is None
+    with torch.no_grad():
+        left[0].weight.copy_(original[0].weight[3:])
+    assert "off the original" in str(difference(original, left, left, inputs))
+
+
 def test_a_folder_that_changed_is_seen(tmp_path: Path) -> None:
     model = _random("llama")
     assert save(model, zoo.inputs(model), tmp_path / "one") is None

@@ -226,8 +226,9 @@ def _narrow(module: nn.Module, left: Tensor) -> nn.Module:
         if parameter is not None and parameter.numel() > 1:
             dim = max(range(parameter.ndim), key=lambda d: parameter.shape[d])
             narrow._parameters[key] = nn.Parameter(parameter.detach().index_select(dim, left))
-    if hasattr(narrow, "normalized_shape"):
-        setattr(narrow, "normalized_shape", (len(left),))
+    for part in narrow.modules():  # Moonshine's scale holds a norm without weights
+        if hasattr(part, "normalized_shape"):
+            setattr(part, "normalized_shape", (len(left),))
     for key, value in vars(narrow).items():  # one group of channels for each
         if isinstance(value, Width):
             setattr(narrow, key, value.new)
