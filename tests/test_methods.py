@@ -157,7 +157,7 @@ def test_contacts_of_the_heads_that_are_left() -> None:
     for layer, full in heads.items():
         query = model.esm.encoder.layer[layer].attention.self.query.weight
         rows = [
-            next(r for r in range(64) if torch.isin(row, full[r]).all() and len(row)) // 16
+            next(r for r in range(64) if torch.isin(row, full[r]).all()) // 16
             for row in query.detach()[::16]
         ]
         left += [4 * layer + head for head in rows]

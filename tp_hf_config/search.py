@@ -212,8 +212,8 @@ def in_other_layouts(
     Twins may be alike in several layouts, and a permutation be neutral in one (the upsampling of
     SEW, of two time steps in a row).
     """
-    for (layouts, path), alike in styles.items():
-        here = places_of(alike)
+    for style, alike in styles.items():
+        (layouts, path), here = style, places_of(alike)
         if not here & places:
             continue
         beside = {
@@ -222,7 +222,7 @@ def in_other_layouts(
             if (dim.name, dim.dim) not in here or field != path
         }
         for _, layout in layouts[:_MAX_LAYOUTS]:
-            trial = beside | {Dim(dim.name, dim.dim, layout): path for dim in alike}
+            trial = beside | _sources({style: alike}, [layout])
             if trial != sources and not overlap(trial, test.units):
                 links = test.links(list(trial))
                 if not links.unequal:

@@ -93,9 +93,9 @@ def kept(results: list[Result], seed: int, root: Path) -> list[Result]:
     ended = {(r["task"], r["type"]): r for r in table["pairs"] if r["stage"] == "done"}
     found: list[Result] = []
     for result in results:
-        before = ended.get((result["task"], result["type"]))
-        late = before is not None and result["why"].startswith("no end")
-        found.append({**before, "older": True} if before is not None and late else result)
+        late = result["why"].startswith("no end")
+        before = ended.get((result["task"], result["type"])) if late else None
+        found.append(result if before is None else {**before, "older": True})
     return found
 
 
