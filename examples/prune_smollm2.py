@@ -37,8 +37,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
+from progress import track
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from smollm2_file import gguf_file
 from torch import Tensor
@@ -63,6 +63,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
 
+    console.print("Reading SmolLM2-135M-Instruct, and trying on a tiny copy what can go ...")
     model, tokenizer = load_smollm2()
     unpruned = copy.deepcopy(model)  # the teacher of the recovery, and what we compare with
     train, held_out = split_text(tokenizer, args.validate)
@@ -77,23 +78,22 @@ def main() -> None:
         None if args.gqa == "none" else args.gqa,
     )
     pruner = make_pruner(model, cut, hook := HFConfigSyncHook(), args.steps)
-    with Progress(console=console) as progress:
-        for step in range(1, args.steps + 1):
-            name = f"step {step}/{args.steps}"
-            sample = list(islice(batches, CALIBRATION))
-            accumulate_gradients(model, progress.track(sample, description=f"{name} calibrate"))
-            pruner.step()  # prunes the weights; the config follows by itself
-            console.print(str(hook.last_report), soft_wrap=True)
-            before = perplexity(model, held_out)
-            sample = list(islice(batches, args.recovery_steps))
-            recover(model, unpruned, sample, args.lr, progress, f"{name} recover")
-            after = perplexity(model, held_out)
-            console.print(f"perplexity: {before:.1f} after the cut, {after:.1f} after recovery\n")
+    for step in range(1, args.steps + 1):
+        name = f"step {step}/{args.steps}"
+        accumulate_gradients(model, list(islice(batches, CALIBRATION)), f"{name} calibrate")
+        pruner.step()  # prunes the weights; the config follows by itself
+        console.print(str(hook.last_report), soft_wrap=True)
+        before = perplexity(model, held_out)
+        sample = list(islice(batches, args.recovery_steps))
+        recover(model, unpruned, sample, args.lr, f"{name} recover")
+        after = perplexity(model, held_out)
+        console.print(f"perplexity: {before:.1f} after the cut, {after:.1f} after recovery\n")
 
     unrecovered = replay_pruning(unpruned, pruner.pruning_history(), cut)
     folder = Path(args.out or tempfile.mkdtemp(prefix="smollm2-pruned-"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    console.print("Loading the checkpoint in a fresh process ...")
     check_reload(model, tokenizer, folder, args.threads)
 
     compare([unpruned, unrecovered, model], tokenizer, held_out)
@@ -182,16 +182,14 @@ def print_groups(model: Model) -> None:
     console.print(str(prunable(model)), soft_wrap=True)
 
 
-def accumulate_gradients(model: Model, batches: Iterable[Tensor]) -> None:
+def accumulate_gradients(model: Model, batches: list[Tensor], name: str) -> None:
     """Taylor importance is weight times gradient: sum the gradients of a few batches."""
     model.zero_grad()
-    for batch in batches:
+    for batch in track(batches, name, console):
         model(input_ids=batch, labels=batch).loss.backward()
 
 
-def recover(
-    model: Model, teacher: Model, batches: list[Tensor], lr: float, progress: Progress, name: str
-) -> None:
+def recover(model: Model, teacher: Model, batches: list[Tensor], lr: float, name: str) -> None:
     """Distil the unpruned model's next-token distribution into what is left of it.
 
     The teacher's distribution, and not the text, is the target: training on the text would teach
@@ -201,7 +199,7 @@ def recover(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     total = len(batches)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 5, 1 - i / total))
-    for batch in progress.track(batches, description=name):
+    for batch in track(batches, name, console):
         with torch.no_grad():
             target = teacher(input_ids=batch).logits.flatten(0, 1).log_softmax(-1)
         guess = model(input_ids=batch).logits.flatten(0, 1).log_softmax(-1)
@@ -230,7 +228,7 @@ def print_choices_of_heads(
 ) -> None:
     """What either mode of head pruning costs: heads alone, out of fresh copies, same gradients."""
     scored = copy.deepcopy(unpruned)
-    accumulate_gradients(scored, islice(batches, CALIBRATION))
+    accumulate_gradients(scored, list(islice(batches, CALIBRATION)), "heads calibrate")
     sample = list(islice(batches, args.trial_steps))
     table = Table("heads alone", "none", "--gqa query", "--gqa group")
     table.title = "What each choice of heads costs"
@@ -238,16 +236,15 @@ def print_choices_of_heads(
     if args.gqa == "none":
         table.caption += "; too short to win back what heads cost"
     models, columns = [unpruned], [[perplexity(unpruned, held_out)]]
-    with Progress(console=console) as progress:
-        for gqa in ("query", "group"):
-            model = copy.deepcopy(scored)
-            for parameter, source in zip(model.parameters(), scored.parameters(), strict=True):
-                parameter.grad = source.grad  # a copy of a Parameter leaves its gradient behind
-            make_pruner(model, Cut(heads=args.heads, gqa=gqa), HFConfigSyncHook()).step()
-            before = perplexity(model, held_out)
-            recover(model, unpruned, sample, args.lr, progress, f"{gqa} recover")
-            models.append(model)
-            columns.append([before, perplexity(model, held_out)])
+    for gqa in ("query", "group"):
+        model = copy.deepcopy(scored)
+        for parameter, source in zip(model.parameters(), scored.parameters(), strict=True):
+            parameter.grad = source.grad  # a copy of a Parameter leaves its gradient behind
+        make_pruner(model, Cut(heads=args.heads, gqa=gqa), HFConfigSyncHook()).step()
+        before = perplexity(model, held_out)
+        recover(model, unpruned, sample, args.lr, f"heads, gqa {gqa} recover")
+        models.append(model)
+        columns.append([before, perplexity(model, held_out)])
     table.add_row("query / key-value heads", *(heads(m) for m in models))
     table.add_row("parameters", *(f"{m.num_parameters() / 1e6:.1f} M" for m in models))
     table.add_row("KV cache, bytes a token", *(f"{cache_bytes(m):,}" for m in models))
@@ -263,7 +260,10 @@ def print_choices_of_heads(
 @torch.inference_mode()
 def perplexity(model: Model, windows: Tensor) -> float:
     """Exp of the mean next-token loss; windows are scored one by one, without shared context."""
-    losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in windows]
+    losses = [
+        model(input_ids=row[None], labels=row[None]).loss.item()
+        for row in track(windows, "perplexity", console)
+    ]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -271,7 +271,7 @@ def perplexity(model: Model, windows: Tensor) -> float:
 def tokens_per_second(models: list[Model], windows: Tensor) -> list[float]:
     """Prefill speed, the best of five rounds; the models take turns, so that noise hits all."""
     best = [math.inf] * len(models)
-    for _ in range(5):
+    for _ in track(range(5), "speed", console):
         for i, model in enumerate(models):
             start = time.perf_counter()
             model(input_ids=windows[:2], logits_to_keep=1)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import progress
+import pytest
 import small
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 
@@ -36,3 +40,30 @@ def test_two_processes_agree_and_one_saves(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").config
     assert (config.hidden_size, config.intermediate_size) == (48, 96)
+
+
+class TestProgress:
+    def lines(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[str]:
+        """What a loop of four rounds, each so long, says where there is no terminal."""
+        now = 0.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+        console = Console(file=(printed := io.StringIO()), force_terminal=False)
+        for _ in progress.track("abcd", "step 1/3 [recover]", console):
+            now += seconds
+        return printed.getvalue().splitlines()
+
+    def test_a_long_loop_says_so_all_along(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.lines(monkeypatch, 5.0) == [
+            "step 1/3 [recover]: 2 of 4, 10 s",
+            "step 1/3 [recover]: 4 of 4, 20 s",
+        ]
+        assert len(self.lines(monkeypatch, 60.0)) == 4
+
+    def test_a_short_one_says_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.lines(monkeypatch, 0.5) == ["step 1/3 [recover]: 4 of 4, 2 s"]
+
+    def test_a_terminal_gets_a_bar(self) -> None:
+        console = Console(file=(printed := io.StringIO()), force_terminal=True, width=80)
+        assert list(progress.track([1, 2], "recover", console)) == [1, 2]
+        assert "\x1b[" in printed.getvalue()
+        assert "100%" in printed.getvalue()
