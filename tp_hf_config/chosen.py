@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from math import gcd, lcm
 
@@ -46,11 +46,14 @@ class Chosen:
         widths: all of them; no two share a dimension.
         heads: those of them that follow the head ratios.
         how: how the heads go, in words.
+        left: a width that is pruned by default -> why it is not here: it shares a dimension with
+            one of these.
     """
 
     widths: tuple[Width, ...]
     heads: tuple[Width, ...] = ()
     how: str = ""
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
@@ -84,9 +87,12 @@ def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
     if isinstance(others, str):
         return others
     rest = [width for width in others if not apart & set(width.fields)]
+    left: dict[str, str] = {}
+    if wanted.fields is None:
+        rest, left = _that_go_together(rest, heads + dims)
     widths = tuple(dict.fromkeys(heads + dims + rest))
     _check_apart(view, widths)
-    return Chosen(widths, tuple(heads), _in_words(view, heads))
+    return Chosen(widths, tuple(heads), _in_words(view, heads), left)
 
 
 def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
@@ -293,15 +299,48 @@ def _in_words(view: WidthView, heads: Sequence[Width]) -> str:
     return "; ".join(parts)
 
 
+def _that_go_together(
+    default: Sequence[Width], asked_for: Sequence[Width]
+) -> tuple[list[Width], dict[str, str]]:
+    """The default widths that share no dimension with one another or with what was asked for.
+
+    Those that hold most of the model come first, which is the residual stream, then feed-forward
+    widths.  Where a class makes a feed-forward width as a multiple of the hidden size, that is
+    smaller anyway.
+
+    Returns:
+        The widths, and why each of the others stays.
+    """
+    owner = {place: width for width in asked_for for place in _places(width)}
+    left: dict[str, str] = {}
+    for width in sorted(default, key=lambda width: -width.units * width.parameters):
+        shared = next((place for place in _places(width) if place in owner), None)
+        if shared is None:
+            owner |= dict.fromkeys(_places(width), width)
+            continue
+        name, dim = shared
+        named = ", ".join(f'"{one}"' for one in width.names)
+        left[width.name] = (
+            f"it sets dimension {dim} of {name} with {owner[shared].name}. To prune it as well, "
+            f"give it a pruner of its own afterwards: prune=({named},)"
+        )
+    return [width for width in default if width.name not in left], left
+
+
+def _places(width: Width) -> dict[tuple[str, int], None]:
+    """The dimensions of parameters that a width sets."""
+    return {(member.name, member.dim): None for group in width.groups for member in group.members}
+
+
 def _check_apart(view: WidthView, chosen: Sequence[Width]) -> None:
     """Two widths that share a dimension (heads times head dim) cannot go in one pruner."""
     owner: dict[tuple[str, int], Width] = {}
     for width in chosen:
-        for member in (member for group in width.groups for member in group.members):
-            other = owner.setdefault((member.name, member.dim), width)
+        for name, dim in _places(width):
+            other = owner.setdefault((name, dim), width)
             if other is not width:
                 raise UnsupportedModelError(
                     f"{type(view.model).__name__}: {other.name} and {width.name} both set "
-                    f"dimension {member.dim} of {member.name}. Prune them one after the other, "
+                    f"dimension {dim} of {name}. Prune them one after the other, "
                     "each with a pruner of its own."
                 )

@@ -77,6 +77,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         multiples: for fields that the class does not take every value of, what they have to be
             a multiple of.
         heads: the fields whose groups follow the pruner's head ratios.
+        notes: what the first report shall say of it.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         prefix: str = "",
         multiples: Mapping[Any, int] | None = None,
         heads: Collection[Any] = (),
+        notes: Sequence[str] = (),
     ):
         super().__init__()
-        self.pretrained, self.prefix = model, prefix
+        self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
         self.register_customized_layer(Units, UNITS)
         self.cuts = Cuts()
         self._views: dict[tuple[str, int], ParameterView] = {}

@@ -148,6 +148,13 @@ class HFConfigSyncHook:
         self._follower = self._recorder = self._schedule = self._steering = None
         self._unproved = []
 
+    def _told_once(self) -> list[str]:
+        """What the pruner's graph leaves as it is; of a trace, what is not proved every time."""
+        assert self._follower is not None  # sync asked
+        graph = self._follower.pruner.DG
+        left = [] if self.reports else getattr(graph, "notes", [])
+        return [*self._unproved, *left]
+
     def _adjusted(self) -> list[str]:
         """What the latest step of the pruner did instead of what its ratios ask for."""
         steering = self._steering
@@ -185,7 +192,7 @@ class HFConfigSyncHook:
         failed: ConfigSyncError | None = None
         try:
             outcome = self._follower.follow(groups)
-            outcome["notes"] = [*self._unproved, *outcome["notes"], *self._adjusted()]
+            outcome["notes"] = [*self._told_once(), *outcome["notes"], *self._adjusted()]
         except ConfigSyncError as error:
             failed, outcome = error, {"error": str(error)}
         before, self._parameters = self._parameters, self._follower.model.num_parameters()

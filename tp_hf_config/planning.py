@@ -60,7 +60,8 @@ def plan(
         pruning_ratio: for every width to prune that ``ratios`` does not name; default: 0.5.
         ratios: ratio per config field.
         prune: config fields to prune; default: those that ``ratios`` names, without it every width
-            inside the model but attention heads.
+            inside the model but attention heads; of widths that share a dimension, the one that
+            holds most of the model.
         head_pruning_ratio: the share of attention heads to prune as well.
         prune_num_heads: whether heads are pruned; default: where ``head_pruning_ratio`` is not 0.
         gqa: ``"query"``: query heads out of every key/value group; ``"group"``: whole key/value
@@ -199,7 +200,11 @@ def _plan(
             _width(width, move, course, offered)
             for width, move in zip(chosen.widths, course.moves, strict=True)
         ),
-        kept={w.name: w.reason or "not chosen" for w in offered if w.name not in names},
+        kept={
+            w.name: w.reason or chosen.left.get(w.name, "not chosen")
+            for w in offered
+            if w.name not in names
+        },
         before=before,
         after=after,
         refusal=planned_refusal(course),

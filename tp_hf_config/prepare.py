@@ -43,7 +43,8 @@ def pruner_kwargs(
         model: a ``PreTrainedModel``, or a module that contains exactly one.
         prune: config fields to prune (``("intermediate_size",)``); default: every width inside the
             model but attention heads and numbers of experts, and, where the model is inside
-            another module, but the width of what it returns.
+            another module, but the width of what it returns. Of widths that share a dimension, the
+            one that holds most of the model; the first report's notes name the others.
         ratios: pruning ratio per config field, where it is not the pruner's ``pruning_ratio``.
         graph: ``"config"``: groups made from the config and proved by experiment, no tracing;
             ``"trace"``: Torch-Pruning's trace, made safe; ``"auto"``: the former where all that
@@ -97,7 +98,8 @@ def pruner_kwargs(
 def _graph_of(view: WidthView, chosen: Chosen, prefix: str) -> ConfigGraph:
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
-    return ConfigGraph(view.model, groups, prefix, multiples_of(view, chosen), heads)
+    notes = [f"{name} stays: {reason}" for name, reason in chosen.left.items()]
+    return ConfigGraph(view.model, groups, prefix, multiples_of(view, chosen), heads, notes)
 
 
 def _for_config_graph(
