@@ -191,7 +191,9 @@ def main() -> None:
     wrong = misses(figures)
     print(*wrong, sep="\n", end="")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures))
+        from tp_hf_config.schema import dated
+
+        arguments.json.write_text(json.dumps(dated({"figures": figures})))
     sys.exit(1 if wrong else 0)
 
 
@@ -200,7 +202,7 @@ def _show(figures: dict[str, dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tp_hf_config.report import versions
+    from tp_hf_config.schema import versions
 
     title = f"70 billion parameters in {SHARDS} shards; {time.strftime('%Y-%m-%d')}"
     table = Table("phase", title=title)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 from tp_hf_config.learn import learn
 from tp_hf_config.reference import Builder, config_json
-from tp_hf_config.report import versions
+from tp_hf_config.schema import dated, versions
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -144,7 +144,7 @@ def main() -> None:
         )
     Console().print(table, str(versions()), f"{torch.get_num_threads()} threads", sep="\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"versions": versions(), "figures": figures}))
+        arguments.json.write_text(json.dumps(dated({"figures": figures})))
 
 
 if __name__ == "__main__":

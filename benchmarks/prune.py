@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
 from tp_hf_config.offers import widths_of
-from tp_hf_config.report import versions
+from tp_hf_config.schema import dated, versions
 
 RATIO = 0.2
 FFN = ("intermediate_size",)
@@ -203,7 +203,7 @@ def main() -> None:
         console.print(table)
     console.print(str(versions()), f"{torch.get_num_threads()} threads", sep="\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"versions": versions(), "figures": figures}))
+        arguments.json.write_text(json.dumps(dated({"figures": figures})))
 
 
 if __name__ == "__main__":

@@ -256,6 +256,8 @@ def main() -> None:
     """Run over all types, or over those named."""
     from rich.progress import track
 
+    from tp_hf_config.schema import dated
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", help="model types, separated by commas; default: all")
     parser.add_argument("--every", type=int, default=1, help="take one type in so many")
@@ -270,7 +272,7 @@ def main() -> None:
     results = []
     for result in track(run(todo, args), "model types", total=len(todo)):
         results.append(result)
-        args.output.write_text(json.dumps(results, indent=1))
+        args.output.write_text(json.dumps(dated({"results": results}), indent=1))
     report(results)
 
 

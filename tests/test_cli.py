@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -56,6 +57,7 @@ class TestLight:
             ("--help", 0, "prune a model and write it, once it is proved to load again"),
             ("prune x --out y --pruning-ratio 2", 2, ""),
             ("prune x --out y", 2, ""),
+            ("prune no/such/model --out y --pruning-ratio 0.2", 2, ""),
         ],
     )
     def test_help_and_wrong_usage_load_no_torch(self, typed: str, code: int, printed: str) -> None:
@@ -77,6 +79,95 @@ class TestLight:
         assert "tp_hf_config.cli.prune" in loaded.split()
         heavy = {"torch", "transformers", "torch_pruning", "rich", "shtab", "numpy"}
         assert not heavy & set(loaded.split())
+
+    def test_wrong_paths_and_arguments_load_no_torch(self, llama: Path, tmp_path: Path) -> None:
+        """Every command, in one process, offline; each ends with 2 and what to type next."""
+        config = (llama / "config.json").read_bytes()
+        for name, files in {
+            "nothing": {},
+            "broken": {"config.json": b"{", "model.safetensors": b""},
+            "bare": {"config.json": config},
+            "whole": {"config.json": config, "model.safetensors": b"cut off"},
+        }.items():
+            (tmp_path / name).mkdir()
+            for file, content in files.items():
+                (tmp_path / name / file).write_bytes(content)
+        (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
+        (tmp_path / "text.bin").write_bytes(b"")
+        plain = "Say the folder that holds"
+        ratio = ("--pruning-ratio", "0.2")
+        new = ("--out", "new", *ratio)
+        prune = ("prune", "whole", *new)
+        cases = {
+            ("check", "nowhere"): f"nowhere does not exist. {plain} config.json.",
+            ("check", "text"): f"text is not a folder. {plain} config.json.",
+            ("check", "nothing"): f"nothing has no config.json. {plain} it.",
+            ("check", "bare"): "bare has no weights (model.safetensors, ",
+            ("check", "x" * 300): "cannot be read: ",
+            ("repair", "nowhere"): f"nowhere does not exist. {plain} config.json.",
+            ("repair", "bare"): "bare has no weights (model.safetensors, ",
+            ("repair", "whole", "--out", "nothing"): "nothing is there already. Say a folder that",
+            ("repair", "whole", "--heads", "0"): "'0': expected a whole number, 1 or more",
+            ("repair", "whole", "--head-dim", "-4"): "'-4': expected a whole number, 1 or more",
+            ("verify", "nowhere"): f"nowhere does not exist. {plain} config.json.",
+            ("verify", "whole", "nowhere"): f"nowhere does not exist. {plain} config.json.",
+            ("verify", "whole", "--against", "bare"): "bare has no weights (model.safetensors, ",
+            ("verify", "whole", "whole", "--against", "whole"): "say it once: verify whole whole",
+            ("prunable", "no/such/place"): "no/such/place: there is no such file or folder",
+            ("prunable", "nothing"): "nothing: no config.json in this folder; expected what save_",
+            ("prunable", "broken"): "broken: config.json is not JSON: ",
+            ("prunable", "nowhere"): "nowhere: no such file or folder here, and as a model on the",
+            ("prunable", "us/nowhere"): "us/nowhere: no such file or folder here, and as a model",
+            ("prunable", "x" * 300 + "/y"): "cannot be read: ",
+            ("plan", "nowhere", *ratio): "nowhere: no such file or folder here, and as a model on",
+            ("plan", "text.bin", *ratio): "expected a folder with a config.json, a GGUF file or a",
+            ("prune", "nowhere", *new): "nowhere: no such file or folder here, and as a model on t",
+            ("prune", "broken", *new): "broken: config.json is not JSON: ",
+            ("prune", "whole", "--out", "no/such", *ratio): "Make it first: ",
+            (
+                "prune",
+                "whole",
+                "--out",
+                "text",
+                *ratio,
+            ): "expected a new folder, found a file. C",
+            ("prune", "whole", "--out", "whole", *ratio): "is not empty. Choose another folder, or",
+            (*prune, "--importance", "taylor"): "--importance taylor needs text to run the model o",
+            (*prune, "--recover", "8"): "--recover needs text to run the model on. Add --calibrat",
+            (*prune, "--calibration", "none"): "none: calibration text cannot be read: No such fi",
+            (*prune, "--calibration", "text"): "text: expected plain text in UTF-8, found other b",
+            (*prune, "--dtype", "flaot32"): "invalid choice: 'flaot32' (choose from 'float32', ",
+            (
+                *prune,
+                "--pruning-ration",
+                "0.2",
+            ): "there is no option --pruning-ration: did you mean --pruning-ratio?",
+            ("check", "whole", "--fast"): "there is no option --fast: tp-hf-config check --help ",
+            ("check", "whole", "bare"): "found bare, expected nothing after FOLDER",
+            ("check", ""): "'': expected a folder, a file or a name",
+            ("plan", "", *ratio): "'': expected a folder, a file or a name",
+            ("completion", "bsh"): "invalid choice: 'bsh'",
+        }
+        out = small.python(
+            f"""
+            import contextlib, io, os, sys
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            from tp_hf_config.cli.main import main
+            os.chdir({str(tmp_path)!r})
+            for typed in {list(cases)!r}:
+                with contextlib.redirect_stderr(io.StringIO()) as said:
+                    print(main([*typed]), repr(said.getvalue()))
+            print(*sys.modules)
+            """
+        )
+        *lines, loaded = out.splitlines()
+        for (typed, message), line in zip(cases.items(), lines, strict=True):
+            assert line.startswith("2 "), (typed, line)
+            assert message in ast.literal_eval(line[2:]), (typed, line)
+            assert "Traceback" not in line
+        assert "huggingface_hub" in loaded.split()
+        assert not {"torch", "transformers", "torch_pruning", "rich", "numpy"} & {*loaded.split()}
+        assert not (tmp_path / "new").exists()
 
     def test_nobody_reads_the_output(self) -> None:
         process = subprocess.Popen(
@@ -121,6 +212,10 @@ class TestUsage:
             ("plan x --steps 0", "'0': expected a whole number, 1 or more"),
             ("plan x --target-params lots", "'lots': expected a number of parameters (100M)"),
             ("plan x --target-params inf", "'inf': expected a number above 0"),
+            ("plan x --target-params 1", "'1': expected a whole number of parameters (100M), or a"),
+            ("plan x --target-params 1.5", "'1.5': expected a whole number of parameters (100M)"),
+            ("plan x --target-params 120%", "'120%': expected a share between 0 and 1"),
+            ("plan x --ratios a=0.1,a=0.2", "expected one share for every field, found two for a"),
             ("prune x --out y --max-shard-size big", "'big': expected a size such as 500MB or 5GB"),
             ("prune x --out y --importance best", "invalid choice: 'best'"),
             ("plan x", "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, "),
@@ -261,11 +356,11 @@ class TestFaults:
             f".bin file. For a model's weights, give the folder: {tmp_path}\n",
             ".": "no config.json in this folder, but in one inside. Give that: "
             f"{tmp_path}/broken\n",
-            "broken": "its config cannot be read: OSError: It looks like the config file at ",
+            "broken": "config.json is not JSON: Expecting property name enclosed in double ",
             "strange": "its config cannot be read: ValueError: The checkpoint you are trying to ",
         }.items():
             code, out, errors = shell(capsys, "prunable", tmp_path / name)
-            assert (code, out) == (1, "")
+            assert (code, out) == (1 if name == "strange" else 2, "")
             assert errors.startswith(f"tp-hf-config prunable: {tmp_path / name}: {message}")
             assert "Traceback" not in errors
 
@@ -336,7 +431,7 @@ run.restype = ctypes.py_object
 run.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object]
 def command(options):
     run(b"import signal; signal.raise_signal(signal.SIGINT)", 257, {}, {})
-prunable.run = command
+prunable.check = command
 sys.argv = ["tp-hf-config", "prunable", "x"]
 sys.exit(main.run())
 """

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from tp_hf_config import ConfigSyncError, HFConfigSyncHook, SyncReport
-from tp_hf_config.report import SCHEMA_VERSION
+from tp_hf_config.schema import SCHEMA_VERSION
 from tp_hf_config.versions import graph_module as tp_graph
 
 

@@ -199,7 +199,7 @@ def test_iterative_head_pruning_takes_too_many():
 
 
 def test_the_version_is_not_the_packages():
-    """``tp.__version__`` is 1.6.0 in 1.6.1, and there is none in 1.5; ``report.versions`` asks
+    """``tp.__version__`` is 1.6.0 in 1.6.1, and there is none in 1.5; ``schema.versions`` asks
     importlib.metadata.
     """
     if small.TORCH_PRUNING < (1, 6):

@@ -21,6 +21,7 @@ from .limits import straying, vanishing
 from .miniature import Miniature, miniature
 from .proofs import Finding
 from .reference import FieldPath, Refusal, field_name, shapes
+from .schema import dated
 from .ties import parameter_names, tensor
 from .twins import Dim, Layout, TwinTest
 from .unbuilt import model_of
@@ -148,7 +149,7 @@ class Prunable:
 
     def to_dict(self) -> dict[str, Any]:
         """The table for ``json.dumps``."""
-        return {"model": self.model, "widths": [width.to_dict() for width in self.widths]}
+        return dated({"model": self.model, "widths": [width.to_dict() for width in self.widths]})
 
 
 def prunable(

@@ -15,10 +15,9 @@ from .locate import find_pretrained
 from .plan_table import described, refusal_lines, table, text
 from .prepare import pruner_kwargs
 from .reference import FieldPath
-from .report import versions
+from .schema import dated
 from .sizes import Size
 
-SCHEMA_VERSION = 1
 Scheduler = Callable[[float, int], Sequence[float]]
 
 
@@ -210,9 +209,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan for ``json.dumps``, with the versions it was made by."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "versions": versions(),
+        found = {
             "model": self.model,
             "settings": self.settings.to_dict(),
             "widths": [width.to_dict() for width in self.widths],
@@ -224,3 +221,4 @@ class Plan:
             "target_parameters": self.target,
             "notes": list(self.notes),
         }
+        return dated(found)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .history import PrunedGroup
+from .schema import dated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,7 @@ class SyncReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report for ``json.dumps``, with the versions it was made by."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "versions": versions(),
+        found = {
             "step": self.step,
             "graph": self.graph,
             "groups": [
@@ -118,17 +114,7 @@ class SyncReport:
             "notes": list(self.notes),
             "error": self.error,
         }
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of this library and of what it stands on."""
-    found: dict[str, str] = {}
-    for package in ("tp-hf-config", "torch", "transformers", "torch-pruning"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+        return dated(found)
 
 
 def _count(number: int, word: str) -> str:

@@ -15,7 +15,7 @@ from .measure import Outcome, Subject, Trial, WidthSupport, reloaded, subject, t
 from .miniature import miniature
 from .offers import one_thread
 from .reference import Refusal
-from .report import versions
+from .schema import dated, versions
 from .silence import quiet_transformers
 from .unbuilt import model_of
 
@@ -62,7 +62,7 @@ class Support:
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement for ``json.dumps``."""
-        return {
+        found = {
             "model": self.model,
             "widths": [width.to_dict() for width in self.widths],
             "why_not": self.why_not,
@@ -70,6 +70,7 @@ class Support:
             "seed": self.seed,
             "versions": self.versions,
         }
+        return dated(found)
 
 
 def supports(

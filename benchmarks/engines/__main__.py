@@ -25,7 +25,7 @@ from page import page, show
 from rich.console import Console
 from transformers.utils import logging
 
-from tp_hf_config.report import versions
+from tp_hf_config.schema import dated
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ROOT / ".engines"
@@ -45,12 +45,13 @@ def main() -> None:
     made = {case.key: _made(case, options.reuse) for case in chosen}
     known = {case.key for case in CASES}
     rows = {row["key"]: row for row in before["cases"] if row["key"] in known} | made
-    results = {
-        "versions": versions(),
-        "prompts": len(PROMPTS),
-        "new_tokens": NEW_TOKENS,
-        "cases": [rows[case.key] for case in CASES if case.key in rows],
-    }
+    results = dated(
+        {
+            "prompts": len(PROMPTS),
+            "new_tokens": NEW_TOKENS,
+            "cases": [rows[case.key] for case in CASES if case.key in rows],
+        }
+    )
     engines = before["engines"]
     for engine in ENGINES:
         if options.engines and engine.name not in options.engines:

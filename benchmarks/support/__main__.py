@@ -24,7 +24,7 @@ from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from table import kept, write
 
-from tp_hf_config.report import versions
+from tp_hf_config.schema import versions
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".support"

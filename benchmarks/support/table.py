@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tp_hf_config.report import versions
+from tp_hf_config.schema import SCHEMA_VERSION, versions
 
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 KINDS = ("feed-forward", "hidden", "heads", "other")
@@ -129,6 +129,7 @@ def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> No
     if root is None:
         return
     head = {
+        "schema_version": SCHEMA_VERSION,
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "seed": seed,

@@ -77,6 +77,19 @@ def existing(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no {CONFIG}.{hint} Say the folder that holds it.")
 
 
+def check_there(folder: Path) -> None:
+    """Refuse what is not a folder with a config and weights, before torch is imported.
+
+    Raises:
+        CheckpointError: it is not there, cannot be read, or is no checkpoint at all.
+    """
+    try:
+        existing(folder)
+        weights_file(folder)
+    except (OSError, ValueError) as error:  # no permission; a name that no file can have
+        raise CheckpointError(f"{short(folder)} cannot be read: {short(error)}") from error
+
+
 def read_config(folder: Path) -> Config:
     """The folder's config.json."""
     data = _json(folder / CONFIG, _LONGEST_CONFIG)
@@ -131,9 +144,7 @@ def read_weights(folder: Path) -> Weights:
     Raises:
         CheckpointError: there are none.
     """
-    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if name is None:
-        raise CheckpointError(_none(folder))
+    name = weights_file(folder)
     if not name.endswith(".index.json"):
         return _joined([_header(folder / name)], (name,))
     found = _shards(folder, name)
@@ -142,6 +153,18 @@ def read_weights(folder: Path) -> Weights:
     shards, promised, faults = found
     weights = _joined([_header(folder / shard) for shard in shards], shards)
     return _with_index(weights, promised, faults)
+
+
+def weights_file(folder: Path) -> str:
+    """The file that ``from_pretrained`` would read first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if name is None:
+        raise CheckpointError(_none(folder))
+    return name
 
 
 def _none(folder: Path) -> str:

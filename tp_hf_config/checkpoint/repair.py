@@ -21,7 +21,7 @@ from .reports import CheckReport, RepairReport
 from .solving import Solution, Task, Unsolved, solution
 from .ties import apart
 from .words import printable, short
-from .writing import locked, new_folder, replace_config
+from .writing import check_new, locked, new_folder, replace_config
 
 
 def repair_checkpoint(
@@ -50,8 +50,8 @@ def repair_checkpoint(
     """
     path = Path(folder)
     target = None if out is None else Path(out)
-    if target is not None and os.path.lexists(target) and not dry_run:
-        raise CheckpointError(f"{target} is there already. Say a folder that is not.")
+    if target is not None and not dry_run:
+        check_new(target)
     if dry_run:
         return _planned(path, given, trust_remote_code)[0]
     try:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ..report import versions
+from ..schema import dated
 from .words import number, printable
-
-SCHEMA_VERSION = 1
 
 Kind = Literal["files", "config", "field", "tensors"]
 
@@ -79,7 +77,7 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report for ``json.dumps``."""
-        return _dated(asdict(self))
+        return dated(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class RepairReport:
         """The report for ``json.dumps``."""
         found = asdict(self)
         found["fields"] = {n: {"old": old, "new": new} for n, (old, new) in self.fields.items()}
-        return _dated(found)
+        return dated(found)
 
 
 @dataclass(frozen=True)
@@ -198,8 +196,4 @@ class RoundtripReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report for ``json.dumps``."""
-        return _dated(asdict(self))
-
-
-def _dated(data: dict[str, Any]) -> dict[str, Any]:
-    return {"schema_version": SCHEMA_VERSION, "versions": versions(), **data}
+        return dated(asdict(self))

@@ -121,8 +121,7 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         CheckpointError: ``out`` is there already.
         OSError: it cannot be written; nothing of it is left.
     """
-    if os.path.lexists(out):
-        raise CheckpointError(f"{out} is there already. Say a folder that is not.")
+    check_new(out)
     place = out.parent / f".{out.name}.{os.getpid()}.new"
     try:
         left_out = _copy(source, place)
@@ -134,6 +133,16 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         _flush(out.parent)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def check_new(out: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        CheckpointError: ``out`` is there already.
+    """
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out} is there already. Say a folder that is not.")
 
 
 def _copy(source: Path, place: Path) -> list[str]:

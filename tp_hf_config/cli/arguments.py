@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -15,7 +16,9 @@ class UsageError(Exception):
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The model, and whether its code may run."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file or a Hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", type=place, help="a folder, a GGUF file or a Hub id"
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python files that come with the model"
     )
@@ -109,6 +112,18 @@ def _contradiction(options: argparse.Namespace) -> str | None:
     return None
 
 
+def place(text: str) -> str:
+    """A path or a name; nothing is what an unset variable of the shell leaves."""
+    if not text.strip():
+        raise _not(text, "a folder, a file or a name")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path."""
+    return Path(place(text))
+
+
 def share(text: str) -> float:
     """A share above 0 and below 1: ``0.2``, ``1/5``, ``20%``."""
     try:
@@ -137,12 +152,16 @@ def ratios(text: str) -> dict[str, float]:
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
             raise _not(text, "hidden_size=0.1,intermediate_size=0.3")
+        if name.strip() in found:
+            raise _not(text, f"one share for every field, found two for {name.strip()}")
         found[name.strip()] = share(value.strip())
     return found
 
 
 def amount(text: str) -> float:
     """A number of parameters, or a share of them: ``100M``, ``1.5B``, ``0.8``."""
+    if text.endswith("%"):
+        return share(text)
     unit = _UNITS.get(text[-1:].lower(), 1)
     try:
         found = float(text[:-1] if unit > 1 else text) * unit
@@ -150,6 +169,8 @@ def amount(text: str) -> float:
         raise _not(text, "a number of parameters (100M), or a share of them (0.8)") from None
     if not 0 < found < float("inf"):
         raise _not(text, "a number above 0")
+    if found == 1 or (found > 1 and found % 1):
+        raise _not(text, "a whole number of parameters (100M), or a share of them below 1 (0.8)")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import path
 from .outcome import DONE, FAILED, UNKNOWN, Outcome
 
 HELP = "compare a folder's config.json with its weights, without loading them"
@@ -11,10 +12,19 @@ HELP = "compare a folder's config.json with its weights, without loading them"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("folder", metavar="FOLDER", help="holds config.json and the weights")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=path, help="holds config.json and the weights"
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
     )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what is no model's folder."""
+    from ..checkpoint.folder import check_there
+
+    check_there(options.folder)
 
 
 def run(options: argparse.Namespace) -> Outcome:

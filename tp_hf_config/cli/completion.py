@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import TPHFConfigError
+from ..schema import dated
 from .outcome import DONE, Outcome
 
 HELP = "print a script for the shell's own completion"
@@ -17,6 +18,10 @@ _FOLDERS = ("out", "against")
 def add(parser: argparse.ArgumentParser) -> None:
     """The shell."""
     parser.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"), help="for which shell")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Nothing: the parser knows the shells."""
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -39,7 +44,7 @@ def run(options: argparse.Namespace) -> Outcome:
     parser = parser_of()
     _complete_files(parser, shtab)
     script = shtab.complete(parser, options.shell)
-    return Outcome(DONE, script, {"shell": options.shell, "script": script})
+    return Outcome(DONE, script, dated({"shell": options.shell, "script": script}))
 
 
 def _complete_files(parser: argparse.ArgumentParser, shtab: Any) -> None:

@@ -16,11 +16,13 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from .. import __version__
 from ..errors import PrunerSettingsWarning, TPHFConfigError
+from ..schema import dated
 from .arguments import UsageError
 from .console import show
 from .outcome import FAILED, UNKNOWN, Outcome
@@ -58,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     typed = sys.argv[1:] if argv is None else argv
     try:
-        options = parser_of().parse_args(typed)
+        options, unknown = parser_of().parse_known_args(typed)
+        if unknown:
+            options.parser.error(_unknown(options.parser, unknown))
     except SystemExit as ended:  # argparse has said what it is
         return ended.code if isinstance(ended.code, int) else UNKNOWN
     options.typed = shlex.join([PROGRAM, *typed])
@@ -94,8 +98,23 @@ def parser_of() -> argparse.ArgumentParser:
         module.add(own)
         own.add_argument("--json", action="store_true", help="print JSON")
         own.add_argument("--debug", action="store_true", help="show the trace of an error")
-        own.set_defaults(run=module.run, usage=own.format_usage)
+        own.set_defaults(check=module.check, run=module.run, parser=own, checked=False)
     return parser
+
+
+def _unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
+    """What was typed that the command has not, and what may have been meant."""
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    if not flags:
+        return f"found {shlex.join(unknown)}, expected nothing after {_positionals(parser)}"
+    near = get_close_matches(flags[0], parser._option_string_actions, 1)
+    hint = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists what it takes"
+    return f"there is no option {flags[0]}: {hint}"
+
+
+def _positionals(parser: argparse.ArgumentParser) -> str:
+    names = [str(a.metavar or a.dest) for a in parser._actions if not a.option_strings]
+    return " and ".join(names)
 
 
 def _sentence(text: str) -> str:
@@ -106,6 +125,8 @@ def _run(options: argparse.Namespace) -> Outcome:
     """Run the command; what it raises becomes an outcome, said on standard error."""
     try:
         with redirect_stdout(sys.stderr), _few_warnings(), stoppable():
+            options.check(options)
+            options.checked = True
             outcome: Outcome = options.run(options)
             return outcome
     except BaseException as error:
@@ -119,10 +140,11 @@ def _run(options: argparse.Namespace) -> Outcome:
 
 def _failed(options: argparse.Namespace, error: Exception) -> Outcome:
     if isinstance(error, UsageError):
-        sys.stderr.write(options.usage())
+        sys.stderr.write(options.parser.format_usage())
         return _wrong(options, error, UNKNOWN, str(error))
     if isinstance(error, TPHFConfigError):
-        return _wrong(options, error, FAILED, str(error))
+        code = FAILED if options.checked else UNKNOWN
+        return _wrong(options, error, code, str(error))
     text = f"{type(error).__name__}: {error}"
     if not options.debug:
         text += "\nThis is not foreseen: --debug shows where it happened."
@@ -133,7 +155,7 @@ def _wrong(options: argparse.Namespace, error: BaseException, code: int, text: s
     if options.debug:
         traceback.print_exception(error, file=sys.stderr)
     print(f"{PROGRAM} {options.command}: {text}", file=sys.stderr)
-    return Outcome(code, "", {"error": text, "type": type(error).__name__, "code": code})
+    return Outcome(code, "", dated({"error": text, "type": type(error).__name__, "code": code}))
 
 
 @contextmanager

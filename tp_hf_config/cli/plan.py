@@ -17,6 +17,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_widths(parser)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse widths that contradict each other, and a model that is not there."""
+    from ..pipeline.source import check_reachable, find_source
+
+    widths_of(options)
+    check_reachable(find_source(options.model, options.trust_remote_code))
+
+
 def run(options: argparse.Namespace) -> Outcome:
     """The library's plan; 1 where the class refuses it."""
     settings = widths_of(options)

@@ -16,6 +16,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse a model that is not there."""
+    from ..pipeline.source import check_reachable, find_source
+
+    check_reachable(find_source(options.model, options.trust_remote_code))
+
+
 def run(options: argparse.Namespace) -> Outcome:
     """The library's table."""
     from ..offers import prunable

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .arguments import add_model, add_widths, natural, widths_of
+from .arguments import add_model, add_widths, natural, path, widths_of
 from .console import progress, quiet_libraries
 from .outcome import DONE, Outcome
+
+if TYPE_CHECKING:
+    from ..pipeline.job import Job
 
 HELP = "prune a model and write it, once it is proved to load again"
 
@@ -17,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The model, what to prune and how, and where to write."""
     add_model(parser)
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="the folder to write"
+        "--out", metavar="DIR", type=path, required=True, help="the folder to write"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is there, in the end"
@@ -30,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         default="magnitude",
         help="what goes first; taylor needs --calibration",
     )
-    how.add_argument("--calibration", metavar="FILE", type=Path, help="plain text for the model")
+    how.add_argument("--calibration", metavar="FILE", type=path, help="plain text for the model")
     how.add_argument(
         "--recover",
         metavar="N",
@@ -50,30 +53,44 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be meant: a path, or arguments that do not go together."""
+    from ..pipeline.asked import check_asked
+    from ..pipeline.source import check_reachable
+
+    job = _job(options)
+    check_asked(job)
+    check_reachable(job.source)
+
+
 def run(options: argparse.Namespace) -> Outcome:
     """Prune; the report."""
-    widths = widths_of(options)
-    from ..pipeline.job import Job
     from ..pipeline.prune import prune_checkpoint
-    from ..pipeline.source import find_source
 
     with quiet_libraries(), progress() as shown:
-        job = Job(
-            find_source(options.model, options.trust_remote_code),
-            options.out,
-            widths,
-            importance=options.importance,
-            calibration=options.calibration,
-            recover=options.recover,
-            device=options.device,
-            dtype=options.dtype,
-            seed=options.seed,
-            max_shard_size=options.max_shard_size,
-            overwrite=options.overwrite,
-            command=options.typed,
-        )
-        done = prune_checkpoint(job, shown)
+        done = prune_checkpoint(_job(options), shown)
     return Outcome(DONE, str(done), done.to_dict())
+
+
+def _job(options: argparse.Namespace) -> Job:
+    from ..pipeline.job import Job
+    from ..pipeline.source import find_source
+
+    widths = widths_of(options)
+    return Job(
+        find_source(options.model, options.trust_remote_code),
+        options.out,
+        widths,
+        importance=options.importance,
+        calibration=options.calibration,
+        recover=options.recover,
+        device=options.device,
+        dtype=options.dtype,
+        seed=options.seed,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+        command=options.typed,
+    )
 
 
 def size(text: str) -> str:

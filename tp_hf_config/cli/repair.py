@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import count, path
 from .outcome import DONE, Outcome
 
 HELP = "write the config.json that a folder's weights need, where there is exactly one"
@@ -11,18 +12,35 @@ HELP = "write the config.json that a folder's weights need, where there is exact
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("folder", metavar="FOLDER", help="holds config.json and the weights")
-    parser.add_argument("--out", metavar="DIR", help="write a new folder, leave FOLDER as it is")
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be written")
     parser.add_argument(
-        "--head-dim", type=int, metavar="N", help="the size of a head, where no shape shows it"
+        "folder", metavar="FOLDER", type=path, help="holds config.json and the weights"
     )
     parser.add_argument(
-        "--heads", type=int, metavar="N", help="the number of query heads, where no shape shows it"
+        "--out", metavar="DIR", type=path, help="write a new folder, leave FOLDER as it is"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be written")
+    parser.add_argument(
+        "--head-dim", type=count, metavar="N", help="the size of a head, where no shape shows it"
+    )
+    parser.add_argument(
+        "--heads",
+        type=count,
+        metavar="N",
+        help="the number of query heads, where no shape shows it",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
     )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what is no model's folder, and a new one that is there already."""
+    from ..checkpoint.folder import check_there
+    from ..checkpoint.writing import check_new
+
+    check_there(options.folder)
+    if options.out is not None and not options.dry_run:
+        check_new(options.out)
 
 
 def run(options: argparse.Namespace) -> Outcome:

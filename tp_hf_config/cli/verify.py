@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import UsageError, path
 from .outcome import DONE, FAILED, Outcome
 
 HELP = "load and run a folder in a fresh process, and compare it with another"
@@ -11,11 +12,38 @@ HELP = "load and run a folder in a fresh process, and compare it with another"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("folder", metavar="FOLDER", help="holds config.json and the weights")
-    parser.add_argument("--against", metavar="FOLDER", help="whose outputs should be the same")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=path, help="holds config.json and the weights"
+    )
+    parser.add_argument(
+        "other",
+        metavar="OTHER",
+        nargs="?",
+        type=path,
+        help="a folder to compare it with: both run on the same made-up inputs",
+    )
+    parser.add_argument("--against", metavar="OTHER", type=path, help="the same, by name")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
     )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what is no model's folder.
+
+    Raises:
+        UsageError: two folders to compare with.
+    """
+    from ..checkpoint.folder import check_there
+
+    if options.other is not None and options.against is not None:
+        raise UsageError(
+            f"OTHER and --against name the same: say it once: verify {options.folder} "
+            f"{options.other}"
+        )
+    for folder in (options.folder, options.other, options.against):
+        if folder is not None:
+            check_there(folder)
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -23,6 +51,8 @@ def run(options: argparse.Namespace) -> Outcome:
     from ..checkpoint.verify import verify_checkpoint
 
     report = verify_checkpoint(
-        options.folder, options.against, trust_remote_code=options.trust_remote_code
+        options.folder,
+        options.other or options.against,
+        trust_remote_code=options.trust_remote_code,
     )
     return Outcome(DONE if report.same else FAILED, str(report), report.to_dict())

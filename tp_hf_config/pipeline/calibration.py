@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,25 +31,6 @@ class Text:
 
     train: Tensor
     held_out: Tensor
-
-
-def read_text(path: Path) -> str:
-    """The calibration text.
-
-    Raises:
-        PipelineError: there is none.
-    """
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PipelineError(
-            f"{path}: expected plain text in UTF-8, found other bytes at {error.start:,}"
-        ) from error
-    except OSError as error:
-        raise PipelineError(f"{path}: calibration text cannot be read: {error.strerror}") from error
-    if not text.strip():
-        raise PipelineError(f"{path}: the calibration text is empty")
-    return text
 
 
 def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Text:

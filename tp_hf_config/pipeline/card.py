@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import versions
+from ..schema import versions
 from .source import Source
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")

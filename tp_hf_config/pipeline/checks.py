@@ -7,26 +7,7 @@ from typing import Any
 
 from ..errors import ConfigSyncError, PipelineError
 from ..plans import Plan, PlannedRefusal
-from .calibration import read_text
 from .job import Job
-
-
-def check_job(job: Job) -> str | None:
-    """The calibration text, once all that needs no model is in order.
-
-    Raises:
-        PipelineError: something is not.
-    """
-    wanting = "--importance taylor" if job.importance == "taylor" else "--recover"
-    if job.calibration is None and (job.importance == "taylor" or job.recover):
-        raise PipelineError(
-            f"{wanting} needs text to run the model on. Add --calibration FILE (plain text, some "
-            "thousand words of what the model is for)"
-            + (", or use --importance magnitude" if job.importance == "taylor" else "")
-        )
-    dtype_of(job.dtype)
-    _check_device(job.device)
-    return None if job.calibration is None else read_text(job.calibration)
 
 
 def dtype_of(name: str | None) -> Any:
@@ -45,7 +26,12 @@ def dtype_of(name: str | None) -> Any:
     return found
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Refuse a device that torch cannot use.
+
+    Raises:
+        PipelineError: it cannot.
+    """
     import torch
 
     try:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..plans import Plan
-from ..report import SyncReport, versions
-from .companions import Copied
-from .roundtrip import Proof
+from ..schema import dated
 from .source import Source
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from ..plans import Plan
+    from ..report import SyncReport
+    from .companions import Copied
+    from .roundtrip import Proof
+
 Importance = Literal["magnitude", "taylor", "random"]
 
 
@@ -117,9 +119,7 @@ class Pruned:
 
     def to_dict(self) -> dict[str, Any]:
         """The result for ``json.dumps``, with the versions it was made by."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "versions": versions(),
+        found = {
             "model": self.model,
             "out": str(self.out),
             "settings": dict(self.settings),
@@ -136,6 +136,7 @@ class Pruned:
             "steps": [report.to_dict() for report in self.reports],
             "seconds": self.seconds,
         }
+        return dated(found)
 
 
 def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:

@@ -29,10 +29,8 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
     Raises:
         PipelineError: ``target`` cannot be written to, or would overwrite something.
     """
+    check_target(target, source=source, overwrite=overwrite)
     target = target.expanduser().resolve()
-    reason = _taken(target, overwrite) or _amid(target, source)
-    if reason is not None:
-        raise PipelineError(reason)
     token = secrets.token_hex(4)
     work = target.with_name(f".{target.name}.{token}.unfinished")
     try:
@@ -48,6 +46,18 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
     finally:
         with uninterrupted():
             shutil.rmtree(work, ignore_errors=True)
+
+
+def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:
+    """Refuse what :func:`new_folder` would refuse, before there is anything to write.
+
+    Raises:
+        PipelineError: ``target`` cannot be written to, or would overwrite something.
+    """
+    target = target.expanduser().resolve()
+    reason = _taken(target, overwrite) or _amid(target, source)
+    if reason is not None:
+        raise PipelineError(reason)
 
 
 def _taken(target: Path, overwrite: bool) -> str | None:

@@ -17,9 +17,10 @@ from ..errors import PipelineError, UnsupportedModelError
 from ..hook import HFConfigSyncHook
 from ..plans import Plan
 from ..report import SyncReport
+from .asked import check_asked
 from .calibration import Objective, Text, objective_of, shuffled, takes_text, windows_of
 from .card import card
-from .checks import check_job, check_plan, dtype_of
+from .checks import check_device, check_plan, dtype_of
 from .companions import copy_companions
 from .job import Importance, Job, Pruned
 from .output import new_folder
@@ -61,8 +62,9 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     """
     started = time.perf_counter()
     progress = progress or Silent()
+    text = check_asked(job)
     with new_folder(job.out, source=job.source.folder, overwrite=job.overwrite) as work:
-        text = check_job(job)
+        check_device(job.device)
         config = config_of(job.source)
         check_plain(job.source, config)
         config.dtype = dtype_of(job.dtype) or config.dtype

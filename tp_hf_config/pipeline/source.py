@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.folder import read_config
 from ..errors import PipelineError, TPHFConfigError, UnsupportedModelError
-from ..unbuilt import class_of
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHOWN = 300
+_OLD_CACHES = {"TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"}  # Transformers 4 looks there
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,25 @@ class Loaded:
 
 
 def find_source(name: str, trust_remote_code: bool = False) -> Source:
-    """What a user means by a folder, a file or a name.
+    """What a user means by a folder, a file or a name; torch is not needed for that.
 
     Raises:
         PipelineError: there is no such folder or file, or no model in it.
     """
+    try:
+        return _found(name, trust_remote_code)
+    except (OSError, RuntimeError, ValueError) as error:  # no permission; no such home or name
+        raise PipelineError(f"{name} cannot be read: {error}") from error
+
+
+def _found(name: str, trust_remote_code: bool) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PipelineError(f"{name}: {_without_config(path)}")
+        fault = read_config(path).fault
+        if fault is not None:
+            raise PipelineError(f"{name}: {fault}. Get the file anew, or correct it by hand")
         return Source(name, str(path), None, trust_remote_code)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -77,6 +89,22 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
         raise PipelineError(f"{name}: there is no such file or folder")
     return Source(name, name, None, trust_remote_code)
+
+
+def check_reachable(source: Source) -> None:
+    """Ask the Hub, or its cache, for the config of a model that is not in a folder.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    if source.folder is not None or os.environ.keys() & _OLD_CACHES:
+        return
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(source.place, "config.json")
+    except Exception as error:  # of the network, of the Hub, of the cache
+        raise _cannot(source, "its config cannot be read", error) from error
 
 
 def _without_config(folder: Path) -> str:
@@ -113,6 +141,8 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
     """
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    from ..unbuilt import class_of
 
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     own = {
