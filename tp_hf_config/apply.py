@@ -145,10 +145,10 @@ def changed_values(old: Any, new: Any, path: FieldPath = ()) -> list[tuple[Field
 def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute]:
     before = vars(old)
     for key, value in vars(new).items():
-        if key in _MODULE_INTERNALS or not _is_plain(value):
+        if not is_own(key) or not is_plain(value):
             continue
         previous = before.get(key, _MISSING)
-        if previous is _MISSING or (_is_plain(previous) and previous != value):
+        if previous is _MISSING or (is_plain(previous) and previous != value):
             yield Attribute(name, key, value)
 
 
@@ -168,11 +168,17 @@ def _buffers(name: str, old: nn.Module, new: nn.Module) -> Iterator[Buffer]:
             yield Buffer(name, key, value, None if previous is None else previous.dtype)
 
 
-def _is_plain(value: Any) -> bool:
+def is_own(key: str) -> bool:
+    """Whether an attribute of a module is its class's own, and not one that all modules have."""
+    return key not in _MODULE_INTERNALS
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of numbers, texts and ``None`` alone."""
     if isinstance(value, (tuple, list)):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain(item) for item in value)
     if isinstance(value, dict):
-        return all(_is_plain(item) for item in value.values())
+        return all(is_plain(item) for item in value.values())
     return value is None or isinstance(value, (bool, int, float, str))
 
 

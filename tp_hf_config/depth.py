@@ -96,6 +96,29 @@ def _lowered(
     return data, full_shapes, refused
 
 
+def layers_left(builder: Builder, data: dict[str, Any], live: Shapes) -> dict[FieldPath, Any]:
+    """The settings by which the class builds a model some of whose layers are gone.
+
+    Returns:
+        Field -> number of layers, or a list with an entry for each; empty: no such settings.
+    """
+    found: dict[FieldPath, Any] = {}
+    built = builder.build(data)
+    if isinstance(built, Refusal):
+        return {}
+    now = shapes(built)
+    for name, layers in lists_of(built).items():
+        length, keep = len(layers), _layers_in(live, name)
+        for change in _changes(data, length, keep, set()) if keep < length else ():
+            if _layers_in(now, name) == keep or not all(_holds(data, path) for path in change):
+                continue
+            model = builder.build(with_values(data, {**found, **change}))
+            after = {} if isinstance(model, Refusal) else shapes(model)
+            if live.items() <= after.items() < now.items():
+                found, now = {**found, **change}, after
+    return found if now == live else {}
+
+
 def _without_chance(
     builder: Builder, data: dict[str, Any], change: dict[FieldPath, Any], lowered: Shapes
 ) -> dict[str, Any]:
@@ -118,7 +141,8 @@ def _layers_in(all_shapes: Shapes, name: str) -> int:
     return len({key.partition(".")[0] for key in rest})
 
 
-def _lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+def lists_of(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+    """Every list of layers in a model that has any."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -129,7 +153,7 @@ def _lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
 def _alike(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """For every list of layers: the index of the first layer with the same names and shapes."""
     result: dict[str, tuple[int, ...]] = {}
-    for name, layers in _lists(model).items():
+    for name, layers in lists_of(model).items():
         signatures: list[frozenset[tuple[str, tuple[int, ...]]]] = [
             frozenset(() if layer is None else shapes(layer).items()) for layer in layers
         ]
@@ -251,7 +275,7 @@ def _counted(
     """
     shorter = {
         len(layers)
-        for name, layers in _lists(model).items()
+        for name, layers in lists_of(model).items()
         if len(layers) != length == len(alike.get(name, ()))
     }
     return not shorter or left in shorter
@@ -262,4 +286,4 @@ def _only_fewer(before: Shapes, model: nn.Module, alike: Mapping[str, tuple[int,
     after = shapes(model)
     if not (after.keys() < before.keys() and all(before[name] == after[name] for name in after)):
         return False
-    return all(max(alike.get(name, (0,))) < len(layers) for name, layers in _lists(model).items())
+    return all(max(alike.get(name, (0,))) < len(layers) for name, layers in lists_of(model).items())

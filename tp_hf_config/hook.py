@@ -166,6 +166,8 @@ class HFConfigSyncHook:
         """Around a step: a graph made from the config copies every parameter once."""
         from .steer import cutting_together
 
+        if self._follower is not None:
+            self._follower.check_parts()
         return cutting_together(pruner)
 
     def after_step(self, pruner: Any) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from . import lines
@@ -36,6 +35,7 @@ from .reference import (
 )
 from .solve import Expression, Observable, Power, followed
 from .study import Study
+from .whole import build_live, order_of_layers, unbuilt_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -131,24 +131,24 @@ class ConfigMap:
         return expression.fields if expression else frozenset()
 
 
-_known: OrderedDict[tuple[type, str, torch.dtype], ConfigMap] = OrderedDict()
+_known: OrderedDict[tuple[Any, ...], ConfigMap] = OrderedDict()
 _KEPT = 32
 
 
-def map_of(model: PreTrainedModel, full: nn.Module | Refusal | None = None) -> ConfigMap:
+def map_of(
+    model: PreTrainedModel, live: tuple[Builder, nn.Module | Refusal] | None = None
+) -> ConfigMap:
     """The map of a live model's class around its config; learned once per config.
 
     Args:
         model: the live model.
-        full: the class built from the model's config, where that was done already.
+        live: what ``build_live`` gives of it, where that was done already.
 
     Raises:
         UnsupportedModelError: the config does not build the model that it belongs to, or no field
             of it sets a width (a timm architecture goes by its name).
     """
-    builder = Builder(model)
-    if full is None:
-        full = builder.build(config_json(model.config))
+    builder, full = live or build_live(model)
     if isinstance(full, Refusal):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be built from its own config: "
@@ -157,7 +157,13 @@ def map_of(model: PreTrainedModel, full: nn.Module | Refusal | None = None) -> C
     mismatches = compare(shapes(model), shapes(full))
     if mismatches:
         raise UnsupportedModelError(_disagreement(model, mismatches))
-    key = (type(model), model.config.to_json_string(use_diff=False), builder.dtype)
+    beyond = unbuilt_parts(model, builder, full, shapes(model)) or order_of_layers(model, full)[0]
+    if beyond is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} and its config disagree before any pruning: {beyond}"
+        )
+    options = tuple(builder.options.items())
+    key = (type(model), model.config.to_json_string(use_diff=False), builder.dtype, options)
     if key not in _known:
         with _old_objects_aside():
             _known[key] = learn(builder, model.config, full)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,11 +72,13 @@ class Builder:
 
     Args:
         model: the live model; its class, config class and dtype are used, its weights are not.
+        options: what the class's constructor is given beside the config.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, options: Mapping[str, Any] | None = None):
         self.model_class = type(model)
         self.config_class = type(model.config)
+        self.options = dict(options or {})
         self.dtype = model.dtype if model.dtype.is_floating_point else torch.float32
 
     def config(self, data: dict[str, Any]) -> PreTrainedConfig:
@@ -106,7 +108,7 @@ class Builder:
                     config = self.config(data)
                     if hasattr(type(config), "_experts_implementation"):
                         config._experts_implementation = "batched_mm"  # its shapes need no routing
-                    model: nn.Module = self.model_class(config)
+                    model: nn.Module = self.model_class(config, **self.options)
                     return model.train(False)
             except Exception as error:  # a class may refuse with any exception
                 text = " ".join(str(error).split()) or type(error).__name__
@@ -118,7 +120,7 @@ class Builder:
         """Build the class with its initial weights, in float64 on the CPU."""
         try:
             with _construction(torch.float64, None):
-                model: nn.Module = self.model_class(self.config(data))
+                model: nn.Module = self.model_class(self.config(data), **self.options)
                 return model.double().train(False)
         except Exception as error:  # as in build
             return Refusal(" ".join(str(error).split()) or type(error).__name__)

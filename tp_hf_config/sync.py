@@ -24,6 +24,7 @@ from .explain import (
     explain_mismatch,
     explain_refusal,
     explain_vanished,
+    some,
 )
 from .fit import build_as, fit, value_at
 from .graph import ConfigGraph
@@ -33,7 +34,6 @@ from .learn import map_of
 from .limits import accepts
 from .locate import check_followable, find_pretrained
 from .reference import (
-    Builder,
     FieldPath,
     Refusal,
     config_json,
@@ -44,6 +44,7 @@ from .reference import (
 from .solve import Conflict, Observable
 from .states import states_of
 from .ties import ties_of
+from .whole import build_live, order_of_layers, parts_beyond, said_options, unbuilt_parts
 from .widths import WidthView
 
 _ROWS = ".weight#0"
@@ -61,13 +62,15 @@ class Follower:
         self.pruner = pruner
         self.prefix, self.model = find_pretrained(pruner.model)
         check_followable(self.model)
-        built = Builder(self.model).build(config_json(self.model.config), buffers=True)
-        self.known = map_of(self.model, built)  # refuses where nothing was built
+        builder, built = build_live(self.model, buffers=True)
+        self.known = map_of(self.model, (builder, built))  # refuses where nothing was built
         self.view = WidthView(self.model, self.known)
         assert not isinstance(built, Refusal)
         self.reference: nn.Module = built
+        self.notes = said_options(self.model, builder) + order_of_layers(self.model, built)[1]
         self.ties = ties_of(self.model)
         self._check_traced()
+        self.tensors = shapes(self.model).keys()
         self.values = dict(self.known.values)
         self.heads_went = False
         self.inputs: dict[str, tuple[int, ...]] = {}
@@ -86,6 +89,21 @@ class Follower:
         if not all(self.known.moves_shapes(path) for path in going):
             return True
         return accepts(self.known, {**self.values, **dict.fromkeys(going, then)}) is None
+
+    def check_parts(self) -> None:
+        """Refuse a step of a model that gained or lost parts: the pruner's groups are of others.
+
+        Raises:
+            UnsupportedModelError: it did since the hook was attached.
+        """
+        now, then = shapes(self.model), dict.fromkeys(self.tensors, ())
+        for parts, what in ((parts_beyond(then, now), "lost"), (parts_beyond(now, then), "gained")):
+            if parts:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} has {what} {some(parts)} since the hook was "
+                    "attached, and the pruner's groups are those of before. Make a new pruner of "
+                    "the model as it is now. Nothing was pruned by this step."
+                )
 
     def _check_traced(self) -> None:
         """Every layer whose width is going to be pruned is in the pruner's graph."""
@@ -146,7 +164,7 @@ class Follower:
             "from the new config.json"
         )
         outcome["inputs"] = dict(self.inputs)
-        outcome["notes"] = notes
+        outcome["notes"] = [*self.notes, *notes]
         return outcome
 
     def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
@@ -257,7 +275,13 @@ class Follower:
         """The new config's JSON and what it builds; unset fields stay unset where that suffices."""
         proof = build_as(self.known, config_json(self.model.config), live, values, buffers=True)
         if isinstance(proof, tuple):
-            return proof
+            beyond = unbuilt_parts(self.model, self.known.builder, proof[1], live)
+            if beyond is None:
+                return proof
+            raise ConfigSyncError(
+                f"{type(self.model).__name__} and its config disagree: {beyond} Nothing was "
+                "written; go on pruning and sync again."
+            )
         if isinstance(proof, Refusal):
             raise explain_refusal(self.model, self.known, values, proof)
         raise explain_mismatch(self.model, proof)
