@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +15,8 @@ import torch_pruning as tp
 import transformers as hf
 from test_config_graph import assert_same_as_masked
 
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, plan, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, Width, plan, pruner_kwargs
+from tp_hf_config.offers import widths_of
 
 pytestmark = pytest.mark.skipif(
     small.TRANSFORMERS < (5,), reason="Transformers 4 has other fields in these configs"
@@ -157,6 +159,20 @@ def test_what_was_asked_for_comes_before_the_default() -> None:
     assert fields == {"head_dim", "hidden_size"}
     planned = plan(model, prune_num_heads=True, head_pruning_ratio=0.5)
     assert planned.values == {"num_attention_heads": 2, "hidden_size": 32}
+
+
+def test_heads_go_where_no_other_width_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def heads_alone(*args: Any) -> tuple[Width, ...]:
+        return tuple(
+            one if one.fields == (("num_attention_heads",),) else replace(one, reason="not seen")
+            for one in widths_of(*args)
+        )
+
+    monkeypatch.setattr("tp_hf_config.chosen.widths_of", heads_alone)
+    kwargs = pruner_kwargs(dinov2(), prune_num_heads=True)
+    assert kwargs["example_inputs"].graph.fields == [(("num_attention_heads",),)]
+    with pytest.raises(UnsupportedModelError, match="nothing is proved"):
+        pruner_kwargs(dinov2())
 
 
 def test_a_width_that_is_named_is_never_left() -> None:

@@ -79,9 +79,7 @@ def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
     apart = {path for width in heads + dims for path in width.fields}
     others: list[Width] | str = []
     if wanted.fields is None:
-        others = _default(view, must and not apart, wanted.wrapped)
-        if isinstance(others, str) and apart:
-            others = []
+        others = _default(view, must, wanted.wrapped, alone=not apart)
     elif wanted.fields:
         others = _named(view, wanted.fields, must)
     if isinstance(others, str):
@@ -190,13 +188,13 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
     return chosen
 
 
-def _default(view: WidthView, must: bool, wrapped: bool) -> list[Width] | str:
-    """Every width inside the model that is proved."""
+def _default(view: WidthView, must: bool, wrapped: bool, alone: bool) -> list[Width] | str:
+    """Every width inside the model that is proved; there need be none but where they go alone."""
     inner = view.inner_widths()
     default = [width for width in _widths(view) if inner >= set(width.fields)]
     default = [width for width in default if not (wrapped and (width.outward or width.handed))]
     proved = _disjoint(width for width in default if width.reason is None)
-    if proved:
+    if proved or not alone:
         return proved
     reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
     if must or any(width.tried for width in default):

@@ -250,12 +250,27 @@ def _refined(mini: Miniature, finding: Finding) -> Finding:
     return replace(finding, groups=all_alike(groups, finer))
 
 
+def in_positions(mini: Miniature, finding: Finding) -> Finding | None:
+    """The finding with units of single positions; ``None``: those cannot change places.
+
+    A unit of Swin's first stage is several dimensions of every head in its last one, of whose heads
+    there may be more at full size than a unit has dimensions.
+    """
+    groups = tuple(_by_position(mini, group) for group in finding.groups)
+    finer = replace(finding, groups=all_alike(finding.groups, groups))
+    if finer == finding or rehearse(mini, finer) is not None:
+        return None
+    return finer
+
+
 def _by_position(mini: Miniature, group: Group) -> Group:
     """The group in units of single positions, if those may change places: in each head, say."""
     sizes = {dim.layout.parts * dim.layout.run for dim in group.dims}
     if len(sizes) > 1 or any(dim.layout.offset or dim.layout.gap for dim in group.dims):
         return group
     (grain,) = sizes
+    if grain == 1:
+        return group
     dims = tuple(replace(dim, layout=Layout()) for dim in group.dims)
     units = group.units * grain
     test = TwinTest(mini.model, mini.inputs, units, watched=mini.watched)

@@ -15,7 +15,7 @@ from torch import nn
 from .directions import units_of
 from .expand import WidthGroup, expand
 from .explain import some
-from .groups import find_groups
+from .groups import find_groups, in_positions
 from .learn import ConfigMap, map_of
 from .limits import straying, vanishing
 from .miniature import Miniature, miniature
@@ -261,6 +261,9 @@ def _width(finding: Finding, mini: Miniature, known: ConfigMap, model: PreTraine
     if finding.reason is not None:
         return Width(finding.fields, reason=finding.reason, disproved=finding.disproved)
     groups = expand(finding, mini, known, model)
+    if isinstance(groups, str) and (finer := in_positions(mini, finding)) is not None:
+        found = expand(finer, mini, known, model)
+        groups = groups if isinstance(found, str) else found
     if isinstance(groups, str):
         return Width(finding.fields, reason=groups)
     if not groups:
