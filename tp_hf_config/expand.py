@@ -15,6 +15,7 @@ from .directions import Share, Shares, shares_of, units_of
 from .heads import splits_after
 from .learn import ConfigMap
 from .miniature import Miniature
+from .notebook import short
 from .proofs import Finding, Group
 from .reference import FieldPath, field_name
 from .ties import parameter_names, saved_buffers
@@ -60,6 +61,10 @@ class WidthGroup:
     grain: int = 1
     least: int = 1
     apart: int = 1
+
+    def __repr__(self) -> str:
+        fields = " + ".join(map(field_name, self.fields))
+        return short(self, f"{fields}: {self.units:,} units in {len(self.members)} dimensions")
 
     @property
     def run(self) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from .notebook import short
+
 
 @dataclass(frozen=True)
 class PrunedLayer:
@@ -26,12 +28,23 @@ class PrunedLayer:
     removed: tuple[int, ...]
     before: int
 
+    def __repr__(self) -> str:
+        return short(self, str(self))
+
+    def __str__(self) -> str:
+        side = "output" if self.out else "input"
+        return f"{len(self.removed):,} of {self.before:,} {side} channels of {self.name}"
+
 
 @dataclass(frozen=True)
 class PrunedGroup:
     """A group of coupled layers that lost channels together; the first is the root."""
 
     layers: tuple[PrunedLayer, ...]
+
+    def __repr__(self) -> str:
+        first = str(self.root) if self.layers else "nothing"
+        return short(self, f"{first}, in {len(self.layers)} layers")
 
     @property
     def root(self) -> PrunedLayer:

@@ -19,6 +19,7 @@ from .groups import find_groups, in_positions
 from .learn import ConfigMap, map_of
 from .limits import straying, vanishing
 from .miniature import Miniature, miniature
+from .notebook import page, short, table
 from .proofs import Finding
 from .reference import FieldPath, Refusal, field_name, shapes
 from .schema import dated
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _MOST_BUILDS = 64
+_HEAD = ("config field", "units", "groups", "layers", "parameters a unit", "proof")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ class Width:
         """The fields in one text."""
         return " + ".join(self.names)
 
+    def __repr__(self) -> str:
+        groups = f"{len(self.groups)} group{'' if len(self.groups) == 1 else 's'}"
+        proved = f"{self.units:,} units in {groups}, proved"
+        return short(self, f"{self.name}: {self.reason or proved}")
+
+    def _repr_html_(self) -> str:
+        return table(_HEAD, [_row(self)])
+
     def to_dict(self) -> dict[str, Any]:
         """The width for ``json.dumps``."""
         return {
@@ -86,6 +96,14 @@ class Width:
             "reason": self.reason,
             "inputs": list(self.handed),
         }
+
+
+def _row(width: Width) -> tuple[str, ...]:
+    """The width under the table's head."""
+    numbers = (width.units, len(width.groups), width.layers, width.parameters)
+    shown = [f"{n:,}" if width.reason is None else "" for n in numbers]
+    proved = "units permuted: same outputs" + said_along(width.along)
+    return (width.name, *shown, width.reason or proved + said_handed(width.handed))
 
 
 @dataclass(frozen=True)
@@ -112,16 +130,15 @@ class Prunable:
 
     def _rows(self) -> list[tuple[str, ...]]:
         """A head, and one row for each width."""
-        rows: list[tuple[str, ...]] = [
-            ("config field", "units", "groups", "layers", "parameters a unit", "proof")
-        ]
-        for width in self.widths:
-            numbers = (width.units, len(width.groups), width.layers, width.parameters)
-            shown = [f"{n:,}" if width.reason is None else "" for n in numbers]
-            proved = "units permuted: same outputs" + said_along(width.along)
-            proof = width.reason or proved + said_handed(width.handed)
-            rows.append((width.name, *shown, proof))
-        return rows
+        return [_HEAD, *map(_row, self.widths)]
+
+    def __repr__(self) -> str:
+        proved = sum(width.reason is None for width in self.widths)
+        return short(self, f"{self.model}: {proved} of {len(self.widths)} widths proved")
+
+    def _repr_html_(self) -> str:
+        head, *rows = self._rows()
+        return page(self.model, table(head, rows))
 
     def __str__(self) -> str:
         rows = self._rows()

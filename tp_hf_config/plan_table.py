@@ -1,16 +1,18 @@
-"""A plan as plain text and as a rich table."""
+"""A plan as plain text, as a rich table and as HTML for a notebook."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import notebook
 from .reference import field_name
 
 if TYPE_CHECKING:
     from .course import Adjusted
     from .plans import Plan, PlannedRefusal, PlannedWidth
 
+_SIZES = ("", "now", "planned", "left")
 _HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple of", "ranks")
 
 
@@ -119,7 +121,14 @@ def table(plan: Plan) -> Any:
         widths.add_column(name, justify="left" if name in ("config field", "can be") else "right")
     for row in rows(plan):
         widths.add_row(*map(Text, row))
-    sizes = Table("", "now", "planned", "left")
+    sizes = Table(*_SIZES)
     for size in size_rows(plan):
         sizes.add_row(*size)
     return Group(widths, sizes, *map(Text, footnotes(plan)))
+
+
+def html(plan: Plan) -> str:
+    """The plan for a notebook."""
+    widths = notebook.table(_HEAD, rows(plan))
+    sizes = notebook.table(_SIZES, size_rows(plan))
+    return notebook.page(plan.model, widths, sizes, notebook.lines(footnotes(plan)))

@@ -12,7 +12,8 @@ from .choice import Gqa
 from .errors import ConfigSyncError, UnsupportedModelError
 from .learn import map_of
 from .locate import find_pretrained
-from .plan_table import described, refusal_lines, table, text
+from .notebook import short
+from .plan_table import described, html, refusal_lines, table, text
 from .prepare import pruner_kwargs
 from .reference import FieldPath
 from .schema import dated
@@ -49,6 +50,10 @@ class PlannedWidth:
     multiples: tuple[int, ...]
     ranks: tuple[int, ...]
     parameters: int
+
+    def __repr__(self) -> str:
+        ways = (f"{name}: {old:,} -> {self.after[name]:,}" for name, old in self.before.items())
+        return short(self, ", ".join(ways))
 
     @property
     def after(self) -> dict[str, int]:
@@ -203,6 +208,14 @@ class Plan:
 
     def __str__(self) -> str:
         return text(self)
+
+    def __repr__(self) -> str:
+        after = "refused" if self.after is None else f"{self.after.parameters:,} parameters"
+        widths = f"{len(self.widths)} width{'' if len(self.widths) == 1 else 's'}"
+        return short(self, f"{self.model}: {widths}, {self.before.parameters:,} -> {after}")
+
+    def _repr_html_(self) -> str:
+        return html(self)
 
     def __rich__(self) -> Any:
         return table(self)

@@ -47,8 +47,8 @@ def pruner_kwargs(
             one that holds most of the model; the first report's notes name the others.
         ratios: pruning ratio per config field, where it is not the pruner's ``pruning_ratio``.
         graph: ``"config"``: groups made from the config and proved by experiment, no tracing;
-            ``"trace"``: Torch-Pruning's trace, made safe; ``"auto"``: the former where all that
-            is to be pruned is proved, else the latter.
+            ``"trace"``: Torch-Pruning's trace, made safe; ``"auto"``: the former, the latter
+            only where no experiment can be made with the class.
         prune_num_heads: whole attention heads go too, by the pruner's ``head_pruning_ratio``.
         gqa: with it, how grouped-query heads go: ``"query"``: as many query heads out of every
             key/value group, key/value heads stay; ``"group"``: whole key/value groups. By default

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from . import notebook
 from .history import PrunedGroup
+from .notebook import short
 from .schema import dated
 
 if TYPE_CHECKING:
@@ -74,6 +76,16 @@ class SyncReport:
         ]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return short(self, str(self), most=200)
+
+    def _repr_html_(self) -> str:
+        title, *lines = str(self).split("\n")
+        rows = [(name, old, new) for name, (old, new) in self.fields.items()]
+        return notebook.page(
+            title, notebook.table(("config field", "old", "new"), rows), notebook.lines(lines)
+        )
 
     __rich__ = __str__  # rich would print every index of every layer
 

@@ -13,6 +13,7 @@ from torch import nn
 from .learn import map_of
 from .measure import Outcome, Subject, Trial, WidthSupport, reloaded, subject, trials
 from .miniature import miniature
+from .notebook import page, short, table
 from .offers import one_thread
 from .reference import Refusal
 from .schema import dated, versions
@@ -59,6 +60,17 @@ class Support:
         lines = [f"{w.name:<{size}}  {w.outcome:<7}  {w.why}".rstrip() for w in self.widths]
         seen = " (seen on text alone)" if self.partial else ""
         return "\n".join([f"{self.model}{seen}", *lines])
+
+    def __repr__(self) -> str:
+        if self.why_not is not None:
+            return short(self, str(self))
+        works = sum(width.outcome == "works" for width in self.widths)
+        verb = "works" if works == 1 else "work"
+        return short(self, f"{self.model}: {works} of {len(self.widths)} widths {verb}")
+
+    def _repr_html_(self) -> str:
+        rows = [(width.name, width.outcome, width.why) for width in self.widths]
+        return page(str(self).split("\n", 1)[0], table(("config field", "outcome", "why"), rows))
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement for ``json.dumps``."""

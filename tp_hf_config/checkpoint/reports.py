@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from .. import notebook
 from ..schema import dated
 from .words import number, printable
 
@@ -32,6 +33,9 @@ class Cause:
     says: Any = None
     holds: Any = None
     tensors: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return notebook.short(self, self.text)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,15 @@ class CheckReport:
         lines += [f"  {cause.text}" for cause in self.causes]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(map(printable, lines))
+
+    def __repr__(self) -> str:
+        return notebook.short(self, str(self))
+
+    def _repr_html_(self) -> str:
+        head = ("config field", "config says", "weights hold", "cause")
+        return _as_html(
+            str(replace(self, causes=())), notebook.table(head, list(map(_row, self.causes)))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report for ``json.dumps``."""
@@ -120,6 +133,15 @@ class RepairReport:
             lines.append(f"  no shape shows {', '.join(self.undecided)}: left as it is")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines + ([self.difference] if self.difference else []))
+
+    def __repr__(self) -> str:
+        return notebook.short(self, str(self))
+
+    def _repr_html_(self) -> str:
+        rows = [(name, number(old), number(new)) for name, (old, new) in self.fields.items()]
+        fields = notebook.table(("config field", "old", "new"), rows)
+        rest = str(replace(self, fields={})).removesuffix(self.difference)
+        return _as_html(rest, fields) + notebook.verbatim(self.difference)
 
     def to_dict(self) -> dict[str, Any]:
         """The report for ``json.dumps``."""
@@ -194,6 +216,35 @@ class RoundtripReport:
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return notebook.short(self, str(self))
+
+    def _repr_html_(self) -> str:
+        head = ("output", "numbers that differ", "of", "by at most", "of the largest")
+        rows = [
+            (d.output, f"{d.elements:,}", f"{d.of:,}", _digits(d.largest), _digits(d.relative))
+            for d in self.differences
+        ]
+        return _as_html(str(replace(self, differences=())), notebook.table(head, rows))
+
     def to_dict(self) -> dict[str, Any]:
         """The report for ``json.dumps``."""
         return dated(asdict(self))
+
+
+def _row(cause: Cause) -> tuple[str, ...]:
+    """A cause under its table's head."""
+    if cause.field is None:
+        return "", "", "", printable(cause.text)
+    holds = "" if cause.holds is None else number(cause.holds)
+    return printable(cause.field), number(cause.says), holds, printable(cause.text)
+
+
+def _digits(value: float | None) -> str:
+    return "another shape or type" if value is None else f"{value:.3g}"
+
+
+def _as_html(text: str, table: str) -> str:
+    """A table between the first line of a text and the others."""
+    title, *rest = text.strip().split("\n")
+    return notebook.page(title, table, notebook.lines(rest))
