@@ -16,7 +16,7 @@ EVERY = 10.0  # seconds between two lines: nobody takes a job for dead within th
 def track(items: Sequence[T], name: str, console: Console) -> Iterator[T]:
     """Pass the items on, and show how many are done; the last line says how long all took."""
     if console.is_terminal:
-        yield from bar(items, name, console=console)
+        yield from bar(items, name, console=console, transient=True)
         return
     started = said = time.monotonic()
     for done, item in enumerate(items, start=1):
