@@ -15,8 +15,10 @@ from typing import Any
 from torch_pruning import ops
 
 from .amounts import Amount
+from .around import sharers_of
 from .course import Course, Move
 from .errors import ConfigSyncError, PrunerSettingsWarning
+from .explain import some
 from .foresee_traced import ranked_together, traced_problems
 from .graph import ConfigGraph
 from .plan_table import adjusted_line, refusal_lines
@@ -76,14 +78,37 @@ def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
         problem = next(traced_problems(pruner, view), None)
     if problem is None:
         return foreseen
-    message = (
+    tell(
         f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
-        "tp_hf_config.plan(model, ...) shows what settings give."
+        "tp_hf_config.plan(model, ...) shows what settings give.",
+        strict,
     )
+    return foreseen
+
+
+def check_config_is_own(pruner: Any, model: Any, strict: bool) -> None:
+    """Warn, or raise, where the config that is going to change is another live model's too.
+
+    Raises:
+        ConfigSyncError: it is, and ``strict``.
+    """
+    others = sharers_of(model)
+    if others:
+        name = type(model).__name__
+        tell(
+            f"{type(pruner).__name__} of {name}: another model that is alive ({some(others)}) "
+            "holds the same config object, so its config would change too, and its weights not. "
+            f"Build the other one from copy.deepcopy(config), or prune copy.deepcopy(model). "
+            "Nothing is pruned yet.",
+            strict,
+        )
+
+
+def tell(message: str, strict: bool) -> None:
+    """Warn of what cannot end well; where ``strict``, raise it."""
     if strict:
         raise ConfigSyncError(message)
     warnings.warn(message, PrunerSettingsWarning, stacklevel=_frames_inside() + 1)
-    return foreseen
 
 
 def _frames_inside() -> int:

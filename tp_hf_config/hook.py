@@ -35,9 +35,9 @@ class HFConfigSyncHook:
         graph: ``"config"``: the pruner's dependency graph is made from the config, every group
             proved, nothing traced; ``"trace"``: Torch-Pruning traces, safely; ``"auto"``: what
             ``pruner_kwargs`` chose, else the trace.
-        strict: settings of the pruner that cannot end in a loadable model raise when the hook is
-            attached, before any weight is touched; by default they warn
-            (:class:`~tp_hf_config.PrunerSettingsWarning`).
+        strict: settings of the pruner that cannot end in a loadable model, and a config object that
+            another live model holds too, raise when the hook is attached, before any weight is
+            touched; by default they warn (:class:`~tp_hf_config.PrunerSettingsWarning`).
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
@@ -109,9 +109,10 @@ class HFConfigSyncHook:
         """Start following a pruner; called by ``register``.
 
         Raises:
-            ConfigSyncError: ``strict``, and the pruner's settings cannot be carried out.
+            ConfigSyncError: ``strict``, and the pruner's settings cannot be carried out, or the
+                config is another live model's too.
         """
-        from .foresee import foresee
+        from .foresee import check_config_is_own, foresee
         from .graph import ConfigGraph
         from .head_schedule import HeadSchedule
         from .steer import UnitSteering
@@ -124,6 +125,7 @@ class HFConfigSyncHook:
                 "of its own, or remove() the handle of the other one first"
             )
         follower = Follower(pruner)
+        check_config_is_own(pruner, follower.model, self.strict)
         if not isinstance(pruner.DG, ConfigGraph):
             self._unproved = check_traced(pruner, follower.model, follower.known)
         steering = UnitSteering(pruner)
