@@ -22,6 +22,7 @@ hf_logging.disable_progress_bar()
 
 _TEXT = {**zoo._GQA, **zoo._FLOAT32}
 _VISION = {**zoo._VISION, **zoo._FLOAT32, "projection_dim": 64}
+PARTIAL = "partial_rotary_factor"
 BITS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "BOOL": 1}
 
 
@@ -48,11 +49,38 @@ def _kept(name: str, options: tuple[tuple[str, Any], ...]) -> TemporaryDirectory
     model = _OTHERS[name]() if name in _OTHERS else (zoo if name in zoo.NAMES else tiny).build(name)
     place = TemporaryDirectory()
     model.save_pretrained(Path(place.name) / "model", **dict(options))
+    path = Path(place.name) / "model" / "config.json"
+    path.write_text(json.dumps(_for_both(json.loads(path.read_text())), indent=2) + "\n")
     return place
 
 
+def _for_both(data: Any) -> Any:
+    """A config with what Transformers 4 reads of rotary embeddings beside what 5 reads."""
+    if not isinstance(data, dict):
+        return data
+    found = {key: _for_both(value) for key, value in data.items()}
+    rope = data.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        rest = {key: rope[key] for key in rope if key not in ("rope_theta", PARTIAL)}
+        found["rope_theta"] = rope["rope_theta"]
+        found |= {PARTIAL: rope[PARTIAL]} if PARTIAL in rope else {}
+        found |= {"rope_scaling": rest} if rest.keys() - {"rope_type", "type"} else {}
+    return found
+
+
+def of_transformers_5(folder: Path, **rope: Any) -> Path:
+    """Give a folder's config rotary embeddings as Transformers 5 writes them: in one place."""
+    data = config_of(folder)
+    part = data.get("text_config", data)
+    for name in ("rope_theta", "rope_scaling", PARTIAL):
+        part.pop(name, None)
+    part["rope_parameters"] = {"rope_theta": 500000.0, "rope_type": "default", **rope}
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+    return folder
+
+
 def saved(name: str, folder: Path, **options: Any) -> Path:
-    """What a class's own ``save_pretrained`` writes, in a new folder."""
+    """What a class's own ``save_pretrained`` writes, and what older readers need beside it."""
     kept = Path(_kept(name, tuple(options.items())).name) / "model"
     shutil.copytree(kept, folder / "model")
     return folder / "model"

@@ -17,6 +17,7 @@ from .causes import of_misplaced, of_solution, of_unsolved
 from .folder import Config, Weights, existing, read_config, read_weights
 from .loading import MAJOR
 from .reports import Cause, CheckReport
+from .rotary import for_transformers_4
 from .solving import Solution, Task, Unsolved, solution
 from .ties import apart
 from .words import and_more, short
@@ -149,6 +150,9 @@ def _told(read: Folder, classes: Classes) -> CheckReport:
         report = replace(report, notes=(*report.notes, f"not used by this class: {listed}"))
     if isinstance(found, Assessment) and found.fits:
         report = _with_ties(report, read, found, classes)
+        rotary = for_transformers_4(classes, data)
+        alone = () if rotary.alone is None else (rotary.alone,)
+        report = replace(report, notes=(*report.notes, *alone, *rotary.left))
         return replace(
             report, sound=not (faults or report.causes), causes=(*faults, *report.causes)
         )

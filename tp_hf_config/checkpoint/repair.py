@@ -18,6 +18,7 @@ from .check import Known, check_checkpoint, checked
 from .folder import CONFIG
 from .generation import generation_notes
 from .reports import CheckReport, RepairReport
+from .rotary import for_transformers_4
 from .solving import Solution, Task, Unsolved, solution
 from .ties import apart
 from .words import printable, short
@@ -77,7 +78,8 @@ def _planned(
     if isinstance(found, Unsolved):
         raise CheckpointError(_unsolved(read, found), found.candidates)
     old = (path / CONFIG).read_bytes()
-    new = old if found.data == read.data else (json.dumps(found.data, indent=2) + "\n").encode()
+    rotary = for_transformers_4(read.classes, found.data)
+    new = old if rotary.data == read.data else (json.dumps(rotary.data, indent=2) + "\n").encode()
     proof = assess(read.classes, json.loads(new), read.weights.tensors)
     if isinstance(proof, Refusal) or not proof.fits:
         raise CheckpointError(f"{path}: the config that was found does not load what is there.")
@@ -87,8 +89,9 @@ def _planned(
         fields,
         _difference(old, new),
         undecided=found.undecided,
-        notes=tuple(generation_notes(path, found.data)),
-        after=_expected(read, found),
+        added={field_name(path): value for path, value in rotary.added.items()},
+        notes=(*generation_notes(path, found.data), *rotary.left),
+        after=replace(_expected(read, found), notes=rotary.left),
     )
     return report, new
 

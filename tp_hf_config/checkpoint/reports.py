@@ -100,6 +100,7 @@ class RepairReport:
     Attributes:
         folder: the folder with the repaired config; for a dry run the one that was looked at.
         fields: config field -> (old value, new value); ``None`` stands for not set.
+        added: fields that say once more what others say, where Transformers 4 reads it.
         difference: the two files as a unified diff; empty: nothing to change.
         written: whether anything was.
         backup: the old config's file; ``None``: none was needed.
@@ -116,6 +117,7 @@ class RepairReport:
     undecided: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     after: CheckReport | None = None
+    added: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.difference:
@@ -126,6 +128,10 @@ class RepairReport:
         lines += [
             f"  {printable(name)}: {number(old)} -> {number(new)}"
             for name, (old, new) in self.fields.items()
+        ]
+        lines += [
+            f"  {printable(name)}: {number(value)}, for readers that stand on Transformers 4"
+            for name, value in self.added.items()
         ]
         if self.backup is not None:
             lines.append(f"  the old config is in {self.backup}")

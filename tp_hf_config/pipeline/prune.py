@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.building import Classes
+from ..checkpoint.rotary import write_for_transformers_4
 from ..errors import PipelineError, UnsupportedModelError
 from ..hook import HFConfigSyncHook
 from ..plans import Plan
@@ -28,7 +30,7 @@ from .planned import planned
 from .progress import Progress, Silent
 from .recovery import accumulate_gradients, recover
 from .roundtrip import prove_roundtrip
-from .source import check_plain, class_for, config_of, load, tokenizer_of
+from .source import check_plain, check_read, class_for, config_of, load, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         check_device(job.device)
         config = config_of(job.source)
         check_plain(job.source, config)
+        check_read(job.source)
         config.dtype = dtype_of(job.dtype) or config.dtype
         model_class = class_for(job.source, config)
         plan = planned(job.source, config, model_class, job.widths)
@@ -115,10 +118,12 @@ def _written(
     after = _perplexity(model, lesson)
     del lesson  # the unpruned model makes room for the process that loads the pruned one
     _save(model, work, job.max_shard_size)
+    left = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
     copied = copy_companions(job.source, model.config, work)
     progress.say("a fresh process loads what was written")
     proof = prove_roundtrip(model, work)
     notes = [*loaded.notes, *plan.notes, *(note for report in reports for note in report.notes)]
+    notes += left
     result = Pruned(
         type(model).__name__,
         job.out,

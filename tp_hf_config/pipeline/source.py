@@ -231,6 +231,26 @@ def check_plain(source: Source, config: PreTrainedConfig) -> None:
         )
 
 
+def check_read(source: Source) -> None:
+    """Refuse a config of which this Transformers would not read the rotary embeddings.
+
+    Raises:
+        PipelineError: it is of Transformers 5, and this is 4.
+    """
+    from ..checkpoint.loading import MAJOR
+    from ..checkpoint.rotary import unread_by_transformers_4
+
+    if MAJOR >= 5 or source.folder is None or source.gguf is not None:
+        return
+    unread = unread_by_transformers_4(read_config(source.folder).data or {})
+    if unread:
+        raise PipelineError(
+            f"{source.name}: Transformers 5 wrote {', '.join(unread)} into rope_parameters, where "
+            f"the installed Transformers {MAJOR} does not look. First: tp-hf-config repair "
+            f"{source.name}"
+        )
+
+
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 

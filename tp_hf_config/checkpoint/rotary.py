@@ -1,0 +1,170 @@
+"""Rotary embeddings as Transformers 4 reads them, beside what Transformers 5 writes.
+
+Transformers 5 writes ``rope_parameters`` alone. Whatever stands on Transformers 4 looks for
+``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` next to it, and takes a default of
+its own where they are missing, without a word. They are written only where the config loads alike
+with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..fit import value_at
+from ..reference import FieldPath, field_name, with_values
+from .building import Classes, config_from
+from .folder import CONFIG
+from .loading import MAJOR
+from .words import number
+
+_ALL = "rope_parameters"
+_APART = ("rope_theta", "partial_rotary_factor")
+_KIND = {"rope_type", "type"}
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A config's JSON with what Transformers 4 reads of rotary embeddings.
+
+    Attributes:
+        data: the config's JSON.
+        added: the fields that are new in it.
+        left: what cannot be said to Transformers 4, and why.
+    """
+
+    data: dict[str, Any]
+    added: dict[FieldPath, Any] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+
+    @property
+    def alone(self) -> str | None:
+        """What the config without them keeps from readers; ``None``: nothing."""
+        if not self.added:
+            return None
+        names = ", ".join(f"{field_name(path)} {number(self.added[path])}" for path in self.added)
+        return (
+            f"{names}: in {_ALL} alone, where readers that stand on Transformers 4 do not look; "
+            "they take a default (mostly 10,000) without a word. repair writes it beside that"
+        )
+
+
+def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
+    """Add the fields that Transformers 4 reads, each where the config loads alike with it."""
+    result, left = Rotary(data), []
+    for path, node in _places(data):
+        if _nested(node[_ALL]):
+            if "rope_theta" not in node:
+                left.append(
+                    f"{field_name((*path, _ALL))} differs by type of layer, which no rope_theta "
+                    "can say: readers that stand on Transformers 4 take defaults of their own"
+                )
+            continue
+        for name, value in _fields(node).items():
+            at, here = (*path, name), node.get(name)
+            changed = _beside(result.data, at, value)
+            if here is not None:
+                if here != value:
+                    left.append(
+                        f"{field_name(at)} says {number(here)}, {_ALL} {number(value)}: "
+                        "Transformers 4 reads the one, 5 the other; correct one of them by hand"
+                    )
+            elif _alike(classes, result.data, changed, {*result.added, at}):
+                result = Rotary(changed, {**result.added, at: value})
+            else:
+                left.append(
+                    f"{field_name(at)} {number(value)} is in {_ALL} alone, where readers that "
+                    "stand on Transformers 4 do not look; written beside it, "
+                    f"{classes.config.__name__} would not load the same"
+                )
+    return Rotary(result.data, result.added, tuple(left))
+
+
+def write_for_transformers_4(folder: Path, classes: Classes) -> tuple[str, ...]:
+    """Add the fields to a folder's config.json, laid out as Transformers does.
+
+    Returns:
+        What cannot be said to Transformers 4, and why.
+    """
+    found = for_transformers_4(classes, json.loads((folder / CONFIG).read_bytes()))
+    if found.added:
+        text = json.dumps(found.data, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+    return found.left
+
+
+def unread_by_transformers_4(data: Mapping[str, Any]) -> list[str]:
+    """The fields that only ``rope_parameters`` holds, where Transformers 4 will not look."""
+    return [
+        field_name((*path, name))
+        for path, node in _places(data)
+        for name in ({"rope_theta": 0} if _nested(node[_ALL]) else _fields(node))
+        if node.get(name) is None
+    ]
+
+
+def _places(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
+    """Every part of a config that has rotary embeddings."""
+    if isinstance(data, dict):
+        if isinstance(data.get(_ALL), dict):
+            yield path, data
+        for key, value in data.items():
+            if key != _ALL:
+                yield from _places(value, (*path, key))
+
+
+def _nested(rope: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, dict) for value in rope.values())
+
+
+def _fields(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``rope_parameters`` says, as Transformers 4 has it."""
+    rope: dict[str, Any] = node[_ALL]
+    found = {name: rope[name] for name in _APART if type(rope.get(name)) in (int, float)}
+    scaling = {name: value for name, value in rope.items() if name not in _APART}
+    if "longrope" in (scaling.get("rope_type"), scaling.get("type")):
+        # 4 has these beside rope_scaling, or under one name, and refuses more
+        if scaling.get("original_max_position_embeddings") == node.get(
+            "original_max_position_embeddings"
+        ):
+            scaling.pop("original_max_position_embeddings", None)
+        if "type" in scaling:
+            scaling.pop("rope_type", None)
+    if "rope_theta" in found and scaling.keys() - _KIND:
+        found["rope_scaling"] = scaling
+    return found
+
+
+def _beside(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]:
+    """The config with one more field, next to ``rope_parameters``."""
+    result = copy.deepcopy(data)
+    node = value_at(result, path[:-1])
+    items = list(node.items())
+    node.clear()
+    for name, other in items:
+        if name != path[-1]:
+            node[name] = other
+        if name == _ALL:
+            node[path[-1]] = value
+    return result
+
+
+def _alike(
+    classes: Classes, data: dict[str, Any], changed: dict[str, Any], added: set[FieldPath]
+) -> bool:
+    """Whether both load as the same config; by 4: but for the fields that it did not find."""
+    try:
+        before, after = (config_from(classes, one).to_dict() for one in (data, changed))
+    except Exception:  # a class may refuse with any exception
+        return False
+    if MAJOR < 5:
+        for path in added:
+            if value_at(after, path) != value_at(changed, path):
+                return False
+        same = dict.fromkeys(added)
+        before, after = with_values(before, same), with_values(after, same)
+    return bool(before == after)
