@@ -253,11 +253,10 @@ def sentences_per_second(
 ) -> list[float]:
     """The best of three rounds; the models take turns, so that noise hits all of them."""
     best = [math.inf] * len(models)
-    for _ in track(range(3), "speed", console):
-        for i, model in enumerate(models):
-            start = time.perf_counter()
-            embed(model, tokenizer, sentences)
-            best[i] = min(best[i], time.perf_counter() - start)
+    for i, model in track([*enumerate(models)] * 3, "speed", console):
+        start = time.perf_counter()
+        embed(model, tokenizer, sentences)
+        best[i] = min(best[i], time.perf_counter() - start)
     return [len(sentences) / seconds for seconds in best]
 
 

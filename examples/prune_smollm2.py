@@ -271,11 +271,10 @@ def perplexity(model: Model, windows: Tensor) -> float:
 def tokens_per_second(models: list[Model], windows: Tensor) -> list[float]:
     """Prefill speed, the best of five rounds; the models take turns, so that noise hits all."""
     best = [math.inf] * len(models)
-    for _ in track(range(5), "speed", console):
-        for i, model in enumerate(models):
-            start = time.perf_counter()
-            model(input_ids=windows[:2], logits_to_keep=1)
-            best[i] = min(best[i], time.perf_counter() - start)
+    for i, model in track([*enumerate(models)] * 5, "speed", console):
+        start = time.perf_counter()
+        model(input_ids=windows[:2], logits_to_keep=1)
+        best[i] = min(best[i], time.perf_counter() - start)
     return [windows[:2].numel() / seconds for seconds in best]
 
 
