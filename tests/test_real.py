@@ -77,6 +77,8 @@ def test_a_sentence_transformer_keeps_its_embeddings(tmp_path: Path) -> None:
     sentences = ["A man is eating food.", "The cat sleeps on the sofa."]
     embeddings = model.encode(sentences)
     assert embeddings.shape == (2, 336)
+    assert model[1].pooling_output_dimension == 336
+    assert hook.last_report.notes == []
     model.save(str(tmp_path))
     again = SentenceTransformer(str(tmp_path), device="cpu").encode(sentences)
     assert (embeddings == again).all()

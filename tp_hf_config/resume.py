@@ -27,8 +27,9 @@ from .errors import TrainingError
 from .hook import HFConfigSyncHook
 from .locate import find_pretrained
 from .pruners import hooks_of
-from .reference import Builder, FieldPath, Refusal, config_json, field_name, with_values
+from .reference import FieldPath, Refusal, config_json, field_name, with_values
 from .ties import owner, saved_buffers
+from .whole import build_live
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def pruner_at(
 
 def _widen(changes: Changes, model: Any, progress: Progress) -> None:
     """Give a model the shapes that it had, in config, attributes, buffers and Parameters."""
-    builder, data = Builder(model), config_json(model.config)
-    now = builder.build(data, buffers=True)
+    builder, now = build_live(model, buffers=True)
+    data = config_json(model.config)
     then = builder.build(with_values(data, dict(progress.fields)), buffers=True)
     if isinstance(now, Refusal) or isinstance(then, Refusal):
         raise TrainingError(

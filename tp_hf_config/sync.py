@@ -18,6 +18,7 @@ from .apply import (
     write_fields,
     write_ties,
 )
+from .beside import Beside
 from .errors import ConfigSyncError, UnsupportedModelError
 from .explain import (
     explain_conflict,
@@ -33,6 +34,7 @@ from .history import PrunedGroup
 from .learn import map_of
 from .limits import accepts
 from .locate import check_followable, find_pretrained
+from .mirrors import mirrored
 from .reference import (
     FieldPath,
     Refusal,
@@ -68,6 +70,7 @@ class Follower:
         assert not isinstance(built, Refusal)
         self.reference: nn.Module = built
         self.notes = said_options(self.model, builder) + order_of_layers(self.model, built)[1]
+        self.beside = Beside(self.model, pruner.model)
         self.ties = ties_of(self.model)
         self._check_traced()
         self.tensors = shapes(self.model).keys()
@@ -142,15 +145,20 @@ class Follower:
         notes = self._count_heads(groups)
         live = self._live_shapes(groups)
         values = self._solve(live)
-        data, built = self._prove(live, values)
+        data, built, untold = mirrored(
+            self.known.builder, config_json(self.model.config), *self._prove(live, values)
+        )
         vanished = vanished_counts(self.reference, built)
         if vanished:
             raise explain_vanished(self.model, vanished)
         change = difference(self.model, self.reference, built)
         old = config_json(self.model.config, use_diff=False)
+        moved = {path: (value_at(old, path), new) for name, path, new in change.fields if not name}
+        numbers = self.beside.numbers(moved)
         with all_or_nothing() as changes:
             outcome = self._write(changes, change)
             self._check_written(data, built)
+            written, outside = self.beside.follow(changes, numbers, moved)
         new = config_json(self.model.config, use_diff=False)
         self.reference, self.values = built, values
         self._tell_heads()
@@ -164,7 +172,8 @@ class Follower:
             "from the new config.json"
         )
         outcome["inputs"] = dict(self.inputs)
-        outcome["notes"] = [*self.notes, *notes]
+        outcome["attributes"] += written
+        outcome["notes"] = [*self.notes, *notes, *untold, *outside]
         return outcome
 
     def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
