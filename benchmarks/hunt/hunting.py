@@ -1,0 +1,165 @@
+"""Runs configs, each in a process of its own, and keeps one line of JSON for every one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pairs import Pair
+from trying import CASE, RESULT, try_config
+
+HERE = Path(__file__).parent
+WAITING = 8
+"""How many times its seconds of processor time a process may take on a busy machine."""
+PRELOADED = [
+    "torch",
+    "torch_pruning",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "tp_hf_config.support",
+    "tp_hf_config.prepare",
+]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one process: seconds of processor time, and bytes."""
+
+    seconds: int
+    memory: int
+
+
+class Reloader:
+    """A process without the library that loads saved models, in forks of itself."""
+
+    def __init__(self, seconds: int):
+        self.seconds = seconds
+        command = [sys.executable, str(HERE / "reload.py")]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def ask(self, folders: list[Path]) -> dict[str, str | None]:
+        """For every folder what differs, or ``None``."""
+        asked = {"folders": list(map(str, folders)), "seconds": self.seconds}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        found: dict[str, str | None] = json.loads(self.process.stdout.readline())
+        return {str(one): found.get(str(one), "loading again did not end") for one in folders}
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Hunt:
+    """Configs in a fixed order, until so many of them ran.
+
+    Args:
+        pairs: the classes that configs are drawn of, in turn.
+        folder: where results lie.
+        seed: decides on the order and on every config.
+        limits: of each config.
+    """
+
+    def __init__(self, pairs: list[Pair], folder: Path, seed: int, limits: Limits):
+        self.pairs, self.folder, self.seed, self.limits = pairs, folder, seed, limits
+        (folder / "bases").mkdir(parents=True, exist_ok=True)
+        self.results = folder / "results.jsonl"
+        self.context: Any = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
+        self._lock = threading.Lock()
+        self._own = threading.local()
+        self._reloaders: list[Reloader] = []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was done so far, by this hunt and those before it."""
+        if not self.results.exists():
+            return []
+        return [json.loads(line) for line in self.results.read_text().splitlines()]
+
+    def run(self, count: int, jobs: int) -> Iterator[dict[str, Any]]:
+        """Try configs until so many have run, those of before included."""
+        rows = self.rows()
+        done = {(row["task"], row["type"], row["number"]) for row in rows}
+        ran = sum(map(has_run, rows))
+        waiting = (key for key in self._order() if (key[0].task, key[0].type, key[1]) not in done)
+        try:
+            with ThreadPoolExecutor(jobs) as pool:
+                while ran < count:
+                    batch = [key for key, _ in zip(waiting, range(4 * jobs), strict=False)]
+                    for row in pool.map(self._one, batch):
+                        ran += has_run(row)
+                        yield row
+        finally:
+            for reloader in self._reloaders:
+                reloader.close()
+
+    def _order(self) -> Iterator[tuple[Pair, int]]:
+        number = 0
+        while True:
+            yield from ((p, number) for p in Random(self.seed).sample(self.pairs, len(self.pairs)))
+            number += 1
+
+    def _one(self, key: tuple[Pair, int]) -> dict[str, Any]:
+        pair, number = key
+        started = time.monotonic()
+        with TemporaryDirectory(prefix="hunt-") as name:
+            row = self._tried(pair, number, Path(name))
+            self._load_again(row, Path(name))
+        named = {"task": pair.task, "type": pair.type, "class": pair.class_name, "number": number}
+        row = {**named, **row, "seconds": round(time.monotonic() - started, 1)}
+        with self._lock, self.results.open("a") as file:
+            print(json.dumps(row), file=file)
+        return row
+
+    def _tried(self, pair: Pair, number: int, folder: Path) -> dict[str, Any]:
+        limits = (self.limits.seconds, self.limits.memory)
+        arguments = (pair, number, self.seed, folder, self.folder / "bases", limits)
+        process = self.context.Process(target=try_config, args=arguments, daemon=True)
+        process.start()
+        process.join(WAITING * self.limits.seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        path = folder / RESULT
+        row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"modes": []}
+        if process.exitcode and row.get("stage") != "done":
+            killed = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+            row["why"] = "no end within its time" if killed else "the process died"
+        return row
+
+    def _load_again(self, row: dict[str, Any], folder: Path) -> None:
+        saved = {mode["folder"]: mode for mode in row["modes"] if "folder" in mode}
+        paths = [folder / name for name in saved if (folder / name / CASE).exists()]
+        if not paths:
+            return
+        if not hasattr(self._own, "reloader"):
+            self._own.reloader = Reloader(self.limits.seconds)
+            self._reloaders.append(self._own.reloader)
+        for path, why in self._own.reloader.ask(paths).items():
+            mode = saved[Path(path).name]
+            del mode["folder"]
+            if why is not None:
+                mode.update(outcome="wrong" if "it computes" in why else "failed", why=why)
+                mode["outcome"] = "wrong" if "generates" in why else mode["outcome"]
+
+
+def has_run(row: dict[str, Any]) -> bool:
+    """Whether a config was drawn with which the class runs, and some mode was tried to its end."""
+    return any(mode["outcome"] != "not run" for mode in row["modes"])

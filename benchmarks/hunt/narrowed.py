@@ -1,0 +1,122 @@
+"""Numbers that are a width for shapes, and a smaller width where a class computes with them.
+
+A masked model is as wide as before, but has to scale (``size ** -0.5``) as the pruned one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+class Narrowed(int):
+    """The old number to torch and to other whole numbers, the new one to fractions and powers."""
+
+    new: int
+
+    def __new__(cls, old: int, new: int) -> Narrowed:
+        """Both numbers."""
+        self = super().__new__(cls, old)
+        self.new = new
+        return self
+
+    def __float__(self) -> float:
+        return float(self.new)
+
+    def __pow__(self, power: Any, *rest: Any) -> Any:
+        return self.new**power
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.new / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.new
+
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, int):
+            return Narrowed(int(self) * int(other), self.new * getattr(other, "new", other))
+        return NotImplemented if isinstance(other, Tensor) else self.new * other
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        new = getattr(other, "new", other)
+        if isinstance(other, int) and other and new:
+            return Narrowed(int(self) // int(other), self.new // new)
+        return NotImplemented
+
+    def __deepcopy__(self, memo: Any) -> Narrowed:
+        return self
+
+
+class Sizes(TorchFunctionMode):
+    """Last sizes that a masked model reads off its tensors, without the channels that went.
+
+    Those are zero: as many in every row, which no chance makes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and isinstance(args[0], Narrowed):
+            return func(args[0].new, *args[1:], **kwargs)
+        result = func(*args, **kwargs)
+        if func is Tensor.size and not isinstance(result, tuple):
+            return _last(args[0], result) if _names_last(args, kwargs) else result
+        if func is Tensor.size or func == _SHAPE:
+            return (*result[:-1], _last(args[0], result[-1])) if len(result) > 1 else result
+        return result
+
+
+def _names_last(args: Any, kwargs: Any) -> bool:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    with torch._C.DisableTorchFunction():
+        return dim in (-1, args[0].ndim - 1)
+
+
+def _last(x: Tensor, size: int) -> int:
+    with torch._C.DisableTorchFunction():
+        if x.ndim < 2 or not x.is_floating_point() or not x.numel():
+            return size
+        zeros = (x == 0).sum(-1)
+        least, most = int(zeros.min()), int(zeros.max())
+    return Narrowed(size, size - least) if 0 < least == most < size else size
+
+
+def take_sizes(model: nn.Module, fresh: nn.Module) -> None:
+    """Whole numbers of every module, and of its config, that are others in the new class."""
+    built = dict(fresh.named_modules())
+    for name, module in model.named_modules():
+        other = built.get(name)
+        if other is None:
+            continue
+        _take(module, other)
+        if hasattr(vars(module).get("config"), "to_dict"):
+            _take(module.config, other.config)
+
+
+def _take(one: Any, other: Any) -> None:
+    for key, old in list(vars(one).items()):
+        new = vars(other).get(key)
+        if type(old) is int and type(new) is int and old != new:
+            vars(one)[key] = Narrowed(old, new)
+
+
+@contextmanager
+def as_narrow(model: nn.Module, fresh: nn.Module) -> Iterator[None]:
+    """While it runs, the model computes with the new widths."""
+    take_sizes(model, fresh)
+    with Sizes():
+        yield
+
+
+@contextmanager
+def nothing(model: nn.Module, fresh: nn.Module) -> Iterator[None]:
+    """It computes with the attributes that it has."""
+    yield

@@ -1,0 +1,285 @@
+"""One random config in a process of its own: drawn, built, pruned, compared, saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from configs import base_of, drawn_from
+from feeding import fill, first_inputs, with_other_text
+from generation import generated, outputs_of, prepare
+from oracle import WrongError, compare
+from pairs import Pair
+from torch import Tensor, nn
+
+from tp_hf_config.learn import map_of
+
+RESULT, CASE = "result.json", "case.pt"
+_AGREE = 1e-4
+_DRAWS = 3
+"""So many configs are drawn at most until one loads as it was saved."""
+_ROUND = (2, 4, 8)
+_STEPS = (1, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a copy of the model is pruned.
+
+    Attributes:
+        name: what is asked for.
+        kwargs: of ``pruner_kwargs``.
+        settings: of the pruner.
+    """
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Row:
+    """What is known of one config so far, always on disk."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.said: dict[str, Any] = {"stage": "class", "why": "it did not end", "modes": []}
+        self.note()
+
+    def note(self, **news: Any) -> None:
+        """Write what is new."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        self.said.update(news, cpu=round(used.ru_utime + used.ru_stime, 1))
+        (self.folder / RESULT).write_text(json.dumps(self.said, default=str))
+
+
+@dataclass
+class Subject:
+    """A random model and what it computes."""
+
+    model: Any
+    inputs: dict[str, Any]
+    agrees: bool | None
+
+
+def try_config(pair: Pair, number: int, seed: int, folder: Path, bases: Path, limits: Any) -> None:
+    """Everything about one config; what happens is written to ``folder`` as it happens."""
+    _surroundings(*limits)
+    row = Row(folder)
+    try:
+        _try(pair, number, seed, row, bases / f"{pair.name}.json")
+    except BaseException as error:  # the process must say what happened, whatever it was
+        named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+        row.note(why=_line(f"{named}{error}"))
+
+
+def _try(pair: Pair, number: int, seed: int, row: Row, base: Path) -> None:
+    import transformers
+
+    model_class = getattr(transformers, pair.class_name)
+    row.note(stage="base")
+    if not base.exists():
+        base.write_text(json.dumps(base_of(pair, model_class)))
+    rng = Random(f"{seed} {pair.name} {number}")
+    data = json.loads(base.read_text())
+    builder = _builder(model_class, pair)
+    for left in reversed(range(_DRAWS)):
+        row.note(stage="draw")
+        drawn = drawn_from(rng, builder, data)
+        if drawn is None:
+            raise RuntimeError("the small default does not run")
+        row.note(stage="original", changed=drawn.changed, config=drawn.data)
+        try:
+            subject = subject_of(model_class, pair, drawn.data, rng, row.folder)
+            break
+        except RuntimeError:
+            if not left:
+                raise
+    row.note(parameters=sum(p.numel() for p in subject.model.parameters()), stage="prune")
+    for place, mode in enumerate(modes_of(rng, subject.model)):
+        started = {"mode": mode.name, "asked": {**mode.kwargs, **mode.settings}}
+        row.said["modes"].append({**started, "outcome": "not run", "why": "it did not end"})
+        row.note()
+        row.said["modes"][-1] = {**started, **tried(subject, mode, row.folder / f"{place:02d}")}
+        row.note()
+    row.note(stage="done", why="")
+
+
+def _builder(model_class: type, pair: Pair) -> Any:
+    from pairs import config_of
+
+    from tp_hf_config.reference import Builder, Refusal, without_data
+
+    model = without_data(model_class, config_of(pair))  # type: ignore[type-var]
+    if isinstance(model, Refusal):
+        raise RuntimeError(model.reason)
+    return Builder(model)
+
+
+def subject_of(
+    model_class: type, pair: Pair, data: dict[str, Any], rng: Random, folder: Path
+) -> Subject:
+    """The class with random weights; it loads again by itself, and computes the same then."""
+    model = built(_builder(model_class, pair).config_class, model_class, data)
+    fill(model, rng.randrange(2**31))
+    model.tie_weights()
+    map_of(model)  # learning sees which other inputs the class may be given
+    inputs = first_inputs(model)
+    if inputs is None:
+        raise RuntimeError("it does not run")
+    inputs = with_other_text(rng, model, inputs)
+    outputs = outputs_of(model, inputs)
+    again = outputs_of(model, inputs)
+    if not all(bool(torch.isfinite(one).all()) for one in outputs):
+        raise RuntimeError("it computes no numbers")
+    if not all(map(torch.equal, outputs, again)):
+        raise RuntimeError("it computes something else every time")
+    model.save_pretrained(folder / "original")
+    loaded = model_class.from_pretrained(  # type: ignore[attr-defined]
+        folder / "original", dtype=torch.float64, attn_implementation="eager"
+    )
+    prepare(loaded)
+    if not all(map(torch.equal, outputs, outputs_of(loaded, inputs))):
+        raise RuntimeError("unpruned, it does not load as it was saved")
+    return Subject(loaded, inputs, _same_with_cache(loaded, inputs))
+
+
+def built(config_class: Any, model_class: Any, data: dict[str, Any]) -> Any:
+    """The class at a config, eager, in float64."""
+    config = config_class.from_dict(copy.deepcopy(data))
+    config._attn_implementation = "eager"
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        return prepare(model_class(config).double())
+    finally:
+        torch.set_default_dtype(before)
+
+
+def modes_of(rng: Random, model: nn.Module) -> Iterator[Mode]:
+    """By defaults, by heads, by rounded widths, and by every proved width alone."""
+    from tp_hf_config import prunable
+
+    yield Mode("defaults", {}, _settings(rng))
+    gqa = rng.choice((None, "query", "group"))
+    heads = {"prune_num_heads": True, **({"gqa": gqa} if gqa else {})}
+    both = {**_settings(rng), "head_pruning_ratio": _ratio(rng)}
+    yield Mode("heads", heads, both)
+    yield Mode("round_to", {"round_to": rng.choice(_ROUND)}, _settings(rng))
+    widths = [width for width in prunable(model).widths if width.reason is None]
+    if len(widths) > 1:
+        chosen = rng.sample(widths, 2)
+        ratios = {width.names[0]: _ratio(rng) for width in chosen}
+        yield Mode("ratios", {"ratios": ratios}, _settings(rng))
+    for width in widths:
+        yield Mode(f"width {width.name}", {"prune": width.names}, _settings(rng))
+
+
+def _settings(rng: Random) -> dict[str, Any]:
+    return {"pruning_ratio": _ratio(rng), "iterative_steps": rng.choice(_STEPS)}
+
+
+def _ratio(rng: Random) -> float:
+    return round(rng.uniform(0.1, 0.7), 2)
+
+
+def tried(subject: Subject, mode: Mode, folder: Path) -> dict[str, Any]:
+    """What one mode came to: the outcome, why, and where the copy lies that is to be loaded."""
+    import torch_pruning as tp
+
+    from tp_hf_config import HFConfigSyncHook, TPHFConfigError, pruner_kwargs
+
+    model = copy.deepcopy(subject.model)
+    before = _state(model)
+    hook = HFConfigSyncHook()
+    try:
+        pruner = tp.pruner.MetaPruner(
+            model,
+            **pruner_kwargs(model, **mode.kwargs),
+            importance=tp.importance.GroupMagnitudeImportance(),
+            hooks=[hook],
+            **mode.settings,
+        )
+        for _ in range(mode.settings["iterative_steps"]):
+            pruner.step()
+    except Exception as error:  # whatever it is: it says how far it went
+        said = _line(f"{type(error).__name__}: {error}")
+        if _state(model) != before:
+            return {"outcome": "failed", "why": said}
+        expected = isinstance(error, TPHFConfigError)
+        return {"outcome": "refused" if expected else "crashed", "why": said}
+    if _state(model) == before:
+        return {"outcome": "nothing", "why": "; ".join(hook.last_report.notes)[:200]}  # type: ignore[union-attr]
+    fields = {k: v for report in hook.reports for k, v in report.fields.items()}
+    try:
+        why = _checked(subject, model, folder)
+    except WrongError as error:
+        why = str(error)
+    except Exception as error:
+        return {"outcome": "failed", "why": _line(f"{type(error).__name__}: {error}")}
+    if why is not None:
+        return {"outcome": "wrong", "why": _line(why), "fields": fields}
+    return {"outcome": "works", "why": "", "fields": fields, "folder": folder.name}
+
+
+def _state(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    sizes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return sizes, model.config.to_dict()
+
+
+def _checked(subject: Subject, model: Any, folder: Path) -> str | None:
+    """Compare with the masked original, save with what it computes; what is wrong, or ``None``."""
+    config = json.loads(model.config.to_json_string())
+    fresh = built(type(model.config), type(model), config)
+    inputs = compare(subject.model, model, subject.inputs, fresh)
+    agrees = _same_with_cache(model, inputs)
+    if subject.agrees and not agrees:
+        return "generating with a cache and without gives different scores, unpruned the same"
+    prepare(model)
+    case: dict[str, Any] = {"inputs": inputs, "class": type(model).__name__}
+    case["outputs"] = outputs_of(model, inputs)
+    case["generated"] = [generated(model, inputs, cache) for cache in (True, False)]
+    model.save_pretrained(folder)
+    torch.save(case, folder / CASE)
+    return None
+
+
+def _same_with_cache(model: Any, inputs: Mapping[str, Any]) -> bool | None:
+    """Whether generating gives the same scores with a cache; ``None``: it cannot be told."""
+    one, other = (generated(model, inputs, cache) for cache in (True, False))
+    if one is None or other is None:
+        return None
+    return len(one) == len(other) and all(map(_close, one, other))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(
+        one.double(), other.double(), rtol=_AGREE, atol=_AGREE
+    )
+
+
+def _surroundings(seconds: int, memory: int) -> None:
+    """Limits of this process: of processor time, so that a busy machine changes nothing."""
+    import transformers
+
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:400]
