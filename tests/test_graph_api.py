@@ -1338,30 +1338,29 @@ def test_a_hook_that_wants_the_config_graph_needs_no_kwargs():
     assert report.fields == {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
 
 
-def test_a_hook_without_kwargs_traces_by_default():
-    model = fresh(llama)
-    hook = HFConfigSyncHook()
-    pruner = tp.pruner.MetaPruner(
-        model,
-        {"input_ids": tokens()},
-        importance=Importance(),
-        pruning_ratio=0.5,
-        output_transform=lambda output: output.logits,
-        ignored_layers=[layer.self_attn for layer in model.model.layers] + [model.lm_head],
-        hooks=[hook],
-    )
-    assert type(pruner.DG) is DependencyGraph
-    for group in pruner.step(interactive=True):
-        if "mlp.gate_proj" in group[0].dep.target.name or "up_proj" in group[0].dep.target.name:
-            group.prune()
-    assert hook.last_report is not None
-    assert hook.last_report.graph.startswith("traced graph")
-
-
 def test_kwargs_of_the_config_graph_without_a_hook():
-    """Nobody puts the graph in: Torch-Pruning traces, and still gets what it needs for that."""
+    """Nobody would put the graph in, and Torch-Pruning would trace, which need not end."""
     model = fresh(bert)
-    arguments = pruner_kwargs(model, prune=("intermediate_size",), graph="config")
+    arguments = pruner_kwargs(model, prune=("intermediate_size",))
+    before = shapes(model)
+    for hooks in ([], [Other()], None):
+        with pytest.raises(ValueError, match=r"Pass hooks=\[HFConfigSyncHook\(\)\] too\.$"):
+            tp.pruner.MetaPruner(model, importance=Importance(), **arguments, hooks=hooks)
+    with pytest.raises(ValueError, match="pruner_kwargs"):
+        tp.pruner.GroupNormPruner(model, importance=Importance(), **arguments)
+    assert shapes(model) == before
+
+
+class Other:
+    """A hook that is no ``HFConfigSyncHook``."""
+
+    def after_step(self, pruner: Any) -> None: ...
+
+
+def test_kwargs_of_the_trace_without_a_hook():
+    """They are for Torch-Pruning as it is; a hook can come later."""
+    model = fresh(bert)
+    arguments = pruner_kwargs(model, prune=("intermediate_size",), graph="trace")
     pruner = tp.pruner.MetaPruner(model, importance=Importance(), **arguments)
     assert type(pruner.DG) is DependencyGraph
 

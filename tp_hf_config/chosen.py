@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from math import gcd, lcm
 
 from torch import nn
 
 from .amounts import Amount
-from .choice import Gqa
+from .choice import Gqa, closest
 from .errors import UnsupportedModelError
 from .limits import multiple_of
 from .offers import Width, widths_of
@@ -29,6 +28,8 @@ class Wanted:
         gqa: how grouped-query heads go; ``None``: what suits the model.
         head_dims: the same number of dimensions of every head too.
         wrapped: another module reads the model's outputs, so by default their width stays.
+        stays: the fields of a width -> why it has to stay, of those that the pruner's arguments
+            keep.
     """
 
     fields: tuple[str, ...] | None = None
@@ -36,6 +37,11 @@ class Wanted:
     gqa: Gqa | None = None
     head_dims: bool = False
     wrapped: bool = False
+    stays: Mapping[tuple[FieldPath, ...], str] = field(default_factory=dict)
+
+    def free(self, widths: Iterable[Width]) -> list[Width]:
+        """Those widths that need not stay."""
+        return [width for width in widths if width.fields not in self.stays]
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,14 @@ class Chosen:
         how: how the heads go, in words.
         left: a width that is pruned by default -> why it is not here: it shares a dimension with
             one of these.
+        kept: what would be pruned as well, but for the pruner's arguments, and why it is not.
     """
 
     widths: tuple[Width, ...]
     heads: tuple[Width, ...] = ()
     how: str = ""
     left: Mapping[str, str] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
 
 def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
@@ -69,19 +77,19 @@ def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
     """
     heads: list[Width] = []
     if wanted.heads:
-        found = _heads(view, wanted.gqa, must)
+        found = _heads(view, wanted, must)
         if isinstance(found, str):
             return found
         heads = found
-    dims = _head_dims(view, must) if wanted.head_dims else []
+    dims = _head_dims(view, wanted, must) if wanted.head_dims else []
     if isinstance(dims, str):
         return dims
     apart = {path for width in heads + dims for path in width.fields}
     others: list[Width] | str = []
     if wanted.fields is None:
-        others = _default(view, must, wanted.wrapped, alone=not apart)
+        others = _default(view, wanted, must, alone=not apart)
     elif wanted.fields:
-        others = _named(view, wanted.fields, must)
+        others = _named(view, wanted, wanted.fields, must)
     if isinstance(others, str):
         return others
     rest = [width for width in others if not apart & set(width.fields)]
@@ -90,7 +98,24 @@ def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
         rest, left = _that_go_together(rest, heads + dims)
     widths = tuple(dict.fromkeys(heads + dims + rest))
     _check_apart(view, widths)
-    return Chosen(widths, tuple(heads), _in_words(view, heads), left)
+    kept = tuple(_kept(view, wanted, widths))
+    return Chosen(widths, tuple(heads), _in_words(view, heads), left, kept)
+
+
+def _kept(view: WidthView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
+    """The widths that are asked for, and stay."""
+    going = {path for width in chosen for path in width.fields}
+    counts, dims = view.known.count_fields(), view.head_fields() - view.known.count_fields()
+    inner, named = view.inner_widths(), set(wanted.fields or ())
+    for width in _widths(view):
+        fields = set(width.fields)
+        if width.fields not in wanted.stays or fields <= going:
+            continue
+        default = wanted.fields is None and inner >= fields
+        heads = wanted.heads and fields & counts
+        if default or heads or (wanted.head_dims and fields & dims) or named & set(width.names):
+            values = " + ".join(str(view.known.values[path]) for path in width.fields)
+            yield f"{width.name} stays at {values}: {wanted.stays[width.fields]}"
 
 
 def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
@@ -110,7 +135,7 @@ def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
         if name not in free:
             raise UnsupportedModelError(
                 f"ratios={dict(ratios)}: {name} is not among the fields to prune "
-                f"({', '.join(sorted(free))})."
+                f"({', '.join(sorted(free))}){closest(name, free)}."
             )
     for width in chosen.widths:
         own = {name: ratios[name] for name in width.names if name in ratios}
@@ -188,31 +213,33 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
     return chosen
 
 
-def _default(view: WidthView, must: bool, wrapped: bool, alone: bool) -> list[Width] | str:
+def _default(view: WidthView, wanted: Wanted, must: bool, alone: bool) -> list[Width] | str:
     """Every width inside the model that is proved; there need be none but where they go alone."""
+    wrapped = wanted.wrapped
     inner = view.inner_widths()
     default = [width for width in _widths(view) if inner >= set(width.fields)]
     default = [width for width in default if not (wrapped and (width.outward or width.handed))]
-    proved = _disjoint(width for width in default if width.reason is None)
+    proved = [width for width in default if width.reason is None]
     if proved or not alone:
-        return proved
+        return _disjoint(wanted.free(proved))
     reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
     if must or any(width.tried for width in default):
         raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
     return reason
 
 
-def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | str:
+def _named(view: WidthView, wanted: Wanted, fields: Sequence[str], must: bool) -> list[Width] | str:
     """The widths that hold the named fields."""
     widths = _widths(view)
     chosen: list[Width] = []
     named = set(fields)
     for name in fields:
         candidates = [width for width in widths if name in width.names]
-        found = [width for width in candidates if width.reason is None]
+        proved = [width for width in candidates if width.reason is None]
+        found = wanted.free(proved)
         # of several, one whose fields are all named, and the one that holds most of those
         found.sort(key=lambda one: (not named >= set(one.names), -len(named & set(one.names))))
-        if found:
+        if proved:
             chosen += [width for width in found[:1] if width not in chosen]
             continue
         reasons = sorted({str(width.reason) for width in candidates}) or [_no_such(name, widths)]
@@ -226,11 +253,10 @@ def _named(view: WidthView, fields: Sequence[str], must: bool) -> list[Width] | 
 def _no_such(name: str, widths: Sequence[Width]) -> str:
     """That there is no width of this name, and the one that is spelled most like it."""
     known = [other for width in widths for other in width.names]
-    close = get_close_matches(name, known, n=1)
-    return "no such width" + "".join(f" (did you mean {other}?)" for other in close)
+    return f"no such width{closest(name, known)}"
 
 
-def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:
+def _heads(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str:
     """The widths that count attention heads, in the mode that is asked for."""
     counts = view.known.count_fields()
     candidates = [width for width in _widths(view) if set(width.fields) & counts]
@@ -239,25 +265,24 @@ def _heads(view: WidthView, gqa: Gqa | None, must: bool) -> list[Width] | str:
     def rank(width: Width) -> tuple[int, ...]:
         several = sum(view.known.moves_shapes(path) for path in set(width.fields) & counts) > 1
         can_move = all(group.units > group.classes for group in width.groups)
-        return (not can_move, several is not (gqa == "group"), len(width.fields))
+        return (not can_move, several is not (wanted.gqa == "group"), len(width.fields))
 
-    chosen = _disjoint(sorted(proved, key=rank))
-    if chosen:
-        return chosen
+    if proved:
+        return _disjoint(sorted(wanted.free(proved), key=rank))
     reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no heads were seen"
     if must or any(width.disproved for width in candidates):
         raise _cannot(view, f"attention heads: {reason}")
     return reason
 
 
-def _head_dims(view: WidthView, must: bool) -> list[Width] | str:
+def _head_dims(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str:
     """The widths that are head dims, where the class lets them move."""
     fields = view.head_fields() - view.known.count_fields()
     candidates = [width for width in _widths(view) if set(width.fields) & fields]
     proved = [width for width in candidates if width.reason is None]
     alone = [width for width in proved if len(width.fields) == 1]
     if alone:
-        return alone
+        return wanted.free(alone)
     reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no head dims were seen"
     if view.rotates_head_dims():
         reason = (

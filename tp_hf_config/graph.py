@@ -31,6 +31,7 @@ from .views import (
     Units,
     cut,
     handler_of,
+    is_output,
     is_vector,
     layer_side,
     units_of,
@@ -91,6 +92,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     ):
         super().__init__()
         self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
+        self.awaited = False  # a constructor runs that is going to take this graph
         self.register_customized_layer(Units, UNITS)
         self.cuts = Cuts()
         self._views: dict[tuple[str, int], ParameterView] = {}
@@ -163,17 +165,38 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
     ) -> Iterator[Coupled]:
         """The groups that :meth:`get_all_groups` gives."""
-        types = tuple(root_module_types or ())
-        every = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
-        ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
         for coupled in self.coupled:
-            if any(self._owner(side.module) in ignored for side in coupled.sides if side.out):
-                continue
-            if any(self._holds_ignored(side) for side in coupled.sides):
-                continue
-            reads = coupled.inward and any(isinstance(s.module, types) for s in coupled.sides)
-            if every or reads or any(self._is_root(side, types) for side in coupled.sides):
+            if self.why_kept(coupled, ignored_layers, root_module_types) is None:
                 yield coupled
+
+    def why_kept(
+        self, coupled: Coupled, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
+    ) -> str | None:
+        """What keeps a group from being pruned, if anything does."""
+        types = tuple(root_module_types or ())
+        ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
+        for side in coupled.sides:
+            if self._owner(side.module) in ignored and is_output(side):
+                return f"ignored_layers= keeps the outputs of {side.layer}"
+            held = self._held(side)
+            if held is not None:
+                return f"ignored_layers= keeps {held}"
+        every = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
+        reads = coupled.inward and any(isinstance(s.module, types) for s in coupled.sides)
+        if every or reads or any(self._is_root(side, types) for side in coupled.sides):
+            return None
+        names = ", ".join(kind.__name__ for kind in types)
+        return f"root_module_types= ({names}) holds no layer like {coupled.sides[0].layer}"
+
+    def sides_of(self, module: nn.Module) -> list[tuple[Coupled, Side]]:
+        """The groups that a layer is in, and its sides in them."""
+        found = self._sides_of.get(module, ())
+        return list({id(side): (coupled, side) for coupled, side in found}.values())
+
+    def outputs_of(self, coupled: Coupled) -> dict[str, nn.Module]:
+        """The layers that lose outputs with a group, by their names in the Hugging Face model."""
+        sides = [side for side in coupled.sides if is_output(side)]
+        return {side.layer: self._owner(side.module) for side in sides}
 
     @property
     def fields(self) -> list[tuple[tuple[str | int, ...], ...]]:
@@ -195,9 +218,13 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         plain = isinstance(side.module, types) and not is_vector(side.module)
         return outputs and (plain or isinstance(self._owner(side.module), types))
 
-    def _holds_ignored(self, side: Side) -> bool:
-        owned = [tensor(self.pretrained, member.name) for member in side.members]
-        return any(ignored is mine for ignored in self.ignored_params for mine in owned)
+    def _held(self, side: Side) -> str | None:
+        """A parameter of this side that is ignored."""
+        for member in side.members:
+            mine = tensor(self.pretrained, member.name)
+            if any(ignored is mine for ignored in self.ignored_params):
+                return member.name
+        return None
 
     def get_pruning_group(
         self, module: nn.Module, pruning_fn: Any, idxs: int | Sequence[int]

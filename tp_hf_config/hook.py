@@ -19,7 +19,9 @@ from .report import SyncReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
 
+    from .graph import ConfigGraph
     from .head_schedule import HeadSchedule
     from .steer import UnitSteering
     from .sync import Follower
@@ -34,7 +36,8 @@ class HFConfigSyncHook:
     Args:
         graph: ``"config"``: the pruner's dependency graph is made from the config, every group
             proved, nothing traced; ``"trace"``: Torch-Pruning traces, safely; ``"auto"``: what
-            ``pruner_kwargs`` chose, else the trace.
+            ``pruner_kwargs`` chose; without it the former, for what the pruner's own arguments
+            ask for, but the trace where no experiment can be made.
         strict: settings of the pruner that cannot end in a loadable model, and a config object that
             another live model holds too, raise when the hook is attached, before any weight is
             touched; by default they warn (:class:`~tp_hf_config.PrunerSettingsWarning`).
@@ -73,10 +76,8 @@ class HFConfigSyncHook:
         return pruners.register(pruner, self)
 
     @contextmanager
-    def constructing(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+    def constructing(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Around a pruner's constructor: check the model, put the graph in or trace safely."""
-        from .arguments import check_arguments
-        from .prepare import pruner_kwargs
         from .steer import building
         from .traced_groups import keeping_groups
         from .tracing import safe_tracing
@@ -84,26 +85,45 @@ class HFConfigSyncHook:
         model: nn.Module = arguments["model"]
         _, pretrained = find_pretrained(model)
         check_followable(pretrained)
-        inputs = arguments.get("example_inputs")
-        graph = None if self.graph == "trace" else getattr(inputs, "graph", None)
-        self._why = getattr(inputs, "why", "traced graph: no pruner_kwargs")
-        if self.graph == "config" and graph is None:
-            inputs = pruner_kwargs(model, graph="config")["example_inputs"]
-            graph, self._why = inputs.graph, inputs.why
-        elif self.graph == "trace":
-            if getattr(inputs, "graph", None) is not None:
-                raise ValueError(
-                    "HFConfigSyncHook(graph='trace'), but pruner_kwargs made its arguments for the "
-                    "config graph: say pruner_kwargs(model, graph='trace') too"
-                )
-            self._why = "traced graph: asked for"
+        graph = self._graph_for(model, pretrained, arguments)
         if graph is not None:
-            check_arguments(arguments)
             with building(graph):
                 yield
         else:
             with safe_tracing(model), keeping_groups():
                 yield
+
+    def _graph_for(
+        self, model: nn.Module, pretrained: PreTrainedModel, arguments: dict[str, Any]
+    ) -> ConfigGraph | None:
+        """The graph to put in, with the arguments settled for it; ``None``: trace."""
+        from .arguments import check_handed, check_ratios, settle
+        from .learn import map_of
+        from .prepare import by_itself
+        from .widths import WidthView
+
+        check_ratios(arguments)
+        inputs = arguments.get("example_inputs")
+        graph, self._why = getattr(inputs, "graph", None), getattr(inputs, "why", "")
+        if self.graph == "trace":
+            if graph is not None:
+                raise ValueError(
+                    "HFConfigSyncHook(graph='trace'), but pruner_kwargs made its arguments for the "
+                    "config graph: say pruner_kwargs(model, graph='trace') too"
+                )
+            self._why = "traced graph: asked for"
+        elif graph is None and (self.graph == "config" or not self._why):
+            made = by_itself(model, arguments, must=self.graph == "config")
+            if isinstance(made, str):
+                self._why = f"traced graph: {made}"
+            else:
+                arguments |= made
+                inputs = made["example_inputs"]
+                graph, self._why = inputs.graph, inputs.why
+        check_handed(getattr(inputs, "handed", {}), arguments, traced=graph is None)
+        if graph is not None:
+            settle(WidthView(pretrained, map_of(pretrained)), graph, arguments)
+        return graph
 
     def attach(self, pruner: Any) -> None:
         """Start following a pruner; called by ``register``.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from .choice import Gqa, Graph, check_gqa, check_graph
-from .chosen import Chosen, Wanted, check_ratios, choose, multiples_of
+from .arguments import MERGED, NEEDED, check_names, check_ratios, unwrapped_in, warn
+from .asked import staying, wanted_by
+from .choice import Gqa, Graph, check_graph, check_share, closest, heads_asked, names_in
+from .chosen import Chosen, Wanted, choose, multiples_of
+from .chosen import check_ratios as check_field_ratios
 from .errors import UnsupportedModelError
 from .graph import ConfigGraph
 from .inputs import example_inputs, tensors_with_grad
@@ -25,13 +29,14 @@ _ASKED = "asked for"
 def pruner_kwargs(
     model: nn.Module,
     *,
-    prune: Iterable[str] | None = None,
+    prune: str | Iterable[str] | None = None,
     ratios: Mapping[str, float] | None = None,
     graph: Graph = "auto",
-    prune_num_heads: bool = False,
+    prune_num_heads: bool | None = None,
     gqa: Gqa | None = None,
     prune_head_dims: bool | None = None,
     round_to: int | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Arguments for a Torch-Pruning pruner of this model, learned from its class.
 
@@ -41,15 +46,17 @@ def pruner_kwargs(
 
     Args:
         model: a ``PreTrainedModel``, or a module that contains exactly one.
-        prune: config fields to prune (``("intermediate_size",)``); default: every width inside the
-            model but attention heads and numbers of experts, and, where the model is inside
-            another module, but the width of what it returns. Of widths that share a dimension, the
-            one that holds most of the model; the first report's notes name the others.
+        prune: config fields to prune (``"intermediate_size"``, or several); default: every width
+            inside the model but attention heads and numbers of experts, and, where the model is
+            inside another module, but the width of what it returns. Of widths that share a
+            dimension, the one that holds most of the model; the first report's notes name the
+            others.
         ratios: pruning ratio per config field, where it is not the pruner's ``pruning_ratio``.
         graph: ``"config"``: groups made from the config and proved by experiment, no tracing;
             ``"trace"``: Torch-Pruning's trace, made safe; ``"auto"``: the former, the latter
             only where no experiment can be made with the class.
-        prune_num_heads: whole attention heads go too, by the pruner's ``head_pruning_ratio``.
+        prune_num_heads: whole attention heads go too, by the pruner's ``head_pruning_ratio``;
+            default: where ``gqa`` says how.
         gqa: with it, how grouped-query heads go: ``"query"``: as many query heads out of every
             key/value group, key/value heads stay; ``"group"``: whole key/value groups. By default
             the first, where a group has several query heads.
@@ -57,6 +64,10 @@ def pruner_kwargs(
             ``pruning_ratio``. In the traced graph by default where the class has no other way to
             make the hidden size smaller (BERT).
         round_to: a multiple that widths shall have besides what the class asks for.
+        arguments: any other of the pruner's arguments. Those that the model has a say in
+            (``ignored_layers``, ``num_heads``, ``pruning_ratio_dict``, ...) are merged with what it
+            needs, the others are passed on. A width that ``ignored_layers`` or
+            ``root_module_types`` keep a layer of stays, and a warning says so.
 
     Returns:
         Keyword arguments; pass them on with ``**``.
@@ -64,52 +75,123 @@ def pruner_kwargs(
     Raises:
         UnsupportedModelError: no single followable Hugging Face model, or a field or heads that
             cannot be pruned, with the reason and the fields that can.
-        ValueError: an unknown ``graph`` or ``gqa``.
+        ValueError: an unknown ``graph`` or ``gqa``, ``gqa`` without heads, or a ratio outside 0
+            to 1.
+        TypeError: not a model, or an argument that no pruner has.
     """
     check_graph(graph)
-    check_gqa(gqa)
+    heads = heads_asked(prune_num_heads, gqa)
+    check_names(arguments)
+    check_ratios(arguments)
+    for name, ratio in (ratios or {}).items():
+        check_share(f"ratios: {name}", ratio)
     prefix, pretrained = find_pretrained(model)
     check_followable(pretrained)
     view = WidthView(pretrained, map_of(pretrained))
-    fields = None if prune is None and ratios is None else tuple(prune or ratios or ())
+    fields = None if prune is None and ratios is None else names_in(prune or ratios or ())
+    given = {**arguments, "round_to": round_to, "prune_num_heads": heads}
+    if prune_head_dims is not None:
+        given["prune_head_dims"] = prune_head_dims
     why = _ASKED
     if graph != "trace":
-        wanted = Wanted(fields, prune_num_heads, gqa, bool(prune_head_dims), bool(prefix))
-        chosen = choose(view, wanted, must=graph == "config")
-        if not isinstance(chosen, str):
-            made = _graph_of(view, chosen, prefix)
-            kwargs = _for_config_graph(model, view, made, chosen, ratios, round_to)
-            return {**kwargs, "prune_num_heads": prune_num_heads}
-        why = chosen
-    inputs = GraphInputs(example_inputs(model, pretrained.config), None, f"traced graph: {why}")
+        wanted = Wanted(fields, heads, gqa, bool(prune_head_dims), bool(prefix))
+        made = _on_config_graph(model, view, prefix, wanted, graph == "config", ratios, given)
+        if not isinstance(made, str):
+            return made
+        why = made
+    inputs = given.pop("example_inputs", None)
+    if inputs is None:
+        inputs = example_inputs(model, pretrained.config)
+    elif not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"example_inputs= is a {type(inputs).__name__}: expected a dict of the forward pass's "
+            "arguments, as {'input_ids': ids}, or nothing, and some are made"
+        )
     return _for_trace(
         model,
         pretrained,
         view,
-        inputs,
+        GraphInputs(inputs, None, f"traced graph: {why}"),
         None if fields is None else list(fields),
         ratios,
-        prune_num_heads,
+        heads,
         prune_head_dims,
         round_to,
+        given,
+    )
+
+
+def by_itself(model: nn.Module, arguments: Mapping[str, Any], must: bool) -> dict[str, Any] | str:
+    """Arguments for a pruner that was given its own alone, or why the model is left to the trace.
+
+    Args:
+        model: what is pruned.
+        arguments: those of the pruner's constructor.
+        must: there is no trace to leave it to.
+
+    Raises:
+        UnsupportedModelError: heads cannot be pruned, or nothing is proved.
+    """
+    prefix, pretrained = find_pretrained(model)
+    view = WidthView(pretrained, map_of(pretrained))
+    wanted = wanted_by(arguments, bool(prefix))
+    given = {name: arguments[name] for name in MERGED if name in arguments}
+    try:
+        made = _on_config_graph(model, view, prefix, wanted, must, None, given)
+        if not wanted.head_dims or not isinstance(made, str):
+            return made
+        reason = made
+    except UnsupportedModelError as error:
+        if not wanted.head_dims:
+            raise
+        reason = str(error)
+    without = replace(wanted, head_dims=False)
+    made = _on_config_graph(model, view, prefix, without, must, None, given)
+    if not isinstance(made, str) and not _cuts_heads(view, made["example_inputs"].graph):
+        warn(f"prune_head_dims=True, but head dims stay: {reason}")
+    return made
+
+
+def _cuts_heads(view: WidthView, graph: ConfigGraph) -> bool:
+    """Whether layers that are split into heads lose outputs."""
+    return any(
+        view.known.splits_of(name) for one in graph.coupled for name in graph.outputs_of(one)
     )
 
 
 def _graph_of(view: WidthView, chosen: Chosen, prefix: str) -> ConfigGraph:
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
-    notes = [f"{name} stays: {reason}" for name, reason in chosen.left.items()]
+    notes = [*chosen.kept, *(f"{name} stays: {reason}" for name, reason in chosen.left.items())]
     return ConfigGraph(view.model, groups, prefix, multiples_of(view, chosen), heads, notes)
 
 
-def _for_config_graph(
+def _on_config_graph(
     model: nn.Module,
     view: WidthView,
-    graph: ConfigGraph,
-    chosen: Chosen,
+    prefix: str,
+    wanted: Wanted,
+    must: bool,
     ratios: Mapping[str, float] | None,
-    round_to: int | None,
-) -> dict[str, Any]:
+    given: Mapping[str, Any],
+) -> dict[str, Any] | str:
+    """The arguments for a pruner on the config graph, or why there is none.
+
+    Args:
+        model: what is pruned.
+        view: the Hugging Face model in it.
+        prefix: that model's name in it.
+        wanted: what is asked for.
+        must: there is no trace to leave it to.
+        ratios: by field.
+        given: arguments of the pruner's own.
+    """
+    chosen = choose(view, replace(wanted, stays=staying(view, given)), must)
+    if isinstance(chosen, str):
+        return chosen
+    for message in chosen.kept:
+        warn(message)
+    graph = _graph_of(view, chosen, prefix)
     fields = {path for fields in graph.fields for path in fields}
     why = f"config graph: {len(graph.coupled)} groups, each proved by permutation"
     why += said_along([name for width in chosen.widths for name in width.along])
@@ -118,19 +200,35 @@ def _for_config_graph(
         why += f"; heads: {chosen.how}"
     by_module: dict[Any, float] = {}
     names = {field_name(path): path for path in fields}
-    check_ratios(chosen, ratios or {})
+    check_field_ratios(chosen, ratios or {})
     for name, ratio in (ratios or {}).items():
         by_module.update(dict.fromkeys(graph.roots_of(names[name]), ratio))
-    return {
-        "example_inputs": GraphInputs(example_inputs(model, view.model.config), graph, why),
-        "output_transform": tensors_with_grad,
-        "num_heads": {module: count for _, module, count in view.head_layers()},
-        "in_channel_groups": {},
-        "out_channel_groups": {},
-        "ignored_layers": _around(model, view.model),
+    by_module |= given.get("pruning_ratio_dict") or {}
+    heads = {module: count for _, module, count in view.head_layers()}
+    made = {
+        **given,
+        "example_inputs": example_inputs(model, view.model.config),
+        "output_transform": given.get("output_transform") or tensors_with_grad,
+        "num_heads": {**heads, **(given.get("num_heads") or {})},
+        "in_channel_groups": dict(given.get("in_channel_groups") or {}),
+        "out_channel_groups": dict(given.get("out_channel_groups") or {}),
+        "ignored_layers": _union(_around(model, view.model), given.get("ignored_layers")),
         **({"pruning_ratio_dict": by_module} if by_module else {}),
-        "round_to": round_to or 1,  # every group rounds to what the class takes (steer.py)
+        "round_to": given.get("round_to") or 1,  # groups round to what the class takes (steer.py)
     }
+    return _handed_out(made, graph, why)
+
+
+def _handed_out(made: dict[str, Any], graph: ConfigGraph | None, why: str) -> dict[str, Any]:
+    """Arguments whose example inputs carry the graph, and what was handed out with it."""
+    inputs = GraphInputs(made["example_inputs"], graph, why)
+    inputs.handed = {name: made[name] for name in NEEDED if name in made}
+    return {**made, "example_inputs": inputs}
+
+
+def _union(first: Iterable[Any], second: Iterable[Any] | None) -> list[Any]:
+    """All of both, each once, compared by identity."""
+    return list({id(one): one for one in (*first, *(second or ()))}.values())
 
 
 def _for_trace(
@@ -143,6 +241,7 @@ def _for_trace(
     prune_num_heads: bool,
     prune_head_dims: bool | None,
     round_to: int | None,
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     selected = view.select(wanted, prune_num_heads) - _disproved(view, wanted)
     coupled = view.coupled(selected)
@@ -171,22 +270,39 @@ def _for_trace(
         for name, module, count in view.head_layers()
         if use_heads and view.plain_heads(name)
     }
-    by_module: dict[nn.Module, float] = {}
+    by_module: dict[Any, float] = {}
+    offered = sorted(map(field_name, selected))
     for name, ratio in (ratios or {}).items():
+        if name not in offered:
+            raise UnsupportedModelError(
+                f"ratios={dict(ratios or {})}: {name} is not among the fields to prune "
+                f"({', '.join(offered)}){closest(name, offered)}."
+            )
         by_module.update(dict.fromkeys(view.layers_of(name), ratio))
-    return {
+    by_module |= given.get("pruning_ratio_dict") or {}
+    ignored = view.ignored(selected, set(heads)) + _around(model, pretrained)
+    made = {
+        **given,
         "example_inputs": inputs,
-        "output_transform": tensors_with_grad,
-        "num_heads": heads,
-        "in_channel_groups": {},
-        "out_channel_groups": {**view.fused(selected), **heads},
-        "ignored_layers": view.ignored(selected, set(heads)) + _around(model, pretrained),
-        "unwrapped_parameters": view.bare_parameters(selected),
+        "output_transform": given.get("output_transform") or tensors_with_grad,
+        "num_heads": {**heads, **(given.get("num_heads") or {})},
+        "in_channel_groups": dict(given.get("in_channel_groups") or {}),
+        "out_channel_groups": {
+            **view.fused(selected),
+            **heads,
+            **(given.get("out_channel_groups") or {}),
+        },
+        "ignored_layers": _union(ignored, given.get("ignored_layers")),
+        "unwrapped_parameters": [
+            *view.bare_parameters(selected),
+            *unwrapped_in(given.get("unwrapped_parameters")),
+        ],
         "prune_num_heads": prune_num_heads,
         "prune_head_dims": prune_head_dims,
         **({"pruning_ratio_dict": by_module} if by_module else {}),
         **view.rounding(selected, coupled, round_to, prune_num_heads),
     }
+    return _handed_out(made, None, inputs.why)
 
 
 def _disproved(view: WidthView, wanted: list[str] | None) -> set[FieldPath]:

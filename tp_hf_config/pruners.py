@@ -11,8 +11,9 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch_pruning as tp
@@ -28,9 +29,11 @@ class PrunerHook(Protocol):
     """What a hook has to have: a call after each step.
 
     It may also have ``constructing(arguments)``, which returns a context manager around the
-    pruner's constructor (``arguments["model"]`` is the model, and so on), ``stepping(pruner)``,
-    which returns one around each call of ``step()`` (an interactive step's groups come after it),
-    and ``attach(pruner)`` / ``detach(pruner)``, called when it is registered and removed.
+    pruner's constructor (``arguments["model"]`` is the model, and so on, every argument of
+    Torch-Pruning's own constructor; what is changed in them is what that constructor gets),
+    ``stepping(pruner)``, which returns one around each call of ``step()`` (an interactive step's
+    groups come after it), and ``attach(pruner)`` / ``detach(pruner)``, called when it is
+    registered and removed.
     """
 
     def after_step(self, pruner: Any) -> None:
@@ -157,7 +160,7 @@ def _fire_quietly(pruner: Any) -> None:
 def enable() -> None:
     """Let every pruner's constructor take ``hooks=``; done by ``import tp_hf_config``."""
     with _lock:
-        for cls in _family(_Base):
+        for cls in family():
             _wrap_init(cls)
         if "__init_subclass__" not in vars(_Base):
             _Base.__init_subclass__ = classmethod(_wrap_subclass)
@@ -166,7 +169,7 @@ def enable() -> None:
 def disable() -> None:
     """Undo :func:`enable`: constructors are Torch-Pruning's own again."""
     with _lock:
-        for cls in _family(_Base):
+        for cls in family():
             own_init = vars(cls).get("__init__")
             if _is_ours(own_init):
                 if own_init.inherited:
@@ -177,10 +180,11 @@ def disable() -> None:
             del _Base.__init_subclass__
 
 
-def _family(cls: Any) -> Iterator[Any]:
+def family(cls: Any = _Base) -> Iterator[Any]:
+    """A class of pruners, by default all, and those made of it."""
     yield cls
     for subclass in cls.__subclasses__():
-        yield from _family(subclass)
+        yield from family(subclass)
 
 
 def _wrap_subclass(cls: Any, /, **kwargs: Any) -> None:
@@ -207,15 +211,12 @@ def _wrap_init(cls: Any) -> None:
         hooks = kwargs.pop("hooks", None)
         hooks = [] if hooks is None else hooks
         hooks = list(hooks) if isinstance(hooks, (list, tuple)) else [hooks]
-        if cls is _Base and (hooks or getattr(_constructing, "active", False)):
-            args, kwargs = (), _with_own_dicts(signature, self, args, kwargs)
-        if not hooks:
-            original(self, *args, **kwargs)
+        if hooks:
+            _construct(self, functools.partial(__init__, self, *args, **kwargs), hooks)
+        elif cls is _Base:
+            _construct_base(original, signature, self, args, kwargs)
         else:
-            names = list(signature.parameters)[1 : len(args) + 1]
-            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-            construct = functools.partial(original, self, *args, **kwargs)
-            _construct(self, construct, hooks, arguments)
+            original(self, *args, **kwargs)
 
     marked: Any = __init__
     marked.wrapper, marked.original = __init__, original
@@ -223,21 +224,69 @@ def _wrap_init(cls: Any) -> None:
     cls.__init__ = __init__
 
 
-def _construct(
-    pruner: Any, construct: Callable[[], None], hooks: list[Any], arguments: dict[str, Any]
-) -> None:
+@dataclass
+class _Construction:
+    """A pruner whose constructor runs, and the surroundings that its hooks want."""
+
+    pruner: Any
+    hooks: list[Any]
+    surroundings: ExitStack
+    begun: bool = False
+
+    def begin(self, pruner: Any, arguments: dict[str, Any]) -> None:
+        """Enter the surroundings, once; the hooks may change the arguments."""
+        if pruner is self.pruner and not self.begun:
+            self.begun = True
+            _enter(self.surroundings, self.hooks, "constructing", arguments)
+
+
+def _construct(pruner: Any, construct: Callable[[], None], hooks: list[Any]) -> None:
     """Run a constructor inside the hooks' surroundings, then register them: all or none."""
     for hook in hooks:
         _check(hook)
     with ExitStack() as stack:
-        _enter(stack, hooks, "constructing", arguments)
-        stack.callback(setattr, _constructing, "active", getattr(_constructing, "active", False))
-        _constructing.active = True
+        stack.callback(setattr, _constructing, "now", getattr(_constructing, "now", None))
+        _constructing.now = _Construction(pruner, hooks, stack)
         construct()
     with ExitStack() as undo:
         for hook in hooks:
             undo.callback(register(pruner, hook).remove)
         undo.pop_all()
+
+
+def _construct_base(
+    original: Callable[..., None],
+    signature: inspect.Signature,
+    pruner: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+) -> None:
+    """Run Torch-Pruning's own constructor, with what the hooks of this pruner make of it."""
+    construction: _Construction | None = getattr(_constructing, "now", None)
+    if construction is None:
+        given = dict(zip(list(signature.parameters)[1:], args, strict=False))
+        _check_awaited(given | kwargs)
+        original(pruner, *args, **kwargs)
+        return
+    arguments = _with_own_dicts(signature, pruner, args, kwargs)
+    construction.begin(pruner, arguments)
+    _check_awaited(arguments)
+    original(pruner, **arguments)
+
+
+def _check_awaited(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``pruner_kwargs`` where no hook puts their graph in.
+
+    Raises:
+        ValueError: Torch-Pruning would trace, as nobody made safe.
+    """
+    graph = getattr(arguments.get("example_inputs"), "graph", None)
+    if graph is not None and not getattr(graph, "awaited", True):
+        raise ValueError(
+            "pruner_kwargs(model) made these arguments for a pruner with a hook, which puts in the "
+            "graph that is made from the config. Without it Torch-Pruning would trace the model, "
+            "which need not end. Pass hooks=[HFConfigSyncHook()] too."
+        )
 
 
 def _with_own_dicts(

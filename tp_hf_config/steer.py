@@ -28,11 +28,13 @@ class GraphInputs(dict[str, Any]):
     Attributes:
         graph: the graph made from the config; ``None``: trace.
         why: which graph it is, and why.
+        handed: what a pruner needs besides, as ``pruner_kwargs`` gave it.
     """
 
     def __init__(self, inputs: dict[str, Any], graph: ConfigGraph | None, why: str):
         super().__init__(inputs)
         self.graph, self.why = graph, why
+        self.handed: dict[str, Any] = {}
 
 
 @contextmanager
@@ -41,9 +43,11 @@ def building(graph: ConfigGraph) -> Iterator[None]:
     original = tp_base.dependency
     try:
         tp_base.dependency = SimpleNamespace(DependencyGraph=lambda: graph)
+        graph.awaited = True
         yield
     finally:
         tp_base.dependency = original
+        graph.awaited = False
 
 
 def cutting_together(pruner: Any) -> AbstractContextManager[None]:

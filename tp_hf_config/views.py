@@ -39,6 +39,11 @@ class Side:
     table: torch.Tensor
     members: list[Member] = field(default_factory=list)
 
+    @property
+    def layer(self) -> str:
+        """The layer's name in the Hugging Face model."""
+        return self.members[0].name.rpartition(".")[0]
+
 
 class ParameterView(nn.Linear):
     """One dimension of a parameter, for importances to read as a linear layer's output channels.
@@ -90,6 +95,21 @@ class ParameterView(nn.Linear):
 def is_vector(module: nn.Module) -> bool:
     """Whether a module is a view of a parameter with a single dimension."""
     return isinstance(module, ParameterView) and module.parameter.ndim == 1
+
+
+def is_output(side: Side) -> bool:
+    """Whether a side is what its layer puts out; of bare parameters every dimension counts."""
+    module = side.module
+    if not isinstance(module, ParameterView):
+        return side.out
+    owner, vector = module.owner, is_vector(module)
+    if isinstance(owner, nn.Embedding):
+        return False  # entries, not channels
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return vector or module.dim == int(owner.transposed)
+    if isinstance(owner, nn.Linear):
+        return vector or module.dim == 0
+    return vector or type(owner).__name__ != "Conv1D" or module.dim == 1  # that is transposed
 
 
 class Units(ops._CustomizedOp):  # type: ignore[misc]
@@ -149,7 +169,7 @@ class Coupled:
         would count from the first.
         """
         for side in () if self.inward else self.ranked:
-            if side.table.shape[1] == 1 and _channels(side) == len(side.table):
+            if side.table.shape[1] == 1 and channels_of(side) == len(side.table):
                 return side
         return None
 
@@ -194,7 +214,7 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts) -> None:
     places = _places(module, side.out)
     for owner, key, dim, _ in places:
         cuts.settle(owner, key, dim)
-    gone, kept, table, _ = leaving.of(side.table, _channels(side))
+    gone, kept, table, _ = leaving.of(side.table, channels_of(side))
     for owner, key, dim, size in places:
         cuts.keep(owner, key, dim, kept, size)
     if not places:
@@ -220,7 +240,8 @@ def _places(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str
     return places
 
 
-def _channels(side: Side) -> int:
+def channels_of(side: Side) -> int:
+    """How many channels a side has."""
     if isinstance(side.module, ParameterView):
         return side.module.out_features
     layer_pruner = function.PrunerBox[ops.module2type(side.module)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .choice import closest
 from .errors import UnsupportedModelError
 from .heads import heads_of
 from .learn import ConfigMap
@@ -163,7 +164,8 @@ class WidthView:
             raise UnsupportedModelError(
                 f"prune={wanted}: {', '.join(unknown)} sets no width of "
                 f"{type(self.model).__name__} that tracing can prune. Fields that do: "
-                f"{', '.join(sorted(field_name(path) for path in offered))}."
+                f"{', '.join(sorted(field_name(path) for path in offered))}"
+                f"{closest(unknown[0], names)}."
             )
         selected = frozenset(names[name] for name in wanted)
         if prune_num_heads and selected & heads:
