@@ -9,6 +9,7 @@ from typing import Any
 
 import folders
 import pytest
+import small
 import tiny
 import torch
 import transformers as hf
@@ -109,7 +110,7 @@ def test_the_command_against_itself_and_against_another_folder(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one, other = folders.saved("vit", tmp_path / "a"), folders.saved("vit", tmp_path / "b")
-    outcome = command_of(str(one), "--against", str(other))
+    outcome = command_of(str(one), str(other))
     assert outcome.code == 0
     assert outcome.text == (
         f"{one}: same outputs as {other} (ViTForImageClassification, fresh process)"
@@ -122,3 +123,21 @@ def test_the_command_against_itself_and_against_another_folder(tmp_path: Path):
     head, line = outcome.text.splitlines()
     assert head == f"{one}: not the same as {other} (ViTForImageClassification, fresh process)"
     assert line.startswith("  logits: 5 of 5 numbers differ, by at most 1 (")
+
+
+def test_what_two_folders_have_not_in_common_is_said(tmp_path: Path):
+    """Of one class and other widths: how far apart; of another class: that it is one."""
+    places = [tmp_path / name for name in "abc"]
+    for place in places:
+        place.mkdir()
+    llama, bert = folders.saved("llama", places[0]), folders.saved("bert", places[2])
+    small.llama(intermediate_size=48).save_pretrained(places[1])
+    report = verify_checkpoint(llama, places[1])
+    assert (report.same, report.error, report.against) == (False, None, str(places[1]))
+    (note,) = report.notes
+    assert note.startswith("config.json differs: ")
+    assert "intermediate_size 96, there 48" in note
+    assert [str(one) for one in report.differences] == ["logits: another shape or type"]
+    report = verify_checkpoint(llama, bert)
+    assert not report.same
+    assert report.notes[0] == f"{bert} is of another class: BertForSequenceClassification"

@@ -59,10 +59,8 @@ def test_what_stands_in_one_place_is_said_and_written_beside_it(
     folder = folders.of_transformers_5(folders.saved(name, tmp_path), **rope)
     before, config = folders.config_of(folder), loaded(folder)
     names = ", ".join(f"{path} {_said(value)}" for path, value in added.items())
-    assert (check_checkpoint(folder).sound, check_checkpoint(folder).notes) == (
-        True,
-        (f"{names}: {DEFAULT}",),
-    )
+    report = check_checkpoint(folder)
+    assert (report.sound, folders.notes(report)) == (True, (f"{names}: {DEFAULT}",))
     report = repair_checkpoint(folder)
     assert (report.written, report.fields, report.added) == (True, {}, added)
     for path, value in added.items():
@@ -75,7 +73,7 @@ def test_what_stands_in_one_place_is_said_and_written_beside_it(
     assert after == before
     if small.TRANSFORMERS >= (5,):
         assert loaded(folder) == config
-    assert check_checkpoint(folder).notes == ()
+    assert folders.notes(check_checkpoint(folder)) == ()
     assert not repair_checkpoint(folder).written
 
 
@@ -141,7 +139,7 @@ def test_one_number_cannot_say_what_differs_by_layer(tmp_path: Path):
         "rope_parameters differs by type of layer, which no rope_theta can say: readers that stand "
         "on Transformers 4 take defaults of their own",
     )
-    assert check_checkpoint(folder).notes == said
+    assert folders.notes(check_checkpoint(folder)) == said
     before = folders.files(folder)
     report = repair_checkpoint(folder)
     assert (report.written, report.added, report.notes) == (False, {}, said)
@@ -160,7 +158,7 @@ def test_what_would_not_load_the_same_is_not_written(tmp_path: Path):
         "look; written beside it, GPTNeoXConfig would not load the same"
         for name in ("rope_theta 10000.0", "partial_rotary_factor 0.25")
     )
-    assert check_checkpoint(folder).notes == (theta, part)
+    assert folders.notes(check_checkpoint(folder)) == (theta, part)
     assert not repair_checkpoint(folder).written
 
 
@@ -171,7 +169,7 @@ def test_two_numbers_that_differ(tmp_path: Path):
         "rope_theta says 10000.0, rope_parameters 500000.0: Transformers 4 reads the one, 5 the "
         "other; correct one of them by hand",
     )
-    assert check_checkpoint(folder).notes == said
+    assert folders.notes(check_checkpoint(folder)) == said
     assert repair_checkpoint(folder).notes == said
     assert folders.config_of(folder)["rope_theta"] == 10000.0
 

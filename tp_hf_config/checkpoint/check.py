@@ -11,14 +11,16 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..reference import Refusal
+from ..silence import quiet_transformers
 from .assess import Assessment, assess
 from .building import Classes, Unknown, classes_of, said_too_large, too_large
 from .causes import of_misplaced, of_solution, of_unsolved
 from .folder import Config, Weights, existing, read_config, read_weights
+from .heads import untold
 from .loading import MAJOR
 from .reports import Cause, CheckReport
 from .rotary import for_transformers_4
-from .solving import Solution, Task, Unsolved, solution
+from .solving import Solution, Task, Unsolved, learned, solution
 from .ties import apart
 from .words import and_more, short
 
@@ -76,6 +78,21 @@ def check_checkpoint(
         CheckpointError: no folder, no config.json, no weights, or code that is not trusted.
     """
     read = read_folder(Path(folder), trust_remote_code)
+    report = checked_alone(read)
+    if not report.sound or isinstance(read.classes, str):
+        return report
+    with quiet_transformers():
+        known = learned(read.classes, read.config.data or {})
+        open_heads = () if isinstance(known, Refusal) else tuple(untold(known))
+    return replace(
+        report,
+        undecided=tuple(name for one in open_heads for name in one.names),
+        notes=(*report.notes, *map(str, open_heads)),
+    )
+
+
+def checked_alone(read: Folder) -> CheckReport:
+    """The verdict on a folder, without what no shape tells."""
     if isinstance(read.classes, str) or read.weights.unsure or read.config.unsure:
         return _untold(read)
     return _told(read, read.classes)

@@ -153,7 +153,7 @@ def _out_of_place(assessment: Assessment, classes: Classes) -> str:
 def _widths(
     task: Task, begun: Start, structure: Structure, changed: tuple[Changed, ...]
 ) -> Solution | Unsolved:
-    known = _learned(task.classes, structure.data)
+    known = learned(task.classes, structure.data)
     if isinstance(known, Refusal):
         return Unsolved(known.reason, structure=changed)
     given = paths_of(known, task.given)
@@ -199,7 +199,8 @@ def _proved(
     return Unsolved("the config that was found does not load these weights", structure=changed)
 
 
-def _learned(classes: Classes, data: Mapping[str, Any]) -> ConfigMap | Refusal:
+def learned(classes: Classes, data: Mapping[str, Any]) -> ConfigMap | Refusal:
+    """Which fields set which dimensions of a class around a config."""
     model = build(classes, data)
     if isinstance(model, Refusal):
         return model

@@ -21,18 +21,19 @@ from ..errors import CheckpointError
 from ..heads import observe
 from ..inputs import example_inputs
 from ..locate import check_followable, find_pretrained
-from ..reference import Refusal
+from ..reference import Refusal, field_name
 from . import child
-from .building import build
-from .check import Known, check_checkpoint, checked
+from .building import build, entries
+from .check import Known, checked, checked_alone, read_folder
 from .reports import Difference, RoundtripReport
-from .words import and_more, short
+from .words import and_more, number, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHOWN = 4
 _ALIGNED = 64
+_OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures")
 _REMOTE = "transformers_modules"
 
 
@@ -121,7 +122,7 @@ def verify_checkpoint(
     path = Path(folder)
     paths = [path] if against is None else [path, Path(against)]
     for one in paths:
-        report = check_checkpoint(one, trust_remote_code=trust_remote_code)
+        report = checked_alone(read_folder(one, trust_remote_code))
         if report.sound is False:
             name, causes = report.model or "no class", tuple(cause.text for cause in report.causes)
             return RoundtripReport(str(one), name, False, loading=causes, error="it is not sound")
@@ -136,10 +137,32 @@ def verify_checkpoint(
         same = done.error is None and not wrong
         outputs = tuple(done.outputs)
         return RoundtripReport(str(path), name, same, wrong, outputs, (), done.error, notes=notes)
+    other = str(paths[1])
     if others[0].error is not None:
-        return RoundtripReport(str(paths[1]), name, False, error=others[0].error)
-    found = _compared(str(path), name, others[0].outputs, done, str(paths[1]))
+        error = f"{other} does not run on the inputs made for {path}: {others[0].error}"
+        found = RoundtripReport(str(path), name, False, error=error, against=other)
+    else:
+        found = _compared(str(path), name, others[0].outputs, done, other)
+    missing = _loading(others[0].loading, ("missing_keys", "mismatched_keys"))
+    wrong += tuple(f"{other}: {one}" for one in missing)
+    if not found.same:
+        notes += tuple(_apart(*known))
     return replace(found, loading=wrong, notes=notes, same=found.same and not wrong)
+
+
+def _apart(one: Known, other: Known) -> Iterator[str]:
+    """Why two folders may compute different things: their classes, and what their configs say."""
+    names = [read.classes.model.__name__ for read in (one, other)]
+    if names[0] != names[1]:
+        yield f"{other.path} is of another class: {names[1]}"
+    ours, theirs = (dict(entries(read.data)) for read in (one, other))
+    said = [
+        f"{field_name(path)} {number(ours.get(path))}, there {number(theirs.get(path))}"
+        for path in dict.fromkeys((*ours, *theirs))
+        if ours.get(path) != theirs.get(path) and path[-1] not in _OF_NO_EFFECT
+    ]
+    if said:
+        yield f"config.json differs: {'; '.join(said[:_SHOWN])}{and_more(said, _SHOWN)}"
 
 
 def _example(read: Known) -> tuple[str, dict[str, Any]]:
