@@ -13,6 +13,8 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config.pipeline.companions import Copied, said_in_left
+from tp_hf_config.pipeline.source import find_source
 
 
 def step(model: nn.Module, *fields: str) -> Any:
@@ -132,6 +134,27 @@ def test_sentence_transformers_pooling(tmp_path: Path) -> None:
     assert (again.encode("a b") == model.encode("a b")).all()
 
 
+def test_numbers_in_files_that_a_pruned_folder_leaves_behind_are_told(tmp_path: Path) -> None:
+    files = {
+        "1_Pooling/config.json": '{"word_embedding_dimension": 384, "deep": {"also": [384, true]}}',
+        "modules.json": '[{"idx": 0, "path": ""}]',
+        "broken.json": "{",
+        "nested.json": "[" * 100_000,
+        "notes.txt": "384",
+    }
+    (tmp_path / "1_Pooling").mkdir()
+    for name, text in {**files, "config.json": "{}", "of-others": '{"width": 384}'}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "link.json").symlink_to(tmp_path / "of-others")
+    left = Copied((), (*files, "link.json"))
+    fields = {"hidden_size": (384, 300), "intermediate_size": (1536, 1152)}
+    says = "1_Pooling/config.json was not copied; its {} says 384, as hidden_size did: where it "
+    assert said_in_left(find_source(str(tmp_path)), left, fields) == tuple(
+        says.format(key) + "goes along by hand and means the same, write 300"
+        for key in ("word_embedding_dimension", "deep.also[0]")
+    )
+
+
 # Fields that mirror another one
 
 
@@ -149,8 +172,10 @@ class TwiceConfig(BroadConfig):
 
     model_type = "twice"
 
-    def __init__(self, emb_size: int = 16, **kwargs: Any):
+    def __init__(self, emb_size: int = 0, **kwargs: Any):
         super().__init__(**kwargs)
+        if kwargs and not emb_size:
+            raise ValueError("emb_size is needed")
         self.emb_size = emb_size
 
 

@@ -55,8 +55,11 @@ def mirrored(
 
 
 def _every(builder: Builder, data: dict[str, Any]) -> dict[str, Any]:
-    """A config's JSON with every default."""
-    return config_json(builder.config(data), use_diff=False)
+    """A config's JSON with every default; nothing where the class refuses it."""
+    try:
+        return config_json(builder.config(data), use_diff=False)
+    except Exception:  # as in Builder.build
+        return {}
 
 
 def _without(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:

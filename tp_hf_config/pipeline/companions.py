@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.building import entries
 from ..errors import PipelineError
+from ..reference import field_name
 from .source import Source, tokenizer_of
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ _BELONG = (
     "LICENSE*",
     "NOTICE*",
 )
+_SMALL = 2**20  # bytes; a file of settings is smaller
 _WRITTEN_ANEW = ("config.json", "generation_config.json", "README.md", "*.index.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
 
@@ -72,6 +77,30 @@ def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copi
         shutil.copyfile(path, out / name)
         copied.append(name)
     return Copied(tuple(copied), tuple(left))
+
+
+def said_in_left(
+    source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
+) -> tuple[str, ...]:
+    """Numbers in files that did not go along which a field of the config had (pooling's width)."""
+    was = {old: (name, new) for name, (old, new) in reversed(list(fields.items()))}
+    notes = []
+    for file in copied.left if source.folder else ():
+        path = Path(source.place, file)
+        if path.suffix != ".json" or path.is_symlink() or path.stat().st_size > _SMALL:
+            continue
+        try:
+            numbers = list(entries(json.loads(path.read_bytes())))
+        except (OSError, ValueError, RecursionError):
+            continue
+        for key, value in numbers:
+            if type(value) is int and value in was:
+                name, new = was[value]
+                notes.append(
+                    f"{file} was not copied; its {field_name(key)} says {value}, as {name} did: "
+                    f"where it goes along by hand and means the same, write {new}"
+                )
+    return tuple(notes)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

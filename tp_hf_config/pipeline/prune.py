@@ -23,8 +23,8 @@ from .asked import check_asked
 from .calibration import Objective, Text, objective_of, shuffled, takes_text, windows_of
 from .card import card
 from .checks import check_device, check_plan, dtype_of
-from .companions import copy_companions
-from .job import Importance, Job, Pruned
+from .companions import copy_companions, said_in_left
+from .job import Importance, Job, Pruned, changed
 from .output import new_folder
 from .planned import planned
 from .progress import Progress, Silent
@@ -124,6 +124,7 @@ def _written(
     proof = prove_roundtrip(model, work)
     notes = [*loaded.notes, *plan.notes, *(note for report in reports for note in report.notes)]
     notes += left
+    notes += said_in_left(job.source, copied, changed(reports))
     result = Pruned(
         type(model).__name__,
         job.out,
