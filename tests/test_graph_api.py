@@ -1436,3 +1436,37 @@ def test_a_traced_graph_does_not_cut_what_was_disproved():
     pruner.step()
     assert hook.last_report is not None
     assert hook.last_report.fields == {"intermediate_size": (96, 72)}
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+def test_a_group_of_layers_that_no_importance_looks_at_goes_by_size(norm: str):
+    # relative attention without its kinds of positions: an embedding as wide that nothing reads
+    torch.manual_seed(0)
+    config = hf.DebertaV2Config(
+        vocab_size=24,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        relative_attention=True,
+        pos_att_type=None,
+        norm_rel_ebd=norm,
+    )
+    model = hf.DebertaV2Model(config).eval()
+    table = model.encoder.rel_embeddings.weight.detach().clone()
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=("hidden_size",)),
+        importance=Importance(),
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        hooks=[hook],
+    )
+    pruner.step()
+    pruner.step()
+    assert model.config.hidden_size == 16
+    left = model.encoder.rel_embeddings.weight
+    assert left.shape == (1024, 16)
+    largest = table.norm(dim=0).topk(16).indices.sort().values
+    assert torch.equal(left, table[:, largest])

@@ -304,13 +304,26 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         """Importance of a group's units, from that of its layers' channels.
 
         Importances add up what falls on one channel of the first layer; a unit that is several
-        channels wide (a head) has the mean of its channels', as Torch-Pruning's heads have.
+        channels wide (a head) has the mean of its channels', as Torch-Pruning's heads have.  Where
+        there is no layer that importances look at (an embedding that nothing reads), size decides.
         """
         if group.coupled.root is not None:
             return importance(group)
+        if not group.coupled.ranked:
+            return self._sizes(group.coupled)
         side = group.coupled.ranked[0]
         values = importance(self._channel_group(group.coupled, side))
         return None if values is None else values.view(side.table.shape).mean(1)
+
+    def _sizes(self, coupled: Coupled) -> torch.Tensor:
+        """The norm of what each unit holds."""
+        squares = torch.zeros(coupled.units.count)
+        for side in coupled.sides:
+            for member in side.members:
+                values = tensor(self.pretrained, member.name).detach().movedim(member.dim, 0)
+                channels = values.reshape(len(values), -1).float().square().sum(1).cpu()
+                squares += channels[side.table.cpu()].sum(1)
+        return squares.sqrt()
 
     def _channel_group(self, coupled: Coupled, root: Side) -> ConfigGroup:
         """A group in which every channel of the root's units counts by itself."""
