@@ -12,6 +12,7 @@ from torch import nn
 from tp_hf_config.miniature import randomise
 from tp_hf_config.reach import unreached_by, working_inputs
 from tp_hf_config.reference import Refusal
+from tp_hf_config.twins import Dim, TwinTest
 
 _LAYER: dict[str, Any] = {
     "hidden_size": 16,
@@ -88,3 +89,26 @@ def test_what_reaches_something_else_is_not_taken() -> None:
     working = working_inputs(_Either().double())
     assert not isinstance(working, Refusal)
     assert list(working[0]) == ["input_ids"]
+
+
+class _Codes(nn.Module):
+    """What it gives are numbers of codes, which have no gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = hf.BertConfig(vocab_size=9)
+        self.table, self.layer = nn.Embedding(9, 4), nn.Linear(4, 6)
+
+    def forward(self, input_ids: Any) -> torch.Tensor:
+        return self.layer(self.table(input_ids)).argmax(-1)
+
+
+def test_outputs_without_gradients_reach_nothing() -> None:
+    model = _Codes().double()
+    working = working_inputs(model)
+    assert not isinstance(working, Refusal)
+    assert unreached_by(model, working[0]) == {"table.weight", "layer.weight", "layer.bias"}
+    test = TwinTest(model, working[0], 6)
+    links = test.links([Dim("layer.weight", 0), Dim("layer.bias", 0)])
+    assert links.groups == ()
+    assert test.unused(["layer.weight"])

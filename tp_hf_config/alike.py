@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .twins import Layout
+from torch import nn
+
+from .reference import shapes
+from .twins import Dim, Layout
 
 if TYPE_CHECKING:
     from .proofs import Group
@@ -68,6 +71,85 @@ def all_alike(groups: tuple[Group, ...], finer: tuple[Group, ...]) -> tuple[Grou
         parts = (other.units, other.classes, other.grain)
         kinds.setdefault(_kind(group), set()).add(parts)
     return tuple(other if len(kinds[_kind(group)]) == 1 else group for group, other in pairs)
+
+
+def in_parts_alike(
+    model: nn.Module, groups: Sequence[Group], unused: Sequence[Dim]
+) -> tuple[list[Group], list[Dim]]:
+    """Put dimensions of parts that nothing goes through where those of like parts are.
+
+    No token goes to most of NLLB-MoE's experts.  Parts of one list that are of one class, with the
+    same tensors and settings, compute the same of their weights, whether a token goes to them or
+    not.
+
+    Returns:
+        The groups, and the dimensions that are in no such part.
+    """
+    by_part: dict[str, list[Dim]] = {}
+    for dim in unused:
+        by_part.setdefault(_part_of_list(model, dim.name), []).append(dim)
+    merged, left = list(groups), list[Dim]()
+    for part, dims in by_part.items():
+        like = (
+            other
+            for other in _beside(model, part)
+            if other not in by_part and _built(model, other) == _built(model, part)
+        )
+        added = (_as_in(merged, other, part, dims) for other in like)
+        more = next((one for one in added if one is not None), None)
+        merged, left = (merged, left + dims) if more is None else (more, left)
+    return merged, left
+
+
+def _part_of_list(model: nn.Module, name: str) -> str:
+    """The innermost part of a list or dictionary that a parameter is in; empty: none."""
+    path = name.rpartition(".")[0]
+    while path:
+        above = path.rpartition(".")[0]
+        if isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
+            return path
+        path = above
+    return ""
+
+
+def _beside(model: nn.Module, part: str) -> list[str]:
+    """The parts of the same list."""
+    above = part.rpartition(".")[0]
+    children = model.get_submodule(above).named_children() if part else ()
+    return [f"{above}.{key}" for key, _ in children]
+
+
+def _built(model: nn.Module, part: str) -> list[object]:
+    """What has to be the same of parts that compute the same."""
+    plain = (bool, int, float, str, type(None))
+    found: list[object] = [sorted(shapes(model.get_submodule(part)).items())]
+    for name, module in model.get_submodule(part).named_modules():
+        settings = {key: value for key, value in vars(module).items() if isinstance(value, plain)}
+        found += [name, type(module), settings]
+    return found
+
+
+def _as_in(
+    groups: Sequence[Group], like: str, part: str, dims: Sequence[Dim]
+) -> list[Group] | None:
+    """The groups with a part's dimensions as a like part has them; ``None``: it has others."""
+    result: list[Group] = []
+    placed: set[tuple[str, int]] = set()
+    for group in groups:
+        inside = [
+            (replace(dim, name=f"{part}.{dim.name.removeprefix(f'{like}.')}"), source)
+            for dim, source in zip(group.dims, group.sources, strict=True)
+            if dim.name.startswith(f"{like}.")
+        ]
+        placed |= {(dim.name, dim.dim) for dim, _ in inside}
+        alone = len(inside) == len(group.dims)
+        own = [] if alone else list(zip(group.dims, group.sources, strict=True))
+        result += [group] if alone or not inside else []
+        if inside:
+            every = own + inside
+            sources = tuple(source for _, source in every)
+            result.append(replace(group, dims=tuple(dim for dim, _ in every), sources=sources))
+    return result if placed == {(dim.name, dim.dim) for dim in dims} else None
 
 
 def _kind(group: Group) -> _Kind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -264,11 +264,12 @@ def _real_classes(group: Group, mini: Miniature, known: ConfigMap) -> set[int]:
         found = {full_values.get(path, 0) for path in counted_by(group, mini)}
     if found:
         return found
+    layers = {dim.name.rpartition(".")[0] for dim in group.dims}
     if group.grain == 1:
-        return _real_counts(group.classes, mini, known)
+        return _real_counts(group.classes, mini, known, layers)
     moving = mini.known.values | mini.known.silent
     fields = {full_values.get(path, 0) for path, n in moving.items() if n == group.classes}
-    return fields | _real_counts(group.classes, mini, known)
+    return fields | _real_counts(group.classes, mini, known, layers)
 
 
 def _splits_beside(group: Group, mini: Miniature) -> bool:
@@ -323,7 +324,7 @@ def _real_layout(
         return f"{name}: dimension {dim.dim} holds no whole units at full size"
     blocks = dim.layout.blocks
     if blocks > 1:
-        found = _real_counts(blocks, mini, known)
+        found = _real_counts(blocks, mini, known, (name.rpartition(".")[0],))
         if len(found) != 1:
             return f"{name}: blocks of the tiny copy cannot be told at full size"
         (blocks,) = found
@@ -334,15 +335,24 @@ def _real_layout(
     return Layout(parts, int(run), blocks, rest if dim.layout.offset else 0, int(gap))
 
 
-def _real_counts(count: int, mini: Miniature, known: ConfigMap) -> set[int]:
-    """What a number of heads in the tiny copy is in the real model."""
+def _real_counts(
+    count: int, mini: Miniature, known: ConfigMap, layers: Collection[str]
+) -> set[int]:
+    """What a number of heads in the tiny copy is in the real model.
+
+    The heads of some layers, or of those beside them, tell first: another tower may have as many in
+    the tiny copy, and another number at full size.
+    """
+    around = {layer.rpartition(".")[0] for layer in layers}
+    near: set[int] = set()
     found: set[int] = set()
     for layer, splits in mini.known.layout.heads.items():
         real = known.layout.heads.get(known.depth.canonical(layer), ())
         for tiny, full in zip(splits, real, strict=False):
             if tiny[0] == count:
                 found.add(full[0])
-    return found or _kept_numbers(count, mini, known)
+                near |= {full[0]} if layer.rpartition(".")[0] in around else set()
+    return near or found or _kept_numbers(count, mini, known)
 
 
 def _kept_numbers(count: int, mini: Miniature, known: ConfigMap) -> set[int]:

@@ -44,16 +44,19 @@ from .twins import Dim, Layout, Links, TwinTest
 def find_groups(mini: Miniature) -> list[Finding]:
     """Find the groups of every field of a class, and of the fields that only go together."""
     known = mini.known
-    findings = [
+    singly = [
         _find(mini, (path,))
         for path in known.values
         if path not in known.linked | known.bound and _sets_outputs(mini, path)
     ]
-    apart = {f.fields[0]: f.apart for f in findings if f.reason is not None}
+    apart = {f.fields[0]: f.apart for f in singly if f.reason is not None}
     failed = set(apart)
+    findings = [_rehearsed(mini, finding) for finding in singly]
+    refused = {f.fields[0] for f in findings if f.reason is not None} - failed
+    stuck = failed | {path for path in refused if not _takes_less(known, path)}
     equal = [*equal_fields(known, failed), *equal_together(known, failed)]
     tried: set[frozenset[FieldPath]] = set()
-    for fields in chain(equal, grouped_heads(known, failed), heads_with_width(known, failed)):
+    for fields in chain(equal, grouped_heads(known, stuck), heads_with_width(known, stuck)):
         if frozenset(fields) not in tried:
             tried.add(frozenset(fields))
             alone = [apart[path] for path in fields if path in apart]
@@ -73,7 +76,15 @@ def find_groups(mini: Miniature) -> list[Finding]:
                 several.append(_find(mini, (*fields[:-1], *pair)))
         findings.append(several[-1] if several[-1].reason is None else several[0])
     findings += [_in_proportion(mini, fields) for fields in proportional(known)]
-    return [_rehearsed(mini, finding) for finding in findings]
+    together = findings[len(singly) :]
+    return findings[: len(singly)] + [_rehearsed(mini, finding) for finding in together]
+
+
+def _takes_less(known: ConfigMap, path: FieldPath) -> bool:
+    """Whether the class is built with less of a field alone: three quarters, half, one less."""
+    value = known.values[path]
+    tried = {value * 3 // 4, value // 2, value - 1} - {0}
+    return any(not isinstance(known.build_at({path: less}), Refusal) for less in tried)
 
 
 def _in_proportion(mini: Miniature, fields: tuple[FieldPath, ...]) -> Finding:
@@ -95,7 +106,7 @@ def _scales(group: Group) -> bool:
 def _rehearsed(mini: Miniature, finding: Finding) -> Finding:
     """The finding, refused where the class built smaller does not compute what is left."""
     reason = rehearse(mini, finding) if finding.reason is None else None
-    return finding if reason is None else Finding(finding.fields, reason=reason, disproved=True)
+    return finding if reason is None else replace(finding, reason=reason, disproved=True)
 
 
 def _sets_outputs(mini: Miniature, path: FieldPath) -> bool:

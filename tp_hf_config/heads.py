@@ -24,6 +24,7 @@ from .states import look_for_states, states_of
 
 _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
+_TAKES = (torch.Tensor.unbind, torch.unbind, torch.Tensor.select, torch.select)
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
@@ -179,6 +180,24 @@ def _among(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int | None:
     return None
 
 
+def _takes_apart(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> bool:
+    """Whether a function takes the last axis of a tensor apart into its single entries.
+
+    What is split so was no heads but pairs: gate and up beside each other, for each unit.
+    """
+    tensor = args[0]
+    if func in _TAKES:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        return dim in (-1, tensor.ndim - 1)
+    if func in _CHUNKS:
+        return all(part.shape == (*tensor.shape[:-1], 1) for part in output)
+    if func is torch.Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        whole = len(index) == tensor.ndim or (len(index) > 1 and index[0] is Ellipsis)
+        return whole and type(index[-1]) is int
+    return False
+
+
 class _Watch(NoValues):
     """Follows each projection's output until it is taken apart."""
 
@@ -187,12 +206,14 @@ class _Watch(NoValues):
         self._splits: dict[tuple[str, int], tuple[int, ...]] = {}
         self.pieces: dict[str, list[int]] = {}
         self._per_head: set[str] = set()
+        self._pairs: set[tuple[str, int]] = set()
         self.outputs: set[str] = set()
         self.steps = 0
         self.called: set[str] = set()
         self.alone = 0
         # tensors are kept, so that ids stay unique; piece -1 is the whole output, -2 its split
         self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
+        self._halves: dict[int, tuple[str, int, torch.Tensor]] = {}  # split in two axes
 
     def hook(self, name: str) -> Any:
         def remember(module: nn.Module, args: Any, output: Any) -> None:
@@ -244,6 +265,10 @@ class _Watch(NoValues):
         # a norm's weight stands before what it scales (OLMo 2's queries)
         tensors.sort(key=lambda tensor: id(tensor) not in self._source)
         known = self._source.get(id(tensors[0])) if tensors else None
+        split = self._halves.get(id(args[0])) if args else None
+        if split is not None and _takes_apart(func, args, kwargs or {}, output):
+            self._pairs.add(split[:2])
+            self._splits.pop(split[:2], None)
         if known is not None:
             self._note(known[0], known[1], tensors, func, output)
         return output
@@ -256,8 +281,10 @@ class _Watch(NoValues):
             tail = feature_split(tuple(output.shape), tuple(before.shape))
             if piece != -1 and output.shape == (*before.shape[:-1], 1, before.shape[-1]):
                 tail = (1, before.shape[-1])  # fused query, key and value with one key/value head
-            if tail is not None:
+            if tail is not None and (name, piece) not in self._pairs:
                 self._splits.setdefault((name, piece), tail)
+                if len(tail) == 2:
+                    self._halves[id(output)] = (name, piece, output)
                 if piece == -1 and len(splits := _by_piece(tail)) > 1:
                     self.pieces.setdefault(name, [math.prod(split) for split in splits])
                     self._source[id(output)] = (name, -2, output)

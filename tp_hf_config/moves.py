@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .solve import Observable
@@ -58,6 +59,29 @@ def on_a_line(base: Sizes, value: int, one: Move, two: Move) -> bool:
         for key in one.sizes.keys() & two.sizes.keys()
         if one.sizes[key] and two.sizes[key]
     )
+
+
+def further(base: Sizes, value: int, points: Sequence[Move], then: int) -> Sizes | None:
+    """The sizes at a value that the class does not take, on the lines through those that it does.
+
+    ``None``: they are on no lines, or not on whole numbers there.
+
+    Args:
+        base: the sizes where the field has its own value.
+        value: that value.
+        points: the field's moves.
+        then: the other value.
+    """
+    first, *others = points
+    if not all(on_a_line(base, value, first, other) for other in others):
+        return None
+    found: Sizes = {}
+    for key, size in first.sizes.items():
+        more, left = divmod((size - base[key]) * (then - value), first.value - value)
+        if left or not size:
+            return None
+        found[key] = base[key] + more
+    return found
 
 
 def is_rounded(base: Sizes, value: int, one: Move, two: Move) -> bool:

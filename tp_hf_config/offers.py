@@ -244,7 +244,7 @@ def single_positions(group: WidthGroup, known: ConfigMap) -> bool:
     canonical = known.depth.canonical
     mine = {(canonical(member.name), member.dim) for member in group.members}
     inputs = set() if isinstance(done.mini, Refusal) else done.mini.states.keys()
-    for tiny in (tiny for finding in done.findings for tiny in finding.groups):
+    for tiny in (tiny for f in done.findings if not f.disproved for tiny in f.groups):
         sizes = {dim.layout.parts * dim.layout.run for dim in tiny.dims}
         places = {(canonical(d.name), d.dim) for d in tiny.dims if d.name not in inputs}
         fused = len({(dim.name, dim.dim) for dim in tiny.dims}) < len(tiny.dims)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .alike import as_in_like_layers
+from .alike import as_in_like_layers, in_parts_alike
 from .reference import FieldPath
 from .search import Places, places_of
 from .twins import Dim, Layout, Links, TwinTest
@@ -87,6 +87,9 @@ def proved(
         by_field = tuple(sources[dim] for dim in group)
         groups.append(Group(fields, tuple(group), by_field, test.units, classes))
     groups = as_in_like_layers(groups)
+    along = tuple(dim.name for dim in homeless)
+    if homeless and test.unused(along):
+        groups, homeless = in_parts_alike(test.model, groups, homeless)
     stream = _stream(test, homeless, groups) if homeless else None
     if homeless and stream is None:
         reason = f"the outputs do not depend on {named(homeless)}"
@@ -97,7 +100,7 @@ def proved(
         own = groups[stream]
         more = tuple(sources[dim] for dim in homeless)
         groups[stream] = replace(own, dims=(*own.dims, *homeless), sources=(*own.sources, *more))
-    return Finding(fields, tuple(groups), along=tuple(dim.name for dim in homeless))
+    return Finding(fields, tuple(groups), along=along)
 
 
 def second_look(
@@ -157,7 +160,9 @@ def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> i
     The token of a mask that was not given (DINOv2), a tensor of none of them (DINOv3), a layer that
     no code reads (Qwen2.5-Omni's table, MarkupLM's projection): where a single group of the width
     is of free channels, the residual stream, they can only be of that one, channel by channel.  The
-    stream is what norms belong to.
+    stream is what norms belong to.  Of several (MBart's encoder and decoder have each their own
+    table, which ``shared`` is not), a layer that no code reads is as good with any: it goes with
+    the first that has a tensor of its shape.
     """
     sizes = {dim.layout for dim in unused}
     whole = all(_fills(test.parameters[dim.name], dim, test.units) for dim in unused)
@@ -169,15 +174,27 @@ def _stream(test: TwinTest, unused: Sequence[Dim], groups: Sequence[Group]) -> i
         and any(d.layout in sizes and _is_vector_alone(test.model, d.name) for d in group.dims)
     ]
     vectors = all(_is_of_vectors(test, dim) for dim in unused)
+    if len(streams) > 1 and all(is_unread(test.model, _layer(dim)) for dim in unused):
+        shapes = _shapes(test, unused)
+        streams = [place for place in streams if shapes <= _shapes(test, groups[place].dims)][:1]
     alone = len(streams) == 1 and plain and vectors and test.unused(dim.name for dim in unused)
     return streams[0] if alone else None
 
 
+def _shapes(test: TwinTest, dims: Sequence[Dim]) -> set[tuple[int, torch.Size]]:
+    """Which axes of tensors of which shapes there are among some dimensions."""
+    return {(dim.dim, test.parameters[dim.name].shape) for dim in dims}
+
+
+def _layer(dim: Dim) -> str:
+    return dim.name.rpartition(".")[0]
+
+
 def _is_of_vectors(test: TwinTest, dim: Dim) -> bool:
     """Whether a dimension is its parameter's only one, or of a layer that no code reads."""
-    parameter, layer = test.parameters[dim.name], dim.name.rpartition(".")[0]
+    parameter = test.parameters[dim.name]
     vector = parameter.numel() in (0, max(parameter.shape))
-    return vector or is_unread(test.model, layer)
+    return vector or is_unread(test.model, _layer(dim))
 
 
 def _fills(parameter: torch.Tensor, dim: Dim, units: int) -> bool:

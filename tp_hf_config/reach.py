@@ -101,8 +101,10 @@ def unreached_by(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
     """The parameters that the outputs do not depend on."""
     with AllFloat64():
         outputs = [t for t in tensors_in(outputs_of(model, inputs)) if t.requires_grad]
-    total = torch.stack([tensor.sum() for tensor in outputs]).sum()
     names, parameters = zip(*model.named_parameters(), strict=True)
+    if not outputs:  # numbers of codes (WavTokenizer's encoder): they have no gradients
+        return set(names)
+    total = torch.stack([tensor.sum() for tensor in outputs]).sum()
     grads = torch.autograd.grad(total, parameters, allow_unused=True)
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
 

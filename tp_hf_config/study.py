@@ -18,7 +18,7 @@ from .at_once import each_of, may_matter, show_heads, without_effect
 from .depth import Depth
 from .fields import is_everyones
 from .heads import Layout, counts_of, observe
-from .moves import UNSET_PROBES, Move, Sizes, blind, is_rounded, on_a_line, probes_of
+from .moves import UNSET_PROBES, Move, Sizes, blind, further, is_rounded, on_a_line, probes_of
 from .reference import (
     Builder,
     FieldPath,
@@ -380,7 +380,10 @@ class Study:
                     continue
                 seen = [point.sizes for point in points if point.value == both[partner]]
                 alone = seen[0] if seen else self.at({partner: both[partner]}, watch=False)
-                if not isinstance(alone, dict):
+                if isinstance(alone, Refusal):  # only a little more is taken alone (Phi-3)
+                    alone = further(self.base, values[partner], points, both[partner])
+                    together = self.at(both)  # heads too: no move of the field alone shows them
+                if not isinstance(alone, dict) or not isinstance(together, dict):
                     continue
                 sizes = {
                     key: size + together.get(key, size) - alone.get(key, size)

@@ -203,8 +203,11 @@ class TwinTest:
         asked = [parameter for parameter in asked if parameter.numel()]
         if not all(parameter.requires_grad for parameter in asked):
             return False  # buffers: not seen this way
-        total = torch.stack([output.sum() for output in self.outputs()]).sum()
-        grads = torch.autograd.grad(total, asked, allow_unused=True) if asked else ()
+        outputs = self.outputs()
+        if not asked or not outputs:
+            return True
+        total = torch.stack([output.sum() for output in outputs]).sum()
+        grads = torch.autograd.grad(total, asked, allow_unused=True)
         return all(grad is None for grad in grads)
 
     def permutation_error(self, dims: Sequence[Dim], order: Sequence[int]) -> float:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
+_MAKERS = ("__init__",)
+_ACCESSORS = ("get_input_embeddings", "set_input_embeddings")
+"""What hands a layer over runs nothing, as long as nobody asks for it (MBart's ``shared``)."""
+
 
 def is_unread(model: nn.Module, layer: str) -> bool:
-    """Whether a layer's attribute is named where it is made, and nowhere else.
+    """Whether a layer's attribute is named where it is made or handed over, and nowhere else.
 
     Looked for in all code of the Python modules that the model's classes are defined in.
     """
@@ -25,11 +29,15 @@ def is_unread(model: nn.Module, layer: str) -> bool:
 @cache
 def _named_in(source: str) -> frozenset[str]:
     """All that the code of a Python module names, without what makes its objects."""
-    functions = _functions(sys.modules[source], source)
+    functions = [f for f in _functions(sys.modules[source], source) if f.__name__ not in _MAKERS]
+    named = _names([f for f in functions if f.__name__ not in _ACCESSORS])
+    return named | _names([f for f in functions if f.__name__ in named.intersection(_ACCESSORS)])
+
+
+def _names(functions: Iterable[FunctionType]) -> frozenset[str]:
     return frozenset(
         name
         for function in functions
-        if function.__name__ != "__init__"
         for code in _codes(function.__code__)
         for name in (*code.co_names, *(c for c in code.co_consts if isinstance(c, str)))
     )
