@@ -80,6 +80,34 @@ def test_widths_that_are_not_said_outside_leave_it_alone() -> None:
     assert (model[1].width, model[0].longest, report.notes) == (32, 32, [])
 
 
+def test_a_holder_without_a_length_and_one_that_is_gone() -> None:
+    class Compiled(nn.Module):
+        """As torch.compile wraps a model."""
+
+        def __init__(self, body: Any):
+            super().__init__()
+            self.body, self.width = body, 32
+
+        def __len__(self) -> int:
+            raise TypeError("no length")
+
+    model = small.bert()
+    holder, gone = Compiled(model), Compiled(model)
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=("hidden_size",)),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        hooks=[hook],
+    )
+    del gone
+    pruner.step()
+    assert hook.last_report is not None
+    assert hook.last_report.notes == [outside("Compiled.width", "Compiled", 32, 24)]
+    assert holder.width == 32
+
+
 def test_what_is_followed_is_taken_back_where_a_write_fails(monkeypatch: Any) -> None:
     model = Embedder(small.bert())
     hook = HFConfigSyncHook()

@@ -92,7 +92,9 @@ class Beside:
 
     def _outside(self) -> Iterator[tuple[str, nn.Module]]:
         inside = {id(module) for module in self._model.modules()}
-        for holder in filter(None, (ref() for ref in self._holders)):
+        for holder in (ref() for ref in self._holders):
+            if holder is None:  # gone
+                continue
             first = "" if holder is self._pruned else type(holder).__name__
             for name, module in holder.named_modules():
                 if id(module) not in inside:
