@@ -544,6 +544,50 @@ class TestTarget:
         assert 0.97 * result.target < result.after.parameters <= result.target
         assert f"target of {result.target:,} parameters" in str(result)
 
+    @pytest.mark.parametrize(
+        ("settings", "why", "other", "parameters"),
+        [
+            (
+                {"target_params": 60_000},
+                "2,160 fewer, as units are whole and one ratio holds for all: intermediate_size "
+                "104 alone would leave 58,128 (a ratio of its own: intermediate_size=0.1875)",
+                {"pruning_ratio": 0.19, "ratios": {"intermediate_size": 0.1875}},
+                58_128,
+            ),
+            (
+                {"target_params": 70_000, "prune": ["intermediate_size"]},
+                "176 fewer, as units are whole: intermediate_size 85 would already leave 70,208",
+                {"pruning_ratio": 43 / 128},
+                70_208,
+            ),
+        ],
+    )
+    def test_why_it_is_not_the_number(
+        self, settings: dict[str, Any], why: str, other: dict[str, Any], parameters: int
+    ) -> None:
+        """And what is said of other widths is so."""
+        model = tiny.build("llama-gqa")
+        result = plan(model, **settings)
+        assert result.after is not None
+        assert result.why_not_exactly == why
+        line = next(one for one in str(result).splitlines() if one.startswith("target of"))
+        assert line.startswith(
+            f"target of {result.target:,} parameters: {result.after.parameters:,} at one ratio of "
+        )
+        assert line.endswith(f"; {why}")
+        assert result.to_dict()["why_not_exactly"] == why
+        prune = list(result.values)
+        wider = plan(model, prune=prune, **other)
+        assert wider.after is not None
+        assert wider.after.parameters == parameters
+
+    def test_exactly_the_number(self) -> None:
+        model = tiny.build("llama-gqa")
+        reached = plan(model, target_params=60_000).after
+        assert reached is not None
+        result = plan(model, target_params=reached.parameters)
+        assert (result.after, result.why_not_exactly) == (reached, None)
+
     def test_a_number(self) -> None:
         assert plan(SMOLLM2, target_params=100_000_000).target == 100_000_000
 

@@ -91,6 +91,7 @@ def footnotes(plan: Plan) -> list[str]:
             f"target of {plan.target:,} parameters: {plan.after.parameters:,} at one ratio of "
             f"{plan.settings.pruning_ratio:g}"
             + "".join(f", {name} {ratio:g}" for name, ratio in plan.settings.ratios.items())
+            + ("" if plan.why_not_exactly is None else f"; {plan.why_not_exactly}")
         )
     lines += plan.adjusted
     lines += [f"stays: {name}: {reason}" for name, reason in plan.kept.items()]

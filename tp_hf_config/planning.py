@@ -24,7 +24,7 @@ from .plans import Plan, PlannedRefusal, PlannedWidth, Scheduler, Settings
 from .reference import FieldPath, Refusal, field_name
 from .shortfall import shortfalls
 from .sizes import ParameterCount, Size, size_of
-from .target import course_to
+from .target import course_to, why_not_exactly
 from .unbuilt import model_of
 from .widths import WidthView
 
@@ -180,13 +180,14 @@ def _plan(
     full, before, notes = _sized(known, {})
     if full is None or before is None:
         raise UnsupportedModelError("the class does not build its own config")  # map_of has
-    target = None
+    target, fewer = None, None
     if target_params is not None:
         target = int(target_params * (before.parameters if target_params <= 1 else 1))
         count = ParameterCount(known, full)
         heads = {width.fields for width in chosen.heads if not settings.head_pruning_ratio}
         free = [m for m in course.moves if not m.clamped or m.fields in heads]
         course = course_to(course, free, count, target)
+        fewer = why_not_exactly(course, free, count, target)
         settings = _settings_of(course, settings, heads)
     values = course.steps()[-1]
     _, after, _ = _sized(known, values)
@@ -210,6 +211,7 @@ def _plan(
         refusal=planned_refusal(course),
         adjusted=(*map(adjusted_line, course.adjusted), *shortfalls(course)),
         target=target,
+        why_not_exactly=fewer,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
         notes=(*notes, *_handed(chosen)),
         _live=weakref.ref(source) if live else lambda: None,

@@ -138,6 +138,7 @@ class Plan:
             of which less goes than their ratio says, and why.
         refusal: why the settings cannot be carried out; ``None`` where they can.
         target: how many parameters were asked for, if any were.
+        why_not_exactly: why fewer are left; ``None``: as many are, or none were asked for.
         tokens: FLOPs are counted for each token; else for each input (an image, a recording).
         notes: what else the user should know.
     """
@@ -151,6 +152,7 @@ class Plan:
     refusal: PlannedRefusal | None
     adjusted: tuple[str, ...] = ()
     target: int | None = None
+    why_not_exactly: str | None = None
     tokens: bool = True
     notes: tuple[str, ...] = ()
     _live: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
@@ -232,6 +234,7 @@ class Plan:
             "refusal": None if self.refusal is None else self.refusal.to_dict(),
             "adjusted": list(self.adjusted),
             "target_parameters": self.target,
+            "why_not_exactly": self.why_not_exactly,
             "notes": list(self.notes),
         }
         return dated(found)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 
 from .course import Course, Move
+from .reference import field_name
 from .sizes import ParameterCount
 
 _HALVINGS, _TRIES, _DIGITS = 40, 32, (2, 3, 4, 5, 6)
@@ -50,6 +51,40 @@ def course_to(course: Course, moves: Sequence[Move], count: ParameterCount, targ
         f"target_params={target:,}: the class takes no widths near one ratio of {high:.3f}. Set "
         "ratios= for each, or leave one out (prune=)."
     )
+
+
+def why_not_exactly(
+    course: Course, moves: Sequence[Move], count: ParameterCount, target: int
+) -> str | None:
+    """Why a course to a target leaves fewer parameters than that; ``None``: it does not.
+
+    A width that could keep one unit more and stay within the target is named with the ratio that
+    keeps it; else the one that comes nearest above.
+    """
+    reached = count.at(course.steps()[-1])
+    if reached == target:
+        return None
+    wider = []
+    for move in moves:
+        now = next(one for one in course.moves if one.fields == move.fields)
+        kept, reachable = course.units(now)[0][-1], course.reachable(move)
+        if move.clamped or kept + reachable.step > reachable[-1]:  # heads have one ratio
+            continue
+        ratio = move.amounts[0].ratio_for(kept + reachable.step, move.counts)
+        other = course.at({move.fields: ratio})
+        if other.taken() and count.at(other.steps()[-1]) > reached:
+            values = other.steps()[-1]
+            said = ", ".join(f"{field_name(path)} {values[path]:,}" for path in move.fields)
+            wider.append((count.at(values), said, f"{field_name(move.fields[0])}={ratio:g}"))
+    fewer = f"{target - reached:,} fewer, as units are whole"
+    within = max((one for one in wider if one[0] <= target), default=None)
+    if within is not None:
+        return (
+            f"{fewer} and one ratio holds for all: {within[1]} alone would leave {within[0]:,} "
+            f"(a ratio of its own: {within[2]})"
+        )
+    above = min(wider, default=None)
+    return fewer if above is None else f"{fewer}: {above[1]} would already leave {above[0]:,}"
 
 
 def _one_head_ratio(course: Course, moves: Sequence[Move]) -> bool:
