@@ -194,7 +194,7 @@ class HFConfigSyncHook:
 
     def after_step(self, pruner: Any) -> None:
         """Called after every step of the pruner."""
-        self.sync()
+        self._sync(stepped=True)
 
     def sync(self) -> SyncReport:
         """Bring the config in step with the weights, now.
@@ -206,6 +206,10 @@ class HFConfigSyncHook:
             ConfigSyncError: no config of this class says what the weights are. Nothing is written
                 then; pruning can go on and sync later.
         """
+        return self._sync(stepped=False)
+
+    def _sync(self, stepped: bool) -> SyncReport:
+        """Sync; after a step that pruned nothing, the report says why."""
         if self._follower is None or self._recorder is None:
             raise ValueError(
                 "this HFConfigSyncHook is attached to no pruner: pass it as hooks=[hook] or call "
@@ -217,6 +221,8 @@ class HFConfigSyncHook:
         try:
             outcome = self._follower.follow(groups)
             outcome["notes"] = [*self._told_once(), *outcome["notes"], *self._adjusted()]
+            if stepped and not groups and self._steering is not None:
+                outcome["notes"].append(f"nothing was pruned: {self._steering.why_nothing()}")
         except ConfigSyncError as error:
             failed, outcome = error, {"error": str(error)}
         before, self._parameters = self._parameters, self._follower.model.num_parameters()

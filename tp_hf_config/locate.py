@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from .errors import UnsupportedModelError
@@ -18,9 +19,13 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
 
     Raises:
         UnsupportedModelError: there is none, or there are several side by side.
+        TypeError: it is no module.
     """
+    from torch import nn
     from transformers import PreTrainedModel
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(_no_module(model))
     found: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
@@ -40,6 +45,24 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
     return next(iter(found.items()))
 
 
+def _no_module(given: object) -> str:
+    """What to pass in the place of something that is no module."""
+    from torch import nn
+
+    held = [
+        name
+        for name, value in getattr(given, "__dict__", {}).items()
+        if isinstance(value, nn.Module)
+    ]
+    if held:
+        instead = f"Pass what it holds: its .{held[0]}"
+    elif isinstance(given, (str, PathLike)):
+        instead = "Load it first, with from_pretrained of its class (AutoModelForCausalLM, ...)"
+    else:
+        instead = "Pass a Hugging Face model, or a module that contains one"
+    return f"{type(given).__name__} given where a model was expected. {instead}."
+
+
 def check_followable(model: PreTrainedModel, weights: bool = True) -> None:
     """Refuse models whose weights are not plain, whole tensors in memory.
 
@@ -53,6 +76,14 @@ def check_followable(model: PreTrainedModel, weights: bool = True) -> None:
     name = type(model).__name__
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(_quantised(model))
+    for layer_name, layer in model.named_modules():
+        weight = getattr(layer, "weight", None)
+        if callable(weight) and not hasattr(weight, "parameters"):  # it unpacks: no parameter
+            raise UnsupportedModelError(
+                f"{name}: {layer_name} ({type(layer).__module__}.{type(layer).__name__}) holds "
+                "packed weights, a quantised storage format. Load the model in float16, bfloat16 "
+                "or float32, prune, and quantise the result."
+            )
     for parameter_name, parameter in model.named_parameters():
         if parameter.is_meta and weights:
             raise UnsupportedModelError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
-from .choice import Gqa, check_gqa
+from .choice import Gqa, check_gqa, check_share, heads_asked, names_in
 from .chosen import Chosen, Wanted, amounts_of, check_ratios, choose, multiples_of
 from .course import Course, Move
 from .errors import UnsupportedModelError
@@ -39,7 +39,7 @@ def plan(
     *,
     pruning_ratio: float | None = None,
     ratios: Mapping[str, float] | None = None,
-    prune: Iterable[str] | None = None,
+    prune: str | Iterable[str] | None = None,
     head_pruning_ratio: float = 0.0,
     prune_num_heads: bool | None = None,
     gqa: Gqa | None = None,
@@ -81,13 +81,13 @@ def plan(
         ValueError: a ratio outside 0 to 1 or one that no width follows, an unknown ``gqa``, or a
             target that cannot be reached.
     """
-    check_gqa(gqa)
+    check_gqa(gqa)  # before anything is built
     model = model_of(model_or_config, model_class)
     known = map_of(model)
     view = WidthView(model, known)
     fixed = dict(ratios or {})
-    names = None if prune is None and not fixed else tuple(prune or fixed)
-    heads = bool(head_pruning_ratio or gqa) if prune_num_heads is None else prune_num_heads
+    names = None if prune is None and not fixed else names_in(prune or fixed)
+    heads = heads_asked(prune_num_heads, gqa, head_pruning_ratio)
     common = 0.5 if pruning_ratio is None else pruning_ratio
     _check_ratios({"pruning_ratio": common, "head_pruning_ratio": head_pruning_ratio})
     _check_ratios(fixed)
@@ -114,8 +114,7 @@ def plan(
 
 def _check_ratios(ratios: Mapping[str, float]) -> None:
     for name, ratio in ratios.items():
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"{name}={ratio}: expected a share between 0 and 1")
+        check_share(name, ratio)
 
 
 def _check_followed(

@@ -243,6 +243,11 @@ def _for_trace(
     round_to: int | None,
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
+    if prune_num_heads and not any(True for _ in view.head_layers()):
+        raise UnsupportedModelError(
+            f"{type(pretrained).__name__} splits nothing into attention heads that was seen, so "
+            "none can be pruned. Leave prune_num_heads and gqa out."
+        )
     selected = view.select(wanted, prune_num_heads) - _disproved(view, wanted)
     coupled = view.coupled(selected)
     if prune_num_heads and not any(view.plain_heads(name) for name, _, _ in view.head_layers()):

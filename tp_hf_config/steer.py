@@ -109,9 +109,11 @@ class UnitSteering:
         self._group: Any = None
         self._ranked: Any = None
         self.foreseen: Foreseen | None = None
+        self.valued = False  # some group was given a value by the importance
 
     def attach(self) -> None:
         """Answer for the pruner, if its graph is of units."""
+        self.pruner.estimate_importance = self.estimate_importance
         if isinstance(self.pruner.DG, ConfigGraph):
             for name in self._NAMES:
                 setattr(self.pruner, name, getattr(self, name))
@@ -132,7 +134,43 @@ class UnitSteering:
                     setattr(self.pruner, name, own)
 
     def estimate_importance(self, group: Any, *args: Any, **kwargs: Any) -> Any:
-        """Importance of a group's units, shape ``(units,)``."""
+        """Importance of a group's units, shape ``(units,)``.
+
+        Raises:
+            ValueError: it needs gradients, and there are none.
+        """
+        try:
+            values = self._importance_of(group, *args, **kwargs)
+        except Exception as error:
+            if any(parameter.grad is not None for parameter in self.pruner.model.parameters()):
+                raise
+            raise ValueError(
+                f"{type(self.pruner.importance).__name__} fails ({type(error).__name__}: {error}), "
+                "and no parameter has a gradient, which importances such as Taylor's are made of. "
+                "Run loss.backward() on some data before pruner.step(). Nothing is pruned yet."
+            ) from error
+        self.valued |= values is not None
+        return values
+
+    def why_nothing(self) -> str:
+        """Why a step pruned no group."""
+        pruner, step = self.pruner, self.pruner.current_step
+        if step > pruner.iterative_steps:
+            return f"all steps of the pruner were taken (iterative_steps={pruner.iterative_steps})"
+        graph = pruner.DG
+        if isinstance(graph, ConfigGraph) and not any(
+            True for _ in graph.taking_part(pruner.ignored_layers, pruner.root_module_types)
+        ):
+            return "no group takes part (prune=, ignored_layers=, root_module_types=)"
+        if not self.valued:
+            name = type(pruner.importance).__name__
+            return f"{name} gave no value to any group (it may need gradients, or batch norms)"
+        ratios = (pruner.per_step_pruning_ratio, *pruner.pruning_ratio_dict.values())
+        if not any(one[step] for one in (*ratios, pruner.per_step_head_pruning_ratio)):
+            return "all ratios are 0"
+        return "less than one unit of each was to go, or no group that the step gave was pruned"
+
+    def _importance_of(self, group: Any, *args: Any, **kwargs: Any) -> Any:
         ranked, self._ranked = self._ranked, None
         if isinstance(group, ConfigGroup):
             values = self.pruner.DG.importance_of(

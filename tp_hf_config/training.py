@@ -136,11 +136,10 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self._build is not None:
             return self._build(model)
         defaults = {
-            **pruner_kwargs(model),
             "importance": tp.importance.GroupTaylorImportance(),
             "hooks": [HFConfigSyncHook()],
         }
-        return tp.pruner.MetaPruner(model, **{**defaults, **self._settings})
+        return tp.pruner.MetaPruner(model, **pruner_kwargs(model, **(defaults | self._settings)))
 
     def _due(self, done: int) -> int:
         """The optimizer step after which the next step of the pruner comes."""
