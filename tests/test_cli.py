@@ -324,7 +324,7 @@ class TestFaults:
         code, out, errors = shell(
             capsys, "plan", vit, "--prune", "hiden_size", "--pruning-ratio", "0.2"
         )
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert errors == (
             "tp-hf-config plan: ViTForImageClassification cannot prune hiden_size: no such width "
             f"(did you mean hidden_size?). Widths that can: {', '.join(offered)}.\n"
@@ -335,8 +335,8 @@ class TestFaults:
         _, _, said = shell(capsys, *typed)
         code, out, errors = shell(capsys, *typed, "--json")
         found = json.loads(out)
-        assert (code, errors) == (1, said)
-        assert (found["type"], found["code"]) == ("UnsupportedModelError", 1)
+        assert (code, errors) == (2, said)
+        assert (found["type"], found["code"]) == ("UnknownFieldError", 2)
         assert f"tp-hf-config plan: {found['error']}\n" == said
 
     def test_no_model_there(self, capsys: Any, llama: Path, tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ class TestRefused:
             (2, "vit", "--calibration {text}.no", "text.txt.no: calibration text cannot be read: "),
             (1, "vit", "--device moon", "device moon cannot be used: "),
             (
-                1,
+                2,
                 "bert",
                 "--pruning-ratio 0.2 --prune no",
                 "BertModel cannot prune no: no such wid",

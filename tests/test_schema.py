@@ -61,7 +61,7 @@ def test_what_the_shell_prints(capsys: Any, tmp_path: Path) -> None:
         (0, "repair", folder, "--dry-run"),
         (0, "prunable", folder),
         (0, "plan", folder, "--pruning-ratio", "0.25"),
-        (1, "plan", folder, "--pruning-ratio", "0.25", "--prune", "no"),
+        (2, "plan", folder, "--pruning-ratio", "0.25", "--prune", "no"),
         (2, "plan", folder),
         (2, "verify", "nowhere"),
     ):

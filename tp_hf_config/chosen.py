@@ -10,7 +10,7 @@ from torch import nn
 
 from .amounts import Amount
 from .choice import Gqa, closest
-from .errors import UnsupportedModelError
+from .errors import UnknownFieldError, UnsupportedModelError
 from .limits import multiple_of
 from .offers import Width, widths_of
 from .reference import FieldPath, field_name
@@ -246,7 +246,7 @@ def _named(view: WidthView, wanted: Wanted, fields: Sequence[str], must: bool) -
         reason = f"{name}: {'; '.join(reasons)}"
         if not must and not any(width.tried for width in candidates):
             return reason
-        raise _cannot(view, reason)
+        raise _cannot(view, reason, UnsupportedModelError if candidates else UnknownFieldError)
     return chosen
 
 
@@ -295,11 +295,11 @@ def _head_dims(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str
     return reason
 
 
-def _cannot(view: WidthView, reason: str) -> UnsupportedModelError:
+def _cannot(
+    view: WidthView, reason: str, kind: type[UnsupportedModelError] = UnsupportedModelError
+) -> UnsupportedModelError:
     offered = ", ".join(width.name for width in _widths(view) if width.reason is None) or "none"
-    return UnsupportedModelError(
-        f"{type(view.model).__name__} cannot prune {reason}. Widths that can: {offered}."
-    )
+    return kind(f"{type(view.model).__name__} cannot prune {reason}. Widths that can: {offered}.")
 
 
 def _in_words(view: WidthView, heads: Sequence[Width]) -> str:

@@ -17,6 +17,10 @@ class UnsupportedModelError(TPHFConfigError):
     """The model cannot be followed at all; raised before anything is pruned."""
 
 
+class UnknownFieldError(UnsupportedModelError):
+    """A name that no width of the model has; on the command line that is wrong usage."""
+
+
 class TracingError(TPHFConfigError):
     """Torch-Pruning cannot trace this model; raised before anything is pruned."""
 

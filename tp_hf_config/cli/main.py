@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import Any
 
 from .. import __version__
-from ..errors import PrunerSettingsWarning, TPHFConfigError
+from ..errors import PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
 from ..schema import dated
 from .arguments import UsageError
 from .console import show
@@ -143,7 +143,8 @@ def _failed(options: argparse.Namespace, error: Exception) -> Outcome:
         sys.stderr.write(options.parser.format_usage())
         return _wrong(options, error, UNKNOWN, str(error))
     if isinstance(error, TPHFConfigError):
-        code = FAILED if options.checked else UNKNOWN
+        usage = not options.checked or isinstance(error, UnknownFieldError)
+        code = UNKNOWN if usage else FAILED
         return _wrong(options, error, code, str(error))
     text = f"{type(error).__name__}: {error}"
     if not options.debug:
