@@ -378,14 +378,22 @@ def test_a_class_that_refuses():
     assert report.fields["hidden_size"] == (32, 28)
 
 
-def test_a_wrong_step_can_be_mended_by_the_next():
+def test_settings_that_a_traced_graph_could_not_end_well_with():
+    """Told when the pruner is made, before anything is cut."""
     model = small.llama()
-    hook, pruner = attached(model, round_to=None, pruning_ratio=3 / 32, iterative_steps=1)
-    with pytest.raises(ConfigSyncError, match="hidden_size 32 -> 29"):
-        pruner.step()
-    assert model.config.hidden_size == 32
-    cut(pruner, model.model.layers[0].mlp.down_proj, [0])
-    assert hook.sync().fields == {"hidden_size": (32, 28), "intermediate_size": (64, 58)}
+    with pytest.raises(ConfigSyncError, match=r"nothing of it is pruned: .*hidden_size 32 -> 29"):
+        attached(model, round_to=None, pruning_ratio=3 / 32, iterative_steps=1)
+    assert {p.shape[0] for p in model.model.norm.parameters()} == {32}
+
+
+def test_a_wrong_cut_can_be_mended_by_the_next():
+    model = small.llama()
+    hook, pruner = attached(model, pruning_ratio=0.0)
+    for idxs in ([0, 1, 2], [0]):
+        cut(pruner, model.model.layers[0].mlp.down_proj, idxs)
+        if len(idxs) == 3:
+            assert "hidden_size 32 -> 29" in str(fails_to_sync(hook, model))
+    assert hook.sync().fields == {"hidden_size": (32, 28)}
 
 
 @pytest.mark.parametrize("projection", ["query", "value"])

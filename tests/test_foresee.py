@@ -39,20 +39,16 @@ def gate(model: Any, layer: int) -> Any:
 
 
 def assert_told(model: Any, words: str, **settings: Any) -> str:
-    """Strict refuses with these words and touches nothing; else it warns, and pruning fails."""
+    """Refused with these words, strict or not, and nothing is touched."""
     before = small.state_of(model)
-    hook = HFConfigSyncHook(strict=True)
-    with pytest.raises(ConfigSyncError, match=words):
-        pruner_of(model, hook, **settings)
-    small.assert_same(before, small.state_of(model))
-    hook.strict = False
-    with pytest.warns(PrunerSettingsWarning, match=words) as told:
-        pruner = pruner_of(model, hook, **settings)
-    assert [warning.filename for warning in told] == [__file__]
-    small.assert_same(before, small.state_of(model))
-    with pytest.raises(ConfigSyncError):
-        all_steps(pruner)
-    return str(told[0].message)
+    messages: list[str] = []
+    for strict in (True, False):
+        with pytest.raises(ConfigSyncError, match=words) as raised:
+            pruner_of(model, HFConfigSyncHook(strict=strict), **settings)
+        messages.append(str(raised.value))
+        small.assert_same(before, small.state_of(model))
+    assert messages[0] == messages[1]
+    return messages[0]
 
 
 def all_steps(pruner: Any) -> None:
@@ -73,6 +69,24 @@ class TestTold:
             global_pruning=True,
         )
         assert "global_pruning=False" in message
+
+    def test_global_ranking_of_the_default_widths(self) -> None:
+        """The hidden size has one group, and could be ranked with others; the FFN could not."""
+        message = assert_told(
+            small.llama(), "the 2 groups of intermediate_size", prune=None, global_pruning=True
+        )
+        assert 'prune=("hidden_size",) of pruner_kwargs' in message
+
+    def test_global_ranking_and_a_layer_that_stays(self) -> None:
+        """Of two groups one is left, and it is ranked with the hidden size."""
+        model = small.llama()
+        assert_told(
+            model,
+            r"1 of 2 groups of intermediate_size stay at 64 \(ignored_layers\), the others lose",
+            prune=None,
+            ignored_layers=[gate(model, 0)],
+            global_pruning=True,
+        )
 
     def test_isomorphic_ranking(self) -> None:
         settings: dict[str, Any] = {"global_pruning": True, "isomorphic": True}
@@ -217,7 +231,7 @@ class TestCarriedOut:
 
     def notes(self, model: Any, **settings: Any) -> list[list[str]]:
         """What the hook says of each step."""
-        hook = HFConfigSyncHook(strict=True)
+        hook = HFConfigSyncHook()
         pruner = pruner_of(model, hook, **settings)
         all_steps(pruner)
         return [list(report.notes) for report in hook.reports]
@@ -233,6 +247,20 @@ class TestCarriedOut:
                 "nearest legal: hidden_size 24"
             ]
         ]
+
+    def test_strict_takes_nothing_else(self) -> None:
+        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+        before = small.state_of(model)
+        with pytest.raises(ConfigSyncError) as raised:
+            pruner_of(model, prune=("hidden_size", "num_attention_heads"), pruning_ratio=0.3)
+        assert str(raised.value) == (
+            "BasePruner of LlamaForCausalLM: step 1: the ratios ask for hidden_size 30 "
+            "('validate_architecture': ValueError: The hidden size (30) is not a multiple of the "
+            "number of attention heads (4)); nearest legal: hidden_size 24. "
+            "HFConfigSyncHook() does the nearest; strict=True does not. Nothing is pruned yet. "
+            "tp_hf_config.plan(model, ...) shows what settings give."
+        )
+        small.assert_same(before, small.state_of(model))
 
     def test_heads_on_the_way(self) -> None:
         """Five heads do not divide 48: six stay until there can be four."""

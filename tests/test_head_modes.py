@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import pytest
 import small
 import torch
 import torch_pruning as tp
+import transformers as hf
 import zoo
 from head_zoo import HEAD_DIM, Shape
 from reloading import assert_reloaded
@@ -30,8 +32,8 @@ from torch import nn
 from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
-    PrunerSettingsWarning,
     UnsupportedModelError,
+    plan,
     pruner_kwargs,
 )
 
@@ -110,12 +112,11 @@ def heads_pruner(
     gqa: Any = None,
     steps: int = 1,
     ratio: float = 0.5,
-    strict: bool = True,
     kwargs: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Any, HFConfigSyncHook]:
     """A pruner of heads and nothing else, unless ``kwargs`` of ``pruner_kwargs`` say otherwise."""
-    hook = HFConfigSyncHook(strict=strict)
+    hook = HFConfigSyncHook()
     wanted = {"prune_num_heads": True, "gqa": gqa, "graph": "config", **(kwargs or {})}
     arguments = {
         **pruner_kwargs(model, **wanted),
@@ -436,6 +437,53 @@ def test_one_head_ratio_for_all_layers_by_layer() -> None:
     assert hook.reports[0].fields == {"num_attention_heads": (8, 6)}
 
 
+def deberta() -> Any:
+    """Its queries, keys and values are one layer, three positions of it for each channel."""
+    small_sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = hf.DebertaConfig(vocab_size=40, num_attention_heads=4, **small_sizes)
+    return hf.DebertaForMaskedLM(config).eval()
+
+
+def wav2vec2_bert_with_adapter() -> Any:
+    """The states that the adapter's attention reads are those of a convolution with a gate."""
+    config = hf.Wav2Vec2BertConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        add_adapter=True,
+        num_adapter_layers=1,
+        output_hidden_size=32,
+        feature_projection_input_dim=16,
+    )
+    return hf.Wav2Vec2BertModel(config).eval()
+
+
+@pytest.mark.parametrize("build", [deberta, wav2vec2_bert_with_adapter])
+def test_heads_at_another_ratio_than_all_else(build: Callable[[], Any]) -> None:
+    """Groups in which no layer has one output for each channel follow the head ratios too."""
+    model = build()
+    settings: dict[str, Any] = {"pruning_ratio": 0.5, "head_pruning_ratio": 0.25}
+    planned = plan(model, **settings)
+    hook = HFConfigSyncHook(strict=True)
+    pruner = tp.pruner.BasePruner(
+        model,
+        **pruner_kwargs(model, prune_num_heads=True),
+        importance=tp.importance.MagnitudeImportance(),
+        hooks=[hook],
+        **settings,
+    )
+    pruner.step()
+    config = model.config
+    left = (config.num_attention_heads, config.hidden_size, config.intermediate_size)
+    assert left == (3, 24, 20)
+    assert planned.values == {
+        "num_attention_heads": 3,
+        "hidden_size": 24,
+        "intermediate_size": 20,
+    }
+
+
 def test_other_head_ratios_in_other_layers_are_told_before_pruning() -> None:
     model = head_zoo.build("mistral", Shape(8, 2))
     before = small.state_of(model)
@@ -443,11 +491,7 @@ def test_other_head_ratios_in_other_layers_are_told_before_pruning() -> None:
     words = "groups of num_attention_heads will have different numbers of units: 4 in .*; 6 in "
     with pytest.raises(ConfigSyncError, match=words):
         heads_pruner(model, head_pruning_ratio_dict=ratios)
-    with pytest.warns(PrunerSettingsWarning, match=words):
-        pruner, _ = heads_pruner(model, head_pruning_ratio_dict=ratios, strict=False)
     small.assert_same(before, small.state_of(model))
-    with pytest.raises(ConfigSyncError):
-        pruner.step()
 
 
 @pytest.mark.parametrize("gqa", MODES)

@@ -66,7 +66,4 @@ class CheckpointError(TPHFConfigError):
 
 
 class PrunerSettingsWarning(UserWarning):
-    """A pruner's settings cannot end in a model that its config describes; nothing is pruned yet.
-
-    ``HFConfigSyncHook(strict=True)`` raises :class:`ConfigSyncError` instead.
-    """
+    """A pruner's settings have another effect than they seem to have; nothing is pruned yet."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LISTED = 3
+AGAIN = "Nothing was written; go on pruning and sync again."
 
 
 def some(names: Sequence[str]) -> str:
@@ -53,7 +54,7 @@ def explain_conflict(
         + "; ".join(parts)
         + ". One field sets all of these, so they have to lose the same number: prune them all at "
         "one ratio with local ranking (global_pruning=False), or keep them all (ignored_layers=). "
-        "Nothing was written; go on pruning and sync again.",
+        f"{AGAIN}",
         {field: {int(v): who for v, who in by.items()} for field, by in needs.items()},
     )
 
@@ -76,7 +77,7 @@ def explain_refusal(
     return ConfigSyncError(
         f"{type(model.config).__name__} refuses what the weights are now ({listed}). It says: "
         f"{refusal.reason!r}.{hint} Choose ratios that end there after every step, or round_to= a "
-        "number that the class accepts. Nothing was written; go on pruning and sync again."
+        f"number that the class accepts. {AGAIN}"
     )
 
 
@@ -85,7 +86,7 @@ def explain_mismatch(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> 
     return ConfigSyncError(
         f"no {type(model.config).__name__} says what the weights of {type(model).__name__} are "
         f"now: {listed(mismatches)}. No field of the config sets these dimensions on their own: "
-        "keep the layers (ignored_layers=). Nothing was written; go on pruning and sync again."
+        f"keep the layers (ignored_layers=). {AGAIN}"
     )
 
 
@@ -93,8 +94,7 @@ def explain_vanished(model: PreTrainedModel, names: Sequence[str]) -> ConfigSync
     """A count that the class makes 0 would break some forward pass."""
     return ConfigSyncError(
         f"{type(model).__name__} with these widths makes {names[0]} 0: another field that sets no "
-        "shape would have to change with them. Keep that width (prune=, ignored_layers=). Nothing "
-        "was written; go on pruning and sync again."
+        f"shape would have to change with them. Keep that width (prune=, ignored_layers=). {AGAIN}"
     )
 
 

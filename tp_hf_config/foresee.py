@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +63,13 @@ class Foreseen:
 
 
 def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
-    """What a pruner will leave; warn, or raise, where no config will say it.
+    """What a pruner will leave.
 
     A pruner that has begun is left alone: what it did already is not known.
 
     Raises:
-        ConfigSyncError: there is such a thing, and ``strict``.
+        ConfigSyncError: no config will say it; with ``strict``, also where the class does not take
+            what is asked for, and the nearest would be done.
     """
     if pruner.current_step:
         return None
@@ -76,14 +78,15 @@ def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
         foreseen, problem = _foreseen(pruner, view)
     else:
         problem = next(traced_problems(pruner, view), None)
+    if problem is None and strict and foreseen is not None and foreseen.course.adjusted:
+        lines = "; ".join(map(adjusted_line, foreseen.course.adjusted))
+        problem = f"{lines}. HFConfigSyncHook() does the nearest; strict=True does not."
     if problem is None:
         return foreseen
-    tell(
+    raise ConfigSyncError(
         f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
-        "tp_hf_config.plan(model, ...) shows what settings give.",
-        strict,
+        "tp_hf_config.plan(model, ...) shows what settings give."
     )
-    return foreseen
 
 
 def check_config_is_own(pruner: Any, model: Any, strict: bool) -> None:
@@ -140,27 +143,26 @@ class _Going:
 
 
 def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None]:
-    """The course of a pruner on the config graph, and what is wrong with it."""
-    going = list(_going(pruner))
+    """The course of a pruner on the config graph, and what is wrong with it.
+
+    Without a course: importances decide how much of a field goes.
+    """
     by_fields: dict[tuple[FieldPath, ...], list[_Going]] = {}
-    for group in going:
+    scopes: Counter[str] = Counter()
+    for group in _going(pruner):
         by_fields.setdefault(group.coupled.fields, []).append(group)
-    scopes: dict[str, int] = {}
-    for group in going:
-        scopes[group.scope] = scopes.get(group.scope, 0) + (max(group.ratios, default=0) > 0)
+        scopes[group.scope] += max(group.ratios, default=0) > 0
+    ranked = {
+        fields: groups
+        for fields, groups in by_fields.items()
+        if any(scopes[group.scope] > 1 for group in groups)
+    }
+    problem = _ranked_apart(ranked) or _first_apart(pruner, by_fields, ranked)
+    if ranked or problem is not None:
+        return None, problem
     moves: list[Move] = []
     kinds: dict[int, tuple[tuple[FieldPath, ...], int]] = {}
     for fields, groups in by_fields.items():
-        name = " + ".join(map(field_name, fields))
-        ranked = [group for group in groups if scopes[group.scope] > 1]
-        if ranked and len(groups) > 1:
-            return None, ranked_together(name, len(groups))
-        if ranked:
-            return None, None  # one group of it: how many it loses is decided by importance
-        staying = [c for c in pruner.DG.coupled if c.fields == fields]
-        problem = _apart(pruner, name, groups, len(staying) - len(groups))
-        if problem is not None:
-            return None, problem
         amounts = list(dict.fromkeys(group.amount for group in groups))
         kinds |= {id(one.coupled): (fields, amounts.index(one.amount)) for one in groups}
         moves.append(
@@ -187,6 +189,35 @@ def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None
     return foreseen, f"the class will not take the widths. {words}"
 
 
+_Groups = dict[tuple[FieldPath, ...], list[_Going]]
+
+
+def _ranked_apart(ranked: _Groups) -> str | None:
+    """Groups of one field that are ranked with others: how much of each goes, importances say."""
+    several = {_names(fields): len(groups) for fields, groups in ranked.items() if len(groups) > 1}
+    if not several:
+        return None
+    alone = [_names(fields) for fields, groups in ranked.items() if len(groups) == 1]
+    return ranked_together(several, alone)
+
+
+def _first_apart(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
+    """What is wrong with the first field whose groups do not end at the same number."""
+    for fields, groups in by_fields.items():
+        staying = sum(one.fields == fields for one in pruner.DG.coupled) - len(groups)
+        if fields not in ranked:
+            problem = _apart(pruner, _names(fields), groups, staying)
+        else:
+            problem = _held(_names(fields), groups, staying, "lose some") if staying else None
+        if problem is not None:
+            return problem
+    return None
+
+
+def _names(fields: tuple[FieldPath, ...]) -> str:
+    return " + ".join(map(field_name, fields))
+
+
 def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> str | None:
     """Groups of one field that do not end at the same number."""
     ends: dict[tuple[int, ...], list[str]] = {}
@@ -196,12 +227,7 @@ def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> st
         ends.setdefault(tuple(n // amount.grain for n in left), []).append(group.layer)
     start = groups[0].amount.units // groups[0].amount.grain
     if staying and set(ends) != {(start,) * len(groups[0].ratios)}:
-        return (
-            f"{staying} of {staying + len(groups)} groups of {name} stay at {start} "
-            f"(ignored_layers), the others go to {min(ends)[-1]}, and one config field cannot say "
-            "that. Ignore a layer of every group, or of none (prune= of pruner_kwargs leaves a "
-            "field out)."
-        )
+        return _held(name, groups, staying, f"go to {min(ends)[-1]}")
     if len(ends) < 2:
         return None
     parts = "; ".join(
@@ -212,6 +238,16 @@ def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> st
     return (
         f"the groups of {name} will have different numbers of units: {parts}. One config field "
         "cannot say that: give all of them one ratio (ratios= of pruner_kwargs)."
+    )
+
+
+def _held(name: str, groups: Sequence[_Going], staying: int, end: str) -> str:
+    """Some groups of a field stay, the others do not."""
+    start = groups[0].amount.units // groups[0].amount.grain
+    return (
+        f"{staying} of {staying + len(groups)} groups of {name} stay at {start} "
+        f"(ignored_layers), the others {end}, and one config field cannot say that. Ignore a layer "
+        "of every group, or of none (prune= of pruner_kwargs leaves a field out)."
     )
 
 

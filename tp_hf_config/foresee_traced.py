@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from .widths import WidthView
 
 def traced_problems(pruner: Any, view: WidthView) -> Iterator[str]:
     """What can be told of a traced graph without its groups: fields with one in every layer."""
+    ranked: dict[str, int] = {}
     for path in sorted(view.widths() - view.head_fields(), key=str):
         layers = _layers_of(pruner, view, path)
         if len(layers) < 2:
@@ -33,7 +34,7 @@ def traced_problems(pruner: Any, view: WidthView) -> Iterator[str]:
             continue
         name = field_name(path)
         if pruner.global_pruning or pruner.isomorphic:
-            yield ranked_together(name, len(ends))
+            ranked[name] = len(ends)
         elif ignored:
             yield (
                 f"{len(ignored)} of {len(layers)} layers with {name} stay at {start} "
@@ -46,6 +47,8 @@ def traced_problems(pruner: Any, view: WidthView) -> Iterator[str]:
                 f"the ratios of {name} differ: its layers will have {values}, and one config field "
                 "cannot say that. Give all of them one ratio (ratios= of pruner_kwargs)."
             )
+    if ranked:
+        yield ranked_together(ranked)
 
 
 def _end(pruner: Any, module: nn.Module) -> int:
@@ -78,10 +81,18 @@ def _layers_of(pruner: Any, view: WidthView, path: FieldPath) -> dict[str, list[
     return result
 
 
-def ranked_together(name: str, number: int) -> str:
-    """Groups of one field are ranked with each other."""
+def ranked_together(several: Mapping[str, int], alone: Sequence[str] = ()) -> str:
+    """Groups of one field are ranked with each other.
+
+    Args:
+        several: the fields, with the number of their groups.
+        alone: fields with a single group, which can be ranked so.
+    """
+    groups = ", ".join(f"the {number} groups of {name}" for name, number in several.items())
+    only = ", ".join(f'"{field}"' for name in alone for field in name.split(" + "))
+    other = f", or prune what has one group alone: prune=({only},) of pruner_kwargs" if only else ""
     return (
-        f"the {number} groups of {name} are ranked together, so they lose different numbers, and "
-        "one config field cannot say that. Use global_pruning=False, isomorphic=False, and no two "
-        "of them under one key of pruning_ratio_dict."
+        f"{groups} are ranked together, so they lose different numbers, and one config field "
+        "cannot say that. Use global_pruning=False, isomorphic=False, and no two of them under "
+        f"one key of pruning_ratio_dict{other}."
     )

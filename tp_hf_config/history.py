@@ -114,7 +114,7 @@ class _Watched:
         if idxs is not None:  # makes a group of its own, which reports by itself
             prune(group, idxs, record_history)
             return
-        layers = tuple(self._layers(group))
+        layers = tuple(layers_of(self.graph, group))
         frozen = [(dep.target, name) for dep, _ in group for name in _frozen(dep.target.module)]
         try:
             prune(group, None, record_history)
@@ -125,23 +125,24 @@ class _Watched:
                 parameter = getattr(node.module, name) if name else node.module
                 parameter.requires_grad_(False)
 
-    def _layers(self, group: Any) -> Iterator[PrunedLayer]:
-        graph = self.graph
-        for dep, idxs in group:
-            module = dep.target.module
-            name = graph._module2name.get(module) if isinstance(module, nn.Module) else None
-            if isinstance(module, nn.Parameter):
-                name = graph._param_to_name.get(module)
-            if name is None or not len(idxs):
+
+def layers_of(graph: Any, group: Any) -> Iterator[PrunedLayer]:
+    """The layers of a group with the channels that it cuts from each."""
+    for dep, idxs in group:
+        module = dep.target.module
+        name = graph._module2name.get(module) if isinstance(module, nn.Module) else None
+        if isinstance(module, nn.Parameter):
+            name = graph._param_to_name.get(module)
+        if name is None or not len(idxs):
+            continue
+        out = graph.is_out_channel_pruning_fn(dep.handler)
+        size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
+        if hasattr(graph, "side_of"):  # a graph of views knows better
+            side = graph.side_of(module, out)
+            if side is None:
                 continue
-            out = graph.is_out_channel_pruning_fn(dep.handler)
-            size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
-            if hasattr(graph, "side_of"):  # a graph of views knows better
-                side = graph.side_of(module, out)
-                if side is None:
-                    continue
-                name, out = side
-            yield PrunedLayer(name, out, tuple(int(i) for i in idxs), size or 0)
+            name, out = side
+        yield PrunedLayer(name, out, tuple(int(i) for i in idxs), size or 0)
 
 
 def _frozen(module: Any) -> list[str]:

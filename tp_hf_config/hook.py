@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,11 @@ class HFConfigSyncHook:
             proved, nothing traced; ``"trace"``: Torch-Pruning traces, safely; ``"auto"``: what
             ``pruner_kwargs`` chose; without it the former, for what the pruner's own arguments
             ask for, but the trace where no experiment can be made.
-        strict: settings of the pruner that cannot end in a loadable model, and a config object that
-            another live model holds too, raise when the hook is attached, before any weight is
-            touched; by default they warn (:class:`~tp_hf_config.PrunerSettingsWarning`).
+        strict: do what the settings ask for, or nothing: where the class does not take that, or
+            another live model holds the config object too, the hook raises when it is attached. By
+            default the nearest that the class takes is done and said in the report, and of the
+            config a warning tells (:class:`~tp_hf_config.PrunerSettingsWarning`). Settings that no
+            config could follow raise in either case, before any weight is touched.
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
@@ -57,6 +60,7 @@ class HFConfigSyncHook:
         self._schedule: HeadSchedule | None = None
         self._steering: UnitSteering | None = None
         self._parameters = 0
+        self._refused = False
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -129,14 +133,16 @@ class HFConfigSyncHook:
         """Start following a pruner; called by ``register``.
 
         Raises:
-            ConfigSyncError: ``strict``, and the pruner's settings cannot be carried out, or the
-                config is another live model's too.
+            ConfigSyncError: no config could say what the pruner's settings leave; ``strict``, and
+                it is not what they ask for, or the config is another live model's too.
         """
+        from .before_cut import foretell_traced
         from .foresee import check_config_is_own, foresee
         from .graph import ConfigGraph
         from .head_schedule import HeadSchedule
         from .steer import UnitSteering
         from .sync import Follower
+        from .traced_groups import forget_groups
         from .traced_proof import check_traced
 
         if self._follower is not None:
@@ -146,21 +152,23 @@ class HFConfigSyncHook:
             )
         follower = Follower(pruner)
         check_config_is_own(pruner, follower.model, self.strict)
-        if not isinstance(pruner.DG, ConfigGraph):
-            self._unproved = check_traced(pruner, follower.model, follower.known)
         steering = UnitSteering(pruner)
-        steering.attach()
-        try:
+        schedule = HeadSchedule(pruner, follower.accepts_heads)
+        with ExitStack() as undo, ExitStack() as done:
+            done.callback(forget_groups, pruner.DG)
+            if not isinstance(pruner.DG, ConfigGraph):
+                self._unproved = check_traced(pruner, follower.model, follower.known)
+            for part in (steering, schedule):
+                part.attach()
+                undo.callback(part.detach)
             steering.foreseen = foresee(pruner, follower.view, self.strict)
-        except BaseException:
-            steering.detach()
-            raise
+            if not isinstance(pruner.DG, ConfigGraph):
+                foretell_traced(follower, pruner)
+            undo.pop_all()
         self._follower, self._recorder = follower, Recorder(pruner.DG)
-        self._schedule = HeadSchedule(pruner, follower.accepts_heads)
-        self._steering = steering
+        self._schedule, self._steering = schedule, steering
         self._parameters = follower.model.num_parameters()
-        for part in (self._recorder, self._schedule):
-            part.attach()
+        self._recorder.attach()
 
     def detach(self, pruner: Any) -> None:
         """Stop following; called when the handle is removed."""
@@ -184,17 +192,33 @@ class HFConfigSyncHook:
             return []
         return steering.foreseen.notes(steering.pruner.current_step)
 
-    def stepping(self, pruner: Any) -> AbstractContextManager[None]:
-        """Around a step: a graph made from the config copies every parameter once."""
+    @contextmanager
+    def stepping(self, pruner: Any) -> Iterator[None]:
+        """Around a step: what it leaves is proved first, and every parameter is copied once."""
+        from .before_cut import proved_first
         from .steer import cutting_together
 
         if self._follower is not None:
             self._follower.check_parts()
-        return cutting_together(pruner)
+        with cutting_together(pruner), proved_first(pruner, partial(self._prove, pruner)):
+            yield
+
+    def _prove(self, pruner: Any, groups: Sequence[Any]) -> None:
+        """Refuse a step that leaves what no config says; nothing of it is pruned then."""
+        from .before_cut import foretell
+
+        assert self._follower is not None  # attached, else no step of the pruner comes here
+        try:
+            foretell(self._follower, pruner, groups, pruner.current_step)
+        except ConfigSyncError:
+            self._refused = True
+            raise
 
     def after_step(self, pruner: Any) -> None:
-        """Called after every step of the pruner."""
-        self._sync(stepped=True)
+        """Called after every step of the pruner; after a refused one there is nothing to do."""
+        refused, self._refused = self._refused, False
+        if not refused:
+            self._sync(stepped=True)
 
     def sync(self) -> SyncReport:
         """Bring the config in step with the weights, now.

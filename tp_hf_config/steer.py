@@ -51,16 +51,21 @@ def building(graph: ConfigGraph) -> Iterator[None]:
 
 
 def cutting_together(pruner: Any) -> AbstractContextManager[None]:
-    """Around one step: what its groups cut is cut at its end, every parameter copied once.
+    """Around one step: what its groups cut is cut at its end, every parameter copied once."""
+    if isinstance(pruner.DG, ConfigGraph) and is_plain(pruner):
+        return pruner.DG.cuts.together()
+    return nullcontext()
 
-    Only around Torch-Pruning's own step: it asks for every importance before it prunes the first
-    group, and looks at no weight afterwards.  Whose step that is not may look when it likes.
+
+def is_plain(pruner: Any) -> bool:
+    """Whether a pruner's step is Torch-Pruning's own.
+
+    It asks for every importance before it prunes the first group, and looks at no weight
+    afterwards.  Whose step that is not may look when it likes.
     """
     step = vars(pruner).get("step")
     own = getattr(step, "replaced", None) is None and "_prune" not in vars(pruner)
-    if own and isinstance(pruner.DG, ConfigGraph) and _inherits(pruner, _STEP):
-        return pruner.DG.cuts.together()
-    return nullcontext()
+    return own and _inherits(pruner, _STEP)
 
 
 _STEP, _ESTIMATE = ("step", "_prune"), ("estimate_importance",)

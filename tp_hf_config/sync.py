@@ -45,7 +45,7 @@ from .reference import (
 )
 from .solve import Conflict, Observable
 from .states import states_of
-from .ties import ties_of
+from .ties import Tie, channels_apart, shapes_apart, ties_of
 from .whole import build_live, order_of_layers, parts_beyond, said_options, unbuilt_parts
 from .widths import WidthView
 
@@ -144,13 +144,7 @@ class Follower:
         self._follow_inputs(groups)
         notes = self._count_heads(groups)
         live = self._live_shapes(groups)
-        values = self._solve(live)
-        data, built, untold = mirrored(
-            self.known.builder, config_json(self.model.config), *self._prove(live, values)
-        )
-        vanished = vanished_counts(self.reference, built)
-        if vanished:
-            raise explain_vanished(self.model, vanished)
+        values, data, built, untold = self._proved(live)
         change = difference(self.model, self.reference, built)
         old = config_json(self.model.config, use_diff=False)
         moved = {path: (value_at(old, path), new) for name, path, new in change.fields if not name}
@@ -175,6 +169,56 @@ class Follower:
         outcome["attributes"] += written
         outcome["notes"] = [*self.notes, *notes, *untold, *outside]
         return outcome
+
+    def foretell(self, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse what a step is going to leave, where no config would say it.
+
+        Args:
+            groups: what the step prunes.
+            left: the shapes of all tensors without that, tied ones under each of their names.
+
+        Raises:
+            ConfigSyncError: no config says that.
+        """
+        splits, went, then = dict(self.splits), self.heads_went, dict(left)
+        try:
+            self._count_heads(groups)
+            for tie in self.ties:
+                then.update(self._tied_then(tie, groups, left))
+            self._proved(then)
+        finally:
+            self.splits, self.heads_went = splits, went
+
+    def _tied_then(
+        self, tie: Tie, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape that a tied weight is going to have, by its names."""
+        lost = self._lost(groups)
+        cut = [name for name in tie.names if name.rpartition(".")[0] in lost]
+        conflict = shapes_apart({name: left[name] for name in cut or tie.names})
+        channels = [sorted(lost[name.rpartition(".")[0]]) for name in cut]
+        other = next((n for n, one in zip(cut, channels, strict=True) if one != channels[0]), None)
+        if conflict is None and other is not None:
+            conflict = channels_apart(cut[0], other)
+        if conflict is not None:
+            raise self._untied(conflict)
+        return dict.fromkeys(tie.names, left[(cut or tie.names)[0]])
+
+    def _proved(
+        self, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[FieldPath, int], dict[str, Any], nn.Module, list[str]]:
+        """The fields' values at which the class has these shapes, the JSON, and what it builds.
+
+        Last, what is to be said of fields that mirror others.
+        """
+        values = self._solve(shapes)
+        data, built, untold = mirrored(
+            self.known.builder, config_json(self.model.config), *self._prove(shapes, values)
+        )
+        vanished = vanished_counts(self.reference, built)
+        if vanished:
+            raise explain_vanished(self.model, vanished)
+        return values, data, built, untold
 
     def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
         """Keep in mind which channels of the states of an encoder are still read."""
@@ -236,21 +280,29 @@ class Follower:
     def _live_shapes(self, groups: Sequence[PrunedGroup]) -> dict[str, tuple[int, ...]]:
         """The shapes that the model has once tied weights are one again."""
         live = shapes(self.model)
-        lost: dict[str | None, list[tuple[int, ...]]] = {}
-        for layer in (layer for group in groups for layer in group.layers):
-            lost.setdefault(self._own_name(layer.name), []).append(layer.removed)
+        lost = self._lost(groups)
         for tie in self.ties:
             cuts = [lost.get(name.rpartition(".")[0], []) for name in tie.pruned(self.model)]
             alike = bool(cuts and cuts[0]) and all(cut == cuts[0] for cut in cuts)
             conflict = tie.conflict(self.model, alike)
             if conflict is not None:
-                raise ConfigSyncError(
-                    f"{conflict}. {type(self.model).__name__} stores them once, so a reload would "
-                    "change one of them. Prune them in one group, keep them (ignored_layers=), or "
-                    "untie them before pruning (config.tie_word_embeddings=False)."
-                )
+                raise self._untied(conflict)
             live.update(dict.fromkeys(tie.names, live[tie.keeper(self.model)]))
         return live
+
+    def _lost(self, groups: Sequence[PrunedGroup]) -> dict[str | None, list[tuple[int, ...]]]:
+        """Layer -> the channels that it loses in each group."""
+        lost: dict[str | None, list[tuple[int, ...]]] = {}
+        for layer in (layer for group in groups for layer in group.layers):
+            lost.setdefault(self._own_name(layer.name), []).append(layer.removed)
+        return lost
+
+    def _untied(self, conflict: str) -> ConfigSyncError:
+        return ConfigSyncError(
+            f"{conflict}. {type(self.model).__name__} stores them once, so a reload would "
+            "change one of them. Prune them in one group, keep them (ignored_layers=), or "
+            "untie them before pruning (config.tie_word_embeddings=False)."
+        )
 
     def _targets(self, live: Mapping[str, tuple[int, ...]]) -> dict[Observable, int]:
         """What the weights and the heads are now, in full names."""

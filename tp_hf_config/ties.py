@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +41,31 @@ class Tie:
         """
         first, *others = self.pruned(model) or self.names[:1]
         weight = model.get_parameter(first)
+        apart = shapes_apart({n: tuple(model.get_parameter(n).shape) for n in (first, *others)})
+        if apart is not None:
+            return apart
         for name in others:
             other = model.get_parameter(name)
-            if other.shape != weight.shape:
-                return (
-                    f"{first} has shape {list(weight.shape)} and {name} {list(other.shape)}, but "
-                    "they are tied, one weight under two names"
-                )
             if not alike and not torch.equal(other, weight):
-                return (
-                    f"{first} and {name} are tied, one weight under two names, but lost different "
-                    "channels"
-                )
+                return channels_apart(first, name)
         return None
+
+
+def shapes_apart(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why names with these shapes cannot be one Parameter; None: they are alike."""
+    (first, shape), *others = shapes.items()
+    for name, other in others:
+        if other != shape:
+            return (
+                f"{first} has shape {list(shape)} and {name} {list(other)}, but they are tied, one "
+                "weight under two names"
+            )
+    return None
+
+
+def channels_apart(first: str, other: str) -> str:
+    """That two names of one weight lost different channels."""
+    return f"{first} and {other} are tied, one weight under two names, but lost different channels"
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:

@@ -123,20 +123,28 @@ def keeping_groups() -> Iterator[None]:
         tp_graph.DependencyGraph.get_all_groups = listing
 
 
+def listed_groups(pruner: Any) -> list[Any]:
+    """The groups of a pruner's graph, listed once until they are forgotten."""
+    if _KEPT not in vars(pruner.DG):
+        vars(pruner.DG)[_KEPT] = list(
+            pruner.DG.get_all_groups(
+                ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
+            )
+        )
+    groups: list[Any] = vars(pruner.DG)[_KEPT]
+    return groups
+
+
+def forget_groups(graph: Any) -> None:
+    """Groups are listed anew from here on: they are going to change."""
+    vars(graph).pop(_KEPT, None)
+
+
 def traced_groups(pruner: Any) -> Iterator[TracedGroup]:
     """The groups that a pruner's ratios prune."""
     graph = pruner.DG
     with keeping_groups():
-        groups = vars(graph).pop(_KEPT, None)
-        if groups is None:
-            groups = list(
-                graph.get_all_groups(
-                    ignored_layers=pruner.ignored_layers,
-                    root_module_types=pruner.root_module_types,
-                )
-            )
-            del vars(graph)[_KEPT]
-        for group in groups:
+        for group in listed_groups(pruner):
             root = graph._module2name.get(group[0].dep.target.module, "")
             attention, layers = pruner._is_atten_group(group)
             if attention:  # the pruner starts such a group elsewhere

@@ -163,13 +163,14 @@ class Coupled:
 
     @property
     def root(self) -> Side | None:
-        """The side whose channels are the units, one to one; pruners rank by outputs.
+        """The side whose output channels are the units, one to one; pruners rank by outputs.
 
         All its channels: beside others (the shared rotary key of latent attention), importances
-        would count from the first.
+        would count from the first.  No inputs: pruners look for the ratios of outputs alone, and
+        would not find those of heads.
         """
-        for side in () if self.inward else self.ranked:
-            if side.table.shape[1] == 1 and channels_of(side) == len(side.table):
+        for side in self.ranked:
+            if side.out and side.table.shape[1] == 1 and channels_of(side) == len(side.table):
                 return side
         return None
 
