@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import signal
@@ -86,6 +87,7 @@ class Hunt:
         self._lock = threading.Lock()
         self._own = threading.local()
         self._reloaders: list[Reloader] = []
+        self._code = _code()
 
     def rows(self) -> list[dict[str, Any]]:
         """What was done so far, by this hunt and those before it."""
@@ -102,6 +104,8 @@ class Hunt:
         try:
             with ThreadPoolExecutor(jobs) as pool:
                 while ran < count:
+                    if _code() != self._code:  # what is imported late would be of other code
+                        raise RuntimeError("the package changed during the hunt: start it again")
                     batch = [key for key, _ in zip(waiting, range(4 * jobs), strict=False)]
                     for row in pool.map(self._one, batch):
                         ran += has_run(row)
@@ -158,6 +162,14 @@ class Hunt:
             if why is not None:
                 mode.update(outcome="wrong" if "it computes" in why else "failed", why=why)
                 mode["outcome"] = "wrong" if "generates" in why else mode["outcome"]
+
+
+def _code() -> str:
+    """A digest of the package as it lies on disk."""
+    digest = hashlib.sha256()
+    for path in sorted((HERE.parents[1] / "tp_hf_config").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def has_run(row: dict[str, Any]) -> bool:
