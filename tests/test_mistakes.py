@@ -10,6 +10,7 @@ import pytest
 import small
 import torch
 import torch_pruning as tp
+import transformers as hf
 import zoo
 from torch import nn
 
@@ -21,6 +22,7 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 
+BERT = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 BOTH = {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
 
 
@@ -310,3 +312,20 @@ class TestSteps:
         assert hook.last_report.notes[-1] == (
             "nothing was pruned: all steps of the pruner were taken (iterative_steps=1)"
         )
+
+
+@pytest.mark.parametrize("name", ["Bert", "DistilBert"])
+def test_a_model_that_chooses_between_texts(name: str) -> None:
+    """Its inputs have three dimensions: it ended in ``shape '[-1, 8]' is invalid``."""
+    sizes: dict[str, Any] = {
+        "Bert": {**BERT, "hidden_size": 32, "intermediate_size": 64},
+        "DistilBert": {"vocab_size": 40, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+    }
+    torch.manual_seed(0)
+    config = getattr(hf, f"{name}Config")(**sizes[name])
+    model = getattr(hf, f"{name}ForMultipleChoice")(config).eval()
+    _, report = step(model, pruner_kwargs(model))
+    hidden, ffn = ("dim", "hidden_dim") if name == "DistilBert" else BOTH
+    assert report.graph.startswith("config graph")
+    assert report.fields == {hidden: (32, 16), ffn: (64, 32)}
+    assert model(input_ids=torch.ones(2, 3, 8, dtype=torch.long)).logits.shape == (2, 3)

@@ -154,7 +154,10 @@ def _one_by_one(choices: Any) -> Iterator[tuple[Shape, ...]]:
 def _texts(
     model: nn.Module, parameters: Mapping[str, Any], config: Any, length: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Token ids; for a model of sound in codebooks also so many rows or columns of them."""
+    """Token ids; for a model of sound in codebooks also so many rows or columns of them.
+
+    The last are those of two texts that belong together, for a class that chooses between them.
+    """
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     ids = torch.arange(1, 1 + length, device=device)[None] % max(2, size_of(config, "vocab_size"))
@@ -173,6 +176,8 @@ def _texts(
             ids[..., None].repeat(1, 1, books + 1),
         ):
             found.append({**found[0], names[-1]: several})
+    if names:  # of several texts one is chosen
+        found.append(dict.fromkeys(names, torch.stack([ids, ids.roll(1, -1)], 1)))
     return found
 
 
