@@ -13,10 +13,10 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.depth import is_numbers
 from tp_hf_config.expand import expand
 from tp_hf_config.groups import find_groups
 from tp_hf_config.inputs import example_inputs, second_sample
+from tp_hf_config.layer_counts import is_numbers
 from tp_hf_config.learn import map_of
 from tp_hf_config.masked import difference
 from tp_hf_config.miniature import Miniature, miniature, randomise
@@ -91,7 +91,7 @@ def test_the_tiny_copy_names_layers_that_it_has() -> None:
     mini = miniature(known)
     assert isinstance(mini, Miniature)
     vision = mini.known.data["vision_config"]
-    assert (vision["depth"], vision["deepstack_visual_indexes"]) == (2, [0, 1])
+    assert (vision["depth"], vision["deepstack_visual_indexes"]) == (2, [1])
 
 
 def test_images_stay_as_wide_as_the_text_that_they_go_into() -> None:

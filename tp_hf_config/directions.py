@@ -141,7 +141,7 @@ def _moved(
         return f"the class takes no other number: {reason}"
     result: dict[tuple[str, int], int] = {}
     for name, shape in known.shapes.items():
-        if known.depth.canonical(name) != name:
+        if known.depth.first(name) != name:
             continue
         for dim, now in enumerate(shape):
             slopes = {Fraction(now - built[name][dim], less) for less, built in builds}

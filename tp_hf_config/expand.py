@@ -114,29 +114,21 @@ def _instances(
     reaches over several layers holds all of them.  Two dimensions of one parameter are told apart
     by a ``#`` and a number behind the name.
     """
-    alike = known.depth.alike
+    depth = known.depth
     by_name: dict[str, list[Dim]] = {}
     for dim in group.dims:
-        by_name.setdefault(known.depth.canonical(dim.name), []).append(dim)
+        by_name.setdefault(depth.first(dim.name), []).append(dim)
     single = _single_layers(group, known)
-    if any(alike[path][index] != index for path, index in single.items()):
+    if any(depth.first(layer) != layer for layer in single):
         return  # the same as in the first layer of its kind
-    copies: list[tuple[str, int]] = [
-        (path, real)
-        for path, index in single.items()
-        for real, first in enumerate(alike[path])
-        if first == index
-    ]
-    for path, real in copies or [("", 0)]:
-        prefix = f"{path}.{real}." if path else ""
-        found: dict[str, Dim] = {}
-        for name in names:
-            if not name.startswith(prefix):
-                continue
-            for number, dim in enumerate(_distinct(by_name.get(known.depth.canonical(name), []))):
-                found[f"{name}#{number}"] = dim
-        if found:  # else a part that this model was built without (BERT without its pooler)
-            yield found
+    found: dict[str, dict[str, Dim]] = {}
+    for name in names:  # a part that this model was built without (BERT's pooler) has none
+        like = depth.canonical(name)
+        home = max((layer for layer in single if like.startswith(f"{layer}.")), default="", key=len)
+        inside = ".".join(name.split(".")[: home.count(".") + 1]) if home else ""
+        for number, dim in enumerate(_distinct(by_name.get(like, []))):
+            found.setdefault(inside, {})[f"{name}#{number}"] = dim
+    yield from found.values()
 
 
 def _distinct(dims: Sequence[Dim]) -> list[Dim]:
@@ -144,22 +136,19 @@ def _distinct(dims: Sequence[Dim]) -> list[Dim]:
     return list({(dim.dim, dim.layout): dim for dim in dims}.values())
 
 
-def _single_layers(group: Group, known: ConfigMap) -> dict[str, int]:
-    """The lists of like layers of which a group uses one layer only, and which."""
-    used: dict[str, set[int]] = {}
-    outside = False
+def _single_layers(group: Group, known: ConfigMap) -> set[str]:
+    """The layers in lists of like layers in which a group uses no other layer."""
+    used: dict[str, set[str]] = {}
     for dim in group.dims:
         inside = False
         for match in _INDEX.finditer(dim.name):
             path = dim.name[: match.start()]
-            indices = known.depth.alike.get(path, ())
-            if len(set(indices)) < len(indices):
-                used.setdefault(path, set()).add(int(match.group(1)))
+            if path in known.depth.alike:
+                used.setdefault(path, set()).add(dim.name[: match.end()])
                 inside = True
-        outside |= not inside
-    if outside:
-        return {}
-    return {path: next(iter(found)) for path, found in used.items() if len(found) == 1}
+        if not inside:
+            return set()
+    return {next(iter(layers)) for layers in used.values() if len(layers) == 1}
 
 
 def _real_group(
@@ -212,7 +201,7 @@ def _real_runs(group: Group, mini: Miniature, known: ConfigMap) -> dict[int, int
     found: dict[int, int] = {}
     for dim in group.dims if group.grain > 1 else ():
         layer = dim.name.rpartition(".")[0]
-        tiny, real = mini.known.splits_of(layer) or (), known.splits_of(layer) or ()
+        tiny, real = mini.known.splits_of(layer) or (), known.layout.heads.get(layer, ())
         for split, full in zip(tiny, real, strict=False) if dim.dim == 0 else ():
             if split[-1] == dim.layout.run > 1:
                 found[dim.layout.run] = full[-1]
@@ -256,7 +245,7 @@ def _real_classes(group: Group, mini: Miniature, known: ConfigMap) -> set[int]:
     own = {dim.name.rpartition(".")[0] for dim in group.dims if dim.dim == 0}
     found: set[int] = set()
     for layer in own if group.grain > 1 else ():
-        tiny, real = mini.known.splits_of(layer) or (), known.splits_of(layer) or ()
+        tiny, real = mini.known.splits_of(layer) or (), known.layout.heads.get(layer, ())
         pairs = zip(tiny, real, strict=False)
         found |= {full[0] for split, full in pairs if split[0] == group.classes}
     full_values = dict(_numbers(known.data)) | known.values
@@ -347,7 +336,7 @@ def _real_counts(
     near: set[int] = set()
     found: set[int] = set()
     for layer, splits in mini.known.layout.heads.items():
-        real = known.layout.heads.get(known.depth.canonical(layer), ())
+        real = known.layout.heads.get(layer, ())
         for tiny, full in zip(splits, real, strict=False):
             if tiny[0] == count:
                 found.add(full[0])

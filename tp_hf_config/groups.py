@@ -206,7 +206,7 @@ def _handed(mini: Miniature, shares: Shares) -> Shares:
     read = states_of(mini.model)
     if read is None or not mini.states:
         return {}
-    reader = (mini.known.depth.canonical(read.reader), read.dim)
+    reader = (mini.known.depth.first(read.reader), read.dim)
     return {(read.argument, AXIS): shares[reader]} if reader in shares else {}
 
 

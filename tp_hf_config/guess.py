@@ -21,7 +21,8 @@ class Asked:
     def __init__(self, known: ConfigMap, target: Shapes):
         self.known = known
         self.target = target
-        self.few = {name: target[name] for name in known.shapes if name in target}
+        origins = {name: known.depth.origin(name) for name in known.shapes}
+        self.few = {name: target[full] for name, full in origins.items() if full in target}
         self.sizes: dict[Observable, int] = {}
         seen = set()
         for name, shape in target.items():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .depth import are_whole, is_numbers
+from .layer_counts import are_whole, is_numbers
 from .learn import ConfigMap, learn
 from .methods import outputs_of
 from .passes import AllFloat64, Result, tensors_in, watched_results

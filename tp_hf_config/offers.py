@@ -246,7 +246,7 @@ def single_positions(group: WidthGroup, known: ConfigMap) -> bool:
     inputs = set() if isinstance(done.mini, Refusal) else done.mini.states.keys()
     for tiny in (tiny for f in done.findings if not f.disproved for tiny in f.groups):
         sizes = {dim.layout.parts * dim.layout.run for dim in tiny.dims}
-        places = {(canonical(d.name), d.dim) for d in tiny.dims if d.name not in inputs}
+        places = {(known.depth.first(d.name), d.dim) for d in tiny.dims if d.name not in inputs}
         fused = len({(dim.name, dim.dim) for dim in tiny.dims}) < len(tiny.dims)
         fits = tiny.fields == group.fields and places <= mine and not fused
         if isinstance(done.mini, Refusal) or not fits or len(sizes) > 1:

@@ -48,7 +48,7 @@ class Study:
         self.builder = builder
         self.refused: list[FieldPath] = []
         self.follows: dict[FieldPath, Power] = {}
-        self.canonical = cache(depth.canonical)
+        self.first = cache(depth.first)
         self.data = with_values(depth.data, dict(implied))
         model = self._build({})
         if isinstance(model, Refusal):
@@ -139,7 +139,7 @@ class Study:
         for name, splits in layout.heads.items():
             counts = counts_of(splits, self.layout.heads.get(name, ()))
             sizes.update({(name, which): count for which, count in counts.items()})
-        return {key: size for key, size in sizes.items() if self.canonical(key[0]) == key[0]}
+        return {key: size for key, size in sizes.items() if self.first(key[0]) == key[0]}
 
     def all_implied(self, unset: Sequence[FieldPath]) -> dict[FieldPath, int]:
         """The unset fields that set something, with the values that they stand for."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .apply import is_own, is_plain
-from .depth import layers_left, lists_of
+from .depth import layers_left
+from .kinds import lists_of
 from .reference import (
     Builder,
     Refusal,
