@@ -245,7 +245,8 @@ class HFConfigSyncHook:
         try:
             outcome = self._follower.follow(groups)
             outcome["notes"] = [*self._told_once(), *outcome["notes"], *self._adjusted()]
-            if stepped and not groups and self._steering is not None:
+            told = self._adjusted()  # they say why already
+            if stepped and not groups and not told and self._steering is not None:
                 outcome["notes"].append(f"nothing was pruned: {self._steering.why_nothing()}")
         except ConfigSyncError as error:
             failed, outcome = error, {"error": str(error)}
