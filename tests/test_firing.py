@@ -472,9 +472,7 @@ def test_heads_asked_for_and_not_found_are_noted():
     model = small.bert()
     hook, pruner = attached(
         model,
-        num_heads={},
-        out_channel_groups={},
-        prune_num_heads=True,
+        **traced_kwargs(model, prune_num_heads=True) | {"num_heads": {}, "out_channel_groups": {}},
         head_pruning_ratio=0.5,
         pruning_ratio=0.0,
     )
