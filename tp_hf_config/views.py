@@ -163,14 +163,16 @@ class Coupled:
 
     @property
     def root(self) -> Side | None:
-        """The side whose output channels are the units, one to one; pruners rank by outputs.
+        """The side whose channels are the units, one to one, an output if there is one.
 
         All its channels: beside others (the shared rotary key of latent attention), importances
-        would count from the first.  No inputs: pruners look for the ratios of outputs alone, and
-        would not find those of heads.
+        would count from the first.  Of heads no input: pruners look for the ratios of outputs
+        alone, and would not find those of heads.
         """
-        for side in self.ranked:
-            if side.out and side.table.shape[1] == 1 and channels_of(side) == len(side.table):
+        for side in () if self.inward else self.ranked:
+            if self.heads and not side.out:
+                continue
+            if side.table.shape[1] == 1 and channels_of(side) == len(side.table):
                 return side
         return None
 
