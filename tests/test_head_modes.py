@@ -624,9 +624,8 @@ def test_where_neither_graph_can_prune_heads() -> None:
     with pytest.raises(UnsupportedModelError) as raised:
         pruner_kwargs(zoo.build("mamba2"), prune_num_heads=True)
     assert str(raised.value) == (
-        "Mamba2ForCausalLM: Torch-Pruning's trace prunes grouped-query and fused heads wrongly "
-        "(its issues 495 and 516). The graph made from the config cannot prune heads here either: "
-        "no heads were seen."
+        "Mamba2ForCausalLM splits nothing into attention heads that was seen, so none can be "
+        "pruned. Leave prune_num_heads and gqa out."
     )
 
 

@@ -382,8 +382,23 @@ def test_grouped_query_heads_are_noted() -> None:
     heads: dict[nn.Module, int] = {}
     for attention in (layer.self_attn for layer in model.model.layers):
         heads |= {attention.q_proj: 8, attention.k_proj: 4, attention.v_proj: 4}
-    kwargs = {"ignored_layers": [model.lm_head], "num_heads": heads, "prune_head_dims": False}
-    hook = attached(model, **kwargs, prune_num_heads=True, head_pruning_ratio=0.5)
+    hook = HFConfigSyncHook(graph="trace")
+    made = traced_kwargs(model)
+    pruner = tp.pruner.MetaPruner(
+        model,
+        dict(made["example_inputs"]),  # of a pruner that pruner_kwargs was not asked about
+        importance=tp.importance.GroupMagnitudeImportance(),
+        output_transform=made["output_transform"],
+        pruning_ratio=0.25,
+        ignored_layers=[model.lm_head],
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=0.5,
+        unwrapped_parameters=made["unwrapped_parameters"],
+        hooks=[hook],
+    )
+    pruner.step()
     assert hook.last_report.notes[0] == (
         "traced, not proved: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj: "
         "query heads are cut without the key and value heads that they share"

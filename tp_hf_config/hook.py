@@ -244,10 +244,10 @@ class HFConfigSyncHook:
         failed: ConfigSyncError | None = None
         try:
             outcome = self._follower.follow(groups)
-            outcome["notes"] = [*self._told_once(), *outcome["notes"], *self._adjusted()]
-            told = self._adjusted()  # they say why already
-            if stepped and not groups and not told and self._steering is not None:
-                outcome["notes"].append(f"nothing was pruned: {self._steering.why_nothing()}")
+            of_step = [*outcome["notes"][len(self._follower.notes) :], *self._adjusted()]
+            if stepped and not groups and not of_step and self._steering is not None:
+                of_step = [f"nothing was pruned: {self._steering.why_nothing()}"]
+            outcome["notes"] = [*self._told_once(), *self._follower.notes, *of_step]
         except ConfigSyncError as error:
             failed, outcome = error, {"error": str(error)}
         before, self._parameters = self._parameters, self._follower.model.num_parameters()

@@ -33,8 +33,9 @@ def mirrored(
     pairs = {was: now for was, now in reversed(changed) if type(was) is type(now) is int}
     code: set[str] = set()
     notes: list[str] = []
+    general = _of_every_config()
     for path, value in _whole_numbers(after) if pairs else ():
-        if value not in pairs or value_at(before, path) != value:
+        if general & set(path) or value not in pairs or value_at(before, path) != value:
             continue
         code = code or _names_in_code(built)
         if path[-1] in code:
@@ -52,6 +53,14 @@ def mirrored(
             f"reads it. Set it to {pairs[value]} if it means the same"
         )
     return new, built, notes
+
+
+def _of_every_config() -> set[str]:
+    """The names of what any config may hold: labels, tokens, generation; no widths."""
+    from transformers import GenerationConfig, PretrainedConfig
+
+    configs: tuple[Any, ...] = (PretrainedConfig, GenerationConfig)
+    return {name for config in configs for name in config().to_dict()}
 
 
 def _every(builder: Builder, data: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _names_in_code(model: nn.Module) -> set[str]:
         if isinstance(one, type) and not issubclass(one, PretrainedConfig):
             bases = [base for base in one.__mro__ if base not in generic]
             waiting += [value for base in bases for value in vars(base).values()]
-        elif isinstance(one, dict):  # functions by a name, as rotary positions have
+        elif type(one) is dict:  # functions by a name, as rotary positions have
             waiting += one.values()
         elif inspect.isfunction(one):
             names = set(_names(one.__code__))

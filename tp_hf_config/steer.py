@@ -146,7 +146,7 @@ class UnitSteering:
         """
         try:
             values = self._importance_of(group, *args, **kwargs)
-        except Exception as error:
+        except (AttributeError, TypeError) as error:  # of a gradient that is None
             if any(parameter.grad is not None for parameter in self.pruner.model.parameters()):
                 raise
             raise ValueError(
