@@ -1,7 +1,8 @@
-"""Shared by all tests: two threads, and a collector that reloads saved models elsewhere."""
+"""Shared by all tests: how many threads, and a collector that reloads saved models elsewhere."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import reload_child
 import torch
 
-THREADS = 2
+# Two processes at once share the cores of the smallest machine.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 
 
@@ -104,6 +106,14 @@ class Collector:
 def collector(tmp_path_factory: pytest.TempPathFactory) -> Collector:
     """One collector for the whole run."""
     return Collector(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _put_aside() -> None:
+    """What the files before have left is not looked through at every collection, nor by a hook."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -4,44 +4,62 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from typing import Any
+from itertools import compress
+from typing import Any, NamedTuple
 
 from torch import nn
 
 
-def holders_of(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules alive that hold a model; the model itself where none does."""
-    return _holders(model, _live_modules())
+class Surroundings(NamedTuple):
+    """What is alive around a model.
 
-
-def sharers_of(model: nn.Module) -> list[str]:
-    """The classes of other live models that hold one of a model's config objects.
-
-    The modules that hold the model are no others, nor is anything else inside of those.
+    Attributes:
+        holders: the outermost modules that hold the model; the model itself where none does.
+        sharers: the classes of other models that hold one of the model's config objects. The
+            modules that hold the model are no others, nor is anything else inside of those.
     """
-    if not _sharers(model):
-        return []
-    gc.collect()  # a model that nobody holds may wait for it
-    return [type(other).__name__ for other in _sharers(model)]
+
+    holders: list[nn.Module]
+    sharers: list[str]
 
 
-def _sharers(model: nn.Module) -> list[nn.Module]:
-    own = {id(config) for module in model.modules() for config in configs_of(module)}
+def surroundings_of(model: nn.Module) -> Surroundings:
+    """Look through every live object for what stands around a model."""
+    around = _surroundings(model)
+    if around.sharers:
+        gc.collect()  # a model that nobody holds may wait for it
+        around = _surroundings(model)
+    return around
+
+
+def _surroundings(model: nn.Module) -> Surroundings:
     alive = _live_modules()
-    inside = {id(one) for holder in _holders(model, alive) for one in holder.modules()}
+    holders = _holders(model, alive)
+    own = {id(config) for module in model.modules() for config in configs_of(module)}
+    inside = {id(one) for holder in holders for one in holder.modules()}
     others = [
         module
         for module in alive
         if id(module) not in inside and any(id(config) in own for config in configs_of(module))
     ]
     parts = {id(child) for other in others for child in other.modules() if child is not other}
-    return [other for other in others if id(other) not in parts]
+    return Surroundings(holders, [type(one).__name__ for one in others if id(one) not in parts])
 
 
 def _live_modules() -> list[nn.Module]:
+    """Every module that is alive; a process has millions of objects, so no loop in Python."""
+    kinds = set(_subclasses(nn.Module))
     every = gc.get_objects()
-    kinds = {kind for kind in set(map(type, every)) if issubclass(kind, nn.Module)}
-    return [one for one in every if type(one) in kinds and "_modules" in vars(one)]
+    modules = compress(every, map(kinds.__contains__, map(type, every)))
+    return [one for one in modules if "_modules" in vars(one)]
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    waiting = [kind]
+    while waiting:
+        kind = waiting.pop()
+        yield kind
+        waiting += type.__subclasses__(kind)
 
 
 def _holders(model: nn.Module, alive: list[nn.Module]) -> list[nn.Module]:

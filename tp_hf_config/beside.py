@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .apply import Changes, is_own, is_plain
-from .around import holders_of
 from .reference import FieldPath, field_name
 
 _UNKNOWN = object()
@@ -46,8 +45,8 @@ class Beside:
     field. What equals a field's old value only is told.
     """
 
-    def __init__(self, model: nn.Module, pruned: nn.Module):
-        self._holders = [weakref.ref(one) for one in holders_of(model) if one is not model]
+    def __init__(self, model: nn.Module, pruned: nn.Module, holders: Sequence[nn.Module]):
+        self._holders = [weakref.ref(one) for one in holders if one is not model]
         self._model, self._pruned = model, pruned
 
     def numbers(self, changed: Mapping[FieldPath, tuple[Any, Any]]) -> list[Number]:

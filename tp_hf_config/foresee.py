@@ -16,7 +16,6 @@ from typing import Any
 from torch_pruning import ops
 
 from .amounts import Amount
-from .around import sharers_of
 from .course import Course, Move
 from .errors import ConfigSyncError, PrunerSettingsWarning
 from .explain import some
@@ -89,17 +88,22 @@ def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
     )
 
 
-def check_config_is_own(pruner: Any, model: Any, strict: bool) -> None:
+def check_config_is_own(pruner: Any, model: Any, sharers: Sequence[str], strict: bool) -> None:
     """Warn, or raise, where the config that is going to change is another live model's too.
 
+    Args:
+        pruner: of the model.
+        model: whose config it is.
+        sharers: the classes of the other models; see ``around.Surroundings``.
+        strict: raise.
+
     Raises:
-        ConfigSyncError: it is, and ``strict``.
+        ConfigSyncError: there are others, and ``strict``.
     """
-    others = sharers_of(model)
-    if others:
+    if sharers:
         name = type(model).__name__
         tell(
-            f"{type(pruner).__name__} of {name}: another model that is alive ({some(others)}) "
+            f"{type(pruner).__name__} of {name}: another model that is alive ({some(sharers)}) "
             "holds the same config object, so its config would change too, and its weights not. "
             f"Build the other one from copy.deepcopy(config), or prune copy.deepcopy(model). "
             "Nothing is pruned yet.",

@@ -151,7 +151,7 @@ class HFConfigSyncHook:
                 "of its own, or remove() the handle of the other one first"
             )
         follower = Follower(pruner)
-        check_config_is_own(pruner, follower.model, self.strict)
+        check_config_is_own(pruner, follower.model, follower.sharers, self.strict)
         steering = UnitSteering(pruner)
         schedule = HeadSchedule(pruner, follower.accepts_heads)
         with ExitStack() as undo, ExitStack() as done:

@@ -18,6 +18,7 @@ from .apply import (
     write_fields,
     write_ties,
 )
+from .around import surroundings_of
 from .beside import Beside
 from .errors import ConfigSyncError, UnsupportedModelError
 from .explain import (
@@ -70,7 +71,9 @@ class Follower:
         assert not isinstance(built, Refusal)
         self.reference: nn.Module = built
         self.notes = said_options(self.model, builder) + order_of_layers(self.model, built)[1]
-        self.beside = Beside(self.model, pruner.model)
+        around = surroundings_of(self.model)
+        self.sharers = around.sharers
+        self.beside = Beside(self.model, pruner.model, around.holders)
         self.ties = ties_of(self.model)
         self._check_traced()
         self.tensors = shapes(self.model).keys()
