@@ -103,8 +103,13 @@ def test_what_is_wrong_is_seen(hunt: Any, tmp_path: Path) -> None:
 
 def test_the_figures_stand_between_their_marks(hunt: Any, tmp_path: Path) -> None:
     rows = [
-        {"type": "a", "modes": [{"outcome": "works"}, {"outcome": "wrong"}], "changed": {"x": 1}},
-        {"type": "b", "modes": []},
+        {
+            "type": "a",
+            "modes": [{"outcome": "works"}, {"outcome": "wrong"}],
+            "changed": {"x": 1},
+            "code": "c1",
+        },
+        {"type": "b", "modes": [], "code": "c2"},
     ]
     readme = tmp_path / "README.md"
     readme.write_text("before <!-- hunt:begin --> old <!-- hunt:end --> after")
@@ -113,8 +118,51 @@ def test_the_figures_stand_between_their_marks(hunt: Any, tmp_path: Path) -> Non
     assert text.startswith("before <!-- hunt:begin -->\n| measured | ")
     assert text.endswith("\n<!-- hunt:end --> after")
     assert "| random configs | 1 |\n| model types | 1 |" in text
+    assert "| versions of the code they ran with | 1 |" in text
     assert "| prunings | 2 |" in text
     assert "| silently wrong | 1 |" in text
     readme.write_text("no marks")
     with pytest.raises(ValueError, match=r"has no <!-- hunt:begin --> \.\.\. <!-- hunt:end -->"):
         hunt["figures"].write(rows, 5, readme)
+
+
+def test_what_is_kept_counts_and_the_latest_of_a_config_is_taken(hunt: Any, tmp_path: Path) -> None:
+    kept = tmp_path / "hunt.jsonl"
+    limits = hunt["hunting"].Limits(1, 1)
+
+    def opened(name: str) -> Any:
+        return hunt["hunting"].Hunt([], tmp_path / name, 0, limits, kept)
+
+    def row(number: int, outcome: str, why: str) -> dict[str, Any]:
+        named = {"task": "t", "type": "a", "number": number, "class": "A", "code": "c"}
+        mode = {"mode": "defaults", "outcome": outcome, "why": why, "fields": {"x": [2, 1]}}
+        return {**named, "config": {}, "modes": [mode]}
+
+    def outcomes(of: Any) -> list[str]:
+        return [mode["outcome"] for row in of.rows() for mode in row["modes"]]
+
+    first = opened("0-a")
+    lines = (row(0, "wrong", "off"), row(1, "works", ""))
+    first.results.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    first.keep()
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == [
+        {
+            "of": "0-a",
+            "task": "t",
+            "type": "a",
+            "class": "A",
+            "number": number,
+            "code": "c",
+            "modes": [{"mode": "defaults", "outcome": outcome, **why}],
+        }
+        for number, outcome, why in ((0, "wrong", {"why": "off"}), (1, "works", {}))
+    ]
+    first.results.write_text(json.dumps(row(0, "works", "")))
+    assert outcomes(first) == ["works", "works"]
+    other = opened("1-a")
+    assert outcomes(other) == []
+    other.results.write_text(json.dumps(row(0, "crashed", "")))
+    other.keep()
+    assert outcomes(other) == ["crashed"]
+    assert list(map(hunt["hunting"].is_bad, other.rows())) == [True]
+    assert outcomes(first) == ["works", "works"]

@@ -3,7 +3,8 @@
 Draws options of every class's config, builds the class with random weights, prunes copies of it by
 defaults, by heads, by rounded and by single widths, and compares each with the full-size original
 with the removed units at zero, written without the library, and with what another process loads.
-Configs that are done lie in ``.hunt/`` and are not tried again with the same versions and seed.
+Configs that are done lie in ``.hunt/`` (with ``--write``, in ``docs/hunt.jsonl`` too) and are not
+tried again with the same versions and seed, but for those that were wrong with other code.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ from pathlib import Path
 
 import places
 from figures import listed, totals, write
-from hunting import Hunt, Limits
+from hunting import BAD, Hunt, Limits
 from pairs import all_pairs
 
 from tp_hf_config.schema import versions
-
-_BAD = ("wrong", "failed", "crashed")
 
 
 def main() -> None:
@@ -33,25 +32,27 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="only these tasks")
     parser.add_argument("--folder", type=Path, help="where results lie")
     parser.add_argument("--written", action="store_true", help="try nothing more")
-    parser.add_argument("--write", action="store_true", help="put the figures into the README")
+    written = "put the figures into the README, and the results into docs/hunt.jsonl"
+    parser.add_argument("--write", action="store_true", help=written)
     options = parser.parse_args()
     pairs = [p for p in all_pairs() if not options.types or p.type in options.types]
     pairs = [p for p in pairs if not options.tasks or p.task in options.tasks]
     named = f"{options.seed}-{'-'.join(versions().values())}"
     folder = options.folder or places.ROOT / ".hunt" / named
     limits = Limits(options.seconds, int(options.gib * 2**30))
-    hunt = Hunt(pairs, folder, options.seed, limits)
+    hunt = Hunt(pairs, folder, options.seed, limits, places.ROOT / "docs" / "hunt.jsonl")
     if not options.written:
         for row in hunt.run(options.count, options.jobs):
             outcomes = " ".join(mode["outcome"] for mode in row["modes"]) or row["why"]
             print(f"{row['task']} {row['type']} {row['number']}: {outcomes}", flush=True)
-            for line in listed([row], _BAD):
+            for line in listed([row], BAD):
                 print(f"    {line}", flush=True)
     rows = hunt.rows()
     for name, number in totals(rows):
         print(f"{name:<70} {number}")
-    print("\n".join(listed(rows, _BAD)))
+    print("\n".join(listed(rows, BAD)))
     if options.write:
+        hunt.keep()
         write(rows, options.seed, places.ROOT / "README.md")
 
 

@@ -34,6 +34,7 @@ def totals(rows: list[Row]) -> list[tuple[str, str]]:
         ("random configs", str(len(ran))),
         ("model types", str(len({row["type"] for row in ran}))),
         ("options drawn in each, on average", f"{options / max(1, len(ran)):.1f}"),
+        ("versions of the code they ran with", str(len({row["code"] for row in ran}))),
         ("prunings", str(sum(outcomes.values()))),
         *((words, str(outcomes[key])) for key, words in OUTCOMES.items()),
     ]

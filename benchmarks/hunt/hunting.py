@@ -24,6 +24,7 @@ from trying import CASE, RESULT, try_config
 HERE = Path(__file__).parent
 WAITING = 8
 """How many times its seconds of processor time a process may take on a busy machine."""
+BAD = ("wrong", "failed", "crashed")
 PRELOADED = [
     "torch",
     "torch_pruning",
@@ -76,10 +77,14 @@ class Hunt:
         folder: where results lie.
         seed: decides on the order and on every config.
         limits: of each config.
+        kept: results of earlier hunts, of which those with the same seed and versions count.
     """
 
-    def __init__(self, pairs: list[Pair], folder: Path, seed: int, limits: Limits):
+    def __init__(
+        self, pairs: list[Pair], folder: Path, seed: int, limits: Limits, kept: Path | None = None
+    ):
         self.pairs, self.folder, self.seed, self.limits = pairs, folder, seed, limits
+        self.kept = kept
         (folder / "bases").mkdir(parents=True, exist_ok=True)
         self.results = folder / "results.jsonl"
         self.context: Any = multiprocessing.get_context("forkserver")
@@ -90,16 +95,22 @@ class Hunt:
         self._code = _code()
 
     def rows(self) -> list[dict[str, Any]]:
-        """What was done so far, by this hunt and those before it."""
-        if not self.results.exists():
-            return []
-        return [json.loads(line) for line in self.results.read_text().splitlines()]
+        """What was done so far, by this hunt and those before it: the latest of every config."""
+        earlier = [row for row in _read(self.kept) if row["of"] == self.folder.name]
+        return list({_key(row): row for row in [*earlier, *_read(self.results)]}.values())
+
+    def keep(self) -> None:
+        """Write what was done beside what earlier hunts did, without what can be drawn again."""
+        assert self.kept is not None
+        others = [row for row in _read(self.kept) if row["of"] != self.folder.name]
+        own = [_short(row, self.folder.name) for row in self.rows()]
+        self.kept.write_text("".join(f"{json.dumps(row)}\n" for row in [*others, *own]))
 
     def run(self, count: int, jobs: int) -> Iterator[dict[str, Any]]:
         """Try configs until so many have run, those of before included."""
-        rows = self.rows()
-        done = {(row["task"], row["type"], row["number"]) for row in rows}
-        ran = sum(map(has_run, rows))
+        again = [row for row in self.rows() if row["code"] != self._code and is_bad(row)]
+        done = {_key(row): row for row in self.rows() if row not in again}
+        ran = sum(map(has_run, done.values()))
         waiting = (key for key in self._order() if (key[0].task, key[0].type, key[1]) not in done)
         try:
             with ThreadPoolExecutor(jobs) as pool:
@@ -127,7 +138,8 @@ class Hunt:
             row = self._tried(pair, number, Path(name))
             self._load_again(row, Path(name))
         named = {"task": pair.task, "type": pair.type, "class": pair.class_name, "number": number}
-        row = {**named, **row, "seconds": round(time.monotonic() - started, 1)}
+        seconds = round(time.monotonic() - started, 1)
+        row = {**named, **row, "seconds": seconds, "code": self._code}
         with self._lock, self.results.open("a") as file:
             print(json.dumps(row), file=file)
         return row
@@ -164,14 +176,39 @@ class Hunt:
                 mode["outcome"] = "wrong" if "generates" in why else mode["outcome"]
 
 
+def _read(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["task"], row["type"], row["number"]
+
+
+def _short(row: dict[str, Any], of: str) -> dict[str, Any]:
+    """A row without its config, which the seed gives again, and without what worked in full."""
+    modes = [
+        {k: v for k, v in mode.items() if k in ("mode", "outcome") or (k == "why" and v)}
+        for mode in row["modes"]
+    ]
+    named = ("task", "type", "class", "number", "changed", "why", "cpu", "code")
+    return {"of": of, **{k: row[k] for k in named if k in row}, "modes": modes}
+
+
 def _code() -> str:
     """A digest of the package as it lies on disk."""
     digest = hashlib.sha256()
     for path in sorted((HERE.parents[1] / "tp_hf_config").rglob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:12]
 
 
 def has_run(row: dict[str, Any]) -> bool:
     """Whether a config was drawn with which the class runs, and some mode was tried to its end."""
     return any(mode["outcome"] != "not run" for mode in row["modes"])
+
+
+def is_bad(row: dict[str, Any]) -> bool:
+    """Whether some mode was silently wrong, or ended in an error that is no refusal."""
+    return any(mode["outcome"] in BAD for mode in row["modes"])
