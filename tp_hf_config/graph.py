@@ -19,6 +19,7 @@ from torch_pruning.pruner import function
 
 from .cuts import Cuts
 from .expand import WidthGroup
+from .norm_order import channels_in_order
 from .reference import field_name
 from .ties import tensor
 from .twins import Layout
@@ -60,7 +61,7 @@ class ConfigGroup(Group):  # type: ignore[misc]
             list(record.idxs),
         ]
         leaving = Leaving(self.units)
-        with self._DG.cuts.together():
+        with channels_in_order(), self._DG.cuts.together():
             for side in self.coupled.sides:
                 cut(side, leaving, self._DG.cuts)
             self.coupled.units.count -= len(self.units)

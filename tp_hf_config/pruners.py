@@ -18,6 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch_pruning as tp
 
+from .norm_order import channels_in_order
+
 _Base: Any = tp.pruner.BasePruner
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
 _constructing = threading.local()
@@ -117,7 +119,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
     @functools.wraps(step)
     def stepping(*args: Any, **kwargs: Any) -> Any:
         try:
-            with ExitStack() as stack:
+            with channels_in_order(), ExitStack() as stack:
                 _enter(stack, hooks_of(pruner), "stepping", pruner)
                 result = step(*args, **kwargs)
         except BaseException:
@@ -136,7 +138,8 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
 def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
     """Pass groups on; fire when they are exhausted and when the user leaves the loop early."""
     try:
-        yield from groups
+        with channels_in_order():
+            yield from groups
     except BaseException:  # GeneratorExit on break, or the user's own exception
         _fire_quietly(pruner)
         raise

@@ -292,7 +292,7 @@ def _routers(model: nn.Module, left: Left) -> Iterator[tuple[int, Tensor]]:
             continue
         block = name.rpartition(".")[0].rpartition(".")[0]
         for other, sides in left.items():
-            inside = other.startswith(f"{block}.") and len(sides) < 3
+            inside = other.startswith(f"{block}.") and len(sides) in (1, 2)
             if inside and sides[0].size == axes[0].size:
                 if not torch.equal(sides[0].left, axes[0].left):
                     continue

@@ -1,0 +1,100 @@
+"""Layer norms keep their channels in order, however few are left (Torch-Pruning's own do not)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+import transformers as hf
+from small import traced_kwargs
+from torch import nn
+from torch_pruning import ops
+from torch_pruning.pruner import function
+
+from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+
+FEW = 0.7
+"""So much goes that a set of what is left is in no order."""
+
+
+def bert() -> Any:
+    return small.bert(hidden_size=60, num_attention_heads=3)
+
+
+def convnext() -> Any:
+    """Its norms are of a class of its own."""
+    torch.manual_seed(0)
+    config = hf.ConvNextConfig(
+        hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], image_size=32, drop_path_rate=0.0
+    )
+    return hf.ConvNextModel(config).eval()
+
+
+def numbered(model: Any) -> Any:
+    """Every norm's weights say at which channel they stand."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data = torch.arange(float(len(module.weight)))
+    return model
+
+
+def pruner_of(model: Any, arguments: dict[str, Any]) -> Any:
+    return tp.pruner.MetaPruner(
+        model,
+        **arguments,
+        importance=tp.importance.RandomImportance(),
+        pruning_ratio=FEW,
+        hooks=[HFConfigSyncHook()],
+    )
+
+
+def assert_in_order(model: Any) -> None:
+    norms = {n: m.weight.long() for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    assert any(weight[-1] >= len(weight) for weight in norms.values()), "nothing went"
+    for name, weight in norms.items():
+        assert bool((weight.diff() > 0).all()), f"{name}: {weight.tolist()}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [(bert, traced_kwargs), (bert, pruner_kwargs), (convnext, pruner_kwargs)],
+    ids=["traced", "BERT", "ConvNeXt"],
+)
+def test_a_step(make: Any, arguments: Any, seed: int) -> None:
+    model = numbered(make())
+    pruner = pruner_of(model, arguments(model))
+    torch.manual_seed(seed)
+    pruner.step()
+    assert_in_order(model)
+
+
+def test_an_interactive_step_of_a_trace() -> None:
+    model = numbered(bert())
+    pruner = pruner_of(model, traced_kwargs(model))
+    for group in pruner.step(interactive=True):
+        group.prune()
+    assert_in_order(model)
+
+
+def test_a_group_that_is_pruned_by_hand() -> None:
+    model = numbered(convnext())
+    pruner = pruner_of(model, pruner_kwargs(model))
+    norm = model.encoder.stages[3].layers[0].layernorm
+    gone = [channel for channel in range(40) if channel not in (2, 9, 35, 37)]
+    handler = tp.prune_layernorm_out_channels
+    pruner.DG.get_pruning_group(norm, handler, gone).prune()
+    assert_in_order(model)
+
+
+def test_torch_pruning_alone_is_as_before() -> None:
+    model = numbered(bert())
+    pruner_of(model, traced_kwargs(model)).step()
+    assert "_prune_parameter_and_grad" not in vars(function.PrunerBox[ops.OPTYPE.LN])
+    norm = nn.LayerNorm(40)
+    norm.weight.data = torch.arange(40.0)
+    tp.prune_layernorm_out_channels(norm, [i for i in range(40) if i not in (2, 9, 35, 37)])
+    assert norm.weight.tolist() != [2, 9, 35, 37], "upstream has mended it: norm_order can go"
