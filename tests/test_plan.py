@@ -274,6 +274,13 @@ class TestWhatIsPlanned:
         group = plan(model, pruning_ratio=0.0, head_pruning_ratio=0.5, gqa="group")
         assert group.widths[0].after == {"num_key_value_heads": 1, "num_attention_heads": 2}
         assert group.widths[0].ranks == ()
+        stay = (
+            "num_attention_heads stays: head_pruning_ratio= says what share of the heads goes, and "
+            "is 0"
+        )
+        assert plan(model, prune_num_heads=True).notes == (stay,)
+        assert query.notes == plan(model).notes == ()
+        assert plan(model, prune_num_heads=True, target_params=0.5).notes == ()
         one_each = small.llama(num_key_value_heads=4)
         assert "num_key_value_heads" in plan(one_each, head_pruning_ratio=0.5).values
         with pytest.raises(ValueError, match="gqa='heads'"):

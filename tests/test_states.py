@@ -259,6 +259,7 @@ class TestPruned:
         narrow = {**inputs, "encoder_outputs": inputs["encoder_outputs"][..., left]}
         masking.assert_same_as_masked(original, model, hook.reports, inputs, narrow)
 
+    @pytest.mark.filterwarnings("error::tp_hf_config.PrunerSettingsWarning")
     @pytest.mark.parametrize(
         "settings",
         [

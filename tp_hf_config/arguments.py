@@ -245,7 +245,12 @@ def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
         for key, ratio in (arguments.get(name) or {}).items():
             named = key if isinstance(key, tuple) else (key,)
             inside = {module for one in named for module in one.modules()}
-            found = [c for c in mine if any(s.module in inside and is_output(s) for s in c.sides)]
+            found = [
+                coupled
+                for coupled in mine
+                if coupled.units in inside  # inputs alone: the library's own ratios name them so
+                or any(side.module in inside and is_output(side) for side in coupled.sides)
+            ]
             for coupled in found:
                 taken.setdefault(id(coupled), []).append(ratio)
             if not found:

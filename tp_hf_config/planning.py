@@ -212,7 +212,7 @@ def _plan(
         target=target,
         why_not_exactly=fewer,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
-        notes=(*notes, *_handed(chosen)),
+        notes=(*notes, *_handed(chosen), *_heads_stay(chosen, settings)),
         _live=weakref.ref(source) if live else lambda: None,
         _fields=dict(known.values),
     )
@@ -223,6 +223,13 @@ def _handed(chosen: Chosen) -> Iterator[str]:
     for width in chosen.widths:
         for name in width.handed:
             yield f"{name} has to lose channels with {width.name}: the report of a step says which"
+
+
+def _heads_stay(chosen: Chosen, settings: Settings) -> Iterator[str]:
+    """That heads were asked for, and no share of them."""
+    if chosen.heads and not settings.head_pruning_ratio:
+        names = ", ".join(width.name for width in chosen.heads)
+        yield f"{names} stays: head_pruning_ratio= says what share of the heads goes, and is 0"
 
 
 def _sized(

@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -114,13 +115,16 @@ class Hunt:
         waiting = (key for key in self._order() if (key[0].task, key[0].type, key[1]) not in done)
         try:
             with ThreadPoolExecutor(jobs) as pool:
+                running: set[Future[dict[str, Any]]] = set()
                 while ran < count:
+                    free = min(jobs, count - ran) - len(running)
+                    running |= {pool.submit(self._one, k) for k in islice(waiting, max(0, free))}
+                    ended, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        ran += has_run(future.result())
+                        yield future.result()
                     if _code() != self._code:  # what is imported late would be of other code
                         raise RuntimeError("the package changed during the hunt: start it again")
-                    batch = [key for key, _ in zip(waiting, range(4 * jobs), strict=False)]
-                    for row in pool.map(self._one, batch):
-                        ran += has_run(row)
-                        yield row
         finally:
             for reloader in self._reloaders:
                 reloader.close()
