@@ -445,6 +445,19 @@ class TestAdjusted:
             "multiple of 3); nearest legal: num_attention_heads 6",
         )
 
+    def test_several_widths_that_the_class_rounds(self) -> None:
+        """It builds multiples of eight of four times the width: of one alone, 10 and 66."""
+        config = hf.MobileViTConfig(image_size=64, hidden_sizes=[24, 32, 40])
+        prune = ["neck_hidden_sizes[0]", "neck_hidden_sizes[3]"]
+        result = plan(config, prune=prune, pruning_ratio=0.3)
+        assert result.refusal is None
+        assert result.values == dict(zip(prune, (10, 66), strict=True))
+        assert result.adjusted == (
+            "step 1: the ratios ask for neck_hidden_sizes[0] 11, neck_hidden_sizes[3] 67 (the "
+            "class builds mobilevit.encoder.layer.0.layer.0.conv_3x3.convolution.weight with 48, "
+            "pruning leaves 44); nearest legal: neck_hidden_sizes[0] 10, neck_hidden_sizes[3] 66",
+        )
+
     def test_far_away(self) -> None:
         """Of 128 heads 88 shall stay: no number between 64 and 128 divides 8192."""
         config = hf.LlamaConfig(**{**LLAMA_70B.to_dict(), "num_attention_heads": 128})
@@ -536,6 +549,7 @@ class TestRefusals:
         settings: dict[str, Any] = {"pruning_ratio": 0.5, "head_pruning_ratio": 0.5}
         assert plan(LLAMA_70B, **settings).refusal is not None
         near = 3 * 24 + 4 * 24 + 64  # settings near these; what heads could be
+        near += 2 * 25  # the other widths alone
         assert len(asked) <= 4 * (40 + 1) + near
         asked.clear()
         assert plan(LLAMA_70B, **settings, iterative_steps=200).refusal is not None

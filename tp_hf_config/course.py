@@ -93,7 +93,7 @@ class Course:
         schedule: the ratios of the steps, of a ratio in the end: Torch-Pruning's scheduler.
         round_to: the pruner's.
         max_ratio: the pruner's ``max_pruning_ratio``.
-        patience: how long to look for what the class takes: as soon as it has refused so many
+        patience: how long to look for what the class takes: as soon as it was asked of so many
             times ``_PATIENT`` widths, and so many for each step, no step looks for others. With
             none, the nearest is done unasked.
     """
@@ -133,7 +133,7 @@ class Course:
         """For each step, what Torch-Pruning's amounts alone leave, and what is left."""
         now: State = {move.fields: tuple(a.units for a in move.amounts) for move in self.moves}
         steps = max((len(self.ratios(move)) for move in self.moves), default=0)
-        refused: set[frozenset[tuple[FieldPath, int]]] = set()
+        before = len(self._asked)
         result: list[tuple[State, State]] = []
         for step in range(steps):
             plain = {
@@ -147,13 +147,13 @@ class Course:
                 stay = {move.fields: now[move.fields] for move in self.moves if move.counts}
                 now = {**plain, **stay}
                 for state in self._candidates(now, plain, step):
-                    if self.patience and len(refused) >= self.patience * (_PATIENT + steps):
+                    asked = len(self._asked) - before
+                    if self.patience and asked >= self.patience * (_PATIENT + steps):
                         break
                     values = self.values_of(state)
                     if not self.patience or self.refuses(values) is None:
                         now = state
                         break
-                    refused.add(frozenset(values.items()))
             else:
                 now = plain
             result.append((plain, now))
@@ -177,7 +177,12 @@ class Course:
             for chosen in islice(product(*heads), _HEADS)
         ]
         divisible = (other for state in states for other in (state, *self._divisible(state)))
-        return chain(islice(divisible, _HEADS), self._smaller(states[0]), self._smaller(stay))
+        return chain(
+            islice(divisible, _HEADS),
+            self._each_alone(states[0]),
+            self._smaller(states[0]),
+            self._smaller(stay),
+        )
 
     def _counts(self, move: Move, now: tuple[int, ...], ratio: float) -> Iterator[State]:
         """Numbers of heads that can be left, nearest to what is asked for first."""
@@ -207,17 +212,39 @@ class Course:
                 ),
             }
 
+    def _each_alone(self, state: State) -> Iterator[State]:
+        """The state with every width as the class takes it alone, where several are not that.
+
+        One width after another would not do then (MobileViT, which rounds five of its widths).
+        """
+        before = {move.fields: tuple(a.units for a in move.amounts) for move in self.moves}
+        others: State = {}
+        for move in self._moved(state):
+            asked = state[move.fields]
+            for units in chain([asked], islice(self._downwards(move, asked), _TRIES)):
+                if self.refuses(self.values_of({**before, move.fields: units})) is None:
+                    if units != asked:
+                        others[move.fields] = units
+                    break
+        if len(others) > 1:
+            yield {**state, **others}
+
     def _smaller(self, state: State) -> Iterator[State]:
         """The state, and others in which one width is a little smaller."""
         yield state
         for move in self._moved(state):
-            for down in range(1, _DOWN):
-                units = tuple(
-                    n - down * amount.step(self.round_to)
-                    for n, amount in zip(state[move.fields], move.amounts, strict=True)
-                )
-                if min(units) >= 1:
-                    yield {**state, move.fields: units}
+            for units in self._downwards(move, state[move.fields]):
+                yield {**state, move.fields: units}
+
+    def _downwards(self, move: Move, now: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Fewer units of a width, the most first."""
+        for down in range(1, _DOWN):
+            units = tuple(
+                n - down * amount.step(self.round_to)
+                for n, amount in zip(now, move.amounts, strict=True)
+            )
+            if min(units) >= 1:
+                yield units
 
     def _moved(self, state: State) -> list[Move]:
         """The widths, not numbers of heads, that have lost something."""
@@ -318,12 +345,16 @@ class Course:
         if old.keys() != new.keys():
             return f"the class builds other tensors there: {min(old.keys() ^ new.keys())}"
         moves = {path: value - self.known.values[path] for path, value in values.items()}
-        for (name, dim), expression in self.known.expressions.items():
-            if isinstance(dim, int) and name in new and expression.fields & moves.keys():
-                left = expression.evaluate(moves)
-                if left != new[name][dim]:
-                    return f"the class builds {name} with {new[name][dim]}, pruning leaves {left}"
-        return None
+        others = [
+            (name, new[name][dim], left)
+            for (name, dim), expression in self.known.expressions.items()
+            if isinstance(dim, int) and name in new and expression.fields & moves.keys()
+            if (left := expression.evaluate(moves)) != new[name][dim]
+        ]
+        if not others:
+            return None
+        name, size, left = min(others)
+        return f"the class builds {name} with {size}, pruning leaves {left}"
 
     def at(
         self, ratios: Mapping[tuple[FieldPath, ...], float], patience: int | None = None

@@ -84,9 +84,23 @@ def _last(x: Tensor, size: int) -> int:
     with torch._C.DisableTorchFunction():
         if x.ndim < 2 or not x.is_floating_point() or not x.numel():
             return size
-        zeros = (x == 0).sum(-1)
-        least, most = int(zeros.min()), int(zeros.max())
-    return Narrowed(size, size - least) if 0 < least == most < size else size
+        gone = _always_zero(x)
+    return Narrowed(size, size - gone) if 0 < gone < size else size
+
+
+def _always_zero(x: Tensor) -> int:
+    """How many channels are zero whatever the rest is; 0: not as many of every head.
+
+    A channel that an activation made zero is so here and there; of each head others may have gone.
+    """
+    zero, gone = x == 0, 0
+    for dim in range(x.ndim - 1):
+        others = [other for other in range(x.ndim - 1) if other != dim]
+        always = zero.movedim(dim, 0).flatten(1, -2).all(1) if others else zero
+        counts = always.sum(-1)
+        if int(counts.min()) == int(counts.max()):
+            gone = max(gone, int(counts.min()))
+    return gone
 
 
 def take_sizes(model: nn.Module, fresh: nn.Module) -> None:

@@ -286,9 +286,10 @@ def _is_last(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 def _routers(model: nn.Module, left: Left) -> Iterator[tuple[int, Tensor]]:
     """Weights that score experts of which some went; beside them, biases say never."""
-    tensors = _tensors(model)
+    tensors, modules = _tensors(model), dict(model.named_modules())
     for name, axes in left.items():
-        if len(axes) != 3 or axes[0].whole:
+        owner = modules[name.rpartition(".")[0]]
+        if len(axes) != 3 or axes[0].whole or isinstance(owner, nn.modules.conv._ConvNd):
             continue
         block = name.rpartition(".")[0].rpartition(".")[0]
         for other, sides in left.items():
