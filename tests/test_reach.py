@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
+from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 from tp_hf_config.miniature import randomise
 from tp_hf_config.reach import unreached_by, working_inputs
 from tp_hf_config.reference import Refusal
@@ -112,3 +114,54 @@ def test_outputs_without_gradients_reach_nothing() -> None:
     links = test.links([Dim("layer.weight", 0), Dim("layer.bias", 0)])
     assert links.groups == ()
     assert test.unused(["layer.weight"])
+
+
+class _InPlace(nn.Module):
+    """It changes what its backward pass needs, as Doge does where ``norm_topk_prob``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = hf.BertConfig(vocab_size=9)
+        self.table, self.layer = nn.Embedding(9, 4), nn.Linear(4, 6)
+
+    def forward(self, input_ids: Any) -> torch.Tensor:
+        scores = self.layer(self.table(input_ids)).softmax(-1)
+        scores /= scores.sum(-1, keepdim=True)
+        return scores
+
+
+def test_a_class_without_a_backward_pass_does_not_run() -> None:
+    working = working_inputs(_InPlace().double())
+    assert isinstance(working, Refusal)
+    assert working.reason.startswith(
+        "the tiny copy does not run: torch cannot compute its gradients: one of the variables "
+        "needed for gradient computation has been modified by an inplace operation"
+    )
+
+
+def test_such_a_class_is_traced() -> None:
+    config = hf.DogeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        is_moe=True,
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
+    torch.manual_seed(0)
+    model = hf.DogeForCausalLM(config).eval()
+    hook = HFConfigSyncHook()
+    tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        hooks=[hook],
+    ).step()
+    assert model.config.intermediate_size == 48
+    assert hook.last_report is not None
+    assert hook.last_report.graph.startswith("traced graph: ")

@@ -25,6 +25,10 @@ Working = tuple[dict[str, Any], bool] | Refusal
 """Inputs with which a model runs, and whether they are text alone; or why it does not."""
 
 
+class GradientsError(Exception):
+    """A class runs, and its outputs cannot be differentiated: no experiment can be made."""
+
+
 def working_inputs(model: nn.Module) -> Working:
     """Inputs of two samples with which the model runs, and whether it is text alone.
 
@@ -41,7 +45,10 @@ def working_inputs(model: nn.Module) -> Working:
     for form, partial in chain(((form, False) for form in chain(forms, bare)), ((text, True),)):
         stopped = "" if form is None else why_not(model, inputs := second_sample(form))
         if form is not None and stopped is None:
-            return _reaching(model, inputs), partial
+            try:
+                return _reaching(model, inputs), partial
+            except GradientsError as error:
+                stopped = str(error)
         reason = reason or stopped or ""
     return Refusal(f"the tiny copy does not run: {reason}")
 
@@ -98,14 +105,22 @@ def _better(
 
 
 def unreached_by(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
-    """The parameters that the outputs do not depend on."""
+    """The parameters that the outputs do not depend on.
+
+    Raises:
+        GradientsError: torch cannot compute their gradients (Doge's experts with normed scores,
+            which it divides in place).
+    """
     with AllFloat64():
         outputs = [t for t in tensors_in(outputs_of(model, inputs)) if t.requires_grad]
     names, parameters = zip(*model.named_parameters(), strict=True)
     if not outputs:  # numbers of codes (WavTokenizer's encoder): they have no gradients
         return set(names)
     total = torch.stack([tensor.sum() for tensor in outputs]).sum()
-    grads = torch.autograd.grad(total, parameters, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(total, parameters, allow_unused=True)
+    except RuntimeError as error:
+        raise GradientsError(f"torch cannot compute its gradients: {_said(error)}") from error
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
 
 
@@ -115,5 +130,9 @@ def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
         with torch.no_grad(), AllFloat64():
             outputs_of(model, inputs)
     except Exception as error:  # whatever a class's forward pass raises
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return _said(error)
     return None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
