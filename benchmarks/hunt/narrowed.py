@@ -59,8 +59,13 @@ class Narrowed(int):
 class Sizes(TorchFunctionMode):
     """Last sizes that a masked model reads off its tensors, without the channels that went.
 
-    Those are zero: as many in every row, which no chance makes.
+    Those are zero: as many in every row, which no chance makes. Where an activation may have made
+    others zero as well, ``numbers`` says what sizes became of which.
     """
+
+    def __init__(self, numbers: set[tuple[int, int]]):
+        super().__init__()
+        self.numbers = numbers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,10 +73,19 @@ class Sizes(TorchFunctionMode):
             return func(args[0].new, *args[1:], **kwargs)
         result = func(*args, **kwargs)
         if func is Tensor.size and not isinstance(result, tuple):
-            return _last(args[0], result) if _names_last(args, kwargs) else result
+            return self._last(args[0], result) if _names_last(args, kwargs) else result
         if func is Tensor.size or func == _SHAPE:
-            return (*result[:-1], _last(args[0], result[-1])) if len(result) > 1 else result
+            return (*result[:-1], self._last(args[0], result[-1])) if len(result) > 1 else result
         return result
+
+    def _last(self, x: Tensor, size: int) -> int:
+        with torch._C.DisableTorchFunction():
+            if x.ndim < 2 or not x.is_floating_point() or not x.numel():
+                return size
+            gone = _always_zero(x, least=bool(self.numbers))
+        if self.numbers:
+            gone = max((o - n for o, n in self.numbers if o == size and o - n <= gone), default=0)
+        return Narrowed(size, size - gone) if 0 < gone < size else size
 
 
 def _names_last(args: Any, kwargs: Any) -> bool:
@@ -80,15 +94,7 @@ def _names_last(args: Any, kwargs: Any) -> bool:
         return dim in (-1, args[0].ndim - 1)
 
 
-def _last(x: Tensor, size: int) -> int:
-    with torch._C.DisableTorchFunction():
-        if x.ndim < 2 or not x.is_floating_point() or not x.numel():
-            return size
-        gone = _always_zero(x)
-    return Narrowed(size, size - gone) if 0 < gone < size else size
-
-
-def _always_zero(x: Tensor) -> int:
+def _always_zero(x: Tensor, least: bool) -> int:
     """How many channels are zero whatever the rest is; 0: not as many of every head.
 
     A channel that an activation made zero is so here and there; of each head others may have gone.
@@ -98,35 +104,40 @@ def _always_zero(x: Tensor) -> int:
         others = [other for other in range(x.ndim - 1) if other != dim]
         always = zero.movedim(dim, 0).flatten(1, -2).all(1) if others else zero
         counts = always.sum(-1)
-        if int(counts.min()) == int(counts.max()):
+        if least or int(counts.min()) == int(counts.max()):
             gone = max(gone, int(counts.min()))
     return gone
 
 
-def take_sizes(model: nn.Module, fresh: nn.Module) -> None:
-    """Whole numbers of every module, and of its config, that are others in the new class."""
+def take_sizes(model: nn.Module, fresh: nn.Module) -> Iterator[tuple[int, int]]:
+    """Put the whole numbers of every module, and of its config, that are others in the new class.
+
+    Yields:
+        The old number and the new one.
+    """
     built = dict(fresh.named_modules())
     for name, module in model.named_modules():
         other = built.get(name)
         if other is None:
             continue
-        _take(module, other)
+        yield from _take(module, other)
         if hasattr(vars(module).get("config"), "to_dict"):
-            _take(module.config, other.config)
+            yield from _take(module.config, other.config)
 
 
-def _take(one: Any, other: Any) -> None:
+def _take(one: Any, other: Any) -> Iterator[tuple[int, int]]:
     for key, old in list(vars(one).items()):
         new = vars(other).get(key)
         if type(old) is int and type(new) is int and old != new:
             vars(one)[key] = Narrowed(old, new)
+            yield old, new
 
 
 @contextmanager
-def as_narrow(model: nn.Module, fresh: nn.Module) -> Iterator[None]:
+def as_narrow(model: nn.Module, fresh: nn.Module, by_number: bool = False) -> Iterator[None]:
     """While it runs, the model computes with the new widths."""
-    take_sizes(model, fresh)
-    with Sizes():
+    numbers = set(take_sizes(model, fresh))
+    with Sizes(numbers if by_number else set()):
         yield
 
 

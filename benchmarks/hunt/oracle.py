@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def compare(
     """
     left = what_is_left(original, pruned)
     why = ""
-    for scales in (nothing, as_narrow):
+    for scales in (nothing, as_narrow, partial(as_narrow, by_number=True)):
         masked = masked_copy(original, fresh, left)
         with Masked(masked, left), scales(masked, fresh):
             expected = outputs_of(masked, inputs)
