@@ -154,7 +154,8 @@ def subject_of(
 
 def built(config_class: Any, model_class: Any, data: dict[str, Any]) -> Any:
     """The class at a config, eager, in float64."""
-    config = config_class.from_dict(copy.deepcopy(data))
+    decode = getattr(config_class, "_decode_special_floats", copy.copy)  # infinities
+    config = config_class.from_dict(decode(copy.deepcopy(data)))
     config._attn_implementation = "eager"
     before = torch.get_default_dtype()
     try:
