@@ -207,3 +207,43 @@ def test_experts_that_no_token_goes_to(tmp_path: Path) -> None:
     (report,) = hook.reports
     assert report.fields == {"encoder_ffn_dim": (48, 24), "decoder_ffn_dim": (40, 20)}
     assert "no output depends on model.decoder.layers.1.ffn.experts.expert_2.fc1.b" in report.graph
+
+
+def test_classes_that_are_as_many_as_something_else_by_chance() -> None:
+    """Falcon-H1's dims of Mamba heads: two classes in the tiny copy, and two heads of keys."""
+    config = hf.FalconH1Config(
+        vocab_size=48,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        mamba_d_ssm=64,
+        mamba_n_heads=16,
+        mamba_d_head=4,
+        mamba_n_groups=1,
+        mamba_d_state=36,
+        mamba_d_conv=1,
+        mamba_expand=1,
+        mamba_chunk_size=16,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = hf.FalconH1ForCausalLM(config).eval()
+    norms = [layer.mamba.norm for layer in model.model.layers]
+    for norm in norms:
+        norm.weight.data = torch.arange(64.0)
+    tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=("mamba_d_head", "mamba_d_ssm"), graph="config"),
+        importance=tp.importance.RandomImportance(),
+        pruning_ratio=0.25,
+        hooks=[HFConfigSyncHook()],
+    ).step()
+    assert (model.config.mamba_d_head, model.config.mamba_d_ssm) == (3, 48)
+    for norm in norms:
+        heads = norm.weight.view(16, 3) // 4
+        assert torch.equal(heads, torch.arange(16.0)[:, None].expand(16, 3))

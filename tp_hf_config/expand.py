@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import lcm
 from typing import Any
 
 from torch import nn
@@ -177,7 +178,7 @@ def _real_group(
         return grain
     classes = group.classes
     if classes > 1:
-        counts = _real_classes(group, mini, known)
+        counts = _real_classes(group, mini, known, grain)
         if len(counts) != 1:
             full = " or ".join(map(str, sorted(counts))) or "an unknown number"
             return f"its units go in {classes} classes in the tiny copy; at full size in {full}"
@@ -236,11 +237,13 @@ def _counted(group: Group) -> bool:
     return any(dim.layout.parts == dim.layout.run == 1 for dim in group.dims)
 
 
-def _real_classes(group: Group, mini: Miniature, known: ConfigMap) -> set[int]:
+def _real_classes(group: Group, mini: Miniature, known: ConfigMap, grain: int) -> set[int]:
     """In how many classes the units of a group go at full size; several: it cannot be told.
 
     The heads of its own layers tell, or a field that is seen to count them; where there is neither
-    (torch splits them itself), all that is as many in the tiny copy has to agree.
+    (torch splits them itself), all that is as many in the tiny copy has to agree.  That may be by
+    chance: where a unit of the fields is one of every class there, each class is as fine as
+    ``grain``, the same at full size, says (Falcon-H1's dims of heads, with as many heads of keys).
     """
     own = {dim.name.rpartition(".")[0] for dim in group.dims if dim.dim == 0}
     found: set[int] = set()
@@ -258,7 +261,8 @@ def _real_classes(group: Group, mini: Miniature, known: ConfigMap) -> set[int]:
         return _real_counts(group.classes, mini, known, layers)
     moving = mini.known.values | mini.known.silent
     fields = {full_values.get(path, 0) for path, n in moving.items() if n == group.classes}
-    return fields | _real_counts(group.classes, mini, known, layers)
+    counts = fields | _real_counts(group.classes, mini, known, layers)
+    return {lcm(*counts, grain)} if group.classes == group.grain and len(counts) == 1 else counts
 
 
 def _splits_beside(group: Group, mini: Miniature) -> bool:
