@@ -124,7 +124,7 @@ class Hunt:
                         ran += has_run(future.result())
                         yield future.result()
                     if _code() != self._code:  # what is imported late would be of other code
-                        raise RuntimeError("the package changed during the hunt: start it again")
+                        raise RuntimeError("the code changed during the hunt: start it again")
         finally:
             for reloader in self._reloaders:
                 reloader.close()
@@ -201,10 +201,11 @@ def _short(row: dict[str, Any], of: str) -> dict[str, Any]:
 
 
 def _code() -> str:
-    """A digest of the package as it lies on disk."""
+    """A digest of the package and of the hunt as they lie on disk."""
     digest = hashlib.sha256()
-    for path in sorted((HERE.parents[1] / "tp_hf_config").rglob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in (HERE.parents[1] / "tp_hf_config", HERE):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -66,7 +66,7 @@ def compare(
         WrongError: they are not.
     """
     left = what_is_left(original, pruned)
-    why = ""
+    pruned, why = plain_copy(pruned).double(), ""  # some layers stay in float32 (routers)
     for scales in (nothing, as_narrow, partial(as_narrow, by_number=True)):
         masked = masked_copy(original, fresh, left)
         with Masked(masked, left), scales(masked, fresh):
@@ -128,6 +128,9 @@ def _axes(name: str, before: Tensor, after: Tensor) -> list[Axis]:
     sure = once[places].view(after.shape)
     axes, expected = [], before
     for dim, size in enumerate(before.shape):
+        if size == after.shape[dim]:  # rows of zeros (padding) do not say where they stood
+            axes.append(Axis(size, torch.arange(size)))
+            continue
         where = coordinates[dim].view(after.shape).masked_fill(~sure, -1)
         left = where.movedim(dim, 0).reshape(after.shape[dim], -1).amax(1)
         if bool((left < 0).any()) or not bool((left.diff() > 0).all()):
@@ -141,7 +144,7 @@ def _axes(name: str, before: Tensor, after: Tensor) -> list[Axis]:
 
 def masked_copy(original: nn.Module, fresh: nn.Module, left: Left) -> nn.Module:
     """The original with removed units at zero, its scales those of the new config."""
-    model = plain_copy(original)
+    model = plain_copy(original).double()
     with torch.no_grad():
         for name, value in _tensors(model).items():
             for dim, axis in enumerate(left[name]):
