@@ -217,6 +217,10 @@ class TestUsage:
             ("plan x --target-params 120%", "'120%': expected a share between 0 and 1"),
             ("plan x --ratios a=0.1,a=0.2", "expected one share for every field, found two for a"),
             ("prune x --out y --max-shard-size big", "'big': expected a size such as 500MB or 5GB"),
+            (
+                "prune x --out y --device moon",
+                "'moon': expected a device such as cpu, cuda or cuda:1",
+            ),
             ("prune x --out y --importance best", "invalid choice: 'best'"),
             ("plan x", "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, "),
             ("plan x --pruning-ratio 0.2 --target-params 0.5", "leave --pruning-ratio out"),

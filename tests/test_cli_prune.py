@@ -306,7 +306,7 @@ class TestRefused:
                 "BertModel has no logits, so a text cannot tell how well it does: leave --recover",
             ),
             (2, "vit", "--calibration {text}.no", "text.txt.no: calibration text cannot be read: "),
-            (1, "vit", "--device moon", "device moon cannot be used: "),
+            (1, "vit", "--device cuda:99", "device cuda:99 cannot be used: "),
             (
                 2,
                 "bert",

@@ -119,7 +119,7 @@ ENGINES = (
         "onnxruntime",
         note="The folder as transformers 5 wrote it. Transformers 4 does not read "
         "`rope_parameters` and takes `rope_theta` for 10,000, without a word, pruned or not: "
-        "write `rope_theta` into `config.json` where an engine stands on it (ONNX Runtime above).",
+        "`tp-hf-config prune` and `tp-hf-config repair` write `rope_theta` beside it.",
     ),
 )
 

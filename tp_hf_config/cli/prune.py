@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..pipeline.job import Job
 
 HELP = "prune a model and write it, once it is proved to load again"
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mlu", "musa", "xla")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="updates of distillation from the unpruned model, spread over the steps",
     )
-    how.add_argument("--device", metavar="D", default="cpu", help="where to compute (cpu, cuda)")
+    how.add_argument(
+        "--device", metavar="D", type=device, default="cpu", help="where to compute (cpu, cuda)"
+    )
     how.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16", "float64"),
@@ -91,6 +94,13 @@ def _job(options: argparse.Namespace) -> Job:
         overwrite=options.overwrite,
         command=options.typed,
     )
+
+
+def device(text: str) -> str:
+    """A device by torch's names for it; whether this machine has one is seen later."""
+    if not re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a device such as cpu, cuda or cuda:1")
+    return text
 
 
 def size(text: str) -> str:
