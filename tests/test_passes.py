@@ -12,13 +12,14 @@ import torch.nn.functional as F
 import torch_pruning as tp
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs, supports
 from tp_hf_config.learn import map_of
 from tp_hf_config.masked import difference
 from tp_hf_config.measure import subject
 from tp_hf_config.miniature import Miniature, miniature
-from tp_hf_config.passes import Result, outputs_in_float64, warm_up, watched_results
+from tp_hf_config.passes import AllFloat64, Result, outputs_in_float64, warm_up, watched_results
 from tp_hf_config.reference import Builder, config_json
 from tp_hf_config.twins import Dim, Layout, Links, TwinTest
 
@@ -408,3 +409,18 @@ def test_the_row_of_padding_is_read_like_any_other() -> None:
     out.sum().backward()
     assert embedding.weight.grad is not None
     assert embedding.weight.grad[:, 0].tolist() == [2.0, 0.0, 1.0]
+
+
+def test_nothing_stays_in_the_caches_of_classes() -> None:
+    """DINOv3 keeps the centers of patches: asked for in float32, an experiment makes float64."""
+    cpu = torch.device("cpu")
+
+    def ask() -> torch.Tensor:
+        return modeling_dinov3_vit.get_patches_center_coordinates(3, 5, torch.float32, cpu)
+
+    with AllFloat64():
+        assert ask().dtype == torch.float64
+    assert ask().dtype == torch.float32
+    with AllFloat64():
+        assert ask().dtype == torch.float64
+    assert ask() is ask()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .methods import outputs_of
+from .uncached import without_caches
 
 _NONE = 1e-12
 _NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -56,15 +57,19 @@ class AllFloat64(TorchFunctionMode):
     """Casts to lower precision stay in float64: norms in float32 would hide small differences.
 
     So do constants: Transformers 4 fills a mask of the default dtype with float64's least number.
+    Nothing of it stays in the caches of classes.
     """
 
     def __enter__(self) -> Any:
         self._default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
+        self._uncached = without_caches()
+        self._uncached.__enter__()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._uncached.__exit__(*exception)
         torch.set_default_dtype(self._default)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

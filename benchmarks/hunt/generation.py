@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,11 +14,25 @@ from torch.overrides import TorchFunctionMode
 
 NEW_TOKENS = 4
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
+_COMPILING = "is_torchdynamo_compiling"
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 class Precise(TorchFunctionMode):
-    """Everything is computed in float64, where a class would go down to float32 as well."""
+    """Everything is computed in float64, where a class would go down to float32 as well.
+
+    Caches of classes are passed over, as where torch compiles: nothing of it may stay in them.
+    """
+
+    def __enter__(self) -> Any:
+        self._caches = sys.modules.get("transformers.pytorch_utils", SimpleNamespace())
+        self._compiling = getattr(self._caches, _COMPILING, None)
+        setattr(self._caches, _COMPILING, lambda: True)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        setattr(self._caches, _COMPILING, self._compiling)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CASTS:

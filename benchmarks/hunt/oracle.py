@@ -115,6 +115,8 @@ def _axes(name: str, before: Tensor, after: Tensor) -> list[Axis]:
         if not torch.equal(before, after):
             raise WrongError(f"{name} holds other values than before")
         return [Axis(size, torch.arange(size)) for size in before.shape]
+    if before.ndim == after.ndim and before.numel() == after.numel() == 0:
+        return [Axis(size, torch.arange(size)) for size in before.shape]  # no register tokens
     if before.ndim != after.ndim or not before.numel():
         raise WrongError(f"{name} holds {list(after.shape)}, before it was {list(before.shape)}")
     flat, order = before.flatten().sort()

@@ -142,14 +142,19 @@ def subject_of(
         raise RuntimeError("it computes no numbers")
     if not all(map(torch.equal, outputs, again)):
         raise RuntimeError("it computes something else every time")
-    model.save_pretrained(folder / "original")
-    loaded = model_class.from_pretrained(  # type: ignore[attr-defined]
-        folder / "original", dtype=torch.float64, attn_implementation="eager"
-    )
-    prepare(loaded)
-    if not all(map(torch.equal, outputs, outputs_of(loaded, inputs))):
+    loaded = _loaded_again(model, folder / "original")  # some layers stay in float32 by that
+    twice = _loaded_again(loaded, folder / "again")
+    now, then = outputs_of(loaded, inputs), outputs_of(twice, inputs)
+    if not all(map(_close, outputs, now)) or not all(map(torch.equal, now, then)):
         raise RuntimeError("unpruned, it does not load as it was saved")
     return Subject(loaded, inputs, _same_with_cache(loaded, inputs))
+
+
+def _loaded_again(model: Any, folder: Path) -> Any:
+    model.save_pretrained(folder)
+    return prepare(
+        type(model).from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    )
 
 
 def built(config_class: Any, model_class: Any, data: dict[str, Any]) -> Any:
