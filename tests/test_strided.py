@@ -230,3 +230,14 @@ def test_a_head_is_as_wide_as_it_is_at_full_size() -> None:
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert not isinstance(fresh, Refusal)
     assert difference(model, pruned, fresh, example_inputs(model)) is None
+
+
+def test_layers_that_read_each_other_and_of_which_the_tiny_copy_has_fewer() -> None:
+    """Data2Vec's four convolutions over positions: each reads the one before it."""
+    config: Any = hf.Data2VecAudioConfig(**_SIZES, num_conv_pos_embeddings=4)
+    widths = {width.name: width.reason for width in prunable(hf.Data2VecAudioModel(config)).widths}
+    assert widths["intermediate_size"] is None
+    assert widths["hidden_size"] == (
+        "encoder.pos_conv_embed.layers.0.conv.weight: dimension 0 is in two groups at full size: "
+        "layers that read each other, of which the tiny copy has fewer"
+    )

@@ -96,6 +96,9 @@ def expand(
                 return real
             result.append(real)
             covered |= {(member.name, member.dim) for member in real.members}
+    twice = _in_two_groups(result)
+    if twice is not None:
+        return twice
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items()):
         for dim in range(tensor.ndim):
             kind = known.depth.canonical(name)
@@ -104,6 +107,23 @@ def expand(
             if kind not in known.shapes and tensor.shape[dim] in widths:  # a layer of a deep list
                 return f"{name} is as wide, and is of no layer that was looked at"
     return result
+
+
+def _in_two_groups(groups: Sequence[WidthGroup]) -> str | None:
+    """Why groups cannot go that hold the same channels."""
+    holding: dict[tuple[str, int], list[tuple[int, Layout]]] = {}
+    for group in groups:
+        for member in group.members:
+            holding.setdefault((member.name, member.dim), []).append((group.units, member.layout))
+    for (name, dim), layouts in holding.items():
+        if len(layouts) > 1:
+            held = [layout.table(units).flatten().tolist() for units, layout in layouts]
+            if len(set().union(*held)) < sum(map(len, held)):
+                return (
+                    f"{name}: dimension {dim} is in two groups at full size: layers that read each "
+                    "other, of which the tiny copy has fewer"
+                )
+    return None
 
 
 def _instances(
