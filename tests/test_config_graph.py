@@ -264,6 +264,7 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tp_hf_config.limits.vanished_counts", lambda old, new: [])
+    monkeypatch.setattr("tp_hf_config.course.stopping", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.groups.rehearse", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.offers._experiments", weakref.WeakKeyDictionary())
     monkeypatch.setattr("tp_hf_config.learn._known", OrderedDict())

@@ -57,7 +57,7 @@ def deepseek() -> hf.PreTrainedModel:
         num_experts_per_tok=2,
         first_k_dense_replace=1,
         q_lora_rank=24,
-        kv_lora_rank=20,
+        kv_lora_rank=24,
         qk_nope_head_dim=12,
         qk_rope_head_dim=8,
         v_head_dim=10,
@@ -97,7 +97,7 @@ CASES = {
         {
             "hidden_size": 16,
             "intermediate_size": 24,
-            "kv_lora_rank": 10,
+            "kv_lora_rank": 12,
             "moe_intermediate_size": 20,
             "q_lora_rank": 12,
         },

@@ -458,6 +458,30 @@ class TestAdjusted:
             "pruning leaves 44); nearest legal: neck_hidden_sizes[0] 10, neck_hidden_sizes[3] 66",
         )
 
+    def test_widths_that_a_class_builds_and_does_not_run_with(self) -> None:
+        """DeepSeek-V2 reads keys behind ``kv_lora_rank`` numbers as complex ones, in twos."""
+        config = hf.DeepseekV2Config(
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            first_k_dense_replace=2,
+            kv_lora_rank=32,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=24,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+        )
+        result = plan(config, prune=["kv_lora_rank"], pruning_ratio=0.34)
+        assert result.values == {"kv_lora_rank": 20}
+        assert result.adjusted == (
+            "step 1: the ratios ask for kv_lora_rank 21 (the class does not run then: Tensor must "
+            "have a stride divisible by 2 for all but last dimension); nearest legal: kv_lora_rank "
+            "20",
+        )
+
     def test_far_away(self) -> None:
         """Of 128 heads 88 shall stay: no number between 64 and 128 divides 8192."""
         config = hf.LlamaConfig(**{**LLAMA_70B.to_dict(), "num_attention_heads": 128})

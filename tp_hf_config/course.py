@@ -10,8 +10,8 @@ from math import lcm
 
 from .amounts import Amount, multiple_below
 from .learn import ConfigMap
-from .limits import vanishing
-from .reference import FieldPath, Refusal, field_name, shapes
+from .limits import STOPS, other_tensors, stopping, vanishing
+from .reference import FieldPath, Refusal, field_name
 
 Values = dict[FieldPath, int]
 State = dict[tuple[FieldPath, ...], tuple[int, ...]]
@@ -107,6 +107,7 @@ class Course:
     _asked: dict[frozenset[tuple[FieldPath, int]], str | None] = field(
         default_factory=dict, compare=False, repr=False
     )
+    _runs: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     def ratios(self, move: Move) -> tuple[float, ...]:
         """The share of a width that shall be gone after each step."""
@@ -275,7 +276,9 @@ class Course:
                     asked |= {path: alone[path] for path in move.fields}
             if asked:
                 whole = {path: max(1, round(value)) for path, value in asked.items()}
-                reason = self.refuses({**values, **whole}) or "; ".join(grids)
+                reason = self.refuses({**values, **whole}) or ""
+                if grids and (not reason or reason.startswith(STOPS)):
+                    reason = "; ".join(grids)  # others cannot be left at all
                 taken = {path: values[path] for path in asked}
                 result.append(Adjusted(number + 1, asked, taken, reason))
         return result
@@ -335,26 +338,11 @@ class Course:
         new = self.known.build_at(values)
         if isinstance(new, Refusal):
             return new.reason
-        reason = vanishing(self.known, new)
-        return reason or self._other_tensors(self.known.shapes, shapes(new), values)
-
-    def _other_tensors(
-        self, old: Mapping[str, Sequence[int]], new: Mapping[str, Sequence[int]], values: Values
-    ) -> str | None:
-        """Why what the class builds is not what pruning leaves."""
-        if old.keys() != new.keys():
-            return f"the class builds other tensors there: {min(old.keys() ^ new.keys())}"
-        moves = {path: value - self.known.values[path] for path, value in values.items()}
-        others = [
-            (name, new[name][dim], left)
-            for (name, dim), expression in self.known.expressions.items()
-            if isinstance(dim, int) and name in new and expression.fields & moves.keys()
-            if (left := expression.evaluate(moves)) != new[name][dim]
-        ]
-        if not others:
-            return None
-        name, size, left = min(others)
-        return f"the class builds {name} with {size}, pruning leaves {left}"
+        return (
+            vanishing(self.known, new)
+            or other_tensors(self.known, new, values)
+            or stopping(self.known, new, self._runs)
+        )
 
     def at(
         self, ratios: Mapping[tuple[FieldPath, ...], float], patience: int | None = None

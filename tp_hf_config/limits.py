@@ -7,8 +7,11 @@ from math import lcm
 
 from torch import nn
 
+from .dry_pass import dry_pass
 from .learn import ConfigMap
 from .reference import FieldPath, Refusal, shapes, vanished_counts
+
+STOPS = "the class does not run then"
 
 
 def accepts(known: ConfigMap, values: Mapping[FieldPath, int]) -> Refusal | None:
@@ -25,6 +28,44 @@ def vanishing(known: ConfigMap, new: nn.Module) -> str | None:
     if not vanished:
         return None
     return f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
+
+
+def other_tensors(known: ConfigMap, new: nn.Module, values: Mapping[FieldPath, int]) -> str | None:
+    """Why what the class builds at other values is not what pruning leaves."""
+    old, built = known.shapes, shapes(new)
+    if old.keys() != built.keys():
+        return f"the class builds other tensors there: {min(old.keys() ^ built.keys())}"
+    moves = {path: value - known.values[path] for path, value in values.items()}
+    others = [
+        (name, built[name][dim], left)
+        for (name, dim), expression in known.expressions.items()
+        if isinstance(dim, int) and name in built and expression.fields & moves.keys()
+        if (left := expression.evaluate(moves)) != built[name][dim]
+    ]
+    if not others:
+        return None
+    name, size, left = min(others)
+    return f"the class builds {name} with {size}, pruning leaves {left}"
+
+
+def stopping(known: ConfigMap, new: nn.Module, before: list[bool]) -> str | None:
+    """Why a class does not run at other values, where it does at those that it has.
+
+    It may build what it cannot compute with (DeepSeek-V2 with an odd ``kv_lora_rank``).
+
+    Args:
+        known: the class.
+        new: the build at the other values, without data.
+        before: whether a pass at its own values says something; empty: not seen, it is put there.
+    """
+    if not before:
+        now = known.build_at({})
+        ran = now if isinstance(now, Refusal) else dry_pass(now)
+        before.append(not isinstance(ran, Refusal) and not ran.guessed)
+    stopped = dry_pass(new) if before[0] else None
+    if isinstance(stopped, Refusal):
+        return f"{STOPS}: {stopped.reason}"
+    return None
 
 
 def straying(

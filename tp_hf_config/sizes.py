@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import nn
 
-from .dry_run import NoValues, RealNumbers
-from .inputs import example_inputs
+from .dry_pass import dry_pass
 from .learn import ConfigMap
 from .reference import FieldPath, Refusal
 
@@ -64,31 +62,17 @@ def flops_of(known: ConfigMap, full: nn.Module, shallow: nn.Module) -> int | Ref
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    for config in _configs(shallow.config):
-        if hasattr(type(config), "_experts_implementation"):
-            config._experts_implementation = "batched_mm"  # its shapes depend on no routing
-    numbers = RealNumbers()
-    try:
-        with torch.no_grad(), numbers:
-            inputs = example_inputs(shallow)
-            with NoValues(), FlopCounterMode(display=False) as counter:
-                shallow(**inputs)
-    except Exception as error:  # whatever a class's forward pass raises
-        return Refusal(" ".join(str(error).split())[:200])
-    if numbers.guessed:
+    counter = FlopCounterMode(display=False)
+    ran = dry_pass(shallow, counter)
+    if isinstance(ran, Refusal):
+        return ran
+    if ran.guessed:
         return Refusal("values decide what is computed")
     counts = {str(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     own = _own_flops(counts, type(shallow).__name__)
     total = sum(own.get(known.depth.canonical(name), 0) for name, _ in full.named_modules())
-    tokens = sum(inputs[name].numel() for name in _TOKENS if name in inputs)
+    tokens = sum(ran.inputs[name].numel() for name in _TOKENS if name in ran.inputs)
     return int(total // max(1, tokens))
-
-
-def _configs(config: Any) -> Iterator[Any]:
-    yield config
-    for value in vars(config).values():
-        if hasattr(value, "to_json_string"):
-            yield from _configs(value)
 
 
 def _own_flops(counts: Mapping[str, int], root: str) -> Counter[str]:
