@@ -445,6 +445,28 @@ class TestAdjusted:
             "multiple of 3); nearest legal: num_attention_heads 6",
         )
 
+    def test_a_width_of_which_a_step_asks_nothing_stays(self) -> None:
+        """The first step left 14 of 24 for 7 heads, as many as the second asks for."""
+        sizes = {"hidden_size": 24, "num_attention_heads": 8, "num_key_value_heads": 8}
+        model = small.llama(**sizes, head_dim=4, intermediate_size=48)
+        settings = {"pruning_ratio": 0.59, "head_pruning_ratio": 0.46, "iterative_steps": 3}
+        planned = plan(model, gqa="group", **settings)
+        heads, hidden, _ = planned.widths
+        assert [step["hidden_size"] for step in hidden.steps] == [14, 14, 8]
+        assert [step["num_attention_heads"] for step in heads.steps] == [7, 7, 4]
+        hook = HFConfigSyncHook()
+        pruner = tp.pruner.MetaPruner(
+            model,
+            **pruner_kwargs(model, prune_num_heads=True, gqa="group"),
+            importance=tp.importance.GroupMagnitudeImportance(),
+            hooks=[hook],
+            **settings,
+        )
+        for step in hidden.steps:
+            pruner.step()
+            assert model.config.hidden_size == step["hidden_size"]
+        assert model.config.num_attention_heads == 4
+
     def test_several_widths_that_the_class_rounds(self) -> None:
         """It builds multiples of eight of four times the width: of one alone, 10 and 66."""
         config = hf.MobileViTConfig(image_size=64, hidden_sizes=[24, 32, 40])

@@ -146,8 +146,9 @@ class Course:
             }
             if self.round_to:  # without it, Torch-Pruning asks nobody
                 stay = {move.fields: now[move.fields] for move in self.moves if move.counts}
+                going = [m for m in self.moves if not m.counts and plain[m.fields] != now[m.fields]]
                 now = {**plain, **stay}
-                for state in self._candidates(now, plain, step):
+                for state in self._candidates(now, plain, going, step):
                     asked = len(self._asked) - before
                     if self.patience and asked >= self.patience * (_PATIENT + steps):
                         break
@@ -160,12 +161,16 @@ class Course:
             result.append((plain, now))
         return result
 
-    def _candidates(self, stay: State, plain: State, step: int) -> Iterator[State]:
+    def _candidates(
+        self, stay: State, plain: State, going: Sequence[Move], step: int
+    ) -> Iterator[State]:
         """What a step can leave: Torch-Pruning's amounts first, then what is near them.
 
         Args:
             stay: Torch-Pruning's amounts, and every number of heads as it was.
             plain: Torch-Pruning's amounts.
+            going: the widths, not numbers of heads, that lose something by them; of others it
+                rounds nothing, so that they stay.
             step: which step.
         """
         heads = [
@@ -177,12 +182,12 @@ class Course:
             {**plain, **{path: units for one in chosen for path, units in one.items()}}
             for chosen in islice(product(*heads), _HEADS)
         ]
-        divisible = (other for state in states for other in (state, *self._divisible(state)))
+        divisible = (other for state in states for other in (state, *self._divisible(state, going)))
         return chain(
             islice(divisible, _HEADS),
-            self._each_alone(states[0]),
-            self._smaller(states[0]),
-            self._smaller(stay),
+            self._each_alone(states[0], going),
+            self._smaller(states[0], going),
+            self._smaller(stay, going),
         )
 
     def _counts(self, move: Move, now: tuple[int, ...], ratio: float) -> Iterator[State]:
@@ -200,10 +205,10 @@ class Course:
         least = max(-(-amount.least // amount.grain) for amount in move.amounts)
         return range(-(-least // grid) * grid, move.units + 1, grid)
 
-    def _divisible(self, state: State) -> Iterator[State]:
+    def _divisible(self, state: State, going: Sequence[Move]) -> Iterator[State]:
         """The state with one width lowered to a multiple of a number of heads that moves."""
         counts = [move for move in self.moves if move.counts]
-        for move, heads in product(self._moved(state), counts):
+        for move, heads in product(going, counts):
             left = state[heads.fields][0] // heads.amounts[0].grain
             yield {
                 **state,
@@ -213,14 +218,14 @@ class Course:
                 ),
             }
 
-    def _each_alone(self, state: State) -> Iterator[State]:
+    def _each_alone(self, state: State, going: Sequence[Move]) -> Iterator[State]:
         """The state with every width as the class takes it alone, where several are not that.
 
         One width after another would not do then (MobileViT, which rounds five of its widths).
         """
         before = {move.fields: tuple(a.units for a in move.amounts) for move in self.moves}
         others: State = {}
-        for move in self._moved(state):
+        for move in going:
             asked = state[move.fields]
             for units in chain([asked], islice(self._downwards(move, asked), _TRIES)):
                 if self.refuses(self.values_of({**before, move.fields: units})) is None:
@@ -230,10 +235,10 @@ class Course:
         if len(others) > 1:
             yield {**state, **others}
 
-    def _smaller(self, state: State) -> Iterator[State]:
+    def _smaller(self, state: State, going: Sequence[Move]) -> Iterator[State]:
         """The state, and others in which one width is a little smaller."""
         yield state
-        for move in self._moved(state):
+        for move in going:
             for units in self._downwards(move, state[move.fields]):
                 yield {**state, move.fields: units}
 
@@ -246,14 +251,6 @@ class Course:
             )
             if min(units) >= 1:
                 yield units
-
-    def _moved(self, state: State) -> list[Move]:
-        """The widths, not numbers of heads, that have lost something."""
-        return [
-            move
-            for move in self.moves
-            if not move.counts and state[move.fields] != tuple(a.units for a in move.amounts)
-        ]
 
     @cached_property
     def adjusted(self) -> list[Adjusted]:
