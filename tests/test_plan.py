@@ -480,8 +480,12 @@ class TestAdjusted:
             "pruning leaves 44); nearest legal: neck_hidden_sizes[0] 10, neck_hidden_sizes[3] 66",
         )
 
-    def test_widths_that_a_class_builds_and_does_not_run_with(self) -> None:
-        """DeepSeek-V2 reads keys behind ``kv_lora_rank`` numbers as complex ones, in twos."""
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_widths_that_a_class_builds_and_does_not_run_with(self, dtype: torch.dtype) -> None:
+        """DeepSeek-V2 reads keys behind ``kv_lora_rank`` numbers as complex ones, in twos.
+
+        In bfloat16 it runs, as it casts them before, and would not once loaded in float32.
+        """
         config = hf.DeepseekV2Config(
             vocab_size=96,
             hidden_size=64,
@@ -495,6 +499,7 @@ class TestAdjusted:
             qk_rope_head_dim=8,
             qk_nope_head_dim=16,
             v_head_dim=16,
+            dtype=dtype,
         )
         result = plan(config, prune=["kv_lora_rank"], pruning_ratio=0.34)
         assert result.values == {"kv_lora_rank": 20}

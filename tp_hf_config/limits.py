@@ -51,18 +51,20 @@ def other_tensors(known: ConfigMap, new: nn.Module, values: Mapping[FieldPath, i
 def stopping(known: ConfigMap, new: nn.Module, before: list[bool]) -> str | None:
     """Why a class does not run at other values, where it does at those that it has.
 
-    It may build what it cannot compute with (DeepSeek-V2 with an odd ``kv_lora_rank``).
+    It may build what it cannot compute with (DeepSeek-V2 with an odd ``kv_lora_rank``).  Where
+    values decide what is computed, both passes take the same for granted.  In float32, whatever the
+    model is in: what a class casts to it is copied, and may run by that alone.
 
     Args:
         known: the class.
-        new: the build at the other values, without data.
-        before: whether a pass at its own values says something; empty: not seen, it is put there.
+        new: the build at the other values, without data; it is float32 afterwards.
+        before: whether it runs at its own values; empty: not seen yet, it is put there.
     """
     if not before:
         now = known.build_at({})
-        ran = now if isinstance(now, Refusal) else dry_pass(now)
-        before.append(not isinstance(ran, Refusal) and not ran.guessed)
-    stopped = dry_pass(new) if before[0] else None
+        ran = now if isinstance(now, Refusal) else dry_pass(now.float())
+        before.append(not isinstance(ran, Refusal))
+    stopped = dry_pass(new.float()) if before[0] else None
     if isinstance(stopped, Refusal):
         return f"{STOPS}: {stopped.reason}"
     return None
