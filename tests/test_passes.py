@@ -424,3 +424,24 @@ def test_nothing_stays_in_the_caches_of_classes() -> None:
     with AllFloat64():
         assert ask().dtype == torch.float64
     assert ask() is ask()
+
+
+class _ChangedInPlace(nn.Module):
+    """It changes the scores that it chose by, which their backward pass would need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.layer = nn.Linear(HIDDEN, 4), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, states: Tensor) -> Tensor:
+        scores = self.gate(states).softmax(-1)
+        chosen = scores.argmax(-1)
+        scores /= 2
+        return self.layer(states) * (1 + chosen[..., None])
+
+
+def test_what_is_changed_in_place_shows_nothing() -> None:
+    model = ready(_ChangedInPlace().double())
+    inputs = {"states": torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64)}
+    watched = watched_results(model, inputs)
+    assert watched == (Result("gate", "linear", 0),)

@@ -248,10 +248,13 @@ class _Sight:
         return {one for place, one in enumerate(self._parameters) if reached >> place & 1}
 
     def of(self, result: Result) -> set[int]:
-        """The parameters that it shows."""
+        """The parameters that it shows; none where it was changed in place since."""
         if result not in self._shown:
             asked = [self._parameters[one] for one in self.may_be_of(result)]
-            blind = _without_effect([_unmasked(self.results[result])], asked) if asked else ()
+            try:
+                blind = _without_effect([_unmasked(self.results[result])], asked) if asked else []
+            except RuntimeError:  # torch computes no gradients then (MiniMax-M3's scores)
+                blind = asked
             self._shown[result] = set(map(id, asked)) - set(map(id, blind))
         return self._shown[result]
 

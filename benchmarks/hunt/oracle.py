@@ -359,6 +359,13 @@ def _cut_like(full: Tensor, value: Tensor, left: Left) -> list[Tensor]:
             for axis in axes
             if (axis.size, len(axis.left)) == (old, new)
         }
+        ways |= {
+            tuple(first.tolist()): first  # of a layer whose outputs are several in a row (SEW)
+            for axes in left.values()
+            for axis in axes
+            if axis.size > old and axis.size % old == 0
+            if len(first := axis.left[axis.left < old]) == new
+        }
         cut = [one.index_select(dim, way) for one in found for way in ways.values()]
         for one in found:
             rows = (one.movedim(dim, 0).reshape(old, -1) != 0).any(1).nonzero().flatten()

@@ -44,10 +44,16 @@ def compared(folder: Path) -> str | None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Bit for bit."""
+    """Bit for bit; what is no number in one is none in the other."""
     if one is None or other is None:
         return one is other
-    return len(one) == len(other) and all(map(torch.equal, one, other))
+    return len(one) == len(other) and all(map(_equal, one, other))
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(
+        one.nan_to_num(), other.nan_to_num()
+    )
 
 
 def batch(asked: dict[str, Any], answers: str) -> None:
