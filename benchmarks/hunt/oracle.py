@@ -297,6 +297,8 @@ def _routers(model: nn.Module, left: Left) -> Iterator[tuple[int, Tensor]]:
         owner = modules[name.rpartition(".")[0]]
         if len(axes) != 3 or axes[0].whole or isinstance(owner, nn.modules.conv._ConvNd):
             continue
+        if min(axes[1].size, axes[2].size) == 1:  # a scale of every channel
+            continue
         block = name.rpartition(".")[0].rpartition(".")[0]
         for other, sides in left.items():
             inside = other.startswith(f"{block}.") and len(sides) in (1, 2)
