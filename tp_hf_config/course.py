@@ -107,7 +107,6 @@ class Course:
     _asked: dict[frozenset[tuple[FieldPath, int]], str | None] = field(
         default_factory=dict, compare=False, repr=False
     )
-    _runs: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     def ratios(self, move: Move) -> tuple[float, ...]:
         """The share of a width that shall be gone after each step."""
@@ -338,7 +337,7 @@ class Course:
         return (
             vanishing(self.known, new)
             or other_tensors(self.known, new, values)
-            or stopping(self.known, new, self._runs)
+            or stopping(self.known, new)
         )
 
     def at(

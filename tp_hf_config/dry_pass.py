@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .around import configs_of
 from .dry_run import NoValues, RealNumbers
 from .inputs import example_inputs
 from .reference import Refusal
@@ -38,7 +38,7 @@ def dry_pass(
     Returns:
         The pass, or what the class breaks off with.
     """
-    for config in _configs(model.config):
+    for config in configs_of(model):
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "batched_mm"  # its shapes depend on no routing
     numbers = RealNumbers()
@@ -50,10 +50,3 @@ def dry_pass(
     except Exception as error:  # whatever a class's forward pass raises
         return Refusal(" ".join(str(error).split())[:200])
     return DryPass(inputs, numbers.guessed)
-
-
-def _configs(config: Any) -> Iterator[Any]:
-    yield config
-    for value in vars(config).values():
-        if hasattr(value, "to_json_string"):
-            yield from _configs(value)

@@ -18,6 +18,7 @@ from torch import nn
 
 from . import lines
 from .depth import Depth, shallow
+from .dry_pass import dry_pass
 from .errors import UnsupportedModelError
 from .fields import candidates
 from .heads import Layout
@@ -115,6 +116,12 @@ class ConfigMap:
     def unpruned(self) -> nn.Module | Refusal:
         """The shallow model as it was learned."""
         return self.build_at({})
+
+    @cached_property
+    def runs(self) -> bool:
+        """Whether the shallow model makes a pass without data, in float32."""
+        model = self.build_at({})
+        return not isinstance(model, Refusal) and not isinstance(dry_pass(model.float()), Refusal)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

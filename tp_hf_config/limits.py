@@ -48,7 +48,7 @@ def other_tensors(known: ConfigMap, new: nn.Module, values: Mapping[FieldPath, i
     return f"the class builds {name} with {size}, pruning leaves {left}"
 
 
-def stopping(known: ConfigMap, new: nn.Module, before: list[bool]) -> str | None:
+def stopping(known: ConfigMap, new: nn.Module) -> str | None:
     """Why a class does not run at other values, where it does at those that it has.
 
     It may build what it cannot compute with (DeepSeek-V2 with an odd ``kv_lora_rank``).  Where
@@ -58,13 +58,8 @@ def stopping(known: ConfigMap, new: nn.Module, before: list[bool]) -> str | None
     Args:
         known: the class.
         new: the build at the other values, without data; it is float32 afterwards.
-        before: whether it runs at its own values; empty: not seen yet, it is put there.
     """
-    if not before:
-        now = known.build_at({})
-        ran = now if isinstance(now, Refusal) else dry_pass(now.float())
-        before.append(not isinstance(ran, Refusal))
-    stopped = dry_pass(new.float()) if before[0] else None
+    stopped = dry_pass(new.float()) if known.runs else None
     if isinstance(stopped, Refusal):
         return f"{STOPS}: {stopped.reason}"
     return None

@@ -109,8 +109,8 @@ class Hunt:
 
     def run(self, count: int, jobs: int) -> Iterator[dict[str, Any]]:
         """Try configs until so many have run, those of before included."""
-        again = [row for row in self.rows() if row["code"] != self._code and is_bad(row)]
-        done = {_key(row): row for row in self.rows() if row not in again}
+        rows = (row for row in self.rows() if row["code"] == self._code or not is_bad(row))
+        done = {_key(row): row for row in rows}
         ran = sum(map(has_run, done.values()))
         waiting = (key for key in self._order() if (key[0].task, key[0].type, key[1]) not in done)
         try:
