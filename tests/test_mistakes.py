@@ -17,6 +17,7 @@ from torch import nn
 from tp_hf_config import (
     HFConfigSyncHook,
     PrunerSettingsWarning,
+    TracingError,
     UnsupportedModelError,
     plan,
     pruner_kwargs,
@@ -116,6 +117,12 @@ class TestMerged:
             "needs. Give yours to it, which puts both together: pruner_kwargs(model, "
             "ignored_layers=...)"
         )
+
+    def test_nothing_in_the_place_of_a_multiple(self) -> None:
+        """Without ``round_to``, Torch-Pruning asks nobody what a group can lose."""
+        model = small.llama()
+        with pytest.warns(PrunerSettingsWarning, match=r"^round_to= is not what pruner_kwargs"):
+            step(model, {**pruner_kwargs(model), "round_to": None})
 
 
 class TestHeads:
@@ -329,3 +336,22 @@ def test_a_model_that_chooses_between_texts(name: str) -> None:
     assert report.graph.startswith("config graph")
     assert report.fields == {hidden: (32, 16), ffn: (64, 32)}
     assert model(input_ids=torch.ones(2, 3, 8, dtype=torch.long)).logits.shape == (2, 3)
+
+
+def test_a_forward_pass_that_no_made_up_inputs_satisfy() -> None:
+    """Longformer asserts that each text holds three separators."""
+    config = hf.LongformerConfig(**BERT, hidden_size=32, attention_window=8)
+    model = hf.LongformerForMultipleChoice(config).eval()
+    before = small.state_of(model)
+    with pytest.raises(TracingError) as raised:
+        step(model, pruner_kwargs(model))
+    message = str(raised.value)
+    assert message.startswith(
+        "Torch-Pruning cannot trace LongformerForMultipleChoice, whose forward pass fails: "
+        "AssertionError: `input_ids` should have two dimensions (modeling_longformer.py, line "
+    )
+    assert message.endswith(
+        "). Nothing was pruned. Give inputs that it takes: pruner_kwargs(model, "
+        "example_inputs={...})."
+    )
+    small.assert_same(before, small.state_of(model))

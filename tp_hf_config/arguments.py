@@ -115,7 +115,7 @@ def check_handed(handed: Mapping[str, Any], arguments: Mapping[str, Any], traced
             f"prune_num_heads={got}, but pruner_kwargs made its arguments for "
             f"prune_num_heads={made_for}. Tell it: pruner_kwargs(model, prune_num_heads={got})"
         )
-    names = NEEDED if traced else ("pruning_ratio_dict",)
+    names = NEEDED if traced else ("pruning_ratio_dict", "round_to")
     lost = [name for name in names if name in handed and _less(handed[name], arguments.get(name))]
     for name in lost:
         warn(
@@ -133,7 +133,7 @@ def _less(handed: Any, got: Any) -> bool:
         held = {id(one[0] if isinstance(one, tuple) else one) for one in got or ()}
         return any(id(one[0] if isinstance(one, tuple) else one) not in held for one in handed)
     if isinstance(handed, int) and not isinstance(handed, bool):
-        return (got or 1) % handed != 0
+        return not got or got % handed != 0
     return bool(handed is not None and got != handed)
 
 

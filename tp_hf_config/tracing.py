@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, permutations
+from pathlib import Path
 from typing import Any
 
 import torch_pruning.ops as tp_ops
@@ -49,21 +50,34 @@ def safe_tracing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _faults_named(model: nn.Module) -> Iterator[None]:
-    """What the tracer breaks off with says so, whatever it is (an index, a key, a ``None``)."""
+    """An error of the tracer, or of the forward pass that it traces, becomes a ``TracingError``."""
+    name = type(model).__name__
     try:
         yield
     except TracingError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        where = frames[-1].filename.replace("\\", "/").rpartition(_TRACER)
-        if not where[1]:
-            raise  # from the model or the caller's own functions
-        raise TracingError(
-            f"Torch-Pruning cannot trace {type(model).__name__}: {type(error).__name__}: {error} "
-            f"(its dependency/{where[2]}, line {frames[-1].lineno}). Nothing was pruned. Name "
-            "widths that need no trace (prunable(model) lists them): prune=, graph='config'."
-        ) from error
+        frames = [(one, _in_tracer(one)) for one in traceback.extract_tb(error.__traceback__)]
+        (last, file), said = frames[-1], f"{type(error).__name__}: {error}"
+        if file:
+            raise TracingError(
+                f"Torch-Pruning cannot trace {name}: {said} (its dependency/{file}, line "
+                f"{last.lineno}). Nothing was pruned. Name widths that need no trace "
+                "(prunable(model) lists them): prune=, graph='config'."
+            ) from error
+        if any(file and one.name == "_trace" for one, file in frames):
+            raise TracingError(
+                f"Torch-Pruning cannot trace {name}, whose forward pass fails: {said} "
+                f"({Path(last.filename).name}, line {last.lineno}). Nothing was pruned. Give "
+                "inputs that it takes: pruner_kwargs(model, example_inputs={...})."
+            ) from error
+        raise  # from the caller's own functions
+
+
+def _in_tracer(frame: traceback.FrameSummary) -> str:
+    """The name of Torch-Pruning's own file that a frame is in; empty where it is in another."""
+    _, inside, file = frame.filename.replace("\\", "/").rpartition(_TRACER)
+    return file if inside else ""
 
 
 @contextmanager
