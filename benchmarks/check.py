@@ -130,7 +130,7 @@ def _import_class() -> None:
 
 
 def _import_check() -> None:
-    from tp_hf_config.checkpoint import check  # noqa: F401
+    pass
 
 
 def fresh(folder: Path | None) -> dict[str, Any]:

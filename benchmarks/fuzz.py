@@ -2,7 +2,8 @@
 
     python benchmarks/fuzz.py [--seconds 600] [--seed N] [--kinds config ...] [--found DIR]
 
-The folders are those of the tests (``tests/hostile.py``), each time from other seeds.  What breaks
+The folders are those of the tests (``tests/support/hostile.py``), each time from other seeds.  What
+breaks
 a property is kept in DIR: the folder as it was, and the error, under its seed.  Exit code 1:
 something was found.  Should the process itself die, the folder that killed it is ``DIR/now``.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from hostile import KINDS
 
 ROUND = 10  # examples of one kind and seed

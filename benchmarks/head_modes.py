@@ -24,7 +24,7 @@ import transformers
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "support"))
 
 import head_zoo  # noqa: E402
 import zoo  # noqa: E402

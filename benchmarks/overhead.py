@@ -25,8 +25,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.learn import learn
-from tp_hf_config.reference import Builder, config_json
+from tp_hf_config.fieldmap.field_map import learn
+from tp_hf_config.model.build import Builder
+from tp_hf_config.model.config_json import config_json
 from tp_hf_config.schema import dated, versions
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))

@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
-from tp_hf_config.offers import widths_of
+from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.schema import dated, versions
 
 RATIO = 0.2

@@ -27,7 +27,12 @@ from pathlib import Path
 from typing import Any
 
 FIRST = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION")
-PRELOADED = ["torch", "transformers", "transformers.modeling_utils", "tp_hf_config.recover"]
+PRELOADED = [
+    "torch",
+    "transformers",
+    "transformers.modeling_utils",
+    "tp_hf_config.fieldmap.solve.recover",
+]
 SECONDS, BYTES = 300, 9 << 30
 _CHOICES = 8
 
@@ -69,23 +74,24 @@ class Trial:
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        from tp_hf_config.learn import map_of
-        from tp_hf_config.reference import Refusal, shapes, without_data
+        from tp_hf_config.fieldmap.field_map import map_of
+        from tp_hf_config.model.build import Refusal, without_data
+        from tp_hf_config.model.shapes import shapes
 
         model = without_data(getattr(transformers, class_name), CONFIG_MAPPING[model_type]())
         if isinstance(model, Refusal):
             raise ValueError(model.reason)
         start = time.process_time()
-        self.known = map_of(model)
+        self.field_map = map_of(model)
         self.learned = time.process_time() - start
         self.full = shapes(model)
-        self.small = dict(self.known.shapes)
+        self.small = dict(self.field_map.shapes)
         self.widths = self._widths()
 
     def _widths(self) -> dict[tuple[Any, ...], int]:
         """The fields that set widths, alone or with others; the map is not asked."""
         result = {}
-        for path, value in whole_numbers(self.known.depth.data):
+        for path, value in whole_numbers(self.field_map.depth.data):
             name = next(key for key in reversed(path) if isinstance(key, str))
             if OTHER.search(name) and not WIDTH.search(name):
                 continue
@@ -103,16 +109,18 @@ class Trial:
 
     def build(self, values: dict[tuple[Any, ...], int], full: bool = False) -> Any:
         """Shapes at these values; None: refused, or other tensors than before."""
-        from tp_hf_config.reference import Refusal, shapes, vanished_counts, with_values
+        from tp_hf_config.model.build import Refusal
+        from tp_hf_config.model.config_json import with_values
+        from tp_hf_config.model.shapes import shapes, vanished_counts
 
-        data = self.known.data if full else self.known.depth.data
-        model = self.known.builder.build(with_values(data, dict(values)))
+        data = self.field_map.data if full else self.field_map.depth.data
+        model = self.field_map.builder.build(with_values(data, dict(values)))
         if isinstance(model, Refusal):
             return None
         found = shapes(model)
         if found.keys() != (self.full if full else self.small).keys():
             return None
-        if not full and vanished_counts(self.known.unpruned, model):
+        if not full and vanished_counts(self.field_map.unpruned, model):
             return None
         return found
 
@@ -139,26 +147,27 @@ class Trial:
 
 def outcome(trial: Trial, values: dict[tuple[Any, ...], int]) -> dict[str, Any]:
     """Recover one target and look at what came of it."""
-    from tp_hf_config.recover import Recovery, recover
-    from tp_hf_config.reference import field_name
-    from tp_hf_config.solve import Conflict
+    from tp_hf_config.fieldmap.solve.integers import Conflict
+    from tp_hf_config.fieldmap.solve.recover import Recovery, recover
+    from tp_hf_config.model.config_json import field_name
 
     target = trial.build(values, full=True)
     said = {field_name(path): [trial.widths[path], value] for path, value in values.items()}
     if target is None:
         return {"result": "no target", "fields": said}
     start = time.perf_counter()
-    found = recover(trial.known, target)
+    found = recover(trial.field_map, target)
     choices, given = 0, {}
     while isinstance(found, Conflict) and found.ambiguous and choices < _CHOICES:
         choices += 1
         given |= found.ambiguous[0]
-        found = recover(trial.known, target, given)
+        found = recover(trial.field_map, target, given)
     result = {"fields": said, "seconds": time.perf_counter() - start, "choices": choices}
     if isinstance(found, Recovery):
-        from tp_hf_config.reference import Refusal, shapes
+        from tp_hf_config.model.build import Refusal
+        from tp_hf_config.model.shapes import shapes
 
-        again = trial.known.builder.build(found.data)
+        again = trial.field_map.builder.build(found.data)
         right = not isinstance(again, Refusal) and shapes(again) == target
         return {"result": "recovered" if right else "wrong", **result}
     if isinstance(found, Conflict):

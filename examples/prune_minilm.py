@@ -64,7 +64,7 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # no report on the pooler that is left out:
 
-    console.print("Reading all-MiniLM-L6-v2, and trying on a tiny copy what can go ...")
+    console.print("Reading all-MiniLM-L6-v2, and trying on a tiny model what can go ...")
     # Mean pooling does not use it, so it would never see the gradient that Taylor importance needs.
     model = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())

@@ -63,7 +63,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
 
-    console.print("Reading SmolLM2-135M-Instruct, and trying on a tiny copy what can go ...")
+    console.print("Reading SmolLM2-135M-Instruct, and trying on a tiny model what can go ...")
     model, tokenizer = load_smollm2()
     unpruned = copy.deepcopy(model)  # the teacher of the recovery, and what we compare with
     train, held_out = split_text(tokenizer, args.validate)

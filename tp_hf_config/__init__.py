@@ -1,8 +1,8 @@
 """Keep the config of a Hugging Face model true while Torch-Pruning prunes the model.
 
-``HFConfigSyncHook()`` goes into any Torch-Pruning pruner's constructor; after every step
-``model.config`` says what the weights are, so that ``save_pretrained`` and ``from_pretrained`` give
-back the same model, logit for logit.
+Pass ``hooks=[HFConfigSyncHook()]`` to the constructor of any Torch-Pruning pruner.  After every
+step ``model.config`` matches the weights, so ``save_pretrained`` and ``from_pretrained`` give back
+the same model, logit for logit.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from .errors import (
     TrainingError,
     UnsupportedModelError,
 )
-from .imports import when_imported
+from .when_imported import when_imported
 
 if TYPE_CHECKING:
     from .checkpoint.check import check_checkpoint
     from .checkpoint.repair import repair_checkpoint
     from .checkpoint.reports import CheckReport, RepairReport, RoundtripReport
     from .checkpoint.verify import verify_checkpoint, verify_roundtrip
-    from .hook import HFConfigSyncHook
-    from .offers import Prunable, Width, prunable
-    from .optimizers import optimizer_follows
-    from .planning import plan
-    from .plans import Plan
-    from .prepare import pruner_kwargs
-    from .pruners import Handle, PrunerHook, disable, enable, register
-    from .report import SyncReport
-    from .support import Support, supports
-    from .training import PruningCallback
+    from .graph.prunable import Prunable, Width, prunable
+    from .hook.hook import HFConfigSyncHook
+    from .hook.registration import Handle, PrunerHook, disable, enable, register
+    from .hook.report import SyncReport
+    from .hook.trainer.callback import PruningCallback
+    from .hook.trainer.optimizer import optimizer_follows
+    from .pipeline.support import Support, supports
+    from .planning.make_plan import plan
+    from .planning.plan import Plan
+    from .planning.pruner_kwargs import pruner_kwargs
 
 __all__ = [
     "CheckReport",
@@ -74,21 +74,21 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_LOADED_WHEN_USED = {  # torch alone takes longer to load than a shell command should to answer
+_LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell command may take
     "checkpoint.check": ("check_checkpoint",),
     "checkpoint.repair": ("repair_checkpoint",),
     "checkpoint.reports": ("CheckReport", "RepairReport", "RoundtripReport"),
     "checkpoint.verify": ("verify_checkpoint", "verify_roundtrip"),
-    "hook": ("HFConfigSyncHook",),
-    "offers": ("Prunable", "Width", "prunable"),
-    "optimizers": ("optimizer_follows",),
-    "planning": ("plan",),
-    "plans": ("Plan",),
-    "prepare": ("pruner_kwargs",),
-    "pruners": ("Handle", "PrunerHook", "disable", "enable", "register"),
-    "report": ("SyncReport",),
-    "support": ("Support", "supports"),
-    "training": ("PruningCallback",),
+    "hook.hook": ("HFConfigSyncHook",),
+    "graph.prunable": ("Prunable", "Width", "prunable"),
+    "hook.trainer.optimizer": ("optimizer_follows",),
+    "planning.make_plan": ("plan",),
+    "planning.plan": ("Plan",),
+    "planning.pruner_kwargs": ("pruner_kwargs",),
+    "hook.registration": ("Handle", "PrunerHook", "disable", "enable", "register"),
+    "hook.report": ("SyncReport",),
+    "pipeline.support": ("Support", "supports"),
+    "hook.trainer.callback": ("PruningCallback",),
 }
 
 
@@ -99,5 +99,5 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Pruners take hooks= from the moment that both are imported, whichever comes first.
-when_imported("torch_pruning", f"{__name__}.pruners")
+# Pruners accept hooks= once both packages are imported, in either order.
+when_imported("torch_pruning", f"{__name__}.hook.registration")

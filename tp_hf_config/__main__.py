@@ -1,4 +1,4 @@
-"""``python -m tp_hf_config``: the shell command."""
+"""Run the shell command with ``python -m tp_hf_config``."""
 
 from __future__ import annotations
 

@@ -1,12 +1,28 @@
-"""What can go wrong, as exceptions a caller can tell apart.
+"""The exceptions of this library: one class for each kind of failure.
 
 Every message says what was found, what was expected, which layer or field it concerns and what to
-do next.  Inner functions return reasons; only the edges of the library raise.
+do next.  Inner functions return reasons; only functions at the edges of the library raise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return a hint to append to a message: the known name that is spelled most like ``name``.
+
+    Args:
+        name: a name that is not known.
+        known: the names that are.
+
+    Returns:
+        ``" (did you mean NAME?)"``, or an empty text if no known name is close.
+    """
+    return "".join(
+        f" (did you mean {match}?)" for match in get_close_matches(name, list(known), n=1)
+    )
 
 
 class TPHFConfigError(Exception):
@@ -14,11 +30,11 @@ class TPHFConfigError(Exception):
 
 
 class UnsupportedModelError(TPHFConfigError):
-    """The model cannot be followed at all; raised before anything is pruned."""
+    """The library cannot prune this model or this field; raised before anything is pruned."""
 
 
 class UnknownFieldError(UnsupportedModelError):
-    """A name that no width of the model has; on the command line that is wrong usage."""
+    """No width of the model has a field of this name; on the command line that is wrong usage."""
 
 
 class TracingError(TPHFConfigError):
@@ -26,11 +42,11 @@ class TracingError(TPHFConfigError):
 
 
 class PipelineError(TPHFConfigError):
-    """A model folder could not be read, pruned as asked, or written; nothing was written."""
+    """The pipeline could not read, prune or write a model folder; nothing was written."""
 
 
 class TrainingError(TPHFConfigError):
-    """A model cannot be pruned in this training run, or not with this optimizer.
+    """A model cannot be pruned in this training run or with this optimizer.
 
     Raised before anything is pruned, unless the message says otherwise.
     """
@@ -39,12 +55,13 @@ class TrainingError(TPHFConfigError):
 class ConfigSyncError(TPHFConfigError):
     """No config of this class builds the pruned model.
 
-    Raised before anything is written: the config is as it was and the model is as the pruner left
+    Raised before anything is written: the config is unchanged and the model is as the pruner left
     it.
 
     Attributes:
-        conflicts: the fields that need several values at once, each with the layers that need
-            them: ``{"intermediate_size": {64: ["model.layers.0..."], 48: [...]}}``.
+        conflicts: the fields that would need several values at once, as field -> value -> the
+            layers that need this value:
+            ``{"intermediate_size": {64: ["model.layers.0..."], 48: [...]}}``.
     """
 
     def __init__(self, message: str, conflicts: dict[str, dict[int, list[str]]] | None = None):
@@ -56,8 +73,8 @@ class CheckpointError(TPHFConfigError):
     """A folder cannot be checked, repaired or verified; nothing in it was changed.
 
     Attributes:
-        candidates: the configs that fit equally well, as ``given=`` of
-            :func:`~tp_hf_config.repair_checkpoint` takes them.
+        candidates: the configs that fit equally well, each as field -> value: pass one of them as
+            ``given=`` to :func:`~tp_hf_config.repair_checkpoint`.
     """
 
     def __init__(self, message: str, candidates: Sequence[dict[str, int]] = ()):
@@ -66,4 +83,4 @@ class CheckpointError(TPHFConfigError):
 
 
 class PrunerSettingsWarning(UserWarning):
-    """A pruner's settings have another effect than they seem to have; nothing is pruned yet."""
+    """A pruner's settings do something else than they seem to do; nothing is pruned yet."""

@@ -1,4 +1,4 @@
-"""Plans, widths and reports in a notebook: HTML where shown alone, else one line."""
+"""Build what a notebook shows for plans, widths and reports: HTML pages and one-line reprs."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 Rows = Sequence[Sequence[object]]
-_LEFT = ' style="text-align: left"'  # notebooks set numbers and text flush right
+_LEFT = ' style="text-align: left"'  # notebooks align cells to the right
 
 
 def page(title: str, *parts: str) -> str:
-    """A title and what :func:`table`, :func:`lines` and :func:`verbatim` made, below each other."""
+    """Return HTML with the title in bold and the parts below it.
+
+    Args:
+        title: plain text.
+        parts: HTML from :func:`table`, :func:`lines` and :func:`verbatim`.
+    """
     return "".join((f"<p><b>{escape(title)}</b></p>", *parts))
 
 
 def table(head: Sequence[str], rows: Rows) -> str:
-    """A table with one row of column names; empty where it has no other row."""
+    """Return an HTML table with ``head`` as column names, or an empty text if there are no rows."""
     if not rows:
         return ""
-    above = _row("th", head)
-    below = "".join(_row("td", row) for row in rows)
-    return f"<table><thead>{above}</thead><tbody>{below}</tbody></table>"
+    header = _row("th", head)
+    body = "".join(_row("td", row) for row in rows)
+    return f"<table><thead>{header}</thead><tbody>{body}</tbody></table>"
 
 
 def lines(texts: Iterable[str]) -> str:
-    """Lines of text, each a paragraph."""
+    """Return HTML with each text as one paragraph."""
     return "".join(f"<p>{escape(text.strip())}</p>" for text in texts)
 
 
 def verbatim(text: str) -> str:
-    """Text whose spaces and line ends count, such as a difference of two files."""
+    """Return HTML that keeps the spaces and line ends of a text, such as a diff of two files."""
     return f"<pre>{escape(text)}</pre>" if text else ""
 
 
@@ -39,7 +44,13 @@ def _row(cell: str, values: Sequence[object]) -> str:
 
 
 def short(shown: object, text: str, most: int = 100) -> str:
-    """A ``repr``: the object's class, and the first line of a text, cut to ``most`` letters."""
+    """Return a ``repr``: the class of ``shown`` with the first line of ``text`` in parentheses.
+
+    Args:
+        shown: the object.
+        text: what to say about it; only the first line is used.
+        most: the number of characters to which the line is cut.
+    """
     line = text.split("\n", 1)[0]
     line = line if len(line) <= most else f"{line[: most - 3]}..."
     return f"{type(shown).__name__}({line})"

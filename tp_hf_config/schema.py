@@ -1,4 +1,4 @@
-"""What every written report begins with: which layout it has, and the versions it was made by."""
+"""Add the schema version and the package versions with which every written report begins."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ SCHEMA_VERSION = 1
 
 
 def dated(data: dict[str, Any]) -> dict[str, Any]:
-    """A report's JSON with its schema version, and the versions that it was made by."""
+    """Return a report's JSON data with the schema version and the package versions in front."""
     return {"schema_version": SCHEMA_VERSION, "versions": versions(), **data}
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of this library and of what it stands on."""
-    found: dict[str, str] = {}
+    """Return the installed versions of this library and its main dependencies, by package name."""
+    installed: dict[str, str] = {}
     for package in ("tp-hf-config", "torch", "transformers", "torch-pruning"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed

@@ -15,9 +15,10 @@ from generation import outputs_of
 from options import LEFT_ALONE, is_depth, other_values
 from pairs import Pair, config_of
 
-from tp_hf_config.learn import map_of
-from tp_hf_config.miniature import miniature
-from tp_hf_config.reference import Builder, Refusal, config_json, with_values, without_data
+from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.model.build import Builder, Refusal, without_data
+from tp_hf_config.model.config_json import config_json, with_values
+from tp_hf_config.twin.tiny.tiny_model import tiny_model
 
 Path = tuple[str | int, ...]
 _MOST_TRIED = 24
@@ -47,10 +48,10 @@ def base_of(pair: Pair, model_class: type) -> dict[str, Any]:
     model = without_data(model_class, config_of(pair))
     if isinstance(model, Refusal):
         raise RuntimeError(model.reason)
-    mini = miniature(map_of(model))
-    if isinstance(mini, Refusal):
-        raise RuntimeError(mini.reason)
-    return mini.known.data
+    tiny = tiny_model(map_of(model))
+    if isinstance(tiny, Refusal):
+        raise RuntimeError(tiny.reason)
+    return tiny.field_map.data
 
 
 def drawn_from(rng: Random, builder: Builder, base: dict[str, Any]) -> Drawn | None:

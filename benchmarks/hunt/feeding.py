@@ -11,7 +11,7 @@ import torch
 from generation import outputs_of, saved_buffers
 from torch import Tensor, nn
 
-from tp_hf_config.inputs import input_forms, second_sample, text_inputs
+from tp_hf_config.forward.inputs import input_forms, second_sample, text_inputs
 
 _FORMS = 6
 _PLAIN_TEXT = {"input_ids", "decoder_input_ids", "use_cache"}

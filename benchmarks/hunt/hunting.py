@@ -32,8 +32,8 @@ PRELOADED = [
     "transformers",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
-    "tp_hf_config.support",
-    "tp_hf_config.prepare",
+    "tp_hf_config.pipeline.support",
+    "tp_hf_config.planning.pruner_kwargs",
 ]
 
 

@@ -21,7 +21,7 @@ from oracle import WrongError, compare
 from pairs import Pair
 from torch import Tensor, nn
 
-from tp_hf_config.learn import map_of
+from tp_hf_config.fieldmap.field_map import map_of
 
 RESULT, CASE = "result.json", "case.pt"
 _AGREE = 1e-4
@@ -116,7 +116,7 @@ def _try(pair: Pair, number: int, seed: int, row: Row, base: Path) -> None:
 def _builder(model_class: type, pair: Pair) -> Any:
     from pairs import config_of
 
-    from tp_hf_config.reference import Builder, Refusal, without_data
+    from tp_hf_config.model.build import Builder, Refusal, without_data
 
     model = without_data(model_class, config_of(pair))  # type: ignore[type-var]
     if isinstance(model, Refusal):

@@ -35,7 +35,7 @@ PRELOADED = [
     "transformers",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
-    "tp_hf_config.support",
+    "tp_hf_config.pipeline.support",
 ]
 
 

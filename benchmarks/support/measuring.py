@@ -21,10 +21,10 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
     _surroundings(seconds, memory)
     import transformers
 
-    from tp_hf_config.learn import map_of
-    from tp_hf_config.measure import trials
-    from tp_hf_config.reference import Refusal, without_data
-    from tp_hf_config.support import prepared
+    from tp_hf_config.fieldmap.field_map import map_of
+    from tp_hf_config.model.build import Refusal, without_data
+    from tp_hf_config.pipeline.support import prepared
+    from tp_hf_config.pipeline.trial import trials
 
     result: dict[str, Any] = {"stage": "class", "why": "it did not end in time", "widths": []}
 
@@ -47,7 +47,7 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
         made = prepared(model, seed)
         if isinstance(made, Refusal):
             raise RuntimeError(made.reason)
-        note(stage="prune", partial=made.mini.partial)
+        note(stage="prune", partial=made.tiny.partial)
         for trial in trials(made, folder):
             folders = [str(one.relative_to(folder)) for one in trial.folders]
             result["widths"].append({**trial.width.to_dict(), "folders": folders})
@@ -66,8 +66,8 @@ def learning(pair: Pair) -> float | None:
     _quiet()
     import transformers
 
-    from tp_hf_config.learn import map_of
-    from tp_hf_config.reference import Refusal, without_data
+    from tp_hf_config.fieldmap.field_map import map_of
+    from tp_hf_config.model.build import Refusal, without_data
 
     try:
         model = without_data(getattr(transformers, pair.class_name), config_of(pair))
@@ -85,7 +85,7 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
     _surroundings(seconds, memory)
     import transformers
 
-    from tp_hf_config.measure import reloaded
+    from tp_hf_config.pipeline.trial import reloaded
 
     result = json.loads((folder / RESULT).read_text())
     for width in result["widths"]:

@@ -1,4 +1,5 @@
-"""Folders with a config and weights: checked, repaired, verified.
+"""Check, repair and verify folders that hold a config.json and weights.
 
-Only headers are read; nothing here touches a live model.
+Checking and repairing read the headers of the weights files (and samples of tied tensors), and need
+no live model. Verifying loads and runs the folder in a fresh process.
 """

@@ -1,4 +1,4 @@
-"""A config against the tensors of a checkpoint: what loads, what does not, what belongs nowhere."""
+"""Compare a config with a checkpoint's tensors: what loads, what does not, what has no place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..reference import Refusal
+from ..model.build import Refusal
 from .building import Classes, build
 from .headers import Stored
 from .loading import Loaded, load_shapes
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assessment:
-    """One config and the checkpoint's tensors.
+    """How a checkpoint's tensors load into the class built from one config.
 
     Attributes:
         loaded: what Transformers makes of the tensors.
-        lists: the model's lists of layers, and how long they are.
-        lost: tensors of the checkpoint that belong to a part which the model has, without a place.
+        lists: name of each list of layers in the model -> how many layers it has.
+        lost: tensors of the checkpoint that belong to a part that the model has, but have no place.
         unused: other tensors of the checkpoint that the model has no place for (another head).
-        tied: names of the model that share a tensor, by name.
+        tied: name -> all names under which the model shares that tensor.
     """
 
     loaded: Loaded
@@ -37,20 +37,29 @@ class Assessment:
 
     @property
     def fits(self) -> bool:
-        """Every tensor of the model is there, in its shape, and none is lost."""
-        found = self.loaded
-        return not (found.missing or found.mismatched or found.failed or self.lost)
+        """True if every tensor of the model is there in its shape, and none is lost."""
+        loaded = self.loaded
+        return not (loaded.missing or loaded.mismatched or loaded.failed or self.lost)
 
     @property
     def misplaced(self) -> int:
-        """How many tensors are missing or have no place."""
+        """Return how many tensors are missing, have no place, or cannot be put together."""
         return len(self.loaded.missing) + len(self.lost) + len(self.loaded.failed)
 
 
 def assess(
     classes: Classes, data: Mapping[str, Any], tensors: Mapping[str, Stored]
 ) -> Assessment | Refusal:
-    """Build the class from a config and load the tensors into it, all without data."""
+    """Build the class from a config and load the tensors into it, all without data.
+
+    Args:
+        classes: the classes.
+        data: the config's JSON.
+        tensors: the checkpoint's tensors.
+
+    Returns:
+        How the tensors load, or the class's refusal of the config.
+    """
     model = build(classes, data)
     if isinstance(model, Refusal):
         return model
@@ -68,21 +77,22 @@ def assess(
     unused: list[str] = []
     for name in loaded.unknown:
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        if any(one in buffers for one in names):
+        if any(candidate in buffers for candidate in names):
             continue
-        known = any(_belongs(one, lists, modules) for one in names)
-        (lost if known else unused).append(name)
+        belongs = any(_belongs(candidate, lists, modules) for candidate in names)
+        (lost if belongs else unused).append(name)
     return Assessment(loaded, lists, tuple(lost), tuple(unused), tied)
 
 
 def _belongs(name: str, lists: Mapping[str, int], modules: set[str]) -> bool:
-    """Whether a tensor would be in a list of layers, or in a module, that the model has."""
+    """True if a tensor's name lies in a list of layers, or directly in a module, of the model."""
     parts = name.split(".")
     inside = any(".".join(parts[:end]) in lists for end in range(1, len(parts)))
     return inside or ".".join(parts[:-1]) in modules
 
 
 def _tied(model: PreTrainedModel) -> dict[str, frozenset[str]]:
+    """Return, for each name of a shared parameter, all names of that parameter."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -91,7 +101,13 @@ def _tied(model: PreTrainedModel) -> dict[str, frozenset[str]]:
 
 
 def lists_of(name: str, lists: Mapping[str, int], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The lists of layers of the model that a tensor is or would be in, and the layer's number."""
+    """Yield each list of layers that a tensor is or would be in, and the layer's number.
+
+    Args:
+        name: the tensor's name.
+        lists: name of each list of layers in the model -> how many layers it has.
+        prefix: the base model's prefix, which ``name`` may lack.
+    """
     for full in (name, f"{prefix}.{name}"):
         parts = full.split(".")
         for index, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""The class that a folder's config names, built from it without data and within bounds."""
+"""Build the class that a folder's config names, without data and within bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import CheckpointError
-from ..reference import FieldPath, Refusal, field_name, without_data
+from ..model.build import Refusal, without_data
+from ..model.config_json import FieldPath, field_name
 from .headers import Stored
 from .words import number, place, short
 
@@ -22,23 +23,23 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_LARGEST = 2**20
-_LONGEST = 2**24
+_LARGEST = 2**20  # the largest value that a field may have, unless a tensor is larger
+_LONGEST = 2**24  # the same for fields of lengths (see _LENGTHS)
 _LENGTHS = ("position", "length", "window", "seq")
-_SLACK = 4096
-_A_TENSOR = 8
+_SLACK = 4096  # modules that every build may have
+_A_TENSOR = 8  # modules that it may have besides, per tensor of the weights
 _CHOICES = ("_attn_implementation", "attn_implementation", "_experts_implementation")
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a folder.
+    """The config class and the model class of a folder.
 
     Attributes:
-        config: reads the config.
-        model: is built from it.
-        most: how many modules it may have, going by the number of tensors.
-        note: what the user should know of the choice; empty: nothing.
+        config: the class that reads the config.
+        model: the class that is built from it.
+        most: how many modules a build may have, going by the number of tensors.
+        note: what the user should know about the choice of classes; empty if nothing.
     """
 
     config: type[PreTrainedConfig]
@@ -49,7 +50,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Unknown:
-    """Nothing can be said, and why."""
+    """The reason why a folder's class is not known."""
 
     reason: str
 
@@ -57,7 +58,13 @@ class Unknown:
 def classes_of(
     data: Mapping[str, Any], folder: Path, tensors: int, trust_remote_code: bool
 ) -> Classes | Unknown:
-    """The class that config.json names.
+    """Return the classes that config.json names, or why they are not known.
+
+    Args:
+        data: config.json.
+        folder: the folder.
+        tensors: how many tensors its weights have.
+        trust_remote_code: run the folder's own code if its class needs it.
 
     Raises:
         CheckpointError: the class is code in the folder, and ``trust_remote_code`` is not set.
@@ -82,11 +89,11 @@ def classes_of(
 
 
 def _native(data: Mapping[str, Any]) -> type[PreTrainedModel] | Unknown:
-    """The class of transformers that ``architectures`` names."""
+    """Return the class of transformers that ``architectures`` names, or why there is none."""
     import transformers
 
     inner = (part.get("architectures") for part in data.values() if isinstance(part, dict))
-    named = data.get("architectures") or next(filter(None, inner), None)  # 4 writes it inside
+    named = data.get("architectures") or next(filter(None, inner), None)  # Transformers 4 nests it
     kind = data.get("model_type")
     name = named[0] if isinstance(named, list) and named else None
     if not isinstance(name, str):
@@ -94,9 +101,9 @@ def _native(data: Mapping[str, Any]) -> type[PreTrainedModel] | Unknown:
             "config.json names no class. Add it: "
             f'"architectures": [{_possible(kind)}] (the class that the weights were saved from)'
         )
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
+    candidate = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
+        return candidate
     return Unknown(
         f"transformers {transformers.__version__} has no class {short(name)}, which config.json "
         f"names in architectures. Install a version that has it, or name another: "
@@ -105,7 +112,7 @@ def _native(data: Mapping[str, Any]) -> type[PreTrainedModel] | Unknown:
 
 
 def _possible(kind: Any) -> str:
-    """A class for a kind of model, as JSON has it."""
+    """Return the name of a class of this model type, in quotes, for messages to suggest."""
     from transformers.models.auto import modeling_auto
 
     for mapping in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION"):
@@ -118,7 +125,7 @@ def _possible(kind: Any) -> str:
 def _config_class(
     data: Mapping[str, Any], model: type[PreTrainedModel]
 ) -> type[PreTrainedConfig] | Unknown:
-    """The class of config that the model takes, where ``model_type`` says the same."""
+    """Return the config class that the model takes, or Unknown if ``model_type`` says another."""
     from transformers import CONFIG_MAPPING
 
     own: Any = getattr(model, "config_class", None)
@@ -139,7 +146,7 @@ def _config_class(
 
 
 def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Unknown:
-    """The classes in the folder's own code, which is run."""
+    """Run the folder's own code and return its classes, or why they cannot be loaded."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = data["auto_map"]
@@ -153,7 +160,7 @@ def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Unkno
             if "AutoConfig" in remote
             else _config_class(data, model)
         )
-    except Exception as error:  # whatever the folder's code raises
+    except Exception as error:  # the folder's code may raise anything
         return Unknown(f"the folder's own code cannot be loaded: {short(error)}")
     if isinstance(config, Unknown):
         return config
@@ -161,19 +168,22 @@ def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Unkno
 
 
 def too_large(data: Any, tensors: Mapping[str, Stored]) -> dict[FieldPath, int]:
-    """Numbers so large that building by them might not end: far above all that the weights have."""
+    """Return field -> value for numbers so large that building the class might not end.
+
+    These are numbers far above every size in the weights.
+    """
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    found = {}
+    large = {}
     for path, value in entries(data):
         name = str(path[-1])
         most = _LONGEST if any(word in name for word in _LENGTHS) else _LARGEST
         if type(value) is int and value > max(most, largest) and "theta" not in name:
-            found[path] = value  # rotary bases (theta) count nothing
-    return found
+            large[path] = value  # rotary bases (theta) are no counts
+    return large
 
 
 def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
-    """Every value in a config's JSON that is no object and no list, and where it stands."""
+    """Yield each field of a config's JSON whose value is no object and no list, with that value."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from entries(value, (*path, key))
@@ -185,13 +195,13 @@ def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
 
 
 def longest_list(tensors: Mapping[str, Stored]) -> int:
-    """How many layers the longest list of them in the weights has."""
+    """Return how many layers the longest list of layers in the weights has; 0: there is none."""
     places = (place(name) for name in tensors)
     return max((at[1] + 1 for at in places if at is not None), default=0)
 
 
 def said_too_large(large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]) -> str:
-    """What is wrong with numbers that are too large."""
+    """Return what is wrong with the first of the numbers that are too large."""
     path, value = next(iter(large.items()))
     return (
         f"{field_name(path)} says {number(value)}, far above all that the weights have "
@@ -200,10 +210,10 @@ def said_too_large(large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]
 
 
 def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusal:
-    """The class built from a config's JSON on the meta device, or its own words."""
+    """Return the class built from a config's JSON on the meta device, or its refusal."""
     try:
         config = config_from(classes, data)
-        config._attn_implementation = "eager"  # no kernel is looked for
+        config._attn_implementation = "eager"  # so that no kernel is looked for
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
     except Exception as error:  # a class may refuse with any exception
@@ -217,30 +227,32 @@ def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusa
 
 
 def config_from(classes: Classes, data: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config that ``from_pretrained`` would read; what the class raises passes through."""
+    """Return the config that ``from_pretrained`` would read; let the class's exceptions through."""
     values = copy.deepcopy(_plain(data))
-    decode = getattr(classes.config, "_decode_special_floats", None)  # infinities
+    decode = getattr(classes.config, "_decode_special_floats", None)  # infinities in JSON
     return classes.config.from_dict(values if decode is None else decode(values))
 
 
 def _plain(data: Any) -> Any:
-    """The config without the choice of kernels, which no shape depends on."""
+    """Return the config's JSON without the choice of kernels, on which no shape depends."""
     if isinstance(data, Mapping):
         return {key: _plain(value) for key, value in data.items() if key not in _CHOICES}
     return data
 
 
 def _reason(error: BaseException) -> str:
+    """Return an exception's message in one line, or the name of its type if it has none."""
     return _cleaned(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _cleaned(reason: str) -> str:
+    """Return a refusal in one line, without the prefix of the config's validators."""
     return short(reason.removeprefix("Class validation error for validator ")).rstrip(".")
 
 
 @contextmanager
 def _bounded(most: int) -> Iterator[None]:
-    """In this thread, no more than so many modules may be put into others."""
+    """Raise a ValueError if this thread puts more than ``most`` modules into others meanwhile."""
     count = 0
     own = threading.get_ident()
 

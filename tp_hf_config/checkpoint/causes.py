@@ -1,10 +1,11 @@
-"""Why a config and its weights disagree, grouped: one cause for all tensors that share it."""
+"""Group what is wrong between a config and its weights: one cause for all tensors that share it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..reference import FieldPath, Mismatch, field_name
+from ..model.config_json import FieldPath, field_name
+from ..model.shapes import Mismatch
 from .assess import Assessment
 from .building import Classes
 from .reports import Cause
@@ -15,33 +16,41 @@ _LISTED = 6
 
 
 def of_fields(changed: Sequence[Changed]) -> Iterator[Cause]:
-    """Fields that say something else than the weights hold."""
-    for one in changed:
-        if isinstance(one.holds, list) and any(not isinstance(c.holds, list) for c in changed):
-            continue  # follows from a number of layers
-        name = field_name(one.path)
-        says = f"says {number(one.says)}"
-        if one.says is None:
+    """Yield a cause for each field whose value is not the one that the weights hold."""
+    for change in changed:
+        if isinstance(change.holds, list) and any(
+            not isinstance(other.holds, list) for other in changed
+        ):
+            continue  # the list follows from the number of layers
+        name = field_name(change.path)
+        says = f"says {number(change.says)}"
+        if change.says is None:
             says = "is not set"
-            if one.stands_for is not None:
-                says += f", which means {number(one.stands_for)}"
-        where = f" of {layers(one.tensors)}" if one.tensors else ""
+            if change.stands_for is not None:
+                says += f", which means {number(change.stands_for)}"
+        where = f" of {layers(change.tensors)}" if change.tensors else ""
         holds = (
-            f"the weights are those of {number(one.holds)}"
-            if isinstance(one.holds, bool) or not one.tensors
-            else f"the weights{where} hold {number(one.holds)}"
+            f"the weights are those of {number(change.holds)}"
+            if isinstance(change.holds, bool) or not change.tensors
+            else f"the weights{where} hold {number(change.holds)}"
         )
         text = f"{name} {says}, {holds}"
-        yield Cause("field", text, name, one.says, one.holds, one.tensors)
+        yield Cause("field", text, name, change.says, change.holds, change.tensors)
 
 
 def of_solution(found: Solution) -> Iterator[Cause]:
-    """The fields of a config that would load the weights."""
+    """Yield a cause for each field that has to change so that the config loads the weights."""
     yield from of_fields(found.changed)
 
 
 def of_unsolved(found: Unsolved, assessment: Assessment, classes: Classes) -> Iterator[Cause]:
-    """What can be said where no single config is known to load the weights."""
+    """Yield the causes where no single config is known to load the weights.
+
+    Args:
+        found: why there is no solution, and what was found before solving stopped.
+        assessment: how the tensors load with the folder's own config.
+        classes: the classes of the folder.
+    """
     yield from of_fields(found.structure)
     for path, by_value in found.needs.items():
         yield _torn(path, by_value)
@@ -58,37 +67,46 @@ def of_unsolved(found: Unsolved, assessment: Assessment, classes: Classes) -> It
 
 
 def _torn(path: FieldPath, by_value: dict[int, tuple[str, ...]]) -> Cause:
-    """A field that would have to have several values at once."""
+    """Return the cause for a field that would need several values at once.
+
+    Args:
+        path: the field.
+        by_value: value -> the tensors that need it.
+    """
     parts = [
         f"{number(value)} in {layers(names) or 'the rest'}"
         for value, names in sorted(by_value.items(), key=lambda item: -len(item[1]))
     ]
     text = f"{field_name(path)} would need several values at once: {'; '.join(parts[:_LISTED])}"
-    names = tuple(name for some in by_value.values() for name in some)
+    names = tuple(name for tensors in by_value.values() for name in tensors)
     return Cause("tensors", text, field_name(path), tensors=names)
 
 
 def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
-    """Shapes that nothing explains, one cause for those that are alike in every layer."""
-    alike: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], list[str]] = {}
-    for one in mismatched:
-        alike.setdefault((_anywhere(one.name), one.found, one.expected), []).append(one.name)
-    for (name, found, expected), names in list(alike.items())[:_LISTED]:
+    """Yield the mismatches that nothing explains, with one cause for those alike in every layer."""
+    names_by_kind: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], list[str]] = {}
+    for mismatch in mismatched:
+        names_by_kind.setdefault(
+            (_anywhere(mismatch.name), mismatch.found, mismatch.expected), []
+        ).append(mismatch.name)
+    for (name, found, expected), names in list(names_by_kind.items())[:_LISTED]:
         where = f" ({layers(names)})" if "*" in name else ""
         text = f"{short(name)}{where} holds {list(found)}, the config builds {list(expected or ())}"
         yield Cause("tensors", text, tensors=tuple(names))
-    if len(alike) > _LISTED:
-        yield Cause("tensors", f"and {len(alike) - _LISTED} more kinds of tensors in other shapes")
+    if len(names_by_kind) > _LISTED:
+        yield Cause(
+            "tensors", f"and {len(names_by_kind) - _LISTED} more kinds of tensors in other shapes"
+        )
 
 
 def _anywhere(name: str) -> str:
-    """A tensor's name with ``*`` for its layer."""
+    """Return a tensor's name with ``*`` in place of its layer number."""
     at = place(name)
     return name if at is None else name.replace(f"{at[0]}.{at[1]}.", f"{at[0]}.*.", 1)
 
 
 def of_misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
-    """Tensors that are missing, belong nowhere, or cannot be put together."""
+    """Yield one cause each for tensors that are missing, lost, or cannot be put together."""
     model = classes.model.__name__
     for names, what in (
         (assessment.loaded.missing, f"missing in the weights: {model} would start them anew"),
@@ -97,8 +115,8 @@ def of_misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
         if names:
             kinds = list(dict.fromkeys(_anywhere(name) for name in names))
             listed = ", ".join(short(kind) for kind in kinds[:3]) + and_more(kinds, 3)
-            some = f"{len(names)} tensors are" if len(names) > 1 else "one tensor is"
-            yield Cause("tensors", f"{some} {what}: {listed}", tensors=tuple(names))
+            subject = f"{len(names)} tensors are" if len(names) > 1 else "one tensor is"
+            yield Cause("tensors", f"{subject} {what}: {listed}", tensors=tuple(names))
     failed = assessment.loaded.failed
     if failed:
         name, why = next(iter(failed.items()))

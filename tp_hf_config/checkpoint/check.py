@@ -1,4 +1,4 @@
-"""A folder's config.json against its weights, from their headers alone."""
+"""Compare a folder's config.json with its weights, from the headers of the weights files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..reference import Refusal
-from ..silence import quiet_transformers
+from ..model.build import Refusal
+from ..model.surroundings import quiet_transformers
 from .assess import Assessment, assess
 from .building import Classes, Unknown, classes_of, said_too_large, too_large
 from .causes import of_misplaced, of_solution, of_unsolved
@@ -27,13 +27,13 @@ from .words import and_more, short
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder, read.
+    """A folder that was read.
 
     Attributes:
-        path: where it is.
+        path: the folder.
         config: what config.json says.
-        weights: what the headers say.
-        classes: of the model; a text: why they are not known.
+        weights: what the headers of the weights files say.
+        classes: the classes of the model, or the reason (a string) why they are not known.
     """
 
     path: Path
@@ -44,13 +44,13 @@ class Folder:
 
 @dataclass(frozen=True)
 class Known:
-    """A folder of which all is known.
+    """A folder that can be solved: its config, weights and classes are known.
 
     Attributes:
-        path: where it is.
+        path: the folder.
         data: config.json.
-        weights: what the headers say, with no fault.
-        classes: of the model.
+        weights: what the headers of the weights files say; they have no fault.
+        classes: the classes of the model.
     """
 
     path: Path
@@ -62,44 +62,47 @@ class Known:
 def check_checkpoint(
     folder: str | os.PathLike[str], *, trust_remote_code: bool = False
 ) -> CheckReport:
-    """Compare a folder's config with its weights; no weight is read, nothing is written.
+    """Compare a folder's config with its weights; load no weights and write nothing.
 
-    The class that config.json names is built without data, and the tensors of the safetensors
-    headers (of a ``.bin`` file's metadata) are matched with it by Transformers' own loading.
+    The class that config.json names is built without data. Transformers' own loading code matches
+    it with the tensors in the safetensors headers (or in a ``.bin`` file's metadata). Data are read
+    only of tensors that the config ties, and only samples.
 
     Args:
-        folder: with config.json and weights.
-        trust_remote_code: run the folder's own code, where its class needs that.
+        folder: a folder with config.json and weights.
+        trust_remote_code: run the folder's own code if its class needs it.
 
     Returns:
-        Whether it is sound, and if not, why: one cause for all tensors that share it.
+        A report that says whether the folder is sound (``None``: could not tell) and, if not, why:
+        one cause for all tensors that share it.
 
     Raises:
-        CheckpointError: no folder, no config.json, no weights, or code that is not trusted.
+        CheckpointError: the folder, its config.json or its weights do not exist or cannot be read,
+            or the class is code in the folder and ``trust_remote_code`` is not set.
     """
     read = read_folder(Path(folder), trust_remote_code)
     report = checked_alone(read)
     if not report.sound or isinstance(read.classes, str):
         return report
     with quiet_transformers():
-        known = learned(read.classes, read.config.data or {})
-        open_heads = () if isinstance(known, Refusal) else tuple(untold(known))
+        field_map = learned(read.classes, read.config.data or {})
+        open_heads = () if isinstance(field_map, Refusal) else tuple(untold(field_map))
     return replace(
         report,
-        undecided=tuple(name for one in open_heads for name in one.names),
+        undecided=tuple(name for heads in open_heads for name in heads.names),
         notes=(*report.notes, *map(str, open_heads)),
     )
 
 
 def checked_alone(read: Folder) -> CheckReport:
-    """The verdict on a folder, without what no shape tells."""
+    """Return the report on a folder, without looking for head counts that no shape shows."""
     if isinstance(read.classes, str) or read.weights.unsure or read.config.unsure:
         return _untold(read)
     return _told(read, read.classes)
 
 
 def read_folder(path: Path, trust_remote_code: bool) -> Folder:
-    """Read a folder's config and headers, and find its class.
+    """Read a folder's config and the headers of its weights, and find its classes.
 
     Raises:
         CheckpointError: as :func:`check_checkpoint`.
@@ -124,7 +127,10 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
 
 
 def _untold(read: Folder) -> CheckReport:
-    """What can be said without a class."""
+    """Return the report on a folder whose class is not known or which cannot be judged.
+
+    It holds the faults of the files or, if there are none, the reason (``why_not``).
+    """
     causes = tuple(_faults(read))
     why_not = None
     if not causes:
@@ -134,6 +140,7 @@ def _untold(read: Folder) -> CheckReport:
 
 
 def _faults(read: Folder) -> Iterator[Cause]:
+    """Yield a cause for each fault of config.json and of the weights files."""
     if read.config.fault is not None:
         yield Cause("config", read.config.fault)
     for fault in read.weights.faults:
@@ -141,12 +148,13 @@ def _faults(read: Folder) -> Iterator[Cause]:
 
 
 def _report(read: Folder) -> CheckReport:
-    known = read.classes if isinstance(read.classes, Classes) else None
+    """Return a report without a verdict: the class, and what the weights files hold."""
+    classes = read.classes if isinstance(read.classes, Classes) else None
     return CheckReport(
         folder=str(read.path),
-        model=known.model.__name__ if known else None,
+        model=classes.model.__name__ if classes else None,
         sound=None,
-        notes=(known.note,) if known and known.note else (),
+        notes=(classes.note,) if classes and classes.note else (),
         files=read.weights.files,
         tensors=len(read.weights.tensors),
         parameters=sum(math.prod(tensor.shape) for tensor in read.weights.tensors.values()),
@@ -154,19 +162,19 @@ def _report(read: Folder) -> CheckReport:
 
 
 def _told(read: Folder, classes: Classes) -> CheckReport:
-    """The verdict on a folder whose class is known."""
+    """Return the report on a folder whose class is known."""
     report, faults = _report(read), tuple(_faults(read))
     data: dict[str, Any] = read.config.data or {}
     if not read.weights.complete and not read.weights.tensors:
         return replace(report, sound=False, causes=faults)
     if too_large(data, read.weights.tensors):
         return _absurd(report, faults, read, classes)
-    found = assess(classes, data, read.weights.tensors)
-    if isinstance(found, Assessment) and found.unused:
-        listed = f"{short(found.unused[0])}{and_more(found.unused)}"
+    assessment = assess(classes, data, read.weights.tensors)
+    if isinstance(assessment, Assessment) and assessment.unused:
+        listed = f"{short(assessment.unused[0])}{and_more(assessment.unused)}"
         report = replace(report, notes=(*report.notes, f"not used by this class: {listed}"))
-    if isinstance(found, Assessment) and found.fits:
-        report = _with_ties(report, read, found, classes)
+    if isinstance(assessment, Assessment) and assessment.fits:
+        report = _with_ties(report, read, assessment, classes)
         rotary = for_transformers_4(classes, data)
         alone = () if rotary.alone is None else (rotary.alone,)
         report = replace(report, notes=(*report.notes, *alone, *rotary.left))
@@ -174,17 +182,18 @@ def _told(read: Folder, classes: Classes) -> CheckReport:
             report, sound=not (faults or report.causes), causes=(*faults, *report.causes)
         )
     if not read.weights.complete:
-        return replace(report, sound=False, causes=(*faults, *_partly(found)))
+        return replace(report, sound=False, causes=(*faults, *_partly(assessment)))
     solved = solution(Task(classes, data, read.weights.tensors))
-    return _explained(report, faults, found, solved, classes)
+    return _explained(report, faults, assessment, solved, classes)
 
 
 def _with_ties(
     report: CheckReport, read: Folder, found: Assessment, classes: Classes
 ) -> CheckReport:
-    """The report, and whether tensors that the config ties hold different numbers.
+    """Add a note or a cause to the report if tensors that the config ties hold different numbers.
 
-    Transformers 5 leaves these apart, with a warning; 4 drops one of them.
+    Transformers 5 leaves such tensors apart, with a warning: the report gets a note. Transformers 4
+    drops one of them: the report gets a cause.
     """
     names = apart(read.path, found, read.weights.tensors, classes.model.base_model_prefix)
     if names is None:
@@ -199,7 +208,10 @@ def _with_ties(
 def _absurd(
     report: CheckReport, faults: tuple[Cause, ...], read: Folder, classes: Classes
 ) -> CheckReport:
-    """The verdict on a config by whose numbers nothing is built."""
+    """Return the report on a config with numbers too large to build the class from it.
+
+    Without a solution, ``why_not`` says which number is too large.
+    """
     data, tensors = read.config.data or {}, read.weights.tensors
     solved = solution(Task(classes, data, tensors))
     if isinstance(solved, Solution):
@@ -210,7 +222,7 @@ def _absurd(
 
 
 def _partly(found: Assessment | Refusal) -> Iterator[Cause]:
-    """What can be said of a checkpoint of which a part is missing."""
+    """Yield the class's refusal, if any: all that is known while some weights are missing."""
     if isinstance(found, Refusal):
         yield Cause("config", f"the class refuses config.json: {found.reason}")
 
@@ -222,6 +234,15 @@ def _explained(
     solved: Solution | Unsolved,
     classes: Classes,
 ) -> CheckReport:
+    """Return the report on a config that does not fit, with the causes that solving found.
+
+    Args:
+        report: the report so far.
+        faults: the faults of the files.
+        found: how the tensors load with the folder's own config, or the class's refusal of it.
+        solved: the config that fits the weights, or why none is known.
+        classes: the classes of the folder.
+    """
     causes = list(faults)
     name = classes.config.__name__
     if isinstance(found, Refusal):
@@ -231,23 +252,23 @@ def _explained(
         undecided: tuple[str, ...] = solved.undecided
         return replace(report, sound=False, causes=tuple(causes), undecided=undecided)
     if isinstance(found, Assessment):
-        more = list(of_unsolved(solved, found, classes))
-        causes += more or list(of_misplaced(found, classes))
+        unsolved_causes = list(of_unsolved(solved, found, classes))
+        causes += unsolved_causes or list(of_misplaced(found, classes))
         causes += [] if len(causes) > len(faults) else [Cause("config", solved.reason)]
     return replace(report, sound=False, causes=tuple(causes), candidates=solved.candidates)
 
 
 def checked(folder: Path, trust_remote_code: bool) -> Known:
-    """A folder that can be solved: class known, every header whole.
+    """Return the folder if it can be solved: its classes are known and no file has a fault.
 
     Raises:
-        CheckpointError: it cannot be, and why.
+        CheckpointError: the folder cannot be solved; the message says why.
     """
     read = read_folder(folder, trust_remote_code)
-    wrong = read.config.fault or next(iter(read.weights.faults), None)
-    if wrong is not None:
+    fault = read.config.fault or next(iter(read.weights.faults), None)
+    if fault is not None:
         raise CheckpointError(
-            f"{folder}: {wrong}. No config mends that: get the file anew, or correct it by hand."
+            f"{folder}: {fault}. No config mends that: get the file anew, or correct it by hand."
         )
     unsure = read.weights.unsure or read.classes
     if isinstance(unsure, str) or isinstance(read.classes, str) or read.config.data is None:

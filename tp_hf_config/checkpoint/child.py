@@ -1,4 +1,4 @@
-"""Load and run a folder in a process that has Transformers and nothing of this library.
+"""Load and run folders in a process that has Transformers but nothing of this library.
 
 Usage: ``python child.py JOB``; JOB is a JSON file with the keys of :func:`run`.
 """
@@ -15,34 +15,41 @@ import torch
 
 
 def run(job: dict[str, Any]) -> None:
-    """Load every folder of a job, run it on the job's inputs and save what came of it.
+    """Load every folder of a job, run it on the job's inputs and save the results.
 
-    ``folders``: each with its ``folder``, its ``class`` (module and name), ``code``: whether that
-    is the folder's own, and ``options`` for ``from_pretrained``; ``inputs``, ``results``: files;
-    ``threads``, ``device``, ``path`` (of modules): where it runs; ``cast``: inputs take the
-    model's type.
+    Args:
+        job: ``folders``: for each one its ``folder`` (a path), its ``class`` (module and name),
+            ``code`` (True if the class is the folder's own code) and ``options`` for
+            ``from_pretrained``; ``inputs``, ``results``: files; ``threads``, ``device``, ``path``
+            (of modules): where it runs; ``cast``: True if inputs take the model's dtype.
     """
     torch.set_num_threads(job["threads"])
     sys.path += [place for place in job["path"] if place not in sys.path]
     inputs = torch.load(job["inputs"], map_location=job["device"], weights_only=True)
-    torch.save([loaded_and_run(one, inputs, job) for one in job["folders"]], job["results"])
+    torch.save([loaded_and_run(folder, inputs, job) for folder in job["folders"]], job["results"])
 
 
 def loaded_and_run(
     one: dict[str, Any], inputs: dict[str, Any], job: dict[str, Any]
 ) -> dict[str, Any]:
-    """A folder's outputs, and what Transformers said of loading it; or its error."""
+    """Return a folder's outputs and what Transformers reports of loading it, or its error.
+
+    Args:
+        one: an entry of ``folders``.
+        inputs: keyword arguments of the forward pass.
+        job: the whole job.
+    """
     try:
         model, info = _class(one).from_pretrained(
             one["folder"], output_loading_info=True, local_files_only=True, **one["options"]
         )
         model = model.to(job["device"]).eval()
-        for parameter in model.parameters():  # aligned in memory as torch does it, not as the file
+        for parameter in model.parameters():  # aligned as torch does it, not as in the file
             parameter.data = parameter.data.clone()
         if job["cast"]:
             inputs = {key: _cast(value, model.dtype) for key, value in inputs.items()}
         outputs = {key: value.cpu() for key, value in outputs_of(model, inputs).items()}
-    except Exception as error:  # said where the job came from
+    except Exception as error:  # the process that made the job reports it
         text = " ".join(str(error).split())
         return {"outputs": {}, "loading": {}, "error": f"{type(error).__name__}: {text}"}
     loading = {key: sorted(map(str, value)) for key, value in info.items() if value}
@@ -50,14 +57,15 @@ def loaded_and_run(
 
 
 def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every tensor that a forward pass returns, by name; caches are left out."""
+    """Return every tensor that a forward pass returns, by name; caches are left out."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # some forward passes draw masks
+        torch.manual_seed(0)  # some forward passes draw random masks
         result = model(**inputs)
     return dict(_tensors("", result))
 
 
 def _tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensors in nested dicts, lists and tuples, with dotted names."""
     if isinstance(value, torch.Tensor):
         return [(name or "output", value)]
     inside: Any = ()
@@ -66,23 +74,27 @@ def _tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
     elif isinstance(value, (list, tuple)):
         inside = enumerate(value)
     return [
-        one for key, part in inside for one in _tensors(f"{name}.{key}" if name else str(key), part)
+        named
+        for key, part in inside
+        for named in _tensors(f"{name}.{key}" if name else str(key), part)
     ]
 
 
 def _class(one: dict[str, Any]) -> Any:
+    """Return the class of an entry of ``folders``, imported or from the folder's own code."""
     module, name = one["class"]
     if one["code"]:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return get_class_from_dynamic_module(name, one["folder"])
-    found: Any = importlib.import_module(module)
+    target: Any = importlib.import_module(module)
     for part in name.split("."):
-        found = getattr(found, part)
-    return found
+        target = getattr(target, part)
+    return target
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a floating-point tensor in another dtype, and any other value unchanged."""
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.to(dtype) if floating else value
 

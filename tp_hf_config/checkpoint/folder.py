@@ -1,4 +1,4 @@
-"""A folder's config and weights files, read as they are; nothing in it is believed yet."""
+"""Read a folder's config and weights files as they are; nothing in them is trusted yet."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Weights:
     """What the weights files hold.
 
     Attributes:
-        files: the files with tensors.
-        tensors: by name.
-        faults: what is wrong with the files.
-        complete: the name of every tensor is known.
-        unsure: why nothing can be said of them; ``None`` where it can.
+        files: the names of the files with tensors.
+        tensors: name -> tensor.
+        faults: what is wrong with the files, one sentence each.
+        complete: True if the name of every tensor is known.
+        unsure: why the files cannot be judged; ``None`` if they can.
     """
 
     files: tuple[str, ...] = ()
@@ -52,9 +52,9 @@ class Config:
     """What config.json says.
 
     Attributes:
-        data: its fields; ``None`` where it cannot be read.
-        fault: why it cannot be loaded.
-        unsure: why nothing can be said of it.
+        data: its JSON; ``None`` if it cannot be read.
+        fault: why it cannot be loaded; ``None`` if it can.
+        unsure: why the config cannot be judged; ``None`` if it can.
     """
 
     data: dict[str, Any] | None
@@ -63,11 +63,7 @@ class Config:
 
 
 def existing(folder: Path) -> None:
-    """Refuse what is not a folder with a config.
-
-    Raises:
-        CheckpointError: it is not there, or is no checkpoint at all.
-    """
+    """Raise a CheckpointError if the folder or its config.json does not exist."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}. Say the folder that holds config.json.")
@@ -78,10 +74,12 @@ def existing(folder: Path) -> None:
 
 
 def check_there(folder: Path) -> None:
-    """Refuse what is not a folder with a config and weights, before torch is imported.
+    """Raise a CheckpointError if the path is no folder with a config and weights.
+
+    The commands call this before torch is imported.
 
     Raises:
-        CheckpointError: it is not there, cannot be read, or is no checkpoint at all.
+        CheckpointError: the folder, its config.json or its weights do not exist or cannot be read.
     """
     try:
         existing(folder)
@@ -91,7 +89,7 @@ def check_there(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> Config:
-    """The folder's config.json."""
+    """Return what the folder's config.json says."""
     data = _json(folder / CONFIG, _LONGEST_CONFIG)
     if isinstance(data, str):
         return Config(None, fault=data)
@@ -101,7 +99,12 @@ def read_config(folder: Path) -> Config:
 
 
 def _json(path: Path, longest: int) -> Any:
-    """A file's JSON; a text: why there is none."""
+    """Return a file's JSON, or the reason (a string) why it cannot be read.
+
+    Args:
+        path: the file.
+        longest: the largest size in bytes that is read.
+    """
     name = path.name
     if not path.is_file():
         return f"{name} is not a file" if path.exists() else f"{name} is missing"
@@ -119,7 +122,7 @@ def _json(path: Path, longest: int) -> Any:
 
 
 def _too_much(data: dict[str, Any]) -> str | None:
-    """Why a config is not tried: too many fields or values, or nested too deeply."""
+    """Return why a config is not tried (too many fields or values, or too deep), or None."""
     if len(data) > _MOST_FIELDS:
         return f"{CONFIG} has {len(data):,} fields; at most {_MOST_FIELDS:,} are tried"
     for count, (depth, _) in enumerate(_values(data)):
@@ -129,34 +132,35 @@ def _too_much(data: dict[str, Any]) -> str | None:
 
 
 def _values(data: Any) -> Iterator[tuple[int, Any]]:
+    """Yield the depth of each value of a config's JSON, and the value; stop below ``_DEEPEST``."""
     waiting = [(0, data)]
     while waiting:
         depth, value = waiting.pop()
         yield depth, value
         if depth <= _DEEPEST and isinstance(value, (dict, list)):
             inside = value.values() if isinstance(value, dict) else value
-            waiting.extend((depth + 1, one) for one in inside)
+            waiting.extend((depth + 1, item) for item in inside)
 
 
 def read_weights(folder: Path) -> Weights:
-    """The headers of the weights that ``from_pretrained`` would load.
+    """Read the headers of the weights files that ``from_pretrained`` would load.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are no weights.
     """
     name = weights_file(folder)
     if not name.endswith(".index.json"):
         return _joined([_header(folder / name)], (name,))
-    found = _shards(folder, name)
-    if isinstance(found, str):
-        return Weights(faults=(found,), complete=False)
-    shards, promised, faults = found
+    index = _shards(folder, name)
+    if isinstance(index, str):
+        return Weights(faults=(index,), complete=False)
+    shards, promised, faults = index
     weights = _joined([_header(folder / shard) for shard in shards], shards)
     return _with_index(weights, promised, faults)
 
 
 def weights_file(folder: Path) -> str:
-    """The file that ``from_pretrained`` would read first.
+    """Return the name of the file that ``from_pretrained`` would read first.
 
     Raises:
         CheckpointError: there is none.
@@ -168,17 +172,19 @@ def weights_file(folder: Path) -> str:
 
 
 def _none(folder: Path) -> str:
-    wrong = [name for name in _WEIGHTS if (folder / name).exists()]
-    if wrong:
-        return f"{folder / wrong[0]} is not a file; expected the weights."
+    """Return the message for a folder without weights."""
+    not_files = [name for name in _WEIGHTS if (folder / name).exists()]
+    if not_files:
+        return f"{folder / not_files[0]} is not a file; expected the weights."
     others = sorted(
         p.name for end in ("safetensors", "bin", "gguf") for p in folder.glob(f"*.{end}")
     )
-    seen = f" There is {others[0]}{and_more(others)}, which no plain load reads." if others else ""
-    return f"{folder} has no weights ({', '.join(_WEIGHTS)}).{seen}"
+    hint = f" There is {others[0]}{and_more(others)}, which no plain load reads." if others else ""
+    return f"{folder} has no weights ({', '.join(_WEIGHTS)}).{hint}"
 
 
 def _header(path: Path) -> Header:
+    """Return the header of a weights file."""
     if not path.is_file():
         what = "is not a file" if path.exists() else "is missing"
         return Header({}, (f"{path.name} {what}; the index names it",), complete=False)
@@ -186,6 +192,7 @@ def _header(path: Path) -> Header:
 
 
 def _joined(headers: list[Header], files: tuple[str, ...]) -> Weights:
+    """Return the headers of several files as one."""
     tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
     unsure = next((header.unsure for header in headers if header.unsure is not None), None)
     if len(tensors) > _MOST_TENSORS:
@@ -202,7 +209,12 @@ def _joined(headers: list[Header], files: tuple[str, ...]) -> Weights:
 def _shards(
     folder: Path, index: str
 ) -> tuple[tuple[str, ...], dict[str, str], tuple[str, ...]] | str:
-    """The shards that an index names, which tensor is promised where, and what is wrong with it."""
+    """Read an index: its shards, and what is wrong with it.
+
+    Returns:
+        The shards inside the folder, tensor name -> file as the index says, and the faults; or the
+        reason (a string) why the index cannot be used.
+    """
     data = _json(folder / index, _LONGEST_INDEX)
     if isinstance(data, str):
         return data
@@ -222,7 +234,7 @@ def _shards(
 
 
 def _inside(file: str) -> bool:
-    """Whether a name stays in the folder, taken literally; links in it may lead anywhere."""
+    """True if a weights file's name, taken literally, stays in the folder; links may lead out."""
     path = Path(file)
     plain = file.isprintable() and len(file) < _LONGEST_NAME and "\\" not in file
     plain = plain and not path.is_absolute() and ".." not in path.parts
@@ -230,8 +242,14 @@ def _inside(file: str) -> bool:
 
 
 def _with_index(weights: Weights, promised: dict[str, str], faults: tuple[str, ...]) -> Weights:
-    """The weights, and what the index promises of them that is not so."""
-    found = list(faults) + list(weights.faults)
+    """Add to the weights the faults of their index, and where it names the wrong file for a tensor.
+
+    Args:
+        weights: what the shards hold.
+        promised: tensor name -> file, as the index says.
+        faults: what is wrong with the index.
+    """
+    all_faults = list(faults) + list(weights.faults)
     elsewhere = [
         name
         for name, file in promised.items()
@@ -240,14 +258,14 @@ def _with_index(weights: Weights, promised: dict[str, str], faults: tuple[str, .
         and weights.tensors.get(name, Stored("", ())).file != file
     ]
     if elsewhere:
-        found.append(
+        all_faults.append(
             f"the index says that {short(elsewhere[0])} is in {short(promised[elsewhere[0]])}"
             f"{and_more(elsewhere)}; it is not"
         )
     return Weights(
         weights.files,
         weights.tensors,
-        tuple(found),
+        tuple(all_faults),
         weights.complete and not faults,
         weights.unsure,
     )

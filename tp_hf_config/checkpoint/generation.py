@@ -1,4 +1,4 @@
-"""Whether generation_config.json goes with a config: its tokens have to be in the vocabulary."""
+"""Check that generation_config.json fits a config: its tokens have to be in the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ _LONGEST = 2**20
 
 
 def generation_notes(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """What of a folder's generation config does not go with a config."""
+    """Yield a note for each entry of a folder's generation_config.json that does not fit a config.
+
+    Args:
+        folder: the folder.
+        config: the config's JSON.
+    """
     path = folder / _FILE
     if not path.is_file() or path.stat().st_size > _LONGEST:
         return

@@ -1,6 +1,6 @@
-"""What a weights file says about its tensors: names, types and shapes; no tensor is read.
+"""Read the names, dtypes and shapes of a weights file's tensors; no tensor is read.
 
-A header is checked before it is believed: a file from anywhere may be cut off, or lie.
+A header is checked before it is trusted: a file from anywhere may be cut off, or lie.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from .words import and_more, short
 
-_MOST = 100_000_000
-_BITS = {
+_MOST = 100_000_000  # bytes of a header; safetensors allows no more
+_BITS = {  # per element, by the dtype in a safetensors header
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
     **dict.fromkeys(("I32", "U32", "F32"), 32),
@@ -28,13 +28,13 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file.
+    """One tensor of a weights file.
 
     Attributes:
         dtype: as the file calls it (``BF16``).
-        shape: its dimensions.
+        shape: its shape.
         file: the file's name.
-        start: the byte of the file at which its data begins; ``None``: not known.
+        start: the byte of the file at which the tensor's data begin; ``None``: not known.
     """
 
     dtype: str
@@ -44,7 +44,7 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """How much data it has; 0 where the type is not known."""
+        """Return the size of the tensor's data in bytes, or 0 if the dtype is not known."""
         return math.prod(self.shape) * _BITS.get(self.dtype, 0) // 8
 
 
@@ -53,10 +53,10 @@ class Header:
     """What could be read of a file's header.
 
     Attributes:
-        tensors: by name.
+        tensors: name -> tensor.
         faults: what is wrong with the file, one sentence each.
-        complete: all its tensors are known, whatever is wrong with their data.
-        unsure: why nothing can be said; ``None`` where it can.
+        complete: True if all its tensors are known, whatever is wrong with their data.
+        unsure: why the file cannot be judged; ``None`` if it can.
     """
 
     tensors: dict[str, Stored]
@@ -66,21 +66,21 @@ class Header:
 
 
 def unreadable(reason: str) -> Header:
-    """A file of which nothing is known but what is wrong with it."""
+    """Return the header of a file that cannot be read: no tensors, and the reason as its fault."""
     return Header({}, (reason,), complete=False)
 
 
 def read_safetensors(path: Path) -> Header:
-    """The header of a safetensors file, checked against the file's size and against itself."""
+    """Return a safetensors file's header, checked against the file's size and against itself."""
     name = path.name
     try:
         size = path.stat().st_size
-        found = _header(path, size)
+        content = _header(path, size)
     except OSError as error:
         return unreadable(f"{name} cannot be read: {error.strerror or error}")
-    if isinstance(found, str):
-        return unreadable(f"{name} {found}")
-    header, begin = found
+    if isinstance(content, str):
+        return unreadable(f"{name} {content}")
+    header, begin = content
     tensors: dict[str, Stored] = {}
     spans: dict[str, tuple[int, int]] = {}
     for key, entry in header.items():
@@ -99,7 +99,12 @@ def read_safetensors(path: Path) -> Header:
 
 
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int] | str:
-    """The header's JSON and where the data begins, or what is wrong."""
+    """Return a header's JSON and the byte where the data begin, or what is wrong (a string).
+
+    Args:
+        path: the file.
+        size: its size in bytes.
+    """
     if size < 8:
         return f"has {size} bytes, fewer than the 8 that say how long its header is: it is cut off"
     with path.open("rb") as file:
@@ -121,14 +126,15 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int] | str:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Return the pairs of a JSON object as a dict; raise a ValueError if a name occurs twice."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name is there twice")
-    return found
+    return entries
 
 
 def _entry(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]] | str:
-    """Type, shape and place of one tensor, or what is wrong."""
+    """Return dtype, shape and byte range of one tensor, or what is wrong (a string)."""
     if not isinstance(entry, dict):
         return f"is described by a {type(entry).__name__}; expected dtype, shape and data_offsets"
     dtype: Any = entry.get("dtype")
@@ -144,23 +150,30 @@ def _entry(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]] | str:
 
 
 def _counts(value: Any) -> bool:
+    """True if a value is a list of whole numbers that are not negative and fit into 64 bits."""
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
 def _misplaced(
     tensors: Mapping[str, Stored], spans: Mapping[str, tuple[int, int]], room: int
 ) -> Iterator[str]:
-    """What places, sizes and the file's length say against each other; the first of each kind."""
+    """Yield where byte ranges, sizes and the file's length disagree: the first of each kind.
+
+    Args:
+        tensors: the tensors, by name.
+        spans: first byte and end of each tensor's data, counted from where the data begin.
+        room: how many bytes of data the file has.
+    """
     wrong = [
         name
         for name, (start, end) in spans.items()
         if tensors[name].dtype in _BITS and end - start != tensors[name].bytes
     ]
     if wrong:
-        one, (start, end) = tensors[wrong[0]], spans[wrong[0]]
+        first, (start, end) = tensors[wrong[0]], spans[wrong[0]]
         yield (
-            f"{short(wrong[0])} takes {end - start:,} bytes, but {one.dtype} {list(one.shape)} "
-            f"takes {one.bytes:,}{and_more(wrong)}"
+            f"{short(wrong[0])} takes {end - start:,} bytes, but {first.dtype} {list(first.shape)} "
+            f"takes {first.bytes:,}{and_more(wrong)}"
         )
     beyond = [name for name, (_, end) in spans.items() if end > room]
     if beyond:
@@ -180,7 +193,7 @@ def _misplaced(
 
 
 def _refused(path: Path) -> Iterator[str]:
-    """The last word has the library that loads it."""
+    """Yield why the safetensors library refuses a file: it loads the file, so its word is final."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -189,11 +202,11 @@ def _refused(path: Path) -> Iterator[str]:
     except SafetensorError as error:
         yield str(error)
     except (OSError, RuntimeError, MemoryError):
-        return  # it could not be mapped: what was seen before stands
+        return  # the file cannot be mapped: what the header says stands
 
 
 def read_pickle(path: Path) -> Header:
-    """The tensors of a ``torch.save`` file, without their data and without running its code."""
+    """Return the tensors of a ``torch.save`` file without their data; its code is not run."""
     import torch
     from transformers.utils.import_utils import check_torch_load_is_safe
 
@@ -216,7 +229,7 @@ def read_pickle(path: Path) -> Header:
         return unreadable(
             f"{name} holds more than tensors, and is not unpickled: that could run code"
         )
-    except (Exception, RecursionError) as error:  # torch raises whatever a broken file leads to
+    except (Exception, RecursionError) as error:  # a broken file may lead to any exception
         return unreadable(f"{name} cannot be read: {short(str(error) or type(error).__name__)}")
     if not isinstance(loaded, dict):
         return unreadable(f"{name} holds a {type(loaded).__name__}; expected tensors by name")

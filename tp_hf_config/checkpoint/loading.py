@@ -1,7 +1,7 @@
-"""Which tensor of a checkpoint goes where: asked of Transformers itself, with shapes alone.
+"""Let Transformers itself decide, from shapes alone, which tensor of a checkpoint goes where.
 
-What ``from_pretrained`` does with a checkpoint's keys (prefixes, renamed and fused tensors, ties,
-keys that a class ignores) is its own code here too, run on tensors without data.
+The code of ``from_pretrained`` handles a checkpoint's keys here too (prefixes, renamed and fused
+tensors, ties, keys that a class ignores), on tensors without data.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..reference import Mismatch
-from ..silence import quiet_transformers
+from ..model.shapes import Mismatch
+from ..model.surroundings import quiet_transformers
 from .headers import Stored
 from .words import short
 
@@ -27,14 +27,15 @@ MAJOR = int(version("transformers").partition(".")[0])
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint's tensors are to a model.
+    """How a checkpoint's tensors load into a model.
 
     Attributes:
-        shapes: for every tensor of the model that the checkpoint has, the shape that it has there.
+        shapes: name -> the shape in the checkpoint, for each tensor of the model that it has.
         missing: tensors of the model that would be newly initialised.
-        unknown: tensors of the checkpoint that the model has no place for, as it would name them.
+        unknown: tensors of the checkpoint without a place in the model, named as in the model.
         mismatched: tensors in another shape than the model's.
-        failed: tensors that could not be put together from the checkpoint's, and why.
+        failed: name -> the reason, for tensors that cannot be put together from the checkpoint's;
+            the name is empty where loading failed as a whole.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -45,7 +46,15 @@ class Loaded:
 
 
 def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> Loaded:
-    """Load tensors without data into a model without data (which is used up by it)."""
+    """Load tensors without data into a model without data.
+
+    Args:
+        model: the model on the meta device; it cannot be used afterwards.
+        tensors: the checkpoint's tensors.
+
+    Returns:
+        How the tensors load. If Transformers raises, only ``failed`` is set.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         state = {
@@ -53,11 +62,11 @@ def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> Loaded
             for name, tensor in tensors.items()
         }
         with quiet_transformers(logging.CRITICAL):
-            found = (_loaded_by_5 if MAJOR >= 5 else _loaded_by_4)(model, state)
+            result = (_loaded_by_5 if MAJOR >= 5 else _loaded_by_4)(model, state)
     except Exception as error:  # Transformers' loading may raise anything
         return Loaded(failed={"": short(error) or type(error).__name__})
-    missing, unknown, mismatched, failed, absent = found
-    if MAJOR < 5:  # 5 casts
+    missing, unknown, mismatched, failed, absent = result
+    if MAJOR < 5:  # Transformers 5 casts them
         failed = {**failed, **_whole_numbers(model, tensors)}
     shapes = {name: shape for name, shape in expected.items() if name not in absent}
     shapes.update(mismatched)
@@ -71,10 +80,11 @@ def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> Loaded
 
 
 _Found = tuple[set[str], set[str], dict[str, tuple[int, ...]], dict[str, str], set[str]]
+"""Missing, unknown, mismatched and failed tensors, and the model's that the files lack."""
 
 
 def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Found:
-    """Missing, unknown, mismatched and failed tensors, and those that are not in the files."""
+    """Return how Transformers 5 loads the tensors: names as in :data:`_Found`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -95,7 +105,10 @@ def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Found:
 
 
 def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Found:
-    """The same by Transformers 4, whose loading cannot be run without allocating."""
+    """Return how Transformers 4 loads the tensors: names as in :data:`_Found`.
+
+    Its loading cannot be run without allocating memory, so its parts are called here.
+    """
     from transformers import modeling_utils as hf  # type: ignore[attr-defined, unused-ignore]
 
     place: Any = hf
@@ -109,15 +122,15 @@ def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Found:
     missing, unknown = place._find_missing_and_unexpected_keys(
         model, list(state), list(renamed.values()), base, None
     )
-    names, found = place._find_mismatched_keys(model, state, None, True, renamed, False, True)
-    mismatched = {name: tuple(shape) for name, (shape, _) in zip(names, found, strict=True)}
+    names, shape_pairs = place._find_mismatched_keys(model, state, None, True, renamed, False, True)
+    mismatched = {name: tuple(shape) for name, (shape, _) in zip(names, shape_pairs, strict=True)}
     absent = set(model.state_dict()) - set(renamed.values())
     missing, unknown = model._adjust_missing_and_unexpected_keys(missing, unknown, task)
     return set(missing), set(unknown), mismatched, {}, absent
 
 
 def _whole_numbers(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> dict[str, str]:
-    """Weights that are stored as whole numbers, which Transformers 4 does not load."""
+    """Return weights stored as whole numbers, with the reason: Transformers 4 cannot load them."""
     whole = ("I", "U", "BOOL", "int", "uint", "bool")
     floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
     return {
@@ -128,7 +141,7 @@ def _whole_numbers(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> dic
 
 
 def _last_line(text: str) -> str:
-    """The end of what Transformers keeps of an exception: its own words, without the trace."""
+    """Return the exception's message in the text that Transformers keeps, without the traceback."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line and not line.startswith("Error: ")]
     return short((errors or lines or [""])[-1])

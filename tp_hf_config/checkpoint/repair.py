@@ -1,4 +1,4 @@
-"""The config that a folder's weights need, found, shown and written."""
+"""Find the config that a folder's weights need, show it and write it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..reference import Refusal, field_name
+from ..model.build import Refusal
+from ..model.config_json import field_name
 from .assess import Assessment, assess
 from .building import too_large
 from .causes import of_unsolved
@@ -33,21 +34,26 @@ def repair_checkpoint(
     given: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
 ) -> RepairReport:
-    """Write the config whose shapes the weights have, where there is exactly one.
+    """Write the config whose shapes the weights have, if there is exactly one.
 
-    It is solved from the weights' headers and proved by building the class from it, before
+    The config is solved from the weights' headers and proved by building the class from it, before
     anything is written. The old config stays beside the new one as ``config.json.bak``.
 
     Args:
-        folder: with config.json and weights.
+        folder: a folder with config.json and weights.
         out: a new folder to write to, with the weights linked or copied; ``folder`` is not touched.
-        dry_run: only say what would be written.
-        given: fields whose value is known and no shape shows: ``{"head_dim": 64}``.
-        trust_remote_code: run the folder's own code, where its class needs that.
+        dry_run: only report what would be written.
+        given: fields whose value is known although no shape shows it: ``{"head_dim": 64}``.
+        trust_remote_code: run the folder's own code if its class needs it.
+
+    Returns:
+        A report of the fields that changed; ``written`` is False for a dry run, and if there was
+        nothing to change.
 
     Raises:
-        CheckpointError: no config, or several, fit (``error.candidates``); damaged weights; the
-            folder cannot be written or is being repaired already. It is as it was.
+        CheckpointError: no config, or several, fit (``error.candidates``); the weights are damaged;
+            ``out`` exists; or the folder cannot be written or is being repaired already. The folder
+            is as it was.
     """
     path = Path(folder)
     target = None if out is None else Path(out)
@@ -72,42 +78,47 @@ def repair_checkpoint(
 def _planned(
     path: Path, given: Mapping[str, int] | None, trust_remote_code: bool
 ) -> tuple[RepairReport, bytes]:
-    """What there is to write, proved; nothing is written."""
+    """Return the report and the new config.json, proved; nothing is written.
+
+    Raises:
+        CheckpointError: the folder cannot be solved, or not exactly one config fits.
+    """
     read = checked(path, trust_remote_code)
-    found = solution(_task(read, given))
-    if isinstance(found, Unsolved):
-        raise CheckpointError(_unsolved(read, found), found.candidates)
+    solved = solution(_task(read, given))
+    if isinstance(solved, Unsolved):
+        raise CheckpointError(_unsolved(read, solved), solved.candidates)
     old = (path / CONFIG).read_bytes()
-    rotary = for_transformers_4(read.classes, found.data)
+    rotary = for_transformers_4(read.classes, solved.data)
     new = old if rotary.data == read.data else (json.dumps(rotary.data, indent=2) + "\n").encode()
     proof = assess(read.classes, json.loads(new), read.weights.tensors)
     if isinstance(proof, Refusal) or not proof.fits:
         raise CheckpointError(f"{path}: the config that was found does not load what is there.")
-    fields = {field_name(one.path): (one.says, one.holds) for one in found.changed}
+    fields = {field_name(change.path): (change.says, change.holds) for change in solved.changed}
     report = RepairReport(
         str(path),
         fields,
         _difference(old, new),
-        undecided=found.undecided,
+        undecided=solved.undecided,
         added={field_name(path): value for path, value in rotary.added.items()},
-        notes=(*generation_notes(path, found.data), *rotary.left),
-        after=replace(_expected(read, found), notes=rotary.left),
+        notes=(*generation_notes(path, solved.data), *rotary.left),
+        after=replace(_expected(read, solved), notes=rotary.left),
     )
     return report, new
 
 
 def _task(read: Known, given: Mapping[str, int] | None) -> Task:
+    """Return what is to be solved, with the names of two tied tensors whose data differ, if any."""
     tensors = read.weights.tensors
     names = None
     absurd = bool(too_large(read.data, tensors))
-    found = Refusal("") if absurd else assess(read.classes, read.data, tensors)
-    if isinstance(found, Assessment) and found.tied:
-        names = apart(read.path, found, tensors, read.classes.model.base_model_prefix)
+    assessment = Refusal("") if absurd else assess(read.classes, read.data, tensors)
+    if isinstance(assessment, Assessment) and assessment.tied:
+        names = apart(read.path, assessment, tensors, read.classes.model.base_model_prefix)
     return Task(read.classes, read.data, tensors, given or {}, names)
 
 
 def _expected(read: Known, found: Solution) -> CheckReport:
-    """What checking the folder will say once it is written."""
+    """Return the report that checking the folder will give once the new config is written."""
     return CheckReport(
         str(read.path),
         read.classes.model.__name__,
@@ -119,11 +130,13 @@ def _expected(read: Known, found: Solution) -> CheckReport:
 
 
 def _unsolved(read: Known, found: Unsolved) -> str:
-    """Why there is no one config, and what to say next."""
+    """Return why there is no single config, and what the user can say next."""
     text = f"{read.path}: {printable(found.reason)}."
     if found.needs:
-        seen = assess(read.classes, read.data, read.weights.tensors)
-        causes = () if isinstance(seen, Refusal) else of_unsolved(found, seen, read.classes)
+        assessment = assess(read.classes, read.data, read.weights.tensors)
+        causes = (
+            () if isinstance(assessment, Refusal) else of_unsolved(found, assessment, read.classes)
+        )
         listed = " ".join(f"{cause.text}." for cause in causes)
         return f"{read.path}: {listed} No config says that: prune these layers alike."
     if found.candidates:
@@ -135,7 +148,7 @@ def _unsolved(read: Known, found: Unsolved) -> str:
 
 
 def _difference(old: bytes, new: bytes) -> str:
-    """The two files as a unified diff, the old one laid out as the new one is."""
+    """Return the unified diff of two files, the old one formatted as the new; empty if equal."""
     if old == new:
         return ""
     before = json.dumps(json.loads(old), indent=2) + "\n"
@@ -146,6 +159,7 @@ def _difference(old: bytes, new: bytes) -> str:
 
 
 def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
+    """Repair a folder in place and check it again; the folder is locked."""
     report, new = _planned(path, given, trust)
     if not report.difference:
         return report
@@ -157,6 +171,7 @@ def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> Repai
 
 
 def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
+    """Write the repaired folder as a new one; check it before it gets its name."""
     report, new = _planned(path, given, trust)
     with new_folder(path, out, new) as (place, left_out):
         after = check_checkpoint(place, trust_remote_code=trust)

@@ -1,4 +1,4 @@
-"""What was found in a folder, and what was done to it: text and JSON."""
+"""Report what was found in a folder and what was done to it, as text, HTML and JSON."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Cause:
 
     Attributes:
         kind: ``files``: the weights or their index; ``config``: config.json cannot be loaded;
-            ``field``: a config field that says something else than the weights hold;
+            ``field``: a config field whose value is not the one that the weights hold;
             ``tensors``: tensors are missing, unknown or of shapes that no field sets.
-        text: in one sentence.
-        field: the config field, where it is one.
-        says: its value; ``None``: not set.
+        text: the cause, in one sentence.
+        field: the name of the config field, if the cause is one.
+        says: the field's value; ``None``: not set.
         holds: the value that the weights need; ``None``: several, or not known.
-        tensors: those that show it.
+        tensors: the tensors that show it.
     """
 
     kind: Kind
@@ -40,20 +40,21 @@ class Cause:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """A folder's config against its weights.
+    """How a folder's config compares with its weights.
 
     Attributes:
-        folder: which.
-        model: the class; ``None``: not known.
-        sound: ``from_pretrained`` loads every weight that the class has; ``None``: could not tell.
+        folder: the folder.
+        model: the name of the class; ``None``: not known.
+        sound: True if ``from_pretrained`` loads every weight that the class has; ``None``: could
+            not tell.
         causes: what is wrong.
         why_not: why it could not tell.
-        undecided: fields that no shape shows.
-        candidates: configs that fit the weights equally well.
+        undecided: names of the fields that no shape shows.
+        candidates: the configs that fit the weights equally well, each as field name -> value.
         notes: what else the user should know.
         files: the weights files.
-        tensors: how many they hold.
-        parameters: how many numbers these have.
+        tensors: how many tensors they hold.
+        parameters: how many numbers these tensors have.
     """
 
     folder: str
@@ -89,24 +90,24 @@ class CheckReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report for ``json.dumps``."""
+        """Return the report for ``json.dumps``."""
         return dated(asdict(self))
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What repairing a folder's config came to.
+    """What repairing a folder's config did.
 
     Attributes:
         folder: the folder with the repaired config; for a dry run the one that was looked at.
         fields: config field -> (old value, new value); ``None`` stands for not set.
-        added: fields that say once more what others say, where Transformers 4 reads it.
-        difference: the two files as a unified diff; empty: nothing to change.
-        written: whether anything was.
-        backup: the old config's file; ``None``: none was needed.
-        undecided: fields that no shape shows; they were left as they are.
+        difference: the unified diff of the two files; empty: nothing to change.
+        written: True if a config was written.
+        backup: the name of the old config's file; ``None``: none was needed.
+        undecided: names of the fields that no shape shows; they were left as they are.
         notes: what else the user should know.
-        after: the folder as it is now, or would be.
+        after: the report on the folder as it is now or, if nothing was written, would be.
+        added: field -> value; fields that repeat others where Transformers 4 reads them.
     """
 
     folder: str
@@ -150,22 +151,22 @@ class RepairReport:
         return _as_html(rest, fields) + notebook.verbatim(self.difference)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report for ``json.dumps``."""
-        found = asdict(self)
-        found["fields"] = {n: {"old": old, "new": new} for n, (old, new) in self.fields.items()}
-        return dated(found)
+        """Return the report for ``json.dumps``."""
+        report = asdict(self)
+        report["fields"] = {n: {"old": old, "new": new} for n, (old, new) in self.fields.items()}
+        return dated(report)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One output that is not the same in both.
+    """One output that is not the same in both runs.
 
     Attributes:
-        output: which.
-        elements: how many numbers differ; all where the shapes do.
-        of: how many there are.
-        largest: the largest absolute difference; ``None``: shapes or types differ.
-        relative: that over the largest number there.
+        output: the name of the output.
+        elements: how many numbers differ; all of them if the shapes or dtypes differ.
+        of: how many numbers there are.
+        largest: the largest absolute difference; ``None``: shapes or dtypes differ.
+        relative: ``largest`` over the largest number in the reference output.
     """
 
     output: str
@@ -185,20 +186,20 @@ class Difference:
 
 @dataclass(frozen=True)
 class RoundtripReport:
-    """A model that was saved or a folder, loaded and run in a fresh process.
+    """What loading and running a saved model or a folder in a fresh process showed.
 
     Attributes:
         what: the folder, or the class that was saved.
-        model: the class.
-        same: it loads without a missing or mismatched weight and computes the same bits; where
-            there is nothing to compare with: it loads and runs.
+        model: the name of the class.
+        same: True if it loads without a missing or mismatched weight and computes the same bits; if
+            there is nothing to compare with: if it loads and runs.
         loading: what was wrong with loading.
-        outputs: the outputs that were looked at.
-        differences: those that differ.
+        outputs: the names of the outputs that were looked at.
+        differences: the outputs that differ.
         error: why it does not load or run.
-        against: what it was compared with.
+        against: what it was compared with; ``None``: nothing.
         notes: what else the user should know.
-        numbers: how many were compared.
+        numbers: how many numbers were compared.
     """
 
     what: str
@@ -216,7 +217,7 @@ class RoundtripReport:
         done = "loads and runs" if self.against is None else f"same outputs as {self.against}"
         bad = "does not load or run" if self.against is None else f"not the same as {self.against}"
         lines = [f"{self.what}: {done if self.same else bad} ({self.model}, fresh process)"]
-        lines += [f"  {one}" for one in (*self.loading, *self.differences)]
+        lines += [f"  {problem}" for problem in (*self.loading, *self.differences)]
         if self.error is not None:
             lines.append(f"  {self.error}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -234,12 +235,12 @@ class RoundtripReport:
         return _as_html(str(replace(self, differences=())), notebook.table(head, rows))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report for ``json.dumps``."""
+        """Return the report for ``json.dumps``."""
         return dated(asdict(self))
 
 
 def _row(cause: Cause) -> tuple[str, ...]:
-    """A cause under its table's head."""
+    """Return a cause as a row of the table of causes."""
     if cause.field is None:
         return "", "", "", printable(cause.text)
     holds = "" if cause.holds is None else number(cause.holds)
@@ -247,10 +248,11 @@ def _row(cause: Cause) -> tuple[str, ...]:
 
 
 def _digits(value: float | None) -> str:
+    """Return a difference with three digits, or what ``None`` stands for."""
     return "another shape or type" if value is None else f"{value:.3g}"
 
 
 def _as_html(text: str, table: str) -> str:
-    """A table between the first line of a text and the others."""
+    """Return HTML with a table between the first line of a text and the others."""
     title, *rest = text.strip().split("\n")
     return notebook.page(title, table, notebook.lines(rest))

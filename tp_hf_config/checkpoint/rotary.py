@@ -1,8 +1,8 @@
-"""Rotary embeddings as Transformers 4 reads them, beside what Transformers 5 writes.
+"""Write the rotary fields that Transformers 4 reads beside those that Transformers 5 writes.
 
-Transformers 5 writes ``rope_parameters`` alone. Whatever stands on Transformers 4 looks for
-``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` next to it, and takes a default of
-its own where they are missing, without a word. They are written only where the config loads alike
+Transformers 5 writes ``rope_parameters`` alone. Software that builds on Transformers 4 looks for
+``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` next to it, and silently takes a
+default of its own where they are missing. They are written only where the config loads the same
 with them.
 """
 
@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..fit import value_at
-from ..reference import FieldPath, field_name, with_values
+from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .building import Classes, config_from
 from .folder import CONFIG
 from .loading import MAJOR
@@ -29,12 +28,12 @@ _KIND = {"rope_type", "type"}
 
 @dataclass(frozen=True)
 class Rotary:
-    """A config's JSON with what Transformers 4 reads of rotary embeddings.
+    """A config's JSON with the rotary fields that Transformers 4 reads.
 
     Attributes:
         data: the config's JSON.
-        added: the fields that are new in it.
-        left: what cannot be said to Transformers 4, and why.
+        added: the fields that are new in it, with their values.
+        left: what cannot be written for Transformers 4, and why, one sentence each.
     """
 
     data: dict[str, Any]
@@ -43,7 +42,7 @@ class Rotary:
 
     @property
     def alone(self) -> str | None:
-        """What the config without them keeps from readers; ``None``: nothing."""
+        """Return what readers miss without the added fields, or ``None`` if none were added."""
         if not self.added:
             return None
         names = ", ".join(f"{field_name(path)} {number(self.added[path])}" for path in self.added)
@@ -54,51 +53,56 @@ class Rotary:
 
 
 def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
-    """Add the fields that Transformers 4 reads, each where the config loads alike with it."""
-    result, left = Rotary(data), []
+    """Add the fields that Transformers 4 reads, each only if the config loads the same with it.
+
+    Args:
+        classes: the classes of the folder.
+        data: the config's JSON; it is not changed.
+    """
+    result, reasons = Rotary(data), []
     for path, node in _places(data):
         if _nested(node[_ALL]):
             if "rope_theta" not in node:
-                left.append(
+                reasons.append(
                     f"{field_name((*path, _ALL))} differs by type of layer, which no rope_theta "
                     "can say: readers that stand on Transformers 4 take defaults of their own"
                 )
             continue
         for name, value in _fields(node).items():
-            at, here = (*path, name), node.get(name)
+            at, present = (*path, name), node.get(name)
             changed = _beside(result.data, at, value)
-            if here is not None:
-                if here != value:
-                    left.append(
-                        f"{field_name(at)} says {number(here)}, {_ALL} {number(value)}: "
+            if present is not None:
+                if present != value:
+                    reasons.append(
+                        f"{field_name(at)} says {number(present)}, {_ALL} {number(value)}: "
                         "Transformers 4 reads the one, 5 the other; correct one of them by hand"
                     )
             elif _alike(classes, result.data, changed, {*result.added, at}):
                 result = Rotary(changed, {**result.added, at: value})
             else:
-                left.append(
+                reasons.append(
                     f"{field_name(at)} {number(value)} is in {_ALL} alone, where readers that "
                     "stand on Transformers 4 do not look; written beside it, "
                     f"{classes.config.__name__} would not load the same"
                 )
-    return Rotary(result.data, result.added, tuple(left))
+    return Rotary(result.data, result.added, tuple(reasons))
 
 
 def write_for_transformers_4(folder: Path, classes: Classes) -> tuple[str, ...]:
-    """Add the fields to a folder's config.json, laid out as Transformers does.
+    """Add the fields to a folder's config.json, formatted as Transformers formats it.
 
     Returns:
-        What cannot be said to Transformers 4, and why.
+        What cannot be written for Transformers 4, and why, one sentence each.
     """
-    found = for_transformers_4(classes, json.loads((folder / CONFIG).read_bytes()))
-    if found.added:
-        text = json.dumps(found.data, indent=2, sort_keys=True) + "\n"
+    rotary = for_transformers_4(classes, json.loads((folder / CONFIG).read_bytes()))
+    if rotary.added:
+        text = json.dumps(rotary.data, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
-    return found.left
+    return rotary.left
 
 
 def unread_by_transformers_4(data: Mapping[str, Any]) -> list[str]:
-    """The fields that only ``rope_parameters`` holds, where Transformers 4 will not look."""
+    """Return the fields that only ``rope_parameters`` holds, where Transformers 4 does not look."""
     return [
         field_name((*path, name))
         for path, node in _places(data)
@@ -108,7 +112,7 @@ def unread_by_transformers_4(data: Mapping[str, Any]) -> list[str]:
 
 
 def _places(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
-    """Every part of a config that has rotary embeddings."""
+    """Yield the path and the JSON of each part of a config that has ``rope_parameters``."""
     if isinstance(data, dict):
         if isinstance(data.get(_ALL), dict):
             yield path, data
@@ -118,29 +122,35 @@ def _places(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, dict[s
 
 
 def _nested(rope: Mapping[str, Any]) -> bool:
+    """True if ``rope_parameters`` has one entry per type of layer."""
     return any(isinstance(value, dict) for value in rope.values())
 
 
 def _fields(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``rope_parameters`` says, as Transformers 4 has it."""
+    """Return what ``rope_parameters`` says in the fields of Transformers 4: name -> value.
+
+    Args:
+        node: the part of the config that holds ``rope_parameters``.
+    """
     rope: dict[str, Any] = node[_ALL]
-    found = {name: rope[name] for name in _APART if type(rope.get(name)) in (int, float)}
+    fields = {name: rope[name] for name in _APART if type(rope.get(name)) in (int, float)}
     scaling = {name: value for name, value in rope.items() if name not in _APART}
     if "longrope" in (scaling.get("rope_type"), scaling.get("type")):
-        # 4 has these beside rope_scaling, or under one name, and refuses more
+        # Transformers 4 has the length beside rope_scaling and the type under one name, and
+        # refuses more
         if scaling.get("original_max_position_embeddings") == node.get(
             "original_max_position_embeddings"
         ):
             scaling.pop("original_max_position_embeddings", None)
         if "type" in scaling:
             scaling.pop("rope_type", None)
-    if "rope_theta" in found and scaling.keys() - _KIND:
-        found["rope_scaling"] = scaling
-    return found
+    if "rope_theta" in fields and scaling.keys() - _KIND:
+        fields["rope_scaling"] = scaling
+    return fields
 
 
 def _beside(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]:
-    """The config with one more field, next to ``rope_parameters``."""
+    """Return a copy of the config's JSON with one more field, right after ``rope_parameters``."""
     result = copy.deepcopy(data)
     node = value_at(result, path[:-1])
     items = list(node.items())
@@ -156,9 +166,12 @@ def _beside(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]
 def _alike(
     classes: Classes, data: dict[str, Any], changed: dict[str, Any], added: set[FieldPath]
 ) -> bool:
-    """Whether both load as the same config; by 4: but for the fields that it did not find."""
+    """True if both JSONs load as the same config.
+
+    With Transformers 4, the added fields are not compared, but they have to load as written.
+    """
     try:
-        before, after = (config_from(classes, one).to_dict() for one in (data, changed))
+        before, after = (config_from(classes, variant).to_dict() for variant in (data, changed))
     except Exception:  # a class may refuse with any exception
         return False
     if MAJOR < 5:

@@ -1,8 +1,8 @@
-"""A config that the class takes, as near to the folder's as can be, to begin solving from.
+"""Find a config to begin solving from: one that the class accepts, near to the folder's.
 
-A class that refuses its own config cannot be learned around it.  A value that stands in the way is
-left to its default, or moved to where the class takes it; what was moved has then to be decided by
-the weights or by the user, never by this.
+A class that refuses its own config cannot be learned around it. A value that stands in the way is
+left to its default, or changed to one that the class accepts. The weights or the user then have to
+decide such a value, never this module.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from ..fit import value_at
-from ..learn import ConfigMap
-from ..reference import FieldPath, Refusal, field_name, with_values
+from ..fieldmap.field_map import FieldMap
+from ..model.build import Refusal
+from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .assess import Assessment, assess
 from .building import Classes, build, longest_list, said_too_large, too_large
 from .headers import Stored
 
-_MOST_TRIED = 400
-_MOST_STARTS = 6
+_MOST_TRIED = 400  # configs that are built
+_MOST_STARTS = 6  # configs near the folder's that solving may begin from
 _FEW = 256
 
 
@@ -29,9 +29,9 @@ class Start:
     """Where solving begins.
 
     Attributes:
-        data: the config.
-        assessment: what it gives with the checkpoint's tensors.
-        replaced: fields whose value is not the folder's.
+        data: the config's JSON.
+        assessment: how the checkpoint's tensors load with it.
+        replaced: the fields whose value is not the folder's.
     """
 
     data: dict[str, Any]
@@ -41,16 +41,28 @@ class Start:
 
 def undecided(
     begun: Start,
-    known: ConfigMap,
+    field_map: FieldMap,
     classes: Classes,
     tensors: Mapping[str, Stored],
     given: Mapping[FieldPath, int],
 ) -> FieldPath | None:
-    """A replaced field that nothing decides: no shape, no number of layers, and nobody said it."""
+    """Return a replaced field that nothing decides, or None if there is none.
+
+    A field is decided if it is given, if a shape shows it (alone or with a field that is known),
+    or if it decides which tensors there are (a layer count).
+
+    Args:
+        begun: the start.
+        field_map: the field map around its config.
+        classes: the classes.
+        tensors: the checkpoint's tensors.
+        given: fields whose value the user gave.
+    """
     for path in begun.replaced - given.keys():
-        if path in known.sizes:
-            shown = _alone(known, path) or bool(
-                _partners(known, path) & (given.keys() | known.sizes.keys() - begun.replaced)
+        if path in field_map.sizes:
+            shown = _alone(field_map, path) or bool(
+                _partners(field_map, path)
+                & (given.keys() | field_map.sizes.keys() - begun.replaced)
             )
         else:
             shown = _counts(begun, path, classes, tensors)
@@ -60,43 +72,50 @@ def undecided(
 
 
 def partners(
-    begun: Start, known: ConfigMap, data: Mapping[str, Any], given: Mapping[FieldPath, int]
+    begun: Start, field_map: FieldMap, data: Mapping[str, Any], given: Mapping[FieldPath, int]
 ) -> dict[FieldPath, int]:
-    """What the folder's config says of fields that set dimensions together with replaced ones."""
+    """Return what config.json says of fields that set dimensions together with replaced ones.
+
+    Args:
+        begun: the start.
+        field_map: the field map around its config.
+        data: config.json.
+        given: fields whose value the user gave.
+    """
     return {
         other: value
         for path in begun.replaced - given.keys()
-        if path in known.sizes and not _alone(known, path)
-        for other in _partners(known, path) - begun.replaced
+        if path in field_map.sizes and not _alone(field_map, path)
+        for other in _partners(field_map, path) - begun.replaced
         if type(value := value_at(data, other)) is int
     }
 
 
 def _counts(begun: Start, path: FieldPath, classes: Classes, tensors: Mapping[str, Stored]) -> bool:
-    """Whether a number decides which tensors there are: with one more or less they do not fit."""
+    """True if a number decides which tensors there are: with one more or less they do not fit."""
     value = value_at(begun.data, path)
     if type(value) is not int:
         return False
     for other in (value + 1, value - 1):
-        found = assess(classes, with_values(begun.data, {path: other}), tensors)
-        if isinstance(found, Assessment) and not found.misplaced:
+        assessment = assess(classes, with_values(begun.data, {path: other}), tensors)
+        if isinstance(assessment, Assessment) and not assessment.misplaced:
             return False
     return True
 
 
-def _alone(known: ConfigMap, path: FieldPath) -> bool:
-    """Whether some dimension is set by a field and no other."""
+def _alone(field_map: FieldMap, path: FieldPath) -> bool:
+    """True if some dimension is set by this field and no other."""
     return any(
         isinstance(which, int) and expression.fields == {path}
-        for (_, which), expression in known.expressions.items()
+        for (_, which), expression in field_map.expressions.items()
     )
 
 
-def _partners(known: ConfigMap, path: FieldPath) -> set[FieldPath]:
-    """The fields that set dimensions together with another."""
+def _partners(field_map: FieldMap, path: FieldPath) -> set[FieldPath]:
+    """Return the fields that set dimensions together with this one."""
     return {
         other
-        for (_, which), expression in known.expressions.items()
+        for (_, which), expression in field_map.expressions.items()
         if isinstance(which, int) and path in expression.fields
         for other in expression.fields - {path}
     }
@@ -108,7 +127,18 @@ def starts(
     tensors: Mapping[str, Stored],
     given: Mapping[str, int],
 ) -> Iterator[Start | Refusal]:
-    """The folder's config; where the class cannot take it, why, and configs near it."""
+    """Yield where solving may begin: the folder's config, or configs near it.
+
+    Args:
+        classes: the classes.
+        data: config.json.
+        tensors: the checkpoint's tensors.
+        given: fields whose value is known, by name.
+
+    Yields:
+        The start with the folder's config, if the class accepts it. Otherwise a Refusal with the
+        reason, and then starts with configs near it.
+    """
     large = too_large(data, tensors)
     if large:
         yield Refusal(said_too_large(large, tensors))
@@ -121,17 +151,18 @@ def starts(
     count = 0
     for paths, other in islice(near, _MOST_TRIED):
         if count < _MOST_STARTS and not isinstance(build(classes, other), Refusal):
-            found = assess(classes, other, tensors)
-            if isinstance(found, Assessment):
+            assessment = assess(classes, other, tensors)
+            if isinstance(assessment, Assessment):
                 count += 1
-                yield Start(other, found, paths)
+                yield Start(other, assessment, paths)
 
 
 _Near = Iterator[tuple[frozenset[FieldPath], dict[str, Any]]]
+"""The replaced fields, and the config's JSON with their new values."""
 
 
 def _as_told(classes: Classes, data: dict[str, Any], given: Mapping[str, int]) -> _Near:
-    """The config with the values that the user gave, where it has fields of these names."""
+    """Yield the config with the values that the user gave, if it has fields of these names."""
     aliases: Any = getattr(classes.config, "attribute_map", {})
     own = {aliases.get(name, name): value for name, value in given.items()}
     told = {
@@ -147,7 +178,7 @@ def _as_told(classes: Classes, data: dict[str, Any], given: Mapping[str, int]) -
 def _smaller(
     data: dict[str, Any], large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]
 ) -> _Near:
-    """The config with numbers that are too large at their defaults, or at a size that is there."""
+    """Yield the config with too large numbers at their defaults, or at a size in the weights."""
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
     plain = data
     for path in large:
@@ -159,7 +190,12 @@ def _smaller(
 
 
 def _near(data: dict[str, Any], tensors: Mapping[str, Stored]) -> _Near:
-    """The config with one field lower, at another multiple, or at its default."""
+    """Yield the config with one field lower, at another multiple, or at its default.
+
+    The order is: numbers far above the longest list of layers in the weights at its length; each
+    number at the next multiples of small numbers in the config; each number at that length; each
+    field at its default.
+    """
     numbers = {path: value for path, value in _fields(data) if type(value) is int and value > 0}
     longest = longest_list(tensors)
     for path, value in numbers.items():
@@ -179,6 +215,7 @@ def _near(data: dict[str, Any], tensors: Mapping[str, Stored]) -> _Near:
 
 
 def _fields(data: Mapping[str, Any], path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+    """Yield each field of a config's JSON and its value, but not what names the class."""
     for key, value in data.items():
         if isinstance(value, dict):
             yield from _fields(value, (*path, key))
@@ -187,6 +224,7 @@ def _fields(data: Mapping[str, Any], path: FieldPath = ()) -> Iterator[tuple[Fie
 
 
 def _without(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
+    """Return a config's JSON without one field."""
     result = with_values(data, {path: None})
     node: Any = result
     for key in path[:-1]:

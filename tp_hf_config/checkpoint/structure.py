@@ -1,7 +1,7 @@
-"""Which tensors there are: the number of layers, and settings that are true or false.
+"""Fit a config to the tensors that there are: layer counts, and settings that are true or false.
 
-No field is known by name: a number that is as long as a list of layers, and every setting that is
-true or false, is tried at the value that the weights would need.
+No field is known by name. Every number that equals the length of a list of layers, and every
+setting that is true or false, is tried at the value that the weights would need.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..fit import value_at
-from ..reference import FieldPath, Refusal, field_name, with_values
+from ..model.build import Refusal
+from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .assess import Assessment, assess, lists_of
 from .building import Classes, config_from, entries
 from .headers import Stored
 
 Changes = dict[FieldPath, Any]
-
 _MOST_STEPS = 6
 _MOST_SWITCHES = 64
 
@@ -28,10 +27,11 @@ class Structure:
     """A config with which the class builds the tensors that there are, in whatever shape.
 
     Attributes:
-        data: the config.
-        changes: what was changed in it.
-        assessment: what it gives.
-        rivals: other changes that do as well: shapes do not tell which.
+        data: the config's JSON.
+        changes: field -> new value, for each field that was changed.
+        assessment: how the tensors load with it.
+        rivals: all changes that do equally well, the chosen one included; shapes do not tell which
+            is right. Empty if there is only one.
     """
 
     data: dict[str, Any]
@@ -46,22 +46,35 @@ def settled(
     first: Assessment,
     tensors: Mapping[str, Stored],
 ) -> Structure:
-    """Change numbers of layers and settings for as long as fewer tensors are out of place."""
-    found = Structure(data, {}, first)
+    """Change layer counts and settings for as long as that leaves fewer tensors out of place.
+
+    Args:
+        classes: the classes.
+        data: the config's JSON to begin with.
+        first: how the tensors load with it.
+        tensors: the checkpoint's tensors.
+
+    Returns:
+        The structure reached; some tensors may still be out of place.
+    """
+    structure = Structure(data, {}, first)
     for _ in range(_MOST_STEPS):
-        if not found.assessment.misplaced:
+        if not structure.assessment.misplaced:
             break
-        better = _better(classes, found, tensors)
+        better = _better(classes, structure, tensors)
         if better is None:
             break
-        found = better
-        if found.rivals:
+        structure = better
+        if structure.rivals:
             break
-    return found
+    return structure
 
 
 def _better(classes: Classes, now: Structure, tensors: Mapping[str, Stored]) -> Structure | None:
-    """The one change that leaves the fewest tensors out of place; None: none helps."""
+    """Return the structure after the one change that leaves the fewest tensors out of place.
+
+    Layer counts are tried before settings. The result is None if no change helps.
+    """
     full = every_default(classes, now.data)
     for kind in (_lengths(now, full, classes), _switches(full)):
         tried: list[tuple[int, Changes, Assessment]] = []
@@ -84,35 +97,44 @@ def _better(classes: Classes, now: Structure, tensors: Mapping[str, Stored]) -> 
 def untied(
     classes: Classes, now: Structure, names: tuple[str, str], tensors: Mapping[str, Stored]
 ) -> Structure:
-    """The same with the one setting turned that leaves two tensors apart; as it was: none does."""
+    """Return the structure with one setting flipped so that two tensors are no longer tied.
+
+    If no single setting does this, return the structure as it was.
+    """
     for change in _switches(every_default(classes, now.data)):
         data = with_values(now.data, change)
-        found = assess(classes, data, tensors)
-        if isinstance(found, Refusal) or found.misplaced:
+        outcome = assess(classes, data, tensors)
+        if isinstance(outcome, Refusal) or outcome.misplaced:
             continue
-        if names[1] not in found.tied.get(names[0], frozenset()):
-            return Structure(data, {**now.changes, **change}, found)
+        if names[1] not in outcome.tied.get(names[0], frozenset()):
+            return Structure(data, {**now.changes, **change}, outcome)
     return now
 
 
 def _simplest(best: list[tuple[Changes, Assessment]]) -> list[tuple[Changes, Assessment]]:
-    """Each field once, of nested configs the outer one, and no lists where none are needed."""
+    """Return the changes of the outermost fields, one per field: the first, which has no lists."""
     least = min(len(next(iter(change))) for change, _ in best)
-    found: dict[FieldPath, tuple[Changes, Assessment]] = {}
+    by_field: dict[FieldPath, tuple[Changes, Assessment]] = {}
     for change, outcome in best:
         path = next(iter(change))
         if len(path) == least:
-            found.setdefault(path, (change, outcome))
-    return list(found.values())
+            by_field.setdefault(path, (change, outcome))
+    return list(by_field.values())
 
 
 def every_default(classes: Classes, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with every default, as JSON."""
+    """Return the config's JSON with every default; unchanged if the class refuses it."""
     return as_json(classes, data, use_diff=False) or dict(data)
 
 
 def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[str, Any] | None:
-    """The config as the class writes it (``use_diff``: what is no default); None: it refuses."""
+    """Return the config's JSON as the class writes it, or None if the class refuses the config.
+
+    Args:
+        classes: the classes.
+        data: the config's JSON.
+        use_diff: leave defaults out.
+    """
     try:
         config = config_from(classes, data)
         full: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
@@ -122,25 +144,30 @@ def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[s
 
 
 def _lengths(now: Structure, full: dict[str, Any], classes: Classes) -> Iterator[Changes]:
-    """Numbers of layers as the tensors have them."""
+    """Yield changes that set layer counts to the numbers of layers that the tensors have."""
     prefix = getattr(classes.model, "base_model_prefix", "")
-    found: dict[str, set[int]] = {}
+    layers_in_list: dict[str, set[int]] = {}
     for name in (*now.assessment.loaded.shapes, *now.assessment.lost):
         for where, layer in lists_of(name, now.assessment.lists, prefix):
-            found.setdefault(where, set()).add(layer)
-    seen = []
-    for name, numbers in found.items():
+            layers_in_list.setdefault(where, set()).add(layer)
+    tried = []
+    for name, numbers in layers_in_list.items():
         length, wanted = now.assessment.lists[name], len(numbers)
         whole = max(numbers) + 1 == wanted
-        if whole and wanted != length and (length, wanted) not in seen:
-            seen.append((length, wanted))
+        if whole and wanted != length and (length, wanted) not in tried:
+            tried.append((length, wanted))
             yield from _saying(full, length, wanted)
 
 
 def _saying(full: dict[str, Any], length: int, wanted: int) -> Iterator[Changes]:
-    """Ways to say another number of layers: a field, alone or with lists of equal entries.
+    """Yield the changes to another layer count: a field, alone or with lists of equal entries.
 
-    A list whose entries differ says something of each layer that no shape shows.
+    A list whose entries differ stays: it says something about each layer that no shape shows.
+
+    Args:
+        full: the config's JSON with every default.
+        length: the layer count that the config says.
+        wanted: the layer count that the tensors have.
     """
     for path, value in entries(full):
         if type(value) is int and value == length:
@@ -156,18 +183,19 @@ def _saying(full: dict[str, Any], length: int, wanted: int) -> Iterator[Changes]
 
 
 def _repeats(value: Any, length: int) -> bool:
+    """True if a value is a list of this length whose entries are equal."""
     return isinstance(value, list) and len(value) == length and all(v == value[0] for v in value)
 
 
 def _switches(full: dict[str, Any]) -> Iterator[Changes]:
-    """Every setting that is true or false, turned."""
+    """Yield one change for each setting that is true or false: its other value."""
     paths = [path for path, value in entries(full) if isinstance(value, bool)]
     for path in sorted(paths, key=len)[:_MOST_SWITCHES]:
         yield {path: not value_at(full, path)}
 
 
 def described(changes: Mapping[FieldPath, Any]) -> str:
-    """Changes in one text: ``num_hidden_layers=24``."""
+    """Return changes as one text, without lists: ``num_hidden_layers=24``."""
     return ", ".join(
         f"{field_name(path)}={json.dumps(value)}"
         for path, value in changes.items()

@@ -1,4 +1,4 @@
-"""Tensors that the config ties and that the files hold twice, with different numbers."""
+"""Find tensors that the config ties and that the files hold twice, with different numbers."""
 
 from __future__ import annotations
 
@@ -9,42 +9,57 @@ from pathlib import Path
 from .assess import Assessment
 from .headers import Stored
 
-_PIECE = 4096
-_PIECES = 16
+_PIECE = 4096  # bytes of a sample
+_PIECES = 16  # samples of a tensor
 
 
 def apart(
     folder: Path, found: Assessment, tensors: Mapping[str, Stored], prefix: str
 ) -> tuple[str, str] | None:
-    """Two tied names whose data differ in the files; ``None``: none do, going by samples of it."""
+    """Return two tied names whose data differ in the files; ``None``: none do, going by samples.
+
+    Args:
+        folder: the folder.
+        found: how the tensors load, with the names that the model ties.
+        tensors: the checkpoint's tensors.
+        prefix: the base model's prefix, which names in the files may lack, or have in addition.
+    """
     for group in dict.fromkeys(found.tied.values()):
         names = sorted(name for name in group if name in found.loaded.shapes)
         stored = [(name, _stored(name, tensors, prefix)) for name in names]
-        known = [(name, one) for name, one in stored if one is not None and one.start is not None]
-        for (first, a), (second, b) in itertools.pairwise(known):
+        located = [
+            (name, tensor)
+            for name, tensor in stored
+            if tensor is not None and tensor.start is not None
+        ]
+        for (first, a), (second, b) in itertools.pairwise(located):
             if (a.dtype, a.shape) != (b.dtype, b.shape) or _differ(folder, a, b):
                 return first, second
     return None
 
 
 def _stored(name: str, tensors: Mapping[str, Stored], prefix: str) -> Stored | None:
-    for one in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if one in tensors:
-            return tensors[one]
+    """Return the stored tensor of a name, with or without the base model's prefix, or None."""
+    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        if candidate in tensors:
+            return tensors[candidate]
     return None
 
 
 def _differ(folder: Path, a: Stored, b: Stored) -> bool:
-    """Whether some pieces of two tensors of one size differ; pieces from everywhere in them."""
+    """True if samples of two tensors of one size differ; samples come from everywhere in them."""
     last = max(a.bytes - _PIECE, 0)
     starts = sorted({last * part // (_PIECES - 1) for part in range(_PIECES)})
     try:
-        with (folder / a.file).open("rb") as one, (folder / b.file).open("rb") as other:
+        with (
+            (folder / a.file).open("rb") as first_file,
+            (folder / b.file).open("rb") as second_file,
+        ):
             for start in starts:
                 length = min(_PIECE, a.bytes - start)
-                one.seek((a.start or 0) + start)
-                other.seek((b.start or 0) + start)
-                if one.read(length) != other.read(length):
+                first_file.seek((a.start or 0) + start)
+                second_file.seek((b.start or 0) + start)
+                if first_file.read(length) != second_file.read(length):
                     return True
     except OSError:
         return False

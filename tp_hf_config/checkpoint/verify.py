@@ -1,4 +1,4 @@
-"""Does it load, and does it compute the same: tried in a fresh process."""
+"""Test in a fresh process whether a model loads and computes the same outputs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..dry_run import RealNumbers
 from ..errors import CheckpointError
-from ..heads import observe
-from ..inputs import example_inputs
-from ..locate import check_followable, find_pretrained
-from ..reference import Refusal, field_name
+from ..forward.head_splits import observe
+from ..forward.inputs import example_inputs
+from ..model.build import Refusal
+from ..model.config_json import field_name
+from ..model.locate import check_followable, find_pretrained
+from ..model.meta_run import RealNumbers
 from . import child
 from .building import build, entries
 from .check import Known, checked, checked_alone, read_folder
@@ -39,7 +40,13 @@ _REMOTE = "transformers_modules"
 
 @dataclass(frozen=True)
 class _Run:
-    """What a fresh process made of a folder."""
+    """What a fresh process reports of one folder.
+
+    Attributes:
+        outputs: output name -> tensor.
+        loading: kind of problem (``missing_keys``) -> the keys that Transformers reports.
+        error: why the folder does not load or run; ``None`` if it does.
+    """
 
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     loading: dict[str, list[str]] = field(default_factory=dict)
@@ -50,36 +57,42 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
     """Save a model to a temporary folder, load and run it in a fresh process, compare the outputs.
 
     Args:
-        model: a Hugging Face model, or a module that contains one; it stays as it is.
+        model: a Hugging Face model, or a module that contains one; its weights keep their values.
         inputs: keyword arguments of its forward pass; tensors, numbers, ``None``.
 
     Returns:
-        Whether every output is the same bit for bit, and how far those are that are not.
+        A report that says whether every output is the same bit for bit, and how far the others are
+        from the live model's. If the model cannot be saved, ``error`` says why.
 
     Raises:
-        UnsupportedModelError: no single Hugging Face model with whole weights.
+        UnsupportedModelError: there is no single Hugging Face model with whole weights.
     """
-    _, found = find_pretrained(model)
-    check_followable(found)
+    _, pretrained = find_pretrained(model)
+    check_followable(pretrained)
     with TemporaryDirectory(prefix="tp_hf_config-") as place:
         folder = Path(place) / "saved"
         try:
-            found.save_pretrained(folder)
-        except Exception as error:  # whatever saving refuses
-            name, why = type(found).__name__, f"it cannot be saved: {short(error)}"
+            pretrained.save_pretrained(folder)
+        except Exception as error:  # saving may refuse with any exception
+            name, why = type(pretrained).__name__, f"it cannot be saved: {short(error)}"
             return RoundtripReport(name, name, False, error=why, against="the live model")
-        return compare_saved(found, folder, inputs)
+        return compare_saved(pretrained, folder, inputs)
 
 
 def compare_saved(
     model: PreTrainedModel, folder: Path, inputs: Mapping[str, Any]
 ) -> RoundtripReport:
-    """Load a folder in a fresh process and compare with the live model that was saved to it.
+    """Load a folder in a fresh process and compare it with the live model that was saved to it.
 
     Args:
-        model: its weights may be moved to aligned memory, on which the order of sums can depend.
-        folder: where it was saved.
+        model: the live model. Its weights may be moved to aligned memory, because the order of sums
+            can depend on the alignment.
+        folder: the folder that the model was saved to.
         inputs: keyword arguments of its forward pass.
+
+    Returns:
+        A report; ``same`` is True if every output is the same bit for bit and Transformers reports
+        no problem with loading.
     """
     for parameter in model.parameters():
         if parameter.data_ptr() % _ALIGNED:
@@ -95,8 +108,8 @@ def compare_saved(
         (done,) = _fresh([job], dict(inputs), Path(place), str(model.device))
     name = type(model).__name__
     report = _compared(name, name, live, done, "the live model")
-    wrong = tuple(_loading(done.loading))
-    return replace(report, loading=wrong, same=report.same and not wrong)
+    problems = tuple(_loading(done.loading))
+    return replace(report, loading=problems, same=report.same and not problems)
 
 
 def verify_checkpoint(
@@ -108,16 +121,17 @@ def verify_checkpoint(
     """Load and run a folder in a fresh process, and compare its outputs with another folder's.
 
     Args:
-        folder: with config.json and weights.
-        against: another folder, run on the same small made-up inputs.
-        trust_remote_code: run the folder's own code, where its class needs that.
+        folder: a folder with config.json and weights.
+        against: another folder, which is run on the same small made-up inputs.
+        trust_remote_code: run the folder's own code if its class needs it.
 
     Returns:
-        Whether it loads, with no weight missing or of another shape, and runs; and whether the
-        outputs are the same bit for bit.
+        A report; ``same`` is True if the folder loads with no weight missing or of another shape,
+        runs, and (with ``against``) gives the other folder's outputs bit for bit.
 
     Raises:
-        CheckpointError: no folder, no weights, or nothing is known to run it on.
+        CheckpointError: a folder or its weights do not exist, or nothing is known to run it on
+            (its class is not known, or refuses the config).
     """
     path = Path(folder)
     paths = [path] if against is None else [path, Path(against)]
@@ -126,32 +140,34 @@ def verify_checkpoint(
         if report.sound is False:
             name, causes = report.model or "no class", tuple(cause.text for cause in report.causes)
             return RoundtripReport(str(one), name, False, loading=causes, error="it is not sound")
-    known = [checked(one, trust_remote_code) for one in paths]
-    name, inputs = _example(known[0])
-    jobs = [_job_of(one) for one in known]
+    folders = [checked(one, trust_remote_code) for one in paths]
+    name, inputs = _example(folders[0])
+    jobs = [_job_of(one) for one in folders]
     with TemporaryDirectory(prefix="tp_hf_config-") as place:
         done, *others = _fresh(jobs, inputs, Path(place), "cpu", cast=True)
-    wrong = tuple(_loading(done.loading, ("missing_keys", "mismatched_keys")))
+    problems = tuple(_loading(done.loading, ("missing_keys", "mismatched_keys")))
     notes = tuple(_loading(done.loading, ("unexpected_keys",)))
     if done.error is not None or not others:
-        same = done.error is None and not wrong
+        same = done.error is None and not problems
         outputs = tuple(done.outputs)
-        return RoundtripReport(str(path), name, same, wrong, outputs, (), done.error, notes=notes)
+        return RoundtripReport(
+            str(path), name, same, problems, outputs, (), done.error, notes=notes
+        )
     other = str(paths[1])
     if others[0].error is not None:
         error = f"{other} does not run on the inputs made for {path}: {others[0].error}"
-        found = RoundtripReport(str(path), name, False, error=error, against=other)
+        comparison = RoundtripReport(str(path), name, False, error=error, against=other)
     else:
-        found = _compared(str(path), name, others[0].outputs, done, other)
+        comparison = _compared(str(path), name, others[0].outputs, done, other)
     missing = _loading(others[0].loading, ("missing_keys", "mismatched_keys"))
-    wrong += tuple(f"{other}: {one}" for one in missing)
-    if not found.same:
-        notes += tuple(_apart(*known))
-    return replace(found, loading=wrong, notes=notes, same=found.same and not wrong)
+    problems += tuple(f"{other}: {one}" for one in missing)
+    if not comparison.same:
+        notes += tuple(_apart(*folders))
+    return replace(comparison, loading=problems, notes=notes, same=comparison.same and not problems)
 
 
 def _apart(one: Known, other: Known) -> Iterator[str]:
-    """Why two folders may compute different things: their classes, and what their configs say."""
+    """Yield why two folders may compute different things: other classes, other config fields."""
     names = [read.classes.model.__name__ for read in (one, other)]
     if names[0] != names[1]:
         yield f"{other.path} is of another class: {names[1]}"
@@ -166,25 +182,25 @@ def _apart(one: Known, other: Known) -> Iterator[str]:
 
 
 def _example(read: Known) -> tuple[str, dict[str, Any]]:
-    """A folder's class, and small random inputs for it."""
+    """Return the name of a folder's class, and small random inputs for it."""
     model = build(read.classes, read.data)
     if isinstance(model, Refusal):
         raise CheckpointError(f"{read.path}: the class refuses config.json: {model.reason}.")
-    observe(model)  # which form of inputs the class takes
+    observe(model)  # finds out which form of inputs the class takes
     with torch.no_grad(), RealNumbers():
         inputs = example_inputs(model)
     generator = torch.Generator().manual_seed(0)
-    made = {
+    filled = {
         key: torch.rand(value.shape, generator=generator)
         if isinstance(value, torch.Tensor) and value.is_meta
         else value
         for key, value in inputs.items()
     }
-    return type(model).__name__, made
+    return type(model).__name__, filled
 
 
 def _job_of(read: Known) -> dict[str, Any]:
-    """How a folder is loaded in a fresh process."""
+    """Return the job entry for a folder (see :func:`_job`)."""
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
     named = _named(read.classes.model)
     if not named[0].startswith(_REMOTE):
@@ -195,6 +211,7 @@ def _job_of(read: Known) -> dict[str, Any]:
 
 
 def _named(model_class: type) -> tuple[str, str]:
+    """Return the module and the name by which a fresh process imports a class."""
     import transformers
 
     name = model_class.__name__
@@ -204,7 +221,7 @@ def _named(model_class: type) -> tuple[str, str]:
 
 
 def _options(model: PreTrainedModel) -> dict[str, Any]:
-    """How the live model is loaded again: its type and its kernels."""
+    """Return the ``from_pretrained`` options that give the live model's dtype and kernels."""
     options: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
     attention = getattr(model.config, "_attn_implementation", None)
     experts = getattr(model.config, "_experts_implementation", None)
@@ -216,6 +233,14 @@ def _options(model: PreTrainedModel) -> dict[str, Any]:
 def _job(
     folder: Path, named: tuple[str, str], options: dict[str, Any], remote: str | None = None
 ) -> dict[str, Any]:
+    """Return how a fresh process loads a folder: one entry of ``folders`` in :func:`child.run`.
+
+    Args:
+        folder: the folder.
+        named: module and name of the class.
+        options: for ``from_pretrained``.
+        remote: the reference of the class in ``auto_map`` if it is the folder's own code.
+    """
     return {
         "folder": str(folder.absolute()),
         "class": list(named) if remote is None else ["", remote],
@@ -231,7 +256,15 @@ def _fresh(
     device: str,
     cast: bool = False,
 ) -> list[_Run]:
-    """Load and run folders in a process of its own."""
+    """Load and run folders in one fresh process; return one run for each.
+
+    Args:
+        jobs: the folders (see :func:`_job`).
+        inputs: keyword arguments of the forward pass.
+        place: a temporary folder for the files that go back and forth.
+        device: where to run.
+        cast: give floating inputs the model's dtype.
+    """
     files = {key: str(place / f"{key}.pt") for key in ("inputs", "results")}
     torch.save(inputs, files["inputs"])
     threads = torch.get_num_threads()
@@ -247,15 +280,17 @@ def _fresh(
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         text = f"the fresh process ended with: {short(lines[-1] if lines else done.returncode)}"
         return [_Run(error=text) for _ in jobs]
-    found = torch.load(files["results"], weights_only=True)
+    results = torch.load(files["results"], weights_only=True)
     return [
-        _Run(one["outputs"], one["loading"], one["error"] and short(one["error"])) for one in found
+        _Run(result["outputs"], result["loading"], result["error"] and short(result["error"]))
+        for result in results
     ]
 
 
 def _compared(
     what: str, model: str, reference: Mapping[str, torch.Tensor], done: _Run, against: str
 ) -> RoundtripReport:
+    """Return the report on a run, with the differences from reference outputs."""
     if done.error is not None:
         return RoundtripReport(what, model, False, error=done.error, against=against)
     names = tuple(dict.fromkeys((*reference, *done.outputs)))
@@ -270,11 +305,12 @@ def _compared(
 
 
 def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Iterator[Difference]:
+    """Yield how two tensors differ, if they do; ``None`` differs from any tensor."""
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
-        count = max(one.numel() for one in (a, b) if one is not None)
+        count = max(tensor.numel() for tensor in (a, b) if tensor is not None)
         yield Difference(name, count, count)
         return
-    unequal = (a != b) & ~((a != a) & (b != b))  # NaN and NaN are the same
+    unequal = (a != b) & ~((a != a) & (b != b))  # NaN equals NaN here
     if bool(unequal.any()):
         x, y = a.double(), b.double()
         largest = float((x - y).abs()[unequal].max())
@@ -283,7 +319,12 @@ def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> It
 
 
 def _loading(loading: Mapping[str, list[str]], kinds: Sequence[str] | None = None) -> Iterator[str]:
-    """What Transformers says of loading, a line each kind."""
+    """Yield one line for each kind of key that Transformers reports of loading.
+
+    Args:
+        loading: kind (``missing_keys``) -> the keys.
+        kinds: the kinds to list; ``None``: all.
+    """
     for kind, keys in loading.items():
         if kinds is None or kind in kinds:
             listed = ", ".join(map(short, keys[:_SHOWN])) + and_more(keys, _SHOWN)
@@ -292,7 +333,7 @@ def _loading(loading: Mapping[str, list[str]], kinds: Sequence[str] | None = Non
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and the like are off meanwhile."""
+    """Switch dropout and the like off, and restore each module's training mode afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()

@@ -1,4 +1,4 @@
-"""Names from files and layers' numbers, as messages say them."""
+"""Put names from files, field values and layer numbers into the form that messages show."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ _LONGEST = 200
 
 
 def printable(text: str) -> str:
-    """Nothing in it that moves a terminal's cursor: names in files may be anything."""
+    """Replace what is not printable with spaces: a name in a file could move the cursor."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def short(text: object) -> str:
-    """One line that is not endless."""
+    """Return one printable line of at most 200 characters, and ``...`` if that cuts the text."""
     line = " ".join(printable(str(text)[: 2 * _LONGEST]).split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 def and_more(names: Collection[object], shown: int = 1) -> str:
-    """How many are not shown."""
+    """Return how many names are not shown, such as `` (and 3 more)``; empty if all are."""
     return f" (and {len(names) - shown} more)" if len(names) > shown else ""
 
 
 def number(value: Any) -> str:
-    """A field's value: ``1,536``, ``true``, ``not set``."""
+    """Return a field's value as text: ``1,536``, ``true``, ``not set``."""
     if value is None:
         return "not set"
     if isinstance(value, bool):
@@ -36,7 +36,7 @@ def number(value: Any) -> str:
 
 
 def place(name: str) -> tuple[str, int] | None:
-    """The list of layers that a tensor is in, and the layer's number; None: in no list."""
+    """Return the list of layers that a tensor is in and the layer's number; None: in no list."""
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part.isdecimal() and len(part) < 10 and index:
@@ -45,7 +45,7 @@ def place(name: str) -> tuple[str, int] | None:
 
 
 def layers(names: Iterable[str]) -> str:
-    """Where some tensors are: ``layers 0-29``, or their names where they are in no layer."""
+    """Return where tensors are (``layers 0-29``), or their names if none of them is in a layer."""
     numbers: dict[str, set[int]] = {}
     alone: list[str] = []
     for name in names:
@@ -55,9 +55,9 @@ def layers(names: Iterable[str]) -> str:
         else:
             numbers.setdefault(at[0], set()).add(at[1])
     kinds = [
-        f"{'layer' if len(found) == 1 else 'layers'} {_ranges(sorted(found))}"
+        f"{'layer' if len(in_list) == 1 else 'layers'} {_ranges(sorted(in_list))}"
         + (f" of {short(where)}" if len(numbers) > 1 else "")
-        for where, found in numbers.items()
+        for where, in_list in numbers.items()
     ]
     listed = [short(name) for name in alone[:2]]
     more = and_more(alone, 2)
@@ -65,6 +65,7 @@ def layers(names: Iterable[str]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as text, the first five ranges of them: ``0-3, 7``."""
     parts: list[list[int]] = []
     for value in numbers:
         if parts and value == parts[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Writing into a folder so that it holds the old or the new at any moment, and nothing between."""
+"""Write a config so that its folder holds either the old state or the new one at any moment."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _OLD = f".{CONFIG}.old"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else repairs this folder in the meantime.
+    """Lock a folder, so that no other process repairs it in the meantime.
 
-    The lock is on the folder itself: there is no file that could be left behind, and it goes with
-    the process that holds it.
+    The lock is on the folder itself: there is no lock file that could be left behind, and the lock
+    ends with the process that holds it.
 
     Raises:
-        CheckpointError: somebody else does.
+        CheckpointError: another process holds the lock, or the folder cannot be locked.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -44,15 +44,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def replace_config(folder: Path, text: bytes) -> Path:
-    """Put a new config.json into a folder, the old one beside it; the folder is locked.
+    """Replace a folder's config.json and keep the old one beside it; the folder has to be locked.
 
-    A link is replaced, what it leads to stays as it is.
+    If config.json is a link, the link is replaced, and the file it leads to stays as it is.
+
+    Args:
+        folder: the folder.
+        text: the new config.json.
 
     Returns:
-        The old config's new place.
+        The path that the old config has now.
 
     Raises:
-        OSError: the new one cannot be written; the folder is as it was.
+        OSError: the new config cannot be written; the folder is as it was.
     """
     target, new, old = folder / CONFIG, folder / _NEW, folder / _OLD
     backup = _free(folder)
@@ -73,15 +77,15 @@ def replace_config(folder: Path, text: bytes) -> Path:
 
 
 def _free(folder: Path) -> Path:
-    """The first name for a backup that is not taken."""
+    """Return the first path for a backup that does not exist yet."""
     count = 0
-    while os.path.lexists(found := folder / (f"{_BACKUP}.{count}" if count else _BACKUP)):
+    while os.path.lexists(backup := folder / (f"{_BACKUP}.{count}" if count else _BACKUP)):
         count += 1
-    return found
+    return backup
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file of this name anew, down to the disk; what a link there leads to stays."""
+    """Write a file down to the disk; if a link has its name, replace the link, not its target."""
     _remove(path)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -94,7 +98,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """A rename is on the disk once its folder is; not every file system can say so."""
+    """Flush a folder, and with it a rename in it, to the disk; some file systems cannot do this."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -104,22 +108,29 @@ def _flush(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Delete a file if it exists."""
     with suppress(FileNotFoundError):
         path.unlink()
 
 
 @contextmanager
 def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, list[str]]]:
-    """A copy of a folder with another config, under a name of its own until the block ends well.
+    """Copy a folder with another config; give the copy its name if the block raises nothing.
 
-    Weights are linked where the file system can, else copied.
+    Until then the copy has a hidden name beside ``out``. Weights are linked where the file system
+    allows it, else copied.
+
+    Args:
+        source: the folder to copy.
+        out: the path of the new folder.
+        text: the new config.json.
 
     Yields:
-        Where it is for now, and what was left out.
+        The path that the copy has until then, and the names of what was left out.
 
     Raises:
-        CheckpointError: ``out`` is there already.
-        OSError: it cannot be written; nothing of it is left.
+        CheckpointError: ``out`` exists already.
+        OSError: the copy cannot be written; nothing of it is left.
     """
     check_new(out)
     place = out.parent / f".{out.name}.{os.getpid()}.new"
@@ -136,24 +147,24 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
 
 
 def check_new(out: Path) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        CheckpointError: ``out`` is there already.
-    """
+    """Raise a CheckpointError if ``out`` exists already, so that nothing is overwritten."""
     if os.path.lexists(out):
         raise CheckpointError(f"{out} is there already. Say a folder that is not.")
 
 
-def _copy(source: Path, place: Path) -> list[str]:
-    """Copy what is in a folder but for its config; links to folders and odd files are left out."""
+def _copy(source: Path, place: Path, top: bool = True) -> list[str]:
+    """Copy a folder but for its own config.json; leave out links to folders and special files.
+
+    Returns:
+        The names of what was left out, relative to the folder.
+    """
     left_out = []
     place.mkdir(parents=True)
     for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
-            left_out += [f"{entry.name}/{name}" for name in _copy(path, place / entry.name)]
-        elif entry.name == CONFIG and not (place / CONFIG).exists():
+            left_out += [f"{entry.name}/{name}" for name in _copy(path, place / entry.name, False)]
+        elif entry.name == CONFIG and top:
             continue
         elif entry.is_file():
             _link(path, place / entry.name)
@@ -163,7 +174,8 @@ def _copy(source: Path, place: Path) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    if source.suffix in (".safetensors", ".bin"):  # never edited in place
+    """Link a weights file where the file system allows it; copy any other file."""
+    if source.suffix in (".safetensors", ".bin"):  # never edited in place: a link is safe
         try:
             os.link(os.path.realpath(source), target)
             return

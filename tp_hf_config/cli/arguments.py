@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and what a user may write behind them."""
+"""Define the arguments that several commands share, and parse their values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 
 class UsageError(Exception):
-    """Arguments that do not go together; ends with the usage and exit code 2."""
+    """The arguments contradict each other; the command prints its usage and exits with code 2."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model, and whether its code may run."""
+    """Add the model and ``--trust-remote-code``."""
     parser.add_argument(
         "model", metavar="MODEL", type=place, help="a folder, a GGUF file or a Hub id"
     )
@@ -25,7 +25,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_widths(parser: argparse.ArgumentParser) -> None:
-    """What to prune, and how much: the arguments of ``tp_hf_config.plan``."""
+    """Add what to prune and how much: the arguments of ``tp_hf_config.plan``."""
     group = parser.add_argument_group("what to prune")
     group.add_argument(
         "--pruning-ratio", metavar="R", type=share, help="the share of every width to prune"
@@ -66,19 +66,19 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
 
 
 def widths_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of ``tp_hf_config.plan``; what was not said is left out.
+    """Return keyword arguments for ``tp_hf_config.plan``; leave out what the user did not give.
 
     Raises:
-        UsageError: it is not said what to prune, or something would have no effect.
+        UsageError: the user did not say how much to prune, or an argument would have no effect.
     """
     reason = _contradiction(options)
     if reason is not None:
         raise UsageError(reason)
-    alone = (options.pruning_ratio, options.ratios, options.target_params) == (None, None, None)
+    no_widths = (options.pruning_ratio, options.ratios, options.target_params) == (None, None, None)
     given = {
         "pruning_ratio": options.pruning_ratio,
         "ratios": options.ratios,
-        "prune": () if alone else options.prune,
+        "prune": () if no_widths else options.prune,
         "head_pruning_ratio": options.head_pruning_ratio,
         "gqa": options.gqa,
         "iterative_steps": options.steps,
@@ -90,6 +90,7 @@ def widths_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _contradiction(options: argparse.Namespace) -> str | None:
+    """Return why the arguments do not fit together, or ``None``."""
     ratio, ratios, prune = options.pruning_ratio, options.ratios, options.prune
     target, heads = options.target_params, options.head_pruning_ratio
     if ratio is ratios is target is heads is None:
@@ -113,74 +114,74 @@ def _contradiction(options: argparse.Namespace) -> str | None:
 
 
 def place(text: str) -> str:
-    """A path or a name; nothing is what an unset variable of the shell leaves."""
+    """Return a path or name unchanged; refuse an empty one (from an unset shell variable)."""
     if not text.strip():
         raise _not(text, "a folder, a file or a name")
     return text
 
 
 def path(text: str) -> Path:
-    """A path."""
+    """Parse a path."""
     return Path(place(text))
 
 
 def share(text: str) -> float:
-    """A share above 0 and below 1: ``0.2``, ``1/5``, ``20%``."""
+    """Parse a share above 0 and below 1: ``0.2``, ``1/5``, ``20%``."""
     try:
-        found = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        value = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except (ValueError, ZeroDivisionError):
         raise _not(text, "a share such as 0.2, 1/5 or 20%") from None
-    if found == 0:
+    if value == 0:
         raise argparse.ArgumentTypeError("0 prunes nothing: expected a share such as 0.2")
-    if not 0 < found < 1:
+    if not 0 < value < 1:
         raise _not(text, "a share between 0 and 1")
-    return float(found)
+    return float(value)
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Config fields with commas between."""
-    found = tuple(name.strip() for name in text.split(","))
-    if not all(found):
+    """Parse config fields with commas between them."""
+    fields = tuple(name.strip() for name in text.split(","))
+    if not all(fields):
         raise _not(text, "config fields with commas between: hidden_size,intermediate_size")
-    return found
+    return fields
 
 
 def ratios(text: str) -> dict[str, float]:
-    """Config fields and shares: ``hidden_size=0.1,intermediate_size=0.3``."""
-    found: dict[str, float] = {}
+    """Parse a share for each config field: ``hidden_size=0.1,intermediate_size=0.3``."""
+    shares: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
             raise _not(text, "hidden_size=0.1,intermediate_size=0.3")
-        if name.strip() in found:
+        if name.strip() in shares:
             raise _not(text, f"one share for every field, found two for {name.strip()}")
-        found[name.strip()] = share(value.strip())
-    return found
+        shares[name.strip()] = share(value.strip())
+    return shares
 
 
 def amount(text: str) -> float:
-    """A number of parameters, or a share of them: ``100M``, ``1.5B``, ``0.8``."""
+    """Parse a number of parameters or a share of them: ``100M``, ``1.5B``, ``0.8``, ``80%``."""
     if text.endswith("%"):
         return share(text)
     unit = _UNITS.get(text[-1:].lower(), 1)
     try:
-        found = float(text[:-1] if unit > 1 else text) * unit
+        number = float(text[:-1] if unit > 1 else text) * unit
     except ValueError:
         raise _not(text, "a number of parameters (100M), or a share of them (0.8)") from None
-    if not 0 < found < float("inf"):
+    if not 0 < number < float("inf"):
         raise _not(text, "a number above 0")
-    if found == 1 or (found > 1 and found % 1):
+    if number == 1 or (number > 1 and number % 1):
         raise _not(text, "a whole number of parameters (100M), or a share of them below 1 (0.8)")
-    return found
+    return number
 
 
 def count(text: str) -> int:
-    """A whole number, 1 or more."""
+    """Parse a whole number, 1 or more."""
     return _whole(text, 1)
 
 
 def natural(text: str) -> int:
-    """A whole number, 0 or more."""
+    """Parse a whole number, 0 or more."""
     return _whole(text, 0)
 
 

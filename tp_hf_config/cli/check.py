@@ -1,4 +1,4 @@
-"""``tp-hf-config check``: a folder's config against its weights."""
+"""``tp-hf-config check``: compare a folder's config with its weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what is no model's folder."""
+    """Raise if the folder is not a model folder."""
     from ..checkpoint.folder import check_there
 
     check_there(options.folder)
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Check the folder; exit code 0: sound, 1: not, 2: could not tell."""
+    """Check the folder; the exit code is 0 if it is sound, 1 if it is not, 2 if that is unknown."""
     from ..checkpoint.check import check_checkpoint
 
     report = check_checkpoint(options.folder, trust_remote_code=options.trust_remote_code)

@@ -1,4 +1,4 @@
-"""``completion``: a script with which a shell completes this command."""
+"""``tp-hf-config completion``: print a script with which a shell completes this command."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _FOLDERS = ("out", "against")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The shell."""
+    """Add the command's arguments."""
     parser.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"), help="for which shell")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Nothing: the parser knows the shells."""
+    """Do nothing: the parser checks the name of the shell."""
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """The script.
+    """Write the script with shtab; exit code 0.
 
     Raises:
-        TPHFConfigError: shtab, which writes it, is not installed or does not know the shell.
+        TPHFConfigError: shtab is not installed or does not know the shell.
     """
     if find_spec("shtab") is None:
         raise TPHFConfigError("completion needs shtab: pip install 'tp-hf-config[cli]'")
@@ -37,9 +37,9 @@ def run(options: argparse.Namespace) -> Outcome:
     from .main import parser_of
 
     if options.shell not in shtab.SUPPORTED_SHELLS:
-        known = ", ".join(shtab.SUPPORTED_SHELLS)
+        supported = ", ".join(shtab.SUPPORTED_SHELLS)
         raise TPHFConfigError(
-            f"this shtab knows {known}, not {options.shell}: pip install -U shtab"
+            f"this shtab knows {supported}, not {options.shell}: pip install -U shtab"
         )
     parser = parser_of()
     _complete_files(parser, shtab)
@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def _complete_files(parser: argparse.ArgumentParser, shtab: Any) -> None:
+    """Let the shell complete file and folder names where an argument takes one."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

@@ -1,4 +1,4 @@
-"""What people see: tables and progress bars on a terminal, plain lines elsewhere."""
+"""Show outcomes and progress: tables and bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from ..silence import quiet_transformers
+from ..model.surroundings import quiet_transformers
 from .outcome import Outcome
 from .stopping import stop_if_asked
 
@@ -21,18 +21,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Drawn(Outcome):
-    """An outcome with another form for a terminal: something that rich prints."""
+    """An outcome that a terminal shows in another form.
+
+    Attributes:
+        drawing: an object that rich prints; ``None``: show the text.
+    """
 
     drawing: Any = None
 
 
 def rich_on(stream: IO[str]) -> bool:
-    """Whether this stream is a terminal, and rich is installed to draw on it."""
+    """True if the stream is a terminal and rich is installed."""
     return stream.isatty() and find_spec("rich") is not None
 
 
 def show(outcome: Outcome) -> None:
-    """The outcome on standard output."""
+    """Print an outcome on standard output: its drawing on a terminal, else its text."""
     drawing = getattr(outcome, "drawing", None)
     if drawing is not None and rich_on(sys.stdout):
         from rich.console import Console
@@ -44,15 +48,15 @@ def show(outcome: Outcome) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Transformers says nothing but errors."""
-    with quiet_transformers():  # their progress bars and ours would write over each other
-        stop_if_asked()  # the import may have swallowed it
+    """Let Transformers show nothing but errors inside the block."""
+    with quiet_transformers():  # its progress bars and ours would overwrite each other
+        stop_if_asked()  # importing Transformers may have swallowed a Ctrl-C
         yield
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """How far a job is, on standard error."""
+    """Yield a progress display on standard error: bars on a terminal, else plain lines."""
     if not rich_on(sys.stderr):
         yield Lines()
         return
@@ -64,34 +68,34 @@ def progress() -> Iterator[Progress]:
 
 
 class Lines:
-    """A line for everything."""
+    """A progress display of plain lines."""
 
     def say(self, what: object) -> None:
-        """In lines."""
+        """Print it as a line."""
         stop_if_asked()
         print(what, file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """A line before the first."""
+        """Print one line, then yield the items."""
         self.say(f"{what}: {total} windows")
         yield from items
 
 
 class Bar:
-    """A bar for each loop; lines go above it."""
+    """A progress display with a rich bar for each loop; texts appear above the bar."""
 
     def __init__(self, bars: Any):
         self._bars = bars
 
     def say(self, what: object) -> None:
-        """As rich draws it; text without markup."""
+        """Print it as rich draws it; print a text as it is, without markup."""
         from rich.text import Text
 
         stop_if_asked()
         self._bars.console.print(Text(what) if isinstance(what, str) else what)
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """A bar that is gone at the end."""
+        """Yield the items; show a bar, and remove it at the end."""
         task = self._bars.add_task(what, total=total)
         try:
             for item in items:

@@ -1,4 +1,4 @@
-"""``tp-hf-config``: finds the command, prints what it found, says what went wrong.
+"""``tp-hf-config``: find the command, run it, print its outcome and report errors.
 
 Exit codes: 0 done or sound; 1 refused or not sound; 2 wrong usage, or could not tell; 130 Ctrl-C;
 143 terminated; 141 nobody reads the output.
@@ -34,26 +34,26 @@ INTERRUPTED, TERMINATED, UNREAD = (130, "interrupted"), (143, "terminated"), 141
 
 
 def run() -> int:
-    """Run one command as a process does: Ctrl-C is no crash at any time.
+    """Run one command as the main function of a process; Ctrl-C never ends in a traceback.
 
     Returns:
         The exit code.
     """
     try:
         return main()
-    except KeyboardInterrupt:  # before the command began, or while its outcome is shown
+    except KeyboardInterrupt:  # before the command starts, or while its outcome is shown
         code, text = INTERRUPTED
         print(f"{PROGRAM}: {text}", file=sys.stderr)
         return code
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: the exit code stays
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C must not change the exit code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments; default: those of the process.
+        argv: the command line without the program's name; default: that of the process.
 
     Returns:
         The exit code.
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         options, unknown = parser_of().parse_known_args(typed)
         if unknown:
             options.parser.error(_unknown(options.parser, unknown))
-    except SystemExit as ended:  # argparse has said what it is
+    except SystemExit as ended:  # argparse has printed its message
         return ended.code if isinstance(ended.code, int) else UNKNOWN
     options.typed = shlex.join([PROGRAM, *typed])
     try:
@@ -74,13 +74,13 @@ def main(argv: list[str] | None = None) -> int:
             show(outcome)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest
         return UNREAD
     return outcome.code
 
 
 def parser_of() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Build the parser with all commands."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Prune Hugging Face models, and keep their configs true to their weights.",
@@ -92,18 +92,22 @@ def parser_of() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module: Any = import_module(f".{name}", __package__)
-        own = commands.add_parser(
+        command_parser = commands.add_parser(
             name, help=module.HELP, description=f"{_sentence(module.HELP)}.", allow_abbrev=False
         )
-        module.add(own)
-        own.add_argument("--json", action="store_true", help="print JSON")
-        own.add_argument("--debug", action="store_true", help="show the trace of an error")
-        own.set_defaults(check=module.check, run=module.run, parser=own, checked=False)
+        module.add(command_parser)
+        command_parser.add_argument("--json", action="store_true", help="print JSON")
+        command_parser.add_argument(
+            "--debug", action="store_true", help="show the trace of an error"
+        )
+        command_parser.set_defaults(
+            check=module.check, run=module.run, parser=command_parser, checked=False
+        )
     return parser
 
 
 def _unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
-    """What was typed that the command has not, and what may have been meant."""
+    """Return the message for arguments that the command does not have, with a suggestion."""
     flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     if not flags:
         return f"found {shlex.join(unknown)}, expected nothing after {_positionals(parser)}"
@@ -122,7 +126,7 @@ def _sentence(text: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> Outcome:
-    """Run the command; what it raises becomes an outcome, said on standard error."""
+    """Run the command; turn an exception into an outcome and report it on standard error."""
     try:
         with redirect_stdout(sys.stderr), _few_warnings(), stoppable():
             options.check(options)
@@ -161,7 +165,10 @@ def _wrong(options: argparse.Namespace, error: BaseException, code: int, text: s
 
 @contextmanager
 def _few_warnings() -> Iterator[None]:
-    """This library's warnings as lines; those of the libraries below are for their users."""
+    """Print this library's warnings as lines, and hide all others.
+
+    The warnings of other libraries are meant for programmers who call them.
+    """
 
     def line(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"warning: {message}", file=sys.stderr)

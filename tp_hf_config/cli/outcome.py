@@ -1,4 +1,4 @@
-"""What a command of the shell ends with."""
+"""The result of a shell command, with its exit codes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ DONE, FAILED, UNKNOWN = 0, 1, 2
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found.
+    """The result of one command.
 
     Attributes:
-        code: exit code: 0 sound or done, 1 not sound or refused, 2 could not tell, or wrong usage.
-        text: for people; plain text without markup.
-        data: for ``--json``.
+        code: the exit code: 0 sound or done, 1 not sound or refused, 2 could not tell or wrong
+            usage.
+        text: plain text for people, without markup.
+        data: the JSON data that ``--json`` prints.
     """
 
     code: int

@@ -1,4 +1,4 @@
-"""``plan``: what pruning will give, without weights."""
+"""``tp-hf-config plan``: say what pruning will give, without weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ HELP = "say what pruning will give, from the config alone"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The model, and what to prune."""
+    """Add the command's arguments."""
     add_model(parser)
     add_widths(parser)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse widths that contradict each other, and a model that is not there."""
+    """Raise if the arguments for the widths contradict each other, or if there is no such model."""
     from ..pipeline.source import check_reachable, find_source
 
     widths_of(options)
@@ -26,7 +26,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """The library's plan; 1 where the class refuses it."""
+    """Make the plan from the config; the exit code is 1 if the class refuses the widths, else 0."""
     settings = widths_of(options)
     from ..pipeline.planned import planned
     from ..pipeline.source import class_for, config_of, find_source

@@ -1,4 +1,4 @@
-"""``prunable``: what can be pruned, and how that is known."""
+"""``tp-hf-config prunable``: list what can be pruned, and how that is known."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ HELP = "list what can be pruned, and the proof of it"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The model."""
+    """Add the command's arguments."""
     add_model(parser)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse a model that is not there."""
+    """Raise if there is no such model."""
     from ..pipeline.source import check_reachable, find_source
 
     check_reachable(find_source(options.model, options.trust_remote_code))
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """The library's table."""
-    from ..offers import prunable
+    """List the widths of the model; exit code 0."""
+    from ..graph.prunable import prunable
     from ..pipeline.source import class_for, config_of, find_source
 
     with quiet_libraries():
         source = find_source(options.model, options.trust_remote_code)
         config = config_of(source)
-        found = prunable(config, model_class=class_for(source, config))
-    return Drawn(DONE, str(found), found.to_dict(), found)
+        report = prunable(config, model_class=class_for(source, config))
+    return Drawn(DONE, str(report), report.to_dict(), report)

@@ -1,4 +1,4 @@
-"""``prune``: a model in, a pruned model out."""
+"""``tp-hf-config prune``: read a model, prune it and write the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mlu", "musa", "xla")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The model, what to prune and how, and where to write."""
+    """Add the command's arguments."""
     add_model(parser)
     parser.add_argument(
         "--out", metavar="DIR", type=path, required=True, help="the folder to write"
@@ -57,7 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what cannot be meant: a path, or arguments that do not go together."""
+    """Raise if a path is unusable, arguments contradict each other, or there is no such model."""
     from ..pipeline.asked import check_asked
     from ..pipeline.source import check_reachable
 
@@ -67,12 +67,12 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Prune; the report."""
+    """Prune the model and write it; exit code 0."""
     from ..pipeline.prune import prune_checkpoint
 
     with quiet_libraries(), progress() as shown:
-        done = prune_checkpoint(_job(options), shown)
-    return Outcome(DONE, str(done), done.to_dict())
+        pruned = prune_checkpoint(_job(options), shown)
+    return Outcome(DONE, str(pruned), pruned.to_dict())
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -97,14 +97,14 @@ def _job(options: argparse.Namespace) -> Job:
 
 
 def device(text: str) -> str:
-    """A device by torch's names for it; whether this machine has one is seen later."""
+    """Parse torch's name of a device; whether this machine has the device is checked later."""
     if not re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a device such as cpu, cuda or cuda:1")
     return text
 
 
 def size(text: str) -> str:
-    """A size of files, as ``save_pretrained`` takes it."""
+    """Parse a file size such as ``5GB`` into the form that ``save_pretrained`` takes."""
     if not re.fullmatch(r"[1-9]\d*[KMG]B", text.upper()):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500MB or 5GB")
     return text.upper()

@@ -1,4 +1,4 @@
-"""``tp-hf-config repair``: the config that a folder's weights need."""
+"""``tp-hf-config repair``: write the config that a folder's weights need."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what is no model's folder, and a new one that is there already."""
+    """Raise if the folder is not a model folder, or if the new folder exists already."""
     from ..checkpoint.folder import check_there
     from ..checkpoint.writing import check_new
 
@@ -44,15 +44,15 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Repair the folder; exit code 0: it is sound now, or would be."""
+    """Repair the folder; exit code 0: it is sound now, or would be without ``--dry-run``."""
     from ..checkpoint.repair import repair_checkpoint
 
-    said = {"head_dim": options.head_dim, "num_attention_heads": options.heads}
+    fields = {"head_dim": options.head_dim, "num_attention_heads": options.heads}
     report = repair_checkpoint(
         options.folder,
         out=options.out,
         dry_run=options.dry_run,
-        given={name: value for name, value in said.items() if value is not None},
+        given={name: value for name, value in fields.items() if value is not None},
         trust_remote_code=options.trust_remote_code,
     )
     return Outcome(DONE, str(report), report.to_dict())

@@ -1,7 +1,7 @@
-"""Ctrl-C and a polite kill: both unwind, so that nothing half-written stays.
+"""Raise Ctrl-C and SIGTERM as exceptions, so that clean-up removes everything half-written.
 
-Libraries swallow what is raised while they are imported (a bare ``except`` around what they can do
-without), so what was asked for is remembered, and raised again where it can do no harm.
+Libraries swallow what is raised while they are imported (a bare ``except`` around an optional
+import).  So this module remembers a request to stop, and raises it again where that does no harm.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from types import FrameType
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C.
 
-    A kind of its own: a ``KeyboardInterrupt`` that passes through code run from C is remembered by
-    Python, which then ends by the signal, in place of the exit code, although it was handled.
+    A class of its own, because Python remembers a plain ``KeyboardInterrupt`` that passes through
+    code run from C.  Python then ends by the signal and not with the exit code, although the
+    exception was handled.
     """
 
 
 class Terminated(BaseException):
-    """Somebody asked the process to end."""
+    """Somebody asked the process to end (SIGTERM)."""
 
 
 _asked: list[type[BaseException]] = []
@@ -30,7 +31,10 @@ _asked: list[type[BaseException]] = []
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Here both are raised as exceptions; a Ctrl-C that is ignored outside stays ignored."""
+    """Raise Ctrl-C and SIGTERM as exceptions inside the block.
+
+    A Ctrl-C that is ignored, or handled by others, outside the block stays so.
+    """
     _asked.clear()
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
@@ -52,7 +56,10 @@ def stoppable() -> Iterator[None]:
 
 
 def asked_to_stop(error: BaseException) -> BaseException | None:
-    """What somebody asked for, whatever it was turned into on its way; ``None``: nothing."""
+    """Return the request to stop that led to an error, or ``None`` if nobody asked to stop.
+
+    Some library may have turned the request into another exception on its way.
+    """
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         return error
     for kind in _asked[:1]:
@@ -63,6 +70,6 @@ def asked_to_stop(error: BaseException) -> BaseException | None:
 
 
 def stop_if_asked() -> None:
-    """Raise what somebody asked for and something swallowed."""
+    """Raise a request to stop that some library swallowed, if there was one."""
     for kind in _asked[:1]:
         raise kind

@@ -1,4 +1,4 @@
-"""``tp-hf-config verify``: a folder loaded and run in a fresh process."""
+"""``tp-hf-config verify``: load and run a folder in a fresh process."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what is no model's folder.
+    """Raise if one of the folders is not a model folder.
 
     Raises:
-        UsageError: two folders to compare with.
+        UsageError: the user gave two folders to compare with.
     """
     from ..checkpoint.folder import check_there
 
@@ -47,7 +47,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Verify the folder; exit code 0: it loads, runs and computes the same, 1: it does not."""
+    """Verify the folder; exit code 0: it loads, runs and computes the same; 1: it does not."""
     from ..checkpoint.verify import verify_checkpoint
 
     report = verify_checkpoint(

@@ -1,4 +1,4 @@
-"""From a folder with a model to a folder with a pruned model: read, prune, recover, prove, write.
+"""Turn a folder with a model into a folder with a pruned model: read, prune, recover, prove, write.
 
-:mod:`~tp_hf_config.pipeline.prune` knows the order; every other module does one thing of it.
+:mod:`~tp_hf_config.pipeline.prune` runs the steps in order; every other module does one of them.
 """

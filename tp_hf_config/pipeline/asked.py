@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported: paths, and arguments that do not go together."""
+"""Refuse what can be refused without torch and without a model: paths and arguments."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from .output import check_target
 
 
 def check_asked(job: Job) -> str | None:
-    """The calibration text, once all that needs no model is in order.
+    """Check everything about a job that needs no model, and read the calibration text.
+
+    Returns:
+        The calibration text; ``None`` if the job has none.
 
     Raises:
-        PipelineError: something is not.
+        PipelineError: ``job.importance`` or ``job.recover`` needs a text and there is none, the
+            text cannot be read, or the output folder cannot be written to.
     """
     wanting = "--importance taylor" if job.importance == "taylor" else "--recover"
     if job.calibration is None and (job.importance == "taylor" or job.recover):
@@ -27,10 +31,10 @@ def check_asked(job: Job) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """The calibration text.
+    """Return the calibration text in a file.
 
     Raises:
-        PipelineError: there is none.
+        PipelineError: the file cannot be read, is not UTF-8 or is empty.
     """
     try:
         text = path.expanduser().read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The README.md of a pruned model: what it was made of, and what was done."""
+"""Write the README.md of a pruned model: where it comes from, and what was done."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def card(
     settings: Mapping[str, Any],
     lines: Sequence[str],
 ) -> str:
-    """The model card, with front matter for the Hub.
+    """Return the text of the model card, with front matter for the Hub.
 
     Args:
-        source: the model that was pruned.
-        model_class: its class.
-        fields: config field -> value before, value after.
-        parameters: their number before and after.
-        settings: what was asked for, by name.
-        lines: what else was found, one sentence each.
+        source: the model before pruning.
+        model_class: the name of its class.
+        fields: config field -> (value before, value after).
+        parameters: the number of parameters before and after.
+        settings: the settings that the user asked for, by name.
+        lines: other results, one sentence each.
     """
     name = base_model(source)
     before, after = parameters
@@ -68,24 +68,27 @@ def _front_matter(source: Source, name: str) -> list[str]:
 
 
 def base_model(source: Source) -> str:
-    """The name of the model that was pruned: no path of this machine."""
+    """Return the unpruned model's name, never a path: a Hub id, or a folder's or file's name."""
     if source.gguf is not None:
         return Path(source.gguf).stem
     return source.place if source.folder is None else source.folder.resolve().name
 
 
 def _metadata(source: Source) -> dict[str, Any]:
-    """What the card of the model that was pruned says of its licence, language and task."""
+    """Return the licence, language and task from the card of the unpruned model.
+
+    The result is empty if the model is not in a local folder or its card cannot be read.
+    """
     from huggingface_hub.repocard import metadata_load
 
     folder = source.folder
     if folder is None or source.gguf is not None or not (folder / "README.md").is_file():
         return {}
     try:
-        found = metadata_load(folder / "README.md") or {}
-    except Exception:  # somebody's card that no YAML reader takes
+        metadata = metadata_load(folder / "README.md") or {}
+    except Exception:  # the card's YAML may be invalid
         return {}
-    return {key: found[key] for key in _KEPT if key in found}
+    return {key: metadata[key] for key in _KEPT if key in metadata}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

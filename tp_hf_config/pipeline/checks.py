@@ -1,4 +1,4 @@
-"""What can be refused before weights are read."""
+"""Refuse what can be refused before weights are read."""
 
 from __future__ import annotations
 
@@ -6,48 +6,49 @@ import shutil
 from typing import Any
 
 from ..errors import ConfigSyncError, PipelineError
-from ..plans import Plan, PlannedRefusal
+from ..planning.plan import Plan
+from ..planning.refusals import PlannedRefusal
 from .job import Job
 
 
 def dtype_of(name: str | None) -> Any:
-    """The type of this name in torch.
+    """Return the torch dtype of this name, or ``None`` for ``None``.
 
     Raises:
-        PipelineError: weights are not of such a type.
+        PipelineError: the name is not one of float32, float16, bfloat16 and float64.
     """
     import torch
 
     if name is None:
         return None
-    found = getattr(torch, name, None)
-    if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise PipelineError(f"dtype {name}: expected float32, float16, bfloat16 or float64")
-    return found
+    return dtype
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that torch cannot use.
+    """Raise if torch cannot use a device.
 
     Raises:
-        PipelineError: it cannot.
+        PipelineError: torch cannot make a tensor on it.
     """
     import torch
 
     try:
         torch.zeros(1, device=name)
-    except Exception as error:  # torch's words for it differ by device
+    except Exception as error:  # torch raises a different error for each device
         raise PipelineError(
             f"device {name} cannot be used: {str(error).splitlines()[0]}"
         ) from error
 
 
 def check_plan(plan: Plan, job: Job) -> None:
-    """Refuse what cannot be carried out, and what would prune nothing.
+    """Raise if a plan cannot be carried out or would prune nothing.
 
     Raises:
         ConfigSyncError: the class refuses the widths.
-        PipelineError: no width changes, or the disk is full already.
+        PipelineError: no width changes, or the disk has too little room for the pruned model.
     """
     if plan.refusal is not None:
         raise ConfigSyncError(_refused(plan, plan.refusal))
@@ -65,7 +66,7 @@ def check_plan(plan: Plan, job: Job) -> None:
 
 
 def _refused(plan: Plan, refusal: PlannedRefusal) -> str:
-    """What the class says to the widths, and ratios that it takes."""
+    """Return a message: why the class refuses the widths, and ratios that it takes."""
     values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
     lines = [f"{plan.model} refuses {values}: {refusal.reason.rstrip('.')}."]
     for ratios, leads_to in refusal.nearest:

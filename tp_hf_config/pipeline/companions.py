@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights: tokenizer, processor, licence, code."""
+"""Copy what belongs to a model besides its weights: tokenizer, processor, licence, code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.building import entries
 from ..errors import PipelineError
-from ..reference import field_name
+from ..model.config_json import field_name
 from .source import Source, tokenizer_of
 
 if TYPE_CHECKING:
@@ -35,23 +35,29 @@ _BELONG = (
     "LICENSE*",
     "NOTICE*",
 )
-_SMALL = 2**20  # bytes; a file of settings is smaller
+_SMALL = 2**20  # bytes; files with settings are smaller
 _WRITTEN_ANEW = ("config.json", "generation_config.json", "README.md", "*.index.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
 
 
 @dataclass(frozen=True)
 class Copied:
-    """The files that went along, and those that stayed behind."""
+    """The names of the files that were copied, and of those that were not.
+
+    Attributes:
+        files: the files that were copied.
+        left: the other files; weights, hidden files and files that are written anew do not count.
+    """
 
     files: tuple[str, ...]
     left: tuple[str, ...] = ()
 
 
 def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copied:
-    """Put a model's tokenizer, processor, chat template, licence and trusted code into a folder.
+    """Copy a model's tokenizer, processor, chat template, licence and trusted code into ``out``.
 
-    Links are followed inside the model's folder and the Hub's cache alone.
+    Follow a link only if it leads into the model's folder or the Hub's cache.  Of a GGUF file,
+    write the tokenizer alone.  Do not overwrite files in ``out``.
     """
     if source.gguf is not None:
         return Copied(
@@ -62,7 +68,7 @@ def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copi
     if source.trust_remote_code and getattr(config, "auto_map", None):
         wanted = (*_BELONG, "*.py")
     roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":  # the Hub's cache keeps files as links
+    if folder.parent.name == "snapshots":  # the Hub's cache stores links to blobs
         roots.append((folder.parent.parent / "blobs").resolve())
     copied, left = [], []
     for path in sorted(folder.rglob("*")):
@@ -82,8 +88,20 @@ def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copi
 def said_in_left(
     source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
 ) -> tuple[str, ...]:
-    """Numbers in files that did not go along which a field of the config had (pooling's width)."""
-    was = {old: (name, new) for name, (old, new) in reversed(list(fields.items()))}
+    """Return a note for each number in a file that was not copied if a config field had this value.
+
+    An example is the width in the config of a pooling layer.
+
+    Args:
+        source: the model; files of a Hub model are not read.
+        copied: what was copied and what was left.
+        fields: config field -> (value before, value after), for the fields that changed.
+    """
+    changes = {
+        old: (name, new)
+        for name, (old, new) in reversed(list(fields.items()))
+        if type(old) is int  # a list is no number in another file
+    }
     notes = []
     for file in copied.left if source.folder else ():
         path = Path(source.place, file)
@@ -94,8 +112,8 @@ def said_in_left(
         except (OSError, ValueError, RecursionError):
             continue
         for key, value in numbers:
-            if type(value) is int and value in was:
-                name, new = was[value]
+            if type(value) is int and value in changes:
+                name, new = changes[value]
                 notes.append(
                     f"{file} was not copied; its {field_name(key)} says {value}, as {name} did: "
                     f"where it goes along by hand and means the same, write {new}"
@@ -104,19 +122,19 @@ def said_in_left(
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file in the folder itself, or in the named one, is meant."""
+    """True if a file name matches one of the patterns and is as deep in folders as the pattern."""
     return any(
         fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
     )
 
 
 def _snapshot(source: Source) -> Path:
-    """The small files of a model on the Hub, in the Hub's cache."""
+    """Download the small files of a Hub model, and return their folder in the Hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source.place, allow_patterns=[*_BELONG, "*.py", "README.md"]))
-    except Exception as error:  # of the network, of the Hub, of the cache
+    except Exception as error:  # from the network, the Hub or the cache
         raise PipelineError(
             f"{source.name}: its tokenizer and processor files cannot be fetched: {error}"
         ) from error

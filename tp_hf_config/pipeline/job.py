@@ -1,4 +1,4 @@
-"""What is to be pruned, and what was done."""
+"""The job of pruning a model, and its result."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..schema import dated
 from .source import Source
 
 if TYPE_CHECKING:
-    from ..plans import Plan
-    from ..report import SyncReport
+    from ..hook.report import SyncReport
+    from ..planning.plan import Plan
     from .companions import Copied
     from .roundtrip import Proof
 
@@ -21,21 +21,22 @@ Importance = Literal["magnitude", "taylor", "random"]
 
 @dataclass(frozen=True)
 class Job:
-    """What to prune, how, and where to put it.
+    """What to prune, how, and where to write the result.
 
     Attributes:
         source: the model.
         out: the folder to write.
-        widths: arguments of :func:`~tp_hf_config.plan`.
+        widths: keyword arguments for :func:`~tp_hf_config.plan`.
         importance: how Torch-Pruning ranks channels.
         calibration: a text file, for Taylor importance and recovery.
-        recover: updates of distillation from the unpruned model, spread over the steps.
-        device: where to compute.
-        dtype: torch's name of the weights' type; default: as they are stored.
-        seed: of everything that is random.
-        max_shard_size: of the weight files, as ``save_pretrained`` takes it.
-        overwrite: a model in ``out`` is replaced.
-        command: how a user said all this, for the model card.
+        recover: the number of updates of distillation from the unpruned model, spread over the
+            steps.
+        device: torch's name of the device to compute on.
+        dtype: torch's name of the weights' dtype; ``None``: as they are stored.
+        seed: the seed of everything that is random.
+        max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
+        overwrite: replace a model that is in ``out``.
+        command: the command line that the user typed, for the model card.
     """
 
     source: Source
@@ -53,7 +54,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was asked for, by name; what was not is left out."""
+        """Return what the user asked for, by name; leave out what is not set."""
         own = {
             "importance": self.importance,
             "calibration": None if self.calibration is None else self.calibration.name,
@@ -68,19 +69,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done; printed as a few lines.
+    """The result of a job; ``str`` gives a few lines of text.
 
     Attributes:
-        model: the class.
-        out: the folder.
-        plan: what was planned.
-        reports: one for each step.
-        parameters: their number before and after.
-        proof: of the round trip.
-        copied: files that went along, and those that did not.
-        perplexity: on held-out text, before and after; ``None`` where it was not measured.
+        model: the name of the class.
+        out: the folder that was written.
+        plan: the plan that was carried out.
+        reports: one report for each step.
+        parameters: the number of parameters before and after.
+        proof: the proof of the round trip.
+        copied: the files that were copied, and those that were not.
+        perplexity: on held-out text, before and after; ``None`` if it was not measured.
         notes: what else the user should know.
         seconds: wall-clock time.
+        settings: what the user asked for, by name.
     """
 
     model: str
@@ -97,7 +99,7 @@ class Pruned:
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
-        """Config field -> value before the first step, value after the last."""
+        """Return config field -> (value before the first step, value after the last)."""
         return changed(self.reports)
 
     def __str__(self) -> str:
@@ -118,8 +120,8 @@ class Pruned:
         return "\n".join([*lines, f"written: {self.out} ({self.seconds:.0f} s)"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The result for ``json.dumps``, with the versions it was made by."""
-        found = {
+        """Return the result as data for ``json.dumps``, with the package versions."""
+        data = {
             "model": self.model,
             "out": str(self.out),
             "settings": dict(self.settings),
@@ -136,13 +138,13 @@ class Pruned:
             "steps": [report.to_dict() for report in self.reports],
             "seconds": self.seconds,
         }
-        return dated(found)
+        return dated(data)
 
 
 def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
-    """Config field -> value before the first report, value after the last."""
-    found: dict[str, tuple[Any, Any]] = {}
+    """Return config field -> (value before the first report, value after the last)."""
+    changes: dict[str, tuple[Any, Any]] = {}
     for report in reports:
         for name, (old, new) in report.fields.items():
-            found[name] = (found.get(name, (old,))[0], new)
-    return found
+            changes[name] = (changes.get(name, (old,))[0], new)
+    return changes

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""Write a folder completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..errors import PipelineError
 
 @contextmanager
 def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to, which becomes ``target`` at the end and is gone after any failure.
+    """Yield a folder to write to; it becomes ``target`` at the end and is removed after a failure.
 
-    It stands beside ``target``, so that the end is a rename.
+    It is beside ``target``, so that the last step is a rename.
 
     Args:
-        target: the folder to be; empty or not there, unless ``overwrite``.
+        target: the final folder; empty or not there, unless ``overwrite``.
         source: a folder that has to stay.
-        overwrite: a model folder that is there is replaced in the end.
+        overwrite: replace a model folder that is there, at the end.
 
     Raises:
-        PipelineError: ``target`` cannot be written to, or would overwrite something.
+        PipelineError: ``target`` cannot be written to, or something would be overwritten.
     """
     check_target(target, source=source, overwrite=overwrite)
     target = target.expanduser().resolve()
@@ -37,7 +37,7 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
         work.mkdir()
         yield work
         _flush(work)
-        reason = _taken(target, overwrite)  # it may have been written meanwhile
+        reason = _taken(target, overwrite)  # somebody may have written to it meanwhile
         if reason is not None:
             raise PipelineError(reason)
         _put(work, target, target.with_name(f".{target.name}.{token}.old"))
@@ -49,10 +49,10 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
 
 
 def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-    """Refuse what :func:`new_folder` would refuse, before there is anything to write.
+    """Raise if :func:`new_folder` would refuse ``target``, before there is anything to write.
 
     Raises:
-        PipelineError: ``target`` cannot be written to, or would overwrite something.
+        PipelineError: ``target`` cannot be written to, or something would be overwritten.
     """
     target = target.expanduser().resolve()
     reason = _taken(target, overwrite) or _amid(target, source)
@@ -61,7 +61,7 @@ def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -
 
 
 def _taken(target: Path, overwrite: bool) -> str | None:
-    """Why a folder may not be written to, or ``None``."""
+    """Return why a folder may not be written to, or ``None``."""
     if not target.parent.is_dir():
         return f"{target}: the folder it is to be in is not there. Make it first: {target.parent}"
     if target.exists() and not target.is_dir():
@@ -76,7 +76,7 @@ def _taken(target: Path, overwrite: bool) -> str | None:
 
 
 def _amid(target: Path, source: Path | None) -> str | None:
-    """Why a folder cannot be replaced without harm to another, or ``None``."""
+    """Return why replacing ``target`` would destroy ``source``, or ``None``."""
     if source is None:
         return None
     source = source.resolve()
@@ -86,7 +86,7 @@ def _amid(target: Path, source: Path | None) -> str | None:
 
 
 def _flush(folder: Path) -> None:
-    """What was written is on the disk before the name is."""
+    """Flush all files of a folder to the disk, before the folder gets its final name."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -96,7 +96,10 @@ def _flush(folder: Path) -> None:
 
 
 def _put(work: Path, target: Path, aside: Path) -> None:
-    """Give a folder its name; what has that name now goes, or is there again after a failure."""
+    """Rename ``work`` to ``target``, and remove the folder that had this name.
+
+    That folder is renamed to ``aside`` first; after a failure it gets its name back.
+    """
     with uninterrupted():
         try:
             if target.exists():
@@ -111,7 +114,7 @@ def _put(work: Path, target: Path, aside: Path) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and a polite kill wait until the end of this."""
+    """Delay Ctrl-C and SIGTERM until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
         return

@@ -1,4 +1,4 @@
-"""The plan of a model that is not loaded."""
+"""Make the plan of a model that is not loaded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PipelineError
-from ..planning import plan
-from ..plans import Plan
+from ..planning.make_plan import plan
+from ..planning.plan import Plan
 from .source import Source
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ def planned(
     model_class: type[PreTrainedModel],
     settings: Mapping[str, Any],
 ) -> Plan:
-    """What :func:`~tp_hf_config.plan` says from the config alone.
+    """Return the plan that :func:`~tp_hf_config.plan` makes from the config alone.
 
     Args:
-        source: the model.
+        source: the model, for messages.
         config: its config.
         model_class: its class.
-        settings: arguments of :func:`~tp_hf_config.plan`.
+        settings: keyword arguments for :func:`~tp_hf_config.plan`.
 
     Raises:
-        PipelineError: a target cannot be reached.
-        UnsupportedModelError: a field that cannot be pruned.
+        PipelineError: a setting is invalid or the target cannot be reached.
+        UnsupportedModelError: a field cannot be pruned.
     """
     try:
         return plan(config, model_class=model_class, **settings)

@@ -1,4 +1,4 @@
-"""How far a long job is: what it calls, and the silent form of it."""
+"""Show how far a long job is: the interface, and an implementation that shows nothing."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Somewhere to say how far a job is."""
+    """A display of how far a job is."""
 
     def say(self, what: object) -> None:
-        """Something was done, or found."""
+        """Show that something was done or found."""
         ...
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """Pass on ``total`` items, and show how many are done."""
+        """Yield the items, ``total`` of them, and show how many are done."""
         ...
 
 
 class Silent:
-    """Says nothing."""
+    """A progress display that shows nothing."""
 
     def say(self, what: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """The items alone."""
+        """Yield the items."""
         yield from items

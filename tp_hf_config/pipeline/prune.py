@@ -1,4 +1,4 @@
-"""A folder in, a pruned folder out: the order of things."""
+"""Prune a model folder into a new folder: the steps, in order."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
 from ..errors import PipelineError, UnsupportedModelError
-from ..hook import HFConfigSyncHook
-from ..plans import Plan
-from ..report import SyncReport
+from ..hook.hook import HFConfigSyncHook
+from ..hook.report import SyncReport
+from ..planning.plan import Plan
 from .asked import check_asked
 from .calibration import Objective, Text, objective_of, shuffled, takes_text, windows_of
 from .card import card
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
 _IMPORTANCES: dict[Importance, str] = {
     "magnitude": "GroupMagnitudeImportance",
     "taylor": "GroupTaylorImportance",
@@ -46,7 +45,14 @@ _IMPORTANCES: dict[Importance, str] = {
 
 @dataclass(frozen=True)
 class _Lesson:
-    """A text, what the model is asked about it, and the unpruned model where that teaches."""
+    """A calibration text, and what is needed to use it.
+
+    Attributes:
+        text: the windows of the text.
+        objective: what the model is asked about them.
+        batches: training windows ``(1, tokens)``, without end.
+        teacher: a copy of the unpruned model; ``None`` without recovery.
+    """
 
     text: Text
     objective: Objective
@@ -55,11 +61,15 @@ class _Lesson:
 
 
 def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
-    """Prune a model and write it, with all that belongs to it, once it is proved to load again.
+    """Prune a model and write it with its tokenizer and other files, once it is proved to reload.
+
+    Args:
+        job: what to prune, how, and where to write the result.
+        progress: where to show how far the job is; default: nowhere.
 
     Raises:
         PipelineError: something cannot be read or written, or the round trip is not proved.
-        UnsupportedModelError: the model, or a width of it, cannot be pruned.
+        UnsupportedModelError: the model, or one of its widths, cannot be pruned.
         ConfigSyncError: the class refuses the widths.
     """
     started = time.perf_counter()
@@ -81,18 +91,18 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
             )
         progress.say(plan)
         with _seeded(job.seed):
-            done = _written(job, config, model_class, plan, text, work, progress)
-    return replace(done, seconds=time.perf_counter() - started)
+            result = _written(job, config, model_class, plan, text, work, progress)
+    return replace(result, seconds=time.perf_counter() - started)
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from a seed, and the caller's go on afterwards as if there had been none."""
+    """Seed torch and ``random`` for the block; restore the caller's CPU random state afterwards."""
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            random.seed(seed)  # Torch-Pruning 1.5 shuffles by it
+            random.seed(seed)  # Torch-Pruning 1.5 shuffles with it
             yield
     finally:
         random.setstate(state)
@@ -107,7 +117,7 @@ def _written(
     work: Path,
     progress: Progress,
 ) -> Pruned:
-    """Do it, in a folder that is not yet the one."""
+    """Load, prune and prove the model, and write everything into the unfinished folder ``work``."""
     dtype = dtype_of(job.dtype)
     progress.say(f"loading {job.source.name}")
     loaded = load(job.source, config, model_class, dtype=dtype, device=job.device)
@@ -116,14 +126,14 @@ def _written(
     parameters, perplexity = model.num_parameters(), _perplexity(model, lesson)
     reports = _pruned(job, plan, model, lesson, progress)
     after = _perplexity(model, lesson)
-    del lesson  # the unpruned model makes room for the process that loads the pruned one
+    del lesson  # free the unpruned model: the process that loads the pruned one needs room
     _save(model, work, job.max_shard_size)
-    left = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
+    rotary_notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
     copied = copy_companions(job.source, model.config, work)
     progress.say("a fresh process loads what was written")
     proof = prove_roundtrip(model, work)
     notes = [*loaded.notes, *plan.notes, *(note for report in reports for note in report.notes)]
-    notes += left
+    notes += rotary_notes
     notes += said_in_left(job.source, copied, changed(reports))
     result = Pruned(
         type(model).__name__,
@@ -163,7 +173,7 @@ def _pruned(
     lesson: _Lesson | None,
     progress: Progress,
 ) -> tuple[SyncReport, ...]:
-    """Step by step, with the gradients before and the recovery after each."""
+    """Run all steps, with gradients before and recovery after each; return one report per step."""
     import torch_pruning as tp
 
     hook = HFConfigSyncHook(strict=True)
@@ -196,7 +206,7 @@ def _save(model: PreTrainedModel, folder: Path, max_shard_size: str | None) -> N
     shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     try:
         model.save_pretrained(folder, **shards)
-    except SafetensorError as error:  # a full disk, in the words of its Rust
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise PipelineError(f"the weights cannot be written: {error}") from error
 
 

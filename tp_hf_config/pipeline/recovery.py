@@ -1,4 +1,4 @@
-"""Gradients for Taylor importance, and a short distillation after a cut."""
+"""Compute gradients for Taylor importance, and recover with a short distillation after a step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_GRADIENTS = 8
+_GRADIENTS = 8  # windows
 _LEARNING_RATE = 3e-4
-_WARM_UP = 5
+_WARM_UP = 5  # updates
 
 
 def accumulate_gradients(
@@ -30,7 +30,17 @@ def accumulate_gradients(
     progress: Progress,
     what: str,
 ) -> None:
-    """Sum the gradients of a few windows: Taylor importance is weight times gradient."""
+    """Sum the gradients of a few windows in the parameters' ``grad``.
+
+    Taylor importance is weight times gradient.
+
+    Args:
+        model: the model; its old gradients are dropped.
+        objective: gives the loss of a window.
+        batches: windows ``(1, tokens)``; eight are taken.
+        progress: where to show how far this is.
+        what: what to call it there.
+    """
     model.zero_grad()
     for batch in progress.track(islice(batches, _GRADIENTS), _GRADIENTS, what):
         objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -45,14 +55,23 @@ def recover(
     progress: Progress,
     what: str,
 ) -> None:
-    """Distil the unpruned model's answers into what is left of it.
+    """Distil the answers of the unpruned model into the pruned one.
 
-    The answers and not the text are the target: training on the text would teach the text.
+    The target is the answers and not the text: training on the text would teach the text.
+
+    Args:
+        model: the pruned model; it is trained in place.
+        teacher: the unpruned model.
+        objective: gives the answers for a window.
+        batches: windows ``(1, tokens)``; one is taken for each update.
+        updates: the number of updates.
+        progress: where to show how far this is.
+        what: what to call it there.
 
     Raises:
-        PipelineError: it diverges.
+        PipelineError: the loss is not finite.
     """
-    # Pruning replaced the parameters, so every step needs an optimizer of its own.
+    # Pruning replaced the parameters, so every pruning step needs a new optimizer.
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / _WARM_UP, 1 - i / updates)

@@ -1,4 +1,4 @@
-"""The proof of what was written: a fresh process loads it and computes the same bits."""
+"""Prove what was written: a fresh process loads it and computes the same bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.child import outputs_of
 from ..checkpoint.verify import compare_saved
 from ..errors import PipelineError
-from ..inputs import example_inputs, input_forms
+from ..forward.inputs import example_inputs, input_forms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proof:
-    """That a folder holds a model: how many output tensors, and numbers in them, are identical."""
+    """A proof that a folder holds a model: the outputs of both are identical.
+
+    Attributes:
+        tensors: the number of output tensors that were compared.
+        numbers: the number of numbers in them.
+    """
 
     tensors: int
     numbers: int
@@ -33,7 +38,8 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path) -> Proof:
     """Compare a model with what a fresh process loads from the folder that it was saved to.
 
     Raises:
-        PipelineError: it does not load, or computes anything else.
+        PipelineError: the folder does not load, its outputs differ, or no inputs were found with
+            which the model runs.
     """
     report = compare_saved(model, folder, _inputs(model))
     if not report.same:
@@ -42,12 +48,12 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path) -> Proof:
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Inputs that the model runs with."""
+    """Return keyword arguments with which the model runs; raise if none are found."""
     reason = ""
     for inputs in (example_inputs(model), *input_forms(model)):
         try:
             outputs_of(model, inputs)
-        except Exception as error:  # whatever a forward pass raises at another form
+        except Exception as error:  # a forward pass may raise anything
             reason = reason or f"{type(error).__name__}: {error}"
         else:
             return inputs

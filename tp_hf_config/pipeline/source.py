@@ -1,4 +1,4 @@
-"""Where a model comes from (a folder, a GGUF file, a Hub id), and reading it from there."""
+"""Find where a model comes from (a folder, a GGUF file, a Hub id), and read it from there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SHOWN = 300
+_SHOWN = 300  # characters of an error
 _OLD_CACHES = {"TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"}  # Transformers 4 looks there
 
 
@@ -25,9 +25,9 @@ class Source:
     """Where a model is read from.
 
     Attributes:
-        name: as the user wrote it.
+        name: the model as the user wrote it.
         place: a local folder or a Hub id.
-        gguf: the name of the GGUF file in it, if it is one.
+        gguf: the name of the GGUF file in ``place``; ``None`` if the model is not a GGUF file.
         trust_remote_code: Python files that come with the model may run.
     """
 
@@ -38,34 +38,41 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """The local folder; ``None`` for a Hub id."""
+        """The local folder, or ``None`` for a Hub id."""
         folder = Path(self.place)
         return folder if folder.is_dir() else None
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` has to be told."""
+        """Return the keyword arguments that every ``from_pretrained`` of this model needs."""
         gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
         return {"trust_remote_code": self.trust_remote_code, **gguf}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory, and what there is to say about how it got there."""
+    """A model in memory.
+
+    Attributes:
+        model: the model.
+        notes: what the user should know about loading it, such as tensors that are missing.
+    """
 
     model: PreTrainedModel
     notes: tuple[str, ...] = ()
 
 
 def find_source(name: str, trust_remote_code: bool = False) -> Source:
-    """What a user means by a folder, a file or a name; torch is not needed for that.
+    """Return the source that a user means by a folder, a file or a name, without using torch.
+
+    A name may be a Hub id; whether the Hub has it is not checked.
 
     Raises:
         PipelineError: there is no such folder or file, or no model in it.
     """
     try:
         return _found(name, trust_remote_code)
-    except (OSError, RuntimeError, ValueError) as error:  # no permission; no such home or name
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
         raise PipelineError(f"{name} cannot be read: {error}") from error
 
 
@@ -74,9 +81,9 @@ def _found(name: str, trust_remote_code: bool) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PipelineError(f"{name}: {_without_config(path)}")
-        fault = read_config(path).fault
-        if fault is not None:
-            raise PipelineError(f"{name}: {fault}. Get the file anew, or correct it by hand")
+        reason = read_config(path).fault
+        if reason is not None:
+            raise PipelineError(f"{name}: {reason}. Get the file anew, or correct it by hand")
         return Source(name, str(path), None, trust_remote_code)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -92,10 +99,12 @@ def _found(name: str, trust_remote_code: bool) -> Source:
 
 
 def check_reachable(source: Source) -> None:
-    """Ask the Hub, or its cache, for the config of a model that is not in a folder.
+    """Raise if a model is not in a local folder, and the Hub and its cache have no config of it.
+
+    Do nothing if the environment names an old cache, in which Transformers 4 looks.
 
     Raises:
-        PipelineError: there is none.
+        PipelineError: there is no such config, or the Hub cannot be reached.
     """
     if source.folder is not None or os.environ.keys() & _OLD_CACHES:
         return
@@ -103,7 +112,7 @@ def check_reachable(source: Source) -> None:
 
     try:
         hf_hub_download(source.place, "config.json")
-    except Exception as error:  # of the network, of the Hub, of the cache
+    except Exception as error:  # from the network, the Hub or the cache
         raise _cannot(source, "its config cannot be read", error) from error
 
 
@@ -111,38 +120,40 @@ def _without_config(folder: Path) -> str:
     gguf = sorted(folder.glob("*.gguf"))
     if gguf:
         return f"no config.json in this folder, but a GGUF file. Say which file: {gguf[0]}"
-    inside = sorted(found.parent for found in folder.glob("*/config.json"))
+    inside = sorted(config.parent for config in folder.glob("*/config.json"))
     if inside:
         return f"no config.json in this folder, but in one inside. Give that: {inside[0]}"
     return "no config.json in this folder; expected what save_pretrained writes"
 
 
 def config_of(source: Source) -> PreTrainedConfig:
-    """The model's config; no weights are read.
+    """Return the model's config; read no weights.
 
     Raises:
-        PipelineError: it cannot be read, or wants to run code that is not trusted.
+        PipelineError: the config cannot be read, or needs code that is not trusted.
     """
     from transformers import AutoConfig
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **source.options)
         return config
-    except Exception as error:  # whatever a config class raises at what is in the file
+    except Exception as error:  # a config class may raise anything
         raise _cannot(source, "its config cannot be read", error) from error
 
 
 def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that the config names.
+    """Return the class that the config names, or the one that the auto classes have for it.
+
+    Code that comes with the model goes first where it is trusted.
 
     Raises:
-        PipelineError: it is code that is not trusted, or cannot be loaded.
-        UnsupportedModelError: there is none.
+        PipelineError: the class is code that is not trusted or cannot be loaded.
+        UnsupportedModelError: there is no class for this config.
     """
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    from ..unbuilt import class_of
+    from ..model.from_config import class_of
 
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     own = {
@@ -155,9 +166,11 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
         return class_of(config)
     if source.trust_remote_code:
         try:
-            found: type[PreTrainedModel] = get_class_from_dynamic_module(reference, source.place)
-            return found
-        except Exception as error:  # whatever that code raises
+            own_class: type[PreTrainedModel] = get_class_from_dynamic_module(
+                reference, source.place
+            )
+            return own_class
+        except Exception as error:  # that code may raise anything
             raise _cannot(source, f"its code ({reference}) cannot be loaded", error) from error
     if any(hasattr(transformers, name) for name in named):
         return class_of(config)
@@ -172,17 +185,17 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> Loaded:
-    """The whole model in memory, in eval mode.
+    """Load the whole model into memory, in eval mode.
 
     Args:
-        source: where it is.
+        source: where the model is.
         config: its config.
         model_class: its class.
-        dtype: of its weights; default: as they are stored, float32 from a GGUF file.
-        device: where to put it.
+        dtype: the dtype of its weights; default: as they are stored, float32 from a GGUF file.
+        device: torch's name of the device to put it on.
 
     Raises:
-        PipelineError: it cannot be read.
+        PipelineError: the weights cannot be loaded.
     """
     import torch
 
@@ -190,7 +203,7 @@ def load(
     try:
         model, info = read_weights(source, config, model_class, dtype or stored)
         model = model.to(device)  # type: ignore[arg-type]
-    except Exception as error:  # whatever reading weights can end in
+    except Exception as error:  # reading weights may raise anything
         raise _cannot(source, "its weights cannot be loaded", error) from error
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
@@ -207,7 +220,11 @@ def load(
 def read_weights(
     source: Source, config: PreTrainedConfig, model_class: type[PreTrainedModel], dtype: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model in eval mode, and what loading it reports; errors pass through."""
+    """Load the model; errors pass through.
+
+    Returns:
+        The model in eval mode, and the loading info of Transformers (``missing_keys`` and others).
+    """
     loaded: Any = model_class.from_pretrained(
         source.place, config=config, dtype=dtype, output_loading_info=True, **source.options
     )
@@ -216,7 +233,7 @@ def read_weights(
 
 
 def check_plain(source: Source, config: PreTrainedConfig) -> None:
-    """Refuse packed weights before they are read.
+    """Raise if the weights are packed, before they are read.
 
     Raises:
         UnsupportedModelError: the config says that the weights are quantised.
@@ -232,10 +249,10 @@ def check_plain(source: Source, config: PreTrainedConfig) -> None:
 
 
 def check_read(source: Source) -> None:
-    """Refuse a config of which this Transformers would not read the rotary embeddings.
+    """Raise if the installed Transformers would ignore the rotary embeddings in a config.
 
     Raises:
-        PipelineError: it is of Transformers 5, and this is 4.
+        PipelineError: Transformers 5 wrote the config, and Transformers 4 is installed.
     """
     from ..checkpoint.loading import MAJOR
     from ..checkpoint.rotary import unread_by_transformers_4
@@ -252,20 +269,20 @@ def check_read(source: Source) -> None:
 
 
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
-        PipelineError: there is none.
+        PipelineError: there is no tokenizer, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.place, **source.options
         )
-    except Exception as error:  # each tokenizer class has its own way of failing
+    except Exception as error:  # each tokenizer class fails in its own way
         raise _cannot(source, "its tokenizer cannot be loaded", error) from error
-    return found
+    return tokenizer
 
 
 def _cannot(source: Source, what: str, error: Exception) -> TPHFConfigError:

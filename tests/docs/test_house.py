@@ -1,0 +1,93 @@
+"""The folders of the package and their order: nothing imports upward, and nothing in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "tp_hf_config"
+FLOORS = (
+    {"cli"},
+    {"pipeline"},
+    {"hook"},
+    {"planning"},
+    {"graph"},
+    {"checkpoint", "twin"},
+    {"fieldmap"},
+    {"forward"},
+    {"model"},
+)
+ROOT = {"__init__", "__main__", "errors", "notebook", "schema", "when_imported"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> tuple[str, ...]:
+    """The parts of a module's name without the package's; those of a folder for ``__init__``."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, ...]]:
+    """The package's modules that a module imports anywhere, for type checking too."""
+    own = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == PACKAGE.name:
+                    yield tuple(alias.name.split(".")[1:])
+        elif isinstance(node, ast.ImportFrom):
+            parts = tuple(node.module.split(".")) if node.module else ()
+            if node.level:
+                parts = own[: len(own) - node.level + 1] + parts
+            elif parts[:1] == (PACKAGE.name,):
+                parts = parts[1:]
+            else:
+                continue
+            for alias in node.names:
+                yield (*parts, alias.name) if (*parts, alias.name) in MODULES else parts
+
+
+def floor_of(module: tuple[str, ...]) -> int:
+    """The floor that a module is on, from the top; the root is the ground."""
+    folder = module[0] if len(module) > 1 or not module or module[0] not in ROOT else ""
+    return next((n for n, folders in enumerate(FLOORS) if folder in folders), len(FLOORS))
+
+
+def test_every_folder_is_on_a_floor_and_says_what_it_is() -> None:
+    folders = {path.parent for path in FILES} - {PACKAGE}
+    assert {path.name for path in folders if path.parent == PACKAGE} == set().union(*FLOORS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT
+    for folder in folders:
+        tree = ast.parse((folder / "__init__.py").read_text())
+        assert ast.get_docstring(tree), folder
+        assert len(tree.body) == 1, f"{folder}/__init__.py imports nothing"
+        assert len(folder.relative_to(PACKAGE).parts) <= 2, folder
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(module_of(path)) or "root")
+def test_nothing_is_imported_from_a_floor_above(path: Path) -> None:
+    module = module_of(path)
+    if module in ((), ("__main__",)):
+        return  # the public names
+    for other in imports_of(path):
+        same = module[:1] == other[:1] and len(module) > 1
+        assert same or not other or floor_of(module) < floor_of(other) or not module[1:], other
+
+
+def test_there_are_no_circles() -> None:
+    arrows = {module_of(path): set(imports_of(path)) - {()} for path in FILES if module_of(path)}
+    while arrows:
+        ground = {name for name, others in arrows.items() if not others & arrows.keys()}
+        assert ground, f"circles among {sorted('.'.join(name) for name in arrows)}"
+        arrows = {name: others for name, others in arrows.items() if name not in ground}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(module_of(path)) or "root")
+def test_modules_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400

@@ -1,0 +1,78 @@
+"""Plans that are carried out, and a class that takes no less than some width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch_pruning as tp
+import transformers as hf
+
+from tp_hf_config import (
+    HFConfigSyncHook,
+    Plan,
+)
+
+SMOLLM2 = hf.LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+    architectures=["LlamaForCausalLM"],
+)
+
+
+def pruned(model: Any, plan: Plan) -> list[dict[str, Any]]:
+    """Prune as planned, adjusted as planned; the config's fields after every step."""
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.BasePruner(
+        model,
+        **plan.pruner_kwargs(model),
+        importance=tp.importance.MagnitudeImportance(),
+        hooks=[hook],
+    )
+    after: list[dict[str, Any]] = []
+    for number in range(1, plan.settings.iterative_steps + 1):
+        pruner.step()
+        assert hook.last_report is not None
+        told = [note for note in hook.last_report.notes if note.startswith("step ")]
+        assert told == [line for line in plan.adjusted if line.startswith(f"step {number}: ")]
+        after.append({name: getattr(model.config, name) for name in plan.values})
+    return after
+
+
+def steps(plan: Plan) -> list[dict[str, int]]:
+    """Field -> value after every step, all widths together."""
+    return [
+        {name: value for width in plan.widths for name, value in width.steps[step].items()}
+        for step in range(plan.settings.iterative_steps)
+    ]
+
+
+def numbers_of(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters and their bytes, tied ones once."""
+    weights = list(model.parameters())
+    return sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights)
+
+
+class NarrowConfig(hf.LlamaConfig):
+    """Takes no hidden size under 24, whatever the heads are."""
+
+    model_type = "narrow"
+
+
+class Narrow(hf.LlamaForCausalLM):
+    config_class = NarrowConfig
+
+    def __init__(self, config: NarrowConfig):
+        if config.hidden_size < 24:
+            raise ValueError("hidden_size: at least 24 are needed")
+        super().__init__(config)
+
+
+def narrow() -> Narrow:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    return Narrow(NarrowConfig(vocab_size=40, num_hidden_layers=2, num_attention_heads=4, **sizes))

@@ -1,0 +1,165 @@
+"""The smallest models that show what a test is about."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+import transformers as hf
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from tp_hf_config import pruner_kwargs
+
+TRANSFORMERS = tuple(int(part) for part in hf.__version__.split(".")[:2])
+TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
+TORCH_PRUNING = tuple(int(part) for part in version("torch-pruning").split(".")[:2])
+"""Versions, for what differs: ``TRANSFORMERS >= (5,)``."""
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class _Llama4(hf.LlamaForCausalLM):
+    """Transformers 4 checks no widths of Llama; this one refuses what that of 5 refuses."""
+
+    def __init__(self, config: Any):
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if hidden % heads:
+            raise ValueError(
+                "Class validation error for validator 'validate_architecture': ValueError: The "
+                f"hidden size ({hidden}) is not a multiple of the number of attention heads "
+                f"({heads})."
+            )
+        super().__init__(config)
+
+
+_Llama4.__name__ = hf.LlamaForCausalLM.__name__
+LlamaForCausalLM = hf.LlamaForCausalLM if TRANSFORMERS >= (5,) else _Llama4
+
+traced_kwargs = functools.partial(pruner_kwargs, graph="trace")
+"""What these tests are about is the traced graph; the config graph has its own tests."""
+
+
+def mlp() -> nn.Sequential:
+    """No Hugging Face model: what Torch-Pruning alone prunes."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)
+    )
+
+
+def pruner_of(model: nn.Module, cls: Any = None, **kwargs: Any) -> Any:
+    """A pruner of ``mlp()`` whose last layer stays."""
+    cls = tp.pruner.MetaPruner if cls is None else cls
+    kwargs = {"pruning_ratio": 0.5, "ignored_layers": [model[4]], **kwargs}
+    return cls(model, torch.rand(1, 8), importance=tp.importance.MagnitudeImportance(), **kwargs)
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": False,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+
+def bert(**changes: Any) -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**{**_BERT, **changes})).eval()
+
+
+def roberta(**changes: Any) -> RobertaForMaskedLM:
+    torch.manual_seed(0)
+    return RobertaForMaskedLM(RobertaConfig(**{**_BERT, **changes})).eval()
+
+
+def phi3(**changes: Any) -> Phi3ForCausalLM:
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+    }
+    return Phi3ForCausalLM(Phi3Config(**{**values, **changes})).eval()
+
+
+_BERT = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that a sync may change in a Hugging Face model, copied: for comparing with ``same``."""
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    return {
+        "configs": {
+            name: (id(module.config), module.config.to_dict())
+            for name, module in model.named_modules()
+            if hasattr(module, "config")
+        },
+        "attributes": {
+            f"{name}.{key}": value
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float, str, bool, type(None), tuple))
+        },
+        "identities": {name: id(tensor) for name, tensor in tensors.items()},
+        "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Two results of ``state_of`` are alike, values bit for bit."""
+    for part in ("configs", "attributes", "identities"):
+        assert before[part] == after[part]
+    assert before["values"].keys() == after["values"].keys()
+    for name, value in before["values"].items():
+        assert torch.equal(value, after["values"][name]), name
+
+
+def python(code: str, timeout: float = 120) -> str:
+    """Run code in a fresh interpreter that can import the library; its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

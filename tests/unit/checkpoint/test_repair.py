@@ -1,0 +1,452 @@
+"""The config that weights need: found, written as one, never guessed, nothing lost on the way."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import folders
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tp_hf_config import CheckpointError, check_checkpoint, repair_checkpoint
+from tp_hf_config.checkpoint import writing
+from tp_hf_config.cli import repair as command
+
+BROKEN: list[tuple[str, dict[str, Any], dict[str, int]]] = [
+    ("llama", {"intermediate_size": 80}, {}),
+    ("llama", {"num_hidden_layers": 3, "intermediate_size": 80}, {}),
+    ("llama", {"num_hidden_layers": 1}, {}),
+    ("llama", {"hidden_size": 66}, {}),
+    ("llama", {"hidden_size": "abc"}, {}),
+    ("llama", {"hidden_size": 10**25, "num_hidden_layers": 10**9}, {}),
+    ("llama", {"num_attention_heads": 2}, {"head_dim": 16}),
+    ("llama", {"num_attention_heads": 2}, {"num_attention_heads": 4}),
+    ("llama-tied", {"tie_word_embeddings": False, "hidden_size": 32}, {}),
+    ("qwen3", {"head_dim": None}, {}),
+    ("gpt2", {"n_embd": 32}, {}),
+    ("gpt2", {"n_head": 3}, {"num_attention_heads": 4}),
+    ("bert", {"intermediate_size": 8, "vocab_size": 7, "num_hidden_layers": 4}, {}),
+    ("bert", {"num_attention_heads": "x"}, {"num_attention_heads": 4}),
+    ("t5", {"num_decoder_layers": 1, "d_ff": 55, "d_kv": 6}, {"num_heads": 4}),
+    ("mixtral", {"num_local_experts": 2, "intermediate_size": 99}, {}),
+    ("swin", {"depths": [2, 2], "embed_dim": 8}, {}),
+    ("clip", {"projection_dim": 7}, {}),
+    ("vit", {"image_size": 64}, {"image_size": 32}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "given"), BROKEN)
+def test_the_right_config_comes_back(
+    name: str, fields: dict[str, Any], given: dict[str, int], tmp_path: Path
+):
+    folder = folders.saved(name, tmp_path)
+    right, before = folders.config_of(folder), folders.files(folder)
+    broken = (folders.edit(folder, **fields) / "config.json").read_bytes()
+    report = repair_checkpoint(folder, given=given)
+    assert folders.config_of(folder) == right
+    assert report.written
+    assert report.backup == "config.json.bak"
+    assert {name for name, _ in report.fields.items()} >= {
+        name for name, value in fields.items() if not isinstance(value, list)
+    }
+    after = folders.files(folder)
+    assert after.pop("config.json.bak") == broken
+    assert {k: v for k, v in after.items() if k != "config.json"} == {
+        k: v for k, v in before.items() if k != "config.json"
+    }
+    assert report.after == check_checkpoint(folder)
+    assert report.after is not None
+    assert report.after.sound is True
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_repaired_folder_computes_the_same_bits(name: str, tmp_path: Path):
+    folder = folders.saved(name, tmp_path)
+    expected = folders.logits(folder, name)
+    folders.edit(folder, intermediate_size=80, hidden_size=32)
+    repair_checkpoint(folder, given={"num_attention_heads": 4})
+    assert torch.equal(folders.logits(folder, name), expected)
+
+
+def test_only_what_changes_is_written(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80, own={"a": [1]})
+    before = list(folders.config_of(folder).items())
+    report = repair_checkpoint(folder)
+    after = list(folders.config_of(folder).items())
+    assert [(a, b) for a, b in zip(before, after, strict=True) if a != b] == [
+        (("intermediate_size", 80), ("intermediate_size", 96))
+    ]
+    assert report.difference.splitlines() == [
+        "--- config.json",
+        "+++ config.json (new)",
+        "@@ -13,3 +13,3 @@",
+        '   "initializer_range": 0.02,',
+        '-  "intermediate_size": 80,',
+        '+  "intermediate_size": 96,',
+        '   "max_position_embeddings": 64,',
+    ]
+    assert str(report).startswith(
+        f"{folder}: repaired\n  intermediate_size: 80 -> 96\n  the old config is in config.json.bak"
+    )
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["fields"] == {"intermediate_size": {"old": 80, "new": 96}}
+
+
+def test_tensors_that_are_not_tied_are_untied_in_the_config(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), tie_word_embeddings=True)
+    assert repair_checkpoint(folder).fields == {"tie_word_embeddings": (True, False)}
+    assert folders.notes(check_checkpoint(folder)) == ()
+
+
+def test_layer_types_that_no_shape_shows_are_not_guessed(tmp_path: Path):
+    folder = folders.saved("gemma3-deep", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if not k.startswith("model.layers.7.")}
+    save_file(kept, folder / "model.safetensors")
+    before = folders.files(folder)
+    with pytest.raises(CheckpointError, match="is missing, in any layout of Gemma3ForCausalLM"):
+        repair_checkpoint(folder)
+    assert folders.files(folder) == before
+
+
+def test_a_sound_folder_is_left_alone(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    before = folders.files(folder)
+    report = repair_checkpoint(folder)
+    assert (report.written, report.fields, report.difference) == (False, {}, "")
+    assert str(report).endswith("config.json says what the weights are; nothing to repair")
+    assert folders.files(folder) == before
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    before = folders.files(folder)
+    report = repair_checkpoint(folder, dry_run=True, out=tmp_path / "new")
+    assert report.fields == {"intermediate_size": (80, 96)}
+    assert not report.written
+    assert "not written (dry run)" in str(report)
+    assert folders.files(folder) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_tokens_of_the_generation_config_that_are_no_tokens(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 50256], "pad_token_id": 0}))
+    report = repair_checkpoint(folders.edit(folder, intermediate_size=80))
+    assert report.notes == (
+        "generation_config.json: eos_token_id [2, 50256] is no token of 99; correct it by hand",
+    )
+
+
+# What shapes do not decide
+
+
+def test_heads_that_no_shape_decides_are_asked_for(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), num_attention_heads=2)
+    before = folders.files(folder)
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder)
+    assert error.value.candidates == (
+        {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2},
+        {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
+    )
+    assert str(error.value).endswith(
+        "Nothing tells which; say it: given={'head_dim': 16} or --head-dim 16. Nothing was written."
+    )
+    assert folders.files(folder) == before
+
+
+def test_a_head_count_is_not_made_up(tmp_path: Path):
+    folder = folders.edit(folders.saved("gpt2", tmp_path), n_head=3)
+    with pytest.raises(CheckpointError, match=r"no shape shows .* given=\{'n_head': \.\.\.\}"):
+        repair_checkpoint(folder)
+
+
+def test_a_size_that_is_rounded_is_not_made_up(tmp_path: Path):
+    folder = folders.edit(folders.saved("vit", tmp_path), image_size=64)
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder)
+    assert error.value.candidates == tuple({"image_size": size} for size in range(32, 40))
+
+
+def test_heads_that_stay_are_named(tmp_path: Path):
+    folder = folders.edit(folders.saved("bert", tmp_path), intermediate_size=8)
+    report = repair_checkpoint(folder)
+    assert report.undecided == ("num_attention_heads",)
+    assert "no shape shows num_attention_heads: left as it is" in str(report)
+
+
+def test_a_given_field_that_the_class_has_not(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder, given={"width": 3})
+    assert (
+        "LlamaConfig has no field width that sets sizes: say one of head_dim, hidden_size, "
+        "intermediate_size, num_attention_heads, num_key_value_heads, vocab_size"
+    ) in str(error.value)
+
+
+def test_layers_of_different_widths_are_told_apart(tmp_path: Path):
+    folder = folders.with_a_narrow_layer(tmp_path)
+    with pytest.raises(CheckpointError, match="64 in layers 0-2, 4-5; 40 in layer 3"):
+        repair_checkpoint(folder)
+
+
+# Written as one, or not at all
+
+
+def test_backups_are_numbered(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    names = []
+    for size in (80, 81, 82):
+        folders.edit(folder, intermediate_size=size)
+        names.append(repair_checkpoint(folder).backup)
+    assert names == ["config.json.bak", "config.json.bak.1", "config.json.bak.2"]
+    for size, name in zip((80, 81, 82), names, strict=True):
+        assert json.loads((folder / str(name)).read_text())["intermediate_size"] == size
+
+
+def _failing(original: Any, nth: int, error: BaseException, late: bool) -> Any:
+    """A function whose n-th call fails, before or after it has done its work."""
+    calls = iter(range(100))
+
+    def call(*args: Any, **options: Any) -> Any:
+        now = next(calls) == nth
+        if now and not late:
+            raise error
+        result = original(*args, **options)
+        if now:
+            raise error
+        return result
+
+    return call
+
+
+def _broken_off(folder: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[str, Any]) -> bool:
+    """Repair while a call fails; whether it did."""
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.os, *call)
+        try:
+            repair_checkpoint(folder)
+        except (CheckpointError, KeyboardInterrupt):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
+def test_a_full_disk_or_an_interrupt_at_any_moment(
+    error: BaseException, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    old = folders.files(folder)
+    text = json.dumps({**folders.config_of(folder), "intermediate_size": 96}, indent=2) + "\n"
+    new = {**old, "config.json": text.encode(), "config.json.bak": old["config.json"]}
+    failures = []
+    for name in ("open", "write", "fsync", "replace"):
+        for nth in range(20):
+            call = (name, _failing(getattr(os, name), nth, error, late))
+            failed = _broken_off(folder, monkeypatch, call)
+            found = folders.files(folder)
+            assert found in ([old, new] if failed else [new]), (name, nth)
+            if found == new:
+                (folder / "config.json.bak").unlink()
+                (folder / "config.json").write_bytes(old["config.json"])
+            if not failed:
+                break
+            failures.append((name, nth))
+    # opened: the folder, two files, the folder; written and flushed: two files; renamed: two
+    flushes = [("open", 3), ("fsync", 2)] if isinstance(error, KeyboardInterrupt) else []
+    assert len(failures) == 9 + len(flushes)  # a folder that cannot be flushed is no failure
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing.os, "write", full)
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder)
+    assert str(error.value) == (
+        f"{folder} cannot be written: No space left on device. {folder} is as it was. Write to "
+        "another folder: out= (--out)."
+    )
+
+
+def test_a_short_write_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    write = os.write
+    monkeypatch.setattr(writing.os, "write", lambda handle, data: write(handle, data[:7]))
+    repair_checkpoint(folder)
+    assert folders.config_of(folder)["intermediate_size"] == 96
+
+
+def test_what_a_killed_repair_left_is_in_nobodys_way(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    (folder / ".config.json.new").write_text("half")
+    (folder / ".config.json.old").symlink_to(tmp_path / "victim")
+    (tmp_path / "victim").write_text("untouched")
+    repair_checkpoint(folder)
+    assert folders.config_of(folder)["intermediate_size"] == 96
+    assert (tmp_path / "victim").read_text() == "untouched"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "config.json.bak",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    blob = tmp_path / "blob"
+    (folder / "config.json").rename(blob)
+    (folder / "config.json").symlink_to(blob)
+    before = blob.read_bytes()
+    repair_checkpoint(folder)
+    assert not (folder / "config.json").is_symlink()
+    assert blob.read_bytes() == before
+    assert (folder / "config.json.bak").read_bytes() == before
+    assert not (folder / "config.json.bak").is_symlink()
+    assert folders.config_of(folder)["intermediate_size"] == 96
+
+
+def test_a_link_in_the_place_of_the_backup_is_not_written_through(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    (folder / "config.json.bak").symlink_to(tmp_path / "nowhere")
+    assert repair_checkpoint(folder).backup == "config.json.bak.1"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_that_is_locked(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    before = folders.files(folder)
+    with (
+        writing.locked(folder),
+        pytest.raises(CheckpointError, match="is being repaired by another process"),
+    ):
+        repair_checkpoint(folder)
+    assert folders.files(folder) == before
+    assert repair_checkpoint(folder).written
+
+
+def test_two_repairs_at_once_lose_nothing(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    broken = (folder / "config.json").read_bytes()
+    done: list[Any] = []
+
+    def repair() -> None:
+        try:
+            done.append(repair_checkpoint(folder))
+        except CheckpointError as error:
+            done.append(error)
+
+    threads = [threading.Thread(target=repair) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    written = [one for one in done if not isinstance(one, CheckpointError) and one.written]
+    assert len(written) == 1
+    assert (folder / "config.json.bak").read_bytes() == broken
+    assert folders.config_of(folder)["intermediate_size"] == 96
+    assert len(list(folder.iterdir())) == 4
+
+
+# Into another folder
+
+
+def test_a_new_folder_is_written_and_the_old_one_stays(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "note.txt").write_text("inside")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (folder / "elsewhere").symlink_to(tmp_path)
+    (folder / "vocab.txt").symlink_to(tmp_path / "blob")
+    (tmp_path / "blob").write_text("words")
+    before = folders.files(folder)
+    out = tmp_path / "deep" / "new"
+    report = repair_checkpoint(folder, out=out)
+    assert folders.files(folder) == before
+    assert report.folder == str(out)
+    assert report.backup is None
+    assert report.notes == ("left out, as no plain files: elsewhere",)
+    assert folders.config_of(out)["intermediate_size"] == 96
+    assert (out / "onnx" / "note.txt").read_text() == "inside"
+    assert (out / "1_Pooling" / "config.json").read_bytes() == (
+        folder / "1_Pooling" / "config.json"
+    ).read_bytes()
+    assert not (out / "vocab.txt").is_symlink()
+    assert (out / "model.safetensors").samefile(folder / "model.safetensors")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["new"]
+    assert check_checkpoint(out).sound is True
+
+
+def test_weights_are_copied_where_they_cannot_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(writing.os, "link", refused)
+    repair_checkpoint(folder, out=tmp_path / "new")
+    one, other = (place / "model.safetensors" for place in (folder, tmp_path / "new"))
+    assert not one.samefile(other)
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_new_folder_that_cannot_be_finished_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="new cannot be written: No space left on device"):
+        repair_checkpoint(folder, out=tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(CheckpointError, match=r"new is there already\. Say a folder that is not"):
+        repair_checkpoint(folder, out=tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+# The command
+
+
+def command_of(*argv: str) -> Any:
+    parser = argparse.ArgumentParser()
+    command.add(parser)
+    return command.run(parser.parse_args(argv))
+
+
+def test_the_command(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), num_attention_heads=2)
+    outcome = command_of(str(folder), "--head-dim", "16", "--dry-run")
+    assert (outcome.code, outcome.data["written"]) == (0, False)
+    outcome = command_of(str(folder), "--heads", "4", "--out", str(tmp_path / "new"))
+    assert (outcome.code, outcome.data["written"]) == (0, True)
+    assert folders.config_of(folder)["num_attention_heads"] == 2
+    assert folders.config_of(tmp_path / "new")["num_attention_heads"] == 4
+    assert outcome.text.startswith(f"{tmp_path / 'new'}: repaired\n  num_attention_heads: 2 -> 4")

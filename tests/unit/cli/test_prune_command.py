@@ -1,0 +1,699 @@
+"""``tp-hf-config prune``: what it writes, that it writes it whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import model_folders as folders
+import pytest
+import small
+import tiny
+import torch
+import transformers as hf
+from huggingface_hub.repocard import metadata_load
+from safetensors import SafetensorError
+from shell import Terminal, shell
+from smollm2_file import gguf_file
+
+from tp_hf_config.cli.main import main
+from tp_hf_config.pipeline import output, prune, recovery
+from tp_hf_config.pipeline.roundtrip import Proof
+from tp_hf_config.planning.trajectory import Trajectory
+
+QUARTER = ("--pruning-ratio", "0.25")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name in ("llama-gqa", "bert", "roberta", "vit", "t5", "bert-cls"):
+        folders.save(name, root / name)
+    folders.save_text(root / "text.txt")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: several threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fresh process: what it would find is not what a test is about."""
+    monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
+
+
+def logits(folder: Path, cls: Any, model: Any = None) -> torch.Tensor:
+    model = cls.from_pretrained(folder).eval() if model is None else model
+    with torch.no_grad():
+        result = model(**tiny.inputs(model))
+    return result.get("logits", result[0])  # type: ignore[no-any-return]
+
+
+class TestWhatIsWritten:
+    def test_llama_by_taylor_with_recovery(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        typed = ("prune", models / "llama-gqa", "--out", out, *QUARTER, "--steps", 2, "--json")
+        typed += ("--importance", "taylor", "--calibration", models / "text.txt", "--recover", 5)
+        code, printed, errors = shell(capsys, *typed)
+        found = json.loads(printed)
+        assert code == 0
+        assert found["fields"] == {
+            "hidden_size": {"old": 64, "new": 48},
+            "intermediate_size": {"old": 128, "new": 96},
+        }
+        assert found["parameters"] == {"before": 86_720, "after": 55_824}
+        assert found["proof"] == {"tensors": 1, "numbers": 8 * tiny.VOCAB}
+        assert found["copied"] == ["tokenizer.json", "tokenizer_config.json"]
+        assert [step["step"] for step in found["steps"]] == [1, 2]
+        assert found["perplexity"]["before"] > 0
+        for line in ("step 1/2: recovery: 2 windows", "step 2/2: recovery: 3 windows"):
+            assert line in errors.splitlines()
+        assert sorted(folders.content(out)) == [
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        model, info = hf.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values())
+        assert (model.config.hidden_size, model.num_parameters()) == (48, 55_824)
+        assert hf.AutoTokenizer.from_pretrained(out)("w3 w5")["input_ids"] == [3, 5]
+        assert os.listdir(tmp_path) == ["out"]
+
+    def test_vit_with_its_processor_in_shards_on_a_terminal(
+        self, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        out = tmp_path / "out"
+        typed = ["prune", str(models / "vit"), "--out", str(out), *QUARTER]
+        assert main([*typed, "--max-shard-size", "100kb"]) == 0
+        assert "a fresh process loads what was written" in terminal.getvalue()
+        copied = (out / folders.PROCESSOR).read_bytes()
+        assert copied == (models / "vit" / folders.PROCESSOR).read_bytes()
+        assert len(list(out.glob("model-*.safetensors"))) > 1
+        config = hf.AutoConfig.from_pretrained(out)
+        assert (config.hidden_size, config.intermediate_size) == (48, 96)
+
+    def test_the_card(self, capsys: Any, models: Path, tmp_path: Path, unproved: None) -> None:
+        folder, out = tmp_path / "tiny-bert", tmp_path / "out"
+        folders.save("bert", folder)
+        (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\ntags: [x]\n---\n# A\n")
+        typed = ("prune", folder, "--out", out, "--head-pruning-ratio", "1/4")
+        assert shell(capsys, *typed, "--importance", "random", "--seed", 3)[0] == 0
+        assert metadata_load(out / "README.md") == {
+            "base_model": "tiny-bert",
+            "library_name": "transformers",
+            "tags": ["pruned"],
+            "license": "mit",
+            "language": "en",
+        }
+        text = (out / "README.md").read_text()
+        for line in (
+            "| hidden_size | 64 | 48 |",
+            "| num_attention_heads | 4 | 3 |",
+            "| parameters | 81,792 | 54,496 (66.6%) |",
+            "| importance | `random` |",
+            "| seed | `3` |",
+            f"| transformers | {hf.__version__} |",
+            f"| command | `tp-hf-config prune {folder} --out {out} --head-pruning-ratio 1/4 "
+            "--importance random --seed 3` |",
+        ):
+            assert line in text.splitlines()
+
+    def test_a_seed_decides(
+        self, capsys: Any, models: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        state = torch.random.get_rng_state()
+
+        def result(name: str, seed: int) -> torch.Tensor:
+            typed = ("prune", models / "bert", "--out", tmp_path / name, *QUARTER)
+            assert shell(capsys, *typed, "--importance", "random", "--seed", seed)[0] == 0
+            return logits(tmp_path / name, hf.BertModel)
+
+        first = result("one", 1)
+        assert torch.equal(first, result("two", 1))
+        assert not torch.equal(first, result("three", 2))
+        assert torch.equal(state, torch.random.get_rng_state())
+
+    def test_to_a_size(self, capsys: Any, models: Path, tmp_path: Path, unproved: None) -> None:
+        typed = ("prune", models / "llama-gqa", "--out", tmp_path / "out", "--steps", 2, "--json")
+        _, printed, _ = shell(capsys, *typed, "--target-params", "60K", "--dtype", "bfloat16")
+        found = json.loads(printed)
+        planned = found["plan"]["after"]
+        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        assert model.num_parameters() == planned["parameters"] <= 60_000
+        assert planned["bytes"] == 2 * planned["parameters"]
+        assert model.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("name", ["roberta", "t5", "bert-cls"])
+    def test_tasks(
+        self, capsys: Any, models: Path, tmp_path: Path, unproved: None, name: str
+    ) -> None:
+        """Recovery brings the pruned model nearer to the unpruned one."""
+        cls = type(tiny.build(name))
+        original = logits(models / name, cls)
+
+        def distance(out: str, *more: object) -> float:
+            typed = ("prune", models / name, "--out", tmp_path / out, "--pruning-ratio", "0.1")
+            calibration = ("--importance", "taylor", "--calibration", models / "text.txt")
+            code, _, errors = shell(capsys, *typed, *calibration, *more)
+            assert code == 0, errors
+            pruned = logits(tmp_path / out, cls)
+            guess, target = (one.flatten(0, -2).log_softmax(-1) for one in (pruned, original))
+            kl_div = torch.nn.functional.kl_div
+            return kl_div(guess, target, log_target=True, reduction="batchmean").item()
+
+        after, before = distance("recovered", "--recover", 20), distance("cut")
+        assert after < before, (after, before)
+
+    def test_what_belongs_goes_along(
+        self, capsys: Any, models: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        folder, out = tmp_path / "model", tmp_path / "out"
+        folders.save("bert", folder)
+        (tmp_path / "secret").write_text("mine")
+        (folder / "vocab.txt").symlink_to(tmp_path / "secret")
+        (folder / "merges.txt").symlink_to("LICENSE")
+        (folder / "additional_chat_templates").mkdir()
+        for name in ("LICENSE", "additional_chat_templates/a.jinja", "modules.json", "run.py"):
+            (folder / name).write_text(name)
+        (folder / "pytorch_model.bin").write_bytes(b"old weights")
+        (folder / ".cache").mkdir()
+        (folder / ".cache" / "tokenizer.json").write_text("")
+        _, printed, _ = shell(capsys, "prune", folder, "--out", out, *QUARTER, "--json")
+        found = json.loads(printed)
+        assert found["copied"] == [
+            "LICENSE",
+            "additional_chat_templates/a.jinja",
+            "merges.txt",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        assert found["not_copied"] == ["modules.json", "run.py", "vocab.txt"]
+        assert (out / "merges.txt").read_text() == "LICENSE"
+        assert not (out / "merges.txt").is_symlink()
+        assert not {"vocab.txt", "run.py", "pytorch_model.bin"} & set(os.listdir(out))
+
+    def test_code_that_comes_with_it(
+        self, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache = tmp_path / "cache"
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
+        monkeypatch.setenv("HF_MODULES_CACHE", str(cache))
+        folder = folders.with_code(folders.save("llama-gqa", tmp_path / "own"), tmp_path / "ran")
+        typed = ("prune", folder, "--out", tmp_path / "out", *QUARTER)
+        assert shell(capsys, *typed)[0] == 1
+        assert not (tmp_path / "ran").exists()
+        code, printed, _ = shell(capsys, *typed, "--trust-remote-code")
+        assert (code, printed.splitlines()[0].split(":")[0]) == (0, "Own")
+        assert "modeling_own.py" in os.listdir(tmp_path / "out")
+
+    def test_random_weights_are_said_to_be(
+        self, capsys: Any, models: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        folder = tmp_path / "model"
+        folders.save("bert", folder)
+        data = json.loads((folder / "config.json").read_text())
+        data["architectures"] = ["BertForSequenceClassification"]
+        (folder / "config.json").write_text(json.dumps(data))
+        _, printed, _ = shell(capsys, "prune", folder, "--out", tmp_path / "out", *QUARTER)
+        assert (
+            f"note: 2 tensors are not in {folder} and are random: classifier.bias, "
+            "classifier.weight" in printed.splitlines()
+        )
+        assert "2 tensors are not in" in (tmp_path / "out" / "README.md").read_text()
+
+    def test_a_name_on_the_hub(self, models: Path, tmp_path: Path) -> None:
+        """A model in the Hub's cache, in a process of its own without a network."""
+        cached = tmp_path / "hub" / "models--us--tiny"
+        (cached / "blobs").mkdir(parents=True)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("abc")
+        snapshot = cached / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        for number, path in enumerate(sorted((models / "llama-gqa").iterdir())):
+            (cached / "blobs" / str(number)).write_bytes(path.read_bytes())
+            (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+        typed = ["prune", "us/tiny", "--out", str(tmp_path / "out"), *QUARTER]
+        done = subprocess.run(
+            [sys.executable, "-m", "tp_hf_config", *typed],
+            cwd=small.ROOT,
+            env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "copied: tokenizer.json, tokenizer_config.json" in done.stdout.splitlines()
+        assert metadata_load(tmp_path / "out" / "README.md")["base_model"] == "us/tiny"
+        assert hf.AutoConfig.from_pretrained(tmp_path / "out").hidden_size == 48
+
+    def test_gguf(self, capsys: Any, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        typed = ("prune", gguf_file(), "--out", out, "--ratios", "intermediate_size=0.1", "--json")
+        code, printed, errors = shell(capsys, *typed)
+        assert code == 0, errors
+        found = json.loads(printed)
+        assert found["fields"] == {"intermediate_size": {"old": 1536, "new": 1382}}
+        assert found["parameters"] == {"before": 134_515_008, "after": 126_531_648}
+        assert found["proof"] == {"tensors": 1, "numbers": 8 * 49_152}
+        assert {"chat_template.jinja", "tokenizer.json"} <= set(found["copied"])
+        config = hf.AutoConfig.from_pretrained(out)
+        assert (config.intermediate_size, str(config.dtype)) == (1382, "torch.float32")
+        assert not hasattr(config, "quantization_config")
+        ids = hf.AutoTokenizer.from_pretrained(out)("What is Bonn?")["input_ids"]
+        assert ids == [1780, 314, 43542, 47]
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("code", "name", "typed", "message"),
+        [
+            (
+                2,
+                "llama-gqa",
+                "--importance taylor",
+                "--importance taylor needs text to run the model on. Add --calibration FILE (plain "
+                "text, some thousand words of what the model is for), or use --importance "
+                "magnitude",
+            ),
+            (2, "llama-gqa", "--recover 3", "--recover needs text to run the model on. Add --"),
+            (
+                1,
+                "vit",
+                "--calibration {text}",
+                "ViTForImageClassification takes no text, so --",
+            ),
+            (
+                1,
+                "bert",
+                "--recover 3 --calibration {text}",
+                "BertModel has no logits, so a text cannot tell how well it does: leave --recover",
+            ),
+            (2, "vit", "--calibration {text}.no", "text.txt.no: calibration text cannot be read: "),
+            (1, "vit", "--device cuda:99", "device cuda:99 cannot be used: "),
+            (
+                2,
+                "bert",
+                "--pruning-ratio 0.2 --prune no",
+                "BertModel cannot prune no: no such wid",
+            ),
+            (
+                2,
+                "bert",
+                "--out {text}",
+                "text.txt: expected a new folder, found a file. Choose",
+            ),
+            (
+                2,
+                "bert",
+                "--out {text}.d/a",
+                "text.txt.d/a: the folder it is to be in is not ",
+            ),
+            (
+                2,
+                "bert",
+                "--out {bert} --overwrite",
+                "bert: the model to prune is in it. Cho",
+            ),
+            (
+                2,
+                "bert",
+                "--out {bert}",
+                "bert: is not empty. Choose another folder, or add --o",
+            ),
+            (
+                2,
+                "bert",
+                "--out {models} --overwrite",
+                "holds no config.json; --overwrite rep",
+            ),
+        ],
+    )
+    def test_before_anything_is_written(
+        self,
+        capsys: Any,
+        models: Path,
+        tmp_path: Path,
+        code: int,
+        name: str,
+        typed: str,
+        message: str,
+    ) -> None:
+        before = sorted(folders.content(models))
+        places = {"text": models / "text.txt", "bert": models / "bert", "models": models}
+        more = typed.format(**places).split()
+        common = ("prune", models / name, "--out", tmp_path / "out", *QUARTER)
+        ended, printed, errors = shell(capsys, *common, *more)
+        assert (ended, printed) == (code, "")
+        assert message in errors
+        assert errors.splitlines()[-1].startswith("tp-hf-config prune: ")
+        assert "Traceback" not in errors
+        assert os.listdir(tmp_path) == []
+        assert sorted(folders.content(models)) == before
+
+    def test_ratios_that_prune_nothing(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        typed = ("prune", models / "llama-gqa", "--out", tmp_path / "out")
+        code, _, errors = shell(capsys, *typed, "--head-pruning-ratio", "0.01")
+        assert code == 1
+        assert errors == (
+            "tp-hf-config prune: these ratios prune nothing (num_attention_heads 0.01 of 4). Ask "
+            "for more\n"
+        )
+        assert os.listdir(tmp_path) == []
+
+    def test_widths_that_the_class_refuses(
+        self,
+        capsys: Any,
+        models: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        unproved: None,
+    ) -> None:
+        """The message ends with what to type."""
+
+        def at_least_72(_: Any, values: Any) -> str | None:
+            return "at least 72" if values.get(("intermediate_size",), 128) < 72 else None
+
+        monkeypatch.setattr(Trajectory, "_ask", at_least_72)
+        typed = ("prune", models / "llama-gqa", "--out", tmp_path / "out")
+        code, _, errors = shell(capsys, *typed, "--pruning-ratio", "0.5")
+        assert code == 1
+        assert errors == (
+            "tp-hf-config prune: LlamaForCausalLM refuses hidden_size 32, intermediate_size 64: at "
+            "least 72.\n"
+            "It takes --ratios hidden_size=0.5,intermediate_size=0.4375 (hidden_size 32, "
+            "intermediate_size 72)\n"
+        )
+        options = errors.splitlines()[1].split()[2:4]
+        assert shell(capsys, *typed, *options)[0] == 0
+        assert hf.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 72
+
+    def test_weights_of_another_size(
+        self, capsys: Any, models: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        folder = tmp_path / "model"
+        folders.save("bert", folder)
+        data = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**data, "intermediate_size": 96}))
+        code, _, errors = shell(capsys, "prune", folder, "--out", tmp_path / "out", *QUARTER)
+        assert code == 1
+        assert (
+            f"{folder}: its config does not fit its weights (tp-hf-config check {folder}); its "
+            "weights cannot be loaded: RuntimeError: "
+        ) in errors
+        assert os.listdir(tmp_path) == ["model"]
+
+    def test_a_quantised_model(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        folders.save("bert", folder)
+        data = json.loads((folder / "config.json").read_text())
+        packed = {**data, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+        (folder / "config.json").write_text(json.dumps(packed))
+        code, _, errors = shell(capsys, "prune", folder, "--out", tmp_path / "out", *QUARTER)
+        assert code == 1
+        assert f"{folder} is quantised (gptq): packed weights cannot be pruned. Prune th" in errors
+
+    def test_texts_that_teach_nothing(
+        self, capsys: Any, models: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        typed = ("prune", models / "roberta", "--out", tmp_path / "out", *QUARTER)
+        for content, message in {
+            b" \n": "the calibration text is empty",
+            b"\xff\xfe\x00": "expected plain text in UTF-8, found other bytes at 0",
+            b"w1 w2 w3": "the calibration text has 3 tokens, at least 8 are needed",
+        }.items():
+            (tmp_path / "text").write_bytes(content)
+            code, _, errors = shell(capsys, *typed, "--calibration", tmp_path / "text")
+            assert code == (1 if content.startswith(b"w1") else 2)
+            assert message in errors
+            assert os.listdir(tmp_path) == ["text"]
+
+    def test_a_recovery_that_diverges(
+        self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(recovery, "kl_div", lambda *_, **__: torch.tensor(float("nan")))
+        typed = ("prune", models / "roberta", "--out", tmp_path / "out", *QUARTER)
+        more = ("--calibration", models / "text.txt", "--recover", 2)
+        code, _, errors = shell(capsys, *typed, *more)
+        assert code == 1
+        assert "step 1/1: recovery: the loss is nan. Load the model in float32 (--dtype" in errors
+        assert os.listdir(tmp_path) == []
+
+    def test_another_model_than_the_one_that_was_pruned(
+        self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The proof looks at what is on the disk: one bit there is enough."""
+        save = prune._save
+
+        def flip(model: Any, folder: Path, shards: Any) -> None:
+            save(model, folder, shards)
+            data = bytearray((folder / "model.safetensors").read_bytes())
+            data[-1] ^= 1  # of a final norm's weight or of a head's
+            (folder / "model.safetensors").write_bytes(data)
+
+        monkeypatch.setattr(prune, "_save", flip)
+        code, _, errors = shell(
+            capsys, "prune", models / "bert", "--out", tmp_path / "out", *QUARTER
+        )
+        assert code == 1
+        assert (
+            "the pruned model was not written, its round trip is not proved: BertModel: not "
+            "the same as the live model" in errors
+        )
+        assert os.listdir(tmp_path) == []
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def killed(*_: Any, **__: Any) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
+    """Do a step, then this."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        then()
+        return result
+
+    return both
+
+
+STEPS = {
+    "loading": (prune, "load"),
+    "pruning": (prune, "_pruned"),
+    "saving": (prune, "_save"),
+    "copying": (prune, "copy_companions"),
+    "proving": (prune, "prove_roundtrip"),
+    "card": (prune, "_card"),
+    "flushing": (output, "_flush"),
+}
+
+
+@pytest.mark.usefixtures("unproved")
+class TestWholeOrNotAtAll:
+    @pytest.mark.parametrize("step", STEPS)
+    @pytest.mark.parametrize(
+        ("fault", "code", "message"),
+        [(full_disk, 1, "No space left on device"), (interrupted, 130, "interrupted")],
+    )
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_fault_after_any_step(
+        self,
+        capsys: Any,
+        models: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        step: str,
+        fault: Callable[..., Any],
+        code: int,
+        message: str,
+        overwrite: bool,
+    ) -> None:
+        out = tmp_path / "out"
+        if overwrite:
+            out.mkdir()
+            (out / "config.json").write_text("an older model")
+        before = folders.content(tmp_path)
+        place, name = STEPS[step]
+        monkeypatch.setattr(place, name, after(getattr(place, name), fault))
+        typed = ("prune", models / "bert", "--out", out, *QUARTER, "--overwrite")
+        found, printed, errors = shell(capsys, *typed)
+        assert (found, printed) == (code, "")
+        assert message in errors.splitlines()[-1]
+        assert folders.content(tmp_path) == before
+
+    def test_a_full_disk_in_the_words_of_safetensors(
+        self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def half_written(_: Any, folder: Path) -> None:
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+        monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", half_written)
+        typed = ("prune", models / "bert", "--out", tmp_path / "out", *QUARTER)
+        code, _, errors = shell(capsys, *typed)
+        assert code == 1
+        assert errors.splitlines()[-1] == (
+            "tp-hf-config prune: the weights cannot be written: Error while serializing: I/O "
+            "error: No space left on device"
+        )
+        assert os.listdir(tmp_path) == []
+
+    def test_a_polite_kill(
+        self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        handler = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(prune, "copy_companions", killed)
+        typed = ("prune", models / "bert", "--out", tmp_path / "out", *QUARTER)
+        code, _, errors = shell(capsys, *typed)
+        assert (code, errors.splitlines()[-1]) == (143, "tp-hf-config prune: terminated")
+        assert os.listdir(tmp_path) == []
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+    def test_overwrite_replaces(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        for name in ("config.json", "stale.txt"):
+            (out / name).write_text("old")
+        typed = ("prune", models / "bert", "--out", out, *QUARTER)
+        code, _, errors = shell(capsys, *typed)
+        assert (code, sorted(os.listdir(out))) == (2, ["config.json", "stale.txt"])
+        assert f"{out}: is not empty. Choose another folder, or add --overwrite" in errors
+        assert shell(capsys, *typed, "--overwrite")[0] == 0
+        assert hf.AutoConfig.from_pretrained(out).hidden_size == 48
+        assert "stale.txt" not in os.listdir(out)
+        assert os.listdir(tmp_path) == ["out"]
+
+    def test_an_empty_folder_is_as_good_as_none(
+        self, capsys: Any, models: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        typed = ("prune", models / "bert", "--out", tmp_path / "out", *QUARTER)
+        assert shell(capsys, *typed)[0] == 0
+        assert hf.AutoConfig.from_pretrained(tmp_path / "out").hidden_size == 48
+
+    def test_written_meanwhile(
+        self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+
+        def by_another() -> None:
+            out.mkdir()
+            (out / "config.json").write_text("another's")
+
+        monkeypatch.setattr(prune, "_card", after(prune._card, by_another))
+        code, _, errors = shell(capsys, "prune", models / "bert", "--out", out, *QUARTER)
+        assert code == 1
+        assert f"{out}: is not empty." in errors
+        assert folders.content(tmp_path) == {"out": b"", "out/config.json": b"another's"}
+
+
+class TestNewFolder:
+    """The last renames, with faults between them."""
+
+    @pytest.fixture(autouse=True)
+    def ctrl_c_as_in_a_shell(self) -> Iterator[None]:
+        """What runs in the background starts with Ctrl-C ignored."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.fixture
+    def out(self, tmp_path: Path) -> Path:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("old")
+        return tmp_path / "out"
+
+    def write(self, out: Path) -> None:
+        with output.new_folder(out, overwrite=True) as work:
+            (work / "config.json").write_text("new")
+
+    def test_the_old_one_is_back_after_a_failure(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rename, seen = os.rename, []
+
+        def second_fails(one: Path, other: Path) -> None:
+            seen.append(Path(other).name)
+            if len(seen) == 2:
+                raise OSError(errno.EIO, "Input/output error")
+            rename(one, other)
+
+        monkeypatch.setattr(os, "rename", second_fails)
+        with pytest.raises(Exception, match=f"{out}: cannot be written: .*Input/output error"):
+            self.write(out)
+        assert [seen[1], seen[2]] == ["out", "out"]
+        assert folders.content(out.parent) == {"out": b"", "out/config.json": b"old"}
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_ctrl_c_between_them_waits(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        rename, seen = os.rename, []
+
+        def then_ctrl_c(one: Path, other: Path) -> None:
+            rename(one, other)
+            seen.append(other)
+            if len(seen) == number:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(os, "rename", then_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            self.write(out)
+        assert folders.content(out.parent) == {"out": b"", "out/config.json": b"new"}
+
+    def test_ctrl_c_again_while_tidying_up(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rmtree = output.shutil.rmtree
+
+        def with_ctrl_c(*args: Any, **kwargs: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            rmtree(*args, **kwargs)
+
+        monkeypatch.setattr(output.shutil, "rmtree", with_ctrl_c)
+        with pytest.raises(KeyboardInterrupt), output.new_folder(out, overwrite=True):
+            raise ZeroDivisionError
+        assert folders.content(out.parent) == {"out": b"", "out/config.json": b"old"}
+
+    def test_a_link_to_a_folder_stays_one(self, out: Path) -> None:
+        link = out.with_name("link")
+        link.symlink_to(out)
+        self.write(link)
+        assert link.is_symlink()
+        assert (out / "config.json").read_text() == "new"
+
+    def test_a_folder_that_cannot_be_written(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def denied(*_: Any, **__: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "mkdir", denied)
+        with pytest.raises(Exception, match=r"new: cannot be written: .*Permission denied"):
+            self.write(out.with_name("new"))
+        assert os.listdir(out.parent) == ["out"]

@@ -1,0 +1,358 @@
+"""Decoders alone: cross-attention reads states of an encoder, an input as wide as a field says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import masking
+import pytest
+import tiny
+import torch
+import torch_pruning as tp
+import transformers as hf
+from torch import nn
+
+import tp_hf_config.forward.coverage as reach
+import tp_hf_config.twin.tiny.tiny_model as miniatures
+from tp_hf_config import (
+    HFConfigSyncHook,
+    UnsupportedModelError,
+    plan,
+    prunable,
+    pruner_kwargs,
+    supports,
+)
+from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.forward.encoder_states import look_for_states, states_of
+from tp_hf_config.forward.head_splits import observe
+from tp_hf_config.forward.inputs import example_inputs
+from tp_hf_config.model.build import without_data
+
+_EMBEDDING = "model.decoder.embed_tokens.weight"
+_DECODER: dict[str, Any] = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+}
+
+
+def bart() -> hf.PreTrainedModel:
+    config = hf.BartConfig(**_DECODER, encoder_layers=2, encoder_attention_heads=4)
+    return _random(hf.BartForCausalLM(config))
+
+
+def whisper() -> hf.PreTrainedModel:
+    sizes = {key: value for key, value in _DECODER.items() if key != "max_position_embeddings"}
+    config = hf.WhisperConfig(
+        **sizes,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    return _random(hf.WhisperForCausalLM(config))
+
+
+def trocr() -> hf.PreTrainedModel:
+    config = hf.TrOCRConfig(**_DECODER, cross_attention_hidden_size=40)
+    return _random(hf.TrOCRForCausalLM(config))
+
+
+def bert(**settings: Any) -> hf.PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    config = hf.BertConfig(vocab_size=99, num_hidden_layers=2, **sizes, **settings)
+    return _random(hf.BertLMHeadModel(config))
+
+
+def bert_decoder() -> hf.PreTrainedModel:
+    return bert(is_decoder=True, add_cross_attention=True)
+
+
+def gpt2() -> hf.PreTrainedModel:
+    config = hf.GPT2Config(
+        vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, add_cross_attention=True
+    )
+    return _random(hf.GPT2LMHeadModel(config))
+
+
+def mllama() -> hf.PreTrainedModel:
+    config = hf.MllamaConfig(
+        text_config={
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "cross_attention_layers": [1],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+        }
+    )
+    return _random(hf.MllamaForCausalLM(config.text_config))
+
+
+def _random(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
+    tiny.randomise(model)
+    return model.eval()
+
+
+Made = Callable[[], hf.PreTrainedModel]
+
+
+def inputs_of(model: hf.PreTrainedModel, name: str, width: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 99, (2, 7), generator=generator)
+    return {"input_ids": ids, name: torch.randn((2, 5, width), generator=generator)}
+
+
+def half(model: hf.PreTrainedModel, hook: HFConfigSyncHook, steps: int = 1, **kwargs: Any) -> None:
+    told = ("prune", "ratios", "prune_num_heads", "graph")
+    chosen = {key: kwargs.pop(key) for key in told if key in kwargs}
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, **chosen),
+        **{
+            "importance": tp.importance.GroupMagnitudeImportance(),
+            "pruning_ratio": 0.5,
+            "iterative_steps": steps,
+            **kwargs,
+        },
+        hooks=[hook],
+    )
+    for _ in range(steps):
+        pruner.step()
+
+
+class TestInputs:
+    @pytest.mark.parametrize(
+        ("made", "name", "width"),
+        [
+            (bart, "encoder_hidden_states", 32),
+            (whisper, "encoder_outputs", 32),
+            (trocr, "encoder_hidden_states", 40),
+            (bert_decoder, "encoder_hidden_states", 32),
+            (gpt2, "encoder_hidden_states", 32),
+            (mllama, "cross_attention_states", 32),
+        ],
+    )
+    def test_a_decoder_is_given_states_as_wide_as_what_reads_them(
+        self, made: Made, name: str, width: int
+    ) -> None:
+        model = made()
+        map_of(model)
+        found = {
+            key: tuple(v.shape) for key, v in example_inputs(model).items() if key[:3] != "use"
+        }
+        assert found == {"input_ids": (1, 8), name: (1, 4, width)}
+
+    def test_heads_of_cross_attention_are_seen(self) -> None:
+        heads = map_of(bart()).layout.heads
+        assert heads["model.decoder.layers.0.encoder_attn.k_proj"] == ((4, 8),)
+
+    def test_a_class_that_reads_none_as_it_is_configured_is_given_none(self) -> None:
+        map_of(bert_decoder())  # the same class with cross-attention was seen
+        model = bert()
+        map_of(model)
+        assert states_of(model) is None
+        assert example_inputs(model).keys() == {"input_ids"} | {
+            key for key in example_inputs(model) if key == "use_cache"
+        }
+
+    def test_what_states_do_not_let_run_is_not_tried_again(self) -> None:
+        model = without_data(hf.BertLMHeadModel, bert().config)
+        assert isinstance(model, hf.PreTrainedModel)
+        runs: list[Any] = []
+        for _ in range(2):
+            assert not look_for_states(
+                model, {}, ["cls.unused"], lambda given: bool(runs.append(1))
+            )
+        assert len(runs) == 2  # without states, and with some
+
+    def test_where_the_tiny_copy_does_not_run_with_states_it_is_given_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = reach.why_not
+
+        def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+            return "no" if "encoder_hidden_states" in inputs else plain(model, inputs)
+
+        monkeypatch.setattr(reach, "why_not", why_not)
+        tiny = miniatures.tiny_model(map_of(bart()))
+        assert isinstance(tiny, miniatures.TinyModel)
+        assert (tiny.states, tiny.partial) == ({}, False)
+
+    def test_tied_weights_stay_alike_at_tiny_size(self) -> None:
+        config = hf.MarianConfig(
+            **_DECODER, encoder_layers=2, pad_token_id=0, decoder_start_token_id=0, eos_token_id=1
+        )
+        tiny = miniatures.tiny_model(map_of(_random(hf.MarianForCausalLM(config))))
+        assert isinstance(tiny, miniatures.TinyModel)
+        rows = [tiny.field_map.shapes[name][0] for name in ("lm_head.weight", _EMBEDDING)]
+        assert rows[0] == rows[1] < 99
+
+    def test_a_model_with_an_encoder_of_its_own_is_given_none(self) -> None:
+        config = hf.BartConfig(
+            **_DECODER, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48
+        )
+        model = without_data(hf.BartForConditionalGeneration, config)
+        assert isinstance(model, hf.PreTrainedModel)
+        observe(model)
+        assert states_of(model) is None
+
+
+class TestPruned:
+    @pytest.mark.parametrize(
+        ("made", "field", "name", "width"),
+        [
+            (bart, "d_model", "encoder_hidden_states", 32),
+            (whisper, "d_model", "encoder_outputs", 32),
+            (trocr, "d_model", "", 40),
+            (trocr, "cross_attention_hidden_size", "encoder_hidden_states", 40),
+        ],
+    )
+    def test_the_pruned_decoder_is_the_masked_original_given_the_channels_that_are_left(
+        self, made: Made, field: str, name: str, width: int, tmp_path: Path
+    ) -> None:
+        model = made()
+        original = copy.deepcopy(model)
+        hook = HFConfigSyncHook()
+        half(model, hook, steps=2, prune=[field])
+        report = hook.last_report
+        assert report is not None
+        before = getattr(original.config, field)
+        assert getattr(model.config, field) == before // 2
+        assert report.inputs.keys() == ({name} if name else set())
+        given = name or "encoder_hidden_states"
+        inputs = inputs_of(model, given, width)
+        left = list(report.inputs.get(name, range(width)))
+        assert len(left) == (before // 2 if name else width)
+        narrow = {**inputs, given: inputs[given][..., left]}
+        masking.assert_same_as_masked(original, model, hook.reports, inputs, narrow)
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(again(**narrow).logits, model(**narrow).logits)
+
+    def test_whole_heads_of_cross_attention_go(self) -> None:
+        model = whisper()
+        original = copy.deepcopy(model)
+        hook = HFConfigSyncHook()
+        half(model, hook, prune_num_heads=True, head_pruning_ratio=0.5)
+        report = hook.last_report
+        assert report is not None
+        assert (model.config.decoder_attention_heads, model.config.d_model) == (2, 16)
+        removed = masking.removed_by(hook.reports, original)
+        for attention in ("self_attn", "encoder_attn"):
+            q_proj = removed.kept[f"model.decoder.layers.1.{attention}.q_proj", True]
+            assert len({channel // 8 for channel in q_proj}) == 2
+        inputs = inputs_of(model, "encoder_outputs", 32)
+        left = list(report.inputs["encoder_outputs"])
+        narrow = {**inputs, "encoder_outputs": inputs["encoder_outputs"][..., left]}
+        masking.assert_same_as_masked(original, model, hook.reports, inputs, narrow)
+
+    @pytest.mark.filterwarnings("error::tp_hf_config.PrunerSettingsWarning")
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"ratios": {"d_model": 0.75}, "pruning_ratio": 0.25},
+            {"root_module_types": [nn.Linear]},
+            {"importance": tp.importance.RandomImportance()},
+            {"importance": tp.importance.LAMPImportance()},
+        ],
+        ids=lambda settings: " ".join(settings),
+    )
+    def test_settings_of_the_pruner_reach_what_reads_the_states(
+        self, settings: dict[str, Any]
+    ) -> None:
+        model = bart()
+        hook = HFConfigSyncHook()
+        half(model, hook, **{"prune": ["d_model"], **settings})
+        assert hook.last_report is not None
+        width = 8 if "ratios" in settings else 16
+        assert model.config.d_model == width
+        assert len(hook.last_report.inputs["encoder_hidden_states"]) == width
+        assert model.model.decoder.layers[1].encoder_attn.k_proj.in_features == width
+
+    def test_a_trace_that_cannot_cut_what_reads_the_states_is_refused_before_anything(self) -> None:
+        model = bart()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(
+            UnsupportedModelError,
+            match=r"only a part of what d_model sets: not model\.decoder\.layers\.0\.encoder_attn\."
+            r"k_proj\.weight, model\.decoder\.layers\.0\.encoder_attn\.v_proj\.weight and 2 more",
+        ):
+            half(model, HFConfigSyncHook(), prune=["d_model"], graph="trace")
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        half(model, HFConfigSyncHook(), prune=["decoder_ffn_dim"], graph="trace")
+        assert model.config.decoder_ffn_dim == 24
+
+    def test_states_are_cut_in_the_measurement_too(self) -> None:
+        found = supports(bart())
+        assert {w.name: (w.outcome, w.why) for w in found.widths} == dict.fromkeys(
+            ("d_model", "decoder_ffn_dim", "decoder_attention_heads + d_model"), ("works", "")
+        )
+
+
+class TestSaid:
+    def test_prunable_says_which_input_has_to_follow(self) -> None:
+        model = bart()
+        found = {width.name: width for width in prunable(model).widths}
+        assert found["d_model"].handed == ("encoder_hidden_states",)
+        assert found["d_model"].to_dict()["inputs"] == ["encoder_hidden_states"]
+        assert found["decoder_ffn_dim"].handed == ()
+        (row,) = (line for line in str(prunable(model)).splitlines() if line.startswith("d_model"))
+        assert row.endswith(
+            "units permuted: same outputs; encoder_hidden_states has to lose the same channels"
+        )
+
+    def test_an_input_is_no_tensor_to_prune(self) -> None:
+        model = bart()
+        members = {
+            dim.name
+            for width in prunable(model).widths
+            for group in width.groups
+            for dim in group.dims
+        }
+        assert members <= dict(model.named_parameters(remove_duplicate=False)).keys()
+
+    def test_a_plan_says_so(self) -> None:
+        assert plan(bart(), prune=["d_model"], pruning_ratio=0.5).notes == (
+            "encoder_hidden_states has to lose channels with d_model: the report of a step says "
+            "which",
+        )
+        assert plan(bart(), prune=["decoder_ffn_dim"], pruning_ratio=0.5).notes == ()
+
+    def test_a_report_says_which_channels_are_left(self) -> None:
+        model = bart()
+        hook = HFConfigSyncHook()
+        half(model, hook, prune=["d_model"])
+        assert hook.last_report is not None
+        left = hook.last_report.inputs["encoder_hidden_states"]
+        assert hook.last_report.to_dict()["inputs"] == {"encoder_hidden_states": list(left)}
+        assert "encoder_hidden_states has to lose the same channels" in hook.last_report.graph
+        assert (
+            "  encoder_hidden_states: give it 16 channels now, report.inputs says which"
+        ) in str(hook.last_report).splitlines()
+
+    def test_what_a_wrapper_hands_over_keeps_its_width_by_default(self) -> None:
+        class Captioner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.decoder = trocr()
+
+            def forward(self, **inputs: torch.Tensor) -> Any:
+                return self.decoder(**inputs)
+
+        model = Captioner()
+        half(model, HFConfigSyncHook())  # type: ignore[arg-type]
+        config = model.decoder.config
+        assert (config.cross_attention_hidden_size, config.decoder_ffn_dim) == (40, 24)

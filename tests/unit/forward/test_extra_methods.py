@@ -1,0 +1,167 @@
+"""Methods beside the forward pass: weights that only those reach are proved and compared too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+import transformers as hf
+from torch import nn
+
+from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config.forward.coverage import unreached_by, working_inputs
+from tp_hf_config.forward.extra_methods import methods_beside, methods_of, outputs_of
+from tp_hf_config.model.build import Refusal
+from tp_hf_config.twin.tiny.tiny_model import randomise
+
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def blip() -> Any:
+    """Its text looks at the image in ``get_multimodal_features`` alone."""
+    text = {**LAYERS, "hidden_size": 32, "encoder_hidden_size": 40, "vocab_size": 60}
+    image = {**LAYERS, "hidden_size": 40, "image_size": 16, "patch_size": 8}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
+    config = hf.BlipConfig(text_config=text | tokens, vision_config=image, projection_dim=24)
+    return hf.BlipModel(config)
+
+
+def esm() -> Any:
+    """Its contacts read the maps of attention of all heads of all layers."""
+    sizes = {**LAYERS, "hidden_size": 64, "vocab_size": 60}
+    return hf.EsmForMaskedLM(hf.EsmConfig(**sizes, mask_token_id=4, pad_token_id=1))
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen_before() -> Iterator[None]:
+    methods_of.clear()
+    yield
+    methods_of.clear()
+
+
+def inputs_of(model: nn.Module) -> dict[str, Any]:
+    working = working_inputs(model)
+    assert not isinstance(working, Refusal)
+    return working[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "methods", "only_there"),
+    [
+        (blip, ("get_multimodal_features",), "crossattention"),
+        (esm, ("predict_contacts",), "contact_head"),
+    ],
+    ids=["BLIP", "ESM"],
+)
+def test_what_no_forward_pass_runs_is_run_by_a_method(
+    make: Any, methods: tuple[str, ...], only_there: str
+) -> None:
+    model = make().double().eval()
+    model.set_attn_implementation("eager")
+    randomise(model)
+    inputs = inputs_of(model)
+    assert methods_of[type(model)] == methods
+    reached = unreached_by(model, inputs)
+    assert not any(only_there in name for name in reached)
+    methods_of.clear()
+    assert any(only_there in name for name in unreached_by(model, inputs) - reached)
+
+
+class Model(nn.Module):
+    """A layer for each of several methods."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = hf.BertConfig(vocab_size=9)
+        self.table, self.head, self.other = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Any) -> torch.Tensor:
+        return self.table(input_ids)
+
+    def get_head(self, tokens: Any, attention_mask: Any) -> torch.Tensor:
+        return self.head(self.table(tokens)) * attention_mask[..., None]
+
+    def get_same(self, input_ids: Any) -> torch.Tensor:
+        return self.table(input_ids)
+
+    def get_from_something_else(self, input_ids: Any, image: Any) -> torch.Tensor:
+        return self.other(image)
+
+    def get_nothing(self) -> None:
+        raise AssertionError("it takes none of the inputs")
+
+    def encode(self, input_ids: Any) -> torch.Tensor:
+        raise ValueError("it does not run")
+
+    def set_table(self, table: Any) -> None:
+        raise AssertionError("it changes the model")
+
+
+def test_only_methods_that_make_something_of_the_inputs_and_reach_more_are_taken() -> None:
+    model = Model().double()
+    inputs = inputs_of(model)
+    assert list(methods_beside(model, inputs)) == ["encode", "get_head", "get_same"]
+    assert methods_of[Model] == ("get_head",)
+    own, beside = outputs_of(model, inputs)
+    assert torch.equal(own, model(**inputs))
+    assert torch.equal(beside, model.head(own))
+    assert unreached_by(model, inputs) == {"other.weight", "other.bias"}
+    methods_of.clear()
+    assert torch.equal(outputs_of(model, inputs), own)
+
+
+@pytest.mark.parametrize(
+    ("make", "widths"),
+    [
+        (
+            blip,
+            [
+                "text_config.hidden_size",
+                "vision_config.hidden_size",
+                "text_config.num_attention_heads + text_config.hidden_size",
+                "vision_config.num_attention_heads + vision_config.hidden_size",
+            ],
+        ),
+        (esm, ["hidden_size", "num_attention_heads + hidden_size"]),
+    ],
+    ids=["BLIP", "ESM"],
+)
+def test_widths_of_such_layers_are_offered(make: Any, widths: list[str]) -> None:
+    found = {" + ".join(width.names): width.reason for width in prunable(make().eval()).widths}
+    assert {name: found.get(name, "not found") for name in widths} == dict.fromkeys(widths)
+
+
+def test_contacts_of_the_heads_that_are_left() -> None:
+    """Columns of the contact head stand by layers, one for each head."""
+    torch.manual_seed(0)
+    model = esm().eval()
+    before = model.esm.contact_head.regression.weight.clone()
+    heads = {
+        layer: model.esm.encoder.layer[layer].attention.self.query.weight.detach().clone()
+        for layer in range(2)
+    }
+    kwargs = pruner_kwargs(model, prune=["num_attention_heads"])
+    hook = HFConfigSyncHook()
+    importance = tp.importance.GroupMagnitudeImportance()
+    pruner = tp.pruner.BasePruner(
+        model, importance=importance, pruning_ratio=0.5, hooks=[hook], **kwargs
+    )
+    pruner.step()
+    assert (model.config.num_attention_heads, model.config.hidden_size) == (2, 32)
+    left = []
+    for layer, full in heads.items():
+        query = model.esm.encoder.layer[layer].attention.self.query.weight
+        rows = [
+            next(r for r in range(64) if torch.isin(row, full[r]).all()) // 16
+            for row in query.detach()[::16]
+        ]
+        left += [4 * layer + head for head in rows]
+    assert torch.equal(model.esm.contact_head.regression.weight, before[:, left])
+    tokens = torch.arange(6, 12)[None]
+    model.set_attn_implementation("eager")
+    assert model.predict_contacts(tokens, torch.ones_like(tokens)).shape == (1, 4, 4)

@@ -1,0 +1,657 @@
+"""When the config follows, what is reported, and what stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+import torch_pruning.ops as tp_ops
+from small import traced_kwargs
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+from tp_hf_config import ConfigSyncError, HFConfigSyncHook, SyncReport
+from tp_hf_config.model.versions import graph_module as tp_graph
+from tp_hf_config.schema import SCHEMA_VERSION
+
+
+def attached(model: nn.Module, hooks: Any = (), **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
+    hook = HFConfigSyncHook()
+    arguments = {
+        **traced_kwargs(model),
+        "importance": tp.importance.GroupMagnitudeImportance(),
+        "pruning_ratio": 0.25,
+        **kwargs,
+    }
+    return hook, tp.pruner.MetaPruner(model, **arguments, hooks=[hook, *hooks])
+
+
+def widths(model: Any) -> tuple[int, int]:
+    return model.config.hidden_size, model.config.intermediate_size
+
+
+def true(model: Any) -> bool:
+    """The config builds the shapes that the model has."""
+    with torch.device("meta"):
+        built = type(model)(copy.deepcopy(model.config))
+    expected = {name: p.shape for name, p in built.named_parameters()}
+    return {name: p.shape for name, p in model.named_parameters()} == expected
+
+
+# When
+
+
+def test_step():
+    model = small.llama()
+    hook, pruner = attached(model, pruning_ratio=0.5, iterative_steps=2)
+    for count, expected in enumerate([(24, 48), (16, 32)], 1):
+        assert pruner.step() is None
+        assert widths(model) == expected
+        assert true(model)
+        assert len(hook.reports) == count
+        assert hook.last_report is hook.reports[-1]
+        assert hook.last_report.step == count
+
+
+def test_interactive_to_the_end():
+    model = small.llama()
+    hook, pruner = attached(model)
+    groups = pruner.step(interactive=True)
+    seen = 0
+    for group in groups:
+        assert hook.reports == []
+        group.prune()
+        seen += 1
+    assert seen == 3
+    assert widths(model) == (24, 48)
+    assert len(hook.reports) == 1
+    assert len(hook.last_report.groups) == 3
+
+
+def test_interactive_with_break():
+    model = small.llama()
+    hook, pruner = attached(model)
+    for group in pruner.step(interactive=True):
+        group.prune()  # hidden size comes first
+        break
+    assert len(hook.reports) == 1
+    assert hook.last_report.fields == {"hidden_size": (32, 24)}
+    assert widths(model) == (24, 64)
+    assert true(model)
+
+
+def test_interactive_generator_that_is_kept_and_dropped():
+    model = small.llama()
+    hook, pruner = attached(model)
+    groups = pruner.step(interactive=True)
+    next(groups).prune()
+    assert hook.reports == []
+    del groups
+    assert widths(model) == (24, 64)
+    assert len(hook.reports) == 1
+
+
+def test_interactive_generator_that_is_closed():
+    model = small.llama()
+    hook, pruner = attached(model)
+    groups = pruner.step(interactive=True)
+    next(groups).prune()
+    groups.close()
+    groups.close()
+    assert widths(model) == (24, 64)
+    assert len(hook.reports) == 1
+
+
+def test_interactive_and_an_exception_of_the_users():
+    model = small.llama()
+    hook, pruner = attached(model)
+
+    def loop() -> None:
+        for group in pruner.step(interactive=True):
+            group.prune()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        loop()
+    assert widths(model) == (24, 64)
+    assert len(hook.reports) == 1
+
+
+def test_an_exception_thrown_into_the_generator():
+    model = small.llama()
+    _, pruner = attached(model)
+    groups = pruner.step(interactive=True)
+    next(groups).prune()
+    with pytest.raises(KeyError, match="mine"):
+        groups.throw(KeyError("mine"))
+    assert widths(model) == (24, 64)
+
+
+def test_leaving_the_loop_where_no_config_fits_warns():
+    model = small.llama()
+    hook, pruner = attached(model)
+    groups = pruner.step(interactive=True)
+    next(groups)
+    next(groups).prune()  # one layer's FFN of two
+    with pytest.warns(UserWarning, match="HFConfigSyncHook after an interrupted step: no LlamaC"):
+        groups.close()
+    assert widths(model) == (32, 64)
+    assert hook.last_report.error is not None
+
+
+def test_the_users_exception_surfaces_where_no_config_fits():
+    model = small.llama()
+    hook, pruner = attached(model)
+
+    def loop() -> None:
+        for number, group in enumerate(pruner.step(interactive=True)):
+            if number == 1:
+                group.prune()
+                raise KeyError("mine")
+
+    def caught() -> None:
+        with pytest.raises(KeyError, match="mine"):
+            loop()
+
+    # the traceback keeps the generator; it is closed when that goes
+    with pytest.warns(UserWarning, match="HFConfigSyncHook after an interrupted step: no LlamaC"):
+        caught()
+    assert hook.last_report.error is not None
+
+
+def test_the_users_exception_surfaces_whatever_a_hook_raises():
+    class Broken:
+        def after_step(self, pruner: Any) -> None:
+            raise RuntimeError("a bug in the hook")
+
+    class Step(tp.pruner.BasePruner):
+        def step(self, interactive: bool = False) -> None:
+            raise KeyError("mine")
+
+    model = small.mlp()
+    pruner = small.pruner_of(model, Step, hooks=[Broken()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(KeyError, match="mine"):
+            pruner.step()
+
+
+def test_an_exception_inside_torch_prunings_step():
+    model = small.llama()
+
+    hook, pruner = attached(model)
+    pruned = 0
+    original = pruner.DG.check_pruning_group
+
+    def check(group: Any) -> bool:
+        nonlocal pruned
+        if pruned == 4:  # all three groups are proved before the first is cut
+            raise RuntimeError("Torch-Pruning's own")
+        pruned += 1
+        return original(group)
+
+    pruner.DG.check_pruning_group = check
+    with pytest.raises(RuntimeError, match="Torch-Pruning's own"):
+        pruner.step()
+    assert widths(model) == (24, 64)
+    assert len(hook.reports) == 1
+    assert true(model)
+
+
+def test_a_first_hook_that_fails_does_not_keep_the_config_from_following():
+    class Broken:
+        def after_step(self, pruner: Any) -> None:
+            raise RuntimeError("a bug in the hook")
+
+    model = small.llama()
+    kwargs = traced_kwargs(model)
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **kwargs,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        hooks=[HFConfigSyncHook(), Broken()],
+    )
+    with pytest.raises(RuntimeError, match="a bug in the hook"):
+        pruner.step()
+    assert widths(model) == (24, 48)
+
+
+def test_groups_that_are_listed_and_not_pruned():
+    model = small.llama()
+    hook, pruner = attached(model)
+    before = small.state_of(model)
+    groups = list(pruner.step(interactive=True))
+    assert len(groups) == 3
+    report = hook.last_report
+    assert (report.groups, report.fields, report.attributes, report.buffers, report.ties) == (
+        [],
+        {},
+        [],
+        [],
+        [],
+    )
+    assert str(report).startswith(
+        "sync 1: 0 groups pruned (traced graph); no config field changes\n"
+        "  nothing else refreshed; proved: "
+    )
+    small.assert_same(before, small.state_of(model))
+    for group in groups:  # and later, by hand
+        group.prune()
+    assert len(hook.sync().groups) == 3
+    assert widths(model) == (24, 48)
+
+
+def test_a_generator_that_is_never_started_fires_nothing():
+    model = small.llama()
+    hook, pruner = attached(model)
+    pruner.step(interactive=True)
+    assert hook.reports == []
+
+
+def test_sync_after_a_group_by_hand():
+    model = small.llama()
+    hook, pruner = attached(model)
+    layer = model.model.layers[0].mlp.down_proj
+    group = pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [1, 5, 9, 31])
+    assert pruner.DG.check_pruning_group(group)
+    group.prune()
+    assert widths(model) == (32, 64)
+    report = hook.sync()
+    assert report is hook.last_report
+    assert report.fields == {"hidden_size": (32, 28)}
+    assert [(g.root.name, g.root.out, g.root.removed, g.root.before) for g in report.groups] == [
+        ("model.layers.0.mlp.down_proj", True, (1, 5, 9, 31), 32)
+    ]
+    assert true(model)
+
+
+def test_sync_after_a_group_pruned_with_other_indices():
+    model = small.llama()
+    hook, pruner = attached(model)
+    for group in pruner.step(interactive=True):
+        group.prune(idxs=[0, 2, 4, 6])
+    (hidden, *ffn) = hook.last_report.groups
+    assert [group.root.removed for group in (hidden, *ffn)] == [(0, 2, 4, 6)] * 3
+    assert widths(model) == (28, 60)
+    assert true(model)
+
+
+def test_sync_after_calling_a_group():
+    model = small.llama()
+    hook, pruner = attached(model)
+    for group in pruner.step(interactive=True):
+        group()
+    assert widths(model) == (24, 48)
+    assert len(hook.last_report.groups) == 3
+
+
+def test_sync_after_manual_prune_width():
+    model = small.llama()
+    hook, pruner = attached(model)
+    for layer in model.model.layers:
+        pruner.manual_prune_width(layer.mlp.up_proj, tp.prune_linear_out_channels, 0.5)
+    report = hook.sync()
+    assert report.fields == {"intermediate_size": (64, 32)}
+    assert [len(group.root.removed) for group in report.groups] == [32, 32]
+    if small.TORCH_PRUNING < (1, 6):  # it takes ratios alone: another name is never set
+        with pytest.raises(UnboundLocalError, match="pruning_idxs"):
+            pruner.manual_prune_width(layer.mlp.up_proj, tp.prune_linear_out_channels, [0, 1])
+        return
+    for layer in model.model.layers:
+        pruner.manual_prune_width(layer.mlp.up_proj, tp.prune_linear_out_channels, [0, 1])
+    assert hook.sync().fields == {"intermediate_size": (32, 30)}
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_sync_after_loading_a_pruning_history(heads: bool):
+    first, again = small.bert(), small.bert()
+    kwargs: dict[str, Any] = {"pruning_ratio": 0.5}
+    if heads:
+        kwargs["head_pruning_ratio"] = 0.5
+    hooks, pruners = zip(
+        *(
+            attached(model, **kwargs, **traced_kwargs(model, prune_num_heads=heads))
+            for model in (first, again)
+        ),
+        strict=True,
+    )
+    pruners[0].step()
+    history = copy.deepcopy(pruners[0].pruning_history())
+    pruners[1].load_pruning_history(history)
+    assert widths(again) == (32, 64)
+    report = hooks[1].sync()
+    assert again.config.to_dict() == first.config.to_dict()
+    assert again.config.num_attention_heads == (2 if heads else 4)
+    assert report.fields == hooks[0].last_report.fields
+    assert len(report.groups) == len(history)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(first(ids).last_hidden_state, again(ids).last_hidden_state)
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
+def test_the_history_is_torch_prunings():
+    plain, followed = small.llama(), small.llama()
+    arguments = {"importance": tp.importance.GroupMagnitudeImportance(), "pruning_ratio": 0.25}
+    _, pruner = attached(followed)
+    pruner.step()
+    reference = tp.pruner.MetaPruner(plain, **traced_kwargs(plain), **arguments)
+    reference.step()
+    histories = (pruner.pruning_history(), reference.pruning_history())
+    assert sorted(map(str, histories[0])) == sorted(map(str, histories[1]))
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, followed.get_parameter(name)), name
+
+
+def test_a_group_pruned_without_a_record_is_followed_all_the_same():
+    model = small.llama()
+    hook, pruner = attached(model)
+    for group in pruner.step(interactive=True):
+        group.prune(record_history=False)
+    assert pruner.pruning_history() == []
+    assert len(hook.last_report.groups) == 3
+    assert widths(model) == (24, 48)
+
+
+# Reports
+
+
+def test_report_to_json():
+    model = small.llama()
+    hook, pruner = attached(model)
+    pruner.step()
+    report = hook.last_report
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data == report.to_dict()
+    seconds = data.pop("seconds")
+    assert 0 < seconds < 60
+    installed = data.pop("versions")
+    assert installed.pop("tp-hf-config") in ("not installed", "0.1.0")
+    assert installed == {name: version(name) for name in ("torch", "transformers", "torch-pruning")}
+    names = ["hidden_size", "mlp.hidden_size", "mlp.intermediate_size"]
+    groups = data.pop("groups")
+    assert groups[0] | {"root": "?"} == {
+        "root": "?",
+        "side": "out",
+        "removed": 8,
+        "of": 32,
+        "layers": 21,
+    }
+    assert sorted(groups[1:], key=lambda group: group["root"]) == [
+        {
+            "root": f"model.layers.{layer}.mlp.up_proj",
+            "side": "out",
+            "removed": 16,
+            "of": 64,
+            "layers": 3,
+        }
+        for layer in range(2)
+    ]
+    assert data == {
+        "schema_version": SCHEMA_VERSION,
+        "step": 1,
+        "graph": "traced graph: asked for",
+        "fields": {
+            "hidden_size": {"old": 32, "new": 24},
+            "intermediate_size": {"old": 64, "new": 48},
+        },
+        "attributes": [f"model.layers.{layer}.{name}" for layer in range(2) for name in names],
+        "buffers": [],
+        "ties": [],
+        "proof": "proved: 21 tensors are as LlamaForCausalLM builds them from the new config.json",
+        "parameters": {"before": 23200, "after": 15096},
+        "notes": [],
+        "inputs": {},
+        "error": None,
+    }
+    assert SCHEMA_VERSION == 1
+
+
+def test_a_group_asked_for_by_its_inputs():
+    model = small.llama()
+    hook, pruner = attached(model)
+    for layer in model.model.layers:
+        pruner.DG.get_pruning_group(
+            layer.mlp.down_proj, tp.prune_linear_in_channels, [3, 4]
+        ).prune()
+    (first, _) = hook.sync().to_dict()["groups"]
+    assert first == {
+        "root": "model.layers.0.mlp.down_proj",
+        "side": "in",
+        "removed": 2,
+        "of": 64,
+        "layers": 3,
+    }
+
+
+def test_report_of_a_failed_sync_to_json():
+    model = small.llama()
+    hook, pruner = attached(model)
+    layer = model.model.layers[0].mlp.up_proj
+    pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]).prune()
+    with pytest.raises(ConfigSyncError):
+        hook.sync()
+    data = json.loads(json.dumps(hook.last_report.to_dict()))
+    assert data["error"].startswith("no LlamaConfig says what the weights")
+    assert data["fields"] == {}
+    assert len(data["groups"]) == 1
+
+
+def test_report_is_short_enough_for_a_loop():
+    model = small.llama(num_hidden_layers=8, tie_word_embeddings=True)
+    hook, pruner = attached(model)
+    pruner.step()
+    lines = str(hook.last_report).splitlines()
+    assert lines[0] == (
+        "sync 1: 9 groups pruned (traced graph); hidden_size 32 -> 24, intermediate_size 64 -> 48"
+    )
+    assert lines[1].startswith("  24 attributes, 1 tie refreshed; proved: ")
+    assert lines[1].endswith(" s")
+    assert len(lines) == 2
+    assert all(len(line) < 140 for line in lines)
+
+
+def test_report_notes_and_singular_words():
+    report = SyncReport(3, fields={"n_inner": (None, 48)}, buffers=["b"], notes=["look here"])
+    assert str(report) == (
+        "sync 3: 0 groups pruned; n_inner None -> 48\n  1 buffer refreshed; ; 0.00 s\n"
+        "  note: look here"
+    )
+    assert SyncReport(1).to_dict()["error"] is None
+
+
+def test_heads_asked_for_and_not_found_are_noted():
+    model = small.bert()
+    hook, pruner = attached(
+        model,
+        **traced_kwargs(model, prune_num_heads=True) | {"num_heads": {}, "out_channel_groups": {}},
+        head_pruning_ratio=0.5,
+        pruning_ratio=0.0,
+    )
+    ffn = [layer.intermediate.dense for layer in model.encoder.layer]
+    for layer in ffn:
+        pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]).prune()
+    assert list(hook.sync().notes) == [
+        "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none: its trace finds "
+        "no group of heads here, the class takes no number of heads in between, or pruning_ratio "
+        "is 0 (it then skips heads too)"
+    ]
+
+
+# What stays as it was
+
+
+def test_frozen_parameters_stay_frozen():
+    model = small.llama(attention_bias=True)
+    frozen = {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.self_attn.q_proj.bias",
+        "lm_head.weight",
+    }
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    _, pruner = attached(model, pruning_ratio=0.5, iterative_steps=2)
+    for _ in range(2):
+        pruner.step()
+        now = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert now == frozen
+    assert widths(model) == (16, 32)
+
+
+def test_a_wholly_frozen_model_is_pruned_and_stays_frozen():
+    model = small.bert().requires_grad_(False)
+    _, pruner = attached(model)
+    pruner.step()
+    assert widths(model) == (24, 48)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_tied_and_frozen():
+    model = small.llama(tie_word_embeddings=True)
+    model.lm_head.weight.requires_grad_(False)
+    _, pruner = attached(model)
+    pruner.step()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight.requires_grad
+
+
+def surroundings(model: Any) -> dict[str, Any]:
+    """What constructing a pruner touches and has to leave alone."""
+    return {
+        "training": {name: module.training for name, module in model.named_modules()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "parameters": {name: id(p) for name, p in model.named_parameters()},
+        "grads": {name: p.grad for name, p in model.named_parameters()},
+        "config": dict(vars(model.config)),
+        "configs": [id(m.config) for m in model.modules() if hasattr(m, "config")],
+        "hooks": {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks))
+            for name, m in model.named_modules()
+        },
+        "rotate_half": modeling_llama.rotate_half,
+        "filters": list(warnings.filters),
+        "Group": tp_graph.Group,
+        "SplitPruner": tp_ops.SplitPruner,
+        "_build_dependency": tp_graph.DependencyGraph._build_dependency,
+        "graph": dict(vars(tp_graph.DependencyGraph)),
+        "group": dict(vars(tp_graph.Group)),
+        "ops": dict(vars(tp_ops)),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "rng": torch.random.get_rng_state().tolist(),
+    }
+
+
+def unusual(training: bool) -> Any:
+    """A model in a state that tracing would disturb."""
+    model = small.llama(attn_implementation="sdpa", num_key_value_heads=2)
+    model.config.use_cache = True
+    model.train(training)
+    model.model.layers[0].mlp.train(not training)
+    model.model.layers[1].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_construction_leaves_everything_as_it_was(training: bool):
+    model = unusual(training)
+    kwargs = traced_kwargs(model)
+    before = surroundings(model)
+    assert before["config"]["_attn_implementation_internal"] == "sdpa"
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **kwargs,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        hooks=[HFConfigSyncHook()],
+    )
+    assert surroundings(model) == before
+    pruner.step()
+    after = surroundings(model)
+    assert (after["training"], after["requires_grad"]) == (
+        before["training"],
+        before["requires_grad"],
+    )
+    changed = {"hidden_size", "intermediate_size"}
+    assert {k: v for k, v in after["config"].items() if k not in changed} == {
+        k: v for k, v in before["config"].items() if k not in changed
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
+    model = unusual(training)
+    kwargs = traced_kwargs(model)
+    before = surroundings(model)
+    state = small.state_of(model)
+    hook = HFConfigSyncHook()
+
+    def fails(outputs: Any) -> Any:
+        assert tp_graph.Group is not before["Group"]
+        assert modeling_llama.rotate_half is not before["rotate_half"]
+        raise RuntimeError("in the middle of the trace")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        tp.pruner.MetaPruner(
+            model,
+            **{**kwargs, "output_transform": fails},
+            importance=tp.importance.GroupMagnitudeImportance(),
+            hooks=[hook],
+        )
+    assert surroundings(model) == before
+    small.assert_same(state, small.state_of(model))
+    pruner = tp.pruner.MetaPruner(  # and the hook is free again
+        model,
+        **kwargs,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        hooks=[hook],
+    )
+    pruner.step()
+    assert model.config.hidden_size == 24
+
+
+def test_pruner_kwargs_leave_everything_as_it_was():
+    model = unusual(training=True)
+    before, state = surroundings(model), small.state_of(model)
+    traced_kwargs(model)
+    assert surroundings(model) == before
+    small.assert_same(state, small.state_of(model))
+
+
+def test_a_sync_leaves_the_surroundings_as_they_were():
+    model = unusual(training=True)
+    hook, _ = attached(model)
+    before = surroundings(model)
+    hook.sync()
+    assert surroundings(model) == before
+
+
+def test_the_model_still_trains_after_a_step():
+    model = small.llama(tie_word_embeddings=True)
+    _, pruner = attached(model)
+    pruner.step()
+    model.train()
+    ids = torch.arange(1, 9)[None]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = model(ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(p.grad is not None for p in model.parameters())

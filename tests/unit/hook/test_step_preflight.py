@@ -1,0 +1,123 @@
+"""A step that no config could follow is refused before its first weight is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import small
+import torch_pruning as tp
+import zoo
+
+from tp_hf_config import ConfigSyncError, HFConfigSyncHook, pruner_kwargs
+from tp_hf_config.hook import step_preflight
+from tp_hf_config.hook.step_preflight import shapes_left
+from tp_hf_config.model.shapes import shapes
+
+
+def pruner_of(model: Any, hooks: Any, *, kwargs: dict[str, Any], **settings: Any) -> Any:
+    importance = tp.importance.MagnitudeImportance()
+    arguments = {"importance": importance, "pruning_ratio": 0.5, **settings}
+    return tp.pruner.BasePruner(
+        model, **{**pruner_kwargs(model, **kwargs), **arguments}, hooks=hooks
+    )
+
+
+CONFIG = ["llama", "gpt2", "mixtral", "bert", "swin", "convnext", "t5", "whisper"]
+TRACED = ["llama", "bert", "opt"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "name"),
+    [*(("config", name) for name in CONFIG), *(("trace", name) for name in TRACED)],
+)
+def test_shapes_known_before_are_those_of_after(
+    graph: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = zoo.build(name), []
+
+    def noting(*args: Any) -> Any:
+        seen.append(shapes_left(*args))
+        small.assert_same(before, small.state_of(model))
+        return seen[-1]
+
+    before = small.state_of(model)
+    pruner = pruner_of(model, [HFConfigSyncHook()], kwargs={"graph": graph}, pruning_ratio=0.3)
+    monkeypatch.setattr(step_preflight, "shapes_left", noting)
+    was = shapes(model)
+    pruner.step()
+    assert seen == [shapes(model)]
+    assert seen != [was]
+
+
+def test_settings_that_changed_after_the_hook_looked() -> None:
+    """A hidden size of 23 is no multiple of 4 heads; without rounding, nobody asks the class."""
+    model, hook = small.llama(), HFConfigSyncHook()
+    pruner = pruner_of(model, [hook], kwargs={"prune": ("hidden_size",)}, pruning_ratio=0.26)
+    before = small.state_of(model)
+    pruner.round_to = None
+    with pytest.raises(ConfigSyncError) as raised:
+        pruner.step()
+    assert str(raised.value) == (
+        "BasePruner: step 1 would end in this, and nothing of it is pruned: LlamaConfig refuses "
+        "what the weights are now (hidden_size 32 -> 23). It says: \"'validate_architecture': "
+        "ValueError: The hidden size (23) is not a multiple of the number of attention heads "
+        '(4).". The nearest it takes: hidden_size 20 or 24. Choose ratios that end there after '
+        "every step, or round_to= a number that the class accepts."
+    )
+    small.assert_same(before, small.state_of(model))
+    assert (pruner.current_step, hook.reports, pruner.DG._pruning_history) == (0, [], [])
+    pruner.round_to = 1
+    pruner.step()
+    assert model.config.hidden_size == 20
+
+
+def test_importances_are_asked_for_once() -> None:
+    class Counting(tp.importance.MagnitudeImportance):  # type: ignore[misc]
+        asked = 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.asked += 1
+            return super().__call__(*args, **kwargs)
+
+    model, importance = small.llama(), Counting()
+    pruner = pruner_of(
+        model, [HFConfigSyncHook()], kwargs={"graph": "trace"}, importance=importance
+    )
+    assert importance.asked == 0
+    pruner.step()
+    assert importance.asked == 3  # the hidden size, and the FFN of two layers
+
+
+def test_random_importances_are_those_that_were_proved() -> None:
+    model, hook = small.llama(), HFConfigSyncHook()
+    importance = tp.importance.RandomImportance()
+    pruner = pruner_of(model, [hook], kwargs={}, importance=importance)
+    pruner.step()
+    assert (model.config.hidden_size, model.config.intermediate_size) == (16, 32)
+
+
+def test_groups_that_the_user_is_handed_are_the_users() -> None:
+    """Only the first of two layers is pruned by hand: an error then, and what is left stays."""
+    model, hook = small.llama(), HFConfigSyncHook()
+    pruner = pruner_of(model, [hook], kwargs={"prune": ("intermediate_size",)})
+    groups = pruner.step(interactive=True)
+    next(groups).prune()
+    with pytest.raises(ConfigSyncError, match="Nothing was written; go on pruning and sync again"):
+        list(groups)
+    layers = model.model.layers
+    assert [layer.mlp.gate_proj.out_features for layer in layers] == [32, 64]
+    assert model.config.intermediate_size == 64
+    pruner.DG.get_pruning_group(
+        layers[1].mlp.gate_proj, tp.prune_linear_out_channels, list(range(32))
+    ).prune()
+    assert hook.sync().fields == {"intermediate_size": (64, 32)}
+
+
+def test_a_traced_class_that_rounds_its_widths() -> None:
+    """ConvNeXt's inner width is four times the outer; the trace rounds it by itself."""
+    model = zoo.build("convnext")
+    before = small.state_of(model)
+    with pytest.raises(ConfigSyncError, match=r"nothing of it is pruned: .* hidden_sizes\[1\]"):
+        pruner_of(model, [HFConfigSyncHook()], kwargs={"graph": "trace"}, pruning_ratio=0.3)
+    small.assert_same(before, small.state_of(model))

@@ -1,0 +1,300 @@
+"""``supports``: every width of a class tried at tiny size, and what a wrong one looks like."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+import transformers as hf
+import zoo
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs, supports
+from tp_hf_config.model.build import Builder
+from tp_hf_config.model.config_json import config_json
+from tp_hf_config.pipeline.trial import reloaded, save
+from tp_hf_config.twin.masked_check import difference
+
+# One type for each mechanism: grouped heads, fused layers, Conv1D, experts, latent attention,
+# relative positions, tied weights, heads with the hidden size, convolutions, images
+# among text.  What they came to stands in the table that ``make support`` wrote.
+TABLE = json.loads((small.ROOT / "docs" / "support.json").read_text())
+MEASURED = {(pair["task"], pair["type"]): pair for pair in TABLE["pairs"]}
+SAMPLE = [
+    ("causal-lm", "llama"),
+    ("causal-lm", "gpt2"),
+    ("causal-lm", "gpt_bigcode"),
+    ("causal-lm", "phi3"),
+    ("causal-lm", "gemma2"),
+    ("causal-lm", "mixtral"),
+    ("masked-lm", "bert"),
+    ("masked-lm", "deberta-v2"),
+    ("seq2seq-lm", "t5"),
+    ("image-classification", "vit"),
+    ("image-classification", "convnext"),
+    ("model", "paligemma"),
+]
+
+
+@pytest.mark.skipif(
+    any(version(name) != TABLE["versions"][name] for name in ("transformers", "torch-pruning")),
+    reason="the table in docs/support.json is of other versions",
+)
+@pytest.mark.parametrize(("task", "model_type"), SAMPLE)
+def test_sample_of_the_support_table(task: str, model_type: str) -> None:
+    expected = MEASURED[task, model_type]
+    model_class = getattr(hf, expected["class"])
+    found = supports(CONFIG_MAPPING[model_type](), model_class=model_class)
+    assert found.why_not is None
+    assert [json.loads(json.dumps(one.to_dict())) for one in found.widths] == expected["widths"]
+
+
+def table_module() -> Any:
+    """What writes the table."""
+    path = small.ROOT / "benchmarks" / "support" / "table.py"
+    spec = importlib.util.spec_from_file_location("support_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    return table
+
+
+def test_the_page_is_what_the_table_says_and_names_are_not_links() -> None:
+    table = table_module()
+    written = (small.ROOT / "docs" / "support.md").read_text()
+    assert written == table.page(TABLE["pairs"], TABLE, list(TABLE["totals"].items()))
+    assert not re.search(r"(?<!\\)\]\[", re.sub(r"`[^`]*`", "", written))
+
+
+def test_a_row_that_does_not_end_is_kept_from_the_table_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_module()
+    monkeypatch.setattr(table, "versions", lambda: {"torch": "2"})
+    ended, late = (
+        {"stage": "done", "why": ""},
+        {"stage": "prune", "why": "no end within 60 s (prune)"},
+    )
+    before = [
+        {"task": "model", "type": "a", **ended, "widths": [{"outcome": "works", "fields": ["d"]}]},
+        {"task": "model", "type": "b", **late, "widths": []},
+        {"task": "model", "type": "c", **ended, "widths": []},
+    ]
+    now = [{"task": "model", "type": kind, **late, "widths": []} for kind in "ab"]
+    now.append({"task": "model", "type": "c", **ended, "widths": [], "seconds": 1})
+    assert table.kept(now, 0, tmp_path) == now
+    (tmp_path / "docs").mkdir()
+    stored = {"versions": {"torch": "2"}, "seed": 0, "pairs": before}
+    (tmp_path / "docs" / "support.json").write_text(json.dumps(stored))
+    assert table.kept(now, 1, tmp_path) == now
+    kept = table.kept(now, 0, tmp_path)
+    assert kept == [{**before[0], "older": True}, *now[1:]]
+    counted = dict(table.totals(kept, 3))
+    assert counted["pairs that ended in a run before, not in this one"] == "1"
+    assert counted["pairs that did not end within their time"] == "1"
+    assert "of a run before" in table._line({**kept[0], "class": "A"})[-1]
+
+
+def test_a_model_is_measured_at_tiny_size_and_not_touched(capfd: Any) -> None:
+    with torch.device("meta"):  # 70 billion parameters
+        config = hf.LlamaConfig(
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            dtype=torch.bfloat16,
+        )
+        model = hf.LlamaForCausalLM(config)
+    before = config_json(model.config)
+    capfd.readouterr()
+    found = supports(model)
+    assert capfd.readouterr() == ("", "")  # no bars of what is saved and loaded
+    assert {width.name: width.outcome for width in found.widths} == {
+        "head_dim": "refused",
+        "hidden_size": "works",
+        "intermediate_size": "works",
+        "num_attention_heads": "works",
+        "num_key_value_heads + num_attention_heads": "works",
+    }
+    assert found.outcome("hidden_size") == "works"
+    assert found.outcome("num_key_value_heads") == "works"
+    assert found.outcome("head_dim") == "refused"
+    assert found.outcome("d_model") is None
+    assert config_json(model.config) == before
+    assert model.lm_head.weight.shape == (32000, 8192)
+    assert "intermediate_size" in str(found)
+    again = json.loads(json.dumps(found.to_dict()))
+    assert again["model"] == "LlamaForCausalLM"
+    assert again["widths"][1]["outcome"] == "works"
+
+
+def test_what_does_not_run_says_why() -> None:
+    class Broken(hf.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no forward pass today")
+
+    found = supports(zoo.build("llama").config, model_class=Broken)
+    assert found.why_not == "the tiny model does not run: no forward pass today"
+    assert found.widths == ()
+    assert "no forward pass today" in str(found)
+
+
+def test_no_model_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="dict: expected a Hugging Face model"):
+        supports({})  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match="no class of transformers"):
+        supports(hf.PretrainedConfig())
+
+
+def test_a_scale_that_is_not_refreshed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's embedding scale: the shapes fit without it, the outputs do not."""
+    monkeypatch.setattr("tp_hf_config.hook.follow.write_buffers", lambda *args: [])
+    monkeypatch.setattr("tp_hf_config.hook.follow.write_attributes", lambda *args: [])
+    config = zoo.build("gemma2").config
+    found = {w.name: w for w in supports(config).widths}["hidden_size"]
+    assert found.outcome == "failed"
+    assert "off the original with the removed units masked" in found.why
+
+
+def _random(name: str) -> Any:
+    model = zoo.build(name).double()
+    model.set_attn_implementation("eager")
+    for module in model.modules():
+        if "embed_scale" in module._buffers:
+            module.embed_scale = module.embed_scale.double()
+    return model
+
+
+def _halved(model: nn.Module, field: str) -> Any:
+    model = copy.deepcopy(model)
+    tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=[field], graph="config"),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook(graph="config")],
+    ).step()
+    return model
+
+
+def _difference(original: Any, pruned: Any) -> str | None:
+    fresh = Builder(pruned).build_real(config_json(pruned.config))
+    assert isinstance(fresh, nn.Module)
+    return difference(original, pruned, fresh, zoo.inputs(original))
+
+
+def test_the_masked_comparison_can_fail() -> None:
+    original = _random("llama")
+    pruned = _halved(original, "intermediate_size")
+    assert _difference(original, pruned) is None
+    wrong = copy.deepcopy(pruned)
+    with torch.no_grad():
+        wrong.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert _difference(original, wrong) == f"{name} holds values that the original has not"
+    wrong = copy.deepcopy(pruned)
+    with torch.no_grad():
+        weight = wrong.model.layers[0].mlp.up_proj.weight
+        weight.copy_(weight.flip(0))
+    assert _difference(original, wrong) == f"{name} holds channels in another order"
+    wrong = copy.deepcopy(pruned)
+    for layer in wrong.model.layers:
+        layer.self_attn.scaling *= 1.01
+    assert "off the original" in str(_difference(original, wrong))
+
+
+def test_other_channels_in_one_layer_of_a_group_are_seen() -> None:
+    """Right shapes, values of the original in order, but not those that the others kept."""
+    original = _random("llama")
+    pruned = _halved(original, "intermediate_size")
+    down, full = pruned.model.layers[0].mlp.down_proj, original.model.layers[0].mlp.down_proj
+    down.weight = nn.Parameter(full.weight[:, : down.in_features].clone())
+    other = nn.Parameter(full.weight[:, -down.in_features :].clone())
+    first = _difference(original, pruned)
+    down.weight = other
+    second = _difference(original, pruned)
+    assert "off the original" in f"{first} {second}"
+
+
+class Scaled(nn.Module):
+    """A scale that holds a norm without weights, as Moonshine's streaming encoder has them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) * self.gamma
+
+
+def test_a_norm_inside_a_scale_is_taken_over_what_is_left() -> None:
+    torch.manual_seed(0)
+    original, left = (
+        nn.Sequential(nn.Linear(4, width), Scaled(width), nn.Linear(width, 3)).double()
+        for width in (8, 5)
+    )
+    with torch.no_grad():
+        original[1].gamma += torch.rand(8)
+        for one, other in zip(left.parameters(), original.parameters(), strict=True):
+            one.copy_(other[tuple(map(slice, one.shape))])
+    inputs = {"input": torch.randn(2, 3, 4).double()}
+    assert difference(original, left, left, inputs) is None
+    with torch.no_grad():
+        left[0].weight.copy_(original[0].weight[3:])
+    assert "off the original" in str(difference(original, left, left, inputs))
+
+
+def test_a_folder_that_changed_is_seen(tmp_path: Path) -> None:
+    model = _random("llama")
+    assert save(model, zoo.inputs(model), tmp_path / "one") is None
+    assert reloaded(type(model), tmp_path / "one") is None
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    config["rms_norm_eps"] = 0.1
+    (tmp_path / "one" / "config.json").write_text(json.dumps(config))
+    assert reloaded(type(model), tmp_path / "one") == "loaded again it computes other outputs"
+    config["intermediate_size"] += 1
+    (tmp_path / "one" / "config.json").write_text(json.dumps(config))
+    assert "cannot be loaded" in str(reloaded(type(model), tmp_path / "one"))
+
+
+def _outcomes(config: Any, model_class: Any) -> dict[str, str]:
+    return {width.name: width.outcome for width in supports(config, model_class=model_class).widths}
+
+
+def test_integers_beside_weights_go_along_and_layers_that_return_a_scale_have_heads() -> None:
+    found = _outcomes(hf.IBertConfig(), hf.IBertForMaskedLM)
+    assert found["hidden_size"] == "works"
+    assert found["intermediate_size"] == "works"
+    assert found["num_attention_heads + hidden_size"] == "works"
+
+
+def test_every_expert_is_reached_by_some_token() -> None:
+    config = hf.SwitchTransformersConfig(num_layers=2, num_decoder_layers=2)
+    found = _outcomes(config, hf.SwitchTransformersForConditionalGeneration)
+    assert found == {"d_ff": "works", "d_kv": "works", "d_model": "works", "num_heads": "works"}
+
+
+def test_a_tiny_copy_is_not_made_smaller_still() -> None:
+    """Groups of convolutions at a size at which heads and groups are no longer told apart."""
+    found = _outcomes(hf.SqueezeBertConfig(), hf.SqueezeBertForMaskedLM)
+    assert found == {"embedding_size": "works", "intermediate_size": "works"}
+
+
+def test_heads_behind_experts_that_no_run_without_data_comes_to() -> None:
+    """JetMoE asks for its tokens' experts as numbers; what follows them is not seen."""
+    found = _outcomes(hf.JetMoeConfig(), hf.JetMoeForCausalLM)
+    assert found["num_key_value_heads"] == "works"
+    assert found["kv_channels"] == "refused"

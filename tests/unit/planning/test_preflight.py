@@ -1,0 +1,356 @@
+"""Settings that cannot end in a loadable model are told when a pruner is made, not after its steps.
+
+Every problem that is told here is real: the same settings fail once they are carried out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import small
+import torch_pruning as tp
+import zoo
+from planned import narrow
+
+from tp_hf_config import (
+    ConfigSyncError,
+    HFConfigSyncHook,
+    PrunerSettingsWarning,
+    pruner_kwargs,
+)
+
+FFN = ("intermediate_size",)
+
+
+def pruner_of(model: Any, hook: HFConfigSyncHook | None = None, **changes: Any) -> Any:
+    """A pruner of the FFN, or of what ``prune`` names, on the config graph or another."""
+    prune, ratios = changes.pop("prune", FFN), changes.pop("ratios", None)
+    graph = changes.pop("graph", "config")
+    kwargs = pruner_kwargs(model, prune=prune, ratios=ratios, graph=graph)
+    importance = tp.importance.MagnitudeImportance()
+    kwargs |= {"importance": importance, "pruning_ratio": 0.5, **changes}
+    return tp.pruner.BasePruner(model, **kwargs, hooks=[hook or HFConfigSyncHook(strict=True)])
+
+
+def gate(model: Any, layer: int) -> Any:
+    return model.model.layers[layer].mlp.gate_proj
+
+
+def assert_told(model: Any, words: str, **settings: Any) -> str:
+    """Refused with these words, strict or not, and nothing is touched."""
+    before = small.state_of(model)
+    messages: list[str] = []
+    for strict in (True, False):
+        with pytest.raises(ConfigSyncError, match=words) as raised:
+            pruner_of(model, HFConfigSyncHook(strict=strict), **settings)
+        messages.append(str(raised.value))
+        small.assert_same(before, small.state_of(model))
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+def all_steps(pruner: Any) -> None:
+    for _ in range(pruner.iterative_steps):
+        pruner.step()
+
+
+GRAPHS = pytest.mark.parametrize("graph", ["config", "trace"])
+
+
+class TestTold:
+    @GRAPHS
+    def test_global_ranking(self, graph: str) -> None:
+        message = assert_told(
+            small.llama(),
+            "2 groups of intermediate_size are ranked",
+            graph=graph,
+            global_pruning=True,
+        )
+        assert "global_pruning=False" in message
+
+    def test_global_ranking_of_the_default_widths(self) -> None:
+        """The hidden size has one group, and could be ranked with others; the FFN could not."""
+        message = assert_told(
+            small.llama(), "the 2 groups of intermediate_size", prune=None, global_pruning=True
+        )
+        assert 'prune=("hidden_size",) of pruner_kwargs' in message
+
+    def test_global_ranking_and_a_layer_that_stays(self) -> None:
+        """Of two groups one is left, and it is ranked with the hidden size."""
+        model = small.llama()
+        assert_told(
+            model,
+            r"1 of 2 groups of intermediate_size stay at 64 \(ignored_layers\), the others lose",
+            prune=None,
+            ignored_layers=[gate(model, 0)],
+            global_pruning=True,
+        )
+
+    def test_isomorphic_ranking(self) -> None:
+        settings: dict[str, Any] = {"global_pruning": True, "isomorphic": True}
+        assert_told(small.llama(), "2 groups of intermediate_size are ranked", **settings)
+
+    @GRAPHS
+    def test_one_layer_ignored(self, graph: str) -> None:
+        model = small.llama()
+        ignored = pruner_kwargs(model, prune=FFN, graph=graph)["ignored_layers"]  # type: ignore[arg-type]
+        assert_told(
+            model,
+            "1 of 2 .* stay at 64",
+            graph=graph,
+            ignored_layers=[*ignored, gate(model, 0)],
+        )
+
+    @GRAPHS
+    def test_layers_at_different_ratios(self, graph: str) -> None:
+        model = small.llama()
+        assert_told(
+            model,
+            "32.* 48" if graph == "trace" else r"32 in .*; 48 in model\.layers\.0\.mlp",
+            graph=graph,
+            pruning_ratio_dict={gate(model, 0): 0.25},
+        )
+
+    def test_widths_that_the_class_does_not_take(self) -> None:
+        message = assert_told(
+            narrow(),
+            r"refused at step 2 \(hidden_size 16\): hidden_size: at least 24 are needed\.",
+            prune=("hidden_size",),
+            iterative_steps=2,
+        )
+        assert 'taken: ratios={"hidden_size": 0.25} (hidden_size 24)' in message
+
+    def test_no_rounding(self) -> None:
+        """``round_to=None`` takes away what ``pruner_kwargs`` said: Torch-Pruning asks nobody."""
+        message = assert_told(
+            small.llama(),
+            r"refused at step 1 \(hidden_size 22\).*\(22\) is not a multiple",
+            prune=("hidden_size",),
+            pruning_ratio=0.3,
+            round_to=None,
+        )
+        assert 'taken: ratios={"hidden_size": 0.375} (hidden_size 20)' in message
+
+    def test_no_rounding_of_heads(self) -> None:
+        """Three of the four heads do not divide 32; with rounding, all four would stay."""
+        assert_told(
+            small.llama(num_key_value_heads=1),
+            r"refused at step 1 \(num_attention_heads 3\)",
+            prune=("num_attention_heads",),
+            pruning_ratio=0.25,
+            round_to=None,
+        )
+
+    def test_ratios_of_one_scope(self) -> None:
+        model = small.llama()
+        both = (gate(model, 0), gate(model, 1))
+        assert_told(
+            model,
+            "2 groups of intermediate_size are ranked",
+            pruning_ratio_dict={both: 0.5},
+            global_pruning=True,
+        )
+
+
+class TestNotTold:
+    @pytest.fixture(autouse=True)
+    def _nothing(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PrunerSettingsWarning)
+            yield
+
+    def test_what_works(self) -> None:
+        model = small.llama()
+        ratios = {"hidden_size": 0.25, "intermediate_size": 0.3}
+        pruner = pruner_of(model, prune=tuple(ratios), ratios=ratios, iterative_steps=2)
+        pruner.step()
+        pruner.step()
+        assert (model.config.hidden_size, model.config.intermediate_size) == (24, 44)
+
+    @GRAPHS
+    def test_every_layer_ignored(self, graph: str) -> None:
+        model = small.llama()
+        gates = [gate(model, 0), gate(model, 1)]
+        ignored = pruner_kwargs(model, prune=FFN, graph=graph)["ignored_layers"]  # type: ignore[arg-type]
+        pruner_of(model, graph=graph, ignored_layers=[*ignored, *gates]).step()
+        assert model.config.intermediate_size == 64
+
+    @GRAPHS
+    def test_global_ranking_of_one_group(self, graph: str) -> None:
+        model = small.llama()
+        pruner_of(model, prune=("hidden_size",), graph=graph, global_pruning=True).step()
+        assert model.config.hidden_size == 16
+
+    @GRAPHS
+    def test_a_ratio_of_zero(self, graph: str) -> None:
+        pruner_of(small.llama(), pruning_ratio=0.0, graph=graph, global_pruning=True).step()
+
+    @GRAPHS
+    def test_ratios_with_the_same_end(self, graph: str) -> None:
+        model = small.llama()
+        pruner_of(model, graph=graph, pruning_ratio_dict={gate(model, 0): 0.499}).step()
+        assert model.config.intermediate_size == 32
+
+    def test_a_pruner_that_has_begun(self) -> None:
+        model = small.llama()
+        kwargs = pruner_kwargs(model, prune=FFN, graph="trace")
+        pruner = tp.pruner.BasePruner(
+            model,
+            **kwargs,
+            importance=tp.importance.MagnitudeImportance(),
+            global_pruning=True,
+            pruning_ratio=0.2,
+        )
+        pruner.current_step = 1
+        HFConfigSyncHook(strict=True).register(pruner)
+
+    @pytest.mark.parametrize("name", ["gpt2", "mixtral", "deepseek_v3", "bert", "t5", "swin"])
+    def test_classes(self, name: str) -> None:
+        """What ``pruner_kwargs`` says of a class is foreseen to work."""
+        model = zoo.build(name)
+        tp.pruner.BasePruner(
+            model,
+            **pruner_kwargs(model, graph="config"),
+            importance=tp.importance.MagnitudeImportance(),
+            pruning_ratio=0.3,
+            iterative_steps=3,
+            hooks=[HFConfigSyncHook(strict=True)],
+        )
+
+
+class TestCarriedOut:
+    """What the class does not take, but something near it: done, and said in the report."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PrunerSettingsWarning)
+            yield
+
+    def notes(self, model: Any, **settings: Any) -> list[list[str]]:
+        """What the hook says of each step."""
+        hook = HFConfigSyncHook()
+        pruner = pruner_of(model, hook, **settings)
+        all_steps(pruner)
+        return [list(report.notes) for report in hook.reports]
+
+    def test_hidden_size_lowered_for_the_heads(self) -> None:
+        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+        told = self.notes(model, prune=("hidden_size", "num_attention_heads"), pruning_ratio=0.3)
+        assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 4)
+        assert told == [
+            [
+                "step 1: the ratios ask for hidden_size 30 ('validate_architecture': ValueError: "
+                "The hidden size (30) is not a multiple of the number of attention heads (4)); "
+                "nearest legal: hidden_size 24"
+            ]
+        ]
+
+    def test_strict_takes_nothing_else(self) -> None:
+        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+        before = small.state_of(model)
+        with pytest.raises(ConfigSyncError) as raised:
+            pruner_of(model, prune=("hidden_size", "num_attention_heads"), pruning_ratio=0.3)
+        assert str(raised.value) == (
+            "BasePruner of LlamaForCausalLM: step 1: the ratios ask for hidden_size 30 "
+            "('validate_architecture': ValueError: The hidden size (30) is not a multiple of the "
+            "number of attention heads (4)); nearest legal: hidden_size 24. "
+            "HFConfigSyncHook() does the nearest; strict=True does not. Nothing is pruned yet. "
+            "tp_hf_config.plan(model, ...) shows what settings give."
+        )
+        small.assert_same(before, small.state_of(model))
+
+    def test_heads_on_the_way(self) -> None:
+        """Five heads do not divide 48: six stay until there can be four."""
+        model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=1)
+        told = self.notes(
+            model, prune=("num_attention_heads",), pruning_ratio=0.3, iterative_steps=2
+        )
+        assert model.config.num_attention_heads == 4
+        assert told == [
+            [
+                "step 1: the ratios ask for num_attention_heads 5.1 ('validate_architecture': "
+                "ValueError: The hidden size (48) is not a multiple of the number of attention "
+                "heads (5)); nearest legal: num_attention_heads 6"
+            ],
+            [],
+        ]
+
+    def test_no_rounding_where_none_is_needed(self) -> None:
+        model = small.llama()
+        assert self.notes(model, prune=("hidden_size",), round_to=None) == [[]]
+        assert model.config.hidden_size == 16
+
+    def test_two_widths_that_may_not_be_equal(self) -> None:
+        """OPT with two equal widths builds no projection between them."""
+        model = zoo.build("opt")
+        told = self.notes(
+            model,
+            prune=("hidden_size", "word_embed_proj_dim"),
+            ratios={"hidden_size": 0.25, "word_embed_proj_dim": 0.0},
+        )
+        assert (model.config.hidden_size, model.config.word_embed_proj_dim) == (44, 48)
+        assert told == [
+            [
+                "step 1: the ratios ask for hidden_size 48 (the class builds other tensors there: "
+                "model.decoder.project_in.weight); nearest legal: hidden_size 44"
+            ]
+        ]
+
+    def test_never_fewer_experts_than_a_token_goes_to(self) -> None:
+        model = zoo.build("gpt_oss")  # experts in one tensor, in Transformers 4 too
+        assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (4, 2)
+        told = self.notes(model, prune=("num_local_experts",), pruning_ratio=0.9)
+        assert model.config.num_local_experts == 2
+        assert told == [["num_local_experts ends at 2, not at 0.9 less: no less can be left of it"]]
+
+    def test_pruned_by_hand_before_the_first_step(self) -> None:
+        """Not as foreseen: half of the 28 that Torch-Pruning finds, rounded to four heads."""
+        model = small.llama()
+        hook = HFConfigSyncHook(strict=True)
+        pruner = pruner_of(model, hook, prune=("hidden_size",), pruning_ratio=0.5)
+        group = next(iter(pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers)))
+        group.prune(idxs=[0, 1, 2, 3])
+        assert hook.sync().fields == {"hidden_size": (32, 28)}
+        pruner.step()
+        assert model.config.hidden_size == 12
+
+
+class TestGlobalRanking:
+    def test_one_group_of_each_field_is_decided_by_importance(self) -> None:
+        """What is left of each is known afterwards; each is rounded to what its class takes."""
+        model = small.llama(num_hidden_layers=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PrunerSettingsWarning)
+            hook = HFConfigSyncHook(strict=True)
+            pruner = pruner_of(
+                model, hook, prune=("hidden_size", "intermediate_size"), global_pruning=True
+            )
+        pruner.step()
+        assert (model.config.hidden_size, model.config.intermediate_size) == (16, 31)
+        assert hook.last_report is not None
+        assert hook.last_report.notes == []
+
+    def test_heads_are_ranked_by_themselves(self) -> None:
+        model = small.llama(num_key_value_heads=2)
+        kwargs = pruner_kwargs(model, prune=("hidden_size",), prune_num_heads=True, graph="config")
+        tp.pruner.BasePruner(
+            model,
+            **kwargs,
+            importance=tp.importance.MagnitudeImportance(),
+            global_pruning=True,
+            pruning_ratio=0.25,
+            head_pruning_ratio=0.5,
+            hooks=[HFConfigSyncHook(strict=True)],
+        ).step()
+        assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 2)
+
+
+def test_a_refused_hook_can_be_used_again() -> None:
+    model, hook = small.llama(), HFConfigSyncHook(strict=True)
+    with pytest.raises(ConfigSyncError):
+        pruner_of(model, hook, global_pruning=True)
+    pruner_of(model, hook).step()
+    assert model.config.intermediate_size == 32

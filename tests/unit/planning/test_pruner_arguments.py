@@ -1,0 +1,351 @@
+"""Arguments with a mistake in them: each is refused in words, or honoured, or warned of."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+import transformers as hf
+import zoo
+from torch import nn
+
+from tp_hf_config import (
+    HFConfigSyncHook,
+    PrunerSettingsWarning,
+    TracingError,
+    UnsupportedModelError,
+    plan,
+    pruner_kwargs,
+)
+
+BERT = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+BOTH = {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
+
+
+def step(model: Any, kwargs: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
+    """One step of a pruner with these arguments; the pruner and the report."""
+    hook = HFConfigSyncHook()
+    arguments = {"importance": tp.importance.MagnitudeImportance(), "pruning_ratio": 0.5}
+    pruner = tp.pruner.MetaPruner(model, **{**arguments, **kwargs, **settings}, hooks=[hook])
+    pruner.step()
+    return pruner, hook.last_report
+
+
+class TestMerged:
+    """``pruner_kwargs`` takes the pruner's arguments, and puts them together with the model's."""
+
+    def test_arguments_are_passed_on(self) -> None:
+        model, hook = small.llama(), HFConfigSyncHook()
+        kwargs = pruner_kwargs(
+            model,
+            importance=tp.importance.MagnitudeImportance(),
+            pruning_ratio=0.25,
+            iterative_steps=2,
+            hooks=[hook],
+        )
+        pruner = tp.pruner.MetaPruner(model, **kwargs)
+        pruner.step()
+        pruner.step()
+        assert [one.fields["hidden_size"] for one in hook.reports] == [(32, 28), (28, 24)]
+
+    def test_round_to_and_ignored_layers(self) -> None:
+        model = small.llama()
+        kept = [layer.self_attn for layer in model.model.layers]
+        with pytest.warns(PrunerSettingsWarning, match="^hidden_size stays at 32: ignored_layers="):
+            kwargs = pruner_kwargs(model, round_to=24, ignored_layers=kept)
+        assert kwargs["ignored_layers"] == kept
+        _, report = step(model, kwargs)
+        assert report.fields == {"intermediate_size": (64, 24)}
+        assert report.notes[0].startswith("hidden_size stays at 32")
+
+    def test_layers_around_the_model_stay_ignored(self) -> None:
+        model = nn.Sequential(small.bert(), nn.Linear(32, 2))
+        bert = model[0]
+        kwargs = pruner_kwargs(model, ignored_layers=[bert.embeddings.word_embeddings])
+        assert kwargs["ignored_layers"] == [model[1], bert.embeddings.word_embeddings]
+
+    def test_on_a_traced_graph(self) -> None:
+        model = small.phi3()
+        mine, own = model.model.layers[0].mlp.down_proj, pruner_kwargs(model, graph="trace")
+        kwargs = pruner_kwargs(
+            model, graph="trace", ignored_layers=[mine], round_to=8, num_heads={mine: 2}
+        )
+        assert kwargs["ignored_layers"] == [*own["ignored_layers"], mine]
+        assert kwargs["out_channel_groups"] == own["out_channel_groups"]
+        assert kwargs["num_heads"] == {**own["num_heads"], mine: 2}
+
+    def test_ratios_by_field_and_by_layer(self) -> None:
+        model = small.llama()
+        by_layer = {layer.mlp.up_proj: 0.25 for layer in model.model.layers}
+        kwargs = pruner_kwargs(
+            model,
+            prune=("hidden_size", "intermediate_size"),
+            ratios={"hidden_size": 0.125},
+            pruning_ratio_dict=by_layer,
+        )
+        _, report = step(model, kwargs)
+        assert report.fields == {"hidden_size": (32, 28), "intermediate_size": (64, 48)}
+
+    def test_an_argument_that_no_pruner_has(self) -> None:
+        with pytest.raises(TypeError) as raised:
+            pruner_kwargs(small.llama(), round_too=8)
+        assert str(raised.value) == (
+            "pruner_kwargs: no pruner takes round_too= (did you mean round_to?)"
+        )
+        assert pruner_kwargs(small.llama(), reg=0.1)["reg"] == 0.1  # GroupNormPruner has it
+
+    def test_example_inputs_for_a_trace(self) -> None:
+        inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+        kwargs = pruner_kwargs(small.llama(), graph="trace", example_inputs=inputs)
+        assert kwargs["example_inputs"] == inputs
+        with pytest.raises(TypeError, match=r"^example_inputs= is a Tensor: expected a dict"):
+            pruner_kwargs(small.llama(), graph="trace", example_inputs=torch.ones(1, 4))
+
+    def test_a_less_safe_value_in_its_place(self) -> None:
+        model = small.phi3()
+        kwargs = pruner_kwargs(model, graph="trace")
+        with pytest.warns(PrunerSettingsWarning) as told:
+            step(model, kwargs, ignored_layers=[model.lm_head, model.model])
+        (message,) = [str(one.message) for one in told if "ignored_layers=" in str(one.message)]
+        assert message == (
+            "ignored_layers= is not what pruner_kwargs gave, and keeps less of what the model "
+            "needs. Give yours to it, which puts both together: pruner_kwargs(model, "
+            "ignored_layers=...)"
+        )
+
+
+class TestHeads:
+    @pytest.mark.parametrize(("told", "made_for"), [(True, False), (False, True)])
+    def test_other_than_pruner_kwargs_was_told(self, told: bool, made_for: bool) -> None:
+        model = small.llama()
+        before = small.state_of(model)
+        kwargs = {**pruner_kwargs(model, prune_num_heads=made_for), "prune_num_heads": told}
+        with pytest.raises(ValueError, match="prune_num_heads") as raised:
+            step(model, kwargs, head_pruning_ratio=0.5)
+        assert str(raised.value) == (
+            f"prune_num_heads={told}, but pruner_kwargs made its arguments for "
+            f"prune_num_heads={made_for}. Tell it: pruner_kwargs(model, prune_num_heads={told})"
+        )
+        small.assert_same(before, small.state_of(model))
+
+    @pytest.mark.parametrize("heads", [True, False])
+    def test_a_ratio_alone_and_none(self, heads: bool) -> None:
+        model = small.llama()
+        kwargs = pruner_kwargs(model, prune_num_heads=heads)
+        ratio = 0.0 if heads else 0.5
+        with pytest.warns(PrunerSettingsWarning, match="has no effect without") as told:
+            _, report = step(model, kwargs, head_pruning_ratio=ratio)
+        assert [one.filename for one in told] == [__file__]
+        assert report.fields == BOTH
+
+    def test_how_heads_go_says_that_they_go(self) -> None:
+        model = small.llama(num_key_value_heads=2)
+        kwargs = pruner_kwargs(model, prune=(), gqa="group")
+        _, report = step(model, kwargs, head_pruning_ratio=0.5)
+        assert report.fields == {"num_key_value_heads": (2, 1), "num_attention_heads": (4, 2)}
+
+    @pytest.mark.parametrize("ask", [plan, pruner_kwargs])
+    def test_how_no_heads_go(self, ask: Any) -> None:
+        with pytest.raises(ValueError, match=r"^gqa='group' says how attention heads go"):
+            ask(small.llama(), gqa="group", prune_num_heads=False)
+
+    @pytest.mark.parametrize("graph", ["auto", "trace"])
+    def test_a_model_without_heads(self, graph: Any) -> None:
+        model = zoo.build("convnext")
+        with pytest.raises(UnsupportedModelError, match="heads") as raised:
+            pruner_kwargs(model, prune_num_heads=True, graph=graph)
+        assert "grouped" not in str(raised.value)
+        assert "495" not in str(raised.value)
+
+
+class TestNames:
+    @pytest.mark.parametrize("graph", ["auto", "config", "trace"])
+    def test_one_field_may_stand_alone(self, graph: Any) -> None:
+        model = small.llama()
+        _, report = step(model, pruner_kwargs(model, prune="intermediate_size", graph=graph))
+        assert report.fields == {"intermediate_size": (64, 32)}
+
+    def test_in_a_plan(self) -> None:
+        (width,) = plan(small.llama(), prune="intermediate_size").widths
+        assert width.name == "intermediate_size"
+
+    @pytest.mark.parametrize(
+        "ask",
+        [
+            lambda model: pruner_kwargs(model, prune="intermediate_sise"),
+            lambda model: pruner_kwargs(model, prune="intermediate_sise", graph="trace"),
+            lambda model: pruner_kwargs(model, ratios={"intermediate_sise": 0.5}),
+            lambda model: pruner_kwargs(model, ratios={"intermediate_sise": 0.5}, graph="trace"),
+            lambda model: pruner_kwargs(
+                model, prune="intermediate_size", ratios={"intermediate_sise": 0.5}
+            ),
+            lambda model: pruner_kwargs(
+                model, prune="intermediate_size", ratios={"intermediate_sise": 0.5}, graph="trace"
+            ),
+            lambda model: plan(model, prune="intermediate_sise"),
+            lambda model: plan(model, ratios={"intermediate_sise": 0.5}),
+            lambda model: plan(model, prune="intermediate_size", ratios={"intermediate_sise": 0.5}),
+        ],
+    )
+    def test_misspelt(self, ask: Any) -> None:
+        words = re.escape("(did you mean intermediate_size?)")
+        with pytest.raises(UnsupportedModelError, match=words):
+            ask(small.llama())
+
+    @pytest.mark.parametrize("ratio", [30, -0.5])
+    def test_ratios_of_fields(self, ratio: float) -> None:
+        for ask in (pruner_kwargs, plan):
+            with pytest.raises(ValueError, match=f"intermediate_size={ratio}: expected a share"):
+                ask(small.llama(), ratios={"intermediate_size": ratio})
+
+
+class TestNoModel:
+    def test_a_path(self) -> None:
+        with pytest.raises(TypeError) as raised:
+            pruner_kwargs("some/folder")  # type: ignore[arg-type]
+        assert str(raised.value) == (
+            "str given where a model was expected. Load it first, with from_pretrained of its "
+            "class (AutoModelForCausalLM, ...)."
+        )
+
+    def test_what_holds_a_model(self) -> None:
+        class Pipeline:
+            def __init__(self) -> None:
+                self.task, self.model = "text", small.bert()
+
+        with pytest.raises(TypeError) as raised:
+            pruner_kwargs(Pipeline())  # type: ignore[arg-type]
+        assert str(raised.value) == (
+            "Pipeline given where a model was expected. Pass what it holds: its .model."
+        )
+
+    def test_packed_weights(self) -> None:
+        class Packed(nn.Module):
+            """As ``torch.ao.nn.quantized.dynamic.Linear``."""
+
+            def weight(self) -> torch.Tensor:
+                return torch.ones(2, 2)
+
+        model = small.bert()
+        model.pooler.dense = Packed()
+        with pytest.raises(UnsupportedModelError) as raised:
+            pruner_kwargs(model)
+        assert str(raised.value) == (
+            "BertModel: pooler.dense (test_pruner_arguments.Packed) holds packed weights, a "
+            "quantised storage format. Load the model in float16, bfloat16 or float32, prune, and "
+            "quantise the result."
+        )
+
+
+class TestSteps:
+    @pytest.mark.parametrize("graph", ["config", "trace"])
+    @pytest.mark.parametrize("interactive", [False, True])
+    def test_taylor_without_a_backward_pass(self, graph: Any, interactive: bool) -> None:
+        model, hook = small.llama(), HFConfigSyncHook()
+        before = small.state_of(model)
+        pruner = tp.pruner.MetaPruner(
+            model,
+            **pruner_kwargs(model, prune="intermediate_size", graph=graph),
+            importance=tp.importance.GroupTaylorImportance(),
+            hooks=[hook],
+        )
+        words = "^GroupTaylorImportance fails .* no parameter has a gradient, .* loss.backward()"
+        with pytest.raises(ValueError, match=words):
+            list(pruner.step(interactive=interactive) or ())
+        small.assert_same(before, small.state_of(model))
+
+    def test_an_importance_that_fails_otherwise(self) -> None:
+        def fails(group: Any) -> Any:
+            raise KeyError("mine")
+
+        model = small.llama()
+        model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
+        with pytest.raises(KeyError, match="mine"):
+            step(model, pruner_kwargs(model), importance=fails)
+
+    def why(self, model: Any, **settings: Any) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, report = step(model, pruner_kwargs(model), **settings)
+        assert report.groups == []
+        return str(report.notes[-1])
+
+    def test_why_nothing_was_pruned(self) -> None:
+        model = small.llama()
+        assert self.why(model, pruning_ratio=0.0) == "nothing was pruned: all ratios are 0"
+        assert self.why(model, ignored_layers=[model]) == (
+            "nothing was pruned: no group takes part (prune=, ignored_layers=, root_module_types=)"
+        )
+        assert self.why(model, importance=tp.importance.BNScaleImportance()) == (
+            "nothing was pruned: BNScaleImportance gave no value to any group (it may need "
+            "gradients, or batch norms)"
+        )
+
+    def test_groups_that_nobody_prunes(self) -> None:
+        model, hook = small.llama(), HFConfigSyncHook()
+        pruner = tp.pruner.MetaPruner(
+            model,
+            **pruner_kwargs(model, importance=tp.importance.MagnitudeImportance()),
+            hooks=[hook],
+        )
+        assert len(list(pruner.step(interactive=True))) == 3
+        assert hook.last_report is not None
+        assert hook.last_report.notes == [
+            "nothing was pruned: less than one unit of each was to go, or no group that the step "
+            "gave was pruned"
+        ]
+
+    def test_a_step_too_many(self) -> None:
+        model = small.llama()
+        pruner, report = step(model, pruner_kwargs(model))
+        assert report.fields == BOTH
+        assert not [note for note in report.notes if "nothing" in note]
+        hook = HFConfigSyncHook()
+        hook.register(pruner)
+        with pytest.warns(UserWarning, match="exceed the maximum"):
+            pruner.step()
+        assert hook.last_report is not None
+        assert hook.last_report.notes[-1] == (
+            "nothing was pruned: all steps of the pruner were taken (iterative_steps=1)"
+        )
+
+
+@pytest.mark.parametrize("name", ["Bert", "DistilBert"])
+def test_a_model_that_chooses_between_texts(name: str) -> None:
+    """Its inputs have three dimensions: it ended in ``shape '[-1, 8]' is invalid``."""
+    sizes: dict[str, Any] = {
+        "Bert": {**BERT, "hidden_size": 32, "intermediate_size": 64},
+        "DistilBert": {"vocab_size": 40, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+    }
+    torch.manual_seed(0)
+    config = getattr(hf, f"{name}Config")(**sizes[name])
+    model = getattr(hf, f"{name}ForMultipleChoice")(config).eval()
+    _, report = step(model, pruner_kwargs(model))
+    hidden, ffn = ("dim", "hidden_dim") if name == "DistilBert" else BOTH
+    assert report.graph.startswith("config graph")
+    assert report.fields == {hidden: (32, 16), ffn: (64, 32)}
+    assert model(input_ids=torch.ones(2, 3, 8, dtype=torch.long)).logits.shape == (2, 3)
+
+
+def test_a_forward_pass_that_no_made_up_inputs_satisfy() -> None:
+    """Longformer asserts that each text holds three separators."""
+    config = hf.LongformerConfig(**BERT, hidden_size=32, attention_window=8)
+    model = hf.LongformerForMultipleChoice(config).eval()
+    before = small.state_of(model)
+    with pytest.raises(TracingError) as raised:
+        step(model, pruner_kwargs(model))
+    message = str(raised.value)
+    assert message.startswith(
+        "Torch-Pruning cannot trace LongformerForMultipleChoice, whose forward pass fails: "
+        "AssertionError: `input_ids` should have two dimensions (modeling_longformer.py, line "
+    )
+    assert message.endswith(
+        "). Nothing was pruned. Give inputs that it takes: pruner_kwargs(model, "
+        "example_inputs={...})."
+    )
+    small.assert_same(before, small.state_of(model))

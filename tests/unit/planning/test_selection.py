@@ -1,0 +1,185 @@
+"""What is pruned where no width is named: what goes together, and what that leaves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import small
+import tiny
+import torch
+import torch_pruning as tp
+import transformers as hf
+from masked_original import assert_same_as_masked
+
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, Width, plan, pruner_kwargs
+from tp_hf_config.graph.prunable import widths_of
+
+pytestmark = pytest.mark.skipif(
+    small.TRANSFORMERS < (5,), reason="Transformers 4 has other fields in these configs"
+)
+_TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+class Case(NamedTuple):
+    """A class with widths that share a dimension, and what goes and stays by default."""
+
+    make: Callable[[], hf.PreTrainedModel]
+    goes: dict[str, int]
+    stays: dict[str, str]
+
+
+def mamba() -> hf.PreTrainedModel:
+    config = hf.MambaConfig(**_TEXT, state_size=8, time_step_rank=12, intermediate_size=48)
+    return hf.MambaForCausalLM(config)
+
+
+def deepseek() -> hf.PreTrainedModel:
+    config = hf.DeepseekV2Config(
+        **_TEXT,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        moe_intermediate_size=40,
+        n_routed_experts=4,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=24,
+        kv_lora_rank=24,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=10,
+        tie_word_embeddings=False,
+    )
+    return hf.DeepseekV2ForCausalLM(config)
+
+
+def dinov2() -> hf.PreTrainedModel:
+    config = hf.Dinov2Config(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+    )
+    return hf.Dinov2ForImageClassification(config)
+
+
+def stays(dim: str, field: str, other: str) -> str:
+    return (
+        f"it sets dimension 0 of {dim}.weight with {field}. To prune it as well, give it a pruner "
+        f'of its own afterwards: prune=("{other}",)'
+    )
+
+
+CASES = {
+    "mamba": Case(
+        mamba,
+        {"hidden_size": 16, "intermediate_size": 24, "state_size": 4},
+        {"time_step_rank": stays("backbone.layers.0.mixer.x_proj", "state_size", "time_step_rank")},
+    ),
+    "deepseek_v2": Case(
+        deepseek,
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "kv_lora_rank": 12,
+            "moe_intermediate_size": 20,
+            "q_lora_rank": 12,
+        },
+        {
+            "n_shared_experts": stays(
+                "model.layers.1.mlp.shared_experts.gate_proj",
+                "moe_intermediate_size",
+                "n_shared_experts",
+            )
+        },
+    ),
+    "dinov2": Case(
+        dinov2,
+        {"hidden_size": 32},
+        {"mlp_ratio": stays("dinov2.encoder.layer.0.mlp.fc1", "hidden_size", "mlp_ratio")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_default_takes_what_goes_together_and_says_what_it_leaves(name: str) -> None:
+    case = CASES[name]
+    model = case.make().eval()
+    tiny.randomise(model)
+    original = copy.deepcopy(model)
+    planned = plan(model)
+    hook = HFConfigSyncHook(graph="config", strict=True)
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        hooks=[hook],
+    )
+    pruner.step()
+    pruner.step()
+    assert planned.values == case.goes
+    assert {name: planned.kept[name] for name in case.stays} == case.stays
+    assert not any("of its own" in planned.kept[n] for n in planned.kept.keys() - case.stays)
+    first, second = hook.reports
+    assert first.notes == [f"{name} stays: {reason}" for name, reason in case.stays.items()]
+    assert second.notes == []
+    assert {name: new for name, (_, new) in second.fields.items()} == case.goes
+    rand = torch.Generator().manual_seed(1)
+    inputs: dict[str, Any] = (
+        {"pixel_values": torch.rand(2, 3, 32, 32, generator=rand)}
+        if model.main_input_name == "pixel_values"
+        else {"input_ids": torch.randint(3, 99, (2, 7), generator=rand)}
+    )
+    assert_same_as_masked(original, model, inputs)
+
+
+def test_what_was_asked_for_comes_before_the_default() -> None:
+    """Whole heads of a ViT hold a share of the hidden size, which stays a width of its own then."""
+    model = dinov2()
+    kwargs = pruner_kwargs(model, prune_head_dims=True)
+    fields = {field[-1] for fields in kwargs["example_inputs"].graph.fields for field in fields}
+    assert fields == {"head_dim", "hidden_size"}
+    planned = plan(model, prune_num_heads=True, head_pruning_ratio=0.5)
+    assert planned.values == {"num_attention_heads": 2, "hidden_size": 32}
+
+
+def test_heads_go_where_no_other_width_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def heads_alone(*args: Any) -> tuple[Width, ...]:
+        return tuple(
+            one if one.fields == (("num_attention_heads",),) else replace(one, reason="not seen")
+            for one in widths_of(*args)
+        )
+
+    monkeypatch.setattr("tp_hf_config.planning.selection.widths_of", heads_alone)
+    kwargs = pruner_kwargs(dinov2(), prune_num_heads=True)
+    assert kwargs["example_inputs"].graph.fields == [(("num_attention_heads",),)]
+    with pytest.raises(UnsupportedModelError, match="nothing is proved"):
+        pruner_kwargs(dinov2())
+
+
+def test_a_width_that_is_named_is_never_left() -> None:
+    with pytest.raises(UnsupportedModelError) as raised:
+        plan(dinov2(), prune=("hidden_size", "mlp_ratio"))
+    assert str(raised.value) == (
+        "Dinov2ForImageClassification: hidden_size and mlp_ratio both set dimension 0 of "
+        "dinov2.encoder.layer.0.mlp.fc1.weight. Prune them one after the other, each with a pruner "
+        "of its own."
+    )

@@ -1,0 +1,756 @@
+"""Every refusal: what it says, and that nothing was changed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+import transformers as hf
+from small import traced_kwargs
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import tp_hf_config
+import tp_hf_config.graph.traced.safe_tracing
+import tp_hf_config.hook.apply
+from tp_hf_config import (
+    ConfigSyncError,
+    HFConfigSyncHook,
+    TPHFConfigError,
+    TracingError,
+    UnsupportedModelError,
+)
+from tp_hf_config.model.versions import graph_module as tp_graph
+
+SYNC_LATER = "Nothing was written; go on pruning and sync again."
+
+
+def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
+    hook = HFConfigSyncHook()
+    arguments = {
+        **traced_kwargs(model),
+        "importance": tp.importance.GroupMagnitudeImportance(),
+        "pruning_ratio": 0.25,
+        **kwargs,
+    }
+    return hook, tp.pruner.MetaPruner(model, **arguments, hooks=[hook])
+
+
+def cut(pruner: Any, layer: nn.Linear, idxs: list[int]) -> None:
+    pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, idxs).prune()
+
+
+def refused(model: nn.Module) -> str:
+    """What is said at construction and by ``pruner_kwargs``; nothing is pruned or changed."""
+    before = {name: (id(p), tuple(p.shape)) for name, p in model.named_parameters()}
+    messages = []
+    with pytest.raises(UnsupportedModelError) as raised:
+        traced_kwargs(model)
+    messages.append(str(raised.value))
+    importance = tp.importance.GroupMagnitudeImportance()
+    with pytest.raises(UnsupportedModelError) as raised:
+        tp.pruner.MetaPruner(model, torch.rand(1, 8), importance, hooks=[HFConfigSyncHook()])
+    messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+    assert {name: (id(p), tuple(p.shape)) for name, p in model.named_parameters()} == before
+    return messages[0]
+
+
+def test_the_family_of_errors():
+    for error in (ConfigSyncError, TracingError, UnsupportedModelError):
+        assert issubclass(error, TPHFConfigError)
+    assert ConfigSyncError("text").conflicts == {}
+
+
+# At construction
+
+
+def test_no_pretrained_model():
+    assert refused(small.mlp()) == (
+        "Sequential contains no transformers.PreTrainedModel, so there is no config to keep in "
+        "step. Pass a Hugging Face model, or a module that contains one."
+    )
+
+
+def test_register_refuses_too():
+    pruner = small.pruner_of(small.mlp())
+    before, graph = dict(vars(pruner)), dict(vars(pruner.DG))
+    with pytest.raises(UnsupportedModelError, match="contains no transformers"):
+        HFConfigSyncHook().register(pruner)
+    assert (vars(pruner), vars(pruner.DG)) == (before, graph)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.document = small.bert(), small.llama()
+
+
+def test_two_side_by_side():
+    assert refused(Pair()) == (
+        "Pair contains 2 Hugging Face models side by side: query (BertModel), document "
+        "(LlamaForCausalLM). Expected one. Prune them one at a time, each with a pruner of its "
+        "own."
+    )
+
+
+PACKED = (
+    ": its weights are packed and cannot be pruned. Load it in float16, bfloat16 or float32, "
+    "prune, and quantise the result."
+)
+
+
+def packed_bert() -> Any:
+    model = small.bert()
+    model.pooler.dense.weight = nn.Parameter(
+        torch.zeros(32, 4, dtype=torch.uint8), requires_grad=False
+    )
+    return model
+
+
+def test_quantised_by_a_quantizer():
+    model = packed_bert()
+    model.hf_quantizer = object()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    assert refused(model) == "BertModel is quantised (gptq)" + PACKED
+
+
+def test_quantised_says_its_method_from_an_object():
+    class Method:
+        quant_method = hf.utils.quantization_config.QuantizationMethod.BITS_AND_BYTES
+
+    model = packed_bert()
+    model.is_quantized = True
+    model.config.quantization_config = Method()
+    assert refused(model) == "BertModel is quantised (bitsandbytes)" + PACKED
+
+
+def test_quantised_without_a_method():
+    model = packed_bert()
+    model.is_quantized = True
+    assert refused(model) == "BertModel is quantised (method unknown)" + PACKED
+
+
+def test_quantised_by_name_only():
+    """As after loading a GGUF file; what the message advises works."""
+
+    class Quantizer:
+        def remove_quantization_config(self, model: Any) -> None:
+            del model.hf_quantizer, model.config.quantization_config
+
+    model = small.bert()
+    model.hf_quantizer = Quantizer()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    message = refused(model)
+    assert message == (
+        "BertModel is quantised (gguf), although its weights are plain tensors by now (as after "
+        "loading a GGUF file), and save_pretrained would refuse it. Say so first: "
+        "model.hf_quantizer.remove_quantization_config(model)"
+    )
+    model.hf_quantizer.remove_quantization_config(model)
+    hook, pruner = attached(model)
+    pruner.step()
+    assert hook.last_report.fields["hidden_size"] == (32, 24)
+
+
+def test_meta_device():
+    assert refused(small.bert().to("meta")) == (
+        "BertModel: embeddings.word_embeddings.weight is on the meta device (no data, or offloaded "
+        "by accelerate). Load the whole model into memory: from_pretrained(folder) without "
+        "device_map offloading."
+    )
+
+
+def test_sharded():
+    model = small.bert()
+    model.encoder.layer[1].output.dense.weight.ds_id = 7
+    assert refused(model) == (
+        "BertModel: encoder.layer.1.output.dense.weight is sharded over several processes "
+        "(Tensor). Prune the whole model in one process, then shard it."
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_one_byte(dtype: torch.dtype):
+    model = small.bert()
+    model.pooler.dense.weight = nn.Parameter(torch.zeros(32, 32, dtype=dtype), requires_grad=False)
+    assert refused(model) == (
+        f"BertModel: pooler.dense.weight holds {dtype}, a quantised storage format. Load the "
+        "model in float16, bfloat16 or float32, prune, and quantise the result."
+    )
+
+
+def construction_refused(model: nn.Module, good: nn.Module) -> str:
+    """What is said when the map is made; ``good`` gives the arguments that this needs."""
+    arguments = traced_kwargs(good)
+    importance = tp.importance.GroupMagnitudeImportance()
+    with pytest.raises(UnsupportedModelError) as raised:
+        tp.pruner.MetaPruner(
+            model,
+            example_inputs=arguments["example_inputs"],
+            output_transform=arguments["output_transform"],
+            importance=importance,
+            hooks=[HFConfigSyncHook()],
+        )
+    with pytest.raises(UnsupportedModelError) as again:
+        traced_kwargs(model)
+    assert str(raised.value) == str(again.value)
+    return str(raised.value)
+
+
+def with_adapters(model: hf.PreTrainedModel) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+
+
+def test_adapters():
+    query = "encoder.layer.0.attention.self.query"
+    assert construction_refused(with_adapters(small.bert()), small.bert()) == (
+        f"BertModel and its config disagree before any pruning: {query}.base_layer.weight: found "
+        f"[32, 32], but the config builds no such tensor; {query}.base_layer.bias: found [32], but "
+        f"the config builds no such tensor; {query}.lora_A.default.weight: found [2, 32], but the "
+        "config builds no such tensor and 5 more. It has PEFT adapters: merge them first "
+        "(model.merge_and_unload())."
+    )
+
+
+def test_merged_adapters(tmp_path):
+    adapted = with_adapters(small.bert()).eval()
+    inputs = {"input_ids": torch.arange(4)[None]}
+    before = adapted(**inputs).last_hidden_state
+    model = adapted.merge_and_unload()
+    torch.testing.assert_close(model(**inputs).last_hidden_state, before)
+    hook = HFConfigSyncHook()
+    tp.pruner.MetaPruner(
+        model,
+        **tp_hf_config.pruner_kwargs(model, prune=("intermediate_size",)),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[hook],
+    ).step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {"intermediate_size": (64, 32)}
+    model.save_pretrained(tmp_path)
+    attention = model.config._attn_implementation
+    again = type(model).from_pretrained(tmp_path, attn_implementation=attention).eval()
+    for parameter in (*model.parameters(), *again.parameters()):  # aligned alike in memory
+        parameter.data = parameter.data.clone()
+    assert torch.equal(model(**inputs).last_hidden_state, again(**inputs).last_hidden_state)
+
+
+def test_config_and_weights_disagree():
+    model = small.bert()
+    model.config.intermediate_size = 60
+    assert construction_refused(model, small.bert()) == (
+        "BertModel and its config disagree before any pruning: "
+        "encoder.layer.0.intermediate.dense.weight: found [64, 32], the config builds [60, 32]; "
+        "encoder.layer.0.intermediate.dense.bias: found [64], the config builds [60]; "
+        "encoder.layer.0.output.dense.weight: found [32, 64], the config builds [32, 60] and 3 "
+        "more. Attach the hook before pruning, with the config that the model was loaded with."
+    )
+    assert model.config.intermediate_size == 60
+
+
+def test_a_model_pruned_before_the_hook_comes():
+    model = small.bert()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **traced_kwargs(model),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+    )
+    pruner.step()
+    before, graph = dict(vars(pruner)), dict(vars(pruner.DG))
+    with pytest.raises(UnsupportedModelError, match="disagree before any pruning"):
+        HFConfigSyncHook().register(pruner)
+    assert vars(pruner).keys() == before.keys()
+    assert vars(pruner.DG).keys() == graph.keys()
+
+
+def test_a_config_that_its_class_refuses():
+    model = small.llama()
+    model.config.hidden_size = 33
+    message = construction_refused(model, small.llama())
+    assert message == (
+        "LlamaForCausalLM cannot be built from its own config: 'validate_architecture': "
+        "ValueError: The hidden size (33) is not a multiple of the number of attention heads (4). "
+        "Mend model.config first."
+    )
+
+
+# pruner_kwargs
+
+
+def test_prune_a_field_that_is_none():
+    with pytest.raises(UnsupportedModelError) as raised:
+        traced_kwargs(small.bert(), prune=("nonsense", "hidden_size", "vocab_size"))
+    assert str(raised.value) == (
+        "prune=['nonsense', 'hidden_size', 'vocab_size']: nonsense, vocab_size sets no width of "
+        "BertModel that tracing can prune. Fields that do: hidden_size, intermediate_size."
+    )
+
+
+def test_head_dims_of_a_rotary_model():
+    with pytest.raises(UnsupportedModelError) as raised:
+        traced_kwargs(small.llama(), prune_head_dims=True)
+    assert str(raised.value) == (
+        "LlamaForCausalLM encodes positions in its head dims (its position tables are as wide as "
+        "a head), so they are not interchangeable. Leave prune_head_dims out, or prune whole heads "
+        "(prune_num_heads=True)."
+    )
+
+
+# At a sync
+
+
+def fails_to_sync(hook: HFConfigSyncHook, model: nn.Module) -> ConfigSyncError:
+    """The error of a sync that writes nothing, and whose report says so."""
+    before, count = small.state_of(model), len(hook.reports)
+    with pytest.raises(ConfigSyncError) as raised:
+        hook.sync()
+    small.assert_same(before, small.state_of(model))
+    assert len(hook.reports) == count + 1
+    report = hook.last_report
+    assert report.error == str(raised.value)
+    assert (report.fields, report.attributes, report.buffers, report.ties) == ({}, (), (), ())
+    assert report.proof == ""
+    assert str(report).endswith(f"; the config does not follow: {raised.value}")
+    assert report.to_dict()["error"] == str(raised.value)
+    return raised.value
+
+
+def test_layers_of_different_widths():
+    model = small.llama()
+    hook, pruner = attached(model)
+    layers = model.model.layers
+    cut(pruner, layers[0].mlp.up_proj, list(range(16)))
+    error = fails_to_sync(hook, model)
+    names = [
+        [f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+        for i in range(2)
+    ]
+    assert error.conflicts == {"intermediate_size": {48: names[0], 64: names[1]}}
+    assert str(error) == (
+        "no LlamaConfig says what the weights of LlamaForCausalLM are now. intermediate_size: "
+        f"{', '.join(names[0])} need 48, {', '.join(names[1])} need 64 (it was 64). One field sets "
+        "all of these, so they have to lose the same number: prune them all at one ratio with "
+        "local ranking (global_pruning=False), or keep them all (ignored_layers=). " + SYNC_LATER
+    )
+    assert [group.root.name for group in hook.last_report.groups] == ["model.layers.0.mlp.up_proj"]
+    model(**traced_kwargs(small.llama())["example_inputs"])  # the model itself runs on
+
+    cut(pruner, layers[1].mlp.up_proj, list(range(8, 24)))
+    report = hook.sync()
+    assert report.error is None
+    assert report.fields == {"intermediate_size": (64, 48)}
+    assert model.config.intermediate_size == 48
+    assert [layer.mlp.intermediate_size for layer in layers] == [48, 48]
+
+
+def test_many_layers_are_counted_not_listed():
+    model = small.llama(num_hidden_layers=6)
+    hook, pruner = attached(model)
+    cut(pruner, model.model.layers[4].mlp.up_proj, [0])
+    error = fails_to_sync(hook, model)
+    assert "model.layers.4.mlp.down_proj.weight need 63, " in str(error)
+    assert "model.layers.0.mlp.down_proj.weight and 12 more need 64" in str(error)
+    assert len(error.conflicts["intermediate_size"][64]) == 15
+
+
+def test_a_class_that_refuses():
+    model = small.llama()
+    hook, pruner = attached(model)
+    cut(pruner, model.model.layers[0].mlp.down_proj, [0, 1, 2])
+    assert str(fails_to_sync(hook, model)) == (
+        "LlamaConfig refuses what the weights are now (hidden_size 32 -> 29). It says: "
+        "\"'validate_architecture': ValueError: The hidden size (29) is not a multiple of the "
+        'number of attention heads (4).". The nearest it takes: hidden_size 28 or 32. '
+        "Choose ratios that end there after every step, or round_to= a number that the class "
+        "accepts. " + SYNC_LATER
+    )
+    cut(pruner, model.model.layers[0].mlp.down_proj, [3])
+    report = hook.sync()  # 28: it takes that
+    assert report.fields["hidden_size"] == (32, 28)
+
+
+def test_settings_that_a_traced_graph_could_not_end_well_with():
+    """Told when the pruner is made, before anything is cut."""
+    model = small.llama()
+    with pytest.raises(ConfigSyncError, match=r"nothing of it is pruned: .*hidden_size 32 -> 29"):
+        attached(model, round_to=None, pruning_ratio=3 / 32, iterative_steps=1)
+    assert {p.shape[0] for p in model.model.norm.parameters()} == {32}
+
+
+def test_a_wrong_cut_can_be_mended_by_the_next():
+    model = small.llama()
+    hook, pruner = attached(model, pruning_ratio=0.0)
+    for idxs in ([0, 1, 2], [0]):
+        cut(pruner, model.model.layers[0].mlp.down_proj, idxs)
+        if len(idxs) == 3:
+            assert "hidden_size 32 -> 29" in str(fails_to_sync(hook, model))
+    assert hook.sync().fields == {"hidden_size": (32, 28)}
+
+
+@pytest.mark.parametrize("projection", ["query", "value"])
+def test_heads_pruned_unequally(projection: str):
+    model = small.bert()
+    hook, pruner = attached(model)
+    attention = model.encoder.layer[0].attention.self
+    cut(pruner, getattr(attention, projection), [8, 10, 13])  # of the second head
+    assert str(fails_to_sync(hook, model)) == (
+        "encoder.layer.0.attention.self.query: its heads lost different numbers of dimensions, so "
+        "what is left cannot be told apart into equal heads. Tell the pruner about the heads "
+        "(num_heads=, as pruner_kwargs(model) does), or keep the layer (ignored_layers=)."
+    )
+
+
+def test_heads_told_nothing_about_are_refused_not_regrouped():
+    """Four channels gone, 28 = 4 heads of 7 would fit the shapes and compute something else."""
+    model = small.bert()
+    hook, pruner = attached(model)
+    for layer in model.encoder.layer:
+        cut(pruner, layer.attention.self.query, [0, 1, 2, 3])
+    cut(pruner, model.encoder.layer[0].output.dense, [0, 1, 2, 3])
+    shapes = {tuple(layer.attention.self.query.weight.shape) for layer in model.encoder.layer}
+    assert shapes == {(28, 28)}
+    assert "lost different numbers of dimensions" in str(fails_to_sync(hook, model))
+
+
+def untied_trace(model: nn.Module) -> tuple[HFConfigSyncHook, Any]:
+    """Traced without the hook, so tied layers are in groups of their own; cut by hand."""
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **traced_kwargs(model),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.0,
+    )
+    hook = HFConfigSyncHook()
+    hook.register(pruner)
+    return hook, pruner
+
+
+EMBEDDINGS = "roberta.embeddings.word_embeddings.weight"
+UNTIE = (
+    "RobertaForMaskedLM stores them once, so a reload would change one of them. Prune them in one "
+    "group, keep them (ignored_layers=), or untie them before pruning "
+    "(config.tie_word_embeddings=False)."
+)
+
+
+def test_ties_that_lost_different_channels():
+    model = small.roberta()
+    assert model.lm_head.decoder.weight is model.get_parameter(EMBEDDINGS)
+    hook, pruner = untied_trace(model)
+    cut(pruner, model.roberta.encoder.layer[0].output.dense, [0, 1, 2, 3])
+    cut(pruner, model.lm_head.dense, [4, 5, 6, 7])
+    assert str(fails_to_sync(hook, model)) == (
+        f"{EMBEDDINGS} and lm_head.decoder.weight are tied, one weight under two names, but lost "
+        f"different channels. {UNTIE}"
+    )
+    assert model.lm_head.decoder.weight is not model.get_parameter(EMBEDDINGS)
+
+
+def test_ties_of_different_widths():
+    model = small.roberta()
+    hook, pruner = untied_trace(model)
+    cut(pruner, model.roberta.encoder.layer[0].output.dense, [0, 1, 2, 3])
+    cut(pruner, model.lm_head.dense, [0, 1, 2, 3, 4, 5, 6, 7])
+    assert str(fails_to_sync(hook, model)) == (
+        f"{EMBEDDINGS} has shape [40, 28] and lm_head.decoder.weight [40, 24], but they are tied, "
+        f"one weight under two names. {UNTIE}"
+    )
+
+
+def test_ties_coupled_by_the_hook_do_not_conflict():
+    model = small.roberta()
+    hook, pruner = attached(model)
+    pruner.step()
+    assert hook.last_report.error is None
+    assert model.lm_head.decoder.weight is model.get_parameter(EMBEDDINGS)
+    assert tuple(model.lm_head.decoder.weight.shape) == (40, 24)
+
+
+def test_ties_are_made_again_by_the_sync_after_a_failed_one():
+    model = small.llama(tie_word_embeddings=True)
+    hook, pruner = attached(model)
+    for count in (3, 1):
+        cut(pruner, model.model.layers[0].mlp.down_proj, list(range(count)))
+        if count == 3:
+            fails_to_sync(hook, model)
+            assert model.lm_head.weight is not model.model.embed_tokens.weight
+    report = hook.sync()
+    assert report.ties == ["model.embed_tokens.weight = lm_head.weight"] or report.ties == [
+        "lm_head.weight = model.embed_tokens.weight"
+    ]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_dimension_that_no_field_sets_alone():
+    """The pooler's output alone: hidden size sets it together with all the rest."""
+    model = small.bert()
+    hook, _ = attached(model)
+    tp.prune_linear_out_channels(model.pooler.dense, [0, 1])
+    error = fails_to_sync(hook, model)
+    assert error.conflicts["hidden_size"][30] == ["pooler.dense.weight", "pooler.dense.bias"]
+    assert "hidden_size: pooler.dense.weight, pooler.dense.bias need 30, " in str(error)
+    assert " more need 32 (it was 32)." in str(error)
+
+
+def test_a_square_layer_is_listed_once():
+    model = small.bert()
+    hook, _ = attached(model)
+    tp.prune_linear_out_channels(model.pooler.dense, [0, 1])
+    tp.prune_linear_in_channels(model.pooler.dense, [0, 1])
+    error = fails_to_sync(hook, model)
+    assert error.conflicts["hidden_size"][30] == ["pooler.dense.weight", "pooler.dense.bias"]
+    assert "hidden_size: pooler.dense.weight, pooler.dense.bias need 30, " in str(error)
+
+
+def test_a_tensor_that_the_config_cannot_size():
+    model = hf.BertForTokenClassification(small.bert().config)
+    hook, _ = attached(model)
+    tp.prune_linear_in_channels(model.classifier, [0])
+    assert "classifier.weight needs 31" in str(fails_to_sync(hook, model))
+    model.classifier.in_features = 32
+    model.classifier.weight = nn.Parameter(torch.rand(2, 32))
+    model.register_parameter("extra", nn.Parameter(torch.rand(3)))
+    message = str(fails_to_sync(hook, model))
+    assert message == (
+        "no BertConfig says what the weights of BertForTokenClassification are now: extra: found "
+        "[3], but the config builds no such tensor. No field of the config sets these dimensions "
+        "on their own: keep the layers (ignored_layers=). " + SYNC_LATER
+    )
+
+
+# Tracing
+
+
+def test_a_trace_that_does_not_end(monkeypatch: pytest.MonkeyPatch):
+    """Rotary embeddings left as they are: Torch-Pruning issue 527."""
+    model = small.llama(hidden_size=64, num_key_value_heads=2)
+    arguments = {**traced_kwargs(model), "ignored_layers": []}
+    model.train()
+    model.model.norm.weight.requires_grad_(False)
+    model.config.use_cache = True
+    before = small.state_of(model), dict(vars(model.config))
+    group, rotate = tp_graph.Group, modeling_llama.rotate_half
+    build = tp_graph.DependencyGraph._build_dependency
+    monkeypatch.setattr(tp_hf_config.graph.traced.safe_tracing, "_ROTATIONS", ())
+    started = time.perf_counter()
+    with pytest.raises(TracingError) as raised:
+        tp.pruner.MetaPruner(
+            model,
+            **arguments,
+            importance=tp.importance.GroupMagnitudeImportance(),
+            hooks=[HFConfigSyncHook()],
+        )
+    assert time.perf_counter() - started < 30
+    message = str(raised.value)
+    assert message.startswith(
+        "Torch-Pruning's trace does not end: the group that starts at model.layers."
+    )
+    assert " again and again (" in message
+    assert message.endswith(
+        "each time with other channels. The tracer mistakes a concatenation or a repeat there for "
+        "one of channels (Torch-Pruning issue 527). Put the layers around it into ignored_layers="
+    )
+    small.assert_same(before[0], small.state_of(model))
+    assert vars(model.config) == before[1]
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+    assert (tp_graph.Group, modeling_llama.rotate_half) == (group, rotate)
+    assert tp_graph.DependencyGraph._build_dependency is build
+
+
+def test_the_same_model_traces_with_neutral_rotary():
+    model = small.llama(hidden_size=64, num_key_value_heads=2)
+    hook, pruner = attached(model)
+    pruner.step()
+    assert hook.last_report.fields == {"hidden_size": (64, 48), "intermediate_size": (64, 48)}
+
+
+# A module around the model
+
+
+class Classifier(nn.Module):
+    def __init__(self, pooler: bool = False) -> None:
+        super().__init__()
+        self.backbone = hf.BertModel(small.bert().config, add_pooling_layer=pooler)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.head(self.backbone(input_ids, **kwargs).last_hidden_state[:, 0])
+
+
+def test_a_wrapper_works_end_to_end(tmp_path: Any):
+    model = Classifier().eval()
+    backbone, config = model.backbone, model.backbone.config
+    kwargs = traced_kwargs(model)
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **{**kwargs, "ignored_layers": [*kwargs["ignored_layers"], model.head]},
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        hooks=[hook],
+    )
+    for hidden, ffn in ((24, 48), (16, 32)):
+        pruner.step()
+        assert (config.hidden_size, config.intermediate_size) == (hidden, ffn)
+    assert backbone.config is config
+    assert model.head.in_features == 16
+    assert model.head.out_features == 3
+    assert {group.root.name.partition(".")[0] for group in hook.last_report.groups} == {"backbone"}
+    backbone.save_pretrained(tmp_path)
+    again = hf.BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(backbone(ids).last_hidden_state, again(ids).last_hidden_state)
+        assert model(ids).shape == (1, 3)
+
+
+def test_a_layer_that_the_trace_did_not_see():
+    """The wrapper's output does not depend on the pooler, so the pruner leaves it as it is."""
+    model = Classifier(pooler=True).eval()
+    before = small.state_of(model)
+    with pytest.raises(UnsupportedModelError) as raised:
+        attached(model)
+    assert str(raised.value) == (
+        "pooler.dense is as wide as hidden_size says, but the outputs that were traced do not "
+        "depend on it, so Torch-Pruning would leave it as it is. Build the model without it (BERT: "
+        "add_pooling_layer=False), return what it computes, or keep the width: "
+        "pruner_kwargs(model, prune=...)."
+    )
+    small.assert_same(before, small.state_of(model))
+    hook, pruner = attached(model, **traced_kwargs(model, prune=("intermediate_size",)))
+    pruner.step()
+    assert hook.last_report.fields == {"intermediate_size": (64, 48)}
+
+
+def test_the_head_of_a_wrapper_may_lose_its_outputs():
+    """What is outside the Hugging Face model is none of the config's business."""
+    model = Classifier().eval()
+    hook, _ = attached(model, ignored_layers=traced_kwargs(model)["ignored_layers"])
+    tp.prune_linear_out_channels(model.head, [0])
+    assert hook.sync().fields == {}
+
+
+# All or nothing
+
+
+def gemma() -> Any:
+    torch.manual_seed(0)
+    return hf.GemmaForCausalLM(
+        hf.GemmaConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=8,
+            max_position_embeddings=32,
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("build", [small.llama, gemma, small.bert])
+def test_a_failure_at_any_write_takes_everything_back(build: Any, monkeypatch: pytest.MonkeyPatch):
+    model = build()
+    hook, pruner = attached(model)
+    type(pruner).step(pruner)  # prunes without firing the hook
+    before = small.state_of(model)
+    write, left = tp_hf_config.hook.apply._write, 0
+
+    def failing(target: Any, key: Any, value: Any) -> None:
+        nonlocal left
+        left -= 1
+        write(target, key, value)
+        if left == 0:
+            raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(tp_hf_config.hook.apply, "_write", failing)
+    for position in range(1, 200):
+        left = position
+        try:
+            hook.sync()
+        except RuntimeError:
+            small.assert_same(before, small.state_of(model))
+        else:
+            break
+    assert position > 4
+    assert model.config.hidden_size == 24
+    assert model.config.intermediate_size == 48
+    monkeypatch.undo()
+    assert hook.sync().fields == {}
+
+
+def test_an_error_of_the_users_own_in_between_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = small.llama(tie_word_embeddings=True)
+    hook, pruner = attached(model)
+    type(pruner).step(pruner)
+    before = small.state_of(model)
+    monkeypatch.setattr("tp_hf_config.hook.follow.write_ties", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hook.sync()
+    small.assert_same(before, small.state_of(model))
+    monkeypatch.undo()
+    assert hook.sync().fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class NamedConfig(hf.PretrainedConfig):
+    """An architecture that goes by its name, as timm's do."""
+
+    model_type = "named"
+    architecture = "small"
+
+
+class NamedModel(hf.PreTrainedModel):
+    """All widths are the architecture's."""
+
+    config_class = NamedConfig
+
+    def __init__(self, config: NamedConfig):
+        super().__init__(config)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the layers."""
+        return self.layers(x)
+
+
+def test_no_field_sets_a_width():
+    model = NamedModel(NamedConfig())
+    said = (
+        "no field of NamedConfig sets a width of NamedModel, so no config can say what is pruned "
+        "of it. Prune a class whose config holds its widths."
+    )
+    for attempt in (
+        lambda: traced_kwargs(model),
+        lambda: tp_hf_config.prunable(model),
+        lambda: tp_hf_config.plan(model, pruning_ratio=0.5),
+        lambda: tp_hf_config.supports(model),
+        lambda: tp.pruner.MetaPruner(
+            model,
+            example_inputs=torch.ones(1, 8),
+            importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=0.5,
+            hooks=[HFConfigSyncHook()],
+        ),
+    ):
+        with pytest.raises(UnsupportedModelError) as raised:
+            attempt()
+        assert str(raised.value) == said
+    assert [tuple(p.shape) for p in model.parameters()] == [(16, 8), (16,), (2, 16), (2,)]

@@ -1,0 +1,272 @@
+"""A tiny model is cheap to run: what costs and sets no width is lowered; bound fields follow."""
+
+import copy
+import json
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamba2ForCausalLM
+
+from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.forward.head_splits import HeadSplits
+from tp_hf_config.model.from_config import model_of
+from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter
+from tp_hf_config.twin.tiny.image_sizes import smaller_images
+from tp_hf_config.twin.tiny.requirements import _keeps_order_alone, _several_per_unit
+from tp_hf_config.twin.tiny.shrink import _smaller, shrunken
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
+
+
+def known_of(data: Any = None, **parts: Any) -> Any:
+    config = SimpleNamespace(to_json_string=lambda use_diff: json.dumps(data or {}))
+    builder = SimpleNamespace(config=lambda data: config)
+    return SimpleNamespace(**{"builder": builder, "silent": {}, "bound": {}, "sizes": {}, **parts})
+
+
+def costs(each: int, *fields: str, legal: Any = lambda data: True) -> Any:
+    """A forward pass that costs ``each`` for every one of these fields' sizes."""
+
+    def seen(data: dict[str, Any]) -> HeadSplits | None:
+        sizes = (data[f] for f in fields)
+        total = sum(sum(size) if isinstance(size, list) else size for size in sizes)
+        return HeadSplits(numbers=each * total) if legal(data) else None
+
+    return seen
+
+
+def test_a_size_that_costs_goes_down_as_far_as_is_needed() -> None:
+    known = known_of(silent={("chunk",): 256, ("limit",): 1024})
+    data = {"chunk": 256, "limit": 1024}
+    assert lighter(known, data, 0, costs(10**5, "chunk")) == {"chunk": 16, "limit": 1024}
+
+
+def test_a_light_class_keeps_all_sizes() -> None:
+    known, data = known_of(silent={("chunk",): 256}), {"chunk": 256}
+    assert lighter(known, data, 0, costs(10**4, "chunk")) == data
+
+
+def test_what_may_count_the_experts_of_a_token_stays() -> None:
+    known, data = known_of(silent={("top_k",): 32}), {"top_k": 32}
+    seen = costs(10**6, "top_k")
+    assert lighter(known, data, 32, seen) == data
+    assert lighter(known, data, 8, seen) == {"top_k": 16}
+
+
+def test_a_size_of_which_less_costs_more_is_as_it_was() -> None:
+    known, data = known_of(sizes={("patch",): 16, ("hidden",): 64}), {"patch": 6, "hidden": 24}
+    passes = {6: 10**8, 16: 10**6}
+
+    def seen(data: dict[str, Any]) -> HeadSplits:
+        return HeadSplits(numbers=passes[data["patch"]] * data["hidden"])
+
+    assert lighter(known, data, 0, seen) == {"patch": 16, "hidden": 24}
+    passes[16] = 10**8
+    assert lighter(known, data, 0, seen) == data
+
+
+@pytest.mark.parametrize(
+    ("experts", "heads", "taken", "left"), [(16, 8, 8, 16), (16, 8, 2, 8), (4, 4, 2, 4)]
+)
+def test_a_router_has_experts_to_choose_from(
+    experts: int, heads: int, taken: int, left: int
+) -> None:
+    config = hf.Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=16,
+        num_experts=experts,
+        num_experts_per_tok=taken,
+        moe_intermediate_size=24,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    field_map = map_of(model_of(config, hf.Qwen3MoeModel))
+    small = field_map.builder.config(shrunken(field_map, field_map.depth.data, False))
+    assert (small.num_experts, small.num_experts_per_tok) == (left, taken)
+
+
+def test_equal_entries_of_a_list_go_down_together() -> None:
+    known = known_of(silent={("windows", n): 512 for n in range(3)})
+    seen = costs(10**4, "windows", legal=lambda data: len(set(data["windows"])) == 1)
+    assert lighter(known, {"windows": [512] * 3}, 0, seen) == {"windows": [32] * 3}
+
+
+def test_positions_go_down_where_they_are_how_long_the_inputs_are() -> None:
+    known, data = known_of(sizes={("positions",): 1500}), {"positions": 1500}
+    rows = [("positions",)]
+    assert lighter(known, data, 0, costs(10**4, "positions"), rows) == {"positions": 375}
+    assert lighter(known, data, 0, lambda data: HeadSplits(numbers=10**8), rows) == data
+
+
+def test_bound_widths_shrink_in_proportion() -> None:
+    sizes = {("hidden",): 4096, ("heads",): 128}
+    known = known_of(bound={("hidden",): (("heads",),), ("heads",): (("hidden",),)}, sizes=sizes)
+    seen = costs(1, "hidden", legal=lambda data: data["hidden"] == 32 * data["heads"])
+    assert in_proportion(known, {"hidden": 4096, "heads": 128}, seen) == {"hidden": 128, "heads": 4}
+
+
+def test_bound_widths_stay_larger_than_what_may_group_them() -> None:
+    sizes = {("hidden",): 4096, ("heads",): 128, ("groups",): 8}
+    known = known_of(bound={("hidden",): (("heads",),), ("heads",): (("hidden",),)}, sizes=sizes)
+    data = {"hidden": 4096, "heads": 128, "groups": 4}
+    seen = costs(1, "hidden", legal=lambda data: data["hidden"] == 32 * data["heads"])
+    assert in_proportion(known, data, seen) == {"hidden": 256, "heads": 8, "groups": 4}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "frames"),
+    [
+        ("VoxtralEncoder", "VoxtralEncoderConfig", 750),  # as many as it has positions for
+        ("ASTModel", "ASTConfig", 40),
+        ("GlmAsrEncoder", "GlmAsrEncoderConfig", 64),
+    ],
+    ids=["Voxtral", "AST", "GLM-ASR"],
+)
+def test_sound_is_short_and_its_convolutions_are_no_experts(
+    model_class: str, config_class: str, frames: int
+) -> None:
+    config = getattr(hf, config_class)()
+    tiny = tiny_model(map_of(model_of(config, getattr(hf, model_class))))
+    assert isinstance(tiny, TinyModel)
+    (sound,) = (one for name, one in tiny.inputs.items() if name.startswith("input_"))
+    assert max(sound.shape) == frames
+    assert tiny.field_map.values[("hidden_size",)] <= 64
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (Mamba2ForCausalLM, Mamba2Config(num_hidden_layers=2)),
+        (FalconH1ForCausalLM, FalconH1Config(num_hidden_layers=2)),
+    ],
+    ids=["Mamba2", "FalconH1"],
+)
+def test_state_space_models_of_the_usual_size_are_tiny(model_class: Any, config: Any) -> None:
+    tiny = tiny_model(map_of(model_of(config, model_class)))
+    assert isinstance(tiny, TinyModel)
+    assert sum(parameter.numel() for parameter in tiny.model.parameters()) < 80_000
+    assert tiny.model.config.hidden_size < config.hidden_size // 32  # type: ignore[union-attr]
+
+
+def test_a_width_shrinks_with_the_size_of_mambas_heads_and_what_is_twice_as_wide() -> None:
+    config = hf.Zamba2Config()
+    tiny = tiny_model(map_of(model_of(config, hf.Zamba2ForCausalLM)))
+    assert isinstance(tiny, TinyModel)
+    assert config.hidden_size == 2560
+    assert tiny.field_map.values[("hidden_size",)] == 40
+    assert tiny.field_map.values[("attention_hidden_size",)] == 80
+
+
+def smaller(data: dict[str, int], *heads: str) -> list[dict[str, int]]:
+    """What is tried for the width of a config with so many heads."""
+    sizes = {(name,): size for name, size in data.items()}
+    known = known_of(sizes=sizes, linked={}, expressions={}, unpruned=None)
+    counts = [(name,) for name in heads]
+    tried = _smaller(known, data, ("width",), counts, counts, together=False)
+    return [{path[0]: value for path, value in one.items()} for one in tried]  # type: ignore[misc]
+
+
+def test_as_many_key_value_heads_as_query_heads_stay_as_many() -> None:
+    tried = smaller({"width": 2560, "heads": 40, "groups": 40}, "heads", "groups")
+    assert {"width": 128, "heads": 2} in tried
+    assert {"width": 128, "heads": 2, "groups": 2} in tried
+
+
+def test_a_width_that_many_heads_split_is_as_large_as_they_need() -> None:
+    assert smaller({"width": 1024})[-1] == {"width": 256}
+
+
+def test_what_is_rounded_holds_no_unit_several_times() -> None:
+    """An image of 448 has 32 patches of 14 a side: there may be fewer than its side is long."""
+    slopes = {"positions": Fraction(32, 14), "fused": Fraction(3)}
+    expressions = {
+        (name, 0): SimpleNamespace(fields={("size",)}, terms={frozenset({("size",)}): slope})
+        for name, slope in slopes.items()
+    }
+    assert _several_per_unit(known_of(expressions=expressions)) == [("fused", 0, ("size",))]
+
+
+def test_images_that_set_widths_shrink_with_the_sizes_that_follow() -> None:
+    data = {
+        "vision": {"image_size": 1024, "patch_size": 16},
+        "prompt": {"image_size": 1024, "grid": 64, "hidden": 256, "layer": 4},
+    }
+    sizes = {("vision", "image_size"): 1024, ("vision", "patch_size"): 16}
+    sizes[("prompt", "hidden")] = 256  # not the side of a patch, of which there would be 4
+    silent = {("prompt", "grid"): 64, ("prompt", "image_size"): 1024, ("prompt", "layer"): 4}
+    known = known_of(data, sizes=sizes, silent=silent)
+    first = next(smaller_images(known, data))
+    assert first["vision"] == {"image_size": 64, "patch_size": 16}
+    assert first["prompt"] == {"image_size": 64, "grid": 4, "hidden": 256, "layer": 4}
+
+
+class PaddedConfig(hf.PretrainedConfig):
+    """A vocabulary and the tokens of it that are no padding, as Inkling's."""
+
+    model_type = "padded"
+
+    def __init__(self, vocab_size: int = 4096, tokens: int = 4000, **rest: Any):
+        self.vocab_size, self.tokens = vocab_size, tokens
+        self.widths = rest.pop("widths", [80, 82, 84, 86, 88, 90, 100])
+        super().__init__(**rest)
+
+
+class PaddedModel(hf.PreTrainedModel):
+    """Saved with the padding, which is a number of rows."""
+
+    config_class = PaddedConfig
+
+    def __init__(self, config: PaddedConfig):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.widths[0])
+        sizes = [*config.widths, config.tokens]
+        self.layers = nn.Sequential(*map(nn.Linear, sizes[:-1], sizes[1:]))
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Scores of every token."""
+        return self.layers(self.embed(input_ids))
+
+
+def test_a_vocabulary_stays_as_large_as_what_it_is_padded_from() -> None:
+    field_map = map_of(PaddedModel(PaddedConfig()))
+    tiny = shrunken(field_map, field_map.depth.data, False)
+    assert tiny["widths"] == [16, 24, 32, 40, 48, 64, 96]
+    assert (tiny["tokens"], tiny["vocab_size"]) == (128, 128)
+
+
+def test_a_width_as_large_as_the_image_is_no_patch() -> None:
+    """GLM-Image merges one patch of each: no number of them along an image of 2,048 pixels."""
+    data = {"image_size": 2048, "patch": 16, "merge": 1}
+    sizes = {("image_size",): 2048, ("patch",): 16, ("hidden",): 2048}
+    known = known_of(data, sizes=sizes, silent={("merge",): 1})
+    assert [one["merge"] for one in smaller_images(known, data)] == [1] * len(
+        list(smaller_images(known, data))
+    )
+
+
+def test_what_flows_through_a_stack_of_convolutions_over_sound_does_not_grow() -> None:
+    """Behind 1e11, what a layer of attention adds would be less than what counts as a change."""
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(32, 32, 3, padding=1), nn.ConvTranspose1d(32, 32, 3, padding=1)] * 6
+    stack = nn.Sequential(*map(copy.deepcopy, layers)).double()
+    randomise(stack)
+    with torch.no_grad():
+        assert stack(torch.randn(1, 32, 64, dtype=torch.float64)).std() < 100
+
+
+def test_a_norm_is_not_left_with_two_numbers() -> None:
+    """Of those it keeps which is larger, no more, and all tokens are alike."""
+    before = {"norm.weight": (64,), "mixer.A_log": (24,), "mixer.weight": (64, 64)}
+    assert _keeps_order_alone(before, {**before, "norm.weight": (2,)})
+    assert not _keeps_order_alone(before, {**before, "norm.weight": (4,)})
+    assert not _keeps_order_alone(before, {**before, "mixer.A_log": (2,)})
+    assert not _keeps_order_alone({**before, "norm.weight": (2,)}, {**before, "norm.weight": (2,)})

@@ -1,0 +1,1 @@
+"""Learn which config field sets which tensor dimension, as exact expressions of the fields."""

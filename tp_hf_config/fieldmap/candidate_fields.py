@@ -1,0 +1,132 @@
+"""Find the config fields worth probing: those that the class reads when it is built.
+
+A field that is read but not declared (``getattr(config, "head_dim", None)``) is found the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..model.build import Builder
+from ..model.config_json import FieldPath
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_FEW = 64
+"""Entries up to which a dictionary in a config may hold widths."""
+
+
+def candidates(
+    builder: Builder, data: dict[str, Any]
+) -> tuple[dict[FieldPath, int], list[FieldPath]]:
+    """Return the fields worth probing: the whole numbers and unset fields that the class reads.
+
+    Args:
+        builder: builds the class.
+        data: the config's JSON.
+
+    Returns:
+        Field -> its value, for whole numbers above 0; and the fields at ``None`` that may hold a
+        number, sorted by their last key.
+    """
+    live = builder.config(data)
+    nodes = dict(_config_nodes(live))
+    with _recorded({type(node) for node in nodes.values()}) as reads:
+        builder.build(data)
+    declared: dict[FieldPath, int] = {}
+    unset: list[FieldPath] = []
+    for nested, node in nodes.items():
+        part: Any = data
+        for key in nested:
+            part = part.get(key) if isinstance(part, dict) else None
+        part = part if isinstance(part, dict) else {}
+        for name in sorted(reads.get(type(node), ())):
+            value = part.get(name)
+            field: FieldPath = (*nested, name)
+            entries = {} if field in nodes else dict(_entries(value, field))
+            declared.update({key: entry for key, entry in entries.items() if _is_count(entry)})
+            own = not name.startswith("_") and not _is_machinery(name)
+            if value is None and own and _takes_numbers(type(node), name):
+                unset.append(field)
+    return declared, sorted(unset, key=lambda field: str(field[-1]))  # same names side by side
+
+
+def _takes_numbers(config_class: type, name: str) -> bool:
+    """True if a field's annotation allows whole numbers, or if it is not declared."""
+    declared = getattr(config_class, "__dataclass_fields__", {}).get(name)
+    return declared is None or any(word in str(declared.type) for word in ("int", "Any"))
+
+
+def _entries(value: Any, field: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
+    """Yield a value, or every value inside a list or a small dictionary, each with its field."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _entries(entry, (*field, index))
+    elif isinstance(value, dict):  # a large one holds label names
+        for key, entry in value.items() if len(value) <= _FEW else ():
+            yield from _entries(entry, (*field, key))
+    else:
+        yield field, value
+
+
+def is_everyones(field: FieldPath) -> bool:
+    """True if every config has the field, so that its default stands for no width of a class."""
+    from transformers import PretrainedConfig
+
+    return hasattr(PretrainedConfig, str(field[-1]))
+
+
+def _is_machinery(name: str) -> bool:
+    """True if every config has this method or constant; ``num_labels`` is neither."""
+    from transformers import PretrainedConfig
+
+    attribute = getattr(PretrainedConfig, name, None)
+    if isinstance(attribute, property):
+        return attribute.fset is None
+    return hasattr(PretrainedConfig, name)
+
+
+def _is_count(value: Any) -> bool:
+    """True if a value is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _config_nodes(
+    config: PreTrainedConfig, field: FieldPath = ()
+) -> Iterator[tuple[FieldPath, PreTrainedConfig]]:
+    """Yield a config and all configs inside it, each with its field."""
+    from transformers import PretrainedConfig
+
+    yield field, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _config_nodes(value, (*field, name))
+
+
+@contextmanager
+def _recorded(classes: set[type]) -> Iterator[dict[type, set[str]]]:
+    """Record which attributes are read from configs of these classes, declared or not."""
+    reads: dict[type, set[str]] = {cls: set() for cls in classes}
+    own = {cls: cls.__dict__.get("__getattribute__") for cls in classes}
+
+    def recorder(cls: type, inherited: Any) -> Any:
+        def __getattribute__(self: Any, key: str) -> Any:
+            if not key.startswith("__"):
+                reads[cls].add(inherited(self, "attribute_map").get(key, key))
+            return inherited(self, key)
+
+        return __getattribute__
+
+    try:
+        for cls in classes:
+            setattr(cls, "__getattribute__", recorder(cls, cls.__getattribute__))
+        yield reads
+    finally:
+        for cls, original in own.items():
+            if original is None:
+                delattr(cls, "__getattribute__")
+            else:
+                setattr(cls, "__getattribute__", original)

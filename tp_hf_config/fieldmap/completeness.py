@@ -1,0 +1,256 @@
+"""Check that the config builds exactly what the live model has, and say what to set if not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..model.build import Builder, Refusal
+from ..model.config_json import config_json, field_name, is_own, is_plain
+from ..model.shapes import compare, named_modules, shapes
+from .depth import layers_left
+from .layer_kinds import lists_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name -> its shape."""
+_LISTED = 3
+"""Parts that a message names."""
+_MOST = 16
+"""Combinations of constructor arguments to try; classes of Transformers have two."""
+
+
+def build_live(
+    model: PreTrainedModel, buffers: bool = False
+) -> tuple[Builder, nn.Module | Refusal]:
+    """Return a builder for a live model, and what it builds from the model's config.
+
+    If the class takes constructor arguments beside the config (BERT's ``add_pooling_layer``), the
+    builder gets those with which it builds the tensors of this model.
+
+    Args:
+        model: the live model.
+        buffers: compute the values of buffers (on the CPU).
+
+    Returns:
+        The builder; and the built model, or the class's refusal. The model may still have other
+        tensors if no arguments fit.
+    """
+    builder, data = Builder(model), config_json(model.config)
+    built = builder.build(data, buffers=buffers)
+    if isinstance(built, Refusal):
+        return builder, built
+    live = shapes(model)
+    if not _apart(live, shapes(built)):
+        return builder, built
+    for options in _options(type(model)):
+        candidate = Builder(model, options)
+        candidate_model = candidate.build(data, buffers=buffers)
+        if not isinstance(candidate_model, Refusal) and not _apart(live, shapes(candidate_model)):
+            return candidate, candidate_model
+    return builder, built
+
+
+def _apart(live: Shapes, built: Shapes) -> bool:
+    """True if a model and a build differ in the names or shapes of their tensors."""
+    return bool(compare(dict(live), dict(built))) or live.keys() != built.keys()
+
+
+def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
+    """Yield constructor arguments to try: booleans other than their defaults, fewest first.
+
+    Every combination is tried, up to a limit.
+    """
+    switches = {
+        name: parameter.default
+        for name, parameter in inspect.signature(model_class.__init__).parameters.items()
+        if isinstance(parameter.default, bool)
+    }
+    turned = sorted(product((False, True), repeat=len(switches)), key=sum)
+    for turns in turned[1:_MOST]:
+        chosen = zip(switches.items(), turns, strict=True)
+        yield {name: not default for (name, default), turn in chosen if turn}
+
+
+def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
+    """Return a note that a reload needs the constructor's arguments too; empty if it needs none."""
+    if not builder.options:
+        return []
+    name = type(model).__name__
+    given = ", ".join(f"{key}={value}" for key, value in builder.options.items())
+    plain = Builder(model).build(config_json(model.config))
+    other = {} if isinstance(plain, Refusal) else shapes(plain)
+    added, left_out = parts_beyond(other, shapes(model)), parts_beyond(shapes(model), other)
+    without = [f"{_listed(added)} added with random values"] * bool(added)
+    without += [f"{_listed(left_out)} left out"] * bool(left_out)
+    return [
+        f"{name} was built with {given}, which no config says: load it again with "
+        f"{name}.from_pretrained(folder, {given}); without, you get {' and '.join(without)}"
+    ]
+
+
+def unbuilt_parts(
+    model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes
+) -> str | None:
+    """Return what the config builds that the model does not have, and what to do; None if nothing.
+
+    Args:
+        model: the live model.
+        builder: builds its class.
+        built: what the class builds from the model's config.
+        live: shapes of the live model's tensors.
+    """
+    parts = parts_beyond(shapes(built), live)
+    if not parts:
+        return None
+    return (
+        f"the config builds {_listed(parts)}, which the model does not have, so a reload would add "
+        f"{'it' if len(parts) == 1 else 'them'} with random values. "
+        + _advice(model, builder, live)
+    )
+
+
+def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
+    """Return what to do so that the config no longer builds what the model does not have."""
+    changes = layers_left(builder, config_json(model.config, use_diff=False), dict(live))
+    if changes:
+        settings = [
+            f"config.{field_name(field)} "
+            + (
+                f"= {value}"
+                if type(value) is int
+                else f"to the entries of the {len(value)} layers that are left"
+            )
+            for field, value in changes.items()
+        ]
+        return f"Set {' and '.join(settings)}."
+    inner = next(_models_inside(model), None)
+    advice = f"No number of layers in {type(model.config).__name__} leaves that out: put it back"
+    if inner is None:
+        return f"{advice}."
+    return f"{advice}, or prune the {type(inner[1]).__name__} inside by itself (model.{inner[0]})."
+
+
+def order_of_layers(model: nn.Module, built: nn.Module) -> tuple[str | None, list[str]]:
+    """Check that layers stand where the config builds layers of their kind.
+
+    Layers get a number when they are built (``layer_idx``), which shows those that moved. Where one
+    stands now, the config has to build the same kind (a sliding window or none).
+
+    Returns:
+        The reason why the order is wrong, or None; and notes on layers that moved.
+    """
+    notes: list[str] = []
+    live = dict(named_modules(model))
+    for name, layers in lists_of(built).items():
+        names = [f"{name}.{place}" for place in range(len(layers))]
+        live_layers = [live[one] for one in names if one in live]
+        if not len(live_layers) == len(layers) > 1:
+            continue
+        built_numbers, live_numbers = [
+            [_numbers(one) for one in each] for each in (layers, live_layers)
+        ]
+        numbering = [
+            key for key in built_numbers[0] if _counts_up([one.get(key) for one in built_numbers])
+        ]
+        moved = [
+            place
+            for place, numbers in enumerate(live_numbers)
+            if any(numbers.get(key) != built_numbers[place][key] for key in numbering)
+        ]
+        if not moved:
+            continue
+        built_facts, live_facts = [[_facts(one) for one in each] for each in (layers, live_layers)]
+        for key in (one for one in built_facts[0] if one not in numbering):
+            for place in moved if _varies(key, built_facts) or _varies(key, live_facts) else ():
+                if live_facts[place].get(key) != built_facts[place].get(key):
+                    what = ".".join(filter(None, (name, str(place), *key)))
+                    return (
+                        f"the layers of {name} are in another order than they were built in: "
+                        f"{what} is {live_facts[place].get(key)!r}, and in this place the config "
+                        f"builds {built_facts[place].get(key)!r}. Put the config's entries for "
+                        "single layers into the order of the layers."
+                    ), []
+        notes += [
+            f"the layers of {name} are not in the places they were built in "
+            f"({numbering[0][1]} says "
+            f"{', '.join(str(one.get(numbering[0])) for one in live_numbers)}): a "
+            "reload numbers them anew"
+        ]
+    return None, notes
+
+
+def _numbers(layer: nn.Module) -> dict[tuple[str, str], int]:
+    """Return a layer's whole-number attributes: (module inside it, attribute) -> number."""
+    return {
+        (name, key): value
+        for name, module in named_modules(layer)
+        for key, value in vars(module).items()
+        if type(value) is int and is_own(key)
+    }
+
+
+def _facts(layer: nn.Module) -> dict[tuple[str, str], Any]:
+    """Return the classes and plain attributes of a layer: (module inside it, attribute) -> value.
+
+    Floats are left out: they may be rates that are scheduled by depth.
+    """
+    facts: dict[tuple[str, str], Any] = {}
+    for name, module in named_modules(layer):
+        facts[name, "class"] = type(module).__name__
+        for key, value in vars(module).items():
+            if is_own(key) and is_plain(value) and not isinstance(value, float):
+                facts[name, key] = value
+    return facts
+
+
+def _counts_up(values: Sequence[Any]) -> bool:
+    """True if the values are whole numbers that rise by one."""
+    first = values[0]
+    return type(first) is int and list(values) == list(range(first, first + len(values)))
+
+
+def _varies(key: tuple[str, str], layers: Sequence[Mapping[tuple[str, str], Any]]) -> bool:
+    """True if the layers differ in this fact."""
+    return any(facts.get(key) != layers[0].get(key) for facts in layers)
+
+
+def _models_inside(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the pretrained models inside a model, each with its name."""
+    from transformers import PreTrainedModel
+
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel):
+            yield name, module
+
+
+def parts_beyond(names: Shapes, others: Shapes) -> list[str]:
+    """Return the modules and tensors in ``names`` of which ``others`` has nothing, outermost first.
+
+    Of a module that is missing as a whole, only its own name is returned.
+    """
+    present = {
+        name[:end]
+        for name in others
+        for end in (*(i for i, letter in enumerate(name) if letter == "."), len(name))
+    }
+    parts: dict[str, None] = {}
+    for name in names:
+        keys = name.split(".")
+        prefixes = (".".join(keys[: end + 1]) for end in range(len(keys)))
+        beyond = next((prefix for prefix in prefixes if prefix not in present), None)
+        if beyond is not None:
+            parts[beyond] = None
+    return list(parts)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """Return the first few parts as text, and how many more there are."""
+    more = f" and {len(parts) - _LISTED} more" if len(parts) > _LISTED else ""
+    return ", ".join(parts[:_LISTED]) + more

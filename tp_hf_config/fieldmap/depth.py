@@ -1,0 +1,330 @@
+"""Find a config with fewer layers to learn from: the cost must not grow with a model's depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..model.build import Builder, Refusal
+from ..model.config_json import FieldPath, with_values
+from ..model.shapes import shapes
+from .layer_counts import Shapes, changes, holds, width_lists
+from .layer_kinds import Kinds, facts_in, kinds_in, lists_of
+
+Numbers = Mapping[str, tuple[int, ...]]
+"""Name of a list of layers -> for each of its layers, the number of another layer."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A config with as few layers as show every kind of layer, and how names map onto it.
+
+    Attributes:
+        data: the shallow config's JSON.
+        steps: for each change that removed layers: for each layer that was there before, the number
+            of the first layer of its kind that is left.
+        alike: for each layer of the shallow model's lists, the number of the first layer of its
+            kind.
+        stands_for: for each change: for each layer that is left, the number of a layer of its kind
+            that was there before; a different one for each while there are enough.
+    """
+
+    data: dict[str, Any]
+    steps: tuple[Numbers, ...] = ()
+    alike: Numbers = dataclasses.field(default_factory=dict)
+    stands_for: tuple[Numbers, ...] = ()
+
+    def canonical(self, name: str) -> str:
+        """Return the shallow model's name for what a tensor or module of the full model is like."""
+        for step in self.steps:
+            name = _renumbered(name, step)
+        return name
+
+    def first(self, name: str) -> str:
+        """Return a shallow model's name as it is in the first layer of the same kind.
+
+        A layer of the shallow model need not have the number that it has in the full one.
+        """
+        return _renumbered(name, self.alike)
+
+    def origin(self, name: str) -> str:
+        """Return the full model's name for what a tensor or module of the shallow model is like."""
+        for step in reversed(self.stands_for):
+            name = _renumbered(name, step, new=True)
+        return name
+
+
+def _renumbered(name: str, numbers: Numbers, new: bool = False) -> str:
+    """Return a name with other numbers of layers.
+
+    Args:
+        name: the name of a tensor or module.
+        numbers: the other numbers, by list.
+        new: ``numbers`` names lists as ``name`` does; otherwise as the returned name does.
+    """
+    if not numbers:
+        return name
+    parts: list[str] = []
+    prefix: list[str] = []
+    for part in name.split("."):
+        list_numbers = numbers.get(".".join(prefix))
+        number = (
+            str(list_numbers[int(part)]) if list_numbers is not None and part.isdigit() else part
+        )
+        parts.append(number)
+        prefix.append(part if new else number)
+    return ".".join(parts)
+
+
+def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
+    """Lower the settings that only repeat layers, and return the config that is left.
+
+    A setting counts if a lower value removes layers, leaves one of each kind, and changes no other
+    tensor's shape. If nothing can be lowered, the result is the config itself.
+
+    Args:
+        builder: builds the class.
+        data: the config's JSON.
+        full: what the class builds from it.
+    """
+    lowering = _Lowering(builder, data, full)
+    widths = width_lists(builder, data, lowering.shapes)
+    for length, choices in _choices(lowering.kinds):
+        for left in choices:
+            before = lowering.data
+            refused = lowering.try_all(changes(data, length, left, widths), length, len(left))
+            if lowering.data is not before or not (refused or left[-1] >= len(left)):
+                break  # else more may do: CvT looks up a list by its stage, Zamba ties every sixth
+    return lowering.depth()
+
+
+def _choices(kinds: Mapping[str, Kinds]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """Yield which layers may be left of lists of one length, the fewest first.
+
+    A choice keeps the first layer of each kind, or all layers up to the last of those, or a few
+    more in case the class refuses that. Lists of one length need not have as many kinds of layers.
+
+    Yields:
+        The length, and the choices: for each, the numbers of the layers to keep.
+    """
+    firsts = {name: one.first for name, one in kinds.items() if len(set(one.first)) < len(one.of)}
+    for length in sorted({len(first) for first in firsts.values()}, reverse=True):
+        equally_long = [first for first in firsts.values() if len(first) == length]
+        joint_kinds = list(zip(*equally_long, strict=True))
+        joint_first = tuple(joint_kinds.index(one) for one in joint_kinds)
+        tried: set[tuple[int, ...]] = set()
+        for first in sorted({*equally_long, joint_first}, key=lambda one: (max(one), one)):
+            chosen = tuple(sorted({*first, *range(2)} if len(set(first)) == 1 else set(first)))
+            upto = max(2, max(first) + 1)
+            choices = [chosen, *(tuple(range(n)) for n in (upto, upto + 1, 3 * upto) if n < length)]
+            if chosen not in tried and len(chosen) < length:
+                tried.add(chosen)
+                yield length, list(dict.fromkeys(choices))
+
+
+@dataclass
+class _Step:
+    """What one change of the config did to lists of layers.
+
+    Attributes:
+        numbers: for each layer that was there before, the first layer of its kind that is left.
+        alike: for each layer that is left, the first layer of its kind.
+        stands_for: for each layer that is left, a layer of its kind that was there before.
+    """
+
+    numbers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    alike: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    stands_for: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+class _Lowering:
+    """A config from which layers are removed, one change after the other.
+
+    Attributes:
+        data: the config's JSON so far.
+        shapes: the shapes that the class builds from it.
+        kinds: how the layers of each list differ.
+    """
+
+    def __init__(self, builder: Builder, data: dict[str, Any], full: nn.Module):
+        self.data, self.shapes, self.kinds = data, shapes(full), kinds_in(full)
+        self._builder = builder
+        self._steps: list[_Step] = []
+
+    def try_all(self, changes: Sequence[dict[FieldPath, Any]], length: int, left: int) -> bool:
+        """Make the changes that only remove layers; return True if the class refused any change.
+
+        Args:
+            changes: the changes to try, each as field -> value.
+            length: the length of the lists that are to be shorter.
+            left: the length that they are to have.
+        """
+        refused = False
+        for change in changes:
+            if all(holds(self.data, field) for field in change):
+                refused |= self._try(change, length, left)
+        return refused
+
+    def _try(self, change: dict[FieldPath, Any], length: int, left: int) -> bool:
+        """Make a change if it only removes layers; return True if the class refuses it."""
+        model = self._builder.build(with_values(self.data, change))
+        if isinstance(model, Refusal):
+            return True
+        step = self._step(model) if _counted(model, self.kinds, length, left) else None
+        if step is not None:
+            self.shapes, self.kinds = shapes(model), kinds_in(model)
+            self.data = _without_chance(self._builder, self.data, change, self.shapes)
+            self._steps.append(step)
+        return False
+
+    def _step(self, model: nn.Module) -> _Step | None:
+        """Return which layers a build has left; None if a kind is lost or anything else changed."""
+        after, lists, step = shapes(model), lists_of(model), _Step()
+        shorter = [name for name, layers in lists.items() if self._is_shorter(name, len(layers))]
+        shorter = [name for name in shorter if not _inside(name, shorter)]
+        if len(after) >= len(self.shapes) or not shorter:
+            return None
+        for name in shorter:
+            kinds = self.kinds[name]
+            places = kinds.places(facts_in(model, name, shorter=True))
+            if places is None or set(places) != set(kinds.first):
+                return None
+            step.numbers[name] = tuple(places.index(place) for place in kinds.first)
+            step.alike[name] = tuple(map(places.index, places))
+            step.stands_for[name] = tuple(_one_by_one(kinds.first, places))
+        names = {name: _renumbered(name, step.numbers) for name in self.shapes}
+        if any(after.get(names[name]) != shape for name, shape in self.shapes.items()):
+            return None
+        others = (name for name in after if not _inside(name, shorter))
+        if any(self.shapes.get(name) != after[name] for name in others):
+            return None
+        return step if self._rest_as_before(model, shorter) else None
+
+    def _is_shorter(self, name: str, now: int) -> bool:
+        """True if a list has fewer layers now."""
+        return name in self.kinds and len(self.kinds[name].of) > now
+
+    def _rest_as_before(self, model: nn.Module, shorter: Sequence[str]) -> bool:
+        """True if the layers of the other lists are of the same kinds as before."""
+        checked: list[str] = []
+        lists = lists_of(model)
+        for name, kinds in self.kinds.items():
+            around = any(other.startswith(f"{name}.") for other in shorter)
+            if around or name in shorter or _inside(name, [*shorter, *checked]):
+                continue
+            checked.append(name)
+            if name not in lists or kinds.places(facts_in(model, name)) != kinds.first:
+                return False
+        return True
+
+    def depth(self) -> Depth:
+        """Return the config that is left, and how names map onto it."""
+        alike: dict[str, tuple[int, ...]] = {}
+        for number, step in enumerate(self._steps):
+            for name, first in step.alike.items():
+                for later in self._steps[number + 1 :]:
+                    name = _renumbered(name, later.numbers)
+                alike[name] = first
+        steps = tuple(step.numbers for step in self._steps)
+        return Depth(self.data, steps, alike, tuple(step.stands_for for step in self._steps))
+
+
+def _inside(name: str, lists: Sequence[str]) -> bool:
+    """True if a name stands inside one of these lists."""
+    return any(name.startswith(f"{one}.") for one in lists)
+
+
+def _one_by_one(kinds: Sequence[int], found: Sequence[int]) -> Iterator[int]:
+    """Yield, for each layer that is left, a layer of its kind that was there before.
+
+    Each gets a different one while there are enough.
+
+    Args:
+        kinds: for each layer that was there, the first layer of its kind.
+        found: the same for each layer that is left.
+    """
+    for place, kind in enumerate(found):
+        like = [number for number, one in enumerate(kinds) if one == kind]
+        yield like[min(found[:place].count(kind), len(like) - 1)]
+
+
+def layers_left(builder: Builder, data: dict[str, Any], live: Shapes) -> dict[FieldPath, Any]:
+    """Return the settings with which the class builds a model that has lost some layers.
+
+    Args:
+        builder: builds the class.
+        data: the JSON of the config as it is.
+        live: the shapes of the model's tensors.
+
+    Returns:
+        Field -> number of layers, or a list with an entry for each; empty if there are no such
+        settings.
+    """
+    settings: dict[FieldPath, Any] = {}
+    built = builder.build(data)
+    if isinstance(built, Refusal):
+        return {}
+    now = shapes(built)
+    for name, layers in lists_of(built).items():
+        length, keep = len(layers), _layers_in(live, name)
+        for change in changes(data, length, tuple(range(keep)), set()) if keep < length else ():
+            if _layers_in(now, name) == keep or not all(holds(data, field) for field in change):
+                continue
+            model = builder.build(with_values(data, {**settings, **change}))
+            after = {} if isinstance(model, Refusal) else shapes(model)
+            if live.items() <= after.items() < now.items():
+                settings, now = {**settings, **change}, after
+    return settings if now == live else {}
+
+
+def _without_chance(
+    builder: Builder, data: dict[str, Any], change: dict[FieldPath, Any], lowered: Shapes
+) -> dict[str, Any]:
+    """Return the config with a change, but leave out a field that equals a list's length by chance.
+
+    An image has three channels, and PP-DocLayout takes three feature maps of it. The field is left
+    out if the lists in the change suffice to build the same shapes.
+    """
+    rest = {field: value for field, value in change.items() if type(value) is not int}
+    if 0 < len(rest) < len(change):
+        fewer = with_values(data, rest)
+        model = builder.build(fewer)
+        if not isinstance(model, Refusal) and shapes(model) == lowered:
+            return fewer
+    return with_values(data, change)
+
+
+def _layers_in(all_shapes: Shapes, name: str) -> int:
+    """Return how many layers of a list have tensors."""
+    rest = [key.removeprefix(f"{name}.") for key in all_shapes if key.startswith(f"{name}.")]
+    return len({key.partition(".")[0] for key in rest})
+
+
+def kinds_of_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return, for each list in which layers repeat, the number of the first layer like each."""
+    firsts = {name: kinds.first for name, kinds in kinds_in(model).items()}
+    return {name: first for name, first in firsts.items() if len(set(first)) < len(first)}
+
+
+def _counted(model: nn.Module, kinds: Mapping[str, Kinds], length: int, left: int) -> bool:
+    """True if one of the lists that got shorter has the length asked for, or if none got shorter.
+
+    A field may equal the length by chance: Phi-4-multimodal's eight steps of sound that become one
+    are no layers, and with fewer of them, five of eight layers are left.
+
+    Args:
+        model: the build with fewer layers.
+        kinds: how the layers of each list differed before.
+        length: the length of the lists that are to be shorter.
+        left: the length that they are to have.
+    """
+    shorter = {
+        len(layers)
+        for name, layers in lists_of(model).items()
+        if name in kinds and len(layers) != length == len(kinds[name].of)
+    }
+    return not shorter or left in shorter

@@ -1,0 +1,158 @@
+"""Expressions for sizes: sums of products and products of powers of config fields, all exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
+from math import isqrt, prod
+
+Field = tuple[str | int, ...]
+"""A config field by its path, as ``FieldPath``."""
+Observable = tuple[str, int | str]
+"""A quantity: tensor name and dimension, or layer name and what its head count is called."""
+
+
+@dataclass(frozen=True)
+class Expression:
+    """``base`` plus, for every set of fields, a coefficient times the product of their steps.
+
+    A step is a field's value minus its base value.
+
+    Attributes:
+        base: the size when no field changes.
+        terms: set of fields -> coefficient; there is no constant term.
+    """
+
+    base: int
+    terms: Mapping[frozenset[Field], Fraction]
+
+    @property
+    def fields(self) -> frozenset[Field]:
+        """The fields that the size depends on."""
+        return frozenset(name for names in self.terms for name in names)
+
+    def evaluate(self, steps: Mapping[Field, int]) -> Fraction:
+        """Return the size when the given fields change by these steps and all others stay."""
+        total = Fraction(self.base)
+        for fields, coefficient in self.terms.items():
+            total += coefficient * prod(steps.get(name, 0) for name in fields)
+        return total
+
+    def monomials(self, values: Mapping[Field, int]) -> dict[frozenset[Field], Fraction]:
+        """Return the size as a sum of products of the field values: fields -> factor, no constant.
+
+        Args:
+            values: base value of each field.
+        """
+        factors: dict[frozenset[Field], Fraction] = {}
+        for fields, coefficient in self.terms.items():
+            for size in range(1, len(fields) + 1):
+                for chosen in map(frozenset, combinations(fields, size)):
+                    rest = prod(-values[name] for name in fields - chosen)
+                    factors[chosen] = factors.get(chosen, Fraction(0)) + coefficient * rest
+        return {fields: factor for fields, factor in factors.items() if factor}
+
+    def move_of(self, name: Field, steps: Mapping[Field, int], target: int) -> Fraction | None:
+        """Return the step of one field that makes the size ``target``; None if it has no influence.
+
+        Args:
+            name: the field.
+            steps: steps of the other fields; those that are missing stay.
+            target: the size to reach.
+        """
+        slope = Fraction(0)
+        rest = Fraction(self.base)
+        for fields, coefficient in self.terms.items():
+            value = coefficient * prod(steps.get(other, 0) for other in fields if other != name)
+            if name in fields:
+                slope += value
+            else:
+                rest += value
+        return (target - rest) / slope if slope else None
+
+
+@dataclass(frozen=True)
+class Power:
+    """``base`` times a power of each field over its base value: hidden size over heads.
+
+    Attributes:
+        base: the size when no field changes.
+        exponents: 1, 2, -1 or -2 for each field.
+        values: base value of each field.
+    """
+
+    base: int
+    exponents: Mapping[Field, int]
+    values: Mapping[Field, int]
+
+    @property
+    def fields(self) -> frozenset[Field]:
+        """The fields that the size depends on."""
+        return frozenset(self.exponents)
+
+    def evaluate(self, steps: Mapping[Field, int]) -> Fraction:
+        """Return the size when the given fields change by these steps and all others stay."""
+        return prod(
+            (self._factor(name, steps) for name in self.exponents), start=Fraction(self.base)
+        )
+
+    def move_of(self, name: Field, steps: Mapping[Field, int], target: int) -> Fraction | None:
+        """Return the step of one field that makes the size ``target``; None if it has no influence.
+
+        Square roots are rounded down, so the result has to be checked by ``evaluate``.
+
+        Args:
+            name: the field.
+            steps: steps of the other fields; those that are missing stay.
+            target: the size to reach.
+        """
+        if name not in self.exponents:
+            return None
+        others = (self._factor(other, steps) for other in self.exponents if other != name)
+        ratio = target / prod(others, start=Fraction(self.base))
+        exponent = self.exponents[name]
+        if exponent < 0:
+            ratio = 1 / ratio
+        if abs(exponent) == 2:
+            ratio = Fraction(isqrt(ratio.numerator), isqrt(ratio.denominator))
+        return self.values[name] * (ratio - 1)
+
+    def _factor(self, name: Field, steps: Mapping[Field, int]) -> Fraction:
+        """Return the power of a field's value over its base value."""
+        value = self.values[name]
+        factor: Fraction = Fraction(value + steps.get(name, 0), value) ** self.exponents[name]
+        return factor
+
+
+def followed(rules: Mapping[Field, Power], values: Mapping[Field, int]) -> dict[Field, int]:
+    """Return the values of fields that follow from others, where some of those have other values.
+
+    A value that would not be whole is left out.
+
+    Args:
+        rules: field -> how it follows from others.
+        values: the fields at other values; a field in here does not follow.
+    """
+    following: dict[Field, int] = {}
+    for name, rule in rules.items():
+        if name not in values and rule.fields & values.keys():
+            steps = {p: values[p] - rule.values[p] for p in rule.fields & values.keys()}
+            value = rule.evaluate(steps)
+            if value.denominator == 1:
+                following[name] = int(value)
+    return following
+
+
+def product(base: int, values: Mapping[Field, int]) -> Expression:
+    """Return the expression for ``base`` times each field over its base value."""
+    names = sorted(values, key=str)
+    return Expression(
+        base,
+        {
+            frozenset(chosen): Fraction(base, prod(values[name] for name in chosen))
+            for size in range(1, len(names) + 1)
+            for chosen in combinations(names, size)
+        },
+    )

@@ -1,0 +1,269 @@
+"""Learn which config fields set which dimensions, by asking the model class itself.
+
+One field gets another value, the class is built again without data, and every dimension whose size
+changes depends on that field. No field, layer or architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..forward.head_splits import HeadSplits
+from ..forward.meta_pass import dry_pass
+from ..model.build import Builder, Refusal
+from ..model.config_json import FieldPath, config_json, with_values
+from ..model.shapes import Mismatch, compare, listed, shapes
+from . import fit_expressions as lines
+from .candidate_fields import candidates
+from .completeness import build_live, order_of_layers, unbuilt_parts
+from .depth import Depth, shallow
+from .expressions import Expression, Observable, Power, followed
+from .probe import Study
+from .ratio_fields import let_follow, partners
+from .sensitivity import all_implied, dragged, free, sensitivities
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class FieldMap:
+    """Which config fields set which dimensions of a class, learned around one config.
+
+    Attributes:
+        builder: builds the class.
+        data: the config's JSON when the field map was learned, with every default.
+        values: the fields that set something, with the value that ``data`` has or implies.
+        unset: the fields of ``values`` that ``data`` leaves to a default (``None`` or absent).
+        expressions: for each quantity of the shallow model, how the fields make it.
+        depth: the shallow config, and how names map onto it.
+        layout: how the forward pass splits the shallow model's outputs into heads.
+        linked: field -> the field whose value it has to have too (OPT's ``word_embed_proj_dim`` and
+            ``hidden_size``: if they differ, the class builds other layers).
+        bound: fields that the class accepts no other value of alone -> the fields that may change
+            in proportion with each (Mamba 2: hidden size times ``expand`` is heads times head dim).
+        follows: one field of each such proportion -> how it follows from the others.
+        sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
+        powers: quantities along no straight line that are powers of fields (hidden over heads).
+        loose: quantities that follow no such rule (rounded ones) -> the fields that change them.
+        silent: other whole numbers that the class reads and that set no quantity.
+    """
+
+    builder: Builder
+    data: dict[str, Any]
+    values: dict[FieldPath, int]
+    unset: frozenset[FieldPath]
+    expressions: dict[Observable, Expression]
+    depth: Depth
+    layout: HeadSplits
+    linked: dict[FieldPath, FieldPath] = dataclasses.field(default_factory=dict)
+    bound: dict[FieldPath, tuple[FieldPath, ...]] = dataclasses.field(default_factory=dict)
+    follows: dict[FieldPath, Power] = dataclasses.field(default_factory=dict)
+    sizes: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
+    powers: dict[Observable, Power] = dataclasses.field(default_factory=dict)
+    loose: dict[Observable, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
+    silent: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
+
+    def count_fields(self) -> frozenset[FieldPath]:
+        """Return the fields that set into how many heads a layer's output is split."""
+        return frozenset(
+            field
+            for (_, which), expression in self.expressions.items()
+            if isinstance(which, str)
+            for field in expression.fields
+        )
+
+    def moves_shapes(self, field: FieldPath) -> bool:
+        """True if a field sets some tensor dim, so that the tensor's shape shows its value."""
+        return any(
+            isinstance(which, int) and field in expression.fields
+            for (_, which), expression in self.expressions.items()
+        )
+
+    def config_at(self, values: Mapping[FieldPath, int], shallow: bool = True) -> dict[str, Any]:
+        """Return the config's JSON with some fields at other values; fields that follow change too.
+
+        Linked fields and fields in proportion follow. Unset fields are written out with the values
+        that they imply, so that they do not follow others.
+
+        Args:
+            values: field -> its new value.
+            shallow: change the shallow config; otherwise the full one.
+        """
+        full: dict[FieldPath, int | None] = {field: self.values[field] for field in self.unset}
+        full.update({**values, **followed(self.follows, values)})
+        for follower, leader in self.linked.items():
+            if leader in values:
+                full[follower] = values[leader]
+        return with_values(self.depth.data if shallow else self.data, full)
+
+    def build_at(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
+        """Build the shallow model on the meta device with some fields at other values."""
+        return self.builder.build(self.config_at(values))
+
+    @cached_property
+    def unpruned(self) -> nn.Module | Refusal:
+        """The shallow model as it was learned, or the class's refusal."""
+        return self.build_at({})
+
+    @cached_property
+    def runs(self) -> bool:
+        """True if the shallow model completes a forward pass without data, in float32."""
+        model = self.build_at({})
+        return not isinstance(model, Refusal) and not isinstance(dry_pass(model.float()), Refusal)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the shallow model."""
+        return {} if isinstance(self.unpruned, Refusal) else shapes(self.unpruned)
+
+    def splits_of(self, name: str) -> tuple[tuple[int, ...], ...] | None:
+        """Return how a layer's output is split into heads, or None if no split was seen.
+
+        Args:
+            name: the layer's name in the full model.
+
+        Returns:
+            One ``(heads, head_dim)`` or ``(heads, parts, head_dim)`` for each piece of the output.
+        """
+        return self.layout.heads.get(self.depth.canonical(name))
+
+    def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
+        """Return the fields that set one quantity of the full model; empty if none does.
+
+        Args:
+            name: a tensor's name, or a layer's for a head count.
+            which: the tensor's dimension, or what the head count is called (``heads_of``).
+        """
+        expression = self.expressions.get((self.depth.canonical(name), which))
+        return expression.fields if expression else frozenset()
+
+
+_learned: OrderedDict[tuple[Any, ...], FieldMap] = OrderedDict()
+_KEPT = 32
+
+
+def map_of(
+    model: PreTrainedModel, live: tuple[Builder, nn.Module | Refusal] | None = None
+) -> FieldMap:
+    """Return the field map of a live model's class around its config; learned once per config.
+
+    Args:
+        model: the live model.
+        live: what ``build_live`` returns for it, if the caller has that already.
+
+    Raises:
+        UnsupportedModelError: the config does not build the model that it belongs to, or no field
+            of it sets a width (a timm architecture is chosen by its name).
+    """
+    builder, full = live or build_live(model)
+    if isinstance(full, Refusal):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be built from its own config: "
+            f"{full.reason.rstrip('.')}. Mend model.config first."
+        )
+    mismatches = compare(shapes(model), shapes(full))
+    if mismatches:
+        raise UnsupportedModelError(_disagreement(model, mismatches))
+    reason = unbuilt_parts(model, builder, full, shapes(model)) or order_of_layers(model, full)[0]
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} and its config disagree before any pruning: {reason}"
+        )
+    options = tuple(builder.options.items())
+    key = (type(model), model.config.to_json_string(use_diff=False), builder.dtype, options)
+    if key not in _learned:
+        with _old_objects_aside():
+            _learned[key] = learn(builder, model.config, full)
+        while len(_learned) > _KEPT:
+            _learned.popitem(last=False)
+    field_map = _learned[key]
+    if not field_map.values and not field_map.bound:
+        raise UnsupportedModelError(
+            f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
+            "no config can say what is pruned of it. Prune a class whose config holds its widths."
+        )
+    return field_map
+
+
+@contextmanager
+def _old_objects_aside() -> Iterator[None]:
+    """Hide existing objects from the garbage collector: hundreds of builds trigger it often."""
+    if gc.get_freeze_count():  # other code froze objects
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:
+    """Return the message for a model whose shapes its own config does not build."""
+    name = type(model).__name__
+    if any("lora_" in mismatch.name or ".base_layer." in mismatch.name for mismatch in mismatches):
+        advice = "It has PEFT adapters: merge them first (model.merge_and_unload())."
+    else:
+        advice = "Attach the hook before pruning, with the config that the model was loaded with."
+    return f"{name} and its config disagree before any pruning: {listed(mismatches)}. {advice}"
+
+
+def learn(
+    builder: Builder, config: PreTrainedConfig, full: nn.Module, tiny: bool = False
+) -> FieldMap:
+    """Learn the field map of one model class around one config.
+
+    Args:
+        builder: builds the class.
+        config: the config to learn around.
+        full: the class built from that config, without data.
+        tiny: the config is a tiny model's: keep all its layers, and take no field as left to a
+            default.
+    """
+    data = config_json(config, use_diff=False)
+    depth = Depth(data) if tiny else shallow(builder, data, full)
+    declared, unset = candidates(builder, depth.data)
+    study = Study(builder, depth, {})
+    implied = free(study, {} if tiny else all_implied(study, unset), declared)
+    study = Study(builder, depth, implied)
+    values = {**declared, **implied}
+    probes, linked = sensitivities(study, values)
+    bound = partners(study, values)
+    probes |= let_follow(study, bound, values)
+    in_proportion = {
+        field for follower, rule in study.follows.items() for field in (follower, *rule.fields)
+    }
+    expressions = lines.expressions(study, values, probes)
+    moving = {field for expression in expressions.values() for field in expression.fields}
+    powers, loose = lines.powers(study, values, probes, expressions)
+    linked |= dragged(study, values, moving)
+    with_effect = probes.keys() | linked.keys() | in_proportion
+    return FieldMap(
+        builder=builder,
+        data=data,
+        values={
+            p: value for p, value in values.items() if p in moving | in_proportion | set(linked)
+        },
+        unset=frozenset(field for field in implied if field in moving),
+        expressions=expressions,
+        depth=depth,
+        layout=study.layout,
+        linked=linked,
+        bound=bound,
+        follows=study.follows,
+        sizes={field: value for field, value in values.items() if field in with_effect},
+        silent={field: value for field, value in declared.items() if field not in with_effect},
+        powers=powers,
+        loose=loose,
+    )

@@ -1,0 +1,164 @@
+"""Fit an expression to the probes of each quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+from itertools import combinations
+from math import prod
+
+from ..model.config_json import FieldPath
+from .expressions import Expression, Observable, Power, product
+from .probe import Probe, Sizes, Study
+
+
+def expressions(
+    study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
+) -> dict[Observable, Expression]:
+    """Return an expression for each quantity that changes along straight lines.
+
+    Quantities on no straight line (an image's number of patches) get none; only the proof looks at
+    them.
+
+    Args:
+        study: the sizes at the fields' own values; builds pairs of fields.
+        values: each field's own value.
+        probes: the probes of each field.
+    """
+    slopes: dict[Observable, dict[FieldPath, Fraction]] = {}
+    inexact: set[Observable] = set()
+    for field, points in probes.items():
+        for key in {key for point in points for key in point.sizes}:
+            field_slopes = {
+                Fraction(point.sizes.get(key, study.base[key]) - study.base[key])
+                / (point.value - values[field])
+                for point in points
+                if point.sizes.get(key) != 0
+            }
+            if len(field_slopes) == 1:
+                slope = field_slopes.pop()
+                if slope:
+                    slopes.setdefault(key, {})[field] = slope
+            elif field_slopes:
+                inexact.add(key)
+    pairs = _pairs(study, values, probes, slopes)
+    return {
+        key: _expression(study.base[key], key, by_field, values, pairs)
+        for key, by_field in slopes.items()
+        if key not in inexact
+    }
+
+
+def powers(
+    study: Study,
+    values: Mapping[FieldPath, int],
+    probes: Mapping[FieldPath, list[Probe]],
+    straight: Collection[Observable],
+) -> tuple[dict[Observable, Power], dict[Observable, frozenset[FieldPath]]]:
+    """Return the quantities on no straight line: those that are powers of fields, and the rest.
+
+    Args:
+        study: the sizes at the fields' own values.
+        values: each field's own value.
+        probes: the probes of each field.
+        straight: the quantities that have an expression already.
+
+    Returns:
+        Quantity -> its power of fields; and, for the rest, quantity -> the fields that change it.
+    """
+    sizes: dict[Observable, dict[FieldPath, list[tuple[int, int]]]] = {}
+    for field, points in probes.items():
+        for point in points:
+            for key, size in point.sizes.items():
+                if key not in straight and size:
+                    sizes.setdefault(key, {}).setdefault(field, []).append((point.value, size))
+    fitted: dict[Observable, Power] = {}
+    loose: dict[Observable, frozenset[FieldPath]] = {}
+    for key, by_field in sizes.items():
+        exponents = {
+            field: _exponent(values[field], study.base[key], points)
+            for field, points in by_field.items()
+        }
+        if all(exponents.values()):
+            fitted[key] = Power(
+                study.base[key], exponents, {field: values[field] for field in exponents}
+            )
+        else:
+            loose[key] = frozenset(by_field)
+    return fitted, loose
+
+
+def _pairs(
+    study: Study,
+    values: Mapping[FieldPath, int],
+    probes: Mapping[FieldPath, list[Probe]],
+    slopes: Mapping[Observable, Mapping[FieldPath, Fraction]],
+) -> list[tuple[dict[FieldPath, int], Sizes]]:
+    """Build with two fields changed at once, where a quantity mixes fields and is no plain product.
+
+    Returns:
+        For each build: the step of each of the two fields, and the size of every quantity.
+    """
+    wanted = {
+        frozenset(pair)
+        for key, by_field in slopes.items()
+        if len(by_field) > 1 and not _is_product(study.base[key], by_field, values)
+        for pair in combinations(by_field, 2)
+    }
+    result: list[tuple[dict[FieldPath, int], Sizes]] = []
+    for pair in wanted:
+        pair_values = {field: probes[field][0].value for field in pair}
+        sizes = study.at(pair_values)
+        if isinstance(sizes, dict):
+            steps = {field: pair_values[field] - values[field] for field in pair}
+            result.append((steps, {**study.base, **sizes}))
+    return result
+
+
+def _expression(
+    base: int,
+    key: Observable,
+    slopes: Mapping[FieldPath, Fraction],
+    values: Mapping[FieldPath, int],
+    pairs: list[tuple[dict[FieldPath, int], Sizes]],
+) -> Expression:
+    """Return the expression of one quantity.
+
+    Args:
+        base: its size when no field changes.
+        key: the quantity.
+        slopes: by how much it changes per unit of each field.
+        values: each field's own value.
+        pairs: builds with two fields changed; they give the products of fields.
+    """
+    if len(slopes) > 1 and _is_product(base, slopes, values):
+        return product(base, {field: values[field] for field in slopes})
+    terms = {frozenset({field}): slope for field, slope in slopes.items()}
+    for steps, sizes in pairs:
+        if steps.keys() <= slopes.keys():
+            straight = base + sum((slopes[p] * step for p, step in steps.items()), Fraction(0))
+            cross = (sizes[key] - straight) / prod(steps.values())
+            if cross:
+                terms[frozenset(steps)] = cross
+    return Expression(base, terms)
+
+
+def _is_product(
+    base: int, slopes: Mapping[FieldPath, Fraction], values: Mapping[FieldPath, int]
+) -> bool:
+    """True if a size is in proportion to every one of these fields."""
+    return all(slope * values[field] == base for field, slope in slopes.items())
+
+
+def _exponent(value: int, base: int, points: Sequence[tuple[int, int]]) -> int:
+    """Return the power of a field that a size follows: 1, -1, 2, -2, or 0 if none of them fits.
+
+    Args:
+        value: the field's own value.
+        base: the size there.
+        points: other values of the field, each with the size there.
+    """
+    for exponent in (1, -1, 2, -2):
+        if all(size == base * Fraction(then, value) ** exponent for then, size in points):
+            return exponent
+    return 0

@@ -1,0 +1,151 @@
+"""Find the settings of a config that say how many layers there are, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+from ..model.build import Builder, Refusal
+from ..model.config_json import FieldPath, with_values
+from ..model.shapes import shapes
+from .layer_kinds import by_number, rises
+
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor name -> its shape."""
+_FEW = 16
+"""Lists of up to so many entries are looked at; numbers above it may be widths."""
+_FEATURES = {"out_features", "out_indices"}
+"""Fields in which a backbone names the stages that it returns."""
+
+
+def changes(
+    data: dict[str, Any], length: int, left: tuple[int, ...], widths: Set[FieldPath]
+) -> list[dict[FieldPath, Any]]:
+    """Return changes of the config that may leave only some of ``length`` layers.
+
+    A change sets a field that counts layers, alone or together with the lists that have an entry
+    for each layer. It may also set one entry of a list (Swin's ``depths``), a field that counts one
+    more (Mask2Former's decoder), or a list of the layers that have something beside them, which is
+    as long (Qwen3-VL).
+
+    Args:
+        data: the config's JSON.
+        length: how many layers there are.
+        left: the numbers of the layers to keep.
+        widths: lists that hold a width of each layer; these stay.
+
+    Returns:
+        Changes to try in this order, each as field -> value.
+    """
+    candidates: list[dict[FieldPath, Any]] = []
+    keep = len(left)
+
+    def visit(node: dict[str, Any], field: FieldPath) -> None:
+        as_long = [key for key, one in node.items() if isinstance(one, list) and len(one) == length]
+        # layers that each have a width of their own are only alike by chance (Swin2SR)
+        own = any((*field, key) in widths for key in as_long)
+        lists: dict[FieldPath, Any] = {
+            (*field, key): [node[key][one] for one in left] for key in as_long if not own
+        }
+        lists |= {
+            (*field, key): _entries_left(value, left)
+            for key, value in node.items()
+            if by_number(value) and keep <= max(map(int, value)) < length
+        }
+        numbers: dict[FieldPath, Any] = {
+            (*field, key): [left.index(one) for one in value if one in left]
+            for key, value in node.items()
+            if rises(value) and value[-1] < length != len(value)
+        }
+        # first, so that no field that equals the length by chance changes too
+        candidates.extend({key: value} for key, value in lists.items() if is_numbers(value))
+        for key, value in node.items():
+            if isinstance(value, dict):
+                visit(value, (*field, key))
+            elif type(value) is int and 0 <= value - length <= 1 and not own:
+                fewer: dict[FieldPath, Any] = {(*field, key): keep + value - length}
+                candidates.extend([fewer, {**fewer, **lists}] if lists else [fewer])
+                if numbers:
+                    candidates.append({**fewer, **lists, **numbers})
+                # a backbone names its stages; without names it returns the last one
+                if node.keys() >= _FEATURES:
+                    unnamed = {(*field, name): None for name in _FEATURES}
+                    candidates.append({**fewer, **lists, **unnamed})
+            elif isinstance(value, list) and len(value) <= _FEW and (*field, key) not in widths:
+                places = [(*field, key, i) for i, one in enumerate(value) if one == length]
+                candidates.extend({place: keep} for place in places)
+
+    visit(data, ())
+    return candidates
+
+
+def _entries_left(entries: dict[Any, Any], left: Sequence[int]) -> dict[Any, Any]:
+    """Return the entries about the layers that are left, under their new numbers."""
+    by_old = {int(number): (number, entry) for number, entry in entries.items()}
+    return {
+        type(by_old[old][0])(new): by_old[old][1] for new, old in enumerate(left) if old in by_old
+    }
+
+
+def holds(data: dict[str, Any], field: FieldPath) -> bool:
+    """True if the config still has a place for this field.
+
+    An earlier change may have shortened a list, or replaced it by nothing.
+    """
+    node: Any = data
+    for key in field:
+        if not isinstance(node, (dict, list)) or (isinstance(node, list) and len(node) <= int(key)):
+            return False
+        node = node.get(key) if isinstance(node, dict) else node[int(key)]
+    return True
+
+
+def is_numbers(value: Any) -> bool:
+    """True if a list may name several layers by their numbers."""
+    return rises(value) and len(value) > 1
+
+
+def are_whole(value: Any) -> bool:
+    """True if this is a list of whole numbers, at least one."""
+    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
+
+
+def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:
+    """Return the lists that hold a width of each layer, among lists short enough to look at each.
+
+    Lists of large numbers hold widths, unless all numbers are equal and doubling the last one
+    changes no shape (Longformer's windows). Lists of small numbers do if doubling the last one
+    changes how long some tensor is along its first dimension.
+
+    Args:
+        builder: builds the class.
+        data: the config's JSON.
+        before: the shapes that the class builds from it.
+    """
+    lists: set[FieldPath] = set()
+
+    def visit(node: dict[str, Any], field: FieldPath) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                visit(value, (*field, key))
+            elif isinstance(value, list) and 1 < len(value) <= _FEW:
+                if not are_whole(value):
+                    continue
+                if min(value) > _FEW and len(set(value)) > 1:
+                    lists.add((*field, key))
+                else:
+                    after = doubled((*field, key), value)
+                    if after != before if min(value) > _FEW else longer(after):
+                        lists.add((*field, key))
+
+    def doubled(field: FieldPath, value: list[int]) -> Shapes:
+        model = builder.build(with_values(data, {(*field, len(value) - 1): 2 * value[-1]}))
+        return {} if isinstance(model, Refusal) else shapes(model)
+
+    def longer(after: Shapes) -> bool:
+        return after.keys() == before.keys() and any(
+            shape[:1] != before[name][:1] for name, shape in after.items()
+        )
+
+    visit(data, ())
+    return lists

@@ -1,0 +1,116 @@
+"""A live model together with the field map of its class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..forward.head_splits import heads_of
+from ..model.config_json import FieldPath
+from .field_map import FieldMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Conv = nn.modules.conv._ConvNd
+
+
+@dataclass(frozen=True)
+class WidthView:
+    """A live model together with the field map of its class.
+
+    Attributes:
+        model: the live model.
+        field_map: the field map of its class around its config.
+    """
+
+    model: PreTrainedModel
+    field_map: FieldMap
+
+    def producers(self) -> Iterable[tuple[str, nn.Module, frozenset[FieldPath]]]:
+        """Yield every linear layer, convolution and embedding, and the fields of its output width.
+
+        Yields:
+            The layer's name, the layer, and the fields; no fields if none sets the width.
+        """
+        for name, module in self.model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, (nn.Linear, Conv, nn.Embedding)):
+                dim = 1 if isinstance(module, nn.Embedding) else 0
+                dim = 1 if getattr(module, "transposed", False) else dim
+                if weight is not None:
+                    yield name, module, self.field_map.fields_of(f"{name}.weight", dim)
+
+    def head_layers(
+        self, values: Mapping[FieldPath, int] | None = None
+    ) -> Iterable[tuple[str, nn.Module, int]]:
+        """Yield the linear layers whose output is split into heads, and their head counts.
+
+        Args:
+            values: field -> its value in the config now; by default the values that were learned.
+
+        Yields:
+            The layer's name, the layer, and its head count.
+        """
+        values = values or self.field_map.values
+        for name, module in self.model.named_modules():
+            splits = self.field_map.splits_of(name)
+            if splits is not None and isinstance(module, nn.Linear):
+                # Falcon's one key/value head stands among the query heads of its projection
+                fields = self.field_map.fields_of(name, heads_of(0))
+                if len(fields) > 1:  # a field at 1 counts no heads that can go
+                    fields = frozenset(
+                        field for field in fields if self.field_map.values[field] > 1
+                    )
+                yield name, module, values[min(fields)] if len(fields) == 1 else splits[0][0]
+
+    def inner_widths(self) -> frozenset[FieldPath]:
+        """Return the fields of inner widths: those that are pruned unless others are asked for.
+
+        Left out are the head counts and head dims, the number of experts, the entries of
+        embeddings, the size of kernels, and what only outputs have.
+        """
+        field_map = self.field_map
+        inner: set[FieldPath] = set()
+        excluded = set(self.head_fields())
+        for name, parameter in self.model.named_parameters():
+            module_name = name.rpartition(".")[0]
+            module = self.model.get_submodule(module_name)
+            for dim in range(parameter.ndim):
+                fields = field_map.fields_of(name, dim)
+                if isinstance(module, nn.Embedding) and dim == 0:
+                    excluded |= fields  # a number of entries
+                elif parameter.ndim > 2 and dim == 0 and not isinstance(module, Conv):
+                    excluded |= fields if parameter.shape[0] > 1 else set()  # a number of experts
+                elif isinstance(module, Conv) and dim > 1:
+                    excluded |= fields  # a kernel's size
+                elif field_map.depth.canonical(module_name) in field_map.layout.outputs:
+                    continue
+                elif dim != 1 or not isinstance(module, (nn.Linear, Conv)):
+                    inner |= fields
+        return frozenset(inner - excluded)
+
+    def head_fields(self) -> frozenset[FieldPath]:
+        """Return the fields that set how many heads there are, or how wide one is."""
+        counts = self.field_map.count_fields()
+        dims = {
+            field
+            for name, _, fields in self.producers()
+            if self.field_map.splits_of(name)
+            for field in fields
+            if fields & counts
+        }
+        return frozenset(counts | dims)
+
+    def rotates_head_dims(self) -> bool:
+        """True if some unsaved buffer is as wide as a head, or half one: position tables."""
+        dims = {split[-1] for splits in self.field_map.layout.heads.values() for split in splits}
+        return any(
+            buffer is not None and buffer.ndim and {buffer.shape[-1], 2 * buffer.shape[-1]} & dims
+            for module in self.model.modules()
+            for key, buffer in module._buffers.items()
+            if key in module._non_persistent_buffers_set
+        )

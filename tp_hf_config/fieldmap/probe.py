@@ -1,0 +1,307 @@
+"""Probe a field: give it another value, build the class, and see which sizes changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ..forward.head_splits import HeadSplits, counts_of, observe
+from ..model.build import Builder, Refusal
+from ..model.config_json import FieldPath, with_values
+from ..model.shapes import named_modules, shapes, vanished_counts
+from .depth import Depth
+from .expressions import Observable, Power, followed
+
+Sizes = dict[Observable, int]
+"""Quantity -> its size."""
+UNSET_PROBES = (24, 40, 8, 2, 4, 1)
+"""Values at which a field that has no value is probed."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One field at another value, and the quantities that changed there.
+
+    Attributes:
+        value: the field's value.
+        sizes: changed quantity -> its size there; 0 if the forward pass did not get to it.
+    """
+
+    value: int
+    sizes: Sizes
+
+
+def probe_values(value: int) -> list[int]:
+    """Return other values for a field, most likely to be accepted and to be informative first."""
+    tried = [2 * value, 3 * value, value + 1, 4 * value]
+    if value > 1:
+        if value % 2 == 0 and value > 2:  # not 2 to 1: one head is no split
+            tried.insert(1, value // 2)
+        tried += [value - 1, 1]
+        tried += [value // factor for factor in (3, 5, 7) if value % factor == 0]
+    return list(dict.fromkeys(probe for probe in tried if probe != value and probe > 0))
+
+
+def blind(sizes: Sizes) -> bool:
+    """True if a projection's width changed and the forward pass stopped before it was split.
+
+    Falcon's heads stand in groups of whole numbers; twice as many groups need not divide them.
+    """
+    return any(
+        not size and sizes.get((f"{name}.weight", 0))
+        for (name, which), size in sizes.items()
+        if isinstance(which, str)
+    )
+
+
+def on_a_line(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
+    """True if two probes change every size by the same amount per unit of the field.
+
+    Quantities that one of the probes did not observe are skipped.
+
+    Args:
+        base: the sizes where the field has its own value.
+        value: that value.
+        one: a probe.
+        two: another probe of the field.
+    """
+    return all(
+        (one.sizes[key] - base[key]) * (two.value - value)
+        == (two.sizes[key] - base[key]) * (one.value - value)
+        for key in one.sizes.keys() & two.sizes.keys()
+        if one.sizes[key] and two.sizes[key]
+    )
+
+
+def further(base: Sizes, value: int, points: Sequence[Probe], then: int) -> Sizes | None:
+    """Return the sizes at a value that the class refuses, on the straight lines through the probes.
+
+    Returns ``None`` if the probes are on no lines, or if a size is not whole or was not observed.
+
+    Args:
+        base: the sizes where the field has its own value.
+        value: that value.
+        points: the field's probes.
+        then: the refused value.
+    """
+    first, *others = points
+    if not all(on_a_line(base, value, first, other) for other in others):
+        return None
+    sizes: Sizes = {}
+    for key, size in first.sizes.items():
+        change, remainder = divmod((size - base[key]) * (then - value), first.value - value)
+        if remainder or not size:
+            return None
+        sizes[key] = base[key] + change
+    return sizes
+
+
+def is_rounded(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
+    """True if a size is in proportion to the field in ``one`` but not in ``two`` (CANINE's shards).
+
+    Args:
+        base: the sizes where the field has its own value.
+        value: that value.
+        one: a probe.
+        two: another probe of the field.
+    """
+    return any(
+        one.sizes[key] * value == base[key] * one.value
+        and two.sizes[key] * value != base[key] * two.value
+        for key in one.sizes.keys() & two.sizes.keys()
+        if one.sizes[key] and two.sizes[key]
+    )
+
+
+_OTHER_TENSORS = 5
+"""Values at which a class builds other tensors that are tried before a field is given up."""
+_ROUNDED = 3
+"""Values at which a size is rounded that are tried before one of them is used."""
+
+
+class Study:
+    """Builds a class around one shallow config, and compares what it builds.
+
+    Attributes:
+        builder: builds the class.
+        refused: fields that the class accepts no other value of, alone or with one other field.
+        follows: fields that follow from others in every build.
+        first: maps a name to the one in the first layer of the same kind.
+        data: the shallow config's JSON, with implied values written out.
+        model: what the class builds from it.
+        shapes: the shapes of that model's tensors.
+        layout: its head splits.
+        base: its quantities, for the first layer of each kind.
+        attributes: its modules' numeric attributes.
+        split_weights: weights of the layers whose output is split into heads.
+        vanishing: field -> whether a lower value of it made some count 0.
+    """
+
+    def __init__(self, builder: Builder, depth: Depth, implied: Mapping[FieldPath, int]):
+        self.builder = builder
+        self.refused: list[FieldPath] = []
+        self.follows: dict[FieldPath, Power] = {}
+        self.first = cache(depth.first)
+        self.data = with_values(depth.data, dict(implied))
+        model = self.build({})
+        if isinstance(model, Refusal):
+            raise ValueError(f"the class does not build its own config: {model.reason}")
+        self.model = model
+        self.shapes = shapes(model)
+        self.layout = observe(model)
+        self.base = self._sizes(self.shapes, self.layout)
+        self.attributes = _numbers(model)
+        self.split_weights = {f"{name}.weight" for name in self.layout.heads}
+        self._repeating: Counter[FieldPath] = Counter()
+        self.vanishing: dict[FieldPath, bool] = {}
+
+    def build(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
+        """Build the class with these fields at other values, and with those that follow them."""
+        return self.builder.build(
+            with_values(self.data, {**values, **followed(self.follows, values)})
+        )
+
+    def at(self, values: Mapping[FieldPath, int], watch: bool = True) -> Sizes | Refusal | None:
+        """Return the quantities that change at these values, with their sizes there.
+
+        Args:
+            values: field -> its value.
+            watch: run the forward pass, if head counts may have changed.
+
+        Returns:
+            Quantity -> size, 0 where it was not observed; the refusal; or None if other tensors are
+            built.
+        """
+        model = self.build(values)
+        if isinstance(model, Refusal):
+            return model
+        built = shapes(model)
+        if built.keys() != self.shapes.keys():
+            alike = all(self.shapes.get(name, shape) == shape for name, shape in built.items())
+            self._repeating.update(list(values) if alike and len(values) == 1 else [])
+            return None
+        if any(len(shape) != len(self.shapes[name]) for name, shape in built.items()):
+            return None  # a dense layer became one in groups (ConvBERT)
+        lower = [field for field, value in values.items() if value < self._value(field)]
+        if lower:
+            vanished = bool(vanished_counts(self.model, model))
+            self.vanishing.update(
+                dict.fromkeys(lower, vanished) if len(values) == 1 or not vanished else {}
+            )
+        sizes = self._sizes(built, HeadSplits())
+        moved = {key[0] for key, size in sizes.items() if self.base[key] != size}
+        changed = _changed(self.attributes, _numbers(model))
+        if not moved and not changed:
+            return {}
+        sizes = dict.fromkeys(self.base, 0) | sizes
+        may_split = bool(moved & self.split_weights) or self._around_splits(changed)
+        if watch and may_split:  # head counts may change where no projection does (Swin)
+            sizes |= self._sizes(built, observe(model))
+        elif not moved & self.split_weights:
+            sizes = self.base | sizes  # head counts stay where no projection changes
+            sizes |= {key: self.base[key] for key, size in sizes.items() if not size}
+        return {key: size for key, size in sizes.items() if self.base.get(key, size) != size}
+
+    def _around_splits(self, changed: Collection[str]) -> bool:
+        """True if one of these modules may split a projection into heads.
+
+        Such a module is the parent or grandparent of a projection that is split.
+        """
+        around = set()
+        for name in self.layout.heads:
+            parent = name.rpartition(".")[0]
+            around |= {parent, parent.rpartition(".")[0]}
+        return bool(around & set(changed))
+
+    def _value(self, field: FieldPath) -> int:
+        """Return a field's value in the config that is studied; 0 if it has none."""
+        node: Any = self.data
+        for key in field:
+            node = node.get(key) if isinstance(node, dict) else node[key]
+        return node if isinstance(node, int) else 0
+
+    def counts_layers(self, field: FieldPath) -> bool:
+        """True if other values of a field only added or removed tensors, and this more than once.
+
+        A single time may be a projection between two widths that are equal then.
+        """
+        return self._repeating[field] > 1
+
+    def quiet(self, values: Mapping[FieldPath, int]) -> bool | Refusal:
+        """True if the class builds the same shapes at these values and splits into as many heads.
+
+        Returns the refusal if the class refuses them.
+        """
+        model = self.build(values)
+        if isinstance(model, Refusal) or shapes(model) != self.shapes:
+            return model if isinstance(model, Refusal) else False
+        return not self._around_splits(_changed(self.attributes, _numbers(model)))
+
+    def _sizes(self, built: Mapping[str, tuple[int, ...]], layout: HeadSplits) -> Sizes:
+        """Return the quantities of a built model, for the first layer of each kind."""
+        sizes: Sizes = {
+            (name, dim): size for name, shape in built.items() for dim, size in enumerate(shape)
+        }
+        for name, splits in layout.heads.items():
+            counts = counts_of(splits, self.layout.heads.get(name, ()))
+            sizes.update({(name, which): count for which, count in counts.items()})
+        return {key: size for key, size in sizes.items() if self.first(key[0]) == key[0]}
+
+    def alone(
+        self, field: FieldPath, value: int, points: Sequence[Probe] = (), enough: int = 2
+    ) -> list[Probe] | Refusal | None:
+        """Probe one field by itself.
+
+        Args:
+            field: the field.
+            value: its own value.
+            points: probes of it that exist already.
+            enough: how many probes to return.
+
+        Returns:
+            The probes, an empty list if the field sets nothing. If no probe succeeds: the first
+            refusal, or None if the class builds other tensors at some value.
+        """
+        points, rounded = list(points), list[Probe]()
+        failures: list[Refusal | None] = []
+        for probe in probe_values(value):
+            if any(point.value == probe for point in points):
+                continue
+            heads = any(isinstance(which, str) for point in points for _, which in point.sizes)
+            sizes = self.at({field: probe}, watch=heads or not points)
+            if not isinstance(sizes, dict):
+                failures.append(sizes)
+                if self.counts_layers(field) or failures.count(None) == _OTHER_TENSORS:
+                    break
+                continue
+            if not sizes:
+                return points
+            if not any(sizes.values()):
+                continue  # the forward pass stopped earlier (a router short of experts)
+            candidate = Probe(probe, sizes)
+            uneven = bool(points) and is_rounded(self.base, value, points[0], candidate)
+            (rounded if uneven else points).append(candidate)
+            if len(points) >= enough or len(rounded) == _ROUNDED:
+                break
+        points += rounded[: max(0, enough - len(points))]
+        if points or not failures:
+            return points
+        return None if None in failures else failures[0]
+
+
+def _numbers(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Return the numeric attributes of every module: module -> attribute -> number."""
+    return {
+        name: {key: value for key, value in vars(module).items() if type(value) in (int, float)}
+        for name, module in named_modules(model)
+    }
+
+
+def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """Return the modules whose attributes differ."""
+    return [name for name, numbers in after.items() if before.get(name) != numbers]

@@ -1,0 +1,129 @@
+"""Fields that a class accepts only in proportion: Mamba 2's heads times head dim is inner width.
+
+No such field can be probed alone. So one of them follows from the others in every build, and the
+others are probed like any field. Which one follows does not matter to the class; it only decides
+how simple the expressions are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+from ..model.config_json import FieldPath
+from .expressions import Power
+from .fit_expressions import expressions, powers
+from .probe import Probe, Study
+
+Partners = dict[FieldPath, tuple[FieldPath, ...]]
+"""Field -> the fields that have to change with it, by the same factor."""
+
+
+def partners(study: Study, values: Mapping[FieldPath, int]) -> Partners:
+    """Return the refused fields that the class accepts in proportion with others, and the others.
+
+    Two fields are partners if the class accepts both at twice their value, and builds other sizes
+    then.
+    """
+    accepted: Partners = {}
+    for field, other in combinations(study.refused, 2):
+        sizes = study.at({field: 2 * values[field], other: 2 * values[other]}, watch=False)
+        if isinstance(sizes, dict) and any(sizes.values()):
+            accepted[field] = (*accepted.get(field, ()), other)
+            accepted[other] = (*accepted.get(other, ()), field)
+    return accepted
+
+
+def let_follow(
+    study: Study, bound: Partners, values: Mapping[FieldPath, int]
+) -> dict[FieldPath, list[Probe]]:
+    """Make one field of each proportion follow from the others in all builds from now on.
+
+    Of the fields that can follow, the one is chosen that makes the expressions simplest. It is
+    added to ``study.follows``.
+
+    Args:
+        study: builds the class.
+        bound: the proportions, as ``partners`` returns them.
+        values: each field's own value.
+
+    Returns:
+        The probes of the other fields of each proportion.
+    """
+    probes: dict[FieldPath, list[Probe]] = {}
+    for fields in _proportions(bound):
+        before = study.follows
+        tried: list[tuple[tuple[int, ...], Power, FieldPath, dict[FieldPath, list[Probe]]]] = []
+        for follower in fields:
+            rule = _rule(follower, fields, bound, values)
+            study.follows = {**before, follower: rule}
+            other_probes = _moves(study, rule, values)
+            if other_probes is not None:
+                tried.append((_tangled(study, values, other_probes), rule, follower, other_probes))
+        study.follows = before
+        if tried:
+            _, rule, follower, other_probes = min(tried, key=lambda attempt: attempt[0])
+            study.follows = {**before, follower: rule}
+            probes |= other_probes
+    return probes
+
+
+def _proportions(bound: Partners) -> Iterator[list[FieldPath]]:
+    """Yield the fields of each proportion: those that are partners directly or through others."""
+    remaining = sorted(bound, key=str)
+    while remaining:
+        connected = [remaining[0]]
+        for field in connected:
+            connected += [other for other in bound[field] if other not in connected]
+        remaining = [field for field in remaining if field not in connected]
+        yield sorted(connected, key=str)
+
+
+def _rule(
+    follower: FieldPath,
+    fields: Sequence[FieldPath],
+    bound: Partners,
+    values: Mapping[FieldPath, int],
+) -> Power:
+    """Return how a field follows: in proportion to its partners, inversely to the other fields."""
+    others = {field: values[field] for field in fields if field != follower}
+    exponents = {field: 1 if field in bound[follower] else -1 for field in others}
+    return Power(values[follower], exponents, others)
+
+
+def _moves(
+    study: Study, rule: Power, values: Mapping[FieldPath, int]
+) -> dict[FieldPath, list[Probe]] | None:
+    """Probe the fields that another one follows from.
+
+    Returns:
+        The probes of each field; None if one of them cannot be probed, so that the class has
+        another rule.
+    """
+    probes: dict[FieldPath, list[Probe]] = {}
+    for field in rule.exponents:
+        points = study.alone(field, values[field])
+        if not isinstance(points, list) or not points:
+            return None
+        probes[field] = points
+    return probes
+
+
+def _tangled(
+    study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
+) -> tuple[int, ...]:
+    """Return how complex the expressions are; smaller is simpler.
+
+    Returns:
+        The number of quantities without a rule, the number of times that a field is in several
+        terms of an expression, and the number of fields in all terms.
+    """
+    straight = expressions(study, values, probes)
+    curved, loose = powers(study, values, probes, straight)
+    several = parts = 0
+    for expression in straight.values():
+        products = expression.monomials(values)
+        own = [sum(field in fields for fields in products) for field in probes]
+        several += sum(number > 1 for number in own)
+        parts += sum(own)
+    return len(loose), several, parts + sum(len(power.fields) for power in curved.values())

@@ -1,0 +1,297 @@
+"""See how every config field changes a model's sizes: two probes of each, alone or with others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import combinations
+
+from ..forward.head_splits import observe
+from ..model.build import Refusal
+from ..model.config_json import FieldPath
+from ..model.shapes import shapes, vanished_counts
+from .batched_probes import each_of, may_matter, show_heads, without_effect
+from .candidate_fields import is_everyones
+from .probe import UNSET_PROBES, Probe, Study, blind, further, on_a_line, probe_values
+
+
+def all_implied(study: Study, unset: Sequence[FieldPath]) -> dict[FieldPath, int]:
+    """Return the unset fields that set something, with the values that they stand for."""
+    quiet = without_effect(study, dict.fromkeys(unset, UNSET_PROBES[0]))
+    implied = {field: _implied(study, field) for field in unset if field not in quiet}
+    return {field: value for field, value in implied.items() if value is not None}
+
+
+def _implied(study: Study, field: FieldPath) -> int | None:
+    """Return the value that an unset field stands for, or None: setting it to that changes nothing.
+
+    Two probes of the field give the value at which the sizes would be what they are.
+    """
+    points: list[Probe] = []
+    for probe in UNSET_PROBES:
+        sizes = study.at({field: probe}, watch=False)
+        if isinstance(sizes, Refusal) and "'int' object" in sizes.reason:
+            break  # Python's message: the field is no number
+        if study.counts_layers(field):
+            break
+        if isinstance(sizes, dict):
+            if not any(sizes.values()):
+                break
+            points.append(Probe(probe, sizes))
+        if len(points) == 2:
+            break
+    if len(points) < 2:
+        return None
+    first, second = points
+    candidates: set[Fraction] = set()
+    for key in first.sizes.keys() & second.sizes.keys():
+        if not first.sizes[key] or not second.sizes[key]:
+            continue
+        slope = Fraction(first.sizes[key] - second.sizes[key], first.value - second.value)
+        if slope:
+            candidates.add(first.value + (study.base[key] - first.sizes[key]) / slope)
+    if len(candidates) != 1:
+        return None
+    (value,) = candidates
+    if value.denominator != 1 or value < 1:
+        return None
+    same = study.at({field: int(value)}, watch=False)
+    if not isinstance(same, dict) or any(same.values()):
+        return None
+    return int(value)
+
+
+def free(
+    study: Study, implied: Mapping[FieldPath, int], values: Mapping[FieldPath, int]
+) -> dict[FieldPath, int]:
+    """Return the unset fields that may keep their value while any other field changes.
+
+    DeBERTa's ``attention_head_size`` has to follow the hidden size: if it is kept, the forward pass
+    stops earlier than if it is left unset.
+
+    Args:
+        study: builds the class.
+        implied: unset fields, with the values that they stand for.
+        values: the fields that have a value, and that value.
+    """
+    result = dict(implied)
+    for other in values:
+        may_follow = [
+            (field, value)
+            for field, value in result.items()
+            if values[other] % value == 0 and not is_everyones(field)
+        ]
+        if not may_follow:
+            continue
+        moved = {other: 2 * values[other]}
+        followed = study.build(moved)
+        if isinstance(followed, Refusal) or shapes(followed) == study.shapes:
+            continue
+        for field, value in may_follow:
+            kept = study.build({**moved, field: value})
+            if isinstance(kept, Refusal) or shapes(followed) == shapes(kept):
+                continue
+            if observe(kept).steps < observe(followed).steps:
+                del result[field]
+    return result
+
+
+def sensitivities(
+    study: Study, values: Mapping[FieldPath, int]
+) -> tuple[dict[FieldPath, list[Probe]], dict[FieldPath, FieldPath]]:
+    """Return up to two probes of every field that sets something, and the fields that move as one.
+
+    Fields that the class refuses to change, alone or with one other, go into ``study.refused``.
+
+    Args:
+        study: builds the class.
+        values: each field's own value.
+
+    Returns:
+        Field -> its probes; and field -> the field of equal value that it has to change with.
+    """
+    probes: dict[FieldPath, list[Probe]] = {}
+    refused: list[FieldPath] = []
+    rebuilt: list[FieldPath] = []
+    for field, value in values.items():
+        points = study.alone(field, value, enough=1)
+        if isinstance(points, Refusal):
+            refused.append(field)
+        elif points is None:
+            rebuilt.append(field)
+        elif points:
+            probes[field] = points
+    _add_second(study, values, probes)
+    for field in refused:
+        points = _together(study, field, values, probes)
+        if points:
+            probes[field] = points
+    linked: dict[FieldPath, FieldPath] = {}
+    still_refused = [field for field in refused if field not in probes]
+    for field, other in (*combinations(rebuilt, 2), *combinations(still_refused, 2)):
+        if {field, other} & (probes.keys() | linked.keys()):
+            continue
+        if values[field] == values[other] and not study.counts_layers(field):
+            points = _as_one(study, field, other, values[field])
+            if points:
+                probes[field], linked[other] = points, field
+    study.refused = [field for field in still_refused if field not in probes.keys() | linked]
+    show_heads(study, values, probes)
+    return probes, linked
+
+
+def _partners(
+    study: Study, field: FieldPath, others: Sequence[FieldPath], values: Mapping[FieldPath, int]
+) -> Iterator[FieldPath]:
+    """Yield the fields with which the class may accept twice the value of a refused field.
+
+    A field is left out if the class says the same with and without it (bisection).
+
+    Args:
+        study: builds the class.
+        field: the refused field.
+        others: fields that the class accepts alone.
+        values: each field's own value.
+    """
+    alone = study.build({field: 2 * values[field]})
+
+    def in_vain(some: Sequence[FieldPath]) -> bool:
+        """True if the class refuses the field in the same words when these are doubled too."""
+        if not isinstance(alone, Refusal):
+            return False
+        both = study.build({doubled: 2 * values[doubled] for doubled in (field, *some)})
+        return isinstance(both, Refusal) and both.reason == alone.reason
+
+    return may_matter(others, in_vain)
+
+
+def _add_second(
+    study: Study, values: Mapping[FieldPath, int], probes: dict[FieldPath, list[Probe]]
+) -> None:
+    """Add a second probe of each field; fields whose effects do not mix go in one build."""
+    first = {field: points[0] for field, points in probes.items()}
+    second_values = {
+        field: next(p for p in probe_values(values[field]) if p != point.value)
+        for field, point in first.items()
+    }
+    moved = {field: point.sizes for field, point in first.items()}
+    for field, value, sizes in each_of(study, second_values, moved):
+        second = Probe(value, sizes)
+        if on_a_line(study.base, values[field], first[field], second):
+            probes[field].append(second)  # else another field of that build may have a part in it
+    for field, points in probes.items():
+        if len(points) == 1:
+            extended = study.alone(field, values[field], points)
+            probes[field] = extended if isinstance(extended, list) else points
+        if len(probes[field]) == 2 and all(blind(point.sizes) for point in probes[field]):
+            _seeing(study, field, values[field], probes[field])
+
+
+def _seeing(study: Study, field: FieldPath, value: int, points: list[Probe]) -> None:
+    """Replace the second probe by one at a lower value at which the forward pass goes further."""
+    for probe in (probe for probe in reversed(probe_values(value)) if probe < value):
+        sizes = study.at({field: probe})
+        lower = Probe(probe, sizes) if isinstance(sizes, dict) and not blind(sizes) else None
+        if lower and on_a_line(study.base, value, points[0], lower):  # else a size was rounded
+            points[1] = lower
+            break
+
+
+def dragged(
+    study: Study, values: Mapping[FieldPath, int], moving: Collection[FieldPath]
+) -> dict[FieldPath, FieldPath]:
+    """Return the fields that set no shape, but have to follow another so that no count becomes 0.
+
+    DeepSeek's latent attention has no key/value heads, but ``num_key_value_groups`` is heads over
+    ``num_key_value_heads``.
+
+    Args:
+        study: builds the class.
+        values: each field's own value.
+        moving: the fields that set some quantity.
+
+    Returns:
+        Field -> the field of equal value that it has to follow.
+    """
+    linked: dict[FieldPath, FieldPath] = {}
+    unknown = [field for field in values if field in moving and study.vanishing.get(field, True)]
+
+    def in_vain(some: Sequence[FieldPath]) -> bool:
+        """True if the class accepts half of all these fields and no count becomes 0."""
+        halves = {field: values[field] // 2 for field in some if values[field] > 1}
+        return _vanishes(study, halves) is False
+
+    for field in may_matter(unknown, in_vain):
+        # half too: some fields have to divide another width
+        lower_values = (values[field] * 3 // 4, values[field] // 2)
+        lower = next(
+            (value for value in lower_values if value and _vanishes(study, {field: value})), None
+        )
+        if lower is None:
+            continue
+        equal = [p for p in values.keys() - set(moving) if values[p] == values[field]]
+        for other in equal:
+            if _vanishes(study, {field: lower, other: lower}) is False:
+                linked[other] = field
+                break
+    return linked
+
+
+def _vanishes(study: Study, values: Mapping[FieldPath, int]) -> bool | None:
+    """True if some count becomes 0 at these values; None if the class refuses them."""
+    model = study.build(values)
+    return None if isinstance(model, Refusal) else bool(vanished_counts(study.model, model))
+
+
+def _as_one(study: Study, field: FieldPath, other: FieldPath, value: int) -> list[Probe]:
+    """Return probes of two fields of equal value that change to the same value."""
+    probes: list[Probe] = []
+    for probe in (2 * value, 3 * value):
+        sizes = study.at({field: probe, other: probe})
+        if sizes is None:
+            break
+        if isinstance(sizes, dict) and sizes:
+            probes.append(Probe(probe, sizes))
+    return probes
+
+
+def _together(
+    study: Study,
+    field: FieldPath,
+    values: Mapping[FieldPath, int],
+    probes: Mapping[FieldPath, Sequence[Probe]],
+) -> list[Probe]:
+    """Return a probe, in a list, of a field that the class only accepts together with another one.
+
+    Both fields get two or three times their value, and what the other one changes alone is taken
+    off. The list is empty if no other field helps.
+    """
+    for partner in _partners(study, field, list(probes), values):
+        points = probes[partner]
+        for factor in (2, 3):
+            joint_values = {field: factor * values[field], partner: factor * values[partner]}
+            joint_sizes = study.at(joint_values, watch=False)
+            if not isinstance(joint_sizes, dict):
+                continue
+            probed_sizes = [point.sizes for point in points if point.value == joint_values[partner]]
+            partner_sizes = (
+                probed_sizes[0]
+                if probed_sizes
+                else study.at({partner: joint_values[partner]}, watch=False)
+            )
+            if isinstance(partner_sizes, Refusal):  # alone, only a little more is accepted (Phi-3)
+                partner_sizes = further(study.base, values[partner], points, joint_values[partner])
+                # head counts too: no probe of the field alone shows them
+                joint_sizes = study.at(joint_values)
+            if not isinstance(partner_sizes, dict) or not isinstance(joint_sizes, dict):
+                continue
+            sizes = {
+                key: size + joint_sizes.get(key, size) - partner_sizes.get(key, size)
+                for key, size in study.base.items()
+                if joint_sizes.get(key, size) != partner_sizes.get(key, size)
+                and joint_sizes.get(key, size)
+                and partner_sizes.get(key, size)
+            }
+            if sizes:
+                return [Probe(joint_values[field], sizes)]
+    return []

@@ -1,0 +1,1 @@
+"""Find the values of config fields from the shapes of tensors."""

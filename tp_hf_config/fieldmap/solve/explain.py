@@ -1,0 +1,132 @@
+"""Explain why no config fits, in the user's terms: fields, layers, sizes and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...errors import ConfigSyncError
+from ...model.build import Refusal
+from ...model.config_json import FieldPath, field_name
+from ...model.shapes import Mismatch, listed
+from ..field_map import FieldMap
+from ..legal_values import nearest_accepted
+from .integers import Conflict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LISTED = 3
+"""Layers that a message names for each value."""
+AGAIN = "Nothing was written; go on pruning and sync again."
+"""How messages end: what to do next."""
+
+
+def some(names: Sequence[str]) -> str:
+    """Return up to three names as text, or two and how many more there are."""
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return ", ".join(names[:2] if more else names) + more
+
+
+def explain_conflict(
+    model: PreTrainedModel, field_map: FieldMap, conflict: Conflict
+) -> ConfigSyncError:
+    """Return the error for a conflict: the fields that need several values, and the layers that do.
+
+    If several solutions fit, the error lists them instead.
+    """
+    name = type(model).__name__
+    if conflict.ambiguous:
+        choices = " or ".join(
+            ", ".join(f"{field_name(field)}={value}" for field, value in solution.items())
+            for solution in conflict.ambiguous
+        )
+        return ConfigSyncError(
+            f"{name}: the shapes fit {choices}, and nothing that was pruned tells which. Prune "
+            "through the pruner's groups, so that the hook sees the channels that go."
+        )
+    needs = {
+        field_name(field): {
+            _number(value): list(dict.fromkeys(name for name, _ in who))
+            for value, who in values.items()
+        }
+        for field, values in conflict.needs.items()
+    }
+    parts = [
+        f"{named}: {_needs(by_value, field_map.values.get(field))}"
+        for (named, by_value), field in zip(needs.items(), conflict.needs, strict=True)
+    ]
+    return ConfigSyncError(
+        f"no {type(model.config).__name__} says what the weights of {name} are now. "
+        + "; ".join(parts)
+        + ". One field sets all of these, so they have to lose the same number: prune them all at "
+        "one ratio with local ranking (global_pruning=False), or keep them all (ignored_layers=). "
+        f"{AGAIN}",
+        {named: {int(v): who for v, who in by.items()} for named, by in needs.items()},
+    )
+
+
+def explain_refusal(
+    model: PreTrainedModel, field_map: FieldMap, values: dict[FieldPath, int], refusal: Refusal
+) -> ConfigSyncError:
+    """Return the error for values that the class refuses: its words, and the nearest it accepts.
+
+    Args:
+        model: the live model.
+        field_map: its class.
+        values: the only values that have the model's shapes.
+        refusal: the class's refusal of them.
+    """
+    changed = {field: value for field, value in values.items() if value != field_map.values[field]}
+    changes = ", ".join(
+        f"{field_name(field)} {field_map.values[field]} -> {value}"
+        for field, value in changed.items()
+    )
+    advice = []
+    for field in changed:
+        if field not in field_map.linked:
+            nearest = nearest_accepted(field_map, changed, field)
+            if nearest:
+                advice.append(f"{field_name(field)} {' or '.join(map(str, nearest))}")
+    hint = f" The nearest it takes: {'; '.join(advice)}." if advice else ""
+    return ConfigSyncError(
+        f"{type(model.config).__name__} refuses what the weights are now ({changes}). It says: "
+        f"{refusal.reason!r}.{hint} Choose ratios that end there after every step, or round_to= a "
+        f"number that the class accepts. {AGAIN}"
+    )
+
+
+def explain_mismatch(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> ConfigSyncError:
+    """Return the error for a config that builds other shapes than the weights have."""
+    return ConfigSyncError(
+        f"no {type(model.config).__name__} says what the weights of {type(model).__name__} are "
+        f"now: {listed(mismatches)}. No field of the config sets these dimensions on their own: "
+        f"keep the layers (ignored_layers=). {AGAIN}"
+    )
+
+
+def explain_vanished(model: PreTrainedModel, names: Sequence[str]) -> ConfigSyncError:
+    """Return the error for a count that becomes 0, which would break some forward pass."""
+    return ConfigSyncError(
+        f"{type(model).__name__} with these widths makes {names[0]} 0: another field that sets no "
+        f"shape would have to change with them. Keep that width (prune=, ignored_layers=). {AGAIN}"
+    )
+
+
+def _needs(by_value: dict[int | float, list[str]], base: int | None) -> str:
+    """Return as text which layers need which value of a field, and the value that it had."""
+    parts = []
+    for value, names in sorted(by_value.items()):
+        if names:
+            shown = ", ".join(names[:_LISTED])
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            parts.append(f"{shown}{more} {'need' if len(names) > 1 else 'needs'} {value:g}")
+        else:
+            parts.append(f"the rest needs {value:g}")
+    return ", ".join(parts) + (f" (it was {base})" if base is not None else "")
+
+
+def _number(value: object) -> int | float:
+    """Return an int if the number is whole, otherwise a float."""
+    number = float(value)  # type: ignore[arg-type]
+    return int(number) if number.is_integer() else number

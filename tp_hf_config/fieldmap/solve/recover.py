@@ -1,0 +1,205 @@
+"""Recover the config of a pruned checkpoint from its shapes alone.
+
+No record of the pruning is needed. Widths follow from the shapes; a head count that no shape shows
+stays as it is where it can. A config is only accepted if the class builds these shapes from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from ...model.build import Refusal
+from ...model.config_json import FieldPath
+from ...model.shapes import Mismatch, listed, shapes
+from ..expressions import Observable
+from ..field_map import FieldMap
+from .candidates import SMALL, Asked, nearest, others, search, solutions, unseen, with_heads
+from .fit import Shapes, Values, build_as, fit
+from .integers import Conflict
+
+_TRIED = 64
+"""Guesses at joint fields that are tried."""
+_FURTHER = 64
+"""How far from a value others are tried that build the same."""
+_LISTED = 8
+"""Solutions that are looked at, and that a conflict lists."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A config that builds the shapes.
+
+    Attributes:
+        values: every field that sets a size, at the value that it has now.
+        data: the config's JSON.
+        undecided: fields of head counts that no shape shows.
+    """
+
+    values: Values
+    data: dict[str, Any]
+    undecided: frozenset[FieldPath] = frozenset()
+
+
+def recover(
+    field_map: FieldMap, target: Shapes, given: Mapping[FieldPath, int] | None = None
+) -> Recovery | Conflict | Refusal:
+    """Find the one config of a class that builds these shapes.
+
+    Args:
+        field_map: the class, learned around the config that the model had.
+        target: the shape of every tensor of the whole model; tied ones under one name or all.
+        given: fields whose value is known; they settle what shapes leave open.
+
+    Returns:
+        The config, proved by building it; a ``Conflict`` with the fields that would need several
+        values at once, or with the several solutions that fit; or a ``Refusal`` that says why there
+        is no config.
+    """
+    given = dict(given or {})
+    refusal = _other_tensors(field_map, target)
+    if refusal is not None:
+        return refusal
+    asked = Asked(field_map, target)
+    fitting, reason = _fitting(asked, given)
+    if len(fitting) > 1:
+        return Conflict(ambiguous=_differences(fitting[:_LISTED]))
+    values = fitting[0] if fitting else search(asked, nearest(field_map, asked.sizes, given), given)
+    if values is None:
+        return reason
+    proof = build_as(field_map, field_map.data, target, values)
+    if isinstance(proof, tuple):
+        recovery = Recovery(values, proof[0], frozenset(unseen(field_map)) - given.keys())
+        return _several(field_map, recovery, given) or recovery
+    if not fitting:
+        return reason
+    return proof if isinstance(proof, Refusal) else _mismatched(field_map, proof)
+
+
+def _several(
+    field_map: FieldMap, found: Recovery, given: Mapping[FieldPath, int]
+) -> Conflict | None:
+    """Return a conflict if several values of a changed field build the same, or None."""
+    for field in found.values.keys() - given.keys() - field_map.linked.keys() - found.undecided:
+        if found.values[field] != field_map.sizes.get(field):
+            alike = _alike(field_map, found.values, field)
+            if len(alike) > 1:
+                return Conflict(ambiguous=[{field: value} for value in alike])
+    return None
+
+
+def _alike(field_map: FieldMap, values: Values, field: FieldPath) -> list[int]:
+    """Return the values of a field, around and including the one found, that build the same."""
+    built, equal_values = field_map.build_at(values), [values[field]]
+    for step in (-1, 1):
+        other = values[field] + step
+        while other > 0 and abs(other - values[field]) <= _FURTHER:
+            model = field_map.build_at({**values, field: other})
+            if isinstance(model, Refusal) or isinstance(built, Refusal):
+                break
+            if shapes(model) != shapes(built):
+                break
+            equal_values.append(other)
+            other += step
+    return sorted(equal_values)
+
+
+def _other_tensors(field_map: FieldMap, target: Shapes) -> Refusal | None:
+    """Return why these are not the tensors of this class at any width, or None.
+
+    Some are missing, or the class does not know them. A tied tensor may be missing under one of its
+    names.
+    """
+    full = field_map.builder.build(field_map.data)
+    if isinstance(full, Refusal):
+        return full
+    expected = shapes(full)
+    name = field_map.builder.model_class.__name__
+    unknown = sorted(target.keys() - expected.keys())
+    if unknown:
+        return Refusal(f"{name} builds no {unknown[0]} from this config, at no width")
+    tied = _tied_groups(full)
+    missing = sorted(
+        tensor
+        for tensor in expected.keys() - target.keys()
+        if not tied.get(tensor, set()) & target.keys()
+    )
+    if missing:
+        return Refusal(f"{missing[0]} is missing, which {name} builds from this config")
+    return None
+
+
+def _tied_groups(model: nn.Module) -> dict[str, set[str]]:
+    """Return, for every parameter with several names, the set of its names."""
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _fitting(
+    asked: Asked, given: Mapping[FieldPath, int]
+) -> tuple[list[Values], Conflict | Refusal]:
+    """Return the values that fit the field map and that the class accepts, and a reason if none do.
+
+    The reason is the first one met; it only counts if there are no values.
+    """
+    field_map, sizes = asked.field_map, asked.sizes
+    fitting: list[Values] = []
+    reason: Conflict | Refusal | None = None
+    for candidate in islice(solutions(field_map, sizes, given), _LISTED):
+        outcome = candidate if isinstance(candidate, Conflict) else _taken(asked, candidate, given)
+        if isinstance(outcome, dict):
+            fitting.append(outcome)
+        reason = reason or (None if isinstance(outcome, dict) else outcome)
+    for candidate in islice(others(field_map, sizes, given), 0 if fitting else _TRIED):
+        outcome = _taken(asked, candidate, given)
+        if isinstance(outcome, dict):
+            fitting.append(outcome)
+    if isinstance(reason, Conflict):  # fit all layers: it names each
+        everywhere: dict[Observable, int] = {
+            (n, dim): s for n, shape in asked.target.items() for dim, s in enumerate(shape)
+        }
+        full = fit(field_map, everywhere, given, powers=True)
+        reason = full if isinstance(full, Conflict) and full.needs else reason
+    return fitting, reason or Refusal("no whole numbers give these shapes")
+
+
+def _taken(asked: Asked, found: Values, given: Mapping[FieldPath, int]) -> Values | Refusal:
+    """Return the values, with head counts, that build the target, or why none of them do.
+
+    Args:
+        asked: the class and its target.
+        found: values that fit the field map.
+        given: fields whose value is known.
+    """
+    reason = Refusal("not tried")
+    for values in islice(with_heads(asked, found, given), SMALL):
+        outcome = asked.wrong(values)
+        if not outcome:
+            return values
+        if not isinstance(outcome, Refusal):
+            return _mismatched(asked.field_map, outcome)
+        reason = outcome
+    return reason
+
+
+def _mismatched(field_map: FieldMap, mismatches: Sequence[Mismatch]) -> Refusal:
+    """Return the reason why no width gives these tensors."""
+    name = field_map.builder.config_class.__name__
+    return Refusal(f"no width of {name} gives {listed(mismatches)}")
+
+
+def _differences(solutions: Sequence[Values]) -> list[Values]:
+    """Return the fields in which several solutions differ, at their values in each."""
+    differing = [
+        field for field in solutions[0] if len({solution[field] for solution in solutions}) > 1
+    ]
+    return [{field: solution[field] for field in differing} for solution in solutions]

@@ -1,0 +1,193 @@
+"""How many positions of every tensor dim go with one unit of a width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import reduce
+from itertools import product
+from math import gcd, lcm
+
+from ..model.build import Refusal
+from ..model.config_json import FieldPath
+from ..model.shapes import shapes
+from .field_map import FieldMap
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of one tensor dim that belongs to one field, or to joint fields as a whole.
+
+    Attributes:
+        field: the field; ``None`` for joint fields as a whole.
+        per_unit: positions that one unit of the width takes.
+        rest: positions of the dimension that belong to something else.
+    """
+
+    field: FieldPath | None
+    per_unit: int
+    rest: int
+
+
+Shares = dict[tuple[str, int], tuple[Share, ...]]
+"""Tensor name and dimension -> the shares of a width's fields in it."""
+
+
+def units_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> int:
+    """Return how many units a width has; a unit is the same fraction of each of its fields.
+
+    A unit holds whole positions of every dimension that is in proportion: where a convolution in
+    groups reads a sixteenth of the channels in each (wav2vec 2.0), a unit is sixteen channels.
+    """
+    common = reduce(gcd, (field_map.values[field] for field in fields))
+    sizes = _in_proportion(
+        field_map, {field: field_map.values[field] // common for field in fields}, common
+    )
+    return common // lcm(*(Fraction(size, common).denominator for size in sizes.values()))
+
+
+def _in_proportion(
+    field_map: FieldMap, scales: Mapping[FieldPath, int], common: int
+) -> dict[tuple[str, int], int]:
+    """Return the dimensions that are a multiple, or a fraction, of a width, with their sizes.
+
+    Args:
+        field_map: the class.
+        scales: each field's value over ``common``.
+        common: the greatest common divisor of the fields' values.
+    """
+    sizes: dict[tuple[str, int], int] = {}
+    for (name, dim), expression in field_map.expressions.items():
+        slopes = [expression.terms.get(frozenset({field}), 0) * n for field, n in scales.items()]
+        if isinstance(dim, int) and sum(slopes) * common == expression.base:
+            sizes[name, dim] = expression.base
+    for (name, dim), power in field_map.powers.items():
+        if isinstance(dim, int) and sum(power.exponents.get(field, 0) for field in scales) == 1:
+            sizes[name, dim] = power.base
+    return sizes
+
+
+def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | str:
+    """Return the part of each dimension that the units of a width take.
+
+    Args:
+        field_map: the class.
+        fields: the width: one field, or joint fields.
+
+    Returns:
+        The shares by dimension, or the reason why there are no whole units.
+    """
+    units = units_of(field_map, fields)
+    scales = {field: field_map.values[field] // units for field in fields}
+    if len(fields) == 1:
+        return _along_lines(field_map, scales, None)
+    moved = _moved(field_map, scales, units)
+    return moved if isinstance(moved, str) else _along_lines(field_map, scales, moved)
+
+
+def strides_in(shares: Shares) -> dict[int, set[int]]:
+    """Return, for a number of positions that a unit takes, in how many parts they may stand.
+
+    A convolution in groups has that many output channels for each input channel of a group.
+
+    Returns:
+        Positions per unit -> the possible numbers of parts.
+    """
+    strides: dict[int, set[int]] = {}
+    for name, dim in shares:
+        for own, other in product(shares[name, dim], shares.get((name, 1 - dim), ())):
+            parts, rest = divmod(own.per_unit, other.per_unit)
+            if parts > 1 and not rest:
+                strides.setdefault(own.per_unit, set()).add(parts)
+    return strides
+
+
+def _along_lines(
+    field_map: FieldMap, scales: Mapping[FieldPath, int], moved: dict[tuple[str, int], int] | None
+) -> Shares | str:
+    """Return each field's share where the shares add up to what was seen, else one share for all.
+
+    Args:
+        field_map: the class.
+        scales: by how much each field changes for one unit.
+        moved: by how many positions each dimension was seen to change for one unit; None for a
+            single field, whose expressions say it.
+
+    Returns:
+        The shares by dimension, or the reason why there are no whole units.
+    """
+    units = units_of(field_map, tuple(scales))
+    shares: Shares = {}
+    for (name, dim), power in field_map.powers.items() if moved is None else ():
+        if isinstance(dim, int) and all(power.exponents.get(field) == 1 for field in scales):
+            shares[name, dim] = tuple(Share(field, power.base // units, 0) for field in scales)
+    for (name, dim), expression in sorted(field_map.expressions.items(), key=str):
+        if not isinstance(dim, int) or not expression.fields & scales.keys():
+            continue
+        by_field: list[Share] = []
+        for field in sorted(expression.fields & scales.keys(), key=list(scales).index):
+            per_unit = expression.terms.get(frozenset({field}), Fraction(0)) * scales[field]
+            rest = expression.base - per_unit * units
+            if per_unit.denominator != 1 or per_unit < 1 or rest < 0:
+                if moved is None:
+                    return f"{name} has no whole units along dimension {dim}"
+                break
+            by_field.append(Share(field, int(per_unit), int(rest)))
+        else:
+            if moved is None or moved.get((name, dim)) == sum(share.per_unit for share in by_field):
+                shares[name, dim] = tuple(by_field)
+    for (name, dim), step in (moved or {}).items():
+        if (name, dim) not in shares:
+            remaining = field_map.shapes[name][dim] - step * units
+            if step < 1 or remaining < 0:
+                return f"{name} has no whole units along dimension {dim}"
+            shares[name, dim] = (Share(None, step, remaining),)
+    return dict(sorted(shares.items(), key=str))
+
+
+def _moved(
+    field_map: FieldMap, scales: Mapping[FieldPath, int], units: int
+) -> dict[tuple[str, int], int] | str:
+    """Return by how many positions each dimension changes for one unit, seen in two builds.
+
+    Args:
+        field_map: the class.
+        scales: by how much each field changes for one unit.
+        units: how many units there are.
+
+    Returns:
+        Tensor name and dimension -> positions per unit, for the first layer of each kind; or the
+        reason why the dimensions do not follow in whole units.
+    """
+    builds: list[tuple[int, dict[str, tuple[int, ...]]]] = []
+    reason = ""
+    for removed_units in dict.fromkeys([1, -1, -2, 2, *range(3, units)]):
+        model = field_map.build_at(
+            {p: field_map.values[p] - removed_units * s for p, s in scales.items()}
+        )
+        if isinstance(model, Refusal):
+            reason = model.reason
+            continue
+        built = shapes(model)
+        if built.keys() != field_map.shapes.keys():
+            reason = "it builds other layers then"
+            continue
+        builds.append((removed_units, built))
+        if len(builds) == 2:
+            break
+    if len(builds) < 2:
+        return f"the class takes no other number: {reason}"
+    result: dict[tuple[str, int], int] = {}
+    for name, shape in field_map.shapes.items():
+        if field_map.depth.first(name) != name:
+            continue
+        for dim, now in enumerate(shape):
+            slopes = {
+                Fraction(now - built[name][dim], removed_units) for removed_units, built in builds
+            }
+            if len(slopes) > 1 or next(iter(slopes)).denominator != 1:
+                return f"{name} does not follow in whole units along dimension {dim}"
+            if any(slopes):
+                result[name, dim] = int(next(iter(slopes)))
+    return result

@@ -1,0 +1,1 @@
+"""Run a class: make inputs, find the results that count as outputs, see how heads are split."""

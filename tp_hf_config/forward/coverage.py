@@ -1,0 +1,144 @@
+"""Find inputs that reach as much of the tiny model as possible.
+
+A parameter that no output depends on proves nothing. What may reach more: a longer text, a video
+beside the image, arguments that a class can do without, methods beside the forward pass.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.build import Refusal
+from .encoder_states import states_in
+from .extra_methods import methods_beside, methods_of, outputs_of
+from .inputs import example_inputs, input_forms, second_sample, text_inputs, video_forms
+from .observed_pass import AllFloat64, tensors_in
+from .optional_inputs import optional_arguments, with_optional
+
+_LONG_TEXT = 32
+Working = tuple[dict[str, Any], bool] | Refusal
+"""Inputs with which a model runs and whether they are text alone, or why it does not run."""
+
+
+class GradientsError(Exception):
+    """A class runs, but its outputs cannot be differentiated, so it allows no experiments."""
+
+
+def working_inputs(model: nn.Module) -> Working:
+    """Return inputs of two samples with which the model runs, and whether they are text alone.
+
+    The forms are tried in this order: the one that went furthest without data, all forms, a text
+    of three tokens (there may be few positions), the first form without encoder states, and text
+    alone of a model that takes images or sound too.
+
+    Returns:
+        The inputs, and True if they are text alone. A refusal with the first error if no form
+        runs.
+    """
+    methods_of.pop(type(model), None)
+    first = example_inputs(model)  # it went furthest without data
+    forms = chain([first], input_forms(model), islice(input_forms(model, length=3), 1))
+    states = states_in(model, first)
+    bare = [{name: value for name, value in first.items() if name not in states}] if states else []
+    text = text_inputs(model)
+    reason = ""
+    for form, partial in chain(((form, False) for form in chain(forms, bare)), ((text, True),)):
+        stopped = "" if form is None else why_not(model, inputs := second_sample(form))
+        if form is not None and stopped is None:
+            try:
+                return _reaching(model, inputs), partial
+            except GradientsError as error:
+                stopped = str(error)
+        reason = reason or stopped or ""
+    return Refusal(f"the tiny model does not run: {reason}")
+
+
+def _reaching(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return these inputs, or others that reach more of the model's parameters.
+
+    A longer text comes first: no token of a short one may go to some expert, and Transformers 4
+    keeps each expert as layers of its own. Then come images and videos together, then arguments
+    that no class has to be given, then methods beside the forward pass.
+    """
+    unreached = unreached_by(model, inputs)
+    if unreached and "input_ids" in inputs:
+        longer = second_sample(example_inputs(model, length=_LONG_TEXT))
+        if longer.keys() == inputs.keys():
+            inputs, unreached = _better(model, longer, inputs, unreached, by_chance=True)
+    for form in video_forms(model) if unreached else ():
+        inputs, unreached = _better(model, second_sample(form), inputs, unreached)
+    for argument in optional_arguments(model, inputs) if unreached else ():
+        extended = with_optional(model, inputs, argument)
+        inputs, unreached = _better(model, extended, inputs, unreached)
+    _run_by_methods(model, inputs, unreached)
+    return inputs
+
+
+def _run_by_methods(model: nn.Module, inputs: dict[str, Any], unreached: set[str]) -> None:
+    """Add to ``methods_of`` the methods that reach parameters which the inputs leave unreached."""
+    for name in methods_beside(model, inputs) if unreached else ():
+        before = methods_of.get(type(model), ())
+        methods_of[type(model)] = (*before, name)
+        remaining = unreached if why_not(model, inputs) is not None else unreached_by(model, inputs)
+        if remaining < unreached:
+            unreached = remaining
+        else:
+            methods_of[type(model)] = before
+
+
+def _better(
+    model: nn.Module,
+    other: dict[str, Any],
+    inputs: dict[str, Any],
+    unreached: set[str],
+    by_chance: bool = False,
+) -> tuple[dict[str, Any], set[str]]:
+    """Return the better of two inputs, and the parameters that it leaves unreached.
+
+    The other inputs are better if they reach all that these do and more. If chance decides what is
+    reached (``by_chance``), they only have to reach a larger number of parameters.
+    """
+    if why_not(model, other) is not None:
+        return inputs, unreached
+    remaining = unreached_by(model, other)
+    improves = len(remaining) < len(unreached) if by_chance else remaining < unreached
+    return (other, remaining) if improves else (inputs, unreached)
+
+
+def unreached_by(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
+    """Return the names of the parameters that the outputs do not depend on.
+
+    Raises:
+        GradientsError: torch cannot compute their gradients (Doge's experts with normed scores,
+            which it divides in place).
+    """
+    with AllFloat64():
+        outputs = [t for t in tensors_in(outputs_of(model, inputs)) if t.requires_grad]
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    if not outputs:  # numbers of codes (WavTokenizer's encoder) have no gradients
+        return set(names)
+    total = torch.stack([tensor.sum() for tensor in outputs]).sum()
+    try:
+        grads = torch.autograd.grad(total, parameters, allow_unused=True)
+    except RuntimeError as error:
+        raise GradientsError(f"torch cannot compute its gradients: {_said(error)}") from error
+    return {name for name, grad in zip(names, grads, strict=True) if grad is None}
+
+
+def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """Return the error that a forward pass ends with, as text, or None if it runs to its end."""
+    try:
+        with torch.no_grad(), AllFloat64():
+            outputs_of(model, inputs)
+    except Exception as error:  # whatever a class's forward pass raises
+        return _said(error)
+    return None
+
+
+def _said(error: Exception) -> str:
+    """Return an error's text on one line, at most 200 characters, or else its type."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,177 @@
+"""Make encoder states: an input of a decoder that an encoder outside the model makes.
+
+A decoder alone (Whisper's, BART's) computes the keys and values of its cross-attention from the
+states of some encoder. Without them those layers do not run. A run without data shows which layer
+reads the states, and so how wide they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ARGUMENTS = ("encoder_hidden_states", "encoder_outputs", "cross_attention_states")
+"""Names that classes give the argument for encoder states."""
+AXIS = 2
+"""The axis of the states along which their channels stand."""
+_LENGTH = 4
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class States:
+    """The argument for encoder states, and the dimension of a parameter that it is as wide as.
+
+    Attributes:
+        argument: the argument's name.
+        reader: the parameter's name.
+        dim: the dimension of the parameter.
+    """
+
+    argument: str
+    reader: str
+    dim: int
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer that reads the states."""
+        return self.reader.rpartition(".")[0]
+
+
+_reads: dict[type, States] = {}
+"""Class -> the states it reads, by the first layer that does; ``*`` for numbers of layers."""
+_in_vain: set[tuple[type, frozenset[str]]] = set()
+"""Classes, each with idle layers that encoder states did not let run."""
+
+
+def states_of(model: nn.Module) -> States | None:
+    """Return the states that a model reads; None if its class was not seen to read any.
+
+    Also None if the model's config builds no cross-attention.
+    """
+    read = _reads.get(type(model))
+    if read is None:
+        return None
+    names = (name for name, _ in model.named_parameters() if _NUMBER.sub(".*", name) == read.reader)
+    reader = next(names, None)  # None: no cross-attention
+    return None if reader is None else States(read.argument, reader, read.dim)
+
+
+def made_states(model: nn.Module) -> dict[str, Tensor]:
+    """Return random states of one sample as a keyword argument; empty if the model reads none."""
+    read = states_of(model)
+    if read is None:
+        return {}
+    parameter = model.get_parameter(read.reader)
+    return {read.argument: _random(parameter, parameter.shape[read.dim])}
+
+
+def look_for_states(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    idle: Iterable[str],
+    run: Callable[[Mapping[str, Any]], bool],
+) -> bool:
+    """True if encoder states let layers run that do not run without; remember which reads them.
+
+    A model that contains an encoder skips it when it is given states: it does not need them.
+
+    Args:
+        model: the model, on the meta device.
+        inputs: keyword arguments of a forward pass, without states.
+        idle: layers that do not run with these inputs.
+        run: runs the model on keyword arguments and returns True if it ran to its end.
+    """
+    offered = [name for name in ARGUMENTS if name in inspect.signature(model.forward).parameters]
+    tried = (type(model), frozenset(_NUMBER.sub(".*", f"{name}.") for name in idle))
+    if not offered or not tried[1] or tried in _in_vain:
+        return False
+    without = _followed(model, inputs, run)
+    for argument in offered:
+        narrow = _random(next(model.parameters()), 1)
+        read = _followed(model, {**inputs, argument: narrow}, run, narrow).read
+        if read is None:
+            continue
+        name, dim = read
+        parameter = model.get_parameter(name)
+        states = _random(parameter, parameter.shape[dim])
+        with_states = _followed(model, {**inputs, argument: states}, run)
+        if with_states.called > without.called and with_states.ended >= without.ended:
+            _reads[type(model)] = States(argument, _NUMBER.sub(".*", name), dim)
+            return True
+    _in_vain.add(tried)
+    return False
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """What was seen in a run.
+
+    Attributes:
+        called: the layers that were called.
+        ended: True if the run came to its end.
+        read: name and dimension of the first weight that read the states.
+    """
+
+    called: set[str]
+    ended: bool
+    read: tuple[str, int] | None
+
+
+def _followed(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    run: Callable[[Mapping[str, Any]], bool],
+    states: Tensor | None = None,
+) -> _Followed:
+    """Run the model and see which layers it calls and, if given, which one reads the states."""
+    called: set[str] = set()
+    read: list[tuple[str, int]] = []
+
+    def note(name: str, module: nn.Module, handed: tuple[Any, ...]) -> None:
+        called.add(name)
+        dim = _input_dim(module)
+        if states is not None and handed and handed[0] is states and dim is not None:
+            read.append((f"{name}.weight", dim))
+
+    handles = [
+        module.register_forward_pre_hook(partial(note, name))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    try:
+        ended = run(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Followed(called, ended, next(iter(read), None))
+
+
+def _random(like: Tensor, width: int) -> Tensor:
+    """Return random states of one sample, on the device and in the dtype of a tensor."""
+    return torch.rand((1, _LENGTH, width), device=like.device).to(like.dtype)
+
+
+def _input_dim(module: nn.Module) -> int | None:
+    """Return the dimension of a layer's weight that is as long as its input is wide.
+
+    None if the layer has no weight, or one of more than two dimensions.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim > 2:
+        return None
+    return 1 if isinstance(module, nn.Linear) else 0  # the weight of Conv1D is transposed
+
+
+def states_in(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the encoder states among the inputs of a forward pass, by name; empty if none."""
+    read = states_of(model)
+    given = None if read is None else inputs.get(read.argument)
+    return {read.argument: given} if read is not None and isinstance(given, Tensor) else {}

@@ -1,0 +1,395 @@
+"""See how layers' outputs are split into heads, by running the forward pass without data.
+
+The head count of a BERT layer is not in any tensor's shape. It is in what the forward pass does
+with a projection's output: ``view(batch, tokens, heads, head_dim)``. A run on the meta device shows
+it for every class, takes milliseconds and needs no layer names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..model.meta_run import NoValues, RealNumbers
+from .encoder_states import look_for_states, states_of
+from .inputs import example_inputs, form_of, input_forms, text_inputs
+
+_SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
+_CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
+_TAKES = (torch.Tensor.unbind, torch.unbind, torch.Tensor.select, torch.select)
+_SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
+
+
+@dataclass(frozen=True)
+class HeadSplits:
+    """How the forward pass cuts and splits layers' outputs.
+
+    Attributes:
+        heads: layer -> how each piece of its output features is split: ``((heads, head_dim),)``,
+            three of them for fused q/k/v, or ``((heads, parts, head_dim),)`` where q/k/v are fused
+            per head.
+        pieces: layer -> sizes of the pieces that its output features are cut into (fused gate and
+            up, fused q/k/v).
+        outputs: layers whose output the model returns (``lm_head``, classifiers).
+        steps: how many calls of projections there were; fewer if the forward pass broke off.
+        ended: True if the forward pass ran to its end with all its inputs, not with text alone.
+        numbers: how many numbers its operations returned, which is what it costs.
+        idle: projections that were not called.
+        alone: how many softmaxes chose from a single entry: attention over a single token.
+    """
+
+    heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    pieces: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: frozenset[str] = frozenset()
+    steps: int = 0
+    ended: bool = False
+    numbers: int = 0
+    idle: frozenset[str] = frozenset()
+    alone: int = 0
+
+    def joined(self, other: HeadSplits) -> HeadSplits:
+        """Return what this run and another one saw together; ``ended`` is that of this run."""
+        return HeadSplits(
+            {**self.heads, **other.heads},
+            {**self.pieces, **other.pieces},
+            self.outputs | other.outputs,
+            self.steps + other.steps,
+            self.ended,
+            self.numbers + other.numbers,
+            self.idle & other.idle,
+            self.alone + other.alone,
+        )
+
+
+def observe(model: nn.Module) -> HeadSplits:
+    """Run ``model`` (on the meta device) and return how its projections' outputs are split.
+
+    A forward pass that needs real values stops part of the way; the result then has what was seen
+    until there. If images or sound stop it early, a second run on text alone adds what it sees.
+    Layers that read encoder states are given some.
+    """
+    if type(model) not in form_of:
+        form_of[type(model)] = _best_form(model)
+    with torch.no_grad(), RealNumbers():
+        text = text_inputs(model)
+        inputs = example_inputs(model)
+    splits = _observe(model, inputs)
+    if states_of(model) is None and look_for_states(
+        model, inputs, splits.idle, lambda given: _observe(model, given).ended
+    ):
+        with torch.no_grad(), RealNumbers():
+            inputs = example_inputs(model)
+        splits = _observe(model, inputs)
+    return splits if splits.ended or text is None else splits.joined(_observe(model, text))
+
+
+def _best_form(model: nn.Module) -> int:
+    """Return the index of the input form with which the forward pass goes furthest."""
+    calls: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+        for module in model.modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    best, most = 0, -1
+    forms = input_forms(model)
+    try:
+        for number in count():
+            with torch.no_grad(), RealNumbers():  # around the run too it would lose whole numbers
+                inputs = next(forms, None)
+            if inputs is None:
+                break
+            calls.clear()
+            if _observe(model, inputs).ended:
+                return number
+            if len(calls) > most:
+                best, most = number, len(calls)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return best
+
+
+def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
+    """Run the model on these inputs and return what was seen, also if the pass breaks off."""
+    ended = False
+    watch = _Watch()
+    run = RealNumbers()
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
+    }
+    handles = [module.register_forward_hook(watch.hook(name)) for name, module in layers.items()]
+    try:
+        with torch.no_grad(), run, watch:
+            watch.returned(model(**inputs))
+            ended = True
+    except Exception:
+        pass  # a forward pass that needs values ends here; the layers before are known
+    finally:
+        for handle in handles:
+            handle.remove()
+    return HeadSplits(
+        heads=watch.complete_heads(),
+        pieces={name: tuple(sizes) for name, sizes in watch.pieces.items()},
+        outputs=frozenset(watch.outputs),
+        steps=watch.steps,
+        ended=ended,
+        numbers=run.numbers,
+        idle=frozenset(layers.keys() - watch.called),
+        alone=watch.alone,
+    )
+
+
+def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the trailing dims of ``shape`` that split the last dim of ``before``.
+
+    None: that dim is not split. ``before`` is the shape before a view or reshape, ``shape`` after.
+    """
+    for start in range(len(shape) - 1, -1, -1):
+        if math.prod(shape[start:]) == before[-1]:
+            tail = shape[start:]
+            while len(tail) > 1 and tail[0] == 1 and len(shape) - start > 2:
+                start, tail = start + 1, tail[1:]
+            return tail if len(tail) > 1 else None
+    return None
+
+
+def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return one split, or three where query, key and value are split one after the other.
+
+    ModernBERT's ``Wqkv`` is split as ``(3, heads, head_dim)``. ``(heads, 3, head_dim)`` is
+    different: all three of one head, then of the next.
+    """
+    if len(split) == 3 and split[0] == 3 and split[1] != 3:
+        return (split[1:],) * 3
+    return (split,)
+
+
+def _among(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int | None:
+    """Return among how many entries a softmax chooses, or None if the function has no softmax."""
+    if func in _SOFTMAX:
+        values = args[0] if args else kwargs["input"]
+        return int(values.shape[kwargs.get("dim", args[1] if len(args) > 1 else -1)])
+    if func is F.scaled_dot_product_attention:
+        return int((args[1] if len(args) > 1 else kwargs["key"]).shape[-2])
+    return None
+
+
+def _takes_apart(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> bool:
+    """True if a function takes the last axis of a tensor apart into single entries.
+
+    A split that ends so gives no heads but pairs: gate and up beside each other, for each unit.
+    """
+    tensor = args[0]
+    if func in _TAKES:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        return dim in (-1, tensor.ndim - 1)
+    if func in _CHUNKS:
+        return all(part.shape == (*tensor.shape[:-1], 1) for part in output)
+    if func is torch.Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        whole = len(index) == tensor.ndim or (len(index) > 1 and index[0] is Ellipsis)
+        return whole and type(index[-1]) is int
+    return False
+
+
+class _Watch(NoValues):
+    """Follows each projection's output until the forward pass splits it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._splits: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.pieces: dict[str, list[int]] = {}
+        self._per_head: set[str] = set()
+        self._pairs: set[tuple[str, int]] = set()
+        self.outputs: set[str] = set()
+        self.steps = 0
+        self.called: set[str] = set()
+        self.alone = 0
+        # id -> layer, piece and tensor: tensors are kept so that ids stay unique; piece -1 is the
+        # whole output, -2 the output after its split into pieces
+        self._source: dict[int, tuple[str, int, torch.Tensor]] = {}
+        self._halves: dict[int, tuple[str, int, torch.Tensor]] = {}  # split into two axes
+
+    def hook(self, name: str) -> Any:
+        """Return a forward hook that marks the output of this layer as one to follow."""
+
+        def remember(module: nn.Module, args: Any, output: Any) -> None:
+            self.steps += 1
+            self.called.add(name)
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, torch.Tensor):  # I-BERT's layers also return a scale
+                self._source[id(first)] = (name, -1, first)
+
+        return remember
+
+    def complete_heads(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Return layer -> splits, if the whole output or every piece of it is split into heads."""
+        result: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for name in dict.fromkeys(name for name, _ in self._splits):
+            if name in self._per_head:
+                result[name] = (self._splits[(name, -1)],)
+            elif (name, -1) in self._splits:
+                result[name] = _by_piece(self._splits[(name, -1)])
+            else:
+                result |= self._by_pieces(name)
+        return result
+
+    def _by_pieces(self, name: str) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Return layer -> how every piece is split; empty if some piece is not split.
+
+        A piece as long as one head of the others is a single head: GPT-BigCode's one key and value
+        for all heads are cut but not split.
+        """
+        sizes = self.pieces[name]
+        splits = {piece: self._splits.get((name, piece)) for piece in range(len(sizes))}
+        dims = {split[-1] for split in splits.values() if split is not None and split[0] > 1}
+        complete = [
+            split or ((1, size) if {size} == dims else None)
+            for split, size in zip(splits.values(), sizes, strict=True)
+        ]
+        return {name: tuple(split for split in complete if split)} if all(complete) else {}
+
+    def returned(self, outputs: Any) -> None:
+        """Record the projections whose output is among the model's outputs."""
+        values = outputs.values() if isinstance(outputs, dict) else outputs
+        for value in values if isinstance(values, (list, tuple)) else list(values):
+            if id(value) in self._source:
+                self.outputs.add(self._source[id(value)][0])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs)
+        self.alone += _among(func, args, kwargs or {}) == 1
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        # a norm's weight is the argument before what it scales (OLMo 2's queries)
+        tensors.sort(key=lambda tensor: id(tensor) not in self._source)
+        source = self._source.get(id(tensors[0])) if tensors else None
+        split = self._halves.get(id(args[0])) if args else None
+        if split is not None and _takes_apart(func, args, kwargs or {}, output):
+            self._pairs.add(split[:2])
+            self._splits.pop(split[:2], None)
+        if source is not None:
+            self._note(source[0], source[1], tensors, func, output)
+        return output
+
+    def _note(
+        self, name: str, piece: int, tensors: list[torch.Tensor], func: Any, output: Any
+    ) -> None:
+        """Record what a function does with a followed output: split it, cut it or change values."""
+        before = tensors[0]
+        if func in _SPLITS:
+            tail = feature_split(tuple(output.shape), tuple(before.shape))
+            if piece != -1 and output.shape == (*before.shape[:-1], 1, before.shape[-1]):
+                tail = (1, before.shape[-1])  # fused q/k/v with one key/value head
+            if tail is not None and (name, piece) not in self._pairs:
+                self._splits.setdefault((name, piece), tail)
+                if len(tail) == 2:
+                    self._halves[id(output)] = (name, piece, output)
+                if piece == -1 and len(splits := _by_piece(tail)) > 1:
+                    self.pieces.setdefault(name, [math.prod(split) for split in splits])
+                    self._source[id(output)] = (name, -2, output)
+        elif func in _CHUNKS:
+            if piece == -1 and sum(part.shape[-1] for part in output) == before.shape[-1]:
+                for part in output:
+                    self._cut(name, part)
+        elif not isinstance(output, torch.Tensor):
+            return
+        elif func is torch.Tensor.__getitem__:
+            if piece == -2 and output.shape[:-2] == before.shape[:-2]:
+                self._per_head.add(name)  # takes parts of each of the three: the three are heads
+                self.pieces.pop(name, None)
+            if (
+                piece == -1
+                and output.shape[:-1] == before.shape[:-1]
+                and output.shape[-1] < before.shape[-1]
+            ):
+                self._cut(name, output)
+        elif func is torch.Tensor.unsqueeze and output.shape[-1] == before.shape[-1]:
+            self._source[id(output)] = (name, piece, output)
+        elif output.shape == before.shape and all(
+            other.numel() < before.numel() for other in tensors[1:]
+        ):
+            self._source[id(output)] = (name, piece, output)  # only scaled or normalised
+
+    def _cut(self, name: str, part: torch.Tensor) -> None:
+        """Record one more piece of a layer's output; pieces are cut in order."""
+        pieces = self.pieces.setdefault(name, [])
+        self._source[id(part)] = (name, len(pieces), part)
+        pieces.append(part.shape[-1])
+
+
+def heads_of(piece: int) -> str:
+    """Return the name of the quantity that is the head count of a piece."""
+    return "heads" if piece == 0 else f"heads of piece {piece}"
+
+
+def counts_of(
+    splits: Sequence[tuple[int, ...]], like: Sequence[tuple[int, ...]] = ()
+) -> dict[str, int]:
+    """Return the counts of a layer that are quantities, by name: the heads of each piece.
+
+    Where several parts are fused per head (each key/value head's queries, its key and its value),
+    the parts of all heads are counted too (``"parts of heads"``): how many a head has may change.
+
+    Args:
+        splits: how each piece is split.
+        like: how each piece is split at other widths: a split into one head may lack its axis.
+    """
+    counts: dict[str, int] = {}
+    for piece, split in enumerate(splits):
+        split = (1,) * (len(like[piece]) - len(split) if piece < len(like) else 0) + split
+        counts[heads_of(piece)] = split[0]
+        if len(split) > 2:
+            counts[f"parts of {heads_of(piece)}"] = math.prod(split[:-1])
+    return counts
+
+
+def splits_after(
+    splits: Sequence[tuple[int, ...]], removed: Collection[int]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Return how a layer's pieces are split once some features are removed (:func:`split_after`).
+
+    None: some piece is no longer split evenly, or a removed feature is outside of all pieces.
+    """
+    start, result = 0, []
+    for split in splits:
+        end = start + math.prod(split)
+        after = split_after(split, [index - start for index in removed if start <= index < end])
+        if after is None:
+            return None
+        result.append(after)
+        start = end
+    return tuple(result) if all(0 <= index < start for index in removed) else None
+
+
+def split_after(split: tuple[int, ...], removed: Collection[int]) -> tuple[int, ...] | None:
+    """Return how a projection's features are split once some of them are removed.
+
+    Args:
+        split: ``(heads, head_dim)``, or ``(heads, parts, head_dim)`` where parts are fused per
+            head.
+        removed: positions of the features that were pruned.
+
+    Returns:
+        ``split`` with fewer heads if all features of a head were removed, and with a smaller head
+        dim if every other head lost the same number. ``None`` if heads lost different numbers, so
+        that the rest cannot be split into equal heads.
+    """
+    heads, parts, dim = split[0], math.prod(split[1:-1]), split[-1]
+    lost = Counter(index // dim for index in removed)  # per part of a head
+    going = [[lost[head * parts + part] for part in range(parts)] for head in range(heads)]
+    staying = [counts for counts in going if counts != [dim] * parts]
+    counts = {count for head in staying for count in head}
+    if len(counts) != 1:
+        return None
+    return (len(staying), *split[1:-1], dim - counts.pop())

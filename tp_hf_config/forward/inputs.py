@@ -1,0 +1,348 @@
+"""Make small example inputs for any Hugging Face model, from its forward signature and config.
+
+Arguments of forward passes have the same names all over Transformers, but not the same shapes:
+:func:`input_forms` goes through the shapes that there are, likely ones first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.meta_run import NoValues
+from .encoder_states import ARGUMENTS, made_states
+from .input_companions import BESIDE, DISPENSABLE
+from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, size_of
+from .observed_pass import tensors_in
+
+_TEXT_LENGTH = 8
+_TEXT = ("input_ids", "decoder_input_ids")
+_VIDEOS = "pixel_values_videos"
+_SEEN = ("image", "video", "audio")
+_DOCUMENT = "document"
+_PER_TOKEN = {"bbox": 4, "image_attention_mask": 1}
+_PACKED = ("target_sizes", "tgt_sizes")
+_OWN_COUNT = "feature_attention_mask"
+_QUERIES = "image_embeds_position_mask"
+_TOWER_PARTS = ("vision_config", "audio_config")
+_MOST_FORMS = 16
+
+
+def example_inputs(
+    model: nn.Module, config: Any = None, length: int = _TEXT_LENGTH
+) -> dict[str, Any]:
+    """Return keyword arguments for one small forward pass of ``model``, on its device.
+
+    Args:
+        model: the model.
+        config: the config to take sizes from; the model's own unless given (for a module that
+            wraps a Hugging Face model).
+        length: number of tokens of text.
+
+    Returns:
+        For text ``(1, length)`` token ids, for vision ``(1, channels, height, width)`` pixels of
+        the config's own size, for speech ``(1, bins, frames)`` features or ``(1, samples)`` values.
+    """
+    return next(input_forms(model, config, length, form_of.get(type(model), 0)))
+
+
+form_of: dict[type, int] = {}
+"""Class -> index of the input form with which it runs furthest; set when it is first run."""
+
+
+def text_inputs(model: nn.Module, length: int = _TEXT_LENGTH) -> dict[str, Any] | None:
+    """Return keyword arguments without images and sound, for a model that takes text beside them.
+
+    None if the model takes no text, or nothing but text.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters or not _main(parameters, model.config):
+        return None
+    ids = _texts(model, parameters, model.config, length)[0]
+    return {**ids, "use_cache": False} if "use_cache" in parameters else ids
+
+
+def video_forms(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments with a video beside the image, for a class that takes both."""
+    if {"pixel_values", _VIDEOS} <= inspect.signature(model.forward).parameters.keys():
+        yield from input_forms(model, first=form_of.get(type(model), 0), also=(_VIDEOS,))
+
+
+def input_forms(
+    model: nn.Module,
+    config: Any = None,
+    length: int = _TEXT_LENGTH,
+    first: int = 0,
+    also: Collection[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments for one small forward pass, in every form that a class may expect.
+
+    The text has one token for each feature that the model makes of an image or a sound. A decoder
+    that was seen to read encoder states is given some.
+
+    Args:
+        model: the model.
+        config: the config to take sizes from; the model's own unless given.
+        length: number of tokens of text.
+        first: how many forms to skip.
+        also: arguments that are given although the class can do without.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    config = model.config if config is None else config
+    plain, *others = _texts(model, parameters, config, length)
+    forms = chain(
+        ((form, plain) for form in _forms(parameters, config, also)),
+        ((next(_forms(parameters, config, also)), text) for text in others),
+    )
+    for form, text in islice(forms, first, _MOST_FORMS):
+        tensors = {name: shape.made(model) for name, shape in form.items()}
+        given = {**text, **tensors, **made_states(model)}
+        inputs = _with_places(model, given, parameters, config)
+        yield {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
+
+
+def _forms(
+    parameters: Mapping[str, Any], config: Any, also: Collection[str]
+) -> Iterator[dict[str, Shape]]:
+    """Yield forms: the shape of every argument that is given, text aside."""
+    main = _main(parameters, config, also)
+    forms = [dict(zip(main, chosen, strict=True)) for chosen in _one_by_one(main.values())]
+    for form in forms:
+        complete = _with_others(form, parameters, config)
+        yield complete
+        if any(name in complete for name in DISPENSABLE):
+            yield {name: shape for name, shape in complete.items() if name not in DISPENSABLE}
+
+
+def _main(
+    parameters: Mapping[str, Any], config: Any, also: Collection[str] = ()
+) -> dict[str, list[Shape]]:
+    """Return the possible shapes of the main arguments, which decide the shapes of all others."""
+    names = [name for name in MAIN if name in parameters and _has_tower(config, name)]
+    alone = not names and not any(name in parameters for name in _TEXT)
+    for name in REQUIRED:
+        wanted = alone or name in also or (name == _VIDEOS and "pixel_values" not in parameters)
+        if name in parameters and (wanted or _required(parameters[name])):
+            names.append(name)
+    options = {name: {**MAIN, **REQUIRED}[name](config, parameters) for name in names}
+    return {name: shapes for name, shapes in options.items() if shapes}
+
+
+def _has_tower(config: Any, name: str) -> bool:
+    """True unless the part of the config that this argument is for is None."""
+    return getattr(config, TOWERS.get(name, ""), config) is not None
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is inspect.Parameter.empty
+
+
+def _with_others(
+    form: dict[str, Shape], parameters: Mapping[str, Any], config: Any
+) -> dict[str, Shape]:
+    """Return the form with the arguments that go beside those in it."""
+    beside = {
+        name: make(config, form) for name, make in BESIDE.items() if name in parameters and form
+    }
+    return {**form, **{name: shape for name, shape in beside.items() if shape is not None}}
+
+
+def _one_by_one(choices: Any) -> Iterator[tuple[Shape, ...]]:
+    """Yield combinations of one option each.
+
+    The first options come first, then other options for one argument at a time. If several
+    arguments have a choice, all second options follow, all third ones and so on; an argument with
+    fewer options keeps its last one.
+    """
+    choices = list(choices)
+    first = [options[0] for options in choices]
+    yield tuple(first)
+    for place, options in enumerate(choices):
+        for option in options[1:]:
+            yield (*first[:place], option, *first[place + 1 :])
+    if sum(len(options) > 1 for options in choices) > 1:
+        for number in range(1, max(map(len, choices))):
+            yield tuple(options[min(number, len(options) - 1)] for options in choices)
+
+
+def _texts(
+    model: nn.Module, parameters: Mapping[str, Any], config: Any, length: int
+) -> list[dict[str, torch.Tensor]]:
+    """Return possible texts; for sound in codebooks also one row or column of ids per codebook.
+
+    The last one is of two texts that belong together, for a class that chooses between them.
+    """
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    ids = torch.arange(1, 1 + length, device=device)[None] % max(2, size_of(config, "vocab_size"))
+    taken = (_token(config, kind) for kind in (*_SEEN, _DOCUMENT))
+    for token in (token for token in taken if token is not None):
+        ids = ids.masked_fill(ids == token, 1 if token != 1 else 2)
+    names = [name for name in _TEXT if name in parameters]
+    texts = [dict.fromkeys(names, ids)]
+    books = size_of(config, "num_codebooks") or size_of(
+        getattr(config, "decoder_config", None), "num_channels"
+    )
+    if books and names:
+        for several in (
+            ids.repeat(books, 1),
+            ids[..., None].repeat(1, 1, books),
+            ids[..., None].repeat(1, 1, books + 1),
+        ):
+            texts.append({**texts[0], names[-1]: several})
+    if names:  # of several texts one is chosen
+        texts.append(dict.fromkeys(names, torch.stack([ids, ids.roll(1, -1)], 1)))
+    return texts
+
+
+def _token(config: Any, kind: str) -> int | None:
+    """Return the token that stands for an image, a video or a sound, or None if there is none.
+
+    Some configs have it in the part for the tower.
+    """
+    for part in (config, *(getattr(config, name, None) for name in _TOWER_PARTS)):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            token = getattr(part, name, None)
+            if isinstance(token, int):
+                return token
+    return None
+
+
+def _with_places(
+    model: nn.Module, inputs: dict[str, Any], parameters: Mapping[str, Any], config: Any
+) -> dict[str, Any]:
+    """Return the inputs with a token in the text for every feature of an image, video or sound.
+
+    Masks and token types that have a value for each token are added too.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim > 2:
+        return inputs
+    counts = {kind: _count(model, kind, inputs, config) for kind in _SEEN}
+    places = [
+        torch.full_like(ids[:, :1], _token(config, kind) or 0).repeat(1, count)
+        for kind, count in counts.items()
+    ]
+    queries = size_of(config, "latent_query_num") if _QUERIES in parameters else 0
+    ids = torch.cat([torch.ones_like(ids[:, :1]).repeat(1, queries), *places, ids], dim=1)
+    result = {**inputs, "input_ids": ids}
+    if _QUERIES in parameters:
+        result[_QUERIES] = torch.arange(ids.shape[1], device=ids.device)[None] < queries
+    for name, width in _PER_TOKEN.items():
+        several = name != "image_attention_mask" or _dims(inputs.get("pixel_values")) == 5
+        if name in parameters and several:
+            make = torch.zeros if name == "bbox" else torch.ones
+            result[name] = make((*ids.shape, width), dtype=ids.dtype, device=ids.device)
+    if not any(counts.values()):
+        return result
+    if _puts_in_places(model, inputs) and "attention_mask" in parameters:
+        result["attention_mask"] = torch.ones_like(ids)
+    if "mm_token_type_ids" in parameters:
+        kinds = torch.zeros_like(ids)
+        for kind in reversed(_SEEN):  # a video's token may be an image's
+            kinds[ids == _token(config, kind)] = 1 + _SEEN.index(kind)
+        result["mm_token_type_ids"] = kinds
+    if "token_type_ids" in parameters:
+        image = _token(config, "image")
+        result["token_type_ids"] = (ids == (-1 if image is None else image)).to(ids.dtype)
+    return result
+
+
+def _puts_in_places(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """True if the forward pass itself repeats the one token for a sound, by the sound's mask."""
+    return _OWN_COUNT in inputs and not hasattr(model, "get_audio_features")
+
+
+def _dims(value: Any) -> int:
+    """Return the number of dims of a tensor; 0 for anything else."""
+    return value.ndim if isinstance(value, torch.Tensor) else 0
+
+
+def _count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
+    """Return how many tokens of a kind (image, video, audio) the text has to have."""
+    name = f"get_{kind}_features"
+    if _token(config, kind) is None:
+        return 0
+    if kind == "audio" and _puts_in_places(model, inputs):
+        return 1
+    methods = [getattr(module, name) for module in model.modules() if hasattr(module, name)]
+    if not methods and any(argument.startswith(kind) for argument in inputs):
+        return _asked_for(model, kind, inputs, config)
+    if not methods and "pixel_values" in inputs:  # one feature for each query, of every frame
+        pixels = inputs["pixel_values"]
+        return size_of(config, "num_query_tokens") * (pixels.shape[1] if pixels.ndim == 5 else 1)
+    return next((count for method in methods if (count := _features(method, inputs))), 0)
+
+
+def _asked_for(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
+    """Return how many features a forward pass says it has, when the text has one token for them."""
+    ids = inputs["input_ids"]
+    with_one = torch.cat([torch.full_like(ids[:, :1], _token(config, kind) or 0), ids], dim=1)
+    try:
+        with torch.no_grad(), NoValues():
+            model(**{**inputs, "input_ids": with_one})
+    except Exception as error:
+        said = re.search(r"value tensor of shape \[(\d+)", str(error))
+        return int(said[1]) if said else 0
+    return 0
+
+
+def _features(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int:
+    """Return how many features a method makes of the images (videos, sounds) in the inputs."""
+    accepted = inspect.signature(method).parameters
+    others = {name: value for name, value in inputs.items() if name not in _TEXT}
+    own = {name: value for name, value in inputs.items() if name in accepted}
+    for given in ({name: value for name, value in own.items() if name in others}, own, others):
+        try:
+            with torch.no_grad(), NoValues():
+                features = method(**given)
+            break
+        except Exception as error:  # some count the text's tokens here and say what they expect
+            if expected := re.search(r"features:? (\d+)$", str(error)):
+                return int(expected[1])
+    else:  # it takes something else; the forward pass will say so
+        return 0
+    pooled = getattr(features, "pooler_output", features)
+    features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
+    return sum(
+        tensor.numel() // tensor.shape[-1]
+        for tensor in tensors_in(features)
+        if tensor.is_floating_point() and tensor.ndim > 1
+    )
+
+
+def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs with a second sample beside the first.
+
+    Tokens, main inputs and encoder states of the second are reversed along their last axis; all
+    other arguments are equal to the first's.
+    """
+    packed = any(name in inputs for name in _PACKED)  # the patches of all images in one row
+    return {
+        name: torch.cat(
+            [value, value.flip(-1) if _may_turn(name) else value],
+            dim=-1 if packed and name == "pixel_values" else 0,
+        )
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _may_turn(name: str) -> bool:
+    """True if the second sample has this argument's last axis reversed."""
+    return name in (*_TEXT, *MAIN, *ARGUMENTS) or name.endswith("token_type_ids")
+
+
+def tensors_with_grad(outputs: Any) -> list[torch.Tensor]:
+    """Return every differentiable tensor in a model's output; caches and ``None`` are left out.
+
+    Torch-Pruning's tracer fails on anything else (its ``utils.flatten_as_list``).
+    """
+    return [tensor for tensor in tensors_in(outputs) if tensor.grad_fn is not None]

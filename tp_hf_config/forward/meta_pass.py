@@ -1,0 +1,52 @@
+"""Run a forward pass of a class without data, to see if it runs and what it computes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..model.build import Refusal
+from ..model.live_objects import configs_of
+from ..model.meta_run import NoValues, RealNumbers
+from .inputs import example_inputs
+
+
+class DryPass(NamedTuple):
+    """A forward pass without data that ran to its end.
+
+    Attributes:
+        inputs: the keyword arguments of the pass; only whole numbers and masks have data.
+        guessed: True if values that are not known decide what is computed.
+    """
+
+    inputs: dict[str, Any]
+    guessed: bool
+
+
+def dry_pass(
+    model: nn.Module, watched: AbstractContextManager[Any] | None = None
+) -> DryPass | Refusal:
+    """Run a model on the meta device; its experts switch to an implementation without routing.
+
+    Args:
+        model: a class built without data.
+        watched: a mode that is active during the forward pass (a counter of FLOPs).
+
+    Returns:
+        The pass, or a refusal with the error that the class raises.
+    """
+    for config in configs_of(model):
+        if hasattr(type(config), "_experts_implementation"):
+            config._experts_implementation = "batched_mm"  # its shapes depend on no routing
+    numbers = RealNumbers()
+    try:
+        with torch.no_grad(), numbers:
+            inputs = example_inputs(model)
+            with NoValues(), watched or nullcontext():
+                model(**inputs)
+    except Exception as error:  # whatever a class's forward pass raises
+        return Refusal(" ".join(str(error).split())[:200])
+    return DryPass(inputs, numbers.guessed)

@@ -1,0 +1,383 @@
+"""Run one forward pass of an experiment in float64, and keep results beside its outputs.
+
+A part of a model may run without an output that depends on it: its result is not used (a pooling
+head), or only decides (the scores of which the best few are taken). Then its results are watched as
+if they were outputs: those that nothing is computed from, and those that decide choices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
+from heapq import heapify, heappop, heappush
+from operator import or_
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..model.class_caches import without_caches
+from .extra_methods import outputs_of
+
+_NONE = 1e-12  # a smaller gradient is none
+_NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+_BLANK = tuple(
+    form.format(what)
+    for what in ("zeros", "ones", "full", "empty", "rand", "randn")
+    for form in ("new_{}", "{}_like")
+)
+"""Functions that read only the shape of a tensor: its values choose nothing there."""
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
+_MASKED = 1e30
+"""A larger score marks what is masked; beside it every difference would vanish."""
+
+
+class Result(NamedTuple):
+    """One floating point tensor that a forward pass computes.
+
+    Attributes:
+        module: the name of the innermost module that is running.
+        function: the name of the function that returns the tensor.
+        number: how many results of that function the module had before in this pass.
+    """
+
+    module: str
+    function: str
+    number: int
+
+
+class AllFloat64(TorchFunctionMode):
+    """Turns casts to lower precision into float64: float32 norms would hide small differences.
+
+    Constants are float64 too: Transformers 4 fills a mask of the default dtype with float64's least
+    number. Nothing that is computed in this mode stays in the caches of classes.
+    """
+
+    def __enter__(self) -> Any:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        self._uncached = without_caches()
+        self._uncached.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._uncached.__exit__(*exception)
+        torch.set_default_dtype(self._default)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CASTS:
+            return args[0].double()
+        if torch.dtype in map(type, args):
+            args = tuple(
+                torch.float64 if type(value) is torch.dtype and value in _LOW else value
+                for value in args
+            )
+        kwargs = dict(kwargs) if kwargs else {}
+        if kwargs.get("dtype") in _LOW:
+            kwargs["dtype"] = torch.float64
+        if func is F.embedding:  # the padding row has a gradient like any other
+            args = (*args[:2], None, *args[3:])
+            kwargs.pop("padding_idx", None)
+        return func(*args, **kwargs)
+
+
+class _Watch(AllFloat64):
+    """Keeps the results of functions while a model runs.
+
+    Parts that switch gradients off have them here if the whole pass has: an experiment asks what
+    depends on what.
+
+    Args:
+        wanted: the results to keep; ``None`` to keep every result and fill ``read`` too.
+
+    Attributes:
+        results: the results that were kept.
+        read: tensors that went into functions whose own result carries no gradient: an order,
+            positions, a comparison, a number.
+    """
+
+    def __init__(self, wanted: Collection[Result] | None):
+        super().__init__()
+        self.wanted = wanted
+        self._modules = {result.module for result in wanted or ()}
+        self.results: dict[Result, Tensor] = {}
+        self.read: list[Tensor] = []
+        self._running = [""]
+        self._numbers: Counter[tuple[str, str]] = Counter()
+
+    @contextmanager
+    def over(self, model: nn.Module) -> Iterator[None]:
+        """While open, keep track of which module of the model is running."""
+        with ExitStack() as stack, self:
+            around = {"": ""}  # module -> itself, or for a list of modules what runs them
+            for name, module in model.named_modules():
+                holder = name.rpartition(".")[0]
+                around[name] = around[holder] if isinstance(module, _LISTS) else name
+                if not self._counts(name) and not self._counts(around[holder]):
+                    continue
+                for handle in (
+                    module.register_forward_pre_hook(partial(self._enter, name)),
+                    module.register_forward_hook(self._leave, always_call=True),
+                ):
+                    stack.callback(handle.remove)
+            yield
+
+    def _counts(self, module: str) -> bool:
+        """True if results of this module may be kept.
+
+        ``over`` also follows the modules right inside it, whose results are their own.
+        """
+        return self.wanted is None or module in self._modules
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            return None
+        output = super().__torch_function__(func, types, args, kwargs)
+        if not self._counts(self._running[-1]):
+            return output
+        name = getattr(func, "__name__", "")
+        tensors = list(tensors_in(output))
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                self._keep(tensor, name)
+        chooses = name in _NUMBERS or not all(tensor.requires_grad for tensor in tensors)
+        chooses = chooses and name not in _BLANK
+        if self.wanted is None and chooses:
+            taken = tensors_in([*args, *(kwargs or {}).values()])
+            self.read += [tensor for tensor in taken if tensor.requires_grad]
+        return output
+
+    def _keep(self, tensor: Tensor, function: str) -> None:
+        """Number a result of the running module, and keep it if it is wanted."""
+        place = (self._running[-1], function)
+        result = Result(*place, self._numbers[place])
+        self._numbers[place] += 1
+        if self.wanted is None or result in self.wanted:
+            self.results[result] = tensor
+
+
+def outputs_in_float64(
+    model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[Result] = ()
+) -> list[Tensor]:
+    """Return the floating point outputs of one forward pass, with a fixed random seed.
+
+    The watched results come last; one that this pass does not compute is a single NaN.
+    """
+    torch.manual_seed(0)
+    if not watched:
+        with AllFloat64():
+            return _floating(outputs_of(model, inputs))
+    watch = _Watch(set(watched))
+    with watch.over(model):
+        outputs = _floating(outputs_of(model, inputs))
+    missing = torch.tensor(torch.nan, dtype=torch.float64)
+    beside = (watch.results.get(result, missing) for result in watched)
+    return [*outputs, *map(_unmasked, beside)]
+
+
+def warm_up(model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[Result]) -> None:
+    """Run a first pass if results are watched: it may compute what the model then keeps.
+
+    Mimi's codebooks are such: later passes lack those results, so the others have other numbers.
+    """
+    if watched:
+        with torch.no_grad():
+            outputs_in_float64(model, inputs)
+
+
+def _unmasked(scores: Tensor) -> Tensor:
+    """Return the scores with 0 in the place of masked ones."""
+    return scores.masked_fill(scores.abs() > _MASKED, 0.0)
+
+
+def _floating(outputs: Any) -> list[Tensor]:
+    return [value for value in tensors_in(outputs) if value.is_floating_point()]
+
+
+def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result, ...]:
+    """Return the results to watch: they depend on parameters that no output depends on.
+
+    These are all results by which something is chosen, and of the results that nothing is computed
+    from as many as it takes to observe every such parameter, those that depend on most of them
+    first. For matrices that are still unobserved, the last result that depends on each follows.
+
+    Returns:
+        The results in the order of the pass; none if outputs depend on all parameters, or if the
+        pass changes a parameter in place.
+    """
+    outputs = [one for one in outputs_in_float64(model, inputs) if one.requires_grad]
+    unobserved = _without_effect(outputs, list(model.parameters()))
+    if not unobserved:
+        return ()
+    watch = _Watch(None)
+    torch.manual_seed(0)
+    try:
+        with watch.over(model):
+            outputs_of(model, inputs)
+    except RuntimeError:  # a parameter is changed in place, where the class wants no gradients
+        return ()
+    taken, read = _taken(watch.results.values()), {_edge(tensor) for tensor in watch.read}
+    first = {_edge(tensor): result for result, tensor in reversed(watch.results.items())}
+    sight = _Sight(unobserved, watch.results)
+    ends = {one: edge in read for edge, one in first.items() if edge in read or edge not in taken}
+    choosing = {result for result, chooses in ends.items() if chooses and sight.of(result)}
+    needed = sight.fewest(result for result, chooses in ends.items() if not chooses)
+    observed = set().union(*map(sight.of, choosing | needed))
+    rest = [one for one in unobserved if id(one) not in observed and one.ndim > 1]
+    last = _last_seen(model, sight, rest)
+    return tuple(result for result in watch.results if result in choosing | needed | last)
+
+
+class _Sight:
+    """Tells which of some parameters each result of a pass depends on.
+
+    The autograd graph first says on which ones it can depend at all. Where that is enough there is
+    no backward pass: LightGlue has hundreds of results.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], results: Mapping[Result, Tensor]):
+        self.results = results
+        self._parameters = {id(parameter): parameter for parameter in parameters}
+        self._reach = _reach(self._parameters, results.values())
+        self._shown: dict[Result, set[int]] = {}
+
+    def may_be_of(self, result: Result) -> set[int]:
+        """Return the parameters, by ``id``, that a result is computed from."""
+        reached = self._reach.get(self.results[result].grad_fn, 0)
+        return {one for place, one in enumerate(self._parameters) if reached >> place & 1}
+
+    def of(self, result: Result) -> set[int]:
+        """Return the parameters, by ``id``, that a result depends on.
+
+        There are none if the result was changed in place since.
+        """
+        if result not in self._shown:
+            asked = [self._parameters[one] for one in self.may_be_of(result)]
+            try:
+                blind = _without_effect([_unmasked(self.results[result])], asked) if asked else []
+            except RuntimeError:  # torch computes no gradients then (MiniMax-M3's scores)
+                blind = asked
+            self._shown[result] = set(map(id, asked)) - set(map(id, blind))
+        return self._shown[result]
+
+    def fewest(self, results: Iterable[Result]) -> set[Result]:
+        """Return as few results as depend on all the parameters that any do, largest sets first."""
+        waiting = [(-len(self.may_be_of(result)), result, False) for result in results]
+        heapify(waiting)
+        needed: set[Result] = set()
+        observed: set[int] = set()
+        while waiting:
+            _, result, exact = heappop(waiting)
+            if self.may_be_of(result) <= observed:
+                continue
+            if not exact:
+                heappush(waiting, (-len(self.of(result)), result, True))
+            elif not self.of(result) <= observed:
+                needed.add(result)
+                observed |= self.of(result)
+        return needed
+
+
+def _last_seen(model: nn.Module, sight: _Sight, parameters: Sequence[Tensor]) -> set[Result]:
+    """Return, for each of these parameters, the last result that depends on it.
+
+    Nothing later does: a softmax over a single score (SwiftFormer's) gives 1, and attention over
+    equal values (X-CLIP's first layer) gives those values, whatever the scores are. The search is
+    in the module that the parameter belongs to, and the one around it.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    results: set[Result] = set()
+    for parameter in parameters:
+        owner = names[id(parameter)].rpartition(".")[0]
+        around = (owner, owner.rpartition(".")[0])
+        for result in reversed(
+            [candidate for candidate in sight.results if candidate.module in around]
+        ):
+            if id(parameter) in sight.of(result):
+                results.add(result)
+                break
+    return results
+
+
+_Edge = tuple[Any, int]
+
+
+def _edge(tensor: Tensor) -> _Edge:
+    """Return where a tensor stands in the autograd graph: its node and output number."""
+    return tensor.grad_fn, tensor.output_nr
+
+
+def _taken(tensors: Iterable[Tensor]) -> set[_Edge]:
+    """Return the edges of the autograd graph that something else is computed from."""
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    visited = set(waiting)
+    taken: set[_Edge] = set()
+    while waiting:
+        for node, number in waiting.pop().next_functions:
+            if node is not None:
+                taken.add((node, number))
+                if node not in visited:
+                    visited.add(node)
+                    waiting.append(node)
+    return taken
+
+
+def _reach(parameters: Collection[int], tensors: Iterable[Tensor]) -> dict[Any, int]:
+    """Return node of the autograd graph -> the parameters it is computed from, a bit for each."""
+    bits = {parameter: 1 << place for place, parameter in enumerate(parameters)}
+    reached: dict[Any, int] = {}
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    while waiting:
+        before = [node for node, _ in waiting[-1].next_functions if node is not None]
+        later = [node for node in before if node not in reached]
+        if later:
+            waiting += later
+            continue
+        step = waiting.pop()
+        own = bits.get(id(getattr(step, "variable", None)), 0)
+        reached[step] = reduce(or_, (reached[node] for node in before), own)
+    return reached
+
+
+def _without_effect(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters that these tensors do not depend on."""
+    if not outputs or not parameters:
+        return list(parameters)
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    for output in outputs:
+        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        losses.append((output.square() * weights.to(output.device)).sum())
+    grads = torch.autograd.grad(
+        torch.stack(losses).sum(), parameters, allow_unused=True, retain_graph=True
+    )
+    return [
+        parameter
+        for parameter, grad in zip(parameters, grads, strict=True)
+        if grad is None or not grad.numel() or float(grad.abs().max()) < _NONE
+    ]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in a model's output, however it is nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)

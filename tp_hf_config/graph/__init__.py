@@ -1,0 +1,1 @@
+"""Dependency groups at full size, and Torch-Pruning's ``DependencyGraph`` built from them."""

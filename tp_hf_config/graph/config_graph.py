@@ -1,0 +1,399 @@
+"""A dependency graph for Torch-Pruning that is built from proved groups instead of a trace.
+
+The pruner, its importances, its ranking and its interactive steps stay Torch-Pruning's own; it asks
+this graph for groups and gets those that the config can express.  It needs no example input, no
+forward pass, no autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch_pruning import _helpers, dependency, ops
+from torch_pruning.dependency import Dependency, Node
+from torch_pruning.pruner import function
+
+from ..model.config_json import field_name
+from ..model.tensors import tensor
+from .cut import Cuts
+from .full_size import Group
+from .norm_order import channels_in_order
+from .sides import (
+    UNITS,
+    GraphGroup,
+    Leaving,
+    ParameterView,
+    Side,
+    Units,
+    cut,
+    handler_of,
+    is_output,
+    is_vector,
+    sides_of,
+    units_of,
+)
+
+
+class ConfigGroup(dependency.Group):  # type: ignore[misc]
+    """A pruning group that cuts whole units of a dependency group; its history names a layer."""
+
+    def __init__(self, graph: ConfigGraph, coupled: GraphGroup, units: Sequence[int]):
+        super().__init__()
+        self._DG = graph
+        self.coupled = coupled
+        self.units = list(units)
+
+    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
+        """Cut the group's units, or those of the root's channels ``idxs``, from every layer."""
+        if idxs is not None:
+            root = self[0].dep
+            self._DG.get_pruning_group(root.target.module, root.handler, idxs).prune()
+            return
+        record = min(self._group, key=lambda item: self._DG.history_rank(item.dep.target.module))
+        entry = [
+            self._DG.history_name(record.dep.target.module),
+            self._DG.is_out_channel_pruning_fn(record.dep.handler),
+            list(record.idxs),
+        ]
+        leaving = Leaving(self.units)
+        with channels_in_order(), self._DG.cuts.together():
+            for side in self.coupled.sides:
+                cut(side, leaving, self._DG.cuts)
+            self.coupled.units.count -= len(self.units)
+            if record_history:
+                self._DG._pruning_history.append(entry)
+
+
+class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
+    """Torch-Pruning's dependency graph, with proved groups instead of traced ones.
+
+    Args:
+        model: the Hugging Face model (not a wrapper around it).
+        groups: its groups.
+        prefix: the model's name in the module that the pruner prunes.
+        multiples: fields of a group -> what they have to be a multiple of, if the class does not
+            take every value.
+        heads: the fields whose groups follow the pruner's head ratios.
+        notes: lines for the first report about the graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        prefix: str = "",
+        multiples: Mapping[Any, int] | None = None,
+        heads: Collection[Any] = (),
+        notes: Sequence[str] = (),
+    ):
+        super().__init__()
+        self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
+        self.awaited = False  # True while a constructor runs that will take this graph
+        self.register_customized_layer(Units, UNITS)
+        self.cuts = Cuts()
+        self._views: dict[tuple[str, int], ParameterView] = {}
+        self.coupled = [
+            GraphGroup(
+                group.fields,
+                sides_of(model, group, self._views),
+                group.count.in_multiples_of((multiples or {}).get(group.fields, 1)),
+                Units(group.count.units),
+                group.fields in heads,
+            )
+            for group in groups
+        ]
+
+        self._sides_of: dict[nn.Module, list[tuple[GraphGroup, Side]]] = {}
+        for coupled in self.coupled:
+            for side in [*coupled.ranked, *coupled.sides]:
+                for module in {side.module, self._owner(side.module)}:
+                    self._sides_of.setdefault(module, []).append((coupled, side))
+
+    def build_dependency(self, model: nn.Module, *args: Any, **kwargs: Any) -> ConfigGraph:
+        """Set up nodes and names for the groups; example inputs are ignored.  Return the graph."""
+        self.model, self.verbose = model, False
+        self.ignored_params: list[Any] = list(kwargs.get("ignored_params") or ())
+        self._module2name = {module: name for name, module in model.named_modules()}
+        self._param_to_name: dict[nn.Parameter, str] = {}
+        self.unwrapped_parameters: list[Any] = []
+        for (name, _), view in self._views.items():
+            layer = name.rpartition(".")[0]
+            self._module2name[view] = f"{self.prefix}.{layer}".strip(".")
+        self.module2node = {
+            side.module: Node(side.module, None, self._module2name.get(side.module))
+            for coupled in self.coupled
+            for side in coupled.sides
+        }
+        for number, coupled in enumerate(self.coupled):
+            fields = " + ".join(field_name(field) for field in coupled.fields)
+            self._module2name[coupled.units] = f"{fields}, group {number}"
+            node = Node(coupled.units, None, self._module2name[coupled.units])
+            node.type = ops.OPTYPE.CUSTOMIZED
+            self.module2node[coupled.units] = node
+        return self
+
+    def get_all_groups(
+        self, ignored_layers: Sequence[nn.Module] = (), root_module_types: Any = None
+    ) -> Iterator[ConfigGroup]:
+        """Yield every group whose layers are not ignored, with all of its units.
+
+        Args:
+            ignored_layers: layers that keep their outputs.
+            root_module_types: only groups in which a layer of these types loses outputs. Those
+                that Torch-Pruning has by default stand for all types.
+        """
+        for coupled in self.taking_part(ignored_layers, root_module_types):
+            yield self.group_at(coupled, range(coupled.units.count))
+
+    def group_at(self, coupled: GraphGroup, units: Iterable[int]) -> ConfigGroup:
+        """Return the pruning group of some units, asked for at its root, as the pruner does."""
+        root = coupled.root
+        if root is None:
+            return self.get_pruning_group(coupled.units, UNITS.prune_out_channels, list(units))
+        channels = sorted(root.table[list(units)].flatten().tolist())
+        return self.get_pruning_group(root.module, handler_of(root.module, root.out), channels)
+
+    def taking_part(
+        self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
+    ) -> Iterator[GraphGroup]:
+        """Yield the groups from which :meth:`get_all_groups` makes pruning groups."""
+        for coupled in self.coupled:
+            if self.why_kept(coupled, ignored_layers, root_module_types) is None:
+                yield coupled
+
+    def why_kept(
+        self,
+        coupled: GraphGroup,
+        ignored_layers: Sequence[nn.Module],
+        root_module_types: Any = None,
+    ) -> str | None:
+        """Return what keeps a group from being pruned, or None."""
+        types = tuple(root_module_types or ())
+        ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
+        for side in coupled.sides:
+            if self._owner(side.module) in ignored and is_output(side):
+                return f"ignored_layers= keeps the outputs of {side.layer}"
+            held = self._held(side)
+            if held is not None:
+                return f"ignored_layers= keeps {held}"
+        every = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
+        reads = coupled.inward and any(isinstance(s.module, types) for s in coupled.sides)
+        if every or reads or any(self._is_root(side, types) for side in coupled.sides):
+            return None
+        names = ", ".join(kind.__name__ for kind in types)
+        return f"root_module_types= ({names}) holds no layer like {coupled.sides[0].layer}"
+
+    def sides_of(self, module: nn.Module) -> list[tuple[GraphGroup, Side]]:
+        """Return the groups that a layer is in, each with the layer's side in it."""
+        found = self._sides_of.get(module, ())
+        return list({id(side): (coupled, side) for coupled, side in found}.values())
+
+    def outputs_of(self, coupled: GraphGroup) -> dict[str, nn.Module]:
+        """Return the layers that lose outputs with a group, by name in the Hugging Face model."""
+        sides = [side for side in coupled.sides if is_output(side)]
+        return {side.layer: self._owner(side.module) for side in sides}
+
+    @property
+    def fields(self) -> list[tuple[tuple[str | int, ...], ...]]:
+        """The fields of each group, without repeats."""
+        return list(dict.fromkeys(coupled.fields for coupled in self.coupled))
+
+    def roots_of(self, field: tuple[str | int, ...]) -> list[nn.Module]:
+        """Return one key for ratios per group of a field: a layer that loses outputs, or units."""
+        return [
+            next((side.module for side in coupled.sides if side.out), coupled.units)
+            for coupled in self.coupled
+            if field in coupled.fields
+        ]
+
+    def _is_root(self, side: Side, types: tuple[type, ...]) -> bool:
+        """True if a side is the output of a layer of some types; views count as linear layers."""
+        reported = self.side_of(side.module, side.out)
+        outputs = reported is not None and reported[1]
+        plain = isinstance(side.module, types) and not is_vector(side.module)
+        return outputs and (plain or isinstance(self._owner(side.module), types))
+
+    def _held(self, side: Side) -> str | None:
+        """Return the name of an ignored parameter in this side, or None."""
+        for dim in side.dims:
+            parameter = tensor(self.pretrained, dim.name)
+            if any(ignored is parameter for ignored in self.ignored_params):
+                return dim.name
+        return None
+
+    def get_pruning_group(
+        self, module: nn.Module, pruning_fn: Any, idxs: int | Sequence[int]
+    ) -> ConfigGroup:
+        """Return the group that a layer's channels belong to, with the units that they make up.
+
+        Args:
+            module: a layer, a view of a parameter, or the :class:`Units` of a group.
+            pruning_fn: Torch-Pruning's pruning function; says which side of the layer is meant.
+            idxs: the channels (of :class:`Units`, the units).
+
+        Raises:
+            ValueError: the layer's side is in no group, or the channels are not whole units.
+        """
+        channels = [int(idxs)] if isinstance(idxs, int) else [int(index) for index in idxs]
+        out = self.is_out_channel_pruning_fn(pruning_fn)
+        for coupled in self.coupled:
+            if coupled.units is module:
+                return self._group(coupled, channels, module, True)
+        both = out and self.is_in_channel_pruning_fn(pruning_fn)  # norms: one function for both
+        for coupled, side in self._sides_of.get(module, ()):
+            reported = self.side_of(side.module, side.out) if side.module is not module else None
+            fits = both or (side.out if reported is None else reported[1]) is out
+            units = units_of(side, channels) if fits else None
+            if units is not None:
+                return self._group(coupled, units, side.module, side.out)
+        name = self._module2name.get(module, type(module).__name__)
+        raise ValueError(
+            f"{name}: these {'output' if out else 'input'} channels are no whole units of a group "
+            "that the config can say. See tp_hf_config.prunable(model)."
+        )
+
+    def check_pruning_group(self, group: ConfigGroup) -> bool:
+        """True if every layer keeps something, and all channel groups lose equally many units."""
+        count, channel_groups = group.coupled.units.count, group.coupled.count.channel_groups
+        if not group.units or len(group.units) >= count:
+            return False
+        size = count // channel_groups
+        lost = [sum(unit // size == c for unit in group.units) for c in range(channel_groups)]
+        return len(set(lost)) == 1
+
+    def get_pruner_of_module(self, module: Any) -> Any:
+        """Return Torch-Pruning's pruner of a layer; one with a view counts as a linear layer."""
+        if isinstance(module, Units):
+            return UNITS
+        layer_pruner = super().get_pruner_of_module(module)
+        if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and self._view_of(module) is not None:
+            return function.PrunerBox[ops.OPTYPE.LINEAR]
+        return layer_pruner
+
+    def load_pruning_history(self, pruning_history: Any) -> None:
+        """Prune again what a history says; it may name views by ``parameter#dimension``."""
+        self._pruning_history = pruning_history
+        named = {self.history_name(view): view for view in self._views.values()}
+        for name, is_out, idxs in pruning_history:
+            module = named[name] if name in named else self.model.get_submodule(name)
+            handler = handler_of(module, is_out)
+            self.get_pruning_group(module, handler, idxs).prune(record_history=False)
+
+    def side_of(self, module: nn.Module, out: bool) -> tuple[str, bool] | None:
+        """Return a side's name in reports and True if it is an output; None for :class:`Units`."""
+        if isinstance(module, Units):
+            return None
+        if not isinstance(module, ParameterView):
+            return self._module2name[module], out
+        if type(module.owner).__name__ == "Conv1D" and module.key == "weight":
+            return self._module2name[module], module.dim == 1  # a transposed linear layer
+        return self.history_name(module), True
+
+    def history_rank(self, module: nn.Module) -> int:
+        """Return 0 for a layer, 1 for a view, 2 for units: a history names the lowest in a group.
+
+        Plain Torch-Pruning cannot replay views.
+        """
+        return 2 if isinstance(module, Units) else int(isinstance(module, ParameterView))
+
+    def history_name(self, module: nn.Module) -> str:
+        """Return the name of a layer or a view in a history."""
+        name: str = self._module2name[module]
+        if isinstance(module, ParameterView):
+            return f"{name}.{module.key}#{module.dim}"
+        return name
+
+    def importance_of(self, group: ConfigGroup, importance: Any) -> Any:
+        """Return the importance of a group's units, shape ``(units,)``, made from that of channels.
+
+        Importances add up what falls on one channel of the first layer; a unit that is several
+        channels wide (a head) gets the mean of its channels', as Torch-Pruning's heads do.  If no
+        layer is one that importances look at (an embedding that nothing reads), size decides.
+
+        Args:
+            group: the group with all of its units.
+            importance: returns the importance of a group's root channels, or ``None``, which is
+                returned then.
+        """
+        if group.coupled.root is not None:
+            return importance(group)
+        if not group.coupled.ranked:
+            return self._sizes(group.coupled)
+        side = group.coupled.ranked[0]
+        values = importance(self._channel_group(group.coupled, side))
+        return None if values is None else values.view(side.table.shape).mean(1)
+
+    def _sizes(self, coupled: GraphGroup) -> torch.Tensor:
+        """Return the norm of the parameters that each unit holds, shape ``(units,)``."""
+        squares = torch.zeros(coupled.units.count)
+        for side in coupled.sides:
+            for name, axis in dict.fromkeys((dim.name, dim.dim) for dim in side.dims):
+                values = tensor(self.pretrained, name).detach().movedim(axis, 0)
+                channels = values.reshape(len(values), -1).float().square().sum(1).cpu()
+                squares += channels[side.table.cpu()].sum(1)
+        return squares.sqrt()
+
+    def _channel_group(self, coupled: GraphGroup, root: Side) -> ConfigGroup:
+        """Return a group in which every channel of the root's units counts by itself."""
+        group = ConfigGroup(self, coupled, range(coupled.units.count))
+        width = root.table.shape[1]
+        first = torch.tensor(group.units)[:, None] * width
+        rest = [side for side in coupled.sides if side is not root]
+        self._fill(group, [root, *rest], lambda n: first + torch.arange(n) * width // n)
+        return group
+
+    def _group(
+        self, coupled: GraphGroup, units: Sequence[int], root: nn.Module, out: bool
+    ) -> ConfigGroup:
+        """Return the pruning group of some units, with the root's side first."""
+        group = ConfigGroup(self, coupled, units)
+        if isinstance(root, Units):
+            node = self.module2node[root]
+            dep = Dependency(UNITS.prune_out_channels, UNITS.prune_out_channels, node, node)
+            item = _helpers.GroupItem(dep, list(units))
+            item.root_idxs = list(units)
+            group._group.append(item)
+        first = [side for side in coupled.sides if side.module is root and side.out is out]
+        rest = [side for side in coupled.sides if side not in first]
+        rest.sort(key=lambda side: is_vector(side.module))  # reports name the first one: a layer
+        every = first[0].table[:, :1] if first else torch.arange(coupled.units.count)[:, None]
+        labels = every[group.units]
+        self._fill(group, first + rest, lambda n: labels.expand(-1, n))
+        return group
+
+    def _fill(
+        self, group: ConfigGroup, sides: Sequence[Side], roots: Callable[[int], torch.Tensor]
+    ) -> None:
+        """Add sides to a group.
+
+        ``roots`` takes a number of positions per unit, and returns the root channels that they
+        count for, shape ``(units, positions)``.
+        """
+        indices: dict[int, tuple[list[int], list[int]]] = {}
+        for side in sides:
+            if id(side.table) not in indices:  # most sides of a group share one
+                idxs, order = side.table[group.units].flatten().sort()
+                # sorted here: some importances sort the indices, but not the roots beside them
+                of_root = roots(side.table.shape[1]).flatten()[order]
+                indices[id(side.table)] = idxs.tolist(), of_root.tolist()
+            self._add(group, side, *indices[id(side.table)])
+
+    def _add(self, group: ConfigGroup, side: Side, idxs: list[int], roots: list[int]) -> None:
+        handler = handler_of(side.module, side.out)
+        # the pruner ranks groups by their first item's source: each has a node of its own
+        source = self.module2node[group.coupled.units]
+        trigger = group[0].dep.handler if len(group) else handler
+        dep = Dependency(trigger, handler, source, self.module2node[side.module])
+        item = _helpers.GroupItem(dep, list(idxs))
+        item.root_idxs = list(roots)
+        group._group.append(item)
+
+    def _owner(self, module: nn.Module) -> nn.Module:
+        return module.owner if isinstance(module, ParameterView) else module
+
+    def _view_of(self, module: nn.Module) -> ParameterView | None:
+        return next((v for v in self._views.values() if v.owner is module), None)

@@ -1,0 +1,356 @@
+"""Layers as the config graph sees them: their sides, views of bare parameters, and cutting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch_pruning import ops
+from torch_pruning.pruner import function
+
+from ..twin.layout import TensorDim, UnitLayout
+from .cut import Cuts
+from .full_size import Group
+from .unit_count import UnitCount
+
+_BATCHNORM = nn.modules.batchnorm._BatchNorm
+# the weight's dimension and the layer's attribute with its size: output side, input side
+_PLAIN: dict[type, tuple[tuple[int, str], ...]] = {
+    nn.Linear: ((0, "out_features"), (1, "in_features")),
+    nn.Embedding: ((1, "embedding_dim"),),
+    nn.LayerNorm: ((0, "normalized_shape"),),
+}
+
+
+@dataclass
+class Side:
+    """One side of one layer: what Torch-Pruning prunes in one call.
+
+    Attributes:
+        module: a layer that Torch-Pruning knows, or a :class:`ParameterView`, which looks like one.
+        out: True for the layer's output channels, False for its input channels.
+        table: the positions of each unit that is left, shape ``(units, positions per unit)``.
+        dims: the tensor dims that the side cuts.
+    """
+
+    module: nn.Module
+    out: bool
+    table: torch.Tensor
+    dims: list[TensorDim] = field(default_factory=list)
+
+    @property
+    def layer(self) -> str:
+        """The layer's name in the Hugging Face model."""
+        return self.dims[0].name.rpartition(".")[0]
+
+
+class ParameterView(nn.Linear):
+    """One dimension of a parameter, which importances read as a linear layer's output channels.
+
+    It makes ``Conv1D`` weights, stacked experts and bare parameters visible to them.  ``weight`` is
+    a view of the current parameter, with its channels first.
+    """
+
+    owner: nn.Module
+    key: str
+    dim: int
+
+    def __init__(self, owner: nn.Module, key: str, dim: int):
+        nn.Module.__init__(self)
+        vars(self).update(owner=owner, key=key, dim=dim, bias=None)
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The parameter or buffer behind the view."""
+        parameter: torch.Tensor = getattr(self.owner, self.key)
+        return parameter
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The parameter with this dimension first, and its gradient; both write through."""
+        parameter = self.parameter
+        view: torch.Tensor = parameter.detach().movedim(self.dim, 0)
+        grad = None if parameter.grad is None else parameter.grad.movedim(self.dim, 0)
+        if view.ndim == 1:
+            view, grad = view[:, None], None if grad is None else grad[:, None]
+        view.grad = grad
+        return view
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """The size of the dimension."""
+        return self.parameter.shape[self.dim]
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """The number of values per channel."""
+        return self.parameter.numel() // max(1, self.out_features)
+
+    def extra_repr(self) -> str:
+        """Return the parameter's name and dimension, for ``print(group)``."""
+        return f"{self.key}, dim={self.dim}, channels={self.out_features}"
+
+
+def is_vector(module: nn.Module) -> bool:
+    """True if a module is a view of a parameter with a single dimension."""
+    return isinstance(module, ParameterView) and module.parameter.ndim == 1
+
+
+def is_output(side: Side) -> bool:
+    """True if a side is its layer's output; any dimension of a bare parameter counts as one."""
+    module = side.module
+    if not isinstance(module, ParameterView):
+        return side.out
+    owner, vector = module.owner, is_vector(module)
+    if isinstance(owner, nn.Embedding):
+        return False  # entries, not channels
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return vector or module.dim == int(owner.transposed)
+    if isinstance(owner, nn.Linear):
+        return vector or module.dim == 0
+    # Conv1D's weight is transposed
+    return vector or type(owner).__name__ != "Conv1D" or module.dim == 1
+
+
+class Units(ops._CustomizedOp):  # type: ignore[misc]
+    """Stands in for the units of a group in which no output has one channel per unit (heads)."""
+
+    def __init__(self, count: int):
+        nn.Module.__init__(self)  # Torch-Pruning's own __init__ leaves that out
+        self.op_cls, self.count = Units, count
+
+
+class UnitsPruner(function.BasePruningFunc):  # type: ignore[misc]
+    """Torch-Pruning's pruner of :class:`Units`: counts them, and cuts no layer."""
+
+    def prune_out_channels(self, layer: Units, idxs: Sequence[int]) -> Units:
+        """Lower the unit count by as many units as ``idxs`` names; return the layer."""
+        layer.count -= len(idxs)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: Units) -> int:
+        """Return the unit count."""
+        return layer.count
+
+    get_in_channels = get_out_channels
+
+
+@dataclass
+class GraphGroup:
+    """A dependency group of the config graph: sides that lose the same units.
+
+    Attributes:
+        fields: the config fields that count its units.
+        sides: its sides.
+        count: its unit count before pruning.
+        units: holds how many units are left now.
+        heads: True if it follows the head ratios.
+    """
+
+    fields: tuple[tuple[str | int, ...], ...]
+    sides: list[Side]
+    count: UnitCount
+    units: Units
+    heads: bool = False
+
+    @property
+    def inward(self) -> bool:
+        """True if all its sides are inputs (of the layers that read encoder states)."""
+        return not any(side.out for side in self.sides)
+
+    @property
+    def root(self) -> Side | None:
+        """The side whose channels are the units, one to one, an output if there is one; or None.
+
+        The units have to be all of its channels: beside others (the shared rotary key of latent
+        attention), importances would count from the first channel.  For heads it is never an input:
+        pruners look up ratios of outputs alone, and would not find those of heads.
+        """
+        for side in () if self.inward else self.ranked:
+            if self.heads and not side.out:
+                continue
+            if side.table.shape[1] == 1 and channels_of(side) == len(side.table):
+                return side
+        return None
+
+    @property
+    def ranked(self) -> list[Side]:
+        """The sides that importances look at (linear layers and convolutions), outputs first."""
+        kinds = (nn.Linear, nn.modules.conv._ConvNd)
+        visible = [side for side in self.sides if isinstance(side.module, kinds)]
+        return sorted(
+            (side for side in visible if not is_vector(side.module)), key=lambda side: not side.out
+        )
+
+
+class Leaving:
+    """Units that leave a group; computes what is left of a table once for all its sides."""
+
+    def __init__(self, units: Sequence[int]):
+        self.units = list(units)
+        self._seen: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    def of(self, table: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+        """Return what becomes of a dimension and of its table of units.
+
+        Args:
+            table: the positions of each unit, shape ``(units, positions per unit)``.
+            size: the size of the dimension.
+
+        Returns:
+            The positions that go, the positions that stay, the renumbered table of the units that
+            stay, and the old table.
+        """
+        if (id(table), size) not in self._seen:  # holding the old table keeps its id unique
+            gone = table[self.units].flatten()
+            kept = torch.ones(size, dtype=torch.bool)
+            kept[gone] = False
+            staying_units = torch.ones(len(table), dtype=torch.bool)
+            staying_units[self.units] = False
+            renumbered = kept.cumsum(0) - 1
+            stays = kept.nonzero().flatten()
+            self._seen[id(table), size] = gone, stays, renumbered[table[staying_units]], table
+        return self._seen[id(table), size]
+
+
+def cut(side: Side, leaving: Leaving, cuts: Cuts) -> None:
+    """Cut units from one side of one layer, and renumber the side's table.
+
+    The parameters of a plain layer go to ``cuts``, which may copy them later, together with what
+    other sides lose; any other layer is cut now, by Torch-Pruning's own pruner.
+    """
+    module = side.module
+    places = _places(module, side.out)
+    for owner, key, dim, _ in places:
+        cuts.settle(owner, key, dim)
+    gone, kept, table, _ = leaving.of(side.table, channels_of(side))
+    for owner, key, dim, size in places:
+        cuts.keep(owner, key, dim, kept, size)
+    if not places:
+        handler_of(module, side.out)(module, gone.tolist())
+    side.table = table
+
+
+def _places(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:
+    """Return what a side cuts: owner, parameter name, dimension and size attribute of each tensor.
+
+    Returns:
+        An empty list if the layer is not plain: subclasses and parametrized layers may need more
+        done than cutting their parameters.
+    """
+    if isinstance(module, ParameterView):
+        return [(module.owner, module.key, module.dim, None)]
+    if type(module) not in _PLAIN or module._parameters.get("weight") is None:
+        return []
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return []
+    dim, size = _PLAIN[type(module)][0 if out else -1]
+    places: list[tuple[nn.Module, str, int, str | None]] = [(module, "weight", dim, size)]
+    if dim == 0 and module._parameters.get("bias") is not None:
+        places.append((module, "bias", 0, None))
+    return places
+
+
+def channels_of(side: Side) -> int:
+    """Return how many channels a side has."""
+    if isinstance(side.module, ParameterView):
+        return side.module.out_features
+    layer_pruner = function.PrunerBox[ops.module2type(side.module)]
+    count = layer_pruner.get_out_channels if side.out else layer_pruner.get_in_channels
+    return int(count(side.module))
+
+
+def handler_of(module: nn.Module, out: bool) -> Any:
+    """Return Torch-Pruning's pruning function for one side of a layer."""
+    if isinstance(module, Units):
+        return UNITS.prune_out_channels
+    if is_vector(module):
+        # makes importances skip bare vectors (norm weights), as they do in a traced graph
+        return function.PrunerBox[ops.OPTYPE.PARAMETER].prune_out_channels
+    layer_pruner = function.PrunerBox[ops.module2type(module)]
+    return layer_pruner.prune_out_channels if out else layer_pruner.prune_in_channels
+
+
+UNITS = UnitsPruner()
+
+
+def layer_side(layer: nn.Module, key: str, dim: int) -> bool | None:
+    """Return which side of a layer a dimension of its parameter is.
+
+    Returns:
+        True for the output side, False for the input side, ``None`` if it is neither.
+    """
+    if isinstance(layer, nn.Linear) and layer.weight.shape == (
+        layer.out_features,
+        layer.in_features,
+    ):
+        return dim == 0
+    if isinstance(layer, nn.modules.conv._ConvNd) and not layer.transposed:
+        if layer.groups != 1 or dim > 1:
+            return None
+        return dim == 0
+    if isinstance(layer, nn.Embedding):
+        return True if dim == 1 else None
+    if isinstance(layer, (nn.LayerNorm, _BATCHNORM)):
+        return True if layer.weight.ndim == 1 else None  # else one norm per head (Chameleon)
+    return None
+
+
+def sides_of(
+    model: nn.Module, group: Group, views: dict[tuple[str, int], ParameterView]
+) -> list[Side]:
+    """Return the sides of layers behind a group's tensor dims, each once.
+
+    Args:
+        model: the Hugging Face model.
+        group: the group.
+        views: (parameter, dimension) -> its view, of bare parameters; missing ones are added.
+    """
+    sides: dict[tuple[int, bool], Side] = {}
+    tables: dict[UnitLayout, torch.Tensor] = {}
+    for dim in group.dims:
+        layer_name, _, key = dim.name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        table = tables.get(dim.layout)
+        if table is None:
+            table = tables[dim.layout] = dim.layout.table(group.count.units)
+        side_of_layer = layer_side(layer, key, dim.dim)
+        module: nn.Module = layer
+        if side_of_layer is None:
+            module = views.setdefault((dim.name, dim.dim), ParameterView(layer, key, dim.dim))
+        out = side_of_layer is not False
+        side = sides.setdefault((id(module), out), Side(module, out, table))
+        if any(other.name == dim.name for other in side.dims):  # fused q, k and v
+            side.table = torch.cat([side.table, table], dim=1)
+        side.dims.append(dim)
+    return list(sides.values())
+
+
+def units_of(side: Side, channels: Sequence[int]) -> list[int] | None:
+    """Return the units that some channels of a side stand for.
+
+    One channel of fused gate and up stands for both: a unit counts once a whole run of it is given.
+
+    Returns:
+        The units, each once, or ``None`` if some channels belong to no unit or to a part of one.
+    """
+    if not channels:
+        return []
+    table, asked = side.table, torch.tensor(channels)
+    unit_at = torch.full((int(max(table.max(), asked.max())) + 1,), -1)
+    unit_at[table] = torch.arange(len(table))[:, None]
+    if asked.min() < 0 or unit_at[asked].min() < 0:
+        return None
+    units = unit_at[asked]
+    counts = units.bincount(minlength=len(table))
+    row = table.shape[1]
+    run = 1
+    if row > 1:
+        first = table[0].tolist()
+        run = next((i for i in range(1, row) if first[i] != first[i - 1] + 1), row)
+    return None if (counts % run).any() else list(dict.fromkeys(units.tolist()))

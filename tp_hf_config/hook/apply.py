@@ -1,0 +1,254 @@
+"""Write a proved config into the live model, and undo every write if anything fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.config_json import FieldPath, config_json, is_own, is_plain
+from ..model.tensors import Tie, owner
+
+_MISSING = object()
+
+
+class Changes:
+    """Attribute writes that can be undone, newest first."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, Any, Any]] = []
+
+    def set(self, target: Any, key: Any, value: Any) -> None:
+        """Set an attribute, or an item if ``target`` is a dict, and remember the old value."""
+        self._undo.append((target, key, _read(target, key)))
+        _write(target, key, value)
+
+    def roll_back(self) -> None:
+        """Restore every old value."""
+        while self._undo:
+            target, key, value = self._undo.pop()
+            _write(target, key, value)
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[Changes]:
+    """Yield :class:`Changes`, and roll them back if the block raises."""
+    changes = Changes()
+    try:
+        yield changes
+    except BaseException:
+        changes.roll_back()
+        raise
+
+
+def _read(target: Any, key: Any) -> Any:
+    if isinstance(target, dict):
+        return target.get(key, _MISSING)
+    if key in (getattr(target, "per_layer_attributes", None) or ()):
+        return vars(target).get(key, _MISSING)  # getattr would ask for one layer's value
+    return getattr(target, key, _MISSING)
+
+
+def _part(target: Any, key: Any) -> Any:
+    """Return what is under a key of a config; per-layer settings as the config stores them."""
+    if isinstance(target, dict):
+        return target[key if key in target else int(key)]
+    if key == "per_layer_config" and hasattr(target, "_heterogeneity_spec"):
+        return target._heterogeneity_spec.per_layer_overrides
+    return getattr(target, str(key))
+
+
+def _write(target: Any, key: Any, value: Any) -> None:
+    if isinstance(target, dict):
+        if value is _MISSING:
+            del target[key]
+        else:
+            target[key] = value
+    elif value is _MISSING:
+        delattr(target, key)
+    else:
+        setattr(target, key, value)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A plain attribute of a module that has another value in the new reference build.
+
+    Attributes:
+        module: the module's name in the model.
+        key: the attribute.
+        value: its new value.
+    """
+
+    module: str
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An unsaved buffer, or another tensor attribute, that differs in the new reference build.
+
+    Attributes:
+        module: the module's name in the model.
+        key: the buffer's name in the module.
+        value: its new value.
+        old_dtype: its dtype in the old reference build; ``None`` if it was not there.
+    """
+
+    module: str
+    key: str
+    value: torch.Tensor
+    old_dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between a build from the new config and a build from the old one.
+
+    Attributes:
+        fields: the module that holds the config, the field and its new value.
+        attributes: the plain attributes that differ.
+        buffers: the unsaved buffers and tensor attributes that differ.
+    """
+
+    fields: Sequence[tuple[str, FieldPath, Any]]
+    attributes: Sequence[Attribute]
+    buffers: Sequence[Buffer]
+
+
+def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
+    """Return the difference between two builds of one class, made with real buffers but no weights.
+
+    Config fields are compared for every config object that a module holds (an encoder's config is
+    often a copy of the model's).
+
+    Args:
+        live: the live model; modules that it was built without are skipped.
+        old: the build from the old config.
+        new: the build from the new config.
+    """
+    present = {name for name, _ in live.named_modules()}
+    fields: list[tuple[str, FieldPath, Any]] = []
+    attributes: list[Attribute] = []
+    buffers: list[Buffer] = []
+    before = dict(old.named_modules())
+    compared: set[int] = set()
+    for name, module in new.named_modules():
+        reference = before.get(name)
+        if reference is None or name not in present:
+            continue
+        config = vars(module).get("config")
+        if config is not None and hasattr(config, "to_json_string") and id(config) not in compared:
+            compared.add(id(config))
+            changed = changed_values(
+                config_json(reference.config, False), config_json(config, False)
+            )
+            fields += [(name, field, value) for field, value in changed]
+        attributes += _attributes(name, reference, module)
+        buffers += _buffers(name, reference, module)
+    return Difference(fields, attributes, buffers)
+
+
+def changed_values(old: Any, new: Any, field: FieldPath = ()) -> list[tuple[FieldPath, Any]]:
+    """Return the changed leaves of a config's JSON with their new values.
+
+    A list counts as one leaf; ``field`` is where ``old`` and ``new`` stand.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        changed: list[tuple[FieldPath, Any]] = []
+        for key, value in new.items():
+            if key not in old or old[key] != value:
+                changed += changed_values(old.get(key), value, (*field, key))
+        return changed
+    return [(field, new)] if old != new else []
+
+
+def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute]:
+    """Yield the plain attributes of one module that the new build has with other values."""
+    before = vars(old)
+    for key, value in vars(new).items():
+        if not is_own(key) or not is_plain(value):
+            continue
+        previous = before.get(key, _MISSING)
+        if previous is _MISSING or (is_plain(previous) and previous != value):
+            yield Attribute(name, key, value)
+
+
+def _buffers(name: str, old: nn.Module, new: nn.Module) -> Iterator[Buffer]:
+    """Yield the unsaved buffers and tensor attributes of one module that the new build changes."""
+    unsaved = {key: new._buffers[key] for key in new._non_persistent_buffers_set}
+    loose = {key: value for key, value in vars(new).items() if isinstance(value, torch.Tensor)}
+    for key, value in {**unsaved, **loose}.items():
+        if value is None or value.is_meta:
+            continue
+        previous = getattr(old, key, None)
+        if (
+            previous is None
+            or previous.shape != value.shape
+            or previous.dtype != value.dtype
+            or not torch.equal(previous, value)
+        ):
+            yield Buffer(name, key, value, None if previous is None else previous.dtype)
+
+
+def write_fields(
+    changes: Changes, live: nn.Module, fields: Sequence[tuple[str, FieldPath, Any]]
+) -> None:
+    """Write config values into the config objects that the live modules hold."""
+    for module_name, field, value in fields:
+        target: Any = live.get_submodule(module_name).config
+        for key in field[:-1]:
+            target = _part(target, key)
+        if _read(target, field[-1]) != value:
+            changes.set(target, field[-1], value)
+
+
+def write_attributes(
+    changes: Changes, live: nn.Module, attributes: Sequence[Attribute]
+) -> list[str]:
+    """Write plain attributes; return the names of those that had another value."""
+    written: list[str] = []
+    for item in attributes:
+        module = live.get_submodule(item.module)
+        if getattr(module, item.key, _MISSING) != item.value:
+            changes.set(module, item.key, item.value)
+            written.append(f"{item.module}.{item.key}".lstrip("."))
+    return written
+
+
+def write_buffers(changes: Changes, live: nn.Module, buffers: Sequence[Buffer]) -> list[str]:
+    """Write buffers on the devices of the live ones; return their names.
+
+    A dtype that the user chose stays.
+    """
+    written: list[str] = []
+    for item in buffers:
+        module = live.get_submodule(item.module)
+        value = item.value
+        present = getattr(module, item.key, None)
+        if isinstance(present, torch.Tensor):
+            same = present.dtype == item.old_dtype
+            value = value.to(present.device, value.dtype if same else present.dtype)
+        holder = module._buffers if item.key in module._buffers else module
+        changes.set(holder, item.key, value.clone())
+        written.append(f"{item.module}.{item.key}".lstrip("."))
+    return written
+
+
+def write_ties(changes: Changes, live: nn.Module, ties: Sequence[Tie]) -> list[str]:
+    """Make each tied group one Parameter again; return a line for each that was not."""
+    written: list[str] = []
+    for tie in ties:
+        parameter = live.get_parameter(tie.keeper(live))
+        apart = [name for name in tie.names if live.get_parameter(name) is not parameter]
+        for name in apart:
+            module, key = owner(live, name)
+            changes.set(module._parameters, key, parameter)
+        if apart:
+            written.append(" = ".join(tie.names))
+    return written

@@ -1,0 +1,399 @@
+"""Follow one model through its prunes: read shapes, solve, prove, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigSyncError, UnsupportedModelError
+from ..fieldmap.completeness import (
+    build_live,
+    order_of_layers,
+    parts_beyond,
+    said_options,
+    unbuilt_parts,
+)
+from ..fieldmap.expressions import Observable
+from ..fieldmap.field_map import map_of
+from ..fieldmap.legal_values import accepts
+from ..fieldmap.model_view import WidthView
+from ..fieldmap.solve.explain import (
+    explain_conflict,
+    explain_mismatch,
+    explain_refusal,
+    explain_vanished,
+    some,
+)
+from ..fieldmap.solve.fit import build_as, fit
+from ..fieldmap.solve.integers import Conflict
+from ..forward.encoder_states import states_of
+from ..forward.head_splits import counts_of, heads_of, splits_after
+from ..graph.config_graph import ConfigGraph
+from ..model.build import Refusal
+from ..model.config_json import FieldPath, config_json, field_name, value_at
+from ..model.live_objects import surroundings_of
+from ..model.locate import check_followable, find_pretrained
+from ..model.shapes import shapes, vanished_counts
+from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
+from .apply import (
+    Changes,
+    Difference,
+    all_or_nothing,
+    changed_values,
+    difference,
+    write_attributes,
+    write_buffers,
+    write_fields,
+    write_ties,
+)
+from .enclosing_modules import Beside
+from .history import PrunedGroup
+from .mirrored_fields import mirrored
+
+_ROWS = ".weight#0"
+"""How a history names the outputs of a projection that is not an ``nn.Linear`` (I-BERT's)."""
+
+
+class Follower:
+    """Knows one pruner's model: what its config builds, and its head splits.
+
+    Attributes:
+        reference: the reference build of the config that was proved last; ``values``: its fields.
+        splits: layer -> its head splits; ``None`` if its heads lost different numbers.
+        inputs: an input for encoder states -> its channels that the model still reads.
+        sharers: the classes of other live models that hold the config.
+
+    Raises:
+        UnsupportedModelError: the model cannot be followed, or its config does not build it.
+    """
+
+    def __init__(self, pruner: Any):
+        self.pruner = pruner
+        self.prefix, self.model = find_pretrained(pruner.model)
+        check_followable(self.model)
+        builder, built = build_live(self.model, buffers=True)
+        self.field_map = map_of(self.model, (builder, built))  # raises if nothing was built
+        self.view = WidthView(self.model, self.field_map)
+        assert not isinstance(built, Refusal)
+        self.reference: nn.Module = built
+        self.notes = said_options(self.model, builder) + order_of_layers(self.model, built)[1]
+        around = surroundings_of(self.model)
+        self.sharers = around.sharers
+        self.beside = Beside(self.model, pruner.model, around.holders)
+        self.ties = ties_of(self.model)
+        self._check_traced()
+        self.tensors = shapes(self.model).keys()
+        self.values = dict(self.field_map.values)
+        self.heads_went = False
+        self.inputs: dict[str, tuple[int, ...]] = {}
+        self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
+            name: splits
+            for name, _ in self.model.named_modules()
+            if (splits := self.field_map.splits_of(name))
+        }
+
+    def accepts_heads(self, now: int, then: int) -> bool:
+        """True if the class accepts ``then`` heads where it has ``now``.
+
+        Also True where a head count sets no shape: such heads go with the hidden size (BERT), and
+        the ratios see to it.
+        """
+        counts = [field for field in self.field_map.count_fields() if self.values[field] == now]
+        if not all(self.field_map.moves_shapes(field) for field in counts):
+            return True
+        return accepts(self.field_map, {**self.values, **dict.fromkeys(counts, then)}) is None
+
+    def check_parts(self) -> None:
+        """Raise if the model gained or lost parts: the pruner's groups are then out of date.
+
+        Raises:
+            UnsupportedModelError: it did since the hook was attached.
+        """
+        now, then = shapes(self.model), dict.fromkeys(self.tensors, ())
+        for parts, what in ((parts_beyond(then, now), "lost"), (parts_beyond(now, then), "gained")):
+            if parts:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} has {what} {some(parts)} since the hook was "
+                    "attached, and the pruner's groups are those of before. Make a new pruner of "
+                    "the model as it is now. Nothing was pruned by this step."
+                )
+
+    def _check_traced(self) -> None:
+        """Raise if a traced graph lacks a layer whose width is going to be pruned."""
+        if isinstance(self.pruner.DG, ConfigGraph):
+            return
+        traced, ignored = self.pruner.DG.module2node, self.pruner.ignored_layers
+        tied = {name for tie in self.ties for name in tie.names}
+        producers = list(self.view.producers())
+        going = {
+            field
+            for _, module, fields in producers
+            if module in traced and module not in ignored
+            for field in fields
+        }
+        for name, module, fields in producers:
+            weight = f"{name}.weight"
+            follows = (fields | self.field_map.fields_of(weight, 1)) & going
+            if module not in traced and weight not in tied and follows:
+                raise UnsupportedModelError(
+                    f"{name} is as wide as {field_name(min(follows))} says, but the outputs that "
+                    "were traced do not depend on it, so Torch-Pruning would leave it as it is. "
+                    "Build the model without it (BERT: add_pooling_layer=False), return what it "
+                    "computes, or keep the width: pruner_kwargs(model, prune=...)."
+                )
+
+    def follow(self, groups: Sequence[PrunedGroup]) -> dict[str, Any]:
+        """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
+
+        Args:
+            groups: what was pruned since the last time.
+
+        Returns:
+            What was done, as fields of a :class:`~tp_hf_config.SyncReport`.
+
+        Raises:
+            ConfigSyncError: no config describes the weights.
+        """
+        self._follow_inputs(groups)
+        notes = self._count_heads(groups)
+        live = self._live_shapes(groups)
+        values, data, built, mirror_notes = self._proved(live)
+        change = difference(self.model, self.reference, built)
+        old = config_json(self.model.config, use_diff=False)
+        moved = {
+            field: (value_at(old, field), new) for name, field, new in change.fields if not name
+        }
+        numbers = self.beside.numbers(moved)
+        with all_or_nothing() as changes:
+            outcome = self._write(changes, change)
+            self._check_written(data, built)
+            written, outside = self.beside.follow(changes, numbers, moved)
+        new = config_json(self.model.config, use_diff=False)
+        self.reference, self.values = built, values
+        self._tell_heads()
+        self.ties = ties_of(self.model)
+        outcome["fields"] = {
+            field_name(field): (value_at(old, field), value)
+            for field, value in changed_values(old, new)
+        }
+        outcome["proof"] = (
+            f"proved: {len(live)} tensors are as {type(self.model).__name__} builds them "
+            "from the new config.json"
+        )
+        outcome["inputs"] = dict(self.inputs)
+        outcome["attributes"] += written
+        outcome["notes"] = [*self.notes, *notes, *mirror_notes, *outside]
+        return outcome
+
+    def foretell(self, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise if no config could describe what a step is going to leave.
+
+        Args:
+            groups: what the step prunes.
+            left: the shape of every tensor after the step, tied ones under each of their names.
+
+        Raises:
+            ConfigSyncError: no config could.
+        """
+        splits, went, shapes_then = dict(self.splits), self.heads_went, dict(left)
+        try:
+            self._count_heads(groups)
+            for tie in self.ties:
+                shapes_then.update(self._tied_then(tie, groups, left))
+            self._proved(shapes_then)
+        finally:
+            self.splits, self.heads_went = splits, went
+
+    def _tied_then(
+        self, tie: Tie, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Return a tied weight's shape after a step, by name; raise if the names disagree."""
+        lost = self._lost(groups)
+        cut = [name for name in tie.names if name.rpartition(".")[0] in lost]
+        conflict = shapes_apart({name: left[name] for name in cut or tie.names})
+        channels = [sorted(lost[name.rpartition(".")[0]]) for name in cut]
+        other = next((n for n, ids in zip(cut, channels, strict=True) if ids != channels[0]), None)
+        if conflict is None and other is not None:
+            conflict = channels_apart(cut[0], other)
+        if conflict is not None:
+            raise self._untied(conflict)
+        return dict.fromkeys(tie.names, left[(cut or tie.names)[0]])
+
+    def _proved(
+        self, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[FieldPath, int], dict[str, Any], nn.Module, list[str]]:
+        """Return the fields' values for these shapes, the config's JSON, its build, and notes.
+
+        The notes are about fields that repeat others. Raise if no config builds these shapes, or if
+        a count of the class would become 0.
+        """
+        values = self._solve(shapes)
+        data, built, mirror_notes = mirrored(
+            self.field_map.builder, config_json(self.model.config), *self._prove(shapes, values)
+        )
+        vanished = vanished_counts(self.reference, built)
+        if vanished:
+            raise explain_vanished(self.model, vanished)
+        return values, data, built, mirror_notes
+
+    def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
+        """Record which channels of the encoder states are still read."""
+        read = states_of(self.model)
+        for layer in (layer for group in groups for layer in group.layers):
+            if read is not None and not layer.out and self._own_name(layer.name) == read.layer:
+                remaining = self.inputs.get(read.argument, tuple(range(layer.before)))
+                gone = set(layer.removed)
+                self.inputs[read.argument] = tuple(
+                    channel for place, channel in enumerate(remaining) if place not in gone
+                )
+
+    def _count_heads(self, groups: Sequence[PrunedGroup]) -> list[str]:
+        """Update the head splits from the channels that were pruned.
+
+        Return a note if fewer heads were asked for, but the traced graph pruned none.
+        """
+        for group in groups:
+            lost: dict[str, set[int]] = {}  # a fused layer occurs once for each piece
+            for layer in group.layers:
+                name = (self._own_name(layer.name) or "").removesuffix(_ROWS)
+                if name in self.splits and layer.out:
+                    lost.setdefault(name, set()).update(layer.removed)
+            for name, removed in lost.items():
+                split = self.splits[name]
+                self.splits[name] = None if split is None else splits_after(split, removed)
+        if isinstance(self.pruner.DG, ConfigGraph):
+            return []
+        wanted = getattr(self.pruner, "prune_num_heads", False) and (
+            getattr(self.pruner, "head_pruning_ratio", 0)
+            or getattr(self.pruner, "head_pruning_ratio_dict", None)
+        )
+        touched = {
+            self._own_name(layer.name) for group in groups for layer in group.layers if layer.out
+        }
+        self.heads_went |= bool(touched & self.splits.keys())
+        if wanted and not self.heads_went:
+            return [
+                "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none: its trace "
+                "finds no group of heads here, the class takes no number of heads in between, or "
+                "pruning_ratio is 0 (it then skips heads too)"
+            ]
+        return []
+
+    def _tell_heads(self) -> None:
+        """Set ``pruner.num_heads`` and its channel groups to the head counts of now."""
+        for name, module, count in self.view.head_layers(self.values):
+            splits = self.splits.get(name)
+            if splits and not self.field_map.fields_of(name, heads_of(0)):
+                count = splits[0][0]  # no probe reached this layer (behind experts)
+            for counts in (self.pruner.num_heads, self.pruner.out_channel_groups):
+                if module in self.pruner.num_heads and module in counts:
+                    counts[module] = count
+
+    def _own_name(self, name: str) -> str | None:
+        """Return a name as the Hugging Face model has it; None for what is outside of it."""
+        if not self.prefix:
+            return name
+        inside = name.startswith(f"{self.prefix}.")
+        return name.removeprefix(f"{self.prefix}.") if inside else None
+
+    def _live_shapes(self, groups: Sequence[PrunedGroup]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes with each tied weight made one again; raise if it cannot be."""
+        live = shapes(self.model)
+        lost = self._lost(groups)
+        for tie in self.ties:
+            cuts = [lost.get(name.rpartition(".")[0], []) for name in tie.pruned(self.model)]
+            alike = bool(cuts and cuts[0]) and all(cut == cuts[0] for cut in cuts)
+            conflict = tie.conflict(self.model, alike)
+            if conflict is not None:
+                raise self._untied(conflict)
+            live.update(dict.fromkeys(tie.names, live[tie.keeper(self.model)]))
+        return live
+
+    def _lost(self, groups: Sequence[PrunedGroup]) -> dict[str | None, list[tuple[int, ...]]]:
+        """Return layer -> its lost channels in each group; None: layers outside the model."""
+        lost: dict[str | None, list[tuple[int, ...]]] = {}
+        for layer in (layer for group in groups for layer in group.layers):
+            lost.setdefault(self._own_name(layer.name), []).append(layer.removed)
+        return lost
+
+    def _untied(self, conflict: str) -> ConfigSyncError:
+        """Return the error for tied weights that cannot be one Parameter again."""
+        return ConfigSyncError(
+            f"{conflict}. {type(self.model).__name__} stores them once, so a reload would "
+            "change one of them. Prune them in one group, keep them (ignored_layers=), or "
+            "untie them before pruning (config.tie_word_embeddings=False)."
+        )
+
+    def _targets(self, live: Mapping[str, tuple[int, ...]]) -> dict[Observable, int]:
+        """Return each quantity's size now, in full names; raise if heads lost unequal numbers."""
+        targets: dict[Observable, int] = {
+            (name, dim): size for name, shape in live.items() for dim, size in enumerate(shape)
+        }
+        for name, splits in self.splits.items():
+            if splits is None:
+                raise ConfigSyncError(
+                    f"{name}: its heads lost different numbers of dimensions, so what is left "
+                    "cannot be told apart into equal heads. Tell the pruner about the heads "
+                    "(num_heads=, as pruner_kwargs(model) does), or keep the layer "
+                    "(ignored_layers=)."
+                )
+            targets.update({(name, which): count for which, count in counts_of(splits).items()})
+        return targets
+
+    def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
+        """Return the fields' values for these shapes and the head splits; raise if none fit."""
+        graph = self.pruner.DG
+        counted = graph.fields if isinstance(graph, ConfigGraph) else [tuple(self.field_map.values)]
+        going = {field for fields in counted for field in fields}
+        hold = [field for field in self.field_map.values if field not in going]
+        result = fit(self.field_map, self._targets(live), hold=hold)
+        if isinstance(result, Conflict):
+            raise explain_conflict(self.model, self.field_map, result)
+        return result
+
+    def _prove(
+        self, live: Mapping[str, tuple[int, ...]], values: dict[FieldPath, int]
+    ) -> tuple[dict[str, Any], nn.Module]:
+        """Return the new config's JSON and its reference build; raise if none has these shapes.
+
+        Unset fields stay unset where that suffices.
+        """
+        proof = build_as(self.field_map, config_json(self.model.config), live, values, buffers=True)
+        if isinstance(proof, tuple):
+            beyond = unbuilt_parts(self.model, self.field_map.builder, proof[1], live)
+            if beyond is None:
+                return proof
+            raise ConfigSyncError(
+                f"{type(self.model).__name__} and its config disagree: {beyond} Nothing was "
+                "written; go on pruning and sync again."
+            )
+        if isinstance(proof, Refusal):
+            raise explain_refusal(self.model, self.field_map, values, proof)
+        raise explain_mismatch(self.model, proof)
+
+    def _write(self, changes: Changes, change: Difference) -> dict[str, Any]:
+        """Write a difference into the live model; return what was written."""
+        write_fields(changes, self.model, change.fields)
+        return {
+            "attributes": write_attributes(changes, self.model, change.attributes),
+            "buffers": write_buffers(changes, self.model, change.buffers),
+            "ties": write_ties(changes, self.model, self.ties),
+        }
+
+    def _check_written(self, data: dict[str, Any], built: nn.Module) -> None:
+        """Raise if the live config does not have the proved values.
+
+        The class may set a field itself (Swin's hidden_size), or its model may (LeViT's down_ops).
+        """
+        proved = config_json(self.field_map.builder.config(data))
+        after = config_json(built.config)  # type: ignore[arg-type]
+        wrong = [
+            (field, value)
+            for field, value in changed_values(data, config_json(self.model.config))
+            if value not in (value_at(proved, field), value_at(after, field))
+        ]
+        if wrong:
+            names = ", ".join(field_name(field) for field, _ in wrong)
+            raise ConfigSyncError(f"the config does not take the values proved for {names}")

@@ -1,0 +1,323 @@
+"""Make Torch-Pruning's pruners accept ``hooks=`` and call the hooks.
+
+Torch-Pruning has no hook API, and its subclasses list their arguments, so ``hooks=`` is taken out
+before a constructor sees it.  Only constructors are wrapped; ``step`` is wrapped only on a pruner
+that has hooks.  A pruner without hooks behaves exactly as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from ..graph.norm_order import channels_in_order
+from ..graph.pruner_classes import BasePruner, family
+
+_DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
+_constructing = threading.local()
+_lock = threading.RLock()
+
+
+@runtime_checkable
+class PrunerHook(Protocol):
+    """What a hook must have: ``after_step``, which is called after each step.
+
+    A hook may also have these methods:
+
+    - ``constructing(arguments)`` returns a context manager that surrounds the pruner's constructor.
+      ``arguments`` holds every argument of Torch-Pruning's own constructor (``arguments["model"]``
+      is the model); the hook may change them before the constructor gets them.
+    - ``stepping(pruner)`` returns a context manager that surrounds each call of ``step()``.  The
+      groups of an interactive step come after it has ended.
+    - ``attach(pruner)`` and ``detach(pruner)`` are called when the hook is registered and removed.
+    """
+
+    def after_step(self, pruner: Any) -> None:
+        """Run after ``step()``, and when an interactive step ends, however it ends."""
+        ...
+
+
+class Handle:
+    """Undoes one registration; as a context manager, at the end of its block."""
+
+    def __init__(self, pruner: Any, hook: PrunerHook):
+        self._pruner, self._hook = pruner, hook
+
+    def remove(self) -> None:
+        """Take the hook off the pruner; a second call does nothing."""
+        hooks = hooks_of(self._pruner)
+        if not any(hook is self._hook for hook in hooks):
+            return
+        hooks[:] = [hook for hook in hooks if hook is not self._hook]
+        _call(self._hook, "detach", self._pruner)
+        if not hooks:
+            own_step = vars(self._pruner).pop("step").replaced
+            if own_step is not None:  # the user had set one on this pruner
+                self._pruner.step = own_step
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def register(pruner: Any, hook: PrunerHook) -> Handle:
+    """Attach a hook to an existing pruner.
+
+    Returns:
+        A handle that takes the hook off again.
+
+    Raises:
+        TypeError: ``hook`` has no ``after_step``.
+    """
+    _check(hook)
+    _call(hook, "attach", pruner)
+    if not hooks_of(pruner):
+        pruner.step = _stepper(pruner)
+    hooks_of(pruner).append(hook)
+    return Handle(pruner, hook)
+
+
+def hooks_of(pruner: Any) -> list[Any]:
+    """Return the hooks of a pruner, which are kept on the ``step`` that calls them."""
+    hooks: list[Any] = getattr(vars(pruner).get("step"), "hooks", [])
+    return hooks
+
+
+def _check(hook: Any) -> None:
+    """Raise ``TypeError`` if ``hook`` is a class or has no ``after_step``."""
+    if isinstance(hook, type):
+        raise TypeError(f"hooks: {hook.__name__} is a class. Pass an object: {hook.__name__}()")
+    if not isinstance(hook, PrunerHook):
+        raise TypeError(
+            f"hooks: {type(hook).__name__} has no after_step(pruner) method. Pass a "
+            "HFConfigSyncHook() or an object with that method."
+        )
+
+
+def _call(hook: Any, name: str, *args: Any) -> Any:
+    """Call a hook's optional method and return its result; None if it has no such method."""
+    method = getattr(hook, name, None)
+    return method(*args) if method is not None else None
+
+
+def _enter(stack: ExitStack, hooks: list[Any], name: str, *args: Any) -> None:
+    """Enter the context managers that the hooks' methods of this name return."""
+    for hook in hooks:
+        context: AbstractContextManager[Any] | None = _call(hook, name, *args)
+        if context is not None:
+            stack.enter_context(context)
+
+
+def _stepper(pruner: Any) -> Callable[..., Any]:
+    """Return a ``step`` for one pruner that calls its hooks afterwards."""
+    own_step = vars(pruner).get("step")
+    step = pruner.step
+
+    @functools.wraps(step)
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with channels_in_order(), ExitStack() as stack:
+                _enter(stack, hooks_of(pruner), "stepping", pruner)
+                result = step(*args, **kwargs)
+        except BaseException:
+            _fire_quietly(pruner)
+            raise
+        if inspect.isgenerator(result):
+            return _interactive(pruner, result)
+        _fire(pruner)
+        return result
+
+    stepping.replaced = own_step  # type: ignore[attr-defined]
+    stepping.hooks = []  # type: ignore[attr-defined]
+    return stepping
+
+
+def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
+    """Yield an interactive step's groups; call the hooks when they, or the user's loop, end."""
+    try:
+        with channels_in_order():
+            yield from groups
+    except BaseException:  # GeneratorExit on break, or the user's own exception
+        _fire_quietly(pruner)
+        raise
+    _fire(pruner)
+
+
+def _fire(pruner: Any) -> None:
+    """Call ``after_step`` of every hook."""
+    for hook in list(hooks_of(pruner)):
+        hook.after_step(pruner)
+
+
+def _fire_quietly(pruner: Any) -> None:
+    """Call ``after_step`` of every hook while another exception is raised.
+
+    That exception must be the one that surfaces, so a hook's own becomes a warning.
+    """
+    for hook in list(hooks_of(pruner)):
+        try:
+            hook.after_step(pruner)
+        except Exception as error:
+            warnings.warn(f"{type(hook).__name__} after an interrupted step: {error}", stacklevel=2)
+
+
+def enable() -> None:
+    """Make every pruner's constructor accept ``hooks=``; ``import tp_hf_config`` does it."""
+    with _lock:
+        for cls in family():
+            _wrap_init(cls)
+        if "__init_subclass__" not in vars(BasePruner):
+            BasePruner.__init_subclass__ = classmethod(_wrap_subclass)
+
+
+def disable() -> None:
+    """Undo :func:`enable`: give every class Torch-Pruning's own constructor back."""
+    with _lock:
+        for cls in family():
+            own_init = vars(cls).get("__init__")
+            if _is_ours(own_init):
+                if own_init.inherited:
+                    del cls.__init__
+                else:
+                    cls.__init__ = own_init.original
+        if "__init_subclass__" in vars(BasePruner):
+            del BasePruner.__init_subclass__
+
+
+def _wrap_subclass(cls: Any, /, **kwargs: Any) -> None:
+    """Wrap the constructor of every new subclass of ``BasePruner``."""
+    super(BasePruner, cls).__init_subclass__(**kwargs)
+    _wrap_init(cls)
+
+
+def _is_ours(init: Any) -> bool:
+    """True if a constructor is a wrapper of this module; a copy of its attributes is not."""
+    return getattr(init, "wrapper", None) is init is not None
+
+
+def _wrap_init(cls: Any) -> None:
+    """Wrap a class's constructor, its own or a mixin's, unless it is wrapped already."""
+    original = cls.__init__
+    if _is_ours(original):
+        return
+    signature = inspect.signature(original)
+    if "hooks" in signature.parameters:  # the user's class has a parameter of that name
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        hooks = kwargs.pop("hooks", None)
+        hooks = [] if hooks is None else hooks
+        hooks = list(hooks) if isinstance(hooks, (list, tuple)) else [hooks]
+        if hooks:
+            _construct(self, functools.partial(__init__, self, *args, **kwargs), hooks)
+        elif cls is BasePruner:
+            _construct_base(original, signature, self, args, kwargs)
+        else:
+            original(self, *args, **kwargs)
+
+    marked: Any = __init__
+    marked.wrapper, marked.original = __init__, original
+    marked.inherited = "__init__" not in vars(cls)
+    cls.__init__ = __init__
+
+
+@dataclass
+class _Construction:
+    """A pruner whose constructor is running, and the context managers that its hooks want.
+
+    Attributes:
+        pruner: the pruner.
+        hooks: its hooks.
+        surroundings: the stack that holds the entered context managers.
+        begun: True once they are entered.
+    """
+
+    pruner: Any
+    hooks: list[Any]
+    surroundings: ExitStack
+    begun: bool = False
+
+    def begin(self, pruner: Any, arguments: dict[str, Any]) -> None:
+        """Enter the hooks' context managers, once; the hooks may change the arguments."""
+        if pruner is self.pruner and not self.begun:
+            self.begun = True
+            _enter(self.surroundings, self.hooks, "constructing", arguments)
+
+
+def _construct(pruner: Any, construct: Callable[[], None], hooks: list[Any]) -> None:
+    """Run a constructor inside its hooks' context managers; then register all hooks or none."""
+    for hook in hooks:
+        _check(hook)
+    with ExitStack() as stack:
+        stack.callback(setattr, _constructing, "now", getattr(_constructing, "now", None))
+        _constructing.now = _Construction(pruner, hooks, stack)
+        construct()
+    with ExitStack() as undo:
+        for hook in hooks:
+            undo.callback(register(pruner, hook).remove)
+        undo.pop_all()
+
+
+def _construct_base(
+    original: Callable[..., None],
+    signature: inspect.Signature,
+    pruner: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+) -> None:
+    """Run Torch-Pruning's own constructor with the arguments that the hooks may have changed."""
+    construction: _Construction | None = getattr(_constructing, "now", None)
+    if construction is None:
+        given = dict(zip(list(signature.parameters)[1:], args, strict=False))
+        _check_awaited(given | kwargs)
+        original(pruner, *args, **kwargs)
+        return
+    arguments = _with_own_dicts(signature, pruner, args, kwargs)
+    construction.begin(pruner, arguments)
+    _check_awaited(arguments)
+    original(pruner, **arguments)
+
+
+def _check_awaited(arguments: Mapping[str, Any]) -> None:
+    """Raise if ``pruner_kwargs`` made these arguments, but no hook installs their graph.
+
+    Raises:
+        ValueError: Torch-Pruning would trace the model, and nothing makes that safe.
+    """
+    graph = getattr(arguments.get("example_inputs"), "graph", None)
+    if graph is not None and not getattr(graph, "awaited", True):
+        raise ValueError(
+            "pruner_kwargs(model) made these arguments for a pruner with a hook, which puts in the "
+            "graph that is made from the config. Without it Torch-Pruning would trace the model, "
+            "which need not end. Pass hooks=[HFConfigSyncHook()] too."
+        )
+
+
+def _with_own_dicts(
+    signature: inspect.Signature, pruner: Any, args: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the constructor's arguments, with dicts that belong to this pruner alone.
+
+    Torch-Pruning writes to ``num_heads`` and similar arguments.  Their defaults are shared mutable
+    dicts, so one pruner finds what another one wrote (seen in 1.6.1, base_pruner.py).
+    """
+    bound = signature.bind(pruner, *args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    arguments.pop(next(iter(signature.parameters)))
+    return {
+        name: dict(value) if name in _DICTS and isinstance(value, dict) else value
+        for name, value in arguments.items()
+    }
+
+
+enable()

@@ -1,0 +1,137 @@
+"""What one sync did, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from .. import notebook
+from ..notebook import short
+from ..schema import dated
+from .history import PrunedGroup
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One sync of a model's config with its weights.
+
+    Attributes:
+        step: the number of this sync; the hook's first is 1.
+        graph: the dependency graph that the groups come from, and why that one.
+        groups: the groups pruned since the last sync.
+        fields: config field -> (old value, new value); ``None`` stands for unset.
+        attributes: the module attributes that were refreshed.
+        buffers: the unsaved buffers that were refreshed.
+        ties: the tied weights that were made one Parameter again.
+        proof: how the new config was proved; empty if it was not.
+        parameters: the model's parameter count before and after, tied weights counted once.
+        seconds: wall-clock time of the sync.
+        notes: what else the user should know.
+        error: why no config fits; ``None`` if one does.
+        inputs: an input for encoder states, which an encoder outside the model makes -> the
+            channels that the model still reads, as numbered when the hook was attached.
+    """
+
+    step: int
+    graph: str = ""
+    groups: Sequence[PrunedGroup] = ()
+    fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    attributes: Sequence[str] = ()
+    buffers: Sequence[str] = ()
+    ties: Sequence[str] = ()
+    proof: str = ""
+    parameters: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+    notes: Sequence[str] = ()
+    error: str | None = None
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        graph = f" ({self.graph.split(':')[0]})" if self.graph else ""
+        head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned{graph}"
+        if self.error is not None:
+            return f"{head}; the config does not follow: {self.error}"
+        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
+        refreshed = ", ".join(
+            _count(len(items), word)
+            for items, word in (
+                (self.attributes, "attribute"),
+                (self.buffers, "buffer"),
+                (self.ties, "tie"),
+            )
+            if items
+        )
+        lines = [f"{head}; {changes or 'no config field changes'}"]
+        lines.append(
+            f"  {refreshed or 'nothing else'} refreshed; {self.proof}; {self.seconds:.2f} s"
+        )
+        lines += [
+            f"  {name}: give it {len(channels)} channels now, report.inputs says which"
+            for name, channels in self.inputs.items()
+        ]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return short(self, str(self), most=200)
+
+    def _repr_html_(self) -> str:
+        title, *lines = str(self).split("\n")
+        rows = [(name, old, new) for name, (old, new) in self.fields.items()]
+        return notebook.page(
+            title, notebook.table(("config field", "old", "new"), rows), notebook.lines(lines)
+        )
+
+    __rich__ = __str__  # rich's own view prints every index of every layer
+
+    def plot(self, path: str | PathLike[str]) -> Figure:
+        """Draw the widths of fields and layers before and after.
+
+        Args:
+            path: the file to write; its suffix sets the format, PNG without one.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        from .plots import plot_widths
+
+        return plot_widths([self], path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for ``json.dumps``, with the versions that made it."""
+        data = {
+            "step": self.step,
+            "graph": self.graph,
+            "groups": [
+                {
+                    "root": group.root.name,
+                    "side": "out" if group.root.out else "in",
+                    "removed": len(group.root.removed),
+                    "of": group.root.before,
+                    "layers": len(group.layers),
+                }
+                for group in self.groups
+                if group.layers
+            ],
+            "fields": {name: {"old": old, "new": new} for name, (old, new) in self.fields.items()},
+            "attributes": list(self.attributes),
+            "buffers": list(self.buffers),
+            "ties": list(self.ties),
+            "inputs": {name: list(channels) for name, channels in self.inputs.items()},
+            "proof": self.proof,
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "error": self.error,
+        }
+        return dated(data)
+
+
+def _count(number: int, word: str) -> str:
+    """Return the number with the word, in the plural unless the number is 1."""
+    return f"{number} {word}" + ("" if number == 1 else "s")

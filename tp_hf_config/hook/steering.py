@@ -1,0 +1,234 @@
+"""Answer one pruner's questions in whole units, and restore the pruner afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch_pruning.pruner.algorithms.base_pruner as tp_base
+
+from ..graph.config_graph import ConfigGraph, ConfigGroup
+from ..graph.sides import GraphGroup
+from ..graph.unit_count import in_runs, multiple_below, per_class
+from .chunked_importance import in_pieces, takes_pieces
+
+if TYPE_CHECKING:
+    from ..planning.preflight import Foreseen
+
+
+def cutting_together(pruner: Any) -> AbstractContextManager[None]:
+    """Return a context manager for one step that cuts at its end and copies each parameter once.
+
+    It does nothing on a traced graph, or where the step is not Torch-Pruning's own.
+    """
+    if isinstance(pruner.DG, ConfigGraph) and is_plain(pruner):
+        return pruner.DG.cuts.together()
+    return nullcontext()
+
+
+def is_plain(pruner: Any) -> bool:
+    """True if a pruner's step is Torch-Pruning's own.
+
+    Torch-Pruning's step asks for every importance before it prunes the first group, and reads no
+    weight afterwards.  Any other step may read weights at any time.
+    """
+    step = vars(pruner).get("step")
+    own = getattr(step, "replaced", None) is None and "_prune" not in vars(pruner)
+    return own and _inherits(pruner, _STEP)
+
+
+_STEP, _ESTIMATE = ("step", "_prune"), ("estimate_importance",)
+_BASE = {name: getattr(tp_base.BasePruner, name) for name in (*_STEP, *_ESTIMATE)}
+
+
+def _inherits(pruner: Any, names: Iterable[str]) -> bool:
+    """True if a pruner's class has Torch-Pruning's own methods of these names."""
+    return all(getattr(type(pruner), name) is _BASE[name] for name in names)
+
+
+class UnitSteering:
+    """Answers one pruner's questions about a group in whole units.
+
+    ``estimate_importance`` returns one value per unit, also where a unit is several channels wide.
+    ``_get_channel_groups`` returns the channel groups inside which units are interchangeable.
+    ``_round_to`` rounds each group to a number that the class accepts for its field; it compares
+    the units of one channel group with the units of one channel group, while Torch-Pruning compares
+    them with all units (base_pruner.py, 1.6.1).  Groups of whole heads are ranked on their own, at
+    the pruner's head ratios; where every key/value group has to lose the same number of heads, each
+    loses its own least important ones.
+
+    Attributes:
+        foreseen: what the preflight says that each step leaves; ``None`` where it is not known.
+        valued: True once the importance has given some group a value.
+    """
+
+    _NAMES = ("estimate_importance", "_get_channel_groups", "_is_atten_group", "_round_to")
+
+    def __init__(self, pruner: Any):
+        self.pruner = pruner
+        self._own = {name: vars(pruner).get(name) for name in self._NAMES}
+        self._estimate = pruner.estimate_importance
+        self._channel_groups = pruner._get_channel_groups
+        self._attention = pruner._is_atten_group
+        self._round = pruner._round_to
+        self._group: Any = None
+        self._ranked: Any = None
+        self.foreseen: Foreseen | None = None
+        self.valued = False
+
+    def attach(self) -> None:
+        """Install the answers on the pruner.
+
+        On a traced graph that is ``estimate_importance`` alone.  On the config graph, each group of
+        heads also gets a ranking scope of its own and the head ratios.
+        """
+        self.pruner.estimate_importance = self.estimate_importance
+        if isinstance(self.pruner.DG, ConfigGraph):
+            for name in self._NAMES:
+                setattr(self.pruner, name, getattr(self, name))
+            for number, coupled in enumerate(self._of_heads()):
+                scope = (f"heads {number}", [coupled.units])
+                self.pruner._layer_to_scope[coupled.units] = scope
+                self.pruner.pruning_ratio_dict[coupled.units] = self._head_ratios(coupled)
+
+    def detach(self) -> None:
+        """Restore the pruner as it was before :meth:`attach`."""
+        for coupled in self._of_heads():
+            self.pruner._layer_to_scope.pop(coupled.units, None)
+            self.pruner.pruning_ratio_dict.pop(coupled.units, None)
+        for name, own in self._own.items():
+            if vars(self.pruner).get(name) == getattr(self, name):
+                delattr(self.pruner, name)
+                if own is not None:
+                    setattr(self.pruner, name, own)
+
+    def estimate_importance(self, group: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the importance of a group's units, shape ``(units,)``.
+
+        On a traced graph it is that of channels.  ``None`` if the pruner's importance gives none.
+
+        Raises:
+            ValueError: the importance fails, and no parameter has a gradient.
+        """
+        try:
+            values = self._importance_of(group, *args, **kwargs)
+        except (AttributeError, TypeError) as error:  # the importance reads a gradient that is None
+            if any(parameter.grad is not None for parameter in self.pruner.model.parameters()):
+                raise
+            raise ValueError(
+                f"{type(self.pruner.importance).__name__} fails ({type(error).__name__}: {error}), "
+                "and no parameter has a gradient, which importances such as Taylor's are made of. "
+                "Run loss.backward() on some data before pruner.step(). Nothing is pruned yet."
+            ) from error
+        self.valued |= values is not None
+        return values
+
+    def why_nothing(self) -> str:
+        """Return the reason why a step pruned no group."""
+        pruner, step = self.pruner, self.pruner.current_step
+        if step > pruner.iterative_steps:
+            return f"all steps of the pruner were taken (iterative_steps={pruner.iterative_steps})"
+        graph = pruner.DG
+        if isinstance(graph, ConfigGraph) and not any(
+            True for _ in graph.taking_part(pruner.ignored_layers, pruner.root_module_types)
+        ):
+            return "no group takes part (prune=, ignored_layers=, root_module_types=)"
+        if not self.valued:
+            name = type(pruner.importance).__name__
+            return f"{name} gave no value to any group (it may need gradients, or batch norms)"
+        ratios = (pruner.per_step_pruning_ratio, *pruner.pruning_ratio_dict.values())
+        if not any(by_step[step] for by_step in (*ratios, pruner.per_step_head_pruning_ratio)):
+            return "all ratios are 0"
+        return "less than one unit of each was to go, or no group that the step gave was pruned"
+
+    def _importance_of(self, group: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return a group's importance, or its units' ranks where ``_chooses_in_each`` says so."""
+        ranked, self._ranked = self._ranked, None
+        if isinstance(group, ConfigGroup):
+            values = self.pruner.DG.importance_of(
+                group, lambda one: self._estimate_one(one, *args, **kwargs)
+            )
+            return values if ranked is not group or values is None else _places(group, values)
+        return self._estimate(group, *args, **kwargs)
+
+    def _of_heads(self) -> list[GraphGroup]:
+        """Return the groups whose units are whole heads; none on a traced graph."""
+        graph = self.pruner.DG
+        return [c for c in graph.coupled if c.heads] if isinstance(graph, ConfigGraph) else []
+
+    def _head_ratios(self, coupled: GraphGroup) -> list[float]:
+        """Return a group's head ratio at each step; ``head_pruning_ratio_dict`` comes first."""
+        pruner = self.pruner
+        if not pruner.prune_num_heads:
+            return [0.0] * len(pruner.per_step_head_pruning_ratio)
+        for side in coupled.sides:
+            if side.module in pruner.head_pruning_ratio_dict:
+                own: list[float] = pruner.head_pruning_ratio_dict[side.module]
+                return own
+        ratios: list[float] = pruner.per_step_head_pruning_ratio
+        return ratios
+
+    def _estimate_one(self, group: ConfigGroup, *args: Any, **kwargs: Any) -> Any:
+        importance = self.pruner.importance
+        own = self._own["estimate_importance"] is None and _inherits(self.pruner, _ESTIMATE)
+        if own and takes_pieces(importance) and not args and not kwargs:
+            return in_pieces(importance, group)
+        return self._estimate(group, *args, **kwargs)
+
+    def _get_channel_groups(self, group: Any) -> int:
+        if isinstance(group, ConfigGroup):
+            if self._chooses_in_each(group.coupled):
+                self._ranked = group  # the pruner asks next for the importance to rank it by
+                return 1
+            return group.coupled.count.channel_groups
+        channel_groups: int = self._channel_groups(group)
+        return channel_groups
+
+    def _chooses_in_each(self, coupled: GraphGroup) -> bool:
+        """True if each channel group loses its own least important units.
+
+        If not, all channel groups lose units at the same positions.  Torch-Pruning ranks positions
+        of grouped channels by their mean over the channel groups, but grouped-query heads inside
+        each key/value group.
+        """
+        pruner = self.pruner
+        alone = coupled.heads or not (pruner.global_pruning or pruner.isomorphic)
+        return (
+            coupled.count.channel_groups > 1
+            and coupled.root is None
+            and alone
+            and bool(pruner.round_to)
+        )
+
+    def _is_atten_group(self, group: Any) -> Any:
+        self._group = group  # the pruner asks this right before it rounds the group
+        if isinstance(group, ConfigGroup):
+            return False, []  # heads are units here; Torch-Pruning need not count them
+        return self._attention(group)
+
+    def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
+        if not isinstance(self._group, ConfigGroup):
+            rounded: int = self._round(n_pruned, current_channels, round_to)
+            return rounded
+        coupled = self._group.coupled
+        together = coupled.count.channel_groups if self._chooses_in_each(coupled) else 1
+        size = coupled.units.count // coupled.count.channel_groups
+        if self.foreseen is not None:
+            remaining = self.foreseen.units_left(coupled, self.pruner.current_step)
+            if remaining is not None:
+                return (size - remaining // coupled.count.channel_groups) * together
+        rounded_to = in_runs(round_to, coupled.count.run)
+        multiple = per_class(coupled.count.multiple, rounded_to, coupled.count.channel_groups)
+        kept = (size * together - n_pruned) // together
+        return (size - multiple_below(kept, multiple)) * together
+
+
+def _places(group: ConfigGroup, values: torch.Tensor) -> torch.Tensor:
+    """Return each unit's rank in its channel group, 0 for the least important: shape ``(units,)``.
+
+    Ranked this way, the least important units of all channel groups go first.
+    """
+    ranked = values.view(group.coupled.count.channel_groups, -1).argsort(1).argsort(1)
+    return ranked.to(values.dtype).flatten()

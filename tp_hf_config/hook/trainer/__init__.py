@@ -1,0 +1,1 @@
+"""Pruning during training: an optimizer that follows it, and a ``Trainer`` callback."""

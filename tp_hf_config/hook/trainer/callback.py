@@ -1,0 +1,220 @@
+"""Prune on a schedule while a ``transformers.Trainer`` trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+from transformers.trainer_callback import (
+    ExportableState,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+
+from ...errors import TrainingError
+from ...graph.origins import Origin
+from ...model.config_json import config_json, with_values
+from ...model.locate import find_pretrained
+from ...planning.pruner_kwargs import pruner_kwargs
+from ..hook import HFConfigSyncHook
+from .optimizer import optimizer_follows, replace, unwrapped, why_not
+from .resume import Progress, progress_of, pruner_at, sync_hook_of
+
+
+class PruningCallback(TrainerCallback, ExportableState):
+    """Prunes a model while a ``Trainer`` trains it; config and optimizer follow.
+
+    ::
+
+        Trainer(model, args, ..., callbacks=[
+            PruningCallback(every=100, pruning_ratio=0.3, iterative_steps=5)
+        ])
+
+    The pruner steps right after an optimizer step, while the gradients of that step are still there
+    for the importance; where gradients are accumulated, after all of them. If the gradient scaler
+    skips an optimizer step, nothing is pruned then, but after the next one. Checkpoints load with
+    ``from_pretrained``. To resume from one, build the model from it and train with the same
+    callback:
+    ``Trainer(from_pretrained(checkpoint), ...).train(resume_from_checkpoint=checkpoint)``.
+
+    Args:
+        build: makes the pruner of a model. Default: ``MetaPruner`` with ``pruner_kwargs`` and
+            Taylor importance.
+        every: prune after every so many optimizer steps, until the pruner's ``iterative_steps`` are
+            done.
+        at: instead of ``every``: the optimizer steps after which to prune, one for each of the
+            ``iterative_steps``.
+        settings: arguments for the default pruner.
+
+    Attributes:
+        pruner: the pruner; ``None`` before training begins.
+        hook: its :class:`~tp_hf_config.HFConfigSyncHook`, which has the reports.
+
+    Raises:
+        ValueError: not exactly one of ``every`` and ``at``, a value of theirs that is no schedule,
+            or ``settings`` together with ``build``; when training begins, if the schedule does not
+            fit ``iterative_steps`` or the length of the training.
+        TrainingError: when training begins, if this run cannot prune; after the first optimizer
+            step, if the optimizer's state cannot follow.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Any], Any] | None = None,
+        *,
+        every: int | None = None,
+        at: Sequence[int] = (),
+        **settings: Any,
+    ):
+        if (every is None) == (not at):
+            raise ValueError(
+                "PruningCallback: say when to prune, either every=100 or at=(100, 200, 300)"
+            )
+        if every is not None and every < 1:
+            raise ValueError(f"PruningCallback: every={every}: expected 1 or more optimizer steps")
+        if min(at, default=1) < 1 or list(at) != sorted(set(at)):
+            raise ValueError(f"PruningCallback: at={tuple(at)}: expected rising optimizer steps")
+        if build is not None and settings:
+            raise ValueError(
+                f"PruningCallback: {', '.join(settings)}: the function given makes the pruner, so "
+                "give them there"
+            )
+        self._build, self._settings = build, settings
+        self._every, self._at = every, tuple(at)
+        self._unpruned: dict[str, Any] = {}
+        self._checked = False
+        self.pruner: Any = None
+        self.hook: HFConfigSyncHook | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what the ``Trainer`` stores of this callback in a checkpoint."""
+        if self.pruner is None:
+            return {"args": {}, "attributes": {}}
+        progress = progress_of(self.pruner, self._unpruned)
+        return {"args": {}, "attributes": {"progress": progress.to_dict()}}
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the pruner; on resuming, in the state that the checkpoint records."""
+        reason = _not_in(args)
+        if reason is not None:
+            raise TrainingError(f"PruningCallback: {reason}")
+        model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
+        saved = _saved(state, type(self).__name__)
+        self._checked = False
+        if saved is None:
+            self._unpruned = _config_of(model)
+            self.pruner = self._make(model)
+        else:
+            self.pruner, changed = pruner_at(saved, model, self._make)
+            replace(optimizer, {old: (new, Origin(old, {})) for old, new in changed.items()})
+            self._unpruned = with_values(_config_of(model), dict(saved.fields))
+        self.hook = sync_hook_of(self.pruner)
+        reason = self._too_late(state.max_steps)
+        if reason is not None:
+            raise ValueError(f"PruningCallback: {reason}")
+        states: Any = state.stateful_callbacks
+        states[type(self).__name__] = self.state()  # the Trainer saves only those listed here
+
+    def on_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Run a step of the pruner if one is due."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if not self._checked:  # an optimizer has no state before its first step
+            reason = why_not(model, unwrapped(optimizer))
+            if reason is not None:
+                raise TrainingError(f"PruningCallback: {reason}")
+            self._checked = True
+        if getattr(optimizer, "step_was_skipped", False):  # the gradients are not finite
+            return
+        done = self.pruner.current_step
+        if done < self.pruner.iterative_steps and state.global_step + 1 >= self._due(done):
+            with optimizer_follows(model, optimizer):
+                self.pruner.step()
+
+    def _make(self, model: Any) -> Any:
+        """Return a pruner of the model: from ``build``, or the default one."""
+        if self._build is not None:
+            return self._build(model)
+        defaults = {
+            "importance": tp.importance.GroupTaylorImportance(),
+            "hooks": [HFConfigSyncHook()],
+        }
+        return tp.pruner.MetaPruner(model, **pruner_kwargs(model, **(defaults | self._settings)))
+
+    def _due(self, done: int) -> int:
+        """Return the optimizer step after which the pruner steps if it did ``done`` steps."""
+        return self._at[done] if self._every is None else self._every * (done + 1)
+
+    def _too_late(self, max_steps: int) -> str | None:
+        """Return why the schedule does not fit the pruner or the training, or None if it does."""
+        steps = self.pruner.iterative_steps
+        if self._at and len(self._at) != steps:
+            return (
+                f"at= names {len(self._at)} optimizer steps, but the pruner has "
+                f"iterative_steps={steps}: give as many"
+            )
+        last = self._due(steps - 1)
+        if last > max_steps:
+            return (
+                f"training ends after {max_steps} optimizer steps, before the pruner's last of "
+                f"{steps} steps, which comes after {last}: prune earlier or train longer"
+            )
+        return None
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    """Return the JSON of a model's config, with every default."""
+    return config_json(find_pretrained(model)[1].config, use_diff=False)
+
+
+def _saved(state: TrainerState, name: str) -> Progress | None:
+    """Return the pruner's progress in the checkpoint that a run resumes from, or None without one.
+
+    Raises:
+        TrainingError: the checkpoint has several callbacks of this name.
+    """
+    if not state.global_step:
+        return None
+    states: Any = state.stateful_callbacks
+    saved = states.get(name, {})
+    if isinstance(saved, list):
+        raise TrainingError(f"the checkpoint tells of {len(saved)} {name}s: expected one")
+    progress = saved.get("attributes", {}).get("progress")
+    return None if progress is None else Progress.from_dict(progress)
+
+
+def _not_in(args: Any) -> str | None:
+    """Return why a model cannot be pruned in a run with these arguments, or None if it can."""
+    if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
+        return (
+            "DeepSpeed and FSDP keep Parameters in pieces of their own, which cannot be pruned. "
+            "Train in one process, or with DistributedDataParallel in a loop of your own: "
+            "examples/accelerate_two_processes.py"
+        )
+    if args.world_size > 1:
+        return (
+            f"{args.world_size} processes: the Trainer's DistributedDataParallel would go on with "
+            "the unpruned Parameters. Train in one process, or in a loop of your own that wraps "
+            "the model anew after every pruning step: examples/accelerate_two_processes.py"
+        )
+    if args.n_gpu > 1:
+        return f"{args.n_gpu} GPUs in one process: give it one (CUDA_VISIBLE_DEVICES=0)"
+    if args.load_best_model_at_end:
+        return (
+            "load_best_model_at_end=True would load a checkpoint of other widths into the pruned "
+            "model. Leave it out; every checkpoint loads by from_pretrained"
+        )
+    if args.auto_find_batch_size:
+        return "auto_find_batch_size=True begins anew with a model pruned already. Leave it out"
+    if getattr(args, "restore_callback_states_from_checkpoint", False):
+        return (
+            "restore_callback_states_from_checkpoint=True makes callbacks anew, without their "
+            "arguments. Leave it out: this one goes on where it was by itself"
+        )
+    return None

@@ -1,0 +1,155 @@
+"""Make an optimizer follow the pruning: its parameters, and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ...errors import TrainingError
+from ...graph.origins import Lineage, Origin, recording
+from ...model.tensors import select
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@contextmanager
+def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Make the optimizer follow a pruning step: it goes on with the pruned parameters.
+
+    ::
+
+        with optimizer_follows(model, optimizer):
+            pruner.step()
+
+    Every new Parameter replaces its old one in ``param_groups``. State of a parameter's shape
+    (Adam's moments, momentum) keeps exactly the positions that the parameter keeps; single numbers
+    (step counts) stay. Schedulers and gradient scalers need nothing. If the step raises, the
+    optimizer still follows what was pruned until then.
+
+    Args:
+        model: the module whose parameters the optimizer has.
+        optimizer: the optimizer, or accelerate's wrapper around it.
+
+    Raises:
+        TrainingError: before the step, if the optimizer has parameters that are not the model's or
+            have gradient hooks, or state of another shape than its parameter's; after the step, if
+            something else than pruning replaced parameters.
+    """
+    inner = unwrapped(optimizer)
+    reason = why_not(model, inner)
+    if reason is not None:
+        raise TrainingError(reason)
+    with recording() as lineage:
+        try:
+            yield
+        finally:
+            lost = _follow(model, inner, lineage)
+    if lost:
+        raise TrainingError(
+            f"{len(lost)} of the optimizer's parameters, the first of shape {list(lost[0].shape)}, "
+            "were replaced by something else than pruning. The model is pruned; make a new "
+            "optimizer from model.parameters()."
+        )
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Return the optimizer inside wrappers, each of which holds it as its ``optimizer``."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    plain: Optimizer = optimizer
+    return plain
+
+
+def why_not(model: nn.Module, optimizer: Optimizer) -> str | None:
+    """Return why an optimizer cannot follow a model's pruning, or None if it can."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    kind = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in names:
+                return (
+                    f"{kind} has a parameter of shape {list(parameter.shape)} that is not one of "
+                    f"{type(model).__name__}'s. It may have been made before an earlier pruning: "
+                    "make it from model.parameters(), and prune inside optimizer_follows."
+                )
+            name = names[parameter]
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                return (
+                    f"{name} has hooks of its own on its gradient, which its pruned successor "
+                    "would not have. Remove them before pruning (an optimizer that steps inside "
+                    "the backward pass cannot follow)."
+                )
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if not _follows(value, parameter):
+                    return (
+                        f"{kind} keeps {key!r} of {name}, {_described(value)}, where the parameter "
+                        f"has shape {list(parameter.shape)}: only state of the parameter's shape "
+                        "can follow it. Take an optimizer with such state (AdamW, SGD, Lion)."
+                    )
+    return None
+
+
+def replace(
+    optimizer: Optimizer, parameters: Mapping[nn.Parameter, tuple[nn.Parameter, Origin]]
+) -> None:
+    """Replace Parameters of an optimizer; their state keeps the positions that they kept.
+
+    Args:
+        optimizer: the optimizer, without wrappers.
+        parameters: old Parameter -> (the new one, its origin).
+    """
+    for group in optimizer.param_groups:
+        for place, old in enumerate(group["params"]):
+            if old not in parameters:
+                continue
+            new, origin = parameters[old]
+            group["params"][place] = new
+            state = optimizer.state.pop(old, None)
+            if state is not None:
+                optimizer.state[new] = {
+                    key: _kept(value, old, origin) for key, value in state.items()
+                }
+
+
+def _follow(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> list[nn.Parameter]:
+    """Replace the cut parameters of the optimizer.
+
+    Returns:
+        The optimizer's parameters that are no longer the model's and have no successor.
+    """
+    current = dict.fromkeys(model.parameters())
+    successors: dict[nn.Parameter, tuple[nn.Parameter, Origin]] = {}
+    for parameter in current:
+        origin = lineage.origin_of(parameter)
+        if origin.kept:
+            successors.setdefault(origin.parameter, (parameter, origin))
+    gone = {old: successor for old, successor in successors.items() if old not in current}
+    replace(optimizer, gone)
+    tracked = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter for parameter in tracked if parameter not in current]
+
+
+def _kept(value: Any, old: nn.Parameter, origin: Origin) -> Any:
+    """Return a state value without the cut positions; unchanged if it has another shape."""
+    shaped = isinstance(value, torch.Tensor) and value.shape == old.shape
+    return select(value, origin.kept) if shaped and origin.kept else value
+
+
+def _follows(value: Any, parameter: nn.Parameter) -> bool:
+    """True if a state value can follow: it has the parameter's shape, or is a single value."""
+    if isinstance(value, torch.Tensor):
+        return value.shape == parameter.shape or value.numel() == 1
+    return isinstance(value, _PLAIN)
+
+
+def _described(value: Any) -> str:
+    """Return the shape or type of a state value, for messages."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,182 @@
+"""Resume a pruner in another process, from what a checkpoint records of it.
+
+A pruner counts its ratios from the widths that it finds when it is made.  So the model is first
+made as wide as it was, without its weights; then the pruner is made and prunes again what the
+history records; then the weights are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import TrainingError
+from ...fieldmap.completeness import build_live
+from ...model.build import Refusal
+from ...model.config_json import FieldPath, config_json, field_name, with_values
+from ...model.locate import find_pretrained
+from ...model.tensors import owner, saved_buffers
+from ..apply import (
+    Changes,
+    all_or_nothing,
+    changed_values,
+    difference,
+    write_attributes,
+    write_buffers,
+    write_fields,
+)
+from ..hook import HFConfigSyncHook
+from ..registration import hooks_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a pruner has come, as plain data.
+
+    Attributes:
+        step: the number of pruner steps that are done.
+        history: what was pruned, as ``pruner.pruning_history()`` returns it.
+        fields: the config fields that pruning changed, with their values before the first step.
+        scopes: ranking scope -> the channels that the pruner counted in it at its first step.
+    """
+
+    step: int
+    history: list[tuple[str, bool, list[int]]]
+    fields: list[tuple[FieldPath, Any]]
+    scopes: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the progress for ``json.dumps``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Progress:
+        """Return the progress from the JSON of :meth:`to_dict`."""
+        fields = [(tuple(field), value) for field, value in data["fields"]]
+        return cls(data["step"], data["history"], fields, data["scopes"])
+
+
+def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
+    """Return how far a pruner has come.
+
+    Args:
+        pruner: the pruner.
+        unpruned: the JSON of the config before the pruner's first step.
+    """
+    _, model = find_pretrained(pruner.model)
+    history = [
+        (name, bool(out), [int(index) for index in idxs])
+        for name, out, idxs in pruner.pruning_history()
+    ]
+    pruned = {name for report in sync_hook_of(pruner).reports for name in report.fields}
+    fields = [
+        (field, value)
+        for field, value in changed_values(config_json(model.config, use_diff=False), unpruned)
+        if field_name(field) in pruned  # saving a model sets other fields too
+    ]
+    return Progress(pruner.current_step, history, fields, dict(pruner._scope_initial_channels))
+
+
+def sync_hook_of(pruner: Any) -> HFConfigSyncHook:
+    """Return the pruner's ``HFConfigSyncHook``; register one if it has none."""
+    for hook in hooks_of(pruner):
+        if isinstance(hook, HFConfigSyncHook):
+            return hook
+    hook = HFConfigSyncHook()
+    hook.register(pruner)
+    return hook
+
+
+def pruner_at(
+    progress: Progress, model: nn.Module, build: Callable[[nn.Module], Any]
+) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]:
+    """Return a pruner in the state of another one, on a model that is pruned already.
+
+    The model keeps its weights, in new Parameters where something was pruned.
+
+    Args:
+        progress: the state of the other pruner.
+        model: the pruned model, or a module that contains it.
+        build: makes the pruner of a model.
+
+    Returns:
+        The pruner, and for each old Parameter of the model the one that replaces it.
+
+    Raises:
+        TrainingError: the model is not what the history leaves, or its class refuses the unpruned
+            config; nothing is changed then.
+    """
+    _, pretrained = find_pretrained(model)
+    names = dict(pretrained.named_parameters(remove_duplicate=False))
+    buffers = saved_buffers(pretrained)
+    with all_or_nothing() as changes:
+        _widen(changes, pretrained, progress)
+        pruner = build(model)
+        hook = sync_hook_of(pruner)
+        pruner.load_pruning_history(list(progress.history))
+        pruner.current_step = progress.step
+        pruner._scope_initial_channels.update(progress.scopes)
+        _check_narrow(pretrained, {**names, **buffers})
+        for name, parameter in names.items():
+            pretrained.get_parameter(name).data = parameter.data
+        for name, buffer in buffers.items():
+            module, key = owner(pretrained, name)
+            module._buffers[key] = buffer
+        hook.sync()  # makes tied weights one Parameter again, and proves the result
+    return pruner, {old: pretrained.get_parameter(name) for name, old in names.items()}
+
+
+def _widen(changes: Changes, model: Any, progress: Progress) -> None:
+    """Give a model its unpruned shapes: in config, attributes, buffers and Parameters.
+
+    Parameters of another shape and all saved buffers are filled with zeros.
+
+    Raises:
+        TrainingError: the class refuses the current or the unpruned config.
+    """
+    builder, pruned_build = build_live(model, buffers=True)
+    data = config_json(model.config)
+    wide_build = builder.build(with_values(data, dict(progress.fields)), buffers=True)
+    if isinstance(pruned_build, Refusal) or isinstance(wide_build, Refusal):
+        raise TrainingError(
+            f"{type(model).__name__} refuses the config that the checkpoint's run began with. "
+            "Resume with the class and the version of transformers that it was saved by."
+        )
+    change = difference(model, pruned_build, wide_build)
+    write_fields(changes, model, change.fields)
+    write_attributes(changes, model, change.attributes)
+    write_buffers(changes, model, change.buffers)
+    wide = dict(wide_build.named_parameters(remove_duplicate=False))
+    widened: dict[nn.Parameter, nn.Parameter] = {}  # a Parameter under several names stays one
+    for name, old in list(model.named_parameters(remove_duplicate=False)):
+        if wide[name].shape != old.shape:
+            empty = torch.zeros(wide[name].shape, dtype=old.dtype, device=old.device)
+            widened.setdefault(old, nn.Parameter(empty, old.requires_grad))
+        module, key = owner(model, name)
+        changes.set(module._parameters, key, widened.get(old, old))
+    for name, old_buffer in saved_buffers(model).items():
+        module, key = owner(model, name)
+        changes.set(
+            module._buffers, key, old_buffer.new_zeros(saved_buffers(wide_build)[name].shape)
+        )
+
+
+def _check_narrow(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> None:
+    """Raise if pruning again leaves other shapes than the loaded weights have.
+
+    Raises:
+        TrainingError: a tensor has another shape.
+    """
+    for name, tensor in loaded.items():
+        module, key = owner(model, name)
+        replayed = getattr(module, key)
+        if replayed.shape != tensor.shape:
+            raise TrainingError(
+                f"{name} has shape {list(tensor.shape)}, but the pruning that the checkpoint "
+                f"tells of leaves {list(replayed.shape)}. Build the model from the checkpoint: "
+                "from_pretrained(checkpoint), and give PruningCallback the arguments that it had."
+            )

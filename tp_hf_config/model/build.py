@@ -1,0 +1,211 @@
+"""Build a model class from a config, without weights.
+
+A config goes through its JSON, as ``from_pretrained`` would read it, so a builder gives what a
+reload will give.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext, _device_constructors
+
+from .leaf_cache import copied_leaves
+from .meta_run import KnownShapes
+from .versions import no_init_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+attention_of: dict[type, str] = {}
+"""Class -> the attention implementation to use, where the eager one returns NaN."""
+_BUILD_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A class or its config does not accept the values; ``reason`` is in its own words."""
+
+    reason: str
+
+
+class Builder:
+    """Builds one model class from JSON configs, on the meta device.
+
+    Args:
+        model: the live model; its class, config class and dtype are used, its weights are not.
+        options: arguments of the class's constructor beside the config.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: Mapping[str, Any] | None = None):
+        self.model_class = type(model)
+        self.config_class = type(model.config)
+        self.options = dict(options or {})
+        self.dtype = model.dtype if model.dtype.is_floating_point else torch.float32
+
+    def config(self, data: dict[str, Any]) -> PreTrainedConfig:
+        """Return the config that ``from_pretrained`` would read, with eager attention and experts.
+
+        ``attention_of`` may name another attention. Exceptions of the config class pass through.
+        """
+        decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
+        values = copy.deepcopy(data)
+        config = self.config_class.from_dict(decode(values) if decode is not None else values)
+        config._attn_implementation = attention_of.get(self.model_class, "eager")
+        if hasattr(type(config), "_experts_implementation"):
+            config._experts_implementation = "eager"
+        return config
+
+    def build(self, data: dict[str, Any], buffers: bool = False) -> nn.Module | Refusal:
+        """Build the class from a config's JSON.
+
+        Args:
+            data: the config as JSON.
+            buffers: True to compute buffers on the CPU; parameters have no data all the same.
+
+        Returns:
+            The model in eval mode, or a refusal in the class's own words.
+        """
+        text = ""
+        for place in (_EmptyOnMeta(),) if buffers else (_OnMeta(), torch.device("meta")):
+            try:
+                with _construction(self.dtype, place):
+                    config = self.config(data)
+                    if hasattr(type(config), "_experts_implementation"):
+                        config._experts_implementation = "batched_mm"  # its shapes need no routing
+                    model: nn.Module = self.model_class(config, **self.options)
+                    return model.train(False)
+            except Exception as error:  # a class may refuse with any exception
+                text = " ".join(str(error).split()) or type(error).__name__
+            if "device" not in text:
+                break
+        return Refusal(text.removeprefix("Class validation error for validator "))
+
+    def build_real(self, data: dict[str, Any]) -> nn.Module | Refusal:
+        """Build the class with its initial weights in float64 on the CPU, or return its refusal."""
+        try:
+            with _construction(torch.float64, None):
+                model: nn.Module = self.model_class(self.config(data), **self.options)
+                return model.double().train(False)
+        except Exception as error:  # as in build
+            return Refusal(" ".join(str(error).split()) or type(error).__name__)
+
+
+def without_data(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> PreTrainedModel | Refusal:
+    """Build a model class from a config on the meta device, in the config's dtype.
+
+    Returns:
+        The model in eval mode, or a refusal in the class's own words.
+    """
+    wanted = getattr(config, "dtype", None)
+    dtype = wanted if isinstance(wanted, torch.dtype) else torch.float32
+    try:
+        with _construction(dtype, torch.device("meta")):
+            model: PreTrainedModel = model_class(copy.deepcopy(config))
+            model.tie_weights()  # construction without initial values skips it
+            model.train(False)
+            return model
+    except Exception as error:  # as in Builder.build
+        return Refusal(" ".join(str(error).split()) or type(error).__name__)
+
+
+class _OnMeta(DeviceContext):
+    """The meta device with shortcuts; torch computes most result shapes there in slow Python."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("meta"))
+        self._constructors = _device_constructors()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.arange and all(type(arg) is int for arg in args):
+            options = dict(kwargs or {})
+            start, end, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
+            if options.keys() <= {"dtype", "device"} and args and (end - start) * step >= 0:
+                options["dtype"] = options.get("dtype") or torch.int64
+                return torch.empty(-((start - end) // step), **{"device": "meta", **options})
+        if func is torch.tensor and type(args[0]) is int and _is_whole(kwargs):
+            return func(*args, **kwargs or {})  # a single number on the CPU works with any device
+        if func in _FILLS and args[0].is_meta and not any(map(torch.is_tensor, args[1:])):
+            return args[0]
+        if func not in self._constructors and getattr(func, "__name__", "") not in _CHEAP:
+            with KnownShapes():  # type: ignore[no-untyped-call]
+                return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+_FILLS = {
+    getattr(torch.Tensor, f"{name}_")
+    for name in ("add", "clamp", "clip", "div", "erfinv", "fill", "mul", "normal", "sub", "uniform")
+}
+"""Functions that set values in place (timm's initial weights) and change no shape."""
+_CHEAP = {"__get__", "__set__", "_set_grad_enabled", "detach", "dim", "requires_grad_", "size"}
+"""Names of functions that compute no shape."""
+
+
+def _is_whole(options: Any) -> bool:
+    """True if the keyword arguments ask for no floating point dtype."""
+    dtype = (options or {}).get("dtype")
+    return dtype is None or not dtype.is_floating_point
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts ``torch.empty`` (parameters without values) on meta; computed tensors stay real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
+    """Construct as ``from_pretrained`` does: with a dtype, no initial values, no log lines.
+
+    Args:
+        dtype: torch's default dtype while open.
+        place: the device or mode that says where tensors go. ``None``: everything is computed on
+            the CPU, initial values too.
+    """
+    import logging
+
+    logger = logging.getLogger("transformers")
+    with _BUILD_LOCK:
+        default, level = torch.get_default_dtype(), logger.level
+        rng = torch.random.get_rng_state()
+        try:
+            logger.setLevel(logging.CRITICAL)
+            torch.set_default_dtype(dtype)
+            if place is None:
+                yield
+                return
+            leaves = copied_leaves() if isinstance(place, _OnMeta) else nullcontext()
+            with torch.no_grad(), no_init_weights(), _short_configs(), leaves, place:
+                yield
+        finally:
+            torch.set_default_dtype(default)
+            torch.random.set_rng_state(rng)
+            logger.setLevel(level)
+
+
+@contextmanager
+def _short_configs() -> Iterator[None]:
+    """While open, a config prints as its class name: log lines that nobody sees spell it out."""
+    from transformers import PretrainedConfig
+
+    spelled_out = PretrainedConfig.__repr__
+    try:
+        PretrainedConfig.__repr__ = lambda self: type(self).__name__  # type: ignore[method-assign]
+        yield
+    finally:
+        PretrainedConfig.__repr__ = spelled_out  # type: ignore[method-assign]

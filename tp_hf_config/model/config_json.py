@@ -1,0 +1,67 @@
+"""Treat a config as JSON: name its fields, read their values and set others."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
+FieldPath = tuple[str | int, ...]
+"""A field, by the keys that lead to it in a config's JSON: ``("text_config", "hidden_size")``."""
+
+
+def field_name(path: FieldPath) -> str:
+    """Return a field as people write it: ``text_config.hidden_size``, ``depths[0]``."""
+    return "".join(
+        f"[{key}]" if isinstance(key, int) else ("." if i else "") + key
+        for i, key in enumerate(path)
+    )
+
+
+def config_json(config: PreTrainedConfig, use_diff: bool = True) -> dict[str, Any]:
+    """Return the config as ``save_pretrained`` writes it (``use_diff``), or with every default."""
+    result: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
+    return result
+
+
+def with_values(data: dict[str, Any], values: dict[FieldPath, int | None]) -> dict[str, Any]:
+    """Return a copy of a config's JSON with some fields set; missing parents are created."""
+    result = copy.deepcopy(data)
+    for path, value in values.items():
+        node: Any = result
+        for key in path[:-1]:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+        node[path[-1]] = value
+    return result
+
+
+def is_own(key: str) -> bool:
+    """True if a module's attribute is its class's own, and not one that every module has."""
+    return key not in _MODULE_INTERNALS
+
+
+def is_plain(value: Any) -> bool:
+    """True if a value consists of numbers, strings and ``None`` only, however nested."""
+    if isinstance(value, (tuple, list)):
+        return all(is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(is_plain(item) for item in value.values())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def value_at(data: Any, path: FieldPath) -> Any:
+    """Return the value of a field in a config's JSON, or None if the JSON does not have it."""
+    for key in path:
+        if isinstance(data, dict):
+            data = data.get(key)
+        elif isinstance(data, list) and isinstance(key, int):
+            data = data[key]
+        else:
+            return None
+    return data

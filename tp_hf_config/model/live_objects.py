@@ -1,0 +1,94 @@
+"""Find what is alive beside a model: modules that hold it, and models that share its config."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from itertools import compress
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Surroundings(NamedTuple):
+    """What is alive around a model.
+
+    Attributes:
+        holders: the outermost modules that contain the model; the model itself if none does.
+        sharers: class names of other models that hold one of the model's config objects. Modules
+            that contain the model do not count as others, nor does anything inside them.
+    """
+
+    holders: list[nn.Module]
+    sharers: list[str]
+
+
+def surroundings_of(model: nn.Module) -> Surroundings:
+    """Search all live objects for modules that contain a model or share its config."""
+    around = _surroundings(model)
+    if around.sharers:
+        gc.collect()  # a model that nobody holds may not be collected yet
+        around = _surroundings(model)
+    return around
+
+
+def _surroundings(model: nn.Module) -> Surroundings:
+    alive = _live_modules()
+    holders = _holders(model, alive)
+    own = {id(config) for module in model.modules() for config in configs_of(module)}
+    inside = {id(one) for holder in holders for one in holder.modules()}
+    others = [
+        module
+        for module in alive
+        if id(module) not in inside and any(id(config) in own for config in configs_of(module))
+    ]
+    parts = {id(child) for other in others for child in other.modules() if child is not other}
+    return Surroundings(holders, [type(one).__name__ for one in others if id(one) not in parts])
+
+
+def _live_modules() -> list[nn.Module]:
+    """Return all live modules; a process has millions of objects, so C code filters them."""
+    kinds = set(_subclasses(nn.Module))
+    every = gc.get_objects()
+    modules = compress(every, map(kinds.__contains__, map(type, every)))
+    return [module for module in modules if "_modules" in vars(module)]
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    """Yield a class and its subclasses at every depth."""
+    waiting = [kind]
+    while waiting:
+        kind = waiting.pop()
+        yield kind
+        waiting += type.__subclasses__(kind)
+
+
+def _holders(model: nn.Module, alive: list[nn.Module]) -> list[nn.Module]:
+    """Return the outermost live modules that contain the model; itself if none does."""
+    parents: dict[int, list[nn.Module]] = {}
+    for module in alive:
+        for child in module._modules.values():
+            parents.setdefault(id(child), []).append(module)
+    waiting, visited, outermost = [model], {id(model)}, []
+    while waiting:
+        module = waiting.pop()
+        above = parents.get(id(module), [])
+        if not above:
+            outermost.append(module)
+        waiting += [parent for parent in above if id(parent) not in visited]
+        visited |= {id(parent) for parent in above}
+    return outermost
+
+
+def configs_of(module: nn.Module) -> Iterator[Any]:
+    """Yield the config objects that a module holds, those nested in its config included."""
+    from transformers import PretrainedConfig
+
+    waiting = [vars(module).get("config")]
+    while waiting:
+        config = waiting.pop()
+        if isinstance(config, PretrainedConfig):
+            yield config
+            waiting += [
+                value for value in vars(config).values() if isinstance(value, PretrainedConfig)
+            ]

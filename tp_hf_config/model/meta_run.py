@@ -1,0 +1,268 @@
+"""Run a forward pass of a model without data past the places where values decide.
+
+Weights and what is computed from them have shapes only. Whole numbers and masks (token ids, an
+image's grid, positions) stay real on the CPU, so that sizes computed from them are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from .versions import plain_on_meta
+
+_COPY = torch.ops.aten._to_copy.default
+_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+_PUT = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+_NONZERO = torch.ops.aten.nonzero.default
+_FEW = 8  # positions that are chosen along a long row
+_MOST_SEEN = 100_000  # operations in the cache before it is emptied
+_WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
+_LARGE = 2**21
+"""A tensor of more numbers than this holds no sizes."""
+_SCATTER = torch.ops.aten.masked_scatter.default
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_CONVOLUTION = torch.ops.aten.convolution.default
+_PADDING = 4
+"""Index of the padding among the arguments of a convolution."""
+_VALUES = (
+    torch.Tensor.item,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__index__,
+)
+
+
+class NoValues(TorchFunctionMode):
+    """Answers questions about values, which masks ask, in a forward pass on the meta device."""
+
+    def __enter__(self) -> Any:
+        self._plain = plain_on_meta()
+        self._plain.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._plain.__exit__(*exception)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _VALUES and args[0].is_meta:
+            return True  # masks ask whether anything is masked; no value is known here
+        if func is torch.Tensor.__contains__ and args[0].is_meta:
+            return False  # the question is: is there a padding token?
+        if func is torch.Tensor.tolist and args[0].is_meta:
+            return torch.ones(args[0].shape, device="cpu", dtype=torch.long).tolist()
+        return func(*args, **(kwargs or {}))
+
+
+class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes an operation's result shapes on the meta device only once for equal arguments."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see RealNumbers
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_meta = any(one.is_meta for one in _flat(args, {}) if isinstance(one, torch.Tensor))
+        kwargs = kwargs or {}
+        return _shaped(func, args, kwargs) if on_meta else func(*args, **kwargs)
+
+
+class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes whole numbers and the few others made from them; all else has shapes only.
+
+    Where values choose (which tokens an expert takes, which images are more than padding), this
+    mode chooses all. Of a long row (experts, one after the other) it chooses the first few, which
+    are like all others.
+
+    Attributes:
+        guessed: True once a value that is not known has chosen something: the run may then differ
+            from one with data.
+        numbers: how many numbers all operations together returned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.guessed = False
+        self.numbers = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiles here, and dynamo's guard costs more than all else
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [value for value in _flat(args, kwargs) if isinstance(value, torch.Tensor)]
+        if kwargs.get("device") == torch.device("meta") and self._stays_real(func, tensors, kwargs):
+            kwargs["device"] = torch.device("cpu")
+        on_meta = any(tensor.is_meta for tensor in tensors)
+        if on_meta:
+            if func is _NONZERO:
+                self.guessed = True
+                chosen = torch.ones(tensors[0].shape, device="cpu").nonzero()
+                return chosen[:_FEW] if chosen.shape[1] == 1 else chosen
+            if func is _ITEM:
+                self.guessed = True
+                return 1
+            if func is _COPY and "device" in kwargs:
+                kwargs["device"] = torch.device("meta")
+            if func is _SCATTER and _too_few(*args):
+                raise RuntimeError("fewer features than places for them")  # as with data
+            if func in _PUT and not self.guessed:
+                _check_broadcast(*args[:3])
+            if func in _INDEX:
+                self.guessed |= any(one.is_meta for one in tensors[1:] if one.dtype == torch.bool)
+                args = (args[0], _positions(args[1]), *args[2:])
+            if func in _INDEX or not all(tensor.is_meta for tensor in tensors):
+                args, kwargs = tree_map(_without_data, (args, kwargs))
+        output = _shaped(func, args, kwargs) if on_meta else _small(func, args, kwargs, tensors)
+        if isinstance(output, torch.Tensor):
+            self.numbers += output.numel()
+        return output
+
+    @staticmethod
+    def _stays_real(func: Any, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
+        """True if an operation that asks for the meta device runs on the CPU instead."""
+        if func is _COPY:
+            dtype = kwargs.get("dtype") or tensors[0].dtype
+            return not tensors[0].is_meta and not dtype.is_floating_point
+        if tensors:
+            return not any(tensor.is_meta for tensor in tensors)
+        dtype = kwargs.get("dtype")
+        return (dtype is not None and not dtype.is_floating_point) or "arange" in str(func)
+
+
+def _small(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+    """Run an operation on real numbers; return only a shape for what cannot hold sizes.
+
+    Those are sinusoids and results of more than ``_LARGE`` numbers.
+    """
+    new = _makes_new(func)
+    pointwise = new and torch.Tag.pointwise in func.tags
+    if pointwise and prod(tensor.numel() for tensor in tensors) > _LARGE:
+        shape = _shaped(func, *tree_map(_without_data, (args, kwargs)))
+        if _is_large(shape):  # LightGlue multiplies every position by every other
+            return shape
+    output = func(*args, **kwargs)
+    return _without_data(output) if func in _WAVES or (new and _is_large(output)) else output
+
+
+def _is_large(output: Any) -> bool:
+    """True if a result has too many numbers to hold sizes; never for a mask, which chooses."""
+    if not isinstance(output, torch.Tensor) or output.dtype == torch.bool:
+        return False
+    return output.numel() > _LARGE
+
+
+def _flat(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield an operation's arguments, and the items of lists in place of the lists."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+_seen: dict[Any, tuple[Any, ...]] = {}
+"""What each operation returns for which argument shapes.
+
+On the meta device most operations compute that in Python, which is slow.
+"""
+
+
+def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return an operation's result on the meta device; run it only once for equal shapes."""
+    if not _makes_new(func):
+        return func(*args, **kwargs)
+    described = (*map(_described, args), *kwargs, *map(_described, kwargs.values()))
+    key = (func, torch.get_default_dtype(), *described)
+    try:
+        cached = _seen.get(key)
+    except TypeError:  # an argument that cannot be hashed
+        return func(*args, **kwargs)
+    if cached is None:
+        if func is _CONVOLUTION and min(args[_PADDING], default=0) < 0:
+            raise RuntimeError("negative padding is not supported")  # as with data
+        output = func(*args, **kwargs)
+        outputs = output if isinstance(output, tuple) else (output,)
+        if all(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in outputs):
+            if len(_seen) >= _MOST_SEEN:
+                _seen.clear()
+            _seen[key] = tuple(map(_described, outputs))
+        return output
+    copies = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in cached]
+    return copies[0] if len(func._schema.returns) == 1 else tuple(copies)
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """True if an operation returns only new tensors: no views, nothing in place."""
+    schema = func._schema
+    aliases = [one.alias_info for one in (*schema.arguments, *schema.returns)]
+    single = all(str(one.type) == "Tensor" for one in schema.returns)
+    return single and all(one is None for one in aliases)
+
+
+def _described(value: Any) -> Any:
+    """Return everything about an argument that decides the shapes of results."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_described, value))
+    return (type(value), value)
+
+
+def _too_few(values: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> bool:
+    """True if a source has fewer numbers than the mask chooses; False if the mask has no data."""
+    if mask.is_meta:
+        return False
+    return source.numel() < int(mask.expand(values.shape).sum())
+
+
+def _check_broadcast(values: torch.Tensor, indices: Any, source: torch.Tensor) -> None:
+    """Raise if a source does not fit the positions it is put into, in torch's words for it.
+
+    Nothing is checked where the positions have no data.
+
+    Raises:
+        RuntimeError: the source cannot be broadcast to the indexed positions.
+    """
+    positions = _positions(indices)
+    if any(index is not None and index.is_meta for index in (*indices, *positions)):
+        return
+    target = torch.ops.aten.index.Tensor(*tree_map(_without_data, (values, positions))).shape
+    sizes = zip(reversed(source.shape), reversed(target), strict=False)
+    if source.ndim > len(target) or any(size not in (1, wanted) for size, wanted in sizes):
+        raise RuntimeError(
+            f"shape mismatch: value tensor of shape {list(source.shape)} cannot be broadcast to "
+            f"indexing result of shape {list(target)}"
+        )
+
+
+def _positions(indices: Any) -> list[Any]:
+    """Return the indices, with each mask replaced by the positions that it chooses.
+
+    Their number is a size. A mask without data chooses all positions.
+    """
+    result: list[Any] = []
+    for index in indices:
+        if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+            mask = torch.ones(index.shape, device="cpu") if index.is_meta else index
+            result += mask.nonzero(as_tuple=True)
+        else:
+            result.append(index)
+    return result
+
+
+def _without_data(value: Any) -> Any:
+    """Return a real tensor's copy on the meta device, and any other value as it is."""
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value

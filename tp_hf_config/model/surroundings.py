@@ -1,0 +1,39 @@
+"""Run Transformers without progress bars and with fewer log lines, and torch on one thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """While open, torch uses one thread: on tiny tensors, several only wait for each other."""
+    import torch  # the shell asks for the other one before it needs torch
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
+    """While open, Transformers shows no progress bars, and only log lines from ``level`` up."""
+    from transformers.utils import logging as untyped
+
+    bars: Any = untyped
+    logger = logging.getLogger("transformers")
+    before, shown = logger.level, bars.is_progress_bar_enabled()
+    try:
+        logger.setLevel(level)
+        bars.disable_progress_bar()
+        yield
+    finally:
+        logger.setLevel(before)
+        if shown:
+            bars.enable_progress_bar()

@@ -1,0 +1,172 @@
+"""Read parameters and buffers by name, and find tied weights.
+
+A tied weight is one Parameter under several names. Pruning replaces it under each name separately
+and so unties it silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
+
+
+def select(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """Return one copy of a tensor with only the kept positions of some dimensions.
+
+    The copy is filled a few rows at a time. Selecting one whole dimension after the other would
+    need memory for the intermediate tensors.
+
+    Args:
+        tensor: the tensor, of any shape.
+        kept: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
+    """
+    (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in kept.items())
+    if not others:
+        return tensor.index_select(dim, index)
+    last, last_index = others[-1]
+    shape = [len(kept[d]) if d in kept else size for d, size in enumerate(tensor.shape)]
+    result = tensor.new_empty(shape)
+    rows = max(1, PIECE * tensor.shape[dim] // max(1, tensor.nbytes))
+    for start in range(0, len(index), rows):
+        piece = tensor.index_select(dim, index[start : start + rows])
+        for other, other_index in others[:-1]:
+            piece = piece.index_select(other, other_index)
+        target = result.narrow(dim, start, piece.shape[dim])
+        torch.index_select(piece, last, last_index, out=target)
+    return result
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Names that share one Parameter.
+
+    Attributes:
+        names: the names, in the model's order.
+        parameter: the Parameter that they shared when the tie was found.
+    """
+
+    names: tuple[str, ...]
+    parameter: nn.Parameter
+
+    def pruned(self, model: nn.Module) -> list[str]:
+        """Return the names that now hold another Parameter than the shared one.
+
+        A name that still holds the old Parameter belongs to a layer that the pruner did not see
+        (T5's ``shared``): it takes over the Parameter of the others.
+        """
+        return [name for name in self.names if model.get_parameter(name) is not self.parameter]
+
+    def keeper(self, model: nn.Module) -> str:
+        """Return the name whose Parameter all names take: the first pruned one, or the first."""
+        return next(iter(self.pruned(model)), self.names[0])
+
+    def conflict(self, model: nn.Module, alike: bool = False) -> str | None:
+        """Return why the names cannot share one Parameter again, or None if they can.
+
+        Args:
+            model: the pruned model.
+            alike: True if all names are known to have lost the same channels; then only their
+                shapes are compared, not their values.
+        """
+        first, *others = self.pruned(model) or self.names[:1]
+        weight = model.get_parameter(first)
+        reason = shapes_apart({n: tuple(model.get_parameter(n).shape) for n in (first, *others)})
+        if reason is not None:
+            return reason
+        for name in others:
+            other = model.get_parameter(name)
+            if not alike and not torch.equal(other, weight):
+                return channels_apart(first, name)
+        return None
+
+
+def shapes_apart(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return why names with these shapes cannot share one Parameter, or None if all are equal."""
+    (first, shape), *others = shapes.items()
+    for name, other in others:
+        if other != shape:
+            return (
+                f"{first} has shape {list(shape)} and {name} {list(other)}, but they are tied, one "
+                "weight under two names"
+            )
+    return None
+
+
+def channels_apart(first: str, other: str) -> str:
+    """Return the reason for two names of one weight that lost different channels."""
+    return f"{first} and {other} are tied, one weight under two names, but lost different channels"
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return every Parameter with all its names; the model lists it by the first one."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return name -> buffer for floating point buffers saved with the model (a router's bias)."""
+    return {
+        f"{name}.{key}".lstrip("."): buffer
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+        and buffer.is_floating_point()
+        and key not in module._non_persistent_buffers_set
+    }
+
+
+def tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """Return the parameter or buffer with this name."""
+    module, key = owner(model, name)
+    value: torch.Tensor = getattr(module, key)
+    return value
+
+
+def ties_of(model: nn.Module) -> list[Tie]:
+    """Return a tie for every Parameter that has several names."""
+    return [
+        Tie(tuple(names), parameter)
+        for parameter, names in parameter_names(model).items()
+        if len(names) > 1
+    ]
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter or buffer, and the tensor's name in that module."""
+    module_name, _, key = name.rpartition(".")
+    return model.get_submodule(module_name), key
+
+
+def stacks(model: nn.Module, name: str) -> bool:
+    """True if a parameter stacks several matrices (experts) and is no convolution's weight.
+
+    A convolution's weight may have a weight norm: then it stands two modules deeper. A scale for
+    each channel of an image (SwiftFormer's) has three dimensions too, but is no matrix.
+    """
+    shape = tensor(model, name).shape
+    owners = (name.rsplit(".", depth)[0] for depth in (1, 3) if name.count(".") >= depth)
+    return (
+        len(shape) == 3
+        and 1 not in shape[1:]
+        and not any(
+            isinstance(model.get_submodule(layer), nn.modules.conv._ConvNd) for layer in owners
+        )
+    )
+
+
+def compute_unsaved(model: Any) -> set[str]:
+    """Set unsaved parameters (Marian's positions) as loading does, and return their names."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    names = {name for name, _ in model.named_parameters() if name in ignored}
+    with torch.no_grad():
+        for layer in {name.rpartition(".")[0] for name in names}:
+            model._init_weights(model.get_submodule(layer))
+    return names

@@ -1,0 +1,140 @@
+"""Try which widths of a class can be pruned, saved and loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..fieldmap.field_map import map_of
+from ..model.build import Refusal
+from ..model.from_config import model_of
+from ..model.surroundings import one_thread, quiet_transformers
+from ..notebook import page, short, table
+from ..schema import dated, versions
+from ..twin.tiny.tiny_model import tiny_model
+from .trial import Outcome, Subject, Trial, WidthSupport, reloaded, subject, trials
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Support:
+    """Which widths of one class can be pruned; ``str`` gives a table.
+
+    Attributes:
+        model: the name of the class.
+        widths: every width that was tried, with its outcome.
+        why_not: why nothing could be tried; ``None`` if the tiny model runs.
+        partial: the tiny model ran on text alone, although the class takes images or sound too.
+        seed: the seed of the random weights.
+        versions: the versions of the packages that were tried.
+    """
+
+    model: str
+    widths: tuple[WidthSupport, ...] = ()
+    why_not: str | None = None
+    partial: bool = False
+    seed: int = 0
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def outcome(self, name: str) -> Outcome | None:
+        """Return the outcome of a config field; ``None``: the class has no width with this field.
+
+        Return ``failed`` if any width with this field failed, else ``works`` if any works.
+        """
+        outcomes = {width.outcome for width in self.widths if name in width.fields}
+        ranked: tuple[Outcome, ...] = ("failed", "works", "refused")
+        return next((outcome for outcome in ranked if outcome in outcomes), None)
+
+    def __str__(self) -> str:
+        if self.why_not is not None:
+            return f"{self.model}: nothing can be tried: {self.why_not}"
+        size = max((len(width.name) for width in self.widths), default=0)
+        lines = [f"{w.name:<{size}}  {w.outcome:<7}  {w.why}".rstrip() for w in self.widths]
+        suffix = " (seen on text alone)" if self.partial else ""
+        return "\n".join([f"{self.model}{suffix}", *lines])
+
+    def __repr__(self) -> str:
+        if self.why_not is not None:
+            return short(self, str(self))
+        works = sum(width.outcome == "works" for width in self.widths)
+        verb = "works" if works == 1 else "work"
+        return short(self, f"{self.model}: {works} of {len(self.widths)} widths {verb}")
+
+    def _repr_html_(self) -> str:
+        rows = [(width.name, width.outcome, width.why) for width in self.widths]
+        return page(str(self).split("\n", 1)[0], table(("config field", "outcome", "why"), rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as data for ``json.dumps``."""
+        data = {
+            "model": self.model,
+            "widths": [width.to_dict() for width in self.widths],
+            "why_not": self.why_not,
+            "partial": self.partial,
+            "seed": self.seed,
+            "versions": self.versions,
+        }
+        return dated(data)
+
+
+def supports(
+    source: nn.Module | PreTrainedConfig,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    seed: int = 0,
+) -> Support:
+    """Prune every width of a class at tiny size, and report which of them work.
+
+    Half of each width is pruned in one step and in two, by Torch-Pruning's ``MetaPruner`` with
+    :func:`~tp_hf_config.pruner_kwargs`.  The pruned model has to compute what the original computes
+    with the removed units masked.  A model loaded from the saved folder has to compute the same
+    bits.  The model itself is not touched, and its size does not matter.
+
+    Args:
+        source: a model, with or without weights, or a config.
+        model_class: the class to build from a config; default: the class that the config names, or
+            the one that the auto classes have for it.
+        seed: the seed of the tiny model's random weights.
+
+    Raises:
+        UnsupportedModelError: ``source`` is not a single Hugging Face model, or a config that
+            builds none.
+        TypeError: ``source`` is neither a module nor a config.
+    """
+    model = model_of(source, model_class)
+    name = type(model).__name__
+    with TemporaryDirectory(prefix="tp_hf_config-") as folder, one_thread(), quiet_transformers():
+        case = prepared(model, seed)
+        if isinstance(case, Refusal):
+            return Support(name, why_not=case.reason, seed=seed)
+        widths = tuple(after_reload(trial, type(model)) for trial in trials(case, Path(folder)))
+    return Support(name, widths, None, case.tiny.partial, seed)
+
+
+def prepared(model: PreTrainedModel, seed: int) -> Subject | Refusal:
+    """Return the model to prune with its tiny model, or why no tiny model of the class runs."""
+    tiny = tiny_model(map_of(model))
+    if isinstance(tiny, Refusal):
+        return tiny
+    return subject(tiny, seed)
+
+
+def after_reload(trial: Trial, model_class: type[nn.Module]) -> WidthSupport:
+    """Load what a trial saved, and return its result: ``failed`` if a loaded model differs.
+
+    Args:
+        trial: a width that was pruned, with the folders of the pruned models.
+        model_class: the class to load.
+    """
+    reasons: Sequence[str | None] = [reloaded(model_class, folder) for folder in trial.folders]
+    difference = next((reason for reason in reasons if reason is not None), None)
+    if difference is None:
+        return trial.width
+    return replace(trial.width, outcome="failed", why=difference)

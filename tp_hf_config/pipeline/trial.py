@@ -1,0 +1,305 @@
+"""Prune, compare, save and load again every width of one class, at tiny size."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import TPHFConfigError
+from ..fieldmap.field_map import map_of
+from ..forward.extra_methods import methods_of
+from ..forward.observed_pass import Result, outputs_in_float64, warm_up
+from ..graph.prunable import Width, widths_of
+from ..hook.hook import HFConfigSyncHook
+from ..model.build import Builder, Refusal, attention_of
+from ..model.config_json import config_json
+from ..model.tensors import saved_buffers
+from ..planning.pruner_kwargs import pruner_kwargs
+from ..twin.masked_check import difference, inputs_left
+from ..twin.tiny.tiny_model import TinyModel, randomise
+
+Outcome = Literal["works", "refused", "failed"]
+CASE = "case.pt"
+RATIO = 0.5
+STEPS = (1, 2)
+_SHORT = 1024  # entries of a vector that are made different from each other
+
+
+@dataclass(frozen=True)
+class WidthSupport:
+    """The outcome of pruning one width of a class.
+
+    Attributes:
+        fields: the config fields that set this width.
+        outcome: ``works``: after one step and after two, the pruned model computes what the
+            original computes with the removed units masked, and a model loaded from the saved
+            folder computes the same bits; ``refused``: an error came before anything was pruned or
+            written, or no unit may go; ``failed``: anything else.
+        why: why it does not work; empty if it does.
+        graph: which dependency graph pruned it, ``config`` or ``trace``; empty if none did.
+        units: how many units it has in the tiny model.
+    """
+
+    fields: tuple[str, ...]
+    outcome: Outcome
+    why: str = ""
+    graph: str = ""
+    units: int = 0
+
+    @property
+    def name(self) -> str:
+        """Return the fields as one text."""
+        return " + ".join(self.fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as data for ``json.dumps``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to prune copies of.
+
+    Attributes:
+        model: the class at the tiny model's widths, with other random weights, in float64.
+        tiny: the tiny model; its inputs and watched results are used.
+    """
+
+    model: nn.Module
+    tiny: TinyModel
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One width that was pruned in copies of the tiny model.
+
+    Attributes:
+        width: the outcome.
+        folders: where the pruned copies were saved, one for each number of steps.
+    """
+
+    width: WidthSupport
+    folders: tuple[Path, ...] = ()
+
+
+def subject(tiny: TinyModel, seed: int) -> Subject:
+    """Return the class at the tiny model's widths, with random weights made from ``seed``.
+
+    The weights are not the tiny model's own, so that trials expose what experiments with those
+    found by chance.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        model = tiny.field_map.builder.build_real(tiny.field_map.data)
+        if isinstance(model, Refusal):  # the tiny model itself was built from the same config
+            raise RuntimeError(model.reason)
+        model.tie_weights()  # type: ignore[operator]
+        randomise(model)
+    with torch.no_grad():
+        for value in (*model.parameters(), *saved_buffers(model).values()):
+            _as_float32(value)
+    _take_computed(model)
+    return Subject(model, tiny)
+
+
+def _take_computed(model: Any) -> None:
+    """Give buffers that are not saved the values that loading computes.
+
+    Loading computes GPT-J's tables in another precision.  A class that does not load is left as it
+    is; each trial says why then.
+    """
+    saved = saved_buffers(model)
+    computed = [name for name, _ in model.named_buffers() if name not in saved]
+    if not computed:
+        return
+    with TemporaryDirectory(prefix="tp_hf_config-") as folder:
+        try:
+            model.save_pretrained(folder)
+            loaded = type(model).from_pretrained(folder, **_options(model))
+        except Exception:
+            return
+    own, loaded_buffers = dict(model.named_buffers()), dict(loaded.named_buffers())
+    with torch.no_grad():
+        for name in computed:
+            if name in loaded_buffers and loaded_buffers[name].shape == own[name].shape:
+                own[name].copy_(loaded_buffers[name])
+
+
+def _options(model: Any) -> dict[str, Any]:
+    """Return ``from_pretrained`` options with which a loaded model computes as the saved one."""
+    attention = attention_of.get(type(model), "eager")
+    return {"dtype": torch.float64, "attn_implementation": attention}
+
+
+def _as_float32(value: torch.Tensor) -> None:
+    """Round a tensor to float32 values in place.
+
+    Some classes load some weights in float32, whatever dtype is asked for.  The entries of a short
+    vector stay different, because the masked check finds by value which of them are left.
+    """
+    value.copy_(value.float())
+    if value.ndim == 1 and len(value) <= _SHORT:
+        while len(torch.unique(value)) < len(value):
+            value.add_(1e-3 * torch.randn_like(value)).copy_(value.float())
+
+
+def trials(case: Subject, folder: Path) -> Iterator[Trial]:
+    """Yield a trial for every width that the library lists for a model; prune new copies for each.
+
+    Leave out a width that cannot be pruned if one of its fields is in a width that can.
+
+    Args:
+        case: the model, which is not changed, and its inputs.
+        folder: where pruned copies are saved.
+    """
+    widths = widths_of(case.model, map_of(case.model), case.tiny)  # type: ignore[arg-type]
+    proved = {name for width in widths if width.reason is None for name in width.names}
+    for number, width in enumerate(widths):
+        if width.reason is not None and proved & set(width.names):
+            continue  # the field can be pruned, only not in this width
+        yield _trial(case, width, folder / f"{number:02d}")
+
+
+def _trial(case: Subject, width: Width, folder: Path) -> Trial:
+    """Prune half of a width in one step and, if it has more than two units, in two."""
+    folders: list[Path] = []
+    graph = ""
+    for steps in STEPS if width.units > 2 else STEPS[:1]:
+        copied = copy.deepcopy(case.model)
+        hook = HFConfigSyncHook()
+        try:
+            with _quiet():
+                pruner = _pruner(copied, width, steps, hook)
+        except TPHFConfigError as error:
+            return Trial(WidthSupport(width.names, "refused", width.reason or str(error)))
+        except Exception as error:
+            why = f"{type(error).__name__} from the pruner's constructor: {error}"
+            return Trial(WidthSupport(width.names, "failed", _line(why)))
+        graph = "config" if hasattr(pruner.DG, "coupled") else "trace"
+        failed = _pruned(case, copied, pruner, hook, steps)
+        if failed is None and not any(report.groups for report in hook.reports):
+            why = width.reason or f"{_least(width)} of {width.units} have to stay"
+            return Trial(WidthSupport(width.names, "refused", why, graph, width.units))
+        if failed is None:
+            folders.append(folder / str(steps))
+            inputs = inputs_left(case.model, copied, case.tiny.inputs)
+            failed = save(copied, inputs, folders[-1], case.tiny.watched)
+        if failed is not None:
+            why = _line(f"{steps} steps: {failed}" if steps > 1 else failed)
+            return Trial(WidthSupport(width.names, "failed", why, graph, width.units))
+    return Trial(WidthSupport(width.names, "works", "", graph, width.units), tuple(folders))
+
+
+def _least(width: Width) -> int:
+    """Return how many units have to stay: as many as the class needs, or the kernels it runs on.
+
+    At least one unit of each channel group stays.
+    """
+    return max(max(group.count.minimum, group.count.channel_groups) for group in width.groups)
+
+
+def _pruner(model: nn.Module, width: Width, steps: int, hook: HFConfigSyncHook) -> Any:
+    import torch_pruning as tp
+
+    return tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=width.names),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=RATIO,
+        iterative_steps=steps,
+        hooks=[hook],
+    )
+
+
+def _pruned(
+    case: Subject, model: Any, pruner: Any, hook: HFConfigSyncHook, steps: int
+) -> str | None:
+    """Run all steps and the masked check; return why that failed, or ``None``."""
+    try:
+        with _quiet():
+            for _ in range(steps):
+                pruner.step()
+        reference = Builder(model).build_real(config_json(model.config))
+        if isinstance(reference, Refusal):
+            return f"the new config does not build: {reference.reason}"
+        return difference(case.model, model, reference, case.tiny.inputs, case.tiny.watched)
+    except TPHFConfigError as error:
+        return f"{type(error).__name__} after the step: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def save(
+    model: Any,
+    inputs: Mapping[str, Any] | Refusal,
+    folder: Path,
+    watched: Sequence[Result] = (),
+) -> str | None:
+    """Save a model with inputs and its outputs; return why that failed, or ``None``.
+
+    Args:
+        model: the pruned model.
+        inputs: keyword arguments of its forward pass, or why there are none.
+        folder: where to save.
+        watched: results that count as outputs.
+    """
+    if isinstance(inputs, Refusal):
+        return inputs.reason
+    try:
+        with torch.no_grad():
+            outputs = outputs_in_float64(model, inputs, watched)
+        model.save_pretrained(folder)
+        case: dict[str, Any] = {
+            "inputs": dict(inputs),
+            "watched": [tuple(result) for result in watched],
+        }
+        case["methods"] = list(methods_of.get(type(model), ()))
+        torch.save({**case, "outputs": outputs, "options": _options(model)}, folder / CASE)
+    except Exception as error:
+        return f"it cannot be saved: {type(error).__name__}: {error}"
+    return None
+
+
+def reloaded(model_class: Any, folder: Path) -> str | None:
+    """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``."""
+    case = torch.load(folder / CASE, weights_only=True)
+    try:
+        methods_of[model_class] = tuple(case["methods"])
+        options = {**case["options"], "output_loading_info": True}
+        model, info = model_class.from_pretrained(folder, **options)
+        problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
+        if problems:
+            return _line(f"loading reports {problems}")
+        for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
+            if getattr(module, "_can_set_experts_implementation", bool)():
+                module.set_experts_implementation("eager")
+        for parameter in model.parameters():  # align in memory like the live weights
+            parameter.data = parameter.data.clone()
+        with torch.no_grad():
+            watched = [Result(*result) for result in case["watched"]]
+            warm_up(model.double().eval(), case["inputs"], watched)
+            outputs = outputs_in_float64(model, case["inputs"], watched)
+    except Exception as error:
+        return _line(f"it cannot be loaded: {type(error).__name__}: {error}")
+    same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
+    return None if same else "loaded again it computes other outputs"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:500]

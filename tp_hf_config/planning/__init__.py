@@ -1,0 +1,1 @@
+"""Compute the widths after every step from the user's settings, before any weight is touched."""

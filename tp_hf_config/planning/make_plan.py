@@ -1,0 +1,379 @@
+"""Compute what pruning settings will give before any weight is touched: ``tp_hf_config.plan``."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
+
+from ..errors import UnsupportedModelError
+from ..fieldmap.field_map import FieldMap, map_of
+from ..fieldmap.model_view import WidthView
+from ..graph.prunable import Width, widths_of
+from ..model.build import Refusal
+from ..model.config_json import FieldPath, field_name
+from ..model.from_config import model_of
+from .choices import Gqa, check_gqa, check_share, heads_asked, names_in
+from .model_size import ParameterCount, Size, size_of
+from .plan import Plan, PlannedWidth, Scheduler, Settings
+from .refusals import _named, adjusted_line, planned_refusal
+from .selection import Chosen, Wanted, amounts_of, check_ratios, choose, multiples_of
+from .shortfall import shortfalls
+from .target import trajectory_to, why_not_exactly
+from .trajectory import MovingWidth, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# multiples for kernels; tensor-parallel ranks; the most head counts that the class is asked about
+_KERNELS, _RANKS, _ASKED = (64, 128, 256), (2, 4, 8), 64
+
+
+def plan(
+    model_or_config: nn.Module | PreTrainedConfig,
+    *,
+    pruning_ratio: float | None = None,
+    ratios: Mapping[str, float] | None = None,
+    prune: str | Iterable[str] | None = None,
+    head_pruning_ratio: float = 0.0,
+    prune_num_heads: bool | None = None,
+    gqa: Gqa | None = None,
+    iterative_steps: int = 1,
+    round_to: int | None = None,
+    max_pruning_ratio: float = 1.0,
+    iterative_pruning_ratio_scheduler: Scheduler | None = None,
+    target_params: float | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+) -> Plan:
+    """Compute what pruning with these settings gives, without pruning and without weights.
+
+    Arguments that a pruner has too are named and mean what they do there. ``prune`` and ``ratios``
+    are those of ``pruner_kwargs``, with the graph made from the config.
+
+    Args:
+        model_or_config: a model, on the meta device too, or a config.
+        pruning_ratio: the ratio of every pruned width that ``ratios`` does not name; default: 0.5.
+        ratios: config field -> ratio.
+        prune: config fields to prune. Default: the fields that ``ratios`` names; without
+            ``ratios``, every width inside the model except attention heads. Of widths that share
+            a dimension, only the one that holds most of the model is pruned.
+        head_pruning_ratio: the share of the attention heads to prune as well.
+        prune_num_heads: whether heads are pruned; default: if ``gqa`` is given or
+            ``head_pruning_ratio`` is not 0.
+        gqa: ``"query"``: the same number of query heads from every key/value group; ``"group"``:
+            whole key/value groups; default: query heads if a group has several.
+        iterative_steps: the number of steps.
+        round_to: a multiple that widths keep, besides what the class requires.
+        max_pruning_ratio: the largest share of a layer's channels that may be removed.
+        iterative_pruning_ratio_scheduler: takes the final ratio and the number of steps, and
+            returns the ratios of the steps; default: linear.
+        target_params: how many parameters may be left: a share of them (up to 1), or a number. One
+            ratio is then found for all widths that ``ratios`` does not name, and for pruned heads
+            if ``head_pruning_ratio`` is 0.
+        model_class: the class of a config. Default: the one that the config names, else the first
+            that exists of a causal or other language model, a classifier and a base model.
+
+    Returns:
+        The plan; ``print`` it.
+
+    Raises:
+        UnsupportedModelError: there is not exactly one Hugging Face model, or a field cannot be
+            pruned.
+        ValueError: a ratio is outside 0 to 1 or no width follows it, ``gqa`` is unknown, heads are
+            both asked for and ruled out, or the target cannot be reached.
+        TypeError: neither a model nor a config.
+    """
+    check_gqa(gqa)  # fail before anything is built
+    model = model_of(model_or_config, model_class)
+    field_map = map_of(model)
+    view = WidthView(model, field_map)
+    fixed = dict(ratios or {})
+    names = None if prune is None and not fixed else names_in(prune or fixed)
+    heads = heads_asked(prune_num_heads, gqa, head_pruning_ratio)
+    common = 0.5 if pruning_ratio is None else pruning_ratio
+    _check_ratios({"pruning_ratio": common, "head_pruning_ratio": head_pruning_ratio})
+    _check_ratios(fixed)
+    settings = Settings(
+        prune=names,
+        pruning_ratio=common,
+        ratios=fixed,
+        prune_num_heads=heads,
+        gqa=gqa,
+        head_pruning_ratio=head_pruning_ratio,
+        iterative_steps=iterative_steps,
+        round_to=round_to,
+        max_pruning_ratio=max_pruning_ratio,
+        scheduler=iterative_pruning_ratio_scheduler,
+    )
+    wrapped = isinstance(model_or_config, nn.Module) and model_or_config is not model
+    chosen = choose(view, Wanted(names, heads, gqa, wrapped=wrapped), must=True)
+    assert not isinstance(chosen, str)  # must=True: it raises instead
+    trajectory = _course(view, chosen, settings)
+    if pruning_ratio:
+        _check_followed(trajectory, settings, target_params, listed=prune is not None)
+    return _plan(model_or_config, view, chosen, trajectory, settings, target_params)
+
+
+def _check_ratios(ratios: Mapping[str, float]) -> None:
+    """Raise if a ratio is outside 0 to 1; they are given by name."""
+    for name, ratio in ratios.items():
+        check_share(name, ratio)
+
+
+def _check_followed(
+    trajectory: Trajectory, settings: Settings, target_params: float | None, listed: bool
+) -> None:
+    """Raise if ``pruning_ratio`` decides nothing, since the user must have meant something else.
+
+    Args:
+        trajectory: the widths that are pruned.
+        settings: what the user asked for.
+        target_params: the user's target, which finds the ratio by itself.
+        listed: ``prune=`` lists the widths; they may all have ratios of their own then.
+
+    Raises:
+        ValueError: ``target_params`` finds the ratio, or every width has a ratio of its own.
+    """
+    ratio = settings.pruning_ratio
+    if target_params is not None:
+        raise ValueError(
+            f"pruning_ratio={ratio}: target_params= finds the ratio by itself. Leave one of them "
+            "out"
+        )
+    if (
+        not listed
+        and trajectory.moving_widths
+        and all(moving.clamped for moving in trajectory.moving_widths)
+    ):
+        raise ValueError(
+            f"pruning_ratio={ratio}: every width that is pruned has a ratio of its own (ratios=, "
+            "head_pruning_ratio=). Name the fields that it is for in prune= too, or leave it out"
+        )
+
+
+def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Trajectory:
+    """Return the trajectory of the chosen widths under these settings."""
+    field_map = view.field_map
+    check_ratios(chosen, settings.ratios)
+    multiples = multiples_of(view, chosen)
+    moving_widths = []
+    for width in chosen.widths:
+        named = [settings.ratios[name] for name in width.names if name in settings.ratios]
+        ratio = named[-1] if named else settings.pruning_ratio
+        if width in chosen.heads:
+            ratio = settings.head_pruning_ratio
+        moving_widths.append(
+            MovingWidth(
+                width.fields,
+                amounts_of(width, multiples[width.fields], view.model),
+                ratio,
+                clamped=bool(named) or width in chosen.heads,
+                counts_heads=bool(set(width.fields) & field_map.count_fields()),
+            )
+        )
+    schedule = settings.scheduler or linear_scheduler
+    return Trajectory(
+        field_map,
+        tuple(moving_widths),
+        partial(_scheduled, schedule, settings.iterative_steps),
+        settings.round_to or 1,
+        settings.max_pruning_ratio,
+    )
+
+
+def _scheduled(schedule: Scheduler, steps: int, ratio: float) -> Sequence[float]:
+    """Return the ratios of steps 0 to ``steps``: ``schedule`` with its ratio as last argument."""
+    return schedule(ratio, steps)
+
+
+def _plan(
+    source: Any,
+    view: WidthView,
+    chosen: Chosen,
+    trajectory: Trajectory,
+    settings: Settings,
+    target_params: float | None,
+) -> Plan:
+    """Return the plan of a trajectory, or of the one that reaches ``target_params``.
+
+    ``source`` is what the user gave: a model or a config.
+    """
+    field_map = view.field_map
+    full, before, notes = _sized(field_map, {})
+    if full is None or before is None:
+        # cannot happen: map_of built it
+        raise UnsupportedModelError("the class does not build its own config")
+    target, why_fewer = None, None
+    if target_params is not None:
+        target = int(target_params * (before.parameters if target_params <= 1 else 1))
+        count = ParameterCount(field_map, full)
+        heads = {width.fields for width in chosen.heads if not settings.head_pruning_ratio}
+        free = [m for m in trajectory.moving_widths if not m.clamped or m.fields in heads]
+        trajectory = trajectory_to(trajectory, free, count, target)
+        why_fewer = why_not_exactly(trajectory, free, count, target)
+        settings = _settings_of(trajectory, settings, heads)
+    values = trajectory.steps()[-1]
+    _, after, _ = _sized(field_map, values)
+    names = {width.name for width in chosen.widths}
+    offered = widths_of(view.model, view.field_map)
+    live = isinstance(source, nn.Module) and view.model.device.type != "meta"
+    return Plan(
+        model=type(view.model).__name__,
+        settings=settings,
+        widths=tuple(
+            _width(width, moving, trajectory, offered)
+            for width, moving in zip(chosen.widths, trajectory.moving_widths, strict=True)
+        ),
+        kept={
+            w.name: w.reason or chosen.left.get(w.name, "not chosen")
+            for w in offered
+            if w.name not in names
+        },
+        before=before,
+        after=after,
+        refusal=planned_refusal(trajectory),
+        adjusted=(*map(adjusted_line, trajectory.adjusted), *shortfalls(trajectory)),
+        target=target,
+        why_not_exactly=why_fewer,
+        tokens="input_ids" in inspect.signature(view.model.forward).parameters,
+        notes=(*notes, *_handed(chosen), *_heads_stay(chosen, settings)),
+        _live=weakref.ref(source) if live else lambda: None,
+        _fields=dict(field_map.values),
+    )
+
+
+def _handed(chosen: Chosen) -> Iterator[str]:
+    """Yield a note for each input (encoder states) that has to lose channels with a width."""
+    for width in chosen.widths:
+        for name in width.handed:
+            yield f"{name} has to lose channels with {width.name}: the report of a step says which"
+
+
+def _heads_stay(chosen: Chosen, settings: Settings) -> Iterator[str]:
+    """Yield a note if heads are to be pruned but no ratio says what share of them."""
+    if chosen.heads and not settings.head_pruning_ratio:
+        names = ", ".join(width.name for width in chosen.heads)
+        yield f"{names} stays: head_pruning_ratio= says what share of the heads goes, and is 0"
+
+
+def _sized(
+    field_map: FieldMap, values: Mapping[FieldPath, int]
+) -> tuple[nn.Module | None, Size | None, tuple[str, ...]]:
+    """Build the class without data at some values and measure it.
+
+    Returns:
+        The full model, its size, and notes on what is not known of the size; ``(None, None, ())``
+        if the class refuses the values.
+    """
+    full = field_map.builder.build(field_map.config_at(values, shallow=False))
+    shallow = field_map.build_at(values)
+    if isinstance(full, Refusal) or isinstance(shallow, Refusal):
+        return None, None, ()
+    cast("PreTrainedModel", full).tie_weights()  # a build without data does not tie them
+    size, unknown = size_of(field_map, full, shallow)
+    return full, size, () if unknown is None else (unknown,)
+
+
+def _width(
+    width: Width, moving: MovingWidth, trajectory: Trajectory, offered: Sequence[Width]
+) -> PlannedWidth:
+    """Return what the plan says of one width; ``offered`` are all widths of the model."""
+    field_map = trajectory.field_map
+    by_step = [trajectory.values_of(state) for state in trajectory.walk]
+    values = by_step[-1]
+    units = trajectory.walk[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
+    share = units / moving.units
+    return PlannedWidth(
+        name=width.name,
+        before=_named({field: field_map.values[field] for field in moving.fields}),
+        steps=tuple(
+            _named({field: step_values[field] for field in moving.fields})
+            for step_values in by_step
+        ),
+        asked=moving.ratio,
+        reached=1 - share,
+        reachable=_reachable(trajectory, moving),
+        multiples=_divisors(
+            _KERNELS,
+            {
+                units * group.count.per_field_unit * dim.layout.run
+                for group in width.groups
+                for dim in group.dims
+            },
+        ),
+        ranks=_divisors(
+            _RANKS,
+            {
+                values.get(f, field_map.values[f])
+                for f in _beside(width, offered, field_map.count_fields())
+            },
+        ),
+        parameters=width.parameters,
+    )
+
+
+def _settings_of(
+    trajectory: Trajectory, settings: Settings, heads: Collection[tuple[FieldPath, ...]]
+) -> Settings:
+    """Return the settings that lead where a trajectory does.
+
+    The most common ratio becomes ``pruning_ratio``, the exceptions go into ``ratios``. ``heads``
+    are the fields of the widths whose ratio becomes ``head_pruning_ratio``.
+    """
+    free = [moving for moving in trajectory.moving_widths if not moving.clamped]
+    common = Counter(moving.ratio for moving in free).most_common(1)
+    ratio = common[0][0] if common else settings.pruning_ratio
+    others = {
+        field_name(moving.fields[0]): moving.ratio for moving in free if moving.ratio != ratio
+    }
+    of_heads = [moving.ratio for moving in trajectory.moving_widths if moving.fields in heads]
+    return replace(
+        settings,
+        pruning_ratio=ratio,
+        ratios={**settings.ratios, **others},
+        head_pruning_ratio=of_heads[0] if of_heads else settings.head_pruning_ratio,
+    )
+
+
+def _divisors(candidates: Sequence[int], sizes: Iterable[int]) -> tuple[int, ...]:
+    """Return the candidates that divide all sizes."""
+    every = list(sizes)
+    return tuple(n for n in candidates if all(size % n == 0 for size in every))
+
+
+def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
+    """Return the values that a width's first field can reach while all others stay.
+
+    Only head counts are checked with the class, and only up to ``_ASKED`` of them.
+    """
+    field_map, units, start = (
+        trajectory.field_map,
+        trajectory.reachable(moving),
+        moving.unit_counts[0].units,
+    )
+    value = field_map.values[moving.fields[0]]
+    if not moving.counts_heads or len(units) > _ASKED:
+        first, last, grid = (n * value // start for n in (units[0], units[-1], units.step))
+        return range(first, last + 1, grid)
+    every = {
+        n: {field: field_map.values[field] * n // start for field in moving.fields} for n in units
+    }
+    return tuple(n * value // start for n in units if trajectory.refuses(every[n]) is None)
+
+
+def _beside(width: Width, offered: Sequence[Width], counts: frozenset[FieldPath]) -> set[FieldPath]:
+    """Return the fields of a width and the head counts that share a width with one of them."""
+    related = {
+        field
+        for other in offered
+        if set(other.fields) <= counts and set(other.fields) & set(width.fields)
+        for field in other.fields
+    }
+    return set(width.fields) | related

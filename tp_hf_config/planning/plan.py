@@ -1,0 +1,323 @@
+"""Show a plan as text, table, HTML and JSON; ``make_plan`` computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .. import notebook
+from ..errors import ConfigSyncError, UnsupportedModelError
+from ..fieldmap.field_map import map_of
+from ..model.config_json import FieldPath
+from ..model.locate import find_pretrained
+from ..notebook import short
+from ..schema import dated
+from .choices import Gqa
+from .model_size import Size
+from .pruner_kwargs import pruner_kwargs
+from .refusals import PlannedRefusal, refusal_lines
+
+Scheduler = Callable[[float, int], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class PlannedWidth:
+    """One width: what was asked for, what it will be, what it could be.
+
+    Attributes:
+        name: the names of its config fields.
+        before: field -> value now.
+        steps: for each step, field -> value after it.
+        asked: the ratio that was asked for.
+        reached: the share of the units that will be gone.
+        reachable: the values that its first field can reach while all other fields stay; head
+            counts only where the class accepts them.
+        multiples: which of 64, 128 and 256 divide the pruned dimensions (of heads: their channels)
+            in every layer.
+        ranks: over which of 2, 4 and 8 tensor-parallel ranks the fields divide; for heads, both
+            the query and the key/value heads.
+        parameters: how many parameters one unit holds.
+    """
+
+    name: str
+    before: dict[str, int]
+    steps: tuple[dict[str, int], ...]
+    asked: float
+    reached: float
+    reachable: Sequence[int]
+    multiples: tuple[int, ...]
+    ranks: tuple[int, ...]
+    parameters: int
+
+    def __repr__(self) -> str:
+        ways = (f"{name}: {old:,} -> {self.after[name]:,}" for name, old in self.before.items())
+        return short(self, ", ".join(ways))
+
+    @property
+    def after(self) -> dict[str, int]:
+        """Return field -> value after the last step."""
+        return self.steps[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the width as a dict for ``json.dumps``."""
+        return {
+            "name": self.name,
+            "before": self.before,
+            "after": self.after,
+            "steps": list(self.steps),
+            "asked_ratio": self.asked,
+            "reached_ratio": self.reached,
+            "reachable": described(self.reachable),
+            "multiples_of": list(self.multiples),
+            "tensor_parallel_ranks": list(self.ranks),
+            "parameters_per_unit": self.parameters,
+        }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of a pruner that decide widths; see ``make_plan.plan``."""
+
+    prune: tuple[str, ...] | None
+    pruning_ratio: float
+    ratios: dict[str, float]
+    prune_num_heads: bool
+    gqa: Gqa | None
+    head_pruning_ratio: float
+    iterative_steps: int
+    round_to: int | None
+    max_pruning_ratio: float
+    scheduler: Scheduler | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings, without the scheduler, as a dict for ``json.dumps``."""
+        values = {key: value for key, value in vars(self).items() if key != "scheduler"}
+        return {**values, "prune": None if self.prune is None else list(self.prune)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What pruning with some settings gives; ``print`` it, or print it with rich.
+
+    Attributes:
+        model: the name of the class.
+        settings: the pruner's arguments.
+        widths: the widths that are pruned.
+        kept: the name of each other width -> why it stays.
+        before: the size now.
+        after: the size in the end; ``None`` if the class refuses the widths.
+        refusal: why the settings cannot be carried out; ``None`` if they can.
+        adjusted: lines about steps at which the class refuses what is asked for, and what is done
+            instead; and about widths that lose less than their ratio says, and why.
+        target: how many parameters were asked for; ``None`` if no number was.
+        why_not_exactly: why fewer are left; ``None`` if as many are left or no number was asked
+            for.
+        tokens: FLOPs are counted for each token; else for each input (an image, a recording).
+        notes: what else the user should know.
+    """
+
+    model: str
+    settings: Settings
+    widths: tuple[PlannedWidth, ...]
+    kept: dict[str, str]
+    before: Size
+    after: Size | None
+    refusal: PlannedRefusal | None
+    adjusted: tuple[str, ...] = ()
+    target: int | None = None
+    why_not_exactly: str | None = None
+    tokens: bool = True
+    notes: tuple[str, ...] = ()
+    _live: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
+    _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def values(self) -> dict[str, int]:
+        """Return field -> value in the end, for every field that is pruned."""
+        return {name: value for width in self.widths for name, value in width.after.items()}
+
+    def pruner_kwargs(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Return arguments for a Torch-Pruning pruner that carries the plan out.
+
+        Args:
+            model: the model to prune; default: the one that the plan was made of.
+
+        Returns:
+            Keyword arguments; add ``importance=`` and pass them on with ``**``.
+
+        Raises:
+            ConfigSyncError: the class refuses what is planned.
+            UnsupportedModelError: there is no model with weights, or it has another config.
+        """
+        if self.refusal is not None:
+            words = " ".join(line.strip() for line in refusal_lines(self.refusal))
+            raise ConfigSyncError(f"this plan of {self.model} cannot be carried out: {words}")
+        model = self._live() if model is None else model
+        if model is None:
+            raise UnsupportedModelError(
+                f"this plan of {self.model} was made of a config, or of a model that is gone. Pass "
+                "the model to prune: plan.pruner_kwargs(model)."
+            )
+        _, pretrained = find_pretrained(model)
+        if type(pretrained).__name__ != self.model or map_of(pretrained).values != self._fields:
+            raise UnsupportedModelError(
+                f"this plan was made for a {self.model} with another config than the one of this "
+                f"{type(pretrained).__name__}. Make a new one: tp_hf_config.plan(model, ...)."
+            )
+        asked = self.settings
+        kwargs = pruner_kwargs(
+            model,
+            prune=asked.prune,
+            ratios=asked.ratios or None,
+            graph="config",
+            prune_num_heads=asked.prune_num_heads,
+            gqa=asked.gqa,
+            round_to=asked.round_to,
+        )
+        kwargs |= {
+            "pruning_ratio": asked.pruning_ratio,
+            "head_pruning_ratio": asked.head_pruning_ratio,
+            "iterative_steps": asked.iterative_steps,
+            "max_pruning_ratio": asked.max_pruning_ratio,
+        }
+        if asked.scheduler is not None:
+            kwargs["iterative_pruning_ratio_scheduler"] = asked.scheduler
+        return kwargs
+
+    def __str__(self) -> str:
+        return text(self)
+
+    def __repr__(self) -> str:
+        after = "refused" if self.after is None else f"{self.after.parameters:,} parameters"
+        widths = f"{len(self.widths)} width{'' if len(self.widths) == 1 else 's'}"
+        return short(self, f"{self.model}: {widths}, {self.before.parameters:,} -> {after}")
+
+    def _repr_html_(self) -> str:
+        return html(self)
+
+    def __rich__(self) -> Any:
+        return table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as a dict for ``json.dumps``, with the versions of the libraries."""
+        data = {
+            "model": self.model,
+            "settings": self.settings.to_dict(),
+            "widths": [width.to_dict() for width in self.widths],
+            "kept": self.kept,
+            "before": self.before.to_dict(),
+            "after": None if self.after is None else self.after.to_dict(),
+            "refusal": None if self.refusal is None else self.refusal.to_dict(),
+            "adjusted": list(self.adjusted),
+            "target_parameters": self.target,
+            "why_not_exactly": self.why_not_exactly,
+            "notes": list(self.notes),
+        }
+        return dated(data)
+
+
+_SIZES = ("", "now", "planned", "left")
+_HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple of", "ranks")
+
+
+def described(values: Sequence[int]) -> str:
+    """Return values in few words: ``every 64th from 64 to 8192``, ``3, 6, 9``."""
+    if isinstance(values, range) and len(values) > 4:
+        step = values.step
+        if step == 1:
+            return f"{values[0]:,} to {values[-1]:,}"
+        return f"every {_ordinal(step)} from {values[0]:,} to {values[-1]:,}"
+    return ", ".join(f"{value:,}" for value in values)
+
+
+def _ordinal(number: int) -> str:
+    """Return ``1st``, ``2nd``, ``3rd``, ``4th``, ..."""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else ending}"
+
+
+def rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Return one row of text for each width, as ``_HEAD`` names the columns."""
+    return [_row(width) for width in plan.widths]
+
+
+def _row(width: PlannedWidth) -> tuple[str, ...]:
+    """Return the row of one width."""
+    ways = [" -> ".join(f"{step[name]:,}" for step in width.steps) for name in width.before]
+    return (
+        width.name,
+        " + ".join(f"{value:,}" for value in width.before.values()),
+        " + ".join(ways),
+        f"{width.reached:.3f} of {width.asked:g}",
+        described(width.reachable),
+        ", ".join(map(str, width.multiples)) or "-",
+        ", ".join(map(str, width.ranks)) or "-",
+    )
+
+
+def size_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Return rows for parameters, bytes and FLOPs: name, now, planned, share that is left."""
+    per = "FLOPs a token" if plan.tokens else "FLOPs an input"
+    names = {"parameters": "parameters", "bytes": "bytes", "flops": per}
+    after = plan.after
+    result: list[tuple[str, ...]] = []
+    for key, name in names.items():
+        old, new = getattr(plan.before, key), getattr(after, key, None)
+        share = f"{new / old:.1%}" if old and new is not None else ""
+        result.append((name, *("?" if n is None else f"{n:,}" for n in (old, new)), share))
+    return result
+
+
+def footnotes(plan: Plan) -> list[str]:
+    """Return the lines under the tables."""
+    lines = [] if plan.refusal is None else refusal_lines(plan.refusal)
+    if plan.target is not None and plan.after is not None:
+        lines.append(
+            f"target of {plan.target:,} parameters: {plan.after.parameters:,} at one ratio of "
+            f"{plan.settings.pruning_ratio:g}"
+            + "".join(f", {name} {ratio:g}" for name, ratio in plan.settings.ratios.items())
+            + ("" if plan.why_not_exactly is None else f"; {plan.why_not_exactly}")
+        )
+    lines += plan.adjusted
+    lines += [f"stays: {name}: {reason}" for name, reason in plan.kept.items()]
+    return lines + [f"note: {note}" for note in plan.notes]
+
+
+def text(plan: Plan) -> str:
+    """Return the plan as plain lines."""
+    table = [_HEAD, *rows(plan)]
+    sizes = [max(len(row[i]) for row in table) for i in range(len(_HEAD))]
+    lines = [plan.model]
+    lines += [
+        "  ".join(c.ljust(n) for c, n in zip(row, sizes, strict=True)).rstrip() for row in table
+    ]
+    for name, old, new, share in size_rows(plan):
+        lines.append(f"{name}: {old} -> {new}" + (f" ({share})" if share else ""))
+    return "\n".join([*lines, *footnotes(plan)])
+
+
+def table(plan: Plan) -> Any:
+    """Return the plan as something that rich can print."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = Table(title=plan.model)
+    for name in _HEAD:
+        widths.add_column(name, justify="left" if name in ("config field", "can be") else "right")
+    for row in rows(plan):
+        widths.add_row(*map(Text, row))
+    sizes = Table(*_SIZES)
+    for size in size_rows(plan):
+        sizes.add_row(*size)
+    return Group(widths, sizes, *map(Text, footnotes(plan)))
+
+
+def html(plan: Plan) -> str:
+    """Return the plan as HTML for a notebook."""
+    widths = notebook.table(_HEAD, rows(plan))
+    sizes = notebook.table(_SIZES, size_rows(plan))
+    return notebook.page(plan.model, widths, sizes, notebook.lines(footnotes(plan)))

@@ -1,0 +1,349 @@
+"""Tell from a pruner's settings, before it prunes, that they cannot end in a loadable model.
+
+:mod:`tp_hf_config.graph.unit_count` says what each step leaves, from the pruner's own ratios,
+scopes, rounding and ignored layers.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch_pruning import ops
+
+from ..errors import ConfigSyncError, PrunerSettingsWarning
+from ..fieldmap.model_view import WidthView
+from ..fieldmap.solve.explain import some
+from ..graph.config_graph import ConfigGraph
+from ..graph.pruner_access import given_ratios
+from ..graph.sides import GraphGroup
+from ..graph.traced.preflight import ranked_together, traced_problems
+from ..graph.traced.selection import TracedView
+from ..graph.unit_count import UnitCount
+from ..model.config_json import FieldPath, field_name
+from .refusals import adjusted_line, planned_refusal, refusal_lines
+from .shortfall import shortfalls
+from .trajectory import MovingWidth, Trajectory
+
+_LISTED = 3
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a pruner on the config graph is going to leave.
+
+    Attributes:
+        trajectory: the widths after each step.
+        kinds: ``id`` of a group -> the fields of its width, and the index of its unit count in the
+            width's ``unit_counts``.
+    """
+
+    trajectory: Trajectory
+    kinds: dict[int, tuple[tuple[FieldPath, ...], int]]
+
+    def notes(self, step: int) -> list[str]:
+        """Return lines about what a step does instead of what the ratios ask for.
+
+        Those of the last step also name the widths that lose less than their ratio says.
+        """
+        lines = [
+            adjusted_line(adjusted)
+            for adjusted in self.trajectory.adjusted
+            if adjusted.step == step
+        ]
+        last = step == len(self.trajectory.walk)
+        return lines + (shortfalls(self.trajectory) if last else [])
+
+    def units_left(self, coupled: GraphGroup, step: int) -> int | None:
+        """Return how many units a step leaves of a group.
+
+        ``None``: the group is not pruned, or does not have the expected units before the step.
+        """
+        walk, kind = self.trajectory.walk, self.kinds.get(id(coupled))
+        if kind is None or not 1 <= step <= len(walk):
+            return None
+        fields, number = kind
+        moving = next(moving for moving in self.trajectory.moving_widths if moving.fields == fields)
+        before = walk[step - 2][fields][number] if step > 1 else moving.unit_counts[number].units
+        return walk[step - 1][fields][number] if before == coupled.units.count else None
+
+
+def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
+    """Return what a pruner on the config graph is going to leave; raise if that cannot end well.
+
+    Args:
+        pruner: the pruner.
+        view: its Hugging Face model.
+        strict: also raise if the class refuses what is asked for and the nearest would be done.
+
+    Returns:
+        What each step leaves. ``None`` for a traced graph, if importances decide how much of a
+        field goes, if the pruner rounds nothing, or if it has already begun: what it did so far is
+        not known.
+
+    Raises:
+        ConfigSyncError: no config can say what the pruner would leave.
+    """
+    if pruner.current_step:
+        return None
+    foreseen: Foreseen | None = None
+    if isinstance(pruner.DG, ConfigGraph):
+        foreseen, problem = _foreseen(pruner, view)
+    else:
+        problem = next(traced_problems(pruner, TracedView(view.model, view.field_map)), None)
+    if problem is None and strict and foreseen is not None and foreseen.trajectory.adjusted:
+        lines = "; ".join(map(adjusted_line, foreseen.trajectory.adjusted))
+        problem = f"{lines}. HFConfigSyncHook() does the nearest; strict=True does not."
+    if problem is None:
+        return foreseen
+    raise ConfigSyncError(
+        f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
+        "tp_hf_config.plan(model, ...) shows what settings give."
+    )
+
+
+def check_config_is_own(pruner: Any, model: Any, sharers: Sequence[str], strict: bool) -> None:
+    """Warn or raise if the config that will change also belongs to another live model.
+
+    Args:
+        pruner: the pruner of the model.
+        model: the model whose config it is.
+        sharers: the classes of the other models; see ``model.live_objects.Surroundings``.
+        strict: raise instead of warning.
+
+    Raises:
+        ConfigSyncError: there are other models, and ``strict`` is set.
+    """
+    if sharers:
+        name = type(model).__name__
+        tell(
+            f"{type(pruner).__name__} of {name}: another model that is alive ({some(sharers)}) "
+            "holds the same config object, so its config would change too, and its weights not. "
+            f"Build the other one from copy.deepcopy(config), or prune copy.deepcopy(model). "
+            "Nothing is pruned yet.",
+            strict,
+        )
+
+
+def tell(message: str, strict: bool) -> None:
+    """Warn of what cannot end well, or raise it if ``strict`` is set.
+
+    Raises:
+        ConfigSyncError: ``strict`` is set.
+    """
+    if strict:
+        raise ConfigSyncError(message)
+    warnings.warn(message, PrunerSettingsWarning, stacklevel=_frames_inside() + 1)
+
+
+def _frames_inside() -> int:
+    """Return how many stack frames of this package lead here, its caller's included."""
+    package, depth = __name__.partition(".")[0], 0
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(f"{package}."):
+        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
+    return depth
+
+
+@dataclass(frozen=True)
+class _Going:
+    """One group that the pruner is going to prune.
+
+    Attributes:
+        coupled: the group.
+        layer: the name of one of its layers, for messages.
+        scope: the name of the scope in which the pruner ranks its units.
+        ratios: for each step, the share of its units that is to be gone.
+        unit_count: its unit count.
+    """
+
+    coupled: GraphGroup
+    layer: str
+    scope: str
+    ratios: tuple[float, ...]
+    unit_count: UnitCount
+
+
+def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None]:
+    """Return what a pruner on the config graph leaves, and the reason why that cannot end well.
+
+    The first is ``None`` if importances decide how much of a field goes or nothing is rounded, the
+    second if nothing is wrong.
+    """
+    by_fields: dict[tuple[FieldPath, ...], list[_Going]] = {}
+    scopes: Counter[str] = Counter()
+    for group in _going(pruner):
+        by_fields.setdefault(group.coupled.fields, []).append(group)
+        scopes[group.scope] += max(group.ratios, default=0) > 0
+    ranked = {
+        fields: groups
+        for fields, groups in by_fields.items()
+        if any(scopes[group.scope] > 1 for group in groups)
+    }
+    problem = _ranked_apart(ranked) or _first_apart(pruner, by_fields, ranked)
+    if ranked or problem is not None:
+        return None, problem
+    moving_widths: list[MovingWidth] = []
+    kinds: dict[int, tuple[tuple[FieldPath, ...], int]] = {}
+    for fields, groups in by_fields.items():
+        unit_counts = list(dict.fromkeys(group.unit_count for group in groups))
+        kinds |= {
+            id(member.coupled): (fields, unit_counts.index(member.unit_count)) for member in groups
+        }
+        moving_widths.append(
+            MovingWidth(
+                fields,
+                tuple(unit_counts),
+                groups[0].ratios[-1] if groups[0].ratios else 0.0,
+                ratios=groups[0].ratios,
+                counts_heads=bool(set(fields) & view.field_map.count_fields()),
+            )
+        )
+    trajectory = Trajectory(
+        view.field_map,
+        tuple(moving_widths),
+        lambda ratio: pruner.iterative_pruning_ratio_scheduler(ratio, pruner.iterative_steps),
+        pruner.round_to,
+        pruner.max_pruning_ratio,
+    )
+    foreseen = Foreseen(trajectory, kinds) if pruner.round_to else None
+    refusal = planned_refusal(trajectory)
+    if refusal is None:
+        return foreseen, None
+    words = " ".join(line.strip() for line in refusal_lines(refusal))
+    return foreseen, f"the class will not take the widths. {words}"
+
+
+_Groups = dict[tuple[FieldPath, ...], list[_Going]]
+
+
+def _ranked_apart(ranked: _Groups) -> str | None:
+    """Return the reason if several groups of a field are ranked with others, else ``None``.
+
+    Importances decide then how much of each group goes.
+    """
+    several = {_names(fields): len(groups) for fields, groups in ranked.items() if len(groups) > 1}
+    if not several:
+        return None
+    alone = [_names(fields) for fields, groups in ranked.items() if len(groups) == 1]
+    return ranked_together(several, alone)
+
+
+def _first_apart(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
+    """Return the reason for the first field whose groups end with different numbers, if any."""
+    for fields, groups in by_fields.items():
+        staying = sum(coupled.fields == fields for coupled in pruner.DG.coupled) - len(groups)
+        if fields not in ranked:
+            problem = _apart(pruner, _names(fields), groups, staying)
+        else:
+            problem = _held(_names(fields), groups, staying, "lose some") if staying else None
+        if problem is not None:
+            return problem
+    return None
+
+
+def _names(fields: tuple[FieldPath, ...]) -> str:
+    """Return the names of the fields, joined by ``+``."""
+    return " + ".join(map(field_name, fields))
+
+
+def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> str | None:
+    """Return the reason if groups of one field end with different numbers of units, else ``None``.
+
+    ``staying`` is how many more groups the field has that are not pruned.
+    """
+    ends: dict[tuple[int, ...], list[str]] = {}
+    for group in groups:
+        unit_count = group.unit_count
+        steps = unit_count.after(group.ratios, pruner.round_to, pruner.max_pruning_ratio)
+        ends.setdefault(tuple(n // unit_count.per_field_unit for n in steps), []).append(
+            group.layer
+        )
+    start = groups[0].unit_count.units // groups[0].unit_count.per_field_unit
+    if staying and set(ends) != {(start,) * len(groups[0].ratios)}:
+        return _held(name, groups, staying, f"go to {min(ends)[-1]}")
+    if len(ends) < 2:
+        return None
+    parts = "; ".join(
+        f"{' -> '.join(map(str, steps))} in {', '.join(layers[:_LISTED])}"
+        + (f" and {len(layers) - _LISTED} more" if len(layers) > _LISTED else "")
+        for steps, layers in sorted(ends.items())
+    )
+    return (
+        f"the groups of {name} will have different numbers of units: {parts}. One config field "
+        "cannot say that: give all of them one ratio (ratios= of pruner_kwargs)."
+    )
+
+
+def _held(name: str, groups: Sequence[_Going], staying: int, end: str) -> str:
+    """Return the reason that some groups of a field stay while the others do not."""
+    start = groups[0].unit_count.units // groups[0].unit_count.per_field_unit
+    return (
+        f"{staying} of {staying + len(groups)} groups of {name} stay at {start} "
+        f"(ignored_layers), the others {end}, and one config field cannot say that. Ignore a layer "
+        "of every group, or of none (prune= of pruner_kwargs leaves a field out)."
+    )
+
+
+def _going(pruner: Any) -> Iterator[_Going]:
+    """Yield the groups that the pruner is going to prune, as it will look at them."""
+    graph: ConfigGraph = pruner.DG
+    sides: dict[Any, int] = {}
+    groups: list[tuple[GraphGroup, Any, list[Any]]] = []
+    for coupled in graph.taking_part(pruner.ignored_layers, pruner.root_module_types):
+        group = graph.group_at(coupled, [0])  # its layers in the order that the pruner sees
+        keys = []
+        for item in group:
+            module, out = item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
+            if item.dep.target.type == ops.OPTYPE.PARAMETER:
+                continue
+            key = (coupled.fields, module, out)
+            sides[key] = sides.get(key, 0) + len(item.idxs)
+            keys.append(key)
+        groups.append((coupled, group, keys))
+    for coupled, group, keys in groups:
+        layers = {
+            (
+                graph.get_out_channels(key[1]) if key[2] else graph.get_in_channels(key[1]),
+                sides[key],
+            )
+            for key in keys
+        }
+        scope, ratios = _scope(pruner, group)
+        yield _Going(
+            coupled,
+            graph._module2name.get(group[-1].dep.target.module, ""),
+            scope,
+            ratios,
+            replace(
+                coupled.count,
+                units=coupled.units.count,
+                layers=tuple(sorted(layer for layer in layers if layer[0] is not None)),
+            ),
+        )
+
+
+def _scope(pruner: Any, group: Any) -> tuple[str, tuple[float, ...]]:
+    """Return the name of a group's ranking scope, and its ratios after each step.
+
+    As ``BasePruner._prune`` finds them (1.6.1).
+    """
+    graph = pruner.DG
+    given = given_ratios(pruner, group)
+    if given is not None:
+        return given[0], tuple(min(ratio, pruner.max_pruning_ratio) for ratio in given[1][1:])
+    ratios = tuple(pruner.per_step_pruning_ratio[1:])
+    if pruner.isomorphic:
+        kinds = (
+            f"{type(item.dep.source.module).__name__} {type(item.dep.target.module).__name__} "
+            f"{graph.is_out_channel_pruning_fn(item.dep.handler)}"
+            for item in group
+        )
+        return "isomorphic: " + ", ".join(kinds), ratios
+    if pruner.global_pruning:
+        return "global", ratios
+    return graph._module2name[group[0].dep.source.module], ratios

@@ -1,0 +1,321 @@
+"""Give a pruner's arguments their meaning on the config graph, which is not traced."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import PrunerSettingsWarning, closest
+from ..fieldmap.model_view import WidthView
+from ..graph.config_graph import ConfigGraph
+from ..graph.pruner_classes import family
+from ..graph.sides import ParameterView, channels_of, is_output
+from ..model.config_json import field_name
+from .choices import check_share
+from .requested import some_head_ratio
+
+_NO_TRACE = (
+    "Leave it out, or have Torch-Pruning trace the model: pruner_kwargs(model, graph='trace')."
+)
+_WITHOUT_EFFECT = {
+    "customized_pruners": "it cuts the parameters of every layer by itself, and what a layer "
+    "notes of its widths follows",
+    "unwrapped_parameters": "it knows which dimensions of bare parameters follow a config field",
+    "forward_fn": "no forward pass is run to make it",
+}
+# argument -> True if it is about what a layer puts out
+_CONSTRAINTS = {"in_channel_groups": False, "out_channel_groups": True, "channel_groups": True}
+MERGED = (
+    "num_heads",
+    "in_channel_groups",
+    "out_channel_groups",
+    "ignored_layers",
+    "pruning_ratio_dict",
+    "round_to",
+    "root_module_types",
+    "prune_num_heads",
+    "prune_head_dims",
+    "output_transform",
+)
+"""The arguments of a pruner that the model has a say in if the graph is not traced."""
+NEEDED = (
+    "prune_num_heads",
+    "prune_head_dims",
+    "num_heads",
+    "out_channel_groups",
+    "ignored_layers",
+    "unwrapped_parameters",
+    "pruning_ratio_dict",
+    "round_to",
+    "iterative_pruning_ratio_scheduler",
+)
+"""The arguments without which a pruner does not do what ``pruner_kwargs`` was asked for."""
+_RATIOS = ("pruning_ratio", "head_pruning_ratio", "max_pruning_ratio", "ch_sparsity")
+_LISTED = 3
+_BY_LAYER = ("pruning_ratio_dict", "head_pruning_ratio_dict", "ch_sparsity_dict")
+
+
+def warn(message: str) -> None:
+    """Warn the first caller outside this package and Torch-Pruning."""
+    package, depth, frame = __name__.partition(".")[0], 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        package,
+        "contextlib",
+        "functools",
+        "torch_pruning",
+    ):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, PrunerSettingsWarning, stacklevel=depth)
+
+
+def check_ratios(arguments: Mapping[str, Any]) -> None:
+    """Raise if one of a pruner's ratios is not from 0 to 1.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in _RATIOS:
+        check_share(name, arguments.get(name))
+    for name in _BY_LAYER:
+        for ratio in (arguments.get(name) or {}).values():
+            check_share(name, ratio)
+
+
+def check_names(arguments: Iterable[str]) -> None:
+    """Raise if no pruner has one of these arguments.
+
+    Raises:
+        TypeError: no pruner has it.
+    """
+    names = {
+        name
+        for cls in family()
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    } | {"hooks"}
+    for name in arguments:
+        if name not in names - {"self", "model"}:
+            raise TypeError(f"pruner_kwargs: no pruner takes {name}={closest(name, names)}")
+
+
+def check_handed(handed: Mapping[str, Any], arguments: Mapping[str, Any], traced: bool) -> None:
+    """Warn if a pruner gets less than ``pruner_kwargs`` gave for it.
+
+    Args:
+        handed: the arguments that ``pruner_kwargs`` gave.
+        arguments: those that the pruner gets.
+        traced: the graph is traced.
+
+    Raises:
+        ValueError: the arguments were made for another ``prune_num_heads``.
+    """
+    got, made_for = arguments.get("prune_num_heads"), handed.get("prune_num_heads")
+    if made_for is not None and bool(got) is not bool(made_for):
+        raise ValueError(
+            f"prune_num_heads={got}, but pruner_kwargs made its arguments for "
+            f"prune_num_heads={made_for}. Tell it: pruner_kwargs(model, prune_num_heads={got})"
+        )
+    names = NEEDED if traced else ("pruning_ratio_dict",)
+    lost = [name for name in names if name in handed and _less(handed[name], arguments.get(name))]
+    for name in lost:
+        warn(
+            f"{name}= is not what pruner_kwargs gave, and keeps less of what the model needs. Give "
+            f"yours to it, which puts both together: pruner_kwargs(model, {name}=...)"
+        )
+
+
+def _less(handed: Any, got: Any) -> bool:
+    """True if an argument holds less than what ``pruner_kwargs`` gave for it."""
+    if isinstance(handed, Mapping):
+        items = got if isinstance(got, Mapping) else {}
+        return any(key not in items or items[key] != value for key, value in handed.items())
+    if isinstance(handed, list):  # of layers, or of (parameter, dim)
+        held = {id(item[0] if isinstance(item, tuple) else item) for item in got or ()}
+        return any(id(item[0] if isinstance(item, tuple) else item) not in held for item in handed)
+    if isinstance(handed, int) and not isinstance(handed, bool):
+        return (got or 1) % handed != 0
+    return bool(handed is not None and got != handed)
+
+
+def unwrapped_in(given: Any) -> list[tuple[nn.Parameter, int]]:
+    """Return bare parameters, each with a dim; Torch-Pruning takes a list or a dict of them."""
+    return list(given.items() if isinstance(given, Mapping) else given or ())
+
+
+def settle(view: WidthView, graph: ConfigGraph, arguments: dict[str, Any]) -> None:
+    """Change a pruner's arguments so that they do on a graph what they do in Torch-Pruning.
+
+    A warning says where they cannot.
+
+    Raises:
+        ValueError: channels are to go together that the graph prunes one by one.
+    """
+    for name, out in _CONSTRAINTS.items():
+        _check_constraint(graph, name, arguments.get(name) or {}, out)
+    for name in _BY_LAYER:
+        if arguments.get(name):
+            arguments[name] = _with_views(graph, arguments[name], name.startswith("head"))
+    for message in (*_without_effect(arguments), *_unused(graph, arguments)):
+        warn(message)
+    _count_heads(view, arguments)
+
+
+def _without_effect(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning for each argument that has no effect on the config graph."""
+    for name, why in _WITHOUT_EFFECT.items():
+        if arguments.get(name):
+            yield f"{name}= has no effect on the graph made from the config: {why}. {_NO_TRACE}"
+    heads, ratio = bool(arguments.get("prune_num_heads")), some_head_ratio(arguments)
+    if ratio and not heads:
+        yield (
+            f"head_pruning_ratio={ratio:g} has no effect without prune_num_heads=True, as in "
+            "Torch-Pruning: no heads are pruned."
+        )
+    elif heads and not ratio:
+        yield (
+            "prune_num_heads=True has no effect without head_pruning_ratio=, as in Torch-Pruning: "
+            "no heads are pruned."
+        )
+
+
+def _check_constraint(
+    graph: ConfigGraph, name: str, counts: Mapping[nn.Module, int], out: bool
+) -> None:
+    """Raise if channels of a layer are to go together but the graph prunes them otherwise.
+
+    Args:
+        graph: the graph.
+        name: the argument's name.
+        counts: layer -> number of equal runs of its channels that have to lose the same ones.
+        out: the argument is about a layer's outputs, else about its inputs.
+
+    Raises:
+        ValueError: the graph prunes some layer otherwise.
+    """
+    odd = {layer for layer, count in counts.items() if not _together(graph, layer, count, out)}
+    if odd:
+        layers = ", ".join(sorted({type(layer).__name__ for layer in odd}))
+        raise ValueError(
+            f"{name}= (for {layers}) on the graph made from the config: which channels of a "
+            "layer go together (fused layers, heads, grouped norms) it knows by experiment, "
+            f"and others cannot be asked for. {_NO_TRACE}"
+        )
+
+
+def _together(graph: ConfigGraph, layer: nn.Module, count: int, out: bool) -> bool:
+    """True if each of ``count`` equal runs of a layer's channels loses the same, or goes whole.
+
+    A layer that loses no channels passes too.
+    """
+    for coupled, side in graph.sides_of(layer):
+        channels, table = channels_of(side), side.table
+        if is_output(side) is not out or channels == count * table.shape[1]:
+            continue
+        if channels % count:
+            return False
+        units = torch.arange(len(table)) % (coupled.units.count // coupled.count.channel_groups)
+        labels = torch.full((channels,), -1)  # every channel group loses the same units
+        labels[table] = units[:, None].expand_as(table)
+        runs = labels.view(count, -1)
+        if not (runs == runs[0]).all():
+            return False
+    return True
+
+
+def _with_views(graph: ConfigGraph, ratios: Mapping[Any, float], single: bool) -> dict[Any, float]:
+    """Return ratios by layer that also hold for the parameter views of these layers.
+
+    Inside a named layer, Torch-Pruning looks for layers of types that it can prune. It would miss a
+    ``Conv1D``, a norm of Transformers' own or stacked experts, which the graph shows it as views.
+
+    Args:
+        graph: the graph.
+        ratios: layer -> ratio; a tuple of layers is ranked together.
+        single: only single layers may be keys.
+    """
+    result: dict[Any, float] = {}
+    for key, ratio in ratios.items():
+        named = key if isinstance(key, tuple) else (key,)
+        inside = {module for layer in named for module in layer.modules()}
+        views = [
+            side.module
+            for module in inside
+            for _, side in graph.sides_of(module)
+            if isinstance(side.module, ParameterView) and is_output(side)
+        ]
+        views = [view for view in dict.fromkeys(views) if view not in named]
+        if single:
+            result |= dict.fromkeys((*named, *views), ratio)
+        else:
+            result[(*named, *views) if views else key] = ratio
+    return result
+
+
+def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning for ratios of layers that decide nothing, or of which only one can decide."""
+    for name in _BY_LAYER:
+        heads = name.startswith("head")
+        groups = [coupled for coupled in graph.coupled if coupled.heads is heads]
+        taken: dict[int, list[float]] = {}
+        idle: list[Any] = []
+        for key, ratio in (arguments.get(name) or {}).items():
+            named = key if isinstance(key, tuple) else (key,)
+            inside = {module for one in named for module in one.modules()}
+            affected = [
+                coupled
+                for coupled in groups
+                if coupled.units in inside  # no outputs: ConfigGraph.roots_of names its units
+                or any(side.module in inside and is_output(side) for side in coupled.sides)
+            ]
+            for coupled in affected:
+                taken.setdefault(id(coupled), []).append(ratio)
+            if not affected:
+                idle.append(named[0])
+        if idle:
+            yield f"{name}= has no effect for {_some(graph, idle)}: {_why_idle(heads, arguments)}."
+        for coupled in groups:
+            ratios = list(dict.fromkeys(taken.get(id(coupled), ())))
+            if len(ratios) > 1:
+                fields = " + ".join(map(field_name, coupled.fields))
+                yield (
+                    f"{name}= has the ratios {', '.join(f'{one:g}' for one in ratios)} for layers "
+                    f"that lose the same channels ({fields}); Torch-Pruning takes that of the "
+                    "first of them. Give them one ratio."
+                )
+
+
+def _why_idle(heads: bool, arguments: Mapping[str, Any]) -> str:
+    """Return why the ratio of a layer decides nothing."""
+    if heads:
+        return "no heads that are pruned are split out of what it puts out"
+    along = (
+        " by pruning_ratio (heads follow the head ratios)" if arguments["prune_num_heads"] else ""
+    )
+    return f"nothing that it puts out is pruned{along}"
+
+
+def _some(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
+    """Return the names of up to three layers and how many more there are."""
+    names = {module: name for name, module in graph.pretrained.named_modules()}
+    shown = [names.get(layer, type(layer).__name__) or type(layer).__name__ for layer in layers]
+    more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
+    return ", ".join(shown[:_LISTED]) + more
+
+
+def _count_heads(view: WidthView, arguments: dict[str, Any]) -> None:
+    """Set ``num_heads`` to what the model splits its layers into; warn of other counts."""
+    given = arguments.get("num_heads") or {}
+    own = {module: (name, count) for name, module, count in view.head_layers()}
+    for module, count in given.items():
+        name, right = own.get(module, ("", count))
+        if count != right:
+            warn(f"num_heads= says {count} heads for {name}, which has {right}: that is taken.")
+    arguments["num_heads"] = {module: count for module, (_, count) in own.items()} | {
+        module: own.get(module, ("", count))[1] for module, count in given.items()
+    }

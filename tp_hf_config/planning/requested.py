@@ -1,0 +1,111 @@
+"""Read from a pruner's own arguments which widths are pruned and which stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch_pruning import ops
+
+from ..fieldmap.model_view import WidthView
+from ..graph.config_graph import ConfigGraph
+from ..graph.prunable import Width, widths_of
+from ..model.config_json import FieldPath
+from .selection import Wanted
+
+
+def some_head_ratio(arguments: Mapping[str, Any]) -> float:
+    """Return the largest head ratio among a pruner's arguments; 0 if none is given."""
+    by_layer = (arguments.get("head_pruning_ratio_dict") or {}).values()
+    return float(max([arguments.get("head_pruning_ratio") or 0.0, *by_layer]))
+
+
+def wanted_by(arguments: Mapping[str, Any], wrapped: bool) -> Wanted:
+    """Return what a pruner's arguments ask for when no field is named.
+
+    As in Torch-Pruning, heads are pruned if there is a ratio for them, and head dims if
+    ``num_heads=`` names layers.
+
+    Args:
+        arguments: those of the pruner's constructor.
+        wrapped: another module reads the model's outputs.
+    """
+    heads = bool(arguments.get("prune_num_heads")) and some_head_ratio(arguments) > 0
+    dims = bool(arguments.get("prune_head_dims") and arguments.get("num_heads"))
+    return Wanted(heads=heads, head_dims=dims, wrapped=wrapped)
+
+
+def staying(view: WidthView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPath, ...], str]:
+    """Return the widths that stay because a pruner's arguments keep one of their layers.
+
+    One field sets all groups of a width: if one group has to stay, all of them have to.
+
+    Args:
+        view: the Hugging Face model.
+        arguments: those of the pruner's constructor.
+
+    Returns:
+        The fields of each such width -> the reason.
+    """
+    types = tuple(arguments.get("root_module_types") or ())
+    if (
+        not arguments.get("ignored_layers")
+        and (not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types))
+        and not (arguments.get("num_heads") and arguments.get("prune_num_heads"))
+        and arguments.get("prune_head_dims", True)
+    ):
+        return {}
+    offered = [w for w in widths_of(view.model, view.field_map) if w.reason is None]
+    ignored = list(arguments.get("ignored_layers") or ())
+    modules = [m for item in ignored if isinstance(item, nn.Module) for m in item.modules()]
+    parameters = [item for item in ignored if isinstance(item, nn.Parameter)]
+    graph = ConfigGraph(view.model, [group for width in offered for group in width.groups])
+    graph.build_dependency(view.model, ignored_params=parameters)
+    groups = iter(graph.coupled)
+    result: dict[tuple[FieldPath, ...], str] = {}
+    for width in offered:
+        coupled = [next(groups) for _ in width.groups]
+        kept_by = [graph.why_kept(item, modules, types) for item in coupled]
+        reasons = [reason for reason in kept_by if reason is not None]
+        if reasons:
+            others = ", and one config field sets them all" if len(reasons) < len(coupled) else ""
+            result[width.fields] = f"{reasons[0]}{others}."
+            continue
+        layers = [graph.outputs_of(item) for item in coupled]
+        reason = _kept_heads(view, width, layers, arguments)
+        if reason is not None:
+            result[width.fields] = reason
+    return result
+
+
+def _kept_heads(
+    view: WidthView,
+    width: Width,
+    layers: list[dict[str, nn.Module]],
+    arguments: Mapping[str, Any],
+) -> str | None:
+    """Return why a width that changes attention heads stays; ``None``: it may be pruned.
+
+    Args:
+        view: the Hugging Face model.
+        width: the width.
+        layers: for each group of the width, the layers that lose outputs, by name.
+        arguments: those of the pruner's constructor.
+    """
+    split = [
+        {name: layer for name, layer in group.items() if view.field_map.splits_of(name)}
+        for group in layers
+    ]
+    if not any(split):
+        return None
+    if not set(width.fields) & view.field_map.count_fields():
+        if arguments.get("prune_head_dims", True):
+            return None
+        name = next(name for group in split for name in group)
+        return f"heads of {name} become smaller with it, and prune_head_dims=False."
+    named = arguments.get("num_heads") or {}
+    missing = [group for group in split if group and not any(m in named for m in group.values())]
+    if named and missing:
+        return f"num_heads= does not name {next(iter(missing[0]))}."
+    return None

@@ -1,0 +1,398 @@
+"""Choose the widths that one pruner prunes, and what they stay multiples of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import gcd, lcm
+
+from torch import nn
+
+from ..errors import UnknownFieldError, UnsupportedModelError, closest
+from ..fieldmap.legal_values import multiple_of
+from ..fieldmap.model_view import WidthView
+from ..graph.prunable import Width, widths_of
+from ..graph.unit_count import UnitCount
+from ..model.config_json import FieldPath, field_name
+from ..model.tensors import stacks, tensor
+from .choices import Gqa
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks to prune.
+
+    Attributes:
+        fields: names of config fields; ``None``: every width inside the model.
+        heads: prune whole attention heads, by Torch-Pruning's head ratios.
+        gqa: how grouped-query heads are pruned; ``None``: as it suits the model.
+        head_dims: also prune the same number of dimensions of every head.
+        wrapped: another module reads the model's outputs, so their width stays by default.
+        stays: the fields of a width -> why the pruner's arguments keep it.
+    """
+
+    fields: tuple[str, ...] | None = None
+    heads: bool = False
+    gqa: Gqa | None = None
+    head_dims: bool = False
+    wrapped: bool = False
+    stays: Mapping[tuple[FieldPath, ...], str] = dataclasses.field(default_factory=dict)
+
+    def free(self, widths: Iterable[Width]) -> list[Width]:
+        """Return the widths that the pruner's arguments do not keep."""
+        return [width for width in widths if width.fields not in self.stays]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The widths that one pruner prunes.
+
+    Attributes:
+        widths: all of them; no two share a tensor dim.
+        heads: those of them that follow the head ratios.
+        how: how the heads are pruned, in words.
+        left: the name of a width that is pruned by default -> why it is left out: it shares a
+            tensor dim with one of these.
+        kept: messages about widths that would be pruned but for the pruner's arguments.
+    """
+
+    widths: tuple[Width, ...]
+    heads: tuple[Width, ...] = ()
+    how: str = ""
+    left: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+
+
+def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
+    """Return the widths to prune by the config graph, or why the model has to be traced instead.
+
+    Args:
+        view: the model.
+        wanted: what the user asks for.
+        must: raise instead of returning a reason.
+
+    Raises:
+        UnsupportedModelError: no graph can prune what is asked for.
+    """
+    heads: list[Width] = []
+    if wanted.heads:
+        head_widths = _heads(view, wanted, must)
+        if isinstance(head_widths, str):
+            return head_widths
+        heads = head_widths
+    dims = _head_dims(view, wanted, must) if wanted.head_dims else []
+    if isinstance(dims, str):
+        return dims
+    head_fields = {field for width in heads + dims for field in width.fields}
+    others: list[Width] | str = []
+    if wanted.fields is None:
+        others = _default(view, wanted, must, alone=not head_fields)
+    elif wanted.fields:
+        others = _named(view, wanted, wanted.fields, must)
+    if isinstance(others, str):
+        return others
+    rest = [width for width in others if not head_fields & set(width.fields)]
+    left_out: dict[str, str] = {}
+    if wanted.fields is None:
+        rest, left_out = _that_go_together(rest, heads + dims)
+    widths = tuple(dict.fromkeys(heads + dims + rest))
+    _check_apart(view, widths)
+    kept = tuple(_kept(view, wanted, widths))
+    return Chosen(widths, tuple(heads), _in_words(view, heads), left_out, kept)
+
+
+def _kept(view: WidthView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
+    """Yield a message for each width that is asked for but stays."""
+    going = {field for width in chosen for field in width.fields}
+    counts, dims = view.field_map.count_fields(), view.head_fields() - view.field_map.count_fields()
+    inner, named = view.inner_widths(), set(wanted.fields or ())
+    for width in _widths(view):
+        fields = set(width.fields)
+        if width.fields not in wanted.stays or fields <= going:
+            continue
+        default = wanted.fields is None and inner >= fields
+        heads = wanted.heads and fields & counts
+        if default or heads or (wanted.head_dims and fields & dims) or named & set(width.names):
+            values = " + ".join(str(view.field_map.values[field]) for field in width.fields)
+            yield f"{width.name} stays at {values}: {wanted.stays[width.fields]}"
+
+
+def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
+    """Raise unless each ratio is for a width that is pruned, and each width has one ratio at most.
+
+    Widths that follow the head ratios take no others.
+
+    Raises:
+        UnsupportedModelError: a ratio is for no such width, or one of several for the same.
+    """
+    heads = {name for width in chosen.heads for name in width.names}
+    free = {name for width in chosen.widths for name in width.names} - heads
+    for name in ratios:
+        if name in heads:
+            raise UnsupportedModelError(
+                f"ratios={dict(ratios)}: {name} follows head_pruning_ratio here. Leave one of them "
+                "out: the ratio, or prune_num_heads (and name the field in prune=)."
+            )
+        if name not in free:
+            raise UnsupportedModelError(
+                f"ratios={dict(ratios)}: {name} is not among the fields to prune "
+                f"({', '.join(sorted(free))}){closest(name, free)}."
+            )
+    for width in chosen.widths:
+        own = {name: ratios[name] for name in width.names if name in ratios}
+        if len(set(own.values())) > 1:
+            raise UnsupportedModelError(
+                f"ratios={dict(ratios)}: {' and '.join(own)} can only be pruned together "
+                f"({width.name}). Give one of them a ratio."
+            )
+
+
+def multiples_of(view: WidthView, chosen: Chosen) -> dict[tuple[FieldPath, ...], int]:
+    """Return what each width has to stay a multiple of, counted in units of its fields.
+
+    The class, the kernels or the channel groups require it.
+    """
+    counts = view.field_map.count_fields()
+    multiples: dict[tuple[FieldPath, ...], int] = {}
+    for width in chosen.widths:
+        multiple = _multiple_in(view, width)
+        if len(width.fields) == 1 and not set(width.fields) & counts:
+            own = multiple_of(view.field_map, width.fields[0])
+            multiple = lcm(
+                multiple, own // gcd(own, view.field_map.values[width.fields[0]] // width.units)
+            )
+        multiples[width.fields] = multiple
+    return multiples
+
+
+def amounts_of(width: Width, multiple: int, model: nn.Module) -> tuple[UnitCount, ...]:
+    """Return the unit counts of a width's groups, each different one once.
+
+    ``multiple`` is what the width has to stay a multiple of, in units of its fields.
+    """
+    channels: dict[tuple[str, int], int] = {}
+    for dim in (dim for group in width.groups for dim in group.dims):
+        key = (dim.name, dim.dim)
+        channels[key] = channels.get(key, 0) + dim.layout.parts * dim.layout.run
+    unit_counts: dict[UnitCount, None] = {}
+    for group in width.groups:
+        layers = {(tensor(model, m.name).shape[m.dim], channels[m.name, m.dim]) for m in group.dims}
+        unit_count = group.count.in_multiples_of(multiple)
+        unit_counts[replace(unit_count, layers=tuple(sorted(layers)))] = None
+    return tuple(unit_counts)
+
+
+def _multiple_in(view: WidthView, width: Width) -> int:
+    """Return what a width has to stay a multiple of for its kernels and channel groups.
+
+    Stacked experts run in a grouped matrix product that takes only rows of whole 16 bytes. Channel
+    groups have to lose the same number each.
+    """
+    multiple = 1
+    for group in width.groups:
+        own = group.count.channel_groups  # all groups of a width lose the same number
+        for dim in group.dims:
+            if dim.dim > 0 and stacks(view.model, dim.name):
+                own = lcm(own, 16 // tensor(view.model, dim.name).element_size())
+        multiple = lcm(multiple, own // gcd(own, group.count.per_field_unit))
+    return multiple
+
+
+def _widths(view: WidthView) -> tuple[Width, ...]:
+    return widths_of(view.model, view.field_map)
+
+
+def _disjoint(widths: Iterable[Width]) -> list[Width]:
+    """Return the widths that share no field with one before them."""
+    chosen: list[Width] = []
+    for width in widths:
+        if not any(set(width.fields) & set(other.fields) for other in chosen):
+            chosen.append(width)
+    return chosen
+
+
+def _default(view: WidthView, wanted: Wanted, must: bool, alone: bool) -> list[Width] | str:
+    """Return every proved width inside the model, or why there is none.
+
+    Args:
+        view: the model.
+        wanted: what the user asks for.
+        must: raise instead of returning a reason.
+        alone: no heads or head dims are pruned, so some width has to be proved.
+
+    Raises:
+        UnsupportedModelError: no width is proved, and experiments were made or ``must`` is set.
+    """
+    wrapped = wanted.wrapped
+    inner = view.inner_widths()
+    default = [width for width in _widths(view) if inner >= set(width.fields)]
+    default = [width for width in default if not (wrapped and (width.outward or width.handed))]
+    proved = [width for width in default if width.reason is None]
+    if proved or not alone:
+        return _disjoint(wanted.free(proved))
+    reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
+    if must or any(width.tried for width in default):
+        raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
+    return reason
+
+
+def _named(view: WidthView, wanted: Wanted, fields: Sequence[str], must: bool) -> list[Width] | str:
+    """Return the widths that hold the named fields, or why one of them has to be traced.
+
+    Widths that the pruner's arguments keep are left out.
+
+    Raises:
+        UnknownFieldError: no width has such a field.
+        UnsupportedModelError: a field cannot be pruned, and a trace may not be tried.
+    """
+    widths = _widths(view)
+    chosen: list[Width] = []
+    named = set(fields)
+    for name in fields:
+        candidates = [width for width in widths if name in width.names]
+        proved = [width for width in candidates if width.reason is None]
+        free = wanted.free(proved)
+        # first those whose fields are all named, then those that hold most of the named fields
+        free.sort(key=lambda w: (not named >= set(w.names), -len(named & set(w.names))))
+        if proved:
+            chosen += [width for width in free[:1] if width not in chosen]
+            continue
+        reasons = sorted({str(width.reason) for width in candidates}) or [_no_such(name, widths)]
+        reason = f"{name}: {'; '.join(reasons)}"
+        if not must and not any(width.tried for width in candidates):
+            return reason
+        raise _cannot(view, reason, UnsupportedModelError if candidates else UnknownFieldError)
+    return chosen
+
+
+def _no_such(name: str, widths: Sequence[Width]) -> str:
+    """Return that no width has this name, and the most similar name."""
+    names = [other for width in widths for other in width.names]
+    return f"no such width{closest(name, names)}"
+
+
+def _heads(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str:
+    """Return the widths that count attention heads, or why they have to be traced.
+
+    Those that fit ``wanted.gqa`` are preferred.
+
+    Raises:
+        UnsupportedModelError: heads cannot be pruned, and a trace may not be tried.
+    """
+    counts = view.field_map.count_fields()
+    candidates = [width for width in _widths(view) if set(width.fields) & counts]
+    proved = [width for width in candidates if width.reason is None]
+
+    def rank(width: Width) -> tuple[int, ...]:
+        several = (
+            sum(view.field_map.moves_shapes(field) for field in set(width.fields) & counts) > 1
+        )
+        can_move = all(group.count.units > group.count.channel_groups for group in width.groups)
+        return (not can_move, several is not (wanted.gqa == "group"), len(width.fields))
+
+    if proved:
+        return _disjoint(sorted(wanted.free(proved), key=rank))
+    reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no heads were seen"
+    if must or any(width.disproved for width in candidates):
+        raise _cannot(view, f"attention heads: {reason}")
+    return reason
+
+
+def _head_dims(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str:
+    """Return the widths that set head dims alone, or why they have to be traced.
+
+    Raises:
+        UnsupportedModelError: head dims cannot be pruned, and a trace may not be tried.
+    """
+    fields = view.head_fields() - view.field_map.count_fields()
+    candidates = [width for width in _widths(view) if set(width.fields) & fields]
+    proved = [width for width in candidates if width.reason is None]
+    alone = [width for width in proved if len(width.fields) == 1]
+    if alone:
+        return wanted.free(alone)
+    reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no head dims were seen"
+    if view.rotates_head_dims():
+        reason = (
+            "it encodes positions in its head dims (its position tables are as wide as a head), so "
+            f"they are not interchangeable ({reason}). Leave prune_head_dims out, or prune whole "
+            "heads (prune_num_heads=True)"
+        )
+    if must or view.rotates_head_dims() or any(width.disproved for width in candidates):
+        raise _cannot(view, f"head dims: {reason}")
+    return reason
+
+
+def _cannot(
+    view: WidthView, reason: str, kind: type[UnsupportedModelError] = UnsupportedModelError
+) -> UnsupportedModelError:
+    """Return the error for what cannot be pruned; it names the widths that can."""
+    offered = ", ".join(width.name for width in _widths(view) if width.reason is None) or "none"
+    return kind(f"{type(view.model).__name__} cannot prune {reason}. Widths that can: {offered}.")
+
+
+def _in_words(view: WidthView, heads: Sequence[Width]) -> str:
+    """Return how the heads are pruned, for the report."""
+    counts = view.field_map.count_fields()
+    parts: list[str] = []
+    for width in heads:
+        moving = [field for field in width.fields if field in counts]
+        channel_groups = width.groups[0].count.channel_groups
+        if len(moving) > 1 and all(view.field_map.moves_shapes(field) for field in moving):
+            parts.append(f"whole key/value groups ({width.name})")
+        elif channel_groups > 1:
+            parts.append(f"{moving[0][-1]} out of each of {channel_groups} key/value groups")
+        elif set(width.fields) - set(moving):
+            alike = len({view.field_map.values[field] for field in moving}) == 1
+            what = "whole heads" if alike else "whole key/value groups"
+            parts.append(f"{what}, and {', '.join(width.names[len(moving) :])} with them")
+        else:
+            parts.append(f"whole heads ({field_name(moving[0])})")
+    return "; ".join(parts)
+
+
+def _that_go_together(
+    default: Sequence[Width], asked_for: Sequence[Width]
+) -> tuple[list[Width], dict[str, str]]:
+    """Return the default widths that share no tensor dim with each other or with ``asked_for``.
+
+    Of those that share one, the width that holds most of the model wins: the residual stream, then
+    feed-forward widths. Where a class makes a feed-forward width as a multiple of the hidden size,
+    it gets smaller anyway.
+
+    Returns:
+        The widths, and the name of each of the others -> why it stays.
+    """
+    owner = {tensor_dim: width for width in asked_for for tensor_dim in _places(width)}
+    left_out: dict[str, str] = {}
+    for width in sorted(default, key=lambda width: -width.units * width.parameters):
+        shared = next((tensor_dim for tensor_dim in _places(width) if tensor_dim in owner), None)
+        if shared is None:
+            owner |= dict.fromkeys(_places(width), width)
+            continue
+        name, dim = shared
+        named = ", ".join(f'"{one}"' for one in width.names)
+        left_out[width.name] = (
+            f"it sets dimension {dim} of {name} with {owner[shared].name}. To prune it as well, "
+            f"give it a pruner of its own afterwards: prune=({named},)"
+        )
+    return [width for width in default if width.name not in left_out], left_out
+
+
+def _places(width: Width) -> dict[tuple[str, int], None]:
+    """Return the tensor dims that a width sets, as (parameter name, dim), in order."""
+    return {(dim.name, dim.dim): None for group in width.groups for dim in group.dims}
+
+
+def _check_apart(view: WidthView, chosen: Sequence[Width]) -> None:
+    """Raise if two widths share a tensor dim (heads times head dim): no pruner can do both."""
+    owner: dict[tuple[str, int], Width] = {}
+    for width in chosen:
+        for name, dim in _places(width):
+            other = owner.setdefault((name, dim), width)
+            if other is not width:
+                raise UnsupportedModelError(
+                    f"{type(view.model).__name__}: {other.name} and {width.name} both set "
+                    f"dimension {dim} of {name}. Prune them one after the other, "
+                    "each with a pruner of its own."
+                )

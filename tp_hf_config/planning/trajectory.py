@@ -1,0 +1,397 @@
+"""Compute the widths after every step of a pruner, and what the class refuses of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, islice, product
+from math import lcm
+
+from ..fieldmap.field_map import FieldMap
+from ..fieldmap.legal_values import STOPS, other_tensors, stopping, vanishing
+from ..graph.unit_count import UnitCount, multiple_below
+from ..model.build import Refusal
+from ..model.config_json import FieldPath, field_name
+
+Values = dict[FieldPath, int]
+State = dict[tuple[FieldPath, ...], tuple[int, ...]]
+"""Fields of each width -> units left in each kind of its groups (one per unit count)."""
+# limits: ratios of one width, of several, steps down, states of head counts, values to ask about
+_TRIES, _FEW, _DOWN, _HEADS, _PATIENT = 24, 6, 65, 96, 40
+
+
+@dataclass(frozen=True)
+class MovingWidth:
+    """One width that is going to be pruned.
+
+    Attributes:
+        fields: the fields that count its units.
+        unit_counts: the unit counts of its groups, each different one once.
+        ratio: the share of its units that is to be gone in the end.
+        clamped: ``max_pruning_ratio`` limits the ratio itself (ratios of single layers).
+        ratios: the ratios of the steps, if no scheduler is to make them.
+        counts_heads: it counts heads; the nearest number that the class accepts is kept.
+    """
+
+    fields: tuple[FieldPath, ...]
+    unit_counts: tuple[UnitCount, ...]
+    ratio: float
+    clamped: bool = False
+    ratios: tuple[float, ...] | None = None
+    counts_heads: bool = False
+
+    @property
+    def units(self) -> int:
+        """Return how many units of its fields there are at the start."""
+        return self.unit_counts[0].units // self.unit_counts[0].per_field_unit
+
+    @property
+    def name(self) -> str:
+        """Return the names of the fields, joined by ``+``."""
+        return " + ".join(field_name(field) for field in self.fields)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Widths that the class does not accept.
+
+    Attributes:
+        step: the step that leads there, counted from 1.
+        values: field -> value, for the fields that differ from the start.
+        reason: the class's own words, or ours.
+    """
+
+    step: int
+    values: Values
+    reason: str
+
+
+@dataclass(frozen=True)
+class Adjusted:
+    """A step at which the class refuses what the ratios ask for, and gets something near it.
+
+    Attributes:
+        step: the step, counted from 1.
+        asked: field -> the value that the ratios ask for, if another is taken.
+        taken: field -> the value taken instead.
+        reason: the class's own words, or which numbers can be left at all.
+    """
+
+    step: int
+    asked: dict[FieldPath, float]
+    taken: Values
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The widths after each step of a pruner.
+
+    Attributes:
+        field_map: the field map of the class.
+        moving_widths: the widths that are pruned.
+        schedule: final ratio -> ratios from step 0 on: Torch-Pruning's scheduler.
+        round_to: the pruner's ``round_to``; ``None`` or 0: nothing is rounded.
+        max_ratio: the pruner's ``max_pruning_ratio``.
+        patience: limits the search for what the class accepts. Once it was asked about
+            ``patience * (_PATIENT + steps)`` new sets of values, no step searches on. With 0, each
+            step takes its first candidate unasked.
+    """
+
+    field_map: FieldMap
+    moving_widths: tuple[MovingWidth, ...]
+    schedule: Callable[[float], Sequence[float]]
+    round_to: int | None = 1
+    max_ratio: float = 1.0
+    patience: int = 4
+    _asked: dict[frozenset[tuple[FieldPath, int]], str | None] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def ratios(self, moving: MovingWidth) -> tuple[float, ...]:
+        """Return the share of a width that is to be gone after each step."""
+        return self._ratios[moving.fields]
+
+    @cached_property
+    def _ratios(self) -> dict[tuple[FieldPath, ...], tuple[float, ...]]:
+        result: dict[tuple[FieldPath, ...], tuple[float, ...]] = {}
+        for moving in self.moving_widths:
+            most = self.max_ratio if moving.clamped else 1.0
+            ratios = moving.ratios
+            if ratios is None:
+                ratios = tuple(min(ratio, most) for ratio in list(self.schedule(moving.ratio))[1:])
+            result[moving.fields] = ratios
+        return result
+
+    @cached_property
+    def walk(self) -> list[State]:
+        """Return, for each step, the units left in each kind of group of each width."""
+        return [left for _, left in self._walk]
+
+    @cached_property
+    def _walk(self) -> list[tuple[State, State]]:
+        """Return, for each step, what the rounded ratios alone leave, and what is left."""
+        now: State = {w.fields: tuple(a.units for a in w.unit_counts) for w in self.moving_widths}
+        steps = max((len(self.ratios(w)) for w in self.moving_widths), default=0)
+        before = len(self._asked)
+        result: list[tuple[State, State]] = []
+        for step in range(steps):
+            plain = {
+                w.fields: tuple(
+                    count.next(units, self.ratios(w)[step], self.round_to, self.max_ratio)
+                    for count, units in zip(w.unit_counts, now[w.fields], strict=True)
+                )
+                for w in self.moving_widths
+            }
+            if self.round_to:  # without it, the class is not asked
+                stay = {w.fields: now[w.fields] for w in self.moving_widths if w.counts_heads}
+                going = [
+                    m
+                    for m in self.moving_widths
+                    if not m.counts_heads and plain[m.fields] != now[m.fields]
+                ]
+                now = {**plain, **stay}
+                for state in self._candidates(now, plain, going, step):
+                    asked = len(self._asked) - before
+                    if self.patience and asked >= self.patience * (_PATIENT + steps):
+                        break
+                    values = self.values_of(state)
+                    if not self.patience or self.refuses(values) is None:
+                        now = state
+                        break
+            else:
+                now = plain
+            result.append((plain, now))
+        return result
+
+    def _candidates(
+        self, stay: State, plain: State, going: Sequence[MovingWidth], step: int
+    ) -> Iterator[State]:
+        """Yield what a step can leave: what the rounded ratios leave first, then what is near it.
+
+        Args:
+            stay: what the rounded ratios leave, but with every head count as it was.
+            plain: what the rounded ratios leave.
+            going: the widths that lose units in ``plain`` and are no head counts. Torch-Pruning
+                rounds nothing of the others, so they stay.
+            step: the step, counted from 0.
+        """
+        heads = [
+            [*self._counts(moving, stay[moving.fields], self.ratios(moving)[step])]
+            for moving in self.moving_widths
+            if moving.counts_heads
+        ]
+        states: list[State] = [
+            {**plain, **{field: units for part in chosen for field, units in part.items()}}
+            for chosen in islice(product(*heads), _HEADS)
+        ]
+        divisible = (other for state in states for other in (state, *self._divisible(state, going)))
+        return chain(
+            islice(divisible, _HEADS),
+            self._each_alone(states[0], going),
+            self._smaller(states[0], going),
+            self._smaller(stay, going),
+        )
+
+    def _counts(self, moving: MovingWidth, now: tuple[int, ...], ratio: float) -> Iterator[State]:
+        """Yield the head counts that can be left, those nearest to the ratio first."""
+        wanted = moving.units * (1 - ratio)
+        heads, numbers = now[0] // moving.unit_counts[0].per_field_unit, self._numbers(moving)
+        stuck = any(
+            a.exhausted(n, self.max_ratio) for a, n in zip(moving.unit_counts, now, strict=True)
+        )
+        fewer = [] if stuck or wanted >= heads else [number for number in numbers if number < heads]
+        for number in sorted([*fewer, heads], key=lambda n: (abs(n - wanted), -n)):
+            yield {moving.fields: tuple(number * c.per_field_unit for c in moving.unit_counts)}
+
+    def _numbers(self, moving: MovingWidth) -> range:
+        """Return the numbers of field units that rounding alone can leave."""
+        grid = lcm(*(c.step(self.round_to) // c.per_field_unit or 1 for c in moving.unit_counts))
+        fewest = max(-(-c.minimum // c.per_field_unit) for c in moving.unit_counts)
+        return range(-(-fewest // grid) * grid, moving.units + 1, grid)
+
+    def _divisible(self, state: State, going: Sequence[MovingWidth]) -> Iterator[State]:
+        """Yield the state with one width lowered to a multiple of a head count that moves."""
+        counts = [moving for moving in self.moving_widths if moving.counts_heads]
+        for moving, heads in product(going, counts):
+            number = state[heads.fields][0] // heads.unit_counts[0].per_field_unit
+            yield {
+                **state,
+                moving.fields: tuple(
+                    multiple_below(units, lcm(count.step(self.round_to), number)) or units
+                    for count, units in zip(moving.unit_counts, state[moving.fields], strict=True)
+                ),
+            }
+
+    def _each_alone(self, state: State, going: Sequence[MovingWidth]) -> Iterator[State]:
+        """Yield the state with each width as the class accepts it alone, if several have to change.
+
+        Changing one width at a time does not do then (MobileViT rounds five of its widths).
+        """
+        old = {
+            width.fields: tuple(a.units for a in width.unit_counts) for width in self.moving_widths
+        }
+        others: State = {}
+        for width in going:
+            asked = state[width.fields]
+            for units in chain([asked], islice(self._downwards(width, asked), _TRIES)):
+                if self.refuses(self.values_of({**old, width.fields: units})) is None:
+                    if units != asked:
+                        others[width.fields] = units
+                    break
+        if len(others) > 1:
+            yield {**state, **others}
+
+    def _smaller(self, state: State, going: Sequence[MovingWidth]) -> Iterator[State]:
+        """Yield the state, then states in which one width is a little smaller."""
+        yield state
+        for moving in going:
+            for units in self._downwards(moving, state[moving.fields]):
+                yield {**state, moving.fields: units}
+
+    def _downwards(self, moving: MovingWidth, now: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Yield fewer and fewer units of a width."""
+        for down in range(1, _DOWN):
+            units = tuple(
+                n - down * count.step(self.round_to)
+                for n, count in zip(now, moving.unit_counts, strict=True)
+            )
+            if min(units) >= 1:
+                yield units
+
+    @cached_property
+    def adjusted(self) -> list[Adjusted]:
+        """Return the steps that leave other widths than the rounded ratios ask for."""
+        result: list[Adjusted] = []
+        for number, (plain, end) in enumerate(self._walk if self.round_to else ()):
+            values, alone = self.values_of(end), self.values_of(plain)
+            if self.refuses(values) is not None:
+                break  # later steps do not happen
+            asked: dict[FieldPath, float] = {}
+            grids: list[str] = []
+            for width in self.moving_widths:
+                kept = max(0.0, 1 - self.ratios(width)[number])
+                off = (
+                    width.units * kept - end[width.fields][0] / width.unit_counts[0].per_field_unit
+                )
+                if width.counts_heads and abs(off) > 0.5 + 1e-9:  # not the nearest whole number
+                    asked |= {field: self.field_map.values[field] * kept for field in width.fields}
+                    if (grid := self._numbers(width).step) > 1:
+                        grids.append(f"{width.name} stays a multiple of {grid}")
+                elif not width.counts_heads and plain[width.fields] != end[width.fields]:
+                    asked |= {field: alone[field] for field in width.fields}
+            if asked:
+                whole = {field: max(1, round(value)) for field, value in asked.items()}
+                reason = self.refuses({**values, **whole}) or ""
+                if grids and (not reason or reason.startswith(STOPS)):
+                    reason = "; ".join(grids)  # no other number can be left at all
+                taken = {field: values[field] for field in asked}
+                result.append(Adjusted(number + 1, asked, taken, reason))
+        return result
+
+    def units(self, moving: MovingWidth) -> list[list[int]]:
+        """Return, for each kind of group of a width, its units after each step."""
+        return [[s[moving.fields][i] for s in self.walk] for i in range(len(moving.unit_counts))]
+
+    def steps(self) -> list[Values]:
+        """Return the values of the fields after each step."""
+        return [self.values_of(state) for state in self.walk]
+
+    def values_of(self, state: State) -> Values:
+        """Return the values of all fields when so many units are left."""
+        return {
+            field: self.field_map.values[field] * state[w.fields][0] // w.unit_counts[0].units
+            for w in self.moving_widths
+            for field in w.fields
+        }
+
+    def refusal(self) -> Refused | None:
+        """Return the first step that the class refuses or no config can say; ``None``: none is."""
+        steps = self.steps()
+        for moving in self.moving_widths:
+            ends = {
+                tuple(n // count.per_field_unit for n in units)
+                for count, units in zip(moving.unit_counts, self.units(moving), strict=True)
+            }
+            if len(ends) > 1:
+                apart = " and ".join(map(str, sorted(ends)))
+                words = f"groups of {moving.name} would have {apart} units"
+                return Refused(len(steps), self._changed(steps[-1]), words)
+        for number, values in enumerate(steps, 1):
+            reason = self.refuses(values)
+            if reason is not None:
+                return Refused(number, self._changed(values), reason)
+        return None
+
+    def taken(self) -> bool:
+        """True if the class accepts every step; the last is asked about first."""
+        return not any(self.refuses(v) for v in reversed(self.steps())) and self.refusal() is None
+
+    def refuses(self, values: Mapping[FieldPath, int]) -> str | None:
+        """Return why the class refuses these values, or ``None``; each set is tried once."""
+        changed = self._changed(values)
+        key = frozenset(changed.items())
+        if key not in self._asked:
+            self._asked[key] = self._ask(changed) if changed else None
+        return self._asked[key]
+
+    def _changed(self, values: Mapping[FieldPath, int]) -> Values:
+        """Return the values that differ from the start."""
+        return {field: v for field, v in values.items() if v != self.field_map.values[field]}
+
+    def _ask(self, values: Values) -> str | None:
+        """Return the class's own words, or ours, or ``None``.
+
+        Ours: a count would vanish, it builds other tensors than pruning leaves, or it does not run.
+        """
+        new = self.field_map.build_at(values)
+        if isinstance(new, Refusal):
+            return new.reason
+        return (
+            vanishing(self.field_map, new)
+            or other_tensors(self.field_map, new, values)
+            or stopping(self.field_map, new)
+        )
+
+    def at(
+        self, ratios: Mapping[tuple[FieldPath, ...], float], patience: int | None = None
+    ) -> Trajectory:
+        """Return the same trajectory with other ratios for some widths, and other patience."""
+        moving_widths = [
+            replace(w, ratio=ratios[w.fields], ratios=None) if w.fields in ratios else w
+            for w in self.moving_widths
+        ]
+        patience = self.patience if patience is None else patience
+        return replace(self, moving_widths=tuple(moving_widths), patience=patience)
+
+    def reachable(self, moving: MovingWidth) -> range:
+        """Return the numbers of units that rounding can leave of a width; else all units."""
+        count = moving.unit_counts[0]
+        grid = count.step(self.round_to)
+        rounded = range(-(-count.minimum // grid) * grid, count.units + 1, grid)
+        return rounded or range(count.units, count.units + 1)
+
+    def nearest(self) -> list[Trajectory]:
+        """Return accepted trajectories near this one: one ratio changed, or else several."""
+        if not self.steps():
+            return []
+        near = {moving.fields: self._near(moving) for moving in self.moving_widths}
+        accepted: list[Trajectory] = []
+        for fields, ratios in near.items():
+            tried = (self.at({fields: ratio}, patience=0) for ratio in ratios)
+            accepted += islice((trajectory for trajectory in tried if trajectory.taken()), 1)
+        if accepted:
+            return accepted
+        every = islice(product(*(ratios[:_FEW] for ratios in near.values())), 4 * _TRIES)
+        tried = (self.at(dict(zip(near, ratios, strict=True)), patience=0) for ratios in every)
+        return list(islice((trajectory for trajectory in tried if trajectory.taken()), 1))
+
+    def _near(self, moving: MovingWidth) -> list[float]:
+        """Return ratios that end a width elsewhere, the nearest ends first."""
+        end, count, sizes = self.units(moving)[0][-1], moving.unit_counts[0], self.reachable(moving)
+        middle = (end - sizes.start) // sizes.step  # index of the end among them
+        window = sizes[max(0, middle - _TRIES) : max(0, middle + _TRIES + 1)]
+        others = sorted(window, key=lambda n: (abs(n - end), n))
+        return [count.ratio_for(n, moving.counts_heads) for n in others if n != end][:_TRIES]

@@ -1,0 +1,360 @@
+"""Find the groups of tensor dims that config fields set, and prove them on a tiny model.
+
+The field map says which tensor dims a field sets. The twin test says which of them belong together,
+and in which layout. A permutation of units that leaves the outputs as they were is the proof.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from itertools import chain
+from math import gcd
+
+from torch import nn
+
+from ..fieldmap.field_map import FieldMap
+from ..fieldmap.unit_shares import Shares, shares_of, strides_in, units_of
+from ..forward.coverage import why_not
+from ..forward.encoder_states import AXIS, states_of
+from ..model.build import Refusal
+from ..model.config_json import FieldPath, field_name, with_values
+from ..model.tensors import saved_buffers, stacks
+from .group import Finding, TinyGroup, all_alike
+from .joint_fields import (
+    equal_fields,
+    equal_together,
+    grouped_heads,
+    heads_with_width,
+    proportional,
+    whole_heads,
+)
+from .layout import Places, TensorDim, UnitLayout, places_of
+from .layout_guesses import layouts_of
+from .layout_search import Sources, Style, in_other_layouts, searched
+from .prove import channel_groups_of, companion, named, order_of, proved, second_look
+from .rehearse import rehearse
+from .tiny.tiny_model import TinyModel
+from .twin_test import Links, TwinTest
+
+
+def find_groups(tiny: TinyModel) -> list[Finding]:
+    """Find the groups of every field of a class, and of its joint fields.
+
+    Returns:
+        One finding for each width: those of single fields come first.
+    """
+    field_map = tiny.field_map
+    singly = [
+        _find(tiny, (field,))
+        for field in field_map.values
+        if field not in field_map.linked | field_map.bound and _sets_outputs(tiny, field)
+    ]
+    told_apart = {f.fields[0]: f.apart for f in singly if f.reason is not None}
+    failed = set(told_apart)
+    findings = [_rehearsed(tiny, finding) for finding in singly]
+    refused = {f.fields[0] for f in findings if f.reason is not None} - failed
+    stuck = failed | {field for field in refused if not _takes_less(field_map, field)}
+    equal = [*equal_fields(field_map, failed), *equal_together(field_map, failed)]
+    tried: set[frozenset[FieldPath]] = set()
+    for fields in chain(equal, grouped_heads(field_map, stuck), heads_with_width(field_map, stuck)):
+        if frozenset(fields) not in tried:
+            tried.add(frozenset(fields))
+            alone = [told_apart[field] for field in fields if field in told_apart]
+            everywhere: Places = frozenset(chain(*alone)) if all(alone) else frozenset()
+            joint = _find(tiny, fields, (), everywhere)
+            if joint.reason is None:
+                findings.append(joint)
+
+    def is_new(fields: tuple[FieldPath, ...]) -> bool:
+        return all(set(fields) != set(other.fields) for other in findings)
+
+    for fields in filter(is_new, whole_heads(field_map)):
+        groups = next((f.groups for f in findings if f.fields == fields[-1:]), ())
+        several = [_find(tiny, fields, groups)]
+        for pair in equal:
+            if several[-1].reason is not None and fields[-1] in pair:
+                several.append(_find(tiny, (*fields[:-1], *pair)))
+        findings.append(several[-1] if several[-1].reason is None else several[0])
+    findings += [_in_proportion(tiny, fields) for fields in proportional(field_map)]
+    joint_findings = findings[len(singly) :]
+    return findings[: len(singly)] + [_rehearsed(tiny, finding) for finding in joint_findings]
+
+
+def _takes_less(field_map: FieldMap, field: FieldPath) -> bool:
+    """True if the class builds with less of a field alone: three quarters, half or one less."""
+    value = field_map.values[field]
+    tried = {value * 3 // 4, value // 2, value - 1} - {0}
+    return any(not isinstance(field_map.build_at({field: less}), Refusal) for less in tried)
+
+
+def _in_proportion(tiny: TinyModel, fields: tuple[FieldPath, ...]) -> Finding:
+    """Return the finding for two fields in proportion: units are heads, or a part of every head.
+
+    Heads, which are runs of positions, are tried first.
+    """
+    finding = _find(tiny, fields, heads=True)
+    if finding.reason is not None or not all(map(_scales, finding.groups)):
+        finding = _find(tiny, fields)
+    if finding.reason is None and not all(map(_scales, finding.groups)):
+        return Finding(fields, reason="how long runs of its units are at full size is not seen")
+    return finding
+
+
+def _scales(group: TinyGroup) -> bool:
+    """True if the runs of a group are heads, which something counts, or no dimension has runs.
+
+    Else there may be more runs at full size.
+    """
+    alone = any(dim.layout.parts == dim.layout.run == 1 for dim in group.dims)
+    return alone or all(dim.layout.run == 1 for dim in group.dims)
+
+
+def _rehearsed(tiny: TinyModel, finding: Finding) -> Finding:
+    """Return the finding, refused if the class built smaller does not compute what is left."""
+    reason = rehearse(tiny, finding) if finding.reason is None else None
+    return finding if reason is None else replace(finding, reason=reason, disproved=True)
+
+
+def _sets_outputs(tiny: TinyModel, field: FieldPath) -> bool:
+    """True if a field sets a dimension of a tensor, and no number of embedding entries."""
+    for (name, dim), expression in tiny.field_map.expressions.items():
+        if field not in expression.fields or not isinstance(dim, int):
+            continue
+        module = tiny.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Embedding) and dim == 0:
+            return False
+    return tiny.field_map.moves_shapes(field)
+
+
+def _find(
+    tiny: TinyModel,
+    fields: tuple[FieldPath, ...],
+    alone: Sequence[TinyGroup] = (),
+    apart_alone: Places = frozenset(),
+    heads: bool = False,
+) -> Finding:
+    """Find the groups of units that are the same share of every one of the fields.
+
+    Args:
+        tiny: the tiny model.
+        fields: the fields of the width.
+        alone: the groups that one of the fields sets alone.
+        apart_alone: the tensor dims in which units of each of the fields alone are told apart.
+        heads: True if units are likely to be heads, though no layer shows it.
+    """
+    field_map = tiny.field_map
+    units = units_of(field_map, fields)
+    if units < 2:
+        return Finding(fields, reason=f"{field_name(fields[0])} is {units} in the tiny model")
+    shares = shares_of(field_map, fields)
+    if isinstance(shares, str):
+        return Finding(fields, reason=shares)
+    shares |= _handed(tiny, shares)
+    styles: dict[Style, list[TensorDim]] = {}
+    tensors = {**saved_buffers(tiny.model), **dict(tiny.model.named_parameters())}  # tied ones once
+    tensors |= tiny.states
+    heads = heads or bool(set(fields) & field_map.count_fields())
+    for (name, dim), parts in shares.items():
+        for share in parts if name in tensors else ():
+            layouts = layouts_of(tiny, name, dim, share, units, heads)
+            styles.setdefault((tuple(layouts), share.field), []).append(TensorDim(name, dim))
+    if not styles:
+        return Finding(fields, reason="it sets no parameter's dimension alone")
+    runs = {field_map.values[field] // units for field in fields}
+    held = {share.per_unit for parts in shares.values() for share in parts}
+    if len(fields) > 1:  # an output may be several times as wide as a field
+        runs |= held
+    by_itself = [group.dims for group in alone]
+    split = _split_into(field_map, fields) if alone else frozenset()
+
+    def look(runs: set[int]) -> tuple[TwinTest, Sources, tuple[Sources, Links]]:
+        test = TwinTest(tiny.model, tiny.inputs, units, sorted(runs), tiny.watched)
+        return (test, *searched(test, styles, strides_in(shares), by_itself, apart_alone, split))
+
+    finding: Finding | None = None
+    test, first, (sources, links) = look(runs)
+    if links.unequal and (more_runs := test.multiples(held) - runs):  # RADIO: tokens side by side
+        test, first, (sources, links) = look(runs | more_runs)
+    if not links.unequal:
+        finding = proved(test, sources, fields, links)
+        if finding.reason is not None:
+            finding = second_look(test, sources, fields, links) or finding
+        if finding.unproved:
+            several = in_other_layouts(test, styles, sources, finding.unproved)
+            others = (proved(test, other, fields, other_links) for other, other_links in several)
+            finding = next((other for other in others if other.reason is None), finding)
+        if tiny.partial and (finding.unseen or finding.along):  # no part that reads images ran
+            unseen = (
+                finding.reason or f"the outputs do not depend on {', '.join(finding.along[:3])}"
+            )
+            finding = replace(
+                finding, reason=f"{unseen} when given text alone", unseen=True, along=()
+            )
+    if finding is None:
+        reason = f"units are not interchangeable in {named(links.unequal)}"
+        apart = places_of(links.unequal)
+        finding = Finding(fields, reason=reason, disproved=True, apart=apart)
+    if finding.disproved and len(fields) == 1:
+        finding = _without_twins(test, first, fields) or finding
+    handed = tuple(
+        n for n in tiny.states if any(d.name == n for g in finding.groups for d in g.dims)
+    )
+    finding = replace(finding, outward=test.shows_outside(), handed=handed)
+    if len(fields) > 1 or units < field_map.values[fields[0]]:
+        return _refined(tiny, finding)
+    dims = (dim for group in finding.groups for dim in group.dims if dim.dim == 0)
+    stacked = any(stacks(tiny.model, dim.name) for dim in dims)
+    return replace(finding, minimum=_least(tiny, fields[0])) if stacked else finding
+
+
+def _split_into(field_map: FieldMap, fields: Collection[FieldPath]) -> frozenset[str]:
+    """Return the parameters of layers whose outputs some of these fields split into heads."""
+    layers = {
+        name
+        for (name, which), expression in field_map.expressions.items()
+        if isinstance(which, str) and expression.fields & set(fields)
+    }
+    return frozenset(name for name in field_map.shapes if name.rpartition(".")[0] in layers)
+
+
+def _handed(tiny: TinyModel, shares: Shares) -> Shares:
+    """Return what the fields have of encoder states: as much as of the parameter that reads them.
+
+    Nothing, if the model is given no states.
+    """
+    read = states_of(tiny.model)
+    if read is None or not tiny.states:
+        return {}
+    reader = (tiny.field_map.depth.first(read.reader), read.dim)
+    return {(read.argument, AXIS): shares[reader]} if reader in shares else {}
+
+
+def _least(tiny: TinyModel, field: FieldPath) -> int:
+    """Return the smallest value of a field with which the class still runs."""
+    field_map = tiny.field_map
+    for value in range(1, field_map.values[field]):
+        model = field_map.builder.build_real(with_values(field_map.depth.data, {field: value}))
+        if not isinstance(model, Refusal) and why_not(model, tiny.inputs) is None:
+            return value
+    return field_map.values[field]
+
+
+def _without_twins(
+    test: TwinTest, sources: Mapping[TensorDim, FieldPath | None], fields: tuple[FieldPath, ...]
+) -> Finding | None:
+    """Return a finding with one group for each layer, proved by permutation alone, or None.
+
+    Twins that compete (routed experts: the best few are taken) are always told apart, but they may
+    well change places. Every tensor dim has to matter (without it the permutation is not neutral),
+    or to stand beside one that does.
+    """
+    layers: dict[str, list[TensorDim]] = {}
+    for dim in sources:
+        layers.setdefault(re.split(r"(?<=\.\d)\d*\.", dim.name)[0], []).append(dim)
+    groups: list[TinyGroup] = []
+    for dims in layers.values():
+        channel_groups = channel_groups_of(test, dims)
+        if channel_groups is None:
+            return None
+        orders = [list(order_of(test.units, channel_groups, swap)) for swap in (True, False)]
+        rest = [(dim, [other for other in dims if other != dim]) for dim in dims]
+        idle = [dim for dim, others in rest if all(test.proves(others, order) for order in orders)]
+        busy = [dim for dim in dims if dim not in idle]
+        if any(companion(dim, [busy]) is None for dim in idle):
+            return None
+        groups.append(
+            TinyGroup(
+                fields, tuple(dims), tuple(sources[dim] for dim in dims), test.units, channel_groups
+            )
+        )
+    return Finding(fields, tuple(groups))
+
+
+def _refined(tiny: TinyModel, finding: Finding) -> Finding:
+    """Return the finding, with groups of smaller units where those are interchangeable everywhere.
+
+    Whole heads go with a run of the residual stream's channels, but which channels is free.
+    """
+    groups = finding.groups
+    if not set(finding.fields) & tiny.field_map.count_fields():
+        groups = all_alike(groups, tuple(_by_position(tiny, group) for group in groups))
+    finer = tuple(_finest(tiny, group) for group in groups)
+    return replace(finding, groups=all_alike(groups, finer))
+
+
+def in_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
+    """Return the finding with units of single positions, or None if those cannot change places.
+
+    A unit of Swin's first stage is several dimensions of every head in its last one. There may be
+    more of these heads at full size than a unit has dimensions.
+
+    Args:
+        tiny: the tiny model.
+        finding: a width with its groups.
+
+    Returns:
+        The finding; ``None`` also if nothing changes, or if cutting such units is refused.
+    """
+    groups = tuple(_by_position(tiny, group) for group in finding.groups)
+    finer = replace(finding, groups=all_alike(finding.groups, groups))
+    if finer == finding or rehearse(tiny, finer) is not None:
+        return None
+    return finer
+
+
+def _by_position(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
+    """Return the group with units of single positions if those may change places, else the group.
+
+    They may have to stay in each head, say.
+    """
+    sizes = {dim.layout.parts * dim.layout.run for dim in group.dims}
+    if len(sizes) > 1 or any(dim.layout.offset or dim.layout.gap for dim in group.dims):
+        return group
+    (per_field_unit,) = sizes
+    if per_field_unit == 1:
+        return group
+    dims = tuple(replace(dim, layout=UnitLayout()) for dim in group.dims)
+    units = group.units * per_field_unit
+    test = TwinTest(tiny.model, tiny.inputs, units, watched=tiny.watched)
+    channel_groups = channel_groups_of(test, dims)
+    if channel_groups is None or not test.alike(dims, channel_groups):
+        return group
+    return replace(
+        group, dims=dims, units=units, channel_groups=channel_groups, per_field_unit=per_field_unit
+    )
+
+
+def _finest(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
+    """Return the group with the smallest parts of its runs as units that are interchangeable.
+
+    Heads stay whole, even where attention to all tokens alike lets dimensions of several heads
+    change places.
+    """
+    split = _split_into(tiny.field_map, group.fields)
+    heads = [dim for dim in group.dims if dim.dim == 0 and dim.name in split]
+    run = reduce(gcd, (dim.layout.run for dim in group.dims))
+    for per_field_unit in (n for n in range(run, 1, -1) if run % n == 0):
+        if any(dim.layout.run // per_field_unit % _head_dim(tiny, dim) for dim in heads):
+            continue
+        dims = tuple(
+            replace(dim, layout=replace(dim.layout, run=dim.layout.run // per_field_unit))
+            for dim in group.dims
+        )
+        units = group.units * per_field_unit
+        widths = {dim.layout.parts * dim.layout.run for dim in dims}
+        test = TwinTest(tiny.model, tiny.inputs, units, sorted(widths), tiny.watched)
+        orders = (list(order_of(units, group.channel_groups, swap)) for swap in (True, False))
+        if all(test.proves(dims, order) for order in orders) and test.alike(
+            dims, group.channel_groups
+        ):
+            return replace(group, dims=dims, units=units, per_field_unit=per_field_unit)
+    return group
+
+
+def _head_dim(tiny: TinyModel, dim: TensorDim) -> int:
+    """Return how many outputs of its layer one head takes; 1 if no split of them is seen."""
+    splits = tiny.field_map.splits_of(dim.name.rpartition(".")[0])
+    return splits[0][-1] if splits else 1

@@ -1,0 +1,234 @@
+"""Groups of the tiny model: in layers that are alike, none may allow what another does not.
+
+In a first layer all values may be equal (X-CLIP's messages between frames), so that the weights on
+them do not matter. Units seem interchangeable there that are not in the layers behind it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..model.config_json import FieldPath
+from ..model.shapes import shapes
+from .layout import Places, TensorDim, UnitLayout
+
+
+@dataclass(frozen=True)
+class TinyGroup:
+    """Tensor dims that lose the same units, proved by permutation on the tiny model.
+
+    Attributes:
+        fields: the config fields that count its units.
+        dims: its tensor dims, with names in the tiny model.
+        sources: for each of them, the field that sets it; ``None``: the joint fields together.
+        units: how many units it has in the tiny model.
+        channel_groups: in how many equal runs of units a permutation has to stay (the dimensions of
+            a head, the query heads of a key/value head); 1: all units are interchangeable.
+        per_field_unit: how many of its units go with one unit of the fields (the channels of a
+            residual stream that go with one attention head).
+    """
+
+    fields: tuple[FieldPath, ...]
+    dims: tuple[TensorDim, ...]
+    sources: tuple[FieldPath | None, ...]
+    units: int
+    channel_groups: int
+    per_field_unit: int = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A width of the tiny model: its groups, or why it cannot be pruned.
+
+    Attributes:
+        fields: the config fields that count its units.
+        groups: its groups.
+        reason: why it cannot be pruned; ``None``: it can.
+        disproved: True if an experiment told its units apart.
+        unseen: True if no output depends on some of its tensor dims.
+        apart: the tensor dims in which its units are told apart.
+        unproved: the tensor dims of a group of which no permutation is neutral.
+        minimum: the fewest units with which the class runs (a router that takes the best two
+            experts needs two).
+        along: parameters that no output depends on, and that are in a group all the same.
+        outward: True if an output is as wide.
+        handed: the inputs (encoder states) that lose the same units.
+    """
+
+    fields: tuple[FieldPath, ...]
+    groups: tuple[TinyGroup, ...] = ()
+    reason: str | None = None
+    disproved: bool = False
+    unseen: bool = False
+    apart: Places = frozenset()
+    unproved: Places = frozenset()
+    minimum: int = 1
+    along: tuple[str, ...] = ()
+    outward: bool = False
+    handed: tuple[str, ...] = ()
+
+
+_Kind = frozenset[tuple[str, int, UnitLayout]]
+"""The tensor dims of a group (parameter, dimension, layout), without the numbers of layers."""
+
+
+def as_in_like_layers(groups: Sequence[TinyGroup]) -> list[TinyGroup]:
+    """Return the groups, as large and with as many channel groups as those of like layers.
+
+    Groups of one layer that have together what one group of another layer has become one. Every old
+    group was proved, and new ones allow no permutation that the old ones do not: they are proved
+    too.
+    """
+    merged = list(groups)
+    for kind in dict.fromkeys(map(_kind, groups)):
+        for parts in _apart(merged, kind):
+            dims = tuple(dim for group in parts for dim in group.dims)
+            sources = tuple(source for group in parts for source in group.sources)
+            most = max(group.channel_groups for group in parts)
+            if all(most % group.channel_groups == 0 for group in parts):
+                whole = replace(parts[0], dims=dims, sources=sources, channel_groups=most)
+                merged = [group for group in merged if group not in parts] + [whole]
+    strictest: dict[_Kind, int] = {}
+    for group in merged:
+        kind = _kind(group)
+        strictest[kind] = max(strictest.get(kind, 1), group.channel_groups)
+    channel_groups = [strictest[_kind(group)] for group in merged]
+    return [
+        replace(group, channel_groups=most) if most % group.channel_groups == 0 else group
+        for group, most in zip(merged, channel_groups, strict=True)
+    ]
+
+
+def _apart(groups: Sequence[TinyGroup], kind: _Kind) -> list[list[TinyGroup]]:
+    """Return, layer by layer, groups that have together what one group of another layer has."""
+    layers: dict[tuple[str, ...], list[TinyGroup]] = {}
+    for group in groups:
+        numbers = {tuple(re.findall(r"\.(\d+)(?=\.)", dim.name)) for dim in group.dims}
+        if len(numbers) == 1 and _kind(group) < kind:
+            layers.setdefault(numbers.pop(), []).append(group)
+    return [
+        parts
+        for parts in layers.values()
+        if len(parts) > 1
+        and sum(len(group.dims) for group in parts) == len(kind)
+        and frozenset().union(*map(_kind, parts)) == kind
+    ]
+
+
+def all_alike(groups: tuple[TinyGroup, ...], finer: tuple[TinyGroup, ...]) -> tuple[TinyGroup, ...]:
+    """Return the finer groups, except where groups that are alike were not all refined alike.
+
+    There the old ones stay: what only some of them show is chance.
+
+    Args:
+        groups: the groups as they were.
+        finer: for each of them, one of smaller units, or itself.
+    """
+    kinds: dict[_Kind, set[tuple[int, int, int]]] = {}
+    pairs = list(zip(groups, finer, strict=True))
+    for group, other in pairs:
+        parts = (other.units, other.channel_groups, other.per_field_unit)
+        kinds.setdefault(_kind(group), set()).add(parts)
+    return tuple(other if len(kinds[_kind(group)]) == 1 else group for group, other in pairs)
+
+
+def in_parts_alike(
+    model: nn.Module, groups: Sequence[TinyGroup], unused: Sequence[TensorDim]
+) -> tuple[list[TinyGroup], list[TensorDim]]:
+    """Put the tensor dims of unused parts into the groups that those of like parts are in.
+
+    No token goes to most of NLLB-MoE's experts. Parts of one list that have the same class, tensors
+    and settings compute the same from their weights, whether a token goes to them or not.
+
+    Args:
+        model: the tiny model.
+        groups: the groups so far.
+        unused: tensor dims that no output depends on.
+
+    Returns:
+        The groups, and the tensor dims that are in no such part.
+    """
+    by_part: dict[str, list[TensorDim]] = {}
+    for dim in unused:
+        by_part.setdefault(_part_of_list(model, dim.name), []).append(dim)
+    merged, remaining = list(groups), list[TensorDim]()
+    for part, dims in by_part.items():
+        like = (
+            other
+            for other in _beside(model, part)
+            if other not in by_part and _built(model, other) == _built(model, part)
+        )
+        added = (_as_in(merged, other, part, dims) for other in like)
+        extended = next((candidate for candidate in added if candidate is not None), None)
+        merged, remaining = (
+            (merged, remaining + dims) if extended is None else (extended, remaining)
+        )
+    return merged, remaining
+
+
+def _part_of_list(model: nn.Module, name: str) -> str:
+    """Return the innermost part of a list or dictionary of modules that a parameter is in.
+
+    An empty string: it is in none.
+    """
+    part = name.rpartition(".")[0]
+    while part:
+        above = part.rpartition(".")[0]
+        if isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
+            return part
+        part = above
+    return ""
+
+
+def _beside(model: nn.Module, part: str) -> list[str]:
+    """Return the names of all parts of the list that a part is in, with its own."""
+    above = part.rpartition(".")[0]
+    children = model.get_submodule(above).named_children() if part else ()
+    return [f"{above}.{key}" for key, _ in children]
+
+
+def _built(model: nn.Module, part: str) -> list[object]:
+    """Return what is equal for parts that compute the same: shapes, module types and settings."""
+    plain = (bool, int, float, str, type(None))
+    facts: list[object] = [sorted(shapes(model.get_submodule(part)).items())]
+    for name, module in model.get_submodule(part).named_modules():
+        settings = {key: value for key, value in vars(module).items() if isinstance(value, plain)}
+        facts += [name, type(module), settings]
+    return facts
+
+
+def _as_in(
+    groups: Sequence[TinyGroup], like: str, part: str, dims: Sequence[TensorDim]
+) -> list[TinyGroup] | None:
+    """Return the groups with the tensor dims of a part added as a like part has them.
+
+    ``None``: the like part has other tensor dims in them.
+    """
+    result: list[TinyGroup] = []
+    placed: set[tuple[str, int]] = set()
+    for group in groups:
+        inside = [
+            (replace(dim, name=f"{part}.{dim.name.removeprefix(f'{like}.')}"), source)
+            for dim, source in zip(group.dims, group.sources, strict=True)
+            if dim.name.startswith(f"{like}.")
+        ]
+        placed |= {(dim.name, dim.dim) for dim, _ in inside}
+        alone = len(inside) == len(group.dims)
+        own = [] if alone else list(zip(group.dims, group.sources, strict=True))
+        result += [group] if alone or not inside else []
+        if inside:
+            every = own + inside
+            sources = tuple(source for _, source in every)
+            result.append(replace(group, dims=tuple(dim for dim, _ in every), sources=sources))
+    return result if placed == {(dim.name, dim.dim) for dim in dims} else None
+
+
+def _kind(group: TinyGroup) -> _Kind:
+    """Return the tensor dims of a group, with ``*`` for the numbers of layers."""
+    return frozenset(
+        (re.sub(r"\.\d+(?=\.)", ".*", dim.name), dim.dim, dim.layout) for dim in group.dims
+    )

@@ -1,0 +1,144 @@
+"""Propose the joint fields of a class: fields of its config that can only shrink together.
+
+Query heads go with key/value heads. Where a class makes the head dim from hidden size and heads
+(BERT), whole heads go with the hidden size. Widths that have to stay equal go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations, permutations, product
+
+from ..fieldmap.field_map import FieldMap
+from ..fieldmap.unit_shares import units_of
+from ..forward.head_splits import observe
+from ..model.build import Refusal
+from ..model.config_json import FieldPath
+
+
+def grouped_heads(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+    """Yield head counts that cannot be pruned alone, each with another that is a multiple of it.
+
+    Args:
+        field_map: the field map of the class.
+        failed: the fields that cannot be pruned alone.
+    """
+    counts = sorted((p for p in field_map.count_fields() if field_map.moves_shapes(p)), key=str)
+    for smaller, larger in permutations(counts, 2):
+        if smaller in failed and field_map.values[larger] % field_map.values[smaller] == 0:
+            yield smaller, larger
+
+
+def whole_heads(field_map: FieldMap) -> Iterator[tuple[FieldPath, ...]]:
+    """Yield widths with the head counts that split them, where their layers do not show these.
+
+    No shape of BERT's layers depends on the number of heads. The width is the last field.
+    """
+    tied: dict[FieldPath, set[FieldPath]] = {}
+    for (name, which), expression in field_map.expressions.items():
+        if isinstance(which, str):
+            weight = f"{name}.weight"
+            widths = field_map.fields_of(weight, 0) | field_map.fields_of(weight, 1)
+            for width in widths if not widths & expression.fields else ():
+                tied.setdefault(width, set()).update(expression.fields)
+    for width, counts in tied.items():
+        several = {field for field in counts if field_map.values[field] > 1}  # a single head stays
+        yield (*sorted(several or counts, key=str), width)
+
+
+def equal_fields(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+    """Yield pairs of equal widths that both cannot be pruned alone.
+
+    If there are none, yield pairs of which one cannot be pruned alone.
+
+    Args:
+        field_map: the field map of the class.
+        failed: the fields that cannot be pruned alone.
+    """
+    widths = [field for field in field_map.values if field_map.moves_shapes(field)]
+    pairs = [
+        pair
+        for pair in combinations(widths, 2)
+        if field_map.values[pair[0]] == field_map.values[pair[1]] and failed & set(pair)
+    ]
+    yield from [pair for pair in pairs if failed >= set(pair)] or pairs
+
+
+def equal_together(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+    """Yield three or four equal widths that the class runs with only if all change together.
+
+    Passes without data show this. Features of images and of sound, from a tower each, stand in one
+    text (Qwen2.5-Omni).
+
+    Args:
+        field_map: the field map of the class.
+        failed: the fields that cannot be pruned alone.
+    """
+    alike: dict[int, list[FieldPath]] = {}
+    for field in sorted(failed, key=str):
+        if field_map.moves_shapes(field):
+            alike.setdefault(field_map.values[field], []).append(field)
+
+    @cache
+    def runs(fields: tuple[FieldPath, ...]) -> bool:
+        """True if the class runs with these fields at double and at half of their value.
+
+        Both are tried: where there are more features than places for them, only more places show
+        it.
+        """
+        value = field_map.values[fields[0]]
+        builds = (
+            field_map.build_at(dict.fromkeys(fields, other)) for other in (2 * value, value // 2)
+        )
+        return all(not isinstance(model, Refusal) and observe(model).ended for model in builds)
+
+    for size, paths in product((3, 4), alike.values()):
+        for fields in combinations(paths, size):
+            if runs(fields) and not any(map(runs, combinations(fields, size - 1))):
+                yield fields
+
+
+def heads_with_width(
+    field_map: FieldMap, failed: set[FieldPath]
+) -> Iterator[tuple[FieldPath, ...]]:
+    """Yield widths that cannot be pruned alone, with the head counts of layers that are as wide.
+
+    Helium's last projection of attention reads the hidden size, and gets heads times head dim. If
+    other failed head counts divide this one (key/value heads), it comes once with them and once
+    without. The width is the last field.
+
+    Args:
+        field_map: the field map of the class.
+        failed: the fields that cannot be pruned alone.
+    """
+    counts = field_map.count_fields() & failed
+    for width in sorted(failed - counts, key=str):
+        value = field_map.values[width]
+        whole = {
+            field
+            for expression in field_map.expressions.values()
+            if expression.base == value and width not in expression.fields
+            for field in expression.fields & counts
+            if value % field_map.values[field] == 0
+        }
+        for field in sorted(whole, key=str):
+            among = [
+                other
+                for other in counts - {field}
+                if not field_map.values[field] % field_map.values[other]
+            ]
+            yield (*sorted(among, key=str), field, width)
+            if among:
+                yield field, width
+
+
+def proportional(field_map: FieldMap) -> list[tuple[FieldPath, ...]]:
+    """Return the pairs of fields that the class takes only in proportion, most units first."""
+    pairs = {
+        tuple(sorted((field, other), key=lambda one: (field_map.values[one], str(one))))
+        for field, others in field_map.bound.items()
+        for other in others
+        if {field, other} <= field_map.values.keys()
+    }
+    return sorted(pairs, key=lambda fields: (-units_of(field_map, fields), str(fields)))

@@ -1,0 +1,84 @@
+"""How the units of a group stand along a dimension of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """Where the units of a width stand along one tensor dim.
+
+    The dimension holds ``blocks`` blocks, and the units are divided among them. A block holds all
+    of its units ``parts`` times, one part after the other. "Gate, then up" is one block of two
+    parts. "Query, key and value of head 0, of head 1, ..." is one block per head, of three parts.
+    "Value dims of head 0, its key dims, value dims of head 1, ..." has a gap behind every part.
+
+    Attributes:
+        parts: how often a block holds its units.
+        run: how many neighbouring positions a unit takes in each part.
+        blocks: how many equal blocks the units are divided into.
+        offset: positions before the first unit, which belong to something else.
+        gap: positions behind every part, which belong to something else.
+    """
+
+    parts: int = 1
+    run: int = 1
+    blocks: int = 1
+    offset: int = 0
+    gap: int = 0
+
+    def positions(self, unit: int, units: int) -> list[int]:
+        """Return the positions of one unit out of ``units``."""
+        block, place = divmod(unit, units // self.blocks)
+        per_part = units // self.blocks * self.run + self.gap
+        start = self.offset + block * self.parts * per_part + place * self.run
+        return [start + part * per_part + i for part in range(self.parts) for i in range(self.run)]
+
+    def table(self, units: int) -> Tensor:
+        """Return the positions of every unit, shape ``(units, parts * run)``."""
+        return torch.tensor([self.positions(unit, units) for unit in range(units)])
+
+    def permuted(self, units: int, order: Sequence[int]) -> Tensor:
+        """Return, for every position, the position that its value had before units were reordered.
+
+        The units have to fill the dimension.
+
+        Args:
+            units: how many units there are.
+            order: for every place, the unit that stands there afterwards.
+        """
+        table = self.table(units)
+        return table[list(order)].flatten()[table.flatten().argsort()]
+
+    def grouped(self, size: int) -> UnitLayout:
+        """Return the layout of larger units, of ``size`` neighbouring units each."""
+        return replace(self, run=self.run * size)
+
+
+@dataclass(frozen=True)
+class TensorDim:
+    """One dimension of one parameter, and how the units of a width stand along it.
+
+    Attributes:
+        name: the parameter, by its name in the model.
+        dim: the dimension.
+        layout: where the units stand.
+    """
+
+    name: str
+    dim: int
+    layout: UnitLayout = UnitLayout()
+
+
+Places = frozenset[tuple[str, int]]
+"""Tensor dims without layouts: the names of parameters, with a dimension each."""
+
+
+def places_of(dims: Collection[TensorDim]) -> Places:
+    """Return tensor dims without their layouts."""
+    return frozenset((dim.name, dim.dim) for dim in dims)

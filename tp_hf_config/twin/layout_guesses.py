@@ -1,0 +1,147 @@
+"""Guess the layouts in which the units of a width can stand; experiments decide among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from ..fieldmap.unit_shares import Share
+from ..forward.head_splits import heads_of
+from .layout import TensorDim, UnitLayout
+from .tiny.tiny_model import TinyModel
+
+
+def layouts_of(
+    tiny: TinyModel, name: str, dim: int, share: Share, units: int, heads: bool
+) -> list[tuple[int, UnitLayout]]:
+    """Return the layouts in which units can stand along a tensor dim, the likeliest first.
+
+    Heads are runs. The dimensions of a head, and the units of gate and up, stand in every part.
+
+    Args:
+        tiny: the tiny model.
+        name: the parameter.
+        dim: its dimension.
+        share: what the width has of it.
+        units: how many units the width has.
+        heads: True if units are likely to be heads.
+
+    Returns:
+        Pairs of a score (0: the likeliest) and a layout.
+    """
+    width = share.per_unit
+    pieces = tiny.field_map.layout.pieces.get(name.rpartition(".")[0], ())
+    counts = {split[0] for splits in tiny.field_map.layout.heads.values() for split in splits}
+    parts = [n for n in range(1, width + 1) if width % n == 0]
+    parts.sort(reverse=not heads)
+    parts.sort(key=lambda n: n != len(pieces))
+    blocks = [b for b in sorted(counts) if b > 1 and units % b == 0 and width > 1 and dim == 0]
+    ranked = [
+        (rank + place + far, UnitLayout(n, width // n, block, offset, gap))
+        for place, block in ((0, 1), *((len(parts), block) for block in blocks))
+        for rank, n in enumerate(parts)
+        for far, (offset, gap) in enumerate(_between(share.rest, n * block, n in counts))
+        if n > 1 or block == 1
+    ]
+    may_hold = [_may_hold(tiny, name, piece, share) for piece in range(len(pieces))]
+    as_cut = _as_cut(pieces, may_hold, width * units, share.rest)
+    return sorted(
+        (
+            (0 if (layout.parts, layout.offset, layout.gap) in as_cut else 1 + score, layout)
+            for score, layout in ranked
+        ),
+        key=lambda one: one[0],
+    )
+
+
+def _may_hold(tiny: TinyModel, name: str, piece: int, share: Share) -> bool:
+    """True if a piece of a layer's output can be heads of the field of a share.
+
+    With twice as many query heads as key/value heads, queries are as wide as keys and values
+    together.
+    """
+    fields = tiny.field_map.fields_of(name.rpartition(".")[0], heads_of(piece))
+    return share.field is None or not fields or share.field in fields
+
+
+def _as_cut(
+    pieces: Sequence[int], mine: Sequence[bool], size: int, rest: int
+) -> set[tuple[int, int, int]]:
+    """Return the layouts whose units fill neighbouring pieces of equal size of a layer's output.
+
+    Args:
+        pieces: the size of every piece.
+        mine: for every piece, True if it may hold the units.
+        size: how many positions the units take.
+        rest: how many positions belong to something else.
+
+    Returns:
+        Parts, offset and gap of each layout.
+    """
+    layouts: set[tuple[int, int, int]] = set()
+    for start, end in combinations(range(len(pieces) + 1), 2):
+        window, offset = pieces[start:end], sum(pieces[:start])
+        if not all(mine[start:end]):
+            continue
+        if sum(window) == size and len(set(window)) == 1 and offset in (0, rest):
+            layouts.add((len(window), offset, 0))
+    return layouts
+
+
+def _between(rest: int, parts: int, heads: bool) -> list[tuple[int, int]]:
+    """Return where the rest of a dimension can stand: after or before the units, or in every part.
+
+    Returns:
+        Pairs of the offset of the first unit and the gap behind each part, likely ones first.
+    """
+    if not rest:
+        return [(0, 0)]
+    apart = [(0, 0), (rest, 0)]
+    if parts == 1 or rest % parts:
+        return apart
+    inside = [(0, rest // parts), (rest // parts, rest // parts)]
+    return inside + apart if heads else apart + inside
+
+
+def likely_first(
+    choices: Sequence[Sequence[tuple[int, UnitLayout]]],
+) -> Iterator[tuple[UnitLayout, ...]]:
+    """Yield combinations of one layout from each list, those with the lowest sum of scores first.
+
+    Args:
+        choices: for each style, pairs of a score and a layout.
+    """
+
+    def adding_up(total: int, rest: Sequence[Sequence[tuple[int, UnitLayout]]]) -> Iterator[Any]:
+        """Yield the combinations whose scores have this sum."""
+        if not rest:
+            yield from [()] * (total == 0)
+            return
+        for unlikely, layout in rest[0]:
+            if unlikely <= total:
+                for others in adding_up(total - unlikely, rest[1:]):
+                    yield (layout, *others)
+
+    for total in range(sum(max(unlikely for unlikely, _ in layouts) for layouts in choices) + 1):
+        yield from adding_up(total, choices)
+
+
+def overlap(dims: Iterable[TensorDim], units: int) -> bool:
+    """True if two widths along one tensor dim (query heads, key/value heads) claim one position.
+
+    Args:
+        dims: tensor dims; one that is there in several layouts holds several widths.
+        units: how many units each of them has.
+    """
+    taken: dict[tuple[str, int], set[UnitLayout]] = {}
+    for dim in dims:
+        taken.setdefault((dim.name, dim.dim), set()).add(dim.layout)
+    for layouts in taken.values():
+        if len(layouts) > 1:
+            positions = torch.cat([layout.table(units).flatten() for layout in layouts]).tolist()
+            if len(set(positions)) < len(positions):
+                return True
+    return False

@@ -1,0 +1,321 @@
+"""Prove the groups of one width: a permutation decides on what the twin test linked."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.config_json import FieldPath
+from .group import Finding, TinyGroup, as_in_like_layers, in_parts_alike
+from .layout import TensorDim, UnitLayout, places_of
+from .twin_test import Links, TwinTest
+
+
+def named(dims: Sequence[TensorDim]) -> str:
+    """Return three parameter names as text, and how many more there are; like layers count once."""
+    names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", dim.name) for dim in dims))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def proved(
+    test: TwinTest,
+    sources: Mapping[TensorDim, FieldPath | None],
+    fields: tuple[FieldPath, ...],
+    links: Links,
+) -> Finding:
+    """Return the linked groups with their unobserved companions, each proved by permutation.
+
+    Args:
+        test: the twin test of the width.
+        sources: the tensor dims, with the field that sets each.
+        fields: the fields of the width.
+        links: what the twin test linked.
+
+    Returns:
+        A finding; its reason is that no permutation is neutral in a group, that no output depends
+        on some tensor dims, or that there is no group.
+    """
+    groups: list[TinyGroup] = []
+    members, unplaced = _members(test, links)
+    for group in members:
+        channel_groups = channel_groups_of(test, group)
+        if channel_groups is None or not test.alike(group, channel_groups):
+            reason = f"no permutation of units is neutral in {named(group)}"
+            return Finding(fields, reason=reason, disproved=True, unproved=places_of(group))
+        by_field = tuple(sources[dim] for dim in group)
+        groups.append(TinyGroup(fields, tuple(group), by_field, test.units, channel_groups))
+    groups = as_in_like_layers(groups)
+    along = tuple(dim.name for dim in unplaced)
+    if unplaced and test.unused(along):
+        groups, unplaced = in_parts_alike(test.model, groups, unplaced)
+    stream = _stream(test, unplaced, groups) if unplaced else None
+    if unplaced and stream is None:
+        reason = f"the outputs do not depend on {named(unplaced)}"
+        return Finding(fields, tuple(groups), reason, unseen=True)
+    if not groups:
+        return Finding(fields, reason="it sets no parameter that the outputs depend on")
+    if stream is not None:
+        stream_group = groups[stream]
+        added = tuple(sources[dim] for dim in unplaced)
+        groups[stream] = replace(
+            stream_group,
+            dims=(*stream_group.dims, *unplaced),
+            sources=(*stream_group.sources, *added),
+        )
+    return Finding(fields, tuple(groups), along=along)
+
+
+def second_look(
+    test: TwinTest,
+    sources: Mapping[TensorDim, FieldPath | None],
+    fields: tuple[FieldPath, ...],
+    links: Links,
+) -> Finding | None:
+    """Return the finding after a second twin test that disturbs every tensor dim in doubt.
+
+    A group that is not proved lacks tensor dims that are linked too faintly to show. All in doubt
+    together lack none: if no permutation of these is neutral, they belong nowhere. If one is, and
+    they are not seen to be several groups, they are one, and units are removed from all of them at
+    once.
+
+    Args:
+        test: the twin test of the width.
+        sources: the tensor dims, with the field that sets each.
+        fields: the fields of the width.
+        links: what the first twin test linked.
+
+    Returns:
+        A finding; ``None``: a second look cannot help.
+    """
+    doubted = _doubted(test, links)
+    if not doubted or channel_groups_of(test, doubted) is None:
+        return None
+    links = test.links(list(sources), doubted=doubted)
+    finding = proved(test, sources, fields, links)
+    still_doubted = _doubted(test, links) if finding.disproved else []
+    if not still_doubted or channel_groups_of(test, still_doubted) is None:
+        return finding
+    settled = [group for group in links.groups if not {*group} & {*still_doubted}]
+    silent = [dim for dim in links.silent if dim not in still_doubted]
+    joined = Links((*settled, tuple(still_doubted)), links.unequal, tuple(silent))
+    return proved(test, sources, fields, joined)
+
+
+def _members(test: TwinTest, links: Links) -> tuple[list[list[TensorDim]], list[TensorDim]]:
+    """Return the linked groups with unobserved companions, and unobserved dims without a group."""
+    unplaced: list[TensorDim] = []
+    members: list[list[TensorDim]] = [list(group) for group in links.groups]
+    for vectors in [g for g in members if all(test.parameters[d.name].ndim == 1 for d in g)]:
+        # before an almost closed activation, no link from a bias to its weight shows
+        others = [group for group in members if group is not vectors]
+        homes = [companion(dim, others) for dim in vectors]
+        if homes[0] is not None and all(home is homes[0] for home in homes):
+            homes[0].extend(vectors)
+            members = others
+    for silent in links.silent:
+        group = _copied(test, silent, members) or companion(silent, members)
+        (unplaced if group is None else group).append(silent)
+    return members, unplaced
+
+
+def _doubted(test: TwinTest, links: Links) -> list[TensorDim]:
+    """Return the tensor dims in doubt: of unproved groups, and unobserved ones if any is used."""
+    members, unplaced = _members(test, links)
+    unproved = (group for group in members if channel_groups_of(test, group) is None)
+    silent = [] if test.unused(dim.name for dim in unplaced) else unplaced
+    return list(dict.fromkeys(dim for group in (*unproved, silent) for dim in group))
+
+
+def _stream(test: TwinTest, unused: Sequence[TensorDim], groups: Sequence[TinyGroup]) -> int | None:
+    """Return the index of the group that unused vectors go with, or None: the residual stream.
+
+    The class has such vectors and does not use them: the token of a mask that was not given
+    (DINOv2), a tensor without elements (DINOv3), a layer that no code reads (Qwen2.5-Omni's table,
+    MarkupLM's projection). If all channels of a single group of the width are interchangeable, and
+    a norm is in it, it is the residual stream. They can only belong there, channel by channel. If
+    there are several such groups (MBart's encoder and decoder have each their own table, which
+    ``shared`` is not), a layer that no code reads may go with any. It goes with the first that has
+    a tensor of its shape.
+    """
+    sizes = {dim.layout for dim in unused}
+    whole = all(_fills(test.parameters[dim.name], dim, test.units) for dim in unused)
+    plain = len(sizes) == 1 and whole
+    streams = [
+        place
+        for place, group in enumerate(groups)
+        if group.channel_groups == 1
+        and any(d.layout in sizes and _is_vector_alone(test.model, d.name) for d in group.dims)
+    ]
+    vectors = all(_is_of_vectors(test, dim) for dim in unused)
+    if len(streams) > 1 and all(is_unread(test.model, _layer(dim)) for dim in unused):
+        shapes = _shapes(test, unused)
+        streams = [place for place in streams if shapes <= _shapes(test, groups[place].dims)][:1]
+    alone = len(streams) == 1 and plain and vectors and test.unused(dim.name for dim in unused)
+    return streams[0] if alone else None
+
+
+def _shapes(test: TwinTest, dims: Sequence[TensorDim]) -> set[tuple[int, torch.Size]]:
+    """Return the dimension of each tensor dim, with the shape of its tensor."""
+    return {(dim.dim, test.parameters[dim.name].shape) for dim in dims}
+
+
+def _layer(dim: TensorDim) -> str:
+    """Return the name of the layer that a tensor dim is in."""
+    return dim.name.rpartition(".")[0]
+
+
+def _is_of_vectors(test: TwinTest, dim: TensorDim) -> bool:
+    """True if a parameter is empty or a vector along this dim, or of a layer that no code reads."""
+    parameter = test.parameters[dim.name]
+    vector = parameter.numel() in (0, max(parameter.shape))
+    return vector or is_unread(test.model, _layer(dim))
+
+
+def _fills(parameter: torch.Tensor, dim: TensorDim, units: int) -> bool:
+    """True if units fill a dimension, in one block without offset and gaps."""
+    layout = UnitLayout(dim.layout.parts, dim.layout.run)
+    return dim.layout == layout and len(layout.table(units).flatten()) == parameter.shape[dim.dim]
+
+
+def _is_vector_alone(model: torch.nn.Module, name: str) -> bool:
+    """True if a parameter is of a norm or a scale: its module's own parameters are all vectors."""
+    beside = list(model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False))
+    return bool(beside) and all(parameter.ndim == 1 for parameter in beside)
+
+
+def companion(silent: TensorDim, groups: Sequence[list[TensorDim]]) -> list[TensorDim] | None:
+    """Return the group with the outputs of the layer of an unobserved tensor dim, or None."""
+    layer = silent.name.rpartition(".")[0]
+    for group in groups:
+        for dim in group:
+            beside = dim.name.rpartition(".")[0] == layer
+            if beside and dim.dim == 0 and dim.layout == silent.layout:
+                return group
+    return None
+
+
+def _copied(
+    test: TwinTest, silent: TensorDim, groups: Sequence[list[TensorDim]]
+) -> list[TensorDim] | None:
+    """Return the group with the same dimension of a like tensor in the same layer, or None.
+
+    A like tensor has the same shape: I-BERT keeps integers for every weight, which are only read
+    once it is quantised.
+    """
+    layer, shape = silent.name.rpartition(".")[0], test.parameters[silent.name].shape
+    for group in groups:
+        for dim in group:
+            beside = dim.name.rpartition(".")[0] == layer and dim.name != silent.name
+            same = replace(dim, name=silent.name) == silent
+            if beside and same and test.parameters[dim.name].shape == shape:
+                return group
+    return None
+
+
+def channel_groups_of(test: TwinTest, dims: Sequence[TensorDim]) -> int | None:
+    """Return in how many channel groups a permutation has to stay to be neutral; None: none is.
+
+    Args:
+        test: the twin test of the width.
+        dims: the tensor dims of a group.
+    """
+    for channel_groups in (n for n in range(1, test.units) if test.units % n == 0):
+        if test.proves(dims, list(order_of(test.units, channel_groups, swap=True))):
+            is_neutral = test.proves(dims, list(order_of(test.units, channel_groups, swap=False)))
+            return channel_groups if is_neutral else None
+    return None
+
+
+def order_of(units: int, channel_groups: int, swap: bool) -> Iterator[int]:
+    """Yield an order of the units that moves none to another channel group.
+
+    Args:
+        units: how many units there are.
+        channel_groups: how many channel groups they form.
+        swap: True: only the first and last unit of the first channel group change places. False:
+            the order in each is random.
+    """
+    size = units // channel_groups
+    generator = torch.Generator().manual_seed(units)
+    for start in range(0, units, size):
+        if swap:
+            places = list(range(size))
+            if start == 0:
+                places[0], places[-1] = places[-1], places[0]
+        else:
+            places = torch.randperm(size, generator=generator).tolist()
+        yield from (start + place for place in places)
+
+
+_MAKERS = ("__init__",)
+"""The methods that make layers."""
+_ACCESSORS = ("get_input_embeddings", "set_input_embeddings")
+"""Methods that only hand over a layer: what nobody calls runs nothing (MBart's ``shared``)."""
+
+
+def is_unread(model: nn.Module, layer: str) -> bool:
+    """True if no code reads this layer's attribute: only ``__init__`` and accessors name it.
+
+    This looks at all code of the Python modules that define the classes of the model.
+    """
+    names = [part for part in layer.split(".") if not part.isdigit()]
+    sources = {type(module).__module__ for module in model.modules()}
+    return bool(names) and not any(names[-1] in _named_in(source) for source in sources)
+
+
+@cache
+def _named_in(source: str) -> frozenset[str]:
+    """Return all names in a module's code, but of ``__init__`` and accessors that nothing calls."""
+    functions = [f for f in _functions(sys.modules[source], source) if f.__name__ not in _MAKERS]
+    names = _names([f for f in functions if f.__name__ not in _ACCESSORS])
+    return names | _names([f for f in functions if f.__name__ in names.intersection(_ACCESSORS)])
+
+
+def _names(functions: Iterable[FunctionType]) -> frozenset[str]:
+    """Return all names and texts in the code of some functions."""
+    return frozenset(
+        name
+        for function in functions
+        for code in _codes(function.__code__)
+        for name in (*code.co_names, *(c for c in code.co_consts if isinstance(c, str)))
+    )
+
+
+def _functions(source: ModuleType, defined_in: str) -> Iterator[FunctionType]:
+    """Yield the functions that a Python module has or imports, and those of its own classes."""
+    values = list(vars(source).values())
+    for cls in [value for value in values if inspect.isclass(value)]:
+        if cls.__module__ == defined_in:
+            values += vars(cls).values()
+    for value in values:
+        yield from _unwrapped(value)
+
+
+def _unwrapped(value: Any) -> Iterator[FunctionType]:
+    """Yield the functions behind a method, a property or a decorator."""
+    if isinstance(value, property):
+        values = [value.fget, value.fset]
+    else:
+        values = [getattr(value, "__func__", value)]
+    for function in values:
+        while isinstance(function, FunctionType):
+            yield function
+            function = getattr(function, "__wrapped__", None)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield a code object and all that are nested in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)

@@ -1,0 +1,1 @@
+"""Build the tiny model of a class, on which the experiments run."""

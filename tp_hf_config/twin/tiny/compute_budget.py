@@ -1,0 +1,128 @@
+"""Make a tiny model cheap to run: shrink widths in proportion, and sizes that set no width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from ...fieldmap.field_map import FieldMap
+from ...forward.head_splits import HeadSplits
+from ...model.config_json import FieldPath, value_at, with_values
+from .image_sizes import smaller_images
+
+Seen = Callable[[dict[str, Any]], HeadSplits | None]
+"""Runs a config and returns its head splits; ``None``: the pass does not go as far as it should."""
+_HEAVY = 3_000_000
+"""How many numbers one forward pass may compute: with more, hundreds of passes take minutes."""
+_WORTH = 0.9
+"""A lower size is kept if it leaves less than this share of the numbers to compute."""
+_FEWEST = 4
+"""The smallest value of a width that shrinks in proportion."""
+_SHORTEST = 8
+"""The smallest value of a size that sets no width."""
+_PARTS = (64, 32, 16, 8, 4, 2)
+"""What widths in proportion are divided by, the largest first."""
+
+
+def in_proportion(field_map: FieldMap, data: dict[str, Any], seen: Seen) -> dict[str, Any]:
+    """Return the config with smaller widths that the class takes only in proportion (Mamba 2).
+
+    A field that was larger than another stays larger: there are several heads in each group.
+
+    Args:
+        field_map: the field map of the class.
+        data: the config so far, as JSON.
+        seen: runs a config.
+    """
+
+    def in_order(trial: dict[str, Any], paths: Collection[FieldPath]) -> bool:
+        """True if these fields are still larger than all that they were larger than."""
+        return all(
+            value_at(trial, field) > value_at(trial, other)
+            for field in paths
+            for other in field_map.sizes
+            if field_map.sizes[field] > field_map.sizes[other]
+        )
+
+    pairs = [(field, other) for field, others in field_map.bound.items() for other in others]
+    before: dict[str, Any] = {}
+    while data != before:  # a field that another has to exceed may be smaller now
+        before = data
+        for field, other in pairs:
+            values = (int(value_at(data, field)), int(value_at(data, other)))
+            trials = (
+                with_values(data, {field: values[0] // part, other: values[1] // part})
+                for part in _PARTS
+                if not any(value % part for value in values) and min(values) // part >= _FEWEST
+            )
+            fitting = (trial for trial in trials if in_order(trial, (field, other)))
+            data = next((trial for trial in fitting if seen(trial)), data)
+    return data
+
+
+def lighter(
+    field_map: FieldMap,
+    data: dict[str, Any],
+    most: int,
+    seen: Seen,
+    rows: Collection[FieldPath] = (),
+) -> dict[str, Any]:
+    """Return the config with lower sizes that set no width, if the class is slow.
+
+    Such sizes are Mamba's chunks, or the tokens of an image.
+
+    Args:
+        field_map: the field map of the class.
+        data: the config so far, as JSON.
+        most: the largest number of experts; sizes stay above it, as a smaller one may be how many
+            experts a token takes.
+        seen: runs a config.
+        rows: fields that only count positions; the inputs are as long as some of them (Whisper).
+    """
+    best = seen(data)
+    for paths in _together({field: field_map.sizes[field] for field in rows} | field_map.silent):
+        if best is None or best.numbers <= _HEAVY:
+            break
+        for trial in _lower(data, paths, max(most + 1, _SHORTEST)):
+            candidate = seen(trial)
+            if candidate is not None and candidate.numbers < _WORTH * best.numbers:
+                data, best = trial, candidate
+    if best is not None and best.numbers > _HEAVY:
+        data = next((config for config in smaller_images(field_map, data) if seen(config)), data)
+        data = _fewer_parts(field_map, data, seen)
+    return data
+
+
+def _fewer_parts(field_map: FieldMap, data: dict[str, Any], seen: Seen) -> dict[str, Any]:
+    """Return the config with sizes at their old values where a smaller size costs more.
+
+    Smaller patches are more patches of an image (LayoutLMv3).
+    """
+    best = seen(data)
+    for field, value in field_map.sizes.items():
+        if best is None or best.numbers <= _HEAVY:
+            break
+        candidate = seen(whole) if (whole := with_values(data, {field: value})) != data else None
+        if candidate is not None and candidate.numbers < best.numbers / 2:
+            data, best = whole, candidate
+    return data
+
+
+def _together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
+    """Return the fields in lists that change together, the largest value first.
+
+    Equal entries of one list go together; every other field is alone.
+    """
+    groups: dict[tuple[FieldPath, int], list[FieldPath]] = {}
+    for field, value in sizes.items():
+        listed = isinstance(field[-1], int)  # one entry for each layer
+        groups.setdefault((field[:-1] if listed else field, value), []).append(field)
+    return [groups[key] for key in sorted(groups, key=lambda key: -key[1])]
+
+
+def _lower(data: dict[str, Any], paths: list[FieldPath], least: int) -> Iterator[dict[str, Any]]:
+    """Yield configs with a size at a sixteenth, a quarter and half, but not below ``least``."""
+    value = value_at(data, paths[0])
+    for part in (16, 4, 2):
+        if type(value) is int and not value % part and value // part >= least:
+            yield with_values(data, dict.fromkeys(paths, value // part))

@@ -1,0 +1,93 @@
+"""Smaller images for a tiny model: image sizes in its config, and the numbers that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...fieldmap.field_map import FieldMap
+from ...forward.input_shapes import IMAGE_SIZES
+from ...model.config_json import FieldPath, config_json, value_at, with_values
+
+_IMAGES = (64, 96, 128)
+"""Sides of an image to try, in pixels."""
+_WINDOW = "window_size"
+_PATCH = "patch_size"
+_CROPS = "image_grid_pinpoints"
+
+
+def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield configs for smaller images, with windows in proportion (Swin).
+
+    First come configs in which all image sizes shrink together, with the numbers of patches that
+    follow: where one of them sets a width and others, or such numbers, do not (SAM). Then only
+    image sizes that set no width shrink.
+
+    Args:
+        field_map: the field map of the class.
+        data: the config so far, as JSON.
+    """
+    whole = config_json(field_map.builder.config(data), use_diff=False)
+    images: dict[FieldPath, int] = {}
+    windows: dict[FieldPath, int] = {}
+
+    def visit(node: Any, field: FieldPath) -> None:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            sides = value if isinstance(value, list) else [value]
+            if key in (*IMAGE_SIZES, _WINDOW) and all(type(side) is int for side in sides):
+                numbered = isinstance(value, list)
+                into = windows if key == _WINDOW else images
+                into.update({(*field, key, *([n] * numbered)): s for n, s in enumerate(sides)})
+            visit(value, (*field, key))
+
+    visit(whole, ())
+    images = {p: side for p, side in images.items() if side > _IMAGES[0]}
+    grids = _grids(field_map, max(images.values(), default=0))
+    setting = {field: side for field, side in images.items() if field in field_map.sizes}
+    if setting and (grids or len(images) > len(setting)):
+        for size in _IMAGES:
+            sides: dict[FieldPath, int] = {field: min(size, side) for field, side in images.items()}
+            fewer = {field: size // patch for field, patch in grids.items()}
+            yield with_values(data, {**sides, **fewer})
+    images = {field: side for field, side in images.items() if field not in setting}
+    lists = {field[:-1] for field in (*images, *windows) if isinstance(field[-1], int)}
+    data = with_values(data, {field: value_at(whole, field) for field in lists})
+    largest = max(images.values(), default=0)
+    for size in _IMAGES if images else ():
+        small = with_values(data, {field: min(size, side) for field, side in images.items()})
+        yield small
+        narrow: dict[FieldPath, int | None] = {
+            field: max(2, side * size // largest) for field, side in windows.items() if side
+        }
+        if narrow:
+            yield with_values(small, narrow)
+
+
+def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:
+    """Return the fields that count the patches along an image without setting a width.
+
+    Each comes with the side of a patch, in pixels.
+    """
+    patches = {side for field, side in field_map.sizes.items() if field[-1] == _PATCH}
+    patches = {side for side in patches if 1 < side < image and image % side == 0}
+    sides = {image // patch: patch for patch in patches}
+    return {field: sides[value] for field, value in field_map.silent.items() if value in sides}
+
+
+def crops(data: dict[str, Any], change: dict[FieldPath, int]) -> dict[FieldPath, int]:
+    """Return the image sizes that crops are cut from, for another size of a crop.
+
+    They change in proportion, so that there are as many crops as before.
+
+    Args:
+        data: the config, as JSON.
+        change: fields with their new values, the image size among them; else there is nothing to
+            change.
+    """
+    sizes = [field for field in change if field[-1] == "image_size"]
+    return {
+        (_CROPS, row, side): length * change[field] // value_at(data, field)
+        for field in sizes[:1]
+        for row, lengths in enumerate(data.get(_CROPS) or ())
+        for side, length in enumerate(lengths)
+    }

@@ -1,0 +1,190 @@
+"""What a tiny model has to keep of its class, so that experiments on it are true of the class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import lcm
+from typing import Any
+
+from torch import nn
+
+from ...fieldmap.depth import kinds_of_layers
+from ...fieldmap.field_map import FieldMap
+from ...forward.head_splits import HeadSplits, observe
+from ...model.build import Refusal
+from ...model.config_json import FieldPath, value_at
+from ...model.shapes import shapes
+
+HEAD_DIM = 16
+"""A head dim that is enough for all that a class does inside a head."""
+
+
+class Requirements:
+    """What every smaller config is checked against.
+
+    A smaller model needs:
+
+    - the same tensors, tied alike, with no dimension that shrank to 1 and no norm over two numbers;
+    - several positions for each unit of a field where there were several;
+    - layers of all kinds;
+    - at least two units of a field that dimensions divide differently (heads, groups);
+    - a forward pass that goes as far, over heads of enough dimensions.
+
+    Args:
+        field_map: the field map of the class.
+        base: the model that is shrunk, on the meta device.
+
+    Attributes:
+        builder: builds the class.
+        shapes: the tensor shapes of ``base``.
+        layout: the head splits of its forward pass.
+    """
+
+    def __init__(self, field_map: FieldMap, base: nn.Module):
+        self.builder = field_map.builder
+        self.shapes, self.layout = shapes(base), observe(base)
+        self._kinds = kinds_of_layers(base)
+        self._several, self._shared = _several_per_unit(field_map), _shared(field_map)
+
+    def observed(self, trial: dict[str, Any]) -> HeadSplits | None:
+        """Return the head splits of the model of another config, or None.
+
+        ``None``: the class refuses the config, or the model lacks something that is required.
+        """
+        model = self.builder.build(trial)
+        if isinstance(model, Refusal):
+            return None
+        built = shapes(model)
+        if built.keys() != self.shapes.keys() or _single(self.shapes, built):
+            return None
+        if _keeps_order_alone(self.shapes, built):
+            return None
+        if not _still_several(self._several, trial, built) or not _ties_alike(model, built):
+            return None
+        if not self._kinds.items() <= kinds_of_layers(model).items():
+            return None
+        if not all(
+            _still_shared(dims, field, trial, built) for field, dims in self._shared.items()
+        ):
+            return None
+        layout = observe(model)
+        return layout if _alike(self.layout, layout) else None
+
+
+def _several_per_unit(field_map: FieldMap) -> list[tuple[str, int, FieldPath]]:
+    """Return the tensor dims in which a unit of a field holds several positions, with that field.
+
+    With one position per unit, the tiny model could not show in which order these positions stand.
+    """
+    return [
+        (name, dim, field)
+        for (name, dim), expression in field_map.expressions.items()
+        if isinstance(dim, int)
+        for field in expression.fields
+        if (slope := expression.terms.get(frozenset({field}), Fraction(0))) > 1
+        and slope.denominator == 1  # a fraction is rounded: patches of an image
+    ]
+
+
+def _still_several(
+    several: Sequence[tuple[str, int, FieldPath]],
+    data: dict[str, Any],
+    built: dict[str, tuple[int, ...]],
+) -> bool:
+    """True if each of these tensor dims is still longer than the value of its field."""
+    return all(
+        built[name][dim] > value_at(data, field)
+        for name, dim, field in several
+        if name in built and dim < len(built[name])
+    )
+
+
+def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]:
+    """Return the fields that several dimensions divide by different numbers (WavLM: heads, groups).
+
+    A unit of such a field is the smallest part that is whole in each of these dimensions.
+
+    Returns:
+        For each field its tensor dims, each with True if a unit takes several positions there.
+    """
+    divisors: dict[FieldPath, dict[tuple[str, int], int]] = {}
+    for field, value in field_map.values.items():
+        for (name, dim), expression in field_map.expressions.items():
+            slope = expression.terms.get(frozenset({field}), 0)
+            if isinstance(dim, int) and 0 < slope < 1 and slope * value == expression.base:
+                divisors.setdefault(field, {})[name, dim] = value // expression.base
+        for (name, dim), power in field_map.powers.items():
+            others = {n for other, n in power.exponents.items() if other != field}
+            if isinstance(dim, int) and power.exponents.get(field) == 1 and others == {-1}:
+                divisors.setdefault(field, {})[name, dim] = value // power.base
+    return {
+        field: {place: lcm(*shares.values()) > share for place, share in shares.items()}
+        for field, shares in divisors.items()
+        if len(set(shares.values())) > 1
+    }
+
+
+def _still_shared(
+    parts: dict[tuple[str, int], bool],
+    field: FieldPath,
+    data: dict[str, Any],
+    built: dict[str, tuple[int, ...]],
+) -> bool:
+    """True if the field still has two units or more, each whole in all of its dimensions.
+
+    In dimensions where a unit took several positions, it still has to.
+    """
+    value = value_at(data, field)
+    shares = {(name, dim): Fraction(value, built[name][dim]) for name, dim in parts}
+    if any(share.denominator != 1 for share in shares.values()):
+        return False
+    unit = lcm(*(int(share) for share in shares.values()))
+    several = all(unit > shares[place] for place, wanted in parts.items() if wanted)
+    return several and value >= 2 * unit
+
+
+def _single(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
+    """True if a dimension shrank to 1: attention over one patch of an image shows nothing."""
+    return any(1 in built[name] and built[name].count(1) > before[name].count(1) for name in built)
+
+
+def _keeps_order_alone(
+    before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
+) -> bool:
+    """True if a norm now runs over two numbers, and so leaves no more than which of them is larger.
+
+    All tokens are alike then, and attention shows nothing (Phi-4-multimodal's sound).
+    """
+    matrices = {name.rpartition(".")[0] for name, shape in built.items() if len(shape) > 1}
+    return any(
+        shape == (2,) != before[name] and name.rpartition(".")[0] not in matrices
+        for name, shape in built.items()
+    )
+
+
+def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
+    """True if tying weights changes no shape: Marian's decoder counts its tokens by two fields."""
+    model.tie_weights()
+    return shapes(model) == built
+
+
+def _alike(before: HeadSplits, after: HeadSplits) -> bool:
+    """True if a forward pass goes as far as before, over heads wide enough for all that is in them.
+
+    A head of two dimensions has no partial rotary embedding any more. Attention over a single token
+    (of an image that is too small) is the same whatever its queries are.
+    """
+    if after.steps < before.steps or (before.ended and not after.ended):
+        return False
+    if after.alone > before.alone:
+        return False
+    for layer, splits in before.heads.items():
+        new_splits = after.heads.get(layer, ())
+        if len(new_splits) != len(splits):
+            return False
+        if any(
+            new[-1] < min(old[-1], HEAD_DIM) for new, old in zip(new_splits, splits, strict=True)
+        ):
+            return False
+    return True

@@ -1,0 +1,318 @@
+"""Shrink the widths of a class as far as it lets them, for a tiny model with every mechanism."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...fieldmap.field_map import FieldMap
+from ...model.build import Refusal
+from ...model.config_json import FieldPath, value_at, with_values
+from ...model.shapes import shapes
+from ...model.tensors import stacks
+from .compute_budget import in_proportion, lighter
+from .image_sizes import crops, smaller_images
+from .requirements import HEAD_DIM, Requirements
+
+_FEW = 8
+"""Values up to this are small: they count something."""
+_SPLIT = 16 * HEAD_DIM
+"""A value for a width whose number of heads the class fixes itself (timm's): 16 heads."""
+_ROWS = 2048
+"""Embeddings with no more rows than this look up positions, not tokens."""
+_PARTS = (64, 32, 16, 8, 4, 2)
+"""What a width is divided by together with a number that no shape shows, the largest first."""
+_EXPERTS = (4, 8, 16, 32)
+"""Numbers of experts to try."""
+_TOKEN = ("_token_id", "_token_index")
+"""How names of special tokens end."""
+_PLACES = ("image", "video", "audio", "vision")
+"""How names of tokens begin that stand for images, videos and sounds."""
+_LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
+    (_FEW, (4, 2, 3, 6, 8)),
+    (63, (4, 6, 8, 12, 16)),
+    (None, (16, 24, 32, 40, 48, 64, 96, 128)),
+)
+"""Values to try, for fields up to a limit; ``None``: without limit."""
+
+
+def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[str, Any]:
+    """Return the config with one field after the other lowered as far as the requirements allow.
+
+    Args:
+        field_map: the field map of the class.
+        data: the config to shrink, as JSON.
+        together: lower equal fields only together.
+
+    Returns:
+        The smaller config; ``data`` itself if the class cannot be built from it.
+    """
+    base = field_map.builder.build(data)
+    if isinstance(base, Refusal):
+        return data
+    required = Requirements(field_map, base)
+    data = with_values(data, {field: field_map.sizes[field] for field in field_map.unset})
+    counts = {split[0] for splits in required.layout.heads.values() for split in splits}
+    parts = {_part(field) for field in field_map.count_fields()}
+    splitting = sorted(field_map.count_fields(), key=str)
+    splitting += [p for p, n in field_map.sizes.items() if n in counts and p not in splitting]
+    heads = field_map.count_fields() | {field for field in splitting if _part(field) not in parts}
+
+    def runs(trial: dict[str, Any]) -> bool:
+        return required.observed(trial) is not None
+
+    def leaves_room(trial: dict[str, Any], field: FieldPath) -> bool:
+        """True if a router has a choice: the model also runs with half of the experts."""
+        return runs(with_values(trial, {field: value_at(trial, field) // 2}))
+
+    data = next(filter(runs, smaller_images(field_map, data)), data)
+    free = [field for field in field_map.sizes if field not in field_map.bound]
+    for field in sorted(free, key=lambda field: field_map.sizes[field]):
+        changes = _smaller(field_map, data, field, heads, splitting, together)
+        trials = (with_values(data, {**option, **crops(data, option)}) for option in changes)
+        fitting: Iterator[dict[str, Any]] = filter(runs, trials)
+        if _stacked(field_map, field):
+            if leaves_room(data, field):
+                fitting = (option for option in fitting if leaves_room(option, field))
+        elif field not in heads:
+            fitting = _apart_at_half(field_map, field, fitting, required.shapes)
+        data = next(fitting, data)
+    data = in_proportion(field_map, data, required.observed)
+    experts = [
+        name for name, shape in field_map.shapes.items() if len(shape) == 3 and 1 not in shape
+    ]
+    stacked = [field_map.shapes[name][0] for name in experts if _is_stacked(field_map, name)]
+    rows = [field for field in field_map.sizes if _is_position_count(field_map, data, field)]
+    return lighter(field_map, data, max(stacked, default=0), required.observed, rows)
+
+
+def _apart_at_half(
+    field_map: FieldMap,
+    field: FieldPath,
+    fitting: Iterator[dict[str, Any]],
+    before: dict[str, tuple[int, ...]],
+) -> Iterator[dict[str, Any]]:
+    """Yield fitting configs, last those whose layers change when half of the field is cut.
+
+    They change because half equals another width: Electra has a projection between two widths only
+    if they differ. So one must not be twice the other where half of it is to be cut.
+    """
+    postponed = []
+    for trial in fitting:
+        half = value_at(trial, field) // 2
+        if half in {value_at(trial, other) for other in field_map.sizes}:
+            built = field_map.builder.build(with_values(trial, {field: half}))
+            if not isinstance(built, Refusal) and shapes(built).keys() != before.keys():
+                postponed.append(trial)
+                continue
+        yield trial
+    yield from postponed
+
+
+def _smaller(
+    field_map: FieldMap,
+    data: dict[str, Any],
+    field: FieldPath,
+    counts: Collection[FieldPath],
+    splitting: Sequence[FieldPath],
+    together: bool,
+) -> Iterator[dict[FieldPath, int]]:
+    """Yield changes to smaller values of a field: of the field alone, and of all equal fields.
+
+    Values that no other field has come first, so that different fields stay different. Small
+    numbers take no other values. Head counts do, but none that another head count of the same part
+    has, so that query heads still outnumber key/value heads. At the end come fewer heads together
+    with the width that they split, and ``_SPLIT``. Fields that follow another or count positions do
+    not change.
+
+    Args:
+        field_map: the field map of the class.
+        data: the config so far, as JSON.
+        field: the field to lower.
+        counts: the fields that count heads.
+        splitting: the fields that may count heads.
+        together: where others are equal to the field, lower it only with them.
+    """
+    if field in field_map.linked:
+        return
+    value = value_at(data, field)
+    if _is_position_count(field_map, data, field):
+        return  # positions or distances: a forward pass may look up any of them
+    heads = field in counts
+    stacked = _stacked(field_map, field)
+    few = value <= _FEW or heads
+    ladder = next(steps for limit, steps in _LADDERS if few or limit is None or value <= limit)
+    if stacked:  # a router would take all of fewer experts
+        ladder = _EXPERTS
+    elif heads and value % 2 == 0:  # even: in proportion (Whisper's encoder, decoder)
+        ladder = tuple(step for step in ladder if step % 2 == 0)
+    followers = [other for other, leader in field_map.linked.items() if leader == field]
+    current = {
+        other: value_at(data, other) for other in field_map.sizes if other not in field_map.bound
+    }
+    equals = [
+        other
+        for other, size in current.items()
+        if size == value and (other in counts) == heads and _stacked(field_map, other) == stacked
+    ]
+    taken = {size for size in current.values() if size != value}
+    least = max((current[other] for other in current if _pads(field_map, field, other)), default=0)
+    ladder = tuple(step for step in ladder if step >= least)
+    fresh = [step for step in ladder if step < value and step not in taken]
+    if heads:
+        taken_too = [step for step in ladder if step in taken - _beside(data, field, counts)]
+    else:
+        taken_too = [] if few else [step for step in ladder if step in taken]
+    used = [step for step in taken_too if step < value]
+    for step in fresh + used:
+        alone = dict.fromkeys([field, *followers], step)
+        with_equals = dict.fromkeys([field, *followers, *equals], step)
+        if heads and len(equals) > 1:  # equal query and key/value heads stay equal
+            yield with_equals
+        if not together or len(equals) == 1:
+            yield alone
+        if not heads and len(equals) > 1:
+            yield with_equals
+    if not heads and not stacked:
+        yield from _with_heads(data, [field, *followers, *equals], value, splitting)
+        yield from _with_unseen(field_map, data, [field, *followers, *equals], value)
+        if value > _SPLIT:
+            yield dict.fromkeys([field, *followers], _SPLIT)
+
+
+def _pads(field_map: FieldMap, field: FieldPath, other: FieldPath) -> bool:
+    """True if a field may be another one rounded up: a vocabulary padded to some multiple."""
+    more = field_map.sizes[field] - field_map.sizes[other]
+    return 0 < more < field_map.sizes[field] // 16 and field_map.sizes[other] > _ROWS
+
+
+def _part(field: FieldPath) -> FieldPath:
+    """Return the path of the nested config that a field is in."""
+    return field[:-2] if isinstance(field[-1], int) else field[:-1]
+
+
+def _beside(data: dict[str, Any], field: FieldPath, counts: Collection[FieldPath]) -> set[int]:
+    """Return the other head counts in the same part of the config, or of the stages before."""
+    beside = {value_at(data, other) for other in counts if _part(other) == _part(field)}
+    if isinstance(field[-1], int):  # one entry for each stage
+        beside |= {value_at(data, (*field[:-1], place)) for place in range(field[-1] + 1)}
+    return beside - {value_at(data, field)}
+
+
+def _with_heads(
+    data: dict[str, Any], widths: list[FieldPath], value: int, counts: Sequence[FieldPath]
+) -> Iterator[dict[FieldPath, int]]:
+    """Yield changes to fewer heads of the same head dim, with all widths in proportion.
+
+    Rotary sections may fix the head dim.
+    """
+    for field in counts:
+        number = value_at(data, field)
+        if value % number or field in widths:
+            continue
+        taken = _beside(data, field, counts)
+        beside = [
+            other
+            for other in counts
+            if value_at(data, other) == number and _part(other) == _part(field)
+        ]
+        for step in sorted(_LADDERS[0][1]):
+            if step < number and step % 2 <= number % 2 and step not in taken:
+                fewer = dict.fromkeys(widths, value * step // number)
+                yield {**fewer, field: step}
+                if len(beside) > 1:  # key/value heads have to be as many (ESM C)
+                    yield {**fewer, **dict.fromkeys(beside, step)}
+
+
+def _with_unseen(
+    field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
+) -> Iterator[dict[FieldPath, int]]:
+    """Yield changes that divide a large width and a number that no shape shows by one number.
+
+    For Zamba 2 this is the size of Mamba's heads, of which there are as many as before. Widths that
+    are a multiple of this one shrink with it where that is needed.
+    """
+    if value <= _SPLIT:
+        return
+    wider = [
+        field
+        for field in field_map.sizes
+        if not value_at(data, field) % value and field not in widths
+    ]
+    for beside, number in field_map.silent.items():
+        for part in _PARTS if _part(beside) == _part(widths[0]) and not value % number else ():
+            if not number % part and number // part > 1 and value // part >= HEAD_DIM:
+                change = {**dict.fromkeys(widths, value // part), beside: number // part}
+                yield change
+                if wider:
+                    yield {**change, **{field: value_at(data, field) // part for field in wider}}
+
+
+def _only_rows(field_map: FieldMap, field: FieldPath) -> bool:
+    """True if a field sets the number of rows of embeddings, and nothing else."""
+    model = field_map.unpruned
+    places = [
+        place for place, expression in field_map.expressions.items() if field in expression.fields
+    ]
+    return (
+        bool(places)
+        and not isinstance(model, Refusal)
+        and all(
+            dim == 0 and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+            for name, dim in places
+        )
+    )
+
+
+def _is_position_count(field_map: FieldMap, data: dict[str, Any], field: FieldPath) -> bool:
+    """True if a field only counts the positions that embeddings have rows for."""
+    return value_at(data, field) <= _ROWS and _only_rows(field_map, field)
+
+
+def _stacked(field_map: FieldMap, field: FieldPath) -> bool:
+    """True if a field counts matrices that are stacked in one tensor (experts)."""
+    return any(
+        field in expression.fields and dim == 0 and _is_stacked(field_map, name)
+        for (name, dim), expression in field_map.expressions.items()
+    )
+
+
+def _is_stacked(field_map: FieldMap, name: str) -> bool:
+    """True if a parameter of the shallow model is a stack of matrices."""
+    model = field_map.unpruned
+    return not isinstance(model, Refusal) and stacks(model, name)
+
+
+def small_tokens(field_map: FieldMap) -> dict[str, Any]:
+    """Return the shallow config with small ids of special tokens, so that vocabularies can shrink.
+
+    Tokens that stand for images, videos and sounds get a different id each, from 3 on (in nested
+    configs only if their id is large). Other large ids become 1.
+    """
+    data = field_map.depth.data
+    other_names = getattr(field_map.builder.config(data), "attribute_map", {})
+    tokens = {own for name, own in other_names.items() if name.endswith(_TOKEN)}
+
+    def is_token(key: str) -> bool:
+        return key.endswith(_TOKEN) or key in tokens
+
+    places: dict[str, int] = {}
+
+    def number(key: str, value: Any, outermost: bool) -> Any:
+        if is_token(key) and key.startswith(_PLACES) and (outermost or _is_large(value)):
+            return places.setdefault(key, 3 + len(places))  # a different id each
+        return 1 if is_token(key) and _is_large(value) else value
+
+    def visit(node: dict[str, Any], outermost: bool = False) -> dict[str, Any]:
+        own = {key: number(key, value, outermost) for key, value in node.items()}
+        parts = {key: visit(value) for key, value in node.items() if isinstance(value, dict)}
+        return {**own, **parts}
+
+    return visit(data, outermost=True)
+
+
+def _is_large(value: Any) -> bool:
+    """True if a token id is not among the first three."""
+    return isinstance(value, int) and value > 2

@@ -1,0 +1,292 @@
+"""Build the tiny model of a class: every mechanism of it, at none of its size."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...fieldmap.field_map import FieldMap, learn
+from ...fieldmap.layer_counts import are_whole, is_numbers
+from ...forward.coverage import Working, unreached_by, why_not, working_inputs
+from ...forward.encoder_states import states_in
+from ...forward.extra_methods import outputs_of
+from ...forward.observed_pass import AllFloat64, Result, tensors_in, watched_results
+from ...model.build import Builder, Refusal, attention_of
+from ...model.config_json import FieldPath, with_values
+from ...model.shapes import shapes
+from ...model.tensors import compute_unsaved, saved_buffers
+from .shrink import shrunken, small_tokens
+
+_LAYERS = 2
+"""At least this many layers of a kind are left."""
+_DRAWS = 40
+"""How often other weights are drawn, so that all of many alike parts are reached."""
+_NO_CHANCE = 4
+"""If the same parts are left out this often in a row, it is not by chance."""
+_OTHER_ATTENTION = "sdpa"
+"""The attention to use where eager attention computes NaN."""
+_NAMING = ("layer", "index")
+"""Words in the names of settings that name layers."""
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A class at tiny widths.
+
+    Attributes:
+        field_map: the field map of the class around the tiny config.
+        full: the field map around the config that the tiny one was made from.
+        model: the class with random weights, none of them trivial, in float64 and eval mode.
+        inputs: keyword arguments of one forward pass of two samples.
+        partial: True if it runs on text alone, though the class takes images or sound too.
+        watched: intermediate results that count as outputs, of parts that no output depends on.
+    """
+
+    field_map: FieldMap
+    full: FieldMap
+    model: nn.Module
+    inputs: dict[str, Any]
+    partial: bool = False
+    watched: tuple[Result, ...] = ()
+
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """Return the encoder states among the inputs, by name: units stand along them too."""
+        return states_in(self.model, self.inputs)
+
+
+def tiny_model(field_map: FieldMap) -> TinyModel | Refusal:
+    """Build the tiny model of a class, with every width as small as the class lets it be.
+
+    If the model does not run, or only on text, it is built again with equal fields lowered
+    together: some widths may have to stay equal.
+
+    Returns:
+        The tiny model, which may run on text alone; or a ``Refusal`` if it does not run.
+    """
+    candidates: list[TinyModel | Refusal] = []
+    for together in (False, True):
+        tiny = _build(field_map, shrunken(field_map, small_tokens(field_map), together))
+        if isinstance(tiny, TinyModel) and not tiny.partial:
+            return tiny
+        candidates.append(tiny)
+    return next(
+        (candidate for candidate in candidates if isinstance(candidate, TinyModel)), candidates[-1]
+    )
+
+
+def _build(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
+    """Return the class built from a config with random weights, and inputs with which it runs.
+
+    Returns:
+        The tiny model; or a ``Refusal`` if it cannot be built or does not run.
+    """
+    builder = field_map.builder
+    full = builder.build(data)
+    if isinstance(full, Refusal):
+        return full
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = builder.build_real(data)
+        if isinstance(model, Refusal):
+            return model
+        randomise(model)
+        working = working_inputs(model)
+        data, model, working = _with_layers_named(field_map, data, model, working)
+        if isinstance(working, Refusal):
+            return working
+        inputs, partial = _reaching_alike(model, working)
+        model = _with_numbers(builder, data, model, inputs)
+        full = builder.build(data)
+    if isinstance(full, Refusal):
+        return full
+    tiny_map = learn(builder, builder.config(data), full, tiny=True)
+    watched = () if partial else watched_results(model, inputs)
+    return TinyModel(tiny_map, field_map, model, inputs, partial, watched)
+
+
+def _reaching_alike(
+    model: nn.Module, working: tuple[dict[str, Any], bool]
+) -> tuple[dict[str, Any], bool]:
+    """Return working inputs; draw other weights where chance left out some of many alike parts.
+
+    Each token takes the best of Switch's eight experts: some may be best for none. The weights of
+    the model are changed in place, and put back if nothing helps.
+    """
+    left_out = _left_out(model, working[0])
+    if not 0 < max(left_out.values(), default=0) < 0.5:
+        return working
+    before, same = copy.deepcopy(model.state_dict()), 0
+    for _ in range(_DRAWS):
+        _draw(model)
+        again = working_inputs(model)
+        still_left_out = left_out if isinstance(again, Refusal) else _left_out(model, again[0])
+        if not isinstance(again, Refusal) and not still_left_out:
+            return again
+        same = same + 1 if still_left_out == left_out else 0
+        if same == _NO_CHANCE:
+            break
+    model.load_state_dict(before)
+    return working
+
+
+def _left_out(model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
+    """Return which share is not reached of parameters whose names differ only in their last number.
+
+    These names have ``*`` for the number. Where all or none of the parameters are reached, the name
+    is missing.
+    """
+    alike = Counter(_numbered(name) for name, _ in model.named_parameters())
+    unreached = Counter(map(_numbered, unreached_by(model, inputs)))
+    return {name: n / alike[name] for name, n in unreached.items() if n < alike[name]}
+
+
+def _numbered(name: str) -> str:
+    """Return a name with ``*`` for the last number in it."""
+    return re.sub(r"\d+(?=\D*$)", "*", name)
+
+
+def _with_numbers(
+    builder: Builder, data: dict[str, Any], model: nn.Module, inputs: dict[str, Any]
+) -> nn.Module:
+    """Return the model, or one with another attention if eager attention computes NaN.
+
+    Nemotron's streaming encoder hides from eager attention all that it should see. Later builds of
+    the class then use the other attention too.
+    """
+    if _computes_numbers(model, inputs) or builder.model_class in attention_of:
+        return model
+    attention_of[builder.model_class] = _OTHER_ATTENTION
+    rebuilt = builder.build_real(data)
+    if not isinstance(rebuilt, Refusal):
+        rebuilt.load_state_dict(model.state_dict())
+        if why_not(rebuilt, inputs) is None and _computes_numbers(rebuilt, inputs):
+            return rebuilt
+    del attention_of[builder.model_class]
+    return model
+
+
+def _computes_numbers(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """True if no output holds a NaN."""
+    with torch.no_grad(), AllFloat64():
+        return not any(output.isnan().any() for output in tensors_in(outputs_of(model, inputs)))
+
+
+def _with_layers_named(
+    field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: Working
+) -> tuple[dict[str, Any], nn.Module, Working]:
+    """Return config, model and inputs, with other layers named in the config if that reaches more.
+
+    What Qwen3-VL has beside its layers 8, 16 and 24 would never run in a model of two layers, and
+    VipLLaVA finds no layer 6 there to read.
+    """
+    unreached = _left(model, working)
+    for named in _numbers_of_layers(field_map, data) if unreached else ():
+        trial = with_values(data, named)
+        bare = field_map.builder.build(trial)
+        if isinstance(bare, Refusal) or shapes(bare) != shapes(model):
+            continue
+        other = field_map.builder.build_real(trial)
+        if isinstance(other, Refusal):
+            continue
+        randomise(other)
+        tried = working
+        if isinstance(working, Refusal) or working[1]:
+            tried = working_inputs(other)
+        still_unreached = _left(other, tried)
+        if still_unreached < unreached:
+            data, model, working, unreached = trial, other, tried, still_unreached
+    return data, model, working
+
+
+def _left(model: nn.Module, working: Working) -> float:
+    """Return how many parameters no output depends on; infinity if the model does not run."""
+    if isinstance(working, Refusal):
+        return math.inf
+    stops = why_not(model, working[0]) is not None
+    return math.inf if stops else len(unreached_by(model, working[0]))
+
+
+def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[FieldPath, Any]]:
+    """Yield changes to lists and numbers that can name layers: they name layers that are left.
+
+    A number that the config hands on to one of its parts (MiniCPM-V 4.6) is set in both.
+    """
+    numbers: dict[str, list[FieldPath]] = {}
+
+    def visit(node: Any, field: FieldPath) -> Iterator[dict[FieldPath, Any]]:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            entry: FieldPath = (*field, key)
+            names_layers = any(word in key for word in _NAMING)
+            if is_numbers(value) or (names_layers and are_whole(value)):
+                places = range(len(value))
+                yield {entry: list(places)}
+                yield {entry: [place % _LAYERS for place in places]}
+                yield {entry: [_LAYERS - 1 for _ in places]}
+            elif names_layers and type(value) is int:
+                numbers.setdefault(key, []).append(entry)
+                if entry not in field_map.silent | field_map.sizes:
+                    yield {entry: 0}
+            yield from visit(value, entry)
+
+    yield from visit(data, ())
+    for paths in numbers.values():
+        if len(paths) > 1:
+            yield dict.fromkeys(paths, 0)
+
+
+def randomise(model: nn.Module) -> None:
+    """Give every parameter and saved buffer random values, none of them trivial, in place.
+
+    Parameters that are not saved (Marian's positions) get what the class computes for this config:
+    loading computes them again, with other values for another width.
+    """
+    unsaved = compute_unsaved(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(True)  # also fixed position tables: they have dimensions too
+            if name in unsaved:
+                continue
+            if parameter.ndim > 1:
+                parameter.copy_(_matrix(model, name, parameter))
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+        for buffer in saved_buffers(model).values():
+            buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance stays above 0
+            buffer.add_(0.3 * torch.rand_like(buffer))
+
+
+def _draw(model: nn.Module) -> None:
+    """Give every saved matrix other random values, in place."""
+    unsaved = compute_unsaved(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and name not in unsaved:
+                parameter.copy_(_matrix(model, name, parameter))
+
+
+def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return random values for a matrix, divided by the square root of its fan-in."""
+    spread: float = _fan_in(model, name, parameter) ** 0.5
+    return torch.randn_like(parameter) / spread
+
+
+def _fan_in(model: nn.Module, name: str, parameter: torch.Tensor) -> int:
+    """Return how many numbers a parameter sums up, as far as this keeps activations from growing.
+
+    Stacks of convolutions over sound have no norms between them. Without this, values behind them
+    reach 1e11, and hide what attention adds (Mimi).
+    """
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        return parameter[:, 0].numel() if module.transposed else parameter[0].numel()
+    return parameter.shape[-1]

@@ -1,0 +1,394 @@
+"""Find by experiment which dimensions of a model's parameters belong together: the twin test.
+
+Two units of a width become twins: they get the same weights in every tensor dim of that width.
+Nothing in the model can tell them apart then, and their gradients are equal everywhere. Where they
+are not, the two units are not interchangeable. Then one twin is disturbed in one tensor dim:
+exactly those that are indexed by the same unit now show unequal gradients. What is linked in this
+way is a group. It is right if permuting its units leaves the outputs of the model as they were.
+
+The twin test needs a model, inputs and a list of tensor dims. It knows nothing of configs or
+pruners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..forward.encoder_states import states_in
+from ..forward.observed_pass import Result, outputs_in_float64
+from .layout import TensorDim, UnitLayout
+
+_EQUAL = 1e-9
+"""Largest relative difference at which two float64 results count as the same."""
+_SILENT = 1e-12
+"""Smaller gradients count as none."""
+_ROUNDING = 1e-15
+"""The share of the largest gradient that rounding alone may leave of another."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """What the twin test found.
+
+    Attributes:
+        groups: tensor dims that belong together.
+        unequal: tensor dims in which the two units are told apart.
+        silent: unobserved tensor dims: they have no gradient, so where they belong cannot be seen.
+    """
+
+    groups: tuple[tuple[TensorDim, ...], ...]
+    unequal: tuple[TensorDim, ...]
+    silent: tuple[TensorDim, ...]
+
+
+class TwinTest:
+    """The experiments on one model.
+
+    Args:
+        model: a small model in float64 and eval mode; its parameters are changed and put back.
+        inputs: keyword arguments of one forward pass.
+        units: how many units the width has.
+        runs: an output axis as long as ``units`` times one of these holds the units: in the layouts
+            of tensor dims of that length if there are any, else in runs or parts of that number.
+        watched: intermediate results that count as outputs.
+
+    Attributes:
+        axes: length of an output axis that holds the units -> their possible layouts.
+        parameters: parameters, buffers and encoder states by their names.
+        base: the outputs of the unchanged model that depend on parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        units: int,
+        runs: Sequence[int] = (1,),
+        watched: Sequence[Result] = (),
+    ):
+        self.model, self.inputs, self.units, self.watched = model, dict(inputs), units, watched
+        self.axes = {units * run: (UnitLayout(run=run), UnitLayout(parts=run)) for run in runs}
+        self.parameters: dict[str, Tensor] = dict(model.named_buffers())
+        self.parameters.update(model.named_parameters())
+        for name, states in states_in(model, inputs).items():  # units stand along them too
+            self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
+        outputs = outputs_in_float64(model, inputs, watched)
+        self._depending = [number for number, output in enumerate(outputs) if output.requires_grad]
+        self._outward = outputs[: len(outputs) - len(watched)]
+        self.base = [outputs[number].detach() for number in self._depending]
+
+    def outputs(self) -> list[Tensor]:
+        """Return the outputs of one forward pass that depend on parameters."""
+        tensors = outputs_in_float64(self.model, self.inputs, self.watched)
+        return [tensors[number] for number in self._depending]
+
+    def links(
+        self, dims: Sequence[TensorDim], pairs: int = 4, doubted: Collection[TensorDim] = ()
+    ) -> Links:
+        """Make two units twins and disturb one tensor dim after another; return what is linked.
+
+        A unit can be hidden for these inputs (a dead ReLU), so up to ``pairs`` pairs of units are
+        tried until every tensor dim was seen. One disturbance mostly shows the whole group. Where
+        twins are told apart before that, there are no groups.
+
+        Args:
+            dims: the tensor dims of the width.
+            pairs: how many pairs of units are tried at most.
+            doubted: tensor dims that are disturbed with every pair, even if their group is known.
+        """
+        groups: list[set[TensorDim]] = []
+        hidden = list(dims)
+        silent = list(dims)
+        for first in range(0, min(2 * pairs, self.units - 1), 2):
+            second = first + 1
+            with self._restored(dims):
+                self._make_twins(dims, first, second)
+                grads = self._gradients(dims, first, second)
+                observed, unequal = self._seen(dims, grads, first, second)
+                silent = [dim for dim in silent if dim not in observed]
+                if unequal:
+                    return Links((), tuple(unequal), tuple(silent))
+                settled = {dim for group in groups for dim in group} - {*hidden, *doubted}
+                hidden = [d for d in hidden if d in observed and self._is_dead(grads, d, first)]
+                asked = [dim for dim in observed if dim not in settled]
+                for group in self._components(asked, observed, first, second, doubted):
+                    joined = [other for other in groups if other & group]
+                    groups = [other for other in groups if not other & group]
+                    groups.append(group.union(*joined))
+            if not hidden and not doubted:
+                break
+        ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
+        return Links(tuple(ordered), (), tuple(silent))
+
+    def alike(self, dims: Sequence[TensorDim], channel_groups: int) -> bool:
+        """True if none of these tensor dims tells the first and last unit of a channel group apart.
+
+        Gradients are compared with their own size. So this shows changes that are lost in the
+        outputs, where no permutation shows them.
+        """
+        first, second = 0, self.units // channel_groups - 1
+        with self._restored(dims):
+            self._make_twins(dims, first, second)
+            grads = self._gradients(dims, first, second)
+            return not self._seen(dims, grads, first, second)[1]
+
+    def _make_twins(self, dims: Sequence[TensorDim], first: int, second: int) -> None:
+        """Give one unit the weights of another in every tensor dim, in place."""
+        for dim in dims:
+            data = self.parameters[dim.name].data
+            source, target = self._pair(dim, first, second)
+            data.index_copy_(dim.dim, target, data.index_select(dim.dim, source).clone())
+
+    def _is_dead(self, grads: dict[str, Tensor | None], dim: TensorDim, unit: int) -> bool:
+        """True if a tensor dim has a gradient that is zero for this unit."""
+        grad = grads[dim.name]
+        index = torch.tensor(dim.layout.positions(unit, self.units))
+        return grad is not None and not bool(grad.index_select(dim.dim, index).any())
+
+    def shows_outside(self) -> bool:
+        """True if an output has an axis that may hold the units of the width."""
+        return any(size in self.axes for output in self._outward for size in output.shape)
+
+    def multiples(self, held: Collection[int] = ()) -> set[int]:
+        """Return how often the width goes into the last axis of an output, if several times.
+
+        Args:
+            held: how often it goes into tensor dims. Other axes of outputs can be as long too: maps
+                of features have their channels before height and width.
+        """
+        sizes = {output.shape[-1] for output in self._outward if output.ndim}
+        sizes |= {n for output in self._outward for n in output.shape if n // self.units in held}
+        return {size // self.units for size in sizes if size and size % self.units == 0} - {0, 1}
+
+    def unused(self, names: Iterable[str]) -> bool:
+        """True if the outputs depend on none of these parameters, whatever their values are."""
+        asked = [self.parameters[name] for name in names]
+        asked = [parameter for parameter in asked if parameter.numel()]
+        if not all(parameter.requires_grad for parameter in asked):
+            return False  # buffers have no gradient
+        outputs = self.outputs()
+        if not asked or not outputs:
+            return True
+        total = torch.stack([output.sum() for output in outputs]).sum()
+        grads = torch.autograd.grad(total, asked, allow_unused=True)
+        return all(grad is None for grad in grads)
+
+    def permutation_error(self, dims: Sequence[TensorDim], order: Sequence[int]) -> float:
+        """Return how much the outputs change if the units stand in another order.
+
+        An output axis that holds the units may come out in the new order.
+
+        Args:
+            dims: the tensor dims in which the units are reordered.
+            order: for every place, the unit that stands there afterwards.
+
+        Returns:
+            The largest change of an output, relative to its largest value; infinity if its shape
+            changes or it becomes NaN.
+        """
+        with self._restored(dims), torch.no_grad():
+            for dim in dims:
+                parameter = self.parameters[dim.name].data
+                table = dim.layout.table(self.units).to(parameter.device)
+                parameter.index_copy_(
+                    dim.dim,
+                    table.flatten(),
+                    parameter.index_select(dim.dim, table[list(order)].flatten()).clone(),
+                )
+            changed = self.outputs()
+        axes = self._axes(dims)
+        return max(
+            (self._change(*pair, order, axes) for pair in zip(self.base, changed, strict=True)),
+            default=0.0,
+        )
+
+    def proves(self, dims: Sequence[TensorDim], order: Sequence[int]) -> bool:
+        """True if the model computes the same with the units in this order."""
+        return self.permutation_error(dims, order) < _EQUAL
+
+    def _axes(self, dims: Iterable[TensorDim]) -> dict[int, tuple[UnitLayout, ...]]:
+        """Return the lengths of output axes that hold the units, with the layouts they may have."""
+        by_size: dict[int, dict[UnitLayout, None]] = {size: {} for size in self.axes}
+        for layout in dict.fromkeys(dim.layout for dim in dims):
+            size = self.units * layout.parts * layout.run
+            if size in by_size and not layout.offset and not layout.gap:
+                by_size[size][layout] = None
+        return {size: tuple(layouts) or self.axes[size] for size, layouts in by_size.items()}
+
+    def _change(
+        self,
+        old: Tensor,
+        new: Tensor,
+        order: Sequence[int],
+        axes: Mapping[int, Sequence[UnitLayout]],
+    ) -> float:
+        """Return how much an output changed, with each axis in the old or the new order."""
+        if old.shape != new.shape:  # a model may compute how long its output is (VITS' sound)
+            return torch.inf
+        if bool(new.isnan().any()) and not bool(old.isnan().any()):
+            return torch.inf
+        scale = float(old.abs().max()) or 1.0
+        candidates = [old]
+        for axis, size in enumerate(old.shape):
+            orders = [layout.permuted(self.units, order) for layout in axes.get(size, ())]
+            candidates += [
+                candidate.index_select(axis, index.to(old.device))
+                for candidate in candidates
+                for index in orders
+            ]
+        return min(float((candidate - new).abs().max()) for candidate in candidates) / scale
+
+    def _components(
+        self,
+        asked: Sequence[TensorDim],
+        dims: list[TensorDim],
+        first: int,
+        second: int,
+        doubted: Collection[TensorDim],
+    ) -> list[set[TensorDim]]:
+        """Return the groups of linked tensor dims that those asked for are in.
+
+        Args:
+            asked: the tensor dims to disturb, unless they are linked with one before.
+            dims: all tensor dims that may be linked with them.
+            first: one twin.
+            second: the other twin.
+            doubted: those of ``asked`` that are disturbed in any case.
+        """
+        groups: list[set[TensorDim]] = []
+        for dim in asked:
+            if dim not in doubted and any(dim in group for group in groups):
+                continue
+            linked = {dim, *self._disturbed(dim, dims, first, second)}
+            joined = [group for group in groups if group & linked]
+            groups = [group for group in groups if not group & linked]
+            groups.append(linked.union(*joined))
+        return groups
+
+    def _disturbed(
+        self, dim: TensorDim, dims: list[TensorDim], first: int, second: int
+    ) -> list[TensorDim]:
+        """Return the tensor dims that tell the twins apart once one has noise in ``dim``."""
+        parameter = self.parameters[dim.name]
+        source, _ = self._pair(dim, first, second)
+        before = parameter.data.clone()
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(
+            parameter.index_select(dim.dim, source).shape, generator=generator, dtype=torch.float64
+        ).to(parameter.device)
+        for other in dims:
+            if other.name == dim.name and other.dim != dim.dim:
+                one, two = self._pair(other, first, second)
+                noise.index_copy_(other.dim, two, noise.index_select(other.dim, one).clone())
+        parameter.data.index_add_(dim.dim, source, noise)
+        try:
+            grads = self._gradients(dims, first, second)
+            return self._unequal(dims, grads, first, second)
+        finally:
+            parameter.data.copy_(before)
+
+    def _gradients(
+        self, dims: Sequence[TensorDim], first: int, second: int
+    ) -> dict[str, Tensor | None]:
+        """Return the gradients of parameters by name, of a loss that treats both twins alike."""
+        names = [n for n in dict.fromkeys(d.name for d in dims) if self.parameters[n].requires_grad]
+        by_name: dict[str, Tensor | None] = dict.fromkeys(dim.name for dim in dims)
+        axes = self._axes(dims)
+        losses = [self._loss(output, first, second, axes) for output in self.outputs()]
+        if not names or not losses:
+            return by_name
+        grads = torch.autograd.grad(
+            torch.stack(losses).sum(), [self.parameters[name] for name in names], allow_unused=True
+        )
+        by_name.update(zip(names, grads, strict=True))
+        return by_name
+
+    def _loss(
+        self, output: Tensor, first: int, second: int, axes: Mapping[int, Sequence[UnitLayout]]
+    ) -> Tensor:
+        """Return a loss not linear in the output: else the last projection shows no link."""
+        generator = torch.Generator().manual_seed(2)
+        weights = torch.randn((2, *output.shape), generator=generator, dtype=torch.float64)
+        for axis, size in enumerate(output.shape):
+            if size in axes:
+                alike = self._alike(size, first, second, axes[size])
+                weights = weights.index_select(axis + 1, alike)
+        weights = weights.to(output.device)
+        return (output * weights[0] + output * output * weights[1]).sum()
+
+    def _alike(self, size: int, first: int, second: int, layouts: Sequence[UnitLayout]) -> Tensor:
+        """Return for each position of an output axis the one whose weight in the loss it takes.
+
+        Positions of twins have the same weight. If the axis can hold the units in several layouts,
+        they are twins in each.
+        """
+        pairs = [
+            (layout.positions(first, self.units), layout.positions(second, self.units))
+            for layout in layouts
+        ]
+        alike = torch.arange(size)
+        for _ in pairs:
+            for one, two in pairs:
+                least = torch.minimum(alike[one], alike[two])
+                alike[one], alike[two] = least, least
+        return alike
+
+    def _seen(
+        self, dims: Sequence[TensorDim], grads: Mapping[str, Tensor | None], first: int, second: int
+    ) -> tuple[list[TensorDim], list[TensorDim]]:
+        """Return the tensor dims with gradients, and those of them that tell the twins apart.
+
+        A difference that is no more than rounding leaves of larger gradients does not count: such a
+        tensor dim is in neither list.
+        """
+        largest = {
+            name: float(grad.abs().max()) if grad is not None and grad.numel() else 0.0
+            for name, grad in grads.items()
+        }
+        observed = [dim for dim in dims if largest[dim.name] >= _SILENT]
+        unequal = self._unequal(observed, grads, first, second)
+        least = _ROUNDING * max(largest.values(), default=0.0)
+        lost = [dim for dim in unequal if largest[dim.name] < least]
+        return (
+            [dim for dim in observed if dim not in lost],
+            [dim for dim in unequal if dim not in lost],
+        )
+
+    def _unequal(
+        self, dims: Sequence[TensorDim], grads: Mapping[str, Tensor | None], first: int, second: int
+    ) -> list[TensorDim]:
+        """Return the tensor dims in which the gradients of the twins differ."""
+        result = []
+        for dim in dims:
+            grad = grads[dim.name]
+            if grad is None or not grad.numel():
+                continue
+            one, two = self._pair(dim, first, second)
+            difference = grad.index_select(dim.dim, one) - grad.index_select(dim.dim, two)
+            if float(difference.abs().max()) > _EQUAL * float(grad.abs().max()):
+                result.append(dim)
+        return result
+
+    def _pair(self, dim: TensorDim, first: int, second: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of both twins along a tensor dim."""
+        device = self.parameters[dim.name].device
+        return (
+            torch.tensor(dim.layout.positions(first, self.units), device=device),
+            torch.tensor(dim.layout.positions(second, self.units), device=device),
+        )
+
+    @contextmanager
+    def _restored(self, dims: Sequence[TensorDim]) -> Iterator[None]:
+        """Put the parameters of these tensor dims back at the end of the context."""
+        before = {name: self.parameters[name].data.clone() for name in {d.name for d in dims}}
+        try:
+            yield
+        finally:
+            for name, data in before.items():
+                self.parameters[name].data.copy_(data)

@@ -1,0 +1,251 @@
+"""Give a masked original the numbers, such as scales, that the pruned model has for its widths.
+
+A masked original is as wide as before pruning, but has to divide by what the pruned model divides
+by. Attributes are read from a reference build of the pruned config. Sizes that are read off tensors
+while the model runs, and the share that softmax gives to removed units, are corrected during the
+pass.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_ROUNDING = 1e-6
+"""Largest relative difference that rounding to another precision makes."""
+
+
+class Side(NamedTuple):
+    """One dimension of a tensor: how long it was, and which of its positions are left.
+
+    Attributes:
+        size: its length before pruning.
+        left: the kept positions in rising order, shape ``(kept,)``.
+    """
+
+    size: int
+    left: Tensor
+
+    @property
+    def gone(self) -> Tensor:
+        """Return the removed positions, in rising order."""
+        gone = torch.ones(self.size, dtype=torch.bool)
+        gone[self.left] = False
+        return gone.nonzero().view(-1)
+
+    @property
+    def cut(self) -> bool:
+        """True if any position was removed."""
+        return len(self.left) < self.size
+
+
+def take_scales(model: nn.Module, fresh: nn.Module) -> None:
+    """Give a model the numbers that depend on widths (attention scales) of a reference build.
+
+    They are not taken from the pruned model, so that a number which pruning forgot to refresh there
+    shows as a difference.
+
+    Args:
+        model: changed in place.
+        fresh: the reference build: the class built anew from the pruned config.
+    """
+    built = dict(fresh.named_modules())
+    for name, module in model.named_modules():
+        other = built.get(name)
+        if other is None:
+            continue
+        _take_numbers(module, other)
+        if "config" in vars(module):  # Falcon divides by a width of its config in the pass
+            _take_numbers(module.config, other.config)
+        for key, buffer in module._buffers.items():
+            new = other._buffers.get(key)
+            hidden = key in module._non_persistent_buffers_set
+            if hidden and buffer is not None and new is not None and buffer.ndim == 0:
+                number = new.to(buffer)
+                # equal up to the precision: it does not depend on a width
+                same = torch.isclose(number, buffer, rtol=_ROUNDING, atol=0.0)
+                module._buffers[key] = buffer if same else number
+
+
+def _take_numbers(one: Any, other: Any) -> None:
+    """Set the numbers of one object that differ in another, in place.
+
+    Floats are copied; a whole number becomes a ``Width`` of both values.
+    """
+    if not (hasattr(one, "__dict__") and hasattr(other, "__dict__")):
+        return  # Idefics has a None for a module's config
+    for key, value in list(vars(one).items()):
+        new = vars(other).get(key)
+        if isinstance(value, float) and isinstance(new, float):
+            vars(one)[key] = new
+        elif type(value) is int and type(new) is int and value != new:
+            vars(one)[key] = Width(value, new)
+
+
+class Width(int):
+    """A width that reshapes with its old value and scales (``width**-0.5``) with its new one.
+
+    Attributes:
+        new: the width after pruning; the integer itself is the width before.
+    """
+
+    new: int
+
+    def __new__(cls, value: int, new: int) -> Width:  # noqa: D102
+        self = super().__new__(cls, value)
+        self.new = new
+        return self
+
+    def __pow__(self, exponent: Any, *rest: Any) -> Any:
+        return pow(self.new, exponent, *rest)
+
+    def __mul__(self, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        return Width(int(self) * int(other), self.new * getattr(other, "new", other))
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        if not isinstance(other, int) or not other or not getattr(other, "new", other):
+            return NotImplemented
+        return Width(int(self) // int(other), self.new // getattr(other, "new", other))
+
+    def __float__(self) -> float:  # math.sqrt calls this
+        return float(self.new)
+
+    def __deepcopy__(self, memo: Any) -> Width:
+        return self
+
+
+class SizesRead(TorchFunctionMode):
+    """Records every size that a model reads off a tensor while it runs, in order.
+
+    Attributes:
+        sizes: one entry for each read: all sizes of a tensor, or one of them. For an attention
+            function that torch computes in one piece: the head dim.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _reads_sizes(func):
+            self.sizes.append(result if isinstance(result, tuple) else (result,))
+        elif func is F.scaled_dot_product_attention:
+            self.sizes.append((result.shape[-1],))
+        elif func is F.multi_head_attention_forward:
+            self.sizes.append((args[3] // args[4],))
+        return result
+
+
+class AsNarrow(TorchFunctionMode):
+    """Gives a masked model sizes that scale like those which the pruned model reads.
+
+    Both run the same code, so they read sizes in the same order. A softmax over units gives removed
+    units the weight zero.
+
+    Args:
+        read: the sizes that the pruned model read (``SizesRead.sizes``).
+        sides: dimensions of tensors; those that were cut tell which units are removed.
+    """
+
+    def __init__(self, read: Sequence[tuple[int, ...]], sides: Iterable[Side]):
+        super().__init__()
+        self.read = iter(read)
+        self.sides = {(side.size, tuple(side.left.tolist())): side for side in sides if side.cut}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor and isinstance(args[0], Width):
+            return func(args[0].new, *args[1:], **kwargs)
+        if func is F.scaled_dot_product_attention:
+            (head_dim,) = next(self.read, (0,))
+            if kwargs.get("scale") is None and head_dim:
+                kwargs["scale"] = head_dim**-0.5
+        if func is F.multi_head_attention_forward:
+            old = args[3] // args[4]
+            (head_dim,) = next(self.read, (old,))
+            factor = (old / head_dim) ** 0.5
+            args = _with_queries(args, factor)
+            if kwargs.get("q_proj_weight") is not None:  # WavLM's are separate
+                kwargs["q_proj_weight"] = kwargs["q_proj_weight"] * factor
+        if func in (torch.softmax, Tensor.softmax, F.softmax) and args:
+            args = (self._without_gone(args[0]), *args[1:])
+        result = func(*args, **kwargs)
+        if not _reads_sizes(func):
+            return result
+        old = result if isinstance(result, tuple) else (result,)
+        new = next(self.read, old)
+        if len(new) != len(old) or new == old:
+            return result
+        pairs = zip(old, new, strict=True)
+        widths = _Sizes(o if o == n else Width(o, n) for o, n in pairs)
+        return widths if isinstance(result, tuple) else widths[0]
+
+    def _without_gone(self, x: Tensor) -> Tensor:
+        """Return softmax scores with removed units at minus infinity, if the last axis is of units.
+
+        It is where exactly the removed units are zero everywhere.
+        """
+        for side in self.sides.values():
+            if x.ndim > 1 and x.shape[-1] == side.size:
+                empty = (x == 0).flatten(0, -2).all(0)
+                if bool(empty[side.gone].all()) and not bool(empty[side.left].any()):
+                    return x.index_fill(-1, side.gone, -math.inf)
+        return x
+
+
+def _with_queries(args: Sequence[Any], factor: float) -> Sequence[Any]:
+    """Return the arguments of ``F.multi_head_attention_forward`` with scaled query weights."""
+    width = args[3]
+    scaled = list(args)
+    for place in (5, 6):  # weight and bias of queries, keys and values
+        if scaled[place] is not None:
+            scaled[place] = torch.cat([scaled[place][:width] * factor, scaled[place][width:]])
+    return scaled
+
+
+def _reads_sizes(func: Any) -> bool:
+    """True if a function of torch reads one or all sizes of a tensor."""
+    return func is Tensor.size or func == _SHAPE
+
+
+_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+"""What ``tensor.shape`` calls."""
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Run functions that a model's file compiles with ``torch.jit.script`` as plain Python.
+
+    Compiled functions read sizes past the modes above (Transformers 4: DeBERTa's
+    ``scaled_size_sqrt``).
+    """
+    with ExitStack() as stack:
+        for name in {type(module).__module__ for module in model.modules()}:
+            source = sys.modules[name]
+            for key, value in list(vars(source).items()):
+                plain = getattr(value, "_torchdynamo_inline", None)
+                if isinstance(value, torch.jit.ScriptFunction) and plain is not None:
+                    stack.enter_context(patch.object(source, key, plain))
+        yield
+
+
+class _Sizes(tuple[int, ...]):
+    """The sizes of a tensor, some of them a ``Width``."""
+
+    def numel(self) -> int:
+        """Return the number of elements, as before pruning."""
+        return math.prod(map(int, self))
