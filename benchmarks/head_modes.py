@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import re
 import sys
 import warnings
@@ -23,6 +24,7 @@ import transformers
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
 
+os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "support"))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from tp_hf_config.model.build import Builder
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.schema import dated, versions
 
+os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 from smollm2_file import gguf_file

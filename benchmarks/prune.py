@@ -6,9 +6,10 @@ Seconds on the real SmolLM2-135M, the best of some rounds in turn: FFN alone, FF
 size, and these with key/value groups, which a trace cannot prune; "traced" is Torch-Pruning's own
 graph (made safe by this library), "config" the graph made from the config.  OptiPFair (``pip
 install optipfair``) cuts FFNs only.  How many times faster the config graph is is printed below.
-Learning and proving is done once per model and printed by itself.  Then, without weights, the same
-for 70 billion parameters, and a random Llama of 1.5 billion: the step as a multiple of the time to
-read and write its weights once, and the peak of memory.
+Learning and proving is done once per model and printed by itself; ``pruner_kwargs`` for the FFN in
+a fresh process, with an empty cache on disk and with that of the run before.  Then, without
+weights, the same for 70 billion parameters, and a random Llama of 1.5 billion: the step as a
+multiple of the time to read and write its weights once, and the peak of memory.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import copy
 import json
 import logging
 import resource
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -124,6 +128,36 @@ def speed_ups(figures: dict[str, Any]) -> dict[str, float]:
     }
 
 
+FRESH = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from overhead import smollm2
+import os
+os.environ["TP_HF_CONFIG_CACHE"] = {cache!r}
+import torch_pruning
+import tp_hf_config.hook.hook, tp_hf_config.planning.pruner_kwargs
+from tp_hf_config import pruner_kwargs
+model = smollm2()
+started = time.perf_counter()
+pruner_kwargs(model, prune=("intermediate_size",))
+print(time.perf_counter() - started)
+"""
+
+
+def in_fresh_processes(rounds: int) -> dict[str, float]:
+    """Seconds of the first ``pruner_kwargs`` for the FFN alone in a process; modules are loaded."""
+    seconds: dict[str, list[float]] = {"empty cache": [], "cache of an earlier process": []}
+    for _ in range(rounds):
+        with TemporaryDirectory() as cache:
+            code = FRESH.format(folder=str(Path(__file__).parent), cache=cache)
+            for times in seconds.values():
+                done = subprocess.run(
+                    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+                )
+                times.append(float(done.stdout.split()[-1]))
+    return {name: min(times) for name, times in seconds.items()}
+
+
 def on_meta_70b() -> float:
     """Seconds to learn and prove a Llama of 70 billion parameters, which needs no weights."""
     config = LlamaConfig(
@@ -193,6 +227,9 @@ def main() -> None:
     figures["speed-up"] = speed_ups(figures)
     for name, times in figures["speed-up"].items():
         console.print(f"{name}: {times:.1f}")
+    figures["fresh process"] = in_fresh_processes(arguments.rounds)
+    for name, seconds in figures["fresh process"].items():
+        console.print(f"pruner_kwargs for the FFN in a fresh process, {name}: {seconds:.3f} s")
     if not arguments.no_large:
         figures["learn and prove, 70 billion"] = seconds = on_meta_70b()
         console.print(f"learn and prove a Llama of 70 billion parameters: {seconds:.2f} s")

@@ -19,6 +19,7 @@ import torch
 # Two processes at once share the cores of the smallest machine.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
+os.environ["TP_HF_CONFIG_CACHE"] = "off"  # what a test needs, it finds out by itself
 
 
 SAMPLE = [

@@ -10,6 +10,7 @@ tried again with the same versions and seed, but for those that were wrong with 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import places
@@ -18,6 +19,8 @@ from hunting import BAD, Hunt, Limits
 from pairs import all_pairs
 
 from tp_hf_config.schema import versions
+
+os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
 
 
 def main() -> None:

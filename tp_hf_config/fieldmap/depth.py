@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any
 
 from torch import nn
@@ -38,11 +39,19 @@ class Depth:
     alike: Numbers = dataclasses.field(default_factory=dict)
     stands_for: tuple[Numbers, ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def canonical(self, name: str) -> str:
         """Return the shallow model's name for what a tensor or module of the full model is like."""
-        for step in self.steps:
-            name = _renumbered(name, step)
-        return name
+        if name not in self._canonical:
+            self._canonical[name] = reduce(_renumbered, self.steps, name)
+        return self._canonical[name]
+
+    @cached_property
+    def _canonical(self) -> dict[str, str]:
+        """Names that were asked for before: of a deep model each is asked for often."""
+        return {}
 
     def first(self, name: str) -> str:
         """Return a shallow model's name as it is in the first layer of the same kind.

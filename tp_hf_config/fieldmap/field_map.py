@@ -20,8 +20,11 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..forward.head_splits import HeadSplits
 from ..forward.meta_pass import dry_pass
+from ..forward.run_recipe import follow_recipe, recipe_of
 from ..model.build import Builder, Refusal
+from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
+from ..model.disk_cache import folder, load, store
 from ..model.shapes import Mismatch, compare, listed, shapes
 from . import fit_expressions as lines
 from .candidate_fields import candidates
@@ -57,6 +60,7 @@ class FieldMap:
         powers: quantities along no straight line that are powers of fields (hidden over heads).
         loose: quantities that follow no such rule (rounded ones) -> the fields that change them.
         silent: other whole numbers that the class reads and that set no quantity.
+        digest: of the class's code, for the cache on disk; None: nothing of it is kept there.
     """
 
     builder: Builder
@@ -73,6 +77,7 @@ class FieldMap:
     powers: dict[Observable, Power] = dataclasses.field(default_factory=dict)
     loose: dict[Observable, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
     silent: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
+    digest: str | None = None
 
     def count_fields(self) -> frozenset[FieldPath]:
         """Return the fields that set into how many heads a layer's output is split."""
@@ -184,7 +189,7 @@ def map_of(
     key = (type(model), model.config.to_json_string(use_diff=False), builder.dtype, options)
     if key not in _learned:
         with _old_objects_aside():
-            _learned[key] = learn(builder, model.config, full)
+            _learned[key] = _stored_or_learned(builder, model.config, full)
         while len(_learned) > _KEPT:
             _learned.popitem(last=False)
     field_map = _learned[key]
@@ -194,6 +199,32 @@ def map_of(
             "no config can say what is pruned of it. Prune a class whose config holds its widths."
         )
     return field_map
+
+
+def _stored_or_learned(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> FieldMap:
+    """Return a field map from the cache on disk, or learn it and put it there."""
+    digest = None if folder() is None else class_digest(builder, full)
+    if digest is None:
+        return learn(builder, config, full)
+    key = entry_key(digest, "field map", config_json(config, use_diff=False))
+    entry = load(key)
+    if entry is not None:
+        follow_recipe(builder.model_class, entry["recipe"])
+        return from_state(builder, digest, entry["map"])
+    field_map = dataclasses.replace(learn(builder, config, full), digest=digest)
+    store(key, {"map": state_of(field_map), "recipe": recipe_of(builder.model_class)})
+    return field_map
+
+
+def state_of(field_map: FieldMap) -> dict[str, Any]:
+    """Return what a field map holds beside its builder, to be stored."""
+    names = {field.name for field in dataclasses.fields(field_map)} - {"builder", "digest"}
+    return {name: getattr(field_map, name) for name in names}
+
+
+def from_state(builder: Builder, digest: str | None, state: Mapping[str, Any]) -> FieldMap:
+    """Return the field map that :func:`state_of` gave the state of."""
+    return FieldMap(builder=builder, digest=digest, **state)
 
 
 @contextmanager

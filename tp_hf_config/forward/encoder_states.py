@@ -45,7 +45,7 @@ class States:
         return self.reader.rpartition(".")[0]
 
 
-_reads: dict[type, States] = {}
+reads_of: dict[type, States] = {}
 """Class -> the states it reads, by the first layer that does; ``*`` for numbers of layers."""
 _in_vain: set[tuple[type, frozenset[str]]] = set()
 """Classes, each with idle layers that encoder states did not let run."""
@@ -56,7 +56,7 @@ def states_of(model: nn.Module) -> States | None:
 
     Also None if the model's config builds no cross-attention.
     """
-    read = _reads.get(type(model))
+    read = reads_of.get(type(model))
     if read is None:
         return None
     names = (name for name, _ in model.named_parameters() if _NUMBER.sub(".*", name) == read.reader)
@@ -104,7 +104,7 @@ def look_for_states(
         states = _random(parameter, parameter.shape[dim])
         with_states = _followed(model, {**inputs, argument: states}, run)
         if with_states.called > without.called and with_states.ended >= without.ended:
-            _reads[type(model)] = States(argument, _NUMBER.sub(".*", name), dim)
+            reads_of[type(model)] = States(argument, _NUMBER.sub(".*", name), dim)
             return True
     _in_vain.add(tried)
     return False

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..fieldmap.field_map import FieldMap, map_of
-from ..fieldmap.legal_values import straying, vanishing
 from ..fieldmap.solve.explain import some
-from ..fieldmap.unit_shares import units_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
+from ..model.disk_cache import VARIABLE
 from ..model.from_config import model_of
-from ..model.shapes import shapes
 from ..model.surroundings import one_thread
 from ..model.tensors import parameter_names, tensor
 from ..notebook import page, short, table
 from ..schema import dated
-from ..twin.find_groups import find_groups, in_positions
+from ..twin.find_groups import in_positions
 from ..twin.group import Finding
 from ..twin.layout import TensorDim, UnitLayout
-from ..twin.tiny.tiny_model import TinyModel, tiny_model
+from ..twin.tiny.tiny_model import TinyModel
 from ..twin.twin_test import TwinTest
+from .experiments import experiments_of
 from .full_size import Group, expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_MOST_BUILDS = 64
+_FROM_CACHE = f"from the cache of an earlier run ({VARIABLE}=off tries the class again)"
 _HEAD = ("config field", "units", "groups", "layers", "parameters a unit", "proof")
 
 
@@ -111,30 +107,18 @@ def _row(width: Width) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Experiments:
-    """What experiments with one class and config found.
+class Prunable:
+    """The widths of one model; prints as a table.
 
     Attributes:
-        tiny: the tiny model, or the class's refusal to run at tiny widths.
-        findings: the groups of each width in the tiny model, or why it cannot be pruned.
-        widths: the findings carried over to full size, by the names of the model's parameters
-            (they show its ties).
+        model: the name of the class.
+        widths: one for each config field, or joint fields.
+        cached: True if the experiments were run earlier, and read from the cache on disk.
     """
-
-    tiny: TinyModel | Refusal
-    findings: tuple[Finding, ...]
-    widths: dict[Any, tuple[Width, ...]] = dataclasses.field(default_factory=dict)
-
-
-_experiments: weakref.WeakKeyDictionary[FieldMap, _Experiments] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Prunable:
-    """The widths of one model; prints as a table."""
 
     model: str
     widths: tuple[Width, ...]
+    cached: bool = False
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Return the head of the table and one row for each width."""
@@ -157,14 +141,18 @@ class Prunable:
             )
             for row in rows
         ]
-        return "\n".join([self.model, *lines])
+        return "\n".join([self.model, *lines, *self._source()])
+
+    def _source(self) -> list[str]:
+        """Return a line that says so, if the experiments were not run now."""
+        return [_FROM_CACHE] if self.cached else []
 
     def __rich__(self) -> Any:
         from rich.table import Table
         from rich.text import Text
 
         head, *rows = self._rows()
-        table = Table(title=self.model)
+        table = Table(title=self.model, caption="".join(self._source()) or None)
         for name in head:
             left = name in (head[0], head[-1])
             table.add_column(name, justify="left" if left else "right", overflow="fold")
@@ -174,7 +162,8 @@ class Prunable:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as a dict for ``json.dumps``, with schema and package versions."""
-        return dated({"model": self.model, "widths": [width.to_dict() for width in self.widths]})
+        widths = [width.to_dict() for width in self.widths]
+        return dated({"model": self.model, "cached": self.cached, "widths": widths})
 
 
 def prunable(
@@ -200,7 +189,9 @@ def prunable(
         TypeError: ``model_or_config`` is neither a module nor a config.
     """
     model = model_of(model_or_config, model_class)
-    return Prunable(type(model).__name__, widths_of(model))
+    field_map = map_of(model)
+    widths = widths_of(model, field_map)
+    return Prunable(type(model).__name__, widths, experiments_of(field_map).cached)
 
 
 def widths_of(
@@ -214,14 +205,7 @@ def widths_of(
         made: its tiny model, if the model is one itself; else it is built.
     """
     field_map = field_map or map_of(model)
-    if field_map not in _experiments:
-        with one_thread():
-            tiny = made or tiny_model(field_map)
-            findings = [] if isinstance(tiny, Refusal) else find_groups(tiny)
-            full = field_map if isinstance(tiny, Refusal) else tiny.full
-            checked = (_apart(_sayable(finding, field_map), findings, full) for finding in findings)
-            _experiments[field_map] = _Experiments(tiny, tuple(checked))
-    experiments = _experiments[field_map]
+    experiments = experiments_of(field_map, made)
     if isinstance(experiments.tiny, Refusal):
         return tuple(
             Width((field,), reason=experiments.tiny.reason, tried=False)
@@ -231,7 +215,8 @@ def widths_of(
     if names not in experiments.widths:
         widths = tuple(_width(f, experiments.tiny, field_map, model) for f in experiments.findings)
         experiments.widths[names] = widths + _bound(field_map)
-    return experiments.widths[names]
+    result: tuple[Width, ...] = experiments.widths[names]
+    return result
 
 
 def _bound(field_map: FieldMap) -> tuple[Width, ...]:
@@ -258,7 +243,7 @@ def single_positions(group: Group, field_map: FieldMap) -> bool:
         group: a proved group of the real model; its kind is tested on the tiny model.
         field_map: the real model's, with which :func:`widths_of` has run.
     """
-    done = _experiments[field_map]
+    done = experiments_of(field_map)
     canonical = field_map.depth.canonical
     group_dims = {(canonical(member.name), member.dim) for member in group.dims}
     inputs = set() if isinstance(done.tiny, Refusal) else done.tiny.states.keys()
@@ -324,60 +309,6 @@ def said_along(names: Sequence[str]) -> str:
 def said_handed(names: Iterable[str]) -> str:
     """Return a text to append that names inputs which have to lose the same channels."""
     return "".join(f"; {name} has to lose the same channels" for name in dict.fromkeys(names))
-
-
-def _sayable(finding: Finding, field_map: FieldMap) -> Finding:
-    """Return the finding, refused if less of it makes the class build what pruning cannot leave.
-
-    The class is built with a quarter less and with half: some count may become 0, or a dimension
-    that is in no group may change. If it refuses both, other unit counts are tried, up to
-    ``_MOST_BUILDS`` in all; if it takes no other number, the finding is refused too.
-    """
-    if finding.reason is not None or not set(finding.fields) <= field_map.values.keys():
-        return finding
-    held = {(dim.name, dim.dim) for group in finding.groups for dim in group.dims}
-    units = units_of(field_map, finding.fields)
-    reason, taken = "", False
-    unit_counts = dict.fromkeys((units - units // 4, units - units // 2, *range(units - 1, 0, -1)))
-    for builds, units_left in enumerate(islice(unit_counts, _MOST_BUILDS)):
-        if taken and builds > 1:
-            break
-        values = {field: field_map.values[field] // units * units_left for field in finding.fields}
-        smaller = field_map.build_at(values)
-        if isinstance(smaller, Refusal):
-            reason = f"the class takes no other number: {smaller.reason}"
-            continue
-        misfit = vanishing(field_map, smaller) or straying(field_map, values, smaller, held)
-        if misfit is not None:
-            return Finding(finding.fields, reason=misfit, disproved=True)
-        taken |= shapes(smaller) != field_map.shapes
-    return finding if taken or not reason else Finding(finding.fields, reason=reason)
-
-
-def _apart(finding: Finding, others: Sequence[Finding], full: FieldMap) -> Finding:
-    """Return the finding, refused if an unobserved part of the model is as wide and may read it.
-
-    Widths are compared at full size: in a tiny model, head counts equal other numbers by chance
-    (Chameleon). Qwen2-VL's ``vision_config.hidden_size`` has to be the text's, which text alone
-    cannot show.
-
-    Args:
-        finding: the finding to check.
-        others: all findings of the model.
-        full: the field map at full size.
-    """
-    unobserved = [field for other in others if other.unseen for field in other.fields]
-    for field in unobserved:
-        if field in finding.fields:
-            continue  # all of it was observed, or the finding would have a reason already
-        if finding.reason is None and any(
-            full.values.get(field) == full.values.get(own) for own in finding.fields
-        ):
-            reason = (
-                f"{field_name(field)} is as wide, and its part of the model was not seen to run"
-            )
-            return Finding(finding.fields, reason=reason)
-    return finding
 
 
 def _parameters_per_unit(groups: Sequence[Group], model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..fieldmap.field_map import map_of
 from ..model.build import Refusal
+from ..model.disk_cache import suspended
 from ..model.from_config import model_of
 from ..model.surroundings import one_thread, quiet_transformers
 from ..notebook import page, short, table
@@ -95,7 +96,8 @@ def supports(
     Half of each width is pruned in one step and in two, by Torch-Pruning's ``MetaPruner`` with
     :func:`~tp_hf_config.pruner_kwargs`.  The pruned model has to compute what the original computes
     with the removed units masked.  A model loaded from the saved folder has to compute the same
-    bits.  The model itself is not touched, and its size does not matter.
+    bits.  The model itself is not touched, and its size does not matter. Nothing is taken from the
+    cache of earlier experiments (:mod:`tp_hf_config.model.disk_cache`): all is measured anew.
 
     Args:
         source: a model, with or without weights, or a config.
@@ -110,7 +112,12 @@ def supports(
     """
     model = model_of(source, model_class)
     name = type(model).__name__
-    with TemporaryDirectory(prefix="tp_hf_config-") as folder, one_thread(), quiet_transformers():
+    with (
+        TemporaryDirectory(prefix="tp_hf_config-") as folder,
+        one_thread(),
+        quiet_transformers(),
+        suspended(),
+    ):
         case = prepared(model, seed)
         if isinstance(case, Refusal):
             return Support(name, why_not=case.reason, seed=seed)

@@ -41,7 +41,13 @@ class UnitLayout:
 
     def table(self, units: int) -> Tensor:
         """Return the positions of every unit, shape ``(units, parts * run)``."""
-        return torch.tensor([self.positions(unit, units) for unit in range(units)])
+        per_block = units // self.blocks
+        per_part = per_block * self.run + self.gap
+        unit = torch.arange(units)
+        block, place = unit // per_block, unit % per_block
+        start = self.offset + block * self.parts * per_part + place * self.run
+        within = (torch.arange(self.parts) * per_part)[:, None] + torch.arange(self.run)
+        return start[:, None] + within.flatten()
 
     def permuted(self, units: int, order: Sequence[int]) -> Tensor:
         """Return, for every position, the position that its value had before units were reordered.

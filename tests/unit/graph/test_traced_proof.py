@@ -436,7 +436,7 @@ def test_what_no_permutation_proves_is_not_left_to_the_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Groups that are linked, but not proved: an experiment's verdict too."""
-    monkeypatch.setattr("tp_hf_config.graph.prunable._experiments", weakref.WeakKeyDictionary())
+    monkeypatch.setattr("tp_hf_config.graph.experiments._experiments", weakref.WeakKeyDictionary())
     monkeypatch.setattr("tp_hf_config.twin.twin_test.TwinTest.proves", lambda *_: False)
     model = zoo.build("llama")
     (width,) = (width for width in widths_of(model) if width.name == "intermediate_size")

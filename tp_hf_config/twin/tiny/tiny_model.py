@@ -6,8 +6,9 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,24 +39,59 @@ _NAMING = ("layer", "index")
 
 
 @dataclass(frozen=True)
-class TinyModel:
-    """A class at tiny widths.
+class TinyRun:
+    """What experiments run.
 
     Attributes:
-        field_map: the field map of the class around the tiny config.
-        full: the field map around the config that the tiny one was made from.
         model: the class with random weights, none of them trivial, in float64 and eval mode.
         inputs: keyword arguments of one forward pass of two samples.
         partial: True if it runs on text alone, though the class takes images or sound too.
         watched: intermediate results that count as outputs, of parts that no output depends on.
     """
 
-    field_map: FieldMap
-    full: FieldMap
     model: nn.Module
     inputs: dict[str, Any]
     partial: bool = False
     watched: tuple[Result, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TinyModel:
+    """A class at tiny widths; built when it is first run, where its field map is known already.
+
+    Attributes:
+        field_map: the field map of the class around the tiny config.
+        full: the field map around the config that the tiny one was made from.
+        build: returns what experiments run; called once.
+    """
+
+    field_map: FieldMap
+    full: FieldMap
+    build: Callable[[], TinyRun]
+
+    @cached_property
+    def _run(self) -> TinyRun:
+        return self.build()
+
+    @property
+    def model(self) -> nn.Module:
+        """The class with random weights; see :class:`TinyRun`."""
+        return self._run.model
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The inputs of one forward pass; see :class:`TinyRun`."""
+        return self._run.inputs
+
+    @property
+    def partial(self) -> bool:
+        """True if it runs on text alone; see :class:`TinyRun`."""
+        return self._run.partial
+
+    @property
+    def watched(self) -> tuple[Result, ...]:
+        """Intermediate results that count as outputs; see :class:`TinyRun`."""
+        return self._run.watched
 
     @property
     def states(self) -> dict[str, torch.Tensor]:
@@ -81,6 +117,20 @@ def tiny_model(field_map: FieldMap) -> TinyModel | Refusal:
     return next(
         (candidate for candidate in candidates if isinstance(candidate, TinyModel)), candidates[-1]
     )
+
+
+def stored_tiny_model(tiny_map: FieldMap, full: FieldMap) -> TinyModel:
+    """Return a tiny model whose field map was read from the cache; built anew only if it is run."""
+
+    def build() -> TinyRun:
+        tiny = tiny_model(full)
+        if isinstance(tiny, Refusal):  # it ran when the cache was written
+            raise RuntimeError(
+                f"the tiny model of {full.builder.model_class.__name__}: {tiny.reason}"
+            )
+        return tiny._run
+
+    return TinyModel(tiny_map, full, build)
 
 
 def _build(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
@@ -110,7 +160,8 @@ def _build(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
         return full
     tiny_map = learn(builder, builder.config(data), full, tiny=True)
     watched = () if partial else watched_results(model, inputs)
-    return TinyModel(tiny_map, field_map, model, inputs, partial, watched)
+    run = TinyRun(model, inputs, partial, watched)
+    return TinyModel(tiny_map, field_map, lambda: run)
 
 
 def _reaching_alike(

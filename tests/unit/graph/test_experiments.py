@@ -1,0 +1,190 @@
+"""Experiments run once for a class and config: in a process, and with the cache on disk ever."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch_pruning as tp
+import transformers as hf
+import zoo
+from transformers.models.llama import modeling_llama
+
+from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config.fieldmap import field_map
+from tp_hf_config.forward.encoder_states import reads_of
+from tp_hf_config.forward.extra_methods import methods_of
+from tp_hf_config.forward.inputs import form_of
+from tp_hf_config.graph import experiments
+from tp_hf_config.model.build import Builder, attention_of
+from tp_hf_config.model.class_digest import class_digest
+from tp_hf_config.model.disk_cache import VARIABLE
+from tp_hf_config.twin.tiny import tiny_model
+
+NAMES = ("llama", "gpt2", "bert", "t5", "whisper", "vit", "deepseek_v3", "mixtral", "qwen2_vl")
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    forget(monkeypatch)
+    return tmp_path / "cache"
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process a new one, as far as classes are concerned."""
+    monkeypatch.setattr(field_map, "_learned", OrderedDict())
+    monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
+    for registry in (form_of, methods_of, attention_of, reads_of):
+        registry.clear()  # type: ignore[attr-defined]
+
+
+def never(*_: Any, **__: Any) -> Any:
+    pytest.fail("the class was asked again")
+
+
+def without_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+    monkeypatch.setattr(field_map, "learn", never)
+    monkeypatch.setattr(experiments, "tiny_model", never)
+    monkeypatch.setattr(experiments, "find_groups", never)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_read_is_what_was_found(
+    name: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build(name)
+    first = prunable(model)
+    recipes = {key: dict(registry) for key, registry in registries().items()}
+    assert not first.cached
+    without_experiments(monkeypatch)
+    second = prunable(model)
+    assert second.cached
+    assert second.widths == first.widths
+    assert {key: dict(registry) for key, registry in registries().items()} == recipes
+    assert str(second).startswith(str(first))
+    assert str(second).endswith(
+        "from the cache of an earlier run (TP_HF_CONFIG_CACHE=off tries the class again)"
+    )
+    assert {**second.to_dict(), "cached": False} == first.to_dict()
+
+
+def registries() -> dict[str, Any]:
+    return {"form": form_of, "methods": methods_of, "attention": attention_of, "reads": reads_of}
+
+
+def test_a_model_is_pruned_with_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prunable(small.llama(num_key_value_heads=2))
+    without_experiments(monkeypatch)
+    model, hook = small.llama(num_key_value_heads=2), HFConfigSyncHook()
+    kwargs = pruner_kwargs(model, prune_num_heads=True, head_pruning_ratio=0.5)
+    importance = tp.importance.MagnitudeImportance()
+    pruner = tp.pruner.MetaPruner(
+        model, **kwargs, importance=importance, pruning_ratio=0.5, hooks=[hook]
+    )
+    pruner.step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {
+        "hidden_size": (32, 16),
+        "intermediate_size": (64, 32),
+        "num_attention_heads": (4, 2),
+    }
+
+
+def test_models_of_other_sizes_share_the_proofs(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def llama(**sizes: int) -> Any:
+        sizes = {"vocab_size": 512, "num_key_value_heads": 8, **sizes}
+        return prunable(hf.LlamaConfig(**sizes), model_class=hf.LlamaForCausalLM)
+
+    one = llama(hidden_size=2048, intermediate_size=8192, num_attention_heads=32)
+    forget(monkeypatch)
+    monkeypatch.setattr(experiments, "find_groups", never)
+    other = llama(
+        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80
+    )
+    assert [width.name for width in other.widths] == [width.name for width in one.widths]
+    assert all(
+        (w.reason is None) is (o.reason is None)
+        for w, o in zip(one.widths, other.widths, strict=True)
+    )
+
+
+def test_the_tiny_model_is_built_again_where_it_is_run(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build("llama")
+    prunable(model)
+    forget(monkeypatch)
+    made = experiments.experiments_of(field_map.map_of(model)).tiny
+    assert isinstance(made, tiny_model.TinyModel)
+    assert "_run" not in vars(made)
+    assert made.model(**made.inputs).logits.shape[:1] == (2,)
+
+
+def test_a_class_whose_tiny_model_does_not_run_is_remembered(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build("llama")
+    with monkeypatch.context() as patch:
+        refusal = tiny_model.Refusal("the tiny model does not run: for some reason")
+        patch.setattr(experiments, "tiny_model", lambda _: refusal)
+        first = prunable(model)
+    without_experiments(monkeypatch)
+    second = prunable(model)
+    assert {width.reason for width in second.widths} == {refusal.reason}
+    assert second.widths == first.widths
+
+
+class TestDigest:
+    def digest(self, model: Any) -> str | None:
+        return class_digest(Builder(model), model)
+
+    def test_it_is_the_class_not_the_config(self) -> None:
+        one, other = small.llama(), small.llama(hidden_size=64)
+        assert self.digest(one) == self.digest(other)
+        assert self.digest(one) != self.digest(one.bfloat16())
+        assert self.digest(one) != self.digest(zoo.build("gpt2"))
+
+    @pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "LlamaMLP", "LlamaMLP.forward"])
+    def test_it_is_another_where_code_was_replaced(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = small.llama()
+        before = self.digest(model)
+        if name == "LlamaMLP":
+            other: Any = type("LlamaMLP", (modeling_llama.LlamaMLP,), {"__module__": __name__})
+            monkeypatch.setattr(modeling_llama, name, other)
+        elif name == "LlamaMLP.forward":
+            monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: x)
+        else:
+            monkeypatch.setattr(modeling_llama, name, lambda q, k, *_: (q, k))
+        assert self.digest(model) != before
+
+    def test_a_class_that_was_typed_has_none(self) -> None:
+        typed: dict[str, Any] = {"hf": hf, "__name__": "nowhere"}
+        exec("class Typed(hf.LlamaForCausalLM):\n    pass", typed)
+        model = typed["Typed"](small.llama().config)
+        assert self.digest(model) is None
+
+
+def test_another_process_reads_it(cache: Path) -> None:
+    config = small.llama().config.to_dict()
+    code = f"""
+        import json, os
+        os.environ["{VARIABLE}"] = {str(cache)!r}
+        import transformers as hf
+        from tp_hf_config import prunable
+        config = hf.LlamaConfig.from_dict(json.loads({json.dumps(config)!r}))
+        print(json.dumps(prunable(config, model_class=hf.LlamaForCausalLM).to_dict()))
+        """
+    first, second = (json.loads(small.python(code)) for _ in range(2))
+    assert (first["cached"], second["cached"]) == (False, True)
+    assert first["widths"] == second["widths"]

@@ -1,0 +1,122 @@
+"""The cache on disk: what lies there is whole, and ours, or it counts as missing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tp_hf_config.model import disk_cache
+from tp_hf_config.twin.layout import TensorDim, UnitLayout
+
+VALUE = {
+    "dims": (TensorDim("a.weight", 1, UnitLayout(parts=2)),),
+    "share": Fraction(2, 3),
+    "dtype": torch.bfloat16,
+    "fields": frozenset({("text_config", "hidden_size"), ("sizes", 0)}),
+}
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def entry(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest() + data
+
+
+def test_what_was_stored_is_read(place: Path) -> None:
+    assert disk_cache.load("key") is None
+    disk_cache.store("key", VALUE)
+    assert disk_cache.load("key") == VALUE
+    assert [path.name for path in place.iterdir()] == ["key"]
+    disk_cache.store("key", 2)
+    assert disk_cache.load("key") == 2
+
+
+@pytest.mark.parametrize("length", [0, 1, 40, -1])
+def test_a_damaged_entry_is_removed(place: Path, length: int) -> None:
+    disk_cache.store("key", VALUE)
+    data = (place / "key").read_bytes()
+    (place / "key").write_bytes(data[:length])
+    assert disk_cache.load("key") is None
+    assert not (place / "key").exists()
+
+
+def test_one_changed_bit_is_noticed(place: Path) -> None:
+    disk_cache.store("key", VALUE)
+    data = bytearray((place / "key").read_bytes())
+    data[-20] ^= 1
+    (place / "key").write_bytes(data)
+    assert disk_cache.load("key") is None
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("made-by-an-entry",)
+
+
+@pytest.mark.parametrize("value", [Evil(), os.system, torch.nn.Linear, disk_cache.load])
+def test_an_entry_of_anything_else_is_not_run(
+    place: Path, value: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place.mkdir()
+    (place / "key").write_bytes(entry(pickle.dumps(value)))
+    assert disk_cache.load("key") is None
+    assert not (tmp_path / "made-by-an-entry").exists()
+    disk_cache.store("other", value)
+    assert not (place / "other").exists()
+
+
+@pytest.mark.parametrize("word", ["off", "OFF", "0", "", "no"])
+def test_it_can_be_switched_off(place: Path, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_cache.store("key", VALUE)
+    monkeypatch.setenv(disk_cache.VARIABLE, word)
+    assert disk_cache.folder() is None
+    assert disk_cache.load("key") is None
+    disk_cache.store("other", VALUE)
+    assert [path.name for path in place.iterdir()] == ["key"]
+
+
+def test_it_can_be_suspended(place: Path) -> None:
+    disk_cache.store("key", VALUE)
+    with disk_cache.suspended():
+        assert disk_cache.load("key") is None
+    assert disk_cache.load("key") == VALUE
+
+
+def test_it_lies_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(disk_cache.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert disk_cache.folder() == tmp_path / "tp_hf_config"
+
+
+def test_what_cannot_be_written_is_left(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_cache.store("key", VALUE)
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(disk_cache.os, "replace", full)
+    disk_cache.store("key", 2)
+    assert disk_cache.load("key") == VALUE
+    assert [path.name for path in place.iterdir()] == ["key"]
+    monkeypatch.setenv(disk_cache.VARIABLE, str(place / "key"))  # a file stands there
+    disk_cache.store("key", 2)
+
+
+def test_of_too_many_entries_the_oldest_go(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_cache, "_MOST", 8)
+    for number in range(9):
+        disk_cache.store(f"key{number}", number)
+        os.utime(place / f"key{number}", (number, number))
+    assert sorted(path.name for path in place.iterdir()) == [f"key{n}" for n in range(2, 9)]

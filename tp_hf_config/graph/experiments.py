@@ -1,0 +1,166 @@
+"""Run the experiments with a class and config once, and keep what they find on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ..fieldmap.field_map import FieldMap, from_state, state_of
+from ..fieldmap.legal_values import straying, vanishing
+from ..fieldmap.unit_shares import units_of
+from ..forward.run_recipe import follow_recipe, recipe_of
+from ..model.build import Refusal
+from ..model.class_digest import entry_key
+from ..model.config_json import field_name
+from ..model.disk_cache import load, store, suspended
+from ..model.shapes import shapes
+from ..model.surroundings import one_thread
+from ..twin.find_groups import find_groups
+from ..twin.group import Finding
+from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
+
+_MOST_BUILDS = 64
+
+
+@dataclass(frozen=True)
+class Experiments:
+    """What experiments with one class and config found.
+
+    Attributes:
+        tiny: the tiny model, or the class's refusal to run at tiny widths.
+        findings: the groups of each width in the tiny model, or why it cannot be pruned.
+        cached: True if they were read from the cache on disk.
+        widths: the findings carried over to full size, by the names of the model's parameters
+            (they show its ties).
+    """
+
+    tiny: TinyModel | Refusal
+    findings: tuple[Finding, ...]
+    cached: bool = False
+    widths: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+
+_experiments: weakref.WeakKeyDictionary[FieldMap, Experiments] = weakref.WeakKeyDictionary()
+
+
+def experiments_of(field_map: FieldMap, made: TinyModel | None = None) -> Experiments:
+    """Return what experiments with a class and config found; they run once.
+
+    Args:
+        field_map: the field map of the class around the config.
+        made: the tiny model, if the config is its own; else it is built.
+    """
+    if field_map not in _experiments:
+        with one_thread(), nullcontext() if made is None else suspended():
+            found = _stored(field_map) or _made(field_map, made or tiny_model(field_map))
+            _experiments[field_map] = found
+    return _experiments[field_map]
+
+
+def _made(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
+    """Run the experiments with the tiny model of a class, and keep what they find on disk.
+
+    What is found in the tiny model is kept by the tiny config, which models of many sizes share;
+    what comes of it at full size by the full config.
+    """
+    if isinstance(tiny, Refusal):
+        _keep(field_map, "widths", field_map.data, reason=tiny.reason)
+        return Experiments(tiny, ())
+    groups = _kept(field_map, "groups", tiny.field_map.data)
+    if groups is None:
+        groups = {"findings": find_groups(tiny)}
+        _keep(field_map, "groups", tiny.field_map.data, **groups)
+    findings = groups["findings"]
+    checked = tuple(
+        _apart(_sayable(finding, field_map), findings, tiny.full) for finding in findings
+    )
+    state = state_of(tiny.field_map)
+    _keep(field_map, "widths", field_map.data, findings=checked, tiny=state)
+    return Experiments(tiny, checked)
+
+
+def _stored(field_map: FieldMap) -> Experiments | None:
+    """Return the experiments with a class and config from the cache on disk; None if none is."""
+    entry = _kept(field_map, "widths", field_map.data)
+    if entry is None:
+        return None
+    if "reason" in entry:
+        return Experiments(Refusal(entry["reason"]), (), cached=True)
+    tiny_map = from_state(field_map.builder, field_map.digest, entry["tiny"])
+    return Experiments(stored_tiny_model(tiny_map, field_map), entry["findings"], cached=True)
+
+
+def _kept(field_map: FieldMap, what: str, data: Any) -> dict[str, Any] | None:
+    """Return an entry of the cache on disk, and run the class as it was run then; None: none."""
+    if field_map.digest is None:
+        return None
+    entry: dict[str, Any] | None = load(entry_key(field_map.digest, what, data))
+    if entry is not None:
+        follow_recipe(field_map.builder.model_class, entry["recipe"])
+    return entry
+
+
+def _keep(field_map: FieldMap, what: str, data: Any, **entry: Any) -> None:
+    """Write an entry of the cache on disk, with how the class was run."""
+    if field_map.digest is not None:
+        recipe = recipe_of(field_map.builder.model_class)
+        store(entry_key(field_map.digest, what, data), {**entry, "recipe": recipe})
+
+
+def _sayable(finding: Finding, field_map: FieldMap) -> Finding:
+    """Return the finding, refused if less of it makes the class build what pruning cannot leave.
+
+    The class is built with a quarter less and with half: some count may become 0, or a dimension
+    that is in no group may change. If it refuses both, other unit counts are tried, up to
+    ``_MOST_BUILDS`` in all; if it takes no other number, the finding is refused too.
+    """
+    if finding.reason is not None or not set(finding.fields) <= field_map.values.keys():
+        return finding
+    held = {(dim.name, dim.dim) for group in finding.groups for dim in group.dims}
+    units = units_of(field_map, finding.fields)
+    reason, taken = "", False
+    unit_counts = dict.fromkeys((units - units // 4, units - units // 2, *range(units - 1, 0, -1)))
+    for builds, units_left in enumerate(islice(unit_counts, _MOST_BUILDS)):
+        if taken and builds > 1:
+            break
+        values = {field: field_map.values[field] // units * units_left for field in finding.fields}
+        smaller = field_map.build_at(values)
+        if isinstance(smaller, Refusal):
+            reason = f"the class takes no other number: {smaller.reason}"
+            continue
+        misfit = vanishing(field_map, smaller) or straying(field_map, values, smaller, held)
+        if misfit is not None:
+            return Finding(finding.fields, reason=misfit, disproved=True)
+        taken |= shapes(smaller) != field_map.shapes
+    return finding if taken or not reason else Finding(finding.fields, reason=reason)
+
+
+def _apart(finding: Finding, others: Sequence[Finding], full: FieldMap) -> Finding:
+    """Return the finding, refused if an unobserved part of the model is as wide and may read it.
+
+    Widths are compared at full size: in a tiny model, head counts equal other numbers by chance
+    (Chameleon). Qwen2-VL's ``vision_config.hidden_size`` has to be the text's, which text alone
+    cannot show.
+
+    Args:
+        finding: the finding to check.
+        others: all findings of the model.
+        full: the field map at full size.
+    """
+    unobserved = [field for other in others if other.unseen for field in other.fields]
+    for field in unobserved:
+        if field in finding.fields:
+            continue  # all of it was observed, or the finding would have a reason already
+        if finding.reason is None and any(
+            full.values.get(field) == full.values.get(own) for own in finding.fields
+        ):
+            reason = (
+                f"{field_name(field)} is as wide, and its part of the model was not seen to run"
+            )
+            return Finding(finding.fields, reason=reason)
+    return finding

@@ -1,0 +1,116 @@
+"""A digest of all code that decides what a class builds and computes: the key of what is cached."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..schema import versions
+from .build import Builder
+
+_VERSIONED = ("torch", "builtins", "collections", "typing", "abc")
+"""Packages that their versions stand for."""
+
+
+def class_digest(builder: Builder, model: nn.Module) -> str | None:
+    """Return a digest of a class with its options and dtype, but without its config.
+
+    It changes with the source of every class in the model, with functions that were put in their
+    place at run time (kernels from another library), and with the versions of this library, torch
+    and Transformers.
+
+    Args:
+        builder: builds the class.
+        model: the class built from its config, without data.
+
+    Returns:
+        Hexadecimal digits; None if some class has no source file, as those typed into a shell.
+    """
+    classes = {type(module) for module in model.modules()}
+    configs = {
+        type(config)
+        for module in model.modules()
+        if (config := vars(module).get("config")) is not None
+    }
+    families = {base for cls in (*classes, *configs, builder.config_class) for base in cls.__mro__}
+    own = {cls.__module__ for cls in classes | configs}
+    sources = []
+    for name in sorted({cls.__module__ for cls in families}):
+        if name.partition(".")[0] in _VERSIONED:
+            continue
+        module = sys.modules.get(name)
+        state = None if module is None else _file_state(module)
+        if module is None or state is None:
+            return None
+        sources.append((name, state, *(_namespace(module) if name in own else ())))
+    text = json.dumps(
+        [
+            versions(),
+            sys.version_info[:2],
+            _package_state(),
+            f"{builder.model_class.__module__}.{builder.model_class.__qualname__}",
+            str(builder.dtype),
+            repr(sorted(builder.options.items())),
+            sources,
+        ]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_state(module: ModuleType) -> str | None:
+    """Return what tells whether a module's file changed; None if it has none.
+
+    Files of Transformers are told by size and time, others by what is in them.
+    """
+    file = getattr(module, "__file__", None)
+    if file is None or not Path(file).is_file():
+        return None
+    if module.__name__.partition(".")[0] == "transformers":
+        state = Path(file).stat()
+        return f"{state.st_size}-{state.st_mtime_ns}"
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _namespace(module: ModuleType) -> Iterator[str]:
+    """Yield what a module's functions, and the methods of its classes, are now."""
+    for name, value in sorted(vars(module).items()):
+        if isinstance(value, FunctionType):
+            yield f"{name}={_function(value)}"
+        elif isinstance(value, type) and value.__module__ == module.__name__:
+            for key, method in sorted(vars(value).items()):
+                method = getattr(method, "__func__", method)
+                if isinstance(method, FunctionType):
+                    yield f"{name}.{key}={_function(method)}"
+        elif isinstance(value, type):
+            yield f"{name}={value.__module__}.{value.__qualname__}"
+
+
+def _function(function: Any) -> str:
+    """Return a function's full name, and a digest of its code."""
+    code = hashlib.sha256(function.__code__.co_code).hexdigest()[:16]
+    return f"{function.__module__}.{function.__qualname__}:{code}"
+
+
+@functools.cache
+def _package_state() -> str:
+    """Return a digest of the sizes and times of this package's own files."""
+    root = Path(__file__).parents[1]
+    states = [
+        (path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(root.rglob("*.py"))
+    ]
+    return hashlib.sha256(repr(states).encode()).hexdigest()
+
+
+def entry_key(digest: str, *parts: Any) -> str:
+    """Return the key of one entry: a class's digest together with JSON values."""
+    text = json.dumps([digest, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
