@@ -33,6 +33,7 @@ from .sides import (
     handler_of,
     is_output,
     is_vector,
+    norms_of,
     sides_of,
     units_of,
 )
@@ -62,7 +63,7 @@ class ConfigGroup(dependency.Group):  # type: ignore[misc]
         leaving = Leaving(self.units)
         with channels_in_order(), self._DG.cuts.together():
             for side in self.coupled.sides:
-                cut(side, leaving, self._DG.cuts)
+                cut(side, leaving, self._DG.cuts, self._DG.beside(side))
             self.coupled.units.count -= len(self.units)
             if record_history:
                 self._DG._pruning_history.append(entry)
@@ -322,20 +323,10 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         if group.coupled.root is not None:
             return importance(group)
         if not group.coupled.ranked:
-            return self._sizes(group.coupled)
+            return norms_of(group.coupled, self.pretrained)
         side = group.coupled.ranked[0]
         values = importance(self._channel_group(group.coupled, side))
         return None if values is None else values.view(side.table.shape).mean(1)
-
-    def _sizes(self, coupled: GraphGroup) -> torch.Tensor:
-        """Return the norm of the parameters that each unit holds, shape ``(units,)``."""
-        squares = torch.zeros(coupled.units.count)
-        for side in coupled.sides:
-            for name, axis in dict.fromkeys((dim.name, dim.dim) for dim in side.dims):
-                values = tensor(self.pretrained, name).detach().movedim(axis, 0)
-                channels = values.reshape(len(values), -1).float().square().sum(1).cpu()
-                squares += channels[side.table.cpu()].sum(1)
-        return squares.sqrt()
 
     def _channel_group(self, coupled: GraphGroup, root: Side) -> ConfigGroup:
         """Return a group in which every channel of the root's units counts by itself."""
@@ -391,6 +382,12 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         item = _helpers.GroupItem(dep, list(idxs))
         item.root_idxs = list(roots)
         group._group.append(item)
+
+    def beside(self, side: Side) -> list[Side]:
+        """Return what other groups hold of the same side of a layer: other channels."""
+        others = {id(other): other for _, other in self._sides_of[side.module]}
+        del others[id(side)]
+        return [o for o in others.values() if o.module is side.module and o.out is side.out]
 
     def _owner(self, module: nn.Module) -> nn.Module:
         return module.owner if isinstance(module, ParameterView) else module

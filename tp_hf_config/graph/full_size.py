@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from math import lcm
-from typing import Any
 
 from torch import nn
 
@@ -17,10 +14,16 @@ from ..forward.head_splits import splits_after
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import parameter_names, saved_buffers
 from ..notebook import short
-from ..twin.channel_groups import counted_by
 from ..twin.group import Finding, TinyGroup
 from ..twin.layout import TensorDim, UnitLayout
 from ..twin.tiny.tiny_model import TinyModel
+from .carried_numbers import (
+    full_channel_groups,
+    full_layout,
+    full_per_field_unit,
+    full_places,
+    full_runs,
+)
 from .unit_count import UnitCount
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -183,13 +186,16 @@ def _real_group(
         if share is None:
             return f"{name}: dimension {dim.dim} does not follow it at full size"
         matched.append((name, dim, share))
-    runs = _real_runs(group, tiny, field_map)
-    per_field_unit = _real_grain(group, matched, runs)
+    runs = full_runs(group, tiny, field_map)
+    places = full_places(group, [dim for _, dim, _ in matched], tiny, field_map)
+    if isinstance(places, str):
+        return places
+    per_field_unit = full_per_field_unit(group, matched, runs, places)
     if isinstance(per_field_unit, str):
         return per_field_unit
-    channel_groups = group.channel_groups
-    if channel_groups > 1:
-        counts = _real_classes(group, tiny, field_map, per_field_unit)
+    channel_groups = places.channel_groups or group.channel_groups
+    if channel_groups > 1 and places.channel_groups is None:
+        counts = full_channel_groups(group, tiny, field_map)
         if len(counts) != 1:
             full = " or ".join(map(str, sorted(counts))) or "an unknown number"
             return (
@@ -197,12 +203,12 @@ def _real_group(
                 f"size in {full}"
             )
         (channel_groups,) = counts
-        if units * per_field_unit % channel_groups:
-            total = units * per_field_unit
-            return f"{total} units do not go into {channel_groups} equal channel groups"
+    if units * per_field_unit % channel_groups:
+        total = units * per_field_unit
+        return f"{total} units do not go into {channel_groups} equal channel groups"
     dims: list[TensorDim] = []
     for name, dim, share in matched:
-        layout = _real_layout(name, dim, share, per_field_unit, runs, group, tiny, field_map)
+        layout = full_layout(name, dim, share, per_field_unit, runs, group, tiny, field_map)
         if isinstance(layout, str):
             return layout
         dims += [TensorDim(alias, dim.dim, layout) for alias in names[name]]
@@ -216,96 +222,6 @@ def _real_group(
     return _uneven_heads(real, field_map) or real
 
 
-def _real_runs(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> dict[int, int]:
-    """Return the runs of units that are a head of a layer: in the tiny model -> at full size."""
-    runs: dict[int, int] = {}
-    for dim in group.dims if group.per_field_unit > 1 else ():
-        layer = dim.name.rpartition(".")[0]
-        small, real = tiny.field_map.splits_of(layer) or (), field_map.layout.heads.get(layer, ())
-        for split, full in zip(small, real, strict=False) if dim.dim == 0 else ():
-            if split[-1] == dim.layout.run > 1:
-                runs[dim.layout.run] = full[-1]
-    return runs
-
-
-def _real_grain(
-    group: TinyGroup, found: Sequence[tuple[str, TensorDim, Share]], runs: Mapping[int, int]
-) -> int | str:
-    """Return the units per field unit at full size, or the reason why they cannot be told.
-
-    Tensor dims that hold a unit in one place decide; of several places there can be more or fewer.
-    """
-    if group.per_field_unit == 1:
-        return 1
-    single = [entry for entry in found if entry[1].layout.parts == 1]
-    # a head's width may differ at full size
-    alone = [entry for entry in single if entry[1].layout.run == 1]
-    per_field_units: set[int] = set()
-    for name, dim, share in alone or single or found:
-        run = runs.get(dim.layout.run, dim.layout.run)
-        per_field_unit, rest = divmod(share.per_unit, dim.layout.parts * run)
-        if rest:
-            return f"{name}: dimension {dim.dim} holds no whole units at full size"
-        per_field_units.add(per_field_unit)
-    if len(per_field_units) > 1:
-        return f"its dimensions hold {sorted(per_field_units)} channels a unit at full size"
-    return per_field_units.pop()
-
-
-def _counted(group: TinyGroup) -> bool:
-    """True if some tensor dim of a group has one position for each of its units (heads)."""
-    return any(dim.layout.parts == dim.layout.run == 1 for dim in group.dims)
-
-
-def _real_classes(
-    group: TinyGroup, tiny: TinyModel, field_map: FieldMap, per_field_unit: int
-) -> set[int]:
-    """Return the numbers of channel groups that a group may have at full size.
-
-    The heads of its own layers decide, or a field that is seen to count them.  If there is neither
-    (torch splits the heads itself), all numbers that are as large in the tiny model have to agree.
-    They may be equal there by chance: if a field unit has one unit in every channel group, there
-    are at least ``per_field_unit`` channel groups (Falcon-H1's dims of heads, with as many key
-    heads).
-
-    Returns:
-        A single number if it can be told; none or several if not.
-    """
-    own = {dim.name.rpartition(".")[0] for dim in group.dims if dim.dim == 0}
-    decided: set[int] = set()
-    for layer in own if group.per_field_unit > 1 else ():
-        small, real = tiny.field_map.splits_of(layer) or (), field_map.layout.heads.get(layer, ())
-        pairs = zip(small, real, strict=False)
-        decided |= {full[0] for split, full in pairs if split[0] == group.channel_groups}
-    full_values = dict(_numbers(field_map.data)) | field_map.values
-    if not decided and not _splits_beside(group, tiny):
-        decided = {full_values.get(field, 0) for field in counted_by(group, tiny)}
-    if decided:
-        return decided
-    layers = {dim.name.rpartition(".")[0] for dim in group.dims}
-    if group.per_field_unit == 1:
-        return _real_counts(group.channel_groups, tiny, field_map, layers)
-    moving = tiny.field_map.values | tiny.field_map.silent
-    fields = {full_values.get(field, 0) for field, n in moving.items() if n == group.channel_groups}
-    counts = fields | _real_counts(group.channel_groups, tiny, field_map, layers)
-    return (
-        {lcm(*counts, per_field_unit)}
-        if group.channel_groups == group.per_field_unit and len(counts) == 1
-        else counts
-    )
-
-
-def _splits_beside(group: TinyGroup, tiny: TinyModel) -> bool:
-    """True if a layer beside the group's is split into as many heads as it has channel groups."""
-    around = {dim.name.rpartition(".")[0].rpartition(".")[0] for dim in group.dims}
-    return any(
-        split[0] == group.channel_groups
-        for layer, splits in tiny.field_map.layout.heads.items()
-        for split in splits
-        if layer.rpartition(".")[0] in around
-    )
-
-
 def _uneven_heads(group: Group, field_map: FieldMap) -> str | None:
     """Return why units in several places cannot go, or None: heads would lose unequal shares."""
     for dim in group.dims if group.count.channel_groups == 1 else ():
@@ -315,86 +231,3 @@ def _uneven_heads(group: Group, field_map: FieldMap) -> str | None:
         if splits_after(splits, dim.layout.positions(0, group.count.units)) is None:
             return f"{dim.name}: its units are not the same share of every head"
     return None
-
-
-def _real_layout(
-    name: str,
-    dim: TensorDim,
-    share: Share,
-    per_field_unit: int,
-    runs: Mapping[int, int],
-    group: TinyGroup,
-    tiny: TinyModel,
-    field_map: FieldMap,
-) -> UnitLayout | str:
-    """Return the unit layout along a tensor dim at full size, or the reason why it cannot be told.
-
-    ``dim`` and ``group`` are of the tiny model; ``share``, ``per_field_unit`` and ``runs`` (see
-    :func:`_real_runs`) are at full size.
-    """
-    per_unit = share.per_unit
-    parts, run = dim.layout.parts, Fraction(per_unit, dim.layout.parts)
-    if dim.layout.parts == dim.layout.run == group.per_field_unit == 1 < per_unit:
-        return (
-            f"{name}: {per_unit} positions of dimension {dim.dim} go with a unit at full size, one "
-            "in the tiny model, so that their order was not seen"
-        )
-    if dim.layout.run == 1 and group.per_field_unit == 1:
-        parts, run = per_unit, Fraction(1)  # one position per part; there can be more parts (heads)
-    elif group.per_field_unit > 1 < dim.layout.run and _counted(group):
-        run = Fraction(per_unit, parts * per_field_unit)
-    elif group.per_field_unit > 1:
-        run = Fraction(runs.get(dim.layout.run, dim.layout.run))
-        parts = per_unit // int(run * per_field_unit)
-        if parts * run * per_field_unit != per_unit:
-            return f"{name}: dimension {dim.dim} holds no whole units at full size"
-    if run.denominator != 1 or (dim.layout.offset and not share.rest):
-        return f"{name}: dimension {dim.dim} holds no whole units at full size"
-    blocks = dim.layout.blocks
-    if blocks > 1:
-        counts = _real_counts(blocks, tiny, field_map, (name.rpartition(".")[0],))
-        if len(counts) != 1:
-            return f"{name}: blocks of the tiny model cannot be told at full size"
-        (blocks,) = counts
-    gap = Fraction(share.rest, parts) if dim.layout.gap else Fraction(0)
-    if gap.denominator != 1:
-        return f"{name}: what stands between the units of dimension {dim.dim} is uneven"
-    rest = int(gap) if gap else share.rest
-    return UnitLayout(parts, int(run), blocks, rest if dim.layout.offset else 0, int(gap))
-
-
-def _real_counts(
-    count: int, tiny: TinyModel, field_map: FieldMap, layers: Collection[str]
-) -> set[int]:
-    """Return the head counts at full size that a head count of the tiny model may stand for.
-
-    Heads of ``layers``, or of the layers beside them, decide first: another tower may have as many
-    in the tiny model, and another number at full size.
-    """
-    around = {layer.rpartition(".")[0] for layer in layers}
-    near: set[int] = set()
-    anywhere: set[int] = set()
-    for layer, splits in tiny.field_map.layout.heads.items():
-        real = field_map.layout.heads.get(layer, ())
-        for small, full in zip(splits, real, strict=False):
-            if small[0] == count:
-                anywhere.add(full[0])
-                near |= {full[0]} if layer.rpartition(".")[0] in around else set()
-    return near or anywhere or _kept_numbers(count, tiny, field_map)
-
-
-def _kept_numbers(count: int, tiny: TinyModel, field_map: FieldMap) -> set[int]:
-    """Return the number itself if fields say it in both configs (a router's groups of experts)."""
-    small, full = dict(_numbers(tiny.field_map.data)), dict(_numbers(field_map.data))
-    fields = [field for field, value in small.items() if value == count]
-    return {count} if fields and all(full.get(field) == count for field in fields) else set()
-
-
-def _numbers(node: Any, field: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
-    """Yield each whole number in a config's JSON, with its field."""
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in items:
-        if isinstance(value, (dict, list)):
-            yield from _numbers(value, (*field, key))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield (*field, key), value

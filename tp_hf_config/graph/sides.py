@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
+from ..model.tensors import tensor
 from ..twin.layout import TensorDim, UnitLayout
 from .cut import Cuts
 from .full_size import Group
@@ -188,6 +189,17 @@ class GraphGroup:
         )
 
 
+def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:
+    """Return the norm of the parameters that each unit of a group holds, shape ``(units,)``."""
+    squares = torch.zeros(group.units.count)
+    for side in group.sides:
+        for name, axis in dict.fromkeys((dim.name, dim.dim) for dim in side.dims):
+            values = tensor(model, name).detach().movedim(axis, 0)
+            channels = values.reshape(len(values), -1).float().square().sum(1).cpu()
+            squares += channels[side.table.cpu()].sum(1)
+    return squares.sqrt()
+
+
 class Leaving:
     """Units that leave a group; computes what is left of a table once for all its sides."""
 
@@ -218,11 +230,18 @@ class Leaving:
         return self._seen[id(table), size]
 
 
-def cut(side: Side, leaving: Leaving, cuts: Cuts) -> None:
+def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> None:
     """Cut units from one side of one layer, and renumber the side's table.
 
     The parameters of a plain layer go to ``cuts``, which may copy them later, together with what
     other sides lose; any other layer is cut now, by Torch-Pruning's own pruner.
+
+    Args:
+        side: the side that loses units.
+        leaving: the units.
+        cuts: collects what is kept of plain layers.
+        beside: the same side of the layer in other groups, which hold other channels of it; their
+            tables are renumbered too.
     """
     module = side.module
     places = _places(module, side.out)
@@ -234,6 +253,8 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts) -> None:
     if not places:
         handler_of(module, side.out)(module, gone.tolist())
     side.table = table
+    for other in beside:
+        other.table = torch.searchsorted(kept, other.table)
 
 
 def _places(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:

@@ -7,7 +7,11 @@ channel groups as it says then.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+from math import gcd
 
 import torch
 from torch import nn
@@ -30,6 +34,70 @@ def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
     return [field for field in alike if field not in group.fields and _counts(field, group, tiny)]
 
 
+def places_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | None:
+    """Return the fields that are seen to count the places of all units that go alike.
+
+    One dimension of every head of Mamba 2 is a unit, in as many places as there are heads, or in
+    half as many in two channel groups: with another number of heads, units are in more places.
+
+    Returns:
+        An empty list if none does: the number is the code's own (Swin's second stage is twice as
+        wide as its first). ``None``: a field may count them, and the class takes no other value.
+    """
+    places = gcd(*(dim.layout.parts for dim in group.dims)) * group.channel_groups
+    field_map = tiny.field_map
+    setting = [field_map.fields_of(dim.name, dim.dim) for dim in group.dims]
+    relevant = field_map.count_fields().union(field_map.bound, *setting) - set(group.fields)
+    numbers = field_map.values | field_map.silent
+    seen = {
+        field: _places(field, group, tiny)
+        for field in sorted(relevant, key=str)
+        if numbers.get(field) == places
+    }
+    counting = [field for field, counts in seen.items() if counts]
+    return None if not counting and None in seen.values() else counting
+
+
+def _places(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool | None:
+    """True if with twice or half of a field's value, units are in twice or half as many places.
+
+    The field changes alone, or with one that the class takes it only in proportion with. ``None``:
+    no other value runs.
+    """
+    numbers = tiny.field_map.values | tiny.field_map.silent
+    partners: list[FieldPath | None] = [None, *tiny.field_map.bound.get(field, ())]
+    ran = False
+    for factor, partner in product((Fraction(2), Fraction(1, 2)), partners):
+        changes = {path: factor * numbers[path] for path in (field, partner) if path in numbers}
+        if any(value.denominator > 1 for value in changes.values()):
+            continue
+        model = _with_others(tiny, {path: int(value) for path, value in changes.items()})
+        if model is not None:
+            ran, dims = True, _multiplied(group, tiny, model, factor)
+            if dims is not None:
+                return _classes(group, tiny, model, dims) == group.channel_groups
+    return False if ran else None
+
+
+def _multiplied(
+    group: TinyGroup, tiny: TinyModel, model: nn.Module, factor: Fraction
+) -> list[TensorDim] | None:
+    """Return the tensor dims of a group in a build where units are in so many times the places.
+
+    ``None``: the sizes of that build do not fit.
+    """
+    was, now = shapes(tiny.model), shapes(model)
+    dims = []
+    for dim in group.dims if was.keys() == now.keys() else ():
+        layout, parts = dim.layout, dim.layout.parts * factor
+        longer = now[dim.name][dim.dim] - was[dim.name][dim.dim]
+        added = (parts - layout.parts) * group.units * layout.run
+        if layout.offset or parts.denominator > 1 or longer < added:
+            return None
+        dims.append(replace(dim, layout=replace(layout, parts=int(parts))))
+    return dims or None
+
+
 def _counts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool:
     """True if units form as many channel groups as a field says, at every other number that runs.
 
@@ -41,7 +109,7 @@ def _counts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool:
     ]
     ran = False
     for number in others:
-        model = _with_other(tiny, field, number)
+        model = _with_others(tiny, {field: number})
         if model is None:
             continue
         ran, dims = True, _moved(group, tiny, model)
@@ -58,14 +126,14 @@ def _classes(
     return channel_groups_of(TwinTest(model, tiny.inputs, group.units, runs, tiny.watched), dims)
 
 
-def _with_other(tiny: TinyModel, field: FieldPath, number: int) -> nn.Module | None:
-    """Return the tiny model built with another value of a field and random weights.
+def _with_others(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | None:
+    """Return the tiny model built with other values of some fields, and random weights.
 
     ``None``: it cannot be built, or does not run.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = tiny.field_map.builder.build_real(tiny.field_map.config_at({field: number}))
+        model = tiny.field_map.builder.build_real(tiny.field_map.config_at(values))
         if isinstance(model, Refusal):
             return None
         randomise(model)

@@ -247,3 +247,44 @@ def test_classes_that_are_as_many_as_something_else_by_chance() -> None:
     for norm in norms:
         heads = norm.weight.view(16, 3) // 4
         assert torch.equal(heads, torch.arange(16.0)[:, None].expand(16, 3))
+
+
+def mamba_2(**values: Any) -> Any:
+    """Sixteen heads of four dims; the tiny model has eight of four."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    heads = {"num_heads": 16, "head_dim": 4, "expand": 2, "n_groups": 1}
+    torch.manual_seed(0)
+    return hf.Mamba2ForCausalLM(hf.Mamba2Config(**sizes, **heads, **values)).eval()
+
+
+def test_a_unit_is_in_as_many_places_as_there_are_heads() -> None:
+    """As many dims have to go of every head; of two heads together, the one lost all of its own."""
+    model = mamba_2()
+    for layer in model.backbone.layers:
+        layer.mixer.norm.weight.data = torch.arange(64.0)
+    tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=("expand", "head_dim"), graph="config"),
+        importance=tp.importance.RandomImportance(),
+        pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook()],
+    ).step()
+    assert (model.config.expand, model.config.head_dim) == (1, 2)
+    for layer in model.backbone.layers:
+        heads = layer.mixer.norm.weight.view(16, 2) // 4
+        assert torch.equal(heads, torch.arange(16.0)[:, None].expand(16, 2))
+
+
+def test_two_groups_of_one_width_in_one_dimension(tmp_path: Path) -> None:
+    """A step of time that is clamped to 0 depends on no head: its rows are a group of their own.
+
+    When heads had gone from before them, they were looked for where they had been.
+    """
+    model = mamba_2(time_step_limit=(float("inf"), 0.0))
+    kwargs = pruner_kwargs(model, prune=("num_heads", "hidden_size"), graph="config")
+    sides = [side for group in kwargs["example_inputs"].graph.coupled for side in group.sides]
+    first = model.backbone.layers[0].mixer.in_proj
+    assert sum(side.module is first and side.out for side in sides) == 2
+    inputs = {"input_ids": ids()}
+    (report,) = pruned(model, inputs, tmp_path, prune=("num_heads", "hidden_size")).reports
+    assert report.fields == {"hidden_size": (32, 16), "num_heads": (16, 8)}

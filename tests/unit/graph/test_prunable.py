@@ -10,7 +10,8 @@ import transformers as hf
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
 from tp_hf_config.fieldmap.field_map import map_of
-from tp_hf_config.graph.prunable import _apart, widths_of
+from tp_hf_config.graph.experiments import _apart
+from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.hook.apply import all_or_nothing, write_fields
 from tp_hf_config.model.from_config import model_of
 from tp_hf_config.twin.channel_groups import counted_by
