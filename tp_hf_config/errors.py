@@ -10,6 +10,11 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return an exception's text without line breaks; its class's name if it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Return a hint to append to a message: the known name that is spelled most like ``name``.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, in_one_line
 from ..model.build import Refusal, without_data
 from ..model.config_json import FieldPath, field_name
 from .headers import Stored
@@ -242,7 +242,7 @@ def _plain(data: Any) -> Any:
 
 def _reason(error: BaseException) -> str:
     """Return an exception's message in one line, or the name of its type if it has none."""
-    return _cleaned(" ".join(str(error).split()) or type(error).__name__)
+    return _cleaned(in_one_line(error))
 
 
 def _cleaned(reason: str) -> str:

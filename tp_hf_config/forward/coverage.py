@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import in_one_line
 from ..model.build import Refusal
 from .encoder_states import states_in
 from .extra_methods import methods_beside, methods_of, outputs_of
@@ -141,4 +142,4 @@ def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
 
 def _said(error: Exception) -> str:
     """Return an error's text on one line, at most 200 characters, or else its type."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return in_one_line(error)[:200]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..errors import in_one_line
 from ..model.build import Refusal
 from ..model.live_objects import configs_of
 from ..model.meta_run import NoValues, RealNumbers
@@ -48,5 +49,5 @@ def dry_pass(
             with NoValues(), watched or nullcontext():
                 model(**inputs)
     except Exception as error:  # whatever a class's forward pass raises
-        return Refusal(" ".join(str(error).split())[:200])
+        return Refusal(in_one_line(error)[:200])
     return DryPass(inputs, numbers.guessed)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext, _device_constructors
 
+from ..errors import in_one_line
 from .leaf_cache import copied_leaves
 from .meta_run import KnownShapes
 from .versions import no_init_weights
@@ -84,7 +85,7 @@ class Builder:
                     model: nn.Module = self.model_class(config, **self.options)
                     return model.train(False)
             except Exception as error:  # a class may refuse with any exception
-                text = " ".join(str(error).split()) or type(error).__name__
+                text = in_one_line(error)
             if "device" not in text:
                 break
         return Refusal(text.removeprefix("Class validation error for validator "))
@@ -96,7 +97,7 @@ class Builder:
                 model: nn.Module = self.model_class(self.config(data), **self.options)
                 return model.double().train(False)
         except Exception as error:  # as in build
-            return Refusal(" ".join(str(error).split()) or type(error).__name__)
+            return Refusal(in_one_line(error))
 
 
 def without_data(
@@ -116,7 +117,7 @@ def without_data(
             model.train(False)
             return model
     except Exception as error:  # as in Builder.build
-        return Refusal(" ".join(str(error).split()) or type(error).__name__)
+        return Refusal(in_one_line(error))
 
 
 class _OnMeta(DeviceContext):
