@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,20 @@ def test_what_cannot_be_written_is_left(place: Path, monkeypatch: pytest.MonkeyP
     assert [path.name for path in place.iterdir()] == ["key"]
     monkeypatch.setenv(disk_cache.VARIABLE, str(place / "key"))  # a file stands there
     disk_cache.store("key", 2)
+
+
+def test_several_at_once_read_whole_entries(place: Path) -> None:
+    def work(number: int) -> set[Any]:
+        read = set()
+        for _ in range(50):
+            disk_cache.store("key", (number,) * 1000)
+            read.add(disk_cache.load("key"))
+        return read
+
+    with ThreadPoolExecutor(4) as pool:
+        read = set().union(*pool.map(work, range(4)))
+    assert read <= {(number,) * 1000 for number in range(4)}
+    assert [path.name for path in place.iterdir()] == ["key"]
 
 
 def test_of_too_many_entries_the_oldest_go(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
