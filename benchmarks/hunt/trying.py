@@ -261,16 +261,20 @@ def _checked(subject: Subject, model: Any, folder: Path) -> str | None:
 def _same_with_cache(model: Any, inputs: Mapping[str, Any]) -> bool | None:
     """Whether generating gives the same scores with a cache; ``None``: it cannot be told.
 
-    Where two tokens are as likely, rounding decides, and what follows is another text.
+    Where two tokens are as likely, rounding decides, and what follows is another text. A padding
+    token that was generated is passed over where positions are counted, but with a cache.
     """
     one, other = (generated(model, inputs, cache) for cache in (True, False))
     if one is None or other is None:
         return None
+    padded = False
     for scores, others in zip(one[1:], other[1:], strict=True):
         if not _close(scores, others):
-            return False
-        if not torch.equal(scores.argmax(-1), others.argmax(-1)):
+            return None if padded else False
+        chosen = scores.argmax(-1)
+        if not torch.equal(chosen, others.argmax(-1)):
             return None
+        padded |= bool((chosen == model.generation_config.pad_token_id).any())
     return True
 
 
