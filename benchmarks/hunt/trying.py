@@ -274,7 +274,7 @@ def _same_with_cache(model: Any, inputs: Mapping[str, Any]) -> bool | None:
         chosen = scores.argmax(-1)
         if not torch.equal(chosen, others.argmax(-1)):
             return None
-        padded |= bool((chosen == model.generation_config.pad_token_id).any())
+        padded |= model.generation_config.pad_token_id in chosen.tolist()
     return True
 
 
