@@ -18,6 +18,7 @@ from tp_hf_config import (
 )
 from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.fieldmap.legal_values import straying
+from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import FieldPath, config_json
 from tp_hf_config.pipeline.trial import subject
@@ -260,3 +261,15 @@ def test_states_that_a_forward_pass_leaves_in_the_model_are_no_obstacle() -> Non
     found = supports(hf.RecurrentGemmaConfig(), model_class=hf.RecurrentGemmaForCausalLM)
     outcomes = {width.fields: width.outcome for width in found.widths}
     assert outcomes["hidden_size",] == outcomes["intermediate_size",] == "works"
+
+
+def test_a_smaller_build_with_other_layers_shows_nothing() -> None:
+    """Jamba's layers of a single expert are plain ones: to look for these was a ``KeyError``."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2}
+    mamba = {"attn_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "expert_layer_period": 2}
+    config = hf.JambaConfig(**sizes, **heads, **mamba, **experts, expert_layer_offset=1)
+    reasons = {width.name: width.reason for width in widths_of(hf.JambaForCausalLM(config))}
+    assert reasons["num_experts"] is not None
+    assert " it builds model.layers.1.feed_forward." in reasons["num_experts"]
