@@ -20,11 +20,11 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..forward.head_splits import HeadSplits
 from ..forward.meta_pass import dry_pass
-from ..forward.run_recipe import follow_recipe, recipe_of
+from ..forward.run_recipe import keep, stored
 from ..model.build import Builder, Refusal
 from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
-from ..model.disk_cache import folder, load, store
+from ..model.disk_cache import folder
 from ..model.shapes import Mismatch, compare, listed, shapes
 from . import fit_expressions as lines
 from .candidate_fields import candidates
@@ -207,12 +207,11 @@ def _stored_or_learned(builder: Builder, config: PreTrainedConfig, full: nn.Modu
     if digest is None:
         return learn(builder, config, full)
     key = entry_key(digest, "field map", config_json(config, use_diff=False))
-    entry = load(key)
+    entry = stored(builder.model_class, key)
     if entry is not None:
-        follow_recipe(builder.model_class, entry["recipe"])
         return from_state(builder, digest, entry["map"])
     field_map = dataclasses.replace(learn(builder, config, full), digest=digest)
-    store(key, {"map": state_of(field_map), "recipe": recipe_of(builder.model_class)})
+    keep(builder.model_class, key, map=state_of(field_map))
     return field_map
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..model.build import attention_of
+from ..model.disk_cache import load, store
 from .encoder_states import States, reads_of
 from .extra_methods import methods_of
 from .inputs import form_of
@@ -25,6 +27,19 @@ class RunRecipe:
     methods: tuple[str, ...] = ()
     attention: str | None = None
     states: States | None = None
+
+
+def stored(cls: type, key: str) -> dict[str, Any] | None:
+    """Return an entry of the cache on disk, and run the class as it was run then; None: none."""
+    entry: dict[str, Any] | None = load(key)
+    if entry is not None:
+        follow_recipe(cls, entry["recipe"])
+    return entry
+
+
+def keep(cls: type, key: str, **entry: Any) -> None:
+    """Write an entry of the cache on disk, with how the class was run."""
+    store(key, {**entry, "recipe": recipe_of(cls)})
 
 
 def recipe_of(cls: type) -> RunRecipe:

@@ -13,11 +13,11 @@ from typing import Any
 from ..fieldmap.field_map import FieldMap, from_state, state_of
 from ..fieldmap.legal_values import straying, vanishing
 from ..fieldmap.unit_shares import units_of
-from ..forward.run_recipe import follow_recipe, recipe_of
+from ..forward.run_recipe import keep, stored
 from ..model.build import Refusal
 from ..model.class_digest import entry_key
 from ..model.config_json import field_name
-from ..model.disk_cache import load, store, suspended
+from ..model.disk_cache import suspended
 from ..model.shapes import shapes
 from ..model.surroundings import one_thread
 from ..twin.find_groups import find_groups
@@ -96,20 +96,17 @@ def _stored(field_map: FieldMap) -> Experiments | None:
 
 
 def _kept(field_map: FieldMap, what: str, data: Any) -> dict[str, Any] | None:
-    """Return an entry of the cache on disk, and run the class as it was run then; None: none."""
+    """Return what the cache on disk has of a class; None if it has nothing."""
     if field_map.digest is None:
         return None
-    entry: dict[str, Any] | None = load(entry_key(field_map.digest, what, data))
-    if entry is not None:
-        follow_recipe(field_map.builder.model_class, entry["recipe"])
-    return entry
+    return stored(field_map.builder.model_class, entry_key(field_map.digest, what, data))
 
 
 def _keep(field_map: FieldMap, what: str, data: Any, **entry: Any) -> None:
-    """Write an entry of the cache on disk, with how the class was run."""
+    """Put what was found of a class into the cache on disk."""
     if field_map.digest is not None:
-        recipe = recipe_of(field_map.builder.model_class)
-        store(entry_key(field_map.digest, what, data), {**entry, "recipe": recipe})
+        key = entry_key(field_map.digest, what, data)
+        keep(field_map.builder.model_class, key, **entry)
 
 
 def _sayable(finding: Finding, field_map: FieldMap) -> Finding:

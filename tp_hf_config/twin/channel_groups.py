@@ -7,11 +7,13 @@ channel groups as it says then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from functools import wraps
 from itertools import product
 from math import gcd
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +28,27 @@ from .prove import channel_groups_of
 from .tiny.tiny_model import TinyModel, randomise
 from .twin_test import TwinTest
 
+_Answer = TypeVar("_Answer")
 
+
+_Experiment = Callable[[TinyGroup, TinyModel], _Answer]
+
+
+def _once(experiment: _Experiment[_Answer]) -> _Experiment[_Answer]:
+    """Remember what an experiment finds of a group: every layer at full size asks for it."""
+
+    @wraps(experiment)
+    def remembered(group: TinyGroup, tiny: TinyModel) -> _Answer:
+        key = experiment.__name__, group
+        if key not in tiny.answers:
+            tiny.answers[key] = experiment(group, tiny)
+        answer: _Answer = tiny.answers[key]
+        return answer
+
+    return remembered
+
+
+@_once
 def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
     """Return the fields that are seen to count the channel groups of a group."""
     numbers = tiny.field_map.values | tiny.field_map.silent
@@ -34,6 +56,7 @@ def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
     return [field for field in alike if field not in group.fields and _counts(field, group, tiny)]
 
 
+@_once
 def places_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | None:
     """Return the fields that are seen to count the places of all units that go alike.
 

@@ -16,7 +16,8 @@ import transformers as hf
 from masked_original import assert_same_as_masked
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config.twin import channel_groups
 
 
 def pruned(
@@ -288,3 +289,19 @@ def test_two_groups_of_one_width_in_one_dimension(tmp_path: Path) -> None:
     inputs = {"input_ids": ids()}
     (report,) = pruned(model, inputs, tmp_path, prune=("num_heads", "hidden_size")).reports
     assert report.fields == {"hidden_size": (32, 16), "num_heads": (16, 8)}
+
+
+def test_an_experiment_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    own = channel_groups._places
+
+    def places(*args: Any) -> Any:
+        asked.append(args[:2])
+        return own(*args)
+
+    monkeypatch.setattr(channel_groups, "_places", places)
+    model = mamba_2(norm_before_gate=False)
+    assert {width.name: width.reason for width in prunable(model).widths}[
+        "expand + head_dim"
+    ] is None
+    assert len(asked) == len(set(asked)) > 0

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -63,11 +63,13 @@ class TinyModel:
         field_map: the field map of the class around the tiny config.
         full: the field map around the config that the tiny one was made from.
         build: returns what experiments run; called once.
+        answers: what experiments that are asked for again and again have found.
     """
 
     field_map: FieldMap
     full: FieldMap
     build: Callable[[], TinyRun]
+    answers: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def _run(self) -> TinyRun:
