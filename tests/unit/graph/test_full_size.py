@@ -255,7 +255,7 @@ def mamba_2(**values: Any) -> Any:
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     heads = {"num_heads": 16, "head_dim": 4, "expand": 2, "n_groups": 1}
     torch.manual_seed(0)
-    return hf.Mamba2ForCausalLM(hf.Mamba2Config(**sizes, **heads, **values)).eval()
+    return hf.Mamba2ForCausalLM(hf.Mamba2Config(**{**sizes, **heads, **values})).eval()
 
 
 def test_a_unit_is_in_as_many_places_as_there_are_heads() -> None:
@@ -300,7 +300,7 @@ def test_an_experiment_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPat
         return own(*args)
 
     monkeypatch.setattr(channel_groups, "_places", places)
-    model = mamba_2(norm_before_gate=False)
+    model = mamba_2(num_hidden_layers=5)
     assert {width.name: width.reason for width in prunable(model).widths}[
         "expand + head_dim"
     ] is None
