@@ -78,6 +78,7 @@ class TwinTest:
         self.parameters.update(model.named_parameters())
         for name, states in states_in(model, inputs).items():  # units stand along them too
             self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
+        self._random: dict[torch.Size, Tensor] = {}
         outputs = outputs_in_float64(model, inputs, watched)
         self._depending = [number for number, output in enumerate(outputs) if output.requires_grad]
         self._outward = outputs[: len(outputs) - len(watched)]
@@ -306,21 +307,26 @@ class TwinTest:
         grads = torch.autograd.grad(
             torch.stack(losses).sum(), [self.parameters[name] for name in names], allow_unused=True
         )
-        by_name.update(zip(names, grads, strict=True))
-        return by_name
+        return by_name | dict(zip(names, grads, strict=True))
 
     def _loss(
         self, output: Tensor, first: int, second: int, axes: Mapping[int, Sequence[UnitLayout]]
     ) -> Tensor:
         """Return a loss not linear in the output: else the last projection shows no link."""
-        generator = torch.Generator().manual_seed(2)
-        weights = torch.randn((2, *output.shape), generator=generator, dtype=torch.float64)
+        weights = self._weights(output.shape)
         for axis, size in enumerate(output.shape):
             if size in axes:
                 alike = self._alike(size, first, second, axes[size])
                 weights = weights.index_select(axis + 1, alike)
         weights = weights.to(output.device)
         return (output * weights[0] + output * output * weights[1]).sum()
+
+    def _weights(self, shape: torch.Size) -> Tensor:
+        """Return two random numbers for each number of an output of this shape, always the same."""
+        if shape not in self._random:
+            generator = torch.Generator().manual_seed(2)
+            self._random[shape] = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
+        return self._random[shape]
 
     def _alike(self, size: int, first: int, second: int, layouts: Sequence[UnitLayout]) -> Tensor:
         """Return for each position of an output axis the one whose weight in the loss it takes.

@@ -177,9 +177,31 @@ def _smaller(
             yield with_equals
     if not heads and not stacked:
         yield from _with_heads(data, [field, *followers, *equals], value, splitting)
+        yield from _with_multiples(field_map, data, [field, *followers, *equals], value)
         yield from _with_unseen(field_map, data, [field, *followers, *equals], value)
         if value > _SPLIT:
             yield dict.fromkeys([field, *followers], _SPLIT)
+
+
+def _with_multiples(
+    field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
+) -> Iterator[dict[FieldPath, int]]:
+    """Yield changes that divide a large width and all its multiples by one number.
+
+    A forward pass may need the proportion, though the class builds without it: Zamba's attention
+    reads two hidden states side by side.
+    """
+    wider = {
+        field: size
+        for field in field_map.sizes
+        if (size := value_at(data, field)) > value > _SPLIT and size % value == 0
+    }
+    for part in _PARTS if wider else ():
+        if value % part == 0 and value // part >= HEAD_DIM:
+            yield {
+                **dict.fromkeys(widths, value // part),
+                **{field: size // part for field, size in wider.items()},
+            }
 
 
 def _pads(field_map: FieldMap, field: FieldPath, other: FieldPath) -> bool:

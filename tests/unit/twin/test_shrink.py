@@ -1,0 +1,45 @@
+"""Widths whose proportion only the forward pass shows: the tiny model has it too, and is tiny."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import small
+import transformers as hf
+
+from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.model.build import without_data
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
+
+pytestmark = pytest.mark.skipif(
+    small.TRANSFORMERS < (5,), reason="Transformers 4 has other configs of Voxtral"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "widths"),
+    [
+        (
+            # attention reads the hidden state and the embeddings side by side
+            "ZambaForCausalLM",
+            lambda: hf.ZambaConfig(num_hidden_layers=9),
+            {"hidden_size": 58, "attention_hidden_size": 116},
+        ),
+        (
+            # four positions of sound stand side by side in one token
+            "VoxtralForConditionalGeneration",
+            lambda: hf.VoxtralConfig(audio_token_id=24),
+            {"audio_config.hidden_size": 40},
+        ),
+    ],
+)
+def test_widths_that_a_pass_needs_in_proportion_shrink_together(
+    name: str, config: Any, widths: dict[str, int]
+) -> None:
+    model = without_data(getattr(hf, name), config())
+    tiny = tiny_model(map_of(model))  # type: ignore[arg-type]
+    assert isinstance(tiny, TinyModel)
+    values = {".".join(map(str, field)): n for field, n in tiny.field_map.values.items()}
+    assert {field: values[field] for field in widths} == widths
+    assert sum(parameter.numel() for parameter in tiny.model.parameters()) < 400_000
