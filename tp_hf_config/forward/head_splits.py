@@ -26,6 +26,7 @@ _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
 _TAKES = (torch.Tensor.unbind, torch.unbind, torch.Tensor.select, torch.select)
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
+_POOLS = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2}  # -> number of axes of positions
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class HeadSplits:
         ended: True if the forward pass ran to its end with all its inputs, not with text alone.
         numbers: how many numbers its operations returned, which is what it costs.
         idle: projections that were not called.
-        alone: how many softmaxes chose from a single entry: attention over a single token.
+        alone: how many softmaxes chose from a single entry (attention over a single token), and how
+            many pools made several positions of one (all are alike then).
     """
 
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -175,14 +177,17 @@ def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     return (split,)
 
 
-def _among(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int | None:
-    """Return among how many entries a softmax chooses, or None if the function has no softmax."""
+def _is_over_one(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> bool:
+    """True if a softmax chooses from a single entry, or a pool makes several positions of one."""
+    first: Any = args[0] if args else kwargs.get("input")
     if func in _SOFTMAX:
-        values = args[0] if args else kwargs["input"]
-        return int(values.shape[kwargs.get("dim", args[1] if len(args) > 1 else -1)])
+        return bool(first.shape[kwargs.get("dim", args[1] if len(args) > 1 else -1)] == 1)
     if func is F.scaled_dot_product_attention:
-        return int((args[1] if len(args) > 1 else kwargs["key"]).shape[-2])
-    return None
+        return bool((args[1] if len(args) > 1 else kwargs["key"]).shape[-2] == 1)
+    if func in _POOLS:
+        axes = _POOLS[func]
+        return bool(first.shape[-axes:].numel() == 1 < output.shape[-axes:].numel())
+    return False
 
 
 def _takes_apart(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> bool:
@@ -269,7 +274,7 @@ class _Watch(NoValues):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = super().__torch_function__(func, types, args, kwargs)
-        self.alone += _among(func, args, kwargs or {}) == 1
+        self.alone += _is_over_one(func, args, kwargs or {}, output)
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         # a norm's weight is the argument before what it scales (OLMo 2's queries)
         tensors.sort(key=lambda tensor: id(tensor) not in self._source)

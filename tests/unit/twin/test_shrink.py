@@ -9,6 +9,7 @@ import small
 import transformers as hf
 
 from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import without_data
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 
@@ -43,3 +44,24 @@ def test_widths_that_a_pass_needs_in_proportion_shrink_together(
     values = {".".join(map(str, field)): n for field, n in tiny.field_map.values.items()}
     assert {field: values[field] for field in widths} == widths
     assert sum(parameter.numel() for parameter in tiny.model.parameters()) < 400_000
+
+
+def test_heads_show_in_attention_over_a_pool_of_few_positions() -> None:
+    """A pool of one position makes 49 that are alike: no head could be told from another."""
+    config = hf.PvtV2Config(
+        image_size=64,
+        linear_attention=True,
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[12, 32, 64, 192],
+        num_attention_heads=[1, 2, 8, 8],
+        patch_sizes=[3, 6, 3, 3],
+        sr_ratios=[8, 6, 2, 1],
+        strides=[2, 2, 4, 2],
+    )
+    model = hf.PvtV2ForImageClassification(config)
+    (width,) = (width for width in widths_of(model) if width.name == "hidden_sizes[3]")
+    value = "pvt_v2.encoder.layers.3.blocks.0.attention.value.weight"
+    (group,) = (
+        group for group in width.groups if any((d.name, d.dim) == (value, 0) for d in group.dims)
+    )
+    assert group.count.channel_groups == 8
