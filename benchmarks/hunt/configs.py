@@ -16,6 +16,7 @@ from options import LEFT_ALONE, is_depth, other_values
 from pairs import Pair, config_of
 
 from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.forward.find_recipe import find_recipe
 from tp_hf_config.model.build import Builder, Refusal, without_data
 from tp_hf_config.model.config_json import config_json, with_values
 from tp_hf_config.twin.tiny.tiny_model import tiny_model
@@ -142,9 +143,9 @@ def _runs(builder: Builder, data: dict[str, Any]) -> bool:
         return False
     try:
         again = builder.build(config_json(builder.config(data)))
-        inputs = first_inputs(model)
+        inputs = None if isinstance(again, Refusal) else first_inputs(model, find_recipe(again))
     except Exception:
         return False
-    if inputs is None or isinstance(again, Refusal):
+    if inputs is None:
         return False
     return all(bool(torch.isfinite(one).all()) for one in outputs_of(model, inputs))

@@ -12,14 +12,15 @@ from generation import outputs_of, saved_buffers
 from torch import Tensor, nn
 
 from tp_hf_config.forward.inputs import input_forms, second_sample, text_inputs
+from tp_hf_config.forward.run_recipe import RunRecipe
 
 _FORMS = 6
 _PLAIN_TEXT = {"input_ids", "decoder_input_ids", "use_cache"}
 
 
-def first_inputs(model: nn.Module) -> dict[str, Any] | None:
+def first_inputs(model: nn.Module, recipe: RunRecipe) -> dict[str, Any] | None:
     """The first inputs of two samples with which a model runs; ``None``: there are none."""
-    forms = chain(islice(input_forms(model), _FORMS), [text_inputs(model)])
+    forms = chain(islice(input_forms(model, recipe), _FORMS), [text_inputs(model)])
     for form in forms:
         if form is None:
             continue

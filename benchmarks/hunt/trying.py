@@ -131,8 +131,7 @@ def subject_of(
     model = built(_builder(model_class, pair).config_class, model_class, data)
     fill(model, rng.randrange(2**31))
     model.tie_weights()
-    map_of(model)  # learning sees which other inputs the class may be given
-    inputs = first_inputs(model)
+    inputs = first_inputs(model, map_of(model).recipe)
     if inputs is None:
         raise RuntimeError("it does not run")
     inputs = with_other_text(rng, model, inputs)

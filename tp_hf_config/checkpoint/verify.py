@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..forward.head_splits import observe
+from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
 from ..model.build import Refusal
 from ..model.config_json import field_name
@@ -186,9 +186,9 @@ def _example(read: Known) -> tuple[str, dict[str, Any]]:
     model = build(read.classes, read.data)
     if isinstance(model, Refusal):
         raise CheckpointError(f"{read.path}: the class refuses config.json: {model.reason}.")
-    observe(model)  # finds out which form of inputs the class takes
+    recipe = find_recipe(model)
     with torch.no_grad(), RealNumbers():
-        inputs = example_inputs(model)
+        inputs = example_inputs(model, recipe)
     generator = torch.Generator().manual_seed(0)
     filled = {
         key: torch.rand(value.shape, generator=generator)

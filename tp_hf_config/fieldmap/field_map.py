@@ -20,11 +20,11 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..forward.head_splits import HeadSplits
 from ..forward.meta_pass import dry_pass
-from ..forward.run_recipe import keep, stored
+from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
-from ..model.disk_cache import folder
+from ..model.disk_cache import folder, load, store
 from ..model.shapes import Mismatch, compare, listed, shapes
 from . import fit_expressions as lines
 from .candidate_fields import candidates
@@ -60,6 +60,7 @@ class FieldMap:
         powers: quantities along no straight line that are powers of fields (hidden over heads).
         loose: quantities that follow no such rule (rounded ones) -> the fields that change them.
         silent: other whole numbers that the class reads and that set no quantity.
+        recipe: how the class is run with this config.
         digest: of the class's code, for the cache on disk; None: nothing of it is kept there.
     """
 
@@ -77,6 +78,7 @@ class FieldMap:
     powers: dict[Observable, Power] = dataclasses.field(default_factory=dict)
     loose: dict[Observable, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
     silent: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
+    recipe: RunRecipe = PLAIN
     digest: str | None = None
 
     def count_fields(self) -> frozenset[FieldPath]:
@@ -125,7 +127,9 @@ class FieldMap:
     def runs(self) -> bool:
         """True if the shallow model completes a forward pass without data, in float32."""
         model = self.build_at({})
-        return not isinstance(model, Refusal) and not isinstance(dry_pass(model.float()), Refusal)
+        if isinstance(model, Refusal):
+            return False
+        return not isinstance(dry_pass(model.float(), self.recipe), Refusal)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -207,11 +211,11 @@ def _stored_or_learned(builder: Builder, config: PreTrainedConfig, full: nn.Modu
     if digest is None:
         return learn(builder, config, full)
     key = entry_key(digest, "field map", config_json(config, use_diff=False))
-    entry = stored(builder.model_class, key)
-    if entry is not None:
-        return from_state(builder, digest, entry["map"])
+    state = load(key)
+    if state is not None:
+        return from_state(builder, digest, state)
     field_map = dataclasses.replace(learn(builder, config, full), digest=digest)
-    keep(builder.model_class, key, map=state_of(field_map))
+    store(key, state_of(field_map))
     return field_map
 
 
@@ -223,7 +227,8 @@ def state_of(field_map: FieldMap) -> dict[str, Any]:
 
 def from_state(builder: Builder, digest: str | None, state: Mapping[str, Any]) -> FieldMap:
     """Return the field map that :func:`state_of` gave the state of."""
-    return FieldMap(builder=builder, digest=digest, **state)
+    attention = state["recipe"].attention
+    return FieldMap(builder=builder.with_attention(attention), digest=digest, **state)
 
 
 @contextmanager
@@ -250,7 +255,11 @@ def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str
 
 
 def learn(
-    builder: Builder, config: PreTrainedConfig, full: nn.Module, tiny: bool = False
+    builder: Builder,
+    config: PreTrainedConfig,
+    full: nn.Module,
+    tiny: bool = False,
+    recipe: RunRecipe | None = None,
 ) -> FieldMap:
     """Learn the field map of one model class around one config.
 
@@ -260,13 +269,14 @@ def learn(
         full: the class built from that config, without data.
         tiny: the config is a tiny model's: keep all its layers, and take no field as left to a
             default.
+        recipe: how the class is run with this config; default: it is found.
     """
     data = config_json(config, use_diff=False)
     depth = Depth(data) if tiny else shallow(builder, data, full)
     declared, unset = candidates(builder, depth.data)
-    study = Study(builder, depth, {})
+    study = Study(builder, depth, {}, recipe)
     implied = free(study, {} if tiny else all_implied(study, unset), declared)
-    study = Study(builder, depth, implied)
+    study = Study(builder, depth, implied, study.recipe)
     values = {**declared, **implied}
     probes, linked = sensitivities(study, values)
     bound = partners(study, values)
@@ -296,4 +306,5 @@ def learn(
         silent={field: value for field, value in declared.items() if field not in with_effect},
         powers=powers,
         loose=loose,
+        recipe=study.recipe,
     )

@@ -76,7 +76,7 @@ def stopping(field_map: FieldMap, new: nn.Module) -> str | None:
         field_map: the class.
         new: the build at the other values, without data; it is float32 afterwards.
     """
-    stopped = dry_pass(new.float()) if field_map.runs else None
+    stopped = dry_pass(new.float(), field_map.recipe) if field_map.runs else None
     if isinstance(stopped, Refusal):
         return f"{STOPS}: {stopped.reason}"
     return None

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..forward.find_recipe import find_recipe
 from ..forward.head_splits import HeadSplits, counts_of, observe
+from ..forward.run_recipe import RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, with_values
 from ..model.shapes import named_modules, shapes, vanished_counts
@@ -134,6 +136,7 @@ class Study:
         first: maps a name to the one in the first layer of the same kind.
         data: the shallow config's JSON, with implied values written out.
         model: what the class builds from it.
+        recipe: how that model is run.
         shapes: the shapes of that model's tensors.
         layout: its head splits.
         base: its quantities, for the first layer of each kind.
@@ -142,7 +145,13 @@ class Study:
         vanishing: field -> whether a lower value of it made some count 0.
     """
 
-    def __init__(self, builder: Builder, depth: Depth, implied: Mapping[FieldPath, int]):
+    def __init__(
+        self,
+        builder: Builder,
+        depth: Depth,
+        implied: Mapping[FieldPath, int],
+        recipe: RunRecipe | None = None,
+    ):
         self.builder = builder
         self.refused: list[FieldPath] = []
         self.follows: dict[FieldPath, Power] = {}
@@ -153,7 +162,8 @@ class Study:
             raise ValueError(f"the class does not build its own config: {model.reason}")
         self.model = model
         self.shapes = shapes(model)
-        self.layout = observe(model)
+        self.recipe = find_recipe(model) if recipe is None else recipe
+        self.layout = observe(model, self.recipe)
         self.base = self._sizes(self.shapes, self.layout)
         self.attributes = _numbers(model)
         self.split_weights = {f"{name}.weight" for name in self.layout.heads}
@@ -201,7 +211,7 @@ class Study:
         sizes = dict.fromkeys(self.base, 0) | sizes
         may_split = bool(moved & self.split_weights) or self._around_splits(changed)
         if watch and may_split:  # head counts may change where no projection does (Swin)
-            sizes |= self._sizes(built, observe(model))
+            sizes |= self._sizes(built, observe(model, self.recipe))
         elif not moved & self.split_weights:
             sizes = self.base | sizes  # head counts stay where no projection changes
             sizes |= {key: self.base[key] for key, size in sizes.items() if not size}

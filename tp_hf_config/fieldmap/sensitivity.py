@@ -91,7 +91,8 @@ def free(
             kept = study.build({**moved, field: value})
             if isinstance(kept, Refusal) or shapes(followed) == shapes(kept):
                 continue
-            if observe(kept).steps < observe(followed).steps:
+            steps = [observe(model, study.recipe).steps for model in (kept, followed)]
+            if steps[0] < steps[1]:
                 del result[field]
     return result
 

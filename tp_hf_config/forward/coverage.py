@@ -6,6 +6,7 @@ beside the image, arguments that a class can do without, methods beside the forw
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -15,35 +16,52 @@ from torch import nn
 from ..errors import in_one_line
 from ..model.build import Refusal
 from .encoder_states import states_in
-from .extra_methods import methods_beside, methods_of, outputs_of
+from .extra_methods import methods_beside, outputs_of
 from .inputs import example_inputs, input_forms, second_sample, text_inputs, video_forms
 from .observed_pass import AllFloat64, tensors_in
 from .optional_inputs import optional_arguments, with_optional
+from .run_recipe import PLAIN, RunRecipe
 
 _LONG_TEXT = 32
-Working = tuple[dict[str, Any], bool] | Refusal
-"""Inputs with which a model runs and whether they are text alone, or why it does not run."""
+
+
+@dataclass(frozen=True)
+class Working:
+    """What a model runs with.
+
+    Attributes:
+        inputs: keyword arguments of one forward pass of two samples.
+        partial: True if they are text alone, though the class takes images or sound too.
+        recipe: how the class is run, with the methods that reach more of it.
+    """
+
+    inputs: dict[str, Any]
+    partial: bool
+    recipe: RunRecipe
 
 
 class GradientsError(Exception):
     """A class runs, but its outputs cannot be differentiated, so it allows no experiments."""
 
 
-def working_inputs(model: nn.Module) -> Working:
-    """Return inputs of two samples with which the model runs, and whether they are text alone.
+def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> Working | Refusal:
+    """Return inputs of two samples with which the model runs.
 
     The forms are tried in this order: the one that went furthest without data, all forms, a text
     of three tokens (there may be few positions), the first form without encoder states, and text
     alone of a model that takes images or sound too.
 
+    Args:
+        model: the model.
+        recipe: how its class is run, as far as that shows without data.
+
     Returns:
-        The inputs, and True if they are text alone. A refusal with the first error if no form
-        runs.
+        What it runs with, or a refusal with the first error if no form runs.
     """
-    methods_of.pop(type(model), None)
-    first = example_inputs(model)  # it went furthest without data
-    forms = chain([first], input_forms(model), islice(input_forms(model, length=3), 1))
-    states = states_in(model, first)
+    first = example_inputs(model, recipe)  # it went furthest without data
+    short = islice(input_forms(model, recipe, length=3), 1)
+    forms = chain([first], input_forms(model, recipe), short)
+    states = states_in(model, first, recipe.states)
     bare = [{name: value for name, value in first.items() if name not in states}] if states else []
     text = text_inputs(model)
     reason = ""
@@ -51,44 +69,48 @@ def working_inputs(model: nn.Module) -> Working:
         stopped = "" if form is None else why_not(model, inputs := second_sample(form))
         if form is not None and stopped is None:
             try:
-                return _reaching(model, inputs), partial
+                return _reaching(model, Working(inputs, partial, recipe))
             except GradientsError as error:
                 stopped = str(error)
         reason = reason or stopped or ""
     return Refusal(f"the tiny model does not run: {reason}")
 
 
-def _reaching(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return these inputs, or others that reach more of the model's parameters.
+def _reaching(model: nn.Module, working: Working) -> Working:
+    """Return what reaches as many of the model's parameters as possible, starting from inputs.
 
     A longer text comes first: no token of a short one may go to some expert, and Transformers 4
     keeps each expert as layers of its own. Then come images and videos together, then arguments
     that no class has to be given, then methods beside the forward pass.
     """
+    inputs, recipe = working.inputs, working.recipe
     unreached = unreached_by(model, inputs)
     if unreached and "input_ids" in inputs:
-        longer = second_sample(example_inputs(model, length=_LONG_TEXT))
+        longer = second_sample(example_inputs(model, recipe, length=_LONG_TEXT))
         if longer.keys() == inputs.keys():
             inputs, unreached = _better(model, longer, inputs, unreached, by_chance=True)
-    for form in video_forms(model) if unreached else ():
+    for form in video_forms(model, recipe) if unreached else ():
         inputs, unreached = _better(model, second_sample(form), inputs, unreached)
     for argument in optional_arguments(model, inputs) if unreached else ():
         extended = with_optional(model, inputs, argument)
         inputs, unreached = _better(model, extended, inputs, unreached)
-    _run_by_methods(model, inputs, unreached)
-    return inputs
+    methods = _methods_reaching(model, inputs, unreached)
+    return Working(inputs, working.partial, replace(recipe, methods=methods))
 
 
-def _run_by_methods(model: nn.Module, inputs: dict[str, Any], unreached: set[str]) -> None:
-    """Add to ``methods_of`` the methods that reach parameters which the inputs leave unreached."""
+def _methods_reaching(
+    model: nn.Module, inputs: dict[str, Any], unreached: set[str]
+) -> tuple[str, ...]:
+    """Return the methods that reach parameters which the inputs leave unreached."""
+    chosen = PLAIN
     for name in methods_beside(model, inputs) if unreached else ():
-        before = methods_of.get(type(model), ())
-        methods_of[type(model)] = (*before, name)
-        remaining = unreached if why_not(model, inputs) is not None else unreached_by(model, inputs)
+        trial = RunRecipe(methods=(*chosen.methods, name))
+        if why_not(model, inputs, trial) is not None:
+            continue
+        remaining = unreached_by(model, inputs, trial)
         if remaining < unreached:
-            unreached = remaining
-        else:
-            methods_of[type(model)] = before
+            chosen, unreached = trial, remaining
+    return chosen.methods
 
 
 def _better(
@@ -110,7 +132,7 @@ def _better(
     return (other, remaining) if improves else (inputs, unreached)
 
 
-def unreached_by(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
+def unreached_by(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN) -> set[str]:
     """Return the names of the parameters that the outputs do not depend on.
 
     Raises:
@@ -118,7 +140,8 @@ def unreached_by(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
             which it divides in place).
     """
     with AllFloat64():
-        outputs = [t for t in tensors_in(outputs_of(model, inputs)) if t.requires_grad]
+        computed = tensors_in(outputs_of(model, inputs, recipe))
+        outputs = [tensor for tensor in computed if tensor.requires_grad]
     names, parameters = zip(*model.named_parameters(), strict=True)
     if not outputs:  # numbers of codes (WavTokenizer's encoder) have no gradients
         return set(names)
@@ -130,11 +153,11 @@ def unreached_by(model: nn.Module, inputs: dict[str, Any]) -> set[str]:
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
 
 
-def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+def why_not(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN) -> str | None:
     """Return the error that a forward pass ends with, as text, or None if it runs to its end."""
     try:
         with torch.no_grad(), AllFloat64():
-            outputs_of(model, inputs)
+            outputs_of(model, inputs, recipe)
     except Exception as error:  # whatever a class's forward pass raises
         return _said(error)
     return None

@@ -45,18 +45,13 @@ class States:
         return self.reader.rpartition(".")[0]
 
 
-reads_of: dict[type, States] = {}
-"""Class -> the states it reads, by the first layer that does; ``*`` for numbers of layers."""
-_in_vain: set[tuple[type, frozenset[str]]] = set()
-"""Classes, each with idle layers that encoder states did not let run."""
+def states_of(model: nn.Module, read: States | None) -> States | None:
+    """Return the states that a model reads, by the first of its layers that does; None if none.
 
-
-def states_of(model: nn.Module) -> States | None:
-    """Return the states that a model reads; None if its class was not seen to read any.
-
-    Also None if the model's config builds no cross-attention.
+    Args:
+        model: the model.
+        read: the states that its class reads, ``*`` for numbers of layers in the reader's name.
     """
-    read = reads_of.get(type(model))
     if read is None:
         return None
     names = (name for name, _ in model.named_parameters() if _NUMBER.sub(".*", name) == read.reader)
@@ -64,35 +59,34 @@ def states_of(model: nn.Module) -> States | None:
     return None if reader is None else States(read.argument, reader, read.dim)
 
 
-def made_states(model: nn.Module) -> dict[str, Tensor]:
+def made_states(model: nn.Module, read: States | None) -> dict[str, Tensor]:
     """Return random states of one sample as a keyword argument; empty if the model reads none."""
-    read = states_of(model)
+    read = states_of(model, read)
     if read is None:
         return {}
     parameter = model.get_parameter(read.reader)
     return {read.argument: _random(parameter, parameter.shape[read.dim])}
 
 
-def look_for_states(
+def find_states(
     model: nn.Module,
     inputs: Mapping[str, Any],
     idle: Iterable[str],
     run: Callable[[Mapping[str, Any]], bool],
-) -> bool:
-    """True if encoder states let layers run that do not run without; remember which reads them.
+) -> States | None:
+    """Return the encoder states that let layers run which do not run without; None if none do.
 
     A model that contains an encoder skips it when it is given states: it does not need them.
 
     Args:
         model: the model, on the meta device.
         inputs: keyword arguments of a forward pass, without states.
-        idle: layers that do not run with these inputs.
+        idle: names of the layers that do not run with these inputs.
         run: runs the model on keyword arguments and returns True if it ran to its end.
     """
     offered = [name for name in ARGUMENTS if name in inspect.signature(model.forward).parameters]
-    tried = (type(model), frozenset(_NUMBER.sub(".*", f"{name}.") for name in idle))
-    if not offered or not tried[1] or tried in _in_vain:
-        return False
+    if not offered or not any(True for _ in idle):
+        return None
     without = _followed(model, inputs, run)
     for argument in offered:
         narrow = _random(next(model.parameters()), 1)
@@ -104,10 +98,8 @@ def look_for_states(
         states = _random(parameter, parameter.shape[dim])
         with_states = _followed(model, {**inputs, argument: states}, run)
         if with_states.called > without.called and with_states.ended >= without.ended:
-            reads_of[type(model)] = States(argument, _NUMBER.sub(".*", name), dim)
-            return True
-    _in_vain.add(tried)
-    return False
+            return States(argument, _NUMBER.sub(".*", name), dim)
+    return None
 
 
 @dataclass(frozen=True)
@@ -170,8 +162,10 @@ def _input_dim(module: nn.Module) -> int | None:
     return 1 if isinstance(module, nn.Linear) else 0  # the weight of Conv1D is transposed
 
 
-def states_in(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def states_in(
+    model: nn.Module, inputs: Mapping[str, Any], read: States | None
+) -> dict[str, Tensor]:
     """Return the encoder states among the inputs of a forward pass, by name; empty if none."""
-    read = states_of(model)
+    read = states_of(model, read)
     given = None if read is None else inputs.get(read.argument)
     return {read.argument: given} if read is not None and isinstance(given, Tensor) else {}

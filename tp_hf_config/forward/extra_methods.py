@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from .run_recipe import PLAIN, RunRecipe
+
 Inputs = Mapping[str, Any]
 _GIVING = ("get_", "predict_", "encode", "decode", "compute_")
 """Prefixes of methods that return something and change nothing."""
-methods_of: dict[type, tuple[str, ...]] = {}
-"""Class -> the methods to run beside its forward pass; set when the class is first run."""
 
 
-def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
-    """Return the forward pass's outputs; if the class has extra methods, a list with theirs too."""
+def outputs_of(model: nn.Module, inputs: Inputs, recipe: RunRecipe = PLAIN) -> Any:
+    """Return the forward pass's outputs; if methods are run too, a list with theirs behind."""
     outputs = model(**inputs)
     beside = []
-    for name in methods_of.get(type(model), ()):
+    for name in recipe.methods:
         method = getattr(model, name)
         given = _arguments(model, method, inputs)
         if given is not None:

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..model.meta_run import NoValues, RealNumbers
-from .encoder_states import look_for_states, states_of
-from .inputs import example_inputs, form_of, input_forms, text_inputs
+from .inputs import example_inputs, text_inputs
+from .run_recipe import PLAIN, RunRecipe
 
 _SPLITS = (torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.unflatten)
 _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
@@ -71,56 +70,24 @@ class HeadSplits:
         )
 
 
-def observe(model: nn.Module) -> HeadSplits:
+def observe(model: nn.Module, recipe: RunRecipe = PLAIN) -> HeadSplits:
     """Run ``model`` (on the meta device) and return how its projections' outputs are split.
 
     A forward pass that needs real values stops part of the way; the result then has what was seen
     until there. If images or sound stop it early, a second run on text alone adds what it sees.
-    Layers that read encoder states are given some.
+
+    Args:
+        model: the model.
+        recipe: how its class is run.
     """
-    if type(model) not in form_of:
-        form_of[type(model)] = _best_form(model)
     with torch.no_grad(), RealNumbers():
         text = text_inputs(model)
-        inputs = example_inputs(model)
-    splits = _observe(model, inputs)
-    if states_of(model) is None and look_for_states(
-        model, inputs, splits.idle, lambda given: _observe(model, given).ended
-    ):
-        with torch.no_grad(), RealNumbers():
-            inputs = example_inputs(model)
-        splits = _observe(model, inputs)
-    return splits if splits.ended or text is None else splits.joined(_observe(model, text))
+        inputs = example_inputs(model, recipe)
+    splits = splits_with(model, inputs)
+    return splits if splits.ended or text is None else splits.joined(splits_with(model, text))
 
 
-def _best_form(model: nn.Module) -> int:
-    """Return the index of the input form with which the forward pass goes furthest."""
-    calls: list[str] = []
-    handles = [
-        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
-        for module in model.modules()
-        if any(True for _ in module.parameters(recurse=False))
-    ]
-    best, most = 0, -1
-    forms = input_forms(model)
-    try:
-        for number in count():
-            with torch.no_grad(), RealNumbers():  # around the run too it would lose whole numbers
-                inputs = next(forms, None)
-            if inputs is None:
-                break
-            calls.clear()
-            if _observe(model, inputs).ended:
-                return number
-            if len(calls) > most:
-                best, most = number, len(calls)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return best
-
-
-def _observe(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
+def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
     """Run the model on these inputs and return what was seen, also if the pass breaks off."""
     ended = False
     watch = _Watch()

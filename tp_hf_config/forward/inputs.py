@@ -20,6 +20,7 @@ from .encoder_states import ARGUMENTS, made_states
 from .input_companions import BESIDE, DISPENSABLE
 from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, size_of
 from .observed_pass import tensors_in
+from .run_recipe import PLAIN, RunRecipe
 
 _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")
@@ -35,12 +36,16 @@ _MOST_FORMS = 16
 
 
 def example_inputs(
-    model: nn.Module, config: Any = None, length: int = _TEXT_LENGTH
+    model: nn.Module,
+    recipe: RunRecipe = PLAIN,
+    config: Any = None,
+    length: int = _TEXT_LENGTH,
 ) -> dict[str, Any]:
     """Return keyword arguments for one small forward pass of ``model``, on its device.
 
     Args:
         model: the model.
+        recipe: how its class is run.
         config: the config to take sizes from; the model's own unless given (for a module that
             wraps a Hugging Face model).
         length: number of tokens of text.
@@ -49,11 +54,7 @@ def example_inputs(
         For text ``(1, length)`` token ids, for vision ``(1, channels, height, width)`` pixels of
         the config's own size, for speech ``(1, bins, frames)`` features or ``(1, samples)`` values.
     """
-    return next(input_forms(model, config, length, form_of.get(type(model), 0)))
-
-
-form_of: dict[type, int] = {}
-"""Class -> index of the input form with which it runs furthest; set when it is first run."""
+    return next(input_forms(model, recipe, config, length, recipe.form))
 
 
 def text_inputs(model: nn.Module, length: int = _TEXT_LENGTH) -> dict[str, Any] | None:
@@ -68,14 +69,15 @@ def text_inputs(model: nn.Module, length: int = _TEXT_LENGTH) -> dict[str, Any] 
     return {**ids, "use_cache": False} if "use_cache" in parameters else ids
 
 
-def video_forms(model: nn.Module) -> Iterator[dict[str, Any]]:
+def video_forms(model: nn.Module, recipe: RunRecipe) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments with a video beside the image, for a class that takes both."""
     if {"pixel_values", _VIDEOS} <= inspect.signature(model.forward).parameters.keys():
-        yield from input_forms(model, first=form_of.get(type(model), 0), also=(_VIDEOS,))
+        yield from input_forms(model, recipe, first=recipe.form, also=(_VIDEOS,))
 
 
 def input_forms(
     model: nn.Module,
+    recipe: RunRecipe = PLAIN,
     config: Any = None,
     length: int = _TEXT_LENGTH,
     first: int = 0,
@@ -84,10 +86,11 @@ def input_forms(
     """Yield keyword arguments for one small forward pass, in every form that a class may expect.
 
     The text has one token for each feature that the model makes of an image or a sound. A decoder
-    that was seen to read encoder states is given some.
+    that reads encoder states is given some.
 
     Args:
         model: the model.
+        recipe: how its class is run; the encoder states that it reads are in it.
         config: the config to take sizes from; the model's own unless given.
         length: number of tokens of text.
         first: how many forms to skip.
@@ -102,7 +105,7 @@ def input_forms(
     )
     for form, text in islice(forms, first, _MOST_FORMS):
         tensors = {name: shape.made(model) for name, shape in form.items()}
-        given = {**text, **tensors, **made_states(model)}
+        given = {**text, **tensors, **made_states(model, recipe.states)}
         inputs = _with_places(model, given, parameters, config)
         yield {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
 

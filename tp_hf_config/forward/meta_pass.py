@@ -13,6 +13,7 @@ from ..model.build import Refusal
 from ..model.live_objects import configs_of
 from ..model.meta_run import NoValues, RealNumbers
 from .inputs import example_inputs
+from .run_recipe import RunRecipe
 
 
 class DryPass(NamedTuple):
@@ -28,12 +29,13 @@ class DryPass(NamedTuple):
 
 
 def dry_pass(
-    model: nn.Module, watched: AbstractContextManager[Any] | None = None
+    model: nn.Module, recipe: RunRecipe, watched: AbstractContextManager[Any] | None = None
 ) -> DryPass | Refusal:
     """Run a model on the meta device; its experts switch to an implementation without routing.
 
     Args:
         model: a class built without data.
+        recipe: how it is run.
         watched: a mode that is active during the forward pass (a counter of FLOPs).
 
     Returns:
@@ -45,7 +47,7 @@ def dry_pass(
     numbers = RealNumbers()
     try:
         with torch.no_grad(), numbers:
-            inputs = example_inputs(model)
+            inputs = example_inputs(model, recipe)
             with NoValues(), watched or nullcontext():
                 model(**inputs)
     except Exception as error:  # whatever a class's forward pass raises

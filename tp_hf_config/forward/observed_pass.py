@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..model.class_caches import without_caches
 from .extra_methods import outputs_of
+from .run_recipe import PLAIN, RunRecipe
 
 _NONE = 1e-12  # a smaller gradient is none
 _NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -170,7 +171,10 @@ class _Watch(AllFloat64):
 
 
 def outputs_in_float64(
-    model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[Result] = ()
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    watched: Sequence[Result] = (),
+    recipe: RunRecipe = PLAIN,
 ) -> list[Tensor]:
     """Return the floating point outputs of one forward pass, with a fixed random seed.
 
@@ -179,23 +183,28 @@ def outputs_in_float64(
     torch.manual_seed(0)
     if not watched:
         with AllFloat64():
-            return _floating(outputs_of(model, inputs))
+            return _floating(outputs_of(model, inputs, recipe))
     watch = _Watch(set(watched))
     with watch.over(model):
-        outputs = _floating(outputs_of(model, inputs))
+        outputs = _floating(outputs_of(model, inputs, recipe))
     missing = torch.tensor(torch.nan, dtype=torch.float64)
     beside = (watch.results.get(result, missing) for result in watched)
     return [*outputs, *map(_unmasked, beside)]
 
 
-def warm_up(model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[Result]) -> None:
+def warm_up(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    watched: Sequence[Result],
+    recipe: RunRecipe = PLAIN,
+) -> None:
     """Run a first pass if results are watched: it may compute what the model then keeps.
 
     Mimi's codebooks are such: later passes lack those results, so the others have other numbers.
     """
     if watched:
         with torch.no_grad():
-            outputs_in_float64(model, inputs)
+            outputs_in_float64(model, inputs, recipe=recipe)
 
 
 def _unmasked(scores: Tensor) -> Tensor:
@@ -207,7 +216,9 @@ def _floating(outputs: Any) -> list[Tensor]:
     return [value for value in tensors_in(outputs) if value.is_floating_point()]
 
 
-def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result, ...]:
+def watched_results(
+    model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe = PLAIN
+) -> tuple[Result, ...]:
     """Return the results to watch: they depend on parameters that no output depends on.
 
     These are all results by which something is chosen, and of the results that nothing is computed
@@ -218,7 +229,8 @@ def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result
         The results in the order of the pass; none if outputs depend on all parameters, or if the
         pass changes a parameter in place.
     """
-    outputs = [one for one in outputs_in_float64(model, inputs) if one.requires_grad]
+    computed = outputs_in_float64(model, inputs, recipe=recipe)
+    outputs = [output for output in computed if output.requires_grad]
     unobserved = _without_effect(outputs, list(model.parameters()))
     if not unobserved:
         return ()
@@ -226,7 +238,7 @@ def watched_results(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Result
     torch.manual_seed(0)
     try:
         with watch.over(model):
-            outputs_of(model, inputs)
+            outputs_of(model, inputs, recipe)
     except RuntimeError:  # a parameter is changed in place, where the class wants no gradients
         return ()
     taken, read = _taken(watch.results.values()), {_edge(tensor) for tensor in watch.read}

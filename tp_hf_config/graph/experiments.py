@@ -13,11 +13,10 @@ from typing import Any
 from ..fieldmap.field_map import FieldMap, from_state, state_of
 from ..fieldmap.legal_values import straying, vanishing
 from ..fieldmap.unit_shares import units_of
-from ..forward.run_recipe import keep, stored
 from ..model.build import Refusal
 from ..model.class_digest import entry_key
 from ..model.config_json import field_name
-from ..model.disk_cache import suspended
+from ..model.disk_cache import load, store, suspended
 from ..model.shapes import shapes
 from ..model.surroundings import one_thread
 from ..twin.find_groups import find_groups
@@ -65,22 +64,22 @@ def experiments_of(field_map: FieldMap, made: TinyModel | None = None) -> Experi
 def _made(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     """Run the experiments with the tiny model of a class, and keep what they find on disk.
 
-    What is found in the tiny model is kept by the tiny config, which models of many sizes share;
-    what comes of it at full size by the full config.
+    What is found in the tiny model is kept by the tiny config and how the class is run with it,
+    which models of many sizes share; what comes of it at full size by the full config.
     """
     if isinstance(tiny, Refusal):
-        _keep(field_map, "widths", field_map.data, reason=tiny.reason)
+        _keep(field_map, "widths", field_map.data, entry={"reason": tiny.reason})
         return Experiments(tiny, ())
-    groups = _kept(field_map, "groups", tiny.field_map.data)
-    if groups is None:
-        groups = {"findings": find_groups(tiny)}
-        _keep(field_map, "groups", tiny.field_map.data, **groups)
-    findings = groups["findings"]
+    key = ("groups", tiny.field_map.data, repr(tiny.recipe))
+    findings = _kept(field_map, *key)
+    if findings is None:
+        findings = find_groups(tiny)
+        _keep(field_map, *key, entry=findings)
     checked = tuple(
         _apart(_sayable(finding, field_map), findings, tiny.full) for finding in findings
     )
     state = state_of(tiny.field_map)
-    _keep(field_map, "widths", field_map.data, findings=checked, tiny=state)
+    _keep(field_map, "widths", field_map.data, entry={"findings": checked, "tiny": state})
     return Experiments(tiny, checked)
 
 
@@ -95,18 +94,15 @@ def _stored(field_map: FieldMap) -> Experiments | None:
     return Experiments(stored_tiny_model(tiny_map, field_map), entry["findings"], cached=True)
 
 
-def _kept(field_map: FieldMap, what: str, data: Any) -> dict[str, Any] | None:
-    """Return what the cache on disk has of a class; None if it has nothing."""
-    if field_map.digest is None:
-        return None
-    return stored(field_map.builder.model_class, entry_key(field_map.digest, what, data))
+def _kept(field_map: FieldMap, *key: Any) -> Any:
+    """Return what the cache on disk has of a class under a key; None if it has nothing."""
+    return None if field_map.digest is None else load(entry_key(field_map.digest, *key))
 
 
-def _keep(field_map: FieldMap, what: str, data: Any, **entry: Any) -> None:
+def _keep(field_map: FieldMap, *key: Any, entry: Any) -> None:
     """Put what was found of a class into the cache on disk."""
     if field_map.digest is not None:
-        key = entry_key(field_map.digest, what, data)
-        keep(field_map.builder.model_class, key, **entry)
+        store(entry_key(field_map.digest, *key), entry)
 
 
 def _sayable(finding: Finding, field_map: FieldMap) -> Finding:

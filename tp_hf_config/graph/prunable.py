@@ -23,7 +23,6 @@ from ..twin.find_groups import in_positions
 from ..twin.group import Finding
 from ..twin.layout import TensorDim, UnitLayout
 from ..twin.tiny.tiny_model import TinyModel
-from ..twin.twin_test import TwinTest
 from .experiments import experiments_of
 from .full_size import Group, expand
 
@@ -262,9 +261,7 @@ def single_positions(group: Group, field_map: FieldMap) -> bool:
         ]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
         with one_thread():
-            return TwinTest(
-                done.tiny.model, done.tiny.inputs, count, watched=done.tiny.watched
-            ).proves(dims, order)
+            return done.tiny.test(count).proves(dims, order)
     return False
 
 

@@ -240,7 +240,7 @@ class Follower:
 
     def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
         """Record which channels of the encoder states are still read."""
-        read = states_of(self.model)
+        read = states_of(self.model, self.field_map.recipe.states)
         for layer in (layer for group in groups for layer in group.layers):
             if read is not None and not layer.out and self._own_name(layer.name) == read.layer:
                 remaining = self.inputs.get(read.argument, tuple(range(layer.before)))

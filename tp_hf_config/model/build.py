@@ -26,8 +26,6 @@ from .versions import no_init_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-attention_of: dict[type, str] = {}
-"""Class -> the attention implementation to use, where the eager one returns NaN."""
 _BUILD_LOCK = threading.RLock()
 
 
@@ -44,23 +42,36 @@ class Builder:
     Args:
         model: the live model; its class, config class and dtype are used, its weights are not.
         options: arguments of the class's constructor beside the config.
+        attention: the attention implementation that every config is given.
     """
 
-    def __init__(self, model: PreTrainedModel, options: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: Mapping[str, Any] | None = None,
+        attention: str = "eager",
+    ):
         self.model_class = type(model)
         self.config_class = type(model.config)
         self.options = dict(options or {})
+        self.attention = attention
         self.dtype = model.dtype if model.dtype.is_floating_point else torch.float32
 
-    def config(self, data: dict[str, Any]) -> PreTrainedConfig:
-        """Return the config that ``from_pretrained`` would read, with eager attention and experts.
+    def with_attention(self, attention: str) -> Builder:
+        """Return a builder of the same class with another attention implementation."""
+        other = copy.copy(self)
+        other.attention = attention
+        return other
 
-        ``attention_of`` may name another attention. Exceptions of the config class pass through.
+    def config(self, data: dict[str, Any]) -> PreTrainedConfig:
+        """Return the config that ``from_pretrained`` would read, with eager experts.
+
+        Exceptions of the config class pass through.
         """
         decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
         values = copy.deepcopy(data)
         config = self.config_class.from_dict(decode(values) if decode is not None else values)
-        config._attn_implementation = attention_of.get(self.model_class, "eager")
+        config._attn_implementation = self.attention
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
         return config

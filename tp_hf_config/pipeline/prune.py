@@ -16,6 +16,7 @@ import torch
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
 from ..errors import PipelineError, UnsupportedModelError
+from ..fieldmap.field_map import map_of
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
 from ..planning.plan import Plan
@@ -124,6 +125,7 @@ def _written(
     model = loaded.model
     lesson = None if text is None else _lesson(job, model, text)
     parameters, perplexity = model.num_parameters(), _perplexity(model, lesson)
+    recipe = map_of(model).recipe
     reports = _pruned(job, plan, model, lesson, progress)
     after = _perplexity(model, lesson)
     del lesson  # free the unpruned model: the process that loads the pruned one needs room
@@ -131,7 +133,7 @@ def _written(
     rotary_notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
     copied = copy_companions(job.source, model.config, work)
     progress.say("a fresh process loads what was written")
-    proof = prove_roundtrip(model, work)
+    proof = prove_roundtrip(model, work, recipe)
     notes = [*loaded.notes, *plan.notes, *(note for report in reports for note in report.notes)]
     notes += rotary_notes
     notes += said_in_left(job.source, copied, changed(reports))

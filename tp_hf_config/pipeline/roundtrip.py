@@ -10,6 +10,7 @@ from ..checkpoint.child import outputs_of
 from ..checkpoint.verify import compare_saved
 from ..errors import PipelineError
 from ..forward.inputs import example_inputs, input_forms
+from ..forward.run_recipe import RunRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,23 +35,28 @@ class Proof:
         )
 
 
-def prove_roundtrip(model: PreTrainedModel, folder: Path) -> Proof:
+def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> Proof:
     """Compare a model with what a fresh process loads from the folder that it was saved to.
+
+    Args:
+        model: the pruned model.
+        folder: the folder.
+        recipe: how the class was run before it was pruned.
 
     Raises:
         PipelineError: the folder does not load, its outputs differ, or no inputs were found with
             which the model runs.
     """
-    report = compare_saved(model, folder, _inputs(model))
+    report = compare_saved(model, folder, _inputs(model, recipe))
     if not report.same:
         raise _failed(f"{report}")
     return Proof(len(report.outputs), report.numbers)
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, Any]:
+def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]:
     """Return keyword arguments with which the model runs; raise if none are found."""
     reason = ""
-    for inputs in (example_inputs(model), *input_forms(model)):
+    for inputs in (example_inputs(model, recipe), *input_forms(model, recipe)):
         try:
             outputs_of(model, inputs)
         except Exception as error:  # a forward pass may raise anything

@@ -16,11 +16,11 @@ from torch import nn
 
 from ..errors import TPHFConfigError
 from ..fieldmap.field_map import map_of
-from ..forward.extra_methods import methods_of
 from ..forward.observed_pass import Result, outputs_in_float64, warm_up
+from ..forward.run_recipe import PLAIN, RunRecipe
 from ..graph.prunable import Width, widths_of
 from ..hook.hook import HFConfigSyncHook
-from ..model.build import Builder, Refusal, attention_of
+from ..model.build import Builder, Refusal
 from ..model.config_json import config_json
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
@@ -107,11 +107,11 @@ def subject(tiny: TinyModel, seed: int) -> Subject:
     with torch.no_grad():
         for value in (*model.parameters(), *saved_buffers(model).values()):
             _as_float32(value)
-    _take_computed(model)
+    _take_computed(model, tiny.recipe)
     return Subject(model, tiny)
 
 
-def _take_computed(model: Any) -> None:
+def _take_computed(model: Any, recipe: RunRecipe) -> None:
     """Give buffers that are not saved the values that loading computes.
 
     Loading computes GPT-J's tables in another precision.  A class that does not load is left as it
@@ -124,7 +124,7 @@ def _take_computed(model: Any) -> None:
     with TemporaryDirectory(prefix="tp_hf_config-") as folder:
         try:
             model.save_pretrained(folder)
-            loaded = type(model).from_pretrained(folder, **_options(model))
+            loaded = type(model).from_pretrained(folder, **_options(recipe))
         except Exception:
             return
     own, loaded_buffers = dict(model.named_buffers()), dict(loaded.named_buffers())
@@ -134,10 +134,9 @@ def _take_computed(model: Any) -> None:
                 own[name].copy_(loaded_buffers[name])
 
 
-def _options(model: Any) -> dict[str, Any]:
+def _options(recipe: RunRecipe) -> dict[str, Any]:
     """Return ``from_pretrained`` options with which a loaded model computes as the saved one."""
-    attention = attention_of.get(type(model), "eager")
-    return {"dtype": torch.float64, "attn_implementation": attention}
+    return {"dtype": torch.float64, "attn_implementation": recipe.attention}
 
 
 def _as_float32(value: torch.Tensor) -> None:
@@ -191,8 +190,8 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
             return Trial(WidthSupport(width.names, "refused", why, graph, width.units))
         if failed is None:
             folders.append(folder / str(steps))
-            inputs = inputs_left(case.model, copied, case.tiny.inputs)
-            failed = save(copied, inputs, folders[-1], case.tiny.watched)
+            inputs = inputs_left(case.model, copied, case.tiny.inputs, case.tiny.recipe)
+            failed = save(copied, inputs, folders[-1], case.tiny.watched, case.tiny.recipe)
         if failed is not None:
             why = _line(f"{steps} steps: {failed}" if steps > 1 else failed)
             return Trial(WidthSupport(width.names, "failed", why, graph, width.units))
@@ -228,10 +227,12 @@ def _pruned(
         with _quiet():
             for _ in range(steps):
                 pruner.step()
-        reference = Builder(model).build_real(config_json(model.config))
+        builder = Builder(model, attention=case.tiny.recipe.attention)
+        reference = builder.build_real(config_json(model.config))
         if isinstance(reference, Refusal):
             return f"the new config does not build: {reference.reason}"
-        return difference(case.model, model, reference, case.tiny.inputs, case.tiny.watched)
+        tiny = case.tiny
+        return difference(case.model, model, reference, tiny.inputs, tiny.watched, tiny.recipe)
     except TPHFConfigError as error:
         return f"{type(error).__name__} after the step: {error}"
     except Exception as error:
@@ -243,6 +244,7 @@ def save(
     inputs: Mapping[str, Any] | Refusal,
     folder: Path,
     watched: Sequence[Result] = (),
+    recipe: RunRecipe = PLAIN,
 ) -> str | None:
     """Save a model with inputs and its outputs; return why that failed, or ``None``.
 
@@ -251,19 +253,20 @@ def save(
         inputs: keyword arguments of its forward pass, or why there are none.
         folder: where to save.
         watched: results that count as outputs.
+        recipe: how the class is run.
     """
     if isinstance(inputs, Refusal):
         return inputs.reason
     try:
         with torch.no_grad():
-            outputs = outputs_in_float64(model, inputs, watched)
+            outputs = outputs_in_float64(model, inputs, watched, recipe)
         model.save_pretrained(folder)
         case: dict[str, Any] = {
             "inputs": dict(inputs),
             "watched": [tuple(result) for result in watched],
         }
-        case["methods"] = list(methods_of.get(type(model), ()))
-        torch.save({**case, "outputs": outputs, "options": _options(model)}, folder / CASE)
+        case["methods"] = list(recipe.methods)
+        torch.save({**case, "outputs": outputs, "options": _options(recipe)}, folder / CASE)
     except Exception as error:
         return f"it cannot be saved: {type(error).__name__}: {error}"
     return None
@@ -273,7 +276,7 @@ def reloaded(model_class: Any, folder: Path) -> str | None:
     """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``."""
     case = torch.load(folder / CASE, weights_only=True)
     try:
-        methods_of[model_class] = tuple(case["methods"])
+        recipe = RunRecipe(methods=tuple(case["methods"]))
         options = {**case["options"], "output_loading_info": True}
         model, info = model_class.from_pretrained(folder, **options)
         problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
@@ -286,8 +289,8 @@ def reloaded(model_class: Any, folder: Path) -> str | None:
             parameter.data = parameter.data.clone()
         with torch.no_grad():
             watched = [Result(*result) for result in case["watched"]]
-            warm_up(model.double().eval(), case["inputs"], watched)
-            outputs = outputs_in_float64(model, case["inputs"], watched)
+            warm_up(model.double().eval(), case["inputs"], watched, recipe)
+            outputs = outputs_in_float64(model, case["inputs"], watched, recipe)
     except Exception as error:
         return _line(f"it cannot be loaded: {type(error).__name__}: {error}")
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))

@@ -73,7 +73,7 @@ def flops_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> int | 
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    ran = dry_pass(shallow, counter)
+    ran = dry_pass(shallow, field_map.recipe, counter)
     if isinstance(ran, Refusal):
         return ran
     if ran.guessed:

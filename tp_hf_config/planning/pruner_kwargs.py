@@ -102,7 +102,7 @@ def pruner_kwargs(
         reason = result
     inputs = given.pop("example_inputs", None)
     if inputs is None:
-        inputs = example_inputs(model, pretrained.config)
+        inputs = example_inputs(model, view.field_map.recipe, pretrained.config)
     elif not isinstance(inputs, Mapping):
         raise TypeError(
             f"example_inputs= is a {type(inputs).__name__}: expected a dict of the forward pass's "
@@ -213,7 +213,7 @@ def _on_config_graph(
     heads = {module: count for _, module, count in view.head_layers()}
     arguments = {
         **given,
-        "example_inputs": example_inputs(model, view.model.config),
+        "example_inputs": example_inputs(model, view.field_map.recipe, view.model.config),
         "output_transform": given.get("output_transform") or tensors_with_grad,
         "num_heads": {**heads, **(given.get("num_heads") or {})},
         "in_channel_groups": dict(given.get("in_channel_groups") or {}),

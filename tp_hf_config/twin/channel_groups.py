@@ -26,7 +26,6 @@ from .group import TinyGroup
 from .layout import TensorDim
 from .prove import channel_groups_of
 from .tiny.tiny_model import TinyModel, randomise
-from .twin_test import TwinTest
 
 _Answer = TypeVar("_Answer")
 
@@ -146,7 +145,7 @@ def _classes(
 ) -> int | None:
     """Return the number of channel groups in another build; None: no permutation is neutral."""
     runs = sorted({dim.layout.parts * dim.layout.run for dim in dims})
-    return channel_groups_of(TwinTest(model, tiny.inputs, group.units, runs, tiny.watched), dims)
+    return channel_groups_of(tiny.test(group.units, runs, model), dims)
 
 
 def _with_others(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | None:
@@ -160,7 +159,7 @@ def _with_others(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module 
         if isinstance(model, Refusal):
             return None
         randomise(model)
-    return model if why_not(model, tiny.inputs) is None else None
+    return model if why_not(model, tiny.inputs, tiny.recipe) is None else None
 
 
 def _moved(group: TinyGroup, tiny: TinyModel, model: nn.Module) -> list[TensorDim] | None:

@@ -171,7 +171,7 @@ def _find(
     split = _split_into(field_map, fields) if alone else frozenset()
 
     def look(runs: set[int]) -> tuple[TwinTest, Sources, tuple[Sources, Links]]:
-        test = TwinTest(tiny.model, tiny.inputs, units, sorted(runs), tiny.watched)
+        test = tiny.test(units, sorted(runs))
         return (test, *searched(test, styles, strides_in(shares), by_itself, apart_alone, split))
 
     finding: Finding | None = None
@@ -225,7 +225,7 @@ def _handed(tiny: TinyModel, shares: Shares) -> Shares:
 
     Nothing, if the model is given no states.
     """
-    read = states_of(tiny.model)
+    read = states_of(tiny.model, tiny.recipe.states)
     if read is None or not tiny.states:
         return {}
     reader = (tiny.field_map.depth.first(read.reader), read.dim)
@@ -237,7 +237,7 @@ def _least(tiny: TinyModel, field: FieldPath) -> int:
     field_map = tiny.field_map
     for value in range(1, field_map.values[field]):
         model = field_map.builder.build_real(with_values(field_map.depth.data, {field: value}))
-        if not isinstance(model, Refusal) and why_not(model, tiny.inputs) is None:
+        if not isinstance(model, Refusal) and why_not(model, tiny.inputs, tiny.recipe) is None:
             return value
     return field_map.values[field]
 
@@ -318,7 +318,7 @@ def _by_position(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
         return group
     dims = tuple(replace(dim, layout=UnitLayout()) for dim in group.dims)
     units = group.units * per_field_unit
-    test = TwinTest(tiny.model, tiny.inputs, units, watched=tiny.watched)
+    test = tiny.test(units)
     channel_groups = channel_groups_of(test, dims)
     if channel_groups is None or not test.alike(dims, channel_groups):
         return group
@@ -345,7 +345,7 @@ def _finest(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
         )
         units = group.units * per_field_unit
         widths = {dim.layout.parts * dim.layout.run for dim in dims}
-        test = TwinTest(tiny.model, tiny.inputs, units, sorted(widths), tiny.watched)
+        test = tiny.test(units, sorted(widths))
         orders = (list(order_of(units, group.channel_groups, swap)) for swap in (True, False))
         if all(test.proves(dims, order) for order in orders) and test.alike(
             dims, group.channel_groups

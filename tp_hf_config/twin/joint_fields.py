@@ -91,7 +91,10 @@ def equal_together(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tupl
         builds = (
             field_map.build_at(dict.fromkeys(fields, other)) for other in (2 * value, value // 2)
         )
-        return all(not isinstance(model, Refusal) and observe(model).ended for model in builds)
+        return all(
+            not isinstance(model, Refusal) and observe(model, field_map.recipe).ended
+            for model in builds
+        )
 
     for size, paths in product((3, 4), alike.values()):
         for fields in combinations(paths, size):

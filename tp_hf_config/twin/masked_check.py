@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..forward.encoder_states import AXIS, states_in, states_of
 from ..forward.observed_pass import Result, outputs_in_float64, warm_up
+from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Refusal
 from ..model.tensors import saved_buffers, stacks
 from .width_scalars import AsNarrow, Side, SizesRead, Width, as_written, take_scales
@@ -40,6 +41,7 @@ def difference(
     fresh: nn.Module,
     inputs: Mapping[str, Any],
     watched: Sequence[Result] = (),
+    recipe: RunRecipe = PLAIN,
 ) -> str | None:
     """Return where a pruned model differs from the masked original, or None if nowhere.
 
@@ -52,6 +54,7 @@ def difference(
             may have any values; its scales count.
         inputs: keyword arguments of one forward pass of the original.
         watched: intermediate results that are compared like outputs.
+        recipe: how the class is run.
 
     Returns:
         What differs first: a tensor that does not hold the original's values, or an output with its
@@ -60,21 +63,21 @@ def difference(
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
         return kept.reason
-    pruned_inputs = _left_of(inputs, original, kept)
-    warm_up(pruned, pruned_inputs, watched)
+    pruned_inputs = _left_of(inputs, original, kept, recipe)
+    warm_up(pruned, pruned_inputs, watched, recipe)
     with torch.no_grad(), as_written(pruned), SizesRead() as sizes_read:
-        actual = outputs_in_float64(pruned, pruned_inputs, watched)
+        actual = outputs_in_float64(pruned, pruned_inputs, watched, recipe)
 
     # the first pass may exchange modules (BigBird: full attention for short texts)
     warmed_up = _copied(original)
     with torch.no_grad():
-        outputs_in_float64(warmed_up, inputs)
-        outputs_in_float64(fresh, pruned_inputs)
+        outputs_in_float64(warmed_up, inputs, recipe=recipe)
+        outputs_in_float64(fresh, pruned_inputs, recipe=recipe)
 
     def masked(surroundings: AbstractContextManager[Any]) -> list[Tensor]:
         reference = _masked(warmed_up, fresh, kept)
         with torch.no_grad(), _closed(reference, kept), surroundings:
-            return outputs_in_float64(reference, inputs, watched)
+            return outputs_in_float64(reference, inputs, watched, recipe)
 
     reason = _compared(masked(nullcontext()), actual, kept)
     if reason is None:
@@ -132,20 +135,22 @@ def kept_positions(original: nn.Module, pruned: nn.Module) -> Kept | Refusal:
 
 
 def inputs_left(
-    original: nn.Module, pruned: nn.Module, inputs: Mapping[str, Any]
+    original: nn.Module, pruned: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe
 ) -> dict[str, Any] | Refusal:
     """Return the inputs of a pruned model: those of the original, less what it does not read.
 
     Only encoder states lose channels. A ``Refusal`` says why the kept positions cannot be told.
     """
     kept = kept_positions(original, pruned)
-    return kept if isinstance(kept, Refusal) else _left_of(inputs, original, kept)
+    return kept if isinstance(kept, Refusal) else _left_of(inputs, original, kept, recipe)
 
 
-def _left_of(inputs: Mapping[str, Any], original: nn.Module, kept: Kept) -> dict[str, Any]:
+def _left_of(
+    inputs: Mapping[str, Any], original: nn.Module, kept: Kept, recipe: RunRecipe
+) -> dict[str, Any]:
     """Return the inputs, with encoder states cut to the channels that their reader kept."""
-    states_input = states_of(original)
-    states = states_in(original, inputs)
+    states_input = states_of(original, recipe.states)
+    states = states_in(original, inputs, recipe.states)
     if states_input is None:
         return dict(inputs)
     index = kept[states_input.reader][states_input.dim].left

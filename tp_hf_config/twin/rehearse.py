@@ -70,19 +70,19 @@ def rehearse(tiny: TinyModel, finding: Finding) -> str | None:
 def _wrong(tiny: TinyModel, fresh: nn.Module) -> str | None:
     """Return why a smaller build fails the masked check or does not run, or None if it passes."""
     try:
-        return difference(tiny.model, fresh, fresh, tiny.inputs, tiny.watched)
+        return difference(tiny.model, fresh, fresh, tiny.inputs, tiny.watched, tiny.recipe)
     except Exception as error:  # a class may stop with any exception
         return f"it does not run then: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _shows(tiny: TinyModel, fresh: nn.Module) -> bool:
     """True if a cut changes any output. If it changes none, equal outputs prove nothing."""
-    inputs = inputs_left(tiny.model, fresh, tiny.inputs)
+    inputs = inputs_left(tiny.model, fresh, tiny.inputs, tiny.recipe)
     if isinstance(inputs, Refusal):
         return True
     with torch.no_grad():
-        before = outputs_in_float64(tiny.model, tiny.inputs, tiny.watched)
-        after = outputs_in_float64(fresh, inputs, tiny.watched)
+        before = outputs_in_float64(tiny.model, tiny.inputs, tiny.watched, tiny.recipe)
+        after = outputs_in_float64(fresh, inputs, tiny.watched, tiny.recipe)
     return any(
         one.shape != two.shape or bool((one - two).norm() > EXACT * one.norm())
         for one, two in zip(before, after, strict=True)

@@ -6,8 +6,7 @@ are not, the two units are not interchangeable. Then one twin is disturbed in on
 exactly those that are indexed by the same unit now show unequal gradients. What is linked in this
 way is a group. It is right if permuting its units leaves the outputs of the model as they were.
 
-The twin test needs a model, inputs and a list of tensor dims. It knows nothing of configs or
-pruners.
+It needs a model, inputs and a list of tensor dims, and knows nothing of configs or pruners.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ..forward.encoder_states import states_in
 from ..forward.observed_pass import Result, outputs_in_float64
+from ..forward.run_recipe import PLAIN, RunRecipe
 from .layout import TensorDim, UnitLayout
 
 _EQUAL = 1e-9
@@ -57,6 +57,7 @@ class TwinTest:
         runs: an output axis as long as ``units`` times one of these holds the units: in the layouts
             of tensor dims of that length if there are any, else in runs or parts of that number.
         watched: intermediate results that count as outputs.
+        recipe: how the class is run.
 
     Attributes:
         axes: length of an output axis that holds the units -> their possible layouts.
@@ -71,22 +72,24 @@ class TwinTest:
         units: int,
         runs: Sequence[int] = (1,),
         watched: Sequence[Result] = (),
+        recipe: RunRecipe = PLAIN,
     ):
-        self.model, self.inputs, self.units, self.watched = model, dict(inputs), units, watched
+        self.model, self.inputs, self.units = model, dict(inputs), units
+        self.watched, self.recipe = watched, recipe
         self.axes = {units * run: (UnitLayout(run=run), UnitLayout(parts=run)) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
-        for name, states in states_in(model, inputs).items():  # units stand along them too
+        for name, states in states_in(model, inputs, recipe.states).items():  # units too
             self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
         self._random: dict[torch.Size, Tensor] = {}
-        outputs = outputs_in_float64(model, inputs, watched)
+        outputs = outputs_in_float64(model, inputs, watched, recipe)
         self._depending = [number for number, output in enumerate(outputs) if output.requires_grad]
         self._outward = outputs[: len(outputs) - len(watched)]
         self.base = [outputs[number].detach() for number in self._depending]
 
     def outputs(self) -> list[Tensor]:
         """Return the outputs of one forward pass that depend on parameters."""
-        tensors = outputs_in_float64(self.model, self.inputs, self.watched)
+        tensors = outputs_in_float64(self.model, self.inputs, self.watched, self.recipe)
         return [tensors[number] for number in self._depending]
 
     def links(
@@ -149,7 +152,7 @@ class TwinTest:
     def _is_dead(self, grads: dict[str, Tensor | None], dim: TensorDim, unit: int) -> bool:
         """True if a tensor dim has a gradient that is zero for this unit."""
         grad = grads[dim.name]
-        index = torch.tensor(dim.layout.positions(unit, self.units))
+        index = self._pair(dim, unit, unit)[0]
         return grad is not None and not bool(grad.index_select(dim.dim, index).any())
 
     def shows_outside(self) -> bool:
@@ -383,11 +386,9 @@ class TwinTest:
 
     def _pair(self, dim: TensorDim, first: int, second: int) -> tuple[Tensor, Tensor]:
         """Return the positions of both twins along a tensor dim."""
-        device = self.parameters[dim.name].device
-        return (
-            torch.tensor(dim.layout.positions(first, self.units), device=device),
-            torch.tensor(dim.layout.positions(second, self.units), device=device),
-        )
+        device, layout = self.parameters[dim.name].device, dim.layout
+        one, two = (torch.tensor(layout.positions(u, self.units)) for u in (first, second))
+        return one.to(device), two.to(device)
 
     @contextmanager
     def _restored(self, dims: Sequence[TensorDim]) -> Iterator[None]:

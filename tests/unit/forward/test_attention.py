@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import small
 import torch
 import transformers as hf
 
 from tp_hf_config import supports
 from tp_hf_config.fieldmap.field_map import map_of
-from tp_hf_config.model.build import attention_of
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 
 
@@ -33,15 +30,6 @@ class HiddenFromAll(HiddenFromEager):
     no_numbers = ("eager", "sdpa")
 
 
-@pytest.fixture(autouse=True)
-def nothing_known() -> Iterator[None]:
-    before = dict(attention_of)
-    attention_of.clear()
-    yield
-    attention_of.clear()
-    attention_of.update(before)
-
-
 def tiny_of(model_class: Any) -> TinyModel:
     tiny = tiny_model(map_of(model_class(small.llama().config)))
     assert isinstance(tiny, TinyModel)
@@ -50,20 +38,21 @@ def tiny_of(model_class: Any) -> TinyModel:
 
 def test_the_attention_that_computes_numbers_is_taken() -> None:
     tiny = tiny_of(HiddenFromEager)
-    assert attention_of == {HiddenFromEager: "sdpa"}
+    assert tiny.recipe.attention == tiny.field_map.builder.attention == "sdpa"
+    assert tiny.full.recipe.attention == tiny.full.builder.attention == "eager"
     assert tiny.model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
     assert not tiny.model(**tiny.inputs).logits.isnan().any()
 
 
 def test_where_none_does_the_class_stays_as_it_was() -> None:
     tiny = tiny_of(HiddenFromAll)
-    assert attention_of == {}
+    assert tiny.recipe.attention == "eager"
     assert tiny.model.config._attn_implementation == "eager"  # type: ignore[union-attr]
 
 
 def test_other_classes_are_eager() -> None:
     tiny = tiny_of(hf.LlamaForCausalLM)
-    assert attention_of == {}
+    assert tiny.recipe.attention == "eager"
     assert tiny.model.config._attn_implementation == "eager"  # type: ignore[union-attr]
 
 

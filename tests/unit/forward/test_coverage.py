@@ -63,7 +63,7 @@ def test_optional_arguments_that_reach_more(
     randomise(model)
     working = working_inputs(model)
     assert not isinstance(working, Refusal)
-    inputs, partial = working
+    inputs, partial = working.inputs, working.partial
     assert not partial
     assert {name: tuple(inputs[name].shape) for name in arguments} == arguments
     without = {name: value for name, value in inputs.items() if name not in arguments}
@@ -91,7 +91,7 @@ class _Either(nn.Module):
 def test_what_reaches_something_else_is_not_taken() -> None:
     working = working_inputs(_Either().double())
     assert not isinstance(working, Refusal)
-    assert list(working[0]) == ["input_ids"]
+    assert list(working.inputs) == ["input_ids"]
 
 
 class _Codes(nn.Module):
@@ -110,8 +110,8 @@ def test_outputs_without_gradients_reach_nothing() -> None:
     model = _Codes().double()
     working = working_inputs(model)
     assert not isinstance(working, Refusal)
-    assert unreached_by(model, working[0]) == {"table.weight", "layer.weight", "layer.bias"}
-    test = TwinTest(model, working[0], 6)
+    assert unreached_by(model, working.inputs) == {"table.weight", "layer.weight", "layer.bias"}
+    test = TwinTest(model, working.inputs, 6)
     links = test.links([TensorDim("layer.weight", 0), TensorDim("layer.bias", 0)])
     assert links.groups == ()
     assert test.unused(["layer.weight"])

@@ -26,9 +26,10 @@ from tp_hf_config import (
     supports,
 )
 from tp_hf_config.fieldmap.field_map import map_of
-from tp_hf_config.forward.encoder_states import look_for_states, states_of
-from tp_hf_config.forward.head_splits import observe
+from tp_hf_config.forward.encoder_states import find_states
+from tp_hf_config.forward.find_recipe import find_recipe
 from tp_hf_config.forward.inputs import example_inputs
+from tp_hf_config.forward.run_recipe import PLAIN, RunRecipe
 from tp_hf_config.model.build import without_data
 
 _EMBEDDING = "model.decoder.embed_tokens.weight"
@@ -148,10 +149,8 @@ class TestInputs:
         self, made: Made, name: str, width: int
     ) -> None:
         model = made()
-        map_of(model)
-        found = {
-            key: tuple(v.shape) for key, v in example_inputs(model).items() if key[:3] != "use"
-        }
+        inputs = example_inputs(model, map_of(model).recipe)
+        found = {key: tuple(value.shape) for key, value in inputs.items() if key != "use_cache"}
         assert found == {"input_ids": (1, 8), name: (1, 4, width)}
 
     def test_heads_of_cross_attention_are_seen(self) -> None:
@@ -159,31 +158,33 @@ class TestInputs:
         assert heads["model.decoder.layers.0.encoder_attn.k_proj"] == ((4, 8),)
 
     def test_a_class_that_reads_none_as_it_is_configured_is_given_none(self) -> None:
-        map_of(bert_decoder())  # the same class with cross-attention was seen
+        seen = map_of(bert_decoder()).recipe.states  # of the same class with cross-attention
+        assert seen is not None
         model = bert()
-        map_of(model)
-        assert states_of(model) is None
-        assert example_inputs(model).keys() == {"input_ids"} | {
-            key for key in example_inputs(model) if key == "use_cache"
-        }
+        recipe = map_of(model).recipe
+        assert recipe.states is None
+        assert example_inputs(model, recipe).keys() - {"use_cache"} == {"input_ids"}
+        assert example_inputs(model, RunRecipe(states=seen)).keys() - {"use_cache"} == {"input_ids"}
 
-    def test_what_states_do_not_let_run_is_not_tried_again(self) -> None:
+    @pytest.mark.parametrize(("idle", "runs"), [((), 0), (("cls.unused",), 2)])
+    def test_states_are_tried_only_where_layers_do_not_run(
+        self, idle: tuple[str, ...], runs: int
+    ) -> None:
         model = without_data(hf.BertLMHeadModel, bert().config)
         assert isinstance(model, hf.PreTrainedModel)
-        runs: list[Any] = []
-        for _ in range(2):
-            assert not look_for_states(
-                model, {}, ["cls.unused"], lambda given: bool(runs.append(1))
-            )
-        assert len(runs) == 2  # without states, and with some
+        ran: list[Any] = []
+        assert find_states(model, {}, idle, lambda given: bool(ran.append(1))) is None
+        assert len(ran) == runs  # without states, and with some
 
     def test_where_the_tiny_copy_does_not_run_with_states_it_is_given_none(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         plain = reach.why_not
 
-        def why_not(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-            return "no" if "encoder_hidden_states" in inputs else plain(model, inputs)
+        def why_not(
+            model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN
+        ) -> str | None:
+            return "no" if "encoder_hidden_states" in inputs else plain(model, inputs, recipe)
 
         monkeypatch.setattr(reach, "why_not", why_not)
         tiny = miniatures.tiny_model(map_of(bart()))
@@ -205,8 +206,7 @@ class TestInputs:
         )
         model = without_data(hf.BartForConditionalGeneration, config)
         assert isinstance(model, hf.PreTrainedModel)
-        observe(model)
-        assert states_of(model) is None
+        assert find_recipe(model).states is None
 
 
 class TestPruned:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
-from tp_hf_config.forward.coverage import unreached_by, working_inputs
-from tp_hf_config.forward.extra_methods import methods_beside, methods_of, outputs_of
-from tp_hf_config.model.build import Refusal
+from tp_hf_config.forward.coverage import Working, unreached_by, working_inputs
+from tp_hf_config.forward.extra_methods import methods_beside, outputs_of
 from tp_hf_config.twin.tiny.tiny_model import randomise
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -35,17 +33,10 @@ def esm() -> Any:
     return hf.EsmForMaskedLM(hf.EsmConfig(**sizes, mask_token_id=4, pad_token_id=1))
 
 
-@pytest.fixture(autouse=True)
-def nothing_seen_before() -> Iterator[None]:
-    methods_of.clear()
-    yield
-    methods_of.clear()
-
-
-def inputs_of(model: nn.Module) -> dict[str, Any]:
+def working_of(model: nn.Module) -> Working:
     working = working_inputs(model)
-    assert not isinstance(working, Refusal)
-    return working[0]
+    assert isinstance(working, Working)
+    return working
 
 
 @pytest.mark.parametrize(
@@ -62,12 +53,12 @@ def test_what_no_forward_pass_runs_is_run_by_a_method(
     model = make().double().eval()
     model.set_attn_implementation("eager")
     randomise(model)
-    inputs = inputs_of(model)
-    assert methods_of[type(model)] == methods
-    reached = unreached_by(model, inputs)
-    assert not any(only_there in name for name in reached)
-    methods_of.clear()
-    assert any(only_there in name for name in unreached_by(model, inputs) - reached)
+    working = working_of(model)
+    assert working.recipe.methods == methods
+    unreached = unreached_by(model, working.inputs, working.recipe)
+    assert not any(only_there in name for name in unreached)
+    without = unreached_by(model, working.inputs)
+    assert any(only_there in name for name in without - unreached)
 
 
 class Model(nn.Module):
@@ -104,14 +95,14 @@ class Model(nn.Module):
 
 def test_only_methods_that_make_something_of_the_inputs_and_reach_more_are_taken() -> None:
     model = Model().double()
-    inputs = inputs_of(model)
+    working = working_of(model)
+    inputs, recipe = working.inputs, working.recipe
     assert list(methods_beside(model, inputs)) == ["encode", "get_head", "get_same"]
-    assert methods_of[Model] == ("get_head",)
-    own, beside = outputs_of(model, inputs)
+    assert recipe.methods == ("get_head",)
+    own, beside = outputs_of(model, inputs, recipe)
     assert torch.equal(own, model(**inputs))
     assert torch.equal(beside, model.head(own))
-    assert unreached_by(model, inputs) == {"other.weight", "other.bias"}
-    methods_of.clear()
+    assert unreached_by(model, inputs, recipe) == {"other.weight", "other.bias"}
     assert torch.equal(outputs_of(model, inputs), own)
 
 

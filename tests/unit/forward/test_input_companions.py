@@ -141,7 +141,7 @@ def test_patches_that_are_pooled_by_their_numbers() -> None:
     model = _molmo2().double().eval()
     working = working_inputs(model)
     assert not isinstance(working, Refusal)
-    inputs, partial = working
+    inputs, partial = working.inputs, working.partial
     assert not partial
     assert inputs["pixel_values"].shape == (2, 25, 48)
     assert inputs["image_token_pooling"][:4].flatten().tolist() == list(range(16))
@@ -188,7 +188,7 @@ def test_a_protein_beside_a_text() -> None:
     randomise(model)
     working = working_inputs(model)
     assert not isinstance(working, Refusal)
-    inputs, partial = working
+    inputs, partial = working.inputs, working.partial
     assert not partial
     assert inputs["protein_input_ids"].tolist() == [
         [5, 6, 7, 8, 9, 10, 11, 5],
@@ -237,7 +237,7 @@ def test_as_many_tokens_as_the_forward_pass_says() -> None:
     randomise(model)
     working = working_inputs(model)
     assert not isinstance(working, Refusal)
-    inputs, partial = working
+    inputs, partial = working.inputs, working.partial
     assert not partial
     # a crop of 2 x 2 tokens and the whole, each row with one more, and one between; 64 / 8 of sound
     tokens = [int((inputs["input_ids"][0] == token).sum()) for token in (_IMAGE, _AUDIO)]

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 import zoo
 
+from tp_hf_config.forward.find_recipe import find_recipe
 from tp_hf_config.forward.head_splits import observe
 from tp_hf_config.forward.inputs import (
     example_inputs,
@@ -17,6 +18,7 @@ from tp_hf_config.forward.inputs import (
     text_inputs,
     video_forms,
 )
+from tp_hf_config.forward.run_recipe import PLAIN
 from tp_hf_config.model.build import Refusal, without_data
 from tp_hf_config.model.meta_run import RealNumbers
 
@@ -212,12 +214,13 @@ def test_the_form_that_runs_is_found_without_data() -> None:
     """EnCodec takes one channel of sound; its first form has none."""
     model = without_data(hf.Siglip2ForImageClassification, _siglip2().config)
     assert not isinstance(model, Refusal)
-    assert observe(model).ended
+    assert observe(model, find_recipe(model)).ended
     sound = _encodec()
     with RealNumbers(), torch.no_grad():
         shapes = [tuple(form["input_values"].shape) for form in input_forms(sound)]
     assert shapes[0][:1] == (1,)
-    assert (1, 1, shapes[0][1]) in shapes
+    assert shapes[1] == (1, 1, shapes[0][1])
+    assert find_recipe(sound.to("meta")).form == 1
 
 
 def test_a_model_of_text_has_no_text_alone() -> None:
@@ -235,7 +238,7 @@ def test_a_video_goes_beside_an_image() -> None:
         video_token_index=6,
     )
     model = hf.VideoLlavaForConditionalGeneration(config)
-    inputs = next(video_forms(model))
+    inputs = next(video_forms(model, PLAIN))
     assert (inputs["pixel_values"].shape, inputs["pixel_values_videos"].ndim) == (
         (1, 3, 32, 32),
         5,
@@ -245,7 +248,7 @@ def test_a_video_goes_beside_an_image() -> None:
         6: True,
     }
     model(**inputs)
-    assert list(video_forms(_paligemma())) == []
+    assert list(video_forms(_paligemma(), PLAIN)) == []
 
 
 def test_a_token_for_every_query_where_nothing_counts_features() -> None:

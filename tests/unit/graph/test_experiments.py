@@ -17,11 +17,9 @@ from transformers.models.llama import modeling_llama
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
 from tp_hf_config.fieldmap import field_map
-from tp_hf_config.forward.encoder_states import reads_of
-from tp_hf_config.forward.extra_methods import methods_of
-from tp_hf_config.forward.inputs import form_of
+from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
-from tp_hf_config.model.build import Builder, attention_of
+from tp_hf_config.model.build import Builder
 from tp_hf_config.model.class_digest import class_digest
 from tp_hf_config.model.disk_cache import VARIABLE
 from tp_hf_config.twin.tiny import tiny_model
@@ -40,8 +38,6 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this process a new one, as far as classes are concerned."""
     monkeypatch.setattr(field_map, "_learned", OrderedDict())
     monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
-    for registry in (form_of, methods_of, attention_of, reads_of):
-        registry.clear()  # type: ignore[attr-defined]
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -61,13 +57,13 @@ def test_what_is_read_is_what_was_found(
 ) -> None:
     model = zoo.build(name)
     first = prunable(model)
-    recipes = {key: dict(registry) for key, registry in registries().items()}
+    recipes = recipes_of(model)
     assert not first.cached
     without_experiments(monkeypatch)
     second = prunable(model)
     assert second.cached
     assert second.widths == first.widths
-    assert {key: dict(registry) for key, registry in registries().items()} == recipes
+    assert recipes_of(model) == recipes
     assert str(second).startswith(str(first))
     assert str(second).endswith(
         "from the cache of an earlier run (TP_HF_CONFIG_CACHE=off tries the class again)"
@@ -75,8 +71,12 @@ def test_what_is_read_is_what_was_found(
     assert {**second.to_dict(), "cached": False} == first.to_dict()
 
 
-def registries() -> dict[str, Any]:
-    return {"form": form_of, "methods": methods_of, "attention": attention_of, "reads": reads_of}
+def recipes_of(model: Any) -> list[RunRecipe]:
+    """How the class is run at full size and at tiny size."""
+    full = field_map.map_of(model)
+    tiny = experiments.experiments_of(full).tiny
+    assert isinstance(tiny, tiny_model.TinyModel)
+    return [full.recipe, tiny.recipe]
 
 
 def test_a_model_is_pruned_with_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,7 @@ class TracedProof:
 
     def _reading(self) -> Iterator[tuple[tuple[FieldPath, ...], list[Key]]]:
         """Yield the fields and tensor dims of each proved group that reads encoder states."""
-        read = states_of(self.model)
+        read = states_of(self.model, self.field_map.recipe.states)
         for group, keys in self.proved:
             members = {(dim.name, dim.dim) for dim in group.dims}
             if read is not None and (read.reader, read.dim) in members:

@@ -43,7 +43,8 @@ class Requirements:
 
     def __init__(self, field_map: FieldMap, base: nn.Module):
         self.builder = field_map.builder
-        self.shapes, self.layout = shapes(base), observe(base)
+        self._recipe = field_map.recipe
+        self.shapes, self.layout = shapes(base), observe(base, self._recipe)
         self._kinds = kinds_of_layers(base)
         self._several, self._shared = _several_per_unit(field_map), _shared(field_map)
 
@@ -68,7 +69,7 @@ class Requirements:
             _still_shared(dims, field, trial, built) for field, dims in self._shared.items()
         ):
             return None
-        layout = observe(model)
+        layout = observe(model, self._recipe)
         return layout if _alike(self.layout, layout) else None
 
 

@@ -6,8 +6,8 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +20,12 @@ from ...forward.coverage import Working, unreached_by, why_not, working_inputs
 from ...forward.encoder_states import states_in
 from ...forward.extra_methods import outputs_of
 from ...forward.observed_pass import AllFloat64, Result, tensors_in, watched_results
-from ...model.build import Builder, Refusal, attention_of
+from ...forward.run_recipe import RunRecipe
+from ...model.build import Refusal
 from ...model.config_json import FieldPath, with_values
 from ...model.shapes import shapes
 from ...model.tensors import compute_unsaved, saved_buffers
+from ..twin_test import TwinTest
 from .shrink import shrunken, small_tokens
 
 _LAYERS = 2
@@ -98,7 +100,25 @@ class TinyModel:
     @property
     def states(self) -> dict[str, torch.Tensor]:
         """Return the encoder states among the inputs, by name: units stand along them too."""
-        return states_in(self.model, self.inputs)
+        return states_in(self.model, self.inputs, self.recipe.states)
+
+    @property
+    def recipe(self) -> RunRecipe:
+        """How the class is run, with what running it with data showed."""
+        return self.field_map.recipe
+
+    def test(
+        self, units: int, runs: Sequence[int] = (1,), model: nn.Module | None = None
+    ) -> TwinTest:
+        """Return the experiments on a width of so many units.
+
+        Args:
+            units: how many units the width has.
+            runs: see :class:`~tp_hf_config.twin.twin_test.TwinTest`.
+            model: another build of the class to run; default: the tiny model.
+        """
+        model = self.model if model is None else model
+        return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe)
 
 
 def tiny_model(field_map: FieldMap) -> TinyModel | Refusal:
@@ -151,37 +171,36 @@ def _build(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
         if isinstance(model, Refusal):
             return model
         randomise(model)
-        working = working_inputs(model)
+        working = working_inputs(model, field_map.recipe)
         data, model, working = _with_layers_named(field_map, data, model, working)
         if isinstance(working, Refusal):
             return working
-        inputs, partial = _reaching_alike(model, working)
-        model = _with_numbers(builder, data, model, inputs)
+        working = _reaching_alike(model, working)
+        model, recipe = _with_numbers(field_map, data, model, working)
+        builder = builder.with_attention(recipe.attention)
         full = builder.build(data)
     if isinstance(full, Refusal):
         return full
-    tiny_map = learn(builder, builder.config(data), full, tiny=True)
-    watched = () if partial else watched_results(model, inputs)
-    run = TinyRun(model, inputs, partial, watched)
+    tiny_map = learn(builder, builder.config(data), full, tiny=True, recipe=recipe)
+    watched = () if working.partial else watched_results(model, working.inputs, recipe)
+    run = TinyRun(model, working.inputs, working.partial, watched)
     return TinyModel(tiny_map, field_map, lambda: run)
 
 
-def _reaching_alike(
-    model: nn.Module, working: tuple[dict[str, Any], bool]
-) -> tuple[dict[str, Any], bool]:
-    """Return working inputs; draw other weights where chance left out some of many alike parts.
+def _reaching_alike(model: nn.Module, working: Working) -> Working:
+    """Draw other weights where chance left out some of many alike parts; return what runs then.
 
     Each token takes the best of Switch's eight experts: some may be best for none. The weights of
     the model are changed in place, and put back if nothing helps.
     """
-    left_out = _left_out(model, working[0])
+    left_out = _left_out(model, working)
     if not 0 < max(left_out.values(), default=0) < 0.5:
         return working
     before, same = copy.deepcopy(model.state_dict()), 0
     for _ in range(_DRAWS):
         _draw(model)
-        again = working_inputs(model)
-        still_left_out = left_out if isinstance(again, Refusal) else _left_out(model, again[0])
+        again = working_inputs(model, working.recipe)
+        still_left_out = left_out if isinstance(again, Refusal) else _left_out(model, again)
         if not isinstance(again, Refusal) and not still_left_out:
             return again
         same = same + 1 if still_left_out == left_out else 0
@@ -191,14 +210,14 @@ def _reaching_alike(
     return working
 
 
-def _left_out(model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
+def _left_out(model: nn.Module, working: Working) -> dict[str, float]:
     """Return which share is not reached of parameters whose names differ only in their last number.
 
     These names have ``*`` for the number. Where all or none of the parameters are reached, the name
     is missing.
     """
     alike = Counter(_numbered(name) for name, _ in model.named_parameters())
-    unreached = Counter(map(_numbered, unreached_by(model, inputs)))
+    unreached = Counter(map(_numbered, unreached_by(model, working.inputs, working.recipe)))
     return {name: n / alike[name] for name, n in unreached.items() if n < alike[name]}
 
 
@@ -208,35 +227,34 @@ def _numbered(name: str) -> str:
 
 
 def _with_numbers(
-    builder: Builder, data: dict[str, Any], model: nn.Module, inputs: dict[str, Any]
-) -> nn.Module:
-    """Return the model, or one with another attention if eager attention computes NaN.
+    field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: Working
+) -> tuple[nn.Module, RunRecipe]:
+    """Return the model and how to run it, with another attention if eager attention computes NaN.
 
-    Nemotron's streaming encoder hides from eager attention all that it should see. Later builds of
-    the class then use the other attention too.
+    Nemotron's streaming encoder hides from eager attention all that it should see.
     """
-    if _computes_numbers(model, inputs) or builder.model_class in attention_of:
-        return model
-    attention_of[builder.model_class] = _OTHER_ATTENTION
-    rebuilt = builder.build_real(data)
+    if _computes_numbers(model, working):
+        return model, working.recipe
+    rebuilt = field_map.builder.with_attention(_OTHER_ATTENTION).build_real(data)
     if not isinstance(rebuilt, Refusal):
         rebuilt.load_state_dict(model.state_dict())
-        if why_not(rebuilt, inputs) is None and _computes_numbers(rebuilt, inputs):
-            return rebuilt
-    del attention_of[builder.model_class]
-    return model
+        stops = why_not(rebuilt, working.inputs, working.recipe) is not None
+        if not stops and _computes_numbers(rebuilt, working):
+            return rebuilt, replace(working.recipe, attention=_OTHER_ATTENTION)
+    return model, working.recipe
 
 
-def _computes_numbers(model: nn.Module, inputs: dict[str, Any]) -> bool:
+def _computes_numbers(model: nn.Module, working: Working) -> bool:
     """True if no output holds a NaN."""
     with torch.no_grad(), AllFloat64():
-        return not any(output.isnan().any() for output in tensors_in(outputs_of(model, inputs)))
+        outputs = tensors_in(outputs_of(model, working.inputs, working.recipe))
+        return not any(output.isnan().any() for output in outputs)
 
 
 def _with_layers_named(
-    field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: Working
-) -> tuple[dict[str, Any], nn.Module, Working]:
-    """Return config, model and inputs, with other layers named in the config if that reaches more.
+    field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: Working | Refusal
+) -> tuple[dict[str, Any], nn.Module, Working | Refusal]:
+    """Return the config, the model, and what it runs with; other layers are named if they help.
 
     What Qwen3-VL has beside its layers 8, 16 and 24 would never run in a model of two layers, and
     VipLLaVA finds no layer 6 there to read.
@@ -252,20 +270,21 @@ def _with_layers_named(
             continue
         randomise(other)
         tried = working
-        if isinstance(working, Refusal) or working[1]:
-            tried = working_inputs(other)
+        if isinstance(working, Refusal) or working.partial:
+            tried = working_inputs(other, field_map.recipe)
         still_unreached = _left(other, tried)
         if still_unreached < unreached:
             data, model, working, unreached = trial, other, tried, still_unreached
     return data, model, working
 
 
-def _left(model: nn.Module, working: Working) -> float:
+def _left(model: nn.Module, working: Working | Refusal) -> float:
     """Return how many parameters no output depends on; infinity if the model does not run."""
     if isinstance(working, Refusal):
         return math.inf
-    stops = why_not(model, working[0]) is not None
-    return math.inf if stops else len(unreached_by(model, working[0]))
+    if why_not(model, working.inputs, working.recipe) is not None:
+        return math.inf
+    return len(unreached_by(model, working.inputs, working.recipe))
 
 
 def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[FieldPath, Any]]:
