@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..forward.head_splits import HeadSplits
 from ..forward.meta_pass import dry_pass
-from ..forward.run_recipe import PLAIN, RunRecipe
+from ..forward.run_recipe import PLAIN, MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
@@ -163,17 +163,22 @@ _KEPT = 32
 
 
 def map_of(
-    model: PreTrainedModel, live: tuple[Builder, nn.Module | Refusal] | None = None
+    model: PreTrainedModel,
+    live: tuple[Builder, nn.Module | Refusal] | None = None,
+    make_inputs: MakeInputs | None = None,
 ) -> FieldMap:
     """Return the field map of a live model's class around its config; learned once per config.
 
     Args:
         model: the live model.
         live: what ``build_live`` returns for it, if the caller has that already.
+        make_inputs: the user's function that makes inputs, if there is one. What is learned with it
+            is kept for it alone, and not on disk.
 
     Raises:
-        UnsupportedModelError: the config does not build the model that it belongs to, or no field
-            of it sets a width (a timm architecture is chosen by its name).
+        UnsupportedModelError: the config does not build the model that it belongs to, no field of
+            it sets a width (a timm architecture is chosen by its name), or the user's function
+            raises.
     """
     builder, full = live or build_live(model)
     if isinstance(full, Refusal):
@@ -190,10 +195,11 @@ def map_of(
             f"{type(model).__name__} and its config disagree before any pruning: {reason}"
         )
     options = tuple(builder.options.items())
-    key = (type(model), model.config.to_json_string(use_diff=False), builder.dtype, options)
+    data = model.config.to_json_string(use_diff=False)
+    key = (type(model), data, builder.dtype, options, id(make_inputs))  # the map holds the function
     if key not in _learned:
         with _old_objects_aside():
-            _learned[key] = _stored_or_learned(builder, model.config, full)
+            _learned[key] = _stored_or_learned(builder, model.config, full, make_inputs)
         while len(_learned) > _KEPT:
             _learned.popitem(last=False)
     field_map = _learned[key]
@@ -205,11 +211,20 @@ def map_of(
     return field_map
 
 
-def _stored_or_learned(builder: Builder, config: PreTrainedConfig, full: nn.Module) -> FieldMap:
-    """Return a field map from the cache on disk, or learn it and put it there."""
-    digest = None if folder() is None else class_digest(builder, full)
+def _stored_or_learned(
+    builder: Builder,
+    config: PreTrainedConfig,
+    full: nn.Module,
+    make_inputs: MakeInputs | None,
+) -> FieldMap:
+    """Return a field map from the cache on disk, or learn it and put it there.
+
+    What a user's function makes is not known to be the same in another process.
+    """
+    kept = folder() is not None and make_inputs is None
+    digest = class_digest(builder, full) if kept else None
     if digest is None:
-        return learn(builder, config, full)
+        return learn(builder, config, full, make_inputs=make_inputs)
     key = entry_key(digest, "field map", config_json(config, use_diff=False))
     state = load(key)
     if state is not None:
@@ -260,6 +275,7 @@ def learn(
     full: nn.Module,
     tiny: bool = False,
     recipe: RunRecipe | None = None,
+    make_inputs: MakeInputs | None = None,
 ) -> FieldMap:
     """Learn the field map of one model class around one config.
 
@@ -270,11 +286,12 @@ def learn(
         tiny: the config is a tiny model's: keep all its layers, and take no field as left to a
             default.
         recipe: how the class is run with this config; default: it is found.
+        make_inputs: the user's function that makes inputs, for a recipe that is found.
     """
     data = config_json(config, use_diff=False)
     depth = Depth(data) if tiny else shallow(builder, data, full)
     declared, unset = candidates(builder, depth.data)
-    study = Study(builder, depth, {}, recipe)
+    study = Study(builder, depth, {}, recipe, make_inputs)
     implied = free(study, {} if tiny else all_implied(study, unset), declared)
     study = Study(builder, depth, implied, study.recipe)
     values = {**declared, **implied}

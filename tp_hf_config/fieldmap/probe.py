@@ -12,7 +12,7 @@ from torch import nn
 
 from ..forward.find_recipe import find_recipe
 from ..forward.head_splits import HeadSplits, counts_of, observe
-from ..forward.run_recipe import RunRecipe
+from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, with_values
 from ..model.shapes import named_modules, shapes, vanished_counts
@@ -151,6 +151,7 @@ class Study:
         depth: Depth,
         implied: Mapping[FieldPath, int],
         recipe: RunRecipe | None = None,
+        make_inputs: MakeInputs | None = None,
     ):
         self.builder = builder
         self.refused: list[FieldPath] = []
@@ -162,7 +163,7 @@ class Study:
             raise ValueError(f"the class does not build its own config: {model.reason}")
         self.model = model
         self.shapes = shapes(model)
-        self.recipe = find_recipe(model) if recipe is None else recipe
+        self.recipe = find_recipe(model, make_inputs) if recipe is None else recipe
         self.layout = observe(model, self.recipe)
         self.base = self._sizes(self.shapes, self.layout)
         self.attributes = _numbers(model)

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import in_one_line
+from ..errors import UnsupportedModelError, in_one_line
 from ..model.build import Refusal
 from .encoder_states import states_in
 from .extra_methods import methods_beside, outputs_of
+from .given_inputs import function_name, given_inputs, shapes_in
 from .inputs import example_inputs, input_forms, second_sample, text_inputs, video_forms
 from .observed_pass import AllFloat64, tensors_in
 from .optional_inputs import optional_arguments, with_optional
-from .run_recipe import PLAIN, RunRecipe
+from .run_recipe import PLAIN, MakeInputs, RunRecipe
 
 _LONG_TEXT = 32
 
@@ -38,6 +39,10 @@ class Working:
     inputs: dict[str, Any]
     partial: bool
     recipe: RunRecipe
+
+
+class InputsRefusal(Refusal):
+    """The user's ``make_inputs=`` is at fault; ``reason`` says whose it is and what to do."""
 
 
 class GradientsError(Exception):
@@ -58,6 +63,8 @@ def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> Working | Ref
     Returns:
         What it runs with, or a refusal with the first error if no form runs.
     """
+    if recipe.make_inputs is not None:
+        return _with_given(model, recipe, recipe.make_inputs)
     first = example_inputs(model, recipe)  # it went furthest without data
     short = islice(input_forms(model, recipe, length=3), 1)
     forms = chain([first], input_forms(model, recipe), short)
@@ -74,6 +81,27 @@ def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> Working | Ref
                 stopped = str(error)
         reason = reason or stopped or ""
     return Refusal(f"the tiny model does not run: {reason}")
+
+
+def _with_given(model: nn.Module, recipe: RunRecipe, make_inputs: MakeInputs) -> Working | Refusal:
+    """Return what the user's function makes, and the methods that reach more of the model."""
+    try:
+        inputs = given_inputs(model, make_inputs)
+    except UnsupportedModelError as error:
+        return InputsRefusal(str(error))
+    stopped = why_not(model, inputs)
+    if stopped is not None:
+        return InputsRefusal(
+            f"{type(model).__name__} does not run with what make_inputs="
+            f"{function_name(make_inputs)} returned for a small {type(model.config).__name__}, "
+            f"{shapes_in(inputs)}: {stopped.rstrip('.')}. Take every size from the config that the "
+            "function is given, and return all that model(**inputs) needs."
+        )
+    try:
+        methods = _methods_reaching(model, inputs, unreached_by(model, inputs))
+    except GradientsError as error:
+        return Refusal(f"the tiny model does not run: {error}")
+    return Working(inputs, False, replace(recipe, methods=methods))
 
 
 def _reaching(model: nn.Module, working: Working) -> Working:

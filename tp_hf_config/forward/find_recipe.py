@@ -9,21 +9,29 @@ import torch
 from torch import nn
 
 from ..model.meta_run import RealNumbers
-from .encoder_states import find_states
+from .encoder_states import ARGUMENTS, find_states
 from .head_splits import splits_with
 from .inputs import example_inputs, input_forms
-from .run_recipe import RunRecipe
+from .run_recipe import MakeInputs, RunRecipe
 
 
-def find_recipe(model: nn.Module) -> RunRecipe:
+def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunRecipe:
     """Return how a class is run: the form of its inputs, and the encoder states that it reads.
 
     Args:
         model: the class built from the config, on the meta device.
+        make_inputs: the user's function that makes the inputs, if there is one.
+
+    Raises:
+        UnsupportedModelError: the user's function raises, or returns no dict.
     """
-    recipe = RunRecipe(form=_best_form(model))
+    recipe = RunRecipe(_best_form(model) if make_inputs is None else 0, make_inputs=make_inputs)
     with torch.no_grad(), RealNumbers():
         inputs = example_inputs(model, recipe)
+    if make_inputs is not None:
+        if not any(name in inputs for name in ARGUMENTS):
+            return recipe
+        inputs = {name: value for name, value in inputs.items() if name not in ARGUMENTS}
     idle = splits_with(model, inputs).idle
     states = find_states(model, inputs, idle, lambda given: splits_with(model, given).ended)
     return replace(recipe, states=states)

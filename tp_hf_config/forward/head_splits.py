@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..model.meta_run import NoValues, RealNumbers
 from .inputs import example_inputs, text_inputs
 from .run_recipe import PLAIN, RunRecipe
@@ -80,9 +81,12 @@ def observe(model: nn.Module, recipe: RunRecipe = PLAIN) -> HeadSplits:
         model: the model.
         recipe: how its class is run.
     """
-    with torch.no_grad(), RealNumbers():
-        text = text_inputs(model)
-        inputs = example_inputs(model, recipe)
+    try:
+        with torch.no_grad(), RealNumbers():
+            text = text_inputs(model) if recipe.make_inputs is None else None
+            inputs = example_inputs(model, recipe)
+    except UnsupportedModelError:  # the user's function does not take this config
+        return HeadSplits()
     splits = splits_with(model, inputs)
     return splits if splits.ended or text is None else splits.joined(splits_with(model, text))
 

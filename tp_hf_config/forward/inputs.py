@@ -17,6 +17,7 @@ from torch import nn
 
 from ..model.meta_run import NoValues
 from .encoder_states import ARGUMENTS, made_states
+from .given_inputs import given_inputs
 from .input_companions import BESIDE, DISPENSABLE
 from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, size_of
 from .observed_pass import tensors_in
@@ -53,6 +54,8 @@ def example_inputs(
     Returns:
         For text ``(1, length)`` token ids, for vision ``(1, channels, height, width)`` pixels of
         the config's own size, for speech ``(1, bins, frames)`` features or ``(1, samples)`` values.
+
+    With ``recipe.make_inputs``, it returns what that function makes, in any length.
     """
     return next(input_forms(model, recipe, config, length, recipe.form))
 
@@ -90,12 +93,16 @@ def input_forms(
 
     Args:
         model: the model.
-        recipe: how its class is run; the encoder states that it reads are in it.
+        recipe: how its class is run: the encoder states that it reads, or the user's function that
+            makes the only form.
         config: the config to take sizes from; the model's own unless given.
         length: number of tokens of text.
         first: how many forms to skip.
         also: arguments that are given although the class can do without.
     """
+    if recipe.make_inputs is not None:
+        yield given_inputs(model, recipe.make_inputs, config)
+        return
     parameters = inspect.signature(model.forward).parameters
     config = model.config if config is None else config
     plain, *others = _texts(model, parameters, config, length)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .encoder_states import States
+
+MakeInputs = Callable[[Any], Mapping[str, Any]]
+"""A user's function: takes a config, returns keyword arguments of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,14 @@ class RunRecipe:
         methods: methods to run beside the forward pass; their results count as outputs.
         attention: the attention implementation: eager, unless that computes NaN.
         states: the encoder states that it reads, if any.
+        make_inputs: the user's function that makes the inputs; then they have no form.
     """
 
     form: int = 0
     methods: tuple[str, ...] = ()
     attention: str = "eager"
     states: States | None = None
+    make_inputs: MakeInputs | None = None
 
 
 PLAIN = RunRecipe()

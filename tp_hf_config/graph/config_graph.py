@@ -17,6 +17,7 @@ from torch_pruning import _helpers, dependency, ops
 from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
+from ..forward.run_recipe import MakeInputs
 from ..model.config_json import field_name
 from ..model.tensors import tensor
 from .cut import Cuts
@@ -80,6 +81,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             take every value.
         heads: the fields whose groups follow the pruner's head ratios.
         notes: lines for the first report about the graph.
+        make_inputs: the user's function that made the inputs of the proofs, if there is one.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         multiples: Mapping[Any, int] | None = None,
         heads: Collection[Any] = (),
         notes: Sequence[str] = (),
+        make_inputs: MakeInputs | None = None,
     ):
         super().__init__()
+        self.make_inputs = make_inputs
         self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
         self.awaited = False  # True while a constructor runs that will take this graph
         self.register_customized_layer(Units, UNITS)

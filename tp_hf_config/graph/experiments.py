@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap, from_state, state_of
 from ..fieldmap.legal_values import straying, vanishing
 from ..fieldmap.unit_shares import units_of
+from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal
 from ..model.class_digest import entry_key
 from ..model.config_json import field_name
@@ -53,12 +55,18 @@ def experiments_of(field_map: FieldMap, made: TinyModel | None = None) -> Experi
     Args:
         field_map: the field map of the class around the config.
         made: the tiny model, if the config is its own; else it is built.
+
+    Raises:
+        UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
     if field_map not in _experiments:
         with one_thread(), nullcontext() if made is None else suspended():
             found = _stored(field_map) or _made(field_map, made or tiny_model(field_map))
             _experiments[field_map] = found
-    return _experiments[field_map]
+    found = _experiments[field_map]
+    if isinstance(found.tiny, InputsRefusal):
+        raise UnsupportedModelError(found.tiny.reason)
+    return found
 
 
 def _made(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..fieldmap.field_map import FieldMap, map_of
 from ..fieldmap.solve.explain import some
+from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import VARIABLE
@@ -169,6 +170,7 @@ def prunable(
     model_or_config: nn.Module | PreTrainedConfig,
     *,
     model_class: type[PreTrainedModel] | None = None,
+    make_inputs: MakeInputs | None = None,
 ) -> Prunable:
     """Return what can be pruned in a model through the graph made from its config.
 
@@ -178,17 +180,24 @@ def prunable(
     Args:
         model_or_config: a model (the meta device will do), or a config.
         model_class: the class to build from a config; default: as in :func:`~tp_hf_config.plan`.
+        make_inputs: a function of a config that returns a dict: the keyword arguments of one
+            forward pass, for a class that the library cannot feed by itself. It is called with
+            configs of this class that have fewer layers and smaller sizes too, so it has to take
+            every size from the config. Best are two samples that differ, ``(2, ...)``.
+            Floating point tensors are cast to the model's dtype and device. Nothing that is learned
+            with it is kept on disk.
 
     Returns:
         The widths: one for each config field, or joint fields, with its groups or a reason.
 
     Raises:
-        UnsupportedModelError: there is no single Hugging Face model that can be followed, or the
-            config builds none.
+        UnsupportedModelError: there is no single Hugging Face model that can be followed, the
+            config builds none, or ``make_inputs`` raises or returns what the class does not run
+            with.
         TypeError: ``model_or_config`` is neither a module nor a config.
     """
     model = model_of(model_or_config, model_class)
-    field_map = map_of(model)
+    field_map = map_of(model, make_inputs=make_inputs)
     widths = widths_of(model, field_map)
     return Prunable(type(model).__name__, widths, experiments_of(field_map).cached)
 

@@ -30,6 +30,7 @@ from ..fieldmap.solve.fit import build_as, fit
 from ..fieldmap.solve.integers import Conflict
 from ..forward.encoder_states import states_of
 from ..forward.head_splits import counts_of, heads_of, splits_after
+from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, config_json, field_name, value_at
@@ -69,12 +70,12 @@ class Follower:
         UnsupportedModelError: the model cannot be followed, or its config does not build it.
     """
 
-    def __init__(self, pruner: Any):
+    def __init__(self, pruner: Any, make_inputs: MakeInputs | None = None):
         self.pruner = pruner
         self.prefix, self.model = find_pretrained(pruner.model)
         check_followable(self.model)
         builder, built = build_live(self.model, buffers=True)
-        self.field_map = map_of(self.model, (builder, built))  # raises if nothing was built
+        self.field_map = map_of(self.model, (builder, built), make_inputs)  # raises if unbuilt
         self.view = WidthView(self.model, self.field_map)
         assert not isinstance(built, Refusal)
         self.reference: nn.Module = built

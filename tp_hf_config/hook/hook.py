@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from ..forward.run_recipe import MakeInputs
     from ..graph.config_graph import ConfigGraph
     from ..graph.traced.head_schedule import HeadSchedule
     from .follow import Follower
@@ -45,14 +46,22 @@ class HFConfigSyncHook:
             default the hook does the nearest that the class accepts and says so in the report; for
             a shared config it warns (:class:`~tp_hf_config.PrunerSettingsWarning`). Settings that
             no config could describe raise in either case, before any weight is touched.
+        make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
+            class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
+            Needed only without ``pruner_kwargs(make_inputs=)``, and with a traced graph.
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
     """
 
-    def __init__(self, graph: Graph = "auto", strict: bool = False) -> None:
+    def __init__(
+        self,
+        graph: Graph = "auto",
+        strict: bool = False,
+        make_inputs: MakeInputs | None = None,
+    ) -> None:
         check_graph(graph)
-        self.graph, self.strict = graph, strict
+        self.graph, self.strict, self.make_inputs = graph, strict, make_inputs
         self.reports: list[SyncReport] = []
         self._why = "traced graph: registered with a pruner that had it"
         self._unproved: list[str] = []
@@ -130,7 +139,8 @@ class HFConfigSyncHook:
                 )
             self._why = "traced graph: asked for"
         elif graph is None and (self.graph == "config" or not self._why):
-            by_config = by_itself(model, arguments, must=self.graph == "config")
+            must = self.graph == "config"
+            by_config = by_itself(model, arguments, must, self.make_inputs)
             if isinstance(by_config, str):
                 self._why = f"traced graph: {by_config}"
             else:
@@ -139,7 +149,8 @@ class HFConfigSyncHook:
                 graph, self._why = inputs.graph, inputs.why
         check_handed(getattr(inputs, "handed", {}), arguments, traced=graph is None)
         if graph is not None:
-            settle(WidthView(pretrained, map_of(pretrained)), graph, arguments)
+            field_map = map_of(pretrained, make_inputs=graph.make_inputs)
+            settle(WidthView(pretrained, field_map), graph, arguments)
         return graph
 
     def attach(self, pruner: Any) -> None:
@@ -166,7 +177,7 @@ class HFConfigSyncHook:
                 "this HFConfigSyncHook follows another pruner already: give every pruner a hook "
                 "of its own, or remove() the handle of the other one first"
             )
-        follower = Follower(pruner)
+        follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
         check_config_is_own(pruner, follower.model, follower.sharers, self.strict)
         steering = UnitSteering(pruner)
         schedule = HeadSchedule(pruner, follower.accepts_heads)

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import map_of
+from ..forward.coverage import InputsRefusal
+from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.disk_cache import suspended
 from ..model.from_config import model_of
@@ -90,6 +93,7 @@ def supports(
     *,
     model_class: type[PreTrainedModel] | None = None,
     seed: int = 0,
+    make_inputs: MakeInputs | None = None,
 ) -> Support:
     """Prune every width of a class at tiny size, and report which of them work.
 
@@ -104,10 +108,12 @@ def supports(
         model_class: the class to build from a config; default: the class that the config names, or
             the one that the auto classes have for it.
         seed: the seed of the tiny model's random weights.
+        make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
+            class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
 
     Raises:
         UnsupportedModelError: ``source`` is not a single Hugging Face model, or a config that
-            builds none.
+            builds none; or ``make_inputs`` raises or returns what the class does not run with.
         TypeError: ``source`` is neither a module nor a config.
     """
     model = model_of(source, model_class)
@@ -118,16 +124,24 @@ def supports(
         quiet_transformers(),
         suspended(),
     ):
-        case = prepared(model, seed)
+        case = prepared(model, seed, make_inputs)
         if isinstance(case, Refusal):
             return Support(name, why_not=case.reason, seed=seed)
         widths = tuple(after_reload(trial, type(model)) for trial in trials(case, Path(folder)))
     return Support(name, widths, None, case.tiny.partial, seed)
 
 
-def prepared(model: PreTrainedModel, seed: int) -> Subject | Refusal:
-    """Return the model to prune with its tiny model, or why no tiny model of the class runs."""
-    tiny = tiny_model(map_of(model))
+def prepared(
+    model: PreTrainedModel, seed: int, make_inputs: MakeInputs | None = None
+) -> Subject | Refusal:
+    """Return the model to prune with its tiny model, or why no tiny model of the class runs.
+
+    Raises:
+        UnsupportedModelError: the class does not run with what the user's function makes.
+    """
+    tiny = tiny_model(map_of(model, make_inputs=make_inputs))
+    if isinstance(tiny, InputsRefusal):
+        raise UnsupportedModelError(tiny.reason)
     if isinstance(tiny, Refusal):
         return tiny
     return subject(tiny, seed)

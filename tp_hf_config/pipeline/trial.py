@@ -160,7 +160,9 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
         case: the model, which is not changed, and its inputs.
         folder: where pruned copies are saved.
     """
-    widths = widths_of(case.model, map_of(case.model), case.tiny)  # type: ignore[arg-type]
+    model: Any = case.model
+    field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
+    widths = widths_of(model, field_map, case.tiny)
     proved = {name for width in widths if width.reason is None for name in width.names}
     for number, width in enumerate(widths):
         if width.reason is not None and proved & set(width.names):
@@ -177,7 +179,7 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
         hook = HFConfigSyncHook()
         try:
             with _quiet():
-                pruner = _pruner(copied, width, steps, hook)
+                pruner = _pruner(case, copied, width, steps, hook)
         except TPHFConfigError as error:
             return Trial(WidthSupport(width.names, "refused", width.reason or str(error)))
         except Exception as error:
@@ -206,12 +208,14 @@ def _least(width: Width) -> int:
     return max(max(group.count.minimum, group.count.channel_groups) for group in width.groups)
 
 
-def _pruner(model: nn.Module, width: Width, steps: int, hook: HFConfigSyncHook) -> Any:
+def _pruner(
+    case: Subject, model: nn.Module, width: Width, steps: int, hook: HFConfigSyncHook
+) -> Any:
     import torch_pruning as tp
 
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=width.names),
+        **pruner_kwargs(model, prune=width.names, make_inputs=case.tiny.recipe.make_inputs),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=RATIO,
         iterative_steps=steps,

@@ -16,6 +16,7 @@ from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap, map_of
 from ..fieldmap.model_view import WidthView
+from ..forward.run_recipe import MakeInputs
 from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
@@ -51,6 +52,7 @@ def plan(
     iterative_pruning_ratio_scheduler: Scheduler | None = None,
     target_params: float | None = None,
     model_class: type[PreTrainedModel] | None = None,
+    make_inputs: MakeInputs | None = None,
 ) -> Plan:
     """Compute what pruning with these settings gives, without pruning and without weights.
 
@@ -79,20 +81,23 @@ def plan(
             if ``head_pruning_ratio`` is 0.
         model_class: the class of a config. Default: the one that the config names, else the first
             that exists of a causal or other language model, a classifier and a base model.
+        make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
+            class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
+            ``plan.pruner_kwargs()`` uses it too.
 
     Returns:
         The plan; ``print`` it.
 
     Raises:
-        UnsupportedModelError: there is not exactly one Hugging Face model, or a field cannot be
-            pruned.
+        UnsupportedModelError: there is not exactly one Hugging Face model, a field cannot be
+            pruned, or ``make_inputs`` raises or returns what the class does not run with.
         ValueError: a ratio is outside 0 to 1 or no width follows it, ``gqa`` is unknown, heads are
             both asked for and ruled out, or the target cannot be reached.
         TypeError: neither a model nor a config.
     """
     check_gqa(gqa)  # fail before anything is built
     model = model_of(model_or_config, model_class)
-    field_map = map_of(model)
+    field_map = map_of(model, make_inputs=make_inputs)
     view = WidthView(model, field_map)
     fixed = dict(ratios or {})
     names = None if prune is None and not fixed else names_in(prune or fixed)
@@ -246,6 +251,7 @@ def _plan(
         notes=(*notes, *_handed(chosen), *_heads_stay(chosen, settings)),
         _live=weakref.ref(source) if live else lambda: None,
         _fields=dict(field_map.values),
+        _make_inputs=field_map.recipe.make_inputs,
     )
 
 

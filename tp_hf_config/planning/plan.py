@@ -11,6 +11,7 @@ from torch import nn
 from .. import notebook
 from ..errors import ConfigSyncError, UnsupportedModelError
 from ..fieldmap.field_map import map_of
+from ..forward.run_recipe import MakeInputs
 from ..model.config_json import FieldPath
 from ..model.locate import find_pretrained
 from ..notebook import short
@@ -133,6 +134,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     _live: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
+    _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
 
     @property
     def values(self) -> dict[str, int]:
@@ -162,7 +164,8 @@ class Plan:
                 "the model to prune: plan.pruner_kwargs(model)."
             )
         _, pretrained = find_pretrained(model)
-        if type(pretrained).__name__ != self.model or map_of(pretrained).values != self._fields:
+        same = type(pretrained).__name__ == self.model
+        if not same or map_of(pretrained, make_inputs=self._make_inputs).values != self._fields:
             raise UnsupportedModelError(
                 f"this plan was made for a {self.model} with another config than the one of this "
                 f"{type(pretrained).__name__}. Make a new one: tp_hf_config.plan(model, ...)."
@@ -176,6 +179,7 @@ class Plan:
             prune_num_heads=asked.prune_num_heads,
             gqa=asked.gqa,
             round_to=asked.round_to,
+            make_inputs=self._make_inputs,
         )
         kwargs |= {
             "pruning_ratio": asked.pruning_ratio,

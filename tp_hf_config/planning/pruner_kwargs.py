@@ -12,6 +12,7 @@ from ..errors import UnsupportedModelError, closest
 from ..fieldmap.field_map import map_of
 from ..fieldmap.model_view import WidthView
 from ..forward.inputs import example_inputs, tensors_with_grad
+from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
 from ..graph.prunable import said_along, said_handed, widths_of
 from ..graph.pruner_access import GraphInputs
@@ -37,6 +38,7 @@ def pruner_kwargs(
     gqa: Gqa | None = None,
     prune_head_dims: bool | None = None,
     round_to: int | None = None,
+    make_inputs: MakeInputs | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Return arguments for a Torch-Pruning pruner of this model, learned from its class.
@@ -65,6 +67,9 @@ def pruner_kwargs(
             ``pruning_ratio``. Default: in a traced graph, if the class has no other way to make the
             hidden size smaller (BERT).
         round_to: a multiple that widths keep, besides what the class requires.
+        make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
+            class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
+            The hook then uses it too.
         arguments: any other arguments of the pruner. Those that the model has a say in
             (``ignored_layers``, ``num_heads``, ``pruning_ratio_dict``, ...) are merged with what it
             needs, the others are passed on. A width stays if ``ignored_layers`` or
@@ -74,8 +79,9 @@ def pruner_kwargs(
         Keyword arguments; pass them on with ``**``.
 
     Raises:
-        UnsupportedModelError: there is not exactly one Hugging Face model that can be followed, or
-            a field or heads cannot be pruned; the message has the reason and the fields that can.
+        UnsupportedModelError: there is not exactly one Hugging Face model that can be followed, a
+            field or heads cannot be pruned (the message has the reason and the fields that can), or
+            ``make_inputs`` raises or returns what the class does not run with.
         ValueError: ``graph`` or ``gqa`` is unknown, ``gqa`` is given but heads are not pruned, or a
             ratio is outside 0 to 1.
         TypeError: not a model, or an argument that no pruner has.
@@ -88,7 +94,7 @@ def pruner_kwargs(
         check_share(f"ratios: {name}", ratio)
     prefix, pretrained = find_pretrained(model)
     check_followable(pretrained)
-    view = WidthView(pretrained, map_of(pretrained))
+    view = WidthView(pretrained, map_of(pretrained, make_inputs=make_inputs))
     fields = None if prune is None and ratios is None else names_in(prune or ratios or ())
     given = {**arguments, "round_to": round_to, "prune_num_heads": heads}
     if prune_head_dims is not None:
@@ -122,7 +128,12 @@ def pruner_kwargs(
     )
 
 
-def by_itself(model: nn.Module, arguments: Mapping[str, Any], must: bool) -> dict[str, Any] | str:
+def by_itself(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    must: bool,
+    make_inputs: MakeInputs | None = None,
+) -> dict[str, Any] | str:
     """Return arguments for a pruner that got none from ``pruner_kwargs``, or why to trace instead.
 
     If head dims are asked for but cannot be pruned, they stay and a warning says so.
@@ -131,12 +142,13 @@ def by_itself(model: nn.Module, arguments: Mapping[str, Any], must: bool) -> dic
         model: what is pruned.
         arguments: those of the pruner's constructor.
         must: raise instead of returning a reason to trace.
+        make_inputs: the user's function that makes inputs, if there is one.
 
     Raises:
         UnsupportedModelError: heads cannot be pruned, or no width is proved.
     """
     prefix, pretrained = find_pretrained(model)
-    view = WidthView(pretrained, map_of(pretrained))
+    view = WidthView(pretrained, map_of(pretrained, make_inputs=make_inputs))
     wanted = wanted_by(arguments, bool(prefix))
     given = {name: arguments[name] for name in MERGED if name in arguments}
     try:
@@ -169,7 +181,8 @@ def _graph_of(view: WidthView, chosen: Chosen, prefix: str) -> ConfigGraph:
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
     notes = [*chosen.kept, *(f"{name} stays: {reason}" for name, reason in chosen.left.items())]
-    return ConfigGraph(view.model, groups, prefix, multiples_of(view, chosen), heads, notes)
+    multiples, recipe = multiples_of(view, chosen), view.field_map.recipe
+    return ConfigGraph(view.model, groups, prefix, multiples, heads, notes, recipe.make_inputs)
 
 
 def _on_config_graph(
