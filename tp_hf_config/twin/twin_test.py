@@ -172,8 +172,7 @@ class TwinTest:
 
     def unused(self, names: Iterable[str]) -> bool:
         """True if the outputs depend on none of these parameters, whatever their values are."""
-        asked = [self.parameters[name] for name in names]
-        asked = [parameter for parameter in asked if parameter.numel()]
+        asked = [self.parameters[name] for name in names if self.parameters[name].numel()]
         if not all(parameter.requires_grad for parameter in asked):
             return False  # buffers have no gradient
         outputs = self.outputs()
