@@ -18,7 +18,7 @@ from tp_hf_config.model.from_config import model_of
 from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter
 from tp_hf_config.twin.tiny.image_sizes import smaller_images
 from tp_hf_config.twin.tiny.requirements import _keeps_order_alone, _several_per_unit
-from tp_hf_config.twin.tiny.shrink import _smaller, shrunken
+from tp_hf_config.twin.tiny.shrink import _smaller, shrunken, small_tokens
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 
 
@@ -206,6 +206,23 @@ def test_images_that_set_widths_shrink_with_the_sizes_that_follow() -> None:
     first = next(smaller_images(known, data))
     assert first["vision"] == {"image_size": 64, "patch_size": 16}
     assert first["prompt"] == {"image_size": 64, "grid": 4, "hidden": 256, "layer": 4}
+
+
+def test_the_sides_of_an_image_that_set_widths_stay_in_proportion() -> None:
+    """SegGPT puts two square images on top of each other, and takes no other shape."""
+    sides = {("image_size", 0): 896, ("image_size", 1): 448}
+    data = {"image_size": [896, 448], "width": 32}
+    known = known_of(data, sizes={**sides, ("width",): 32})
+    assert list(smaller_images(known, data)) == [
+        {"image_size": [2 * size, size], "width": 32} for size in (64, 96, 128)
+    ]
+
+
+def test_the_tiny_seggpt_computes_little() -> None:
+    """With images of full size it needed 126 GB for one pass."""
+    field_map = map_of(model_of(hf.SegGptConfig(), hf.SegGptModel))
+    data = shrunken(field_map, small_tokens(field_map), together=False)
+    assert data["image_size"] == [128, 64]
 
 
 class PaddedConfig(hf.PretrainedConfig):

@@ -20,8 +20,9 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
     """Yield configs for smaller images, with windows in proportion (Swin).
 
     First come configs in which all image sizes shrink together, with the numbers of patches that
-    follow: where one of them sets a width and others, or such numbers, do not (SAM). Then only
-    image sizes that set no width shrink.
+    follow: where one of them sets a width and others, or such numbers, do not (SAM). Then come the
+    sides of an image that is longer than wide, in proportion, where they set widths (SegGPT). Then
+    only image sizes that set no width shrink.
 
     Args:
         field_map: the field map of the class.
@@ -49,6 +50,9 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
             sides: dict[FieldPath, int] = {field: min(size, side) for field, side in images.items()}
             fewer = {field: size // patch for field, patch in grids.items()}
             yield with_values(data, {**sides, **fewer})
+    shortest = min(setting.values(), default=1)
+    for size in _IMAGES if len(set(setting.values())) > 1 else ():
+        yield with_values(data, {field: side * size // shortest for field, side in setting.items()})
     images = {field: side for field, side in images.items() if field not in setting}
     lists = {field[:-1] for field in (*images, *windows) if isinstance(field[-1], int)}
     data = with_values(data, {field: value_at(whole, field) for field in lists})
