@@ -58,7 +58,7 @@ $(OLDEST)/.test: setup.cfg tests/oldest.txt
 test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/pytest -m sample $(SIDE_BY_SIDE)
 
-# What the hook costs, how long pruning takes beside a trace and a peer, and what checking 70B takes.
+# What the hook costs, how long pruning takes beside a peer, and what checking 70B takes.
 bench: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/overhead.py

@@ -77,7 +77,7 @@ class ByHand:
         self.seconds.append(time.perf_counter() - started)
 
 
-def measure(model: PreTrainedModel, graph: str = "trace") -> dict[str, float]:
+def measure(model: PreTrainedModel) -> dict[str, float]:
     """Seconds of each part of one pruner's life, medians over its steps."""
     builder = Builder(model)
     started = time.perf_counter()
@@ -86,7 +86,7 @@ def measure(model: PreTrainedModel, graph: str = "trace") -> dict[str, float]:
     started = time.perf_counter()
     learn(builder, model.config, full)
     learned = time.perf_counter() - started
-    kwargs = pruner_kwargs(model, graph=graph)
+    kwargs = pruner_kwargs(model)
     hook, by_hand = HFConfigSyncHook(), ByHand()
     started = time.perf_counter()
     pruner = tp.pruner.MetaPruner(
@@ -127,8 +127,7 @@ def main() -> None:
     measure(llama(2))  # first use of every module is not what is measured
     figures: dict[str, dict[str, float]] = {}
     if not arguments.no_smollm2:
-        figures["SmolLM2-135M, 30 layers, traced"] = measure(smollm2())
-        figures["SmolLM2-135M, config graph"] = measure(smollm2(), "config")
+        figures["SmolLM2-135M, 30 layers"] = measure(smollm2())
     for layers in arguments.layers:
         figures[f"random Llama, {layers} layers"] = measure(llama(layers))
     table = Table(title=f"Seconds, medians of {STEPS} steps; {time.strftime('%Y-%m-%d')}")

@@ -1,11 +1,9 @@
-"""One pruner constructed and one magnitude step: the traced graph, the config graph, a peer.
+"""One pruner constructed and one magnitude step, beside a peer.
 
     python benchmarks/prune.py [--rounds 3] [--no-large] [--json FILE]
 
 Seconds on the real SmolLM2-135M, the best of some rounds in turn: FFN alone, FFN with the hidden
-size, and these with key/value groups, which a trace cannot prune; "traced" is Torch-Pruning's own
-graph (made safe by this library), "config" the graph made from the config.  OptiPFair (``pip
-install optipfair``) cuts FFNs only.  How many times faster the config graph is is printed below.
+size, and these with key/value groups.  OptiPFair (``pip install optipfair``) cuts FFNs only.
 Learning and proving is done once per model and printed by itself; ``pruner_kwargs`` for the FFN in
 a fresh process, with an empty cache on disk and with that of the run before.  Then, without
 weights, the same for 70 billion parameters, and a random Llama of 1.5 billion: the step as a
@@ -47,17 +45,17 @@ ALL = (*BOTH, "num_key_value_heads")
 HIDDEN_RATIO = 3 / 16  # 576 -> 468, which six heads divide: Llama asks for that
 
 
-def prune(model: PreTrainedModel, graph: str, fields: tuple[str, ...]) -> tuple[float, float]:
+def prune(model: PreTrainedModel, fields: tuple[str, ...]) -> tuple[float, float]:
     """Seconds to construct a pruner and to take one step."""
     ratios = {"hidden_size": HIDDEN_RATIO} if fields == ALL else None
-    kwargs = pruner_kwargs(model, graph=graph, prune=fields, ratios=ratios)
+    kwargs = pruner_kwargs(model, prune=fields, ratios=ratios)
     started = time.perf_counter()
     pruner = tp.pruner.MetaPruner(
         model,
         **kwargs,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=RATIO,
-        hooks=[HFConfigSyncHook(graph=graph)],
+        hooks=[HFConfigSyncHook()],
     )
     constructed = time.perf_counter()
     pruner.step()
@@ -89,13 +87,13 @@ def on_smollm2(rounds: int) -> dict[str, Any]:
     prunable(copy.deepcopy(model))
     figures: dict[str, Any] = {"learn and prove": time.perf_counter() - started}
     rows: dict[str, Callable[[PreTrainedModel], Any]] = {
-        f"{label}, {graph}": partial(prune, graph=graph, fields=fields)
-        for label, fields in (("FFN", FFN), ("FFN and hidden size", BOTH))
-        for graph in ("config", "trace")
+        label: partial(prune, fields=fields)
+        for label, fields in (
+            ("FFN", FFN),
+            ("FFN and hidden size", BOTH),
+            ("FFN, hidden size and key/value groups", ALL),
+        )
     }
-    rows["FFN, hidden size and key/value groups, config"] = partial(
-        prune, graph="config", fields=ALL
-    )
     rows["FFN, OptiPFair"] = optipfair
     results = [
         {name: row(copy.deepcopy(model)) for name, row in rows.items()} for _ in range(rounds)
@@ -105,27 +103,6 @@ def on_smollm2(rounds: int) -> dict[str, Any]:
             (r[name] for r in results if r[name] is not None), key=total, default=None
         )
     return figures
-
-
-def speed_ups(figures: dict[str, Any]) -> dict[str, float]:
-    """How many times faster the config graph is."""
-    pairs = {
-        "FFN, traced / config": ("FFN, trace", "FFN, config"),
-        "FFN, OptiPFair / config": ("FFN, OptiPFair", "FFN, config"),
-        "both widths, traced / config": (
-            "FFN and hidden size, trace",
-            "FFN and hidden size, config",
-        ),
-        "both widths traced / all widths, config": (
-            "FFN and hidden size, trace",
-            "FFN, hidden size and key/value groups, config",
-        ),
-    }
-    return {
-        name: total(figures[slow]) / total(figures[fast])
-        for name, (slow, fast) in pairs.items()
-        if figures[slow] is not None
-    }
 
 
 FRESH = """
@@ -194,7 +171,7 @@ def on_large(layers: int = 32) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.detach().clone()
     copied = time.perf_counter() - started
-    construct, step = prune(model, "config", BOTH)
+    construct, step = prune(model, BOTH)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "parameters": size / 4,
@@ -224,9 +201,6 @@ def main() -> None:
             shown = [f"{part:.3f}" if part is not None else "" for part in parts]
             table.add_row(name, *shown, f"{total(value):.3f}")
     console.print(table)
-    figures["speed-up"] = speed_ups(figures)
-    for name, times in figures["speed-up"].items():
-        console.print(f"{name}: {times:.1f}")
     figures["fresh process"] = in_fresh_processes(arguments.rounds)
     for name, seconds in figures["fresh process"].items():
         console.print(f"pruner_kwargs for the FFN in a fresh process, {name}: {seconds:.3f} s")

@@ -43,7 +43,7 @@ class UnknownFieldError(UnsupportedModelError):
 
 
 class TracingError(TPHFConfigError):
-    """Torch-Pruning cannot trace this model; raised before anything is pruned."""
+    """Nothing raises this: no model is traced. It stays for code that catches it."""
 
 
 class PipelineError(TPHFConfigError):

@@ -114,8 +114,8 @@ class TestErrors:
             "and its config disagree before any pruning",
             "no inputs were found that it runs with",
             "has a header that is nested too deeply",  # a reason that another module says
-            "ignored_layers), the others do not, and one config field cannot say that. Ignore it "
-            "in every layer or in none",
+            "and one config field cannot say that. Ignore a layer of every group, or of none "
+            "(prune= of pruner_kwargs leaves a field out",  # a reason that a helper returns
         } <= found
 
 

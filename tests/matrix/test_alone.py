@@ -19,7 +19,13 @@ import transformers as hf
 import zoo
 from torch import nn
 
-from tp_hf_config import ConfigSyncError, HFConfigSyncHook, PrunerSettingsWarning, SyncReport
+from tp_hf_config import (
+    ConfigSyncError,
+    HFConfigSyncHook,
+    PrunerSettingsWarning,
+    SyncReport,
+    UnsupportedModelError,
+)
 from tp_hf_config.graph.config_graph import ConfigGraph
 
 FIVE = small.TRANSFORMERS >= (5,)
@@ -574,22 +580,23 @@ class OnlyFloats(hf.LlamaForCausalLM):
         return super().forward(*args, **kwargs)
 
 
-def test_where_no_tiny_model_runs_the_model_is_traced() -> None:
-    """With the arguments as they are, as Torch-Pruning would."""
-    model, hook = OnlyFloats(small.llama().config).eval(), HFConfigSyncHook()
-    pruner = tp.pruner.MetaPruner(
-        model,
-        text(),
-        L2,
-        pruning_ratio=0.5,
-        output_transform=lambda output: output.logits,
-        ignored_layers=[*layers(model, "self_attn"), model.lm_head],
-        hooks=[hook],
+def test_where_no_tiny_model_runs_the_model_is_refused() -> None:
+    model = OnlyFloats(small.llama().config).eval()
+    before = small.state_of(model)
+    with pytest.raises(UnsupportedModelError) as raised:
+        tp.pruner.MetaPruner(
+            model,
+            text(),
+            L2,
+            pruning_ratio=0.5,
+            output_transform=lambda output: output.logits,
+            ignored_layers=[*layers(model, "self_attn"), model.lm_head],
+            hooks=[HFConfigSyncHook()],
+        )
+    assert str(raised.value) == (
+        "OnlyFloats cannot be pruned: the tiny model does not run: float32 only. Which channels "
+        "belong together is found on a tiny model of the class, in float64, which has to run "
+        "forward and backward. Load the weights into a class that does: "
+        "LlamaModel.from_pretrained(...)."
     )
-    assert not isinstance(pruner.DG, ConfigGraph)
-    assert pruner.round_to is None
-    pruner.step()
-    assert hook.last_report is not None
-    assert hook.last_report.graph.startswith("traced graph: ")
-    assert "float32 only" in hook.last_report.graph
-    assert hook.last_report.fields == {"intermediate_size": (64, 32)}
+    small.assert_same(before, small.state_of(model))

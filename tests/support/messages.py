@@ -23,7 +23,6 @@ REASONING = (
     "checkpoint/*.py",
     "planning/preflight.py",
     "planning/shortfall.py",
-    "traced/preflight.py",
 )
 """Modules whose reasons reach the user as they are: in reports, warnings and notes."""
 _LEAST = 12  # letters: a shorter piece says nothing by itself

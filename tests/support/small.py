@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 import textwrap
@@ -23,8 +22,6 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
 )
-
-from tp_hf_config import pruner_kwargs
 
 TRANSFORMERS = tuple(int(part) for part in hf.__version__.split(".")[:2])
 TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
@@ -50,9 +47,6 @@ class _Llama4(hf.LlamaForCausalLM):
 
 _Llama4.__name__ = hf.LlamaForCausalLM.__name__
 LlamaForCausalLM = hf.LlamaForCausalLM if TRANSFORMERS >= (5,) else _Llama4
-
-traced_kwargs = functools.partial(pruner_kwargs, graph="trace")
-"""What these tests are about is the traced graph; the config graph has its own tests."""
 
 
 def mlp() -> nn.Sequential:

@@ -34,11 +34,11 @@ def gradients(model: Any) -> None:
     model(input_ids=TOKENS[:2], labels=TOKENS[:2]).loss.backward()
 
 
-def pruner_of(model: Any, graph: str = "config", **settings: Any) -> Any:
+def pruner_of(model: Any, **settings: Any) -> Any:
     defaults = {"importance": tp.importance.GroupMagnitudeImportance(), "pruning_ratio": 0.25}
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, graph=graph),
-        hooks=[HFConfigSyncHook(graph=graph)],
+        **pruner_kwargs(model),
+        hooks=[HFConfigSyncHook()],
         **{**defaults, **settings},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -10,21 +9,17 @@ import small
 import torch
 import torch_pruning as tp
 import transformers as hf
-from small import traced_kwargs
 from torch import nn
-from transformers.models.llama import modeling_llama
 
 import tp_hf_config
-import tp_hf_config.graph.traced.safe_tracing
 import tp_hf_config.hook.apply
 from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
     TPHFConfigError,
-    TracingError,
     UnsupportedModelError,
+    pruner_kwargs,
 )
-from tp_hf_config.model.versions import graph_module as tp_graph
 
 SYNC_LATER = "Nothing was written; go on pruning and sync again."
 
@@ -32,7 +27,7 @@ SYNC_LATER = "Nothing was written; go on pruning and sync again."
 def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
     hook = HFConfigSyncHook()
     arguments = {
-        **traced_kwargs(model),
+        **pruner_kwargs(model),
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.25,
         **kwargs,
@@ -49,7 +44,7 @@ def refused(model: nn.Module) -> str:
     before = {name: (id(p), tuple(p.shape)) for name, p in model.named_parameters()}
     messages = []
     with pytest.raises(UnsupportedModelError) as raised:
-        traced_kwargs(model)
+        pruner_kwargs(model)
     messages.append(str(raised.value))
     importance = tp.importance.GroupMagnitudeImportance()
     with pytest.raises(UnsupportedModelError) as raised:
@@ -61,7 +56,7 @@ def refused(model: nn.Module) -> str:
 
 
 def test_the_family_of_errors():
-    for error in (ConfigSyncError, TracingError, UnsupportedModelError):
+    for error in (ConfigSyncError, UnsupportedModelError):
         assert issubclass(error, TPHFConfigError)
     assert ConfigSyncError("text").conflicts == {}
 
@@ -186,18 +181,17 @@ def test_weights_of_one_byte(dtype: torch.dtype):
 
 def construction_refused(model: nn.Module, good: nn.Module) -> str:
     """What is said when the map is made; ``good`` gives the arguments that this needs."""
-    arguments = traced_kwargs(good)
+    arguments = pruner_kwargs(good)
     importance = tp.importance.GroupMagnitudeImportance()
     with pytest.raises(UnsupportedModelError) as raised:
         tp.pruner.MetaPruner(
             model,
             example_inputs=arguments["example_inputs"],
-            output_transform=arguments["output_transform"],
             importance=importance,
             hooks=[HFConfigSyncHook()],
         )
     with pytest.raises(UnsupportedModelError) as again:
-        traced_kwargs(model)
+        pruner_kwargs(model)
     assert str(raised.value) == str(again.value)
     return str(raised.value)
 
@@ -228,7 +222,7 @@ def test_merged_adapters(tmp_path):
     hook = HFConfigSyncHook()
     tp.pruner.MetaPruner(
         model,
-        **tp_hf_config.pruner_kwargs(model, prune=("intermediate_size",)),
+        **pruner_kwargs(model, prune=("intermediate_size",)),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],
@@ -260,9 +254,10 @@ def test_a_model_pruned_before_the_hook_comes():
     model = small.bert()
     pruner = tp.pruner.MetaPruner(
         model,
-        **traced_kwargs(model),
-        importance=tp.importance.GroupMagnitudeImportance(),
+        {"input_ids": torch.arange(1, 9)[None]},
+        tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
+        output_transform=lambda output: output.pooler_output,
     )
     pruner.step()
     before, graph = dict(vars(pruner)), dict(vars(pruner.DG))
@@ -288,20 +283,23 @@ def test_a_config_that_its_class_refuses():
 
 def test_prune_a_field_that_is_none():
     with pytest.raises(UnsupportedModelError) as raised:
-        traced_kwargs(small.bert(), prune=("nonsense", "hidden_size", "vocab_size"))
+        pruner_kwargs(small.bert(), prune=("nonsense", "hidden_size", "vocab_size"))
     assert str(raised.value) == (
-        "prune=['nonsense', 'hidden_size', 'vocab_size']: nonsense, vocab_size sets no width of "
-        "BertModel that tracing can prune. Fields that do: hidden_size, intermediate_size."
+        "BertModel cannot prune nonsense: no such width. Widths that can: hidden_size, "
+        "intermediate_size, num_attention_heads + hidden_size."
     )
 
 
 def test_head_dims_of_a_rotary_model():
     with pytest.raises(UnsupportedModelError) as raised:
-        traced_kwargs(small.llama(), prune_head_dims=True)
+        pruner_kwargs(small.llama(), prune_head_dims=True)
     assert str(raised.value) == (
-        "LlamaForCausalLM encodes positions in its head dims (its position tables are as wide as "
-        "a head), so they are not interchangeable. Leave prune_head_dims out, or prune whole heads "
-        "(prune_num_heads=True)."
+        "LlamaForCausalLM cannot prune head dims: it encodes positions in its head dims (its "
+        "position tables are as wide as a head), so they are not interchangeable (head_dim: units "
+        "are not interchangeable in model.layers.*.self_attn.k_proj.weight, "
+        "model.layers.*.self_attn.q_proj.weight). Leave prune_head_dims out, or prune whole heads "
+        "(prune_num_heads=True). Widths that can: hidden_size, intermediate_size, "
+        "num_attention_heads + num_key_value_heads."
     )
 
 
@@ -342,7 +340,7 @@ def test_layers_of_different_widths():
         "local ranking (global_pruning=False), or keep them all (ignored_layers=). " + SYNC_LATER
     )
     assert [group.root.name for group in hook.last_report.groups] == ["model.layers.0.mlp.up_proj"]
-    model(**traced_kwargs(small.llama())["example_inputs"])  # the model itself runs on
+    model(**pruner_kwargs(small.llama())["example_inputs"])  # the model itself runs on
 
     cut(pruner, layers[1].mlp.up_proj, list(range(8, 24)))
     report = hook.sync()
@@ -378,14 +376,6 @@ def test_a_class_that_refuses():
     assert report.fields["hidden_size"] == (32, 28)
 
 
-def test_settings_that_a_traced_graph_could_not_end_well_with():
-    """Told when the pruner is made, before anything is cut."""
-    model = small.llama()
-    with pytest.raises(ConfigSyncError, match=r"nothing of it is pruned: .*hidden_size 32 -> 29"):
-        attached(model, round_to=None, pruning_ratio=3 / 32, iterative_steps=1)
-    assert {p.shape[0] for p in model.model.norm.parameters()} == {32}
-
-
 def test_a_wrong_cut_can_be_mended_by_the_next():
     model = small.llama()
     hook, pruner = attached(model, pruning_ratio=0.0)
@@ -398,14 +388,15 @@ def test_a_wrong_cut_can_be_mended_by_the_next():
 
 @pytest.mark.parametrize("projection", ["query", "value"])
 def test_heads_pruned_unequally(projection: str):
+    """The values' dimensions are a group of their own, beside those of queries and keys."""
     model = small.bert()
     hook, pruner = attached(model)
     attention = model.encoder.layer[0].attention.self
     cut(pruner, getattr(attention, projection), [8, 10, 13])  # of the second head
     assert str(fails_to_sync(hook, model)) == (
-        "encoder.layer.0.attention.self.query: its heads lost different numbers of dimensions, so "
-        "what is left cannot be told apart into equal heads. Tell the pruner about the heads "
-        "(num_heads=, as pruner_kwargs(model) does), or keep the layer (ignored_layers=)."
+        f"encoder.layer.0.attention.self.{projection}: its heads lost different numbers of "
+        "dimensions, so what is left cannot be told apart into equal heads. Tell the pruner about "
+        "the heads (num_heads=, as pruner_kwargs(model) does), or keep the layer (ignored_layers=)."
     )
 
 
@@ -421,20 +412,8 @@ def test_heads_told_nothing_about_are_refused_not_regrouped():
     assert "lost different numbers of dimensions" in str(fails_to_sync(hook, model))
 
 
-def untied_trace(model: nn.Module) -> tuple[HFConfigSyncHook, Any]:
-    """Traced without the hook, so tied layers are in groups of their own; cut by hand."""
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **traced_kwargs(model),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.0,
-    )
-    hook = HFConfigSyncHook()
-    hook.register(pruner)
-    return hook, pruner
-
-
-EMBEDDINGS = "roberta.embeddings.word_embeddings.weight"
+EMBEDDED = "roberta.embeddings.word_embeddings"
+EMBEDDINGS = f"{EMBEDDED}.weight"
 UNTIE = (
     "RobertaForMaskedLM stores them once, so a reload would change one of them. Prune them in one "
     "group, keep them (ignored_layers=), or untie them before pruning "
@@ -445,9 +424,9 @@ UNTIE = (
 def test_ties_that_lost_different_channels():
     model = small.roberta()
     assert model.lm_head.decoder.weight is model.get_parameter(EMBEDDINGS)
-    hook, pruner = untied_trace(model)
-    cut(pruner, model.roberta.encoder.layer[0].output.dense, [0, 1, 2, 3])
-    cut(pruner, model.lm_head.dense, [4, 5, 6, 7])
+    hook, _ = attached(model)
+    tp.prune_embedding_out_channels(model.get_submodule(EMBEDDED), [0, 1, 2, 3])
+    tp.prune_linear_in_channels(model.lm_head.decoder, [4, 5, 6, 7])
     assert str(fails_to_sync(hook, model)) == (
         f"{EMBEDDINGS} and lm_head.decoder.weight are tied, one weight under two names, but lost "
         f"different channels. {UNTIE}"
@@ -457,9 +436,9 @@ def test_ties_that_lost_different_channels():
 
 def test_ties_of_different_widths():
     model = small.roberta()
-    hook, pruner = untied_trace(model)
-    cut(pruner, model.roberta.encoder.layer[0].output.dense, [0, 1, 2, 3])
-    cut(pruner, model.lm_head.dense, [0, 1, 2, 3, 4, 5, 6, 7])
+    hook, _ = attached(model)
+    tp.prune_embedding_out_channels(model.get_submodule(EMBEDDED), [0, 1, 2, 3])
+    tp.prune_linear_in_channels(model.lm_head.decoder, [0, 1, 2, 3, 4, 5, 6, 7])
     assert str(fails_to_sync(hook, model)) == (
         f"{EMBEDDINGS} has shape [40, 28] and lm_head.decoder.weight [40, 24], but they are tied, "
         f"one weight under two names. {UNTIE}"
@@ -476,7 +455,9 @@ def test_ties_coupled_by_the_hook_do_not_conflict():
 
 
 def test_ties_are_made_again_by_the_sync_after_a_failed_one():
+    """Torch-Pruning's own functions cut layers of unknown classes, which unties their weights."""
     model = small.llama(tie_word_embeddings=True)
+    model.model.embed_tokens.__class__ = type("Own", (nn.Embedding,), {})
     hook, pruner = attached(model)
     for count in (3, 1):
         cut(pruner, model.model.layers[0].mlp.down_proj, list(range(count)))
@@ -527,54 +508,6 @@ def test_a_tensor_that_the_config_cannot_size():
     )
 
 
-# Tracing
-
-
-def test_a_trace_that_does_not_end(monkeypatch: pytest.MonkeyPatch):
-    """Rotary embeddings left as they are: Torch-Pruning issue 527."""
-    model = small.llama(hidden_size=64, num_key_value_heads=2)
-    arguments = {**traced_kwargs(model), "ignored_layers": []}
-    model.train()
-    model.model.norm.weight.requires_grad_(False)
-    model.config.use_cache = True
-    before = small.state_of(model), dict(vars(model.config))
-    group, rotate = tp_graph.Group, modeling_llama.rotate_half
-    build = tp_graph.DependencyGraph._build_dependency
-    monkeypatch.setattr(tp_hf_config.graph.traced.safe_tracing, "_ROTATIONS", ())
-    started = time.perf_counter()
-    with pytest.raises(TracingError) as raised:
-        tp.pruner.MetaPruner(
-            model,
-            **arguments,
-            importance=tp.importance.GroupMagnitudeImportance(),
-            hooks=[HFConfigSyncHook()],
-        )
-    assert time.perf_counter() - started < 30
-    message = str(raised.value)
-    assert message.startswith(
-        "Torch-Pruning's trace does not end: the group that starts at model.layers."
-    )
-    assert " again and again (" in message
-    assert message.endswith(
-        "each time with other channels. The tracer mistakes a concatenation or a repeat there for "
-        "one of channels (Torch-Pruning issue 527). Put the layers around it into ignored_layers="
-    )
-    small.assert_same(before[0], small.state_of(model))
-    assert vars(model.config) == before[1]
-    assert model.training
-    assert all(module.training for module in model.modules())
-    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
-    assert (tp_graph.Group, modeling_llama.rotate_half) == (group, rotate)
-    assert tp_graph.DependencyGraph._build_dependency is build
-
-
-def test_the_same_model_traces_with_neutral_rotary():
-    model = small.llama(hidden_size=64, num_key_value_heads=2)
-    hook, pruner = attached(model)
-    pruner.step()
-    assert hook.last_report.fields == {"hidden_size": (64, 48), "intermediate_size": (64, 48)}
-
-
 # A module around the model
 
 
@@ -591,7 +524,7 @@ class Classifier(nn.Module):
 def test_a_wrapper_works_end_to_end(tmp_path: Any):
     model = Classifier().eval()
     backbone, config = model.backbone, model.backbone.config
-    kwargs = traced_kwargs(model)
+    kwargs = pruner_kwargs(model)
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
@@ -601,12 +534,11 @@ def test_a_wrapper_works_end_to_end(tmp_path: Any):
         iterative_steps=2,
         hooks=[hook],
     )
-    for hidden, ffn in ((24, 48), (16, 32)):
+    for ffn in (48, 32):
         pruner.step()
-        assert (config.hidden_size, config.intermediate_size) == (hidden, ffn)
+        assert (config.hidden_size, config.intermediate_size) == (32, ffn)
     assert backbone.config is config
-    assert model.head.in_features == 16
-    assert model.head.out_features == 3
+    assert (model.head.in_features, model.head.out_features) == (32, 3)
     assert {group.root.name.partition(".")[0] for group in hook.last_report.groups} == {"backbone"}
     backbone.save_pretrained(tmp_path)
     again = hf.BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
@@ -616,28 +548,10 @@ def test_a_wrapper_works_end_to_end(tmp_path: Any):
         assert model(ids).shape == (1, 3)
 
 
-def test_a_layer_that_the_trace_did_not_see():
-    """The wrapper's output does not depend on the pooler, so the pruner leaves it as it is."""
-    model = Classifier(pooler=True).eval()
-    before = small.state_of(model)
-    with pytest.raises(UnsupportedModelError) as raised:
-        attached(model)
-    assert str(raised.value) == (
-        "pooler.dense is as wide as hidden_size says, but the outputs that were traced do not "
-        "depend on it, so Torch-Pruning would leave it as it is. Build the model without it (BERT: "
-        "add_pooling_layer=False), return what it computes, or keep the width: "
-        "pruner_kwargs(model, prune=...)."
-    )
-    small.assert_same(before, small.state_of(model))
-    hook, pruner = attached(model, **traced_kwargs(model, prune=("intermediate_size",)))
-    pruner.step()
-    assert hook.last_report.fields == {"intermediate_size": (64, 48)}
-
-
 def test_the_head_of_a_wrapper_may_lose_its_outputs():
     """What is outside the Hugging Face model is none of the config's business."""
     model = Classifier().eval()
-    hook, _ = attached(model, ignored_layers=traced_kwargs(model)["ignored_layers"])
+    hook, _ = attached(model, ignored_layers=pruner_kwargs(model)["ignored_layers"])
     tp.prune_linear_out_channels(model.head, [0])
     assert hook.sync().fields == {}
 
@@ -738,7 +652,7 @@ def test_no_field_sets_a_width():
         "of it. Prune a class whose config holds its widths."
     )
     for attempt in (
-        lambda: traced_kwargs(model),
+        lambda: pruner_kwargs(model),
         lambda: tp_hf_config.prunable(model),
         lambda: tp_hf_config.plan(model, pruning_ratio=0.5),
         lambda: tp_hf_config.supports(model),

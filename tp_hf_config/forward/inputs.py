@@ -348,11 +348,3 @@ def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def _may_turn(name: str) -> bool:
     """True if the second sample has this argument's last axis reversed."""
     return name in (*_TEXT, *MAIN, *ARGUMENTS) or name.endswith("token_type_ids")
-
-
-def tensors_with_grad(outputs: Any) -> list[torch.Tensor]:
-    """Return every differentiable tensor in a model's output; caches and ``None`` are left out.
-
-    Torch-Pruning's tracer fails on anything else (its ``utils.flatten_as_list``).
-    """
-    return [tensor for tensor in tensors_in(outputs) if tensor.grad_fn is not None]

@@ -98,6 +98,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.make_inputs = make_inputs
         self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
         self.awaited = False  # True while a constructor runs that will take this graph
+        self.replaced: dict[str, Any] = {}  # a pruner's attributes before it took this graph
         self.register_customized_layer(Units, UNITS)
         self.cuts = Cuts()
         self._views: dict[tuple[str, int], ParameterView] = {}

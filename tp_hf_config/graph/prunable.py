@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..fieldmap.field_map import FieldMap, map_of
@@ -16,13 +15,11 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import VARIABLE
 from ..model.from_config import model_of
-from ..model.surroundings import one_thread
 from ..model.tensors import parameter_names, tensor
 from ..notebook import page, short, table
 from ..schema import dated
 from ..twin.find_groups import in_positions
 from ..twin.group import Finding
-from ..twin.layout import TensorDim, UnitLayout
 from ..twin.tiny.tiny_model import TinyModel
 from .experiments import experiments_of
 from .full_size import Group, expand
@@ -45,9 +42,6 @@ class Width:
         layers: how many layers of the model have tensor dims in its groups.
         parameters: how many parameters one unit holds in all of the groups.
         reason: why it cannot be pruned; ``None`` if it can.
-        disproved: an experiment ruled it out (it told its units apart, say); groups found in any
-            other way would be wrong too.
-        tried: experiments were made with the class; False if its tiny model does not run.
         along: parameters that no output depends on; they lose the same units as the residual
             stream, which no experiment can show.
         outward: an output of the model is as wide, so whatever reads it has to be pruned alike.
@@ -61,8 +55,6 @@ class Width:
     layers: int = 0
     parameters: int = 0
     reason: str | None = None
-    disproved: bool = False
-    tried: bool = True
     along: tuple[str, ...] = ()
     outward: bool = False
     handed: tuple[str, ...] = ()
@@ -215,10 +207,7 @@ def widths_of(
     field_map = field_map or map_of(model)
     experiments = experiments_of(field_map, made)
     if isinstance(experiments.tiny, Refusal):
-        return tuple(
-            Width((field,), reason=experiments.tiny.reason, tried=False)
-            for field in field_map.values
-        )
+        return tuple(Width((field,), reason=experiments.tiny.reason) for field in field_map.values)
     names = tuple(map(tuple, parameter_names(model).values()))
     if names not in experiments.widths:
         widths = tuple(_width(f, experiments.tiny, field_map, model) for f in experiments.findings)
@@ -234,52 +223,18 @@ def _bound(field_map: FieldMap) -> tuple[Width, ...]:
             (field,),
             reason=f"{field_map.builder.config_class.__name__} takes no other value of it alone, "
             f"only with {' or '.join(field_name(other) for other in others)}",
-            disproved=True,
         )
         for field, others in field_map.bound.items()
         if field not in field_map.values
     )
 
 
-def single_positions(group: Group, field_map: FieldMap) -> bool:
-    """True if single positions of a group's units are interchangeable, not just whole units.
-
-    If a class makes an inner width four times the hidden size, a unit of the field is four
-    channels of it, and a trace may cut them one by one.
-
-    Args:
-        group: a proved group of the real model; its kind is tested on the tiny model.
-        field_map: the real model's, with which :func:`widths_of` has run.
-    """
-    done = experiments_of(field_map)
-    canonical = field_map.depth.canonical
-    group_dims = {(canonical(member.name), member.dim) for member in group.dims}
-    inputs = set() if isinstance(done.tiny, Refusal) else done.tiny.states.keys()
-    for tiny in (tiny for f in done.findings if not f.disproved for tiny in f.groups):
-        sizes = {dim.layout.parts * dim.layout.run for dim in tiny.dims}
-        tiny_dims = {
-            (field_map.depth.first(d.name), d.dim) for d in tiny.dims if d.name not in inputs
-        }
-        fused = len({(dim.name, dim.dim) for dim in tiny.dims}) < len(tiny.dims)
-        fits = tiny.fields == group.fields and tiny_dims <= group_dims and not fused
-        if isinstance(done.tiny, Refusal) or not fits or len(sizes) > 1:
-            continue
-        count = tiny.units * sizes.pop()
-        dims = [
-            TensorDim(dim.name, dim.dim, UnitLayout(offset=dim.layout.offset)) for dim in tiny.dims
-        ]
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-        with one_thread():
-            return done.tiny.test(count).proves(dims, order)
-    return False
-
-
 def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTrainedModel) -> Width:
     """Return a finding as a width of the real model, with a reason if it cannot be pruned."""
     if all(field_map.values.get(field) == 1 for field in finding.fields):
-        return Width(finding.fields, reason="it is 1: nothing of it can go", disproved=True)
+        return Width(finding.fields, reason="it is 1: nothing of it can go")
     if finding.reason is not None:
-        return Width(finding.fields, reason=finding.reason, disproved=finding.disproved)
+        return Width(finding.fields, reason=finding.reason)
     groups = expand(finding, tiny, field_map, model)
     if isinstance(groups, str) and (finer := in_positions(tiny, finding)) is not None:
         finer_groups = expand(finer, tiny, field_map, model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +11,43 @@ import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
 from .config_graph import ConfigGraph
 
+_KEPT = (
+    "model",
+    "importance",
+    "global_pruning",
+    "pruning_ratio",
+    "max_pruning_ratio",
+    "iterative_steps",
+    "round_to",
+    "isomorphic",
+    "prune_num_heads",
+    "prune_head_dims",
+    "head_pruning_ratio",
+    "root_module_types",
+)
+"""The arguments of ``BasePruner`` that a pruner keeps as they were given."""
+_SCHEDULE = (
+    "iterative_pruning_ratio_scheduler",
+    "per_step_pruning_ratio",
+    "per_step_head_pruning_ratio",
+)
+_SCOPE = "_User_Defined_Scope_"
+_LIBRARY = "torch_pruning"
+
 
 class GraphInputs(dict[str, Any]):
     """Example inputs that carry the graph to prune by; ``pruner_kwargs`` makes them.
 
-    Torch-Pruning hands ``example_inputs`` to the graph untouched, and a graph that is not traced
-    does not read them.
+    Torch-Pruning hands ``example_inputs`` to the graph untouched, and the graph made from the
+    config does not read them.
 
     Attributes:
-        graph: the graph made from the config; ``None``: trace.
-        why: text for reports: which graph it is, and why.
+        graph: the graph made from the config.
+        why: text for reports: how many groups the graph has, and how they were proved.
         handed: other arguments that a pruner needs, by name, as ``pruner_kwargs`` returned them.
     """
 
-    def __init__(self, inputs: dict[str, Any], graph: ConfigGraph | None, why: str):
+    def __init__(self, inputs: dict[str, Any], graph: ConfigGraph, why: str):
         super().__init__(inputs)
         self.graph, self.why = graph, why
         self.handed: dict[str, Any] = {}
@@ -58,3 +81,117 @@ def given_ratios(pruner: Any, group: Any) -> tuple[str, Sequence[float]] | None:
                 ratios = pruner.pruning_ratio_dict.get(node.module, pruner.per_step_pruning_ratio)
                 return scope[0], ratios
     return None
+
+
+class _PlannedRatio(float):
+    """The ratio of a layer after the last step; knows its ratios after every step."""
+
+    steps: Sequence[float]
+
+    def __new__(cls, steps: Sequence[float]) -> _PlannedRatio:
+        planned = super().__new__(cls, steps[-1])
+        planned.steps = steps
+        return planned
+
+
+def why_traced_stays(pruner: Any, constructor: Callable[..., Any]) -> str | None:
+    """Return why a pruner that has traced its model cannot get another graph; None if it can.
+
+    Args:
+        pruner: the pruner.
+        constructor: the constructor of its class, without this library's wrapper.
+    """
+    if pruner.current_step or pruner.DG.pruning_history():
+        return "it has pruned by that trace already"
+    written_in = getattr(constructor, "__globals__", {}).get("__name__", "")
+    if written_in.partition(".")[0] != _LIBRARY:
+        return f"the constructor of {type(pruner).__name__} may have kept groups of that trace"
+    return None
+
+
+def arguments_of(pruner: Any) -> dict[str, Any]:
+    """Return the arguments of ``BasePruner`` that a pruner was constructed with.
+
+    What only a trace reads (example inputs, functions for the forward pass) is not kept by a
+    pruner, and is left out.
+
+    Args:
+        pruner: a pruner that has pruned nothing yet.
+    """
+    inside = set(pruner.model.modules())
+
+    def own(counts: Mapping[Any, int], method: str, added: Mapping[Any, int]) -> dict[Any, int]:
+        """Leave out what the constructor adds itself, and layers of other pruners' models."""
+        return {
+            layer: count
+            for layer, count in counts.items()
+            if layer in inside
+            and added.get(layer) != count
+            and getattr(pruner.DG.get_pruner_of_module(layer), method)(layer) != count
+        }
+
+    return {
+        **{name: getattr(pruner, name) for name in _KEPT},
+        "example_inputs": None,
+        "ignored_layers": [*pruner.ignored_layers, *pruner.ignored_params],
+        "num_heads": {m: n for m, n in pruner.num_heads.items() if m in inside},
+        "in_channel_groups": own(pruner.in_channel_groups, "get_in_channel_groups", {}),
+        "out_channel_groups": own(
+            pruner.out_channel_groups, "get_out_channel_groups", pruner.num_heads
+        ),
+        "pruning_ratio_dict": _ratios_by_layer(pruner),
+        "head_pruning_ratio_dict": {
+            layer: _PlannedRatio(steps) for layer, steps in pruner.head_pruning_ratio_dict.items()
+        },
+        "customized_pruners": dict(pruner.DG.CUSTOMIZED_PRUNERS),
+    }
+
+
+def _ratios_by_layer(pruner: Any) -> dict[Any, _PlannedRatio]:
+    """Return a pruner's ``pruning_ratio_dict`` as it was given: layers, or tuples of layers."""
+    scopes: dict[int, tuple[Any, _PlannedRatio]] = {}
+    for layer, (name, scope) in pruner._layer_to_scope.items():
+        number = int(name.removeprefix(_SCOPE).partition("_")[0])
+        key = scope if isinstance(scope, tuple) else scope[0]
+        scopes[number] = key, _PlannedRatio(pruner.pruning_ratio_dict[layer])
+    return dict(scopes[number] for number in sorted(scopes))
+
+
+def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any]) -> None:
+    """Construct a pruner again with a graph made from the config in the place of its trace.
+
+    Args:
+        pruner: the pruner; :func:`give_back` restores it.
+        graph: the graph.
+        arguments: those of :func:`arguments_of`, adapted to the graph.
+    """
+    before = dict(vars(pruner))
+    schedule = pruner.iterative_pruning_ratio_scheduler
+
+    def planned(ratio: float, steps: int) -> Sequence[float]:
+        """Return a layer's own ratios after every step, or those of the pruner's schedule."""
+        own: Sequence[float] = (
+            ratio.steps if isinstance(ratio, _PlannedRatio) else schedule(ratio, steps)
+        )
+        return own
+
+    try:
+        with building(graph):
+            tp_base.BasePruner.__init__(
+                pruner, **{**arguments, "iterative_pruning_ratio_scheduler": planned}
+            )
+            vars(pruner).update({name: before[name] for name in _SCHEDULE})
+            if hasattr(pruner, "update_regularizer"):  # GroupNormPruner and its like keep groups
+                pruner.update_regularizer()
+    except BaseException:
+        vars(pruner).update(before)
+        raise
+    graph.replaced = {
+        name: value for name, value in before.items() if vars(pruner)[name] is not value
+    }
+
+
+def give_back(pruner: Any) -> None:
+    """Restore what :func:`replace_graph` replaced, unless the pruner has pruned since."""
+    if not pruner.current_step and not pruner.DG.pruning_history():
+        vars(pruner).update(pruner.DG.replaced)

@@ -17,7 +17,6 @@ from ..fieldmap.completeness import (
 )
 from ..fieldmap.expressions import Observable
 from ..fieldmap.field_map import map_of
-from ..fieldmap.legal_values import accepts
 from ..fieldmap.model_view import WidthView
 from ..fieldmap.solve.explain import (
     explain_conflict,
@@ -31,7 +30,6 @@ from ..fieldmap.solve.integers import Conflict
 from ..forward.encoder_states import states_of
 from ..forward.head_splits import counts_of, heads_of, splits_after
 from ..forward.run_recipe import MakeInputs
-from ..graph.config_graph import ConfigGraph
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, config_json, field_name, value_at
 from ..model.live_objects import surroundings_of
@@ -84,27 +82,14 @@ class Follower:
         self.sharers = around.sharers
         self.beside = Beside(self.model, pruner.model, around.holders)
         self.ties = ties_of(self.model)
-        self._check_traced()
         self.tensors = shapes(self.model).keys()
         self.values = dict(self.field_map.values)
-        self.heads_went = False
         self.inputs: dict[str, tuple[int, ...]] = {}
         self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
             name: splits
             for name, _ in self.model.named_modules()
             if (splits := self.field_map.splits_of(name))
         }
-
-    def accepts_heads(self, now: int, then: int) -> bool:
-        """True if the class accepts ``then`` heads where it has ``now``.
-
-        Also True where a head count sets no shape: such heads go with the hidden size (BERT), and
-        the ratios see to it.
-        """
-        counts = [field for field in self.field_map.count_fields() if self.values[field] == now]
-        if not all(self.field_map.moves_shapes(field) for field in counts):
-            return True
-        return accepts(self.field_map, {**self.values, **dict.fromkeys(counts, then)}) is None
 
     def check_parts(self) -> None:
         """Raise if the model gained or lost parts: the pruner's groups are then out of date.
@@ -121,30 +106,6 @@ class Follower:
                     "the model as it is now. Nothing was pruned by this step."
                 )
 
-    def _check_traced(self) -> None:
-        """Raise if a traced graph lacks a layer whose width is going to be pruned."""
-        if isinstance(self.pruner.DG, ConfigGraph):
-            return
-        traced, ignored = self.pruner.DG.module2node, self.pruner.ignored_layers
-        tied = {name for tie in self.ties for name in tie.names}
-        producers = list(self.view.producers())
-        going = {
-            field
-            for _, module, fields in producers
-            if module in traced and module not in ignored
-            for field in fields
-        }
-        for name, module, fields in producers:
-            weight = f"{name}.weight"
-            follows = (fields | self.field_map.fields_of(weight, 1)) & going
-            if module not in traced and weight not in tied and follows:
-                raise UnsupportedModelError(
-                    f"{name} is as wide as {field_name(min(follows))} says, but the outputs that "
-                    "were traced do not depend on it, so Torch-Pruning would leave it as it is. "
-                    "Build the model without it (BERT: add_pooling_layer=False), return what it "
-                    "computes, or keep the width: pruner_kwargs(model, prune=...)."
-                )
-
     def follow(self, groups: Sequence[PrunedGroup]) -> dict[str, Any]:
         """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
 
@@ -158,7 +119,7 @@ class Follower:
             ConfigSyncError: no config describes the weights.
         """
         self._follow_inputs(groups)
-        notes = self._count_heads(groups)
+        self._count_heads(groups)
         live = self._live_shapes(groups)
         values, data, built, mirror_notes = self._proved(live)
         change = difference(self.model, self.reference, built)
@@ -185,7 +146,7 @@ class Follower:
         )
         outcome["inputs"] = dict(self.inputs)
         outcome["attributes"] += written
-        outcome["notes"] = [*self.notes, *notes, *mirror_notes, *outside]
+        outcome["notes"] = [*self.notes, *mirror_notes, *outside]
         return outcome
 
     def foretell(self, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]) -> None:
@@ -198,14 +159,14 @@ class Follower:
         Raises:
             ConfigSyncError: no config could.
         """
-        splits, went, shapes_then = dict(self.splits), self.heads_went, dict(left)
+        splits, shapes_then = dict(self.splits), dict(left)
         try:
             self._count_heads(groups)
             for tie in self.ties:
                 shapes_then.update(self._tied_then(tie, groups, left))
             self._proved(shapes_then)
         finally:
-            self.splits, self.heads_went = splits, went
+            self.splits = splits
 
     def _tied_then(
         self, tie: Tie, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]
@@ -250,11 +211,8 @@ class Follower:
                     channel for place, channel in enumerate(remaining) if place not in gone
                 )
 
-    def _count_heads(self, groups: Sequence[PrunedGroup]) -> list[str]:
-        """Update the head splits from the channels that were pruned.
-
-        Return a note if fewer heads were asked for, but the traced graph pruned none.
-        """
+    def _count_heads(self, groups: Sequence[PrunedGroup]) -> None:
+        """Update the head splits from the channels that were pruned."""
         for group in groups:
             lost: dict[str, set[int]] = {}  # a fused layer occurs once for each piece
             for layer in group.layers:
@@ -264,23 +222,6 @@ class Follower:
             for name, removed in lost.items():
                 split = self.splits[name]
                 self.splits[name] = None if split is None else splits_after(split, removed)
-        if isinstance(self.pruner.DG, ConfigGraph):
-            return []
-        wanted = getattr(self.pruner, "prune_num_heads", False) and (
-            getattr(self.pruner, "head_pruning_ratio", 0)
-            or getattr(self.pruner, "head_pruning_ratio_dict", None)
-        )
-        touched = {
-            self._own_name(layer.name) for group in groups for layer in group.layers if layer.out
-        }
-        self.heads_went |= bool(touched & self.splits.keys())
-        if wanted and not self.heads_went:
-            return [
-                "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none: its trace "
-                "finds no group of heads here, the class takes no number of heads in between, or "
-                "pruning_ratio is 0 (it then skips heads too)"
-            ]
-        return []
 
     def _tell_heads(self) -> None:
         """Set ``pruner.num_heads`` and its channel groups to the head counts of now."""
@@ -345,9 +286,7 @@ class Follower:
 
     def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
         """Return the fields' values for these shapes and the head splits; raise if none fit."""
-        graph = self.pruner.DG
-        counted = graph.fields if isinstance(graph, ConfigGraph) else [tuple(self.field_map.values)]
-        going = {field for fields in counted for field in fields}
+        going = {field for fields in self.pruner.DG.fields for field in fields}
         hold = [field for field in self.field_map.values if field not in going]
         result = fit(self.field_map, self._targets(live), hold=hold)
         if isinstance(result, Conflict):

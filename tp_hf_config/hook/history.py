@@ -53,7 +53,7 @@ class PrunedGroup:
 
 
 class Recorder:
-    """Records each group that one ``DependencyGraph`` hands out, at the moment it is pruned.
+    """Records each group that one ``ConfigGraph`` hands out, at the moment it is pruned.
 
     Only this graph instance changes; :meth:`detach` restores it.
     """
@@ -116,40 +116,29 @@ class _Watched:
             prune(group, idxs, record_history)
             return
         layers = tuple(layers_of(self.graph, group))
-        frozen = [(dep.target, name) for dep, _ in group for name in _frozen(dep.target.module)]
+        modules = [dep.target.module for dep, _ in group]
+        frozen = [(module, name) for module in modules for name in _frozen(module)]
         try:
             prune(group, None, record_history)
         finally:
             for recorder in self.recorders:
                 recorder.note(PrunedGroup(layers))
-            for node, name in frozen:  # Torch-Pruning's new Parameters all require gradients
-                parameter = getattr(node.module, name) if name else node.module
-                parameter.requires_grad_(False)
+            for module, name in frozen:  # Torch-Pruning's new Parameters all require gradients
+                getattr(module, name).requires_grad_(False)
 
 
 def layers_of(graph: Any, group: Any) -> Iterator[PrunedLayer]:
     """Yield the layers of a group with the channels that the group removes from each."""
     for dep, idxs in group:
-        module = dep.target.module
-        name = graph._module2name.get(module) if isinstance(module, nn.Module) else None
-        if isinstance(module, nn.Parameter):
-            name = graph._param_to_name.get(module)
-        if name is None or not len(idxs):
+        module, out = dep.target.module, graph.is_out_channel_pruning_fn(dep.handler)
+        side = graph.side_of(module, out)
+        if side is None or not len(idxs):
             continue
-        out = graph.is_out_channel_pruning_fn(dep.handler)
         size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
-        if hasattr(graph, "side_of"):  # the config graph knows which layer is behind a view
-            side = graph.side_of(module, out)
-            if side is None:
-                continue
-            name, out = side
-        yield PrunedLayer(name, out, tuple(int(i) for i in idxs), size or 0)
+        name, is_output = side
+        yield PrunedLayer(name, is_output, tuple(int(i) for i in idxs), size or 0)
 
 
-def _frozen(module: Any) -> list[str]:
-    """Return the names of a module's frozen parameters; a bare Parameter's name is empty."""
-    if isinstance(module, nn.Parameter):
-        return [] if module.requires_grad else [""]
-    if not isinstance(module, nn.Module):
-        return []
+def _frozen(module: nn.Module) -> list[str]:
+    """Return the names of a module's frozen parameters."""
     return [name for name, p in module._parameters.items() if p is not None and not p.requires_grad]

@@ -20,11 +20,9 @@ from .report import SyncReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from transformers import PreTrainedModel
 
     from ..forward.run_recipe import MakeInputs
     from ..graph.config_graph import ConfigGraph
-    from ..graph.traced.head_schedule import HeadSchedule
     from .follow import Follower
     from .steering import UnitSteering
 
@@ -36,11 +34,10 @@ class HFConfigSyncHook:
     pruner, ``HFConfigSyncHook().register(pruner)``. One hook follows one pruner.
 
     Args:
-        graph: which dependency graph the pruner uses. ``"config"``: it is made from the config,
-            every group is proved, nothing is traced; ``"trace"``: Torch-Pruning traces, safely;
-            ``"auto"``: what ``pruner_kwargs`` chose. Without ``pruner_kwargs``, ``"auto"`` makes
-            the config graph for what the pruner's own arguments ask for, and traces only where no
-            experiment can be made with the class.
+        graph: ``"auto"`` or ``"config"``, which mean the same: the dependency graph is made from
+            the config, every group is proved, nothing is traced. It is the one of
+            ``pruner_kwargs``, or, without ``pruner_kwargs``, one for what the pruner's own
+            arguments ask for.
         strict: do exactly what the settings ask for, or raise when the hook is attached: where the
             class does not accept it, or where another live model holds the same config object. By
             default the hook does the nearest that the class accepts and says so in the report; for
@@ -48,7 +45,7 @@ class HFConfigSyncHook:
             no config could describe raise in either case, before any weight is touched.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
-            Needed only without ``pruner_kwargs(make_inputs=)``, and with a traced graph.
+            Needed only without ``pruner_kwargs(make_inputs=)``.
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
@@ -61,13 +58,11 @@ class HFConfigSyncHook:
         make_inputs: MakeInputs | None = None,
     ) -> None:
         check_graph(graph)
-        self.graph, self.strict, self.make_inputs = graph, strict, make_inputs
+        self.strict, self.make_inputs = strict, make_inputs
         self.reports: list[SyncReport] = []
-        self._why = "traced graph: registered with a pruner that had it"
-        self._unproved: list[str] = []
+        self._why = ""
         self._follower: Follower | None = None
         self._recorder: Recorder | None = None
-        self._schedule: HeadSchedule | None = None
         self._steering: UnitSteering | None = None
         self._parameters = 0
         self._refused = False
@@ -80,78 +75,78 @@ class HFConfigSyncHook:
     def register(self, pruner: Any) -> pruners.Handle:
         """Attach this hook to an existing pruner.
 
+        A pruner that has traced its model gets the graph made from the config in the place of that
+        trace, as if it had been constructed with this hook; its arguments keep their meaning.
+
         Returns:
             A handle with ``remove()``, which is also a context manager.
 
         Raises:
-            UnsupportedModelError: the pruner's model cannot be followed, or a traced group that it
-                is going to prune is wrong.
+            UnsupportedModelError: the pruner's model cannot be followed, or not pruned.
             ConfigSyncError: see :meth:`attach`.
-            ValueError: this hook follows another pruner already.
+            ValueError: this hook follows another pruner already, or the pruner's trace cannot be
+                replaced: it has pruned by it, or its constructor is not Torch-Pruning's.
         """
         return pruners.register(pruner, self)
 
     @contextmanager
     def constructing(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Surround a pruner's constructor: check the model; install the graph or trace safely."""
+        """Surround a pruner's constructor: check the model, and install the graph."""
         from ..graph.pruner_access import building
-        from ..graph.traced.groups import keeping_groups
-        from ..graph.traced.safe_tracing import safe_tracing
+
+        with building(self._graph_for(arguments)):
+            yield
+
+    def _graph_for(self, arguments: dict[str, Any]) -> ConfigGraph:
+        """Return the config graph to install.
+
+        Args:
+            arguments: those of the pruner's constructor; they are adapted to the graph.
+
+        Raises:
+            UnsupportedModelError: the model cannot be followed, or no graph can prune it.
+            ValueError: a ratio is outside 0 to 1, or the arguments were made for other heads.
+        """
+        from ..fieldmap.field_map import map_of
+        from ..fieldmap.model_view import WidthView
+        from ..graph.pruner_access import GraphInputs
+        from ..planning.pruner_arguments import check_handed, check_ratios, settle
+        from ..planning.pruner_kwargs import by_itself
 
         model: nn.Module = arguments["model"]
         _, pretrained = find_pretrained(model)
         check_followable(pretrained)
-        graph = self._graph_for(model, pretrained, arguments)
-        if graph is not None:
-            with building(graph):
-                yield
-        else:
-            with safe_tracing(model), keeping_groups():
-                yield
-
-    def _graph_for(
-        self, model: nn.Module, pretrained: PreTrainedModel, arguments: dict[str, Any]
-    ) -> ConfigGraph | None:
-        """Return the config graph to install, or None to trace.
-
-        Args:
-            model: the module that the pruner prunes.
-            pretrained: the Hugging Face model in it.
-            arguments: those of the pruner's constructor; they are adapted to the config graph.
-
-        Raises:
-            ValueError: a ratio is outside 0 to 1, or the arguments were made for another graph or
-                other heads.
-        """
-        from ..fieldmap.field_map import map_of
-        from ..fieldmap.model_view import WidthView
-        from ..planning.pruner_arguments import check_handed, check_ratios, settle
-        from ..planning.pruner_kwargs import by_itself
-
         check_ratios(arguments)
         inputs = arguments.get("example_inputs")
-        graph, self._why = getattr(inputs, "graph", None), getattr(inputs, "why", "")
-        if self.graph == "trace":
-            if graph is not None:
-                raise ValueError(
-                    "HFConfigSyncHook(graph='trace'), but pruner_kwargs made its arguments for the "
-                    "config graph: say pruner_kwargs(model, graph='trace') too"
-                )
-            self._why = "traced graph: asked for"
-        elif graph is None and (self.graph == "config" or not self._why):
-            must = self.graph == "config"
-            by_config = by_itself(model, arguments, must, self.make_inputs)
-            if isinstance(by_config, str):
-                self._why = f"traced graph: {by_config}"
-            else:
-                arguments |= by_config
-                inputs = by_config["example_inputs"]
-                graph, self._why = inputs.graph, inputs.why
-        check_handed(getattr(inputs, "handed", {}), arguments, traced=graph is None)
-        if graph is not None:
-            field_map = map_of(pretrained, make_inputs=graph.make_inputs)
-            settle(WidthView(pretrained, field_map), graph, arguments)
+        if not isinstance(inputs, GraphInputs):
+            arguments |= by_itself(model, arguments, self.make_inputs)
+            inputs = arguments["example_inputs"]
+        self._why = inputs.why
+        check_handed(inputs.handed, arguments)
+        graph: ConfigGraph = inputs.graph
+        field_map = map_of(pretrained, make_inputs=graph.make_inputs)
+        settle(WidthView(pretrained, field_map), graph, arguments)
         return graph
+
+    def _replace_trace(self, pruner: Any) -> None:
+        """Put the config graph in the place of a pruner's trace.
+
+        Raises:
+            ValueError: the trace cannot be replaced.
+        """
+        from ..graph.pruner_access import arguments_of, replace_graph, why_traced_stays
+
+        reason = why_traced_stays(pruner, pruners.constructor_of(type(pruner)))
+        if reason is not None:
+            name = type(pruner).__name__
+            raise ValueError(
+                f"this {name} has traced its model by itself, and nothing proves what its groups "
+                f"cut. The graph made from the config cannot take their place any more: {reason}. "
+                f"Construct the pruner with the hook: {name}(model, ..., "
+                "hooks=[HFConfigSyncHook()])."
+            )
+        arguments = arguments_of(pruner)
+        replace_graph(pruner, self._graph_for(arguments), arguments)
 
     def attach(self, pruner: Any) -> None:
         """Start to follow a pruner; ``register`` calls this.
@@ -160,17 +155,15 @@ class HFConfigSyncHook:
             ConfigSyncError: no config could describe what the pruner's settings leave; with
                 ``strict``, also if that is not what they ask for, or if another live model holds
                 the config.
-            UnsupportedModelError: the model cannot be followed, or a traced group is wrong.
-            ValueError: this hook follows another pruner already.
+            UnsupportedModelError: the model cannot be followed, or not pruned.
+            ValueError: this hook follows another pruner already, or the pruner's trace cannot be
+                replaced.
         """
         from ..graph.config_graph import ConfigGraph
-        from ..graph.traced.groups import forget_groups
-        from ..graph.traced.head_schedule import HeadSchedule
-        from ..graph.traced.proof import check_traced
+        from ..graph.pruner_access import give_back
         from ..planning.preflight import check_config_is_own, foresee
         from .follow import Follower
         from .steering import UnitSteering
-        from .step_preflight import foretell_traced
 
         if self._follower is not None:
             raise ValueError(
@@ -179,42 +172,38 @@ class HFConfigSyncHook:
             )
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
         check_config_is_own(pruner, follower.model, follower.sharers, self.strict)
-        steering = UnitSteering(pruner)
-        schedule = HeadSchedule(pruner, follower.accepts_heads)
-        with ExitStack() as undo, ExitStack() as done:
-            done.callback(forget_groups, pruner.DG)
+        with ExitStack() as undo:
             if not isinstance(pruner.DG, ConfigGraph):
-                self._unproved = check_traced(pruner, follower.model, follower.field_map)
-            for part in (steering, schedule):
-                part.attach()
-                undo.callback(part.detach)
+                self._replace_trace(pruner)
+                undo.callback(give_back, pruner)
+            steering = UnitSteering(pruner)
+            steering.attach()
+            undo.callback(steering.detach)
             steering.foreseen = foresee(pruner, follower.view, self.strict)
-            if not isinstance(pruner.DG, ConfigGraph):
-                foretell_traced(follower, pruner)
             undo.pop_all()
         self._follower, self._recorder = follower, Recorder(pruner.DG)
-        self._schedule, self._steering = schedule, steering
+        self._steering = steering
         self._parameters = follower.model.num_parameters()
         self._recorder.attach()
 
     def detach(self, pruner: Any) -> None:
-        """Stop following; called when the handle is removed."""
-        for part in (self._recorder, self._schedule, self._steering):
+        """Stop following; called when the handle is removed.
+
+        The last hook to go gives a pruner back the trace that was replaced, if nothing is pruned.
+        """
+        from ..graph.pruner_access import give_back
+
+        for part in (self._recorder, self._steering):
             if part is not None:
                 part.detach()
-        self._follower = self._recorder = self._schedule = self._steering = None
-        self._unproved = []
+        self._follower = self._recorder = self._steering = None
+        if not any(isinstance(hook, HFConfigSyncHook) for hook in pruners.hooks_of(pruner)):
+            give_back(pruner)
 
     def _told_once(self) -> list[str]:
-        """Return what the next report says of the graph.
-
-        Every report names traced groups that are not proved; the first one also says what the graph
-        leaves as it is.
-        """
+        """Return what the first report says of the graph: what it leaves as it is."""
         assert self._follower is not None  # _sync checks this
-        graph = self._follower.pruner.DG
-        graph_notes = [] if self.reports else getattr(graph, "notes", [])
-        return [*self._unproved, *graph_notes]
+        return [] if self.reports else self._follower.pruner.DG.notes
 
     def _adjusted(self) -> list[str]:
         """Return what the pruner's latest step did instead of what its ratios ask for."""

@@ -198,6 +198,13 @@ def _wrap_subclass(cls: Any, /, **kwargs: Any) -> None:
     _wrap_init(cls)
 
 
+def constructor_of(cls: Any) -> Callable[..., None]:
+    """Return a class's constructor without the wrapper of this module."""
+    init = cls.__init__
+    original: Callable[..., None] = init.original if _is_ours(init) else init
+    return original
+
+
 def _is_ours(init: Any) -> bool:
     """True if a constructor is a wrapper of this module; a copy of its attributes is not."""
     return getattr(init, "wrapper", None) is init is not None
@@ -291,7 +298,7 @@ def _check_awaited(arguments: Mapping[str, Any]) -> None:
     """Raise if ``pruner_kwargs`` made these arguments, but no hook installs their graph.
 
     Raises:
-        ValueError: Torch-Pruning would trace the model, and nothing makes that safe.
+        ValueError: Torch-Pruning would trace the model, and nothing proves its groups.
     """
     graph = getattr(arguments.get("example_inputs"), "graph", None)
     if graph is not None and not getattr(graph, "awaited", True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
-from ..graph.config_graph import ConfigGraph, ConfigGroup
+from ..graph.config_graph import ConfigGroup
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import in_runs, multiple_below, per_class
 from .chunked_importance import in_pieces, takes_pieces
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 def cutting_together(pruner: Any) -> AbstractContextManager[None]:
     """Return a context manager for one step that cuts at its end and copies each parameter once.
 
-    It does nothing on a traced graph, or where the step is not Torch-Pruning's own.
+    It does nothing where the step is not Torch-Pruning's own.
     """
-    if isinstance(pruner.DG, ConfigGraph) and is_plain(pruner):
-        return pruner.DG.cuts.together()
+    if is_plain(pruner):
+        together: AbstractContextManager[None] = pruner.DG.cuts.together()
+        return together
     return nullcontext()
 
 
@@ -79,19 +80,13 @@ class UnitSteering:
         self.valued = False
 
     def attach(self) -> None:
-        """Install the answers on the pruner.
-
-        On a traced graph that is ``estimate_importance`` alone.  On the config graph, each group of
-        heads also gets a ranking scope of its own and the head ratios.
-        """
-        self.pruner.estimate_importance = self.estimate_importance
-        if isinstance(self.pruner.DG, ConfigGraph):
-            for name in self._NAMES:
-                setattr(self.pruner, name, getattr(self, name))
-            for number, coupled in enumerate(self._of_heads()):
-                scope = (f"heads {number}", [coupled.units])
-                self.pruner._layer_to_scope[coupled.units] = scope
-                self.pruner.pruning_ratio_dict[coupled.units] = self._head_ratios(coupled)
+        """Install the answers; each group of heads gets a ranking scope and the head ratios."""
+        for name in self._NAMES:
+            setattr(self.pruner, name, getattr(self, name))
+        for number, coupled in enumerate(self._of_heads()):
+            scope = (f"heads {number}", [coupled.units])
+            self.pruner._layer_to_scope[coupled.units] = scope
+            self.pruner.pruning_ratio_dict[coupled.units] = self._head_ratios(coupled)
 
     def detach(self) -> None:
         """Restore the pruner as it was before :meth:`attach`."""
@@ -105,9 +100,7 @@ class UnitSteering:
                     setattr(self.pruner, name, own)
 
     def estimate_importance(self, group: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the importance of a group's units, shape ``(units,)``.
-
-        On a traced graph it is that of channels.  ``None`` if the pruner's importance gives none.
+        """Return the importance of a group's units, shape ``(units,)``; ``None`` if it has none.
 
         Raises:
             ValueError: the importance fails, and no parameter has a gradient.
@@ -131,7 +124,7 @@ class UnitSteering:
         if step > pruner.iterative_steps:
             return f"all steps of the pruner were taken (iterative_steps={pruner.iterative_steps})"
         graph = pruner.DG
-        if isinstance(graph, ConfigGraph) and not any(
+        if not any(
             True for _ in graph.taking_part(pruner.ignored_layers, pruner.root_module_types)
         ):
             return "no group takes part (prune=, ignored_layers=, root_module_types=)"
@@ -154,9 +147,8 @@ class UnitSteering:
         return self._estimate(group, *args, **kwargs)
 
     def _of_heads(self) -> list[GraphGroup]:
-        """Return the groups whose units are whole heads; none on a traced graph."""
-        graph = self.pruner.DG
-        return [c for c in graph.coupled if c.heads] if isinstance(graph, ConfigGraph) else []
+        """Return the groups whose units are whole heads."""
+        return [coupled for coupled in self.pruner.DG.coupled if coupled.heads]
 
     def _head_ratios(self, coupled: GraphGroup) -> list[float]:
         """Return a group's head ratio at each step; ``head_pruning_ratio_dict`` comes first."""

@@ -13,7 +13,6 @@ from torch import nn
 from ..errors import ConfigSyncError
 from ..fieldmap.solve.explain import AGAIN
 from ..graph.sides import ParameterView
-from ..graph.traced.groups import listed_groups
 from ..model.shapes import named_modules
 from .follow import Follower
 from .history import PrunedGroup, layers_of
@@ -94,20 +93,6 @@ def foretell(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) 
         ) from None
 
 
-def foretell_traced(follower: Follower, pruner: Any) -> None:
-    """Raise if a pruner on a traced graph is set to leave what no config could describe.
-
-    The first and the last step are checked here; a step between them is checked when it comes.
-
-    Raises:
-        ConfigSyncError: no config could.
-    """
-    for step in () if pruner.current_step else sorted({1, pruner.iterative_steps}):
-        groups = chosen_at(pruner, step)
-        if groups is not None:
-            foretell(follower, pruner, groups, step)
-
-
 def _chooses_freely(pruner: Any) -> bool:
     """True if a pruner chooses as Torch-Pruning does, so that choosing twice changes nothing.
 
@@ -137,46 +122,11 @@ def _chosen(pruner: Any, choose: Callable[[], Iterator[Any]]) -> list[Any]:
             now.update(was)
 
 
-def chosen_at(pruner: Any, step: int) -> list[Any] | None:
-    """Return the groups that a pruner would prune in a step, without pruning them.
-
-    Importances decide which channels go, not how many, so arbitrary ones do here.
-
-    Returns:
-        The groups, or ``None`` if the pruner does not choose as Torch-Pruning does, or ranks the
-        channels of several layers together.
-    """
-    if not _chooses_freely(pruner) or pruner.global_pruning or pruner.isomorphic:
-        return None
-    groups, now = listed_groups(pruner), pruner.current_step
-    own = vars(pruner).get("estimate_importance")
-    own_listing = vars(pruner.DG).get("get_all_groups")
-    try:
-        pruner.estimate_importance, pruner.current_step = _any_importance, step
-        pruner.DG.get_all_groups = lambda *args, **kwargs: iter(groups)
-        return _chosen(pruner, pruner._prune)
-    finally:
-        pruner.current_step = now
-        _restore(pruner, "estimate_importance", own)
-        _restore(pruner.DG, "get_all_groups", own_listing)
-
-
 def _restore(owner: Any, name: str, own: Any) -> None:
     """Give an object its own attribute back; without one (``None``), the class's applies."""
     vars(owner).pop(name, None)
     if own is not None:
         setattr(owner, name, own)
-
-
-def _any_importance(group: Any) -> torch.Tensor | None:
-    """Return an arbitrary importance of each channel, shape ``(channels,)``.
-
-    ``None`` where Torch-Pruning's importances give none (a norm alone).
-    """
-    weighted = (nn.Linear, nn.modules.conv._ConvNd)
-    if not any(isinstance(dep.target.module, weighted) for dep, _ in group):
-        return None
-    return torch.arange(len(group[0].idxs), dtype=torch.float)
 
 
 def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes | None:
@@ -192,12 +142,12 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
     Returns:
         Tensor name -> shape, or ``None`` if one of the functions cannot cut without data.
     """
-    own = {id(part) for part in (*model.modules(), *model.parameters())}
+    own = {id(module) for module in model.modules()}
     going: dict[tuple[int, bool], tuple[Any, Any, set[int]]] = {}
     for dep, idxs in (item for group in groups for item in group):
         module, out = dep.target.module, pruner.DG.is_out_channel_pruning_fn(dep.handler)
         if id(_owner(module)) not in own:
-            continue  # an operation between layers; to cut it would change the graph itself
+            continue  # units; to cut them would change the graph itself
         going.setdefault((id(module), out), (module, dep.handler, set()))[2].update(map(int, idxs))
     copies: dict[int, Any] = {}
     try:
@@ -210,12 +160,12 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
 
 
 def _owner(module: Any) -> Any:
-    """Return the module behind a view of a parameter; any other module or Parameter itself."""
+    """Return the module behind a view of a parameter; any other module itself."""
     return module.owner if isinstance(module, ParameterView) else module
 
 
 def _cut(copies: dict[int, Any], module: Any, handler: Any, idxs: list[int]) -> None:
-    """Cut the copy of a layer or of a bare parameter; make the copy if there is none."""
+    """Cut the copy of a layer; make the copy if there is none."""
     owner = _owner(module)
     if id(owner) not in copies:
         copies[id(owner)] = _without_data(owner)
@@ -226,14 +176,12 @@ def _cut(copies: dict[int, Any], module: Any, handler: Any, idxs: list[int]) -> 
         kept = [place for place in range(held[module.key].shape[module.dim]) if place not in gone]
         left = held[module.key].index_select(module.dim, torch.tensor(kept, device="meta"))
         held[module.key] = left
-    elif isinstance(module, nn.Parameter):
-        copies[id(module)] = handler(copies[id(module)], idxs)
     else:
         handler(copies[id(module)], idxs)
 
 
 def _without_data(module: Any) -> Any:
-    """Return a copy of a layer, a parameter or a buffer on the meta device."""
+    """Return a copy of a layer, or of a tensor in it, on the meta device."""
     if isinstance(module, torch.Tensor):
         empty = torch.empty_like(module, device="meta")
         return nn.Parameter(empty, False) if isinstance(module, nn.Parameter) else empty
@@ -254,8 +202,7 @@ def _shapes_with(model: nn.Module, copies: dict[int, Any]) -> Shapes:
         layer, prefix = copies.get(id(module), module), f"{name}." if name else ""
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                left = copies.get(id(parameter), layer._parameters[key])
-                parameters[prefix + key] = tuple(left.shape)
+                parameters[prefix + key] = tuple(layer._parameters[key].shape)
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
                 buffers[prefix + key] = tuple(layer._buffers[key].shape)

@@ -1,4 +1,4 @@
-"""Hide what differs between the supported versions of Torch-Pruning and Transformers."""
+"""Hide what differs between the supported versions of Transformers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch_pruning.dependency import DependencyGraph
-
-# Torch-Pruning 1.6: the package dependency/; 1.5: one file, dependency.py
-graph_module: Any = sys.modules[DependencyGraph.__module__]
-"""The module in which a dependency graph looks up ``Group`` and ``Dependency``."""
 
 
 def no_init_weights() -> Any:

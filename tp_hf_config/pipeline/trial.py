@@ -45,7 +45,7 @@ class WidthSupport:
             folder computes the same bits; ``refused``: an error came before anything was pruned or
             written, or no unit may go; ``failed``: anything else.
         why: why it does not work; empty if it does.
-        graph: which dependency graph pruned it, ``config`` or ``trace``; empty if none did.
+        graph: ``config``, the dependency graph that pruned it; empty if none did.
         units: how many units it has in the tiny model.
     """
 
@@ -185,7 +185,7 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
         except Exception as error:
             why = f"{type(error).__name__} from the pruner's constructor: {error}"
             return Trial(WidthSupport(width.names, "failed", _line(why)))
-        graph = "config" if hasattr(pruner.DG, "coupled") else "trace"
+        graph = "config"
         failed = _pruned(case, copied, pruner, hook, steps)
         if failed is None and not any(report.groups for report in hook.reports):
             why = width.reason or f"{_least(width)} of {width.units} have to stay"

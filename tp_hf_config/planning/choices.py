@@ -6,11 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-Graph = Literal["auto", "config", "trace"]
-"""The dependency graph to prune by: made from the config, or traced by Torch-Pruning.
-
-``"auto"``: from the config, or traced if no experiment can be made with the class.
-"""
+Graph = Literal["auto", "config"]
+"""The dependency graph to prune by: both words mean the one that is made from the config."""
 
 Gqa = Literal["query", "group"]
 """How grouped-query heads are pruned.
@@ -23,10 +20,16 @@ def check_graph(graph: object) -> None:
     """Raise if ``graph`` is not one of the known words.
 
     Raises:
-        ValueError: ``graph`` is not ``"auto"``, ``"config"`` or ``"trace"``.
+        ValueError: ``graph`` is neither ``"auto"`` nor ``"config"``.
     """
+    if graph == "trace":
+        raise ValueError(
+            "graph='trace': no model is pruned by Torch-Pruning's trace, only by groups that "
+            "experiments prove. Leave graph= out; tp_hf_config.prunable(model) lists what can be "
+            "pruned"
+        )
     if graph not in get_args(Graph):
-        raise ValueError(f"graph={graph!r}: expected 'auto', 'config' or 'trace'")
+        raise ValueError(f"graph={graph!r}: expected 'config' or 'auto', which mean the same")
 
 
 def check_gqa(gqa: object) -> None:

@@ -118,8 +118,7 @@ def plan(
         scheduler=iterative_pruning_ratio_scheduler,
     )
     wrapped = isinstance(model_or_config, nn.Module) and model_or_config is not model
-    chosen = choose(view, Wanted(names, heads, gqa, wrapped=wrapped), must=True)
-    assert not isinstance(chosen, str)  # must=True: it raises instead
+    chosen = choose(view, Wanted(names, heads, gqa, wrapped=wrapped))
     trajectory = _course(view, chosen, settings)
     if pruning_ratio:
         _check_followed(trajectory, settings, target_params, listed=prune is not None)

@@ -21,8 +21,6 @@ from ..fieldmap.solve.explain import some
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_access import given_ratios
 from ..graph.sides import GraphGroup
-from ..graph.traced.preflight import ranked_together, traced_problems
-from ..graph.traced.selection import TracedView
 from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
 from .refusals import adjusted_line, planned_refusal, refusal_lines
@@ -81,20 +79,15 @@ def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
         strict: also raise if the class refuses what is asked for and the nearest would be done.
 
     Returns:
-        What each step leaves. ``None`` for a traced graph, if importances decide how much of a
-        field goes, if the pruner rounds nothing, or if it has already begun: what it did so far is
-        not known.
+        What each step leaves. ``None`` if importances decide how much of a field goes, if the
+        pruner rounds nothing, or if it has already begun: what it did so far is not known.
 
     Raises:
         ConfigSyncError: no config can say what the pruner would leave.
     """
     if pruner.current_step:
         return None
-    foreseen: Foreseen | None = None
-    if isinstance(pruner.DG, ConfigGraph):
-        foreseen, problem = _foreseen(pruner, view)
-    else:
-        problem = next(traced_problems(pruner, TracedView(view.model, view.field_map)), None)
+    foreseen, problem = _foreseen(pruner, view)
     if problem is None and strict and foreseen is not None and foreseen.trajectory.adjusted:
         lines = "; ".join(map(adjusted_line, foreseen.trajectory.adjusted))
         problem = f"{lines}. HFConfigSyncHook() does the nearest; strict=True does not."
@@ -230,7 +223,14 @@ def _ranked_apart(ranked: _Groups) -> str | None:
     if not several:
         return None
     alone = [_names(fields) for fields, groups in ranked.items() if len(groups) == 1]
-    return ranked_together(several, alone)
+    groups = ", ".join(f"the {number} groups of {name}" for name, number in several.items())
+    only = ", ".join(f'"{field}"' for name in alone for field in name.split(" + "))
+    other = f", or prune what has one group alone: prune=({only},) of pruner_kwargs" if only else ""
+    return (
+        f"{groups} are ranked together, so they lose different numbers, and one config field "
+        "cannot say that. Use global_pruning=False, isomorphic=False, and no two of them under "
+        f"one key of pruning_ratio_dict{other}."
+    )
 
 
 def _first_apart(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:

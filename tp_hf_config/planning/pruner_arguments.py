@@ -1,4 +1,4 @@
-"""Give a pruner's arguments their meaning on the config graph, which is not traced."""
+"""Give a pruner's arguments their meaning on the config graph."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ from ..model.config_json import field_name
 from .choices import check_share
 from .requested import some_head_ratio
 
-_NO_TRACE = (
-    "Leave it out, or have Torch-Pruning trace the model: pruner_kwargs(model, graph='trace')."
-)
 _WITHOUT_EFFECT = {
     "customized_pruners": "it cuts the parameters of every layer by itself, and what a layer "
     "notes of its widths follows",
@@ -41,20 +38,9 @@ MERGED = (
     "root_module_types",
     "prune_num_heads",
     "prune_head_dims",
-    "output_transform",
 )
-"""The arguments of a pruner that the model has a say in if the graph is not traced."""
-NEEDED = (
-    "prune_num_heads",
-    "prune_head_dims",
-    "num_heads",
-    "out_channel_groups",
-    "ignored_layers",
-    "unwrapped_parameters",
-    "pruning_ratio_dict",
-    "round_to",
-    "iterative_pruning_ratio_scheduler",
-)
+"""The arguments of a pruner that the model has a say in."""
+NEEDED = ("prune_num_heads", "pruning_ratio_dict")
 """The arguments without which a pruner does not do what ``pruner_kwargs`` was asked for."""
 _RATIOS = ("pruning_ratio", "head_pruning_ratio", "max_pruning_ratio", "ch_sparsity")
 _LISTED = 3
@@ -104,13 +90,12 @@ def check_names(arguments: Iterable[str]) -> None:
             raise TypeError(f"pruner_kwargs: no pruner takes {name}={closest(name, names)}")
 
 
-def check_handed(handed: Mapping[str, Any], arguments: Mapping[str, Any], traced: bool) -> None:
-    """Warn if a pruner gets less than ``pruner_kwargs`` gave for it.
+def check_handed(handed: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Warn if a pruner gets fewer ratios than ``pruner_kwargs`` gave for it.
 
     Args:
         handed: the arguments that ``pruner_kwargs`` gave.
         arguments: those that the pruner gets.
-        traced: the graph is traced.
 
     Raises:
         ValueError: the arguments were made for another ``prune_num_heads``.
@@ -121,31 +106,13 @@ def check_handed(handed: Mapping[str, Any], arguments: Mapping[str, Any], traced
             f"prune_num_heads={got}, but pruner_kwargs made its arguments for "
             f"prune_num_heads={made_for}. Tell it: pruner_kwargs(model, prune_num_heads={got})"
         )
-    names = NEEDED if traced else ("pruning_ratio_dict",)
-    lost = [name for name in names if name in handed and _less(handed[name], arguments.get(name))]
-    for name in lost:
+    given, ratios = handed.get("pruning_ratio_dict") or {}, arguments.get("pruning_ratio_dict")
+    if not given.items() <= (ratios or {}).items():
         warn(
-            f"{name}= is not what pruner_kwargs gave, and keeps less of what the model needs. Give "
-            f"yours to it, which puts both together: pruner_kwargs(model, {name}=...)"
+            "pruning_ratio_dict= is not what pruner_kwargs gave, and keeps less of what the model "
+            "needs. Give yours to it, which puts both together: "
+            "pruner_kwargs(model, pruning_ratio_dict=...)"
         )
-
-
-def _less(handed: Any, got: Any) -> bool:
-    """True if an argument holds less than what ``pruner_kwargs`` gave for it."""
-    if isinstance(handed, Mapping):
-        items = got if isinstance(got, Mapping) else {}
-        return any(key not in items or items[key] != value for key, value in handed.items())
-    if isinstance(handed, list):  # of layers, or of (parameter, dim)
-        held = {id(item[0] if isinstance(item, tuple) else item) for item in got or ()}
-        return any(id(item[0] if isinstance(item, tuple) else item) not in held for item in handed)
-    if isinstance(handed, int) and not isinstance(handed, bool):
-        return (got or 1) % handed != 0
-    return bool(handed is not None and got != handed)
-
-
-def unwrapped_in(given: Any) -> list[tuple[nn.Parameter, int]]:
-    """Return bare parameters, each with a dim; Torch-Pruning takes a list or a dict of them."""
-    return list(given.items() if isinstance(given, Mapping) else given or ())
 
 
 def settle(view: WidthView, graph: ConfigGraph, arguments: dict[str, Any]) -> None:
@@ -170,7 +137,7 @@ def _without_effect(arguments: Mapping[str, Any]) -> Iterator[str]:
     """Yield a warning for each argument that has no effect on the config graph."""
     for name, why in _WITHOUT_EFFECT.items():
         if arguments.get(name):
-            yield f"{name}= has no effect on the graph made from the config: {why}. {_NO_TRACE}"
+            yield f"{name}= has no effect on the graph made from the config: {why}. Leave it out."
     heads, ratio = bool(arguments.get("prune_num_heads")), some_head_ratio(arguments)
     if ratio and not heads:
         yield (
@@ -204,7 +171,7 @@ def _check_constraint(
         raise ValueError(
             f"{name}= (for {layers}) on the graph made from the config: which channels of a "
             "layer go together (fused layers, heads, grouped norms) it knows by experiment, "
-            f"and others cannot be asked for. {_NO_TRACE}"
+            "and others cannot be asked for. Leave it out."
         )
 
 

@@ -8,24 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError, closest
+from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import map_of
 from ..fieldmap.model_view import WidthView
-from ..forward.inputs import example_inputs, tensors_with_grad
+from ..forward.inputs import example_inputs
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
-from ..graph.prunable import said_along, said_handed, widths_of
+from ..graph.prunable import said_along, said_handed
 from ..graph.pruner_access import GraphInputs
-from ..graph.traced.selection import TracedView
-from ..model.config_json import FieldPath, field_name
+from ..model.config_json import field_name
 from ..model.locate import check_followable, find_pretrained
 from .choices import Gqa, Graph, check_graph, check_share, heads_asked, names_in
-from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, unwrapped_in, warn
+from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
 from .requested import staying, wanted_by
 from .selection import Chosen, Wanted, choose, multiples_of
 from .selection import check_ratios as check_field_ratios
-
-_ASKED = "asked for"
 
 
 def pruner_kwargs(
@@ -43,9 +40,8 @@ def pruner_kwargs(
 ) -> dict[str, Any]:
     """Return arguments for a Torch-Pruning pruner of this model, learned from its class.
 
-    They hold the dependency graph, the layers that must keep their width, head counts, fused layers
-    if the graph is traced, and the rounding without which the class refuses the config. Every dict
-    and list is new.
+    They hold the dependency graph, the layers that must keep their width, and head counts. Every
+    dict and list is new.
 
     Args:
         model: a ``PreTrainedModel``, or a module that contains exactly one.
@@ -55,17 +51,15 @@ def pruner_kwargs(
             dimension, only the one that holds most of the model is pruned; the first report's
             notes name the others.
         ratios: config field -> ratio, where it is not the pruner's ``pruning_ratio``.
-        graph: ``"config"``: groups made from the config and proved by experiment, without tracing;
-            ``"trace"``: Torch-Pruning's trace, made safe; ``"auto"``: the config graph, and the
-            trace only if no experiment can be made with the class.
+        graph: ``"config"`` or ``"auto"``, which mean the same: groups made from the config and
+            proved by experiment, without tracing.
         prune_num_heads: also prune whole attention heads, by the pruner's ``head_pruning_ratio``;
             default: if ``gqa`` is given.
         gqa: how grouped-query heads are pruned then. ``"query"``: the same number of query heads
             from every key/value group, key/value heads stay; ``"group"``: whole key/value groups.
             Default: query heads if a group has several.
         prune_head_dims: also prune the same number of dimensions of every head, by the pruner's
-            ``pruning_ratio``. Default: in a traced graph, if the class has no other way to make the
-            hidden size smaller (BERT).
+            ``pruning_ratio``.
         round_to: a multiple that widths keep, besides what the class requires.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
@@ -99,49 +93,20 @@ def pruner_kwargs(
     given = {**arguments, "round_to": round_to, "prune_num_heads": heads}
     if prune_head_dims is not None:
         given["prune_head_dims"] = prune_head_dims
-    reason = _ASKED
-    if graph != "trace":
-        wanted = Wanted(fields, heads, gqa, bool(prune_head_dims), bool(prefix))
-        result = _on_config_graph(model, view, prefix, wanted, graph == "config", ratios, given)
-        if not isinstance(result, str):
-            return result
-        reason = result
-    inputs = given.pop("example_inputs", None)
-    if inputs is None:
-        inputs = example_inputs(model, view.field_map.recipe, pretrained.config)
-    elif not isinstance(inputs, Mapping):
-        raise TypeError(
-            f"example_inputs= is a {type(inputs).__name__}: expected a dict of the forward pass's "
-            "arguments, as {'input_ids': ids}, or nothing, and some are made"
-        )
-    return _for_trace(
-        model,
-        pretrained,
-        TracedView(pretrained, view.field_map),
-        GraphInputs(inputs, None, f"traced graph: {reason}"),
-        None if fields is None else list(fields),
-        ratios,
-        heads,
-        prune_head_dims,
-        round_to,
-        given,
-    )
+    wanted = Wanted(fields, heads, gqa, bool(prune_head_dims), bool(prefix))
+    return _on_config_graph(model, view, prefix, wanted, ratios, given)
 
 
 def by_itself(
-    model: nn.Module,
-    arguments: Mapping[str, Any],
-    must: bool,
-    make_inputs: MakeInputs | None = None,
-) -> dict[str, Any] | str:
-    """Return arguments for a pruner that got none from ``pruner_kwargs``, or why to trace instead.
+    model: nn.Module, arguments: Mapping[str, Any], make_inputs: MakeInputs | None = None
+) -> dict[str, Any]:
+    """Return arguments for a pruner that got none from ``pruner_kwargs``.
 
     If head dims are asked for but cannot be pruned, they stay and a warning says so.
 
     Args:
         model: what is pruned.
         arguments: those of the pruner's constructor.
-        must: raise instead of returning a reason to trace.
         make_inputs: the user's function that makes inputs, if there is one.
 
     Raises:
@@ -152,17 +117,14 @@ def by_itself(
     wanted = wanted_by(arguments, bool(prefix))
     given = {name: arguments[name] for name in MERGED if name in arguments}
     try:
-        result = _on_config_graph(model, view, prefix, wanted, must, None, given)
-        if not wanted.head_dims or not isinstance(result, str):
-            return result
-        reason = result
+        return _on_config_graph(model, view, prefix, wanted, None, given)
     except UnsupportedModelError as error:
         if not wanted.head_dims:
             raise
         reason = str(error)
     without = replace(wanted, head_dims=False)
-    result = _on_config_graph(model, view, prefix, without, must, None, given)
-    if not isinstance(result, str) and not _cuts_heads(view, result["example_inputs"].graph):
+    result = _on_config_graph(model, view, prefix, without, None, given)
+    if not _cuts_heads(view, result["example_inputs"].graph):
         warn(f"prune_head_dims=True, but head dims stay: {reason}")
     return result
 
@@ -190,24 +152,20 @@ def _on_config_graph(
     view: WidthView,
     prefix: str,
     wanted: Wanted,
-    must: bool,
     ratios: Mapping[str, float] | None,
     given: Mapping[str, Any],
-) -> dict[str, Any] | str:
-    """Return arguments for a pruner on the config graph, or the reason to trace instead.
+) -> dict[str, Any]:
+    """Return arguments for a pruner on the config graph.
 
     Args:
         model: what is pruned.
         view: the Hugging Face model in it.
         prefix: that model's name in it.
         wanted: what the user asks for.
-        must: raise instead of returning a reason.
         ratios: config field -> ratio.
         given: the pruner's own arguments, as the user gave them.
     """
-    chosen = choose(view, replace(wanted, stays=staying(view, given)), must)
-    if isinstance(chosen, str):
-        return chosen
+    chosen = choose(view, replace(wanted, stays=staying(view, given)))
     for message in chosen.kept:
         warn(message)
     graph = _graph_of(view, chosen, prefix)
@@ -227,7 +185,6 @@ def _on_config_graph(
     arguments = {
         **given,
         "example_inputs": example_inputs(model, view.field_map.recipe, view.model.config),
-        "output_transform": given.get("output_transform") or tensors_with_grad,
         "num_heads": {**heads, **(given.get("num_heads") or {})},
         "in_channel_groups": dict(given.get("in_channel_groups") or {}),
         "out_channel_groups": dict(given.get("out_channel_groups") or {}),
@@ -239,7 +196,7 @@ def _on_config_graph(
     return _handed_out(arguments, graph, why)
 
 
-def _handed_out(made: dict[str, Any], graph: ConfigGraph | None, why: str) -> dict[str, Any]:
+def _handed_out(made: dict[str, Any], graph: ConfigGraph, why: str) -> dict[str, Any]:
     """Return the arguments with the graph inside their example inputs.
 
     The inputs also keep what ``check_handed`` compares with what the pruner gets.
@@ -252,113 +209,6 @@ def _handed_out(made: dict[str, Any], graph: ConfigGraph | None, why: str) -> di
 def _union(first: Iterable[Any], second: Iterable[Any] | None) -> list[Any]:
     """Return the items of both, each once, compared by identity."""
     return list({id(item): item for item in (*first, *(second or ()))}.values())
-
-
-def _for_trace(
-    model: nn.Module,
-    pretrained: nn.Module,
-    view: TracedView,
-    inputs: GraphInputs,
-    wanted: list[str] | None,
-    ratios: Mapping[str, float] | None,
-    prune_num_heads: bool,
-    prune_head_dims: bool | None,
-    round_to: int | None,
-    given: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return arguments for a pruner on a traced graph.
-
-    Raises:
-        UnsupportedModelError: a trace cannot prune what the user asks for.
-    """
-    if prune_num_heads and not any(True for _ in view.head_layers()):
-        raise UnsupportedModelError(
-            f"{type(pretrained).__name__} splits nothing into attention heads that was seen, so "
-            "none can be pruned. Leave prune_num_heads and gqa out."
-        )
-    selected = view.select(wanted, prune_num_heads) - _disproved(view, wanted)
-    coupled = view.coupled(selected)
-    if prune_num_heads and not any(view.plain_heads(name) for name, _, _ in view.head_layers()):
-        why = inputs.why.removeprefix("traced graph: ")
-        way_out = (
-            "Use graph='config', which takes the same head_pruning_ratio."
-            if why == _ASKED
-            else f"The graph made from the config cannot prune heads here either: {why}."
-        )
-        raise UnsupportedModelError(
-            f"{type(pretrained).__name__}: Torch-Pruning's trace prunes grouped-query and fused "
-            f"heads wrongly (its issues 495 and 516). {way_out}"
-        )
-    if prune_head_dims is None:
-        prune_head_dims = bool(coupled) and not prune_num_heads
-    if prune_head_dims and view.rotates_head_dims():
-        raise UnsupportedModelError(
-            f"{type(pretrained).__name__} encodes positions in its head dims (its position tables "
-            "are as wide as a head), so they are not interchangeable. Leave prune_head_dims out, "
-            "or prune whole heads (prune_num_heads=True)."
-        )
-    use_heads = prune_num_heads or prune_head_dims
-    heads = {
-        module: count
-        for name, module, count in view.head_layers()
-        if use_heads and view.plain_heads(name)
-    }
-    by_module: dict[Any, float] = {}
-    offered = sorted(map(field_name, selected))
-    for name, ratio in (ratios or {}).items():
-        if name not in offered:
-            raise UnsupportedModelError(
-                f"ratios={dict(ratios or {})}: {name} is not among the fields to prune "
-                f"({', '.join(offered)}){closest(name, offered)}."
-            )
-        by_module.update(dict.fromkeys(view.layers_of(name), ratio))
-    by_module |= given.get("pruning_ratio_dict") or {}
-    ignored = view.ignored(selected, set(heads)) + _around(model, pretrained)
-    arguments = {
-        **given,
-        "example_inputs": inputs,
-        "output_transform": given.get("output_transform") or tensors_with_grad,
-        "num_heads": {**heads, **(given.get("num_heads") or {})},
-        "in_channel_groups": dict(given.get("in_channel_groups") or {}),
-        "out_channel_groups": {
-            **view.fused(selected),
-            **heads,
-            **(given.get("out_channel_groups") or {}),
-        },
-        "ignored_layers": _union(ignored, given.get("ignored_layers")),
-        "unwrapped_parameters": [
-            *view.bare_parameters(selected),
-            *unwrapped_in(given.get("unwrapped_parameters")),
-        ],
-        "prune_num_heads": prune_num_heads,
-        "prune_head_dims": prune_head_dims,
-        **({"pruning_ratio_dict": by_module} if by_module else {}),
-        **view.rounding(selected, coupled, round_to, prune_num_heads),
-    }
-    return _handed_out(arguments, None, inputs.why)
-
-
-def _disproved(view: TracedView, wanted: list[str] | None) -> set[FieldPath]:
-    """Return the fields whose units an experiment showed not to be interchangeable.
-
-    No trace may cut them. Heads are left to Torch-Pruning's own bookkeeping.
-
-    Raises:
-        UnsupportedModelError: ``wanted`` names one of these fields.
-    """
-    heads = view.head_fields()
-    reasons = {
-        width.fields[0]: str(width.reason)
-        for width in widths_of(view.model, view.field_map)
-        if width.disproved and len(width.fields) == 1 and width.fields[0] not in heads
-    }
-    for field, reason in reasons.items():
-        if field_name(field) in (wanted or ()):
-            raise UnsupportedModelError(
-                f"{type(view.model).__name__} cannot prune {field_name(field)}: {reason}. A traced "
-                "graph would cut it all the same, and wrongly."
-            )
-    return set(reasons)
 
 
 def _around(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:

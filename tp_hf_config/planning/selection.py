@@ -12,8 +12,10 @@ from torch import nn
 from ..errors import UnknownFieldError, UnsupportedModelError, closest
 from ..fieldmap.legal_values import multiple_of
 from ..fieldmap.model_view import WidthView
+from ..graph.experiments import experiments_of
 from ..graph.prunable import Width, widths_of
 from ..graph.unit_count import UnitCount
+from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import stacks, tensor
 from .choices import Gqa
@@ -64,34 +66,24 @@ class Chosen:
     kept: tuple[str, ...] = ()
 
 
-def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
-    """Return the widths to prune by the config graph, or why the model has to be traced instead.
+def choose(view: WidthView, wanted: Wanted) -> Chosen:
+    """Return the widths to prune.
 
     Args:
         view: the model.
         wanted: what the user asks for.
-        must: raise instead of returning a reason.
 
     Raises:
-        UnsupportedModelError: no graph can prune what is asked for.
+        UnsupportedModelError: what is asked for cannot be pruned.
     """
-    heads: list[Width] = []
-    if wanted.heads:
-        head_widths = _heads(view, wanted, must)
-        if isinstance(head_widths, str):
-            return head_widths
-        heads = head_widths
-    dims = _head_dims(view, wanted, must) if wanted.head_dims else []
-    if isinstance(dims, str):
-        return dims
+    _check_tried(view)
+    heads = _heads(view, wanted) if wanted.heads else []
+    dims = _head_dims(view, wanted) if wanted.head_dims else []
     head_fields = {field for width in heads + dims for field in width.fields}
-    others: list[Width] | str = []
     if wanted.fields is None:
-        others = _default(view, wanted, must, alone=not head_fields)
-    elif wanted.fields:
-        others = _named(view, wanted, wanted.fields, must)
-    if isinstance(others, str):
-        return others
+        others = _default(view, wanted, alone=not head_fields)
+    else:
+        others = _named(view, wanted, wanted.fields)
     rest = [width for width in others if not head_fields & set(width.fields)]
     left_out: dict[str, str] = {}
     if wanted.fields is None:
@@ -100,6 +92,26 @@ def choose(view: WidthView, wanted: Wanted, must: bool) -> Chosen | str:
     _check_apart(view, widths)
     kept = tuple(_kept(view, wanted, widths))
     return Chosen(widths, tuple(heads), _in_words(view, heads), left_out, kept)
+
+
+def _check_tried(view: WidthView) -> None:
+    """Raise if no experiment can be made with the class, so that nothing of it is proved.
+
+    Raises:
+        UnsupportedModelError: its tiny model does not run.
+    """
+    tiny = experiments_of(view.field_map).tiny
+    if not isinstance(tiny, Refusal):
+        return
+    cls, inner = type(view.model), type(view.model.base_model)
+    way_out = "tp_hf_config.prunable(config) says whether another config of it does."
+    if inner is not cls:
+        way_out = f"Load the weights into a class that does: {inner.__name__}.from_pretrained(...)."
+    raise UnsupportedModelError(
+        f"{cls.__name__} cannot be pruned: {tiny.reason.rstrip('.')}. Which channels belong "
+        "together is found on a tiny model of the class, in float64, which has to run forward and "
+        f"backward. {way_out}"
+    )
 
 
 def _kept(view: WidthView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
@@ -212,17 +224,16 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
     return chosen
 
 
-def _default(view: WidthView, wanted: Wanted, must: bool, alone: bool) -> list[Width] | str:
-    """Return every proved width inside the model, or why there is none.
+def _default(view: WidthView, wanted: Wanted, alone: bool) -> list[Width]:
+    """Return every proved width inside the model.
 
     Args:
         view: the model.
         wanted: what the user asks for.
-        must: raise instead of returning a reason.
         alone: no heads or head dims are pruned, so some width has to be proved.
 
     Raises:
-        UnsupportedModelError: no width is proved, and experiments were made or ``must`` is set.
+        UnsupportedModelError: ``alone``, and no width is proved.
     """
     wrapped = wanted.wrapped
     inner = view.inner_widths()
@@ -232,19 +243,15 @@ def _default(view: WidthView, wanted: Wanted, must: bool, alone: bool) -> list[W
     if proved or not alone:
         return _disjoint(wanted.free(proved))
     reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
-    if must or any(width.tried for width in default):
-        raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
-    return reason
+    raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
 
 
-def _named(view: WidthView, wanted: Wanted, fields: Sequence[str], must: bool) -> list[Width] | str:
-    """Return the widths that hold the named fields, or why one of them has to be traced.
-
-    Widths that the pruner's arguments keep are left out.
+def _named(view: WidthView, wanted: Wanted, fields: Sequence[str]) -> list[Width]:
+    """Return the widths that hold the named fields, without those that the arguments keep.
 
     Raises:
         UnknownFieldError: no width has such a field.
-        UnsupportedModelError: a field cannot be pruned, and a trace may not be tried.
+        UnsupportedModelError: a field cannot be pruned.
     """
     widths = _widths(view)
     chosen: list[Width] = []
@@ -260,8 +267,6 @@ def _named(view: WidthView, wanted: Wanted, fields: Sequence[str], must: bool) -
             continue
         reasons = sorted({str(width.reason) for width in candidates}) or [_no_such(name, widths)]
         reason = f"{name}: {'; '.join(reasons)}"
-        if not must and not any(width.tried for width in candidates):
-            return reason
         raise _cannot(view, reason, UnsupportedModelError if candidates else UnknownFieldError)
     return chosen
 
@@ -272,13 +277,11 @@ def _no_such(name: str, widths: Sequence[Width]) -> str:
     return f"no such width{closest(name, names)}"
 
 
-def _heads(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str:
-    """Return the widths that count attention heads, or why they have to be traced.
-
-    Those that fit ``wanted.gqa`` are preferred.
+def _heads(view: WidthView, wanted: Wanted) -> list[Width]:
+    """Return the widths that count attention heads; those that fit ``wanted.gqa`` are preferred.
 
     Raises:
-        UnsupportedModelError: heads cannot be pruned, and a trace may not be tried.
+        UnsupportedModelError: heads cannot be pruned.
     """
     counts = view.field_map.count_fields()
     candidates = [width for width in _widths(view) if set(width.fields) & counts]
@@ -294,16 +297,14 @@ def _heads(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str:
     if proved:
         return _disjoint(sorted(wanted.free(proved), key=rank))
     reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no heads were seen"
-    if must or any(width.disproved for width in candidates):
-        raise _cannot(view, f"attention heads: {reason}")
-    return reason
+    raise _cannot(view, f"attention heads: {reason}")
 
 
-def _head_dims(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str:
-    """Return the widths that set head dims alone, or why they have to be traced.
+def _head_dims(view: WidthView, wanted: Wanted) -> list[Width]:
+    """Return the widths that set head dims alone.
 
     Raises:
-        UnsupportedModelError: head dims cannot be pruned, and a trace may not be tried.
+        UnsupportedModelError: head dims cannot be pruned.
     """
     fields = view.head_fields() - view.field_map.count_fields()
     candidates = [width for width in _widths(view) if set(width.fields) & fields]
@@ -318,9 +319,7 @@ def _head_dims(view: WidthView, wanted: Wanted, must: bool) -> list[Width] | str
             f"they are not interchangeable ({reason}). Leave prune_head_dims out, or prune whole "
             "heads (prune_num_heads=True)"
         )
-    if must or view.rotates_head_dims() or any(width.disproved for width in candidates):
-        raise _cannot(view, f"head dims: {reason}")
-    return reason
+    raise _cannot(view, f"head dims: {reason}")
 
 
 def _cannot(

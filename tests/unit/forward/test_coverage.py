@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import small
 import torch
 import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
 from tp_hf_config.forward.coverage import unreached_by, working_inputs
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.twin.layout import TensorDim
@@ -140,7 +141,7 @@ def test_a_class_without_a_backward_pass_does_not_run() -> None:
     )
 
 
-def test_such_a_class_is_traced() -> None:
+def test_such_a_class_is_refused_before_anything_is_pruned() -> None:
     config = hf.DogeConfig(
         vocab_size=64,
         hidden_size=32,
@@ -155,14 +156,27 @@ def test_such_a_class_is_traced() -> None:
     )
     torch.manual_seed(0)
     model = hf.DogeForCausalLM(config).eval()
-    hook = HFConfigSyncHook()
-    tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.25,
-        hooks=[hook],
-    ).step()
-    assert model.config.intermediate_size == 48
-    assert hook.last_report is not None
-    assert hook.last_report.graph.startswith("traced graph: ")
+    before = small.state_of(model)
+    inputs = {"input_ids": torch.arange(1, 9)[None]}
+    for ask in (
+        lambda: pruner_kwargs(model),
+        lambda: tp.pruner.MetaPruner(
+            model,
+            inputs,
+            tp.importance.GroupMagnitudeImportance(),
+            hooks=[HFConfigSyncHook()],
+        ),
+    ):
+        with pytest.raises(UnsupportedModelError) as raised:
+            ask()
+        assert str(raised.value).startswith(
+            "DogeForCausalLM cannot be pruned: the tiny model does not run: torch cannot compute "
+            "its gradients: one of the variables needed for gradient computation has been modified "
+            "by an inplace operation"
+        )
+        assert str(raised.value).endswith(
+            ". Which channels belong together is found on a tiny model of the class, in float64, "
+            "which has to run forward and backward. Load the weights into a class that does: "
+            "DogeModel.from_pretrained(...)."
+        )
+    small.assert_same(before, small.state_of(model))

@@ -19,7 +19,6 @@ import tp_hf_config.forward.coverage as reach
 import tp_hf_config.twin.tiny.tiny_model as miniatures
 from tp_hf_config import (
     HFConfigSyncHook,
-    UnsupportedModelError,
     plan,
     prunable,
     pruner_kwargs,
@@ -281,19 +280,6 @@ class TestPruned:
         assert model.config.d_model == width
         assert len(hook.last_report.inputs["encoder_hidden_states"]) == width
         assert model.model.decoder.layers[1].encoder_attn.k_proj.in_features == width
-
-    def test_a_trace_that_cannot_cut_what_reads_the_states_is_refused_before_anything(self) -> None:
-        model = bart()
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(
-            UnsupportedModelError,
-            match=r"only a part of what d_model sets: not model\.decoder\.layers\.0\.encoder_attn\."
-            r"k_proj\.weight, model\.decoder\.layers\.0\.encoder_attn\.v_proj\.weight and 2 more",
-        ):
-            half(model, HFConfigSyncHook(), prune=["d_model"], graph="trace")
-        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-        half(model, HFConfigSyncHook(), prune=["decoder_ffn_dim"], graph="trace")
-        assert model.config.decoder_ffn_dim == 24
 
     def test_states_are_cut_in_the_measurement_too(self) -> None:
         found = supports(bart())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ import small
 import torch
 import torch_pruning as tp
 import transformers as hf
-import zoo
 from graph_cases import (
     FFN,
     HEADS,
@@ -413,35 +412,6 @@ def by_layer(pruner: Any, part: str) -> dict[str, torch.Tensor]:
         if len(group.items) < 20 and names:
             found[names[0].rpartition(".")[0]] = pruner.estimate_importance(group)
     return found
-
-
-@every_importance
-def test_importances_are_those_of_the_traced_groups(name: str):
-    """Llama's FFN: the same layers, so the same vector."""
-    results = []
-    by_root = name in ("custom", "magnitude-first", "magnitude-gate")
-    for graph in ("config", "trace"):
-        model = fresh(llama)
-        pruner, _ = pruner_of(
-            model, ("intermediate_size",), graph=graph, importance=prepared(name, model)
-        )
-        assert isinstance(pruner.DG, ConfigGraph) is (graph == "config")
-        results.append(by_layer(pruner, "mlp"))
-        if by_root:  # which layer comes first is the graph's choice; from the same one they agree
-            results[-1] = {}
-            for number, layer in enumerate(model.model.layers):
-                group = pruner.DG.get_pruning_group(
-                    layer.mlp.gate_proj, tp.prune_linear_out_channels, list(range(64))
-                )
-                results[-1][f"model.layers.{number}.mlp"] = pruner.estimate_importance(group)
-    config, trace = results
-    assert config.keys() == trace.keys()
-    assert len(config) == 2
-    for layer, values in config.items():
-        if name == "magnitude-gate":  # the last of a group, and groups have no order
-            assert values.shape == trace[layer].shape
-        else:
-            torch.testing.assert_close(values, trace[layer], rtol=1e-5, atol=1e-9)
 
 
 @every_importance
@@ -1054,16 +1024,6 @@ def test_auto_takes_the_config_graph_and_says_so(make: Make):
     assert hook.last_report.to_dict()["graph"] == hook.last_report.graph
 
 
-def test_trace_is_taken_where_it_is_asked_for():
-    model = fresh(llama)
-    pruner, hook = pruner_of(model, ("intermediate_size",), graph="trace")
-    assert type(pruner.DG) is DependencyGraph
-    pruner.step()
-    assert hook.last_report is not None
-    assert hook.last_report.graph == "traced graph: asked for"
-    assert model.config.intermediate_size == 32
-
-
 @pytest.mark.parametrize("graph", ["auto", "config"])
 def test_head_ratios_are_for_heads_and_the_others_for_the_rest(graph: Any):
     """BERT's heads can only go with the hidden size; the FFN follows ``pruning_ratio``."""
@@ -1135,32 +1095,19 @@ def test_unknown_fields_are_refused():
         pruner_kwargs(fresh(llama), prune=("no_such_field",), graph="config")
 
 
-@pytest.mark.parametrize("graph", ["traced", "", None, "Config", True])
+@pytest.mark.parametrize("graph", ["trace", "traced", "", None, "Config", True])
 def test_a_graph_that_does_not_exist(graph: Any):
-    with pytest.raises(ValueError, match="graph"):
-        HFConfigSyncHook(graph=graph)
-    with pytest.raises(ValueError, match="graph"):
-        pruner_kwargs(fresh(llama), graph=graph)
-
-
-def test_a_hook_that_wants_the_trace_gets_it_whatever_the_arguments_say():
-    model = fresh(llama)
-    hook = HFConfigSyncHook(graph="trace")
-    arguments = pruner_kwargs(model, prune=("intermediate_size",), graph="config")
-    try:
-        pruner = tp.pruner.MetaPruner(
-            model, importance=Importance(), pruning_ratio=0.5, hooks=[hook], **arguments
+    words = f"graph={graph!r}: expected 'config' or 'auto', which mean the same"
+    if graph == "trace":
+        words = (
+            "graph='trace': no model is pruned by Torch-Pruning's trace, only by groups that "
+            "experiments prove. Leave graph= out; tp_hf_config.prunable(model) lists what can be "
+            "pruned"
         )
-    except (UnsupportedModelError, ValueError) as error:
-        assert "trace" in str(error)  # noqa: PT017 - either is right: refused before any pruning
-        assert shapes(model) == shapes(template(llama))
-        return
-    assert type(pruner.DG) is DependencyGraph
-    pruner.step()
-    report = hook.last_report
-    assert report is not None
-    assert report.graph == "traced graph: asked for"
-    assert report.fields == {"intermediate_size": (64, 32)}
+    for ask in (HFConfigSyncHook, lambda graph: pruner_kwargs(fresh(llama), graph=graph)):
+        with pytest.raises(ValueError, match="graph") as raised:
+            ask(graph=graph)
+        assert str(raised.value) == words
 
 
 def test_a_hook_that_wants_the_config_graph_needs_no_kwargs():
@@ -1201,61 +1148,7 @@ class Other:
     def after_step(self, pruner: Any) -> None: ...
 
 
-def test_kwargs_of_the_trace_without_a_hook():
-    """They are for Torch-Pruning as it is; a hook can come later."""
-    model = fresh(bert)
-    arguments = pruner_kwargs(model, prune=("intermediate_size",), graph="trace")
-    pruner = tp.pruner.MetaPruner(model, importance=Importance(), **arguments)
-    assert type(pruner.DG) is DependencyGraph
-
-
-# --- traced and config groups -------------------------------------------------------------------
-
-
-def both_graphs(make: Make, fields: Sequence[str]) -> tuple[list[set[Any]], list[set[Any]]]:
-    """The groups of both graphs as sets of (layer, side)."""
-    result = []
-    for graph in ("config", "trace"):
-        pruner, _ = pruner_of(fresh(make), fields, graph=graph)
-        result.append([sides(pruner, group) for group in groups_of(pruner)])
-    return result[0], result[1]
-
-
-@pytest.mark.parametrize("make", [llama, bert])
-def test_traced_and_config_groups_of_an_ffn_are_the_same(make: Make):
-    config, trace = both_graphs(make, ("intermediate_size",))
-    assert len(config) == 2
-    assert sorted(map(sorted, config)) == sorted(map(sorted, trace))
-
-
-def test_traced_and_config_groups_of_a_hidden_size_are_the_same():
-    config, trace = both_graphs(llama, ("hidden_size",))
-    assert len(config) == 1
-    assert config == trace
-
-
-def test_bert_is_traced_with_queries_and_values_in_one_group():
-    """The config graph has them apart: q with k, v with the output's inputs.
-
-    Torch-Pruning's trace goes through the product of scores and values as if both were as wide.
-    """
-    config, trace = both_graphs(bert, ("hidden_size",))
-
-    def part(layer: int, *names: str) -> set[tuple[str, str]]:
-        root = f"encoder.layer.{layer}.attention"
-        where = {"o": (f"{root}.output.dense", "in")}
-        return {where.get(name, (f"{root}.self.{name}", "out")) for name in names}
-
-    for layer in range(2):
-        assert part(layer, "query", "key") in config
-        assert part(layer, "value", "o") in config
-        assert part(layer, "query", "key", "value", "o") in trace
-    stream = next(group for group in config if ("embeddings.word_embeddings", "out") in group)
-    assert stream in trace
-    assert len(config) == len(trace) + 2
-
-
-def test_what_the_trace_does_not_see():
+def test_transposed_layers_are_in_their_groups():
     """GPT-2's Conv1D: each group names both of its layers."""
     pruner, _ = pruner_of(fresh(gpt2), ("n_inner",))
     groups = groups_of(pruner)
@@ -1263,23 +1156,6 @@ def test_what_the_trace_does_not_see():
     expected = [{f"transformer.h.{i}.mlp.c_{part}" for part in ("fc", "proj")} for i in range(2)]
     assert sorted(map(sorted, names)) == sorted(map(sorted, expected))
     assert all("c_fc" in str(group) and "c_proj" in str(group) for group in groups)
-
-
-def test_a_traced_graph_does_not_cut_what_was_disproved():
-    model = zoo.build("gpt_neox")  # its inner widths are rotary in part
-    with pytest.raises(UnsupportedModelError, match=r"hidden_size: .* A traced graph would cut it"):
-        pruner_kwargs(model, graph="trace", prune=("hidden_size",))
-    hook = HFConfigSyncHook()
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model, graph="trace"),
-        importance=Importance(),
-        pruning_ratio=0.25,
-        hooks=[hook],
-    )
-    pruner.step()
-    assert hook.last_report is not None
-    assert hook.last_report.fields == {"intermediate_size": (96, 72)}
 
 
 @pytest.mark.parametrize("norm", ["none", "layer_norm"])

@@ -106,8 +106,7 @@ def test_other_groups_of_channels_are_refused(name: str) -> None:
     assert str(raised.value) == (
         f"{name}= (for Linear) on the graph made from the config: which channels of a layer go "
         "together (fused layers, heads, grouped norms) it knows by experiment, and others cannot "
-        "be asked for. Leave it out, or have Torch-Pruning trace the model: "
-        "pruner_kwargs(model, graph='trace')."
+        "be asked for. Leave it out."
     )
     small.assert_same(before, small.state_of(model))
 
@@ -136,8 +135,7 @@ def test_arguments_for_the_trace_are_warned_of(name: str) -> None:
     with pytest.warns(UserWarning, match=name) as caught:
         pruner, hook = pruner_of(model, **{name: value})
     assert [str(warning.message) for warning in caught] == [
-        f"{name}= has no effect on the graph made from the config: {why}. Leave it out, or have "
-        "Torch-Pruning trace the model: pruner_kwargs(model, graph='trace')."
+        f"{name}= has no effect on the graph made from the config: {why}. Leave it out."
     ]
     pruner.step()
     assert hook.last_report is not None
@@ -151,23 +149,3 @@ def test_empty_arguments_are_fine() -> None:
         "forward_fn": None,
     }
     assert fields_of(small.llama(), **empty) == BOTH
-
-
-def test_on_a_traced_graph_they_mean_what_they_mean() -> None:
-    model = small.phi3()
-    hook = HFConfigSyncHook()
-    kwargs = pruner_kwargs(model, graph="trace")
-    assert set(kwargs["out_channel_groups"].values()) == {2}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pruner = tp.pruner.MetaPruner(
-            model,
-            importance=tp.importance.GroupMagnitudeImportance(),
-            pruning_ratio=0.25,
-            hooks=[hook],
-            forward_fn=lambda model, inputs: model(**inputs),
-            **kwargs,
-        )
-    pruner.step()
-    assert hook.last_report is not None
-    assert hook.last_report.fields == {"head_dim": (None, 8), **BOTH}

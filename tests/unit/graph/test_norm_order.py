@@ -9,7 +9,6 @@ import small
 import torch
 import torch_pruning as tp
 import transformers as hf
-from small import traced_kwargs
 from torch import nn
 from torch_pruning import ops
 from torch_pruning.pruner import function
@@ -60,21 +59,21 @@ def assert_in_order(model: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("make", "arguments"),
-    [(bert, traced_kwargs), (bert, pruner_kwargs), (convnext, pruner_kwargs)],
-    ids=["traced", "BERT", "ConvNeXt"],
+    "make",
+    [bert, convnext],
+    ids=["BERT", "ConvNeXt"],
 )
-def test_a_step(make: Any, arguments: Any, seed: int) -> None:
+def test_a_step(make: Any, seed: int) -> None:
     model = numbered(make())
-    pruner = pruner_of(model, arguments(model))
+    pruner = pruner_of(model, pruner_kwargs(model))
     torch.manual_seed(seed)
     pruner.step()
     assert_in_order(model)
 
 
-def test_an_interactive_step_of_a_trace() -> None:
+def test_an_interactive_step() -> None:
     model = numbered(bert())
-    pruner = pruner_of(model, traced_kwargs(model))
+    pruner = pruner_of(model, pruner_kwargs(model))
     for group in pruner.step(interactive=True):
         group.prune()
     assert_in_order(model)
@@ -92,7 +91,7 @@ def test_a_group_that_is_pruned_by_hand() -> None:
 
 def test_torch_pruning_alone_is_as_before() -> None:
     model = numbered(bert())
-    pruner_of(model, traced_kwargs(model)).step()
+    pruner_of(model, pruner_kwargs(model)).step()
     assert "_prune_parameter_and_grad" not in vars(function.PrunerBox[ops.OPTYPE.LN])
     norm = nn.LayerNorm(40)
     norm.weight.data = torch.arange(40.0)

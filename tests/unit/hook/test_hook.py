@@ -13,24 +13,46 @@ import small
 import torch
 import torch_pruning as tp
 import torch_pruning.ops as tp_ops
-from small import traced_kwargs
+import torch_pruning.pruner.algorithms.base_pruner as tp_base
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from tp_hf_config import ConfigSyncError, HFConfigSyncHook, SyncReport
-from tp_hf_config.model.versions import graph_module as tp_graph
+from tp_hf_config import (
+    ConfigSyncError,
+    HFConfigSyncHook,
+    PrunerSettingsWarning,
+    SyncReport,
+    pruner_kwargs,
+)
 from tp_hf_config.schema import SCHEMA_VERSION
 
 
 def attached(model: nn.Module, hooks: Any = (), **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
     hook = HFConfigSyncHook()
     arguments = {
-        **traced_kwargs(model),
+        **pruner_kwargs(model),
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.25,
         **kwargs,
     }
     return hook, tp.pruner.MetaPruner(model, **arguments, hooks=[hook, *hooks])
+
+
+def self_traced(model: Any, **kwargs: Any) -> Any:
+    """A pruner of BERT that got no arguments from the library."""
+    return tp.pruner.MetaPruner(
+        model,
+        {"input_ids": torch.arange(1, 9)[None]},
+        tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
+        output_transform=lambda output: output.pooler_output,
+        **kwargs,
+    )
+
+
+def all_but_ffn(model: Any) -> list[nn.Module]:
+    ffn = [layer.intermediate.dense for layer in model.encoder.layer]
+    return [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) and m not in ffn]
 
 
 def widths(model: Any) -> tuple[int, int]:
@@ -211,7 +233,7 @@ def test_a_first_hook_that_fails_does_not_keep_the_config_from_following():
             raise RuntimeError("a bug in the hook")
 
     model = small.llama()
-    kwargs = traced_kwargs(model)
+    kwargs = pruner_kwargs(model)
     pruner = tp.pruner.MetaPruner(
         model,
         **kwargs,
@@ -239,7 +261,7 @@ def test_groups_that_are_listed_and_not_pruned():
         [],
     )
     assert str(report).startswith(
-        "sync 1: 0 groups pruned (traced graph); no config field changes\n"
+        "sync 1: 0 groups pruned (config graph); no config field changes\n"
         "  nothing else refreshed; proved: "
     )
     small.assert_same(before, small.state_of(model))
@@ -318,7 +340,7 @@ def test_sync_after_loading_a_pruning_history(heads: bool):
         kwargs["head_pruning_ratio"] = 0.5
     hooks, pruners = zip(
         *(
-            attached(model, **kwargs, **traced_kwargs(model, prune_num_heads=heads))
+            attached(model, **kwargs, **pruner_kwargs(model, prune_num_heads=heads))
             for model in (first, again)
         ),
         strict=True,
@@ -339,12 +361,15 @@ def test_sync_after_loading_a_pruning_history(heads: bool):
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 def test_the_history_is_torch_prunings():
-    plain, followed = small.llama(), small.llama()
-    arguments = {"importance": tp.importance.GroupMagnitudeImportance(), "pruning_ratio": 0.25}
-    _, pruner = attached(followed)
+    plain, followed = small.bert(), small.bert()
+    reference = self_traced(plain, ignored_layers=all_but_ffn(plain))
+    with pytest.warns(PrunerSettingsWarning, match="^hidden_size stays at 32: ignored_layers="):
+        pruner = self_traced(
+            followed, ignored_layers=all_but_ffn(followed), hooks=[HFConfigSyncHook()]
+        )
     pruner.step()
-    reference = tp.pruner.MetaPruner(plain, **traced_kwargs(plain), **arguments)
     reference.step()
+    assert type(reference.DG) is tp.DependencyGraph
     histories = (pruner.pruning_history(), reference.pruning_history())
     assert sorted(map(str, histories[0])) == sorted(map(str, histories[1]))
     for name, parameter in plain.named_parameters():
@@ -387,7 +412,7 @@ def test_report_to_json():
     }
     assert sorted(groups[1:], key=lambda group: group["root"]) == [
         {
-            "root": f"model.layers.{layer}.mlp.up_proj",
+            "root": f"model.layers.{layer}.mlp.gate_proj",
             "side": "out",
             "removed": 16,
             "of": 64,
@@ -398,7 +423,7 @@ def test_report_to_json():
     assert data == {
         "schema_version": SCHEMA_VERSION,
         "step": 1,
-        "graph": "traced graph: asked for",
+        "graph": "config graph: 3 groups, each proved by permutation",
         "fields": {
             "hidden_size": {"old": 32, "new": 24},
             "intermediate_size": {"old": 64, "new": 48},
@@ -451,9 +476,9 @@ def test_report_is_short_enough_for_a_loop():
     pruner.step()
     lines = str(hook.last_report).splitlines()
     assert lines[0] == (
-        "sync 1: 9 groups pruned (traced graph); hidden_size 32 -> 24, intermediate_size 64 -> 48"
+        "sync 1: 9 groups pruned (config graph); hidden_size 32 -> 24, intermediate_size 64 -> 48"
     )
-    assert lines[1].startswith("  24 attributes, 1 tie refreshed; proved: ")
+    assert lines[1].startswith("  24 attributes refreshed; proved: ")
     assert lines[1].endswith(" s")
     assert len(lines) == 2
     assert all(len(line) < 140 for line in lines)
@@ -466,24 +491,6 @@ def test_report_notes_and_singular_words():
         "  note: look here"
     )
     assert SyncReport(1).to_dict()["error"] is None
-
-
-def test_heads_asked_for_and_not_found_are_noted():
-    model = small.bert()
-    hook, pruner = attached(
-        model,
-        **traced_kwargs(model, prune_num_heads=True) | {"num_heads": {}, "out_channel_groups": {}},
-        head_pruning_ratio=0.5,
-        pruning_ratio=0.0,
-    )
-    ffn = [layer.intermediate.dense for layer in model.encoder.layer]
-    for layer in ffn:
-        pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]).prune()
-    assert list(hook.sync().notes) == [
-        "head_pruning_ratio asks for fewer heads, but Torch-Pruning pruned none: its trace finds "
-        "no group of heads here, the class takes no number of heads in between, or pruning_ratio "
-        "is 0 (it then skips heads too)"
-    ]
 
 
 # What stays as it was
@@ -541,11 +548,8 @@ def surroundings(model: Any) -> dict[str, Any]:
         },
         "rotate_half": modeling_llama.rotate_half,
         "filters": list(warnings.filters),
-        "Group": tp_graph.Group,
-        "SplitPruner": tp_ops.SplitPruner,
-        "_build_dependency": tp_graph.DependencyGraph._build_dependency,
-        "graph": dict(vars(tp_graph.DependencyGraph)),
-        "group": dict(vars(tp_graph.Group)),
+        "graph": dict(vars(tp.DependencyGraph)),
+        "dependency": tp_base.dependency,
         "ops": dict(vars(tp_ops)),
         "dtype": torch.get_default_dtype(),
         "grad": torch.is_grad_enabled(),
@@ -554,7 +558,7 @@ def surroundings(model: Any) -> dict[str, Any]:
 
 
 def unusual(training: bool) -> Any:
-    """A model in a state that tracing would disturb."""
+    """A model in a state that a trace would disturb."""
     model = small.llama(attn_implementation="sdpa", num_key_value_heads=2)
     model.config.use_cache = True
     model.train(training)
@@ -566,7 +570,7 @@ def unusual(training: bool) -> Any:
 @pytest.mark.parametrize("training", [True, False])
 def test_construction_leaves_everything_as_it_was(training: bool):
     model = unusual(training)
-    kwargs = traced_kwargs(model)
+    kwargs = pruner_kwargs(model)
     before = surroundings(model)
     assert before["config"]["_attn_implementation_internal"] == "sdpa"
     pruner = tp.pruner.MetaPruner(
@@ -592,20 +596,19 @@ def test_construction_leaves_everything_as_it_was(training: bool):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
     model = unusual(training)
-    kwargs = traced_kwargs(model)
+    kwargs = pruner_kwargs(model)
     before = surroundings(model)
     state = small.state_of(model)
     hook = HFConfigSyncHook()
 
-    def fails(outputs: Any) -> Any:
-        assert tp_graph.Group is not before["Group"]
-        assert modeling_llama.rotate_half is not before["rotate_half"]
-        raise RuntimeError("in the middle of the trace")
+    def fails(ratio: float, steps: int) -> Any:
+        assert tp_base.dependency is not before["dependency"]
+        raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
         tp.pruner.MetaPruner(
             model,
-            **{**kwargs, "output_transform": fails},
+            **{**kwargs, "iterative_pruning_ratio_scheduler": fails},
             importance=tp.importance.GroupMagnitudeImportance(),
             hooks=[hook],
         )
@@ -625,7 +628,7 @@ def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
 def test_pruner_kwargs_leave_everything_as_it_was():
     model = unusual(training=True)
     before, state = surroundings(model), small.state_of(model)
-    traced_kwargs(model)
+    pruner_kwargs(model)
     assert surroundings(model) == before
     small.assert_same(state, small.state_of(model))
 

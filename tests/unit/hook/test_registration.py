@@ -13,11 +13,18 @@ import pytest
 import small
 import torch
 import torch_pruning as tp
-from small import traced_kwargs
 from torch import nn
 
 import tp_hf_config
-from tp_hf_config import Handle, HFConfigSyncHook, PrunerHook, register
+from tp_hf_config import (
+    ConfigSyncError,
+    Handle,
+    HFConfigSyncHook,
+    PrunerHook,
+    pruner_kwargs,
+    register,
+)
+from tp_hf_config.graph.config_graph import ConfigGraph, ConfigGroup
 
 CLASSES = {
     name: getattr(tp.pruner, name)
@@ -450,7 +457,7 @@ def test_nothing_leaks_through_default_dicts(name: str):
 
 def test_the_users_dicts_are_not_written_to():
     model = small.bert()
-    kwargs = traced_kwargs(model, prune_num_heads=True)
+    kwargs = pruner_kwargs(model, prune_num_heads=True)
     before = {name: dict(kwargs[name]) for name in DICTS[:3]}
     pruner = tp.pruner.MetaPruner(
         model,
@@ -467,7 +474,7 @@ def test_the_users_dicts_are_not_written_to():
 
 def test_pruner_kwargs_are_fresh_every_time():
     model = small.bert()
-    first, second = traced_kwargs(model), traced_kwargs(model)
+    first, second = pruner_kwargs(model), pruner_kwargs(model)
     for name, value in first.items():
         if isinstance(value, (dict, list)):
             assert value is not second[name], name
@@ -559,7 +566,7 @@ def test_a_hook_that_cannot_be_attached_takes_the_others_off():
 
     model, hook = small.bert(), HFConfigSyncHook()
     arguments = {
-        **traced_kwargs(model),
+        **pruner_kwargs(model),
         "importance": tp.importance.GroupMagnitudeImportance(),
     }
     with pytest.raises(ValueError, match="not this one"):
@@ -580,15 +587,16 @@ def same(now: dict[str, Any], before: dict[str, Any]) -> bool:
     return now.keys() == before.keys() and all(now[key] is before[key] for key in now)
 
 
-def hf_pruner(**kwargs: Any) -> Any:
-    model = small.bert()
-    return tp.pruner.MetaPruner(
-        model,
-        **traced_kwargs(model),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.25,
-        **kwargs,
-    )
+def hf_pruner(cls: Any = tp.pruner.MetaPruner, **kwargs: Any) -> Any:
+    """A pruner of BERT that traces by itself, unless a hook is among its arguments."""
+    arguments = {
+        "model": small.bert(),
+        "example_inputs": {"input_ids": torch.arange(1, 9)[None]},
+        "importance": tp.importance.GroupMagnitudeImportance(),
+        "pruning_ratio": 0.25,
+        "output_transform": lambda output: output.pooler_output,
+    }
+    return cls(**{**arguments, **kwargs})
 
 
 def test_attach_then_remove_leaves_the_pruner_as_it_was():
@@ -708,16 +716,220 @@ def test_a_get_pruning_group_that_the_user_put_on_the_graph_comes_back():
 def test_two_config_hooks_on_one_pruner_come_off_in_any_order():
     for first in (0, 1):
         pruner = hf_pruner()
-        graph = everything(pruner.DG)
         hooks = HFConfigSyncHook(), HFConfigSyncHook()
         handles = [hook.register(pruner) for hook in hooks]
         handles[first].remove()
         pruner.step()
         left = hooks[1 - first]
         assert [len(hook.reports) for hook in (hooks[first], left)] == [0, 1]
-        assert len(left.last_report.groups) == 6
+        assert len(left.last_report.groups) == 8
         handles[1 - first].remove()
-        assert vars(pruner.DG).keys() == graph.keys()
+        assert isinstance(pruner.DG, ConfigGraph)  # a trace of other widths does not come back
+        assert "get_pruning_group" not in vars(pruner.DG)
+
+
+def test_the_last_of_two_hooks_gives_the_trace_back():
+    for first in (0, 1):
+        pruner = hf_pruner()
+        trace, graph = pruner.DG, everything(pruner.DG)
+        handles = [HFConfigSyncHook().register(pruner) for _ in range(2)]
+        handles[first].remove()
+        assert isinstance(pruner.DG, ConfigGraph)
+        handles[1 - first].remove()
+        assert pruner.DG is trace
+        assert same(everything(pruner.DG), graph)
+
+
+# Pruners that have traced their model
+
+
+def layers_of(model: Any, name: str) -> list[nn.Module]:
+    return [layer.get_submodule(name) for layer in model.encoder.layer]
+
+
+def late_schedule(ratio: float, steps: int) -> list[float]:
+    """Nothing in the first step, all in the last."""
+    return [0.0] * steps + [ratio]
+
+
+SETTINGS: dict[str, tuple[Any, dict[str, tuple[int, int]]]] = {
+    "ratio": (lambda model: {}, {"hidden_size": (32, 24), "intermediate_size": (64, 48)}),
+    "round_to": (
+        lambda model: {"round_to": 20},
+        {"hidden_size": (32, 20), "intermediate_size": (64, 40)},
+    ),
+    "ignored layers": (
+        lambda model: {"ignored_layers": [model.embeddings]},
+        {"intermediate_size": (64, 48)},
+    ),
+    "an ignored parameter": (
+        lambda model: {"ignored_layers": [model.embeddings.word_embeddings.weight]},
+        {"intermediate_size": (64, 48)},
+    ),
+    "ratios of layers": (
+        lambda model: {
+            "pruning_ratio_dict": dict.fromkeys(layers_of(model, "intermediate.dense"), 0.5)
+        },
+        {"hidden_size": (32, 24), "intermediate_size": (64, 32)},
+    ),
+    "ratios of modules": (
+        lambda model: {"pruning_ratio_dict": dict.fromkeys(layers_of(model, "intermediate"), 0.5)},
+        {"hidden_size": (32, 24), "intermediate_size": (64, 32)},
+    ),
+    "a schedule": (
+        lambda model: {
+            "iterative_pruning_ratio_scheduler": late_schedule,
+            "iterative_steps": 2,
+            "pruning_ratio_dict": dict.fromkeys(layers_of(model, "intermediate.dense"), 0.5),
+        },
+        {},
+    ),
+    "heads": (
+        lambda model: {
+            "num_heads": dict.fromkeys(
+                [
+                    layer
+                    for name in ("query", "key", "value")
+                    for layer in layers_of(model, f"attention.self.{name}")
+                ],
+                4,
+            ),
+            "prune_num_heads": True,
+            "prune_head_dims": False,
+            "head_pruning_ratio": 0.5,
+        },
+        {
+            "num_attention_heads": (4, 2),
+            "hidden_size": (32, 16),
+            "intermediate_size": (64, 48),
+        },
+    ),
+    "heads of layers": (
+        lambda model: {
+            "num_heads": dict.fromkeys(layers_of(model, "attention.self.query"), 4),
+            "prune_num_heads": True,
+            "prune_head_dims": False,
+            "head_pruning_ratio_dict": {model: 0.5},
+        },
+        {
+            "num_attention_heads": (4, 2),
+            "hidden_size": (32, 16),
+            "intermediate_size": (64, 48),
+        },
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::tp_hf_config.PrunerSettingsWarning")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_arguments_mean_after_a_trace_what_they_mean_before(name: str):
+    settings, fields = SETTINGS[name]
+    models = small.bert(), small.bert()
+    hooks = HFConfigSyncHook(), HFConfigSyncHook()
+    late = hf_pruner(model=models[0], **settings(models[0]))
+    assert type(late.DG) is tp.DependencyGraph
+    hooks[0].register(late)
+    early = hf_pruner(model=models[1], **settings(models[1]), hooks=[hooks[1]])
+    for pruner in (late, early):
+        pruner.step()
+    first, second = (hook.last_report for hook in hooks)
+    assert first.fields == fields
+    assert (first.graph, first.groups, first.fields, first.notes) == (
+        second.graph,
+        second.groups,
+        second.fields,
+        second.notes,
+    )
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    kept = ("per_step_pruning_ratio", "iterative_pruning_ratio_scheduler", "current_step")
+    assert all(getattr(late, key) == getattr(early, key) for key in kept)
+
+
+def test_layers_that_are_ranked_together_stay_so():
+    """One key of two layers: with global ranking, nobody knows how much of each goes."""
+    model = small.bert()
+    key = tuple(layers_of(model, "intermediate.dense"))
+    pruner = hf_pruner(model=model, global_pruning=True, pruning_ratio_dict={key: 0.5})
+    before, graph, state = everything(pruner), everything(pruner.DG), small.state_of(model)
+    with pytest.raises(ConfigSyncError, match="the 2 groups of intermediate_size are ranked"):
+        HFConfigSyncHook().register(pruner)
+    assert same(everything(pruner), before)
+    assert same(everything(pruner.DG), graph)
+    small.assert_same(state, small.state_of(model))
+
+
+@pytest.mark.parametrize("cls", [tp.pruner.GroupNormPruner, tp.pruner.GrowingRegPruner])
+def test_groups_that_a_pruner_regularises_are_those_of_the_new_graph(cls: Any):
+    pruner = hf_pruner(cls)
+    before = everything(pruner)
+    handle = HFConfigSyncHook().register(pruner)
+    assert {type(group) for group in pruner._groups} == {ConfigGroup}
+    assert len(pruner._groups) == 8
+    handle.remove()
+    assert same(everything(pruner), before)
+
+
+TRACED = (
+    "this {name} has traced its model by itself, and nothing proves what its groups cut. The graph "
+    "made from the config cannot take their place any more: {why}. Construct the pruner with the "
+    "hook: {name}(model, ..., hooks=[HFConfigSyncHook()])."
+)
+
+
+def test_a_pruner_that_has_pruned_by_its_trace_is_refused():
+    """Nothing went: the config and the weights still agree, and only the steps are gone."""
+    pruner = hf_pruner(iterative_steps=2, iterative_pruning_ratio_scheduler=late_schedule)
+    pruner.step()
+    before, state = everything(pruner), small.state_of(pruner.model)
+    with pytest.raises(ValueError, match="traced") as raised:
+        HFConfigSyncHook().register(pruner)
+    why = "it has pruned by that trace already"
+    assert str(raised.value) == TRACED.format(name=type(pruner).__name__, why=why)
+    assert same(everything(pruner), before)
+    small.assert_same(state, small.state_of(pruner.model))
+
+
+def test_a_pruner_with_a_constructor_of_its_own_is_refused():
+    class Own(Base):
+        @functools.wraps(Base.__init__)
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.groups = list(self.DG.get_all_groups())
+
+    pruner = hf_pruner(Own)
+    before, state = everything(pruner), small.state_of(pruner.model)
+    with pytest.raises(ValueError, match="traced") as raised:
+        HFConfigSyncHook().register(pruner)
+    why = "the constructor of Own may have kept groups of that trace"
+    assert str(raised.value) == TRACED.format(name="Own", why=why)
+    assert same(everything(pruner), before)
+    small.assert_same(state, small.state_of(pruner.model))
+    hook = HFConfigSyncHook()
+    hf_pruner(Own, hooks=[hook]).step()
+    assert hook.last_report.fields["hidden_size"] == (32, 24)
+
+
+def test_register_while_the_constructors_are_torch_prunings():
+    hook = HFConfigSyncHook()
+    try:
+        tp_hf_config.disable()
+        pruner = hf_pruner()
+        hook.register(pruner)
+    finally:
+        tp_hf_config.enable()
+    pruner.step()
+    assert hook.last_report.fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
+
+
+def test_channel_groups_of_other_pruners_are_not_this_ones():
+    """Torch-Pruning's default dicts carry over from one pruner to the next."""
+    other = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1))
+    pruner = hf_pruner()
+    pruner.out_channel_groups = {other[1]: 2}
+    hook = HFConfigSyncHook()
+    hook.register(pruner)
+    assert other[1] not in pruner.out_channel_groups
 
 
 def test_two_config_hooks_on_one_pruner_report_the_same():
@@ -725,7 +937,7 @@ def test_two_config_hooks_on_one_pruner_report_the_same():
     pruner = hf_pruner(hooks=hooks)
     pruner.step()
     first, second = (hook.last_report for hook in hooks)
-    assert len(first.groups) == 6
+    assert len(first.groups) == 8
     assert first.groups == second.groups
     assert first.fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
     assert second.fields == {}  # the first has written them
@@ -784,7 +996,7 @@ def test_the_model_carries_nothing_of_the_hook():
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     pruner = tp.pruner.MetaPruner(
         model,
-        **traced_kwargs(model),
+        **pruner_kwargs(model),
         importance=tp.importance.GroupMagnitudeImportance(),
         hooks=[HFConfigSyncHook()],
     )

@@ -23,17 +23,11 @@ def pruner_of(model: Any, hooks: Any, *, kwargs: dict[str, Any], **settings: Any
     )
 
 
-CONFIG = ["llama", "gpt2", "mixtral", "bert", "swin", "convnext", "t5", "whisper"]
-TRACED = ["llama", "bert", "opt"]
+NAMES = ["llama", "gpt2", "mixtral", "bert", "swin", "convnext", "t5", "whisper", "opt"]
 
 
-@pytest.mark.parametrize(
-    ("graph", "name"),
-    [*(("config", name) for name in CONFIG), *(("trace", name) for name in TRACED)],
-)
-def test_shapes_known_before_are_those_of_after(
-    graph: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_known_before_are_those_of_after(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = zoo.build(name), []
 
     def noting(*args: Any) -> Any:
@@ -42,7 +36,7 @@ def test_shapes_known_before_are_those_of_after(
         return seen[-1]
 
     before = small.state_of(model)
-    pruner = pruner_of(model, [HFConfigSyncHook()], kwargs={"graph": graph}, pruning_ratio=0.3)
+    pruner = pruner_of(model, [HFConfigSyncHook()], kwargs={}, pruning_ratio=0.3)
     monkeypatch.setattr(step_preflight, "shapes_left", noting)
     was = shapes(model)
     pruner.step()
@@ -81,9 +75,7 @@ def test_importances_are_asked_for_once() -> None:
             return super().__call__(*args, **kwargs)
 
     model, importance = small.llama(), Counting()
-    pruner = pruner_of(
-        model, [HFConfigSyncHook()], kwargs={"graph": "trace"}, importance=importance
-    )
+    pruner = pruner_of(model, [HFConfigSyncHook()], kwargs={}, importance=importance)
     assert importance.asked == 0
     pruner.step()
     assert importance.asked == 3  # the hidden size, and the FFN of two layers
@@ -112,12 +104,3 @@ def test_groups_that_the_user_is_handed_are_the_users() -> None:
         layers[1].mlp.gate_proj, tp.prune_linear_out_channels, list(range(32))
     ).prune()
     assert hook.sync().fields == {"intermediate_size": (64, 32)}
-
-
-def test_a_traced_class_that_rounds_its_widths() -> None:
-    """ConvNeXt's inner width is four times the outer; the trace rounds it by itself."""
-    model = zoo.build("convnext")
-    before = small.state_of(model)
-    with pytest.raises(ConfigSyncError, match=r"nothing of it is pruned: .* hidden_sizes\[1\]"):
-        pruner_of(model, [HFConfigSyncHook()], kwargs={"graph": "trace"}, pruning_ratio=0.3)
-    small.assert_same(before, small.state_of(model))

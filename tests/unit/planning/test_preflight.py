@@ -25,10 +25,9 @@ FFN = ("intermediate_size",)
 
 
 def pruner_of(model: Any, hook: HFConfigSyncHook | None = None, **changes: Any) -> Any:
-    """A pruner of the FFN, or of what ``prune`` names, on the config graph or another."""
+    """A pruner of the FFN, or of what ``prune`` names."""
     prune, ratios = changes.pop("prune", FFN), changes.pop("ratios", None)
-    graph = changes.pop("graph", "config")
-    kwargs = pruner_kwargs(model, prune=prune, ratios=ratios, graph=graph)
+    kwargs = pruner_kwargs(model, prune=prune, ratios=ratios)
     importance = tp.importance.MagnitudeImportance()
     kwargs |= {"importance": importance, "pruning_ratio": 0.5, **changes}
     return tp.pruner.BasePruner(model, **kwargs, hooks=[hook or HFConfigSyncHook(strict=True)])
@@ -56,16 +55,11 @@ def all_steps(pruner: Any) -> None:
         pruner.step()
 
 
-GRAPHS = pytest.mark.parametrize("graph", ["config", "trace"])
-
-
 class TestTold:
-    @GRAPHS
-    def test_global_ranking(self, graph: str) -> None:
+    def test_global_ranking(self) -> None:
         message = assert_told(
             small.llama(),
             "2 groups of intermediate_size are ranked",
-            graph=graph,
             global_pruning=True,
         )
         assert "global_pruning=False" in message
@@ -92,24 +86,20 @@ class TestTold:
         settings: dict[str, Any] = {"global_pruning": True, "isomorphic": True}
         assert_told(small.llama(), "2 groups of intermediate_size are ranked", **settings)
 
-    @GRAPHS
-    def test_one_layer_ignored(self, graph: str) -> None:
+    def test_one_layer_ignored(self) -> None:
         model = small.llama()
-        ignored = pruner_kwargs(model, prune=FFN, graph=graph)["ignored_layers"]  # type: ignore[arg-type]
+        ignored = pruner_kwargs(model, prune=FFN)["ignored_layers"]
         assert_told(
             model,
             "1 of 2 .* stay at 64",
-            graph=graph,
             ignored_layers=[*ignored, gate(model, 0)],
         )
 
-    @GRAPHS
-    def test_layers_at_different_ratios(self, graph: str) -> None:
+    def test_layers_at_different_ratios(self) -> None:
         model = small.llama()
         assert_told(
             model,
-            "32.* 48" if graph == "trace" else r"32 in .*; 48 in model\.layers\.0\.mlp",
-            graph=graph,
+            r"32 in .*; 48 in model\.layers\.0\.mlp",
             pruning_ratio_dict={gate(model, 0): 0.25},
         )
 
@@ -169,41 +159,37 @@ class TestNotTold:
         pruner.step()
         assert (model.config.hidden_size, model.config.intermediate_size) == (24, 44)
 
-    @GRAPHS
-    def test_every_layer_ignored(self, graph: str) -> None:
+    def test_every_layer_ignored(self) -> None:
         model = small.llama()
         gates = [gate(model, 0), gate(model, 1)]
-        ignored = pruner_kwargs(model, prune=FFN, graph=graph)["ignored_layers"]  # type: ignore[arg-type]
-        pruner_of(model, graph=graph, ignored_layers=[*ignored, *gates]).step()
+        ignored = pruner_kwargs(model, prune=FFN)["ignored_layers"]
+        pruner_of(model, ignored_layers=[*ignored, *gates]).step()
         assert model.config.intermediate_size == 64
 
-    @GRAPHS
-    def test_global_ranking_of_one_group(self, graph: str) -> None:
+    def test_global_ranking_of_one_group(self) -> None:
         model = small.llama()
-        pruner_of(model, prune=("hidden_size",), graph=graph, global_pruning=True).step()
+        pruner_of(model, prune=("hidden_size",), global_pruning=True).step()
         assert model.config.hidden_size == 16
 
-    @GRAPHS
-    def test_a_ratio_of_zero(self, graph: str) -> None:
-        pruner_of(small.llama(), pruning_ratio=0.0, graph=graph, global_pruning=True).step()
+    def test_a_ratio_of_zero(self) -> None:
+        pruner_of(small.llama(), pruning_ratio=0.0, global_pruning=True).step()
 
-    @GRAPHS
-    def test_ratios_with_the_same_end(self, graph: str) -> None:
+    def test_ratios_with_the_same_end(self) -> None:
         model = small.llama()
-        pruner_of(model, graph=graph, pruning_ratio_dict={gate(model, 0): 0.499}).step()
+        pruner_of(model, pruning_ratio_dict={gate(model, 0): 0.499}).step()
         assert model.config.intermediate_size == 32
 
     def test_a_pruner_that_has_begun(self) -> None:
-        model = small.llama()
-        kwargs = pruner_kwargs(model, prune=FFN, graph="trace")
+        """Its hook is taken off: what another one is to foresee has been done in part."""
+        model, hook = small.llama(), HFConfigSyncHook()
         pruner = tp.pruner.BasePruner(
             model,
-            **kwargs,
+            **pruner_kwargs(model, prune=FFN),
             importance=tp.importance.MagnitudeImportance(),
-            global_pruning=True,
             pruning_ratio=0.2,
+            hooks=[hook],
         )
-        pruner.current_step = 1
+        pruner.current_step, pruner.global_pruning = 1, True
         HFConfigSyncHook(strict=True).register(pruner)
 
     @pytest.mark.parametrize("name", ["gpt2", "mixtral", "deepseek_v3", "bert", "t5", "swin"])
