@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from measuring import RESULT, learning, load_again, measure
+from measuring import RESULT, attempts, learning, load_again, measure
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from table import kept, write
@@ -119,15 +119,15 @@ class Runner:
             reason = f"no end within {self.seconds} s" if killed else "the process died"
             result["why"] = f"{reason} ({result['stage']})"
             (Path(one.folder.name) / RESULT).write_text(json.dumps(result))
-        if not one.loading and any(width["folders"] for width in result.get("widths", ())):
+        if not one.loading and any(tried["folders"] for tried in attempts(result)):
             arguments = (one.pair, Path(one.folder.name), self.seconds, self.memory)
             one.process = self.context.Process(target=load_again, args=arguments, daemon=True)
             one.loading = True
             one.process.start()
             return False
-        for width in result.get("widths", ()):
-            if width.pop("folders", ()):
-                width.update(outcome="failed", why="loading again did not end")
+        for tried in attempts(result):
+            if tried.pop("folders", ()):
+                tried.update(outcome="failed", why="loading again did not end")
         result["seconds"] = round(time.monotonic() - one.since, 1)
         named = {"task": one.pair.task, "type": one.pair.type, "class": one.pair.class_name}
         self.done(one.pair).write_text(json.dumps({**named, **result}))

@@ -24,7 +24,7 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
     from tp_hf_config.fieldmap.field_map import map_of
     from tp_hf_config.model.build import Refusal, without_data
     from tp_hf_config.pipeline.support import prepared
-    from tp_hf_config.pipeline.trial import trials
+    from tp_hf_config.pipeline.trial import default_trial, trials
 
     result: dict[str, Any] = {"stage": "class", "why": "it did not end in time", "widths": []}
 
@@ -52,6 +52,10 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
             folders = [str(one.relative_to(folder)) for one in trial.folders]
             result["widths"].append({**trial.width.to_dict(), "folders": folders})
             note()
+        trial = default_trial(made, folder / "defaults")
+        folders = [str(one.relative_to(folder)) for one in trial.folders]
+        width = trial.width
+        note(defaults={"outcome": width.outcome, "why": width.why, "folders": folders})
         note(stage="done", why="")
     except BaseException as error:  # the child must say what happened, whatever it was
         named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
@@ -80,6 +84,11 @@ def learning(pair: Pair) -> float | None:
     return time.process_time() - started
 
 
+def attempts(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that was pruned of a pair: its widths, and the defaults where it came to them."""
+    return [*result.get("widths", ()), *([result["defaults"]] if "defaults" in result else [])]
+
+
 def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
     """Load what was saved, in a process that has not seen the pruning."""
     _surroundings(seconds, memory)
@@ -88,11 +97,11 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
     from tp_hf_config.pipeline.trial import reloaded
 
     result = json.loads((folder / RESULT).read_text())
-    for width in result["widths"]:
-        for saved in width.pop("folders"):
+    for tried in attempts(result):
+        for saved in tried.pop("folders"):
             why = reloaded(getattr(transformers, pair.class_name), folder / saved)
             if why is not None:
-                width.update(outcome="failed", why=why)
+                tried.update(outcome="failed", why=why)
             shutil.rmtree(folder / saved)
     (folder / RESULT).write_text(json.dumps(result))
 

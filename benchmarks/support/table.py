@@ -15,6 +15,7 @@ from rich.table import Table
 from tp_hf_config.schema import SCHEMA_VERSION, versions
 
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
+DEFAULTS = "the README's ten lines as they stand: pruned, saved, loaded"
 KINDS = ("feed-forward", "hidden", "heads", "other")
 _SIGNS = {"works": "yes", "refused": "refused", "failed": "FAILED", "mixed": "some"}
 _NOT_BUILT = ("class", "build")
@@ -68,6 +69,9 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
         every = sum(one == "works" for one in found)
         share = f" ({100 * good / len(found):.1f} %; every such field: {every})" if found else ""
         rows.append((f"{kind}: pruned, saved, loaded", f"{good} of {len(found)}{share}"))
+    defaults = Counter(r["defaults"]["outcome"] for r in runs if "defaults" in r)
+    if defaults:
+        rows.append((DEFAULTS, f"{defaults['works']} of {defaults.total()}"))
     outcomes = Counter(width["outcome"] for r in runs for width in r["widths"])
     unended = sum(r["why"].startswith("no end") for r in built)
     rows += [
@@ -149,8 +153,10 @@ def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> No
 
 def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]]) -> str:
     """``docs/support.md``."""
-    lines = [("task", "model type", "class", *KINDS[:3], "other widths that go", "or why not")]
-    lines += [_line(result) for result in results]
+    columns = ("task", "model type", "class", *KINDS[:3], "defaults", "other widths that go")
+    lines = [(*columns, "or why not"), *map(_line, results)]
+    if not any("defaults" in result for result in results):  # measured before they were tried
+        lines = [(*line[:6], *line[7:]) for line in lines]
     return "\n".join(
         [
             "# What can be pruned, saved and loaded again",
@@ -159,7 +165,8 @@ def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]
             "in one step and in two, at tiny size with random weights. *yes*: the pruned model",
             "computes what the original does with the removed units masked, and a fresh process",
             "loads it with the same bits. *refused*: an error before anything is pruned or",
-            "written. *some*: some of several fields go. The reasons, field by field, are in",
+            "written. *some*: some of several fields go. *defaults*: the README's ten lines with",
+            "no argument changed, by half in one step. The reasons, field by field, are in",
             "[support.json](support.json).",
             "",
             _markdown([("", ""), *rows]),
@@ -212,7 +219,7 @@ def _line(result: Result) -> tuple[str, ...]:
     named = (result["task"], f"`{result['type']}`", f"`{result['class']}`")
     if result["stage"] in _NOT_RUN:
         word = "built" if result["stage"] in _NOT_BUILT else "run"
-        return (*named, "", "", "", "", f"not {word}: {_cell(result['why'])}")
+        return (*named, "", "", "", "", "", f"not {word}: {_cell(result['why'])}")
     found = (outcome_of(result, kind) for kind in KINDS[:3])
     others = {
         f"`{field}`"
@@ -224,7 +231,8 @@ def _line(result: Result) -> tuple[str, ...]:
     signs = ("" if one is None else _SIGNS[one] for one in found)
     older = "of a run before" if result.get("older") else ""
     why = result["why"] if result["stage"] != "done" else ", ".join(filter(None, (partial, older)))
-    return (*named, *signs, ", ".join(sorted(others)), _cell(why))
+    defaults = _SIGNS[result["defaults"]["outcome"]] if "defaults" in result else ""
+    return (*named, *signs, defaults, ", ".join(sorted(others)), _cell(why))
 
 
 def _cell(text: str) -> str:

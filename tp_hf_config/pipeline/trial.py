@@ -170,34 +170,68 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
         yield _trial(case, width, folder / f"{number:02d}")
 
 
+def default_trial(case: Subject, folder: Path) -> Trial:
+    """Prune a copy with the defaults: ``pruner_kwargs(model)``, one ratio, one step.
+
+    Args:
+        case: the model, which is not changed, and its inputs.
+        folder: where the pruned copy is saved.
+
+    Returns:
+        The trial; its width has no fields.
+    """
+    outcome, why = _attempt(case, None, 1, folder)
+    why = why or ("nothing was pruned" if outcome == "refused" else "")
+    return Trial(WidthSupport((), outcome, why), (folder,) if outcome == "works" else ())
+
+
 def _trial(case: Subject, width: Width, folder: Path) -> Trial:
     """Prune half of a width in one step and, if it has more than two units, in two."""
     folders: list[Path] = []
-    graph = ""
     for steps in STEPS if width.units > 2 else STEPS[:1]:
-        copied = copy.deepcopy(case.model)
-        hook = HFConfigSyncHook()
-        try:
-            with _quiet():
-                pruner = _pruner(case, copied, width, steps, hook)
-        except TPHFConfigError as error:
-            return Trial(WidthSupport(width.names, "refused", width.reason or str(error)))
-        except Exception as error:
-            why = f"{type(error).__name__} from the pruner's constructor: {error}"
-            return Trial(WidthSupport(width.names, "failed", _line(why)))
-        graph = "config"
-        failed = _pruned(case, copied, pruner, hook, steps)
-        if failed is None and not any(report.groups for report in hook.reports):
-            why = width.reason or f"{_least(width)} of {width.units} have to stay"
-            return Trial(WidthSupport(width.names, "refused", why, graph, width.units))
-        if failed is None:
-            folders.append(folder / str(steps))
-            inputs = inputs_left(case.model, copied, case.tiny.inputs, case.tiny.recipe)
-            failed = save(copied, inputs, folders[-1], case.tiny.watched, case.tiny.recipe)
-        if failed is not None:
-            why = _line(f"{steps} steps: {failed}" if steps > 1 else failed)
-            return Trial(WidthSupport(width.names, "failed", why, graph, width.units))
-    return Trial(WidthSupport(width.names, "works", "", graph, width.units), tuple(folders))
+        folders.append(folder / str(steps))
+        outcome, why = _attempt(case, width.names, steps, folders[-1])
+        if outcome == "works":
+            continue
+        if outcome == "refused":
+            why = width.reason or why or f"{_least(width)} of {width.units} have to stay"
+        elif steps > 1:
+            why = f"{steps} steps: {why}"
+        graph = "" if outcome == "refused" else "config"
+        return Trial(WidthSupport(width.names, outcome, why, graph, width.units))
+    return Trial(WidthSupport(width.names, "works", "", "config", width.units), tuple(folders))
+
+
+def _attempt(
+    case: Subject, fields: Sequence[str] | None, steps: int, folder: Path
+) -> tuple[Outcome, str]:
+    """Prune a copy and save it; return the outcome, and why it does not work.
+
+    Args:
+        case: the model, which is not changed, and its inputs.
+        fields: the config fields to prune; None: the default ones.
+        steps: the number of steps.
+        folder: where to save.
+
+    Returns:
+        ``refused`` without a reason if nothing was pruned.
+    """
+    copied = copy.deepcopy(case.model)
+    hook = HFConfigSyncHook()
+    try:
+        with _quiet():
+            pruner = _pruner(case, copied, fields, steps, hook)
+    except TPHFConfigError as error:
+        return "refused", str(error)
+    except Exception as error:
+        return "failed", _line(f"{type(error).__name__} from the pruner's constructor: {error}")
+    failed = _pruned(case, copied, pruner, steps)
+    if failed is None and not any(report.groups for report in hook.reports):
+        return "refused", ""
+    if failed is None:
+        inputs = inputs_left(case.model, copied, case.tiny.inputs, case.tiny.recipe)
+        failed = save(copied, inputs, folder, case.tiny.watched, case.tiny.recipe)
+    return ("works", "") if failed is None else ("failed", _line(failed))
 
 
 def _least(width: Width) -> int:
@@ -209,13 +243,17 @@ def _least(width: Width) -> int:
 
 
 def _pruner(
-    case: Subject, model: nn.Module, width: Width, steps: int, hook: HFConfigSyncHook
+    case: Subject,
+    model: nn.Module,
+    fields: Sequence[str] | None,
+    steps: int,
+    hook: HFConfigSyncHook,
 ) -> Any:
     import torch_pruning as tp
 
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=width.names, make_inputs=case.tiny.recipe.make_inputs),
+        **pruner_kwargs(model, prune=fields, make_inputs=case.tiny.recipe.make_inputs),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=RATIO,
         iterative_steps=steps,
@@ -223,9 +261,7 @@ def _pruner(
     )
 
 
-def _pruned(
-    case: Subject, model: Any, pruner: Any, hook: HFConfigSyncHook, steps: int
-) -> str | None:
+def _pruned(case: Subject, model: Any, pruner: Any, steps: int) -> str | None:
     """Run all steps and the masked check; return why that failed, or ``None``."""
     try:
         with _quiet():

@@ -106,6 +106,23 @@ def test_a_row_that_does_not_end_is_kept_from_the_table_and_says_so(
     assert "of a run before" in table._line({**kept[0], "class": "A"})[-1]
 
 
+def test_the_page_has_a_column_for_the_defaults_once_they_were_tried() -> None:
+    table = table_module()
+    pairs = [
+        {"task": "model", "type": name, "class": "A", "stage": "done", "why": "", "widths": []}
+        for name in "ab"
+    ]
+    head = {"date": "2026-11-27", "versions": {}, "seed": 0}
+    assert "| defaults |" not in table.page(pairs, head, table.totals(pairs, 2))
+    pairs[0]["defaults"] = {"outcome": "works", "why": ""}  # type: ignore[assignment]
+    pairs[1]["defaults"] = {"outcome": "refused", "why": "nothing"}  # type: ignore[assignment]
+    assert dict(table.totals(pairs, 2))[table.DEFAULTS] == "1 of 2"
+    page = table.page(pairs, head, table.totals(pairs, 2))
+    assert "| heads | defaults | other widths that go |" in page
+    assert "| model | `a` | `A` |   |   |   | yes |   |   |" in page
+    assert "| model | `b` | `A` |   |   |   | refused |   |   |" in page
+
+
 def test_a_model_is_measured_at_tiny_size_and_not_touched(capfd: Any) -> None:
     with torch.device("meta"):  # 70 billion parameters
         config = hf.LlamaConfig(
