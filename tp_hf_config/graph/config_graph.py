@@ -43,10 +43,10 @@ from .sides import (
 class ConfigGroup(dependency.Group):  # type: ignore[misc]
     """A pruning group that cuts whole units of a dependency group; its history names a layer."""
 
-    def __init__(self, graph: ConfigGraph, coupled: GraphGroup, units: Sequence[int]):
+    def __init__(self, graph: ConfigGraph, graph_group: GraphGroup, units: Sequence[int]):
         super().__init__()
         self._DG = graph
-        self.coupled = coupled
+        self.graph_group = graph_group
         self.units = list(units)
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
@@ -63,9 +63,9 @@ class ConfigGroup(dependency.Group):  # type: ignore[misc]
         ]
         leaving = Leaving(self.units)
         with channels_in_order(), self._DG.cuts.together():
-            for side in self.coupled.sides:
+            for side in self.graph_group.sides:
                 cut(side, leaving, self._DG.cuts, self._DG.beside(side))
-            self.coupled.units.count -= len(self.units)
+            self.graph_group.units.count -= len(self.units)
             if record_history:
                 self._DG._pruning_history.append(entry)
 
@@ -102,7 +102,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.register_customized_layer(Units, UNITS)
         self.cuts = Cuts()
         self._views: dict[tuple[str, int], ParameterView] = {}
-        self.coupled = [
+        self.graph_groups = [
             GraphGroup(
                 group.fields,
                 sides_of(model, group, self._views),
@@ -112,12 +112,11 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             )
             for group in groups
         ]
-
         self._sides_of: dict[nn.Module, list[tuple[GraphGroup, Side]]] = {}
-        for coupled in self.coupled:
-            for side in [*coupled.ranked, *coupled.sides]:
+        for graph_group in self.graph_groups:
+            for side in [*graph_group.ranked, *graph_group.sides]:
                 for module in {side.module, self._owner(side.module)}:
-                    self._sides_of.setdefault(module, []).append((coupled, side))
+                    self._sides_of.setdefault(module, []).append((graph_group, side))
 
     def build_dependency(self, model: nn.Module, *args: Any, **kwargs: Any) -> ConfigGraph:
         """Set up nodes and names for the groups; example inputs are ignored.  Return the graph."""
@@ -131,15 +130,14 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             self._module2name[view] = f"{self.prefix}.{layer}".strip(".")
         self.module2node = {
             side.module: Node(side.module, None, self._module2name.get(side.module))
-            for coupled in self.coupled
-            for side in coupled.sides
+            for graph_group in self.graph_groups
+            for side in graph_group.sides
         }
-        for number, coupled in enumerate(self.coupled):
-            fields = " + ".join(field_name(field) for field in coupled.fields)
-            self._module2name[coupled.units] = f"{fields}, group {number}"
-            node = Node(coupled.units, None, self._module2name[coupled.units])
+        for number, graph_group in enumerate(self.graph_groups):
+            units, fields = graph_group.units, " + ".join(map(field_name, graph_group.fields))
+            self._module2name[units] = f"{fields}, group {number}"
+            node = self.module2node[units] = Node(units, None, self._module2name[units])
             node.type = ops.OPTYPE.CUSTOMIZED
-            self.module2node[coupled.units] = node
         return self
 
     def get_all_groups(
@@ -152,14 +150,14 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             root_module_types: only groups in which a layer of these types loses outputs. Those
                 that Torch-Pruning has by default stand for all types.
         """
-        for coupled in self.taking_part(ignored_layers, root_module_types):
-            yield self.group_at(coupled, range(coupled.units.count))
+        for graph_group in self.taking_part(ignored_layers, root_module_types):
+            yield self.group_at(graph_group, range(graph_group.units.count))
 
-    def group_at(self, coupled: GraphGroup, units: Iterable[int]) -> ConfigGroup:
+    def group_at(self, graph_group: GraphGroup, units: Iterable[int]) -> ConfigGroup:
         """Return the pruning group of some units, asked for at its root, as the pruner does."""
-        root = coupled.root
+        root = graph_group.root
         if root is None:
-            return self.get_pruning_group(coupled.units, UNITS.prune_out_channels, list(units))
+            return self.get_pruning_group(graph_group.units, UNITS.prune_out_channels, list(units))
         channels = sorted(root.table[list(units)].flatten().tolist())
         return self.get_pruning_group(root.module, handler_of(root.module, root.out), channels)
 
@@ -167,53 +165,52 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
     ) -> Iterator[GraphGroup]:
         """Yield the groups from which :meth:`get_all_groups` makes pruning groups."""
-        for coupled in self.coupled:
-            if self.why_kept(coupled, ignored_layers, root_module_types) is None:
-                yield coupled
+        for graph_group in self.graph_groups:
+            if self.why_kept(graph_group, ignored_layers, root_module_types) is None:
+                yield graph_group
 
     def why_kept(
         self,
-        coupled: GraphGroup,
+        graph_group: GraphGroup,
         ignored_layers: Sequence[nn.Module],
         root_module_types: Any = None,
     ) -> str | None:
         """Return what keeps a group from being pruned, or None."""
         types = tuple(root_module_types or ())
         ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
-        for side in coupled.sides:
+        for side in graph_group.sides:
             if self._owner(side.module) in ignored and is_output(side):
                 return f"ignored_layers= keeps the outputs of {side.layer}"
             held = self._held(side)
             if held is not None:
                 return f"ignored_layers= keeps {held}"
         every = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
-        reads = coupled.inward and any(isinstance(s.module, types) for s in coupled.sides)
-        if every or reads or any(self._is_root(side, types) for side in coupled.sides):
+        reads = graph_group.inward and any(isinstance(s.module, types) for s in graph_group.sides)
+        if every or reads or any(self._is_root(side, types) for side in graph_group.sides):
             return None
         names = ", ".join(kind.__name__ for kind in types)
-        return f"root_module_types= ({names}) holds no layer like {coupled.sides[0].layer}"
+        return f"root_module_types= ({names}) holds no layer like {graph_group.sides[0].layer}"
 
     def sides_of(self, module: nn.Module) -> list[tuple[GraphGroup, Side]]:
         """Return the groups that a layer is in, each with the layer's side in it."""
-        found = self._sides_of.get(module, ())
-        return list({id(side): (coupled, side) for coupled, side in found}.values())
+        return list({id(pair[1]): pair for pair in self._sides_of.get(module, ())}.values())
 
-    def outputs_of(self, coupled: GraphGroup) -> dict[str, nn.Module]:
+    def outputs_of(self, graph_group: GraphGroup) -> dict[str, nn.Module]:
         """Return the layers that lose outputs with a group, by name in the Hugging Face model."""
-        sides = [side for side in coupled.sides if is_output(side)]
+        sides = [side for side in graph_group.sides if is_output(side)]
         return {side.layer: self._owner(side.module) for side in sides}
 
     @property
     def fields(self) -> list[tuple[tuple[str | int, ...], ...]]:
         """The fields of each group, without repeats."""
-        return list(dict.fromkeys(coupled.fields for coupled in self.coupled))
+        return list(dict.fromkeys(graph_group.fields for graph_group in self.graph_groups))
 
     def roots_of(self, field: tuple[str | int, ...]) -> list[nn.Module]:
         """Return one key for ratios per group of a field: a layer that loses outputs, or units."""
         return [
-            next((side.module for side in coupled.sides if side.out), coupled.units)
-            for coupled in self.coupled
-            if field in coupled.fields
+            next((side.module for side in graph_group.sides if side.out), graph_group.units)
+            for graph_group in self.graph_groups
+            if field in graph_group.fields
         ]
 
     def _is_root(self, side: Side, types: tuple[type, ...]) -> bool:
@@ -246,16 +243,16 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         """
         channels = [int(idxs)] if isinstance(idxs, int) else [int(index) for index in idxs]
         out = self.is_out_channel_pruning_fn(pruning_fn)
-        for coupled in self.coupled:
-            if coupled.units is module:
-                return self._group(coupled, channels, module, True)
+        for graph_group in self.graph_groups:
+            if graph_group.units is module:
+                return self._group(graph_group, channels, module, True)
         both = out and self.is_in_channel_pruning_fn(pruning_fn)  # norms: one function for both
-        for coupled, side in self._sides_of.get(module, ()):
+        for graph_group, side in self._sides_of.get(module, ()):
             reported = self.side_of(side.module, side.out) if side.module is not module else None
             fits = both or (side.out if reported is None else reported[1]) is out
             units = units_of(side, channels) if fits else None
             if units is not None:
-                return self._group(coupled, units, side.module, side.out)
+                return self._group(graph_group, units, side.module, side.out)
         name = self._module2name.get(module, type(module).__name__)
         raise ValueError(
             f"{name}: these {'output' if out else 'input'} channels are no whole units of a group "
@@ -264,7 +261,10 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def check_pruning_group(self, group: ConfigGroup) -> bool:
         """True if every layer keeps something, and all channel groups lose equally many units."""
-        count, channel_groups = group.coupled.units.count, group.coupled.count.channel_groups
+        count, channel_groups = (
+            group.graph_group.units.count,
+            group.graph_group.count.channel_groups,
+        )
         if not group.units or len(group.units) >= count:
             return False
         size = count // channel_groups
@@ -325,38 +325,38 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             importance: returns the importance of a group's root channels, or ``None``, which is
                 returned then.
         """
-        if group.coupled.root is not None:
+        if group.graph_group.root is not None:
             return importance(group)
-        if not group.coupled.ranked:
-            return norms_of(group.coupled, self.pretrained)
-        side = group.coupled.ranked[0]
-        values = importance(self._channel_group(group.coupled, side))
+        if not group.graph_group.ranked:
+            return norms_of(group.graph_group, self.pretrained)
+        side = group.graph_group.ranked[0]
+        values = importance(self._channel_group(group.graph_group, side))
         return None if values is None else values.view(side.table.shape).mean(1)
 
-    def _channel_group(self, coupled: GraphGroup, root: Side) -> ConfigGroup:
+    def _channel_group(self, graph_group: GraphGroup, root: Side) -> ConfigGroup:
         """Return a group in which every channel of the root's units counts by itself."""
-        group = ConfigGroup(self, coupled, range(coupled.units.count))
+        group = ConfigGroup(self, graph_group, range(graph_group.units.count))
         width = root.table.shape[1]
         first = torch.tensor(group.units)[:, None] * width
-        rest = [side for side in coupled.sides if side is not root]
+        rest = [side for side in graph_group.sides if side is not root]
         self._fill(group, [root, *rest], lambda n: first + torch.arange(n) * width // n)
         return group
 
     def _group(
-        self, coupled: GraphGroup, units: Sequence[int], root: nn.Module, out: bool
+        self, graph_group: GraphGroup, units: Sequence[int], root: nn.Module, out: bool
     ) -> ConfigGroup:
         """Return the pruning group of some units, with the root's side first."""
-        group = ConfigGroup(self, coupled, units)
+        group = ConfigGroup(self, graph_group, units)
         if isinstance(root, Units):
             node = self.module2node[root]
             dep = Dependency(UNITS.prune_out_channels, UNITS.prune_out_channels, node, node)
             item = _helpers.GroupItem(dep, list(units))
             item.root_idxs = list(units)
             group._group.append(item)
-        first = [side for side in coupled.sides if side.module is root and side.out is out]
-        rest = [side for side in coupled.sides if side not in first]
+        first = [side for side in graph_group.sides if side.module is root and side.out is out]
+        rest = [side for side in graph_group.sides if side not in first]
         rest.sort(key=lambda side: is_vector(side.module))  # reports name the first one: a layer
-        every = first[0].table[:, :1] if first else torch.arange(coupled.units.count)[:, None]
+        every = first[0].table[:, :1] if first else torch.arange(graph_group.units.count)[:, None]
         labels = every[group.units]
         self._fill(group, first + rest, lambda n: labels.expand(-1, n))
         return group
@@ -381,12 +381,11 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def _add(self, group: ConfigGroup, side: Side, idxs: list[int], roots: list[int]) -> None:
         handler = handler_of(side.module, side.out)
         # the pruner ranks groups by their first item's source: each has a node of its own
-        source = self.module2node[group.coupled.units]
+        source = self.module2node[group.graph_group.units]
         trigger = group[0].dep.handler if len(group) else handler
         dep = Dependency(trigger, handler, source, self.module2node[side.module])
-        item = _helpers.GroupItem(dep, list(idxs))
-        item.root_idxs = list(roots)
-        group._group.append(item)
+        group._group.append(_helpers.GroupItem(dep, list(idxs)))
+        group._group[-1].root_idxs = list(roots)
 
     def beside(self, side: Side) -> list[Side]:
         """Return what other groups hold of the same side of a layer: other channels."""

@@ -37,8 +37,6 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
 from .apply import (
-    Changes,
-    Difference,
     all_or_nothing,
     changed_values,
     difference,
@@ -50,6 +48,7 @@ from .apply import (
 from .enclosing_modules import Beside
 from .history import PrunedGroup
 from .mirrored_fields import mirrored
+from .report import Followed
 
 _ROWS = ".weight#0"
 """How a history names the outputs of a projection that is not an ``nn.Linear`` (I-BERT's)."""
@@ -106,14 +105,11 @@ class Follower:
                     "the model as it is now. Nothing was pruned by this step."
                 )
 
-    def follow(self, groups: Sequence[PrunedGroup]) -> dict[str, Any]:
+    def follow(self, groups: Sequence[PrunedGroup]) -> Followed:
         """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
 
         Args:
             groups: what was pruned since the last time.
-
-        Returns:
-            What was done, as fields of a :class:`~tp_hf_config.SyncReport`.
 
         Raises:
             ConfigSyncError: no config describes the weights.
@@ -129,27 +125,33 @@ class Follower:
         }
         numbers = self.beside.numbers(moved)
         with all_or_nothing() as changes:
-            outcome = self._write(changes, change)
+            write_fields(changes, self.model, change.fields)
+            attributes = write_attributes(changes, self.model, change.attributes)
+            buffers = write_buffers(changes, self.model, change.buffers)
+            ties = write_ties(changes, self.model, self.ties)
             self._check_written(data, built)
             written, outside = self.beside.follow(changes, numbers, moved)
         new = config_json(self.model.config, use_diff=False)
         self.reference, self.values = built, values
         self._tell_heads()
         self.ties = ties_of(self.model)
-        outcome["fields"] = {
-            field_name(field): (value_at(old, field), value)
-            for field, value in changed_values(old, new)
-        }
-        outcome["proof"] = (
-            f"proved: {len(live)} tensors are as {type(self.model).__name__} builds them "
-            "from the new config.json"
+        name = type(self.model).__name__
+        return Followed(
+            fields={
+                field_name(field): (value_at(old, field), value)
+                for field, value in changed_values(old, new)
+            },
+            attributes=[*attributes, *written],
+            buffers=buffers,
+            ties=ties,
+            proof=f"proved: {len(live)} tensors are as {name} builds them from the new config.json",
+            notes=[*mirror_notes, *outside],
+            inputs=dict(self.inputs),
         )
-        outcome["inputs"] = dict(self.inputs)
-        outcome["attributes"] += written
-        outcome["notes"] = [*self.notes, *mirror_notes, *outside]
-        return outcome
 
-    def foretell(self, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]) -> None:
+    def check_left(
+        self, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]
+    ) -> None:
         """Raise if no config could describe what a step is going to leave.
 
         Args:
@@ -312,15 +314,6 @@ class Follower:
         if isinstance(proof, Refusal):
             raise explain_refusal(self.model, self.field_map, values, proof)
         raise explain_mismatch(self.model, proof)
-
-    def _write(self, changes: Changes, change: Difference) -> dict[str, Any]:
-        """Write a difference into the live model; return what was written."""
-        write_fields(changes, self.model, change.fields)
-        return {
-            "attributes": write_attributes(changes, self.model, change.attributes),
-            "buffers": write_buffers(changes, self.model, change.buffers),
-            "ties": write_ties(changes, self.model, self.ties),
-        }
 
     def _check_written(self, data: dict[str, Any], built: nn.Module) -> None:
         """Raise if the live config does not have the proved values.

@@ -16,7 +16,7 @@ from ..model.locate import check_followable, find_pretrained
 from ..planning.choices import Graph, check_graph
 from . import registration as pruners
 from .history import Recorder
-from .report import SyncReport
+from .report import Followed, SyncReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -161,7 +161,7 @@ class HFConfigSyncHook:
         """
         from ..graph.config_graph import ConfigGraph
         from ..graph.pruner_access import give_back
-        from ..planning.preflight import check_config_is_own, foresee
+        from ..planning.preflight import check_config_is_own, preflight
         from .follow import Follower
         from .steering import UnitSteering
 
@@ -179,7 +179,7 @@ class HFConfigSyncHook:
             steering = UnitSteering(pruner)
             steering.attach()
             undo.callback(steering.detach)
-            steering.foreseen = foresee(pruner, follower.view, self.strict)
+            steering.preflight = preflight(pruner, follower.view, self.strict)
             undo.pop_all()
         self._follower, self._recorder = follower, Recorder(pruner.DG)
         self._steering = steering
@@ -208,9 +208,9 @@ class HFConfigSyncHook:
     def _adjusted(self) -> list[str]:
         """Return what the pruner's latest step did instead of what its ratios ask for."""
         steering = self._steering
-        if steering is None or steering.foreseen is None:
+        if steering is None or steering.preflight is None:
             return []
-        return steering.foreseen.notes(steering.pruner.current_step)
+        return steering.preflight.notes(steering.pruner.current_step)
 
     @contextmanager
     def stepping(self, pruner: Any) -> Iterator[None]:
@@ -234,11 +234,11 @@ class HFConfigSyncHook:
         Raises:
             ConfigSyncError: no config could.
         """
-        from .step_preflight import foretell
+        from .step_preflight import check_step
 
         assert self._follower is not None  # only an attached hook is called in a step
         try:
-            foretell(self._follower, pruner, groups, pruner.current_step)
+            check_step(self._follower, pruner, groups, pruner.current_step)
         except ConfigSyncError:
             self._refused = True
             raise
@@ -274,23 +274,31 @@ class HFConfigSyncHook:
             )
         started = time.perf_counter()
         groups = self._recorder.drain()
-        failed: ConfigSyncError | None = None
+        done, failed = Followed(), None
+        notes: list[str] = []
         try:
-            outcome = self._follower.follow(groups)
-            of_step = [*outcome["notes"][len(self._follower.notes) :], *self._adjusted()]
-            if stepped and not groups and not of_step and self._steering is not None:
-                of_step = [f"nothing was pruned: {self._steering.why_nothing()}"]
-            outcome["notes"] = [*self._told_once(), *self._follower.notes, *of_step]
+            done = self._follower.follow(groups)
+            notes = [*done.notes, *self._adjusted()]
+            if stepped and not groups and not notes and self._steering is not None:
+                notes = [f"nothing was pruned: {self._steering.why_nothing()}"]
+            notes = [*self._told_once(), *self._follower.notes, *notes]
         except ConfigSyncError as error:
-            failed, outcome = error, {"error": str(error)}
+            failed = error
         before, self._parameters = self._parameters, self._follower.model.num_parameters()
         report = SyncReport(
             step=len(self.reports) + 1,
             graph=self._why,
             groups=groups,
+            fields=done.fields,
+            attributes=done.attributes,
+            buffers=done.buffers,
+            ties=done.ties,
+            proof=done.proof,
             parameters=(before, self._parameters),
             seconds=time.perf_counter() - started,
-            **outcome,
+            notes=notes,
+            error=None if failed is None else str(failed),
+            inputs=done.inputs,
         )
         self.reports.append(report)
         if failed is not None:

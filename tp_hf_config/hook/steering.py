@@ -15,7 +15,7 @@ from ..graph.unit_count import in_runs, multiple_below, per_class
 from .chunked_importance import in_pieces, takes_pieces
 
 if TYPE_CHECKING:
-    from ..planning.preflight import Foreseen
+    from ..planning.preflight import Preflight
 
 
 def cutting_together(pruner: Any) -> AbstractContextManager[None]:
@@ -61,7 +61,7 @@ class UnitSteering:
     loses its own least important ones.
 
     Attributes:
-        foreseen: what the preflight says that each step leaves; ``None`` where it is not known.
+        preflight: what the preflight says that each step leaves; ``None`` where it is not known.
         valued: True once the importance has given some group a value.
     """
 
@@ -76,23 +76,23 @@ class UnitSteering:
         self._round = pruner._round_to
         self._group: Any = None
         self._ranked: Any = None
-        self.foreseen: Foreseen | None = None
+        self.preflight: Preflight | None = None
         self.valued = False
 
     def attach(self) -> None:
         """Install the answers; each group of heads gets a ranking scope and the head ratios."""
         for name in self._NAMES:
             setattr(self.pruner, name, getattr(self, name))
-        for number, coupled in enumerate(self._of_heads()):
-            scope = (f"heads {number}", [coupled.units])
-            self.pruner._layer_to_scope[coupled.units] = scope
-            self.pruner.pruning_ratio_dict[coupled.units] = self._head_ratios(coupled)
+        for number, graph_group in enumerate(self._of_heads()):
+            scope = (f"heads {number}", [graph_group.units])
+            self.pruner._layer_to_scope[graph_group.units] = scope
+            self.pruner.pruning_ratio_dict[graph_group.units] = self._head_ratios(graph_group)
 
     def detach(self) -> None:
         """Restore the pruner as it was before :meth:`attach`."""
-        for coupled in self._of_heads():
-            self.pruner._layer_to_scope.pop(coupled.units, None)
-            self.pruner.pruning_ratio_dict.pop(coupled.units, None)
+        for graph_group in self._of_heads():
+            self.pruner._layer_to_scope.pop(graph_group.units, None)
+            self.pruner.pruning_ratio_dict.pop(graph_group.units, None)
         for name, own in self._own.items():
             if vars(self.pruner).get(name) == getattr(self, name):
                 delattr(self.pruner, name)
@@ -148,14 +148,14 @@ class UnitSteering:
 
     def _of_heads(self) -> list[GraphGroup]:
         """Return the groups whose units are whole heads."""
-        return [coupled for coupled in self.pruner.DG.coupled if coupled.heads]
+        return [graph_group for graph_group in self.pruner.DG.graph_groups if graph_group.heads]
 
-    def _head_ratios(self, coupled: GraphGroup) -> list[float]:
+    def _head_ratios(self, graph_group: GraphGroup) -> list[float]:
         """Return a group's head ratio at each step; ``head_pruning_ratio_dict`` comes first."""
         pruner = self.pruner
         if not pruner.prune_num_heads:
             return [0.0] * len(pruner.per_step_head_pruning_ratio)
-        for side in coupled.sides:
+        for side in graph_group.sides:
             if side.module in pruner.head_pruning_ratio_dict:
                 own: list[float] = pruner.head_pruning_ratio_dict[side.module]
                 return own
@@ -171,14 +171,14 @@ class UnitSteering:
 
     def _get_channel_groups(self, group: Any) -> int:
         if isinstance(group, ConfigGroup):
-            if self._chooses_in_each(group.coupled):
+            if self._chooses_in_each(group.graph_group):
                 self._ranked = group  # the pruner asks next for the importance to rank it by
                 return 1
-            return group.coupled.count.channel_groups
+            return group.graph_group.count.channel_groups
         channel_groups: int = self._channel_groups(group)
         return channel_groups
 
-    def _chooses_in_each(self, coupled: GraphGroup) -> bool:
+    def _chooses_in_each(self, graph_group: GraphGroup) -> bool:
         """True if each channel group loses its own least important units.
 
         If not, all channel groups lose units at the same positions.  Torch-Pruning ranks positions
@@ -186,10 +186,10 @@ class UnitSteering:
         each key/value group.
         """
         pruner = self.pruner
-        alone = coupled.heads or not (pruner.global_pruning or pruner.isomorphic)
+        alone = graph_group.heads or not (pruner.global_pruning or pruner.isomorphic)
         return (
-            coupled.count.channel_groups > 1
-            and coupled.root is None
+            graph_group.count.channel_groups > 1
+            and graph_group.root is None
             and alone
             and bool(pruner.round_to)
         )
@@ -204,15 +204,17 @@ class UnitSteering:
         if not isinstance(self._group, ConfigGroup):
             rounded: int = self._round(n_pruned, current_channels, round_to)
             return rounded
-        coupled = self._group.coupled
-        together = coupled.count.channel_groups if self._chooses_in_each(coupled) else 1
-        size = coupled.units.count // coupled.count.channel_groups
-        if self.foreseen is not None:
-            remaining = self.foreseen.units_left(coupled, self.pruner.current_step)
+        graph_group = self._group.graph_group
+        together = graph_group.count.channel_groups if self._chooses_in_each(graph_group) else 1
+        size = graph_group.units.count // graph_group.count.channel_groups
+        if self.preflight is not None:
+            remaining = self.preflight.units_left(graph_group, self.pruner.current_step)
             if remaining is not None:
-                return (size - remaining // coupled.count.channel_groups) * together
-        rounded_to = in_runs(round_to, coupled.count.run)
-        multiple = per_class(coupled.count.multiple, rounded_to, coupled.count.channel_groups)
+                return (size - remaining // graph_group.count.channel_groups) * together
+        rounded_to = in_runs(round_to, graph_group.count.run)
+        multiple = per_class(
+            graph_group.count.multiple, rounded_to, graph_group.count.channel_groups
+        )
         kept = (size * together - n_pruned) // together
         return (size - multiple_below(kept, multiple)) * together
 
@@ -222,5 +224,5 @@ def _places(group: ConfigGroup, values: torch.Tensor) -> torch.Tensor:
 
     Ranked this way, the least important units of all channel groups go first.
     """
-    ranked = values.view(group.coupled.count.channel_groups, -1).argsort(1).argsort(1)
+    ranked = values.view(group.graph_group.count.channel_groups, -1).argsort(1).argsort(1)
     return ranked.to(values.dtype).flatten()

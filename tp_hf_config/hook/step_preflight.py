@@ -64,7 +64,7 @@ def proved_first(pruner: Any, prove: Callable[[Sequence[Any]], None]) -> Iterato
             _restore(pruner, name, value)
 
 
-def foretell(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) -> None:
+def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) -> None:
     """Raise if no config could describe what a step's groups leave.
 
     Args:
@@ -81,7 +81,7 @@ def foretell(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) 
     if remaining is None:
         return
     try:
-        follower.foretell(
+        follower.check_left(
             [PrunedGroup(tuple(layers_of(pruner.DG, group))) for group in groups], remaining
         )
     except ConfigSyncError as error:

@@ -31,7 +31,7 @@ _LISTED = 3
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class Preflight:
     """What a pruner on the config graph is going to leave.
 
     Attributes:
@@ -56,21 +56,21 @@ class Foreseen:
         last = step == len(self.trajectory.walk)
         return lines + (shortfalls(self.trajectory) if last else [])
 
-    def units_left(self, coupled: GraphGroup, step: int) -> int | None:
+    def units_left(self, graph_group: GraphGroup, step: int) -> int | None:
         """Return how many units a step leaves of a group.
 
         ``None``: the group is not pruned, or does not have the expected units before the step.
         """
-        walk, kind = self.trajectory.walk, self.kinds.get(id(coupled))
+        walk, kind = self.trajectory.walk, self.kinds.get(id(graph_group))
         if kind is None or not 1 <= step <= len(walk):
             return None
         fields, number = kind
         moving = next(moving for moving in self.trajectory.moving_widths if moving.fields == fields)
         before = walk[step - 2][fields][number] if step > 1 else moving.unit_counts[number].units
-        return walk[step - 1][fields][number] if before == coupled.units.count else None
+        return walk[step - 1][fields][number] if before == graph_group.units.count else None
 
 
-def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
+def preflight(pruner: Any, view: WidthView, strict: bool) -> Preflight | None:
     """Return what a pruner on the config graph is going to leave; raise if that cannot end well.
 
     Args:
@@ -87,12 +87,12 @@ def foresee(pruner: Any, view: WidthView, strict: bool) -> Foreseen | None:
     """
     if pruner.current_step:
         return None
-    foreseen, problem = _foreseen(pruner, view)
-    if problem is None and strict and foreseen is not None and foreseen.trajectory.adjusted:
-        lines = "; ".join(map(adjusted_line, foreseen.trajectory.adjusted))
+    outcome, problem = _preflight(pruner, view)
+    if problem is None and strict and outcome is not None and outcome.trajectory.adjusted:
+        lines = "; ".join(map(adjusted_line, outcome.trajectory.adjusted))
         problem = f"{lines}. HFConfigSyncHook() does the nearest; strict=True does not."
     if problem is None:
-        return foreseen
+        return outcome
     raise ConfigSyncError(
         f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
         "tp_hf_config.plan(model, ...) shows what settings give."
@@ -147,21 +147,21 @@ class _Going:
     """One group that the pruner is going to prune.
 
     Attributes:
-        coupled: the group.
+        graph_group: the group.
         layer: the name of one of its layers, for messages.
         scope: the name of the scope in which the pruner ranks its units.
         ratios: for each step, the share of its units that is to be gone.
         unit_count: its unit count.
     """
 
-    coupled: GraphGroup
+    graph_group: GraphGroup
     layer: str
     scope: str
     ratios: tuple[float, ...]
     unit_count: UnitCount
 
 
-def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None]:
+def _preflight(pruner: Any, view: WidthView) -> tuple[Preflight | None, str | None]:
     """Return what a pruner on the config graph leaves, and the reason why that cannot end well.
 
     The first is ``None`` if importances decide how much of a field goes or nothing is rounded, the
@@ -170,7 +170,7 @@ def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None
     by_fields: dict[tuple[FieldPath, ...], list[_Going]] = {}
     scopes: Counter[str] = Counter()
     for group in _going(pruner):
-        by_fields.setdefault(group.coupled.fields, []).append(group)
+        by_fields.setdefault(group.graph_group.fields, []).append(group)
         scopes[group.scope] += max(group.ratios, default=0) > 0
     ranked = {
         fields: groups
@@ -185,7 +185,8 @@ def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None
     for fields, groups in by_fields.items():
         unit_counts = list(dict.fromkeys(group.unit_count for group in groups))
         kinds |= {
-            id(member.coupled): (fields, unit_counts.index(member.unit_count)) for member in groups
+            id(member.graph_group): (fields, unit_counts.index(member.unit_count))
+            for member in groups
         }
         moving_widths.append(
             MovingWidth(
@@ -203,12 +204,12 @@ def _foreseen(pruner: Any, view: WidthView) -> tuple[Foreseen | None, str | None
         pruner.round_to,
         pruner.max_pruning_ratio,
     )
-    foreseen = Foreseen(trajectory, kinds) if pruner.round_to else None
+    outcome = Preflight(trajectory, kinds) if pruner.round_to else None
     refusal = planned_refusal(trajectory)
     if refusal is None:
-        return foreseen, None
+        return outcome, None
     words = " ".join(line.strip() for line in refusal_lines(refusal))
-    return foreseen, f"the class will not take the widths. {words}"
+    return outcome, f"the class will not take the widths. {words}"
 
 
 _Groups = dict[tuple[FieldPath, ...], list[_Going]]
@@ -236,7 +237,9 @@ def _ranked_apart(ranked: _Groups) -> str | None:
 def _first_apart(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
     """Return the reason for the first field whose groups end with different numbers, if any."""
     for fields, groups in by_fields.items():
-        staying = sum(coupled.fields == fields for coupled in pruner.DG.coupled) - len(groups)
+        staying = sum(graph_group.fields == fields for graph_group in pruner.DG.graph_groups) - len(
+            groups
+        )
         if fields not in ranked:
             problem = _apart(pruner, _names(fields), groups, staying)
         else:
@@ -294,18 +297,18 @@ def _going(pruner: Any) -> Iterator[_Going]:
     graph: ConfigGraph = pruner.DG
     sides: dict[Any, int] = {}
     groups: list[tuple[GraphGroup, Any, list[Any]]] = []
-    for coupled in graph.taking_part(pruner.ignored_layers, pruner.root_module_types):
-        group = graph.group_at(coupled, [0])  # its layers in the order that the pruner sees
+    for graph_group in graph.taking_part(pruner.ignored_layers, pruner.root_module_types):
+        group = graph.group_at(graph_group, [0])  # its layers in the order that the pruner sees
         keys = []
         for item in group:
             module, out = item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
             if item.dep.target.type == ops.OPTYPE.PARAMETER:
                 continue
-            key = (coupled.fields, module, out)
+            key = (graph_group.fields, module, out)
             sides[key] = sides.get(key, 0) + len(item.idxs)
             keys.append(key)
-        groups.append((coupled, group, keys))
-    for coupled, group, keys in groups:
+        groups.append((graph_group, group, keys))
+    for graph_group, group, keys in groups:
         layers = {
             (
                 graph.get_out_channels(key[1]) if key[2] else graph.get_in_channels(key[1]),
@@ -315,13 +318,13 @@ def _going(pruner: Any) -> Iterator[_Going]:
         }
         scope, ratios = _scope(pruner, group)
         yield _Going(
-            coupled,
+            graph_group,
             graph._module2name.get(group[-1].dep.target.module, ""),
             scope,
             ratios,
             replace(
-                coupled.count,
-                units=coupled.units.count,
+                graph_group.count,
+                units=graph_group.units.count,
                 layers=tuple(sorted(layer for layer in layers if layer[0] is not None)),
             ),
         )

@@ -180,13 +180,15 @@ def _together(graph: ConfigGraph, layer: nn.Module, count: int, out: bool) -> bo
 
     A layer that loses no channels passes too.
     """
-    for coupled, side in graph.sides_of(layer):
+    for graph_group, side in graph.sides_of(layer):
         channels, table = channels_of(side), side.table
         if is_output(side) is not out or channels == count * table.shape[1]:
             continue
         if channels % count:
             return False
-        units = torch.arange(len(table)) % (coupled.units.count // coupled.count.channel_groups)
+        units = torch.arange(len(table)) % (
+            graph_group.units.count // graph_group.count.channel_groups
+        )
         labels = torch.full((channels,), -1)  # every channel group loses the same units
         labels[table] = units[:, None].expand_as(table)
         runs = labels.view(count, -1)
@@ -228,28 +230,28 @@ def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
     """Yield a warning for ratios of layers that decide nothing, or of which only one can decide."""
     for name in _BY_LAYER:
         heads = name.startswith("head")
-        groups = [coupled for coupled in graph.coupled if coupled.heads is heads]
+        groups = [graph_group for graph_group in graph.graph_groups if graph_group.heads is heads]
         taken: dict[int, list[float]] = {}
         idle: list[Any] = []
         for key, ratio in (arguments.get(name) or {}).items():
             named = key if isinstance(key, tuple) else (key,)
             inside = {module for one in named for module in one.modules()}
             affected = [
-                coupled
-                for coupled in groups
-                if coupled.units in inside  # no outputs: ConfigGraph.roots_of names its units
-                or any(side.module in inside and is_output(side) for side in coupled.sides)
+                graph_group
+                for graph_group in groups
+                if graph_group.units in inside  # no outputs: ConfigGraph.roots_of names its units
+                or any(side.module in inside and is_output(side) for side in graph_group.sides)
             ]
-            for coupled in affected:
-                taken.setdefault(id(coupled), []).append(ratio)
+            for graph_group in affected:
+                taken.setdefault(id(graph_group), []).append(ratio)
             if not affected:
                 idle.append(named[0])
         if idle:
             yield f"{name}= has no effect for {_some(graph, idle)}: {_why_idle(heads, arguments)}."
-        for coupled in groups:
-            ratios = list(dict.fromkeys(taken.get(id(coupled), ())))
+        for graph_group in groups:
+            ratios = list(dict.fromkeys(taken.get(id(graph_group), ())))
             if len(ratios) > 1:
-                fields = " + ".join(map(field_name, coupled.fields))
+                fields = " + ".join(map(field_name, graph_group.fields))
                 yield (
                     f"{name}= has the ratios {', '.join(f'{one:g}' for one in ratios)} for layers "
                     f"that lose the same channels ({fields}); Torch-Pruning takes that of the "

@@ -133,7 +133,7 @@ def _cuts_heads(view: WidthView, graph: ConfigGraph) -> bool:
     """True if layers that are split into heads lose outputs."""
     return any(
         view.field_map.splits_of(name)
-        for group in graph.coupled
+        for group in graph.graph_groups
         for name in graph.outputs_of(group)
     )
 
@@ -170,7 +170,7 @@ def _on_config_graph(
         warn(message)
     graph = _graph_of(view, chosen, prefix)
     fields = {field for fields in graph.fields for field in fields}
-    why = f"config graph: {len(graph.coupled)} groups, each proved by permutation"
+    why = f"config graph: {len(graph.graph_groups)} groups, each proved by permutation"
     why += said_along([name for width in chosen.widths for name in width.along])
     why += said_handed(name for width in chosen.widths for name in width.handed)
     if chosen.how:

@@ -62,17 +62,19 @@ def staying(view: WidthView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
     parameters = [item for item in ignored if isinstance(item, nn.Parameter)]
     graph = ConfigGraph(view.model, [group for width in offered for group in width.groups])
     graph.build_dependency(view.model, ignored_params=parameters)
-    groups = iter(graph.coupled)
+    groups = iter(graph.graph_groups)
     result: dict[tuple[FieldPath, ...], str] = {}
     for width in offered:
-        coupled = [next(groups) for _ in width.groups]
-        kept_by = [graph.why_kept(item, modules, types) for item in coupled]
+        graph_group = [next(groups) for _ in width.groups]
+        kept_by = [graph.why_kept(item, modules, types) for item in graph_group]
         reasons = [reason for reason in kept_by if reason is not None]
         if reasons:
-            others = ", and one config field sets them all" if len(reasons) < len(coupled) else ""
+            others = (
+                ", and one config field sets them all" if len(reasons) < len(graph_group) else ""
+            )
             result[width.fields] = f"{reasons[0]}{others}."
             continue
-        layers = [graph.outputs_of(item) for item in coupled]
+        layers = [graph.outputs_of(item) for item in graph_group]
         reason = _kept_heads(view, width, layers, arguments)
         if reason is not None:
             result[width.fields] = reason

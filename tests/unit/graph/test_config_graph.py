@@ -126,7 +126,10 @@ def test_a_group_is_the_same_from_every_member(make: Make, fields: tuple[str, ..
     graph = pruner.DG
     for whole in groups_of(pruner):
         root = whole[0].dep
-        channel_groups, count = whole.coupled.count.channel_groups, whole.coupled.units.count
+        channel_groups, count = (
+            whole.graph_group.count.channel_groups,
+            whole.graph_group.units.count,
+        )
         size = count // channel_groups
         places = {0, 2} if size > 2 else {0}
         chosen = [c * size + place for c in range(channel_groups) for place in sorted(places)]
@@ -134,13 +137,13 @@ def test_a_group_is_the_same_from_every_member(make: Make, fields: tuple[str, ..
             channel
             for unit in chosen
             for channel in ([unit] if isinstance(root.target.module, Units) else [])
-            or whole.coupled.root.table[unit].tolist()
+            or whole.graph_group.root.table[unit].tolist()
         ]
         first = graph.get_pruning_group(root.target.module, root.handler, roots)
         assert first.units == chosen
         for dep, idxs in first:
             other = graph.get_pruning_group(dep.target.module, dep.handler, list(idxs))
-            assert other.coupled is whole.coupled
+            assert other.graph_group is whole.graph_group
             assert cuts(other) == cuts(first)
             assert other[0].dep.target.module is dep.target.module
             assert other[0].dep.handler == dep.handler
@@ -154,12 +157,12 @@ def test_all_groups_hold_all_units_once(make: Make, fields: tuple[str, ...]):
     seen: set[tuple[int, bool]] = set()
     groups = groups_of(pruner)
     for group in groups:
-        assert sorted(group.units) == list(range(group.coupled.units.count))
+        assert sorted(group.units) == list(range(group.graph_group.units.count))
         assert not seen & set(cuts(group))
         seen |= set(cuts(group))
         for item in group:
             assert len(item.root_idxs) == len(item.idxs)
-    assert len(groups) == len(pruner.DG.coupled)
+    assert len(groups) == len(pruner.DG.graph_groups)
 
 
 @every_width
@@ -169,7 +172,7 @@ def test_a_group_may_not_be_pruned_whole(make: Make, fields: tuple[str, ...]):
     for group in groups_of(pruner):
         assert graph.check_pruning_group(group) is False
         root = group[0]
-        if group.coupled.count.channel_groups == 1:
+        if group.graph_group.count.channel_groups == 1:
             part = graph.get_pruning_group(root.dep.target.module, root.dep.handler, root.idxs[:1])
             assert graph.check_pruning_group(part) is True
 
@@ -222,7 +225,7 @@ def test_a_conv1d_is_asked_for_by_itself(out: bool):
     handler = pruner.DG.get_pruner_of_module(layer)
     prune = handler.prune_out_channels if out else handler.prune_in_channels
     group = pruner.DG.get_pruning_group(layer, prune, [5])
-    assert group.coupled.fields == ((("n_inner",),) if out else (("n_embd",),))
+    assert group.graph_group.fields == ((("n_inner",),) if out else (("n_embd",),))
     group.prune()
     assert layer.weight.shape == ((32, 127) if out else (31, 128))
 
@@ -235,7 +238,7 @@ def test_groups_print(make: Make, fields: tuple[str, ...]):
             assert "Pruning Group" in text
             assert len([line for line in text.splitlines() if line.startswith("[")]) == len(group)
         assert "Pruning Root" in group.details()
-    print(pruner.DG.coupled)
+    print(pruner.DG.graph_groups)
 
 
 @every_width
@@ -245,13 +248,16 @@ def test_pruning_by_hand(make: Make, fields: tuple[str, ...]):
     pruner, hook = pruner_of(model, fields)
     for group in groups_of(pruner):
         root = group[0]
-        count, channel_groups = group.coupled.units.count, group.coupled.count.channel_groups
+        count, channel_groups = (
+            group.graph_group.units.count,
+            group.graph_group.count.channel_groups,
+        )
         size = count // channel_groups
         units = [c * size + unit for c in range(channel_groups) for unit in range(size // 2)]
         group.prune(idxs=[root.idxs[unit] for unit in units])
-        assert group.coupled.units.count == count - len(units)
+        assert group.graph_group.units.count == count - len(units)
     report = hook.sync()
-    assert len(report.groups) == len(pruner.DG.coupled)
+    assert len(report.groups) == len(pruner.DG.graph_groups)
     assert_consistent(model, report.fields)
 
 
@@ -421,7 +427,7 @@ def test_importances_of_heads_are_one_value_a_head(name: str, make: Make, fields
     pruner, hook = pruner_of(model, fields, importance=prepared(name, model))
     for group in groups_of(pruner):
         values = pruner.estimate_importance(group)
-        assert values.shape == (group.coupled.units.count,)
+        assert values.shape == (group.graph_group.units.count,)
         assert torch.isfinite(values).all()
     pruner.step()
     assert hook.last_report is not None
@@ -815,8 +821,8 @@ def test_interactive_steps_can_leave_a_group_out():
     pruner, hook = pruner_of(model)
     fields = []
     for group in pruner.step(interactive=True):
-        fields.append(group.coupled.fields)
-        if group.coupled.fields == (("intermediate_size",),):
+        fields.append(group.graph_group.fields)
+        if group.graph_group.fields == (("intermediate_size",),):
             group.prune()
     assert len(fields) == 3
     assert model.config.intermediate_size == 32
@@ -840,8 +846,8 @@ def members(pruner: Any) -> set[str]:
     """Names of the parameters in a pruner's groups that regularisers know: weights, no tables."""
     names = {p: name for name, p in pruner.model.named_parameters()}
     result = set()
-    for coupled in pruner.DG.coupled:
-        for side in coupled.sides:
+    for graph_group in pruner.DG.graph_groups:
+        for side in graph_group.sides:
             if isinstance(side.module, nn.Embedding):
                 continue
             for dim in side.dims:

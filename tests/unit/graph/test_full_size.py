@@ -283,7 +283,7 @@ def test_two_groups_of_one_width_in_one_dimension(tmp_path: Path) -> None:
     """
     model = mamba_2(time_step_limit=(float("inf"), 0.0))
     kwargs = pruner_kwargs(model, prune=("num_heads", "hidden_size"), graph="config")
-    sides = [side for group in kwargs["example_inputs"].graph.coupled for side in group.sides]
+    sides = [side for group in kwargs["example_inputs"].graph.graph_groups for side in group.sides]
     first = model.backbone.layers[0].mixer.in_proj
     assert sum(side.module is first and side.out for side in sides) == 2
     inputs = {"input_ids": ids()}

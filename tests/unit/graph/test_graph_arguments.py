@@ -68,31 +68,31 @@ def test_a_bare_vector_is_no_linear_layer() -> None:
     norm = type(model.model.norm)
     pruner, _ = pruner_of(model)
     (group,) = pruner.DG.get_all_groups(root_module_types=[norm])
-    assert group.coupled.fields == (("hidden_size",),)
-    group.coupled.sides = [side for side in group.coupled.sides if is_vector(side.module)]
-    assert len(group.coupled.sides) == 5
+    assert group.graph_group.fields == (("hidden_size",),)
+    group.graph_group.sides = [side for side in group.graph_group.sides if is_vector(side.module)]
+    assert len(group.graph_group.sides) == 5
     listed = pruner.DG.get_all_groups(root_module_types=[nn.Linear])
-    assert [group.coupled.fields for group in listed] == [(("intermediate_size",),)] * 2
+    assert [group.graph_group.fields for group in listed] == [(("intermediate_size",),)] * 2
     assert len(list(pruner.DG.get_all_groups(root_module_types=DEFAULT))) == 3
 
 
 def test_a_layer_that_only_reads_is_no_root() -> None:
     pruner, _ = pruner_of(small.llama())
-    stream, *others = pruner.DG.coupled
+    stream, *others = pruner.DG.graph_groups
     assert stream.fields == (("hidden_size",),)
     stream.sides = [s for s in stream.sides if not (s.out and isinstance(s.module, nn.Linear))]
     assert any(isinstance(side.module, nn.Linear) for side in stream.sides)
     listed = pruner.DG.get_all_groups(root_module_types=[nn.Linear])
-    assert [group.coupled for group in listed] == others
+    assert [group.graph_group for group in listed] == others
 
 
 def test_a_group_of_inputs_alone_goes_by_the_layers_that_read() -> None:
     pruner, _ = pruner_of(small.llama(), ("intermediate_size",))
-    first, second = pruner.DG.coupled
+    first, second = pruner.DG.graph_groups
     first.sides = [side for side in first.sides if not side.out]
     assert len(first.sides) == 1
     listed = pruner.DG.get_all_groups(root_module_types=[nn.Linear])
-    assert [group.coupled for group in listed] == [first, second]
+    assert [group.graph_group for group in listed] == [first, second]
     assert not list(pruner.DG.get_all_groups(root_module_types=[nn.Embedding]))
 
 

@@ -86,8 +86,8 @@ def test_importances_are_the_scales() -> None:
     for group in pruner.DG.get_all_groups(
         ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
     ):
-        coupled = {names[dep.layer] for dep, _ in group if dep.layer in names}
-        found[frozenset(coupled)] = pruner.estimate_importance(group)
+        graph_group = {names[dep.layer] for dep, _ in group if dep.layer in names}
+        found[frozenset(graph_group)] = pruner.estimate_importance(group)
     assert found.keys() == {frozenset(names) for names in COUPLED}
     for names_of_group in COUPLED:
         scales = torch.stack([norms[name].weight.detach().abs() for name in names_of_group]).mean(0)
