@@ -46,7 +46,7 @@ def refused(model: Any) -> str:
             entrance(model)
         said.add(str(raised.value))
     pruner = tp.pruner.MetaPruner.__new__(tp.pruner.MetaPruner)
-    pruner.model = model
+    pruner.model, pruner.DG = model, None
     with pytest.raises(UnsupportedModelError) as raised:
         HFConfigSyncHook().attach(pruner)
     said.add(str(raised.value))
