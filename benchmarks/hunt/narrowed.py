@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -71,6 +72,8 @@ class Sizes(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.tensor and isinstance(args[0], Narrowed):
             return func(args[0].new, *args[1:], **kwargs)
+        if func is F.multi_head_attention_forward:
+            return _scaled_as_narrow(args, kwargs)
         result = func(*args, **kwargs)
         if func is Tensor.size and not isinstance(result, tuple):
             return self._last(args[0], result) if _names_last(args, kwargs) else result
@@ -86,6 +89,19 @@ class Sizes(TorchFunctionMode):
         if self.numbers:
             gone = max((o - n for o, n in self.numbers if o == size and o - n <= gone), default=0)
         return Narrowed(size, size - gone) if 0 < gone < size else size
+
+
+def _scaled_as_narrow(args: Any, kwargs: Any) -> Any:
+    """Attention of which nothing inside is seen, its queries scaled by the new head dim."""
+    width, heads = args[3], args[4]
+    new = getattr(width, "new", width) / getattr(heads, "new", heads)
+    args, kwargs, factor = list(args), dict(kwargs), (int(width) / int(heads) / new) ** 0.5
+    if kwargs.get("use_separate_proj_weight"):
+        kwargs["q_proj_weight"] = kwargs["q_proj_weight"] * factor
+    for place in (5, 6):  # weights and biases of queries, keys and values, one below the other
+        if args[place] is not None and args[place].numel():
+            args[place] = torch.cat([args[place][:width] * factor, args[place][width:]])
+    return F.multi_head_attention_forward(*args, **kwargs)
 
 
 def _names_last(args: Any, kwargs: Any) -> bool:

@@ -75,6 +75,22 @@ def test_a_pruned_model_is_the_masked_original(hunt: Any, tmp_path: Path) -> Non
     }
 
 
+def test_attention_in_one_function_is_scaled_by_the_new_head_dim(hunt: Any, tmp_path: Path) -> None:
+    config = hf.WavLMConfig(
+        hidden_size=48, num_attention_heads=2, intermediate_size=24, num_hidden_layers=2,
+        conv_dim=[4, 4], conv_stride=[5, 2], conv_kernel=[10, 3], num_feat_extract_layers=2,
+        num_conv_pos_embedding_groups=12, num_conv_pos_embeddings=16, apply_spec_augment=False,
+        do_stable_layer_norm=True, feat_extract_norm="layer",
+    )  # fmt: skip
+    pair = sys.modules["pairs"].Pair("model", "wavlm", "WavLMModel")
+    data = json.loads(config.to_json_string())
+    one = hunt["trying"].subject_of(hf.WavLMModel, pair, data, Random(0), tmp_path)
+    settings = {"pruning_ratio": 0.25, "iterative_steps": 1}
+    mode = hunt["trying"].Mode("width", {"prune": ("hidden_size",)}, settings)
+    said = hunt["trying"].tried(one, mode, tmp_path / "case")
+    assert (said["outcome"], said["fields"]) == ("works", {"hidden_size": (48, 36)})
+
+
 def test_what_is_wrong_is_seen(hunt: Any, tmp_path: Path) -> None:
     one = subject(hunt, tmp_path, BASE)
     model = copy.deepcopy(one.model)
