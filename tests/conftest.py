@@ -21,7 +21,8 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 os.environ["TP_HF_CONFIG_CACHE"] = "off"  # what a test needs, it finds out by itself
 
-
+SLOW = "~"
+"""Before a line of ``sample.txt``: the quick tests leave it out."""
 SAMPLE = [
     line
     for line in Path(__file__).with_name("sample.txt").read_text().splitlines()
@@ -34,10 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     found: set[str] = set()
     for item in items:
         name = item.nodeid.removeprefix("tests/")
-        matching = {line for line in SAMPLE if _stands_for(line, name)}
+        matching = {line for line in SAMPLE if _stands_for(line.removeprefix(SLOW), name)}
         found |= matching
         if matching:
             item.add_marker("sample")
+        if any(not line.startswith(SLOW) for line in matching):
+            item.add_marker("quick")
     missing = [line for line in SAMPLE if line not in found]
     if missing and config.getoption("markexpr") == "sample":
         raise pytest.UsageError(f"tests/sample.txt: no test is {', '.join(missing)}")

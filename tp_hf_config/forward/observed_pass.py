@@ -180,7 +180,7 @@ def outputs_in_float64(
 
     The watched results come last; one that this pass does not compute is a single NaN.
     """
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     if not watched:
         with AllFloat64():
             return _floating(outputs_of(model, inputs, recipe))
@@ -235,7 +235,7 @@ def watched_results(
     if not unobserved:
         return ()
     watch = _Watch(None)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     try:
         with watch.over(model):
             outputs_of(model, inputs, recipe)

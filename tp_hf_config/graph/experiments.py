@@ -20,7 +20,7 @@ from ..model.class_digest import entry_key
 from ..model.config_json import field_name
 from ..model.disk_cache import load, store, suspended
 from ..model.shapes import shapes
-from ..model.surroundings import one_thread
+from ..model.surroundings import one_thread, same_random_state
 from ..twin.find_groups import find_groups
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
@@ -60,7 +60,8 @@ def experiments_of(field_map: FieldMap, made: TinyModel | None = None) -> Experi
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
     if field_map not in _experiments:
-        with one_thread(), nullcontext() if made is None else suspended():
+        cache = nullcontext() if made is None else suspended()
+        with one_thread(), same_random_state(), cache:
             found = _stored(field_map) or _made(field_map, made or tiny_model(field_map))
             _experiments[field_map] = found
     found = _experiments[field_map]

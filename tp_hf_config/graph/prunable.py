@@ -15,6 +15,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import VARIABLE
 from ..model.from_config import model_of
+from ..model.surroundings import same_random_state
 from ..model.tensors import parameter_names, tensor
 from ..notebook import page, short, table
 from ..schema import dated
@@ -210,7 +211,11 @@ def widths_of(
         return tuple(Width((field,), reason=experiments.tiny.reason) for field in field_map.values)
     names = tuple(map(tuple, parameter_names(model).values()))
     if names not in experiments.widths:
-        widths = tuple(_width(f, experiments.tiny, field_map, model) for f in experiments.findings)
+        with same_random_state():
+            widths = tuple(
+                _width(finding, experiments.tiny, field_map, model)
+                for finding in experiments.findings
+            )
         experiments.widths[names] = widths + _bound(field_map)
     result: tuple[Width, ...] = experiments.widths[names]
     return result

@@ -1,4 +1,4 @@
-"""Run Transformers without progress bars and with fewer log lines, and torch on one thread."""
+"""Run experiments without a trace: on one thread, random numbers as before, nothing printed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Let torch's random numbers go on afterwards as if none had been drawn while this is open.
+
+    What runs inside may seed the CPU's generator, but not that of a CUDA device not used before.
+    """
+    import torch
+
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if used else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.disk_cache import suspended
 from ..model.from_config import model_of
-from ..model.surroundings import one_thread, quiet_transformers
+from ..model.surroundings import one_thread, quiet_transformers, same_random_state
 from ..notebook import page, short, table
 from ..schema import dated, versions
 from ..twin.tiny.tiny_model import tiny_model
@@ -121,6 +121,7 @@ def supports(
     with (
         TemporaryDirectory(prefix="tp_hf_config-") as folder,
         one_thread(),
+        same_random_state(),
         quiet_transformers(),
         suspended(),
     ):

@@ -98,7 +98,7 @@ def subject(tiny: TinyModel, seed: int) -> Subject:
     found by chance.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
+        torch.default_generator.manual_seed(seed + 1)
         model = tiny.field_map.builder.build_real(tiny.field_map.data)
         if isinstance(model, Refusal):  # the tiny model itself was built from the same config
             raise RuntimeError(model.reason)

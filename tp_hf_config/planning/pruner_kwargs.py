@@ -18,6 +18,7 @@ from ..graph.prunable import said_along, said_handed
 from ..graph.pruner_access import GraphInputs
 from ..model.config_json import field_name
 from ..model.locate import check_followable, find_pretrained
+from ..model.surroundings import same_random_state
 from .choices import Gqa, Graph, check_graph, check_share, heads_asked, names_in
 from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
 from .requested import staying, wanted_by
@@ -182,9 +183,11 @@ def _on_config_graph(
         by_module.update(dict.fromkeys(graph.roots_of(names[name]), ratio))
     by_module |= given.get("pruning_ratio_dict") or {}
     heads = {module: count for _, module, count in view.head_layers()}
+    with same_random_state():
+        inputs = example_inputs(model, view.field_map.recipe, view.model.config)
     arguments = {
         **given,
-        "example_inputs": example_inputs(model, view.field_map.recipe, view.model.config),
+        "example_inputs": inputs,
         "num_heads": {**heads, **(given.get("num_heads") or {})},
         "in_channel_groups": dict(given.get("in_channel_groups") or {}),
         "out_channel_groups": dict(given.get("out_channel_groups") or {}),

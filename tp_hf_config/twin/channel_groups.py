@@ -154,7 +154,7 @@ def _with_others(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module 
     ``None``: it cannot be built, or does not run.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = tiny.field_map.builder.build_real(tiny.field_map.config_at(values))
         if isinstance(model, Refusal):
             return None

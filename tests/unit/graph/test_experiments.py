@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import small
+import torch
 import torch_pruning as tp
 import transformers as hf
 import zoo
 from transformers.models.llama import modeling_llama
 
-from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
 from tp_hf_config.fieldmap import field_map
 from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
@@ -49,6 +50,19 @@ def without_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(field_map, "learn", never)
     monkeypatch.setattr(experiments, "tiny_model", never)
     monkeypatch.setattr(experiments, "find_groups", never)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "swin"])
+def test_random_numbers_go_on_as_if_there_had_been_no_experiment(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(monkeypatch)
+    model = zoo.build(name)
+    before = torch.random.get_rng_state()
+    pruner_kwargs(model)
+    prunable(model)
+    plan(model, pruning_ratio=0.25)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -166,7 +166,7 @@ def _build(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
     if isinstance(full, Refusal):
         return full
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = builder.build_real(data)
         if isinstance(model, Refusal):
             return model
