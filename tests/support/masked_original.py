@@ -118,7 +118,7 @@ def assert_same_as_masked(original: Any, pruned: Any, inputs: dict[str, torch.Te
     reference = masked(original, pruned)
     take_scales(reference, pruned)
     masking.take_head_dims(reference, pruned)
-    if small.TRANSFORMERS < (5,) and original.config.model_type == "gemma2":
+    if small.TRANSFORMERS < (5,) and original.config.model_type in ("gemma", "gemma2"):
         # it scales embeddings by the config's hidden size as it runs
         factor = (pruned.config.hidden_size / original.config.hidden_size) ** 0.5
         reference.model.embed_tokens.register_forward_hook(lambda *given: given[-1] * factor)

@@ -200,6 +200,8 @@ def take_head_dims(model: nn.Module, pruned: nn.Module) -> None:
         if small.TRANSFORMERS < (5,):  # BERT, DistilBERT and GPT-2 read it off too
             names = ("query_proj", "query", "q_lin", "c_attn")
             layers = [next(filter(None, (getattr(module, key, None) for key in names)), None)]
+            if isinstance(getattr(module, "scaling", None), float):  # ViT: it keeps its scale
+                layers = [None]
         old, new = (head_dim_of(one) for one in (module, fresh.get(name)))
         if isinstance(module, nn.MultiheadAttention):
             layers, old, new = [module], module.head_dim, fresh[name].head_dim
