@@ -26,6 +26,7 @@ from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
 from ..model.disk_cache import folder, load, store
 from ..model.shapes import Mismatch, compare, listed, shapes
+from ..model.surroundings import same_random_state
 from . import fit_expressions as lines
 from .candidate_fields import candidates
 from .completeness import build_live, order_of_layers, unbuilt_parts
@@ -198,7 +199,7 @@ def map_of(
     data = model.config.to_json_string(use_diff=False)
     key = (type(model), data, builder.dtype, options, id(make_inputs))  # the map holds the function
     if key not in _learned:
-        with _old_objects_aside():
+        with _old_objects_aside(), same_random_state():
             _learned[key] = _stored_or_learned(builder, model.config, full, make_inputs)
         while len(_learned) > _KEPT:
             _learned.popitem(last=False)

@@ -68,6 +68,11 @@ def made_states(model: nn.Module, read: States | None) -> dict[str, Tensor]:
     return {read.argument: _random(parameter, parameter.shape[read.dim])}
 
 
+def arguments_for_states(model: nn.Module) -> list[str]:
+    """Return the arguments of a model's forward pass that take encoder states."""
+    return [name for name in ARGUMENTS if name in inspect.signature(model.forward).parameters]
+
+
 def find_states(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -84,7 +89,7 @@ def find_states(
         idle: names of the layers that do not run with these inputs.
         run: runs the model on keyword arguments and returns True if it ran to its end.
     """
-    offered = [name for name in ARGUMENTS if name in inspect.signature(model.forward).parameters]
+    offered = arguments_for_states(model)
     if not offered or not any(True for _ in idle):
         return None
     without = _followed(model, inputs, run)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..model.meta_run import RealNumbers
-from .encoder_states import ARGUMENTS, find_states
+from .encoder_states import ARGUMENTS, arguments_for_states, find_states
 from .head_splits import splits_with
 from .inputs import example_inputs, input_forms
 from .run_recipe import MakeInputs, RunRecipe
@@ -32,6 +32,8 @@ def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunR
         if not any(name in inputs for name in ARGUMENTS):
             return recipe
         inputs = {name: value for name, value in inputs.items() if name not in ARGUMENTS}
+    if not arguments_for_states(model):
+        return recipe
     idle = splits_with(model, inputs).idle
     states = find_states(model, inputs, idle, lambda given: splits_with(model, given).ended)
     return replace(recipe, states=states)

@@ -12,6 +12,7 @@ from ..errors import in_one_line
 from ..model.build import Refusal
 from ..model.live_objects import configs_of
 from ..model.meta_run import NoValues, RealNumbers
+from ..model.surroundings import same_random_state
 from .inputs import example_inputs
 from .run_recipe import RunRecipe
 
@@ -46,7 +47,7 @@ def dry_pass(
             config._experts_implementation = "batched_mm"  # its shapes depend on no routing
     numbers = RealNumbers()
     try:
-        with torch.no_grad(), numbers:
+        with torch.no_grad(), same_random_state(), numbers:
             inputs = example_inputs(model, recipe)
             with NoValues(), watched or nullcontext():
                 model(**inputs)

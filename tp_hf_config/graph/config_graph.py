@@ -261,10 +261,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def check_pruning_group(self, group: ConfigGroup) -> bool:
         """True if every layer keeps something, and all channel groups lose equally many units."""
-        count, channel_groups = (
-            group.graph_group.units.count,
-            group.graph_group.count.channel_groups,
-        )
+        graph_group = group.graph_group
+        count, channel_groups = graph_group.units.count, graph_group.count.channel_groups
         if not group.units or len(group.units) >= count:
             return False
         size = count // channel_groups

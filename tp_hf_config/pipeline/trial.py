@@ -22,6 +22,7 @@ from ..graph.prunable import Width, widths_of
 from ..hook.hook import HFConfigSyncHook
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json
+from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
 from ..twin.masked_check import difference, inputs_left
@@ -97,7 +98,7 @@ def subject(tiny: TinyModel, seed: int) -> Subject:
     The weights are not the tiny model's own, so that trials expose what experiments with those
     found by chance.
     """
-    with torch.random.fork_rng(devices=[]):
+    with same_random_state():
         torch.default_generator.manual_seed(seed + 1)
         model = tiny.field_map.builder.build_real(tiny.field_map.data)
         if isinstance(model, Refusal):  # the tiny model itself was built from the same config

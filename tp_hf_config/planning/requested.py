@@ -65,16 +65,14 @@ def staying(view: WidthView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
     groups = iter(graph.graph_groups)
     result: dict[tuple[FieldPath, ...], str] = {}
     for width in offered:
-        graph_group = [next(groups) for _ in width.groups]
-        kept_by = [graph.why_kept(item, modules, types) for item in graph_group]
+        of_width = [next(groups) for _ in width.groups]
+        kept_by = [graph.why_kept(item, modules, types) for item in of_width]
         reasons = [reason for reason in kept_by if reason is not None]
         if reasons:
-            others = (
-                ", and one config field sets them all" if len(reasons) < len(graph_group) else ""
-            )
+            others = ", and one config field sets them all" if len(reasons) < len(of_width) else ""
             result[width.fields] = f"{reasons[0]}{others}."
             continue
-        layers = [graph.outputs_of(item) for item in graph_group]
+        layers = [graph.outputs_of(item) for item in of_width]
         reason = _kept_heads(view, width, layers, arguments)
         if reason is not None:
             result[width.fields] = reason

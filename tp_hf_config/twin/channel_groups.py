@@ -22,6 +22,7 @@ from ..forward.coverage import why_not
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes
+from ..model.surroundings import same_random_state
 from .group import TinyGroup
 from .layout import TensorDim
 from .prove import channel_groups_of
@@ -153,7 +154,7 @@ def _with_others(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module 
 
     ``None``: it cannot be built, or does not run.
     """
-    with torch.random.fork_rng(devices=[]):
+    with same_random_state():
         torch.default_generator.manual_seed(0)
         model = tiny.field_map.builder.build_real(tiny.field_map.config_at(values))
         if isinstance(model, Refusal):

@@ -146,13 +146,13 @@ class TwinTest:
         """Give one unit the weights of another in every tensor dim, in place."""
         for dim in dims:
             data = self.parameters[dim.name].data
-            source, target = self._pair(dim, first, second)
+            source, target = self._positions(dim, first, second)
             data.index_copy_(dim.dim, target, data.index_select(dim.dim, source).clone())
 
     def _is_dead(self, grads: dict[str, Tensor | None], dim: TensorDim, unit: int) -> bool:
         """True if a tensor dim has a gradient that is zero for this unit."""
         grad = grads[dim.name]
-        index = self._pair(dim, unit, unit)[0]
+        (index,) = self._positions(dim, unit)
         return grad is not None and not bool(grad.index_select(dim.dim, index).any())
 
     def shows_outside(self) -> bool:
@@ -279,7 +279,7 @@ class TwinTest:
     ) -> list[TensorDim]:
         """Return the tensor dims that tell the twins apart once one has noise in ``dim``."""
         parameter = self.parameters[dim.name]
-        source, _ = self._pair(dim, first, second)
+        source, _ = self._positions(dim, first, second)
         before = parameter.data.clone()
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(
@@ -287,7 +287,7 @@ class TwinTest:
         ).to(parameter.device)
         for other in dims:
             if other.name == dim.name and other.dim != dim.dim:
-                one, two = self._pair(other, first, second)
+                one, two = self._positions(other, first, second)
                 noise.index_copy_(other.dim, two, noise.index_select(other.dim, one).clone())
         parameter.data.index_add_(dim.dim, source, noise)
         try:
@@ -377,17 +377,16 @@ class TwinTest:
             grad = grads[dim.name]
             if grad is None or not grad.numel():
                 continue
-            one, two = self._pair(dim, first, second)
+            one, two = self._positions(dim, first, second)
             difference = grad.index_select(dim.dim, one) - grad.index_select(dim.dim, two)
             if float(difference.abs().max()) > _EQUAL * float(grad.abs().max()):
                 result.append(dim)
         return result
 
-    def _pair(self, dim: TensorDim, first: int, second: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of both twins along a tensor dim."""
+    def _positions(self, dim: TensorDim, *units: int) -> list[Tensor]:
+        """Return the positions of each of these units along a tensor dim."""
         device, layout = self.parameters[dim.name].device, dim.layout
-        one, two = (torch.tensor(layout.positions(u, self.units)) for u in (first, second))
-        return one.to(device), two.to(device)
+        return [torch.tensor(layout.positions(u, self.units), device=device) for u in units]
 
     @contextmanager
     def _restored(self, dims: Sequence[TensorDim]) -> Iterator[None]:

@@ -52,7 +52,7 @@ def without_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments, "find_groups", never)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "swin"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "swin", "wav2vec2"])
 def test_random_numbers_go_on_as_if_there_had_been_no_experiment(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,17 +191,19 @@ def _with_multiples(
     A forward pass may need the proportion, though the class builds without it: Zamba's attention
     reads two hidden states side by side.
     """
-    wider = {
-        field: size
-        for field in field_map.sizes
-        if (size := value_at(data, field)) > value > _SPLIT and size % value == 0
-    }
+    wider = _multiples(field_map, data, widths, value) if value > _SPLIT else {}
     for part in _PARTS if wider else ():
         if value % part == 0 and value // part >= HEAD_DIM:
-            yield {
-                **dict.fromkeys(widths, value // part),
-                **{field: size // part for field, size in wider.items()},
-            }
+            narrower = {field: size // part for field, size in wider.items()}
+            yield {**dict.fromkeys(widths, value // part), **narrower}
+
+
+def _multiples(
+    field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
+) -> dict[FieldPath, int]:
+    """Return the other fields that are a multiple of a value, with their values."""
+    others = {field: value_at(data, field) for field in field_map.sizes if field not in widths}
+    return {field: size for field, size in others.items() if size % value == 0}
 
 
 def _pads(field_map: FieldMap, field: FieldPath, other: FieldPath) -> bool:
@@ -258,18 +260,14 @@ def _with_unseen(
     """
     if value <= _SPLIT:
         return
-    wider = [
-        field
-        for field in field_map.sizes
-        if not value_at(data, field) % value and field not in widths
-    ]
+    wider = _multiples(field_map, data, widths, value)
     for beside, number in field_map.silent.items():
         for part in _PARTS if _part(beside) == _part(widths[0]) and not value % number else ():
             if not number % part and number // part > 1 and value // part >= HEAD_DIM:
                 change = {**dict.fromkeys(widths, value // part), beside: number // part}
                 yield change
                 if wider:
-                    yield {**change, **{field: value_at(data, field) // part for field in wider}}
+                    yield {**change, **{field: size // part for field, size in wider.items()}}
 
 
 def _only_rows(field_map: FieldMap, field: FieldPath) -> bool:

@@ -24,6 +24,7 @@ from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, with_values
 from ...model.shapes import shapes
+from ...model.surroundings import same_random_state
 from ...model.tensors import compute_unsaved, saved_buffers
 from ..twin_test import TwinTest
 from .shrink import shrunken, small_tokens
@@ -165,7 +166,7 @@ def _build(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
     full = builder.build(data)
     if isinstance(full, Refusal):
         return full
-    with torch.random.fork_rng(devices=[]):
+    with same_random_state():
         torch.default_generator.manual_seed(0)
         model = builder.build_real(data)
         if isinstance(model, Refusal):
