@@ -17,15 +17,16 @@ from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal
 from ..model.class_digest import entry_key
-from ..model.config_json import field_name
+from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import load, store, suspended
 from ..model.shapes import shapes
 from ..model.surroundings import one_thread, same_random_state
-from ..twin.find_groups import find_groups
+from ..twin.find_groups import find_alone, find_groups
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
 
 _MOST_BUILDS = 64
+_Fields = tuple[FieldPath, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Experiments:
     Attributes:
         tiny: the tiny model, or the class's refusal to run at tiny widths.
         findings: the groups of each width in the tiny model, or why it cannot be pruned.
+        fields: the fields whose findings these are, each pruned alone; none: all that there are.
         cached: True if they were read from the cache on disk.
         widths: the findings carried over to full size, by the names of the model's parameters
             (they show its ties).
@@ -42,42 +44,69 @@ class Experiments:
 
     tiny: TinyModel | Refusal
     findings: tuple[Finding, ...]
+    fields: _Fields = ()
     cached: bool = False
     widths: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
-_experiments: weakref.WeakKeyDictionary[FieldMap, Experiments] = weakref.WeakKeyDictionary()
+@dataclass
+class _Memory:
+    """What experiments with a class and config found in this process.
+
+    Attributes:
+        tiny: the tiny model, if it was needed.
+        every: the experiments with all fields, if they ran.
+        alone: those with some fields alone.
+    """
+
+    tiny: TinyModel | Refusal | None = None
+    every: Experiments | None = None
+    alone: dict[_Fields, Experiments] = dataclasses.field(default_factory=dict)
 
 
-def experiments_of(field_map: FieldMap, made: TinyModel | None = None) -> Experiments:
+_experiments: weakref.WeakKeyDictionary[FieldMap, _Memory] = weakref.WeakKeyDictionary()
+
+
+def experiments_of(
+    field_map: FieldMap, made: TinyModel | None = None, fields: _Fields = ()
+) -> Experiments:
     """Return what experiments with a class and config found; they run once.
 
     Args:
         field_map: the field map of the class around the config.
         made: the tiny model, if the config is its own; else it is built.
+        fields: the fields that are asked about. If each of them can be pruned alone, the findings
+            may be those of these fields only. Default: all fields.
 
     Raises:
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
-    if field_map not in _experiments:
+    memory = _experiments.setdefault(field_map, _Memory())
+    result = memory.every or memory.alone.get(fields)
+    if result is None:
         cache = nullcontext() if made is None else suspended()
         with one_thread(), same_random_state(), cache:
-            found = _stored(field_map) or _made(field_map, made or tiny_model(field_map))
-            _experiments[field_map] = found
-    found = _experiments[field_map]
-    if isinstance(found.tiny, InputsRefusal):
-        raise UnsupportedModelError(found.tiny.reason)
-    return found
+            result = _stored(field_map) or (_stored(field_map, fields) if fields else None)
+            if result is None:
+                memory.tiny = memory.tiny or made or tiny_model(field_map)
+                result = _alone(field_map, memory.tiny, fields) or _every(field_map, memory.tiny)
+    if result.fields:
+        memory.alone[fields] = result
+    else:
+        memory.every = result
+    if isinstance(result.tiny, InputsRefusal):
+        raise UnsupportedModelError(result.tiny.reason)
+    return result
 
 
-def _made(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
+def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     """Run the experiments with the tiny model of a class, and keep what they find on disk.
 
     What is found in the tiny model is kept by the tiny config and how the class is run with it,
     which models of many sizes share; what comes of it at full size by the full config.
     """
     if isinstance(tiny, Refusal):
-        _keep(field_map, "widths", field_map.data, entry={"reason": tiny.reason})
+        _keep(field_map, "widths", field_map.data, (), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
     key = ("groups", tiny.field_map.data, repr(tiny.recipe))
     findings = _kept(field_map, *key)
@@ -87,20 +116,46 @@ def _made(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     checked = tuple(
         _apart(_sayable(finding, field_map), findings, tiny.full) for finding in findings
     )
-    state = state_of(tiny.field_map)
-    _keep(field_map, "widths", field_map.data, entry={"findings": checked, "tiny": state})
-    return Experiments(tiny, checked)
+    return _experiments_on_disk(field_map, tiny, checked)
 
 
-def _stored(field_map: FieldMap) -> Experiments | None:
+def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> Experiments | None:
+    """Run the experiments with some fields alone; ``None`` if only those with all fields tell.
+
+    Those tell what has to be pruned with what, and which parts of a model no output shows, where
+    another field has the same value (see :func:`_apart`).
+    """
+    numbers = list(field_map.values.values())
+    if isinstance(tiny, Refusal) or any(numbers.count(field_map.values[f]) > 1 for f in fields):
+        return None
+    findings = []
+    for field in fields:
+        finding = find_alone(tiny, field)
+        if finding is None or _sayable(finding, field_map).reason is not None:
+            return None
+        findings.append(finding)
+    return _experiments_on_disk(field_map, tiny, tuple(findings), fields) if fields else None
+
+
+def _experiments_on_disk(
+    field_map: FieldMap, tiny: TinyModel, findings: tuple[Finding, ...], fields: _Fields = ()
+) -> Experiments:
+    """Return the experiments with these findings, after keeping them in the cache on disk."""
+    entry = {"findings": findings, "tiny": state_of(tiny.field_map)}
+    _keep(field_map, "widths", field_map.data, fields, entry=entry)
+    return Experiments(tiny, findings, fields)
+
+
+def _stored(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
     """Return the experiments with a class and config from the cache on disk; None if none is."""
-    entry = _kept(field_map, "widths", field_map.data)
+    entry = _kept(field_map, "widths", field_map.data, fields)
     if entry is None:
         return None
     if "reason" in entry:
         return Experiments(Refusal(entry["reason"]), (), cached=True)
     tiny_map = from_state(field_map.builder, field_map.digest, entry["tiny"])
-    return Experiments(stored_tiny_model(tiny_map, field_map), entry["findings"], cached=True)
+    tiny = stored_tiny_model(tiny_map, field_map)
+    return Experiments(tiny, entry["findings"], fields, cached=True)
 
 
 def _kept(field_map: FieldMap, *key: Any) -> Any:

@@ -196,7 +196,10 @@ def prunable(
 
 
 def widths_of(
-    model: PreTrainedModel, field_map: FieldMap | None = None, made: TinyModel | None = None
+    model: PreTrainedModel,
+    field_map: FieldMap | None = None,
+    made: TinyModel | None = None,
+    fields: tuple[FieldPath, ...] = (),
 ) -> tuple[Width, ...]:
     """Return the widths of a model; the experiments run once per class and config.
 
@@ -204,9 +207,11 @@ def widths_of(
         model: the live model.
         field_map: its field map, if it was looked up already.
         made: its tiny model, if the model is one itself; else it is built.
+        fields: the fields that are asked about; if each of them can be pruned alone, other widths
+            may be left out. Default: all fields.
     """
     field_map = field_map or map_of(model)
-    experiments = experiments_of(field_map, made)
+    experiments = experiments_of(field_map, made, fields)
     if isinstance(experiments.tiny, Refusal):
         return tuple(Width((field,), reason=experiments.tiny.reason) for field in field_map.values)
     names = tuple(map(tuple, parameter_names(model).values()))

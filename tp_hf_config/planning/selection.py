@@ -76,14 +76,15 @@ def choose(view: WidthView, wanted: Wanted) -> Chosen:
     Raises:
         UnsupportedModelError: what is asked for cannot be pruned.
     """
-    _check_tried(view)
+    asked = _asked_alone(view, wanted)
+    _check_tried(view, asked)
     heads = _heads(view, wanted) if wanted.heads else []
     dims = _head_dims(view, wanted) if wanted.head_dims else []
     head_fields = {field for width in heads + dims for field in width.fields}
     if wanted.fields is None:
         others = _default(view, wanted, alone=not head_fields)
     else:
-        others = _named(view, wanted, wanted.fields)
+        others = _named(view, wanted, wanted.fields, asked)
     rest = [width for width in others if not head_fields & set(width.fields)]
     left_out: dict[str, str] = {}
     if wanted.fields is None:
@@ -94,13 +95,22 @@ def choose(view: WidthView, wanted: Wanted) -> Chosen:
     return Chosen(widths, tuple(heads), _in_words(view, heads), left_out, kept)
 
 
-def _check_tried(view: WidthView) -> None:
+def _asked_alone(view: WidthView, wanted: Wanted) -> tuple[FieldPath, ...]:
+    """Return the fields that are asked for, if nothing but them has to be looked at; else none."""
+    if wanted.heads or wanted.head_dims or wanted.stays:
+        return ()
+    by_name = {field_name(field): field for field in view.field_map.values}
+    names = dict.fromkeys(wanted.fields or ())
+    return tuple(by_name[name] for name in names) if names.keys() <= by_name.keys() else ()
+
+
+def _check_tried(view: WidthView, asked: tuple[FieldPath, ...]) -> None:
     """Raise if no experiment can be made with the class, so that nothing of it is proved.
 
     Raises:
         UnsupportedModelError: its tiny model does not run.
     """
-    tiny = experiments_of(view.field_map).tiny
+    tiny = experiments_of(view.field_map, fields=asked).tiny
     if not isinstance(tiny, Refusal):
         return
     cls, inner = type(view.model), type(view.model.base_model)
@@ -116,6 +126,8 @@ def _check_tried(view: WidthView) -> None:
 
 def _kept(view: WidthView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
     """Yield a message for each width that is asked for but stays."""
+    if not wanted.stays:
+        return
     going = {field for width in chosen for field in width.fields}
     counts, dims = view.field_map.count_fields(), view.head_fields() - view.field_map.count_fields()
     inner, named = view.inner_widths(), set(wanted.fields or ())
@@ -246,14 +258,24 @@ def _default(view: WidthView, wanted: Wanted, alone: bool) -> list[Width]:
     raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
 
 
-def _named(view: WidthView, wanted: Wanted, fields: Sequence[str]) -> list[Width]:
+def _named(
+    view: WidthView, wanted: Wanted, fields: Sequence[str], asked: tuple[FieldPath, ...]
+) -> list[Width]:
     """Return the widths that hold the named fields, without those that the arguments keep.
+
+    Args:
+        view: the model.
+        wanted: what the user asks for.
+        fields: the names.
+        asked: the same fields, if no other width has to be looked at; else none.
 
     Raises:
         UnknownFieldError: no width has such a field.
         UnsupportedModelError: a field cannot be pruned.
     """
-    widths = _widths(view)
+    widths = widths_of(view.model, view.field_map, fields=asked)
+    if any(width.reason for width in widths):  # others may hold the field
+        widths = _widths(view)
     chosen: list[Width] = []
     named = set(fields)
     for name in fields:

@@ -47,11 +47,7 @@ def find_groups(tiny: TinyModel) -> list[Finding]:
         One finding for each width: those of single fields come first.
     """
     field_map = tiny.field_map
-    singly = [
-        _find(tiny, (field,))
-        for field in field_map.values
-        if field not in field_map.linked | field_map.bound and _sets_outputs(tiny, field)
-    ]
+    singly = [_find_alone(tiny, field) for field in field_map.values if _moves_alone(tiny, field)]
     told_apart = {f.fields[0]: f.apart for f in singly if f.reason is not None}
     failed = set(told_apart)
     findings = [_rehearsed(tiny, finding) for finding in singly]
@@ -81,6 +77,36 @@ def find_groups(tiny: TinyModel) -> list[Finding]:
     findings += [_in_proportion(tiny, fields) for fields in proportional(field_map)]
     joint_findings = findings[len(singly) :]
     return findings[: len(singly)] + [_rehearsed(tiny, finding) for finding in joint_findings]
+
+
+def find_alone(tiny: TinyModel, field: FieldPath) -> Finding | None:
+    """Find the groups of one field without looking for those of any other.
+
+    Returns:
+        What :func:`find_groups` has for the field alone; ``None`` if that is no proved width, or
+        if the field counts heads, which may have to go with other fields.
+    """
+    if field in tiny.field_map.count_fields() or not _moves_alone(tiny, field):
+        return None
+    finding = _rehearsed(tiny, _find_alone(tiny, field))
+    return finding if finding.reason is None else None
+
+
+def _moves_alone(tiny: TinyModel, field: FieldPath) -> bool:
+    """True if a field changes without others, and sets a tensor dimension that may be pruned."""
+    field_map = tiny.field_map
+    if field not in field_map.values or field in field_map.linked | field_map.bound:
+        return False
+    return _sets_outputs(tiny, field)
+
+
+def _find_alone(tiny: TinyModel, field: FieldPath) -> Finding:
+    """Return the finding for one field, not rehearsed yet; the experiments run once."""
+    key = ("alone", field)
+    if key not in tiny.answers:
+        tiny.answers[key] = _find(tiny, (field,))
+    finding: Finding = tiny.answers[key]
+    return finding
 
 
 def _takes_less(field_map: FieldMap, field: FieldPath) -> bool:

@@ -20,6 +20,7 @@ from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
 from tp_hf_config.fieldmap import field_map
 from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
+from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder
 from tp_hf_config.model.class_digest import class_digest
 from tp_hf_config.model.disk_cache import VARIABLE
@@ -91,6 +92,51 @@ def recipes_of(model: Any) -> list[RunRecipe]:
     tiny = experiments.experiments_of(full).tiny
     assert isinstance(tiny, tiny_model.TinyModel)
     return [full.recipe, tiny.recipe]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_field_by_itself_has_the_groups_that_all_experiments_give_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build(name)
+    learned = field_map.map_of(model)
+    every = widths_of(model, learned)
+    alone = 0
+    for width in every:
+        monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
+        if len(width.fields) > 1:
+            continue
+        asked = widths_of(model, learned, fields=width.fields)
+        assert [other for other in asked if other.name == width.name] == [width]
+        alone += len(asked) == 1
+    assert alone >= 1  # else every width needs all of them
+
+
+def test_no_more_is_looked_at_than_was_asked_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "find_groups", never)
+    first = pruner_kwargs(zoo.build("llama"), prune=("intermediate_size", "hidden_size"))
+    without_experiments(monkeypatch)
+    monkeypatch.setattr(experiments, "find_alone", never)
+    second = pruner_kwargs(zoo.build("llama"), prune=("intermediate_size", "hidden_size"))
+    for kwargs in (first, second):
+        graph = kwargs["example_inputs"].graph
+        assert {field for fields in graph.fields for field in fields} == {
+            ("intermediate_size",),
+            ("hidden_size",),
+        }
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        pruner_kwargs(zoo.build("llama"), prune=("num_key_value_heads",))  # go with query heads
+
+
+def test_a_field_as_wide_as_another_needs_all_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the model that no output shows may read it."""
+    forget(monkeypatch)
+    monkeypatch.setattr(experiments, "find_groups", never)
+    same = small.llama(hidden_size=32, intermediate_size=32)
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        pruner_kwargs(same, prune=("intermediate_size",))
 
 
 def test_a_model_is_pruned_with_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
