@@ -48,16 +48,9 @@ class Classes:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Unknown:
-    """The reason why a folder's class is not known."""
-
-    reason: str
-
-
 def classes_of(
     data: Mapping[str, Any], folder: Path, tensors: int, trust_remote_code: bool
-) -> Classes | Unknown:
+) -> Classes | Refusal:
     """Return the classes that config.json names, or why they are not known.
 
     Args:
@@ -74,7 +67,7 @@ def classes_of(
     remote = data.get("auto_map")
     if isinstance(model, type):
         config = _config_class(data, model)
-        if isinstance(config, Unknown):
+        if isinstance(config, Refusal):
             return config
         note = "the folder has code of its own, which was not run" if remote else ""
         return Classes(config, model, most, note)
@@ -88,7 +81,7 @@ def classes_of(
     return _remote(data, folder, most)
 
 
-def _native(data: Mapping[str, Any]) -> type[PreTrainedModel] | Unknown:
+def _native(data: Mapping[str, Any]) -> type[PreTrainedModel] | Refusal:
     """Return the class of transformers that ``architectures`` names, or why there is none."""
     import transformers
 
@@ -97,14 +90,14 @@ def _native(data: Mapping[str, Any]) -> type[PreTrainedModel] | Unknown:
     kind = data.get("model_type")
     name = named[0] if isinstance(named, list) and named else None
     if not isinstance(name, str):
-        return Unknown(
+        return Refusal(
             "config.json names no class. Add it: "
             f'"architectures": [{_possible(kind)}] (the class that the weights were saved from)'
         )
     candidate = getattr(transformers, name, None) if name.isidentifier() else None
     if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
         return candidate
-    return Unknown(
+    return Refusal(
         f"transformers {transformers.__version__} has no class {short(name)}, which config.json "
         f"names in architectures. Install a version that has it, or name another: "
         f"[{_possible(kind)}]"
@@ -124,8 +117,8 @@ def _possible(kind: Any) -> str:
 
 def _config_class(
     data: Mapping[str, Any], model: type[PreTrainedModel]
-) -> type[PreTrainedConfig] | Unknown:
-    """Return the config class that the model takes, or Unknown if ``model_type`` says another."""
+) -> type[PreTrainedConfig] | Refusal:
+    """Return the config class that the model takes, or Refusal if ``model_type`` says another."""
     from transformers import CONFIG_MAPPING
 
     own: Any = getattr(model, "config_class", None)
@@ -134,25 +127,25 @@ def _config_class(
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         other = CONFIG_MAPPING[kind]
     if own is None and other is None:
-        return Unknown(f"{model.__name__} cannot be built from a config alone")
+        return Refusal(f"{model.__name__} cannot be built from a config alone")
     if own is None or issubclass(other, own):
         return other  # type: ignore[no-any-return]
     if issubclass(own, other):
         return own  # type: ignore[no-any-return]
-    return Unknown(
+    return Refusal(
         f'model_type says "{short(kind)}", but {model.__name__} (architectures) takes '
         f"{own.__name__}: one of the two is not this model's. Correct it in config.json"
     )
 
 
-def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Unknown:
+def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Refusal:
     """Run the folder's own code and return its classes, or why they cannot be loaded."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = data["auto_map"]
     names = [name for name in remote if name != "AutoConfig"] if isinstance(remote, dict) else []
     if not names:
-        return Unknown("auto_map in config.json names no model class")
+        return Refusal("auto_map in config.json names no model class")
     try:
         model: Any = get_class_from_dynamic_module(remote[names[0]], str(folder))
         config: Any = (
@@ -161,8 +154,8 @@ def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Unkno
             else _config_class(data, model)
         )
     except Exception as error:  # the folder's code may raise anything
-        return Unknown(f"the folder's own code cannot be loaded: {short(error)}")
-    if isinstance(config, Unknown):
+        return Refusal(f"the folder's own code cannot be loaded: {short(error)}")
+    if isinstance(config, Refusal):
         return config
     return Classes(config, model, most, "code of the folder was run")
 
@@ -217,7 +210,7 @@ def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusa
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
     except Exception as error:  # a class may refuse with any exception
-        return Refusal(_reason(error))
+        return Refusal(_cleaned(in_one_line(error)))
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         return Refusal(f"dtype says {number(dtype)}, which is no type that torch has")
@@ -238,11 +231,6 @@ def _plain(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {key: _plain(value) for key, value in data.items() if key not in _CHOICES}
     return data
-
-
-def _reason(error: BaseException) -> str:
-    """Return an exception's message in one line, or the name of its type if it has none."""
-    return _cleaned(in_one_line(error))
 
 
 def _cleaned(reason: str) -> str:

@@ -9,7 +9,7 @@ from ..model.shapes import Mismatch
 from .assess import Assessment
 from .building import Classes
 from .reports import Cause
-from .solving import Changed, Solution, Unsolved
+from .solving import Changed, Unsolved
 from .words import and_more, layers, number, place, short
 
 _LISTED = 6
@@ -36,11 +36,6 @@ def of_fields(changed: Sequence[Changed]) -> Iterator[Cause]:
         )
         text = f"{name} {says}, {holds}"
         yield Cause("field", text, name, change.says, change.holds, change.tensors)
-
-
-def of_solution(found: Solution) -> Iterator[Cause]:
-    """Yield a cause for each field that has to change so that the config loads the weights."""
-    yield from of_fields(found.changed)
 
 
 def of_unsolved(found: Unsolved, assessment: Assessment, classes: Classes) -> Iterator[Cause]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,14 @@ _MOST_TENSORS = 500_000
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What the weights files hold.
+class Weights(Header):
+    """The headers of all weights files of a folder, as one.
 
     Attributes:
         files: the names of the files with tensors.
-        tensors: name -> tensor.
-        faults: what is wrong with the files, one sentence each.
-        complete: True if the name of every tensor is known.
-        unsure: why the files cannot be judged; ``None`` if they can.
     """
 
     files: tuple[str, ...] = ()
-    tensors: dict[str, Stored] = field(default_factory=dict)
-    faults: tuple[str, ...] = ()
-    complete: bool = True
-    unsure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +145,7 @@ def read_weights(folder: Path) -> Weights:
         return _joined([_header(folder / name)], (name,))
     index = _shards(folder, name)
     if isinstance(index, str):
-        return Weights(faults=(index,), complete=False)
+        return Weights({}, (index,), complete=False)
     shards, promised, faults = index
     weights = _joined([_header(folder / shard) for shard in shards], shards)
     return _with_index(weights, promised, faults)
@@ -197,13 +189,8 @@ def _joined(headers: list[Header], files: tuple[str, ...]) -> Weights:
     unsure = next((header.unsure for header in headers if header.unsure is not None), None)
     if len(tensors) > _MOST_TENSORS:
         unsure = f"the files have {len(tensors):,} tensors; at most {_MOST_TENSORS:,} are looked at"
-    return Weights(
-        files,
-        tensors,
-        tuple(fault for header in headers for fault in header.faults),
-        all(header.complete for header in headers),
-        unsure,
-    )
+    faults = tuple(fault for header in headers for fault in header.faults)
+    return Weights(tensors, faults, all(header.complete for header in headers), unsure, files)
 
 
 def _shards(
@@ -249,23 +236,16 @@ def _with_index(weights: Weights, promised: dict[str, str], faults: tuple[str, .
         promised: tensor name -> file, as the index says.
         faults: what is wrong with the index.
     """
-    all_faults = list(faults) + list(weights.faults)
+    complete = weights.complete and not faults
+    faults += weights.faults
     elsewhere = [
         name
         for name, file in promised.items()
-        if weights.complete
-        and not faults
-        and weights.tensors.get(name, Stored("", ())).file != file
+        if complete and weights.tensors.get(name, Stored("", ())).file != file
     ]
     if elsewhere:
-        all_faults.append(
+        faults += (
             f"the index says that {short(elsewhere[0])} is in {short(promised[elsewhere[0]])}"
-            f"{and_more(elsewhere)}; it is not"
+            f"{and_more(elsewhere)}; it is not",
         )
-    return Weights(
-        weights.files,
-        weights.tensors,
-        tuple(all_faults),
-        weights.complete and not faults,
-        weights.unsure,
-    )
+    return replace(weights, faults=faults, complete=complete)

@@ -50,12 +50,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What could be read of a file's header.
+    """What could be read of a weights file's header.
 
     Attributes:
         tensors: name -> tensor.
         faults: what is wrong with the file, one sentence each.
-        complete: True if all its tensors are known, whatever is wrong with their data.
+        complete: True if the name of every tensor is known, whatever is wrong with their data.
         unsure: why the file cannot be judged; ``None`` if it can.
     """
 

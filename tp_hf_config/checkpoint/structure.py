@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name, value_at, with_values
+from ..model.config_json import FieldPath, config_json, field_name, value_at, with_values
 from .assess import Assessment, assess, lists_of
 from .building import Classes, config_from, entries
 from .headers import Stored
@@ -136,11 +136,9 @@ def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[s
         use_diff: leave defaults out.
     """
     try:
-        config = config_from(classes, data)
-        full: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
+        return config_json(config_from(classes, data), use_diff)
     except Exception:  # a class may refuse with any exception
         return None
-    return full
 
 
 def _lengths(now: Structure, full: dict[str, Any], classes: Classes) -> Iterator[Changes]:
