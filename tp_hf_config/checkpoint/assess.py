@@ -11,7 +11,7 @@ from torch import nn
 from ..model.build import Refusal
 from .building import Classes, build
 from .headers import Stored
-from .loading import Loaded, load_shapes
+from .loading import LoadResult, load_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ class Assessment:
         tied: name -> all names under which the model shares that tensor.
     """
 
-    loaded: Loaded
+    loaded: LoadResult
     lists: dict[str, int]
     lost: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ def assess(
     prefix = model.base_model_prefix
     lost: list[str] = []
     unused: list[str] = []
-    for name in loaded.unknown:
+    for name in loaded.unexpected:
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         if any(candidate in buffers for candidate in names):
             continue
@@ -85,7 +85,7 @@ def assess(
 
 
 def _belongs(name: str, lists: Mapping[str, int], modules: set[str]) -> bool:
-    """True if a tensor's name lies in a list of layers, or directly in a module, of the model."""
+    """True if a tensor's name is inside a list of layers, or directly in a module, of the model."""
     parts = name.split(".")
     inside = any(".".join(parts[:end]) in lists for end in range(1, len(parts)))
     return inside or ".".join(parts[:-1]) in modules
@@ -101,7 +101,7 @@ def _tied(model: PreTrainedModel) -> dict[str, frozenset[str]]:
 
 
 def lists_of(name: str, lists: Mapping[str, int], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield each list of layers that a tensor is or would be in, and the layer's number.
+    """Yield each list of layers that a tensor's name is inside, and the layer's number.
 
     Args:
         name: the tensor's name.

@@ -12,15 +12,16 @@ from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.surroundings import quiet_transformers
 from .assess import Assessment, assess
-from .building import Classes, classes_of, said_too_large, too_large
-from .causes import of_fields, of_misplaced, of_unsolved
-from .folder import Config, Weights, existing, read_config, read_weights
-from .heads import untold
+from .building import Classes, classes_of, too_large, too_large_reason
+from .causes import field_causes, misplaced_causes, unsolved_causes
+from .folder import Config, Weights, check_exists, read_config, read_weights
+from .heads import undecided_heads
 from .loading import MAJOR
 from .reports import Cause, CheckReport
 from .rotary import for_transformers_4
-from .solving import Solution, Task, Unsolved, learned, solution
-from .ties import apart
+from .solving import Solution, Unsolved, learn, solve
+from .starting import Task
+from .ties import differing_tie
 from .words import and_more, short
 
 
@@ -48,7 +49,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Known:
+class SolvableFolder:
     """A folder that can be solved: its config, weights and classes are known.
 
     Attributes:
@@ -86,12 +87,12 @@ def check_checkpoint(
             or the class is code in the folder and ``trust_remote_code`` is not set.
     """
     read = read_folder(Path(folder), trust_remote_code)
-    report = checked_alone(read)
+    report = check_tensors(read)
     if not report.sound or isinstance(read.classes, Refusal):
         return report
     with quiet_transformers():
-        field_map = learned(read.classes, read.config.data or {})
-        open_heads = () if isinstance(field_map, Refusal) else tuple(untold(field_map))
+        field_map = learn(read.classes, read.config.data or {})
+        open_heads = () if isinstance(field_map, Refusal) else tuple(undecided_heads(field_map))
     return replace(
         report,
         undecided=tuple(name for heads in open_heads for name in heads.names),
@@ -99,7 +100,7 @@ def check_checkpoint(
     )
 
 
-def checked_alone(read: Folder) -> CheckReport:
+def check_tensors(read: Folder) -> CheckReport:
     """Return the report on a folder, without looking for head counts that no shape shows."""
     report = _report(read)
     if read.unsure is None and isinstance(read.classes, Classes):
@@ -114,7 +115,7 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
         CheckpointError: as :func:`check_checkpoint`.
     """
     try:
-        existing(path)
+        check_exists(path)
         config, weights = read_config(path), read_weights(path)
     except (OSError, ValueError) as error:  # no permission; a name that no file can have
         raise CheckpointError(f"{short(path)} cannot be read: {short(error)}") from error
@@ -160,10 +161,10 @@ def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
         return replace(report, sound=False)
     large = too_large(data, tensors)
     if large:
-        solved = solution(Task(classes, data, tensors))
+        solved = solve(Task(classes, data, tensors))
         if isinstance(solved, Solution):
-            return _unsound(report, *of_fields(solved.changed))
-        why_not = f"{said_too_large(large, tensors)}: not built"
+            return _unsound(report, *field_causes(solved.changed))
+        why_not = f"{too_large_reason(large, tensors)}: not built"
         return replace(report, sound=False if report.causes else None, why_not=why_not)
     assessment = assess(classes, data, tensors)
     if isinstance(assessment, Assessment) and assessment.unused:
@@ -172,10 +173,10 @@ def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
     if isinstance(assessment, Assessment) and assessment.fits:
         report = _with_ties(report, read, assessment, classes)
         rotary = for_transformers_4(classes, data)
-        alone = () if rotary.alone is None else (rotary.alone,)
-        return replace(_noted(report, *alone, *rotary.left), sound=not report.causes)
+        alone = () if rotary.note is None else (rotary.note,)
+        return replace(_noted(report, *alone, *rotary.unwritable), sound=not report.causes)
     if read.weights.complete:
-        solved = solution(Task(classes, data, tensors))
+        solved = solve(Task(classes, data, tensors))
         return _explained(report, assessment, solved, classes)
     if isinstance(assessment, Refusal):
         return _unsound(report, _refused("the class", assessment))
@@ -205,7 +206,7 @@ def _with_ties(
     Transformers 5 leaves such tensors apart, with a warning: the report gets a note. Transformers 4
     drops one of them: the report gets a cause.
     """
-    names = apart(read.path, assessment, read.weights.tensors, classes.model.base_model_prefix)
+    names = differing_tie(read.path, classes, assessment, read.weights.tensors)
     if names is None:
         return report
     text = f"the config ties {names[0]} and {names[1]}, which hold different numbers"
@@ -232,15 +233,16 @@ def _explained(
         report = _unsound(report, _refused(classes.config.__name__, assessment))
     if isinstance(solved, Solution):
         report = replace(report, undecided=solved.undecided)
-        return _unsound(report, *of_fields(solved.changed))
+        return _unsound(report, *field_causes(solved.changed))
     report = replace(report, candidates=solved.candidates)
     if isinstance(assessment, Refusal):
         return report
-    causes = [*of_unsolved(solved, assessment, classes)] or [*of_misplaced(assessment, classes)]
+    causes = list(unsolved_causes(solved, assessment, classes))
+    causes = causes or list(misplaced_causes(assessment, classes))
     return _unsound(report, *(causes or [Cause("config", solved.reason)]))
 
 
-def checked(folder: Path, trust_remote_code: bool) -> Known:
+def solvable_folder(folder: Path, trust_remote_code: bool) -> SolvableFolder:
     """Return the folder if it can be solved: its classes are known and no file has a fault.
 
     Raises:
@@ -254,4 +256,4 @@ def checked(folder: Path, trust_remote_code: bool) -> Known:
         )
     if read.unsure or isinstance(read.classes, Refusal) or read.config.data is None:
         raise CheckpointError(f"{folder}: {read.unsure}.")
-    return Known(folder, read.config.data, read.weights, read.classes)
+    return SolvableFolder(folder, read.config.data, read.weights, read.classes)

@@ -19,8 +19,8 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_LONGEST_CONFIG = 32 * 2**20
-_LONGEST_INDEX = 256 * 2**20
+_MOST_CONFIG_BYTES = 32 * 2**20
+_MOST_INDEX_BYTES = 256 * 2**20
 _LONGEST_NAME = 200
 _MOST_FIELDS = 4096
 _MOST_VALUES = 500_000
@@ -54,7 +54,7 @@ class Config:
     unsure: str | None = None
 
 
-def existing(folder: Path) -> None:
+def check_exists(folder: Path) -> None:
     """Raise a CheckpointError if the folder or its config.json does not exist."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
@@ -74,7 +74,7 @@ def check_there(folder: Path) -> None:
         CheckpointError: the folder, its config.json or its weights do not exist or cannot be read.
     """
     try:
-        existing(folder)
+        check_exists(folder)
         weights_file(folder)
     except (OSError, ValueError) as error:  # no permission; a name that no file can have
         raise CheckpointError(f"{short(folder)} cannot be read: {short(error)}") from error
@@ -82,7 +82,7 @@ def check_there(folder: Path) -> None:
 
 def read_config(folder: Path) -> Config:
     """Return what the folder's config.json says."""
-    data = _json(folder / CONFIG, _LONGEST_CONFIG)
+    data = _json(folder / CONFIG, _MOST_CONFIG_BYTES)
     if isinstance(data, str):
         return Config(None, fault=data)
     if not isinstance(data, dict):
@@ -202,7 +202,7 @@ def _shards(
         The shards inside the folder, tensor name -> file as the index says, and the faults; or the
         reason (a string) why the index cannot be used.
     """
-    data = _json(folder / index, _LONGEST_INDEX)
+    data = _json(folder / index, _MOST_INDEX_BYTES)
     if isinstance(data, str):
         return data
     promised = data.get("weight_map") if isinstance(data, dict) else None

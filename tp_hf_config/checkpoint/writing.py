@@ -65,7 +65,7 @@ def replace_config(folder: Path, text: bytes) -> Path:
         _write(new, text)
         os.replace(old, backup)
         os.replace(new, target)
-        _flush(folder)
+        _flush_folder(folder)
     except BaseException:
         if os.path.lexists(new):  # config.json is still the old one
             _remove(backup)
@@ -97,14 +97,19 @@ def _write(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def _flush(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     """Flush a folder, and with it a rename in it, to the disk; some file systems cannot do this."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -141,7 +146,7 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         if os.path.lexists(out):
             raise CheckpointError(f"{out} was made by somebody else meanwhile; it is left alone.")
         os.rename(place, out)
-        _flush(out.parent)
+        _flush_folder(out.parent)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
