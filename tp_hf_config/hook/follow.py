@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -48,7 +49,7 @@ from .apply import (
 from .enclosing_modules import Beside
 from .history import PrunedGroup
 from .mirrored_fields import mirrored
-from .report import Followed
+from .report import SyncReport
 
 _ROWS = ".weight#0"
 """How a history names the outputs of a projection that is not an ``nn.Linear`` (I-BERT's)."""
@@ -105,18 +106,21 @@ class Follower:
                     "the model as it is now. Nothing was pruned by this step."
                 )
 
-    def follow(self, groups: Sequence[PrunedGroup]) -> Followed:
+    def follow(self, report: SyncReport) -> SyncReport:
         """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
 
         Args:
-            groups: what was pruned since the last time.
+            report: a report with the groups that were pruned since the last time.
+
+        Returns:
+            The report with what was written, and notes on it.
 
         Raises:
             ConfigSyncError: no config describes the weights.
         """
-        self._follow_inputs(groups)
-        self._count_heads(groups)
-        live = self._live_shapes(groups)
+        self._follow_inputs(report.groups)
+        self._count_heads(report.groups)
+        live = self._live_shapes(report.groups)
         values, data, built, mirror_notes = self._proved(live)
         change = difference(self.model, self.reference, built)
         old = config_json(self.model.config, use_diff=False)
@@ -136,7 +140,8 @@ class Follower:
         self._tell_heads()
         self.ties = ties_of(self.model)
         name = type(self.model).__name__
-        return Followed(
+        return replace(
+            report,
             fields={
                 field_name(field): (value_at(old, field), value)
                 for field, value in changed_values(old, new)

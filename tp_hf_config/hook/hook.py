@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ..model.locate import check_followable, find_pretrained
 from ..planning.choices import Graph, check_graph
 from . import registration as pruners
 from .history import Recorder
-from .report import Followed, SyncReport
+from .report import SyncReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -273,36 +274,25 @@ class HFConfigSyncHook:
                 "hook.register(pruner)"
             )
         started = time.perf_counter()
-        groups = self._recorder.drain()
-        done, failed = Followed(), None
-        notes: list[str] = []
+        report, failure = SyncReport(len(self.reports) + 1, self._why, self._recorder.drain()), None
         try:
-            done = self._follower.follow(groups)
-            notes = [*done.notes, *self._adjusted()]
-            if stepped and not groups and not notes and self._steering is not None:
+            report = self._follower.follow(report)
+            notes = [*report.notes, *self._adjusted()]
+            if stepped and not report.groups and not notes and self._steering is not None:
                 notes = [f"nothing was pruned: {self._steering.why_nothing()}"]
-            notes = [*self._told_once(), *self._follower.notes, *notes]
+            report = replace(report, notes=[*self._told_once(), *self._follower.notes, *notes])
         except ConfigSyncError as error:
-            failed = error
+            failure = error
         before, self._parameters = self._parameters, self._follower.model.num_parameters()
-        report = SyncReport(
-            step=len(self.reports) + 1,
-            graph=self._why,
-            groups=groups,
-            fields=done.fields,
-            attributes=done.attributes,
-            buffers=done.buffers,
-            ties=done.ties,
-            proof=done.proof,
+        report = replace(
+            report,
             parameters=(before, self._parameters),
             seconds=time.perf_counter() - started,
-            notes=notes,
-            error=None if failed is None else str(failed),
-            inputs=done.inputs,
+            error=None if failure is None else str(failure),
         )
         self.reports.append(report)
-        if failed is not None:
-            raise failed
+        if failure is not None:
+            raise failure
         return report
 
     def plot(self, path: str | PathLike[str]) -> Figure:
