@@ -14,7 +14,7 @@ from typing import Any
 
 from ..fieldmap.field_map import FieldMap
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name, value_at, with_values
+from ..model.config_json import FieldPath, field_name, value_at, with_values, without_field
 from .assess import Assessment, assess
 from .building import Classes, build, longest_list, too_large, too_large_reason
 from .headers import Stored
@@ -189,7 +189,7 @@ def _with_smaller(
     plain = data
     for path in large:
         if not any(isinstance(key, int) for key in path):
-            plain = _without(plain, path)
+            plain = without_field(plain, path)
     yield frozenset(large), plain
     for size in (longest_list(tensors), *sorted(sizes, reverse=True)[:_FEW]):
         yield frozenset(large), with_values(data, dict.fromkeys(large, size))
@@ -217,7 +217,7 @@ def _nearby(data: dict[str, Any], tensors: Mapping[str, Stored]) -> _Candidates:
             yield frozenset({path}), with_values(data, {path: longest})
     for path, value in _fields(data):
         if value is not None:
-            yield frozenset({path}), _without(data, path)
+            yield frozenset({path}), without_field(data, path)
 
 
 def _fields(data: Mapping[str, Any], path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
@@ -227,13 +227,3 @@ def _fields(data: Mapping[str, Any], path: FieldPath = ()) -> Iterator[tuple[Fie
             yield from _fields(value, (*path, key))
         elif key not in ("architectures", "model_type"):
             yield (*path, key), value
-
-
-def _without(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
-    """Return a config's JSON without one field."""
-    result = with_values(data, {path: None})
-    node: Any = result
-    for key in path[:-1]:
-        node = node[key]
-    del node[path[-1]]
-    return result
