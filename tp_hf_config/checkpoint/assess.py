@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..model.build import Refusal
+from ..model.tensors import ties_of
 from .building import Classes, build
 from .headers import Stored
 from .loading import LoadResult, load_shapes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def assess(
     }
     modules = {name for name, _ in model.named_modules()}
     buffers = {name for name, _ in model.named_buffers()}
-    tied = _tied(model)
+    tied = {name: frozenset(tie.names) for tie in ties_of(model) for name in tie.names}
     loaded = load_shapes(model, tensors)
     prefix = model.base_model_prefix
     lost: list[str] = []
@@ -89,15 +87,6 @@ def _belongs(name: str, lists: Mapping[str, int], modules: set[str]) -> bool:
     parts = name.split(".")
     inside = any(".".join(parts[:end]) in lists for end in range(1, len(parts)))
     return inside or ".".join(parts[:-1]) in modules
-
-
-def _tied(model: PreTrainedModel) -> dict[str, frozenset[str]]:
-    """Return, for each name of a shared parameter, all names of that parameter."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    groups = (frozenset(group) for group in names.values() if len(group) > 1)
-    return {name: group for group in groups for name in group}
 
 
 def lists_of(name: str, lists: Mapping[str, int], prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -159,11 +159,11 @@ def weights_file(folder: Path) -> str:
     """
     name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
     if name is None:
-        raise CheckpointError(_none(folder))
+        raise CheckpointError(_no_weights(folder))
     return name
 
 
-def _none(folder: Path) -> str:
+def _no_weights(folder: Path) -> str:
     """Return the message for a folder without weights."""
     not_files = [name for name in _WEIGHTS if (folder / name).exists()]
     if not_files:

@@ -174,8 +174,8 @@ def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> Repai
 def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
     """Write the repaired folder as a new one; check it before it gets its name."""
     report, new = _planned(path, given, trust)
-    with new_folder(path, out, new) as (place, left_out):
-        after = check_checkpoint(place, trust_remote_code=trust)
+    with new_folder(path, out, new) as (work, left_out):
+        after = check_checkpoint(work, trust_remote_code=trust)
         if not after.sound:
             raise CheckpointError(f"{path} was changed meanwhile: {after} Nothing was written.")
     notes = report.notes

@@ -248,14 +248,14 @@ def write_buffers(changes: Changes, live: nn.Module, buffers: Sequence[Buffer]) 
 
 
 def write_ties(changes: Changes, live: nn.Module, ties: Sequence[Tie]) -> list[str]:
-    """Make each tied group one Parameter again; return a line for each that was not."""
+    """Make each tied group one Parameter again; return the names of each group that was not."""
     written: list[str] = []
     for tie in ties:
         parameter = live.get_parameter(tie.keeper(live))
-        apart = [name for name in tie.names if live.get_parameter(name) is not parameter]
-        for name in apart:
+        separate = [name for name in tie.names if live.get_parameter(name) is not parameter]
+        for name in separate:
             module, key = owner(live, name)
             changes.set(module._parameters, key, parameter)
-        if apart:
+        if separate:
             written.append(" = ".join(tie.names))
     return written
