@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..model.build import Refusal
+from ..model.tensors import ties_of
 from .building import Classes, build
 from .headers import Stored
-from .loading import Loaded, load_shapes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from .loading import LoadResult, load_shapes
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Assessment:
         tied: name -> all names under which the model shares that tensor.
     """
 
-    loaded: Loaded
+    loaded: LoadResult
     lists: dict[str, int]
     lost: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
@@ -70,12 +68,12 @@ def assess(
     }
     modules = {name for name, _ in model.named_modules()}
     buffers = {name for name, _ in model.named_buffers()}
-    tied = _tied(model)
+    tied = {name: frozenset(tie.names) for tie in ties_of(model) for name in tie.names}
     loaded = load_shapes(model, tensors)
     prefix = model.base_model_prefix
     lost: list[str] = []
     unused: list[str] = []
-    for name in loaded.unknown:
+    for name in loaded.unexpected:
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         if any(candidate in buffers for candidate in names):
             continue
@@ -85,23 +83,14 @@ def assess(
 
 
 def _belongs(name: str, lists: Mapping[str, int], modules: set[str]) -> bool:
-    """True if a tensor's name lies in a list of layers, or directly in a module, of the model."""
+    """True if a tensor's name is inside a list of layers, or directly in a module, of the model."""
     parts = name.split(".")
     inside = any(".".join(parts[:end]) in lists for end in range(1, len(parts)))
     return inside or ".".join(parts[:-1]) in modules
 
 
-def _tied(model: PreTrainedModel) -> dict[str, frozenset[str]]:
-    """Return, for each name of a shared parameter, all names of that parameter."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    groups = (frozenset(group) for group in names.values() if len(group) > 1)
-    return {name: group for group in groups for name in group}
-
-
 def lists_of(name: str, lists: Mapping[str, int], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield each list of layers that a tensor is or would be in, and the layer's number.
+    """Yield each list of layers that a tensor's name is inside, and the layer's number.
 
     Args:
         name: the tensor's name.

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, in_one_line
 from ..model.build import Refusal, without_data
 from ..model.config_json import FieldPath, field_name
 from .headers import Stored
-from .words import number, place, short
+from .words import list_and_layer, number, short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 _LARGEST = 2**20  # the largest value that a field may have, unless a tensor is larger
 _LONGEST = 2**24  # the same for fields of lengths (see _LENGTHS)
 _LENGTHS = ("position", "length", "window", "seq")
-_SLACK = 4096  # modules that every build may have
-_A_TENSOR = 8  # modules that it may have besides, per tensor of the weights
-_CHOICES = ("_attn_implementation", "attn_implementation", "_experts_implementation")
+_EXTRA_MODULES = 4096  # modules that every build may have
+_MODULES_PER_TENSOR = 8  # modules that it may have besides, per tensor of the weights
+_KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation")
 
 
 @dataclass(frozen=True)
@@ -38,27 +38,20 @@ class Classes:
     Attributes:
         config: the class that reads the config.
         model: the class that is built from it.
-        most: how many modules a build may have, going by the number of tensors.
+        max_modules: how many modules a build may have, going by the number of tensors.
         note: what the user should know about the choice of classes; empty if nothing.
     """
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
-    most: int
+    max_modules: int
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """The reason why a folder's class is not known."""
-
-    reason: str
 
 
 def classes_of(
     data: Mapping[str, Any], folder: Path, tensors: int, trust_remote_code: bool
-) -> Classes | Unknown:
-    """Return the classes that config.json names, or why they are not known.
+) -> Classes | Refusal:
+    """Return the classes that config.json names, or why they cannot be told.
 
     Args:
         data: config.json.
@@ -69,15 +62,15 @@ def classes_of(
     Raises:
         CheckpointError: the class is code in the folder, and ``trust_remote_code`` is not set.
     """
-    most = _SLACK + _A_TENSOR * tensors
-    model = _native(data)
+    max_modules = _EXTRA_MODULES + _MODULES_PER_TENSOR * tensors
+    model = _transformers_class(data)
     remote = data.get("auto_map")
     if isinstance(model, type):
         config = _config_class(data, model)
-        if isinstance(config, Unknown):
+        if isinstance(config, Refusal):
             return config
         note = "the folder has code of its own, which was not run" if remote else ""
-        return Classes(config, model, most, note)
+        return Classes(config, model, max_modules, note)
     if not remote:
         return model
     if not trust_remote_code:
@@ -85,10 +78,10 @@ def classes_of(
             f"{folder}: its class is code in the folder (auto_map in config.json), which is not "
             "run. Read it, then say trust_remote_code=True (--trust-remote-code)."
         )
-    return _remote(data, folder, most)
+    return _remote_classes(data, folder, max_modules)
 
 
-def _native(data: Mapping[str, Any]) -> type[PreTrainedModel] | Unknown:
+def _transformers_class(data: Mapping[str, Any]) -> type[PreTrainedModel] | Refusal:
     """Return the class of transformers that ``architectures`` names, or why there is none."""
     import transformers
 
@@ -97,22 +90,22 @@ def _native(data: Mapping[str, Any]) -> type[PreTrainedModel] | Unknown:
     kind = data.get("model_type")
     name = named[0] if isinstance(named, list) and named else None
     if not isinstance(name, str):
-        return Unknown(
+        return Refusal(
             "config.json names no class. Add it: "
-            f'"architectures": [{_possible(kind)}] (the class that the weights were saved from)'
+            f'"architectures": [{_suggestion(kind)}] (the class that the weights were saved from)'
         )
     candidate = getattr(transformers, name, None) if name.isidentifier() else None
     if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
         return candidate
-    return Unknown(
+    return Refusal(
         f"transformers {transformers.__version__} has no class {short(name)}, which config.json "
         f"names in architectures. Install a version that has it, or name another: "
-        f"[{_possible(kind)}]"
+        f"[{_suggestion(kind)}]"
     )
 
 
-def _possible(kind: Any) -> str:
-    """Return the name of a class of this model type, in quotes, for messages to suggest."""
+def _suggestion(kind: Any) -> str:
+    """Return the name of a class that messages suggest for a model type, in quotes."""
     from transformers.models.auto import modeling_auto
 
     for mapping in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION"):
@@ -124,8 +117,8 @@ def _possible(kind: Any) -> str:
 
 def _config_class(
     data: Mapping[str, Any], model: type[PreTrainedModel]
-) -> type[PreTrainedConfig] | Unknown:
-    """Return the config class that the model takes, or Unknown if ``model_type`` says another."""
+) -> type[PreTrainedConfig] | Refusal:
+    """Return the config class of a model class, or why ``model_type`` does not fit it."""
     from transformers import CONFIG_MAPPING
 
     own: Any = getattr(model, "config_class", None)
@@ -134,25 +127,25 @@ def _config_class(
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         other = CONFIG_MAPPING[kind]
     if own is None and other is None:
-        return Unknown(f"{model.__name__} cannot be built from a config alone")
+        return Refusal(f"{model.__name__} cannot be built from a config alone")
     if own is None or issubclass(other, own):
         return other  # type: ignore[no-any-return]
     if issubclass(own, other):
         return own  # type: ignore[no-any-return]
-    return Unknown(
+    return Refusal(
         f'model_type says "{short(kind)}", but {model.__name__} (architectures) takes '
         f"{own.__name__}: one of the two is not this model's. Correct it in config.json"
     )
 
 
-def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Unknown:
+def _remote_classes(data: Mapping[str, Any], folder: Path, max_modules: int) -> Classes | Refusal:
     """Run the folder's own code and return its classes, or why they cannot be loaded."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = data["auto_map"]
     names = [name for name in remote if name != "AutoConfig"] if isinstance(remote, dict) else []
     if not names:
-        return Unknown("auto_map in config.json names no model class")
+        return Refusal("auto_map in config.json names no model class")
     try:
         model: Any = get_class_from_dynamic_module(remote[names[0]], str(folder))
         config: Any = (
@@ -161,23 +154,23 @@ def _remote(data: Mapping[str, Any], folder: Path, most: int) -> Classes | Unkno
             else _config_class(data, model)
         )
     except Exception as error:  # the folder's code may raise anything
-        return Unknown(f"the folder's own code cannot be loaded: {short(error)}")
-    if isinstance(config, Unknown):
+        return Refusal(f"the folder's own code cannot be loaded: {short(error)}")
+    if isinstance(config, Refusal):
         return config
-    return Classes(config, model, most, "code of the folder was run")
+    return Classes(config, model, max_modules, "code of the folder was run")
 
 
 def too_large(data: Any, tensors: Mapping[str, Stored]) -> dict[FieldPath, int]:
-    """Return field -> value for numbers so large that building the class might not end.
+    """Return the numbers of a config far above every size in the weights: field -> value.
 
-    These are numbers far above every size in the weights.
+    Building the class with one of them might not end.
     """
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     large = {}
     for path, value in entries(data):
         name = str(path[-1])
-        most = _LONGEST if any(word in name for word in _LENGTHS) else _LARGEST
-        if type(value) is int and value > max(most, largest) and "theta" not in name:
+        limit = _LONGEST if any(word in name for word in _LENGTHS) else _LARGEST
+        if type(value) is int and value > max(limit, largest) and "theta" not in name:
             large[path] = value  # rotary bases (theta) are no counts
     return large
 
@@ -196,12 +189,17 @@ def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
 
 def longest_list(tensors: Mapping[str, Stored]) -> int:
     """Return how many layers the longest list of layers in the weights has; 0: there is none."""
-    places = (place(name) for name in tensors)
-    return max((at[1] + 1 for at in places if at is not None), default=0)
+    places = (list_and_layer(name) for name in tensors)
+    return max((place[1] + 1 for place in places if place is not None), default=0)
 
 
-def said_too_large(large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]) -> str:
-    """Return what is wrong with the first of the numbers that are too large."""
+def too_large_reason(large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]) -> str:
+    """Return a sentence on the first of the numbers that are too large.
+
+    Args:
+        large: what :func:`too_large` returned; not empty.
+        tensors: the checkpoint's tensors.
+    """
     path, value = next(iter(large.items()))
     return (
         f"{field_name(path)} says {number(value)}, far above all that the weights have "
@@ -210,57 +208,53 @@ def said_too_large(large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]
 
 
 def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusal:
-    """Return the class built from a config's JSON on the meta device, or its refusal."""
+    """Return the model built from a config's JSON on the meta device, or the class's refusal."""
     try:
         config = config_from(classes, data)
         config._attn_implementation = "eager"  # so that no kernel is looked for
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
     except Exception as error:  # a class may refuse with any exception
-        return Refusal(_reason(error))
+        return Refusal(_one_line(in_one_line(error)))
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         return Refusal(f"dtype says {number(dtype)}, which is no type that torch has")
-    with _bounded(classes.most):
+    with _limit_modules(classes.max_modules):
         built = without_data(classes.model, config)
-    return Refusal(_cleaned(built.reason)) if isinstance(built, Refusal) else built
+    return Refusal(_one_line(built.reason)) if isinstance(built, Refusal) else built
 
 
 def config_from(classes: Classes, data: Mapping[str, Any]) -> PreTrainedConfig:
     """Return the config that ``from_pretrained`` would read; let the class's exceptions through."""
-    values = copy.deepcopy(_plain(data))
+    values = copy.deepcopy(_without_kernels(data))
     decode = getattr(classes.config, "_decode_special_floats", None)  # infinities in JSON
     return classes.config.from_dict(values if decode is None else decode(values))
 
 
-def _plain(data: Any) -> Any:
+def _without_kernels(data: Any) -> Any:
     """Return the config's JSON without the choice of kernels, on which no shape depends."""
     if isinstance(data, Mapping):
-        return {key: _plain(value) for key, value in data.items() if key not in _CHOICES}
+        return {key: _without_kernels(value) for key, value in data.items() if key not in _KERNELS}
     return data
 
 
-def _reason(error: BaseException) -> str:
-    """Return an exception's message in one line, or the name of its type if it has none."""
-    return _cleaned(in_one_line(error))
-
-
-def _cleaned(reason: str) -> str:
-    """Return a refusal in one line, without the prefix of the config's validators."""
+def _one_line(reason: str) -> str:
+    """Return a class's refusal as one line, without the prefix of the config's validators."""
     return short(reason.removeprefix("Class validation error for validator ")).rstrip(".")
 
 
 @contextmanager
-def _bounded(most: int) -> Iterator[None]:
-    """Raise a ValueError if this thread puts more than ``most`` modules into others meanwhile."""
+def _limit_modules(max_modules: int) -> Iterator[None]:
+    """Raise a ValueError once this thread has put more than so many modules into others."""
     count = 0
     own = threading.get_ident()
 
     def counted(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         nonlocal count
         count += threading.get_ident() == own
-        if count > most:
-            raise ValueError(f"it asks for more than {most:,} modules, far more than the weights")
+        if count > max_modules:
+            more = f"more than {max_modules:,} modules"
+            raise ValueError(f"it asks for {more}, far more than the weights")
 
     handle = register_module_module_registration_hook(counted)
     try:

@@ -9,13 +9,13 @@ from ..model.shapes import Mismatch
 from .assess import Assessment
 from .building import Classes
 from .reports import Cause
-from .solving import Changed, Solution, Unsolved
-from .words import and_more, layers, number, place, short
+from .solving import FieldChange, Unsolved
+from .words import and_more, layers, list_and_layer, number, short
 
 _LISTED = 6
 
 
-def of_fields(changed: Sequence[Changed]) -> Iterator[Cause]:
+def field_causes(changed: Sequence[FieldChange]) -> Iterator[Cause]:
     """Yield a cause for each field whose value is not the one that the weights hold."""
     for change in changed:
         if isinstance(change.holds, list) and any(
@@ -38,35 +38,32 @@ def of_fields(changed: Sequence[Changed]) -> Iterator[Cause]:
         yield Cause("field", text, name, change.says, change.holds, change.tensors)
 
 
-def of_solution(found: Solution) -> Iterator[Cause]:
-    """Yield a cause for each field that has to change so that the config loads the weights."""
-    yield from of_fields(found.changed)
-
-
-def of_unsolved(found: Unsolved, assessment: Assessment, classes: Classes) -> Iterator[Cause]:
+def unsolved_causes(
+    unsolved: Unsolved, assessment: Assessment, classes: Classes
+) -> Iterator[Cause]:
     """Yield the causes where no single config is known to load the weights.
 
     Args:
-        found: why there is no solution, and what was found before solving stopped.
+        unsolved: why there is no solution, and what was settled before solving stopped.
         assessment: how the tensors load with the folder's own config.
         classes: the classes of the folder.
     """
-    yield from of_fields(found.structure)
-    for path, by_value in found.needs.items():
-        yield _torn(path, by_value)
+    yield from field_causes(unsolved.structure)
+    for path, by_value in unsolved.needs.items():
+        yield _conflicting_needs(path, by_value)
     mismatched = assessment.loaded.mismatched
-    if found.candidates:
+    if unsolved.candidates:
         names = tuple(mismatch.name for mismatch in mismatched)
-        text = f"{found.reason}, and nothing tells which"
+        text = f"{unsolved.reason}, and nothing tells which"
         yield Cause("tensors", text, tensors=names)
-    elif mismatched and not found.needs:
+    elif mismatched and not unsolved.needs:
         yield from _shapes(mismatched)
-        yield Cause("config", short(found.reason))
-    if not found.structure:
-        yield from of_misplaced(assessment, classes)
+        yield Cause("config", short(unsolved.reason))
+    if not unsolved.structure:
+        yield from misplaced_causes(assessment, classes)
 
 
-def _torn(path: FieldPath, by_value: dict[int, tuple[str, ...]]) -> Cause:
+def _conflicting_needs(path: FieldPath, by_value: dict[int, tuple[str, ...]]) -> Cause:
     """Return the cause for a field that would need several values at once.
 
     Args:
@@ -83,15 +80,15 @@ def _torn(path: FieldPath, by_value: dict[int, tuple[str, ...]]) -> Cause:
 
 
 def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
-    """Yield the mismatches that nothing explains, with one cause for those alike in every layer."""
+    """Yield a cause for each kind of mismatched tensor; layers with the same mismatch share one."""
     names_by_kind: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], list[str]] = {}
     for mismatch in mismatched:
         names_by_kind.setdefault(
-            (_anywhere(mismatch.name), mismatch.found, mismatch.expected), []
+            (_name_pattern(mismatch.name), mismatch.found, mismatch.expected), []
         ).append(mismatch.name)
-    for (name, found, expected), names in list(names_by_kind.items())[:_LISTED]:
+    for (name, shape, expected), names in list(names_by_kind.items())[:_LISTED]:
         where = f" ({layers(names)})" if "*" in name else ""
-        text = f"{short(name)}{where} holds {list(found)}, the config builds {list(expected or ())}"
+        text = f"{short(name)}{where} holds {list(shape)}, the config builds {list(expected or ())}"
         yield Cause("tensors", text, tensors=tuple(names))
     if len(names_by_kind) > _LISTED:
         yield Cause(
@@ -99,13 +96,15 @@ def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
         )
 
 
-def _anywhere(name: str) -> str:
+def _name_pattern(name: str) -> str:
     """Return a tensor's name with ``*`` in place of its layer number."""
-    at = place(name)
-    return name if at is None else name.replace(f"{at[0]}.{at[1]}.", f"{at[0]}.*.", 1)
+    place = list_and_layer(name)
+    if place is None:
+        return name
+    return name.replace(f"{place[0]}.{place[1]}.", f"{place[0]}.*.", 1)
 
 
-def of_misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
+def misplaced_causes(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
     """Yield one cause each for tensors that are missing, lost, or cannot be put together."""
     model = classes.model.__name__
     for names, what in (
@@ -113,7 +112,7 @@ def of_misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
         (assessment.lost, f"in the weights, and {model} has no place for them in this config"),
     ):
         if names:
-            kinds = list(dict.fromkeys(_anywhere(name) for name in names))
+            kinds = list(dict.fromkeys(_name_pattern(name) for name in names))
             listed = ", ".join(short(kind) for kind in kinds[:3]) + and_more(kinds, 3)
             subject = f"{len(names)} tensors are" if len(names) > 1 else "one tensor is"
             yield Cause("tensors", f"{subject} {what}: {listed}", tensors=tuple(names))

@@ -18,42 +18,56 @@ def run(job: dict[str, Any]) -> None:
     """Load every folder of a job, run it on the job's inputs and save the results.
 
     Args:
-        job: ``folders``: for each one its ``folder`` (a path), its ``class`` (module and name),
-            ``code`` (True if the class is the folder's own code) and ``options`` for
+        job: ``folders``: for each its ``folder`` (a path), its ``class`` (module and name; for code
+            in the folder ``""`` and the reference in ``auto_map``) and ``options`` for
             ``from_pretrained``; ``inputs``, ``results``: files; ``threads``, ``device``, ``path``
             (of modules): where it runs; ``cast``: True if inputs take the model's dtype.
     """
     torch.set_num_threads(job["threads"])
-    sys.path += [place for place in job["path"] if place not in sys.path]
+    sys.path += [folder for folder in job["path"] if folder not in sys.path]
     inputs = torch.load(job["inputs"], map_location=job["device"], weights_only=True)
-    torch.save([loaded_and_run(folder, inputs, job) for folder in job["folders"]], job["results"])
+    torch.save([_load_and_run(entry, inputs, job) for entry in job["folders"]], job["results"])
 
 
-def loaded_and_run(
-    one: dict[str, Any], inputs: dict[str, Any], job: dict[str, Any]
+def _load_and_run(
+    entry: dict[str, Any], inputs: dict[str, Any], job: dict[str, Any]
 ) -> dict[str, Any]:
     """Return a folder's outputs and what Transformers reports of loading it, or its error.
 
     Args:
-        one: an entry of ``folders``.
+        entry: an entry of ``folders``.
         inputs: keyword arguments of the forward pass.
         job: the whole job.
     """
     try:
-        model, info = _class(one).from_pretrained(
-            one["folder"], output_loading_info=True, local_files_only=True, **one["options"]
-        )
+        options = {**entry["options"], "local_files_only": True}
+        model, loading = load(_class(entry), entry["folder"], options)
         model = model.to(job["device"]).eval()
-        for parameter in model.parameters():  # aligned as torch does it, not as in the file
-            parameter.data = parameter.data.clone()
         if job["cast"]:
             inputs = {key: _cast(value, model.dtype) for key, value in inputs.items()}
         outputs = {key: value.cpu() for key, value in outputs_of(model, inputs).items()}
     except Exception as error:  # the process that made the job reports it
         text = " ".join(str(error).split())
         return {"outputs": {}, "loading": {}, "error": f"{type(error).__name__}: {text}"}
-    loading = {key: sorted(map(str, value)) for key, value in info.items() if value}
     return {"outputs": outputs, "loading": loading, "error": None}
+
+
+def load(
+    model_class: Any, folder: str | Path, options: dict[str, Any]
+) -> tuple[Any, dict[str, list[str]]]:
+    """Load a folder; return the model, and the keys that Transformers reports, by kind.
+
+    The weights are aligned in memory as torch does it, not as they are in the file.
+
+    Args:
+        model_class: the class.
+        folder: the folder.
+        options: for ``from_pretrained``.
+    """
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
 
 
 def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -80,13 +94,13 @@ def _tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def _class(one: dict[str, Any]) -> Any:
+def _class(entry: dict[str, Any]) -> Any:
     """Return the class of an entry of ``folders``, imported or from the folder's own code."""
-    module, name = one["class"]
-    if one["code"]:
+    module, name = entry["class"]
+    if not module:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(name, one["folder"])
+        return get_class_from_dynamic_module(name, entry["folder"])
     target: Any = importlib.import_module(module)
     for part in name.split("."):
         target = getattr(target, part)

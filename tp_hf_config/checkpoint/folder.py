@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_LONGEST_CONFIG = 32 * 2**20
-_LONGEST_INDEX = 256 * 2**20
+_MOST_CONFIG_BYTES = 32 * 2**20
+_MOST_INDEX_BYTES = 256 * 2**20
 _LONGEST_NAME = 200
 _MOST_FIELDS = 4096
 _MOST_VALUES = 500_000
@@ -29,22 +29,14 @@ _MOST_TENSORS = 500_000
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What the weights files hold.
+class Weights(Header):
+    """The headers of all weights files of a folder, as one.
 
     Attributes:
         files: the names of the files with tensors.
-        tensors: name -> tensor.
-        faults: what is wrong with the files, one sentence each.
-        complete: True if the name of every tensor is known.
-        unsure: why the files cannot be judged; ``None`` if they can.
     """
 
     files: tuple[str, ...] = ()
-    tensors: dict[str, Stored] = field(default_factory=dict)
-    faults: tuple[str, ...] = ()
-    complete: bool = True
-    unsure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class Config:
     unsure: str | None = None
 
 
-def existing(folder: Path) -> None:
+def check_exists(folder: Path) -> None:
     """Raise a CheckpointError if the folder or its config.json does not exist."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
@@ -82,7 +74,7 @@ def check_there(folder: Path) -> None:
         CheckpointError: the folder, its config.json or its weights do not exist or cannot be read.
     """
     try:
-        existing(folder)
+        check_exists(folder)
         weights_file(folder)
     except (OSError, ValueError) as error:  # no permission; a name that no file can have
         raise CheckpointError(f"{short(folder)} cannot be read: {short(error)}") from error
@@ -90,7 +82,7 @@ def check_there(folder: Path) -> None:
 
 def read_config(folder: Path) -> Config:
     """Return what the folder's config.json says."""
-    data = _json(folder / CONFIG, _LONGEST_CONFIG)
+    data = _json(folder / CONFIG, _MOST_CONFIG_BYTES)
     if isinstance(data, str):
         return Config(None, fault=data)
     if not isinstance(data, dict):
@@ -153,7 +145,7 @@ def read_weights(folder: Path) -> Weights:
         return _joined([_header(folder / name)], (name,))
     index = _shards(folder, name)
     if isinstance(index, str):
-        return Weights(faults=(index,), complete=False)
+        return Weights({}, (index,), complete=False)
     shards, promised, faults = index
     weights = _joined([_header(folder / shard) for shard in shards], shards)
     return _with_index(weights, promised, faults)
@@ -167,11 +159,11 @@ def weights_file(folder: Path) -> str:
     """
     name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
     if name is None:
-        raise CheckpointError(_none(folder))
+        raise CheckpointError(_no_weights(folder))
     return name
 
 
-def _none(folder: Path) -> str:
+def _no_weights(folder: Path) -> str:
     """Return the message for a folder without weights."""
     not_files = [name for name in _WEIGHTS if (folder / name).exists()]
     if not_files:
@@ -197,13 +189,8 @@ def _joined(headers: list[Header], files: tuple[str, ...]) -> Weights:
     unsure = next((header.unsure for header in headers if header.unsure is not None), None)
     if len(tensors) > _MOST_TENSORS:
         unsure = f"the files have {len(tensors):,} tensors; at most {_MOST_TENSORS:,} are looked at"
-    return Weights(
-        files,
-        tensors,
-        tuple(fault for header in headers for fault in header.faults),
-        all(header.complete for header in headers),
-        unsure,
-    )
+    faults = tuple(fault for header in headers for fault in header.faults)
+    return Weights(tensors, faults, all(header.complete for header in headers), unsure, files)
 
 
 def _shards(
@@ -215,7 +202,7 @@ def _shards(
         The shards inside the folder, tensor name -> file as the index says, and the faults; or the
         reason (a string) why the index cannot be used.
     """
-    data = _json(folder / index, _LONGEST_INDEX)
+    data = _json(folder / index, _MOST_INDEX_BYTES)
     if isinstance(data, str):
         return data
     promised = data.get("weight_map") if isinstance(data, dict) else None
@@ -249,23 +236,16 @@ def _with_index(weights: Weights, promised: dict[str, str], faults: tuple[str, .
         promised: tensor name -> file, as the index says.
         faults: what is wrong with the index.
     """
-    all_faults = list(faults) + list(weights.faults)
+    complete = weights.complete and not faults
+    faults += weights.faults
     elsewhere = [
         name
         for name, file in promised.items()
-        if weights.complete
-        and not faults
-        and weights.tensors.get(name, Stored("", ())).file != file
+        if complete and weights.tensors.get(name, Stored("", ())).file != file
     ]
     if elsewhere:
-        all_faults.append(
+        faults += (
             f"the index says that {short(elsewhere[0])} is in {short(promised[elsewhere[0]])}"
-            f"{and_more(elsewhere)}; it is not"
+            f"{and_more(elsewhere)}; it is not",
         )
-    return Weights(
-        weights.files,
-        weights.tensors,
-        tuple(all_faults),
-        weights.complete and not faults,
-        weights.unsure,
-    )
+    return replace(weights, faults=faults, complete=complete)

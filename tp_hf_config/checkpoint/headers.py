@@ -50,12 +50,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What could be read of a file's header.
+    """What could be read of a weights file's header.
 
     Attributes:
         tensors: name -> tensor.
         faults: what is wrong with the file, one sentence each.
-        complete: True if all its tensors are known, whatever is wrong with their data.
+        complete: True if the name of every tensor is known, whatever is wrong with their data.
         unsure: why the file cannot be judged; ``None`` if it can.
     """
 
@@ -142,14 +142,14 @@ def _entry(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]] | str:
     span: Any = entry.get("data_offsets")
     if not isinstance(dtype, str):
         return "has no dtype"
-    if not _counts(shape):
+    if not _are_counts(shape):
         return "has a shape that is not a list of whole numbers"
-    if not _counts(span) or len(span) != 2 or span[0] > span[1]:
+    if not _are_counts(span) or len(span) != 2 or span[0] > span[1]:
         return "has data_offsets that are not a beginning and an end"
     return dtype, tuple(shape), (span[0], span[1])
 
 
-def _counts(value: Any) -> bool:
+def _are_counts(value: Any) -> bool:
     """True if a value is a list of whole numbers that are not negative and fit into 64 bits."""
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
@@ -182,14 +182,14 @@ def _misplaced(
             f"it is cut off: {short(beyond[0])} ends at byte {spans[beyond[0]][1]:,} of the data"
             f"{and_more(beyond)}; {last:,} bytes are expected, {room:,} are there"
         )
-    at = 0
+    edge = 0
     for name, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
-        if start != at:
-            yield f"{short(name)} {'overlaps the one before' if start < at else 'leaves a hole'}"
+        if start != edge:
+            yield f"{short(name)} {'overlaps the one before' if start < edge else 'leaves a hole'}"
             return
-        at = end
-    if at < room:
-        yield f"{room - at:,} bytes at its end belong to no tensor"
+        edge = end
+    if edge < room:
+        yield f"{room - edge:,} bytes at its end belong to no tensor"
 
 
 def _refused(path: Path) -> Iterator[str]:

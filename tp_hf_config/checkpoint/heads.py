@@ -14,12 +14,12 @@ from ..model.config_json import FieldPath, field_name
 from ..model.shapes import shapes
 from .words import number
 
-_FACTORS = tuple(Fraction(*one) for one in ((1, 2), (2, 1), (1, 4), (4, 1), (1, 3), (3, 1)))
+_FACTORS = tuple(Fraction(*ratio) for ratio in ((1, 2), (2, 1), (1, 4), (4, 1), (1, 3), (3, 1)))
 _SHOWN = 2
 
 
 @dataclass(frozen=True)
-class Untold:
+class UndecidedHeads:
     """Fields that set head counts (and head sizes), and other values that build the same tensors.
 
     Attributes:
@@ -50,27 +50,27 @@ def _numbers(values: Values) -> str:
     return ", ".join(map(number, values.values()))
 
 
-def untold(field_map: FieldMap) -> Iterator[Untold]:
-    """Yield the head counts of a class, and head sizes, that its tensors do not decide.
+def undecided_heads(field_map: FieldMap) -> Iterator[UndecidedHeads]:
+    """Yield a class's head counts and head sizes for which other values build the same tensors.
 
     Head counts are tried alone first; only if this shows nothing, together with their sizes.
     """
-    for counts in _together(field_map):
+    for counts in _joint_counts(field_map):
         sizes = {size for term in _terms(field_map) if term & counts for size in term - counts}
-        without: set[FieldPath] = set()
-        for beside in (without, sizes) if sizes else (without,):
-            fields = sorted(counts | beside, key=field_name, reverse=True)
+        nothing: set[FieldPath] = set()
+        for changed_sizes in (nothing, sizes) if sizes else (nothing,):
+            fields = sorted(counts | changed_sizes, key=field_name, reverse=True)
             values = {
                 path: field_map.values.get(path) or field_map.sizes.get(path, 0) for path in fields
             }
-            others = tuple(islice(_alike(field_map, values, counts), _SHOWN))
+            others = tuple(islice(_other_values(field_map, values, counts), _SHOWN))
             if others:
-                yield Untold(values, others)
+                yield UndecidedHeads(values, others)
                 break
 
 
-def _alike(field_map: FieldMap, values: Values, counts: set[FieldPath]) -> Iterator[Values]:
-    """Yield values that build the same tensors: head counts times a factor, sizes over it.
+def _other_values(field_map: FieldMap, values: Values, counts: set[FieldPath]) -> Iterator[Values]:
+    """Yield other values that build the same tensors: counts times a factor, sizes divided by it.
 
     Args:
         field_map: the field map.
@@ -78,12 +78,12 @@ def _alike(field_map: FieldMap, values: Values, counts: set[FieldPath]) -> Itera
         counts: the fields among them that count heads.
     """
     for factor in _FACTORS:
-        moved = {p: v * factor if p in counts else v / factor for p, v in values.items()}
-        if all(value and value.denominator == 1 for value in moved.values()):
-            whole = {path: int(value) for path, value in moved.items()}
-            built = field_map.build_at(whole)
+        scaled = {p: v * factor if p in counts else v / factor for p, v in values.items()}
+        if all(value and value.denominator == 1 for value in scaled.values()):
+            others = {path: int(value) for path, value in scaled.items()}
+            built = field_map.build_at(others)
             if not isinstance(built, Refusal) and shapes(built) == field_map.shapes:
-                yield whole
+                yield others
 
 
 def _terms(field_map: FieldMap) -> Iterator[frozenset[FieldPath]]:
@@ -92,8 +92,8 @@ def _terms(field_map: FieldMap) -> Iterator[frozenset[FieldPath]]:
         yield from expression.terms
 
 
-def _together(field_map: FieldMap) -> list[set[FieldPath]]:
-    """Return the fields that count heads; those that share a head size or a quotient in one set."""
+def _joint_counts(field_map: FieldMap) -> list[set[FieldPath]]:
+    """Return the fields that count heads in sets; fields that share a size or a quotient join."""
     counts = field_map.count_fields()
     groups: list[set[FieldPath]] = [{path} for path in sorted(counts, key=field_name)]
     sharing = [set(power.fields) for power in field_map.powers.values()]
@@ -104,6 +104,6 @@ def _together(field_map: FieldMap) -> list[set[FieldPath]]:
     for joint in (*by_size.values(), *sharing):
         touched = [group for group in groups if group & joint]
         if len(touched) > 1:
-            apart = [group for group in groups if group not in touched]
-            groups = [*apart, {path for group in touched for path in group}]
+            others = [group for group in groups if group not in touched]
+            groups = [*others, set().union(*touched)]
     return groups

@@ -26,13 +26,13 @@ MAJOR = int(version("transformers").partition(".")[0])
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadResult:
     """How a checkpoint's tensors load into a model.
 
     Attributes:
         shapes: name -> the shape in the checkpoint, for each tensor of the model that it has.
         missing: tensors of the model that would be newly initialised.
-        unknown: tensors of the checkpoint without a place in the model, named as in the model.
+        unexpected: tensors of the checkpoint without a place in the model, named as in the model.
         mismatched: tensors in another shape than the model's.
         failed: name -> the reason, for tensors that cannot be put together from the checkpoint's;
             the name is empty where loading failed as a whole.
@@ -40,12 +40,12 @@ class Loaded:
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> Loaded:
+def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> LoadResult:
     """Load tensors without data into a model without data.
 
     Args:
@@ -64,27 +64,27 @@ def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> Loaded
         with quiet_transformers(logging.CRITICAL):
             result = (_loaded_by_5 if MAJOR >= 5 else _loaded_by_4)(model, state)
     except Exception as error:  # Transformers' loading may raise anything
-        return Loaded(failed={"": short(error) or type(error).__name__})
-    missing, unknown, mismatched, failed, absent = result
+        return LoadResult(failed={"": short(error) or type(error).__name__})
+    missing, unexpected, mismatched, failed, absent = result
     if MAJOR < 5:  # Transformers 5 casts them
         failed = {**failed, **_whole_numbers(model, tensors)}
     shapes = {name: shape for name, shape in expected.items() if name not in absent}
     shapes.update(mismatched)
-    return Loaded(
+    return LoadResult(
         shapes,
         tuple(sorted(missing)),
-        tuple(sorted(unknown)),
+        tuple(sorted(unexpected)),
         tuple(Mismatch(n, shape, expected[n]) for n, shape in sorted(mismatched.items())),
         {name: _last_line(text) for name, text in sorted(failed.items())},
     )
 
 
-_Found = tuple[set[str], set[str], dict[str, tuple[int, ...]], dict[str, str], set[str]]
-"""Missing, unknown, mismatched and failed tensors, and the model's that the files lack."""
+_Outcome = tuple[set[str], set[str], dict[str, tuple[int, ...]], dict[str, str], set[str]]
+"""Missing, unexpected, mismatched and failed tensors, and the model's that the files lack."""
 
 
-def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Found:
-    """Return how Transformers 5 loads the tensors: names as in :data:`_Found`."""
+def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
+    """Return how Transformers 5 loads the tensors: see :data:`_Outcome`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -104,33 +104,33 @@ def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Found:
     return info.missing_keys, info.unexpected_keys, mismatched, info.conversion_errors, absent
 
 
-def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Found:
-    """Return how Transformers 4 loads the tensors: names as in :data:`_Found`.
+def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
+    """Return how Transformers 4 loads the tensors: see :data:`_Outcome`.
 
     Its loading cannot be run without allocating memory, so its parts are called here.
     """
-    from transformers import modeling_utils as hf  # type: ignore[attr-defined, unused-ignore]
+    from transformers import modeling_utils
 
-    place: Any = hf
+    hf: Any = modeling_utils
     prefix = model.base_model_prefix
     has = bool(prefix) and any(name.startswith(prefix) for name in state)
     wants = bool(prefix) and hasattr(model, prefix)
     base, task = has and not wants, wants and not has
     name = type(model).__name__.lower()
-    mapping = model._checkpoint_conversion_mapping if any(n in name for n in place.VLMS) else None
+    mapping = model._checkpoint_conversion_mapping if any(n in name for n in hf.VLMS) else None
     renamed = model._get_key_renaming_mapping(list(state), mapping, base, task)
-    missing, unknown = place._find_missing_and_unexpected_keys(
+    missing, unexpected = hf._find_missing_and_unexpected_keys(
         model, list(state), list(renamed.values()), base, None
     )
-    names, shape_pairs = place._find_mismatched_keys(model, state, None, True, renamed, False, True)
+    names, shape_pairs = hf._find_mismatched_keys(model, state, None, True, renamed, False, True)
     mismatched = {name: tuple(shape) for name, (shape, _) in zip(names, shape_pairs, strict=True)}
     absent = set(model.state_dict()) - set(renamed.values())
-    missing, unknown = model._adjust_missing_and_unexpected_keys(missing, unknown, task)
-    return set(missing), set(unknown), mismatched, {}, absent
+    missing, unexpected = model._adjust_missing_and_unexpected_keys(missing, unexpected, task)
+    return set(missing), set(unexpected), mismatched, {}, absent
 
 
 def _whole_numbers(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> dict[str, str]:
-    """Return weights stored as whole numbers, with the reason: Transformers 4 cannot load them."""
+    """Return the weights stored as integers, with the reason why Transformers 4 fails on them."""
     whole = ("I", "U", "BOOL", "int", "uint", "bool")
     floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
     return {

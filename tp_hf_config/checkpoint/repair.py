@@ -14,14 +14,15 @@ from ..model.build import Refusal
 from ..model.config_json import field_name
 from .assess import Assessment, assess
 from .building import too_large
-from .causes import of_unsolved
-from .check import Known, check_checkpoint, checked
+from .causes import unsolved_causes
+from .check import SolvableFolder, check_checkpoint, solvable_folder
 from .folder import CONFIG
 from .generation import generation_notes
 from .reports import CheckReport, RepairReport
 from .rotary import for_transformers_4
-from .solving import Solution, Task, Unsolved, solution
-from .ties import apart
+from .solving import Solution, Unsolved, solve
+from .starting import Task
+from .ties import differing_tie
 from .words import printable, short
 from .writing import check_new, locked, new_folder, replace_config
 
@@ -64,7 +65,7 @@ def repair_checkpoint(
     try:
         if target is not None:
             return _into_new(path, target, given, trust_remote_code)
-        checked(path, trust_remote_code)
+        solvable_folder(path, trust_remote_code)
         with locked(path):
             return _in_place(path, given, trust_remote_code)
     except OSError as error:
@@ -83,8 +84,8 @@ def _planned(
     Raises:
         CheckpointError: the folder cannot be solved, or not exactly one config fits.
     """
-    read = checked(path, trust_remote_code)
-    solved = solution(_task(read, given))
+    read = solvable_folder(path, trust_remote_code)
+    solved = solve(_task(read, given))
     if isinstance(solved, Unsolved):
         raise CheckpointError(_unsolved(read, solved), solved.candidates)
     old = (path / CONFIG).read_bytes()
@@ -100,50 +101,50 @@ def _planned(
         _difference(old, new),
         undecided=solved.undecided,
         added={field_name(path): value for path, value in rotary.added.items()},
-        notes=(*generation_notes(path, solved.data), *rotary.left),
-        after=replace(_expected(read, solved), notes=rotary.left),
+        notes=(*generation_notes(path, solved.data), *rotary.unwritable),
+        after=replace(_expected(read, solved), notes=rotary.unwritable),
     )
     return report, new
 
 
-def _task(read: Known, given: Mapping[str, int] | None) -> Task:
+def _task(read: SolvableFolder, given: Mapping[str, int] | None) -> Task:
     """Return what is to be solved, with the names of two tied tensors whose data differ, if any."""
     tensors = read.weights.tensors
     names = None
     absurd = bool(too_large(read.data, tensors))
     assessment = Refusal("") if absurd else assess(read.classes, read.data, tensors)
     if isinstance(assessment, Assessment) and assessment.tied:
-        names = apart(read.path, assessment, tensors, read.classes.model.base_model_prefix)
+        names = differing_tie(read.path, read.classes, assessment, tensors)
     return Task(read.classes, read.data, tensors, given or {}, names)
 
 
-def _expected(read: Known, found: Solution) -> CheckReport:
+def _expected(read: SolvableFolder, solved: Solution) -> CheckReport:
     """Return the report that checking the folder will give once the new config is written."""
     return CheckReport(
         str(read.path),
         read.classes.model.__name__,
         True,
-        undecided=found.undecided,
+        undecided=solved.undecided,
         files=read.weights.files,
         tensors=len(read.weights.tensors),
     )
 
 
-def _unsolved(read: Known, found: Unsolved) -> str:
+def _unsolved(read: SolvableFolder, unsolved: Unsolved) -> str:
     """Return why there is no single config, and what the user can say next."""
-    text = f"{read.path}: {printable(found.reason)}."
-    if found.needs:
+    text = f"{read.path}: {printable(unsolved.reason)}."
+    if unsolved.needs:
         assessment = assess(read.classes, read.data, read.weights.tensors)
-        causes = (
-            () if isinstance(assessment, Refusal) else of_unsolved(found, assessment, read.classes)
-        )
-        listed = " ".join(f"{cause.text}." for cause in causes)
+        listed = ""
+        if isinstance(assessment, Assessment):
+            causes = unsolved_causes(unsolved, assessment, read.classes)
+            listed = " ".join(f"{cause.text}." for cause in causes)
         return f"{read.path}: {listed} No config says that: prune these layers alike."
-    if found.candidates:
-        name, value = next(iter(found.candidates[0].items()))
+    if unsolved.candidates:
+        name, value = next(iter(unsolved.candidates[0].items()))
         option = f" or --head-dim {value}" if name == "head_dim" else ""
-        told = f"given={{{name!r}: {value}}}{option}"
-        return f"{text} Nothing tells which; say it: {told}. Nothing was written."
+        argument = f"given={{{name!r}: {value}}}{option}"
+        return f"{text} Nothing tells which; say it: {argument}. Nothing was written."
     return f"{text} Nothing was written."
 
 
@@ -173,8 +174,8 @@ def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> Repai
 def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
     """Write the repaired folder as a new one; check it before it gets its name."""
     report, new = _planned(path, given, trust)
-    with new_folder(path, out, new) as (place, left_out):
-        after = check_checkpoint(place, trust_remote_code=trust)
+    with new_folder(path, out, new) as (work, left_out):
+        after = check_checkpoint(work, trust_remote_code=trust)
         if not after.sound:
             raise CheckpointError(f"{path} was changed meanwhile: {after} Nothing was written.")
     notes = report.notes

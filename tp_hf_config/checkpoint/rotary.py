@@ -21,9 +21,9 @@ from .folder import CONFIG
 from .loading import MAJOR
 from .words import number
 
-_ALL = "rope_parameters"
-_APART = ("rope_theta", "partial_rotary_factor")
-_KIND = {"rope_type", "type"}
+_ROPE = "rope_parameters"
+_OWN_FIELDS = ("rope_theta", "partial_rotary_factor")
+_TYPE_NAMES = {"rope_type", "type"}
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class Rotary:
     Attributes:
         data: the config's JSON.
         added: the fields that are new in it, with their values.
-        left: what cannot be written for Transformers 4, and why, one sentence each.
+        unwritable: what cannot be written for Transformers 4, and why, one sentence each.
     """
 
     data: dict[str, Any]
     added: dict[FieldPath, Any] = field(default_factory=dict)
-    left: tuple[str, ...] = ()
+    unwritable: tuple[str, ...] = ()
 
     @property
-    def alone(self) -> str | None:
-        """Return what readers miss without the added fields, or ``None`` if none were added."""
+    def note(self) -> str | None:
+        """Return what readers miss without the added fields, or None if none were added."""
         if not self.added:
             return None
         names = ", ".join(f"{field_name(path)} {number(self.added[path])}" for path in self.added)
         return (
-            f"{names}: in {_ALL} alone, where readers that stand on Transformers 4 do not look; "
+            f"{names}: in {_ROPE} alone, where readers that stand on Transformers 4 do not look; "
             "they take a default (mostly 10,000) without a word. repair writes it beside that"
         )
 
@@ -60,28 +60,28 @@ def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
         data: the config's JSON; it is not changed.
     """
     result, reasons = Rotary(data), []
-    for path, node in _places(data):
-        if _nested(node[_ALL]):
+    for path, node in _rope_parts(data):
+        if _by_layer_type(node[_ROPE]):
             if "rope_theta" not in node:
                 reasons.append(
-                    f"{field_name((*path, _ALL))} differs by type of layer, which no rope_theta "
+                    f"{field_name((*path, _ROPE))} differs by type of layer, which no rope_theta "
                     "can say: readers that stand on Transformers 4 take defaults of their own"
                 )
             continue
-        for name, value in _fields(node).items():
+        for name, value in _separate_fields(node).items():
             at, present = (*path, name), node.get(name)
-            changed = _beside(result.data, at, value)
+            changed = _with_field(result.data, at, value)
             if present is not None:
                 if present != value:
                     reasons.append(
-                        f"{field_name(at)} says {number(present)}, {_ALL} {number(value)}: "
+                        f"{field_name(at)} says {number(present)}, {_ROPE} {number(value)}: "
                         "Transformers 4 reads the one, 5 the other; correct one of them by hand"
                     )
-            elif _alike(classes, result.data, changed, {*result.added, at}):
+            elif _load_the_same(classes, result.data, changed, {*result.added, at}):
                 result = Rotary(changed, {**result.added, at: value})
             else:
                 reasons.append(
-                    f"{field_name(at)} {number(value)} is in {_ALL} alone, where readers that "
+                    f"{field_name(at)} {number(value)} is in {_ROPE} alone, where readers that "
                     "stand on Transformers 4 do not look; written beside it, "
                     f"{classes.config.__name__} would not load the same"
                 )
@@ -98,43 +98,43 @@ def write_for_transformers_4(folder: Path, classes: Classes) -> tuple[str, ...]:
     if rotary.added:
         text = json.dumps(rotary.data, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
-    return rotary.left
+    return rotary.unwritable
 
 
 def unread_by_transformers_4(data: Mapping[str, Any]) -> list[str]:
     """Return the fields that only ``rope_parameters`` holds, where Transformers 4 does not look."""
     return [
         field_name((*path, name))
-        for path, node in _places(data)
-        for name in ({"rope_theta": 0} if _nested(node[_ALL]) else _fields(node))
+        for path, node in _rope_parts(data)
+        for name in ({"rope_theta": 0} if _by_layer_type(node[_ROPE]) else _separate_fields(node))
         if node.get(name) is None
     ]
 
 
-def _places(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
+def _rope_parts(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
     """Yield the path and the JSON of each part of a config that has ``rope_parameters``."""
     if isinstance(data, dict):
-        if isinstance(data.get(_ALL), dict):
+        if isinstance(data.get(_ROPE), dict):
             yield path, data
         for key, value in data.items():
-            if key != _ALL:
-                yield from _places(value, (*path, key))
+            if key != _ROPE:
+                yield from _rope_parts(value, (*path, key))
 
 
-def _nested(rope: Mapping[str, Any]) -> bool:
+def _by_layer_type(rope: Mapping[str, Any]) -> bool:
     """True if ``rope_parameters`` has one entry per type of layer."""
     return any(isinstance(value, dict) for value in rope.values())
 
 
-def _fields(node: Mapping[str, Any]) -> dict[str, Any]:
+def _separate_fields(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``rope_parameters`` says in the fields of Transformers 4: name -> value.
 
     Args:
         node: the part of the config that holds ``rope_parameters``.
     """
-    rope: dict[str, Any] = node[_ALL]
-    fields = {name: rope[name] for name in _APART if type(rope.get(name)) in (int, float)}
-    scaling = {name: value for name, value in rope.items() if name not in _APART}
+    rope: dict[str, Any] = node[_ROPE]
+    fields = {name: rope[name] for name in _OWN_FIELDS if type(rope.get(name)) in (int, float)}
+    scaling = {name: value for name, value in rope.items() if name not in _OWN_FIELDS}
     if "longrope" in (scaling.get("rope_type"), scaling.get("type")):
         # Transformers 4 has the length beside rope_scaling and the type under one name, and
         # refuses more
@@ -144,12 +144,12 @@ def _fields(node: Mapping[str, Any]) -> dict[str, Any]:
             scaling.pop("original_max_position_embeddings", None)
         if "type" in scaling:
             scaling.pop("rope_type", None)
-    if "rope_theta" in fields and scaling.keys() - _KIND:
+    if "rope_theta" in fields and scaling.keys() - _TYPE_NAMES:
         fields["rope_scaling"] = scaling
     return fields
 
 
-def _beside(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]:
+def _with_field(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]:
     """Return a copy of the config's JSON with one more field, right after ``rope_parameters``."""
     result = copy.deepcopy(data)
     node = value_at(result, path[:-1])
@@ -158,12 +158,12 @@ def _beside(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]
     for name, other in items:
         if name != path[-1]:
             node[name] = other
-        if name == _ALL:
+        if name == _ROPE:
             node[path[-1]] = value
     return result
 
 
-def _alike(
+def _load_the_same(
     classes: Classes, data: dict[str, Any], changed: dict[str, Any], added: set[FieldPath]
 ) -> bool:
     """True if both JSONs load as the same config.

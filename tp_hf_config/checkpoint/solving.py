@@ -1,4 +1,4 @@
-"""Find the config whose tensors these are: the structure first, then the widths, then the proof."""
+"""Solve for the config that builds a checkpoint's tensors: structure, widths, then the proof."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from ..model.config_json import FieldPath, field_name, value_at, with_values
 from ..model.shapes import Mismatch
 from .assess import Assessment, assess
 from .building import Classes, build
-from .headers import Stored
-from .starting import Start, partners, starts, undecided
-from .structure import Structure, as_json, described, every_default, settled, untied
+from .starting import Start, Task, companions, starts, undecided_field
+from .structure import Structure, as_json, describe, every_default, settle, untie
 
 
 @dataclass(frozen=True)
-class Changed:
+class FieldChange:
     """A field that has to change.
 
     Attributes:
@@ -51,14 +50,14 @@ class Solution:
     """
 
     data: dict[str, Any]
-    changed: tuple[Changed, ...]
+    changed: tuple[FieldChange, ...]
     undecided: tuple[str, ...]
     assessment: Assessment
 
 
 @dataclass(frozen=True)
 class Unsolved:
-    """Why no single config is known to build the tensors.
+    """Why there is not exactly one config that builds the tensors.
 
     Attributes:
         reason: the reason, in one sentence.
@@ -70,86 +69,59 @@ class Unsolved:
     reason: str
     needs: dict[FieldPath, dict[int, tuple[str, ...]]] = field(default_factory=dict)
     candidates: tuple[dict[str, int], ...] = ()
-    structure: tuple[Changed, ...] = ()
+    structure: tuple[FieldChange, ...] = ()
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is to be solved.
-
-    Attributes:
-        classes: the classes of the folder.
-        data: config.json.
-        tensors: the checkpoint's tensors.
-        given: fields whose value is known, by name (``text_config.head_dim``).
-        apart: two tensors that are not tied in the files, whatever the config says.
-    """
-
-    classes: Classes
-    data: dict[str, Any]
-    tensors: Mapping[str, Stored]
-    given: Mapping[str, int] = field(default_factory=dict)
-    apart: tuple[str, str] | None = None
-
-
-def solution(task: Task) -> Solution | Unsolved:
-    """Return the one config of a class that builds these tensors, proved, or why none is known."""
+def solve(task: Task) -> Solution | Unsolved:
+    """Return the one config of a class that builds these tensors, proved, or why there is none."""
     refusal: str | None = None
-    reason: Unsolved | None = None
-    for begun in starts(task.classes, task.data, task.tensors, task.given):
-        if isinstance(begun, Refusal):
-            refusal = begun.reason
+    first: Unsolved | None = None
+    for start in starts(task):
+        if isinstance(start, Refusal):
+            refusal = start.reason
             continue
-        outcome = _from(task, begun)
+        outcome = _solve_from(task, start)
         if isinstance(outcome, Solution):
             return outcome
-        reason = reason or outcome
-    if reason is None:
+        first = first or outcome
+    if first is None:
         return Unsolved(refusal or "the class was not built")
-    return reason if refusal is None else replace(reason, reason=f"{refusal}; {reason.reason}")
+    return first if refusal is None else replace(first, reason=f"{refusal}; {first.reason}")
 
 
-def _from(task: Task, begun: Start) -> Solution | Unsolved:
+def _solve_from(task: Task, start: Start) -> Solution | Unsolved:
     """Solve from one start: settle the structure, then the widths."""
     classes = task.classes
-    structure = settled(classes, begun.data, begun.assessment, task.tensors)
-    if task.apart is not None and not structure.assessment.misplaced:
-        structure = untied(classes, structure, task.apart, task.tensors)
-    changed = _structural(task, structure, begun.data)
+    structure = untie(task, settle(task, start))
+    changed = _structure_changes(task, start, structure)
     if structure.rivals:
-        several = " or ".join(described(rival) for rival in structure.rivals)
+        several = " or ".join(describe(rival) for rival in structure.rivals)
         return Unsolved(f"the tensors that there are fit {several}", structure=changed)
     if structure.assessment.misplaced:
-        return Unsolved(_out_of_place(structure.assessment, classes), structure=changed)
-    if structure.assessment.fits and not task.given and not begun.replaced:
+        return Unsolved(_misplaced_reason(structure.assessment, classes), structure=changed)
+    if structure.assessment.fits and not task.given and not start.replaced:
         return Solution(structure.data, changed, (), structure.assessment)
-    return _widths(task, begun, structure, changed)
+    return _widths(task, start, structure, changed)
 
 
-def _structural(task: Task, structure: Structure, begun: Mapping[str, Any]) -> tuple[Changed, ...]:
+def _structure_changes(task: Task, start: Start, structure: Structure) -> tuple[FieldChange, ...]:
     """Return the changes of layer counts and settings, with what config.json says of them."""
-    full = every_default(task.classes, begun)
+    full = every_default(task.classes, start.data)
     return tuple(
-        Changed(path, said(task.classes, task.data, path), value, value_at(full, path))
+        FieldChange(path, _config_value(task, path), value, value_at(full, path))
         for path, value in structure.changes.items()
     )
 
 
-def said(classes: Classes, data: Mapping[str, Any], path: FieldPath) -> Any:
-    """Return what config.json says of a field, under any of its names, or None if nothing.
-
-    Args:
-        classes: the classes; the config class's ``attribute_map`` has the other names.
-        data: config.json.
-        path: the field.
-    """
-    value = value_at(data, path)
-    aliases: Any = getattr(classes.config, "attribute_map", {})
-    names = (alias for alias, own in aliases.items() if (own,) == path and alias in data)
-    return value if value is not None else next((data[name] for name in names), None)
+def _config_value(task: Task, path: FieldPath) -> Any:
+    """Return what config.json says of a field, under any of its names, or None if nothing."""
+    value = value_at(task.data, path)
+    aliases: Any = getattr(task.classes.config, "attribute_map", {})
+    names = (alias for alias, own in aliases.items() if (own,) == path and alias in task.data)
+    return value if value is not None else next((task.data[name] for name in names), None)
 
 
-def _out_of_place(assessment: Assessment, classes: Classes) -> str:
+def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
     """Return why tensors are still out of place after every structure that was tried."""
     loaded = assessment.loaded
     if loaded.failed:
@@ -163,63 +135,62 @@ def _out_of_place(assessment: Assessment, classes: Classes) -> str:
 
 
 def _widths(
-    task: Task, begun: Start, structure: Structure, changed: tuple[Changed, ...]
+    task: Task, start: Start, structure: Structure, changed: tuple[FieldChange, ...]
 ) -> Solution | Unsolved:
     """Find the widths of a config whose structure is settled.
 
     Args:
         task: what is to be solved.
-        begun: the start.
+        start: the start.
         structure: the config with its structure settled.
         changed: the changes of the structure so far.
     """
-    field_map = learned(task.classes, structure.data)
+    field_map = learn(task.classes, structure.data)
     if isinstance(field_map, Refusal):
         return Unsolved(field_map.reason, structure=changed)
     given = paths_of(field_map, task.given)
     if isinstance(given, Unsolved):
         return given
-    loose = undecided(begun, field_map, task.classes, task.tensors, given)
-    if loose is not None:
-        name = field_name(loose)
+    undecided = undecided_field(task, start, field_map, given)
+    if undecided is not None:
+        name = field_name(undecided)
         reason = f"no shape shows {name} alone: say it, given={{{name!r}: ...}}"
         return Unsolved(reason, structure=changed)
     target = structure.assessment.loaded.shapes
     empty = next((name for name, shape in target.items() if 0 in shape), None)
     if empty is not None:
         return Unsolved(f"{empty} is empty, and no width is 0", structure=changed)
-    said_beside = partners(begun, field_map, task.data, given)
-    recovered = recover(field_map, target, {**said_beside, **given})
-    if isinstance(recovered, Refusal):
-        return Unsolved(recovered.reason, structure=changed)
-    if isinstance(recovered, Conflict):
-        return _conflicting(recovered, changed)
-    several = _not_told(field_map, recovered, given)
-    if several is not None:
-        return replace(several, structure=changed)
-    return _proved(task, begun, structure, changed, field_map, recovered)
+    fixed = {**companions(task, start, field_map, given), **given}
+    recovery = recover(field_map, target, fixed)
+    if isinstance(recovery, Refusal):
+        return Unsolved(recovery.reason, structure=changed)
+    if isinstance(recovery, Conflict):
+        return _unsolved_conflict(recovery, changed)
+    unprovable = _unprovable_change(field_map, recovery, given)
+    if unprovable is not None:
+        return Unsolved(unprovable, structure=changed)
+    return _proved(task, start, structure, changed, field_map, recovery)
 
 
 def _proved(
     task: Task,
-    begun: Start,
+    start: Start,
     structure: Structure,
-    changed: tuple[Changed, ...],
+    changed: tuple[FieldChange, ...],
     field_map: FieldMap,
-    found: Recovery,
+    recovery: Recovery,
 ) -> Solution | Unsolved:
     """Return the config in the first form that loads the weights, or Unsolved if none does."""
-    mismatched = structure.assessment.loaded.mismatched
-    fields = _differing(field_map, found.data, begun, task.data, mismatched, task.classes)
-    unseen = tuple(sorted(field_name(path) for path in found.undecided))
-    for new in _written(task.classes, task.data, field_map, found.data, structure, begun):
-        proof = assess(task.classes, new, task.tensors)
+    fields = _field_changes(task, start, structure, field_map, recovery.data)
+    undecided = tuple(sorted(field_name(path) for path in recovery.undecided))
+    for data in _forms(task, start, structure, field_map, recovery.data):
+        proof = assess(task.classes, data, task.tensors)
         if not isinstance(proof, Refusal) and proof.fits:
-            return Solution(new, (*changed, *fields), unseen, proof)
+            return Solution(data, (*changed, *fields), undecided, proof)
     return Unsolved("the config that was found does not load these weights", structure=changed)
 
 
-def learned(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
+def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
     """Return the field map of a class around a config, or a refusal if it cannot be learned."""
     model = build(classes, data)
     if isinstance(model, Refusal):
@@ -238,40 +209,41 @@ def paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, i
         given: name -> value. A name is the class's own or one that all configs have
             (``attribute_map``), in full or without the nested config that it is in.
     """
-    every = {**field_map.sizes, **field_map.silent}
-    found: dict[FieldPath, int] = {}
+    fields = {**field_map.sizes, **field_map.silent}
+    values: dict[FieldPath, int] = {}
     for name, value in given.items():
         own = getattr(field_map.builder.config_class, "attribute_map", {}).get(name, name)
-        paths = [path for path in every if field_name(path) in (name, own)]
-        paths = paths or [path for path in every if path[-1] in (name, own)]
+        paths = [path for path in fields if field_name(path) in (name, own)]
+        paths = paths or [path for path in fields if path[-1] in (name, own)]
         if len(paths) != 1 or paths[0] not in field_map.sizes:
             listed = ", ".join(sorted(field_name(path) for path in (paths or field_map.sizes)))
             which = "several of that name" if len(paths) > 1 else f"no field {name} that sets sizes"
             return Unsolved(
                 f"{field_map.builder.config_class.__name__} has {which}: say one of {listed}"
             )
-        found[paths[0]] = value
-    return found
+        values[paths[0]] = value
+    return values
 
 
-def _not_told(
-    field_map: FieldMap, found: Recovery, given: Mapping[FieldPath, int]
-) -> Unsolved | None:
-    """Return Unsolved if a field would change although no shape shows it; else None."""
-    for path in sorted(found.undecided - given.keys() - field_map.linked.keys(), key=field_name):
-        if found.values[path] != field_map.sizes.get(path):
+def _unprovable_change(
+    field_map: FieldMap, recovery: Recovery, given: Mapping[FieldPath, int]
+) -> str | None:
+    """Return the reason if a field would change although no shape shows its value; else None."""
+    hidden = recovery.undecided - given.keys() - field_map.linked.keys()
+    for path in sorted(hidden, key=field_name):
+        if recovery.values[path] != field_map.sizes.get(path):
             name = field_name(path)
             why = f"{name} cannot stay {field_map.sizes[path]}, and no shape shows what it is"
-            return Unsolved(f"{why}: say it, given={{{name!r}: ...}}")
+            return f"{why}: say it, given={{{name!r}: ...}}"
     return None
 
 
-def _conflicting(found: Conflict, changed: tuple[Changed, ...]) -> Unsolved:
+def _unsolved_conflict(conflict: Conflict, changed: tuple[FieldChange, ...]) -> Unsolved:
     """Return a conflict between shapes as Unsolved, in the names of fields and tensors."""
-    if found.ambiguous:
+    if conflict.ambiguous:
         candidates = tuple(
             {field_name(path): value for path, value in candidate.items()}
-            for candidate in found.ambiguous
+            for candidate in conflict.ambiguous
         )
         listed = " or ".join(
             ", ".join(f"{name}={value}" for name, value in candidate.items())
@@ -284,45 +256,39 @@ def _conflicting(found: Conflict, changed: tuple[Changed, ...]) -> Unsolved:
             for value, who in by_value.items()
             if value == int(value)  # type: ignore[call-overload]
         }
-        for path, by_value in found.needs.items()
+        for path, by_value in conflict.needs.items()
     }
     names = ", ".join(field_name(path) for path in needs)
     return Unsolved(f"no one value of {names} gives all these shapes", needs, (), changed)
 
 
-def _differing(
-    field_map: FieldMap,
-    new: Mapping[str, Any],
-    begun: Start,
-    data: dict[str, Any],
-    mismatched: tuple[Mismatch, ...],
-    classes: Classes,
-) -> tuple[Changed, ...]:
+def _field_changes(
+    task: Task, start: Start, structure: Structure, field_map: FieldMap, new: Mapping[str, Any]
+) -> tuple[FieldChange, ...]:
     """Return the fields whose value changes, each with the tensors that show it.
 
     Args:
-        field_map: the field map.
+        task: what is to be solved.
+        start: the start.
+        structure: the config with its structure settled.
+        field_map: the field map around it.
         new: the new config's JSON.
-        begun: the start.
-        data: config.json.
-        mismatched: the tensors in another shape than the structure's config builds.
-        classes: the classes.
     """
+    mismatched = structure.assessment.loaded.mismatched
     changed = []
-    for path in sorted({*field_map.sizes, *begun.replaced}, key=field_name):
+    for path in sorted({*field_map.sizes, *start.replaced}, key=field_name):
         was, now = value_at(field_map.data, path), value_at(new, path)
-        if (was == now and path not in begun.replaced) or now is None:
+        says = _config_value(task, path)
+        if now is None or says == now or (was == now and path not in start.replaced):
             continue
-        if said(classes, data, path) == now:
-            continue
-        names = tuple(m.name for m in mismatched if _shows(field_map, m, path))
+        names = tuple(m.name for m in mismatched if _sets_mismatch(field_map, m, path))
         names = names or tuple(m.name for m in mismatched)
-        stands_for = None if begun.replaced else field_map.sizes.get(path)
-        changed.append(Changed(path, said(classes, data, path), now, stands_for, names))
+        stands_for = None if start.replaced else field_map.sizes.get(path)
+        changed.append(FieldChange(path, says, now, stands_for, names))
     return tuple(changed)
 
 
-def _shows(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> bool:
+def _sets_mismatch(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> bool:
     """True if a field sets a dimension in which a mismatched tensor differs."""
     expected = mismatch.expected or ()
     return any(
@@ -332,49 +298,42 @@ def _shows(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> bool:
     )
 
 
-def _written(
-    classes: Classes,
-    data: dict[str, Any],
-    field_map: FieldMap,
-    new: dict[str, Any],
-    structure: Structure,
-    begun: Start,
+def _forms(
+    task: Task, start: Start, structure: Structure, field_map: FieldMap, new: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the JSON forms in which the config may be written, in the order to try them.
 
     First only the changes; then also under other names that config.json uses; then all of it.
 
     Args:
-        classes: the classes.
-        data: config.json.
-        field_map: the field map.
-        new: the new config's JSON.
+        task: what is to be solved.
+        start: the start.
         structure: the config with its structure settled.
-        begun: the start.
+        field_map: the field map around it.
+        new: the new config's JSON.
     """
-    paths = {*field_map.sizes, *structure.changes, *begun.replaced}
+    paths = {*field_map.sizes, *structure.changes, *start.replaced}
     changes = {
         path: value_at(new, path)
         for path in sorted(paths, key=field_name)
         if value_at(new, path) is not None
         and (value_at(new, path) != value_at(field_map.data, path) or path not in field_map.sizes)
     }
-    plain = written(data, new, changes)
-    ways = [plain]
-    aliases: Any = getattr(classes.config, "attribute_map", {})
-    doubles: dict[FieldPath, Any] = {
-        (alias,): value
+    plain = with_changes(task.data, new, changes)
+    forms = [plain]
+    aliases: Any = getattr(task.classes.config, "attribute_map", {})
+    under_alias: dict[FieldPath, Any] = {
+        (alias,): changes[(own,)]
         for alias, own in aliases.items()
-        for path, value in changes.items()
-        if path == (own,) and alias in data
+        if (own,) in changes and alias in task.data
     }
-    if doubles:
-        ways.append(written(plain, new, doubles))
-    whole = as_json(classes, new, use_diff=True)
-    return ways if whole is None else [*ways, whole]
+    if under_alias:
+        forms.append(with_changes(plain, new, under_alias))
+    whole = as_json(task.classes, new, use_diff=True)
+    return forms if whole is None else [*forms, whole]
 
 
-def written(
+def with_changes(
     data: dict[str, Any], new: Mapping[str, Any], changes: Mapping[FieldPath, Any]
 ) -> dict[str, Any]:
     """Return a config's JSON with some fields at other values.

@@ -14,14 +14,33 @@ from typing import Any
 
 from ..fieldmap.field_map import FieldMap
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name, value_at, with_values
+from ..model.config_json import FieldPath, field_name, value_at, with_values, without_field
 from .assess import Assessment, assess
-from .building import Classes, build, longest_list, said_too_large, too_large
+from .building import Classes, build, longest_list, too_large, too_large_reason
 from .headers import Stored
 
 _MOST_TRIED = 400  # configs that are built
 _MOST_STARTS = 6  # configs near the folder's that solving may begin from
 _FEW = 256
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be solved.
+
+    Attributes:
+        classes: the classes of the folder.
+        data: config.json.
+        tensors: the checkpoint's tensors.
+        given: fields whose value is known, by name (``text_config.head_dim``).
+        differing_tie: two tensors that the config ties and that differ in the files, if any.
+    """
+
+    classes: Classes
+    data: dict[str, Any]
+    tensors: Mapping[str, Stored]
+    given: Mapping[str, int] = field(default_factory=dict)
+    differing_tie: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,71 +58,66 @@ class Start:
     replaced: frozenset[FieldPath] = field(default_factory=frozenset)
 
 
-def undecided(
-    begun: Start,
-    field_map: FieldMap,
-    classes: Classes,
-    tensors: Mapping[str, Stored],
-    given: Mapping[FieldPath, int],
+def undecided_field(
+    task: Task, start: Start, field_map: FieldMap, given: Mapping[FieldPath, int]
 ) -> FieldPath | None:
     """Return a replaced field that nothing decides, or None if there is none.
 
-    A field is decided if it is given, if a shape shows it (alone or with a field that is known),
+    A field is decided if it is given, if a shape shows it (alone or with a field that is decided),
     or if it decides which tensors there are (a layer count).
 
     Args:
-        begun: the start.
+        task: what is to be solved.
+        start: the start.
         field_map: the field map around its config.
-        classes: the classes.
-        tensors: the checkpoint's tensors.
         given: fields whose value the user gave.
     """
-    for path in begun.replaced - given.keys():
+    for path in start.replaced - given.keys():
         if path in field_map.sizes:
-            shown = _alone(field_map, path) or bool(
-                _partners(field_map, path)
-                & (given.keys() | field_map.sizes.keys() - begun.replaced)
+            shown = _sets_alone(field_map, path) or bool(
+                _joint_fields(field_map, path)
+                & (given.keys() | field_map.sizes.keys() - start.replaced)
             )
         else:
-            shown = _counts(begun, path, classes, tensors)
+            shown = _decides_tensors(task, start, path)
         if not shown:
             return path
     return None
 
 
-def partners(
-    begun: Start, field_map: FieldMap, data: Mapping[str, Any], given: Mapping[FieldPath, int]
+def companions(
+    task: Task, start: Start, field_map: FieldMap, given: Mapping[FieldPath, int]
 ) -> dict[FieldPath, int]:
     """Return what config.json says of fields that set dimensions together with replaced ones.
 
     Args:
-        begun: the start.
+        task: what is to be solved.
+        start: the start.
         field_map: the field map around its config.
-        data: config.json.
         given: fields whose value the user gave.
     """
     return {
         other: value
-        for path in begun.replaced - given.keys()
-        if path in field_map.sizes and not _alone(field_map, path)
-        for other in _partners(field_map, path) - begun.replaced
-        if type(value := value_at(data, other)) is int
+        for path in start.replaced - given.keys()
+        if path in field_map.sizes and not _sets_alone(field_map, path)
+        for other in _joint_fields(field_map, path) - start.replaced
+        if type(value := value_at(task.data, other)) is int
     }
 
 
-def _counts(begun: Start, path: FieldPath, classes: Classes, tensors: Mapping[str, Stored]) -> bool:
+def _decides_tensors(task: Task, start: Start, path: FieldPath) -> bool:
     """True if a number decides which tensors there are: with one more or less they do not fit."""
-    value = value_at(begun.data, path)
+    value = value_at(start.data, path)
     if type(value) is not int:
         return False
     for other in (value + 1, value - 1):
-        assessment = assess(classes, with_values(begun.data, {path: other}), tensors)
+        assessment = assess(task.classes, with_values(start.data, {path: other}), task.tensors)
         if isinstance(assessment, Assessment) and not assessment.misplaced:
             return False
     return True
 
 
-def _alone(field_map: FieldMap, path: FieldPath) -> bool:
+def _sets_alone(field_map: FieldMap, path: FieldPath) -> bool:
     """True if some dimension is set by this field and no other."""
     return any(
         isinstance(which, int) and expression.fields == {path}
@@ -111,7 +125,7 @@ def _alone(field_map: FieldMap, path: FieldPath) -> bool:
     )
 
 
-def _partners(field_map: FieldMap, path: FieldPath) -> set[FieldPath]:
+def _joint_fields(field_map: FieldMap, path: FieldPath) -> set[FieldPath]:
     """Return the fields that set dimensions together with this one."""
     return {
         other
@@ -121,35 +135,27 @@ def _partners(field_map: FieldMap, path: FieldPath) -> set[FieldPath]:
     }
 
 
-def starts(
-    classes: Classes,
-    data: dict[str, Any],
-    tensors: Mapping[str, Stored],
-    given: Mapping[str, int],
-) -> Iterator[Start | Refusal]:
+def starts(task: Task) -> Iterator[Start | Refusal]:
     """Yield where solving may begin: the folder's config, or configs near it.
-
-    Args:
-        classes: the classes.
-        data: config.json.
-        tensors: the checkpoint's tensors.
-        given: fields whose value is known, by name.
 
     Yields:
         The start with the folder's config, if the class accepts it. Otherwise a Refusal with the
         reason, and then starts with configs near it.
     """
+    classes, data, tensors = task.classes, task.data, task.tensors
     large = too_large(data, tensors)
     if large:
-        yield Refusal(said_too_large(large, tensors))
-        near = _smaller(data, large, tensors)
+        yield Refusal(too_large_reason(large, tensors))
+        candidates = _with_smaller(data, large, tensors)
     else:
-        first = assess(classes, data, tensors)
-        yield Start(data, first) if isinstance(first, Assessment) else first
-        told = _as_told(classes, data, given)
-        near = iter(()) if isinstance(first, Assessment) else chain(told, _near(data, tensors))
+        assessment = assess(classes, data, tensors)
+        if isinstance(assessment, Assessment):
+            yield Start(data, assessment)
+            return
+        yield assessment
+        candidates = chain(_with_given(classes, data, task.given), _nearby(data, tensors))
     count = 0
-    for paths, other in islice(near, _MOST_TRIED):
+    for paths, other in islice(candidates, _MOST_TRIED):
         if count < _MOST_STARTS and not isinstance(build(classes, other), Refusal):
             assessment = assess(classes, other, tensors)
             if isinstance(assessment, Assessment):
@@ -157,39 +163,39 @@ def starts(
                 yield Start(other, assessment, paths)
 
 
-_Near = Iterator[tuple[frozenset[FieldPath], dict[str, Any]]]
+_Candidates = Iterator[tuple[frozenset[FieldPath], dict[str, Any]]]
 """The replaced fields, and the config's JSON with their new values."""
 
 
-def _as_told(classes: Classes, data: dict[str, Any], given: Mapping[str, int]) -> _Near:
+def _with_given(classes: Classes, data: dict[str, Any], given: Mapping[str, int]) -> _Candidates:
     """Yield the config with the values that the user gave, if it has fields of these names."""
     aliases: Any = getattr(classes.config, "attribute_map", {})
     own = {aliases.get(name, name): value for name, value in given.items()}
-    told = {
+    values = {
         path: own[name]
         for path, _ in _fields(data)
         for name in (field_name(path), str(path[-1]))
         if name in own
     }
-    if told:
-        yield frozenset(told), with_values(data, dict(told))
+    if values:
+        yield frozenset(values), with_values(data, dict(values))
 
 
-def _smaller(
+def _with_smaller(
     data: dict[str, Any], large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]
-) -> _Near:
+) -> _Candidates:
     """Yield the config with too large numbers at their defaults, or at a size in the weights."""
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
     plain = data
     for path in large:
         if not any(isinstance(key, int) for key in path):
-            plain = _without(plain, path)
+            plain = without_field(plain, path)
     yield frozenset(large), plain
     for size in (longest_list(tensors), *sorted(sizes, reverse=True)[:_FEW]):
         yield frozenset(large), with_values(data, dict.fromkeys(large, size))
 
 
-def _near(data: dict[str, Any], tensors: Mapping[str, Stored]) -> _Near:
+def _nearby(data: dict[str, Any], tensors: Mapping[str, Stored]) -> _Candidates:
     """Yield the config with one field lower, at another multiple, or at its default.
 
     The order is: numbers far above the longest list of layers in the weights at its length; each
@@ -211,7 +217,7 @@ def _near(data: dict[str, Any], tensors: Mapping[str, Stored]) -> _Near:
             yield frozenset({path}), with_values(data, {path: longest})
     for path, value in _fields(data):
         if value is not None:
-            yield frozenset({path}), _without(data, path)
+            yield frozenset({path}), without_field(data, path)
 
 
 def _fields(data: Mapping[str, Any], path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
@@ -221,13 +227,3 @@ def _fields(data: Mapping[str, Any], path: FieldPath = ()) -> Iterator[tuple[Fie
             yield from _fields(value, (*path, key))
         elif key not in ("architectures", "model_type"):
             yield (*path, key), value
-
-
-def _without(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
-    """Return a config's JSON without one field."""
-    result = with_values(data, {path: None})
-    node: Any = result
-    for key in path[:-1]:
-        node = node[key]
-    del node[path[-1]]
-    return result

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name, value_at, with_values
+from ..model.config_json import FieldPath, config_json, field_name, value_at, with_values
 from .assess import Assessment, assess, lists_of
 from .building import Classes, config_from, entries
-from .headers import Stored
+from .starting import Start, Task
 
 Changes = dict[FieldPath, Any]
 _MOST_STEPS = 6
@@ -40,79 +40,67 @@ class Structure:
     rivals: tuple[Changes, ...] = ()
 
 
-def settled(
-    classes: Classes,
-    data: dict[str, Any],
-    first: Assessment,
-    tensors: Mapping[str, Stored],
-) -> Structure:
+def settle(task: Task, start: Start) -> Structure:
     """Change layer counts and settings for as long as that leaves fewer tensors out of place.
-
-    Args:
-        classes: the classes.
-        data: the config's JSON to begin with.
-        first: how the tensors load with it.
-        tensors: the checkpoint's tensors.
 
     Returns:
         The structure reached; some tensors may still be out of place.
     """
-    structure = Structure(data, {}, first)
+    structure = Structure(start.data, {}, start.assessment)
     for _ in range(_MOST_STEPS):
-        if not structure.assessment.misplaced:
+        if structure.rivals or not structure.assessment.misplaced:
             break
-        better = _better(classes, structure, tensors)
+        better = _best_change(task, structure)
         if better is None:
             break
         structure = better
-        if structure.rivals:
-            break
     return structure
 
 
-def _better(classes: Classes, now: Structure, tensors: Mapping[str, Stored]) -> Structure | None:
+def _best_change(task: Task, current: Structure) -> Structure | None:
     """Return the structure after the one change that leaves the fewest tensors out of place.
 
     Layer counts are tried before settings. The result is None if no change helps.
     """
-    full = every_default(classes, now.data)
-    for kind in (_lengths(now, full, classes), _switches(full)):
+    full = every_default(task.classes, current.data)
+    for kind in (_layer_counts(current, full, task.classes), _switches(full)):
         tried: list[tuple[int, Changes, Assessment]] = []
         for change in kind:
-            outcome = assess(classes, with_values(now.data, change), tensors)
-            if isinstance(outcome, Refusal) or outcome.misplaced >= now.assessment.misplaced:
+            outcome = assess(task.classes, with_values(current.data, change), task.tensors)
+            if isinstance(outcome, Refusal) or outcome.misplaced >= current.assessment.misplaced:
                 continue
             tried.append((outcome.misplaced, change, outcome))
         if not tried:
             continue
         least = min(count for count, _, _ in tried)
-        best = _simplest([(change, found) for count, change, found in tried if count == least])
+        best = _outermost([(change, outcome) for count, change, outcome in tried if count == least])
         change, outcome = best[0]
-        data = with_values(now.data, change)
+        data = with_values(current.data, change)
         rivals = tuple(other for other, _ in best) if len(best) > 1 and not least else ()
-        return Structure(data, {**now.changes, **change}, outcome, rivals)
+        return Structure(data, {**current.changes, **change}, outcome, rivals)
     return None
 
 
-def untied(
-    classes: Classes, now: Structure, names: tuple[str, str], tensors: Mapping[str, Stored]
-) -> Structure:
-    """Return the structure with one setting flipped so that two tensors are no longer tied.
+def untie(task: Task, structure: Structure) -> Structure:
+    """Return the structure with one setting flipped so that ``differing_tie`` is no longer tied.
 
-    If no single setting does this, return the structure as it was.
+    If there is no such tie, or no single setting does this, return the structure as it is.
     """
-    for change in _switches(every_default(classes, now.data)):
-        data = with_values(now.data, change)
-        outcome = assess(classes, data, tensors)
+    if task.differing_tie is None or structure.assessment.misplaced:
+        return structure
+    first, second = task.differing_tie
+    for change in _switches(every_default(task.classes, structure.data)):
+        data = with_values(structure.data, change)
+        outcome = assess(task.classes, data, task.tensors)
         if isinstance(outcome, Refusal) or outcome.misplaced:
             continue
-        if names[1] not in outcome.tied.get(names[0], frozenset()):
-            return Structure(data, {**now.changes, **change}, outcome)
-    return now
+        if second not in outcome.tied.get(first, frozenset()):
+            return Structure(data, {**structure.changes, **change}, outcome)
+    return structure
 
 
-def _simplest(best: list[tuple[Changes, Assessment]]) -> list[tuple[Changes, Assessment]]:
-    """Return the changes of the outermost fields, one per field: the first, which has no lists."""
+def _outermost(best: list[tuple[Changes, Assessment]]) -> list[tuple[Changes, Assessment]]:
+    """Return the changes of the outermost fields, for each field the first: it has no lists."""
     least = min(len(next(iter(change))) for change, _ in best)
     by_field: dict[FieldPath, tuple[Changes, Assessment]] = {}
     for change, outcome in best:
@@ -136,30 +124,28 @@ def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[s
         use_diff: leave defaults out.
     """
     try:
-        config = config_from(classes, data)
-        full: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
+        return config_json(config_from(classes, data), use_diff)
     except Exception:  # a class may refuse with any exception
         return None
-    return full
 
 
-def _lengths(now: Structure, full: dict[str, Any], classes: Classes) -> Iterator[Changes]:
+def _layer_counts(current: Structure, full: dict[str, Any], classes: Classes) -> Iterator[Changes]:
     """Yield changes that set layer counts to the numbers of layers that the tensors have."""
     prefix = getattr(classes.model, "base_model_prefix", "")
     layers_in_list: dict[str, set[int]] = {}
-    for name in (*now.assessment.loaded.shapes, *now.assessment.lost):
-        for where, layer in lists_of(name, now.assessment.lists, prefix):
+    for name in (*current.assessment.loaded.shapes, *current.assessment.lost):
+        for where, layer in lists_of(name, current.assessment.lists, prefix):
             layers_in_list.setdefault(where, set()).add(layer)
     tried = []
     for name, numbers in layers_in_list.items():
-        length, wanted = now.assessment.lists[name], len(numbers)
+        length, wanted = current.assessment.lists[name], len(numbers)
         whole = max(numbers) + 1 == wanted
         if whole and wanted != length and (length, wanted) not in tried:
             tried.append((length, wanted))
-            yield from _saying(full, length, wanted)
+            yield from _count_changes(full, length, wanted)
 
 
-def _saying(full: dict[str, Any], length: int, wanted: int) -> Iterator[Changes]:
+def _count_changes(full: dict[str, Any], length: int, wanted: int) -> Iterator[Changes]:
     """Yield the changes to another layer count: a field, alone or with lists of equal entries.
 
     A list whose entries differ stays: it says something about each layer that no shape shows.
@@ -172,17 +158,17 @@ def _saying(full: dict[str, Any], length: int, wanted: int) -> Iterator[Changes]
     for path, value in entries(full):
         if type(value) is int and value == length:
             yield {path: wanted}
-            node = value_at(full, path[:-1]) if len(path) > 1 else full
+            node = value_at(full, path[:-1])
             lists: Changes = {
                 (*path[:-1], key): other[:1] * wanted
                 for key, other in (node.items() if isinstance(node, dict) else ())
-                if key != "architectures" and _repeats(other, length)
+                if key != "architectures" and _is_uniform(other, length)
             }
             if lists:
                 yield {path: wanted, **lists}
 
 
-def _repeats(value: Any, length: int) -> bool:
+def _is_uniform(value: Any, length: int) -> bool:
     """True if a value is a list of this length whose entries are equal."""
     return isinstance(value, list) and len(value) == length and all(v == value[0] for v in value)
 
@@ -194,7 +180,7 @@ def _switches(full: dict[str, Any]) -> Iterator[Changes]:
         yield {path: not value_at(full, path)}
 
 
-def described(changes: Mapping[FieldPath, Any]) -> str:
+def describe(changes: Mapping[FieldPath, Any]) -> str:
     """Return changes as one text, without lists: ``num_hidden_layers=24``."""
     return ", ".join(
         f"{field_name(path)}={json.dumps(value)}"

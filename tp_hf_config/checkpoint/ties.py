@@ -1,4 +1,4 @@
-"""Find tensors that the config ties and that the files hold twice, with different numbers."""
+"""Find tensors that the config ties but that the files hold twice, with different numbers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .assess import Assessment
+from .building import Classes
 from .headers import Stored
 
 _PIECE = 4096  # bytes of a sample
 _PIECES = 16  # samples of a tensor
 
 
-def apart(
-    folder: Path, found: Assessment, tensors: Mapping[str, Stored], prefix: str
+def differing_tie(
+    folder: Path, classes: Classes, assessment: Assessment, tensors: Mapping[str, Stored]
 ) -> tuple[str, str] | None:
-    """Return two tied names whose data differ in the files; ``None``: none do, going by samples.
+    """Return two names that the model ties and whose data differ in the files, or None.
+
+    Only samples of the data are compared.
 
     Args:
         folder: the folder.
-        found: how the tensors load, with the names that the model ties.
+        classes: its classes.
+        assessment: how the tensors load, with the names that the model ties.
         tensors: the checkpoint's tensors.
-        prefix: the base model's prefix, which names in the files may lack, or have in addition.
     """
-    for group in dict.fromkeys(found.tied.values()):
-        names = sorted(name for name in group if name in found.loaded.shapes)
+    prefix = classes.model.base_model_prefix
+    for group in dict.fromkeys(assessment.tied.values()):
+        names = sorted(name for name in group if name in assessment.loaded.shapes)
         stored = [(name, _stored(name, tensors, prefix)) for name in names]
         located = [
             (name, tensor)

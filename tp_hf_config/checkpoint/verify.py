@@ -25,7 +25,7 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
 from . import child
 from .building import build, entries
-from .check import Known, checked, checked_alone, read_folder
+from .check import SolvableFolder, check_tensors, read_folder, solvable_folder
 from .reports import Difference, RoundtripReport
 from .words import and_more, number, short
 
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _SHOWN = 4
 _ALIGNED = 64
 _OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures")
-_REMOTE = "transformers_modules"
+_REMOTE = "transformers_modules"  # the package that Transformers makes of a folder's code
+_WEIGHTS_MISSING = ("missing_keys", "mismatched_keys")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
     """
     _, pretrained = find_pretrained(model)
     check_followable(pretrained)
-    with TemporaryDirectory(prefix="tp_hf_config-") as place:
-        folder = Path(place) / "saved"
+    with TemporaryDirectory(prefix="tp_hf_config-") as temporary:
+        folder = Path(temporary) / "saved"
         try:
             pretrained.save_pretrained(folder)
         except Exception as error:  # saving may refuse with any exception
@@ -99,16 +100,18 @@ def compare_saved(
             parameter.data = parameter.data.clone()
     with _evaluating(model):
         live = {key: value.cpu() for key, value in child.outputs_of(model, dict(inputs)).items()}
-    named, options = _named(type(model)), _options(model)
-    job = _job(folder, named, options)
-    if named[0].startswith(_REMOTE):
-        job = _job_of(checked(folder, trust_remote_code=True))
+    class_name, options = _class_name(type(model)), _options(model)
+    if class_name[0].startswith(_REMOTE):
+        job = _job_of(solvable_folder(folder, trust_remote_code=True))
         job["options"].update(options)
-    with TemporaryDirectory(prefix="tp_hf_config-") as place:
-        (done,) = _fresh([job], dict(inputs), Path(place), str(model.device))
+    else:
+        job = _job(folder, class_name, options)
+    (run,) = _run_in_fresh_process([job], dict(inputs), str(model.device))
     name = type(model).__name__
-    report = _compared(name, name, live, done, "the live model")
-    problems = tuple(_loading(done.loading))
+    if run.error is not None:
+        return RoundtripReport(name, name, False, error=run.error, against="the live model")
+    report = _compared(name, name, live, run.outputs, "the live model")
+    problems = tuple(_problems(run.loading))
     return replace(report, loading=problems, same=report.same and not problems)
 
 
@@ -135,53 +138,49 @@ def verify_checkpoint(
     """
     path = Path(folder)
     paths = [path] if against is None else [path, Path(against)]
-    for one in paths:
-        report = checked_alone(read_folder(one, trust_remote_code))
+    for each in paths:
+        report = check_tensors(read_folder(each, trust_remote_code))
         if report.sound is False:
             name, causes = report.model or "no class", tuple(cause.text for cause in report.causes)
-            return RoundtripReport(str(one), name, False, loading=causes, error="it is not sound")
-    folders = [checked(one, trust_remote_code) for one in paths]
+            return RoundtripReport(str(each), name, False, loading=causes, error="it is not sound")
+    folders = [solvable_folder(each, trust_remote_code) for each in paths]
     name, inputs = _example(folders[0])
-    jobs = [_job_of(one) for one in folders]
-    with TemporaryDirectory(prefix="tp_hf_config-") as place:
-        done, *others = _fresh(jobs, inputs, Path(place), "cpu", cast=True)
-    problems = tuple(_loading(done.loading, ("missing_keys", "mismatched_keys")))
-    notes = tuple(_loading(done.loading, ("unexpected_keys",)))
-    if done.error is not None or not others:
-        same = done.error is None and not problems
-        outputs = tuple(done.outputs)
-        return RoundtripReport(
-            str(path), name, same, problems, outputs, (), done.error, notes=notes
-        )
-    other = str(paths[1])
-    if others[0].error is not None:
-        error = f"{other} does not run on the inputs made for {path}: {others[0].error}"
+    run, *others = _run_in_fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True)
+    problems = tuple(_problems(run.loading, _WEIGHTS_MISSING))
+    notes = tuple(_problems(run.loading, ("unexpected_keys",)))
+    if run.error is not None or not others:
+        same = run.error is None and not problems
+        outputs = tuple(run.outputs)
+        return RoundtripReport(str(path), name, same, problems, outputs, (), run.error, notes=notes)
+    (other_run,), other = others, str(paths[1])
+    if other_run.error is not None:
+        error = f"{other} does not run on the inputs made for {path}: {other_run.error}"
         comparison = RoundtripReport(str(path), name, False, error=error, against=other)
     else:
-        comparison = _compared(str(path), name, others[0].outputs, done, other)
-    missing = _loading(others[0].loading, ("missing_keys", "mismatched_keys"))
-    problems += tuple(f"{other}: {one}" for one in missing)
+        comparison = _compared(str(path), name, other_run.outputs, run.outputs, other)
+    problems += tuple(f"{other}: {line}" for line in _problems(other_run.loading, _WEIGHTS_MISSING))
     if not comparison.same:
-        notes += tuple(_apart(*folders))
+        notes += tuple(_reasons_to_differ(*folders))
     return replace(comparison, loading=problems, notes=notes, same=comparison.same and not problems)
 
 
-def _apart(one: Known, other: Known) -> Iterator[str]:
+def _reasons_to_differ(folder: SolvableFolder, other: SolvableFolder) -> Iterator[str]:
     """Yield why two folders may compute different things: other classes, other config fields."""
-    names = [read.classes.model.__name__ for read in (one, other)]
+    names = [read.classes.model.__name__ for read in (folder, other)]
     if names[0] != names[1]:
         yield f"{other.path} is of another class: {names[1]}"
-    ours, theirs = (dict(entries(read.data)) for read in (one, other))
-    said = [
+    ours, theirs = (dict(entries(read.data)) for read in (folder, other))
+    differing = [
         f"{field_name(path)} {number(ours.get(path))}, there {number(theirs.get(path))}"
         for path in dict.fromkeys((*ours, *theirs))
         if ours.get(path) != theirs.get(path) and path[-1] not in _OF_NO_EFFECT
     ]
-    if said:
-        yield f"config.json differs: {'; '.join(said[:_SHOWN])}{and_more(said, _SHOWN)}"
+    if differing:
+        listed = "; ".join(differing[:_SHOWN]) + and_more(differing, _SHOWN)
+        yield f"config.json differs: {listed}"
 
 
-def _example(read: Known) -> tuple[str, dict[str, Any]]:
+def _example(read: SolvableFolder) -> tuple[str, dict[str, Any]]:
     """Return the name of a folder's class, and small random inputs for it."""
     model = build(read.classes, read.data)
     if isinstance(model, Refusal):
@@ -199,18 +198,18 @@ def _example(read: Known) -> tuple[str, dict[str, Any]]:
     return type(model).__name__, filled
 
 
-def _job_of(read: Known) -> dict[str, Any]:
+def _job_of(read: SolvableFolder) -> dict[str, Any]:
     """Return the job entry for a folder (see :func:`_job`)."""
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
-    named = _named(read.classes.model)
-    if not named[0].startswith(_REMOTE):
-        return _job(read.path, named, options)
-    references: dict[str, str] = read.data["auto_map"]
-    remote = next(ref for key, ref in references.items() if key != "AutoConfig")
-    return _job(read.path, named, {**options, "trust_remote_code": True}, remote)
+    class_name = _class_name(read.classes.model)
+    if class_name[0].startswith(_REMOTE):
+        references: dict[str, str] = read.data["auto_map"]
+        class_name = "", next(ref for key, ref in references.items() if key != "AutoConfig")
+        options["trust_remote_code"] = True
+    return _job(read.path, class_name, options)
 
 
-def _named(model_class: type) -> tuple[str, str]:
+def _class_name(model_class: type) -> tuple[str, str]:
     """Return the module and the name by which a fresh process imports a class."""
     import transformers
 
@@ -230,57 +229,47 @@ def _options(model: PreTrainedModel) -> dict[str, Any]:
     return options
 
 
-def _job(
-    folder: Path, named: tuple[str, str], options: dict[str, Any], remote: str | None = None
-) -> dict[str, Any]:
+def _job(folder: Path, class_name: tuple[str, str], options: dict[str, Any]) -> dict[str, Any]:
     """Return how a fresh process loads a folder: one entry of ``folders`` in :func:`child.run`.
 
     Args:
         folder: the folder.
-        named: module and name of the class.
+        class_name: module and name of the class; for code in the folder, an empty module and the
+            class's reference in ``auto_map``.
         options: for ``from_pretrained``.
-        remote: the reference of the class in ``auto_map`` if it is the folder's own code.
     """
-    return {
-        "folder": str(folder.absolute()),
-        "class": list(named) if remote is None else ["", remote],
-        "code": remote is not None,
-        "options": options,
-    }
+    return {"folder": str(folder.absolute()), "class": class_name, "options": options}
 
 
-def _fresh(
-    jobs: list[dict[str, Any]],
-    inputs: dict[str, Any],
-    place: Path,
-    device: str,
-    cast: bool = False,
+def _run_in_fresh_process(
+    jobs: list[dict[str, Any]], inputs: dict[str, Any], device: str, cast: bool = False
 ) -> list[_Run]:
     """Load and run folders in one fresh process; return one run for each.
 
     Args:
         jobs: the folders (see :func:`_job`).
         inputs: keyword arguments of the forward pass.
-        place: a temporary folder for the files that go back and forth.
         device: where to run.
         cast: give floating inputs the model's dtype.
     """
-    files = {key: str(place / f"{key}.pt") for key in ("inputs", "results")}
-    torch.save(inputs, files["inputs"])
-    threads = torch.get_num_threads()
-    job = {"folders": jobs, **files, "device": device, "threads": threads, "cast": cast}
-    (place / "job.json").write_text(json.dumps({**job, "path": sys.path}))
-    done = subprocess.run(
-        [sys.executable, child.__file__, str(place / "job.json")],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        text = f"the fresh process ended with: {short(lines[-1] if lines else done.returncode)}"
-        return [_Run(error=text) for _ in jobs]
-    results = torch.load(files["results"], weights_only=True)
+    with TemporaryDirectory(prefix="tp_hf_config-") as exchange:
+        files = {key: f"{exchange}/{key}.pt" for key in ("inputs", "results")}
+        torch.save(inputs, files["inputs"])
+        threads = torch.get_num_threads()
+        job = {"folders": jobs, **files, "device": device, "threads": threads, "cast": cast}
+        job_file = Path(exchange) / "job.json"
+        job_file.write_text(json.dumps({**job, "path": sys.path}))
+        process = subprocess.run(
+            [sys.executable, child.__file__, str(job_file)],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode != 0:
+            lines = [line for line in process.stderr.splitlines() if line.strip()]
+            end = short(lines[-1] if lines else process.returncode)
+            return [_Run(error=f"the fresh process ended with: {end}") for _ in jobs]
+        results = torch.load(files["results"], weights_only=True)
     return [
         _Run(result["outputs"], result["loading"], result["error"] and short(result["error"]))
         for result in results
@@ -288,16 +277,18 @@ def _fresh(
 
 
 def _compared(
-    what: str, model: str, reference: Mapping[str, torch.Tensor], done: _Run, against: str
+    what: str,
+    model: str,
+    reference: Mapping[str, torch.Tensor],
+    outputs: Mapping[str, torch.Tensor],
+    against: str,
 ) -> RoundtripReport:
-    """Return the report on a run, with the differences from reference outputs."""
-    if done.error is not None:
-        return RoundtripReport(what, model, False, error=done.error, against=against)
-    names = tuple(dict.fromkeys((*reference, *done.outputs)))
+    """Return the report on outputs, with their differences from reference outputs."""
+    names = tuple(dict.fromkeys((*reference, *outputs)))
     differences = tuple(
         difference
         for name in names
-        for difference in _difference(name, reference.get(name), done.outputs.get(name))
+        for difference in _difference(name, reference.get(name), outputs.get(name))
     )
     same = bool(names) and not differences
     numbers = sum(tensor.numel() for tensor in reference.values())
@@ -318,7 +309,9 @@ def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> It
         yield Difference(name, int(unequal.sum()), a.numel(), largest, largest / scale)
 
 
-def _loading(loading: Mapping[str, list[str]], kinds: Sequence[str] | None = None) -> Iterator[str]:
+def _problems(
+    loading: Mapping[str, list[str]], kinds: Sequence[str] | None = None
+) -> Iterator[str]:
     """Yield one line for each kind of key that Transformers reports of loading.
 
     Args:

@@ -35,7 +35,7 @@ def number(value: Any) -> str:
     return short(value)
 
 
-def place(name: str) -> tuple[str, int] | None:
+def list_and_layer(name: str) -> tuple[str, int] | None:
     """Return the list of layers that a tensor is in and the layer's number; None: in no list."""
     parts = name.split(".")
     for index, part in enumerate(parts):
@@ -49,11 +49,11 @@ def layers(names: Iterable[str]) -> str:
     numbers: dict[str, set[int]] = {}
     alone: list[str] = []
     for name in names:
-        at = place(name)
-        if at is None:
+        place = list_and_layer(name)
+        if place is None:
             alone.append(name)
         else:
-            numbers.setdefault(at[0], set()).add(at[1])
+            numbers.setdefault(place[0], set()).add(place[1])
     kinds = [
         f"{'layer' if len(in_list) == 1 else 'layers'} {_ranges(sorted(in_list))}"
         + (f" of {short(where)}" if len(numbers) > 1 else "")

@@ -65,7 +65,7 @@ def replace_config(folder: Path, text: bytes) -> Path:
         _write(new, text)
         os.replace(old, backup)
         os.replace(new, target)
-        _flush(folder)
+        _flush_folder(folder)
     except BaseException:
         if os.path.lexists(new):  # config.json is still the old one
             _remove(backup)
@@ -97,14 +97,19 @@ def _write(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def _flush(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     """Flush a folder, and with it a rename in it, to the disk; some file systems cannot do this."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -133,17 +138,17 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         OSError: the copy cannot be written; nothing of it is left.
     """
     check_new(out)
-    place = out.parent / f".{out.name}.{os.getpid()}.new"
+    work = out.parent / f".{out.name}.{os.getpid()}.new"
     try:
-        left_out = _copy(source, place)
-        _write(place / CONFIG, text)
-        yield place, left_out
+        left_out = _copy(source, work)
+        _write(work / CONFIG, text)
+        yield work, left_out
         if os.path.lexists(out):
             raise CheckpointError(f"{out} was made by somebody else meanwhile; it is left alone.")
-        os.rename(place, out)
-        _flush(out.parent)
+        os.rename(work, out)
+        _flush_folder(out.parent)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def check_new(out: Path) -> None:
@@ -152,22 +157,22 @@ def check_new(out: Path) -> None:
         raise CheckpointError(f"{out} is there already. Say a folder that is not.")
 
 
-def _copy(source: Path, place: Path, top: bool = True) -> list[str]:
+def _copy(source: Path, work: Path, top: bool = True) -> list[str]:
     """Copy a folder but for its own config.json; leave out links to folders and special files.
 
     Returns:
         The names of what was left out, relative to the folder.
     """
     left_out = []
-    place.mkdir(parents=True)
+    work.mkdir(parents=True)
     for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
-            left_out += [f"{entry.name}/{name}" for name in _copy(path, place / entry.name, False)]
+            left_out += [f"{entry.name}/{name}" for name in _copy(path, work / entry.name, False)]
         elif entry.name == CONFIG and top:
             continue
         elif entry.is_file():
-            _link(path, place / entry.name)
+            _link(path, work / entry.name)
         else:
             left_out.append(entry.name)
     return left_out

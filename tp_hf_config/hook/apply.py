@@ -54,7 +54,7 @@ def _read(target: Any, key: Any) -> Any:
 
 
 def _part(target: Any, key: Any) -> Any:
-    """Return what is under a key of a config; per-layer settings as the config stores them."""
+    """Return a config's value of a key; per-layer settings as the config stores them."""
     if isinstance(target, dict):
         return target[key if key in target else int(key)]
     if key == "per_layer_config" and hasattr(target, "_heterogeneity_spec"):
@@ -72,6 +72,13 @@ def _write(target: Any, key: Any, value: Any) -> None:
         delattr(target, key)
     else:
         setattr(target, key, value)
+
+
+def restore_attribute(target: Any, name: str, own: Any) -> None:
+    """Give an object its own attribute back; without one (``None``), its class's applies again."""
+    vars(target).pop(name, None)
+    if own is not None:
+        setattr(target, name, own)
 
 
 @dataclass(frozen=True)
@@ -241,14 +248,14 @@ def write_buffers(changes: Changes, live: nn.Module, buffers: Sequence[Buffer]) 
 
 
 def write_ties(changes: Changes, live: nn.Module, ties: Sequence[Tie]) -> list[str]:
-    """Make each tied group one Parameter again; return a line for each that was not."""
+    """Make each tied group one Parameter again; return the names of each group that was not."""
     written: list[str] = []
     for tie in ties:
         parameter = live.get_parameter(tie.keeper(live))
-        apart = [name for name in tie.names if live.get_parameter(name) is not parameter]
-        for name in apart:
+        separate = [name for name in tie.names if live.get_parameter(name) is not parameter]
+        for name in separate:
             module, key = owner(live, name)
             changes.set(module._parameters, key, parameter)
-        if apart:
+        if separate:
             written.append(" = ".join(tie.names))
     return written

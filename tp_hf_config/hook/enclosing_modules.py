@@ -1,4 +1,4 @@
-"""Update numbers in the modules around a model that say what a config field says."""
+"""Update numbers in the modules around a model that repeat a config field."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Number:
     readers: tuple[nn.Module, ...]
 
 
-class Beside:
+class EnclosingModules:
     """The modules around a model, whose numbers follow the model's config.
 
     A number follows a field if a module that holds the model says another number of the same name
@@ -78,7 +78,7 @@ class Beside:
                 tuple(
                     holder
                     for holder in holding
-                    if holder is not module and _asked(holder, key) == value
+                    if holder is not module and _stated_value(holder, key) == value
                 ),
             )
             for name, module in outside
@@ -102,7 +102,7 @@ class Beside:
         written: list[str] = []
         for number in numbers:
             new = changed[number.field][1]
-            if any(_asked(reader, number.key) == new for reader in number.readers):
+            if any(_stated_value(reader, number.key) == new for reader in number.readers):
                 prefix = number.name.removesuffix(number.key)
                 for key, value in {number.key: new, **_derived(number, new)}.items():
                     if getattr(number.module, key) != value:
@@ -129,8 +129,8 @@ class Beside:
                     yield ".".join(filter(None, (first, name))) or type(module).__name__, module
 
 
-def _asked(module: nn.Module, key: str) -> Any:
-    """Return what a module's property or getter of a name says; ``_UNKNOWN`` without one."""
+def _stated_value(module: nn.Module, key: str) -> Any:
+    """Return the value of a module's property ``key`` or getter ``get_key``, or ``_UNKNOWN``."""
     try:
         if isinstance(getattr(type(module), key, None), property):
             return getattr(module, key)
@@ -140,27 +140,27 @@ def _asked(module: nn.Module, key: str) -> Any:
         return _UNKNOWN
 
 
-def _derived(one: Number, new: int) -> dict[str, Any]:
+def _derived(number: Number, new: int) -> dict[str, Any]:
     """Return the attributes that the module's constructor derives from the new number, with values.
 
     There are none unless the module has no weights and no submodules, its constructor takes
     attributes by their names, and calling it with them gives the module as it is.
 
     Args:
-        one: the number.
+        number: the number.
         new: its new value.
     """
-    module = one.module
+    module = number.module
     if module._modules or module._parameters or module._buffers:
         return {}
     names = list(inspect.signature(type(module)).parameters)
     given = {name: vars(module)[name] for name in names if name in vars(module)}
-    if one.key not in given:
+    if number.key not in given:
         return {}
     try:
         before, after = (
             {key: value for key, value in vars(type(module)(**values)).items() if is_own(key)}
-            for values in (given, {**given, one.key: new})
+            for values in (given, {**given, number.key: new})
         )
     except Exception:  # the constructor needs more arguments
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -45,17 +46,17 @@ from .apply import (
     write_fields,
     write_ties,
 )
-from .enclosing_modules import Beside
+from .enclosing_modules import EnclosingModules
 from .history import PrunedGroup
-from .mirrored_fields import mirrored
-from .report import Followed
+from .mirrored_fields import with_mirrored_fields
+from .report import SyncReport
 
 _ROWS = ".weight#0"
 """How a history names the outputs of a projection that is not an ``nn.Linear`` (I-BERT's)."""
 
 
 class Follower:
-    """Knows one pruner's model: what its config builds, and its head splits.
+    """Keeps one pruner's model and its config in step.
 
     Attributes:
         reference: the reference build of the config that was proved last; ``values``: its fields.
@@ -77,9 +78,9 @@ class Follower:
         assert not isinstance(built, Refusal)
         self.reference: nn.Module = built
         self.notes = said_options(self.model, builder) + order_of_layers(self.model, built)[1]
-        around = surroundings_of(self.model)
-        self.sharers = around.sharers
-        self.beside = Beside(self.model, pruner.model, around.holders)
+        live_objects = surroundings_of(self.model)
+        self.sharers = live_objects.sharers
+        self.enclosing = EnclosingModules(self.model, pruner.model, live_objects.holders)
         self.ties = ties_of(self.model)
         self.tensors = shapes(self.model).keys()
         self.values = dict(self.field_map.values)
@@ -105,38 +106,42 @@ class Follower:
                     "the model as it is now. Nothing was pruned by this step."
                 )
 
-    def follow(self, groups: Sequence[PrunedGroup]) -> Followed:
+    def follow(self, report: SyncReport) -> SyncReport:
         """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
 
         Args:
-            groups: what was pruned since the last time.
+            report: a report with the groups that were pruned since the last time.
+
+        Returns:
+            The report with what was written, and notes on it.
 
         Raises:
             ConfigSyncError: no config describes the weights.
         """
-        self._follow_inputs(groups)
-        self._count_heads(groups)
-        live = self._live_shapes(groups)
+        self._follow_inputs(report.groups)
+        self._count_heads(report.groups)
+        live = self._live_shapes(report.groups)
         values, data, built, mirror_notes = self._proved(live)
         change = difference(self.model, self.reference, built)
         old = config_json(self.model.config, use_diff=False)
-        moved = {
+        changed = {
             field: (value_at(old, field), new) for name, field, new in change.fields if not name
         }
-        numbers = self.beside.numbers(moved)
+        numbers = self.enclosing.numbers(changed)
         with all_or_nothing() as changes:
             write_fields(changes, self.model, change.fields)
             attributes = write_attributes(changes, self.model, change.attributes)
             buffers = write_buffers(changes, self.model, change.buffers)
             ties = write_ties(changes, self.model, self.ties)
             self._check_written(data, built)
-            written, outside = self.beside.follow(changes, numbers, moved)
+            written, outside = self.enclosing.follow(changes, numbers, changed)
         new = config_json(self.model.config, use_diff=False)
         self.reference, self.values = built, values
-        self._tell_heads()
+        self._set_head_counts()
         self.ties = ties_of(self.model)
         name = type(self.model).__name__
-        return Followed(
+        return replace(
+            report,
             fields={
                 field_name(field): (value_at(old, field), value)
                 for field, value in changed_values(old, new)
@@ -149,41 +154,41 @@ class Follower:
             inputs=dict(self.inputs),
         )
 
-    def check_left(
-        self, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]
+    def check_shapes_after(
+        self, groups: Sequence[PrunedGroup], shapes_after: Mapping[str, tuple[int, ...]]
     ) -> None:
         """Raise if no config could describe what a step is going to leave.
 
         Args:
             groups: what the step prunes.
-            left: the shape of every tensor after the step, tied ones under each of their names.
+            shapes_after: tensor name -> its shape after the step, tied ones under all names.
 
         Raises:
             ConfigSyncError: no config could.
         """
-        splits, shapes_then = dict(self.splits), dict(left)
+        splits, retied = dict(self.splits), dict(shapes_after)
         try:
             self._count_heads(groups)
             for tie in self.ties:
-                shapes_then.update(self._tied_then(tie, groups, left))
-            self._proved(shapes_then)
+                retied.update(self._tied_shapes_after(tie, groups, shapes_after))
+            self._proved(retied)
         finally:
             self.splits = splits
 
-    def _tied_then(
-        self, tie: Tie, groups: Sequence[PrunedGroup], left: Mapping[str, tuple[int, ...]]
+    def _tied_shapes_after(
+        self, tie: Tie, groups: Sequence[PrunedGroup], shapes_after: Mapping[str, tuple[int, ...]]
     ) -> dict[str, tuple[int, ...]]:
         """Return a tied weight's shape after a step, by name; raise if the names disagree."""
         lost = self._lost(groups)
         cut = [name for name in tie.names if name.rpartition(".")[0] in lost]
-        conflict = shapes_apart({name: left[name] for name in cut or tie.names})
+        conflict = shapes_apart({name: shapes_after[name] for name in cut or tie.names})
         channels = [sorted(lost[name.rpartition(".")[0]]) for name in cut]
         other = next((n for n, ids in zip(cut, channels, strict=True) if ids != channels[0]), None)
         if conflict is None and other is not None:
             conflict = channels_apart(cut[0], other)
         if conflict is not None:
-            raise self._untied(conflict)
-        return dict.fromkeys(tie.names, left[(cut or tie.names)[0]])
+            raise self._untied_error(conflict)
+        return dict.fromkeys(tie.names, shapes_after[(cut or tie.names)[0]])
 
     def _proved(
         self, shapes: Mapping[str, tuple[int, ...]]
@@ -194,7 +199,7 @@ class Follower:
         a count of the class would become 0.
         """
         values = self._solve(shapes)
-        data, built, mirror_notes = mirrored(
+        data, built, mirror_notes = with_mirrored_fields(
             self.field_map.builder, config_json(self.model.config), *self._prove(shapes, values)
         )
         vanished = vanished_counts(self.reference, built)
@@ -208,9 +213,9 @@ class Follower:
         for layer in (layer for group in groups for layer in group.layers):
             if read is not None and not layer.out and self._own_name(layer.name) == read.layer:
                 remaining = self.inputs.get(read.argument, tuple(range(layer.before)))
-                gone = set(layer.removed)
+                removed = set(layer.removed)
                 self.inputs[read.argument] = tuple(
-                    channel for place, channel in enumerate(remaining) if place not in gone
+                    channel for index, channel in enumerate(remaining) if index not in removed
                 )
 
     def _count_heads(self, groups: Sequence[PrunedGroup]) -> None:
@@ -225,7 +230,7 @@ class Follower:
                 split = self.splits[name]
                 self.splits[name] = None if split is None else splits_after(split, removed)
 
-    def _tell_heads(self) -> None:
+    def _set_head_counts(self) -> None:
         """Set ``pruner.num_heads`` and its channel groups to the head counts of now."""
         for name, module, count in self.view.head_layers(self.values):
             splits = self.splits.get(name)
@@ -251,7 +256,7 @@ class Follower:
             alike = bool(cuts and cuts[0]) and all(cut == cuts[0] for cut in cuts)
             conflict = tie.conflict(self.model, alike)
             if conflict is not None:
-                raise self._untied(conflict)
+                raise self._untied_error(conflict)
             live.update(dict.fromkeys(tie.names, live[tie.keeper(self.model)]))
         return live
 
@@ -262,7 +267,7 @@ class Follower:
             lost.setdefault(self._own_name(layer.name), []).append(layer.removed)
         return lost
 
-    def _untied(self, conflict: str) -> ConfigSyncError:
+    def _untied_error(self, conflict: str) -> ConfigSyncError:
         """Return the error for tied weights that cannot be one Parameter again."""
         return ConfigSyncError(
             f"{conflict}. {type(self.model).__name__} stores them once, so a reload would "
@@ -288,8 +293,8 @@ class Follower:
 
     def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
         """Return the fields' values for these shapes and the head splits; raise if none fit."""
-        going = {field for fields in self.pruner.DG.fields for field in fields}
-        hold = [field for field in self.field_map.values if field not in going]
+        pruned = {field for fields in self.pruner.DG.fields for field in fields}
+        hold = [field for field in self.field_map.values if field not in pruned]
         result = fit(self.field_map, self._targets(live), hold=hold)
         if isinstance(result, Conflict):
             raise explain_conflict(self.model, self.field_map, result)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..notebook import short
+from .apply import restore_attribute
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Recorder:
         return groups
 
     def note(self, group: PrunedGroup) -> None:
-        """Keep a pruned group until the next :meth:`drain`."""
+        """Add a pruned group to those that :meth:`drain` returns."""
         self._groups.append(group)
 
 
@@ -105,9 +106,7 @@ class _Watched:
 
     def restore(self) -> None:
         """Give the graph its own ``get_pruning_group`` back."""
-        del self.graph.get_pruning_group
-        if self._own is not None:
-            self.graph.get_pruning_group = self._own
+        restore_attribute(self.graph, "get_pruning_group", self._own)
 
     def _prune(self, group: Any, idxs: Any = None, record_history: bool = True) -> None:
         """Prune a group and record it; frozen parameters stay frozen."""

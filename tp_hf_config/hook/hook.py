@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,9 @@ from torch import nn
 from ..errors import ConfigSyncError
 from ..model.locate import check_followable, find_pretrained
 from ..planning.choices import Graph, check_graph
-from . import registration as pruners
+from . import registration
 from .history import Recorder
-from .report import Followed, SyncReport
+from .report import SyncReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,19 +61,19 @@ class HFConfigSyncHook:
         check_graph(graph)
         self.strict, self.make_inputs = strict, make_inputs
         self.reports: list[SyncReport] = []
-        self._why = ""
+        self._graph_reason = ""
         self._follower: Follower | None = None
         self._recorder: Recorder | None = None
         self._steering: UnitSteering | None = None
         self._parameters = 0
-        self._refused = False
+        self._step_refused = False
 
     @property
     def last_report(self) -> SyncReport | None:
         """Return the report of the latest sync; ``None`` before the first."""
         return self.reports[-1] if self.reports else None
 
-    def register(self, pruner: Any) -> pruners.Handle:
+    def register(self, pruner: Any) -> registration.Handle:
         """Attach this hook to an existing pruner.
 
         A pruner that has traced its model gets the graph made from the config in the place of that
@@ -87,7 +88,7 @@ class HFConfigSyncHook:
             ValueError: this hook follows another pruner already, or the pruner's trace cannot be
                 replaced: it has pruned by it, or its constructor is not Torch-Pruning's.
         """
-        return pruners.register(pruner, self)
+        return registration.register(pruner, self)
 
     @contextmanager
     def constructing(self, arguments: dict[str, Any]) -> Iterator[None]:
@@ -121,7 +122,7 @@ class HFConfigSyncHook:
         if not isinstance(inputs, GraphInputs):
             arguments |= by_itself(model, arguments, self.make_inputs)
             inputs = arguments["example_inputs"]
-        self._why = inputs.why
+        self._graph_reason = inputs.why
         check_handed(inputs.handed, arguments)
         graph: ConfigGraph = inputs.graph
         field_map = map_of(pretrained, make_inputs=graph.make_inputs)
@@ -136,7 +137,7 @@ class HFConfigSyncHook:
         """
         from ..graph.pruner_access import arguments_of, replace_graph, why_traced_stays
 
-        reason = why_traced_stays(pruner, pruners.constructor_of(type(pruner)))
+        reason = why_traced_stays(pruner, registration.constructor_of(type(pruner)))
         if reason is not None:
             name = type(pruner).__name__
             raise ValueError(
@@ -197,16 +198,16 @@ class HFConfigSyncHook:
             if part is not None:
                 part.detach()
         self._follower = self._recorder = self._steering = None
-        if not any(isinstance(hook, HFConfigSyncHook) for hook in pruners.hooks_of(pruner)):
+        if not any(isinstance(hook, HFConfigSyncHook) for hook in registration.hooks_of(pruner)):
             give_back(pruner)
 
-    def _told_once(self) -> list[str]:
-        """Return what the first report says of the graph: what it leaves as it is."""
+    def _graph_notes(self) -> list[str]:
+        """Return the graph's notes, for the first report only."""
         assert self._follower is not None  # _sync checks this
         return [] if self.reports else self._follower.pruner.DG.notes
 
-    def _adjusted(self) -> list[str]:
-        """Return what the pruner's latest step did instead of what its ratios ask for."""
+    def _step_notes(self) -> list[str]:
+        """Return notes on where the pruner's latest step did not do what its ratios ask for."""
         steering = self._steering
         if steering is None or steering.preflight is None:
             return []
@@ -221,11 +222,11 @@ class HFConfigSyncHook:
             ConfigSyncError: no config could describe what the step leaves.
         """
         from .steering import cutting_together
-        from .step_preflight import proved_first
+        from .step_preflight import prove_before_cutting
 
         if self._follower is not None:
             self._follower.check_parts()
-        with cutting_together(pruner), proved_first(pruner, partial(self._prove, pruner)):
+        with cutting_together(pruner), prove_before_cutting(pruner, partial(self._prove, pruner)):
             yield
 
     def _prove(self, pruner: Any, groups: Sequence[Any]) -> None:
@@ -240,12 +241,12 @@ class HFConfigSyncHook:
         try:
             check_step(self._follower, pruner, groups, pruner.current_step)
         except ConfigSyncError:
-            self._refused = True
+            self._step_refused = True
             raise
 
     def after_step(self, pruner: Any) -> None:
         """Sync after a step of the pruner; after a refused step there is nothing to do."""
-        refused, self._refused = self._refused, False
+        refused, self._step_refused = self._step_refused, False
         if not refused:
             self._sync(stepped=True)
 
@@ -273,36 +274,26 @@ class HFConfigSyncHook:
                 "hook.register(pruner)"
             )
         started = time.perf_counter()
-        groups = self._recorder.drain()
-        done, failed = Followed(), None
-        notes: list[str] = []
+        report = SyncReport(len(self.reports) + 1, self._graph_reason, self._recorder.drain())
+        failure = None
         try:
-            done = self._follower.follow(groups)
-            notes = [*done.notes, *self._adjusted()]
-            if stepped and not groups and not notes and self._steering is not None:
+            report = self._follower.follow(report)
+            notes = [*report.notes, *self._step_notes()]
+            if stepped and not report.groups and not notes and self._steering is not None:
                 notes = [f"nothing was pruned: {self._steering.why_nothing()}"]
-            notes = [*self._told_once(), *self._follower.notes, *notes]
+            report = replace(report, notes=[*self._graph_notes(), *self._follower.notes, *notes])
         except ConfigSyncError as error:
-            failed = error
+            failure = error
         before, self._parameters = self._parameters, self._follower.model.num_parameters()
-        report = SyncReport(
-            step=len(self.reports) + 1,
-            graph=self._why,
-            groups=groups,
-            fields=done.fields,
-            attributes=done.attributes,
-            buffers=done.buffers,
-            ties=done.ties,
-            proof=done.proof,
+        report = replace(
+            report,
             parameters=(before, self._parameters),
             seconds=time.perf_counter() - started,
-            notes=notes,
-            error=None if failed is None else str(failed),
-            inputs=done.inputs,
+            error=None if failure is None else str(failure),
         )
         self.reports.append(report)
-        if failed is not None:
-            raise failed
+        if failure is not None:
+            raise failure
         return report
 
     def plot(self, path: str | PathLike[str]) -> Figure:

@@ -1,4 +1,4 @@
-"""Find config fields that repeat another one and that no code of the class reads."""
+"""Update config fields that repeat another one and that no code of the class reads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from typing import Any
 from torch import nn
 
 from ..model.build import Builder, Refusal
-from ..model.config_json import FieldPath, config_json, field_name, value_at, with_values
+from ..model.config_json import (
+    FieldPath,
+    config_json,
+    field_name,
+    value_at,
+    with_values,
+    without_field,
+)
 from .apply import changed_values, difference
 
 
-def mirrored(
+def with_mirrored_fields(
     builder: Builder, old: dict[str, Any], new: dict[str, Any], built: nn.Module
 ) -> tuple[dict[str, Any], nn.Module, list[str]]:
-    """Add to the new config the fields that follow another one.
+    """Update the fields of the new config that repeat another field, whose value has changed.
 
-    A field follows another one if the config's class derives it from that one when it is not given,
+    A field repeats another one if the config's class derives it from that one when it is not given,
     and the class builds the same with it.  A field that only has the old value is noted.
 
     Args:
@@ -31,7 +38,7 @@ def mirrored(
     Returns:
         The new JSON, its reference build, and notes for the user.
     """
-    before, after = (_every(builder, data) for data in (old, new))
+    before, after = (_every_default(builder, data) for data in (old, new))
     changed = [(value_at(before, p), value) for p, value in changed_values(before, after)]
     pairs = {was: now for was, now in reversed(changed) if type(was) is type(now) is int}
     code: set[str] = set()
@@ -43,11 +50,12 @@ def mirrored(
         code = code or _names_in_code(built)
         if field[-1] in code:
             continue  # probes have covered every field that is read
-        follows = {value_at(_every(builder, _without(data, field)), field) for data in (old, new)}
-        if follows == {value, pairs[value]}:
+        without = (_every_default(builder, without_field(data, field)) for data in (old, new))
+        derived = {value_at(data, field) for data in without}
+        if derived == {value, pairs[value]}:
             candidate = with_values(new, {field: pairs[value]})
             candidate_build = builder.build(candidate, buffers=True)
-            if not isinstance(candidate_build, Refusal) and _alike(built, candidate_build):
+            if not isinstance(candidate_build, Refusal) and _builds_alike(built, candidate_build):
                 new, built = candidate, candidate_build
                 continue
         source = next(field_name(p) for p, v in changed_values(before, after) if v == pairs[value])
@@ -59,30 +67,19 @@ def mirrored(
 
 
 def _of_every_config() -> set[str]:
-    """Return the field names that any config may have (labels, tokens, generation): no widths."""
+    """Return the fields that every config may have (labels, tokens, generation): no widths."""
     from transformers import GenerationConfig, PretrainedConfig
 
     configs: tuple[Any, ...] = (PretrainedConfig, GenerationConfig)
     return {name for config in configs for name in config().to_dict()}
 
 
-def _every(builder: Builder, data: dict[str, Any]) -> dict[str, Any]:
+def _every_default(builder: Builder, data: dict[str, Any]) -> dict[str, Any]:
     """Return a config's JSON with every default; empty if the class refuses the config."""
     try:
         return config_json(builder.config(data), use_diff=False)
     except Exception:  # as in Builder.build
         return {}
-
-
-def _without(data: dict[str, Any], field: FieldPath) -> dict[str, Any]:
-    """Return a copy of the JSON without one field."""
-    parents = with_values(data, {})
-    node: Any = parents
-    for key in field[:-1]:
-        node = node.get(key, {}) if isinstance(node, dict) else {}
-    if isinstance(node, dict):
-        node.pop(field[-1], None)
-    return parents
 
 
 def _whole_numbers(node: dict[str, Any], field: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
@@ -127,9 +124,9 @@ def _names_in_code(model: nn.Module) -> set[str]:
     return words
 
 
-def _package(one: Any) -> str:
+def _package(item: Any) -> str:
     """Return the package of a class or function; ``transformers`` if it has none."""
-    return str(getattr(one, "__module__", "transformers")).partition(".")[0]
+    return str(getattr(item, "__module__", "transformers")).partition(".")[0]
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -150,7 +147,7 @@ def _is_filled(cell: CellType) -> bool:
         return False
 
 
-def _alike(one: nn.Module, other: nn.Module) -> bool:
+def _builds_alike(build: nn.Module, other: nn.Module) -> bool:
     """True if two builds of one class have the same attributes and unsaved buffers."""
-    change = difference(one, one, other)
+    change = difference(build, build, other)
     return not change.attributes and not change.buffers

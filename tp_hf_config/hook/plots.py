@@ -186,8 +186,8 @@ def _numbers(name: str, old: Any, new: Any) -> Iterator[tuple[str, int, int]]:
     An unset value has no width to draw.
     """
     if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
-        for place, (before, after) in enumerate(zip(old, new, strict=False)):
-            yield from _numbers(f"{name}[{place}]", before, after)
+        for index, (before, after) in enumerate(zip(old, new, strict=False)):
+            yield from _numbers(f"{name}[{index}]", before, after)
     elif type(old) is int and type(new) is int:
         yield name, old, new
 
@@ -204,8 +204,8 @@ def _sides(group: PrunedGroup) -> Iterator[tuple[str, int, int]]:
         name += f" dim {dim}" if dim else " out" if layer.out else " in"
         removed.setdefault(name, set()).update(layer.removed)
         before[name] = layer.before
-    for name, gone in removed.items():
-        yield name, before[name], before[name] - len(gone)
+    for name, channels in removed.items():
+        yield name, before[name], before[name] - len(channels)
 
 
 def _check_any(reports: Sequence[Drawn]) -> None:

@@ -245,18 +245,18 @@ class _Construction:
         pruner: the pruner.
         hooks: its hooks.
         surroundings: the stack that holds the entered context managers.
-        begun: True once they are entered.
+        entered: True once they are entered.
     """
 
     pruner: Any
     hooks: list[Any]
     surroundings: ExitStack
-    begun: bool = False
+    entered: bool = False
 
     def begin(self, pruner: Any, arguments: dict[str, Any]) -> None:
         """Enter the hooks' context managers, once; the hooks may change the arguments."""
-        if pruner is self.pruner and not self.begun:
-            self.begun = True
+        if pruner is self.pruner and not self.entered:
+            self.entered = True
             _enter(self.surroundings, self.hooks, "constructing", arguments)
 
 

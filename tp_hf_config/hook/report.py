@@ -17,19 +17,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Followed:
-    """What bringing a config in step with the weights wrote: part of a :class:`SyncReport`."""
-
-    fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    attributes: Sequence[str] = ()
-    buffers: Sequence[str] = ()
-    ties: Sequence[str] = ()
-    proof: str = ""
-    notes: Sequence[str] = ()
-    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class SyncReport:
     """One sync of a model's config with its weights.
 

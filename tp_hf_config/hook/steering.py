@@ -12,6 +12,7 @@ import torch_pruning.pruner.algorithms.base_pruner as tp_base
 from ..graph.config_graph import ConfigGroup
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import in_runs, multiple_below, per_class
+from .apply import restore_attribute
 from .chunked_importance import in_pieces, takes_pieces
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ def cutting_together(pruner: Any) -> AbstractContextManager[None]:
 
     It does nothing where the step is not Torch-Pruning's own.
     """
-    if is_plain(pruner):
+    if is_unmodified(pruner):
         together: AbstractContextManager[None] = pruner.DG.cuts.together()
         return together
     return nullcontext()
 
 
-def is_plain(pruner: Any) -> bool:
+def is_unmodified(pruner: Any) -> bool:
     """True if a pruner's step is Torch-Pruning's own.
 
     Torch-Pruning's step asks for every importance before it prunes the first group, and reads no
@@ -83,21 +84,19 @@ class UnitSteering:
         """Install the answers; each group of heads gets a ranking scope and the head ratios."""
         for name in self._NAMES:
             setattr(self.pruner, name, getattr(self, name))
-        for number, graph_group in enumerate(self._of_heads()):
+        for number, graph_group in enumerate(self._head_groups()):
             scope = (f"heads {number}", [graph_group.units])
             self.pruner._layer_to_scope[graph_group.units] = scope
             self.pruner.pruning_ratio_dict[graph_group.units] = self._head_ratios(graph_group)
 
     def detach(self) -> None:
         """Restore the pruner as it was before :meth:`attach`."""
-        for graph_group in self._of_heads():
+        for graph_group in self._head_groups():
             self.pruner._layer_to_scope.pop(graph_group.units, None)
             self.pruner.pruning_ratio_dict.pop(graph_group.units, None)
         for name, own in self._own.items():
             if vars(self.pruner).get(name) == getattr(self, name):
-                delattr(self.pruner, name)
-                if own is not None:
-                    setattr(self.pruner, name, own)
+                restore_attribute(self.pruner, name, own)
 
     def estimate_importance(self, group: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the importance of a group's units, shape ``(units,)``; ``None`` if it has none.
@@ -137,16 +136,16 @@ class UnitSteering:
         return "less than one unit of each was to go, or no group that the step gave was pruned"
 
     def _importance_of(self, group: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return a group's importance, or its units' ranks where ``_chooses_in_each`` says so."""
+        """Return a group's importance, or its units' ranks where ``_ranks_each_group`` says so."""
         ranked, self._ranked = self._ranked, None
         if isinstance(group, ConfigGroup):
             values = self.pruner.DG.importance_of(
-                group, lambda one: self._estimate_one(one, *args, **kwargs)
+                group, lambda each: self._estimate_group(each, *args, **kwargs)
             )
-            return values if ranked is not group or values is None else _places(group, values)
+            return values if ranked is not group or values is None else _ranks(group, values)
         return self._estimate(group, *args, **kwargs)
 
-    def _of_heads(self) -> list[GraphGroup]:
+    def _head_groups(self) -> list[GraphGroup]:
         """Return the groups whose units are whole heads."""
         return [graph_group for graph_group in self.pruner.DG.graph_groups if graph_group.heads]
 
@@ -155,14 +154,12 @@ class UnitSteering:
         pruner = self.pruner
         if not pruner.prune_num_heads:
             return [0.0] * len(pruner.per_step_head_pruning_ratio)
-        for side in graph_group.sides:
-            if side.module in pruner.head_pruning_ratio_dict:
-                own: list[float] = pruner.head_pruning_ratio_dict[side.module]
-                return own
-        ratios: list[float] = pruner.per_step_head_pruning_ratio
+        by_module = pruner.head_pruning_ratio_dict
+        own = (by_module[side.module] for side in graph_group.sides if side.module in by_module)
+        ratios: list[float] = next(own, pruner.per_step_head_pruning_ratio)
         return ratios
 
-    def _estimate_one(self, group: ConfigGroup, *args: Any, **kwargs: Any) -> Any:
+    def _estimate_group(self, group: ConfigGroup, *args: Any, **kwargs: Any) -> Any:
         importance = self.pruner.importance
         own = self._own["estimate_importance"] is None and _inherits(self.pruner, _ESTIMATE)
         if own and takes_pieces(importance) and not args and not kwargs:
@@ -171,14 +168,14 @@ class UnitSteering:
 
     def _get_channel_groups(self, group: Any) -> int:
         if isinstance(group, ConfigGroup):
-            if self._chooses_in_each(group.graph_group):
+            if self._ranks_each_group(group.graph_group):
                 self._ranked = group  # the pruner asks next for the importance to rank it by
                 return 1
             return group.graph_group.count.channel_groups
         channel_groups: int = self._channel_groups(group)
         return channel_groups
 
-    def _chooses_in_each(self, graph_group: GraphGroup) -> bool:
+    def _ranks_each_group(self, graph_group: GraphGroup) -> bool:
         """True if each channel group loses its own least important units.
 
         If not, all channel groups lose units at the same positions.  Torch-Pruning ranks positions
@@ -205,21 +202,21 @@ class UnitSteering:
             rounded: int = self._round(n_pruned, current_channels, round_to)
             return rounded
         graph_group = self._group.graph_group
-        together = graph_group.count.channel_groups if self._chooses_in_each(graph_group) else 1
+        together = graph_group.count.channel_groups if self._ranks_each_group(graph_group) else 1
         size = graph_group.units.count // graph_group.count.channel_groups
         if self.preflight is not None:
-            remaining = self.preflight.units_left(graph_group, self.pruner.current_step)
-            if remaining is not None:
-                return (size - remaining // graph_group.count.channel_groups) * together
+            units = self.preflight.units_left(graph_group, self.pruner.current_step)
+            if units is not None:
+                return (size - units // graph_group.count.channel_groups) * together
         rounded_to = in_runs(round_to, graph_group.count.run)
         multiple = per_class(
             graph_group.count.multiple, rounded_to, graph_group.count.channel_groups
         )
-        kept = (size * together - n_pruned) // together
-        return (size - multiple_below(kept, multiple)) * together
+        remaining = (size * together - n_pruned) // together
+        return (size - multiple_below(remaining, multiple)) * together
 
 
-def _places(group: ConfigGroup, values: torch.Tensor) -> torch.Tensor:
+def _ranks(group: ConfigGroup, values: torch.Tensor) -> torch.Tensor:
     """Return each unit's rank in its channel group, 0 for the least important: shape ``(units,)``.
 
     Ranked this way, the least important units of all channel groups go first.

@@ -14,9 +14,10 @@ from ..errors import ConfigSyncError
 from ..fieldmap.solve.explain import AGAIN
 from ..graph.sides import ParameterView
 from ..model.shapes import named_modules
+from .apply import restore_attribute
 from .follow import Follower
 from .history import PrunedGroup, layers_of
-from .steering import is_plain
+from .steering import is_unmodified
 
 Shapes = dict[str, tuple[int, ...]]
 _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")
@@ -24,19 +25,18 @@ _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initia
 
 
 @contextmanager
-def proved_first(pruner: Any, prove: Callable[[Sequence[Any]], None]) -> Iterator[None]:
+def prove_before_cutting(pruner: Any, prove: Callable[[Sequence[Any]], None]) -> Iterator[None]:
     """Prove all groups of a step together before the step cuts the first.
 
     The pruner chooses its groups twice, the second time with the importances of the first.  The
     groups of an interactive step are not proved: the user decides which of them to prune.
 
     Args:
-        pruner: the pruner; nothing is proved if its step or its importance rules out to choose
-            twice.
-        prove: is given the chosen groups, and raises if no config could describe what they leave.
+        pruner: the pruner; if it cannot choose twice, nothing is proved.
+        prove: gets the chosen groups, and raises if no config could describe what they leave.
             Nothing is cut then, and the step does not count.
     """
-    if not _chooses_freely(pruner):
+    if not _can_choose_twice(pruner):
         yield
         return
     choose, estimate = pruner._prune, pruner.estimate_importance
@@ -46,9 +46,9 @@ def proved_first(pruner: Any, prove: Callable[[Sequence[Any]], None]) -> Iterato
     def prune() -> Iterator[Any]:
         if stepping and pruner.current_step <= pruner.iterative_steps:
             importances: list[Any] = []
-            pruner.estimate_importance = _noting(estimate, importances)
+            pruner.estimate_importance = _recorded(estimate, importances)
             try:
-                prove(_chosen(pruner, choose))
+                prove(_chosen_groups(pruner, choose))
             except BaseException:
                 pruner.current_step -= 1
                 raise
@@ -61,7 +61,7 @@ def proved_first(pruner: Any, prove: Callable[[Sequence[Any]], None]) -> Iterato
     finally:
         stepping = False
         for name, value in own.items():
-            _restore(pruner, name, value)
+            restore_attribute(pruner, name, value)
 
 
 def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) -> None:
@@ -81,7 +81,7 @@ def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int
     if remaining is None:
         return
     try:
-        follower.check_left(
+        follower.check_shapes_after(
             [PrunedGroup(tuple(layers_of(pruner.DG, group))) for group in groups], remaining
         )
     except ConfigSyncError as error:
@@ -93,40 +93,33 @@ def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int
         ) from None
 
 
-def _chooses_freely(pruner: Any) -> bool:
-    """True if a pruner chooses as Torch-Pruning does, so that choosing twice changes nothing.
+def _can_choose_twice(pruner: Any) -> bool:
+    """True if a pruner can choose its groups twice, and the first time changes nothing.
 
     OBD-C's importance (it has ``adjust_fisher``) rules that out: it is told what was chosen.
     """
-    return is_plain(pruner) and not hasattr(pruner.importance, "adjust_fisher")
+    return is_unmodified(pruner) and not hasattr(pruner.importance, "adjust_fisher")
 
 
-def _noting(estimate: Callable[..., Any], seen: list[Any]) -> Callable[..., Any]:
-    """Wrap ``estimate`` so that each of its results is appended to ``seen``."""
+def _recorded(estimate: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
+    """Wrap ``estimate`` so that each of its results is appended to ``results``."""
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        seen.append(estimate(*args, **kwargs))
-        return seen[-1]
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        results.append(estimate(*args, **kwargs))
+        return results[-1]
 
-    return noting
+    return recorded
 
 
-def _chosen(pruner: Any, choose: Callable[[], Iterator[Any]]) -> list[Any]:
+def _chosen_groups(pruner: Any, choose: Callable[[], Iterator[Any]]) -> list[Any]:
     """Return the groups that the pruner would prune now; restore what choosing changes."""
     before = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
     try:
         return list(choose())
     finally:
-        for now, was in before:
-            now.clear()
-            now.update(was)
-
-
-def _restore(owner: Any, name: str, own: Any) -> None:
-    """Give an object its own attribute back; without one (``None``), the class's applies."""
-    vars(owner).pop(name, None)
-    if own is not None:
-        setattr(owner, name, own)
+        for current, old in before:
+            current.clear()
+            current.update(old)
 
 
 def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes | None:
@@ -142,16 +135,16 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
     Returns:
         Tensor name -> shape, or ``None`` if one of the functions cannot cut without data.
     """
-    own = {id(module) for module in model.modules()}
-    going: dict[tuple[int, bool], tuple[Any, Any, set[int]]] = {}
+    modules = {id(module) for module in model.modules()}
+    cuts: dict[tuple[int, bool], tuple[Any, Any, set[int]]] = {}
     for dep, idxs in (item for group in groups for item in group):
         module, out = dep.target.module, pruner.DG.is_out_channel_pruning_fn(dep.handler)
-        if id(_owner(module)) not in own:
+        if id(_owner(module)) not in modules:
             continue  # units; to cut them would change the graph itself
-        going.setdefault((id(module), out), (module, dep.handler, set()))[2].update(map(int, idxs))
+        cuts.setdefault((id(module), out), (module, dep.handler, set()))[2].update(map(int, idxs))
     copies: dict[int, Any] = {}
     try:
-        for module, handler, idxs in going.values():
+        for module, handler, idxs in cuts.values():
             if idxs:
                 _cut(copies, module, handler, sorted(idxs))
     except Exception:  # a function of Torch-Pruning or of the user may need data
@@ -170,12 +163,12 @@ def _cut(copies: dict[int, Any], module: Any, handler: Any, idxs: list[int]) -> 
     if id(owner) not in copies:
         copies[id(owner)] = _without_data(owner)
     if isinstance(module, ParameterView):
-        held = copies[id(owner)]._parameters
-        held = held if module.key in held else copies[id(owner)]._buffers
-        gone = set(idxs)
-        kept = [place for place in range(held[module.key].shape[module.dim]) if place not in gone]
-        left = held[module.key].index_select(module.dim, torch.tensor(kept, device="meta"))
-        held[module.key] = left
+        tensors = copies[id(owner)]._parameters
+        tensors = tensors if module.key in tensors else copies[id(owner)]._buffers
+        tensor, removed = tensors[module.key], set(idxs)
+        remaining = [index for index in range(tensor.shape[module.dim]) if index not in removed]
+        remaining_index = torch.tensor(remaining, device="meta")
+        tensors[module.key] = tensor.index_select(module.dim, remaining_index)
     else:
         handler(copies[id(module)], idxs)
 
@@ -187,9 +180,9 @@ def _without_data(module: Any) -> Any:
         return nn.Parameter(empty, False) if isinstance(module, nn.Parameter) else empty
     duplicate = copy.copy(module)
     for kind in ("_parameters", "_buffers", "_modules"):
-        held = vars(module)[kind].items()
         vars(duplicate)[kind] = {
-            key: None if value is None else _without_data(value) for key, value in held
+            key: None if value is None else _without_data(value)
+            for key, value in vars(module)[kind].items()
         }
     return duplicate
 

@@ -65,3 +65,12 @@ def value_at(data: Any, path: FieldPath) -> Any:
         else:
             return None
     return data
+
+
+def without_field(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
+    """Return a copy of a config's JSON without one field."""
+    result = copy.deepcopy(data)
+    parent = value_at(result, path[:-1])
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
+    return result

@@ -20,7 +20,7 @@ from ...model.config_json import config_json, with_values
 from ...model.locate import find_pretrained
 from ...planning.pruner_kwargs import pruner_kwargs
 from ..hook import HFConfigSyncHook
-from .optimizer import optimizer_follows, replace, unwrapped, why_not
+from .optimizer import cannot_follow, optimizer_follows, replace, unwrapped
 from .resume import Progress, progress_of, pruner_at, sync_hook_of
 
 
@@ -100,21 +100,21 @@ class PruningCallback(TrainerCallback, ExportableState):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the pruner; on resuming, in the state that the checkpoint records."""
-        reason = _not_in(args)
+        reason = _unsupported_run(args)
         if reason is not None:
             raise TrainingError(f"PruningCallback: {reason}")
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
-        saved = _saved(state, type(self).__name__)
+        saved = _saved_progress(state, type(self).__name__)
         self._checked = False
         if saved is None:
-            self._unpruned = _config_of(model)
-            self.pruner = self._make(model)
+            self._unpruned = _full_config(model)
+            self.pruner = self._make_pruner(model)
         else:
-            self.pruner, changed = pruner_at(saved, model, self._make)
+            self.pruner, changed = pruner_at(saved, model, self._make_pruner)
             replace(optimizer, {old: (new, Origin(old, {})) for old, new in changed.items()})
-            self._unpruned = with_values(_config_of(model), dict(saved.fields))
+            self._unpruned = with_values(_full_config(model), dict(saved.fields))
         self.hook = sync_hook_of(self.pruner)
-        reason = self._too_late(state.max_steps)
+        reason = self._schedule_problem(state.max_steps)
         if reason is not None:
             raise ValueError(f"PruningCallback: {reason}")
         states: Any = state.stateful_callbacks
@@ -126,7 +126,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Run a step of the pruner if one is due."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if not self._checked:  # an optimizer has no state before its first step
-            reason = why_not(model, unwrapped(optimizer))
+            reason = cannot_follow(model, unwrapped(optimizer))
             if reason is not None:
                 raise TrainingError(f"PruningCallback: {reason}")
             self._checked = True
@@ -137,7 +137,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             with optimizer_follows(model, optimizer):
                 self.pruner.step()
 
-    def _make(self, model: Any) -> Any:
+    def _make_pruner(self, model: Any) -> Any:
         """Return a pruner of the model: from ``build``, or the default one."""
         if self._build is not None:
             return self._build(model)
@@ -151,7 +151,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Return the optimizer step after which the pruner steps if it did ``done`` steps."""
         return self._at[done] if self._every is None else self._every * (done + 1)
 
-    def _too_late(self, max_steps: int) -> str | None:
+    def _schedule_problem(self, max_steps: int) -> str | None:
         """Return why the schedule does not fit the pruner or the training, or None if it does."""
         steps = self.pruner.iterative_steps
         if self._at and len(self._at) != steps:
@@ -168,12 +168,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         return None
 
 
-def _config_of(model: nn.Module) -> dict[str, Any]:
+def _full_config(model: nn.Module) -> dict[str, Any]:
     """Return the JSON of a model's config, with every default."""
     return config_json(find_pretrained(model)[1].config, use_diff=False)
 
 
-def _saved(state: TrainerState, name: str) -> Progress | None:
+def _saved_progress(state: TrainerState, name: str) -> Progress | None:
     """Return the pruner's progress in the checkpoint that a run resumes from, or None without one.
 
     Raises:
@@ -189,7 +189,7 @@ def _saved(state: TrainerState, name: str) -> Progress | None:
     return None if progress is None else Progress.from_dict(progress)
 
 
-def _not_in(args: Any) -> str | None:
+def _unsupported_run(args: Any) -> str | None:
     """Return why a model cannot be pruned in a run with these arguments, or None if it can."""
     if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
         return (

@@ -41,19 +41,19 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             something else than pruning replaced parameters.
     """
     inner = unwrapped(optimizer)
-    reason = why_not(model, inner)
+    reason = cannot_follow(model, inner)
     if reason is not None:
         raise TrainingError(reason)
     with recording() as lineage:
         try:
             yield
         finally:
-            lost = _follow(model, inner, lineage)
-    if lost:
+            orphans = _replace_cut(model, inner, lineage)
+    if orphans:
         raise TrainingError(
-            f"{len(lost)} of the optimizer's parameters, the first of shape {list(lost[0].shape)}, "
-            "were replaced by something else than pruning. The model is pruned; make a new "
-            "optimizer from model.parameters()."
+            f"{len(orphans)} of the optimizer's parameters, the first of shape "
+            f"{list(orphans[0].shape)}, were replaced by something else than pruning. The model is "
+            "pruned; make a new optimizer from model.parameters()."
         )
 
 
@@ -65,7 +65,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return plain
 
 
-def why_not(model: nn.Module, optimizer: Optimizer) -> str | None:
+def cannot_follow(model: nn.Module, optimizer: Optimizer) -> str | None:
     """Return why an optimizer cannot follow a model's pruning, or None if it can."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     kind = type(optimizer).__name__
@@ -86,7 +86,7 @@ def why_not(model: nn.Module, optimizer: Optimizer) -> str | None:
                 )
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
-                if not _follows(value, parameter):
+                if not _can_follow(value, parameter):
                     return (
                         f"{kind} keeps {key!r} of {name}, {_described(value)}, where the parameter "
                         f"has shape {list(parameter.shape)}: only state of the parameter's shape "
@@ -105,19 +105,19 @@ def replace(
         parameters: old Parameter -> (the new one, its origin).
     """
     for group in optimizer.param_groups:
-        for place, old in enumerate(group["params"]):
+        for index, old in enumerate(group["params"]):
             if old not in parameters:
                 continue
             new, origin = parameters[old]
-            group["params"][place] = new
+            group["params"][index] = new
             state = optimizer.state.pop(old, None)
             if state is not None:
                 optimizer.state[new] = {
-                    key: _kept(value, old, origin) for key, value in state.items()
+                    key: _remaining_state(value, old, origin) for key, value in state.items()
                 }
 
 
-def _follow(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> list[nn.Parameter]:
+def _replace_cut(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> list[nn.Parameter]:
     """Replace the cut parameters of the optimizer.
 
     Returns:
@@ -129,19 +129,19 @@ def _follow(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> list[nn
         origin = lineage.origin_of(parameter)
         if origin.kept:
             successors.setdefault(origin.parameter, (parameter, origin))
-    gone = {old: successor for old, successor in successors.items() if old not in current}
-    replace(optimizer, gone)
+    cut = {old: successor for old, successor in successors.items() if old not in current}
+    replace(optimizer, cut)
     tracked = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return [parameter for parameter in tracked if parameter not in current]
 
 
-def _kept(value: Any, old: nn.Parameter, origin: Origin) -> Any:
+def _remaining_state(value: Any, old: nn.Parameter, origin: Origin) -> Any:
     """Return a state value without the cut positions; unchanged if it has another shape."""
     shaped = isinstance(value, torch.Tensor) and value.shape == old.shape
     return select(value, origin.kept) if shaped and origin.kept else value
 
 
-def _follows(value: Any, parameter: nn.Parameter) -> bool:
+def _can_follow(value: Any, parameter: nn.Parameter) -> bool:
     """True if a state value can follow: it has the parameter's shape, or is a single value."""
     if isinstance(value, torch.Tensor):
         return value.shape == parameter.shape or value.numel() == 1
