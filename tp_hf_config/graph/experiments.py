@@ -74,13 +74,15 @@ def experiments_of(
 
     Args:
         field_map: the field map of the class around the config.
-        made: the tiny model, if the config is its own; else it is built.
+        made: the tiny model, if the config is its own; else it is built. If that model has more
+            layers than the field map looks at, it is built too.
         fields: the fields that are asked about. If each of them can be pruned alone, the findings
             may be those of these fields only. Default: all fields.
 
     Raises:
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
+    made = None if field_map.depth.steps else made
     memory = _experiments.setdefault(field_map, _Memory())
     result = memory.every or memory.alone.get(fields)
     if result is None:

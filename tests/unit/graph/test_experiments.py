@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import weakref
 from collections import OrderedDict
@@ -18,12 +19,14 @@ from transformers.models.llama import modeling_llama
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
 from tp_hf_config.fieldmap import field_map
+from tp_hf_config.fieldmap.depth import Depth
 from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder
 from tp_hf_config.model.class_digest import class_digest
 from tp_hf_config.model.disk_cache import VARIABLE
+from tp_hf_config.pipeline.trial import subject
 from tp_hf_config.twin.tiny import tiny_model
 
 NAMES = ("llama", "gpt2", "bert", "t5", "whisper", "vit", "deepseek_v3", "mixtral", "qwen2_vl")
@@ -92,6 +95,23 @@ def recipes_of(model: Any) -> list[RunRecipe]:
     tiny = experiments.experiments_of(full).tiny
     assert isinstance(tiny, tiny_model.TinyModel)
     return [full.recipe, tiny.recipe]
+
+
+def test_a_model_that_is_tiny_itself_may_have_more_layers_than_are_looked_at() -> None:
+    """The tiny model of SeamlessM4T has four layers; a config like its own is looked at with two."""
+    full = field_map.map_of(small.llama(num_hidden_layers=4))
+    deep = tiny_model.tiny_model(dataclasses.replace(full, depth=Depth(full.data)))
+    assert isinstance(deep, tiny_model.TinyModel)
+    model = subject(deep, seed=0).model
+    assert len(model.model.layers) == 4
+    learned = field_map.map_of(model)
+    assert learned.depth.data["num_hidden_layers"] == 2
+    proved = {width.name for width in widths_of(model, learned, deep) if width.reason is None}
+    assert proved == {
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads + num_key_value_heads",
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
