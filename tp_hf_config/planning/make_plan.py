@@ -21,9 +21,9 @@ from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.from_config import model_of
-from .choices import Gqa, check_gqa, check_share, heads_asked, names_in
+from .choices import Gqa, PruneSettings, Scheduler
 from .model_size import ParameterCount, Size, size_of
-from .plan import Plan, PlannedWidth, Scheduler, Settings
+from .plan import Plan, PlannedWidth
 from .refusals import _named, adjusted_line, planned_refusal
 from .selection import Chosen, Wanted, amounts_of, check_ratios, choose, multiples_of
 from .shortfall import shortfalls
@@ -95,44 +95,31 @@ def plan(
             both asked for and ruled out, or the target cannot be reached.
         TypeError: neither a model nor a config.
     """
-    check_gqa(gqa)  # fail before anything is built
-    model = model_of(model_or_config, model_class)
-    field_map = map_of(model, make_inputs=make_inputs)
-    view = WidthView(model, field_map)
-    fixed = dict(ratios or {})
-    names = None if prune is None and not fixed else names_in(prune or fixed)
-    heads = heads_asked(prune_num_heads, gqa, head_pruning_ratio)
-    common = 0.5 if pruning_ratio is None else pruning_ratio
-    _check_ratios({"pruning_ratio": common, "head_pruning_ratio": head_pruning_ratio})
-    _check_ratios(fixed)
-    settings = Settings(
-        prune=names,
-        pruning_ratio=common,
-        ratios=fixed,
-        prune_num_heads=heads,
-        gqa=gqa,
-        head_pruning_ratio=head_pruning_ratio,
+    settings = PruneSettings.of(
+        prune,
+        ratios or None,
+        prune_num_heads,
+        gqa,
+        head_pruning_ratio,
+        pruning_ratio=0.5 if pruning_ratio is None else pruning_ratio,
         iterative_steps=iterative_steps,
         round_to=round_to,
         max_pruning_ratio=max_pruning_ratio,
-        scheduler=iterative_pruning_ratio_scheduler,
+        iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
     )
+    model = model_of(model_or_config, model_class)
+    view = WidthView(model, map_of(model, make_inputs=make_inputs))
     wrapped = isinstance(model_or_config, nn.Module) and model_or_config is not model
-    chosen = choose(view, Wanted(names, heads, gqa, wrapped=wrapped))
+    wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=wrapped)
+    chosen = choose(view, wanted)
     trajectory = _course(view, chosen, settings)
     if pruning_ratio:
         _check_followed(trajectory, settings, target_params, listed=prune is not None)
     return _plan(model_or_config, view, chosen, trajectory, settings, target_params)
 
 
-def _check_ratios(ratios: Mapping[str, float]) -> None:
-    """Raise if a ratio is outside 0 to 1; they are given by name."""
-    for name, ratio in ratios.items():
-        check_share(name, ratio)
-
-
 def _check_followed(
-    trajectory: Trajectory, settings: Settings, target_params: float | None, listed: bool
+    trajectory: Trajectory, settings: PruneSettings, target_params: float | None, listed: bool
 ) -> None:
     """Raise if ``pruning_ratio`` decides nothing, since the user must have meant something else.
 
@@ -162,7 +149,7 @@ def _check_followed(
         )
 
 
-def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Trajectory:
+def _course(view: WidthView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
     """Return the trajectory of the chosen widths under these settings."""
     field_map = view.field_map
     check_ratios(chosen, settings.ratios)
@@ -182,7 +169,7 @@ def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Trajectory:
                 counts_heads=bool(set(width.fields) & field_map.count_fields()),
             )
         )
-    schedule = settings.scheduler or linear_scheduler
+    schedule = settings.iterative_pruning_ratio_scheduler or linear_scheduler
     return Trajectory(
         field_map,
         tuple(moving_widths),
@@ -202,7 +189,7 @@ def _plan(
     view: WidthView,
     chosen: Chosen,
     trajectory: Trajectory,
-    settings: Settings,
+    settings: PruneSettings,
     target_params: float | None,
 ) -> Plan:
     """Return the plan of a trajectory, or of the one that reaches ``target_params``.
@@ -261,7 +248,7 @@ def _handed(chosen: Chosen) -> Iterator[str]:
             yield f"{name} has to lose channels with {width.name}: the report of a step says which"
 
 
-def _heads_stay(chosen: Chosen, settings: Settings) -> Iterator[str]:
+def _heads_stay(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
     """Yield a note if heads are to be pruned but no ratio says what share of them."""
     if chosen.heads and not settings.head_pruning_ratio:
         names = ", ".join(width.name for width in chosen.heads)
@@ -325,8 +312,8 @@ def _width(
 
 
 def _settings_of(
-    trajectory: Trajectory, settings: Settings, heads: Collection[tuple[FieldPath, ...]]
-) -> Settings:
+    trajectory: Trajectory, settings: PruneSettings, heads: Collection[tuple[FieldPath, ...]]
+) -> PruneSettings:
     """Return the settings that lead where a trajectory does.
 
     The most common ratio becomes ``pruning_ratio``, the exceptions go into ``ratios``. ``heads``

@@ -19,7 +19,7 @@ from ..graph.pruner_access import GraphInputs
 from ..model.config_json import field_name
 from ..model.locate import check_followable, find_pretrained
 from ..model.surroundings import same_random_state
-from .choices import Gqa, Graph, check_graph, check_share, heads_asked, names_in
+from .choices import Gqa, Graph, PruneSettings, check_graph, check_share
 from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
 from .requested import staying, wanted_by
 from .selection import Chosen, Wanted, choose, multiples_of
@@ -82,20 +82,20 @@ def pruner_kwargs(
         TypeError: not a model, or an argument that no pruner has.
     """
     check_graph(graph)
-    heads = heads_asked(prune_num_heads, gqa)
     check_names(arguments)
     check_ratios(arguments)
     for name, ratio in (ratios or {}).items():
         check_share(f"ratios: {name}", ratio)
+    settings = PruneSettings.of(prune, ratios, prune_num_heads, gqa)
     prefix, pretrained = find_pretrained(model)
     check_followable(pretrained)
     view = WidthView(pretrained, map_of(pretrained, make_inputs=make_inputs))
-    fields = None if prune is None and ratios is None else names_in(prune or ratios or ())
+    heads = settings.prune_num_heads
     given = {**arguments, "round_to": round_to, "prune_num_heads": heads}
     if prune_head_dims is not None:
         given["prune_head_dims"] = prune_head_dims
-    wanted = Wanted(fields, heads, gqa, bool(prune_head_dims), bool(prefix))
-    return _on_config_graph(model, view, prefix, wanted, ratios, given)
+    wanted = Wanted(settings.prune, heads, gqa, bool(prune_head_dims), bool(prefix))
+    return _on_config_graph(model, view, prefix, wanted, settings.ratios, given)
 
 
 def by_itself(
@@ -118,13 +118,13 @@ def by_itself(
     wanted = wanted_by(arguments, bool(prefix))
     given = {name: arguments[name] for name in MERGED if name in arguments}
     try:
-        return _on_config_graph(model, view, prefix, wanted, None, given)
+        return _on_config_graph(model, view, prefix, wanted, {}, given)
     except UnsupportedModelError as error:
         if not wanted.head_dims:
             raise
         reason = str(error)
     without = replace(wanted, head_dims=False)
-    result = _on_config_graph(model, view, prefix, without, None, given)
+    result = _on_config_graph(model, view, prefix, without, {}, given)
     if not _cuts_heads(view, result["example_inputs"].graph):
         warn(f"prune_head_dims=True, but head dims stay: {reason}")
     return result
@@ -153,7 +153,7 @@ def _on_config_graph(
     view: WidthView,
     prefix: str,
     wanted: Wanted,
-    ratios: Mapping[str, float] | None,
+    ratios: Mapping[str, float],
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return arguments for a pruner on the config graph.
@@ -178,8 +178,8 @@ def _on_config_graph(
         why += f"; heads: {chosen.how}"
     by_module: dict[Any, float] = {}
     names = {field_name(field): field for field in fields}
-    check_field_ratios(chosen, ratios or {})
-    for name, ratio in (ratios or {}).items():
+    check_field_ratios(chosen, ratios)
+    for name, ratio in ratios.items():
         by_module.update(dict.fromkeys(graph.roots_of(names[name]), ratio))
     by_module |= given.get("pruning_ratio_dict") or {}
     heads = {module: count for _, module, count in view.head_layers()}
