@@ -7,7 +7,6 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -24,7 +23,7 @@ from ..model.from_config import model_of
 from .choices import Gqa, PruneSettings, Scheduler
 from .model_size import ParameterCount, Size, size_of
 from .plan import Plan, PlannedWidth
-from .refusals import _named, adjusted_line, planned_refusal
+from .refusals import adjusted_line, by_name, planned_refusal
 from .selection import Chosen, Wanted, amounts_of, check_ratios, choose, multiples_of
 from .shortfall import shortfalls
 from .target import trajectory_to, why_not_exactly
@@ -112,7 +111,7 @@ def plan(
     wrapped = isinstance(model_or_config, nn.Module) and model_or_config is not model
     wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=wrapped)
     chosen = choose(view, wanted)
-    trajectory = _course(view, chosen, settings)
+    trajectory = _trajectory(view, chosen, settings)
     if pruning_ratio:
         _check_followed(trajectory, settings, target_params, listed=prune is not None)
     return _plan(model_or_config, view, chosen, trajectory, settings, target_params)
@@ -149,7 +148,7 @@ def _check_followed(
         )
 
 
-def _course(view: WidthView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
+def _trajectory(view: WidthView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
     """Return the trajectory of the chosen widths under these settings."""
     field_map = view.field_map
     check_ratios(chosen, settings.ratios)
@@ -173,15 +172,10 @@ def _course(view: WidthView, chosen: Chosen, settings: PruneSettings) -> Traject
     return Trajectory(
         field_map,
         tuple(moving_widths),
-        partial(_scheduled, schedule, settings.iterative_steps),
+        lambda ratio: schedule(ratio, settings.iterative_steps),
         settings.round_to or 1,
         settings.max_pruning_ratio,
     )
-
-
-def _scheduled(schedule: Scheduler, steps: int, ratio: float) -> Sequence[float]:
-    """Return the ratios of steps 0 to ``steps``: ``schedule`` with its ratio as last argument."""
-    return schedule(ratio, steps)
 
 
 def _plan(
@@ -197,7 +191,7 @@ def _plan(
     ``source`` is what the user gave: a model or a config.
     """
     field_map = view.field_map
-    full, before, notes = _sized(field_map, {})
+    full, before, notes = _build_and_measure(field_map, {})
     if full is None or before is None:
         # cannot happen: map_of built it
         raise UnsupportedModelError("the class does not build its own config")
@@ -211,20 +205,20 @@ def _plan(
         why_fewer = why_not_exactly(trajectory, free, count, target)
         settings = _settings_of(trajectory, settings, heads)
     values = trajectory.steps()[-1]
-    _, after, _ = _sized(field_map, values)
+    _, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
-    offered = widths_of(view.model, view.field_map)
-    live = isinstance(source, nn.Module) and view.model.device.type != "meta"
+    every_width = widths_of(view.model, field_map)
+    has_weights = isinstance(source, nn.Module) and view.model.device.type != "meta"
     return Plan(
         model=type(view.model).__name__,
         settings=settings,
         widths=tuple(
-            _width(width, moving, trajectory, offered)
+            _width(width, moving, trajectory, every_width)
             for width, moving in zip(chosen.widths, trajectory.moving_widths, strict=True)
         ),
         kept={
             w.name: w.reason or chosen.left.get(w.name, "not chosen")
-            for w in offered
+            for w in every_width
             if w.name not in names
         },
         before=before,
@@ -234,14 +228,14 @@ def _plan(
         target=target,
         why_not_exactly=why_fewer,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
-        notes=(*notes, *_handed(chosen), *_heads_stay(chosen, settings)),
-        _live=weakref.ref(source) if live else lambda: None,
+        notes=(*notes, *_input_notes(chosen), *_heads_stay(chosen, settings)),
+        _live=weakref.ref(source) if has_weights else lambda: None,
         _fields=dict(field_map.values),
         _make_inputs=field_map.recipe.make_inputs,
     )
 
 
-def _handed(chosen: Chosen) -> Iterator[str]:
+def _input_notes(chosen: Chosen) -> Iterator[str]:
     """Yield a note for each input (encoder states) that has to lose channels with a width."""
     for width in chosen.widths:
         for name in width.handed:
@@ -255,7 +249,7 @@ def _heads_stay(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
         yield f"{names} stays: head_pruning_ratio= says what share of the heads goes, and is 0"
 
 
-def _sized(
+def _build_and_measure(
     field_map: FieldMap, values: Mapping[FieldPath, int]
 ) -> tuple[nn.Module | None, Size | None, tuple[str, ...]]:
     """Build the class without data at some values and measure it.
@@ -274,19 +268,19 @@ def _sized(
 
 
 def _width(
-    width: Width, moving: MovingWidth, trajectory: Trajectory, offered: Sequence[Width]
+    width: Width, moving: MovingWidth, trajectory: Trajectory, every_width: Sequence[Width]
 ) -> PlannedWidth:
-    """Return what the plan says of one width; ``offered`` are all widths of the model."""
+    """Return what the plan says of one width; ``every_width`` are all widths of the model."""
     field_map = trajectory.field_map
-    by_step = [trajectory.values_of(state) for state in trajectory.walk]
+    by_step = trajectory.steps()
     values = by_step[-1]
-    units = trajectory.walk[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
+    units = trajectory.states[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
     share = units / moving.units
     return PlannedWidth(
         name=width.name,
-        before=_named({field: field_map.values[field] for field in moving.fields}),
+        before=by_name({field: field_map.values[field] for field in moving.fields}),
         steps=tuple(
-            _named({field: step_values[field] for field in moving.fields})
+            by_name({field: step_values[field] for field in moving.fields})
             for step_values in by_step
         ),
         asked=moving.ratio,
@@ -304,7 +298,7 @@ def _width(
             _RANKS,
             {
                 values.get(f, field_map.values[f])
-                for f in _beside(width, offered, field_map.count_fields())
+                for f in _with_head_counts(width, every_width, field_map.count_fields())
             },
         ),
         parameters=width.parameters,
@@ -345,26 +339,26 @@ def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
 
     Only head counts are checked with the class, and only up to ``_ASKED`` of them.
     """
-    field_map, units, start = (
-        trajectory.field_map,
-        trajectory.reachable(moving),
-        moving.unit_counts[0].units,
-    )
+    field_map, units = trajectory.field_map, trajectory.reachable(moving)
+    start = moving.unit_counts[0].units
     value = field_map.values[moving.fields[0]]
     if not moving.counts_heads or len(units) > _ASKED:
         first, last, grid = (n * value // start for n in (units[0], units[-1], units.step))
         return range(first, last + 1, grid)
-    every = {
-        n: {field: field_map.values[field] * n // start for field in moving.fields} for n in units
-    }
-    return tuple(n * value // start for n in units if trajectory.refuses(every[n]) is None)
+
+    def refuses(n: int) -> str | None:
+        return trajectory.refuses({f: field_map.values[f] * n // start for f in moving.fields})
+
+    return tuple(n * value // start for n in units if refuses(n) is None)
 
 
-def _beside(width: Width, offered: Sequence[Width], counts: frozenset[FieldPath]) -> set[FieldPath]:
+def _with_head_counts(
+    width: Width, every_width: Sequence[Width], counts: frozenset[FieldPath]
+) -> set[FieldPath]:
     """Return the fields of a width and the head counts that share a width with one of them."""
     related = {
         field
-        for other in offered
+        for other in every_width
         if set(other.fields) <= counts and set(other.fields) & set(width.fields)
         for field in other.fields
     }

@@ -164,57 +164,43 @@ def _on_config_graph(
         prefix: that model's name in it.
         wanted: what the user asks for.
         ratios: config field -> ratio.
-        given: the pruner's own arguments, as the user gave them.
+        given: the pruner's own arguments that the user gave.
     """
     chosen = choose(view, replace(wanted, stays=staying(view, given)))
     for message in chosen.kept:
         warn(message)
     graph = _graph_of(view, chosen, prefix)
-    fields = {field for fields in graph.fields for field in fields}
     why = f"config graph: {len(graph.graph_groups)} groups, each proved by permutation"
     why += said_along([name for width in chosen.widths for name in width.along])
     why += said_handed(name for width in chosen.widths for name in width.handed)
-    if chosen.how:
-        why += f"; heads: {chosen.how}"
+    why += f"; heads: {chosen.how}" if chosen.how else ""
     by_module: dict[Any, float] = {}
-    names = {field_name(field): field for field in fields}
+    names = {field_name(field): field for fields in graph.fields for field in fields}
     check_field_ratios(chosen, ratios)
     for name, ratio in ratios.items():
         by_module.update(dict.fromkeys(graph.roots_of(names[name]), ratio))
     by_module |= given.get("pruning_ratio_dict") or {}
     heads = {module: count for _, module, count in view.head_layers()}
+    ignored = (*_layers_outside(model, view.model), *(given.get("ignored_layers") or ()))
     with same_random_state():
-        inputs = example_inputs(model, view.field_map.recipe, view.model.config)
+        examples = example_inputs(model, view.field_map.recipe, view.model.config)
+    inputs = GraphInputs(examples, graph, why)
     arguments = {
         **given,
         "example_inputs": inputs,
         "num_heads": {**heads, **(given.get("num_heads") or {})},
         "in_channel_groups": dict(given.get("in_channel_groups") or {}),
         "out_channel_groups": dict(given.get("out_channel_groups") or {}),
-        "ignored_layers": _union(_around(model, view.model), given.get("ignored_layers")),
+        "ignored_layers": list({id(layer): layer for layer in ignored}.values()),
         **({"pruning_ratio_dict": by_module} if by_module else {}),
         # hook.steering rounds each group to what the class accepts
         "round_to": given.get("round_to") or 1,
     }
-    return _handed_out(arguments, graph, why)
+    inputs.handed = {name: arguments[name] for name in NEEDED if name in arguments}
+    return arguments
 
 
-def _handed_out(made: dict[str, Any], graph: ConfigGraph, why: str) -> dict[str, Any]:
-    """Return the arguments with the graph inside their example inputs.
-
-    The inputs also keep what ``check_handed`` compares with what the pruner gets.
-    """
-    inputs = GraphInputs(made["example_inputs"], graph, why)
-    inputs.handed = {name: made[name] for name in NEEDED if name in made}
-    return {**made, "example_inputs": inputs}
-
-
-def _union(first: Iterable[Any], second: Iterable[Any] | None) -> list[Any]:
-    """Return the items of both, each once, compared by identity."""
-    return list({id(item): item for item in (*first, *(second or ()))}.values())
-
-
-def _around(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:
+def _layers_outside(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:
     """Return the layers of a wrapper outside the Hugging Face model: no config describes them."""
     inside = set(pretrained.modules())
     return [
