@@ -28,12 +28,12 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> Outcome:
     """Make the plan from the config; the exit code is 1 if the class refuses the widths, else 0."""
     settings = widths_of(options)
-    from ..pipeline.planned import planned
+    from ..pipeline.checks import plan_for
     from ..pipeline.source import class_for, config_of, find_source
 
     with quiet_libraries():
         source = find_source(options.model, options.trust_remote_code)
         config = config_of(source)
-        plan = planned(source, config, class_for(source, config), settings)
+        plan = plan_for(source, config, class_for(source, config), settings)
     code = DONE if plan.refusal is None else FAILED
     return Drawn(code, str(plan), plan.to_dict(), plan)

@@ -1,14 +1,20 @@
-"""Refuse what can be refused before weights are read."""
+"""Make the plan, and refuse what can be refused before weights are read."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigSyncError, PipelineError
+from ..planning.make_plan import plan
 from ..planning.plan import Plan
 from ..planning.refusals import PlannedRefusal
 from .job import Job
+from .source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def dtype_of(name: str | None) -> Any:
@@ -41,6 +47,30 @@ def check_device(name: str) -> None:
         raise PipelineError(
             f"device {name} cannot be used: {str(error).splitlines()[0]}"
         ) from error
+
+
+def plan_for(
+    source: Source,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    settings: Mapping[str, Any],
+) -> Plan:
+    """Return the plan that :func:`~tp_hf_config.plan` makes from the config alone.
+
+    Args:
+        source: the model, for messages.
+        config: its config.
+        model_class: its class.
+        settings: keyword arguments for :func:`~tp_hf_config.plan`.
+
+    Raises:
+        PipelineError: a setting is invalid or the target cannot be reached.
+        UnsupportedModelError: a field cannot be pruned.
+    """
+    try:
+        return plan(config, model_class=model_class, **settings)
+    except ValueError as error:
+        raise PipelineError(f"{source.name}: {error}") from error
 
 
 def check_plan(plan: Plan, job: Job) -> None:
