@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .arguments import add_model, add_widths, widths_of
-from .console import Drawn, quiet_libraries
+from .console import quiet_libraries
 from .outcome import DONE, FAILED, Outcome
 
 HELP = "say what pruning will give, from the config alone"
@@ -36,4 +36,4 @@ def run(options: argparse.Namespace) -> Outcome:
         config = config_of(source)
         plan = plan_for(source, config, class_for(source, config), settings)
     code = DONE if plan.refusal is None else FAILED
-    return Drawn(code, str(plan), plan.to_dict(), plan)
+    return Outcome(code, str(plan), plan.to_dict(), plan)

@@ -29,7 +29,7 @@ from .output import new_folder
 from .progress import Progress, Silent
 from .recovery import accumulate_gradients, recover
 from .roundtrip import prove_roundtrip
-from .source import check_plain, check_read, class_for, config_of, load, tokenizer_of
+from .source import check_not_quantised, check_rotary, class_for, config_of, load, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,8 +77,8 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     with new_folder(job.out, source=job.source.folder, overwrite=job.overwrite) as work:
         check_device(job.device)
         config = config_of(job.source)
-        check_plain(job.source, config)
-        check_read(job.source)
+        check_not_quantised(job.source, config)
+        check_rotary(job.source)
         config.dtype = dtype_of(job.dtype) or config.dtype
         model_class = class_for(job.source, config)
         plan = plan_for(job.source, config, model_class, job.widths)

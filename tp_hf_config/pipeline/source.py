@@ -214,7 +214,7 @@ def load(
     return model, (note,)
 
 
-def check_plain(source: Source, config: PreTrainedConfig) -> None:
+def check_not_quantised(source: Source, config: PreTrainedConfig) -> None:
     """Raise if the weights are packed, before they are read.
 
     Raises:
@@ -230,7 +230,7 @@ def check_plain(source: Source, config: PreTrainedConfig) -> None:
         )
 
 
-def check_read(source: Source) -> None:
+def check_rotary(source: Source) -> None:
     """Raise if the installed Transformers would ignore the rotary embeddings in a config.
 
     Raises:

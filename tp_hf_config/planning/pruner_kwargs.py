@@ -125,18 +125,11 @@ def by_itself(
         reason = str(error)
     without = replace(wanted, head_dims=False)
     result = _on_config_graph(model, view, prefix, without, {}, given)
-    if not _cuts_heads(view, result["example_inputs"].graph):
+    graph = result["example_inputs"].graph
+    shrinking = (name for group in graph.graph_groups for name in graph.outputs_of(group))
+    if not any(map(view.field_map.splits_of, shrinking)):
         warn(f"prune_head_dims=True, but head dims stay: {reason}")
     return result
-
-
-def _cuts_heads(view: WidthView, graph: ConfigGraph) -> bool:
-    """True if layers that are split into heads lose outputs."""
-    return any(
-        view.field_map.splits_of(name)
-        for group in graph.graph_groups
-        for name in graph.outputs_of(group)
-    )
 
 
 def _graph_of(view: WidthView, chosen: Chosen, prefix: str) -> ConfigGraph:
