@@ -81,7 +81,7 @@ def check_plan(plan: Plan, job: Job) -> None:
         PipelineError: no width changes, or the disk has too little room for the pruned model.
     """
     if plan.refusal is not None:
-        raise ConfigSyncError(_refused(plan, plan.refusal))
+        raise ConfigSyncError(_refusal_text(plan, plan.refusal))
     if all(width.after == width.before for width in plan.widths):
         steps = "; ".join(
             f"{w.name} {w.asked:g} of {next(iter(w.before.values())):,}" for w in plan.widths
@@ -95,7 +95,7 @@ def check_plan(plan: Plan, job: Job) -> None:
         )
 
 
-def _refused(plan: Plan, refusal: PlannedRefusal) -> str:
+def _refusal_text(plan: Plan, refusal: PlannedRefusal) -> str:
     """Return a message: why the class refuses the widths, and ratios that it takes."""
     values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
     lines = [f"{plan.model} refuses {values}: {refusal.reason.rstrip('.')}."]

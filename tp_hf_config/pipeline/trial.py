@@ -195,7 +195,7 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
         if outcome == "works":
             continue
         if outcome == "refused":
-            why = width.reason or why or f"{_least(width)} of {width.units} have to stay"
+            why = width.reason or why or f"{_minimum(width)} of {width.units} have to stay"
         elif steps > 1:
             why = f"{steps} steps: {why}"
         graph = "" if outcome == "refused" else "config"
@@ -243,7 +243,7 @@ def _attempt(
     return ("works", "") if reason is None else ("failed", _line(reason))
 
 
-def _least(width: Width) -> int:
+def _minimum(width: Width) -> int:
     """Return how many units have to stay: as many as the class needs, or the kernels it runs on.
 
     At least one unit of each channel group stays.

@@ -228,7 +228,7 @@ def _plan(
         target=target,
         why_not_exactly=why_fewer,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
-        notes=(*notes, *_input_notes(chosen), *_heads_stay(chosen, settings)),
+        notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _live=weakref.ref(source) if has_weights else lambda: None,
         _fields=dict(field_map.values),
         _make_inputs=field_map.recipe.make_inputs,
@@ -242,7 +242,7 @@ def _input_notes(chosen: Chosen) -> Iterator[str]:
             yield f"{name} has to lose channels with {width.name}: the report of a step says which"
 
 
-def _heads_stay(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
+def _head_notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
     """Yield a note if heads are to be pruned but no ratio says what share of them."""
     if chosen.heads and not settings.head_pruning_ratio:
         names = ", ".join(width.name for width in chosen.heads)

@@ -161,7 +161,7 @@ def _preflight(pruner: Any, view: WidthView) -> tuple[Preflight | None, str | No
         for fields, groups in by_fields.items()
         if any(scopes[group.scope] > 1 for group in groups)
     }
-    problem = _ranked_apart(ranked) or _first_apart(pruner, by_fields, ranked)
+    problem = _ranked_together(ranked) or _first_difference(pruner, by_fields, ranked)
     if ranked or problem is not None:
         return None, problem
     moving_widths: list[MovingWidth] = []
@@ -196,7 +196,7 @@ def _preflight(pruner: Any, view: WidthView) -> tuple[Preflight | None, str | No
     return outcome, f"the class will not take the widths. {words}"
 
 
-def _ranked_apart(ranked: _Groups) -> str | None:
+def _ranked_together(ranked: _Groups) -> str | None:
     """Return the reason if several groups of a field are ranked with others, else ``None``.
 
     Importances decide then how much of each group goes.
@@ -215,13 +215,13 @@ def _ranked_apart(ranked: _Groups) -> str | None:
     )
 
 
-def _first_apart(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
+def _first_difference(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
     """Return the reason for the first field whose groups end with different numbers, if any."""
     for fields, groups in by_fields.items():
         every = sum(graph_group.fields == fields for graph_group in pruner.DG.graph_groups)
         staying = every - len(groups)
         if fields not in ranked:
-            problem = _apart(pruner, _names(fields), groups, staying)
+            problem = _different_ends(pruner, _names(fields), groups, staying)
         else:
             problem = _some_stay(_names(fields), groups, staying, "lose some") if staying else None
         if problem is not None:
@@ -234,7 +234,9 @@ def _names(fields: tuple[FieldPath, ...]) -> str:
     return " + ".join(map(field_name, fields))
 
 
-def _apart(pruner: Any, name: str, groups: Sequence[_PrunedGroup], staying: int) -> str | None:
+def _different_ends(
+    pruner: Any, name: str, groups: Sequence[_PrunedGroup], staying: int
+) -> str | None:
     """Return the reason if groups of one field end with different numbers of units, else ``None``.
 
     ``staying`` is how many more groups the field has that are not pruned.

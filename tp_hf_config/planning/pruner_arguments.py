@@ -251,7 +251,7 @@ def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
             if not affected:
                 idle.append(named[0])
         if idle:
-            yield f"{name}= has no effect for {_some(graph, idle)}: {_why_idle(heads, arguments)}."
+            yield f"{name}= has no effect for {_names(graph, idle)}: {_why_idle(heads, arguments)}."
         for graph_group in groups:
             ratios = list(dict.fromkeys(ratios_of.get(id(graph_group), ())))
             if len(ratios) > 1:
@@ -272,7 +272,7 @@ def _why_idle(heads: bool, arguments: Mapping[str, Any]) -> str:
     return f"nothing that it puts out is pruned{way}"
 
 
-def _some(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
+def _names(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
     """Return the names of up to three layers and how many more there are."""
     names = {module: name for name, module in graph.pretrained.named_modules()}
     shown = [names.get(layer, type(layer).__name__) or type(layer).__name__ for layer in layers]
