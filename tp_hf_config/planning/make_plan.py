@@ -328,10 +328,9 @@ def _settings_of(
     )
 
 
-def _divisors(candidates: Sequence[int], sizes: Iterable[int]) -> tuple[int, ...]:
+def _divisors(candidates: Sequence[int], sizes: Collection[int]) -> tuple[int, ...]:
     """Return the candidates that divide all sizes."""
-    every = list(sizes)
-    return tuple(n for n in candidates if all(size % n == 0 for size in every))
+    return tuple(n for n in candidates if all(size % n == 0 for size in sizes))
 
 
 def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:

@@ -60,13 +60,13 @@ class Preflight:
 
         ``None``: the group is not pruned, or does not have the expected units before the step.
         """
-        states, kind = self.trajectory.states, self.kinds.get(id(graph_group))
-        if kind is None or not 1 <= step <= len(states):
+        states = [self.trajectory.start, *self.trajectory.states]
+        kind = self.kinds.get(id(graph_group))
+        if kind is None or not 1 <= step < len(states):
             return None
         fields, index = kind
-        moving = next(moving for moving in self.trajectory.moving_widths if moving.fields == fields)
-        before = states[step - 2][fields][index] if step > 1 else moving.unit_counts[index].units
-        return states[step - 1][fields][index] if before == graph_group.units.count else None
+        before, after = states[step - 1][fields][index], states[step][fields][index]
+        return after if before == graph_group.units.count else None
 
 
 def preflight(pruner: Any, view: WidthView, strict: bool) -> Preflight | None:

@@ -128,14 +128,14 @@ class Trajectory:
         return [state for _, state in self._steps]
 
     @cached_property
-    def _start(self) -> State:
+    def start(self) -> State:
         """Return the units before the first step."""
         return {w.fields: tuple(count.units for count in w.unit_counts) for w in self.moving_widths}
 
     @cached_property
     def _steps(self) -> list[tuple[State, State]]:
         """Return, for each step, what the rounded ratios alone leave, and what the step leaves."""
-        now = self._start
+        now = self.start
         steps = max(map(len, self.ratios.values()), default=0)
         before = len(self._reasons)
         result: list[tuple[State, State]] = []
@@ -239,7 +239,7 @@ class Trajectory:
         for width in shrinking:
             rounded = state[width.fields]
             for units in chain([rounded], islice(self._downwards(width, rounded), _TRIES)):
-                if self.refuses(self.values_of({**self._start, width.fields: units})) is None:
+                if self.refuses(self.values_of({**self.start, width.fields: units})) is None:
                     if units != rounded:
                         changes[width.fields] = units
                     break
