@@ -67,7 +67,7 @@ class _Module:
         """The expressions that make a message: of an exception, a warning, or a helper's own."""
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             return node.exc.args if _name(node.exc.func) in self.functions else []
-        if isinstance(node, ast.Call) and _name(node.func) in RAISED | {"warn", "tell"}:
+        if isinstance(node, ast.Call) and _name(node.func) in RAISED | {"warn"}:
             return node.args[:1]
         return []
 

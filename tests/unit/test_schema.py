@@ -16,13 +16,13 @@ from tp_hf_config import CheckReport, Prunable, RepairReport, RoundtripReport, S
 from tp_hf_config.pipeline.companions import Copied
 from tp_hf_config.pipeline.job import Pruned
 from tp_hf_config.pipeline.roundtrip import Proof
+from tp_hf_config.planning.choices import PruneSettings
 from tp_hf_config.planning.model_size import Size
-from tp_hf_config.planning.plan import Plan, Settings
+from tp_hf_config.planning.plan import Plan
 
 PACKAGES = ("tp-hf-config", "torch", "transformers", "torch-pruning")
-SETTINGS = Settings(None, 0.5, {}, False, None, 0.0, 1, None, 1.0)
 SIZE = Size(1, 2, None)
-PLAN = Plan("Model", SETTINGS, (), {}, SIZE, SIZE, None)
+PLAN = Plan("Model", PruneSettings(), (), {}, SIZE, SIZE, None)
 REPORTS = {
     "check": CheckReport("folder", None, None),
     "repair": RepairReport("folder", after=CheckReport("folder", None, True)),

@@ -116,7 +116,7 @@ def _contradiction(options: argparse.Namespace) -> str | None:
 def place(text: str) -> str:
     """Return a path or name unchanged; refuse an empty one (from an unset shell variable)."""
     if not text.strip():
-        raise _not(text, "a folder, a file or a name")
+        raise _wrong(text, "a folder, a file or a name")
     return text
 
 
@@ -130,11 +130,11 @@ def share(text: str) -> float:
     try:
         value = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except (ValueError, ZeroDivisionError):
-        raise _not(text, "a share such as 0.2, 1/5 or 20%") from None
+        raise _wrong(text, "a share such as 0.2, 1/5 or 20%") from None
     if value == 0:
         raise argparse.ArgumentTypeError("0 prunes nothing: expected a share such as 0.2")
     if not 0 < value < 1:
-        raise _not(text, "a share between 0 and 1")
+        raise _wrong(text, "a share between 0 and 1")
     return float(value)
 
 
@@ -142,7 +142,7 @@ def names(text: str) -> tuple[str, ...]:
     """Parse config fields with commas between them."""
     fields = tuple(name.strip() for name in text.split(","))
     if not all(fields):
-        raise _not(text, "config fields with commas between: hidden_size,intermediate_size")
+        raise _wrong(text, "config fields with commas between: hidden_size,intermediate_size")
     return fields
 
 
@@ -152,9 +152,9 @@ def ratios(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
-            raise _not(text, "hidden_size=0.1,intermediate_size=0.3")
+            raise _wrong(text, "hidden_size=0.1,intermediate_size=0.3")
         if name.strip() in shares:
-            raise _not(text, f"one share for every field, found two for {name.strip()}")
+            raise _wrong(text, f"one share for every field, found two for {name.strip()}")
         shares[name.strip()] = share(value.strip())
     return shares
 
@@ -167,11 +167,11 @@ def amount(text: str) -> float:
     try:
         number = float(text[:-1] if unit > 1 else text) * unit
     except ValueError:
-        raise _not(text, "a number of parameters (100M), or a share of them (0.8)") from None
+        raise _wrong(text, "a number of parameters (100M), or a share of them (0.8)") from None
     if not 0 < number < float("inf"):
-        raise _not(text, "a number above 0")
+        raise _wrong(text, "a number above 0")
     if number == 1 or (number > 1 and number % 1):
-        raise _not(text, "a whole number of parameters (100M), or a share of them below 1 (0.8)")
+        raise _wrong(text, "a whole number of parameters (100M), or a share of them below 1 (0.8)")
     return number
 
 
@@ -187,9 +187,9 @@ def natural(text: str) -> int:
 
 def _whole(text: str, least: int) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise _not(text, f"a whole number, {least} or more")
+        raise _wrong(text, f"a whole number, {least} or more")
     return int(text)
 
 
-def _not(text: str, expected: str) -> argparse.ArgumentTypeError:
+def _wrong(text: str, expected: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"{text!r}: expected {expected}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -19,17 +18,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Drawn(Outcome):
-    """An outcome that a terminal shows in another form.
-
-    Attributes:
-        drawing: an object that rich prints; ``None``: show the text.
-    """
-
-    drawing: Any = None
-
-
 def rich_on(stream: IO[str]) -> bool:
     """True if the stream is a terminal and rich is installed."""
     return stream.isatty() and find_spec("rich") is not None
@@ -37,11 +25,10 @@ def rich_on(stream: IO[str]) -> bool:
 
 def show(outcome: Outcome) -> None:
     """Print an outcome on standard output: its drawing on a terminal, else its text."""
-    drawing = getattr(outcome, "drawing", None)
-    if drawing is not None and rich_on(sys.stdout):
+    if outcome.drawing is not None and rich_on(sys.stdout):
         from rich.console import Console
 
-        Console(file=sys.stdout).print(drawing)
+        Console(file=sys.stdout).print(outcome.drawing)
     elif outcome.text:
         print(outcome.text)
 

@@ -93,7 +93,10 @@ def parser_of() -> argparse.ArgumentParser:
     for name in COMMANDS:
         module: Any = import_module(f".{name}", __package__)
         command_parser = commands.add_parser(
-            name, help=module.HELP, description=f"{_sentence(module.HELP)}.", allow_abbrev=False
+            name,
+            help=module.HELP,
+            description=f"{module.HELP[:1].upper()}{module.HELP[1:]}.",
+            allow_abbrev=False,
         )
         module.add(command_parser)
         command_parser.add_argument("--json", action="store_true", help="print JSON")
@@ -110,19 +113,11 @@ def _unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
     """Return the message for arguments that the command does not have, with a suggestion."""
     flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     if not flags:
-        return f"found {shlex.join(unknown)}, expected nothing after {_positionals(parser)}"
+        names = [str(a.metavar or a.dest) for a in parser._actions if not a.option_strings]
+        return f"found {shlex.join(unknown)}, expected nothing after {' and '.join(names)}"
     near = get_close_matches(flags[0], parser._option_string_actions, 1)
     hint = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists what it takes"
     return f"there is no option {flags[0]}: {hint}"
-
-
-def _positionals(parser: argparse.ArgumentParser) -> str:
-    names = [str(a.metavar or a.dest) for a in parser._actions if not a.option_strings]
-    return " and ".join(names)
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _run(options: argparse.Namespace) -> Outcome:

@@ -17,8 +17,10 @@ class Outcome:
             usage.
         text: plain text for people, without markup.
         data: the JSON data that ``--json`` prints.
+        drawing: an object that rich prints on a terminal; ``None``: the text is printed.
     """
 
     code: int
     text: str
     data: dict[str, Any]
+    drawing: Any = None

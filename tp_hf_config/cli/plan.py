@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .arguments import add_model, add_widths, widths_of
-from .console import Drawn, quiet_libraries
+from .console import quiet_libraries
 from .outcome import DONE, FAILED, Outcome
 
 HELP = "say what pruning will give, from the config alone"
@@ -28,12 +28,12 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> Outcome:
     """Make the plan from the config; the exit code is 1 if the class refuses the widths, else 0."""
     settings = widths_of(options)
-    from ..pipeline.planned import planned
+    from ..pipeline.checks import plan_for
     from ..pipeline.source import class_for, config_of, find_source
 
     with quiet_libraries():
         source = find_source(options.model, options.trust_remote_code)
         config = config_of(source)
-        plan = planned(source, config, class_for(source, config), settings)
+        plan = plan_for(source, config, class_for(source, config), settings)
     code = DONE if plan.refusal is None else FAILED
-    return Drawn(code, str(plan), plan.to_dict(), plan)
+    return Outcome(code, str(plan), plan.to_dict(), plan)

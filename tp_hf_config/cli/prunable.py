@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .arguments import add_model
-from .console import Drawn, quiet_libraries
+from .console import quiet_libraries
 from .outcome import DONE, Outcome
 
 HELP = "list what can be pruned, and the proof of it"
@@ -32,4 +32,4 @@ def run(options: argparse.Namespace) -> Outcome:
         source = find_source(options.model, options.trust_remote_code)
         config = config_of(source)
         report = prunable(config, model_class=class_for(source, config))
-    return Drawn(DONE, str(report), report.to_dict(), report)
+    return Outcome(DONE, str(report), report.to_dict(), report)

@@ -58,11 +58,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raise if a path is unusable, arguments contradict each other, or there is no such model."""
-    from ..pipeline.asked import check_asked
+    from ..pipeline.job import check_job
     from ..pipeline.source import check_reachable
 
     job = _job(options)
-    check_asked(job)
+    check_job(job)
     check_reachable(job.source)
 
 

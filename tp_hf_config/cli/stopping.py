@@ -1,7 +1,7 @@
 """Raise Ctrl-C and SIGTERM as exceptions, so that clean-up removes everything half-written.
 
 Libraries swallow what is raised while they are imported (a bare ``except`` around an optional
-import).  So this module remembers a request to stop, and raises it again where that does no harm.
+import). So this module remembers a request to stop, and raises it again where that does no harm.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C.
 
     A class of its own, because Python remembers a plain ``KeyboardInterrupt`` that passes through
-    code run from C.  Python then ends by the signal and not with the exit code, although the
+    code run from C. Python then ends by the signal and not with the exit code, although the
     exception was handled.
     """
 
@@ -26,7 +26,7 @@ class Terminated(BaseException):
     """Somebody asked the process to end (SIGTERM)."""
 
 
-_asked: list[type[BaseException]] = []
+_requests: list[type[BaseException]] = []
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def stoppable() -> Iterator[None]:
 
     A Ctrl-C that is ignored, or handled by others, outside the block stays so.
     """
-    _asked.clear()
+    _requests.clear()
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
         return
@@ -44,7 +44,7 @@ def stoppable() -> Iterator[None]:
         kinds[signal.SIGINT] = Interrupted
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _asked.append(kinds[number])
+        _requests.append(kinds[number])
         raise kinds[number]
 
     before = {number: signal.signal(number, stop) for number in kinds}
@@ -62,14 +62,14 @@ def asked_to_stop(error: BaseException) -> BaseException | None:
     """
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         return error
-    for kind in _asked[:1]:
-        stop = kind()
-        stop.__cause__ = error
-        return stop
-    return None
+    if not _requests:
+        return None
+    stop = _requests[0]()
+    stop.__cause__ = error
+    return stop
 
 
 def stop_if_asked() -> None:
     """Raise a request to stop that some library swallowed, if there was one."""
-    for kind in _asked[:1]:
-        raise kind
+    if _requests:
+        raise _requests[0]

@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..schema import versions
+from .job import Pruned
 from .source import Source
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
-def card(
-    source: Source,
-    *,
-    model_class: str,
-    fields: Mapping[str, tuple[Any, Any]],
-    parameters: tuple[int, int],
-    settings: Mapping[str, Any],
-    lines: Sequence[str],
-) -> str:
+def card(source: Source, pruned: Pruned) -> str:
     """Return the text of the model card, with front matter for the Hub.
 
     Args:
         source: the model before pruning.
-        model_class: the name of its class.
-        fields: config field -> (value before, value after).
-        parameters: the number of parameters before and after.
-        settings: the settings that the user asked for, by name.
-        lines: other results, one sentence each.
+        pruned: the result of the job.
     """
+    lines = [f"Round trip: {pruned.proof}."]
+    if pruned.perplexity is not None:
+        old, new = pruned.perplexity
+        lines.append(f"Perplexity on held-out calibration text: {old:.1f} before, {new:.1f} after.")
+    lines += [f"{note}." for note in pruned.notes]
     name = base_model(source)
-    before, after = parameters
-    rows = [(field, str(old), str(new)) for field, (old, new) in fields.items()]
+    before, after = pruned.parameters
+    rows = [(field, str(old), str(new)) for field, (old, new) in pruned.fields.items()]
     rows.append(("parameters", f"{before:,}", f"{after:,} ({after / before:.1%})"))
     return "\n".join(
         [
             *_front_matter(source, name),
             f"# {name.rpartition('/')[2]}, pruned",
             "",
-            f"`{name}` (`{model_class}`), pruned with Torch-Pruning and tp-hf-config.",
+            f"`{name}` (`{pruned.model}`), pruned with Torch-Pruning and tp-hf-config.",
             "",
             *_table(("", "before", "after"), rows),
             "",
@@ -50,7 +44,7 @@ def card(
             "",
             "## How",
             "",
-            *_table(("setting", "value"), [(k, f"`{v}`") for k, v in settings.items()]),
+            *_table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()]),
             "",
             *_table(("version", ""), [("python", platform.python_version()), *versions().items()]),
             "",

@@ -1,14 +1,20 @@
-"""Refuse what can be refused before weights are read."""
+"""Make the plan, and refuse what can be refused before weights are read."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigSyncError, PipelineError
+from ..planning.make_plan import plan
 from ..planning.plan import Plan
 from ..planning.refusals import PlannedRefusal
 from .job import Job
+from .source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def dtype_of(name: str | None) -> Any:
@@ -43,6 +49,30 @@ def check_device(name: str) -> None:
         ) from error
 
 
+def plan_for(
+    source: Source,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    settings: Mapping[str, Any],
+) -> Plan:
+    """Return the plan that :func:`~tp_hf_config.plan` makes from the config alone.
+
+    Args:
+        source: the model, for messages.
+        config: its config.
+        model_class: its class.
+        settings: keyword arguments for :func:`~tp_hf_config.plan`.
+
+    Raises:
+        PipelineError: a setting is invalid or the target cannot be reached.
+        UnsupportedModelError: a field cannot be pruned.
+    """
+    try:
+        return plan(config, model_class=model_class, **settings)
+    except ValueError as error:
+        raise PipelineError(f"{source.name}: {error}") from error
+
+
 def check_plan(plan: Plan, job: Job) -> None:
     """Raise if a plan cannot be carried out or would prune nothing.
 
@@ -51,7 +81,7 @@ def check_plan(plan: Plan, job: Job) -> None:
         PipelineError: no width changes, or the disk has too little room for the pruned model.
     """
     if plan.refusal is not None:
-        raise ConfigSyncError(_refused(plan, plan.refusal))
+        raise ConfigSyncError(_refusal_text(plan, plan.refusal))
     if all(width.after == width.before for width in plan.widths):
         steps = "; ".join(
             f"{w.name} {w.asked:g} of {next(iter(w.before.values())):,}" for w in plan.widths
@@ -65,7 +95,7 @@ def check_plan(plan: Plan, job: Job) -> None:
         )
 
 
-def _refused(plan: Plan, refusal: PlannedRefusal) -> str:
+def _refusal_text(plan: Plan, refusal: PlannedRefusal) -> str:
     """Return a message: why the class refuses the widths, and ratios that it takes."""
     values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
     lines = [f"{plan.model} refuses {values}: {refusal.reason.rstrip('.')}."]

@@ -46,17 +46,17 @@ class Copied:
 
     Attributes:
         files: the files that were copied.
-        left: the other files; weights, hidden files and files that are written anew do not count.
+        not_copied: the other files, without weights, hidden files and files that are written anew.
     """
 
     files: tuple[str, ...]
-    left: tuple[str, ...] = ()
+    not_copied: tuple[str, ...] = ()
 
 
 def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copied:
     """Copy a model's tokenizer, processor, chat template, licence and trusted code into ``out``.
 
-    Follow a link only if it leads into the model's folder or the Hub's cache.  Of a GGUF file,
+    Follow a link only if it leads into the model's folder or the Hub's cache. Of a GGUF file,
     write the tokenizer alone.  Do not overwrite files in ``out``.
     """
     if source.gguf is not None:
@@ -70,22 +70,22 @@ def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copi
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":  # the Hub's cache stores links to blobs
         roots.append((folder.parent.parent / "blobs").resolve())
-    copied, left = [], []
+    copied, not_copied = [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name.startswith(".") or _matches(name, _WRITTEN_ANEW + _WEIGHTS):
             continue
         inside = any(path.resolve().is_relative_to(root) for root in roots)
         if not inside or not _matches(name, wanted) or (out / name).exists():
-            left.append(name)
+            not_copied.append(name)
             continue
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, out / name)
         copied.append(name)
-    return Copied(tuple(copied), tuple(left))
+    return Copied(tuple(copied), tuple(not_copied))
 
 
-def said_in_left(
+def notes_on_uncopied(
     source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
 ) -> tuple[str, ...]:
     """Return a note for each number in a file that was not copied if a config field had this value.
@@ -94,7 +94,7 @@ def said_in_left(
 
     Args:
         source: the model; files of a Hub model are not read.
-        copied: what was copied and what was left.
+        copied: the files that were copied, and those that were not.
         fields: config field -> (value before, value after), for the fields that changed.
     """
     changes = {
@@ -103,7 +103,7 @@ def said_in_left(
         if type(old) is int  # a list is no number in another file
     }
     notes = []
-    for file in copied.left if source.folder else ():
+    for file in copied.not_copied if source.folder else ():
         path = Path(source.place, file)
         if path.suffix != ".json" or path.is_symlink() or path.stat().st_size > _SMALL:
             continue

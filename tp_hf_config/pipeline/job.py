@@ -1,4 +1,4 @@
-"""The job of pruning a model, and its result."""
+"""The job of pruning a model, what is checked of it without torch and a model, and its result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import PipelineError
 from ..schema import dated
+from .output import check_target
 from .source import Source
 
 if TYPE_CHECKING:
@@ -67,6 +69,46 @@ class Job:
         return {name: value for name, value in {**self.widths, **own}.items() if value is not None}
 
 
+def check_job(job: Job) -> str | None:
+    """Check everything about a job that needs no model, and read the calibration text.
+
+    Returns:
+        The calibration text; ``None`` if the job has none.
+
+    Raises:
+        PipelineError: ``job.importance`` or ``job.recover`` needs a text and there is none, the
+            text cannot be read, or the output folder cannot be written to.
+    """
+    wanting = "--importance taylor" if job.importance == "taylor" else "--recover"
+    if job.calibration is None and (job.importance == "taylor" or job.recover):
+        raise PipelineError(
+            f"{wanting} needs text to run the model on. Add --calibration FILE (plain text, some "
+            "thousand words of what the model is for)"
+            + (", or use --importance magnitude" if job.importance == "taylor" else "")
+        )
+    check_target(job.out, source=job.source.folder, overwrite=job.overwrite)
+    return None if job.calibration is None else _read_text(job.calibration)
+
+
+def _read_text(path: Path) -> str:
+    """Return the calibration text in a file.
+
+    Raises:
+        PipelineError: the file cannot be read, is not UTF-8 or is empty.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PipelineError(
+            f"{path}: expected plain text in UTF-8, found other bytes at {error.start:,}"
+        ) from error
+    except OSError as error:
+        raise PipelineError(f"{path}: calibration text cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise PipelineError(f"{path}: the calibration text is empty")
+    return text
+
+
 @dataclass(frozen=True)
 class Pruned:
     """The result of a job; ``str`` gives a few lines of text.
@@ -114,8 +156,8 @@ class Pruned:
         lines.append(f"proof: {self.proof}")
         if self.copied.files:
             lines.append(f"copied: {', '.join(self.copied.files)}")
-        if self.copied.left:
-            lines.append(f"not copied: {', '.join(self.copied.left)}")
+        if self.copied.not_copied:
+            lines.append(f"not copied: {', '.join(self.copied.not_copied)}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"written: {self.out} ({self.seconds:.0f} s)"])
 
@@ -132,7 +174,7 @@ class Pruned:
             else dict(zip(("before", "after"), self.perplexity, strict=True)),
             "proof": {"tensors": self.proof.tensors, "numbers": self.proof.numbers},
             "copied": list(self.copied.files),
-            "not_copied": list(self.copied.left),
+            "not_copied": list(self.copied.not_copied),
             "notes": list(self.notes),
             "plan": self.plan.to_dict(),
             "steps": [report.to_dict() for report in self.reports],

@@ -37,10 +37,10 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
         work.mkdir()
         yield work
         _flush(work)
-        reason = _taken(target, overwrite)  # somebody may have written to it meanwhile
+        reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
         if reason is not None:
             raise PipelineError(reason)
-        _put(work, target, target.with_name(f".{target.name}.{token}.old"))
+        _rename_into_place(work, target, target.with_name(f".{target.name}.{token}.old"))
     except OSError as error:
         raise PipelineError(f"{target}: cannot be written: {error}") from error
     finally:
@@ -55,12 +55,12 @@ def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -
         PipelineError: ``target`` cannot be written to, or something would be overwritten.
     """
     target = target.expanduser().resolve()
-    reason = _taken(target, overwrite) or _amid(target, source)
+    reason = _why_unwritable(target, overwrite) or _why_source_is_inside(target, source)
     if reason is not None:
         raise PipelineError(reason)
 
 
-def _taken(target: Path, overwrite: bool) -> str | None:
+def _why_unwritable(target: Path, overwrite: bool) -> str | None:
     """Return why a folder may not be written to, or ``None``."""
     if not target.parent.is_dir():
         return f"{target}: the folder it is to be in is not there. Make it first: {target.parent}"
@@ -75,7 +75,7 @@ def _taken(target: Path, overwrite: bool) -> str | None:
     return None
 
 
-def _amid(target: Path, source: Path | None) -> str | None:
+def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
     """Return why replacing ``target`` would destroy ``source``, or ``None``."""
     if source is None:
         return None
@@ -95,7 +95,7 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _put(work: Path, target: Path, aside: Path) -> None:
+def _rename_into_place(work: Path, target: Path, aside: Path) -> None:
     """Rename ``work`` to ``target``, and remove the folder that had this name.
 
     That folder is renamed to ``aside`` first; after a failure it gets its name back.

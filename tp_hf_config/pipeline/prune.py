@@ -20,18 +20,16 @@ from ..fieldmap.field_map import map_of
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
 from ..planning.plan import Plan
-from .asked import check_asked
 from .calibration import Objective, Text, objective_of, shuffled, takes_text, windows_of
 from .card import card
-from .checks import check_device, check_plan, dtype_of
-from .companions import copy_companions, said_in_left
-from .job import Importance, Job, Pruned, changed
+from .checks import check_device, check_plan, dtype_of, plan_for
+from .companions import copy_companions, notes_on_uncopied
+from .job import Importance, Job, Pruned, changed, check_job
 from .output import new_folder
-from .planned import planned
 from .progress import Progress, Silent
 from .recovery import accumulate_gradients, recover
 from .roundtrip import prove_roundtrip
-from .source import check_plain, check_read, class_for, config_of, load, tokenizer_of
+from .source import check_not_quantised, check_rotary, class_for, config_of, load, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +43,7 @@ _IMPORTANCES: dict[Importance, str] = {
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class _Calibration:
     """A calibration text, and what is needed to use it.
 
     Attributes:
@@ -75,15 +73,15 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    text = check_asked(job)
+    text = check_job(job)
     with new_folder(job.out, source=job.source.folder, overwrite=job.overwrite) as work:
         check_device(job.device)
         config = config_of(job.source)
-        check_plain(job.source, config)
-        check_read(job.source)
+        check_not_quantised(job.source, config)
+        check_rotary(job.source)
         config.dtype = dtype_of(job.dtype) or config.dtype
         model_class = class_for(job.source, config)
-        plan = planned(job.source, config, model_class, job.widths)
+        plan = plan_for(job.source, config, model_class, job.widths)
         check_plan(plan, job)
         if text is not None and not takes_text(model_class):
             raise UnsupportedModelError(
@@ -92,7 +90,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
             )
         progress.say(plan)
         with _seeded(job.seed):
-            result = _written(job, config, model_class, plan, text, work, progress)
+            result = _prune_and_write(job, config, model_class, plan, text, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -109,7 +107,7 @@ def _seeded(seed: int) -> Iterator[None]:
         random.setstate(state)
 
 
-def _written(
+def _prune_and_write(
     job: Job,
     config: PreTrainedConfig,
     model_class: type[PreTrainedModel],
@@ -121,22 +119,21 @@ def _written(
     """Load, prune and prove the model, and write everything into the unfinished folder ``work``."""
     dtype = dtype_of(job.dtype)
     progress.say(f"loading {job.source.name}")
-    loaded = load(job.source, config, model_class, dtype=dtype, device=job.device)
-    model = loaded.model
-    lesson = None if text is None else _lesson(job, model, text)
-    parameters, perplexity = model.num_parameters(), _perplexity(model, lesson)
+    model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    calibration = None if text is None else _calibration(job, model, text)
+    parameters, perplexity = model.num_parameters(), _perplexity(model, calibration)
     recipe = map_of(model).recipe
-    reports = _pruned(job, plan, model, lesson, progress)
-    after = _perplexity(model, lesson)
-    del lesson  # free the unpruned model: the process that loads the pruned one needs room
+    reports = _prune(job, plan, model, calibration, progress)
+    after = _perplexity(model, calibration)
+    del calibration  # free the unpruned model: the process that loads the pruned one needs room
     _save(model, work, job.max_shard_size)
     rotary_notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
     copied = copy_companions(job.source, model.config, work)
     progress.say("a fresh process loads what was written")
     proof = prove_roundtrip(model, work, recipe)
-    notes = [*loaded.notes, *plan.notes, *(note for report in reports for note in report.notes)]
+    notes = [*load_notes, *plan.notes, *(note for report in reports for note in report.notes)]
     notes += rotary_notes
-    notes += said_in_left(job.source, copied, changed(reports))
+    notes += notes_on_uncopied(job.source, copied, changed(reports))
     result = Pruned(
         type(model).__name__,
         job.out,
@@ -149,14 +146,14 @@ def _written(
         tuple(dict.fromkeys(notes)),
         settings=job.settings,
     )
-    (work / "README.md").write_text(_card(job, result), encoding="utf-8")
+    (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result
 
 
-def _lesson(job: Job, model: PreTrainedModel, text: str) -> _Lesson:
+def _calibration(job: Job, model: PreTrainedModel, text: str) -> _Calibration:
     tokenizer = tokenizer_of(job.source)
     windows = windows_of(text, tokenizer, model)
-    return _Lesson(
+    return _Calibration(
         windows,
         objective_of(model, tokenizer, windows.train[:1]),
         shuffled(windows.train, job.seed),
@@ -164,15 +161,17 @@ def _lesson(job: Job, model: PreTrainedModel, text: str) -> _Lesson:
     )
 
 
-def _perplexity(model: PreTrainedModel, lesson: _Lesson | None) -> float | None:
-    return None if lesson is None else lesson.objective.perplexity(model, lesson.text.held_out)
+def _perplexity(model: PreTrainedModel, calibration: _Calibration | None) -> float | None:
+    if calibration is None:
+        return None
+    return calibration.objective.perplexity(model, calibration.text.held_out)
 
 
-def _pruned(
+def _prune(
     job: Job,
     plan: Plan,
     model: PreTrainedModel,
-    lesson: _Lesson | None,
+    calibration: _Calibration | None,
     progress: Progress,
 ) -> tuple[SyncReport, ...]:
     """Run all steps, with gradients before and recovery after each; return one report per step."""
@@ -188,16 +187,16 @@ def _pruned(
     steps = plan.settings.iterative_steps
     for step in range(1, steps + 1):
         name = f"step {step}/{steps}"
-        if lesson is not None and job.importance == "taylor":
+        if calibration is not None and job.importance == "taylor":
             what = f"{name}: gradients"
-            accumulate_gradients(model, lesson.objective, lesson.batches, progress, what)
+            accumulate_gradients(model, calibration.objective, calibration.batches, progress, what)
         pruner.step()
         progress.say(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
-        if lesson is not None and lesson.teacher is not None and updates:
+        if calibration is not None and calibration.teacher is not None and updates:
             what = f"{name}: recovery"
-            task, batches = lesson.objective, lesson.batches
-            recover(model, lesson.teacher, task, batches, updates, progress, what)
+            objective, batches = calibration.objective, calibration.batches
+            recover(model, calibration.teacher, objective, batches, updates, progress, what)
     model.zero_grad()
     return tuple(hook.reports)
 
@@ -210,19 +209,3 @@ def _save(model: PreTrainedModel, folder: Path, max_shard_size: str | None) -> N
         model.save_pretrained(folder, **shards)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise PipelineError(f"the weights cannot be written: {error}") from error
-
-
-def _card(job: Job, result: Pruned) -> str:
-    lines = [f"Round trip: {result.proof}."]
-    if result.perplexity is not None:
-        old, new = result.perplexity
-        lines.append(f"Perplexity on held-out calibration text: {old:.1f} before, {new:.1f} after.")
-    lines += [f"{note}." for note in result.notes]
-    return card(
-        job.source,
-        model_class=result.model,
-        fields=result.fields,
-        parameters=result.parameters,
-        settings=job.settings,
-        lines=lines,
-    )

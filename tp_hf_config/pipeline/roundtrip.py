@@ -49,7 +49,7 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
     """
     report = compare_saved(model, folder, _inputs(model, recipe))
     if not report.same:
-        raise _failed(f"{report}")
+        raise _not_proved(f"{report}")
     return Proof(len(report.outputs), report.numbers)
 
 
@@ -63,10 +63,10 @@ def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]:
             reason = reason or f"{type(error).__name__}: {error}"
         else:
             return inputs
-    raise _failed(f"no inputs were found that it runs with: {reason}")
+    raise _not_proved(f"no inputs were found that it runs with: {reason}")
 
 
-def _failed(reason: str) -> PipelineError:
+def _not_proved(reason: str) -> PipelineError:
     return PipelineError(
         f"the pruned model was not written, its round trip is not proved: {reason}"
     )

@@ -49,19 +49,6 @@ class Source:
         return {"trust_remote_code": self.trust_remote_code, **gguf}
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model in memory.
-
-    Attributes:
-        model: the model.
-        notes: what the user should know about loading it, such as tensors that are missing.
-    """
-
-    model: PreTrainedModel
-    notes: tuple[str, ...] = ()
-
-
 def find_source(name: str, trust_remote_code: bool = False) -> Source:
     """Return the source that a user means by a folder, a file or a name, without using torch.
 
@@ -71,12 +58,12 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
         PipelineError: there is no such folder or file, or no model in it.
     """
     try:
-        return _found(name, trust_remote_code)
+        return _source(name, trust_remote_code)
     except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
         raise PipelineError(f"{name} cannot be read: {error}") from error
 
 
-def _found(name: str, trust_remote_code: bool) -> Source:
+def _source(name: str, trust_remote_code: bool) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -184,7 +171,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-) -> Loaded:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load the whole model into memory, in eval mode.
 
     Args:
@@ -194,6 +181,9 @@ def load(
         dtype: the dtype of its weights; default: as they are stored, float32 from a GGUF file.
         device: torch's name of the device to put it on.
 
+    Returns:
+        The model, and notes for the user, such as tensors that are missing.
+
     Raises:
         PipelineError: the weights cannot be loaded.
     """
@@ -201,38 +191,30 @@ def load(
 
     stored: Any = torch.float32 if source.gguf else "auto"
     try:
-        model, info = read_weights(source, config, model_class, dtype or stored)
-        model = model.to(device)  # type: ignore[arg-type]
+        loaded: Any = model_class.from_pretrained(
+            source.place,
+            config=config,
+            dtype=dtype or stored,
+            output_loading_info=True,
+            **source.options,
+        )
+        model, info = loaded
+        model = model.eval().to(device)
     except Exception as error:  # reading weights may raise anything
         raise _cannot(source, "its weights cannot be loaded", error) from error
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
     missing = sorted(info["missing_keys"])
-    notes = []
-    if missing:
-        notes.append(
-            f"{len(missing)} tensors are not in {source.name} and are random: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    return Loaded(model, tuple(notes))
-
-
-def read_weights(
-    source: Source, config: PreTrainedConfig, model_class: type[PreTrainedModel], dtype: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load the model; errors pass through.
-
-    Returns:
-        The model in eval mode, and the loading info of Transformers (``missing_keys`` and others).
-    """
-    loaded: Any = model_class.from_pretrained(
-        source.place, config=config, dtype=dtype, output_loading_info=True, **source.options
+    if not missing:
+        return model, ()
+    note = (
+        f"{len(missing)} tensors are not in {source.name} and are random: "
+        f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
     )
-    model, info = loaded
-    return model.eval(), info
+    return model, (note,)
 
 
-def check_plain(source: Source, config: PreTrainedConfig) -> None:
+def check_not_quantised(source: Source, config: PreTrainedConfig) -> None:
     """Raise if the weights are packed, before they are read.
 
     Raises:
@@ -248,7 +230,7 @@ def check_plain(source: Source, config: PreTrainedConfig) -> None:
         )
 
 
-def check_read(source: Source) -> None:
+def check_rotary(source: Source) -> None:
     """Raise if the installed Transformers would ignore the rotary embeddings in a config.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -155,8 +154,8 @@ def after_reload(trial: Trial, model_class: type[nn.Module]) -> WidthSupport:
         trial: a width that was pruned, with the folders of the pruned models.
         model_class: the class to load.
     """
-    reasons: Sequence[str | None] = [reloaded(model_class, folder) for folder in trial.folders]
-    difference = next((reason for reason in reasons if reason is not None), None)
-    if difference is None:
-        return trial.width
-    return replace(trial.width, outcome="failed", why=difference)
+    for folder in trial.folders:
+        reason = reloaded(model_class, folder)
+        if reason is not None:
+            return replace(trial.width, outcome="failed", why=reason)
+    return trial.width

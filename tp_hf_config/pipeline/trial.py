@@ -108,15 +108,15 @@ def subject(tiny: TinyModel, seed: int) -> Subject:
     with torch.no_grad():
         for value in (*model.parameters(), *saved_buffers(model).values()):
             _as_float32(value)
-    _take_computed(model, tiny.recipe)
+    _load_computed_buffers(model, tiny.recipe)
     return Subject(model, tiny)
 
 
-def _take_computed(model: Any, recipe: RunRecipe) -> None:
+def _load_computed_buffers(model: Any, recipe: RunRecipe) -> None:
     """Give buffers that are not saved the values that loading computes.
 
-    Loading computes GPT-J's tables in another precision.  A class that does not load is left as it
-    is; each trial says why then.
+    Loading computes GPT-J's tables in another precision. Nothing changes if a class does not load;
+    each trial says why then.
     """
     saved = saved_buffers(model)
     computed = [name for name, _ in model.named_buffers() if name not in saved]
@@ -128,11 +128,11 @@ def _take_computed(model: Any, recipe: RunRecipe) -> None:
             loaded = type(model).from_pretrained(folder, **_options(recipe))
         except Exception:
             return
-    own, loaded_buffers = dict(model.named_buffers()), dict(loaded.named_buffers())
+    buffers = dict(loaded.named_buffers())
     with torch.no_grad():
-        for name in computed:
-            if name in loaded_buffers and loaded_buffers[name].shape == own[name].shape:
-                own[name].copy_(loaded_buffers[name])
+        for name, buffer in model.named_buffers():
+            if name in computed and name in buffers and buffers[name].shape == buffer.shape:
+                buffer.copy_(buffers[name])
 
 
 def _options(recipe: RunRecipe) -> dict[str, Any]:
@@ -143,8 +143,8 @@ def _options(recipe: RunRecipe) -> dict[str, Any]:
 def _as_float32(value: torch.Tensor) -> None:
     """Round a tensor to float32 values in place.
 
-    Some classes load some weights in float32, whatever dtype is asked for.  The entries of a short
-    vector stay different, because the masked check finds by value which of them are left.
+    Some classes load some weights in float32, whatever dtype is asked for. The entries of a short
+    vector stay different, because the masked check finds by value which of them remain.
     """
     value.copy_(value.float())
     if value.ndim == 1 and len(value) <= _SHORT:
@@ -195,7 +195,7 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
         if outcome == "works":
             continue
         if outcome == "refused":
-            why = width.reason or why or f"{_least(width)} of {width.units} have to stay"
+            why = width.reason or why or f"{_minimum(width)} of {width.units} have to stay"
         elif steps > 1:
             why = f"{steps} steps: {why}"
         graph = "" if outcome == "refused" else "config"
@@ -217,25 +217,33 @@ def _attempt(
     Returns:
         ``refused`` without a reason if nothing was pruned.
     """
-    copied = copy.deepcopy(case.model)
-    hook = HFConfigSyncHook()
+    import torch_pruning as tp
+
+    tiny, pruned, hook = case.tiny, copy.deepcopy(case.model), HFConfigSyncHook()
     try:
         with _quiet():
-            pruner = _pruner(case, copied, fields, steps, hook)
+            pruner = tp.pruner.MetaPruner(
+                pruned,
+                **pruner_kwargs(pruned, prune=fields, make_inputs=tiny.recipe.make_inputs),
+                importance=tp.importance.GroupMagnitudeImportance(),
+                pruning_ratio=RATIO,
+                iterative_steps=steps,
+                hooks=[hook],
+            )
     except TPHFConfigError as error:
         return "refused", str(error)
     except Exception as error:
         return "failed", _line(f"{type(error).__name__} from the pruner's constructor: {error}")
-    failed = _pruned(case, copied, pruner, steps)
-    if failed is None and not any(report.groups for report in hook.reports):
+    reason = _prune_and_check(case, pruned, pruner, steps)
+    if reason is None and not any(report.groups for report in hook.reports):
         return "refused", ""
-    if failed is None:
-        inputs = inputs_left(case.model, copied, case.tiny.inputs, case.tiny.recipe)
-        failed = save(copied, inputs, folder, case.tiny.watched, case.tiny.recipe)
-    return ("works", "") if failed is None else ("failed", _line(failed))
+    if reason is None:
+        inputs = inputs_left(case.model, pruned, tiny.inputs, tiny.recipe)
+        reason = save(pruned, inputs, folder, tiny.watched, tiny.recipe)
+    return ("works", "") if reason is None else ("failed", _line(reason))
 
 
-def _least(width: Width) -> int:
+def _minimum(width: Width) -> int:
     """Return how many units have to stay: as many as the class needs, or the kernels it runs on.
 
     At least one unit of each channel group stays.
@@ -243,36 +251,17 @@ def _least(width: Width) -> int:
     return max(max(group.count.minimum, group.count.channel_groups) for group in width.groups)
 
 
-def _pruner(
-    case: Subject,
-    model: nn.Module,
-    fields: Sequence[str] | None,
-    steps: int,
-    hook: HFConfigSyncHook,
-) -> Any:
-    import torch_pruning as tp
-
-    return tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model, prune=fields, make_inputs=case.tiny.recipe.make_inputs),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=RATIO,
-        iterative_steps=steps,
-        hooks=[hook],
-    )
-
-
-def _pruned(case: Subject, model: Any, pruner: Any, steps: int) -> str | None:
+def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> str | None:
     """Run all steps and the masked check; return why that failed, or ``None``."""
     try:
         with _quiet():
             for _ in range(steps):
                 pruner.step()
-        builder = Builder(model, attention=case.tiny.recipe.attention)
+        tiny = case.tiny
+        builder = Builder(model, attention=tiny.recipe.attention)
         reference = builder.build_real(config_json(model.config))
         if isinstance(reference, Refusal):
             return f"the new config does not build: {reference.reason}"
-        tiny = case.tiny
         return difference(case.model, model, reference, tiny.inputs, tiny.watched, tiny.recipe)
     except TPHFConfigError as error:
         return f"{type(error).__name__} after the step: {error}"
@@ -302,12 +291,14 @@ def save(
         with torch.no_grad():
             outputs = outputs_in_float64(model, inputs, watched, recipe)
         model.save_pretrained(folder)
-        case: dict[str, Any] = {
+        case = {
             "inputs": dict(inputs),
             "watched": [tuple(result) for result in watched],
+            "methods": list(recipe.methods),
+            "outputs": outputs,
+            "options": _options(recipe),
         }
-        case["methods"] = list(recipe.methods)
-        torch.save({**case, "outputs": outputs, "options": _options(recipe)}, folder / CASE)
+        torch.save(case, folder / CASE)
     except Exception as error:
         return f"it cannot be saved: {type(error).__name__}: {error}"
     return None

@@ -1,9 +1,10 @@
-"""Check the options that the hook, ``pruner_kwargs`` and ``plan`` have in common."""
+"""Define what a user asks of pruning, and check it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Graph = Literal["auto", "config"]
@@ -14,6 +15,92 @@ Gqa = Literal["query", "group"]
 
 ``"query"``: the same number of query heads from every group; ``"group"``: whole groups.
 """
+
+Scheduler = Callable[[float, int], Sequence[float]]
+"""The final ratio, number of steps -> the ratios from step 0 on."""
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What a user asks of pruning: the arguments of ``plan`` of the same names.
+
+    Attributes:
+        prune: names of config fields; ``None``: every width inside the model.
+        ratios: config field -> its own ratio.
+        prune_num_heads: whether attention heads are pruned.
+
+    Raises:
+        ValueError: ``gqa`` is unknown, a ratio is not from 0 to 1, or heads are ruled out although
+            ``gqa`` or ``head_pruning_ratio`` is set.
+    """
+
+    prune: tuple[str, ...] | None = None
+    pruning_ratio: float = 0.5
+    ratios: dict[str, float] = field(default_factory=dict)
+    prune_num_heads: bool = False
+    gqa: Gqa | None = None
+    head_pruning_ratio: float = 0.0
+    iterative_steps: int = 1
+    round_to: int | None = None
+    max_pruning_ratio: float = 1.0
+    iterative_pruning_ratio_scheduler: Scheduler | None = None
+
+    def __post_init__(self) -> None:
+        if self.gqa is not None and self.gqa not in get_args(Gqa):
+            raise ValueError(f"gqa={self.gqa!r}: expected 'query' or 'group'")
+        ratio = self.head_pruning_ratio
+        if not self.prune_num_heads and (self.gqa or ratio):
+            how = f"gqa={self.gqa!r}" if self.gqa else f"head_pruning_ratio={ratio:g}"
+            raise ValueError(
+                f"{how} says how attention heads go, and prune_num_heads=False that none goes: "
+                "leave one of them out"
+            )
+        shares = {"pruning_ratio": self.pruning_ratio, "head_pruning_ratio": ratio, **self.ratios}
+        for name, share in shares.items():
+            check_share(name, share)
+
+    @classmethod
+    def of(
+        cls,
+        prune: str | Iterable[str] | None,
+        ratios: Mapping[str, float] | None,
+        prune_num_heads: bool | None,
+        gqa: Gqa | None,
+        head_pruning_ratio: float = 0.0,
+        **others: Any,
+    ) -> PruneSettings:
+        """Return the settings that a user's arguments mean.
+
+        Args:
+            prune: config fields, or one; ``None``: those that ``ratios`` names, if it is given.
+            ratios: config field -> ratio.
+            prune_num_heads: ``None``: prune heads if ``gqa`` or ``head_pruning_ratio`` is set.
+            gqa: as in ``plan``.
+            head_pruning_ratio: as in ``plan``.
+            others: the other attributes.
+        """
+        fields = prune or ratios or ()
+        names = (fields,) if isinstance(fields, str) else tuple(fields)
+        if prune_num_heads is None:
+            prune_num_heads = bool(gqa or head_pruning_ratio)
+        return cls(
+            prune=None if prune is None and ratios is None else names,
+            ratios=dict(ratios or {}),
+            prune_num_heads=prune_num_heads,
+            gqa=gqa,
+            head_pruning_ratio=head_pruning_ratio,
+            **others,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the settings as keyword arguments for ``pruner_kwargs``."""
+        return {name: value for name, value in vars(self).items() if value not in (None, {})}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings, without the scheduler, as a dict for ``json.dumps``."""
+        values = {**vars(self), "prune": None if self.prune is None else list(self.prune)}
+        del values["iterative_pruning_ratio_scheduler"]
+        return values
 
 
 def check_graph(graph: object) -> None:
@@ -30,43 +117,6 @@ def check_graph(graph: object) -> None:
         )
     if graph not in get_args(Graph):
         raise ValueError(f"graph={graph!r}: expected 'config' or 'auto', which mean the same")
-
-
-def check_gqa(gqa: object) -> None:
-    """Raise if ``gqa`` is neither ``None`` nor one of the known words.
-
-    Raises:
-        ValueError: ``gqa`` is not ``None``, ``"query"`` or ``"group"``.
-    """
-    if gqa is not None and gqa not in get_args(Gqa):
-        raise ValueError(f"gqa={gqa!r}: expected 'query' or 'group'")
-
-
-def heads_asked(prune_num_heads: bool | None, gqa: object, ratio: float = 0.0) -> bool:
-    """Return whether attention heads are pruned.
-
-    Args:
-        prune_num_heads: what the user said; ``None``: prune heads if ``gqa`` or ``ratio`` is set.
-        gqa: how grouped-query heads are pruned; ``None``: not said.
-        ratio: the share of the heads to prune.
-
-    Raises:
-        ValueError: ``gqa`` is unknown, or ``gqa`` or ``ratio`` is set but ``prune_num_heads`` is
-            False.
-    """
-    check_gqa(gqa)
-    if prune_num_heads is False and (gqa or ratio):
-        how = f"gqa={gqa!r}" if gqa else f"head_pruning_ratio={ratio:g}"
-        raise ValueError(
-            f"{how} says how attention heads go, and prune_num_heads=False that none goes: leave "
-            "one of them out"
-        )
-    return bool(gqa or ratio) if prune_num_heads is None else prune_num_heads
-
-
-def names_in(fields: str | Iterable[str]) -> tuple[str, ...]:
-    """Return the names of config fields as a tuple; a single name may be given as a string."""
-    return (fields,) if isinstance(fields, str) else tuple(fields)
 
 
 def check_share(name: str, value: Any) -> None:

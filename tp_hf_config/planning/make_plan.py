@@ -7,7 +7,6 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -21,10 +20,10 @@ from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.from_config import model_of
-from .choices import Gqa, check_gqa, check_share, heads_asked, names_in
+from .choices import Gqa, PruneSettings, Scheduler
 from .model_size import ParameterCount, Size, size_of
-from .plan import Plan, PlannedWidth, Scheduler, Settings
-from .refusals import _named, adjusted_line, planned_refusal
+from .plan import Plan, PlannedWidth
+from .refusals import adjusted_line, by_name, planned_refusal
 from .selection import Chosen, Wanted, amounts_of, check_ratios, choose, multiples_of
 from .shortfall import shortfalls
 from .target import trajectory_to, why_not_exactly
@@ -95,44 +94,31 @@ def plan(
             both asked for and ruled out, or the target cannot be reached.
         TypeError: neither a model nor a config.
     """
-    check_gqa(gqa)  # fail before anything is built
-    model = model_of(model_or_config, model_class)
-    field_map = map_of(model, make_inputs=make_inputs)
-    view = WidthView(model, field_map)
-    fixed = dict(ratios or {})
-    names = None if prune is None and not fixed else names_in(prune or fixed)
-    heads = heads_asked(prune_num_heads, gqa, head_pruning_ratio)
-    common = 0.5 if pruning_ratio is None else pruning_ratio
-    _check_ratios({"pruning_ratio": common, "head_pruning_ratio": head_pruning_ratio})
-    _check_ratios(fixed)
-    settings = Settings(
-        prune=names,
-        pruning_ratio=common,
-        ratios=fixed,
-        prune_num_heads=heads,
-        gqa=gqa,
-        head_pruning_ratio=head_pruning_ratio,
+    settings = PruneSettings.of(
+        prune,
+        ratios or None,
+        prune_num_heads,
+        gqa,
+        head_pruning_ratio,
+        pruning_ratio=0.5 if pruning_ratio is None else pruning_ratio,
         iterative_steps=iterative_steps,
         round_to=round_to,
         max_pruning_ratio=max_pruning_ratio,
-        scheduler=iterative_pruning_ratio_scheduler,
+        iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
     )
+    model = model_of(model_or_config, model_class)
+    view = WidthView(model, map_of(model, make_inputs=make_inputs))
     wrapped = isinstance(model_or_config, nn.Module) and model_or_config is not model
-    chosen = choose(view, Wanted(names, heads, gqa, wrapped=wrapped))
-    trajectory = _course(view, chosen, settings)
+    wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=wrapped)
+    chosen = choose(view, wanted)
+    trajectory = _trajectory(view, chosen, settings)
     if pruning_ratio:
         _check_followed(trajectory, settings, target_params, listed=prune is not None)
     return _plan(model_or_config, view, chosen, trajectory, settings, target_params)
 
 
-def _check_ratios(ratios: Mapping[str, float]) -> None:
-    """Raise if a ratio is outside 0 to 1; they are given by name."""
-    for name, ratio in ratios.items():
-        check_share(name, ratio)
-
-
 def _check_followed(
-    trajectory: Trajectory, settings: Settings, target_params: float | None, listed: bool
+    trajectory: Trajectory, settings: PruneSettings, target_params: float | None, listed: bool
 ) -> None:
     """Raise if ``pruning_ratio`` decides nothing, since the user must have meant something else.
 
@@ -162,7 +148,7 @@ def _check_followed(
         )
 
 
-def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Trajectory:
+def _trajectory(view: WidthView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
     """Return the trajectory of the chosen widths under these settings."""
     field_map = view.field_map
     check_ratios(chosen, settings.ratios)
@@ -182,19 +168,14 @@ def _course(view: WidthView, chosen: Chosen, settings: Settings) -> Trajectory:
                 counts_heads=bool(set(width.fields) & field_map.count_fields()),
             )
         )
-    schedule = settings.scheduler or linear_scheduler
+    schedule = settings.iterative_pruning_ratio_scheduler or linear_scheduler
     return Trajectory(
         field_map,
         tuple(moving_widths),
-        partial(_scheduled, schedule, settings.iterative_steps),
+        lambda ratio: schedule(ratio, settings.iterative_steps),
         settings.round_to or 1,
         settings.max_pruning_ratio,
     )
-
-
-def _scheduled(schedule: Scheduler, steps: int, ratio: float) -> Sequence[float]:
-    """Return the ratios of steps 0 to ``steps``: ``schedule`` with its ratio as last argument."""
-    return schedule(ratio, steps)
 
 
 def _plan(
@@ -202,7 +183,7 @@ def _plan(
     view: WidthView,
     chosen: Chosen,
     trajectory: Trajectory,
-    settings: Settings,
+    settings: PruneSettings,
     target_params: float | None,
 ) -> Plan:
     """Return the plan of a trajectory, or of the one that reaches ``target_params``.
@@ -210,7 +191,7 @@ def _plan(
     ``source`` is what the user gave: a model or a config.
     """
     field_map = view.field_map
-    full, before, notes = _sized(field_map, {})
+    full, before, notes = _build_and_measure(field_map, {})
     if full is None or before is None:
         # cannot happen: map_of built it
         raise UnsupportedModelError("the class does not build its own config")
@@ -224,20 +205,20 @@ def _plan(
         why_fewer = why_not_exactly(trajectory, free, count, target)
         settings = _settings_of(trajectory, settings, heads)
     values = trajectory.steps()[-1]
-    _, after, _ = _sized(field_map, values)
+    _, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
-    offered = widths_of(view.model, view.field_map)
-    live = isinstance(source, nn.Module) and view.model.device.type != "meta"
+    every_width = widths_of(view.model, field_map)
+    has_weights = isinstance(source, nn.Module) and view.model.device.type != "meta"
     return Plan(
         model=type(view.model).__name__,
         settings=settings,
         widths=tuple(
-            _width(width, moving, trajectory, offered)
+            _width(width, moving, trajectory, every_width)
             for width, moving in zip(chosen.widths, trajectory.moving_widths, strict=True)
         ),
         kept={
             w.name: w.reason or chosen.left.get(w.name, "not chosen")
-            for w in offered
+            for w in every_width
             if w.name not in names
         },
         before=before,
@@ -247,28 +228,28 @@ def _plan(
         target=target,
         why_not_exactly=why_fewer,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
-        notes=(*notes, *_handed(chosen), *_heads_stay(chosen, settings)),
-        _live=weakref.ref(source) if live else lambda: None,
+        notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
+        _live=weakref.ref(source) if has_weights else lambda: None,
         _fields=dict(field_map.values),
         _make_inputs=field_map.recipe.make_inputs,
     )
 
 
-def _handed(chosen: Chosen) -> Iterator[str]:
+def _input_notes(chosen: Chosen) -> Iterator[str]:
     """Yield a note for each input (encoder states) that has to lose channels with a width."""
     for width in chosen.widths:
         for name in width.handed:
             yield f"{name} has to lose channels with {width.name}: the report of a step says which"
 
 
-def _heads_stay(chosen: Chosen, settings: Settings) -> Iterator[str]:
+def _head_notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
     """Yield a note if heads are to be pruned but no ratio says what share of them."""
     if chosen.heads and not settings.head_pruning_ratio:
         names = ", ".join(width.name for width in chosen.heads)
         yield f"{names} stays: head_pruning_ratio= says what share of the heads goes, and is 0"
 
 
-def _sized(
+def _build_and_measure(
     field_map: FieldMap, values: Mapping[FieldPath, int]
 ) -> tuple[nn.Module | None, Size | None, tuple[str, ...]]:
     """Build the class without data at some values and measure it.
@@ -287,19 +268,19 @@ def _sized(
 
 
 def _width(
-    width: Width, moving: MovingWidth, trajectory: Trajectory, offered: Sequence[Width]
+    width: Width, moving: MovingWidth, trajectory: Trajectory, every_width: Sequence[Width]
 ) -> PlannedWidth:
-    """Return what the plan says of one width; ``offered`` are all widths of the model."""
+    """Return what the plan says of one width; ``every_width`` are all widths of the model."""
     field_map = trajectory.field_map
-    by_step = [trajectory.values_of(state) for state in trajectory.walk]
+    by_step = trajectory.steps()
     values = by_step[-1]
-    units = trajectory.walk[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
+    units = trajectory.states[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
     share = units / moving.units
     return PlannedWidth(
         name=width.name,
-        before=_named({field: field_map.values[field] for field in moving.fields}),
+        before=by_name({field: field_map.values[field] for field in moving.fields}),
         steps=tuple(
-            _named({field: step_values[field] for field in moving.fields})
+            by_name({field: step_values[field] for field in moving.fields})
             for step_values in by_step
         ),
         asked=moving.ratio,
@@ -317,7 +298,7 @@ def _width(
             _RANKS,
             {
                 values.get(f, field_map.values[f])
-                for f in _beside(width, offered, field_map.count_fields())
+                for f in _with_head_counts(width, every_width, field_map.count_fields())
             },
         ),
         parameters=width.parameters,
@@ -325,8 +306,8 @@ def _width(
 
 
 def _settings_of(
-    trajectory: Trajectory, settings: Settings, heads: Collection[tuple[FieldPath, ...]]
-) -> Settings:
+    trajectory: Trajectory, settings: PruneSettings, heads: Collection[tuple[FieldPath, ...]]
+) -> PruneSettings:
     """Return the settings that lead where a trajectory does.
 
     The most common ratio becomes ``pruning_ratio``, the exceptions go into ``ratios``. ``heads``
@@ -347,10 +328,9 @@ def _settings_of(
     )
 
 
-def _divisors(candidates: Sequence[int], sizes: Iterable[int]) -> tuple[int, ...]:
+def _divisors(candidates: Sequence[int], sizes: Collection[int]) -> tuple[int, ...]:
     """Return the candidates that divide all sizes."""
-    every = list(sizes)
-    return tuple(n for n in candidates if all(size % n == 0 for size in every))
+    return tuple(n for n in candidates if all(size % n == 0 for size in sizes))
 
 
 def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
@@ -358,26 +338,26 @@ def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
 
     Only head counts are checked with the class, and only up to ``_ASKED`` of them.
     """
-    field_map, units, start = (
-        trajectory.field_map,
-        trajectory.reachable(moving),
-        moving.unit_counts[0].units,
-    )
+    field_map, units = trajectory.field_map, trajectory.reachable(moving)
+    start = moving.unit_counts[0].units
     value = field_map.values[moving.fields[0]]
     if not moving.counts_heads or len(units) > _ASKED:
         first, last, grid = (n * value // start for n in (units[0], units[-1], units.step))
         return range(first, last + 1, grid)
-    every = {
-        n: {field: field_map.values[field] * n // start for field in moving.fields} for n in units
-    }
-    return tuple(n * value // start for n in units if trajectory.refuses(every[n]) is None)
+
+    def refuses(n: int) -> str | None:
+        return trajectory.refuses({f: field_map.values[f] * n // start for f in moving.fields})
+
+    return tuple(n * value // start for n in units if refuses(n) is None)
 
 
-def _beside(width: Width, offered: Sequence[Width], counts: frozenset[FieldPath]) -> set[FieldPath]:
+def _with_head_counts(
+    width: Width, every_width: Sequence[Width], counts: frozenset[FieldPath]
+) -> set[FieldPath]:
     """Return the fields of a width and the head counts that share a width with one of them."""
     related = {
         field
-        for other in offered
+        for other in every_width
         if set(other.fields) <= counts and set(other.fields) & set(width.fields)
         for field in other.fields
     }

@@ -16,12 +16,10 @@ from ..model.config_json import FieldPath
 from ..model.locate import find_pretrained
 from ..notebook import short
 from ..schema import dated
-from .choices import Gqa
+from .choices import PruneSettings
 from .model_size import Size
 from .pruner_kwargs import pruner_kwargs
 from .refusals import PlannedRefusal, refusal_lines
-
-Scheduler = Callable[[float, int], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -79,27 +77,6 @@ class PlannedWidth:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The arguments of a pruner that decide widths; see ``make_plan.plan``."""
-
-    prune: tuple[str, ...] | None
-    pruning_ratio: float
-    ratios: dict[str, float]
-    prune_num_heads: bool
-    gqa: Gqa | None
-    head_pruning_ratio: float
-    iterative_steps: int
-    round_to: int | None
-    max_pruning_ratio: float
-    scheduler: Scheduler | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings, without the scheduler, as a dict for ``json.dumps``."""
-        values = {key: value for key, value in vars(self).items() if key != "scheduler"}
-        return {**values, "prune": None if self.prune is None else list(self.prune)}
-
-
-@dataclass(frozen=True)
 class Plan:
     """What pruning with some settings gives; ``print`` it, or print it with rich.
 
@@ -121,7 +98,7 @@ class Plan:
     """
 
     model: str
-    settings: Settings
+    settings: PruneSettings
     widths: tuple[PlannedWidth, ...]
     kept: dict[str, str]
     before: Size
@@ -170,26 +147,7 @@ class Plan:
                 f"this plan was made for a {self.model} with another config than the one of this "
                 f"{type(pretrained).__name__}. Make a new one: tp_hf_config.plan(model, ...)."
             )
-        asked = self.settings
-        kwargs = pruner_kwargs(
-            model,
-            prune=asked.prune,
-            ratios=asked.ratios or None,
-            graph="config",
-            prune_num_heads=asked.prune_num_heads,
-            gqa=asked.gqa,
-            round_to=asked.round_to,
-            make_inputs=self._make_inputs,
-        )
-        kwargs |= {
-            "pruning_ratio": asked.pruning_ratio,
-            "head_pruning_ratio": asked.head_pruning_ratio,
-            "iterative_steps": asked.iterative_steps,
-            "max_pruning_ratio": asked.max_pruning_ratio,
-        }
-        if asked.scheduler is not None:
-            kwargs["iterative_pruning_ratio_scheduler"] = asked.scheduler
-        return kwargs
+        return pruner_kwargs(model, make_inputs=self._make_inputs, **self.settings.arguments())
 
     def __str__(self) -> str:
         return text(self)

@@ -6,8 +6,6 @@ scopes, rounding and ignored layers.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +13,7 @@ from typing import Any
 
 from torch_pruning import ops
 
-from ..errors import ConfigSyncError, PrunerSettingsWarning
+from ..errors import ConfigSyncError
 from ..fieldmap.model_view import WidthView
 from ..fieldmap.solve.explain import some
 from ..graph.config_graph import ConfigGraph
@@ -23,6 +21,7 @@ from ..graph.pruner_access import given_ratios
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
+from .pruner_arguments import warn
 from .refusals import adjusted_line, planned_refusal, refusal_lines
 from .shortfall import shortfalls
 from .trajectory import MovingWidth, Trajectory
@@ -53,7 +52,7 @@ class Preflight:
             for adjusted in self.trajectory.adjusted
             if adjusted.step == step
         ]
-        last = step == len(self.trajectory.walk)
+        last = step == len(self.trajectory.states)
         return lines + (shortfalls(self.trajectory) if last else [])
 
     def units_left(self, graph_group: GraphGroup, step: int) -> int | None:
@@ -61,13 +60,13 @@ class Preflight:
 
         ``None``: the group is not pruned, or does not have the expected units before the step.
         """
-        walk, kind = self.trajectory.walk, self.kinds.get(id(graph_group))
-        if kind is None or not 1 <= step <= len(walk):
+        states = [self.trajectory.start, *self.trajectory.states]
+        kind = self.kinds.get(id(graph_group))
+        if kind is None or not 1 <= step < len(states):
             return None
-        fields, number = kind
-        moving = next(moving for moving in self.trajectory.moving_widths if moving.fields == fields)
-        before = walk[step - 2][fields][number] if step > 1 else moving.unit_counts[number].units
-        return walk[step - 1][fields][number] if before == graph_group.units.count else None
+        fields, index = kind
+        before, after = states[step - 1][fields][index], states[step][fields][index]
+        return after if before == graph_group.units.count else None
 
 
 def preflight(pruner: Any, view: WidthView, strict: bool) -> Preflight | None:
@@ -111,39 +110,21 @@ def check_config_is_own(pruner: Any, model: Any, sharers: Sequence[str], strict:
     Raises:
         ConfigSyncError: there are other models, and ``strict`` is set.
     """
-    if sharers:
-        name = type(model).__name__
-        tell(
-            f"{type(pruner).__name__} of {name}: another model that is alive ({some(sharers)}) "
-            "holds the same config object, so its config would change too, and its weights not. "
-            f"Build the other one from copy.deepcopy(config), or prune copy.deepcopy(model). "
-            "Nothing is pruned yet.",
-            strict,
-        )
-
-
-def tell(message: str, strict: bool) -> None:
-    """Warn of what cannot end well, or raise it if ``strict`` is set.
-
-    Raises:
-        ConfigSyncError: ``strict`` is set.
-    """
+    if not sharers:
+        return
+    message = (
+        f"{type(pruner).__name__} of {type(model).__name__}: another model that is alive "
+        f"({some(sharers)}) holds the same config object, so its config would change too, and its "
+        "weights not. Build the other one from copy.deepcopy(config), or prune "
+        "copy.deepcopy(model). Nothing is pruned yet."
+    )
     if strict:
         raise ConfigSyncError(message)
-    warnings.warn(message, PrunerSettingsWarning, stacklevel=_frames_inside() + 1)
-
-
-def _frames_inside() -> int:
-    """Return how many stack frames of this package lead here, its caller's included."""
-    package, depth = __name__.partition(".")[0], 0
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(f"{package}."):
-        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
-    return depth
+    warn(message)
 
 
 @dataclass(frozen=True)
-class _Going:
+class _PrunedGroup:
     """One group that the pruner is going to prune.
 
     Attributes:
@@ -161,15 +142,18 @@ class _Going:
     unit_count: UnitCount
 
 
+_Groups = dict[tuple[FieldPath, ...], list[_PrunedGroup]]
+
+
 def _preflight(pruner: Any, view: WidthView) -> tuple[Preflight | None, str | None]:
     """Return what a pruner on the config graph leaves, and the reason why that cannot end well.
 
     The first is ``None`` if importances decide how much of a field goes or nothing is rounded, the
     second if nothing is wrong.
     """
-    by_fields: dict[tuple[FieldPath, ...], list[_Going]] = {}
+    by_fields: _Groups = {}
     scopes: Counter[str] = Counter()
-    for group in _going(pruner):
+    for group in _pruned_groups(pruner):
         by_fields.setdefault(group.graph_group.fields, []).append(group)
         scopes[group.scope] += max(group.ratios, default=0) > 0
     ranked = {
@@ -177,7 +161,7 @@ def _preflight(pruner: Any, view: WidthView) -> tuple[Preflight | None, str | No
         for fields, groups in by_fields.items()
         if any(scopes[group.scope] > 1 for group in groups)
     }
-    problem = _ranked_apart(ranked) or _first_apart(pruner, by_fields, ranked)
+    problem = _ranked_together(ranked) or _first_difference(pruner, by_fields, ranked)
     if ranked or problem is not None:
         return None, problem
     moving_widths: list[MovingWidth] = []
@@ -212,10 +196,7 @@ def _preflight(pruner: Any, view: WidthView) -> tuple[Preflight | None, str | No
     return outcome, f"the class will not take the widths. {words}"
 
 
-_Groups = dict[tuple[FieldPath, ...], list[_Going]]
-
-
-def _ranked_apart(ranked: _Groups) -> str | None:
+def _ranked_together(ranked: _Groups) -> str | None:
     """Return the reason if several groups of a field are ranked with others, else ``None``.
 
     Importances decide then how much of each group goes.
@@ -234,16 +215,15 @@ def _ranked_apart(ranked: _Groups) -> str | None:
     )
 
 
-def _first_apart(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
+def _first_difference(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
     """Return the reason for the first field whose groups end with different numbers, if any."""
     for fields, groups in by_fields.items():
-        staying = sum(graph_group.fields == fields for graph_group in pruner.DG.graph_groups) - len(
-            groups
-        )
+        every = sum(graph_group.fields == fields for graph_group in pruner.DG.graph_groups)
+        staying = every - len(groups)
         if fields not in ranked:
-            problem = _apart(pruner, _names(fields), groups, staying)
+            problem = _different_ends(pruner, _names(fields), groups, staying)
         else:
-            problem = _held(_names(fields), groups, staying, "lose some") if staying else None
+            problem = _some_stay(_names(fields), groups, staying, "lose some") if staying else None
         if problem is not None:
             return problem
     return None
@@ -254,7 +234,9 @@ def _names(fields: tuple[FieldPath, ...]) -> str:
     return " + ".join(map(field_name, fields))
 
 
-def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> str | None:
+def _different_ends(
+    pruner: Any, name: str, groups: Sequence[_PrunedGroup], staying: int
+) -> str | None:
     """Return the reason if groups of one field end with different numbers of units, else ``None``.
 
     ``staying`` is how many more groups the field has that are not pruned.
@@ -268,7 +250,7 @@ def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> st
         )
     start = groups[0].unit_count.units // groups[0].unit_count.per_field_unit
     if staying and set(ends) != {(start,) * len(groups[0].ratios)}:
-        return _held(name, groups, staying, f"go to {min(ends)[-1]}")
+        return _some_stay(name, groups, staying, f"go to {min(ends)[-1]}")
     if len(ends) < 2:
         return None
     parts = "; ".join(
@@ -282,7 +264,7 @@ def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> st
     )
 
 
-def _held(name: str, groups: Sequence[_Going], staying: int, end: str) -> str:
+def _some_stay(name: str, groups: Sequence[_PrunedGroup], staying: int, end: str) -> str:
     """Return the reason that some groups of a field stay while the others do not."""
     start = groups[0].unit_count.units // groups[0].unit_count.per_field_unit
     return (
@@ -292,41 +274,34 @@ def _held(name: str, groups: Sequence[_Going], staying: int, end: str) -> str:
     )
 
 
-def _going(pruner: Any) -> Iterator[_Going]:
-    """Yield the groups that the pruner is going to prune, as it will look at them."""
+def _pruned_groups(pruner: Any) -> Iterator[_PrunedGroup]:
+    """Yield the groups that the pruner is going to prune, with the layers that it looks at."""
     graph: ConfigGraph = pruner.DG
-    sides: dict[Any, int] = {}
+    channels: Counter[Any] = Counter()  # by fields, layer and whether it loses outputs
     groups: list[tuple[GraphGroup, Any, list[Any]]] = []
     for graph_group in graph.taking_part(pruner.ignored_layers, pruner.root_module_types):
         group = graph.group_at(graph_group, [0])  # its layers in the order that the pruner sees
         keys = []
         for item in group:
-            module, out = item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
-            if item.dep.target.type == ops.OPTYPE.PARAMETER:
-                continue
-            key = (graph_group.fields, module, out)
-            sides[key] = sides.get(key, 0) + len(item.idxs)
-            keys.append(key)
+            if item.dep.target.type != ops.OPTYPE.PARAMETER:
+                out = graph.is_out_channel_pruning_fn(item.dep.handler)
+                keys.append((graph_group.fields, item.dep.target.module, out))
+                channels[keys[-1]] += len(item.idxs)
         groups.append((graph_group, group, keys))
     for graph_group, group, keys in groups:
-        layers = {
-            (
-                graph.get_out_channels(key[1]) if key[2] else graph.get_in_channels(key[1]),
-                sides[key],
-            )
-            for key in keys
-        }
+        layers = set()
+        for key in keys:
+            _, layer, out = key
+            size = graph.get_out_channels(layer) if out else graph.get_in_channels(layer)
+            if size is not None:
+                layers.add((size, channels[key]))
         scope, ratios = _scope(pruner, group)
-        yield _Going(
+        yield _PrunedGroup(
             graph_group,
             graph._module2name.get(group[-1].dep.target.module, ""),
             scope,
             ratios,
-            replace(
-                graph_group.count,
-                units=graph_group.units.count,
-                layers=tuple(sorted(layer for layer in layers if layer[0] is not None)),
-            ),
+            replace(graph_group.count, units=graph_group.units.count, layers=tuple(sorted(layers))),
         )
 
 

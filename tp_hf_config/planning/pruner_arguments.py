@@ -18,7 +18,7 @@ from ..graph.pruner_classes import family
 from ..graph.sides import ParameterView, channels_of, is_output
 from ..model.config_json import field_name
 from .choices import check_share
-from .requested import some_head_ratio
+from .requested import largest_head_ratio
 
 _WITHOUT_EFFECT = {
     "customized_pruners": "it cuts the parameters of every layer by itself, and what a layer "
@@ -90,24 +90,24 @@ def check_names(arguments: Iterable[str]) -> None:
             raise TypeError(f"pruner_kwargs: no pruner takes {name}={closest(name, names)}")
 
 
-def check_handed(handed: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Warn if a pruner gets fewer ratios than ``pruner_kwargs`` gave for it.
+def check_handed(needed: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Warn if a pruner gets fewer ratios than ``pruner_kwargs`` returned for it.
 
     Args:
-        handed: the arguments that ``pruner_kwargs`` gave.
+        needed: the ``NEEDED`` arguments that ``pruner_kwargs`` returned.
         arguments: those that the pruner gets.
 
     Raises:
         ValueError: the arguments were made for another ``prune_num_heads``.
     """
-    got, made_for = arguments.get("prune_num_heads"), handed.get("prune_num_heads")
-    if made_for is not None and bool(got) is not bool(made_for):
+    heads, expected = arguments.get("prune_num_heads"), needed.get("prune_num_heads")
+    if expected is not None and bool(heads) is not bool(expected):
         raise ValueError(
-            f"prune_num_heads={got}, but pruner_kwargs made its arguments for "
-            f"prune_num_heads={made_for}. Tell it: pruner_kwargs(model, prune_num_heads={got})"
+            f"prune_num_heads={heads}, but pruner_kwargs made its arguments for "
+            f"prune_num_heads={expected}. Tell it: pruner_kwargs(model, prune_num_heads={heads})"
         )
-    given, ratios = handed.get("pruning_ratio_dict") or {}, arguments.get("pruning_ratio_dict")
-    if not given.items() <= (ratios or {}).items():
+    ratios = arguments.get("pruning_ratio_dict") or {}
+    if not (needed.get("pruning_ratio_dict") or {}).items() <= ratios.items():
         warn(
             "pruning_ratio_dict= is not what pruner_kwargs gave, and keeps less of what the model "
             "needs. Give yours to it, which puts both together: "
@@ -138,7 +138,7 @@ def _without_effect(arguments: Mapping[str, Any]) -> Iterator[str]:
     for name, why in _WITHOUT_EFFECT.items():
         if arguments.get(name):
             yield f"{name}= has no effect on the graph made from the config: {why}. Leave it out."
-    heads, ratio = bool(arguments.get("prune_num_heads")), some_head_ratio(arguments)
+    heads, ratio = bool(arguments.get("prune_num_heads")), largest_head_ratio(arguments)
     if ratio and not heads:
         yield (
             f"head_pruning_ratio={ratio:g} has no effect without prune_num_heads=True, as in "
@@ -165,9 +165,13 @@ def _check_constraint(
     Raises:
         ValueError: the graph prunes some layer otherwise.
     """
-    odd = {layer for layer, count in counts.items() if not _together(graph, layer, count, out)}
-    if odd:
-        layers = ", ".join(sorted({type(layer).__name__ for layer in odd}))
+    kinds = {
+        type(layer).__name__
+        for layer, count in counts.items()
+        if not _together(graph, layer, count, out)
+    }
+    if kinds:
+        layers = ", ".join(sorted(kinds))
         raise ValueError(
             f"{name}= (for {layers}) on the graph made from the config: which channels of a "
             "layer go together (fused layers, heads, grouped norms) it knows by experiment, "
@@ -198,7 +202,7 @@ def _together(graph: ConfigGraph, layer: nn.Module, count: int, out: bool) -> bo
 
 
 def _with_views(graph: ConfigGraph, ratios: Mapping[Any, float], single: bool) -> dict[Any, float]:
-    """Return ratios by layer that also hold for the parameter views of these layers.
+    """Return the ratios by layer, extended to the parameter views of these layers.
 
     Inside a named layer, Torch-Pruning looks for layers of types that it can prune. It would miss a
     ``Conv1D``, a norm of Transformers' own or stacked experts, which the graph shows it as views.
@@ -231,11 +235,11 @@ def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
     for name in _BY_LAYER:
         heads = name.startswith("head")
         groups = [graph_group for graph_group in graph.graph_groups if graph_group.heads is heads]
-        taken: dict[int, list[float]] = {}
-        idle: list[Any] = []
+        ratios_of: dict[int, list[float]] = {}  # by the id of a group
+        idle: list[nn.Module] = []
         for key, ratio in (arguments.get(name) or {}).items():
             named = key if isinstance(key, tuple) else (key,)
-            inside = {module for one in named for module in one.modules()}
+            inside = {module for layer in named for module in layer.modules()}
             affected = [
                 graph_group
                 for graph_group in groups
@@ -243,19 +247,20 @@ def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
                 or any(side.module in inside and is_output(side) for side in graph_group.sides)
             ]
             for graph_group in affected:
-                taken.setdefault(id(graph_group), []).append(ratio)
+                ratios_of.setdefault(id(graph_group), []).append(ratio)
             if not affected:
                 idle.append(named[0])
         if idle:
-            yield f"{name}= has no effect for {_some(graph, idle)}: {_why_idle(heads, arguments)}."
+            yield f"{name}= has no effect for {_names(graph, idle)}: {_why_idle(heads, arguments)}."
         for graph_group in groups:
-            ratios = list(dict.fromkeys(taken.get(id(graph_group), ())))
+            ratios = list(dict.fromkeys(ratios_of.get(id(graph_group), ())))
             if len(ratios) > 1:
                 fields = " + ".join(map(field_name, graph_group.fields))
+                listed = ", ".join(f"{ratio:g}" for ratio in ratios)
                 yield (
-                    f"{name}= has the ratios {', '.join(f'{one:g}' for one in ratios)} for layers "
-                    f"that lose the same channels ({fields}); Torch-Pruning takes that of the "
-                    "first of them. Give them one ratio."
+                    f"{name}= has the ratios {listed} for layers that lose the same channels "
+                    f"({fields}); Torch-Pruning takes that of the first of them. Give them one "
+                    "ratio."
                 )
 
 
@@ -263,13 +268,11 @@ def _why_idle(heads: bool, arguments: Mapping[str, Any]) -> str:
     """Return why the ratio of a layer decides nothing."""
     if heads:
         return "no heads that are pruned are split out of what it puts out"
-    along = (
-        " by pruning_ratio (heads follow the head ratios)" if arguments["prune_num_heads"] else ""
-    )
-    return f"nothing that it puts out is pruned{along}"
+    way = " by pruning_ratio (heads follow the head ratios)" if arguments["prune_num_heads"] else ""
+    return f"nothing that it puts out is pruned{way}"
 
 
-def _some(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
+def _names(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
     """Return the names of up to three layers and how many more there are."""
     names = {module: name for name, module in graph.pretrained.named_modules()}
     shown = [names.get(layer, type(layer).__name__) or type(layer).__name__ for layer in layers]
@@ -280,11 +283,12 @@ def _some(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
 def _count_heads(view: WidthView, arguments: dict[str, Any]) -> None:
     """Set ``num_heads`` to what the model splits its layers into; warn of other counts."""
     given = arguments.get("num_heads") or {}
-    own = {module: (name, count) for name, module, count in view.head_layers()}
+    counts = {module: count for _, module, count in view.head_layers()}
+    names = {module: name for name, module, _ in view.head_layers()}
     for module, count in given.items():
-        name, right = own.get(module, ("", count))
-        if count != right:
-            warn(f"num_heads= says {count} heads for {name}, which has {right}: that is taken.")
-    arguments["num_heads"] = {module: count for module, (_, count) in own.items()} | {
-        module: own.get(module, ("", count))[1] for module, count in given.items()
-    }
+        if count != (own := counts.setdefault(module, count)):
+            warn(
+                f"num_heads= says {count} heads for {names[module]}, which has {own}: that is "
+                "taken."
+            )
+    arguments["num_heads"] = counts

@@ -19,7 +19,7 @@ from ..graph.pruner_access import GraphInputs
 from ..model.config_json import field_name
 from ..model.locate import check_followable, find_pretrained
 from ..model.surroundings import same_random_state
-from .choices import Gqa, Graph, check_graph, check_share, heads_asked, names_in
+from .choices import Gqa, Graph, PruneSettings, check_graph, check_share
 from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
 from .requested import staying, wanted_by
 from .selection import Chosen, Wanted, choose, multiples_of
@@ -82,20 +82,20 @@ def pruner_kwargs(
         TypeError: not a model, or an argument that no pruner has.
     """
     check_graph(graph)
-    heads = heads_asked(prune_num_heads, gqa)
     check_names(arguments)
     check_ratios(arguments)
     for name, ratio in (ratios or {}).items():
         check_share(f"ratios: {name}", ratio)
+    settings = PruneSettings.of(prune, ratios, prune_num_heads, gqa)
     prefix, pretrained = find_pretrained(model)
     check_followable(pretrained)
     view = WidthView(pretrained, map_of(pretrained, make_inputs=make_inputs))
-    fields = None if prune is None and ratios is None else names_in(prune or ratios or ())
+    heads = settings.prune_num_heads
     given = {**arguments, "round_to": round_to, "prune_num_heads": heads}
     if prune_head_dims is not None:
         given["prune_head_dims"] = prune_head_dims
-    wanted = Wanted(fields, heads, gqa, bool(prune_head_dims), bool(prefix))
-    return _on_config_graph(model, view, prefix, wanted, ratios, given)
+    wanted = Wanted(settings.prune, heads, gqa, bool(prune_head_dims), bool(prefix))
+    return _on_config_graph(model, view, prefix, wanted, settings.ratios, given)
 
 
 def by_itself(
@@ -118,25 +118,18 @@ def by_itself(
     wanted = wanted_by(arguments, bool(prefix))
     given = {name: arguments[name] for name in MERGED if name in arguments}
     try:
-        return _on_config_graph(model, view, prefix, wanted, None, given)
+        return _on_config_graph(model, view, prefix, wanted, {}, given)
     except UnsupportedModelError as error:
         if not wanted.head_dims:
             raise
         reason = str(error)
     without = replace(wanted, head_dims=False)
-    result = _on_config_graph(model, view, prefix, without, None, given)
-    if not _cuts_heads(view, result["example_inputs"].graph):
+    result = _on_config_graph(model, view, prefix, without, {}, given)
+    graph = result["example_inputs"].graph
+    shrinking = (name for group in graph.graph_groups for name in graph.outputs_of(group))
+    if not any(map(view.field_map.splits_of, shrinking)):
         warn(f"prune_head_dims=True, but head dims stay: {reason}")
     return result
-
-
-def _cuts_heads(view: WidthView, graph: ConfigGraph) -> bool:
-    """True if layers that are split into heads lose outputs."""
-    return any(
-        view.field_map.splits_of(name)
-        for group in graph.graph_groups
-        for name in graph.outputs_of(group)
-    )
 
 
 def _graph_of(view: WidthView, chosen: Chosen, prefix: str) -> ConfigGraph:
@@ -153,7 +146,7 @@ def _on_config_graph(
     view: WidthView,
     prefix: str,
     wanted: Wanted,
-    ratios: Mapping[str, float] | None,
+    ratios: Mapping[str, float],
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return arguments for a pruner on the config graph.
@@ -164,57 +157,43 @@ def _on_config_graph(
         prefix: that model's name in it.
         wanted: what the user asks for.
         ratios: config field -> ratio.
-        given: the pruner's own arguments, as the user gave them.
+        given: the pruner's own arguments that the user gave.
     """
     chosen = choose(view, replace(wanted, stays=staying(view, given)))
     for message in chosen.kept:
         warn(message)
     graph = _graph_of(view, chosen, prefix)
-    fields = {field for fields in graph.fields for field in fields}
     why = f"config graph: {len(graph.graph_groups)} groups, each proved by permutation"
     why += said_along([name for width in chosen.widths for name in width.along])
     why += said_handed(name for width in chosen.widths for name in width.handed)
-    if chosen.how:
-        why += f"; heads: {chosen.how}"
+    why += f"; heads: {chosen.how}" if chosen.how else ""
     by_module: dict[Any, float] = {}
-    names = {field_name(field): field for field in fields}
-    check_field_ratios(chosen, ratios or {})
-    for name, ratio in (ratios or {}).items():
+    names = {field_name(field): field for fields in graph.fields for field in fields}
+    check_field_ratios(chosen, ratios)
+    for name, ratio in ratios.items():
         by_module.update(dict.fromkeys(graph.roots_of(names[name]), ratio))
     by_module |= given.get("pruning_ratio_dict") or {}
     heads = {module: count for _, module, count in view.head_layers()}
+    ignored = (*_layers_outside(model, view.model), *(given.get("ignored_layers") or ()))
     with same_random_state():
-        inputs = example_inputs(model, view.field_map.recipe, view.model.config)
+        examples = example_inputs(model, view.field_map.recipe, view.model.config)
+    inputs = GraphInputs(examples, graph, why)
     arguments = {
         **given,
         "example_inputs": inputs,
         "num_heads": {**heads, **(given.get("num_heads") or {})},
         "in_channel_groups": dict(given.get("in_channel_groups") or {}),
         "out_channel_groups": dict(given.get("out_channel_groups") or {}),
-        "ignored_layers": _union(_around(model, view.model), given.get("ignored_layers")),
+        "ignored_layers": list({id(layer): layer for layer in ignored}.values()),
         **({"pruning_ratio_dict": by_module} if by_module else {}),
         # hook.steering rounds each group to what the class accepts
         "round_to": given.get("round_to") or 1,
     }
-    return _handed_out(arguments, graph, why)
+    inputs.handed = {name: arguments[name] for name in NEEDED if name in arguments}
+    return arguments
 
 
-def _handed_out(made: dict[str, Any], graph: ConfigGraph, why: str) -> dict[str, Any]:
-    """Return the arguments with the graph inside their example inputs.
-
-    The inputs also keep what ``check_handed`` compares with what the pruner gets.
-    """
-    inputs = GraphInputs(made["example_inputs"], graph, why)
-    inputs.handed = {name: made[name] for name in NEEDED if name in made}
-    return {**made, "example_inputs": inputs}
-
-
-def _union(first: Iterable[Any], second: Iterable[Any] | None) -> list[Any]:
-    """Return the items of both, each once, compared by identity."""
-    return list({id(item): item for item in (*first, *(second or ()))}.values())
-
-
-def _around(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:
+def _layers_outside(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:
     """Return the layers of a wrapper outside the Hugging Face model: no config describes them."""
     inside = set(pretrained.modules())
     return [

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..model.config_json import FieldPath, field_name
-from .trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from .trajectory import Adjusted
+from .trajectory import Adjusted, Trajectory
 
 
 @dataclass(frozen=True)
@@ -32,9 +29,7 @@ class PlannedRefusal:
     def to_dict(self) -> dict[str, Any]:
         """Return the refusal as a dict for ``json.dumps``."""
         return {
-            "step": self.step,
-            "values": self.values,
-            "reason": self.reason,
+            **vars(self),
             "nearest": [{"ratios": ratios, "values": values} for ratios, values in self.nearest],
         }
 
@@ -54,30 +49,29 @@ def refusal_lines(refusal: PlannedRefusal) -> list[str]:
 
 def adjusted_line(adjusted: Adjusted) -> str:
     """Return one line: what the ratios ask for, why it is refused, and what is done instead."""
-    asked = ", ".join(f"{field_name(field)} {value:.4g}" for field, value in adjusted.asked.items())
-    taken = ", ".join(f"{field_name(field)} {value}" for field, value in adjusted.taken.items())
+    requested = ", ".join(f"{field_name(f)} {value:.4g}" for f, value in adjusted.requested.items())
+    accepted = ", ".join(f"{field_name(f)} {value}" for f, value in adjusted.accepted.items())
     reason = f" ({adjusted.reason.rstrip('.')})" if adjusted.reason else ""
-    return f"step {adjusted.step}: the ratios ask for {asked}{reason}; nearest legal: {taken}"
+    return (
+        f"step {adjusted.step}: the ratios ask for {requested}{reason}; nearest legal: {accepted}"
+    )
 
 
-def _named(values: Mapping[FieldPath, int]) -> dict[str, int]:
+def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
     """Return the values by field name."""
     return {field_name(field): value for field, value in values.items()}
 
 
 def planned_refusal(trajectory: Trajectory) -> PlannedRefusal | None:
-    """Return what the class refuses of a trajectory and what it accepts near it.
-
-    ``None``: it accepts every step.
-    """
+    """Return the first step that the class refuses, with ratios that it accepts, or ``None``."""
     refused = trajectory.refusal()
     if refused is None:
         return None
     nearest = [
         (
             {field_name(moving.fields[0]): moving.ratio for moving in other.moving_widths},
-            _named(other.steps()[-1]),
+            by_name(other.steps()[-1]),
         )
         for other in trajectory.nearest()
     ]
-    return PlannedRefusal(refused.step, _named(refused.values), refused.reason, tuple(nearest))
+    return PlannedRefusal(refused.step, by_name(refused.values), refused.reason, tuple(nearest))

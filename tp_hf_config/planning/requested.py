@@ -15,7 +15,7 @@ from ..model.config_json import FieldPath
 from .selection import Wanted
 
 
-def some_head_ratio(arguments: Mapping[str, Any]) -> float:
+def largest_head_ratio(arguments: Mapping[str, Any]) -> float:
     """Return the largest head ratio among a pruner's arguments; 0 if none is given."""
     by_layer = (arguments.get("head_pruning_ratio_dict") or {}).values()
     return float(max([arguments.get("head_pruning_ratio") or 0.0, *by_layer]))
@@ -31,7 +31,7 @@ def wanted_by(arguments: Mapping[str, Any], wrapped: bool) -> Wanted:
         arguments: those of the pruner's constructor.
         wrapped: another module reads the model's outputs.
     """
-    heads = bool(arguments.get("prune_num_heads")) and some_head_ratio(arguments) > 0
+    heads = bool(arguments.get("prune_num_heads")) and largest_head_ratio(arguments) > 0
     dims = bool(arguments.get("prune_head_dims") and arguments.get("num_heads"))
     return Wanted(heads=heads, head_dims=dims, wrapped=wrapped)
 
@@ -66,20 +66,19 @@ def staying(view: WidthView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
     result: dict[tuple[FieldPath, ...], str] = {}
     for width in offered:
         of_width = [next(groups) for _ in width.groups]
-        kept_by = [graph.why_kept(item, modules, types) for item in of_width]
-        reasons = [reason for reason in kept_by if reason is not None]
-        if reasons:
+        every = [graph.why_kept(graph_group, modules, types) for graph_group in of_width]
+        if reasons := [reason for reason in every if reason is not None]:
             others = ", and one config field sets them all" if len(reasons) < len(of_width) else ""
             result[width.fields] = f"{reasons[0]}{others}."
             continue
-        layers = [graph.outputs_of(item) for item in of_width]
-        reason = _kept_heads(view, width, layers, arguments)
+        layers = [graph.outputs_of(graph_group) for graph_group in of_width]
+        reason = _why_heads_stay(view, width, layers, arguments)
         if reason is not None:
             result[width.fields] = reason
     return result
 
 
-def _kept_heads(
+def _why_heads_stay(
     view: WidthView,
     width: Width,
     layers: list[dict[str, nn.Module]],

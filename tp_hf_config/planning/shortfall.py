@@ -12,23 +12,23 @@ def shortfalls(trajectory: Trajectory) -> list[str]:
     Head counts are left out: ``trajectory.adjusted`` has them.
     """
     result: list[str] = []
-    for moving in trajectory.moving_widths if trajectory.walk else ():
-        units, remaining = moving.unit_counts[0].units, trajectory.walk[-1][moving.fields][0]
+    for moving in trajectory.moving_widths if trajectory.states else ():
+        units, remaining = moving.unit_counts[0].units, trajectory.states[-1][moving.fields][0]
         ratio = moving.ratio if moving.ratios is None else moving.ratios[-1]
         if not moving.counts_heads and remaining > units * (1 - ratio) + 1e-6:
             field = moving.fields[0]
             value = trajectory.field_map.values[field] * remaining // units
-            why = _held(trajectory, moving, remaining, ratio)
+            why = _reason(trajectory, moving, remaining, ratio)
             result.append(f"{field_name(field)} ends at {value}, not at {ratio:g} less: {why}")
     return result
 
 
-def _held(trajectory: Trajectory, moving: MovingWidth, left: int, ratio: float) -> str:
-    """Return why a width keeps ``left`` units although its ``ratio`` asks for fewer."""
+def _reason(trajectory: Trajectory, moving: MovingWidth, remaining: int, ratio: float) -> str:
+    """Return why ``remaining`` units of a width stay although its ``ratio`` asks for fewer."""
     unit_count, fewest = moving.unit_counts[0], trajectory.reachable(moving)[0]
     if trajectory.max_ratio < ratio:
         return f"max_pruning_ratio is {trajectory.max_ratio:g}"
-    if left < unit_count.units:
+    if remaining < unit_count.units:
         return "no less can be left of it"
     if fewest == unit_count.units:
         return f"no smaller multiple of {unit_count.step(trajectory.round_to)} can be left of it"

@@ -53,12 +53,12 @@ def trajectory_to(
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if parameters(at(middle)) <= target else (middle, high)
-    for ratio in _ratios(at(_short(at(high), moving_widths, high)), moving_widths, highest):
-        common = at(ratio)
-        accepted = [common] if common.taken() else common.nearest()
+    ratio = _short(at(high), moving_widths, high)
+    for larger in _ratios(at(ratio), moving_widths, ratio, highest):
+        common = at(larger)
         fitting = [
             option
-            for option in accepted
+            for option in ([common] if common.accepted() else common.nearest())
             if parameters(option) <= target and _one_head_ratio(option, moving_widths)
         ]
         if fitting:
@@ -82,16 +82,14 @@ def why_not_exactly(
         return None
     wider = []
     for moving in moving_widths:
-        moved = next(
-            candidate for candidate in trajectory.moving_widths if candidate.fields == moving.fields
-        )
-        kept, reachable = trajectory.units(moved)[0][-1], trajectory.reachable(moving)
-        if moving.clamped or kept + reachable.step > reachable[-1]:  # heads have one ratio
+        reachable = trajectory.reachable(moving)
+        more = trajectory.units(moving)[0][-1] + reachable.step
+        if moving.clamped or more > reachable[-1]:  # heads have one ratio
             continue
-        ratio = moving.unit_counts[0].ratio_for(kept + reachable.step, moving.counts_heads)
+        ratio = moving.unit_counts[0].ratio_for(more, moving.counts_heads)
         other = trajectory.at({moving.fields: ratio})
-        if other.taken() and count.at(other.steps()[-1]) > reached:
-            values = other.steps()[-1]
+        values = other.steps()[-1]
+        if other.accepted() and count.at(values) > reached:
             text = ", ".join(f"{field_name(field)} {values[field]:,}" for field in moving.fields)
             wider.append((count.at(values), text, f"{field_name(moving.fields[0])}={ratio:g}"))
     fewer = f"{target - reached:,} fewer, as units are whole"
@@ -120,30 +118,18 @@ def _highest(trajectory: Trajectory, moving: MovingWidth) -> float:
 
 
 def _ratios(
-    trajectory: Trajectory, moving_widths: Sequence[MovingWidth], highest: float
+    trajectory: Trajectory, moving_widths: Sequence[MovingWidth], ratio: float, highest: float
 ) -> Iterator[float]:
     """Yield the common ratio, then the next larger ones at which some width changes."""
-    ratio = next(
-        (
-            m.ratio
-            for m in trajectory.moving_widths
-            for moving in moving_widths
-            if m.fields == moving.fields
-        ),
-        0.0,
-    )
     for _ in range(_TRIES):
         yield ratio
         following: list[float] = []
         for moving in moving_widths:
-            moved = trajectory.at({moving.fields: ratio})
-            end = moved.units(next(m for m in moved.moving_widths if m.fields == moving.fields))[0][
-                -1
-            ]
+            end = trajectory.at({moving.fields: ratio}).units(moving)[0][-1]
             reachable = trajectory.reachable(moving)
             if end > reachable[0]:
-                fewer = end - reachable.step
-                following.append(moving.unit_counts[0].ratio_for(fewer, moving.counts_heads))
+                count, fewer = moving.unit_counts[0], end - reachable.step
+                following.append(count.ratio_for(fewer, moving.counts_heads))
         larger = [other for other in following if ratio < other <= highest]
         if not larger:
             return

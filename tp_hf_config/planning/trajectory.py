@@ -17,7 +17,7 @@ from ..model.config_json import FieldPath, field_name
 
 Values = dict[FieldPath, int]
 State = dict[tuple[FieldPath, ...], tuple[int, ...]]
-"""Fields of each width -> units left in each kind of its groups (one per unit count)."""
+"""Fields of each width -> remaining units in each kind of its groups (one per unit count)."""
 # limits: ratios of one width, of several, steps down, states of head counts, values to ask about
 _TRIES, _FEW, _DOWN, _HEADS, _PATIENT = 24, 6, 65, 96, 40
 
@@ -74,14 +74,14 @@ class Adjusted:
 
     Attributes:
         step: the step, counted from 1.
-        asked: field -> the value that the ratios ask for, if another is taken.
-        taken: field -> the value taken instead.
-        reason: the class's own words, or which numbers can be left at all.
+        requested: field -> the value that the ratios ask for, if it gets another one.
+        accepted: field -> the value that it gets instead.
+        reason: the class's own words, or which numbers are possible at all.
     """
 
     step: int
-    asked: dict[FieldPath, float]
-    taken: Values
+    requested: dict[FieldPath, float]
+    accepted: Values
     reason: str
 
 
@@ -106,16 +106,13 @@ class Trajectory:
     round_to: int | None = 1
     max_ratio: float = 1.0
     patience: int = 4
-    _asked: dict[frozenset[tuple[FieldPath, int]], str | None] = dataclasses.field(
+    _reasons: dict[frozenset[tuple[FieldPath, int]], str | None] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
 
-    def ratios(self, moving: MovingWidth) -> tuple[float, ...]:
-        """Return the share of a width that is to be gone after each step."""
-        return self._ratios[moving.fields]
-
     @cached_property
-    def _ratios(self) -> dict[tuple[FieldPath, ...], tuple[float, ...]]:
+    def ratios(self) -> dict[tuple[FieldPath, ...], tuple[float, ...]]:
+        """Return, for the fields of each width, the share that is to be gone after each step."""
         result: dict[tuple[FieldPath, ...], tuple[float, ...]] = {}
         for moving in self.moving_widths:
             most = self.max_ratio if moving.clamped else 1.0
@@ -126,77 +123,85 @@ class Trajectory:
         return result
 
     @cached_property
-    def walk(self) -> list[State]:
-        """Return, for each step, the units left in each kind of group of each width."""
-        return [left for _, left in self._walk]
+    def states(self) -> list[State]:
+        """Return, for each step, the remaining units in each kind of group of each width."""
+        return [state for _, state in self._steps]
 
     @cached_property
-    def _walk(self) -> list[tuple[State, State]]:
-        """Return, for each step, what the rounded ratios alone leave, and what is left."""
-        now: State = {w.fields: tuple(a.units for a in w.unit_counts) for w in self.moving_widths}
-        steps = max((len(self.ratios(w)) for w in self.moving_widths), default=0)
-        before = len(self._asked)
+    def start(self) -> State:
+        """Return the units before the first step."""
+        return {w.fields: tuple(count.units for count in w.unit_counts) for w in self.moving_widths}
+
+    @cached_property
+    def _steps(self) -> list[tuple[State, State]]:
+        """Return, for each step, what the rounded ratios alone leave, and what the step leaves."""
+        now = self.start
+        steps = max(map(len, self.ratios.values()), default=0)
+        before = len(self._reasons)
         result: list[tuple[State, State]] = []
         for step in range(steps):
-            plain = {
+            rounded = {
                 w.fields: tuple(
-                    count.next(units, self.ratios(w)[step], self.round_to, self.max_ratio)
+                    count.next(units, self.ratios[w.fields][step], self.round_to, self.max_ratio)
                     for count, units in zip(w.unit_counts, now[w.fields], strict=True)
                 )
                 for w in self.moving_widths
             }
             if self.round_to:  # without it, the class is not asked
-                stay = {w.fields: now[w.fields] for w in self.moving_widths if w.counts_heads}
-                going = [
-                    m
-                    for m in self.moving_widths
-                    if not m.counts_heads and plain[m.fields] != now[m.fields]
+                heads = {w.fields: now[w.fields] for w in self.moving_widths if w.counts_heads}
+                shrinking = [
+                    w
+                    for w in self.moving_widths
+                    if not w.counts_heads and rounded[w.fields] != now[w.fields]
                 ]
-                now = {**plain, **stay}
-                for state in self._candidates(now, plain, going, step):
-                    asked = len(self._asked) - before
-                    if self.patience and asked >= self.patience * (_PATIENT + steps):
+                now = {**rounded, **heads}
+                for state in self._candidates(now, rounded, shrinking, step):
+                    questions = len(self._reasons) - before
+                    if self.patience and questions >= self.patience * (_PATIENT + steps):
                         break
-                    values = self.values_of(state)
-                    if not self.patience or self.refuses(values) is None:
+                    if not self.patience or self.refuses(self.values_of(state)) is None:
                         now = state
                         break
             else:
-                now = plain
-            result.append((plain, now))
+                now = rounded
+            result.append((rounded, now))
         return result
 
     def _candidates(
-        self, stay: State, plain: State, going: Sequence[MovingWidth], step: int
+        self, with_heads: State, rounded: State, shrinking: Sequence[MovingWidth], step: int
     ) -> Iterator[State]:
         """Yield what a step can leave: what the rounded ratios leave first, then what is near it.
 
         Args:
-            stay: what the rounded ratios leave, but with every head count as it was.
-            plain: what the rounded ratios leave.
-            going: the widths that lose units in ``plain`` and are no head counts. Torch-Pruning
-                rounds nothing of the others, so they stay.
+            with_heads: what the rounded ratios leave, but with every head count as it was.
+            rounded: what the rounded ratios leave.
+            shrinking: the widths that lose units in ``rounded`` and are no head counts.
+                Torch-Pruning rounds nothing of the others, so they stay.
             step: the step, counted from 0.
         """
         heads = [
-            [*self._counts(moving, stay[moving.fields], self.ratios(moving)[step])]
-            for moving in self.moving_widths
-            if moving.counts_heads
+            [*self._head_counts(width, with_heads[width.fields], self.ratios[width.fields][step])]
+            for width in self.moving_widths
+            if width.counts_heads
         ]
         states: list[State] = [
-            {**plain, **{field: units for part in chosen for field, units in part.items()}}
-            for chosen in islice(product(*heads), _HEADS)
+            {**rounded, **{fields: units for part in parts for fields, units in part.items()}}
+            for parts in islice(product(*heads), _HEADS)
         ]
-        divisible = (other for state in states for other in (state, *self._divisible(state, going)))
+        divisible = (
+            other for state in states for other in (state, *self._divisible(state, shrinking))
+        )
         return chain(
             islice(divisible, _HEADS),
-            self._each_alone(states[0], going),
-            self._smaller(states[0], going),
-            self._smaller(stay, going),
+            self._each_alone(states[0], shrinking),
+            self._smaller(states[0], shrinking),
+            self._smaller(with_heads, shrinking),
         )
 
-    def _counts(self, moving: MovingWidth, now: tuple[int, ...], ratio: float) -> Iterator[State]:
-        """Yield the head counts that can be left, those nearest to the ratio first."""
+    def _head_counts(
+        self, moving: MovingWidth, now: tuple[int, ...], ratio: float
+    ) -> Iterator[State]:
+        """Yield the head counts that a step can leave, those nearest to the ratio first."""
         wanted = moving.units * (1 - ratio)
         heads, numbers = now[0] // moving.unit_counts[0].per_field_unit, self._numbers(moving)
         stuck = any(
@@ -212,10 +217,10 @@ class Trajectory:
         fewest = max(-(-c.minimum // c.per_field_unit) for c in moving.unit_counts)
         return range(-(-fewest // grid) * grid, moving.units + 1, grid)
 
-    def _divisible(self, state: State, going: Sequence[MovingWidth]) -> Iterator[State]:
+    def _divisible(self, state: State, shrinking: Sequence[MovingWidth]) -> Iterator[State]:
         """Yield the state with one width lowered to a multiple of a head count that moves."""
         counts = [moving for moving in self.moving_widths if moving.counts_heads]
-        for moving, heads in product(going, counts):
+        for moving, heads in product(shrinking, counts):
             number = state[heads.fields][0] // heads.unit_counts[0].per_field_unit
             yield {
                 **state,
@@ -225,29 +230,26 @@ class Trajectory:
                 ),
             }
 
-    def _each_alone(self, state: State, going: Sequence[MovingWidth]) -> Iterator[State]:
+    def _each_alone(self, state: State, shrinking: Sequence[MovingWidth]) -> Iterator[State]:
         """Yield the state with each width as the class accepts it alone, if several have to change.
 
         Changing one width at a time does not do then (MobileViT rounds five of its widths).
         """
-        old = {
-            width.fields: tuple(a.units for a in width.unit_counts) for width in self.moving_widths
-        }
-        others: State = {}
-        for width in going:
-            asked = state[width.fields]
-            for units in chain([asked], islice(self._downwards(width, asked), _TRIES)):
-                if self.refuses(self.values_of({**old, width.fields: units})) is None:
-                    if units != asked:
-                        others[width.fields] = units
+        changes: State = {}
+        for width in shrinking:
+            rounded = state[width.fields]
+            for units in chain([rounded], islice(self._downwards(width, rounded), _TRIES)):
+                if self.refuses(self.values_of({**self.start, width.fields: units})) is None:
+                    if units != rounded:
+                        changes[width.fields] = units
                     break
-        if len(others) > 1:
-            yield {**state, **others}
+        if len(changes) > 1:
+            yield {**state, **changes}
 
-    def _smaller(self, state: State, going: Sequence[MovingWidth]) -> Iterator[State]:
+    def _smaller(self, state: State, shrinking: Sequence[MovingWidth]) -> Iterator[State]:
         """Yield the state, then states in which one width is a little smaller."""
         yield state
-        for moving in going:
+        for moving in shrinking:
             for units in self._downwards(moving, state[moving.fields]):
                 yield {**state, moving.fields: units}
 
@@ -265,42 +267,41 @@ class Trajectory:
     def adjusted(self) -> list[Adjusted]:
         """Return the steps that leave other widths than the rounded ratios ask for."""
         result: list[Adjusted] = []
-        for number, (plain, end) in enumerate(self._walk if self.round_to else ()):
-            values, alone = self.values_of(end), self.values_of(plain)
+        for step, (rounded, state) in enumerate(self._steps if self.round_to else ()):
+            values, by_rounding = self.values_of(state), self.values_of(rounded)
             if self.refuses(values) is not None:
                 break  # later steps do not happen
-            asked: dict[FieldPath, float] = {}
+            requested: dict[FieldPath, float] = {}
             grids: list[str] = []
             for width in self.moving_widths:
-                kept = max(0.0, 1 - self.ratios(width)[number])
-                off = (
-                    width.units * kept - end[width.fields][0] / width.unit_counts[0].per_field_unit
-                )
-                if width.counts_heads and abs(off) > 0.5 + 1e-9:  # not the nearest whole number
-                    asked |= {field: self.field_map.values[field] * kept for field in width.fields}
+                share = max(0.0, 1 - self.ratios[width.fields][step])
+                units = state[width.fields][0] / width.unit_counts[0].per_field_unit
+                off = abs(width.units * share - units)
+                if width.counts_heads and off > 0.5 + 1e-9:  # not the nearest whole number
+                    requested |= {f: self.field_map.values[f] * share for f in width.fields}
                     if (grid := self._numbers(width).step) > 1:
                         grids.append(f"{width.name} stays a multiple of {grid}")
-                elif not width.counts_heads and plain[width.fields] != end[width.fields]:
-                    asked |= {field: alone[field] for field in width.fields}
-            if asked:
-                whole = {field: max(1, round(value)) for field, value in asked.items()}
+                elif not width.counts_heads and rounded[width.fields] != state[width.fields]:
+                    requested |= {field: by_rounding[field] for field in width.fields}
+            if requested:
+                whole = {field: max(1, round(value)) for field, value in requested.items()}
                 reason = self.refuses({**values, **whole}) or ""
                 if grids and (not reason or reason.startswith(STOPS)):
-                    reason = "; ".join(grids)  # no other number can be left at all
-                taken = {field: values[field] for field in asked}
-                result.append(Adjusted(number + 1, asked, taken, reason))
+                    reason = "; ".join(grids)  # no other number is possible at all
+                accepted = {field: values[field] for field in requested}
+                result.append(Adjusted(step + 1, requested, accepted, reason))
         return result
 
     def units(self, moving: MovingWidth) -> list[list[int]]:
         """Return, for each kind of group of a width, its units after each step."""
-        return [[s[moving.fields][i] for s in self.walk] for i in range(len(moving.unit_counts))]
+        return [[s[moving.fields][i] for s in self.states] for i in range(len(moving.unit_counts))]
 
     def steps(self) -> list[Values]:
         """Return the values of the fields after each step."""
-        return [self.values_of(state) for state in self.walk]
+        return [self.values_of(state) for state in self.states]
 
     def values_of(self, state: State) -> Values:
-        """Return the values of all fields when so many units are left."""
+        """Return the value of each field when so many units remain."""
         return {
             field: self.field_map.values[field] * state[w.fields][0] // w.unit_counts[0].units
             for w in self.moving_widths
@@ -308,7 +309,7 @@ class Trajectory:
         }
 
     def refusal(self) -> Refused | None:
-        """Return the first step that the class refuses or no config can say; ``None``: none is."""
+        """Return the first step that the class refuses or no config can say, or ``None``."""
         steps = self.steps()
         for moving in self.moving_widths:
             ends = {
@@ -325,7 +326,7 @@ class Trajectory:
                 return Refused(number, self._changed(values), reason)
         return None
 
-    def taken(self) -> bool:
+    def accepted(self) -> bool:
         """True if the class accepts every step; the last is asked about first."""
         return not any(self.refuses(v) for v in reversed(self.steps())) and self.refusal() is None
 
@@ -333,26 +334,26 @@ class Trajectory:
         """Return why the class refuses these values, or ``None``; each set is tried once."""
         changed = self._changed(values)
         key = frozenset(changed.items())
-        if key not in self._asked:
-            self._asked[key] = self._ask(changed) if changed else None
-        return self._asked[key]
+        if key not in self._reasons:
+            self._reasons[key] = self._ask(changed) if changed else None
+        return self._reasons[key]
 
     def _changed(self, values: Mapping[FieldPath, int]) -> Values:
         """Return the values that differ from the start."""
         return {field: v for field, v in values.items() if v != self.field_map.values[field]}
 
     def _ask(self, values: Values) -> str | None:
-        """Return the class's own words, or ours, or ``None``.
+        """Return why the class does not build with these values, or our reason, or ``None``.
 
         Ours: a count would vanish, it builds other tensors than pruning leaves, or it does not run.
         """
-        new = self.field_map.build_at(values)
-        if isinstance(new, Refusal):
-            return new.reason
+        model = self.field_map.build_at(values)
+        if isinstance(model, Refusal):
+            return model.reason
         return (
-            vanishing(self.field_map, new)
-            or other_tensors(self.field_map, new, values)
-            or stopping(self.field_map, new)
+            vanishing(self.field_map, model)
+            or other_tensors(self.field_map, model, values)
+            or stopping(self.field_map, model)
         )
 
     def at(
@@ -367,7 +368,7 @@ class Trajectory:
         return replace(self, moving_widths=tuple(moving_widths), patience=patience)
 
     def reachable(self, moving: MovingWidth) -> range:
-        """Return the numbers of units that rounding can leave of a width; else all units."""
+        """Return the numbers of units that rounding can leave of a width; if none, all units."""
         count = moving.unit_counts[0]
         grid = count.step(self.round_to)
         rounded = range(-(-count.minimum // grid) * grid, count.units + 1, grid)
@@ -380,13 +381,13 @@ class Trajectory:
         near = {moving.fields: self._near(moving) for moving in self.moving_widths}
         accepted: list[Trajectory] = []
         for fields, ratios in near.items():
-            tried = (self.at({fields: ratio}, patience=0) for ratio in ratios)
-            accepted += islice((trajectory for trajectory in tried if trajectory.taken()), 1)
+            candidates = (self.at({fields: ratio}, patience=0) for ratio in ratios)
+            accepted += islice(filter(Trajectory.accepted, candidates), 1)
         if accepted:
             return accepted
         every = islice(product(*(ratios[:_FEW] for ratios in near.values())), 4 * _TRIES)
-        tried = (self.at(dict(zip(near, ratios, strict=True)), patience=0) for ratios in every)
-        return list(islice((trajectory for trajectory in tried if trajectory.taken()), 1))
+        candidates = (self.at(dict(zip(near, ratios, strict=True)), patience=0) for ratios in every)
+        return list(islice(filter(Trajectory.accepted, candidates), 1))
 
     def _near(self, moving: MovingWidth) -> list[float]:
         """Return ratios that end a width elsewhere, the nearest ends first."""

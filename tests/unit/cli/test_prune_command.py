@@ -504,11 +504,11 @@ def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., A
 
 STEPS = {
     "loading": (prune, "load"),
-    "pruning": (prune, "_pruned"),
+    "pruning": (prune, "_prune"),
     "saving": (prune, "_save"),
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),
-    "card": (prune, "_card"),
+    "card": (prune, "card"),
     "flushing": (output, "_flush"),
 }
 
@@ -605,7 +605,7 @@ class TestWholeOrNotAtAll:
             out.mkdir()
             (out / "config.json").write_text("another's")
 
-        monkeypatch.setattr(prune, "_card", after(prune._card, by_another))
+        monkeypatch.setattr(prune, "card", after(prune.card, by_another))
         code, _, errors = shell(capsys, "prune", models / "bert", "--out", out, *QUARTER)
         assert code == 1
         assert f"{out}: is not empty." in errors

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.pipeline.companions import Copied, said_in_left
+from tp_hf_config.pipeline.companions import Copied, notes_on_uncopied
 from tp_hf_config.pipeline.source import find_source
 
 
@@ -177,7 +177,7 @@ def test_numbers_in_files_that_a_pruned_folder_leaves_behind_are_told(tmp_path: 
     left = Copied((), (*files, "link.json"))
     fields = {"hidden_size": (384, 300), "intermediate_size": (1536, 1152)}
     says = "1_Pooling/config.json was not copied; its {} says 384, as hidden_size did: where it "
-    assert said_in_left(find_source(str(tmp_path)), left, fields) == tuple(
+    assert notes_on_uncopied(find_source(str(tmp_path)), left, fields) == tuple(
         says.format(key) + "goes along by hand and means the same, write 300"
         for key in ("word_embedding_dimension", "deep.also[0]")
     )
