@@ -9,9 +9,7 @@ from itertools import islice
 
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.solve.fit import Values
-from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
-from ..model.shapes import shapes
 from .words import number
 
 _FACTORS = tuple(Fraction(*one) for one in ((1, 2), (2, 1), (1, 4), (4, 1), (1, 3), (3, 1)))
@@ -81,8 +79,7 @@ def _alike(field_map: FieldMap, values: Values, counts: set[FieldPath]) -> Itera
         moved = {p: v * factor if p in counts else v / factor for p, v in values.items()}
         if all(value and value.denominator == 1 for value in moved.values()):
             whole = {path: int(value) for path, value in moved.items()}
-            built = field_map.build_at(whole)
-            if not isinstance(built, Refusal) and shapes(built) == field_map.shapes:
+            if field_map.shapes_at(whole) == field_map.shapes:
                 yield whole
 
 

@@ -11,7 +11,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath
 
 if TYPE_CHECKING:
-    from .expressions import Observable
+    from .expressions import Quantity
     from .probe import Probe, Sizes, Study
 
 
@@ -148,7 +148,7 @@ def show_heads(
                 del point.sizes[key]
 
 
-def _hidden_heads(study: Study, probes: Mapping[FieldPath, Sequence[Probe]]) -> set[Observable]:
+def _hidden_heads(study: Study, probes: Mapping[FieldPath, Sequence[Probe]]) -> set[Quantity]:
     """Return the head counts that no probe of any field is seen to change."""
     sizes = [point.sizes for points in probes.values() for point in points]
     return {

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..model.build import Builder
-from ..model.config_json import FieldPath
+from ..model.config_json import FieldPath, value_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,9 +39,7 @@ def candidates(
     declared: dict[FieldPath, int] = {}
     unset: list[FieldPath] = []
     for nested, node in nodes.items():
-        part: Any = data
-        for key in nested:
-            part = part.get(key) if isinstance(part, dict) else None
+        part = value_at(data, nested)
         part = part if isinstance(part, dict) else {}
         for name in sorted(reads.get(type(node), ())):
             value = part.get(name)

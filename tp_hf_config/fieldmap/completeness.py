@@ -11,15 +11,13 @@ from torch import nn
 
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json, field_name, is_own, is_plain
-from ..model.shapes import compare, named_modules, shapes
+from ..model.shapes import Shapes, compare, named_modules, shapes
 from .depth import layers_left
 from .layer_kinds import lists_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name -> its shape."""
 _LISTED = 3
 """Parts that a message names."""
 _MOST = 16
@@ -59,7 +57,7 @@ def build_live(
 
 def _apart(live: Shapes, built: Shapes) -> bool:
     """True if a model and a build differ in the names or shapes of their tensors."""
-    return bool(compare(dict(live), dict(built))) or live.keys() != built.keys()
+    return bool(compare(live, built)) or live.keys() != built.keys()
 
 
 def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
@@ -84,8 +82,8 @@ def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
         return []
     name = type(model).__name__
     given = ", ".join(f"{key}={value}" for key, value in builder.options.items())
-    plain = Builder(model).build(config_json(model.config))
-    other = {} if isinstance(plain, Refusal) else shapes(plain)
+    plain = Builder(model).shapes_at(config_json(model.config))
+    other: Shapes = {} if isinstance(plain, Refusal) else plain
     added, left_out = parts_beyond(other, shapes(model)), parts_beyond(shapes(model), other)
     without = [f"{_listed(added)} added with random values"] * bool(added)
     without += [f"{_listed(left_out)} left out"] * bool(left_out)
@@ -118,7 +116,7 @@ def unbuilt_parts(
 
 def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
     """Return what to do so that the config no longer builds what the model does not have."""
-    changes = layers_left(builder, config_json(model.config, use_diff=False), dict(live))
+    changes = layers_left(builder, config_json(model.config, use_diff=False), live)
     if changes:
         settings = [
             f"config.{field_name(field)} "

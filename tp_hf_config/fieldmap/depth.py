@@ -12,8 +12,8 @@ from torch import nn
 
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, with_values
-from ..model.shapes import shapes
-from .layer_counts import Shapes, changes, holds, width_lists
+from ..model.shapes import Shapes, shapes
+from .layer_counts import changes, holds, width_lists
 from .layer_kinds import Kinds, facts_in, kinds_in, lists_of
 
 Numbers = Mapping[str, tuple[int, ...]]
@@ -277,15 +277,14 @@ def layers_left(builder: Builder, data: dict[str, Any], live: Shapes) -> dict[Fi
     built = builder.build(data)
     if isinstance(built, Refusal):
         return {}
-    now = shapes(built)
+    now: Shapes = shapes(built)
     for name, layers in lists_of(built).items():
         length, keep = len(layers), _layers_in(live, name)
         for change in changes(data, length, tuple(range(keep)), set()) if keep < length else ():
             if _layers_in(now, name) == keep or not all(holds(data, field) for field in change):
                 continue
-            model = builder.build(with_values(data, {**settings, **change}))
-            after = {} if isinstance(model, Refusal) else shapes(model)
-            if live.items() <= after.items() < now.items():
+            after = builder.shapes_at(with_values(data, {**settings, **change}))
+            if isinstance(after, Mapping) and live.items() <= after.items() < now.items():
                 settings, now = {**settings, **change}, after
     return settings if now == live else {}
 
@@ -301,8 +300,7 @@ def _without_chance(
     rest = {field: value for field, value in change.items() if type(value) is not int}
     if 0 < len(rest) < len(change):
         fewer = with_values(data, rest)
-        model = builder.build(fewer)
-        if not isinstance(model, Refusal) and shapes(model) == lowered:
+        if builder.shapes_at(fewer) == lowered:
             return fewer
     return with_values(data, change)
 

@@ -25,13 +25,13 @@ from ..model.build import Builder, Refusal
 from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
 from ..model.disk_cache import folder, load, store
-from ..model.shapes import Mismatch, compare, listed, shapes
+from ..model.shapes import Mismatch, Shapes, compare, listed, shapes
 from ..model.surroundings import same_random_state
 from . import fit_expressions as lines
 from .candidate_fields import candidates
 from .completeness import build_live, order_of_layers, unbuilt_parts
 from .depth import Depth, shallow
-from .expressions import Expression, Observable, Power, followed
+from .expressions import Expression, Power, Quantity, followed
 from .probe import Study
 from .ratio_fields import let_follow, partners
 from .sensitivity import all_implied, dragged, free, sensitivities
@@ -69,15 +69,15 @@ class FieldMap:
     data: dict[str, Any]
     values: dict[FieldPath, int]
     unset: frozenset[FieldPath]
-    expressions: dict[Observable, Expression]
+    expressions: dict[Quantity, Expression]
     depth: Depth
     layout: HeadSplits
     linked: dict[FieldPath, FieldPath] = dataclasses.field(default_factory=dict)
     bound: dict[FieldPath, tuple[FieldPath, ...]] = dataclasses.field(default_factory=dict)
     follows: dict[FieldPath, Power] = dataclasses.field(default_factory=dict)
     sizes: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
-    powers: dict[Observable, Power] = dataclasses.field(default_factory=dict)
-    loose: dict[Observable, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
+    powers: dict[Quantity, Power] = dataclasses.field(default_factory=dict)
+    loose: dict[Quantity, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
     silent: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
     recipe: RunRecipe = PLAIN
     digest: str | None = None
@@ -108,7 +108,7 @@ class FieldMap:
             values: field -> its new value.
             shallow: change the shallow config; otherwise the full one.
         """
-        full: dict[FieldPath, int | None] = {field: self.values[field] for field in self.unset}
+        full = {field: self.values[field] for field in self.unset}
         full.update({**values, **followed(self.follows, values)})
         for follower, leader in self.linked.items():
             if leader in values:
@@ -118,6 +118,10 @@ class FieldMap:
     def build_at(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
         """Build the shallow model on the meta device with some fields at other values."""
         return self.builder.build(self.config_at(values))
+
+    def shapes_at(self, values: Mapping[FieldPath, int]) -> Shapes | Refusal:
+        """Return the shapes of the shallow model with some fields at other values."""
+        return self.builder.shapes_at(self.config_at(values))
 
     @cached_property
     def unpruned(self) -> nn.Module | Refusal:

@@ -7,11 +7,9 @@ from typing import Any
 
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, with_values
-from ..model.shapes import shapes
+from ..model.shapes import Shapes
 from .layer_kinds import by_number, rises
 
-Shapes = dict[str, tuple[int, ...]]
-"""Tensor name -> its shape."""
 _FEW = 16
 """Lists of up to so many entries are looked at; numbers above it may be widths."""
 _FEATURES = {"out_features", "out_indices"}
@@ -128,24 +126,23 @@ def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[F
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*field, key))
-            elif isinstance(value, list) and 1 < len(value) <= _FEW:
-                if not are_whole(value):
-                    continue
+            elif are_whole(value) and 1 < len(value) <= _FEW:
                 if min(value) > _FEW and len(set(value)) > 1:
                     lists.add((*field, key))
                 else:
-                    after = doubled((*field, key), value)
-                    if after != before if min(value) > _FEW else longer(after):
+                    wider = with_values(data, {(*field, key, len(value) - 1): 2 * value[-1]})
+                    after = builder.shapes_at(wider)
+                    if after != before if min(value) > _FEW else _longer(before, after):
                         lists.add((*field, key))
-
-    def doubled(field: FieldPath, value: list[int]) -> Shapes:
-        model = builder.build(with_values(data, {(*field, len(value) - 1): 2 * value[-1]}))
-        return {} if isinstance(model, Refusal) else shapes(model)
-
-    def longer(after: Shapes) -> bool:
-        return after.keys() == before.keys() and any(
-            shape[:1] != before[name][:1] for name, shape in after.items()
-        )
 
     visit(data, ())
     return lists
+
+
+def _longer(before: Shapes, after: Shapes | Refusal) -> bool:
+    """True if some tensor has another first dimension, and no tensor was added or removed."""
+    return (
+        not isinstance(after, Refusal)
+        and after.keys() == before.keys()
+        and any(shape[:1] != before[name][:1] for name, shape in after.items())
+    )

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from torch import nn
 
@@ -14,12 +13,12 @@ from ..forward.find_recipe import find_recipe
 from ..forward.head_splits import HeadSplits, counts_of, observe
 from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
-from ..model.config_json import FieldPath, with_values
-from ..model.shapes import named_modules, shapes, vanished_counts
+from ..model.config_json import FieldPath, value_at, with_values
+from ..model.shapes import Shapes, named_modules, shapes, vanished_counts
 from .depth import Depth
-from .expressions import Observable, Power, followed
+from .expressions import Power, Quantity, followed
 
-Sizes = dict[Observable, int]
+Sizes = dict[Quantity, int]
 """Quantity -> its size."""
 UNSET_PROBES = (24, 40, 8, 2, 4, 1)
 """Values at which a field that has no value is probed."""
@@ -157,7 +156,7 @@ class Study:
         self.refused: list[FieldPath] = []
         self.follows: dict[FieldPath, Power] = {}
         self.first = cache(depth.first)
-        self.data = with_values(depth.data, dict(implied))
+        self.data = with_values(depth.data, implied)
         model = self.build({})
         if isinstance(model, Refusal):
             raise ValueError(f"the class does not build its own config: {model.reason}")
@@ -231,10 +230,8 @@ class Study:
 
     def _value(self, field: FieldPath) -> int:
         """Return a field's value in the config that is studied; 0 if it has none."""
-        node: Any = self.data
-        for key in field:
-            node = node.get(key) if isinstance(node, dict) else node[key]
-        return node if isinstance(node, int) else 0
+        value = value_at(self.data, field)
+        return value if isinstance(value, int) else 0
 
     def counts_layers(self, field: FieldPath) -> bool:
         """True if other values of a field only added or removed tensors, and this more than once.
@@ -253,7 +250,7 @@ class Study:
             return model if isinstance(model, Refusal) else False
         return not self._around_splits(_changed(self.attributes, _numbers(model)))
 
-    def _sizes(self, built: Mapping[str, tuple[int, ...]], layout: HeadSplits) -> Sizes:
+    def _sizes(self, built: Shapes, layout: HeadSplits) -> Sizes:
         """Return the quantities of a built model, for the first layer of each kind."""
         sizes: Sizes = {
             (name, dim): size for name, shape in built.items() for dim, size in enumerate(shape)

@@ -11,7 +11,7 @@ from math import gcd, lcm
 
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
-from ..model.shapes import shapes
+from ..model.shapes import Shapes
 from .field_map import FieldMap
 
 
@@ -160,16 +160,15 @@ def _moved(
         Tensor name and dimension -> positions per unit, for the first layer of each kind; or the
         reason why the dimensions do not follow in whole units.
     """
-    builds: list[tuple[int, dict[str, tuple[int, ...]]]] = []
+    builds: list[tuple[int, Shapes]] = []
     reason = ""
     for removed_units in dict.fromkeys([1, -1, -2, 2, *range(3, units)]):
-        model = field_map.build_at(
+        built = field_map.shapes_at(
             {p: field_map.values[p] - removed_units * s for p, s in scales.items()}
         )
-        if isinstance(model, Refusal):
-            reason = model.reason
+        if isinstance(built, Refusal):
+            reason = built.reason
             continue
-        built = shapes(model)
         if built.keys() != field_map.shapes.keys():
             reason = "it builds other layers then"
             continue

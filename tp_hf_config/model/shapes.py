@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name -> its shape."""
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -90,9 +93,7 @@ def listed(mismatches: Sequence[Mismatch]) -> str:
     return "; ".join(str(mismatch) for mismatch in mismatches[:3]) + more
 
 
-def compare(
-    live: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
-) -> Sequence[Mismatch]:
+def compare(live: Shapes, built: Shapes) -> Sequence[Mismatch]:
     """Return a mismatch for every live tensor that the build lacks or has in another shape."""
     return [
         Mismatch(name, shape, built.get(name))

@@ -13,13 +13,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tp_hf_config.fieldmap.expressions import Expression, Field, Power, followed, product
+from tp_hf_config.fieldmap.expressions import Expression, Power, followed, product
 from tp_hf_config.fieldmap.solve.integers import Conflict, Problem, solve
+from tp_hf_config.model.config_json import FieldPath
 
-HEADS: Field = ("num_attention_heads",)
-DIM: Field = ("head_dim",)
-HIDDEN: Field = ("hidden_size",)
-FFN: Field = ("intermediate_size",)
+HEADS: FieldPath = ("num_attention_heads",)
+DIM: FieldPath = ("head_dim",)
+HIDDEN: FieldPath = ("hidden_size",)
+FFN: FieldPath = ("intermediate_size",)
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 
 
@@ -29,7 +30,7 @@ def line(base: int, **slopes: int) -> Expression:
     )
 
 
-def met_by(problem: Problem, values: Mapping[Field, int]) -> bool:
+def met_by(problem: Problem, values: Mapping[FieldPath, int]) -> bool:
     moves = {name: value - problem.base[name] for name, value in values.items()}
     return all(
         problem.expressions[key].evaluate(moves) == target
@@ -142,7 +143,7 @@ def test_a_product_with_one_factor_known_elsewhere():
     assert solve(problem) == {HEADS: 3, DIM: 12}
 
 
-def heads_times_dim(target: int, *hold: Field) -> Problem:
+def heads_times_dim(target: int, *hold: FieldPath) -> Problem:
     return Problem(
         {("q", 0): product(32, {HEADS: 4, DIM: 8})},
         {HEADS: 4, DIM: 8},
@@ -170,7 +171,9 @@ def test_heads_times_head_dim_is_ambiguous():
         ((HIDDEN, DIM), {HEADS: 3, DIM: 8}),
     ],
 )
-def test_what_is_to_be_held_decides_in_order(hold: tuple[Field, ...], expected: dict[Field, int]):
+def test_what_is_to_be_held_decides_in_order(
+    hold: tuple[FieldPath, ...], expected: dict[FieldPath, int]
+):
     assert solve(heads_times_dim(24, *hold)) == expected
 
 
@@ -241,11 +244,11 @@ def test_a_contradiction_between_known_fields():
 
 # Properties
 
-NAMES: tuple[Field, ...] = (("a",), ("text", "b"), ("sizes", 0), ("sizes", 1), ("e",))
+NAMES: tuple[FieldPath, ...] = (("a",), ("text", "b"), ("sizes", 0), ("sizes", 1), ("e",))
 
 
 @st.composite
-def chains(draw: Any) -> tuple[Problem, dict[Field, int]]:
+def chains(draw: Any) -> tuple[Problem, dict[FieldPath, int]]:
     """Every field follows from an observable in which only earlier ones also take part."""
     fields = draw(st.permutations(NAMES))[: draw(st.integers(1, 5))]
     base = {name: draw(st.integers(1, 40)) for name in fields}
@@ -278,7 +281,7 @@ def chains(draw: Any) -> tuple[Problem, dict[Field, int]]:
 
 @EXAMPLES
 @given(chains())
-def test_hidden_values_are_recovered(drawn: tuple[Problem, dict[Field, int]]):
+def test_hidden_values_are_recovered(drawn: tuple[Problem, dict[FieldPath, int]]):
     problem, hidden = drawn
     assert solve(problem) == hidden
 
@@ -350,7 +353,7 @@ def test_whatever_is_answered_meets_the_targets(problem: Problem):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(products(), st.sampled_from(NAMES[:3]))
-def test_what_is_held_is_held_where_that_is_possible(problem: Problem, name: Field):
+def test_what_is_held_is_held_where_that_is_possible(problem: Problem, name: FieldPath):
     problem = Problem(problem.expressions, problem.base, problem.targets, (name,))
     free = solve(Problem(problem.expressions, problem.base, problem.targets))
     result = solve(problem)

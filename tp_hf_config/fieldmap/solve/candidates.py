@@ -8,10 +8,10 @@ from math import gcd, isqrt, prod
 
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, with_values
-from ...model.shapes import Mismatch, compare, shapes
-from ..expressions import Observable
+from ...model.shapes import Mismatch, Shapes, compare
+from ..expressions import Quantity
 from ..field_map import FieldMap
-from .fit import Shapes, Values, fit, problem_of
+from .fit import Values, fit, problem_of
 from .integers import Conflict, open_together
 
 SMALL = 128
@@ -37,7 +37,7 @@ class Asked:
         self.target = target
         origins = {name: field_map.depth.origin(name) for name in field_map.shapes}
         self.few = {name: target[full] for name, full in origins.items() if full in target}
-        self.sizes: dict[Observable, int] = {}
+        self.sizes: dict[Quantity, int] = {}
         counted = set()
         for name, shape in target.items():
             for dim, size in enumerate(shape):
@@ -50,20 +50,17 @@ class Asked:
     def wrong(self, values: Values) -> Sequence[Mismatch] | Refusal:
         """Return how the shallow build at these values differs from the target, or the refusal."""
         self.builds += 1
-        built = self.field_map.build_at(values)
+        field_map = self.field_map
+        built = field_map.shapes_at(values)
         # the class may accept a default only where it is left unset
-        if isinstance(built, Refusal) and self.field_map.unset:
-            set_values = {
-                field: value for field, value in values.items() if field not in self.field_map.unset
-            }
-            built = self.field_map.builder.build(
-                with_values(self.field_map.depth.data, dict(set_values))
-            )
-        return built if isinstance(built, Refusal) else compare(self.few, shapes(built))
+        if isinstance(built, Refusal) and field_map.unset:
+            set_values = {p: value for p, value in values.items() if p not in field_map.unset}
+            built = field_map.builder.shapes_at(with_values(field_map.depth.data, set_values))
+        return built if isinstance(built, Refusal) else compare(self.few, built)
 
 
 def solutions(
-    field_map: FieldMap, sizes: Mapping[Observable, int], given: Mapping[FieldPath, int]
+    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Mapping[FieldPath, int]
 ) -> Iterator[Values | Conflict]:
     """Yield the values that fit the field map, or the conflict if none do.
 
@@ -80,7 +77,7 @@ def solutions(
 
 def others(
     field_map: FieldMap,
-    sizes: Mapping[Observable, int],
+    sizes: Mapping[Quantity, int],
     given: Mapping[FieldPath, int],
     deeper: bool = True,
 ) -> Iterator[Values]:
@@ -143,7 +140,7 @@ def _split_width(asked: Asked, field: FieldPath) -> int:
 
 
 def nearest(
-    field_map: FieldMap, sizes: Mapping[Observable, int], given: Mapping[FieldPath, int]
+    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Mapping[FieldPath, int]
 ) -> Values:
     """Return values that give most of these sizes.
 
@@ -158,7 +155,7 @@ def nearest(
         if result.ambiguous:
             given = {**given, **result.ambiguous[0]}
             continue
-        against: set[Observable] = set()
+        against: set[Quantity] = set()
         for by_value in result.needs.values():
             whole = {v: who for v, who in by_value.items() if v.denominator == 1 and v >= 1}
             most = max(whole, key=lambda value: len(whole[value]), default=None)
@@ -263,7 +260,7 @@ def _scaled(value: int, have: int, want: int) -> Iterator[int]:
         yield isqrt(value * value * want // have) + 1
 
 
-def _fields_of(field_map: FieldMap, key: Observable) -> frozenset[FieldPath]:
+def _fields_of(field_map: FieldMap, key: Quantity) -> frozenset[FieldPath]:
     """Return the fields that change a quantity, along a straight line or not."""
     expression = field_map.expressions.get(key) or field_map.powers.get(key)
     return expression.fields if expression is not None else field_map.loose.get(key, frozenset())

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from ..expressions import Expression, Field, Observable, Power
+from ...model.config_json import FieldPath
+from ..expressions import Expression, Power, Quantity
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Conflict:
         ambiguous: the solutions, where several fit and nothing tells which; each as field -> value.
     """
 
-    needs: Mapping[Field, Mapping[Fraction, Sequence[Observable]]] = field(default_factory=dict)
-    ambiguous: Sequence[Mapping[Field, int]] = ()
+    needs: Mapping[FieldPath, Mapping[Fraction, Sequence[Quantity]]] = field(default_factory=dict)
+    ambiguous: Sequence[Mapping[FieldPath, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Problem:
         hold: fields to leave as they are where shapes alone allow several solutions, in order.
     """
 
-    expressions: Mapping[Observable, Expression | Power]
-    base: Mapping[Field, int]
-    targets: Mapping[Observable, int]
-    hold: Sequence[Field] = ()
+    expressions: Mapping[Quantity, Expression | Power]
+    base: Mapping[FieldPath, int]
+    targets: Mapping[Quantity, int]
+    hold: Sequence[FieldPath] = ()
 
 
-def solve(problem: Problem) -> dict[Field, int] | Conflict:
+def solve(problem: Problem) -> dict[FieldPath, int] | Conflict:
     """Return a value for every field so that all targets are met, or the conflict.
 
     Fields that no target depends on keep their base value.
@@ -55,7 +56,7 @@ def solve(problem: Problem) -> dict[Field, int] | Conflict:
     return {name: problem.base[name] + moves.get(name, 0) for name in problem.base}
 
 
-def open_together(problem: Problem) -> list[Field]:
+def open_together(problem: Problem) -> list[FieldPath]:
     """Return the fields that the targets only set together with others, or an empty list.
 
     One field of each such set has to be known for the rest to follow.
@@ -64,7 +65,7 @@ def open_together(problem: Problem) -> list[Field]:
     return [] if isinstance(moves, Conflict) else _entangled(problem, moves)
 
 
-def _search(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | Conflict:
+def _search(problem: Problem, moves: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
     """Return the steps of all fields that follow from the targets, or the conflict.
 
     A step is a field's value minus its base value.
@@ -82,7 +83,7 @@ def _search(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | 
     return _branch(problem, forced, entangled)
 
 
-def _forced(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | Conflict:
+def _forced(problem: Problem, moves: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
     """Return the known steps and all that follow from them one after the other, or the conflict."""
     moves = dict(moves)
     while True:
@@ -97,41 +98,41 @@ def _forced(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | 
 
 
 def _votes(
-    problem: Problem, moves: Mapping[Field, int]
-) -> dict[Field, dict[Fraction, list[Observable]]]:
+    problem: Problem, moves: Mapping[FieldPath, int]
+) -> dict[FieldPath, dict[Fraction, list[Quantity]]]:
     """Return the steps that quantities ask of a field which is the only open one in them.
 
     Returns:
         Field -> the step asked for -> the quantities that ask for it.
     """
-    votes: dict[Field, dict[Fraction, list[Observable]]] = {}
-    for observable, target in problem.targets.items():
-        expression = problem.expressions[observable]
+    votes: dict[FieldPath, dict[Fraction, list[Quantity]]] = {}
+    for quantity, target in problem.targets.items():
+        expression = problem.expressions[quantity]
         free = expression.fields - moves.keys()
         if len(free) == 1:
             (name,) = free
             move = expression.move_of(name, moves, target)
             if move is not None:
-                votes.setdefault(name, {}).setdefault(move, []).append(observable)
+                votes.setdefault(name, {}).setdefault(move, []).append(quantity)
     return votes
 
 
 def _contradictions(
     problem: Problem,
-    votes: Mapping[Field, Mapping[Fraction, Sequence[Observable]]],
-    moves: Mapping[Field, int],
+    votes: Mapping[FieldPath, Mapping[Fraction, Sequence[Quantity]]],
+    moves: Mapping[FieldPath, int],
 ) -> Conflict | None:
     """Return the conflict in what quantities ask for and what the known steps give, or None.
 
     A field conflicts if it would need several values, or one that is no whole number above 0.
     """
-    needs: dict[Field, dict[Fraction, Sequence[Observable]]] = {}
+    needs: dict[FieldPath, dict[Fraction, Sequence[Quantity]]] = {}
     for name, by_move in votes.items():
         values = {problem.base[name] + move: who for move, who in by_move.items()}
         if len(values) > 1 or any(v.denominator != 1 or v < 1 for v in values):
             needs[name] = values
-    for observable, target in problem.targets.items():
-        expression = problem.expressions[observable]
+    for quantity, target in problem.targets.items():
+        expression = problem.expressions[quantity]
         if expression.fields <= moves.keys() and expression.evaluate(moves) != target:
             for name in expression.fields or {("no field",)}:
                 wanted = expression.move_of(name, moves, target)
@@ -140,23 +141,23 @@ def _contradictions(
                 by_value.setdefault(Fraction(base + moves.get(name, 0)), [])
                 if wanted is not None:
                     by_value.setdefault(base + wanted, [])
-                    by_value[base + wanted] = [*by_value[base + wanted], observable]
+                    by_value[base + wanted] = [*by_value[base + wanted], quantity]
     return Conflict(needs) if needs else None
 
 
-def _entangled(problem: Problem, moves: Mapping[Field, int]) -> list[Field]:
+def _entangled(problem: Problem, moves: Mapping[FieldPath, int]) -> list[FieldPath]:
     """Return the open fields that quantities contain together with other open ones."""
-    entangled: set[Field] = set()
-    for observable in problem.targets:
-        free = problem.expressions[observable].fields - moves.keys()
+    entangled: set[FieldPath] = set()
+    for quantity in problem.targets:
+        free = problem.expressions[quantity].fields - moves.keys()
         if len(free) > 1:
             entangled |= free
     return sorted(entangled, key=str)
 
 
 def _branch(
-    problem: Problem, moves: dict[Field, int], entangled: Sequence[Field]
-) -> dict[Field, int] | Conflict:
+    problem: Problem, moves: dict[FieldPath, int], entangled: Sequence[FieldPath]
+) -> dict[FieldPath, int] | Conflict:
     """Leave one of several open fields as it is and solve for the rest; ``hold`` decides first.
 
     Returns:
@@ -168,7 +169,7 @@ def _branch(
             result = _search(problem, {**moves, name: 0})
             if not isinstance(result, Conflict):
                 return result
-    solutions: list[dict[Field, int]] = []
+    solutions: list[dict[FieldPath, int]] = []
     failures: list[Conflict] = []
     for name in entangled:
         result = _search(problem, {**moves, name: 0})
@@ -186,7 +187,7 @@ def _branch(
 
 
 def _values(
-    problem: Problem, moves: Mapping[Field, int], names: Iterable[Field]
-) -> dict[Field, int]:
+    problem: Problem, moves: Mapping[FieldPath, int], names: Iterable[FieldPath]
+) -> dict[FieldPath, int]:
     """Return the values of some fields at these steps."""
     return {name: problem.base[name] + moves.get(name, 0) for name in names}

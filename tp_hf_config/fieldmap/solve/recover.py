@@ -15,11 +15,11 @@ from torch import nn
 
 from ...model.build import Refusal
 from ...model.config_json import FieldPath
-from ...model.shapes import Mismatch, listed, shapes
-from ..expressions import Observable
+from ...model.shapes import Mismatch, Shapes, listed, shapes
+from ..expressions import Quantity
 from ..field_map import FieldMap
 from .candidates import SMALL, Asked, nearest, others, search, solutions, unseen, with_heads
-from .fit import Shapes, Values, build_as, fit
+from .fit import Values, build_as, fit
 from .integers import Conflict
 
 _TRIED = 64
@@ -94,17 +94,13 @@ def _several(
 
 def _alike(field_map: FieldMap, values: Values, field: FieldPath) -> list[int]:
     """Return the values of a field, around and including the one found, that build the same."""
-    built, equal_values = field_map.build_at(values), [values[field]]
-    for step in (-1, 1):
-        other = values[field] + step
-        while other > 0 and abs(other - values[field]) <= _FURTHER:
-            model = field_map.build_at({**values, field: other})
-            if isinstance(model, Refusal) or isinstance(built, Refusal):
-                break
-            if shapes(model) != shapes(built):
+    built, own_value = field_map.shapes_at(values), values[field]
+    equal_values = [own_value]
+    for step in (-1, 1) if not isinstance(built, Refusal) else ():
+        for other in range(own_value + step, own_value + step * (_FURTHER + 1), step):
+            if other < 1 or field_map.shapes_at({**values, field: other}) != built:
                 break
             equal_values.append(other)
-            other += step
     return sorted(equal_values)
 
 
@@ -164,7 +160,7 @@ def _fitting(
         if isinstance(outcome, dict):
             fitting.append(outcome)
     if isinstance(reason, Conflict):  # fit all layers: it names each
-        everywhere: dict[Observable, int] = {
+        everywhere: dict[Quantity, int] = {
             (n, dim): s for n, shape in asked.target.items() for dim, s in enumerate(shape)
         }
         full = fit(field_map, everywhere, given, powers=True)
