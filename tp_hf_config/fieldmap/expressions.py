@@ -54,7 +54,7 @@ class Expression:
                     factors[chosen] = factors.get(chosen, Fraction(0)) + coefficient * rest
         return {fields: factor for fields, factor in factors.items() if factor}
 
-    def move_of(
+    def step_to(
         self, name: FieldPath, steps: Mapping[FieldPath, int], target: int
     ) -> Fraction | None:
         """Return the step of one field that makes the size ``target``; None if it has no influence.
@@ -100,7 +100,7 @@ class Power:
             (self._factor(name, steps) for name in self.exponents), start=Fraction(self.base)
         )
 
-    def move_of(
+    def step_to(
         self, name: FieldPath, steps: Mapping[FieldPath, int], target: int
     ) -> Fraction | None:
         """Return the step of one field that makes the size ``target``; None if it has no influence.

@@ -31,9 +31,9 @@ def line(base: int, **slopes: int) -> Expression:
 
 
 def met_by(problem: Problem, values: Mapping[FieldPath, int]) -> bool:
-    moves = {name: value - problem.base[name] for name, value in values.items()}
+    steps = {name: value - problem.base[name] for name, value in values.items()}
     return all(
-        problem.expressions[key].evaluate(moves) == target
+        problem.expressions[key].evaluate(steps) == target
         for key, target in problem.targets.items()
     )
 
@@ -49,8 +49,8 @@ def met_by(problem: Problem, values: Mapping[FieldPath, int]) -> bool:
 def test_a_product_is_the_product_everywhere(pairs: list[tuple[int, int]], factor: int):
     base = {(f"f{i}",): value for i, (value, _) in enumerate(pairs)}
     expression = product(factor * prod(base.values()), base)
-    moves = {(f"f{i}",): after - before for i, (before, after) in enumerate(pairs)}
-    assert expression.evaluate(moves) == factor * prod(after for _, after in pairs)
+    steps = {(f"f{i}",): after - before for i, (before, after) in enumerate(pairs)}
+    assert expression.evaluate(steps) == factor * prod(after for _, after in pairs)
     assert expression.evaluate({}) == expression.base
     assert expression.fields == frozenset(base)
 
@@ -96,16 +96,16 @@ def test_what_is_kept_in_proportion_is_found(hidden: int, heads: int, dim: int):
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
 def test_move_of_is_the_inverse_of_evaluate(a: int, b: int, to_a: int, to_b: int):
     expression = product(a * b, {("a",): a, ("b",): b})
-    moves = {("a",): to_a - a, ("b",): to_b - b}
-    assert expression.move_of(("b",), moves, to_a * to_b) == to_b - b
-    assert expression.move_of(("a",), moves, to_a * to_b) == to_a - a
-    assert expression.move_of(("c",), moves, to_a * to_b) is None
+    steps = {("a",): to_a - a, ("b",): to_b - b}
+    assert expression.step_to(("b",), steps, to_a * to_b) == to_b - b
+    assert expression.step_to(("a",), steps, to_a * to_b) == to_a - a
+    assert expression.step_to(("c",), steps, to_a * to_b) is None
 
 
 def test_move_of_a_field_whose_slope_vanishes():
     # a * b + 3, where a moved to 0: b has no say left
     expression = product(12, {("a",): 3, ("b",): 4})
-    assert expression.move_of(("b",), {("a",): -3}, 12) is None
+    assert expression.step_to(("b",), {("a",): -3}, 12) is None
 
 
 def test_fractions_stay_exact():
@@ -253,7 +253,7 @@ def chains(draw: Any) -> tuple[Problem, dict[FieldPath, int]]:
     fields = draw(st.permutations(NAMES))[: draw(st.integers(1, 5))]
     base = {name: draw(st.integers(1, 40)) for name in fields}
     hidden = {name: draw(st.integers(1, 40)) for name in fields}
-    moves = {name: hidden[name] - base[name] for name in fields}
+    steps = {name: hidden[name] - base[name] for name in fields}
     expressions: dict[Any, Expression] = {}
     for i, name in enumerate(fields):
         for copy in range(draw(st.integers(1, 3))):
@@ -272,9 +272,9 @@ def chains(draw: Any) -> tuple[Problem, dict[FieldPath, int]]:
                 }
                 terms = {key: value for key, value in terms.items() if value}
                 expression = Expression(draw(st.integers(1, 500)), terms)
-            assume(expression.move_of(name, moves, int(expression.evaluate(moves))) is not None)
+            assume(expression.step_to(name, steps, int(expression.evaluate(steps))) is not None)
             expressions[(f"layers.{i}.{copy}", draw(st.integers(0, 1)))] = expression
-    targets = {key: int(expression.evaluate(moves)) for key, expression in expressions.items()}
+    targets = {key: int(expression.evaluate(steps)) for key, expression in expressions.items()}
     order = draw(st.permutations(list(targets)))
     return Problem(expressions, base, {key: targets[key] for key in order}), hidden
 

@@ -61,7 +61,7 @@ def problem_of(
     given: Mapping[FieldPath, int] | None = None,
     powers: bool = False,
 ) -> Problem:
-    """Return the problem to solve: what the field map knows of these sizes.
+    """Return the problem to solve: these sizes, and how the fields make them by the field map.
 
     A field that is given counts as one more quantity, and so does each proportion of fields.
 
@@ -94,10 +94,10 @@ def problem_of(
 
 
 def _in_words(follower: FieldPath, rule: Power) -> str:
-    """Return a proportion of fields for people: ``heads * head_dim = expand * hidden_size``."""
-    along = [field_name(field) for field, exponent in rule.exponents.items() if exponent > 0]
-    against = [field_name(field) for field, exponent in rule.exponents.items() if exponent < 0]
-    return " * ".join([field_name(follower), *against]) + " = " + " * ".join(along)
+    """Return a proportion of fields as text: ``heads * head_dim = expand * hidden_size``."""
+    direct = [field_name(field) for field, exponent in rule.exponents.items() if exponent > 0]
+    inverse = [field_name(field) for field, exponent in rule.exponents.items() if exponent < 0]
+    return " * ".join([field_name(follower), *inverse]) + " = " + " * ".join(direct)
 
 
 def build_as(
