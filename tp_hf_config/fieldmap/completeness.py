@@ -12,7 +12,7 @@ from torch import nn
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json, field_name, is_own, is_plain
 from ..model.shapes import Shapes, compare, named_modules, shapes
-from .depth import layers_left
+from .depth import layer_settings
 from .layer_kinds import lists_of
 
 if TYPE_CHECKING:
@@ -45,17 +45,17 @@ def build_live(
     if isinstance(built, Refusal):
         return builder, built
     live = shapes(model)
-    if not _apart(live, shapes(built)):
+    if not _differ(live, shapes(built)):
         return builder, built
     for options in _options(type(model)):
         candidate = Builder(model, options)
         candidate_model = candidate.build(data, buffers=buffers)
-        if not isinstance(candidate_model, Refusal) and not _apart(live, shapes(candidate_model)):
+        if not isinstance(candidate_model, Refusal) and not _differ(live, shapes(candidate_model)):
             return candidate, candidate_model
     return builder, built
 
 
-def _apart(live: Shapes, built: Shapes) -> bool:
+def _differ(live: Shapes, built: Shapes) -> bool:
     """True if a model and a build differ in the names or shapes of their tensors."""
     return bool(compare(live, built)) or live.keys() != built.keys()
 
@@ -116,7 +116,7 @@ def unbuilt_parts(
 
 def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
     """Return what to do so that the config no longer builds what the model does not have."""
-    changes = layers_left(builder, config_json(model.config, use_diff=False), live)
+    changes = layer_settings(builder, config_json(model.config, use_diff=False), live)
     if changes:
         settings = [
             f"config.{field_name(field)} "
