@@ -34,7 +34,7 @@ def candidates(
     """
     live = builder.config(data)
     nodes = dict(_config_nodes(live))
-    with _recorded({type(node) for node in nodes.values()}) as reads:
+    with _recording_reads({type(node) for node in nodes.values()}) as reads:
         builder.build(data)
     declared: dict[FieldPath, int] = {}
     unset: list[FieldPath] = []
@@ -70,7 +70,7 @@ def _entries(value: Any, field: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
         yield field, value
 
 
-def is_everyones(field: FieldPath) -> bool:
+def is_in_every_config(field: FieldPath) -> bool:
     """True if every config has the field, so that its default stands for no width of a class."""
     from transformers import PretrainedConfig
 
@@ -105,7 +105,7 @@ def _config_nodes(
 
 
 @contextmanager
-def _recorded(classes: set[type]) -> Iterator[dict[type, set[str]]]:
+def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
     """Record which attributes are read from configs of these classes, declared or not."""
     reads: dict[type, set[str]] = {cls: set() for cls in classes}
     own = {cls: cls.__dict__.get("__getattribute__") for cls in classes}

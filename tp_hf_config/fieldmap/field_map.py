@@ -34,7 +34,7 @@ from .depth import Depth, shallow
 from .expressions import Expression, Power, Quantity, followed
 from .probe import Study
 from .ratio_fields import let_follow, partners
-from .sensitivity import all_implied, dragged, free, sensitivities
+from .sensitivity import all_implied, independent, sensitivities, silent_followers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,7 +51,7 @@ class FieldMap:
         unset: the fields of ``values`` that ``data`` leaves to a default (``None`` or absent).
         expressions: for each quantity of the shallow model, how the fields make it.
         depth: the shallow config, and how names map onto it.
-        layout: how the forward pass splits the shallow model's outputs into heads.
+        splits: how the forward pass splits the shallow model's outputs into heads.
         linked: field -> the field whose value it has to have too (OPT's ``word_embed_proj_dim`` and
             ``hidden_size``: if they differ, the class builds other layers).
         bound: fields that the class accepts no other value of alone -> the fields that may change
@@ -71,7 +71,7 @@ class FieldMap:
     unset: frozenset[FieldPath]
     expressions: dict[Quantity, Expression]
     depth: Depth
-    layout: HeadSplits
+    splits: HeadSplits
     linked: dict[FieldPath, FieldPath] = dataclasses.field(default_factory=dict)
     bound: dict[FieldPath, tuple[FieldPath, ...]] = dataclasses.field(default_factory=dict)
     follows: dict[FieldPath, Power] = dataclasses.field(default_factory=dict)
@@ -150,7 +150,7 @@ class FieldMap:
         Returns:
             One ``(heads, head_dim)`` or ``(heads, parts, head_dim)`` for each piece of the output.
         """
-        return self.layout.heads.get(self.depth.canonical(name))
+        return self.splits.heads.get(self.depth.canonical(name))
 
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
         """Return the fields that set one quantity of the full model; empty if none does.
@@ -164,7 +164,7 @@ class FieldMap:
 
 
 _learned: OrderedDict[tuple[Any, ...], FieldMap] = OrderedDict()
-_KEPT = 32
+_MOST_MAPS = 32
 
 
 def map_of(
@@ -205,7 +205,7 @@ def map_of(
     if key not in _learned:
         with _old_objects_aside(), same_random_state():
             _learned[key] = _stored_or_learned(builder, model.config, full, make_inputs)
-        while len(_learned) > _KEPT:
+        while len(_learned) > _MOST_MAPS:
             _learned.popitem(last=False)
     field_map = _learned[key]
     if not field_map.values and not field_map.bound:
@@ -226,8 +226,8 @@ def _stored_or_learned(
 
     What a user's function makes is not known to be the same in another process.
     """
-    kept = folder() is not None and make_inputs is None
-    digest = class_digest(builder, full) if kept else None
+    cached = folder() is not None and make_inputs is None
+    digest = class_digest(builder, full) if cached else None
     if digest is None:
         return learn(builder, config, full, make_inputs=make_inputs)
     key = entry_key(digest, "field map", config_json(config, use_diff=False))
@@ -297,7 +297,7 @@ def learn(
     depth = Depth(data) if tiny else shallow(builder, data, full)
     declared, unset = candidates(builder, depth.data)
     study = Study(builder, depth, {}, recipe, make_inputs)
-    implied = free(study, {} if tiny else all_implied(study, unset), declared)
+    implied = independent(study, {} if tiny else all_implied(study, unset), declared)
     study = Study(builder, depth, implied, study.recipe)
     values = {**declared, **implied}
     probes, linked = sensitivities(study, values)
@@ -309,7 +309,7 @@ def learn(
     expressions = lines.expressions(study, values, probes)
     moving = {field for expression in expressions.values() for field in expression.fields}
     powers, loose = lines.powers(study, values, probes, expressions)
-    linked |= dragged(study, values, moving)
+    linked |= silent_followers(study, values, moving)
     with_effect = probes.keys() | linked.keys() | in_proportion
     return FieldMap(
         builder=builder,
@@ -320,7 +320,7 @@ def learn(
         unset=frozenset(field for field in implied if field in moving),
         expressions=expressions,
         depth=depth,
-        layout=study.layout,
+        splits=study.splits,
         linked=linked,
         bound=bound,
         follows=study.follows,

@@ -27,13 +27,13 @@ def expressions(
     """
     slopes: dict[Quantity, dict[FieldPath, Fraction]] = {}
     inexact: set[Quantity] = set()
-    for field, points in probes.items():
-        for key in {key for point in points for key in point.sizes}:
+    for field, field_probes in probes.items():
+        for key in {key for probe in field_probes for key in probe.sizes}:
             field_slopes = {
-                Fraction(point.sizes.get(key, study.base[key]) - study.base[key])
-                / (point.value - values[field])
-                for point in points
-                if point.sizes.get(key) != 0
+                Fraction(probe.sizes.get(key, study.base[key]) - study.base[key])
+                / (probe.value - values[field])
+                for probe in field_probes
+                if probe.sizes.get(key) != 0
             }
             if len(field_slopes) == 1:
                 slope = field_slopes.pop()
@@ -67,11 +67,11 @@ def powers(
         Quantity -> its power of fields; and, for the rest, quantity -> the fields that change it.
     """
     sizes: dict[Quantity, dict[FieldPath, list[tuple[int, int]]]] = {}
-    for field, points in probes.items():
-        for point in points:
-            for key, size in point.sizes.items():
+    for field, field_probes in probes.items():
+        for probe in field_probes:
+            for key, size in probe.sizes.items():
                 if key not in straight and size:
-                    sizes.setdefault(key, {}).setdefault(field, []).append((point.value, size))
+                    sizes.setdefault(key, {}).setdefault(field, []).append((probe.value, size))
     fitted: dict[Quantity, Power] = {}
     loose: dict[Quantity, frozenset[FieldPath]] = {}
     for key, by_field in sizes.items():

@@ -128,7 +128,7 @@ def _split_width(goal: Goal, field: FieldPath) -> int:
     for (name, which), expression in field_map.expressions.items():
         if not isinstance(which, str) or expression.fields != {field}:
             continue
-        pieces = field_map.layout.heads[name]
+        pieces = field_map.splits.heads[name]
         weight = f"{name}.weight"
         rows = sum(prod(piece) for piece in pieces)
         for size, then in zip(
