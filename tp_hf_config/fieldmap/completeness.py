@@ -70,14 +70,14 @@ def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
         for name, parameter in inspect.signature(model_class.__init__).parameters.items()
         if isinstance(parameter.default, bool)
     }
-    turned = sorted(product((False, True), repeat=len(switches)), key=sum)
-    for turns in turned[1:_MOST]:
-        chosen = zip(switches.items(), turns, strict=True)
-        yield {name: not default for (name, default), turn in chosen if turn}
+    combinations = sorted(product((False, True), repeat=len(switches)), key=sum)
+    for switched in combinations[1:_MOST]:
+        chosen = zip(switches.items(), switched, strict=True)
+        yield {name: not default for (name, default), flip in chosen if flip}
 
 
 def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
-    """Return a note that a reload needs the constructor's arguments too; empty if it needs none."""
+    """Return a note on the constructor arguments that a reload needs; empty if it needs none."""
     if not builder.options:
         return []
     name = type(model).__name__
@@ -96,7 +96,7 @@ def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
 def unbuilt_parts(
     model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes
 ) -> str | None:
-    """Return what the config builds that the model does not have, and what to do; None if nothing.
+    """Return which parts the config builds that the model lacks, and what to do; None if none.
 
     Args:
         model: the live model.

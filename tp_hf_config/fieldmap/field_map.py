@@ -1,4 +1,4 @@
-"""Learn which config fields set which dimensions, by asking the model class itself.
+"""Learn which config fields set which dimensions, by building the model class.
 
 One field gets another value, the class is built again without data, and every dimension whose size
 changes depends on that field. No field, layer or architecture is known by name.
@@ -59,7 +59,7 @@ class FieldMap:
         follows: one field of each such proportion -> how it follows from the others.
         sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
         powers: quantities along no straight line that are powers of fields (hidden over heads).
-        loose: quantities that follow no such rule (rounded ones) -> the fields that change them.
+        loose: quantities that are neither (rounded ones) -> the fields that change them.
         silent: other whole numbers that the class reads and that set no quantity.
         recipe: how the class is run with this config.
         digest: of the class's code, for the cache on disk; None: nothing of it is kept there.
@@ -224,7 +224,7 @@ def _stored_or_learned(
 ) -> FieldMap:
     """Return a field map from the cache on disk, or learn it and put it there.
 
-    What a user's function makes is not known to be the same in another process.
+    A map learned with a user's function is not stored: in another process it may differ.
     """
     cached = folder() is not None and make_inputs is None
     digest = class_digest(builder, full) if cached else None
@@ -240,20 +240,20 @@ def _stored_or_learned(
 
 
 def state_of(field_map: FieldMap) -> dict[str, Any]:
-    """Return what a field map holds beside its builder, to be stored."""
+    """Return the attributes of a field map that are stored on disk: all but its builder."""
     names = {field.name for field in dataclasses.fields(field_map)} - {"builder", "digest"}
     return {name: getattr(field_map, name) for name in names}
 
 
 def from_state(builder: Builder, digest: str | None, state: Mapping[str, Any]) -> FieldMap:
-    """Return the field map that :func:`state_of` gave the state of."""
+    """Return the field map with this state, as :func:`state_of` returns it."""
     attention = state["recipe"].attention
     return FieldMap(builder=builder.with_attention(attention), digest=digest, **state)
 
 
 @contextmanager
 def _old_objects_aside() -> Iterator[None]:
-    """Hide existing objects from the garbage collector: hundreds of builds trigger it often."""
+    """Hide existing objects from the garbage collector, which hundreds of builds trigger."""
     if gc.get_freeze_count():  # other code froze objects
         yield
         return

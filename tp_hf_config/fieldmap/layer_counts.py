@@ -1,4 +1,4 @@
-"""Find the settings of a config that say how many layers there are, and which."""
+"""Find the settings of a config that give the number of layers, or name some of them."""
 
 from __future__ import annotations
 
