@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json, field_name, is_own, is_plain
 from ..model.shapes import Shapes, compare, named_modules, shapes
@@ -18,8 +19,6 @@ from .layer_kinds import lists_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LISTED = 3
-"""Parts that a message names."""
 _MOST = 16
 """Combinations of constructor arguments to try; classes of Transformers have two."""
 
@@ -85,8 +84,8 @@ def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
     plain = Builder(model).shapes_at(config_json(model.config))
     other: Shapes = {} if isinstance(plain, Refusal) else plain
     added, left_out = parts_beyond(other, shapes(model)), parts_beyond(shapes(model), other)
-    without = [f"{_listed(added)} added with random values"] * bool(added)
-    without += [f"{_listed(left_out)} left out"] * bool(left_out)
+    without = [f"{listed(added)} added with random values"] * bool(added)
+    without += [f"{listed(left_out)} left out"] * bool(left_out)
     return [
         f"{name} was built with {given}, which no config says: load it again with "
         f"{name}.from_pretrained(folder, {given}); without, you get {' and '.join(without)}"
@@ -108,7 +107,7 @@ def unbuilt_parts(
     if not parts:
         return None
     return (
-        f"the config builds {_listed(parts)}, which the model does not have, so a reload would add "
+        f"the config builds {listed(parts)}, which the model does not have, so a reload would add "
         f"{'it' if len(parts) == 1 else 'them'} with random values. "
         + _advice(model, builder, live)
     )
@@ -246,9 +245,3 @@ def parts_beyond(names: Shapes, others: Shapes) -> list[str]:
         if beyond is not None:
             parts[beyond] = None
     return list(parts)
-
-
-def _listed(parts: Sequence[str]) -> str:
-    """Return the first few parts as text, and how many more there are."""
-    more = f" and {len(parts) - _LISTED} more" if len(parts) > _LISTED else ""
-    return ", ".join(parts[:_LISTED]) + more

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, listed
 from ..forward.head_splits import HeadSplits
 from ..forward.meta_pass import dry_pass
 from ..forward.run_recipe import PLAIN, MakeInputs, RunRecipe
@@ -25,7 +25,7 @@ from ..model.build import Builder, Refusal
 from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
 from ..model.disk_cache import folder, load, store
-from ..model.shapes import Mismatch, Shapes, compare, listed, shapes
+from ..model.shapes import Mismatch, Shapes, compare, shapes
 from ..model.surroundings import same_random_state
 from . import fit_expressions as lines
 from .candidate_fields import candidates
@@ -271,7 +271,8 @@ def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str
         advice = "It has PEFT adapters: merge them first (model.merge_and_unload())."
     else:
         advice = "Attach the hook before pruning, with the config that the model was loaded with."
-    return f"{name} and its config disagree before any pruning: {listed(mismatches)}. {advice}"
+    what = listed(mismatches, "; ")
+    return f"{name} and its config disagree before any pruning: {what}. {advice}"
 
 
 def learn(

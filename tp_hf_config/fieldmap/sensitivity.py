@@ -166,10 +166,8 @@ def _partners(
 
     def changes_nothing(some: Sequence[FieldPath]) -> bool:
         """True if the class refuses the field in the same words when these are doubled too."""
-        if not isinstance(alone, Refusal):
-            return False
-        both = study.build({doubled: 2 * values[doubled] for doubled in (field, *some)})
-        return isinstance(both, Refusal) and both.reason == alone.reason
+        both_values = {doubled: 2 * values[doubled] for doubled in (field, *some)}
+        return isinstance(alone, Refusal) and study.build(both_values) == alone
 
     return may_matter(others, changes_nothing)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 from itertools import product
 from math import gcd, lcm
 
@@ -40,7 +39,7 @@ def units_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> int:
     A unit holds whole positions of every dimension that is in proportion: where a convolution in
     groups reads a sixteenth of the channels in each (wav2vec 2.0), a unit is sixteen channels.
     """
-    common = reduce(gcd, (field_map.values[field] for field in fields))
+    common = gcd(*(field_map.values[field] for field in fields))
     sizes = _in_proportion(
         field_map, {field: field_map.values[field] // common for field in fields}, common
     )

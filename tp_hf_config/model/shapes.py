@@ -87,12 +87,6 @@ class Mismatch:
         return f"{self.name}: found {list(self.found)}, the config builds {list(self.expected)}"
 
 
-def listed(mismatches: Sequence[Mismatch]) -> str:
-    """Return the first three mismatches as text, and how many more there are."""
-    more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-    return "; ".join(str(mismatch) for mismatch in mismatches[:3]) + more
-
-
 def compare(live: Shapes, built: Shapes) -> Sequence[Mismatch]:
     """Return a mismatch for every live tensor that the build lacks or has in another shape."""
     return [

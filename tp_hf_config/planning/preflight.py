@@ -15,7 +15,7 @@ from typing import Any
 
 from torch_pruning import ops
 
-from ..errors import ConfigSyncError, PrunerSettingsWarning
+from ..errors import ConfigSyncError, PrunerSettingsWarning, listed
 from ..fieldmap.model_view import WidthView
 from ..fieldmap.solve.explain import some
 from ..graph.config_graph import ConfigGraph
@@ -26,8 +26,6 @@ from ..model.config_json import FieldPath, field_name
 from .refusals import adjusted_line, planned_refusal, refusal_lines
 from .shortfall import shortfalls
 from .trajectory import MovingWidth, Trajectory
-
-_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -272,8 +270,7 @@ def _apart(pruner: Any, name: str, groups: Sequence[_Going], staying: int) -> st
     if len(ends) < 2:
         return None
     parts = "; ".join(
-        f"{' -> '.join(map(str, steps))} in {', '.join(layers[:_LISTED])}"
-        + (f" and {len(layers) - _LISTED} more" if len(layers) > _LISTED else "")
+        f"{' -> '.join(map(str, steps))} in {listed(layers)}"
         for steps, layers in sorted(ends.items())
     )
     return (

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from ...errors import listed
 from ...model.build import Refusal
 from ...model.config_json import FieldPath
-from ...model.shapes import Mismatch, Shapes, listed, shapes
+from ...model.shapes import Mismatch, Shapes, shapes
 from ...model.tensors import ties_of
 from ..expressions import Quantity
 from ..field_map import FieldMap
@@ -197,7 +198,7 @@ def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> V
 def _mismatched(field_map: FieldMap, mismatches: Sequence[Mismatch]) -> Refusal:
     """Return the reason why no width gives these tensors."""
     name = field_map.builder.config_class.__name__
-    return Refusal(f"no width of {name} gives {listed(mismatches)}")
+    return Refusal(f"no width of {name} gives {listed(mismatches, '; ')}")
 
 
 def _differences(solutions: Sequence[Values]) -> list[Values]:
