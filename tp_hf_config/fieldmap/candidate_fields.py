@@ -45,7 +45,8 @@ def candidates(
             value = part.get(name)
             field: FieldPath = (*nested, name)
             entries = {} if field in nodes else dict(_entries(value, field))
-            declared.update({key: entry for key, entry in entries.items() if _is_count(entry)})
+            counts = {key: n for key, n in entries.items() if type(n) is int and n > 0}
+            declared.update(counts)
             own = not name.startswith("_") and not _is_machinery(name)
             if value is None and own and _takes_numbers(type(node), name):
                 unset.append(field)
@@ -85,11 +86,6 @@ def _is_machinery(name: str) -> bool:
     if isinstance(attribute, property):
         return attribute.fset is None
     return hasattr(PretrainedConfig, name)
-
-
-def _is_count(value: Any) -> bool:
-    """True if a value is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _config_nodes(

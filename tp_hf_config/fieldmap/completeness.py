@@ -115,6 +115,8 @@ def unbuilt_parts(
 
 def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
     """Return what to do so that the config no longer builds what the model does not have."""
+    from transformers import PreTrainedModel
+
     changes = layer_settings(builder, config_json(model.config, use_diff=False), live)
     if changes:
         settings = [
@@ -127,11 +129,13 @@ def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
             for field, value in changes.items()
         ]
         return f"Set {' and '.join(settings)}."
-    inner = next(_models_inside(model), None)
+    inside = (name for name, part in model.named_modules() if isinstance(part, PreTrainedModel))
+    inner = next(filter(None, inside), None)
     advice = f"No number of layers in {type(model.config).__name__} leaves that out: put it back"
     if inner is None:
         return f"{advice}."
-    return f"{advice}, or prune the {type(inner[1]).__name__} inside by itself (model.{inner[0]})."
+    kind = type(model.get_submodule(inner)).__name__
+    return f"{advice}, or prune the {kind} inside by itself (model.{inner})."
 
 
 def order_of_layers(model: nn.Module, built: nn.Module) -> tuple[str | None, list[str]]:
@@ -216,15 +220,6 @@ def _counts_up(values: Sequence[Any]) -> bool:
 def _varies(key: tuple[str, str], layers: Sequence[Mapping[tuple[str, str], Any]]) -> bool:
     """True if the layers differ in this fact."""
     return any(facts.get(key) != layers[0].get(key) for facts in layers)
-
-
-def _models_inside(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the pretrained models inside a model, each with its name."""
-    from transformers import PreTrainedModel
-
-    for name, module in model.named_modules():
-        if name and isinstance(module, PreTrainedModel):
-            yield name, module
 
 
 def parts_beyond(names: Shapes, others: Shapes) -> list[str]:

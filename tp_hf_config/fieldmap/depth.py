@@ -193,7 +193,8 @@ class _Lowering:
     def _step(self, model: nn.Module) -> _Step | None:
         """Return which layers a build kept; None if a kind is lost or anything else changed."""
         after, lists, step = shapes(model), lists_of(model), _Step()
-        shorter = [name for name, layers in lists.items() if self._is_shorter(name, len(layers))]
+        before = {name: len(kinds.first) for name, kinds in self.kinds.items()}
+        shorter = [name for name, layers in lists.items() if len(layers) < before.get(name, 0)]
         shorter = [name for name in shorter if not _inside(name, shorter)]
         if len(after) >= len(self.shapes) or not shorter:
             return None
@@ -212,10 +213,6 @@ class _Lowering:
         if any(self.shapes.get(name) != after[name] for name in others):
             return None
         return step if self._rest_as_before(model, shorter) else None
-
-    def _is_shorter(self, name: str, now: int) -> bool:
-        """True if a list has fewer layers now."""
-        return name in self.kinds and len(self.kinds[name].first) > now
 
     def _rest_as_before(self, model: nn.Module, shorter: Sequence[str]) -> bool:
         """True if the layers of the other lists are of the same kinds as before."""

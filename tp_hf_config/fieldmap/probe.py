@@ -197,7 +197,8 @@ class Study:
             return None
         if any(len(shape) != len(self.shapes[name]) for name, shape in built.items()):
             return None  # a dense layer became one in groups (ConvBERT)
-        lower = [field for field, value in values.items() if value < self._value_of(field)]
+        own_values = {field: value_at(self.data, field) or 0 for field in values}
+        lower = [field for field, value in values.items() if value < own_values[field]]
         if lower:
             vanished = bool(vanished_counts(self.model, model))
             self.vanishing.update(
@@ -227,11 +228,6 @@ class Study:
             parent = name.rpartition(".")[0]
             around |= {parent, parent.rpartition(".")[0]}
         return bool(around & set(changed))
-
-    def _value_of(self, field: FieldPath) -> int:
-        """Return a field's value in the config that is studied; 0 if it has none."""
-        value = value_at(self.data, field)
-        return value if isinstance(value, int) else 0
 
     def counts_layers(self, field: FieldPath) -> bool:
         """True if other values of a field only added or removed tensors, and this more than once.

@@ -34,6 +34,8 @@ _OWN_COUNT = "feature_attention_mask"
 _QUERIES = "image_embeds_position_mask"
 _TOWER_PARTS = ("vision_config", "audio_config")
 _MOST_FORMS = 16
+_REVERSED = (*_TEXT, *MAIN, *ARGUMENTS)
+_TYPES = "token_type_ids"
 
 
 def example_inputs(
@@ -326,15 +328,10 @@ def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
     packed = any(name in inputs for name in _PACKED)  # the patches of all images in one row
     return {
         name: torch.cat(
-            [value, value.flip(-1) if _is_reversed(name) else value],
+            [value, value.flip(-1) if name in _REVERSED or name.endswith(_TYPES) else value],
             dim=-1 if packed and name == "pixel_values" else 0,
         )
         if isinstance(value, torch.Tensor)
         else value
         for name, value in inputs.items()
     }
-
-
-def _is_reversed(name: str) -> bool:
-    """True if the second sample has this argument's last axis reversed."""
-    return name in (*_TEXT, *MAIN, *ARGUMENTS) or name.endswith("token_type_ids")

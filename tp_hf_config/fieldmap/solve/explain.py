@@ -45,7 +45,7 @@ def explain_conflict(
         )
     needs = {
         field_name(field): {
-            _number(value): list(dict.fromkeys(name for name, _ in who))
+            int(value) if value.denominator == 1 else float(value): list(dict(who))
             for value, who in values.items()
         }
         for field, values in conflict.needs.items()
@@ -120,9 +120,3 @@ def _needs(by_value: dict[int | float, list[str]], base: int | None) -> str:
         else:
             parts.append(f"the rest needs {value:g}")
     return ", ".join(parts) + (f" (it was {base})" if base is not None else "")
-
-
-def _number(value: object) -> int | float:
-    """Return an int if the number is whole, otherwise a float."""
-    number = float(value)  # type: ignore[arg-type]
-    return int(number) if number.is_integer() else number
