@@ -327,7 +327,7 @@ def _shows(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> bool:
     expected = mismatch.expected or ()
     return any(
         path in field_map.fields_of(mismatch.name, dim)
-        for dim, (a, b) in enumerate(zip(mismatch.found, expected, strict=False))
+        for dim, (a, b) in enumerate(zip(mismatch.shape, expected, strict=False))
         if a != b
     )
 

@@ -1,6 +1,6 @@
 """Find the config fields worth probing: those that the class reads when it is built.
 
-A field that is read but not declared (``getattr(config, "head_dim", None)``) is found the same way.
+Fields that are read but not declared are included (``getattr(config, "head_dim", None)``).
 """
 
 from __future__ import annotations

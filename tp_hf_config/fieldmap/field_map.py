@@ -62,7 +62,7 @@ class FieldMap:
         loose: quantities that are neither (rounded ones) -> the fields that change them.
         silent: other whole numbers that the class reads and that set no quantity.
         recipe: how the class is run with this config.
-        digest: of the class's code, for the cache on disk; None: nothing of it is kept there.
+        digest: of the class's code, the key of the cache on disk; None: it is not stored there.
     """
 
     builder: Builder
@@ -142,7 +142,7 @@ class FieldMap:
         return {} if isinstance(self.unpruned, Refusal) else shapes(self.unpruned)
 
     def splits_of(self, name: str) -> tuple[tuple[int, ...], ...] | None:
-        """Return how a layer's output is split into heads, or None if no split was seen.
+        """Return how a layer's output is split into heads, or None if it is not split.
 
         Args:
             name: the layer's name in the full model.
@@ -289,8 +289,8 @@ def learn(
         builder: builds the class.
         config: the config to learn around.
         full: the class built from that config, without data.
-        tiny: the config is a tiny model's: keep all its layers, and take no field as left to a
-            default.
+        tiny: the config is a tiny model's: keep all its layers, and do not look for the values of
+            unset fields.
         recipe: how the class is run with this config; default: it is found.
         make_inputs: the user's function that makes inputs, for a recipe that is found.
     """

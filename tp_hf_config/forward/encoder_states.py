@@ -45,27 +45,29 @@ class States:
         return self.reader.rpartition(".")[0]
 
 
-def states_of(model: nn.Module, read: States | None) -> States | None:
+def states_of(model: nn.Module, states: States | None) -> States | None:
     """Return the states that a model reads, with the first layer that reads them; None if none.
 
     Args:
         model: the model.
-        read: the states that its class reads, ``*`` for numbers of layers in the reader's name.
+        states: the states that its class reads, ``*`` for numbers of layers in the reader's name.
     """
-    if read is None:
+    if states is None:
         return None
-    names = (name for name, _ in model.named_parameters() if _NUMBER.sub(".*", name) == read.reader)
+    names = (
+        name for name, _ in model.named_parameters() if _NUMBER.sub(".*", name) == states.reader
+    )
     reader = next(names, None)  # None: no cross-attention
-    return None if reader is None else States(read.argument, reader, read.dim)
+    return None if reader is None else States(states.argument, reader, states.dim)
 
 
-def random_states(model: nn.Module, read: States | None) -> dict[str, Tensor]:
+def random_states(model: nn.Module, states: States | None) -> dict[str, Tensor]:
     """Return random states of one sample as a keyword argument; empty if the model reads none."""
-    read = states_of(model, read)
-    if read is None:
+    states = states_of(model, states)
+    if states is None:
         return {}
-    parameter = model.get_parameter(read.reader)
-    return {read.argument: _random(parameter, parameter.shape[read.dim])}
+    parameter = model.get_parameter(states.reader)
+    return {states.argument: _random(parameter, parameter.shape[states.dim])}
 
 
 def arguments_for_states(model: nn.Module) -> list[str]:
@@ -168,9 +170,9 @@ def _input_dim(module: nn.Module) -> int | None:
 
 
 def states_in(
-    model: nn.Module, inputs: Mapping[str, Any], read: States | None
+    model: nn.Module, inputs: Mapping[str, Any], states: States | None
 ) -> dict[str, Tensor]:
     """Return the encoder states among the inputs of a forward pass, by name; empty if none."""
-    read = states_of(model, read)
-    given = None if read is None else inputs.get(read.argument)
-    return {read.argument: given} if read is not None and isinstance(given, Tensor) else {}
+    states = states_of(model, states)
+    value = None if states is None else inputs.get(states.argument)
+    return {states.argument: value} if states is not None and isinstance(value, Tensor) else {}

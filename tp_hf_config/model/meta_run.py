@@ -83,7 +83,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     are like all others.
 
     Attributes:
-        guessed: True once a value that is not known has chosen something: the run may then differ
+        guessed: True once a value without data has chosen something: the run may then differ
             from one with data.
         numbers: how many numbers all operations together returned.
     """

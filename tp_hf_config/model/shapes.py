@@ -73,18 +73,18 @@ class Mismatch:
 
     Attributes:
         name: the tensor's name.
-        found: its shape in the live model.
+        shape: its shape in the live model.
         expected: the shape that the config builds; ``None`` if it builds no such tensor.
     """
 
     name: str
-    found: tuple[int, ...]
+    shape: tuple[int, ...]
     expected: tuple[int, ...] | None
 
     def __str__(self) -> str:
         if self.expected is None:
-            return f"{self.name}: found {list(self.found)}, but the config builds no such tensor"
-        return f"{self.name}: found {list(self.found)}, the config builds {list(self.expected)}"
+            return f"{self.name}: found {list(self.shape)}, but the config builds no such tensor"
+        return f"{self.name}: found {list(self.shape)}, the config builds {list(self.expected)}"
 
 
 def compare(live: Shapes, built: Shapes) -> Sequence[Mismatch]:

@@ -71,7 +71,7 @@ class Tie:
 
         Args:
             model: the pruned model.
-            alike: True if all names are known to have lost the same channels; then only their
+            alike: True if all names have lost the same channels for certain; then only their
                 shapes are compared, not their values.
         """
         first, *others = self.pruned(model) or self.names[:1]

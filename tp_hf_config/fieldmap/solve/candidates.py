@@ -87,7 +87,7 @@ def others(
     Args:
         field_map: the class.
         sizes: quantities of the full model, with their sizes.
-        given: fields whose value is known.
+        given: fields with a fixed value.
         recurse: try the values of a second joint field where the first does not settle the rest.
     """
     joint_fields = open_together(problem_of(field_map, sizes, given, powers=True))
@@ -208,7 +208,7 @@ def _distance(goal: Goal, outcome: Sequence[Mismatch] | Refusal) -> int:
     return sum(
         have != want
         for mismatch in outcome
-        for want, have in zip(mismatch.found, mismatch.expected or (), strict=False)
+        for want, have in zip(mismatch.shape, mismatch.expected or (), strict=False)
     )
 
 
@@ -223,7 +223,7 @@ def _changes(
     influence: dict[FieldPath, dict[tuple[int, int], None]] = {}
     for mismatch in () if isinstance(outcome, Refusal) else outcome:
         for dim, (want, have) in enumerate(
-            zip(mismatch.found, mismatch.expected or (), strict=False)
+            zip(mismatch.shape, mismatch.expected or (), strict=False)
         ):
             if want != have:
                 for field in _fields_of(field_map, (mismatch.name, dim)):

@@ -32,7 +32,7 @@ def fit(
     Args:
         field_map: the class.
         sizes: quantities in the full model's names, with their sizes.
-        given: fields whose value is known.
+        given: fields with a fixed value.
         powers: use the quantities that are powers of fields too.
         hold: fields that stay as they are where sizes alone allow several solutions.
 
@@ -68,7 +68,7 @@ def problem_of(
     Args:
         field_map: the class.
         sizes: quantities in the full model's names, with their sizes.
-        given: fields whose value is known.
+        given: fields with a fixed value.
         powers: use the quantities that are powers of fields too.
     """
     base = field_map.sizes if powers else field_map.values

@@ -64,7 +64,7 @@ def recover(
     Args:
         field_map: the class, learned around the config that the model had.
         target: the shape of every tensor of the whole model; tied ones under one name or all.
-        given: fields whose value is known; they settle what shapes leave open.
+        given: fields with a fixed value; they settle what shapes leave open.
 
     Returns:
         The config, proved by building it; a ``Conflict`` with the fields that would need several
@@ -182,7 +182,7 @@ def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> V
     Args:
         goal: the class and its target.
         solution: values that fit the field map.
-        given: fields whose value is known.
+        given: fields with a fixed value.
     """
     reason = Refusal("not tried")
     for values in islice(with_heads(goal, solution, given), SMALL):
