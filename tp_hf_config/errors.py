@@ -15,6 +15,12 @@ def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def listed(items: Sequence[object], separator: str = ", ") -> str:
+    """Return the first three items as text, and how many more there are."""
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return separator.join(map(str, items[:3])) + more
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Return a hint to append to a message: the known name that is spelled most like ``name``.
 

@@ -84,7 +84,7 @@ def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
     names_by_kind: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], list[str]] = {}
     for mismatch in mismatched:
         names_by_kind.setdefault(
-            (_name_pattern(mismatch.name), mismatch.found, mismatch.expected), []
+            (_name_pattern(mismatch.name), mismatch.shape, mismatch.expected), []
         ).append(mismatch.name)
     for (name, shape, expected), names in list(names_by_kind.items())[:_LISTED]:
         where = f" ({layers(names)})" if "*" in name else ""

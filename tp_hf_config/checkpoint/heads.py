@@ -9,9 +9,7 @@ from itertools import islice
 
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.solve.fit import Values
-from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
-from ..model.shapes import shapes
 from .words import number
 
 _FACTORS = tuple(Fraction(*ratio) for ratio in ((1, 2), (2, 1), (1, 4), (4, 1), (1, 3), (3, 1)))
@@ -81,8 +79,7 @@ def _other_values(field_map: FieldMap, values: Values, counts: set[FieldPath]) -
         scaled = {p: v * factor if p in counts else v / factor for p, v in values.items()}
         if all(value and value.denominator == 1 for value in scaled.values()):
             others = {path: int(value) for path, value in scaled.items()}
-            built = field_map.build_at(others)
-            if not isinstance(built, Refusal) and shapes(built) == field_map.shapes:
+            if field_map.shapes_at(others) == field_map.shapes:
                 yield others
 
 

@@ -293,7 +293,7 @@ def _sets_mismatch(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> 
     expected = mismatch.expected or ()
     return any(
         path in field_map.fields_of(mismatch.name, dim)
-        for dim, (a, b) in enumerate(zip(mismatch.found, expected, strict=False))
+        for dim, (a, b) in enumerate(zip(mismatch.shape, expected, strict=False))
         if a != b
     )
 

@@ -11,47 +11,46 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath
 
 if TYPE_CHECKING:
-    from .expressions import Observable
+    from .expressions import Quantity
     from .probe import Probe, Sizes, Study
 
 
 def without_effect(study: Study, values: Mapping[FieldPath, int]) -> set[FieldPath]:
-    """Return the fields that change nothing at these values, or that cannot be a number.
+    """Return the fields that change nothing at these values, or cannot be a number (bisection).
 
-    Found by bisection. A name that cannot be a number in one config cannot be one in the configs
-    inside it either.
+    A name that cannot be a number in one config cannot be one in the configs inside it either.
     """
     no_numbers: set[str | int] = set()
 
-    def in_vain(paths: Sequence[FieldPath]) -> bool:
+    def changes_nothing(paths: Sequence[FieldPath]) -> bool:
         """True if these fields change nothing, all set in one build."""
-        remaining = [field for field in paths if field[-1] not in no_numbers]
-        quiet = not remaining or study.quiet({field: values[field] for field in remaining})
-        if len(remaining) == 1 and isinstance(quiet, Refusal) and "'int' object" in quiet.reason:
-            no_numbers.add(remaining[0][-1])  # Python's message: the field is no number
-        return quiet is True
+        numbers = [field for field in paths if field[-1] not in no_numbers]
+        outcome = not numbers or study.changes_nothing({field: values[field] for field in numbers})
+        if len(numbers) == 1 and isinstance(outcome, Refusal) and "'int' object" in outcome.reason:
+            no_numbers.add(numbers[0][-1])  # Python's message: the field is no number
+        return outcome is True
 
-    matter = set(may_matter(list(values), in_vain))
+    matter = set(may_matter(list(values), changes_nothing))
     return {field for field in values if field not in matter or field[-1] in no_numbers}
 
 
 def may_matter(
-    paths: Sequence[FieldPath], in_vain: Callable[[Sequence[FieldPath]], bool]
+    paths: Sequence[FieldPath], changes_nothing: Callable[[Sequence[FieldPath]], bool]
 ) -> Iterator[FieldPath]:
     """Yield the fields that can change the result, in order (bisection).
 
     Args:
         paths: the fields.
-        in_vain: True if the given fields change nothing when all of them are set.
+        changes_nothing: True if the given fields change nothing when all of them are set.
     """
-    if not paths or in_vain(paths):
+    if not paths or changes_nothing(paths):
         return
     if len(paths) == 1:
         yield paths[0]
         return
     half = len(paths) // 2
-    yield from may_matter(paths[:half], in_vain)
-    yield from may_matter(paths[half:], in_vain)
+    yield from may_matter(paths[:half], changes_nothing)
+    yield from may_matter(paths[half:], changes_nothing)
 
 
 def each_of(
@@ -59,8 +58,8 @@ def each_of(
 ) -> Iterator[tuple[FieldPath, int, Sizes]]:
     """Yield each field with its value and the sizes that it changes there.
 
-    Fields that changed no quantity in common go in one build. A field that has to be built alone is
-    left out.
+    Fields that changed no quantity in common share one build. A field that needs a build alone is
+    omitted.
 
     Args:
         study: builds the class.
@@ -76,16 +75,16 @@ def each_of(
         else:
             groups.append([field])
     for group in groups:
-        yield from _told_apart(study, group, values, moved)
+        yield from _separated(study, group, values, moved)
 
 
-def _told_apart(
+def _separated(
     study: Study,
     group: Sequence[FieldPath],
     values: Mapping[FieldPath, int],
     moved: Mapping[FieldPath, Sizes],
 ) -> Iterator[tuple[FieldPath, int, Sizes]]:
-    """Yield what each field of a group changes, from one build of all of them.
+    """Yield each field of a group with the sizes that it changes, from one build of all of them.
 
     A group whose build fails or changes anything else is halved; a single field yields nothing.
     """
@@ -98,8 +97,8 @@ def _told_apart(
         size and key not in expected for key, size in sizes.items()
     ):
         half = len(group) // 2
-        yield from _told_apart(study, group[:half], values, moved)
-        yield from _told_apart(study, group[half:], values, moved)
+        yield from _separated(study, group[:half], values, moved)
+        yield from _separated(study, group[half:], values, moved)
         return
     for field in group:
         own_sizes = {key: size for key, size in sizes.items() if key in moved[field]}
@@ -117,22 +116,18 @@ def show_heads(
     and a width are doubled in one build. The probes are changed in place.
     """
     hidden_counts = _hidden_heads(study, probes)
-    blind = {
-        field: unobserved
-        for field, points in probes.items()
-        if (
-            unobserved := {
-                key for key in hidden_counts if all(point.sizes.get(key) == 0 for point in points)
-            }
-        )
+    unobserved = {
+        field: {k for k in hidden_counts if all(probe.sizes.get(k) == 0 for probe in field_probes)}
+        for field, field_probes in probes.items()
     }
     moved = {
-        field: {key for point in points for key in point.sizes} for field, points in probes.items()
+        field: {key for probe in field_probes for key in probe.sizes}
+        for field, field_probes in probes.items()
     }
-    for count, width in permutations(blind, 2):
+    for count, width in permutations(filter(unobserved.get, unobserved), 2):
         keys = {
             key
-            for key in hidden_counts & blind[count] & blind[width]
+            for key in hidden_counts & unobserved[count] & unobserved[width]
             if (f"{key[0]}.weight", 0) in moved[width]
             and not {(f"{key[0]}.weight", 0), (f"{key[0]}.weight", 1)} & moved[count]
         }
@@ -141,16 +136,16 @@ def show_heads(
             continue
         for key in (key for key in keys if sizes.get(key) == 2 * study.base[key]):
             hidden_counts.discard(key)
-            for point in probes[count]:
-                share = Fraction(point.value * study.base[key], values[count])
-                point.sizes[key] = int(share) if share.denominator == 1 else 0
-            for point in probes[width]:
-                del point.sizes[key]
+            for probe in probes[count]:
+                share = Fraction(probe.value * study.base[key], values[count])
+                probe.sizes[key] = int(share) if share.denominator == 1 else 0
+            for probe in probes[width]:
+                del probe.sizes[key]
 
 
-def _hidden_heads(study: Study, probes: Mapping[FieldPath, Sequence[Probe]]) -> set[Observable]:
-    """Return the head counts that no probe of any field is seen to change."""
-    sizes = [point.sizes for points in probes.values() for point in points]
+def _hidden_heads(study: Study, probes: Mapping[FieldPath, Sequence[Probe]]) -> set[Quantity]:
+    """Return the head counts that change in no probe of any field."""
+    sizes = [probe.sizes for field_probes in probes.values() for probe in field_probes]
     return {
         key
         for key in study.base

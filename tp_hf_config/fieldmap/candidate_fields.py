@@ -1,6 +1,6 @@
 """Find the config fields worth probing: those that the class reads when it is built.
 
-A field that is read but not declared (``getattr(config, "head_dim", None)``) is found the same way.
+Fields that are read but not declared are included (``getattr(config, "head_dim", None)``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..model.build import Builder
-from ..model.config_json import FieldPath
+from ..model.config_json import FieldPath, value_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -34,20 +34,19 @@ def candidates(
     """
     live = builder.config(data)
     nodes = dict(_config_nodes(live))
-    with _recorded({type(node) for node in nodes.values()}) as reads:
+    with _recording_reads({type(node) for node in nodes.values()}) as reads:
         builder.build(data)
     declared: dict[FieldPath, int] = {}
     unset: list[FieldPath] = []
     for nested, node in nodes.items():
-        part: Any = data
-        for key in nested:
-            part = part.get(key) if isinstance(part, dict) else None
+        part = value_at(data, nested)
         part = part if isinstance(part, dict) else {}
         for name in sorted(reads.get(type(node), ())):
             value = part.get(name)
             field: FieldPath = (*nested, name)
             entries = {} if field in nodes else dict(_entries(value, field))
-            declared.update({key: entry for key, entry in entries.items() if _is_count(entry)})
+            counts = {key: n for key, n in entries.items() if type(n) is int and n > 0}
+            declared.update(counts)
             own = not name.startswith("_") and not _is_machinery(name)
             if value is None and own and _takes_numbers(type(node), name):
                 unset.append(field)
@@ -72,7 +71,7 @@ def _entries(value: Any, field: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
         yield field, value
 
 
-def is_everyones(field: FieldPath) -> bool:
+def is_in_every_config(field: FieldPath) -> bool:
     """True if every config has the field, so that its default stands for no width of a class."""
     from transformers import PretrainedConfig
 
@@ -89,11 +88,6 @@ def _is_machinery(name: str) -> bool:
     return hasattr(PretrainedConfig, name)
 
 
-def _is_count(value: Any) -> bool:
-    """True if a value is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _config_nodes(
     config: PreTrainedConfig, field: FieldPath = ()
 ) -> Iterator[tuple[FieldPath, PreTrainedConfig]]:
@@ -107,7 +101,7 @@ def _config_nodes(
 
 
 @contextmanager
-def _recorded(classes: set[type]) -> Iterator[dict[type, set[str]]]:
+def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
     """Record which attributes are read from configs of these classes, declared or not."""
     reads: dict[type, set[str]] = {cls: set() for cls in classes}
     own = {cls: cls.__dict__.get("__getattribute__") for cls in classes}

@@ -9,19 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json, field_name, is_own, is_plain
-from ..model.shapes import compare, named_modules, shapes
-from .depth import layers_left
+from ..model.shapes import Shapes, compare, named_modules, shapes
+from .depth import layer_settings
 from .layer_kinds import lists_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name -> its shape."""
-_LISTED = 3
-"""Parts that a message names."""
 _MOST = 16
 """Combinations of constructor arguments to try; classes of Transformers have two."""
 
@@ -47,19 +44,19 @@ def build_live(
     if isinstance(built, Refusal):
         return builder, built
     live = shapes(model)
-    if not _apart(live, shapes(built)):
+    if not _differ(live, shapes(built)):
         return builder, built
     for options in _options(type(model)):
         candidate = Builder(model, options)
         candidate_model = candidate.build(data, buffers=buffers)
-        if not isinstance(candidate_model, Refusal) and not _apart(live, shapes(candidate_model)):
+        if not isinstance(candidate_model, Refusal) and not _differ(live, shapes(candidate_model)):
             return candidate, candidate_model
     return builder, built
 
 
-def _apart(live: Shapes, built: Shapes) -> bool:
+def _differ(live: Shapes, built: Shapes) -> bool:
     """True if a model and a build differ in the names or shapes of their tensors."""
-    return bool(compare(dict(live), dict(built))) or live.keys() != built.keys()
+    return bool(compare(live, built)) or live.keys() != built.keys()
 
 
 def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
@@ -72,23 +69,23 @@ def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
         for name, parameter in inspect.signature(model_class.__init__).parameters.items()
         if isinstance(parameter.default, bool)
     }
-    turned = sorted(product((False, True), repeat=len(switches)), key=sum)
-    for turns in turned[1:_MOST]:
-        chosen = zip(switches.items(), turns, strict=True)
-        yield {name: not default for (name, default), turn in chosen if turn}
+    combinations = sorted(product((False, True), repeat=len(switches)), key=sum)
+    for switched in combinations[1:_MOST]:
+        chosen = zip(switches.items(), switched, strict=True)
+        yield {name: not default for (name, default), flip in chosen if flip}
 
 
 def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
-    """Return a note that a reload needs the constructor's arguments too; empty if it needs none."""
+    """Return a note on the constructor arguments that a reload needs; empty if it needs none."""
     if not builder.options:
         return []
     name = type(model).__name__
     given = ", ".join(f"{key}={value}" for key, value in builder.options.items())
-    plain = Builder(model).build(config_json(model.config))
-    other = {} if isinstance(plain, Refusal) else shapes(plain)
+    plain = Builder(model).shapes_at(config_json(model.config))
+    other: Shapes = {} if isinstance(plain, Refusal) else plain
     added, left_out = parts_beyond(other, shapes(model)), parts_beyond(shapes(model), other)
-    without = [f"{_listed(added)} added with random values"] * bool(added)
-    without += [f"{_listed(left_out)} left out"] * bool(left_out)
+    without = [f"{listed(added)} added with random values"] * bool(added)
+    without += [f"{listed(left_out)} left out"] * bool(left_out)
     return [
         f"{name} was built with {given}, which no config says: load it again with "
         f"{name}.from_pretrained(folder, {given}); without, you get {' and '.join(without)}"
@@ -98,7 +95,7 @@ def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
 def unbuilt_parts(
     model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes
 ) -> str | None:
-    """Return what the config builds that the model does not have, and what to do; None if nothing.
+    """Return which parts the config builds that the model lacks, and what to do; None if none.
 
     Args:
         model: the live model.
@@ -110,7 +107,7 @@ def unbuilt_parts(
     if not parts:
         return None
     return (
-        f"the config builds {_listed(parts)}, which the model does not have, so a reload would add "
+        f"the config builds {listed(parts)}, which the model does not have, so a reload would add "
         f"{'it' if len(parts) == 1 else 'them'} with random values. "
         + _advice(model, builder, live)
     )
@@ -118,7 +115,9 @@ def unbuilt_parts(
 
 def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
     """Return what to do so that the config no longer builds what the model does not have."""
-    changes = layers_left(builder, config_json(model.config, use_diff=False), dict(live))
+    from transformers import PreTrainedModel
+
+    changes = layer_settings(builder, config_json(model.config, use_diff=False), live)
     if changes:
         settings = [
             f"config.{field_name(field)} "
@@ -130,11 +129,13 @@ def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
             for field, value in changes.items()
         ]
         return f"Set {' and '.join(settings)}."
-    inner = next(_models_inside(model), None)
+    inside = (name for name, part in model.named_modules() if isinstance(part, PreTrainedModel))
+    inner = next(filter(None, inside), None)
     advice = f"No number of layers in {type(model.config).__name__} leaves that out: put it back"
     if inner is None:
         return f"{advice}."
-    return f"{advice}, or prune the {type(inner[1]).__name__} inside by itself (model.{inner[0]})."
+    kind = type(model.get_submodule(inner)).__name__
+    return f"{advice}, or prune the {kind} inside by itself (model.{inner})."
 
 
 def order_of_layers(model: nn.Module, built: nn.Module) -> tuple[str | None, list[str]]:
@@ -221,15 +222,6 @@ def _varies(key: tuple[str, str], layers: Sequence[Mapping[tuple[str, str], Any]
     return any(facts.get(key) != layers[0].get(key) for facts in layers)
 
 
-def _models_inside(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the pretrained models inside a model, each with its name."""
-    from transformers import PreTrainedModel
-
-    for name, module in model.named_modules():
-        if name and isinstance(module, PreTrainedModel):
-            yield name, module
-
-
 def parts_beyond(names: Shapes, others: Shapes) -> list[str]:
     """Return the modules and tensors in ``names`` of which ``others`` has nothing, outermost first.
 
@@ -248,9 +240,3 @@ def parts_beyond(names: Shapes, others: Shapes) -> list[str]:
         if beyond is not None:
             parts[beyond] = None
     return list(parts)
-
-
-def _listed(parts: Sequence[str]) -> str:
-    """Return the first few parts as text, and how many more there are."""
-    more = f" and {len(parts) - _LISTED} more" if len(parts) > _LISTED else ""
-    return ", ".join(parts[:_LISTED]) + more

@@ -8,9 +8,9 @@ from fractions import Fraction
 from itertools import combinations
 from math import isqrt, prod
 
-Field = tuple[str | int, ...]
-"""A config field by its path, as ``FieldPath``."""
-Observable = tuple[str, int | str]
+from ..model.config_json import FieldPath
+
+Quantity = tuple[str, int | str]
 """A quantity: tensor name and dimension, or layer name and what its head count is called."""
 
 
@@ -26,27 +26,27 @@ class Expression:
     """
 
     base: int
-    terms: Mapping[frozenset[Field], Fraction]
+    terms: Mapping[frozenset[FieldPath], Fraction]
 
     @property
-    def fields(self) -> frozenset[Field]:
+    def fields(self) -> frozenset[FieldPath]:
         """The fields that the size depends on."""
         return frozenset(name for names in self.terms for name in names)
 
-    def evaluate(self, steps: Mapping[Field, int]) -> Fraction:
+    def evaluate(self, steps: Mapping[FieldPath, int]) -> Fraction:
         """Return the size when the given fields change by these steps and all others stay."""
         total = Fraction(self.base)
         for fields, coefficient in self.terms.items():
             total += coefficient * prod(steps.get(name, 0) for name in fields)
         return total
 
-    def monomials(self, values: Mapping[Field, int]) -> dict[frozenset[Field], Fraction]:
+    def monomials(self, values: Mapping[FieldPath, int]) -> dict[frozenset[FieldPath], Fraction]:
         """Return the size as a sum of products of the field values: fields -> factor, no constant.
 
         Args:
             values: base value of each field.
         """
-        factors: dict[frozenset[Field], Fraction] = {}
+        factors: dict[frozenset[FieldPath], Fraction] = {}
         for fields, coefficient in self.terms.items():
             for size in range(1, len(fields) + 1):
                 for chosen in map(frozenset, combinations(fields, size)):
@@ -54,7 +54,9 @@ class Expression:
                     factors[chosen] = factors.get(chosen, Fraction(0)) + coefficient * rest
         return {fields: factor for fields, factor in factors.items() if factor}
 
-    def move_of(self, name: Field, steps: Mapping[Field, int], target: int) -> Fraction | None:
+    def step_to(
+        self, name: FieldPath, steps: Mapping[FieldPath, int], target: int
+    ) -> Fraction | None:
         """Return the step of one field that makes the size ``target``; None if it has no influence.
 
         Args:
@@ -84,21 +86,23 @@ class Power:
     """
 
     base: int
-    exponents: Mapping[Field, int]
-    values: Mapping[Field, int]
+    exponents: Mapping[FieldPath, int]
+    values: Mapping[FieldPath, int]
 
     @property
-    def fields(self) -> frozenset[Field]:
+    def fields(self) -> frozenset[FieldPath]:
         """The fields that the size depends on."""
         return frozenset(self.exponents)
 
-    def evaluate(self, steps: Mapping[Field, int]) -> Fraction:
+    def evaluate(self, steps: Mapping[FieldPath, int]) -> Fraction:
         """Return the size when the given fields change by these steps and all others stay."""
         return prod(
             (self._factor(name, steps) for name in self.exponents), start=Fraction(self.base)
         )
 
-    def move_of(self, name: Field, steps: Mapping[Field, int], target: int) -> Fraction | None:
+    def step_to(
+        self, name: FieldPath, steps: Mapping[FieldPath, int], target: int
+    ) -> Fraction | None:
         """Return the step of one field that makes the size ``target``; None if it has no influence.
 
         Square roots are rounded down, so the result has to be checked by ``evaluate``.
@@ -119,14 +123,16 @@ class Power:
             ratio = Fraction(isqrt(ratio.numerator), isqrt(ratio.denominator))
         return self.values[name] * (ratio - 1)
 
-    def _factor(self, name: Field, steps: Mapping[Field, int]) -> Fraction:
+    def _factor(self, name: FieldPath, steps: Mapping[FieldPath, int]) -> Fraction:
         """Return the power of a field's value over its base value."""
         value = self.values[name]
         factor: Fraction = Fraction(value + steps.get(name, 0), value) ** self.exponents[name]
         return factor
 
 
-def followed(rules: Mapping[Field, Power], values: Mapping[Field, int]) -> dict[Field, int]:
+def followed(
+    rules: Mapping[FieldPath, Power], values: Mapping[FieldPath, int]
+) -> dict[FieldPath, int]:
     """Return the values of fields that follow from others, where some of those have other values.
 
     A value that would not be whole is left out.
@@ -135,7 +141,7 @@ def followed(rules: Mapping[Field, Power], values: Mapping[Field, int]) -> dict[
         rules: field -> how it follows from others.
         values: the fields at other values; a field in here does not follow.
     """
-    following: dict[Field, int] = {}
+    following: dict[FieldPath, int] = {}
     for name, rule in rules.items():
         if name not in values and rule.fields & values.keys():
             steps = {p: values[p] - rule.values[p] for p in rule.fields & values.keys()}
@@ -145,7 +151,7 @@ def followed(rules: Mapping[Field, Power], values: Mapping[Field, int]) -> dict[
     return following
 
 
-def product(base: int, values: Mapping[Field, int]) -> Expression:
+def product(base: int, values: Mapping[FieldPath, int]) -> Expression:
     """Return the expression for ``base`` times each field over its base value."""
     names = sorted(values, key=str)
     return Expression(

@@ -1,4 +1,4 @@
-"""Learn which config fields set which dimensions, by asking the model class itself.
+"""Learn which config fields set which dimensions, by building the model class.
 
 One field gets another value, the class is built again without data, and every dimension whose size
 changes depends on that field. No field, layer or architecture is known by name.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, listed
 from ..forward.head_splits import HeadSplits
 from ..forward.meta_pass import dry_pass
 from ..forward.run_recipe import PLAIN, MakeInputs, RunRecipe
@@ -25,16 +25,16 @@ from ..model.build import Builder, Refusal
 from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
 from ..model.disk_cache import folder, load, store
-from ..model.shapes import Mismatch, compare, listed, shapes
+from ..model.shapes import Mismatch, Shapes, compare, shapes
 from ..model.surroundings import same_random_state
 from . import fit_expressions as lines
 from .candidate_fields import candidates
 from .completeness import build_live, order_of_layers, unbuilt_parts
 from .depth import Depth, shallow
-from .expressions import Expression, Observable, Power, followed
+from .expressions import Expression, Power, Quantity, followed
 from .probe import Study
 from .ratio_fields import let_follow, partners
-from .sensitivity import all_implied, dragged, free, sensitivities
+from .sensitivity import all_implied, independent, sensitivities, silent_followers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,7 +51,7 @@ class FieldMap:
         unset: the fields of ``values`` that ``data`` leaves to a default (``None`` or absent).
         expressions: for each quantity of the shallow model, how the fields make it.
         depth: the shallow config, and how names map onto it.
-        layout: how the forward pass splits the shallow model's outputs into heads.
+        splits: how the forward pass splits the shallow model's outputs into heads.
         linked: field -> the field whose value it has to have too (OPT's ``word_embed_proj_dim`` and
             ``hidden_size``: if they differ, the class builds other layers).
         bound: fields that the class accepts no other value of alone -> the fields that may change
@@ -59,25 +59,25 @@ class FieldMap:
         follows: one field of each such proportion -> how it follows from the others.
         sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
         powers: quantities along no straight line that are powers of fields (hidden over heads).
-        loose: quantities that follow no such rule (rounded ones) -> the fields that change them.
+        loose: quantities that are neither (rounded ones) -> the fields that change them.
         silent: other whole numbers that the class reads and that set no quantity.
         recipe: how the class is run with this config.
-        digest: of the class's code, for the cache on disk; None: nothing of it is kept there.
+        digest: of the class's code, the key of the cache on disk; None: it is not stored there.
     """
 
     builder: Builder
     data: dict[str, Any]
     values: dict[FieldPath, int]
     unset: frozenset[FieldPath]
-    expressions: dict[Observable, Expression]
+    expressions: dict[Quantity, Expression]
     depth: Depth
-    layout: HeadSplits
+    splits: HeadSplits
     linked: dict[FieldPath, FieldPath] = dataclasses.field(default_factory=dict)
     bound: dict[FieldPath, tuple[FieldPath, ...]] = dataclasses.field(default_factory=dict)
     follows: dict[FieldPath, Power] = dataclasses.field(default_factory=dict)
     sizes: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
-    powers: dict[Observable, Power] = dataclasses.field(default_factory=dict)
-    loose: dict[Observable, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
+    powers: dict[Quantity, Power] = dataclasses.field(default_factory=dict)
+    loose: dict[Quantity, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
     silent: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
     recipe: RunRecipe = PLAIN
     digest: str | None = None
@@ -108,7 +108,7 @@ class FieldMap:
             values: field -> its new value.
             shallow: change the shallow config; otherwise the full one.
         """
-        full: dict[FieldPath, int | None] = {field: self.values[field] for field in self.unset}
+        full = {field: self.values[field] for field in self.unset}
         full.update({**values, **followed(self.follows, values)})
         for follower, leader in self.linked.items():
             if leader in values:
@@ -118,6 +118,10 @@ class FieldMap:
     def build_at(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
         """Build the shallow model on the meta device with some fields at other values."""
         return self.builder.build(self.config_at(values))
+
+    def shapes_at(self, values: Mapping[FieldPath, int]) -> Shapes | Refusal:
+        """Return the shapes of the shallow model with some fields at other values."""
+        return self.builder.shapes_at(self.config_at(values))
 
     @cached_property
     def unpruned(self) -> nn.Module | Refusal:
@@ -138,7 +142,7 @@ class FieldMap:
         return {} if isinstance(self.unpruned, Refusal) else shapes(self.unpruned)
 
     def splits_of(self, name: str) -> tuple[tuple[int, ...], ...] | None:
-        """Return how a layer's output is split into heads, or None if no split was seen.
+        """Return how a layer's output is split into heads, or None if it is not split.
 
         Args:
             name: the layer's name in the full model.
@@ -146,7 +150,7 @@ class FieldMap:
         Returns:
             One ``(heads, head_dim)`` or ``(heads, parts, head_dim)`` for each piece of the output.
         """
-        return self.layout.heads.get(self.depth.canonical(name))
+        return self.splits.heads.get(self.depth.canonical(name))
 
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
         """Return the fields that set one quantity of the full model; empty if none does.
@@ -160,7 +164,7 @@ class FieldMap:
 
 
 _learned: OrderedDict[tuple[Any, ...], FieldMap] = OrderedDict()
-_KEPT = 32
+_MOST_MAPS = 32
 
 
 def map_of(
@@ -201,7 +205,7 @@ def map_of(
     if key not in _learned:
         with _old_objects_aside(), same_random_state():
             _learned[key] = _stored_or_learned(builder, model.config, full, make_inputs)
-        while len(_learned) > _KEPT:
+        while len(_learned) > _MOST_MAPS:
             _learned.popitem(last=False)
     field_map = _learned[key]
     if not field_map.values and not field_map.bound:
@@ -220,10 +224,10 @@ def _stored_or_learned(
 ) -> FieldMap:
     """Return a field map from the cache on disk, or learn it and put it there.
 
-    What a user's function makes is not known to be the same in another process.
+    A map learned with a user's function is not stored: in another process it may differ.
     """
-    kept = folder() is not None and make_inputs is None
-    digest = class_digest(builder, full) if kept else None
+    cached = folder() is not None and make_inputs is None
+    digest = class_digest(builder, full) if cached else None
     if digest is None:
         return learn(builder, config, full, make_inputs=make_inputs)
     key = entry_key(digest, "field map", config_json(config, use_diff=False))
@@ -236,20 +240,20 @@ def _stored_or_learned(
 
 
 def state_of(field_map: FieldMap) -> dict[str, Any]:
-    """Return what a field map holds beside its builder, to be stored."""
+    """Return the attributes of a field map that are stored on disk: all but its builder."""
     names = {field.name for field in dataclasses.fields(field_map)} - {"builder", "digest"}
     return {name: getattr(field_map, name) for name in names}
 
 
 def from_state(builder: Builder, digest: str | None, state: Mapping[str, Any]) -> FieldMap:
-    """Return the field map that :func:`state_of` gave the state of."""
+    """Return the field map with this state, as :func:`state_of` returns it."""
     attention = state["recipe"].attention
     return FieldMap(builder=builder.with_attention(attention), digest=digest, **state)
 
 
 @contextmanager
 def _old_objects_aside() -> Iterator[None]:
-    """Hide existing objects from the garbage collector: hundreds of builds trigger it often."""
+    """Hide existing objects from the garbage collector, which hundreds of builds trigger."""
     if gc.get_freeze_count():  # other code froze objects
         yield
         return
@@ -267,7 +271,8 @@ def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str
         advice = "It has PEFT adapters: merge them first (model.merge_and_unload())."
     else:
         advice = "Attach the hook before pruning, with the config that the model was loaded with."
-    return f"{name} and its config disagree before any pruning: {listed(mismatches)}. {advice}"
+    what = listed(mismatches, "; ")
+    return f"{name} and its config disagree before any pruning: {what}. {advice}"
 
 
 def learn(
@@ -284,8 +289,8 @@ def learn(
         builder: builds the class.
         config: the config to learn around.
         full: the class built from that config, without data.
-        tiny: the config is a tiny model's: keep all its layers, and take no field as left to a
-            default.
+        tiny: the config is a tiny model's: keep all its layers, and do not look for the values of
+            unset fields.
         recipe: how the class is run with this config; default: it is found.
         make_inputs: the user's function that makes inputs, for a recipe that is found.
     """
@@ -293,7 +298,7 @@ def learn(
     depth = Depth(data) if tiny else shallow(builder, data, full)
     declared, unset = candidates(builder, depth.data)
     study = Study(builder, depth, {}, recipe, make_inputs)
-    implied = free(study, {} if tiny else all_implied(study, unset), declared)
+    implied = independent(study, {} if tiny else all_implied(study, unset), declared)
     study = Study(builder, depth, implied, study.recipe)
     values = {**declared, **implied}
     probes, linked = sensitivities(study, values)
@@ -305,7 +310,7 @@ def learn(
     expressions = lines.expressions(study, values, probes)
     moving = {field for expression in expressions.values() for field in expression.fields}
     powers, loose = lines.powers(study, values, probes, expressions)
-    linked |= dragged(study, values, moving)
+    linked |= silent_followers(study, values, moving)
     with_effect = probes.keys() | linked.keys() | in_proportion
     return FieldMap(
         builder=builder,
@@ -316,7 +321,7 @@ def learn(
         unset=frozenset(field for field in implied if field in moving),
         expressions=expressions,
         depth=depth,
-        layout=study.layout,
+        splits=study.splits,
         linked=linked,
         bound=bound,
         follows=study.follows,

@@ -8,13 +8,13 @@ from itertools import combinations
 from math import prod
 
 from ..model.config_json import FieldPath
-from .expressions import Expression, Observable, Power, product
+from .expressions import Expression, Power, Quantity, product
 from .probe import Probe, Sizes, Study
 
 
 def expressions(
     study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
-) -> dict[Observable, Expression]:
+) -> dict[Quantity, Expression]:
     """Return an expression for each quantity that changes along straight lines.
 
     Quantities on no straight line (an image's number of patches) get none; only the proof looks at
@@ -25,15 +25,15 @@ def expressions(
         values: each field's own value.
         probes: the probes of each field.
     """
-    slopes: dict[Observable, dict[FieldPath, Fraction]] = {}
-    inexact: set[Observable] = set()
-    for field, points in probes.items():
-        for key in {key for point in points for key in point.sizes}:
+    slopes: dict[Quantity, dict[FieldPath, Fraction]] = {}
+    inexact: set[Quantity] = set()
+    for field, field_probes in probes.items():
+        for key in {key for probe in field_probes for key in probe.sizes}:
             field_slopes = {
-                Fraction(point.sizes.get(key, study.base[key]) - study.base[key])
-                / (point.value - values[field])
-                for point in points
-                if point.sizes.get(key) != 0
+                Fraction(probe.sizes.get(key, study.base[key]) - study.base[key])
+                / (probe.value - values[field])
+                for probe in field_probes
+                if probe.sizes.get(key) != 0
             }
             if len(field_slopes) == 1:
                 slope = field_slopes.pop()
@@ -53,8 +53,8 @@ def powers(
     study: Study,
     values: Mapping[FieldPath, int],
     probes: Mapping[FieldPath, list[Probe]],
-    straight: Collection[Observable],
-) -> tuple[dict[Observable, Power], dict[Observable, frozenset[FieldPath]]]:
+    straight: Collection[Quantity],
+) -> tuple[dict[Quantity, Power], dict[Quantity, frozenset[FieldPath]]]:
     """Return the quantities on no straight line: those that are powers of fields, and the rest.
 
     Args:
@@ -66,14 +66,14 @@ def powers(
     Returns:
         Quantity -> its power of fields; and, for the rest, quantity -> the fields that change it.
     """
-    sizes: dict[Observable, dict[FieldPath, list[tuple[int, int]]]] = {}
-    for field, points in probes.items():
-        for point in points:
-            for key, size in point.sizes.items():
+    sizes: dict[Quantity, dict[FieldPath, list[tuple[int, int]]]] = {}
+    for field, field_probes in probes.items():
+        for probe in field_probes:
+            for key, size in probe.sizes.items():
                 if key not in straight and size:
-                    sizes.setdefault(key, {}).setdefault(field, []).append((point.value, size))
-    fitted: dict[Observable, Power] = {}
-    loose: dict[Observable, frozenset[FieldPath]] = {}
+                    sizes.setdefault(key, {}).setdefault(field, []).append((probe.value, size))
+    fitted: dict[Quantity, Power] = {}
+    loose: dict[Quantity, frozenset[FieldPath]] = {}
     for key, by_field in sizes.items():
         exponents = {
             field: _exponent(values[field], study.base[key], points)
@@ -92,7 +92,7 @@ def _pairs(
     study: Study,
     values: Mapping[FieldPath, int],
     probes: Mapping[FieldPath, list[Probe]],
-    slopes: Mapping[Observable, Mapping[FieldPath, Fraction]],
+    slopes: Mapping[Quantity, Mapping[FieldPath, Fraction]],
 ) -> list[tuple[dict[FieldPath, int], Sizes]]:
     """Build with two fields changed at once, where a quantity mixes fields and is no plain product.
 
@@ -117,7 +117,7 @@ def _pairs(
 
 def _expression(
     base: int,
-    key: Observable,
+    key: Quantity,
     slopes: Mapping[FieldPath, Fraction],
     values: Mapping[FieldPath, int],
     pairs: list[tuple[dict[FieldPath, int], Sizes]],

@@ -1,4 +1,4 @@
-"""Find the settings of a config that say how many layers there are, and which."""
+"""Find the settings of a config that give the number of layers, or name some of them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import Any
 
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, with_values
-from ..model.shapes import shapes
-from .layer_kinds import by_number, rises
+from ..model.shapes import Shapes
 
-Shapes = dict[str, tuple[int, ...]]
-"""Tensor name -> its shape."""
 _FEW = 16
 """Lists of up to so many entries are looked at; numbers above it may be widths."""
 _FEATURES = {"out_features", "out_indices"}
@@ -19,9 +16,9 @@ _FEATURES = {"out_features", "out_indices"}
 
 
 def changes(
-    data: dict[str, Any], length: int, left: tuple[int, ...], widths: Set[FieldPath]
+    data: dict[str, Any], length: int, keep: tuple[int, ...], widths: Set[FieldPath]
 ) -> list[dict[FieldPath, Any]]:
-    """Return changes of the config that may leave only some of ``length`` layers.
+    """Return changes of the config after which only some of ``length`` layers may remain.
 
     A change sets a field that counts layers, alone or together with the lists that have an entry
     for each layer. It may also set one entry of a list (Swin's ``depths``), a field that counts one
@@ -31,29 +28,29 @@ def changes(
     Args:
         data: the config's JSON.
         length: how many layers there are.
-        left: the numbers of the layers to keep.
+        keep: the numbers of the layers to keep.
         widths: lists that hold a width of each layer; these stay.
 
     Returns:
         Changes to try in this order, each as field -> value.
     """
     candidates: list[dict[FieldPath, Any]] = []
-    keep = len(left)
+    count = len(keep)
 
     def visit(node: dict[str, Any], field: FieldPath) -> None:
-        as_long = [key for key, one in node.items() if isinstance(one, list) and len(one) == length]
+        as_long = [key for key, v in node.items() if isinstance(v, list) and len(v) == length]
         # layers that each have a width of their own are only alike by chance (Swin2SR)
-        own = any((*field, key) in widths for key in as_long)
+        has_widths = any((*field, key) in widths for key in as_long)
         lists: dict[FieldPath, Any] = {
-            (*field, key): [node[key][one] for one in left] for key in as_long if not own
+            (*field, key): [node[key][n] for n in keep] for key in as_long if not has_widths
         }
         lists |= {
-            (*field, key): _entries_left(value, left)
+            (*field, key): _entries_of(value, keep)
             for key, value in node.items()
-            if by_number(value) and keep <= max(map(int, value)) < length
+            if by_number(value) and count <= max(map(int, value)) < length
         }
         numbers: dict[FieldPath, Any] = {
-            (*field, key): [left.index(one) for one in value if one in left]
+            (*field, key): [keep.index(n) for n in value if n in keep]
             for key, value in node.items()
             if rises(value) and value[-1] < length != len(value)
         }
@@ -62,8 +59,8 @@ def changes(
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*field, key))
-            elif type(value) is int and 0 <= value - length <= 1 and not own:
-                fewer: dict[FieldPath, Any] = {(*field, key): keep + value - length}
+            elif type(value) is int and 0 <= value - length <= 1 and not has_widths:
+                fewer: dict[FieldPath, Any] = {(*field, key): count + value - length}
                 candidates.extend([fewer, {**fewer, **lists}] if lists else [fewer])
                 if numbers:
                     candidates.append({**fewer, **lists, **numbers})
@@ -72,32 +69,39 @@ def changes(
                     unnamed = {(*field, name): None for name in _FEATURES}
                     candidates.append({**fewer, **lists, **unnamed})
             elif isinstance(value, list) and len(value) <= _FEW and (*field, key) not in widths:
-                places = [(*field, key, i) for i, one in enumerate(value) if one == length]
-                candidates.extend({place: keep} for place in places)
+                entries = [(*field, key, i) for i, entry in enumerate(value) if entry == length]
+                candidates.extend({entry: count} for entry in entries)
 
     visit(data, ())
     return candidates
 
 
-def _entries_left(entries: dict[Any, Any], left: Sequence[int]) -> dict[Any, Any]:
-    """Return the entries about the layers that are left, under their new numbers."""
+def _entries_of(entries: dict[Any, Any], keep: Sequence[int]) -> dict[Any, Any]:
+    """Return the entries about the layers to keep, under their new numbers."""
     by_old = {int(number): (number, entry) for number, entry in entries.items()}
     return {
-        type(by_old[old][0])(new): by_old[old][1] for new, old in enumerate(left) if old in by_old
+        type(by_old[old][0])(new): by_old[old][1] for new, old in enumerate(keep) if old in by_old
     }
 
 
 def holds(data: dict[str, Any], field: FieldPath) -> bool:
-    """True if the config still has a place for this field.
-
-    An earlier change may have shortened a list, or replaced it by nothing.
-    """
+    """True if the config can hold this field: an earlier change may have shortened its list."""
     node: Any = data
     for key in field:
         if not isinstance(node, (dict, list)) or (isinstance(node, list) and len(node) <= int(key)):
             return False
         node = node.get(key) if isinstance(node, dict) else node[int(key)]
     return True
+
+
+def rises(value: Any) -> bool:
+    """True if a list may hold numbers of layers: rising whole numbers from 0 on, at least one."""
+    return are_whole(value) and value == sorted(set(value)) and value[0] >= 0
+
+
+def by_number(value: Any) -> bool:
+    """True if this is a dictionary of entries for some layers, by their numbers (Gemma 4)."""
+    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
 
 
 def is_numbers(value: Any) -> bool:
@@ -128,24 +132,23 @@ def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[F
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*field, key))
-            elif isinstance(value, list) and 1 < len(value) <= _FEW:
-                if not are_whole(value):
-                    continue
+            elif are_whole(value) and 1 < len(value) <= _FEW:
                 if min(value) > _FEW and len(set(value)) > 1:
                     lists.add((*field, key))
                 else:
-                    after = doubled((*field, key), value)
-                    if after != before if min(value) > _FEW else longer(after):
+                    wider = with_values(data, {(*field, key, len(value) - 1): 2 * value[-1]})
+                    after = builder.shapes_at(wider)
+                    if after != before if min(value) > _FEW else _longer(before, after):
                         lists.add((*field, key))
-
-    def doubled(field: FieldPath, value: list[int]) -> Shapes:
-        model = builder.build(with_values(data, {(*field, len(value) - 1): 2 * value[-1]}))
-        return {} if isinstance(model, Refusal) else shapes(model)
-
-    def longer(after: Shapes) -> bool:
-        return after.keys() == before.keys() and any(
-            shape[:1] != before[name][:1] for name, shape in after.items()
-        )
 
     visit(data, ())
     return lists
+
+
+def _longer(before: Shapes, after: Shapes | Refusal) -> bool:
+    """True if some tensor has another first dimension, and no tensor was added or removed."""
+    return (
+        not isinstance(after, Refusal)
+        and after.keys() == before.keys()
+        and any(shape[:1] != before[name][:1] for name, shape in after.items())
+    )

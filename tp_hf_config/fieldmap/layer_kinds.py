@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..model.shapes import named_modules
+from .layer_counts import by_number, rises
 
 Key = tuple[str, str]
 """A fact's key: a module inside the layer and its attribute, or ``_CONFIG`` and a config's key."""
@@ -38,20 +39,17 @@ _MISSING = object()
 
 
 @dataclass(frozen=True)
-class Loose:
-    """A number in a layer.
-
-    Between two builds, any two numbers count as the same: other widths and depths change them.
-    """
+class Number:
+    """A number in a layer: between two builds any two are equal, for widths and depths set them."""
 
     value: float
 
 
 @dataclass(frozen=True)
-class Config:
-    """A config as text: some classes give each layer a copy of its own."""
+class ConfigText:
+    """A config as JSON text: some classes give each layer a copy of its own."""
 
-    words: str
+    json: str
 
 
 @dataclass(frozen=True)
@@ -59,26 +57,26 @@ class Kinds:
     """How the layers of one list differ.
 
     Attributes:
-        of: for each layer, the facts that not all layers share.
+        kinds: for each layer, its kind: the facts that not all layers share.
         common: the facts that all layers share.
         counts: keys of values that only number the layers (another in each), and so make no kinds.
     """
 
-    of: tuple[frozenset[tuple[Key, Hashable]], ...]
+    kinds: tuple[frozenset[tuple[Key, Hashable]], ...]
     common: Facts
     counts: frozenset[Key]
 
     @functools.cached_property
     def first(self) -> tuple[int, ...]:
         """For each layer, the index of the first layer of its kind."""
-        return tuple(self.of.index(kind) for kind in self.of)
+        return tuple(map(self.kinds.index, self.kinds))
 
     @functools.cached_property
     def _differs(self) -> frozenset[Key]:
         """The keys of the facts that not all layers share."""
-        return frozenset(key for kind in self.of for key, _ in kind)
+        return frozenset(key for kind in self.kinds for key, _ in kind)
 
-    def places(self, facts: Sequence[Facts]) -> tuple[int, ...] | None:
+    def match(self, facts: Sequence[Facts]) -> tuple[int, ...] | None:
         """Return, for each layer of another build, the index of the first layer here of its kind.
 
         Args:
@@ -87,30 +85,30 @@ class Kinds:
         Returns:
             The indexes; None if some layer there is of no kind that is here.
         """
-        indexes = [self._place(layer_facts) for layer_facts in facts]
-        return None if None in indexes else tuple(place for place in indexes if place is not None)
+        indexes = [self._index(layer_facts) for layer_facts in facts]
+        return None if None in indexes else tuple(index for index in indexes if index is not None)
 
-    def _place(self, facts: Facts) -> int | None:
+    def _index(self, facts: Facts) -> int | None:
         """Return the index of the first layer of the kind that these facts describe, or None."""
         kind: set[tuple[Key, Hashable]] = set()
         for key, value in facts.items():
-            now = _sign(value) if key in self.counts else value
+            now = _kind_part(value) if key in self.counts else value
             if key in self._differs:
                 kind.add((key, now))
             elif key[0] != _CONFIG and not self._same(self.common.get(key, _MISSING), now):
                 return None
         missing = {key for key in self.common if key[0] != _CONFIG} - facts.keys()
         frozen = frozenset(kind)
-        return self.of.index(frozen) if not missing and frozen in self.of else None
+        return self.kinds.index(frozen) if not missing and frozen in self.kinds else None
 
     def _same(self, one: object, other: object) -> bool:
         """True if two builds say the same about a layer, apart from what depth and widths change.
 
         A list with an entry for each layer, which all layers hold, differs at another depth.
         """
-        if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(self.of):
+        if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(self.first):
             return True
-        return one == other or (isinstance(one, Loose) and isinstance(other, Loose))
+        return one == other or (isinstance(one, Number) and isinstance(other, Number))
 
 
 def lists_of(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
@@ -124,7 +122,7 @@ def lists_of(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
 
 def kinds_in(model: nn.Module) -> dict[str, Kinds]:
     """Return how the layers of every list differ, by the list's name."""
-    module_facts = Looked()
+    module_facts = ModuleFacts()
     return {name: _kinds(facts_in(model, name, module_facts)) for name in lists_of(model)}
 
 
@@ -143,36 +141,38 @@ def _kinds(facts: Sequence[Facts]) -> Kinds:
         for values in [[layer_facts.get(key) for layer_facts in facts]]
         if _counts(values) or (key[0] == _CONFIG and _are_names(values))
     )
-    of = [
+    kinds = [
         frozenset(
-            (key, _sign(layer_facts[key]) if key in counts else layer_facts[key])
+            (key, _kind_part(layer_facts[key]) if key in counts else layer_facts[key])
             for key in differ
             if key in layer_facts
         )
         for layer_facts in facts
     ]
-    everywhere = frozenset.intersection(*of)
+    everywhere = frozenset.intersection(*kinds)
     common = {key: value for key, value in first.items() if key not in differ}
     return Kinds(
-        tuple(layer_facts - everywhere for layer_facts in of), common | dict(everywhere), counts
+        tuple(layer_facts - everywhere for layer_facts in kinds),
+        common | dict(everywhere),
+        counts,
     )
 
 
 def _counts(values: Sequence[Hashable]) -> bool:
-    """True if values only say which layer it is.
+    """True if values only number the layers.
 
     They rise or fall by one, or each of many layers has another number.
     """
-    numbered = [(place, one.value) for place, one in enumerate(values) if isinstance(one, Loose)]
+    numbered = [(n, value.value) for n, value in enumerate(values) if isinstance(value, Number)]
     numbers = [value for _, value in numbered]
-    if len(numbered) < max(2, sum(one is not None for one in values)):
+    if len(numbered) < max(2, sum(value is not None for value in values)):
         return False
     if all(type(value) is int for value in numbers):
         start, low = numbered[0]
         for step in (1, -1):  # counted over all layers, or over those that have it
-            if all(value == low + step * (place - start) for place, value in numbered):
+            if all(value == low + step * (n - start) for n, value in numbered):
                 return True
-            if all(value == low + step * nth for nth, value in enumerate(numbers)):
+            if all(value == low + step * n for n, value in enumerate(numbers)):
                 return True
     whole = all(type(value) in (int, float) for value in numbers)
     return whole and len(numbered) > _FEW and len(set(numbers)) == len(numbered)
@@ -184,9 +184,9 @@ def _are_names(values: Sequence[Hashable]) -> bool:
     return len(names) == len(values) > _FEW
 
 
-def _sign(value: Hashable) -> Hashable:
-    """Return what a counting value still says of a kind: for a float, on which side of 0 it is."""
-    if not isinstance(value, Loose):
+def _kind_part(value: Hashable) -> Hashable:
+    """Return what of a counting value tells kinds apart: of a float, on which side of 0 it is."""
+    if not isinstance(value, Number):
         return "a name" if isinstance(value, str) else value
     if type(value.value) is int:
         return "a count"
@@ -194,43 +194,42 @@ def _sign(value: Hashable) -> Hashable:
 
 
 def facts_in(
-    model: nn.Module, name: str, looked: Looked | None = None, shorter: bool = False
+    model: nn.Module, name: str, module_facts: ModuleFacts | None = None, shorter: bool = False
 ) -> list[Facts]:
     """Return the facts about each layer of a list.
 
     Args:
         model: the model.
         name: the list's name.
-        looked: facts about single modules, if some were collected already.
+        module_facts: facts about single modules that were collected already.
         shorter: the list may be shorter than the config's lists that belong to it.
     """
-    looked = looked or Looked()
+    module_facts = module_facts or ModuleFacts()
     layers: Any = model.get_submodule(name)
-    lookups = _said_by_config(model, name, len(layers), shorter)
+    lookups = _config_entries(model, name, len(layers), shorter)
     all_facts: list[Facts] = []
-    configs: dict[Config, int] = {}
-    for place, layer in enumerate(layers):
-        facts: Facts = {(_CONFIG, key): entry(place) for key, entry in lookups.items()}
+    configs: dict[ConfigText, int] = {}
+    for number, layer in enumerate(layers):
+        facts: Facts = {(_CONFIG, key): lookup(number) for key, lookup in lookups.items()}
         for inside, module in named_modules(layer) if layer is not None else ():
-            for key, value in looked.at(module).items():
-                if isinstance(value, Config):
-                    value = Loose(configs.setdefault(value, len(configs)))
+            for key, value in module_facts.of(module).items():
+                if isinstance(value, ConfigText):
+                    value = Number(configs.setdefault(value, len(configs)))
                 facts[inside, key] = value
         all_facts.append(facts)
     return all_facts
 
 
-def _said_by_config(
+def _config_entries(
     model: nn.Module, name: str, length: int, shorter: bool
 ) -> dict[str, Callable[[int], Hashable]]:
-    """Return what the config nearest to a list of layers says about single layers.
+    """Return the entries about single layers in the config nearest to a list of layers.
 
     A list in the config may have an entry for each layer, or hold the numbers of some layers.
-    Nothing is returned for lists inside layers: nobody could tell which of them a list in the
-    config describes.
+    There are none for lists inside layers: a list in the config may describe any of them.
 
     Returns:
-        Key of the config -> a function from a layer's number to what is said about it.
+        Key of the config -> a function from a layer's number to its entry.
     """
     parts = name.split(".")
     if length < 2 or any(part.isdigit() for part in parts):
@@ -239,57 +238,41 @@ def _said_by_config(
     configs = (vars(module).get("config") for module in around)
     config = next((one for one in configs if _is_config(one)), None)
     lookups: dict[str, Callable[[int], Hashable]] = {}
-    own_keys = vars(config).keys() - _everyones() if config is not None else ()
+    own_keys = vars(config).keys() - _common_attributes() if config is not None else ()
     for key, value in ((key, vars(config)[key]) for key in own_keys):
         entries = isinstance(value, (list, tuple)) and len(value)
-        numbers = rises(value)
-        if numbers and (shorter or (value[-1] < length and entries != length)):
-            lookups[f"in {key}"] = functools.partial(_named, frozenset(value))
-        if (entries == length and not numbers) or (shorter and entries >= length):
+        is_numbers = rises(value)
+        if is_numbers and (shorter or (value[-1] < length and entries != length)):
+            lookups[f"in {key}"] = frozenset(value).__contains__
+        if (entries == length and not is_numbers) or (shorter and entries >= length):
             lookups[key] = functools.partial(_entry, dict(enumerate(value)))
         if by_number(value):
-            lookups[key] = functools.partial(_entry, {int(one): value[one] for one in value})
+            lookups[key] = functools.partial(_entry, {int(n): value[n] for n in value})
     return lookups
 
 
-def rises(value: Any) -> bool:
-    """True if a list may hold numbers of layers: rising whole numbers from 0 on, at least one."""
-    whole = isinstance(value, list) and all(type(entry) is int for entry in value)
-    return whole and bool(value) and value == sorted(set(value)) and value[0] >= 0
-
-
-def by_number(value: Any) -> bool:
-    """True if this is a dictionary of entries for some layers, by their numbers (Gemma 4)."""
-    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
-
-
 @functools.cache
-def _everyones() -> frozenset[str]:
+def _common_attributes() -> frozenset[str]:
     """Return the attributes that every config has: label names by number are not about layers."""
     from transformers import PretrainedConfig
 
     return frozenset(vars(PretrainedConfig()))
 
 
-def _entry(values: Mapping[int, Any], place: int) -> Hashable:
+def _entry(values: Mapping[int, Any], number: int) -> Hashable:
     """Return the comparable form of a layer's entry."""
-    return plain(values.get(place))
+    return plain(values.get(number))
 
 
-def _named(numbers: frozenset[int], place: int) -> Hashable:
-    """True if a layer is among these numbers."""
-    return place in numbers
-
-
-class Looked:
+class ModuleFacts:
     """Facts about single modules, each collected once."""
 
     def __init__(self) -> None:
         self._at: dict[int, dict[str, Hashable]] = {}
-        self._idle: dict[Hashable, bool] = {}
+        self._identities: dict[Hashable, bool] = {}
         self._configs: dict[int, Hashable] = {}
 
-    def at(self, module: nn.Module) -> dict[str, Hashable]:
+    def of(self, module: nn.Module) -> dict[str, Hashable]:
         """Return a module's class, its attributes, and the shapes of its parameters and buffers.
 
         A module that returns its input unchanged (dropout) has no facts but that.
@@ -297,7 +280,7 @@ class Looked:
         if id(module) not in self._at:
             facts = dict(self._own(module))
             leaf = not (module._modules or module._parameters or module._buffers)
-            if leaf and self._changes_nothing(module, frozenset(facts.items())):
+            if leaf and self._is_identity(module, frozenset(facts.items())):
                 facts = {_CLASS: "nothing"}
             self._at[id(module)] = facts
         return self._at[id(module)]
@@ -319,18 +302,18 @@ class Looked:
     def _config(self, config: Any) -> Hashable:
         """Return the comparable form of a config, made once for each config."""
         if id(config) not in self._configs:
-            self._configs[id(config)] = Config(config.to_json_string(use_diff=False))
+            self._configs[id(config)] = ConfigText(config.to_json_string(use_diff=False))
         return self._configs[id(config)]
 
-    def _changes_nothing(self, module: nn.Module, said: Hashable) -> bool:
-        """True if a module with these facts returns its input unchanged; tried once."""
-        if said not in self._idle:
-            self._idle[said] = changes_nothing(module)
-        return self._idle[said]
+    def _is_identity(self, module: nn.Module, facts: Hashable) -> bool:
+        """True if a module with these facts returns its input unchanged; run only once."""
+        if facts not in self._identities:
+            self._identities[facts] = is_identity(module)
+        return self._identities[facts]
 
 
-def changes_nothing(module: nn.Module) -> bool:
-    """True if a layer returns its input unchanged in eval mode, like dropout."""
+def is_identity(module: nn.Module) -> bool:
+    """True if a module returns its input unchanged in eval mode, like dropout."""
     values = torch.tensor([[-1e4, -3.0, -0.5, 0.0], [1e-3, 0.5, 3.0, 1e4]], device="cpu")
     training, module.training = module.training, False
     try:
@@ -350,7 +333,7 @@ def plain(value: Any) -> Hashable:
     if isinstance(value, (enum.Enum, slice, range)):
         return repr(value)
     if isinstance(value, (int, float)):
-        return Loose(value)
+        return Number(value)
     if isinstance(value, (set, frozenset)):
         return tuple(sorted(map(repr, value)))
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Find which values of a field a class accepts, by asking it."""
+"""Find which values of a field a class accepts, by building it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def vanishing(field_map: FieldMap, new: nn.Module) -> str | None:
 def other_tensors(
     field_map: FieldMap, new: nn.Module, values: Mapping[FieldPath, int]
 ) -> str | None:
-    """Return why a build at other values is not what pruning leaves, or None.
+    """Return how a build at other values differs from a model pruned to them, or None.
 
     Args:
         field_map: the class.
@@ -85,7 +85,7 @@ def stopping(field_map: FieldMap, new: nn.Module) -> str | None:
 def straying(
     field_map: FieldMap, values: Mapping[FieldPath, int], new: nn.Module, held: Set[tuple[str, int]]
 ) -> str | None:
-    """Return which dimension has another size than the field map says and is in no group, or None.
+    """Return which dimension outside all groups has an unexpected size at these values, or None.
 
     Args:
         field_map: the class.

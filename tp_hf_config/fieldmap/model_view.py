@@ -87,7 +87,7 @@ class WidthView:
                     excluded |= fields if parameter.shape[0] > 1 else set()  # a number of experts
                 elif isinstance(module, Conv) and dim > 1:
                     excluded |= fields  # a kernel's size
-                elif field_map.depth.canonical(module_name) in field_map.layout.outputs:
+                elif field_map.depth.canonical(module_name) in field_map.splits.outputs:
                     continue
                 elif dim != 1 or not isinstance(module, (nn.Linear, Conv)):
                     inner |= fields
@@ -107,7 +107,7 @@ class WidthView:
 
     def rotates_head_dims(self) -> bool:
         """True if some unsaved buffer is as wide as a head, or half one: position tables."""
-        dims = {split[-1] for splits in self.field_map.layout.heads.values() for split in splits}
+        dims = {split[-1] for splits in self.field_map.splits.heads.values() for split in splits}
         return any(
             buffer is not None and buffer.ndim and {buffer.shape[-1], 2 * buffer.shape[-1]} & dims
             for module in self.model.modules()

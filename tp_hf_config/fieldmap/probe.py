@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from torch import nn
 
@@ -14,12 +13,12 @@ from ..forward.find_recipe import find_recipe
 from ..forward.head_splits import HeadSplits, counts_of, observe
 from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
-from ..model.config_json import FieldPath, with_values
-from ..model.shapes import named_modules, shapes, vanished_counts
+from ..model.config_json import FieldPath, value_at, with_values
+from ..model.shapes import Shapes, named_modules, shapes, vanished_counts
 from .depth import Depth
-from .expressions import Observable, Power, followed
+from .expressions import Power, Quantity, followed
 
-Sizes = dict[Observable, int]
+Sizes = dict[Quantity, int]
 """Quantity -> its size."""
 UNSET_PROBES = (24, 40, 8, 2, 4, 1)
 """Values at which a field that has no value is probed."""
@@ -39,18 +38,18 @@ class Probe:
 
 
 def probe_values(value: int) -> list[int]:
-    """Return other values for a field, most likely to be accepted and to be informative first."""
+    """Return other values to probe a field at, those first that are likely to be accepted."""
     tried = [2 * value, 3 * value, value + 1, 4 * value]
     if value > 1:
         if value % 2 == 0 and value > 2:  # not 2 to 1: one head is no split
             tried.insert(1, value // 2)
         tried += [value - 1, 1]
         tried += [value // factor for factor in (3, 5, 7) if value % factor == 0]
-    return list(dict.fromkeys(probe for probe in tried if probe != value and probe > 0))
+    return list(dict.fromkeys(other for other in tried if other != value and other > 0))
 
 
-def blind(sizes: Sizes) -> bool:
-    """True if a projection's width changed and the forward pass stopped before it was split.
+def breaks_off(sizes: Sizes) -> bool:
+    """True if a projection's width changed and the forward pass stopped before it split that.
 
     Falcon's heads stand in groups of whole numbers; twice as many groups need not divide them.
     """
@@ -80,7 +79,7 @@ def on_a_line(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
     )
 
 
-def further(base: Sizes, value: int, points: Sequence[Probe], then: int) -> Sizes | None:
+def extrapolated(base: Sizes, value: int, probes: Sequence[Probe], then: int) -> Sizes | None:
     """Return the sizes at a value that the class refuses, on the straight lines through the probes.
 
     Returns ``None`` if the probes are on no lines, or if a size is not whole or was not observed.
@@ -88,10 +87,10 @@ def further(base: Sizes, value: int, points: Sequence[Probe], then: int) -> Size
     Args:
         base: the sizes where the field has its own value.
         value: that value.
-        points: the field's probes.
+        probes: the field's probes.
         then: the refused value.
     """
-    first, *others = points
+    first, *others = probes
     if not all(on_a_line(base, value, first, other) for other in others):
         return None
     sizes: Sizes = {}
@@ -138,7 +137,7 @@ class Study:
         model: what the class builds from it.
         recipe: how that model is run.
         shapes: the shapes of that model's tensors.
-        layout: its head splits.
+        splits: its head splits.
         base: its quantities, for the first layer of each kind.
         attributes: its modules' numeric attributes.
         split_weights: weights of the layers whose output is split into heads.
@@ -157,17 +156,17 @@ class Study:
         self.refused: list[FieldPath] = []
         self.follows: dict[FieldPath, Power] = {}
         self.first = cache(depth.first)
-        self.data = with_values(depth.data, dict(implied))
+        self.data = with_values(depth.data, implied)
         model = self.build({})
         if isinstance(model, Refusal):
             raise ValueError(f"the class does not build its own config: {model.reason}")
         self.model = model
         self.shapes = shapes(model)
         self.recipe = find_recipe(model, make_inputs) if recipe is None else recipe
-        self.layout = observe(model, self.recipe)
-        self.base = self._sizes(self.shapes, self.layout)
+        self.splits = observe(model, self.recipe)
+        self.base = self._sizes(self.shapes, self.splits)
         self.attributes = _numbers(model)
-        self.split_weights = {f"{name}.weight" for name in self.layout.heads}
+        self.split_weights = {f"{name}.weight" for name in self.splits.heads}
         self._repeating: Counter[FieldPath] = Counter()
         self.vanishing: dict[FieldPath, bool] = {}
 
@@ -193,12 +192,13 @@ class Study:
             return model
         built = shapes(model)
         if built.keys() != self.shapes.keys():
-            alike = all(self.shapes.get(name, shape) == shape for name, shape in built.items())
-            self._repeating.update(list(values) if alike and len(values) == 1 else [])
+            repeats = all(self.shapes.get(name, shape) == shape for name, shape in built.items())
+            self._repeating.update(list(values) if repeats and len(values) == 1 else [])
             return None
         if any(len(shape) != len(self.shapes[name]) for name, shape in built.items()):
             return None  # a dense layer became one in groups (ConvBERT)
-        lower = [field for field, value in values.items() if value < self._value(field)]
+        own_values = {field: value_at(self.data, field) or 0 for field in values}
+        lower = [field for field, value in values.items() if value < own_values[field]]
         if lower:
             vanished = bool(vanished_counts(self.model, model))
             self.vanishing.update(
@@ -224,17 +224,10 @@ class Study:
         Such a module is the parent or grandparent of a projection that is split.
         """
         around = set()
-        for name in self.layout.heads:
+        for name in self.splits.heads:
             parent = name.rpartition(".")[0]
             around |= {parent, parent.rpartition(".")[0]}
         return bool(around & set(changed))
-
-    def _value(self, field: FieldPath) -> int:
-        """Return a field's value in the config that is studied; 0 if it has none."""
-        node: Any = self.data
-        for key in field:
-            node = node.get(key) if isinstance(node, dict) else node[key]
-        return node if isinstance(node, int) else 0
 
     def counts_layers(self, field: FieldPath) -> bool:
         """True if other values of a field only added or removed tensors, and this more than once.
@@ -243,65 +236,66 @@ class Study:
         """
         return self._repeating[field] > 1
 
-    def quiet(self, values: Mapping[FieldPath, int]) -> bool | Refusal:
+    def changes_nothing(self, values: Mapping[FieldPath, int]) -> bool | Refusal:
         """True if the class builds the same shapes at these values and splits into as many heads.
 
         Returns the refusal if the class refuses them.
         """
         model = self.build(values)
-        if isinstance(model, Refusal) or shapes(model) != self.shapes:
-            return model if isinstance(model, Refusal) else False
-        return not self._around_splits(_changed(self.attributes, _numbers(model)))
+        if isinstance(model, Refusal):
+            return model
+        changed = _changed(self.attributes, _numbers(model))
+        return shapes(model) == self.shapes and not self._around_splits(changed)
 
-    def _sizes(self, built: Mapping[str, tuple[int, ...]], layout: HeadSplits) -> Sizes:
+    def _sizes(self, built: Shapes, splits: HeadSplits) -> Sizes:
         """Return the quantities of a built model, for the first layer of each kind."""
         sizes: Sizes = {
             (name, dim): size for name, shape in built.items() for dim, size in enumerate(shape)
         }
-        for name, splits in layout.heads.items():
-            counts = counts_of(splits, self.layout.heads.get(name, ()))
+        for name, pieces in splits.heads.items():
+            counts = counts_of(pieces, self.splits.heads.get(name, ()))
             sizes.update({(name, which): count for which, count in counts.items()})
         return {key: size for key, size in sizes.items() if self.first(key[0]) == key[0]}
 
     def alone(
-        self, field: FieldPath, value: int, points: Sequence[Probe] = (), enough: int = 2
+        self, field: FieldPath, value: int, probes: Sequence[Probe] = (), enough: int = 2
     ) -> list[Probe] | Refusal | None:
         """Probe one field by itself.
 
         Args:
             field: the field.
             value: its own value.
-            points: probes of it that exist already.
+            probes: probes of it that exist already.
             enough: how many probes to return.
 
         Returns:
             The probes, an empty list if the field sets nothing. If no probe succeeds: the first
             refusal, or None if the class builds other tensors at some value.
         """
-        points, rounded = list(points), list[Probe]()
+        probes, rounded = list(probes), list[Probe]()
         failures: list[Refusal | None] = []
-        for probe in probe_values(value):
-            if any(point.value == probe for point in points):
+        for other in probe_values(value):
+            if any(probe.value == other for probe in probes):
                 continue
-            heads = any(isinstance(which, str) for point in points for _, which in point.sizes)
-            sizes = self.at({field: probe}, watch=heads or not points)
+            heads = any(isinstance(which, str) for probe in probes for _, which in probe.sizes)
+            sizes = self.at({field: other}, watch=heads or not probes)
             if not isinstance(sizes, dict):
                 failures.append(sizes)
                 if self.counts_layers(field) or failures.count(None) == _OTHER_TENSORS:
                     break
                 continue
             if not sizes:
-                return points
+                return probes
             if not any(sizes.values()):
                 continue  # the forward pass stopped earlier (a router short of experts)
-            candidate = Probe(probe, sizes)
-            uneven = bool(points) and is_rounded(self.base, value, points[0], candidate)
-            (rounded if uneven else points).append(candidate)
-            if len(points) >= enough or len(rounded) == _ROUNDED:
+            candidate = Probe(other, sizes)
+            uneven = bool(probes) and is_rounded(self.base, value, probes[0], candidate)
+            (rounded if uneven else probes).append(candidate)
+            if len(probes) >= enough or len(rounded) == _ROUNDED:
                 break
-        points += rounded[: max(0, enough - len(points))]
-        if points or not failures:
-            return points
+        probes += rounded[: max(0, enough - len(probes))]
+        if probes or not failures:
+            return probes
         return None if None in failures else failures[0]
 
 

@@ -57,9 +57,10 @@ def let_follow(
         for follower in fields:
             rule = _rule(follower, fields, bound, values)
             study.follows = {**before, follower: rule}
-            other_probes = _moves(study, rule, values)
+            other_probes = _probe_all(study, rule, values)
             if other_probes is not None:
-                tried.append((_tangled(study, values, other_probes), rule, follower, other_probes))
+                complexity = _complexity(study, values, other_probes)
+                tried.append((complexity, rule, follower, other_probes))
         study.follows = before
         if tried:
             _, rule, follower, other_probes = min(tried, key=lambda attempt: attempt[0])
@@ -91,28 +92,28 @@ def _rule(
     return Power(values[follower], exponents, others)
 
 
-def _moves(
+def _probe_all(
     study: Study, rule: Power, values: Mapping[FieldPath, int]
 ) -> dict[FieldPath, list[Probe]] | None:
-    """Probe the fields that another one follows from.
+    """Probe each field that the rule's field follows from.
 
     Returns:
-        The probes of each field; None if one of them cannot be probed, so that the class has
-        another rule.
+        The probes of each field; None if one of them cannot be probed, so that the rule is not the
+        class's.
     """
     probes: dict[FieldPath, list[Probe]] = {}
     for field in rule.exponents:
-        points = study.alone(field, values[field])
-        if not isinstance(points, list) or not points:
+        field_probes = study.alone(field, values[field])
+        if not isinstance(field_probes, list) or not field_probes:
             return None
-        probes[field] = points
+        probes[field] = field_probes
     return probes
 
 
-def _tangled(
+def _complexity(
     study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
 ) -> tuple[int, ...]:
-    """Return how complex the expressions are; smaller is simpler.
+    """Return how complex the expressions are, as numbers to compare in this order.
 
     Returns:
         The number of quantities without a rule, the number of times that a field is in several

@@ -11,14 +11,22 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes, vanished_counts
 from .batched_probes import each_of, may_matter, show_heads, without_effect
-from .candidate_fields import is_everyones
-from .probe import UNSET_PROBES, Probe, Study, blind, further, on_a_line, probe_values
+from .candidate_fields import is_in_every_config
+from .probe import (
+    UNSET_PROBES,
+    Probe,
+    Study,
+    breaks_off,
+    extrapolated,
+    on_a_line,
+    probe_values,
+)
 
 
 def all_implied(study: Study, unset: Sequence[FieldPath]) -> dict[FieldPath, int]:
-    """Return the unset fields that set something, with the values that they stand for."""
-    quiet = without_effect(study, dict.fromkeys(unset, UNSET_PROBES[0]))
-    implied = {field: _implied(study, field) for field in unset if field not in quiet}
+    """Return the unset fields that set a quantity, with the values that they stand for."""
+    ineffective = without_effect(study, dict.fromkeys(unset, UNSET_PROBES[0]))
+    implied = {field: _implied(study, field) for field in unset if field not in ineffective}
     return {field: value for field, value in implied.items() if value is not None}
 
 
@@ -27,9 +35,9 @@ def _implied(study: Study, field: FieldPath) -> int | None:
 
     Two probes of the field give the value at which the sizes would be what they are.
     """
-    points: list[Probe] = []
-    for probe in UNSET_PROBES:
-        sizes = study.at({field: probe}, watch=False)
+    probes: list[Probe] = []
+    for probe_value in UNSET_PROBES:
+        sizes = study.at({field: probe_value}, watch=False)
         if isinstance(sizes, Refusal) and "'int' object" in sizes.reason:
             break  # Python's message: the field is no number
         if study.counts_layers(field):
@@ -37,12 +45,12 @@ def _implied(study: Study, field: FieldPath) -> int | None:
         if isinstance(sizes, dict):
             if not any(sizes.values()):
                 break
-            points.append(Probe(probe, sizes))
-        if len(points) == 2:
+            probes.append(Probe(probe_value, sizes))
+        if len(probes) == 2:
             break
-    if len(points) < 2:
+    if len(probes) < 2:
         return None
-    first, second = points
+    first, second = probes
     candidates: set[Fraction] = set()
     for key in first.sizes.keys() & second.sizes.keys():
         if not first.sizes[key] or not second.sizes[key]:
@@ -61,13 +69,13 @@ def _implied(study: Study, field: FieldPath) -> int | None:
     return int(value)
 
 
-def free(
+def independent(
     study: Study, implied: Mapping[FieldPath, int], values: Mapping[FieldPath, int]
 ) -> dict[FieldPath, int]:
     """Return the unset fields that may keep their value while any other field changes.
 
-    DeBERTa's ``attention_head_size`` has to follow the hidden size: if it is kept, the forward pass
-    stops earlier than if it is left unset.
+    DeBERTa's ``attention_head_size`` has to follow the hidden size: with its old value the forward
+    pass stops earlier than without a value.
 
     Args:
         study: builds the class.
@@ -79,19 +87,19 @@ def free(
         may_follow = [
             (field, value)
             for field, value in result.items()
-            if values[other] % value == 0 and not is_everyones(field)
+            if values[other] % value == 0 and not is_in_every_config(field)
         ]
         if not may_follow:
             continue
-        moved = {other: 2 * values[other]}
-        followed = study.build(moved)
+        doubled = {other: 2 * values[other]}
+        followed = study.build(doubled)
         if isinstance(followed, Refusal) or shapes(followed) == study.shapes:
             continue
         for field, value in may_follow:
-            kept = study.build({**moved, field: value})
-            if isinstance(kept, Refusal) or shapes(followed) == shapes(kept):
+            constant = study.build({**doubled, field: value})
+            if isinstance(constant, Refusal) or shapes(followed) == shapes(constant):
                 continue
-            steps = [observe(model, study.recipe).steps for model in (kept, followed)]
+            steps = [observe(model, study.recipe).steps for model in (constant, followed)]
             if steps[0] < steps[1]:
                 del result[field]
     return result
@@ -100,7 +108,7 @@ def free(
 def sensitivities(
     study: Study, values: Mapping[FieldPath, int]
 ) -> tuple[dict[FieldPath, list[Probe]], dict[FieldPath, FieldPath]]:
-    """Return up to two probes of every field that sets something, and the fields that move as one.
+    """Return up to two probes of every field that sets something, and those that change together.
 
     Fields that the class refuses to change, alone or with one other, go into ``study.refused``.
 
@@ -115,27 +123,27 @@ def sensitivities(
     refused: list[FieldPath] = []
     rebuilt: list[FieldPath] = []
     for field, value in values.items():
-        points = study.alone(field, value, enough=1)
-        if isinstance(points, Refusal):
+        field_probes = study.alone(field, value, enough=1)
+        if isinstance(field_probes, Refusal):
             refused.append(field)
-        elif points is None:
+        elif field_probes is None:
             rebuilt.append(field)
-        elif points:
-            probes[field] = points
+        elif field_probes:
+            probes[field] = field_probes
     _add_second(study, values, probes)
     for field in refused:
-        points = _together(study, field, values, probes)
-        if points:
-            probes[field] = points
+        field_probes = _with_partner(study, field, values, probes)
+        if field_probes:
+            probes[field] = field_probes
     linked: dict[FieldPath, FieldPath] = {}
     still_refused = [field for field in refused if field not in probes]
     for field, other in (*combinations(rebuilt, 2), *combinations(still_refused, 2)):
         if {field, other} & (probes.keys() | linked.keys()):
             continue
         if values[field] == values[other] and not study.counts_layers(field):
-            points = _as_one(study, field, other, values[field])
-            if points:
-                probes[field], linked[other] = points, field
+            field_probes = _joint_probes(study, field, other, values[field])
+            if field_probes:
+                probes[field], linked[other] = field_probes, field
     study.refused = [field for field in still_refused if field not in probes.keys() | linked]
     show_heads(study, values, probes)
     return probes, linked
@@ -156,52 +164,51 @@ def _partners(
     """
     alone = study.build({field: 2 * values[field]})
 
-    def in_vain(some: Sequence[FieldPath]) -> bool:
+    def changes_nothing(some: Sequence[FieldPath]) -> bool:
         """True if the class refuses the field in the same words when these are doubled too."""
-        if not isinstance(alone, Refusal):
-            return False
-        both = study.build({doubled: 2 * values[doubled] for doubled in (field, *some)})
-        return isinstance(both, Refusal) and both.reason == alone.reason
+        both_values = {doubled: 2 * values[doubled] for doubled in (field, *some)}
+        return isinstance(alone, Refusal) and study.build(both_values) == alone
 
-    return may_matter(others, in_vain)
+    return may_matter(others, changes_nothing)
 
 
 def _add_second(
     study: Study, values: Mapping[FieldPath, int], probes: dict[FieldPath, list[Probe]]
 ) -> None:
-    """Add a second probe of each field; fields whose effects do not mix go in one build."""
-    first = {field: points[0] for field, points in probes.items()}
+    """Add a second probe of each field; fields whose effects do not mix share one build."""
+    first = {field: field_probes[0] for field, field_probes in probes.items()}
     second_values = {
-        field: next(p for p in probe_values(values[field]) if p != point.value)
-        for field, point in first.items()
+        field: next(value for value in probe_values(values[field]) if value != probe.value)
+        for field, probe in first.items()
     }
-    moved = {field: point.sizes for field, point in first.items()}
-    for field, value, sizes in each_of(study, second_values, moved):
+    first_sizes = {field: probe.sizes for field, probe in first.items()}
+    for field, value, sizes in each_of(study, second_values, first_sizes):
         second = Probe(value, sizes)
         if on_a_line(study.base, values[field], first[field], second):
             probes[field].append(second)  # else another field of that build may have a part in it
-    for field, points in probes.items():
-        if len(points) == 1:
-            extended = study.alone(field, values[field], points)
-            probes[field] = extended if isinstance(extended, list) else points
-        if len(probes[field]) == 2 and all(blind(point.sizes) for point in probes[field]):
-            _seeing(study, field, values[field], probes[field])
+    for field, field_probes in probes.items():
+        if len(field_probes) == 1:
+            extended = study.alone(field, values[field], field_probes)
+            probes[field] = extended if isinstance(extended, list) else field_probes
+        if len(probes[field]) == 2 and all(breaks_off(probe.sizes) for probe in probes[field]):
+            _replace_second(study, field, values[field], probes[field])
 
 
-def _seeing(study: Study, field: FieldPath, value: int, points: list[Probe]) -> None:
-    """Replace the second probe by one at a lower value at which the forward pass goes further."""
-    for probe in (probe for probe in reversed(probe_values(value)) if probe < value):
-        sizes = study.at({field: probe})
-        lower = Probe(probe, sizes) if isinstance(sizes, dict) and not blind(sizes) else None
-        if lower and on_a_line(study.base, value, points[0], lower):  # else a size was rounded
-            points[1] = lower
-            break
+def _replace_second(study: Study, field: FieldPath, value: int, probes: list[Probe]) -> None:
+    """Replace the second probe by one at a lower value at which the forward pass gets further."""
+    for lower_value in (other for other in reversed(probe_values(value)) if other < value):
+        sizes = study.at({field: lower_value})
+        if isinstance(sizes, dict) and not breaks_off(sizes):
+            lower = Probe(lower_value, sizes)
+            if on_a_line(study.base, value, probes[0], lower):  # else a size was rounded
+                probes[1] = lower
+                break
 
 
-def dragged(
+def silent_followers(
     study: Study, values: Mapping[FieldPath, int], moving: Collection[FieldPath]
 ) -> dict[FieldPath, FieldPath]:
-    """Return the fields that set no shape, but have to follow another so that no count becomes 0.
+    """Return fields that set no shape, but have to follow another so that no count becomes 0.
 
     DeepSeek's latent attention has no key/value heads, but ``num_key_value_groups`` is heads over
     ``num_key_value_heads``.
@@ -215,14 +222,14 @@ def dragged(
         Field -> the field of equal value that it has to follow.
     """
     linked: dict[FieldPath, FieldPath] = {}
-    unknown = [field for field in values if field in moving and study.vanishing.get(field, True)]
+    may_vanish = [field for field in values if field in moving and study.vanishing.get(field, True)]
 
-    def in_vain(some: Sequence[FieldPath]) -> bool:
+    def changes_nothing(some: Sequence[FieldPath]) -> bool:
         """True if the class accepts half of all these fields and no count becomes 0."""
         halves = {field: values[field] // 2 for field in some if values[field] > 1}
         return _vanishes(study, halves) is False
 
-    for field in may_matter(unknown, in_vain):
+    for field in may_matter(may_vanish, changes_nothing):
         # half too: some fields have to divide another width
         lower_values = (values[field] * 3 // 4, values[field] // 2)
         lower = next(
@@ -244,19 +251,19 @@ def _vanishes(study: Study, values: Mapping[FieldPath, int]) -> bool | None:
     return None if isinstance(model, Refusal) else bool(vanished_counts(study.model, model))
 
 
-def _as_one(study: Study, field: FieldPath, other: FieldPath, value: int) -> list[Probe]:
+def _joint_probes(study: Study, field: FieldPath, other: FieldPath, value: int) -> list[Probe]:
     """Return probes of two fields of equal value that change to the same value."""
     probes: list[Probe] = []
-    for probe in (2 * value, 3 * value):
-        sizes = study.at({field: probe, other: probe})
+    for joint_value in (2 * value, 3 * value):
+        sizes = study.at({field: joint_value, other: joint_value})
         if sizes is None:
             break
         if isinstance(sizes, dict) and sizes:
-            probes.append(Probe(probe, sizes))
+            probes.append(Probe(joint_value, sizes))
     return probes
 
 
-def _together(
+def _with_partner(
     study: Study,
     field: FieldPath,
     values: Mapping[FieldPath, int],
@@ -268,20 +275,16 @@ def _together(
     off. The list is empty if no other field helps.
     """
     for partner in _partners(study, field, list(probes), values):
-        points = probes[partner]
+        sizes_at = {probe.value: probe.sizes for probe in probes[partner]}
         for factor in (2, 3):
-            joint_values = {field: factor * values[field], partner: factor * values[partner]}
+            value = factor * values[partner]
+            joint_values = {field: factor * values[field], partner: value}
             joint_sizes = study.at(joint_values, watch=False)
             if not isinstance(joint_sizes, dict):
                 continue
-            probed_sizes = [point.sizes for point in points if point.value == joint_values[partner]]
-            partner_sizes = (
-                probed_sizes[0]
-                if probed_sizes
-                else study.at({partner: joint_values[partner]}, watch=False)
-            )
+            partner_sizes = sizes_at.get(value) or study.at({partner: value}, watch=False)
             if isinstance(partner_sizes, Refusal):  # alone, only a little more is accepted (Phi-3)
-                partner_sizes = further(study.base, values[partner], points, joint_values[partner])
+                partner_sizes = extrapolated(study.base, values[partner], probes[partner], value)
                 # head counts too: no probe of the field alone shows them
                 joint_sizes = study.at(joint_values)
             if not isinstance(partner_sizes, dict) or not isinstance(joint_sizes, dict):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 from itertools import product
 from math import gcd, lcm
 
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
-from ..model.shapes import shapes
+from ..model.shapes import Shapes
 from .field_map import FieldMap
 
 
@@ -40,7 +39,7 @@ def units_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> int:
     A unit holds whole positions of every dimension that is in proportion: where a convolution in
     groups reads a sixteenth of the channels in each (wav2vec 2.0), a unit is sixteen channels.
     """
-    common = reduce(gcd, (field_map.values[field] for field in fields))
+    common = gcd(*(field_map.values[field] for field in fields))
     sizes = _in_proportion(
         field_map, {field: field_map.values[field] // common for field in fields}, common
     )
@@ -81,13 +80,13 @@ def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | st
     units = units_of(field_map, fields)
     scales = {field: field_map.values[field] // units for field in fields}
     if len(fields) == 1:
-        return _along_lines(field_map, scales, None)
-    moved = _moved(field_map, scales, units)
-    return moved if isinstance(moved, str) else _along_lines(field_map, scales, moved)
+        return _by_expressions(field_map, scales, None)
+    observed = _observed_steps(field_map, scales, units)
+    return observed if isinstance(observed, str) else _by_expressions(field_map, scales, observed)
 
 
 def strides_in(shares: Shares) -> dict[int, set[int]]:
-    """Return, for a number of positions that a unit takes, in how many parts they may stand.
+    """Return into how many equal parts the positions of one unit may be divided.
 
     A convolution in groups has that many output channels for each input channel of a group.
 
@@ -103,23 +102,25 @@ def strides_in(shares: Shares) -> dict[int, set[int]]:
     return strides
 
 
-def _along_lines(
-    field_map: FieldMap, scales: Mapping[FieldPath, int], moved: dict[tuple[str, int], int] | None
+def _by_expressions(
+    field_map: FieldMap,
+    scales: Mapping[FieldPath, int],
+    observed: dict[tuple[str, int], int] | None,
 ) -> Shares | str:
-    """Return each field's share where the shares add up to what was seen, else one share for all.
+    """Return the share of each field where these add up to the observed steps, else one for all.
 
     Args:
         field_map: the class.
         scales: by how much each field changes for one unit.
-        moved: by how many positions each dimension was seen to change for one unit; None for a
-            single field, whose expressions say it.
+        observed: by how many positions each dimension changes for one unit, as two builds show;
+            None for a single field, whose expressions give the number.
 
     Returns:
         The shares by dimension, or the reason why there are no whole units.
     """
     units = units_of(field_map, tuple(scales))
     shares: Shares = {}
-    for (name, dim), power in field_map.powers.items() if moved is None else ():
+    for (name, dim), power in field_map.powers.items() if observed is None else ():
         if isinstance(dim, int) and all(power.exponents.get(field) == 1 for field in scales):
             shares[name, dim] = tuple(Share(field, power.base // units, 0) for field in scales)
     for (name, dim), expression in sorted(field_map.expressions.items(), key=str):
@@ -130,14 +131,16 @@ def _along_lines(
             per_unit = expression.terms.get(frozenset({field}), Fraction(0)) * scales[field]
             rest = expression.base - per_unit * units
             if per_unit.denominator != 1 or per_unit < 1 or rest < 0:
-                if moved is None:
+                if observed is None:
                     return f"{name} has no whole units along dimension {dim}"
                 break
             by_field.append(Share(field, int(per_unit), int(rest)))
         else:
-            if moved is None or moved.get((name, dim)) == sum(share.per_unit for share in by_field):
+            if observed is None or observed.get((name, dim)) == sum(
+                share.per_unit for share in by_field
+            ):
                 shares[name, dim] = tuple(by_field)
-    for (name, dim), step in (moved or {}).items():
+    for (name, dim), step in (observed or {}).items():
         if (name, dim) not in shares:
             remaining = field_map.shapes[name][dim] - step * units
             if step < 1 or remaining < 0:
@@ -146,10 +149,10 @@ def _along_lines(
     return dict(sorted(shares.items(), key=str))
 
 
-def _moved(
+def _observed_steps(
     field_map: FieldMap, scales: Mapping[FieldPath, int], units: int
 ) -> dict[tuple[str, int], int] | str:
-    """Return by how many positions each dimension changes for one unit, seen in two builds.
+    """Return by how many positions each dimension changes for one unit, as two builds show.
 
     Args:
         field_map: the class.
@@ -160,16 +163,15 @@ def _moved(
         Tensor name and dimension -> positions per unit, for the first layer of each kind; or the
         reason why the dimensions do not follow in whole units.
     """
-    builds: list[tuple[int, dict[str, tuple[int, ...]]]] = []
+    builds: list[tuple[int, Shapes]] = []
     reason = ""
     for removed_units in dict.fromkeys([1, -1, -2, 2, *range(3, units)]):
-        model = field_map.build_at(
+        built = field_map.shapes_at(
             {p: field_map.values[p] - removed_units * s for p, s in scales.items()}
         )
-        if isinstance(model, Refusal):
-            reason = model.reason
+        if isinstance(built, Refusal):
+            reason = built.reason
             continue
-        built = shapes(model)
         if built.keys() != field_map.shapes.keys():
             reason = "it builds other layers then"
             continue

@@ -28,7 +28,7 @@ _LONG_TEXT = 32
 
 @dataclass(frozen=True)
 class Working:
-    """What a model runs with.
+    """Inputs and a recipe with which a model runs to its end.
 
     Attributes:
         inputs: keyword arguments of one forward pass of two samples.
@@ -61,10 +61,10 @@ def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> Working | Ref
         recipe: how its class is run, as far as that shows without data.
 
     Returns:
-        What it runs with, or a refusal with the first error if no form runs.
+        Inputs and recipe, or a refusal with the first error if no form runs.
     """
     if recipe.make_inputs is not None:
-        return _with_given(model, recipe, recipe.make_inputs)
+        return _users_inputs(model, recipe, recipe.make_inputs)
     first = example_inputs(model, recipe)  # it went furthest without data
     short = islice(input_forms(model, recipe, length=3), 1)
     forms = chain([first], input_forms(model, recipe), short)
@@ -76,15 +76,17 @@ def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> Working | Ref
         stopped = "" if form is None else why_not(model, inputs := second_sample(form))
         if form is not None and stopped is None:
             try:
-                return _reaching(model, Working(inputs, partial, recipe))
+                return _with_more_reached(model, Working(inputs, partial, recipe))
             except GradientsError as error:
                 stopped = str(error)
         reason = reason or stopped or ""
     return Refusal(f"the tiny model does not run: {reason}")
 
 
-def _with_given(model: nn.Module, recipe: RunRecipe, make_inputs: MakeInputs) -> Working | Refusal:
-    """Return what the user's function makes, and the methods that reach more of the model."""
+def _users_inputs(
+    model: nn.Module, recipe: RunRecipe, make_inputs: MakeInputs
+) -> Working | Refusal:
+    """Return the inputs that the user's function makes, and methods that reach more layers."""
     try:
         inputs = given_inputs(model, make_inputs)
     except UnsupportedModelError as error:
@@ -104,8 +106,8 @@ def _with_given(model: nn.Module, recipe: RunRecipe, make_inputs: MakeInputs) ->
     return Working(inputs, False, replace(recipe, methods=methods))
 
 
-def _reaching(model: nn.Module, working: Working) -> Working:
-    """Return what reaches as many of the model's parameters as possible, starting from inputs.
+def _with_more_reached(model: nn.Module, working: Working) -> Working:
+    """Return inputs and methods that reach as many of the model's parameters as possible.
 
     A longer text comes first: no token of a short one may go to some expert, and Transformers 4
     keeps each expert as layers of its own. Then come images and videos together, then arguments
@@ -129,7 +131,7 @@ def _reaching(model: nn.Module, working: Working) -> Working:
 def _methods_reaching(
     model: nn.Module, inputs: dict[str, Any], unreached: set[str]
 ) -> tuple[str, ...]:
-    """Return the methods that reach parameters which the inputs leave unreached."""
+    """Return the names of methods that reach parameters which the inputs do not reach."""
     chosen = PLAIN
     for name in methods_beside(model, inputs) if unreached else ():
         trial = RunRecipe(methods=(*chosen.methods, name))
@@ -148,7 +150,7 @@ def _better(
     unreached: set[str],
     by_chance: bool = False,
 ) -> tuple[dict[str, Any], set[str]]:
-    """Return the better of two inputs, and the parameters that it leaves unreached.
+    """Return the better of two inputs, and the parameters that it does not reach.
 
     The other inputs are better if they reach all that these do and more. If chance decides what is
     reached (``by_chance``), they only have to reach a larger number of parameters.
@@ -177,7 +179,7 @@ def unreached_by(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = P
     try:
         grads = torch.autograd.grad(total, parameters, allow_unused=True)
     except RuntimeError as error:
-        raise GradientsError(f"torch cannot compute its gradients: {_said(error)}") from error
+        raise GradientsError(f"torch cannot compute its gradients: {_error_text(error)}") from error
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
 
 
@@ -187,10 +189,10 @@ def why_not(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN)
         with torch.no_grad(), AllFloat64():
             outputs_of(model, inputs, recipe)
     except Exception as error:  # whatever a class's forward pass raises
-        return _said(error)
+        return _error_text(error)
     return None
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """Return an error's text on one line, at most 200 characters, or else its type."""
     return in_one_line(error)[:200]

@@ -45,27 +45,29 @@ class States:
         return self.reader.rpartition(".")[0]
 
 
-def states_of(model: nn.Module, read: States | None) -> States | None:
-    """Return the states that a model reads, by the first of its layers that does; None if none.
+def states_of(model: nn.Module, states: States | None) -> States | None:
+    """Return the states that a model reads, with the first layer that reads them; None if none.
 
     Args:
         model: the model.
-        read: the states that its class reads, ``*`` for numbers of layers in the reader's name.
+        states: the states that its class reads, ``*`` for numbers of layers in the reader's name.
     """
-    if read is None:
+    if states is None:
         return None
-    names = (name for name, _ in model.named_parameters() if _NUMBER.sub(".*", name) == read.reader)
+    names = (
+        name for name, _ in model.named_parameters() if _NUMBER.sub(".*", name) == states.reader
+    )
     reader = next(names, None)  # None: no cross-attention
-    return None if reader is None else States(read.argument, reader, read.dim)
+    return None if reader is None else States(states.argument, reader, states.dim)
 
 
-def made_states(model: nn.Module, read: States | None) -> dict[str, Tensor]:
+def random_states(model: nn.Module, states: States | None) -> dict[str, Tensor]:
     """Return random states of one sample as a keyword argument; empty if the model reads none."""
-    read = states_of(model, read)
-    if read is None:
+    states = states_of(model, states)
+    if states is None:
         return {}
-    parameter = model.get_parameter(read.reader)
-    return {read.argument: _random(parameter, parameter.shape[read.dim])}
+    parameter = model.get_parameter(states.reader)
+    return {states.argument: _random(parameter, parameter.shape[states.dim])}
 
 
 def arguments_for_states(model: nn.Module) -> list[str]:
@@ -79,7 +81,7 @@ def find_states(
     idle: Iterable[str],
     run: Callable[[Mapping[str, Any]], bool],
 ) -> States | None:
-    """Return the encoder states that let layers run which do not run without; None if none do.
+    """Return the encoder states without which some layers do not run; None if there are none.
 
     A model that contains an encoder skips it when it is given states: it does not need them.
 
@@ -92,28 +94,28 @@ def find_states(
     offered = arguments_for_states(model)
     if not offered or not any(True for _ in idle):
         return None
-    without = _followed(model, inputs, run)
+    without = _run_watched(model, inputs, run)
     for argument in offered:
         narrow = _random(next(model.parameters()), 1)
-        read = _followed(model, {**inputs, argument: narrow}, run, narrow).read
+        read = _run_watched(model, {**inputs, argument: narrow}, run, narrow).read
         if read is None:
             continue
         name, dim = read
         parameter = model.get_parameter(name)
         states = _random(parameter, parameter.shape[dim])
-        with_states = _followed(model, {**inputs, argument: states}, run)
+        with_states = _run_watched(model, {**inputs, argument: states}, run)
         if with_states.called > without.called and with_states.ended >= without.ended:
             return States(argument, _NUMBER.sub(".*", name), dim)
     return None
 
 
 @dataclass(frozen=True)
-class _Followed:
-    """What was seen in a run.
+class _Pass:
+    """The layers of a forward pass.
 
     Attributes:
         called: the layers that were called.
-        ended: True if the run came to its end.
+        ended: True if the pass ran to its end.
         read: name and dimension of the first weight that read the states.
     """
 
@@ -122,20 +124,20 @@ class _Followed:
     read: tuple[str, int] | None
 
 
-def _followed(
+def _run_watched(
     model: nn.Module,
     inputs: Mapping[str, Any],
     run: Callable[[Mapping[str, Any]], bool],
     states: Tensor | None = None,
-) -> _Followed:
-    """Run the model and see which layers it calls and, if given, which one reads the states."""
+) -> _Pass:
+    """Run the model; return which layers it calls and, if given, which one reads the states."""
     called: set[str] = set()
     read: list[tuple[str, int]] = []
 
-    def note(name: str, module: nn.Module, handed: tuple[Any, ...]) -> None:
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         called.add(name)
         dim = _input_dim(module)
-        if states is not None and handed and handed[0] is states and dim is not None:
+        if states is not None and args and args[0] is states and dim is not None:
             read.append((f"{name}.weight", dim))
 
     handles = [
@@ -148,7 +150,7 @@ def _followed(
     finally:
         for handle in handles:
             handle.remove()
-    return _Followed(called, ended, next(iter(read), None))
+    return _Pass(called, ended, next(iter(read), None))
 
 
 def _random(like: Tensor, width: int) -> Tensor:
@@ -168,9 +170,9 @@ def _input_dim(module: nn.Module) -> int | None:
 
 
 def states_in(
-    model: nn.Module, inputs: Mapping[str, Any], read: States | None
+    model: nn.Module, inputs: Mapping[str, Any], states: States | None
 ) -> dict[str, Tensor]:
     """Return the encoder states among the inputs of a forward pass, by name; empty if none."""
-    read = states_of(model, read)
-    given = None if read is None else inputs.get(read.argument)
-    return {read.argument: given} if read is not None and isinstance(given, Tensor) else {}
+    states = states_of(model, states)
+    value = None if states is None else inputs.get(states.argument)
+    return {states.argument: value} if states is not None and isinstance(value, Tensor) else {}

@@ -18,28 +18,28 @@ from transformers import GenerationMixin, PreTrainedModel
 from .run_recipe import PLAIN, RunRecipe
 
 Inputs = Mapping[str, Any]
-_GIVING = ("get_", "predict_", "encode", "decode", "compute_")
+_PREFIXES = ("get_", "predict_", "encode", "decode", "compute_")
 """Prefixes of methods that return something and change nothing."""
 
 
 def outputs_of(model: nn.Module, inputs: Inputs, recipe: RunRecipe = PLAIN) -> Any:
-    """Return the forward pass's outputs; if methods are run too, a list with theirs behind."""
+    """Return the forward pass's outputs; with methods in the recipe, a list that adds theirs."""
     outputs = model(**inputs)
-    beside = []
+    method_outputs = []
     for name in recipe.methods:
         method = getattr(model, name)
-        given = _arguments(model, method, inputs)
-        if given is not None:
-            beside.append(method(**given))
-    return [outputs, *beside] if beside else outputs
+        arguments = _arguments(model, method, inputs)
+        if arguments is not None:
+            method_outputs.append(method(**arguments))
+    return [outputs, *method_outputs] if method_outputs else outputs
 
 
 def methods_beside(model: nn.Module, inputs: Inputs) -> Iterator[str]:
-    """Yield the class's own methods, not those that all models have, which take these inputs."""
+    """Yield the names of the methods, other than those of all models, that take these inputs."""
     for name, _ in inspect.getmembers(type(model), inspect.isfunction):
         own = not any(hasattr(base, name) for base in (PreTrainedModel, GenerationMixin))
-        gives = own and name.startswith(_GIVING)
-        if gives and _arguments(model, getattr(model, name), inputs) is not None:
+        may_return = own and name.startswith(_PREFIXES)
+        if may_return and _arguments(model, getattr(model, name), inputs) is not None:
             yield name
 
 
@@ -52,7 +52,7 @@ def _arguments(
     tokens). A required ``attention_mask`` masks no token.
     """
     named = inspect.signature(method).parameters.values()
-    given = {
+    arguments = {
         parameter.name: inputs[parameter.name] for parameter in named if parameter.name in inputs
     }
     needed = [
@@ -62,12 +62,12 @@ def _arguments(
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     main = inputs.get(getattr(model, "main_input_name", ""))
-    for place, name in enumerate(needed):
-        if name in given or not isinstance(main, Tensor):
+    for position, name in enumerate(needed):
+        if name in arguments or not isinstance(main, Tensor):
             continue
         if name == "attention_mask":
-            given[name] = torch.ones_like(main)
-        elif place == 0:
-            given[name] = main
-    tensors = any(isinstance(value, Tensor) for value in given.values())
-    return given if tensors and given.keys() >= {*needed} else None
+            arguments[name] = torch.ones_like(main)
+        elif position == 0:
+            arguments[name] = main
+    tensors = any(isinstance(value, Tensor) for value in arguments.values())
+    return arguments if tensors and arguments.keys() >= {*needed} else None

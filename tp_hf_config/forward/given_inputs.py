@@ -30,22 +30,22 @@ def given_inputs(model: nn.Module, make_inputs: MakeInputs, config: Any = None) 
     config = model.config if config is None else config
     name, kind = function_name(make_inputs), type(config).__name__
     try:
-        made = make_inputs(config)
+        inputs = make_inputs(config)
     except Exception as error:  # whatever the user's function raises
-        said = in_one_line(error).rstrip(".")
+        message = in_one_line(error).rstrip(".")
         raise UnsupportedModelError(
-            f"make_inputs={name} raised {type(error).__name__} for a {kind}: {said}. "
+            f"make_inputs={name} raised {type(error).__name__} for a {kind}: {message}. "
             "It is called with small configs of this class too: take every size from the config "
             "that it is given."
         ) from error
-    if not isinstance(made, Mapping):
+    if not isinstance(inputs, Mapping):
         raise UnsupportedModelError(
-            f"make_inputs={name} returned a {type(made).__name__} for a {kind}. Return a dict of "
+            f"make_inputs={name} returned a {type(inputs).__name__} for a {kind}. Return a dict of "
             f"what {type(model).__name__}'s forward pass takes, as {{'input_ids': ids}}."
         )
     parameter = next(model.parameters())
 
-    def taken(value: Any) -> Any:
+    def converted(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if not value.is_floating_point():
@@ -54,7 +54,7 @@ def given_inputs(model: nn.Module, make_inputs: MakeInputs, config: Any = None) 
             return torch.empty(value.shape, dtype=parameter.dtype, device="meta")
         return value.to(parameter.device, parameter.dtype)
 
-    return {argument: tree_map(taken, value) for argument, value in made.items()}
+    return {argument: tree_map(converted, value) for argument, value in inputs.items()}
 
 
 def function_name(make_inputs: MakeInputs) -> str:

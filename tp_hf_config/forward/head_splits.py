@@ -58,7 +58,7 @@ class HeadSplits:
     alone: int = 0
 
     def joined(self, other: HeadSplits) -> HeadSplits:
-        """Return what this run and another one saw together; ``ended`` is that of this run."""
+        """Return the splits of this run and another one together; ``ended`` is that of this run."""
         return HeadSplits(
             {**self.heads, **other.heads},
             {**self.pieces, **other.pieces},
@@ -74,8 +74,8 @@ class HeadSplits:
 def observe(model: nn.Module, recipe: RunRecipe = PLAIN) -> HeadSplits:
     """Run ``model`` (on the meta device) and return how its projections' outputs are split.
 
-    A forward pass that needs real values stops part of the way; the result then has what was seen
-    until there. If images or sound stop it early, a second run on text alone adds what it sees.
+    A forward pass that needs real values stops part of the way; the result then has the layers that
+    ran before. If images or sound stop it early, a second run on text alone adds its layers.
 
     Args:
         model: the model.
@@ -92,9 +92,9 @@ def observe(model: nn.Module, recipe: RunRecipe = PLAIN) -> HeadSplits:
 
 
 def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
-    """Run the model on these inputs and return what was seen, also if the pass breaks off."""
+    """Run the model on these inputs and return its head splits, also if the pass breaks off."""
     ended = False
-    watch = _Watch()
+    watch = _SplitWatch()
     run = RealNumbers()
     layers = {
         name: module
@@ -107,7 +107,7 @@ def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
             watch.returned(model(**inputs))
             ended = True
     except Exception:
-        pass  # a forward pass that needs values ends here; the layers before are known
+        pass  # a forward pass that needs values ends here; the layers before have run
     finally:
         for handle in handles:
             handle.remove()
@@ -179,7 +179,7 @@ def _takes_apart(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -
     return False
 
 
-class _Watch(NoValues):
+class _SplitWatch(NoValues):
     """Follows each projection's output until the forward pass splits it."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from .input_shapes import PIXELS, Shape, channels_of, crops_of, grid_of, patch_o
 
 Form = Mapping[str, Shape]
 """Argument -> its chosen shape."""
-Beside = Callable[[Any, Form], Shape | None]
+Companion = Callable[[Any, Form], Shape | None]
 """Returns an argument's shape from the config and a form; None if the argument is left out."""
 
 
@@ -40,23 +40,23 @@ def _merge(config: Any, form: Form) -> Shape | None:
     return Shape((1,), "values", (grid_of(config) // 2,))
 
 
-def _like(name: str, what: Literal["numbers", "ones", "mask", "ids"]) -> Beside:
+def _like(name: str, what: Literal["numbers", "ones", "mask", "ids"]) -> Companion:
     """Give the argument the same shape as the argument ``name``, filled with ``what``."""
 
-    def beside(config: Any, form: Form) -> Shape | None:
+    def companion(config: Any, form: Form) -> Shape | None:
         return Shape(form[name].size, what) if name in form else None
 
-    return beside
+    return companion
 
 
-def _steps_of(*names: str, what: Literal["mask", "no padding"] = "mask") -> Beside:
+def _steps_of(*names: str, what: Literal["mask", "no padding"] = "mask") -> Companion:
     """Give the argument a mask over the time steps of the first of these that is given."""
 
-    def beside(config: Any, form: Form) -> Shape | None:
+    def companion(config: Any, form: Form) -> Shape | None:
         steps = next((form[name].steps for name in names if name in form), 0)
         return Shape((1, steps), what) if steps else None
 
-    return beside
+    return companion
 
 
 def _cutoffs(config: Any, form: Form) -> Shape | None:
@@ -128,7 +128,7 @@ def _future_times(config: Any, form: Form) -> Shape | None:
     return Shape((1, length, width)) if length else None
 
 
-BESIDE: dict[str, Beside] = {
+COMPANIONS: dict[str, Companion] = {
     "grid_thw": _whole_grid,
     "image_grid_thw": _whole_grid,
     "merge_sizes": _merge,

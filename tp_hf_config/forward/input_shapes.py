@@ -35,7 +35,7 @@ class Shape:
     values: tuple[int, ...] = ()
     steps: int = 0
 
-    def made(self, model: nn.Module) -> torch.Tensor:
+    def tensor(self, model: nn.Module) -> torch.Tensor:
         """Return the tensor on the model's device, random numbers and ones in the model's dtype."""
         parameter = next(model.parameters())
         if self.what in ("numbers", "ones"):

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..model.meta_run import NoValues
-from .encoder_states import ARGUMENTS, made_states
+from .encoder_states import ARGUMENTS, random_states
 from .given_inputs import given_inputs
-from .input_companions import BESIDE, DISPENSABLE
+from .input_companions import COMPANIONS, DISPENSABLE
 from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, size_of
 from .observed_pass import tensors_in
 from .run_recipe import PLAIN, RunRecipe
@@ -26,7 +26,7 @@ from .run_recipe import PLAIN, RunRecipe
 _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")
 _VIDEOS = "pixel_values_videos"
-_SEEN = ("image", "video", "audio")
+_MODALITIES = ("image", "video", "audio")
 _DOCUMENT = "document"
 _PER_TOKEN = {"bbox": 4, "image_attention_mask": 1}
 _PACKED = ("target_sizes", "tgt_sizes")
@@ -34,6 +34,8 @@ _OWN_COUNT = "feature_attention_mask"
 _QUERIES = "image_embeds_position_mask"
 _TOWER_PARTS = ("vision_config", "audio_config")
 _MOST_FORMS = 16
+_REVERSED = (*_TEXT, *MAIN, *ARGUMENTS)
+_TYPES = "token_type_ids"
 
 
 def example_inputs(
@@ -111,9 +113,9 @@ def input_forms(
         ((next(_forms(parameters, config, also)), text) for text in others),
     )
     for form, text in islice(forms, first, _MOST_FORMS):
-        tensors = {name: shape.made(model) for name, shape in form.items()}
-        given = {**text, **tensors, **made_states(model, recipe.states)}
-        inputs = _with_places(model, given, parameters, config)
+        tensors = {name: shape.tensor(model) for name, shape in form.items()}
+        given = {**text, **tensors, **random_states(model, recipe.states)}
+        inputs = _with_placeholders(model, given, parameters, config)
         yield {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
 
 
@@ -122,9 +124,9 @@ def _forms(
 ) -> Iterator[dict[str, Shape]]:
     """Yield forms: the shape of every argument that is given, text aside."""
     main = _main(parameters, config, also)
-    forms = [dict(zip(main, chosen, strict=True)) for chosen in _one_by_one(main.values())]
+    forms = [dict(zip(main, chosen, strict=True)) for chosen in _combinations(main.values())]
     for form in forms:
-        complete = _with_others(form, parameters, config)
+        complete = _with_companions(form, parameters, config)
         yield complete
         if any(name in complete for name in DISPENSABLE):
             yield {name: shape for name, shape in complete.items() if name not in DISPENSABLE}
@@ -134,36 +136,31 @@ def _main(
     parameters: Mapping[str, Any], config: Any, also: Collection[str] = ()
 ) -> dict[str, list[Shape]]:
     """Return the possible shapes of the main arguments, which decide the shapes of all others."""
-    names = [name for name in MAIN if name in parameters and _has_tower(config, name)]
+    names = [
+        name
+        for name in MAIN
+        if name in parameters and getattr(config, TOWERS.get(name, ""), config) is not None
+    ]
     alone = not names and not any(name in parameters for name in _TEXT)
     for name in REQUIRED:
         wanted = alone or name in also or (name == _VIDEOS and "pixel_values" not in parameters)
-        if name in parameters and (wanted or _required(parameters[name])):
+        if name in parameters and (wanted or parameters[name].default is inspect.Parameter.empty):
             names.append(name)
     options = {name: {**MAIN, **REQUIRED}[name](config, parameters) for name in names}
     return {name: shapes for name, shapes in options.items() if shapes}
 
 
-def _has_tower(config: Any, name: str) -> bool:
-    """True unless the part of the config that this argument is for is None."""
-    return getattr(config, TOWERS.get(name, ""), config) is not None
-
-
-def _required(parameter: inspect.Parameter) -> bool:
-    return parameter.default is inspect.Parameter.empty
-
-
-def _with_others(
+def _with_companions(
     form: dict[str, Shape], parameters: Mapping[str, Any], config: Any
 ) -> dict[str, Shape]:
     """Return the form with the arguments that go beside those in it."""
-    beside = {
-        name: make(config, form) for name, make in BESIDE.items() if name in parameters and form
+    companions = {
+        name: make(config, form) for name, make in COMPANIONS.items() if name in parameters and form
     }
-    return {**form, **{name: shape for name, shape in beside.items() if shape is not None}}
+    return {**form, **{name: shape for name, shape in companions.items() if shape is not None}}
 
 
-def _one_by_one(choices: Any) -> Iterator[tuple[Shape, ...]]:
+def _combinations(choices: Any) -> Iterator[tuple[Shape, ...]]:
     """Yield combinations of one option each.
 
     The first options come first, then other options for one argument at a time. If several
@@ -191,8 +188,8 @@ def _texts(
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     ids = torch.arange(1, 1 + length, device=device)[None] % max(2, size_of(config, "vocab_size"))
-    taken = (_token(config, kind) for kind in (*_SEEN, _DOCUMENT))
-    for token in (token for token in taken if token is not None):
+    special = (_token(config, kind) for kind in (*_MODALITIES, _DOCUMENT))
+    for token in (token for token in special if token is not None):
         ids = ids.masked_fill(ids == token, 1 if token != 1 else 2)
     names = [name for name in _TEXT if name in parameters]
     texts = [dict.fromkeys(names, ids)]
@@ -224,7 +221,7 @@ def _token(config: Any, kind: str) -> int | None:
     return None
 
 
-def _with_places(
+def _with_placeholders(
     model: nn.Module, inputs: dict[str, Any], parameters: Mapping[str, Any], config: Any
 ) -> dict[str, Any]:
     """Return the inputs with a token in the text for every feature of an image, video or sound.
@@ -234,7 +231,7 @@ def _with_places(
     ids = inputs.get("input_ids")
     if ids is None or ids.ndim > 2:
         return inputs
-    counts = {kind: _count(model, kind, inputs, config) for kind in _SEEN}
+    counts = {kind: _token_count(model, kind, inputs, config) for kind in _MODALITIES}
     places = [
         torch.full_like(ids[:, :1], _token(config, kind) or 0).repeat(1, count)
         for kind, count in counts.items()
@@ -245,18 +242,18 @@ def _with_places(
     if _QUERIES in parameters:
         result[_QUERIES] = torch.arange(ids.shape[1], device=ids.device)[None] < queries
     for name, width in _PER_TOKEN.items():
-        several = name != "image_attention_mask" or _dims(inputs.get("pixel_values")) == 5
-        if name in parameters and several:
+        films = getattr(inputs.get("pixel_values"), "ndim", 0) == 5
+        if name in parameters and (films or name != "image_attention_mask"):
             make = torch.zeros if name == "bbox" else torch.ones
             result[name] = make((*ids.shape, width), dtype=ids.dtype, device=ids.device)
     if not any(counts.values()):
         return result
-    if _puts_in_places(model, inputs) and "attention_mask" in parameters:
+    if _expands_placeholder(model, inputs) and "attention_mask" in parameters:
         result["attention_mask"] = torch.ones_like(ids)
     if "mm_token_type_ids" in parameters:
         kinds = torch.zeros_like(ids)
-        for kind in reversed(_SEEN):  # a video's token may be an image's
-            kinds[ids == _token(config, kind)] = 1 + _SEEN.index(kind)
+        for kind in reversed(_MODALITIES):  # a video's token may be an image's
+            kinds[ids == _token(config, kind)] = 1 + _MODALITIES.index(kind)
         result["mm_token_type_ids"] = kinds
     if "token_type_ids" in parameters:
         image = _token(config, "image")
@@ -264,33 +261,28 @@ def _with_places(
     return result
 
 
-def _puts_in_places(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def _expands_placeholder(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """True if the forward pass itself repeats the one token for a sound, by the sound's mask."""
     return _OWN_COUNT in inputs and not hasattr(model, "get_audio_features")
 
 
-def _dims(value: Any) -> int:
-    """Return the number of dims of a tensor; 0 for anything else."""
-    return value.ndim if isinstance(value, torch.Tensor) else 0
-
-
-def _count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
+def _token_count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
     """Return how many tokens of a kind (image, video, audio) the text has to have."""
     name = f"get_{kind}_features"
     if _token(config, kind) is None:
         return 0
-    if kind == "audio" and _puts_in_places(model, inputs):
+    if kind == "audio" and _expands_placeholder(model, inputs):
         return 1
     methods = [getattr(module, name) for module in model.modules() if hasattr(module, name)]
     if not methods and any(argument.startswith(kind) for argument in inputs):
-        return _asked_for(model, kind, inputs, config)
+        return _expected_count(model, kind, inputs, config)
     if not methods and "pixel_values" in inputs:  # one feature for each query, of every frame
         pixels = inputs["pixel_values"]
         return size_of(config, "num_query_tokens") * (pixels.shape[1] if pixels.ndim == 5 else 1)
-    return next((count for method in methods if (count := _features(method, inputs))), 0)
+    return next((count for method in methods if (count := _feature_count(method, inputs))), 0)
 
 
-def _asked_for(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
+def _expected_count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
     """Return how many features a forward pass says it has, when the text has one token for them."""
     ids = inputs["input_ids"]
     with_one = torch.cat([torch.full_like(ids[:, :1], _token(config, kind) or 0), ids], dim=1)
@@ -303,7 +295,7 @@ def _asked_for(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: A
     return 0
 
 
-def _features(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int:
+def _feature_count(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int:
     """Return how many features a method makes of the images (videos, sounds) in the inputs."""
     accepted = inspect.signature(method).parameters
     others = {name: value for name, value in inputs.items() if name not in _TEXT}
@@ -336,15 +328,10 @@ def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
     packed = any(name in inputs for name in _PACKED)  # the patches of all images in one row
     return {
         name: torch.cat(
-            [value, value.flip(-1) if _may_turn(name) else value],
+            [value, value.flip(-1) if name in _REVERSED or name.endswith(_TYPES) else value],
             dim=-1 if packed and name == "pixel_values" else 0,
         )
         if isinstance(value, torch.Tensor)
         else value
         for name, value in inputs.items()
     }
-
-
-def _may_turn(name: str) -> bool:
-    """True if the second sample has this argument's last axis reversed."""
-    return name in (*_TEXT, *MAIN, *ARGUMENTS) or name.endswith("token_type_ids")

@@ -22,7 +22,7 @@ class DryPass(NamedTuple):
 
     Attributes:
         inputs: the keyword arguments of the pass; only whole numbers and masks have data.
-        guessed: True if values that are not known decide what is computed.
+        guessed: True if values of tensors without data decide what is computed.
     """
 
     inputs: dict[str, Any]

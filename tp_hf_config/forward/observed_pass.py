@@ -89,7 +89,7 @@ class AllFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Watch(AllFloat64):
+class _ResultWatch(AllFloat64):
     """Keeps the results of functions while a model runs.
 
     Parts that switch gradients off have them here if the whole pass has: an experiment asks what
@@ -157,8 +157,8 @@ class _Watch(AllFloat64):
         chooses = name in _NUMBERS or not all(tensor.requires_grad for tensor in tensors)
         chooses = chooses and name not in _BLANK
         if self.wanted is None and chooses:
-            taken = tensors_in([*args, *(kwargs or {}).values()])
-            self.read += [tensor for tensor in taken if tensor.requires_grad]
+            given = tensors_in([*args, *(kwargs or {}).values()])
+            self.read += [tensor for tensor in given if tensor.requires_grad]
         return output
 
     def _keep(self, tensor: Tensor, function: str) -> None:
@@ -184,7 +184,7 @@ def outputs_in_float64(
     if not watched:
         with AllFloat64():
             return _floating(outputs_of(model, inputs, recipe))
-    watch = _Watch(set(watched))
+    watch = _ResultWatch(set(watched))
     with watch.over(model):
         outputs = _floating(outputs_of(model, inputs, recipe))
     missing = torch.tensor(torch.nan, dtype=torch.float64)
@@ -231,79 +231,81 @@ def watched_results(
     """
     computed = outputs_in_float64(model, inputs, recipe=recipe)
     outputs = [output for output in computed if output.requires_grad]
-    unobserved = _without_effect(outputs, list(model.parameters()))
+    unobserved = _unobserved(outputs, list(model.parameters()))
     if not unobserved:
         return ()
-    watch = _Watch(None)
+    watch = _ResultWatch(None)
     torch.default_generator.manual_seed(0)
     try:
         with watch.over(model):
             outputs_of(model, inputs, recipe)
     except RuntimeError:  # a parameter is changed in place, where the class wants no gradients
         return ()
-    taken, read = _taken(watch.results.values()), {_edge(tensor) for tensor in watch.read}
+    consumed, read = _consumed(watch.results.values()), {_edge(tensor) for tensor in watch.read}
     first = {_edge(tensor): result for result, tensor in reversed(watch.results.items())}
-    sight = _Sight(unobserved, watch.results)
-    ends = {one: edge in read for edge, one in first.items() if edge in read or edge not in taken}
-    choosing = {result for result, chooses in ends.items() if chooses and sight.of(result)}
-    needed = sight.fewest(result for result, chooses in ends.items() if not chooses)
-    observed = set().union(*map(sight.of, choosing | needed))
+    dependence = _Dependence(unobserved, watch.results)
+    ends = {r: edge in read for edge, r in first.items() if edge in read or edge not in consumed}
+    choosing = {result for result, chooses in ends.items() if chooses and dependence.on(result)}
+    needed = dependence.fewest(result for result, chooses in ends.items() if not chooses)
+    observed = set().union(*map(dependence.on, choosing | needed))
     rest = [one for one in unobserved if id(one) not in observed and one.ndim > 1]
-    last = _last_seen(model, sight, rest)
+    last = _last_dependents(model, dependence, rest)
     return tuple(result for result in watch.results if result in choosing | needed | last)
 
 
-class _Sight:
+class _Dependence:
     """Tells which of some parameters each result of a pass depends on.
 
-    The autograd graph first says on which ones it can depend at all. Where that is enough there is
-    no backward pass: LightGlue has hundreds of results.
+    The autograd graph tells which ones it can depend on. Where that is enough, no backward pass
+    runs: LightGlue has hundreds of results.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], results: Mapping[Result, Tensor]):
+    def __init__(self, parameters: Sequence[Tensor], results: dict[Result, Tensor]):
         self.results = results
         self._parameters = {id(parameter): parameter for parameter in parameters}
         self._reach = _reach(self._parameters, results.values())
-        self._shown: dict[Result, set[int]] = {}
+        self._observed: dict[Result, set[int]] = {}
 
-    def may_be_of(self, result: Result) -> set[int]:
+    def reachable(self, result: Result) -> set[int]:
         """Return the parameters, by ``id``, that a result is computed from."""
         reached = self._reach.get(self.results[result].grad_fn, 0)
-        return {one for place, one in enumerate(self._parameters) if reached >> place & 1}
+        return {key for bit, key in enumerate(self._parameters) if reached >> bit & 1}
 
-    def of(self, result: Result) -> set[int]:
+    def on(self, result: Result) -> set[int]:
         """Return the parameters, by ``id``, that a result depends on.
 
         There are none if the result was changed in place since.
         """
-        if result not in self._shown:
-            asked = [self._parameters[one] for one in self.may_be_of(result)]
+        if result not in self._observed:
+            asked = [self._parameters[key] for key in self.reachable(result)]
             try:
-                blind = _without_effect([_unmasked(self.results[result])], asked) if asked else []
+                without = _unobserved([_unmasked(self.results[result])], asked) if asked else []
             except RuntimeError:  # torch computes no gradients then (MiniMax-M3's scores)
-                blind = asked
-            self._shown[result] = set(map(id, asked)) - set(map(id, blind))
-        return self._shown[result]
+                without = asked
+            self._observed[result] = set(map(id, asked)) - set(map(id, without))
+        return self._observed[result]
 
     def fewest(self, results: Iterable[Result]) -> set[Result]:
         """Return as few results as depend on all the parameters that any do, largest sets first."""
-        waiting = [(-len(self.may_be_of(result)), result, False) for result in results]
+        waiting = [(-len(self.reachable(result)), result, False) for result in results]
         heapify(waiting)
         needed: set[Result] = set()
         observed: set[int] = set()
         while waiting:
             _, result, exact = heappop(waiting)
-            if self.may_be_of(result) <= observed:
+            if self.reachable(result) <= observed:
                 continue
             if not exact:
-                heappush(waiting, (-len(self.of(result)), result, True))
-            elif not self.of(result) <= observed:
+                heappush(waiting, (-len(self.on(result)), result, True))
+            elif not self.on(result) <= observed:
                 needed.add(result)
-                observed |= self.of(result)
+                observed |= self.on(result)
         return needed
 
 
-def _last_seen(model: nn.Module, sight: _Sight, parameters: Sequence[Tensor]) -> set[Result]:
+def _last_dependents(
+    model: nn.Module, dependence: _Dependence, parameters: Sequence[Tensor]
+) -> set[Result]:
     """Return, for each of these parameters, the last result that depends on it.
 
     Nothing later does: a softmax over a single score (SwiftFormer's) gives 1, and attention over
@@ -315,12 +317,10 @@ def _last_seen(model: nn.Module, sight: _Sight, parameters: Sequence[Tensor]) ->
     for parameter in parameters:
         owner = names[id(parameter)].rpartition(".")[0]
         around = (owner, owner.rpartition(".")[0])
-        for result in reversed(
-            [candidate for candidate in sight.results if candidate.module in around]
-        ):
-            if id(parameter) in sight.of(result):
-                results.add(result)
-                break
+        nearby = (result for result in reversed(dependence.results) if result.module in around)
+        last = next((result for result in nearby if id(parameter) in dependence.on(result)), None)
+        if last is not None:
+            results.add(last)
     return results
 
 
@@ -332,24 +332,24 @@ def _edge(tensor: Tensor) -> _Edge:
     return tensor.grad_fn, tensor.output_nr
 
 
-def _taken(tensors: Iterable[Tensor]) -> set[_Edge]:
+def _consumed(tensors: Iterable[Tensor]) -> set[_Edge]:
     """Return the edges of the autograd graph that something else is computed from."""
     waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     visited = set(waiting)
-    taken: set[_Edge] = set()
+    consumed: set[_Edge] = set()
     while waiting:
         for node, number in waiting.pop().next_functions:
             if node is not None:
-                taken.add((node, number))
+                consumed.add((node, number))
                 if node not in visited:
                     visited.add(node)
                     waiting.append(node)
-    return taken
+    return consumed
 
 
 def _reach(parameters: Collection[int], tensors: Iterable[Tensor]) -> dict[Any, int]:
     """Return node of the autograd graph -> the parameters it is computed from, a bit for each."""
-    bits = {parameter: 1 << place for place, parameter in enumerate(parameters)}
+    bits = {parameter: 1 << bit for bit, parameter in enumerate(parameters)}
     reached: dict[Any, int] = {}
     waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     while waiting:
@@ -364,7 +364,7 @@ def _reach(parameters: Collection[int], tensors: Iterable[Tensor]) -> dict[Any, 
     return reached
 
 
-def _without_effect(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+def _unobserved(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return the parameters that these tensors do not depend on."""
     if not outputs or not parameters:
         return list(parameters)

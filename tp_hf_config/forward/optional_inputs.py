@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .input_shapes import size_of
 
 Inputs = Mapping[str, Any]
-_Added = Callable[[nn.Module, Inputs], dict[str, Any]]
+_MakeOptional = Callable[[nn.Module, Inputs], dict[str, Any]]
 """Returns the arguments to add, from a model and its other inputs."""
 
 
@@ -25,8 +25,8 @@ def optional_arguments(model: nn.Module, inputs: Inputs) -> list[str]:
     parameters = inspect.signature(model.forward).parameters
     return [
         name
-        for name, (beside, _) in _OPTIONAL.items()
-        if name in parameters and name not in inputs and any(other in inputs for other in beside)
+        for name, (companions, _) in _OPTIONAL.items()
+        if name in parameters and name not in inputs and inputs.keys() & set(companions)
     ]
 
 
@@ -53,7 +53,7 @@ def _entities(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _half_seen(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+def _half_image(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Return token types, half text and half image: each kind has experts of its own."""
     kinds = torch.zeros_like(inputs["input_ids"])
     kinds[:, : kinds.shape[1] // 2] = 1
@@ -109,10 +109,10 @@ def _codes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 _TEXT = ("input_ids",)
 _SOUND = ("input_values", "input_features")
-_OPTIONAL: dict[str, tuple[tuple[str, ...], _Added]] = {
+_OPTIONAL: dict[str, tuple[tuple[str, ...], _MakeOptional]] = {
     "global_attention_mask": (_TEXT, _first_token),
     "entity_ids": (_TEXT, _entities),
-    "moe_mm_token_type_ids": (_TEXT, _half_seen),
+    "moe_mm_token_type_ids": (_TEXT, _half_image),
     "audio_prompt_latents": (_TEXT, _voice),
     "audio_input_ids": (_TEXT, _codes),
     "mask_time_indices": (_SOUND, _hidden_steps),

@@ -1,4 +1,4 @@
-"""How a class is run with one config: a value that is made once and handed on."""
+"""How a class is run with one config: its inputs, and what runs beside the forward pass."""
 
 from __future__ import annotations
 

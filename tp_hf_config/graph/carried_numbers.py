@@ -22,7 +22,7 @@ def full_runs(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> dict[in
     runs: dict[int, int] = {}
     for dim in group.dims if group.per_field_unit > 1 else ():
         layer = dim.name.rpartition(".")[0]
-        small, real = tiny.field_map.splits_of(layer) or (), field_map.layout.heads.get(layer, ())
+        small, real = tiny.field_map.splits_of(layer) or (), field_map.splits.heads.get(layer, ())
         for split, full in zip(small, real, strict=False) if dim.dim == 0 else ():
             if split[-1] == dim.layout.run > 1:
                 runs[dim.layout.run] = full[-1]
@@ -120,7 +120,7 @@ def full_channel_groups(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) 
     own = {dim.name.rpartition(".")[0] for dim in group.dims if dim.dim == 0}
     decided: set[int] = set()
     for layer in own if group.per_field_unit > 1 else ():
-        small, real = tiny.field_map.splits_of(layer) or (), field_map.layout.heads.get(layer, ())
+        small, real = tiny.field_map.splits_of(layer) or (), field_map.splits.heads.get(layer, ())
         pairs = zip(small, real, strict=False)
         decided |= {full[0] for split, full in pairs if split[0] == group.channel_groups}
     full_values = dict(_numbers(field_map.data)) | field_map.values
@@ -142,7 +142,7 @@ def _splits_beside(group: TinyGroup, tiny: TinyModel) -> bool:
     around = {dim.name.rpartition(".")[0].rpartition(".")[0] for dim in group.dims}
     return any(
         split[0] == group.channel_groups
-        for layer, splits in tiny.field_map.layout.heads.items()
+        for layer, splits in tiny.field_map.splits.heads.items()
         for split in splits
         if layer.rpartition(".")[0] in around
     )
@@ -205,8 +205,8 @@ def _full_counts(
     around = {layer.rpartition(".")[0] for layer in layers}
     near: set[int] = set()
     anywhere: set[int] = set()
-    for layer, splits in tiny.field_map.layout.heads.items():
-        real = field_map.layout.heads.get(layer, ())
+    for layer, splits in tiny.field_map.splits.heads.items():
+        real = field_map.splits.heads.get(layer, ())
         for small, full in zip(splits, real, strict=False):
             if small[0] == count:
                 anywhere.add(full[0])

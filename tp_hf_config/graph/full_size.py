@@ -153,7 +153,7 @@ def _single_layers(group: TinyGroup, field_map: FieldMap) -> set[str]:
         inside = False
         for match in _INDEX.finditer(dim.name):
             layers = dim.name[: match.start()]
-            if layers in field_map.depth.alike:
+            if layers in field_map.depth.first_of_kind:
                 used.setdefault(layers, set()).add(dim.name[: match.end()])
                 inside = True
         if not inside:

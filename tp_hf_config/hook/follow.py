@@ -16,7 +16,7 @@ from ..fieldmap.completeness import (
     said_options,
     unbuilt_parts,
 )
-from ..fieldmap.expressions import Observable
+from ..fieldmap.expressions import Quantity
 from ..fieldmap.field_map import map_of
 from ..fieldmap.model_view import WidthView
 from ..fieldmap.solve.explain import (
@@ -275,9 +275,9 @@ class Follower:
             "untie them before pruning (config.tie_word_embeddings=False)."
         )
 
-    def _targets(self, live: Mapping[str, tuple[int, ...]]) -> dict[Observable, int]:
+    def _targets(self, live: Mapping[str, tuple[int, ...]]) -> dict[Quantity, int]:
         """Return each quantity's size now, in full names; raise if heads lost unequal numbers."""
-        targets: dict[Observable, int] = {
+        targets: dict[Quantity, int] = {
             (name, dim): size for name, shape in live.items() for dim, size in enumerate(shape)
         }
         for name, splits in self.splits.items():

@@ -21,6 +21,7 @@ from torch.utils._device import DeviceContext, _device_constructors
 from ..errors import in_one_line
 from .leaf_cache import copied_leaves
 from .meta_run import KnownShapes
+from .shapes import Shapes, shapes
 from .versions import no_init_weights
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class Builder:
             if "device" not in text:
                 break
         return Refusal(text.removeprefix("Class validation error for validator "))
+
+    def shapes_at(self, data: dict[str, Any]) -> Shapes | Refusal:
+        """Return the shapes that the class builds from a config's JSON, or its refusal."""
+        model = self.build(data)
+        return model if isinstance(model, Refusal) else shapes(model)
 
     def build_real(self, data: dict[str, Any]) -> nn.Module | Refusal:
         """Build the class with its initial weights in float64 on the CPU, or return its refusal."""

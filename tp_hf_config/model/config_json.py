@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,7 +31,7 @@ def config_json(config: PreTrainedConfig, use_diff: bool = True) -> dict[str, An
     return result
 
 
-def with_values(data: dict[str, Any], values: dict[FieldPath, int | None]) -> dict[str, Any]:
+def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[str, Any]:
     """Return a copy of a config's JSON with some fields set; missing parents are created."""
     result = copy.deepcopy(data)
     for path, value in values.items():

@@ -33,8 +33,8 @@ _CONTAINERS = {dict, OrderedDict, list, set}
 _MOST = 10_000  # layers in the cache before it is emptied
 
 
-class _Made(NamedTuple):
-    """What a constructor leaves in a layer; every copy gets its own Parameters and buffers.
+class _Leaf(NamedTuple):
+    """A layer after its constructor; every copy gets its own Parameters and buffers.
 
     Attributes:
         attributes: the layer's instance attributes.
@@ -47,7 +47,7 @@ class _Made(NamedTuple):
     buffers: dict[str, torch.Tensor]
 
 
-_made: dict[Any, _Made] = {}
+_leaves: dict[Any, _Leaf] = {}
 
 
 @contextmanager
@@ -79,13 +79,13 @@ def _copying(constructor: Any, thread: int) -> Any:
             constructor(self, *args, **kwargs)
             return
         key = (type(self), torch.get_default_dtype(), args, *kwargs.items(), *kinds)
-        cached = _made.get(key)
+        cached = _leaves.get(key)
         if cached is None:
             constructor(self, *args, **kwargs)
-            if len(_made) >= _MOST:
-                _made.clear()
+            if len(_leaves) >= _MOST:
+                _leaves.clear()
             if not self._modules:
-                _made[key] = _remembered(self)
+                _leaves[key] = _leaf_of(self)
         else:
             _copy(cached, self)
 
@@ -97,21 +97,21 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
 
 
-def _remembered(layer: nn.Module) -> _Made:
+def _leaf_of(layer: nn.Module) -> _Leaf:
     parameters = {
         name: (tensor.data, tensor.requires_grad)
         for name, tensor in layer._parameters.items()
         if tensor is not None
     }
     buffers = {name: tensor for name, tensor in layer._buffers.items() if tensor is not None}
-    return _Made(_contents(vars(layer)), parameters, buffers)
+    return _Leaf(_contents(vars(layer)), parameters, buffers)
 
 
-def _copy(made: _Made, layer: nn.Module) -> None:
-    vars(layer).update(_contents(made.attributes))
-    for name, (data, trained) in made.parameters.items():
+def _copy(leaf: _Leaf, layer: nn.Module) -> None:
+    vars(layer).update(_contents(leaf.attributes))
+    for name, (data, trained) in leaf.parameters.items():
         layer._parameters[name] = nn.Parameter(data, trained)
-    for name, buffer in made.buffers.items():
+    for name, buffer in leaf.buffers.items():
         layer._buffers[name] = buffer.detach()
 
 

@@ -23,7 +23,7 @@ _INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 _PUT = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _NONZERO = torch.ops.aten.nonzero.default
 _FEW = 8  # positions that are chosen along a long row
-_MOST_SEEN = 100_000  # operations in the cache before it is emptied
+_MOST_RESULTS = 100_000  # operations in the cache before it is emptied
 _WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
 _LARGE = 2**21
 """A tensor of more numbers than this holds no sizes."""
@@ -70,9 +70,9 @@ class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # see RealNumbers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        on_meta = any(one.is_meta for one in _flat(args, {}) if isinstance(one, torch.Tensor))
+        on_meta = any(value.is_meta for value in _flat(args, {}) if torch.is_tensor(value))
         kwargs = kwargs or {}
-        return _shaped(func, args, kwargs) if on_meta else func(*args, **kwargs)
+        return _cached(func, args, kwargs) if on_meta else func(*args, **kwargs)
 
 
 class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     are like all others.
 
     Attributes:
-        guessed: True once a value that is not known has chosen something: the run may then differ
+        guessed: True once a value without data has chosen something: the run may then differ
             from one with data.
         numbers: how many numbers all operations together returned.
     """
@@ -118,11 +118,13 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func in _PUT and not self.guessed:
                 _check_broadcast(*args[:3])
             if func in _INDEX:
-                self.guessed |= any(one.is_meta for one in tensors[1:] if one.dtype == torch.bool)
+                self.guessed |= any(
+                    mask.is_meta for mask in tensors[1:] if mask.dtype == torch.bool
+                )
                 args = (args[0], _positions(args[1]), *args[2:])
             if func in _INDEX or not all(tensor.is_meta for tensor in tensors):
                 args, kwargs = tree_map(_without_data, (args, kwargs))
-        output = _shaped(func, args, kwargs) if on_meta else _small(func, args, kwargs, tensors)
+        output = _cached(func, args, kwargs) if on_meta else _real(func, args, kwargs, tensors)
         if isinstance(output, torch.Tensor):
             self.numbers += output.numel()
         return output
@@ -139,7 +141,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (dtype is not None and not dtype.is_floating_point) or "arange" in str(func)
 
 
-def _small(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+def _real(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
     """Run an operation on real numbers; return only a shape for what cannot hold sizes.
 
     Those are sinusoids and results of more than ``_LARGE`` numbers.
@@ -147,7 +149,7 @@ def _small(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Ten
     new = _makes_new(func)
     pointwise = new and torch.Tag.pointwise in func.tags
     if pointwise and prod(tensor.numel() for tensor in tensors) > _LARGE:
-        shape = _shaped(func, *tree_map(_without_data, (args, kwargs)))
+        shape = _cached(func, *tree_map(_without_data, (args, kwargs)))
         if _is_large(shape):  # LightGlue multiplies every position by every other
             return shape
     output = func(*args, **kwargs)
@@ -170,21 +172,21 @@ def _flat(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
             yield value
 
 
-_seen: dict[Any, tuple[Any, ...]] = {}
+_result_shapes: dict[Any, tuple[Any, ...]] = {}
 """What each operation returns for which argument shapes.
 
 On the meta device most operations compute that in Python, which is slow.
 """
 
 
-def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return an operation's result on the meta device; run it only once for equal shapes."""
     if not _makes_new(func):
         return func(*args, **kwargs)
-    described = (*map(_described, args), *kwargs, *map(_described, kwargs.values()))
+    described = (*map(_signature, args), *kwargs, *map(_signature, kwargs.values()))
     key = (func, torch.get_default_dtype(), *described)
     try:
-        cached = _seen.get(key)
+        cached = _result_shapes.get(key)
     except TypeError:  # an argument that cannot be hashed
         return func(*args, **kwargs)
     if cached is None:
@@ -193,9 +195,9 @@ def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
         outputs = output if isinstance(output, tuple) else (output,)
         if all(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in outputs):
-            if len(_seen) >= _MOST_SEEN:
-                _seen.clear()
-            _seen[key] = tuple(map(_described, outputs))
+            if len(_result_shapes) >= _MOST_RESULTS:
+                _result_shapes.clear()
+            _result_shapes[key] = tuple(map(_signature, outputs))
         return output
     copies = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in cached]
     return copies[0] if len(func._schema.returns) == 1 else tuple(copies)
@@ -205,17 +207,17 @@ def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _makes_new(func: Any) -> bool:
     """True if an operation returns only new tensors: no views, nothing in place."""
     schema = func._schema
-    aliases = [one.alias_info for one in (*schema.arguments, *schema.returns)]
-    single = all(str(one.type) == "Tensor" for one in schema.returns)
-    return single and all(one is None for one in aliases)
+    single = all(str(result.type) == "Tensor" for result in schema.returns)
+    values = (*schema.arguments, *schema.returns)
+    return single and all(value.alias_info is None for value in values)
 
 
-def _described(value: Any) -> Any:
-    """Return everything about an argument that decides the shapes of results."""
+def _signature(value: Any) -> Any:
+    """Return what of an argument decides the shapes of results, as part of a cache key."""
     if isinstance(value, torch.Tensor):
         return (value.shape, value.stride(), value.dtype)
     if isinstance(value, (list, tuple)):
-        return tuple(map(_described, value))
+        return tuple(map(_signature, value))
     return (type(value), value)
 
 

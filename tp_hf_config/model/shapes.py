@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name -> its shape."""
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -70,29 +73,21 @@ class Mismatch:
 
     Attributes:
         name: the tensor's name.
-        found: its shape in the live model.
+        shape: its shape in the live model.
         expected: the shape that the config builds; ``None`` if it builds no such tensor.
     """
 
     name: str
-    found: tuple[int, ...]
+    shape: tuple[int, ...]
     expected: tuple[int, ...] | None
 
     def __str__(self) -> str:
         if self.expected is None:
-            return f"{self.name}: found {list(self.found)}, but the config builds no such tensor"
-        return f"{self.name}: found {list(self.found)}, the config builds {list(self.expected)}"
+            return f"{self.name}: found {list(self.shape)}, but the config builds no such tensor"
+        return f"{self.name}: found {list(self.shape)}, the config builds {list(self.expected)}"
 
 
-def listed(mismatches: Sequence[Mismatch]) -> str:
-    """Return the first three mismatches as text, and how many more there are."""
-    more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-    return "; ".join(str(mismatch) for mismatch in mismatches[:3]) + more
-
-
-def compare(
-    live: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
-) -> Sequence[Mismatch]:
+def compare(live: Shapes, built: Shapes) -> Sequence[Mismatch]:
     """Return a mismatch for every live tensor that the build lacks or has in another shape."""
     return [
         Mismatch(name, shape, built.get(name))

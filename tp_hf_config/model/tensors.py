@@ -16,21 +16,21 @@ from torch import nn
 PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
 
 
-def select(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """Return one copy of a tensor with only the kept positions of some dimensions.
+def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """Return one copy of a tensor with only some positions of some dimensions.
 
     The copy is filled a few rows at a time. Selecting one whole dimension after the other would
     need memory for the intermediate tensors.
 
     Args:
         tensor: the tensor, of any shape.
-        kept: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
+        positions: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
     """
-    (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in kept.items())
+    (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
     if not others:
         return tensor.index_select(dim, index)
     last, last_index = others[-1]
-    shape = [len(kept[d]) if d in kept else size for d, size in enumerate(tensor.shape)]
+    shape = [len(positions[d]) if d in positions else size for d, size in enumerate(tensor.shape)]
     result = tensor.new_empty(shape)
     rows = max(1, PIECE * tensor.shape[dim] // max(1, tensor.nbytes))
     for start in range(0, len(index), rows):
@@ -71,7 +71,7 @@ class Tie:
 
         Args:
             model: the pruned model.
-            alike: True if all names are known to have lost the same channels; then only their
+            alike: True if all names have lost the same channels for certain; then only their
                 shapes are compared, not their values.
         """
         first, *others = self.pruned(model) or self.names[:1]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch_pruning import ops
 
-from ..errors import ConfigSyncError
+from ..errors import ConfigSyncError, listed
 from ..fieldmap.model_view import WidthView
 from ..fieldmap.solve.explain import some
 from ..graph.config_graph import ConfigGraph
@@ -25,8 +25,6 @@ from .pruner_arguments import warn
 from .refusals import adjusted_line, planned_refusal, refusal_lines
 from .shortfall import shortfalls
 from .trajectory import MovingWidth, Trajectory
-
-_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -254,8 +252,7 @@ def _different_ends(
     if len(ends) < 2:
         return None
     parts = "; ".join(
-        f"{' -> '.join(map(str, steps))} in {', '.join(layers[:_LISTED])}"
-        + (f" and {len(layers) - _LISTED} more" if len(layers) > _LISTED else "")
+        f"{' -> '.join(map(str, steps))} in {listed(layers)}"
         for steps, layers in sorted(ends.items())
     )
     return (

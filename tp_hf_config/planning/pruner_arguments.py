@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PrunerSettingsWarning, closest
+from ..errors import PrunerSettingsWarning, closest, listed
 from ..fieldmap.model_view import WidthView
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_classes import family
@@ -43,7 +43,6 @@ MERGED = (
 NEEDED = ("prune_num_heads", "pruning_ratio_dict")
 """The arguments without which a pruner does not do what ``pruner_kwargs`` was asked for."""
 _RATIOS = ("pruning_ratio", "head_pruning_ratio", "max_pruning_ratio", "ch_sparsity")
-_LISTED = 3
 _BY_LAYER = ("pruning_ratio_dict", "head_pruning_ratio_dict", "ch_sparsity_dict")
 
 
@@ -276,8 +275,7 @@ def _names(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
     """Return the names of up to three layers and how many more there are."""
     names = {module: name for name, module in graph.pretrained.named_modules()}
     shown = [names.get(layer, type(layer).__name__) or type(layer).__name__ for layer in layers]
-    more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
-    return ", ".join(shown[:_LISTED]) + more
+    return listed(shown)
 
 
 def _count_heads(view: WidthView, arguments: dict[str, Any]) -> None:

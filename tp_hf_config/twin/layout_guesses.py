@@ -33,8 +33,8 @@ def layouts_of(
         Pairs of a score (0: the likeliest) and a layout.
     """
     width = share.per_unit
-    pieces = tiny.field_map.layout.pieces.get(name.rpartition(".")[0], ())
-    counts = {split[0] for splits in tiny.field_map.layout.heads.values() for split in splits}
+    pieces = tiny.field_map.splits.pieces.get(name.rpartition(".")[0], ())
+    counts = {split[0] for splits in tiny.field_map.splits.heads.values() for split in splits}
     parts = [n for n in range(1, width + 1) if width % n == 0]
     parts.sort(reverse=not heads)
     parts.sort(key=lambda n: n != len(pieces))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import listed
 from ..model.config_json import FieldPath
 from .group import Finding, TinyGroup, as_in_like_layers, in_parts_alike
 from .layout import TensorDim, UnitLayout, places_of
@@ -22,9 +23,7 @@ from .twin_test import Links, TwinTest
 
 def named(dims: Sequence[TensorDim]) -> str:
     """Return three parameter names as text, and how many more there are; like layers count once."""
-    names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", dim.name) for dim in dims))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return listed(list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", dim.name) for dim in dims)))
 
 
 def proved(

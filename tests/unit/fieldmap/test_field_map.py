@@ -688,14 +688,14 @@ def test_what_changes_no_word_of_a_refusal_is_not_tried_with_every_field(
 ):
     """DETR's stages are numbers of a backbone's; no width has anything to do with them."""
     asked: list[Any] = []
-    own, built = sensitivity._together, probe.Study.build
+    own, built = sensitivity._with_partner, probe.Study.build
 
     def together(study: Any, path: Any, values: Any, probes: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(probe.Study, "build", lambda *args: asked.append(path) or built(*args))
             return own(study, path, values, probes)
 
-    monkeypatch.setattr(sensitivity, "_together", together)
+    monkeypatch.setattr(sensitivity, "_with_partner", together)
     field_map = learned(Staged(StagedConfig()))
     assert asked == [("stage",), ("stage",)]  # alone, and with all others
     assert field_map.values == {("first",): 6, ("second",): 10, ("third",): 14}
@@ -708,8 +708,8 @@ def test_what_every_config_has_follows_no_width(monkeypatch: pytest.MonkeyPatch)
     asked = probe.Study(builder, depth.Depth(data), {})
     monkeypatch.setattr(asked, "build", lambda values: pytest.fail(f"built at {values}"))
     values = {("hidden_size",): model.config.hidden_size}
-    assert sensitivity.free(asked, {("num_labels",): 2}, values) == {("num_labels",): 2}
-    assert sensitivity.free(asked, {("head_dim",): 5}, values) == {
+    assert sensitivity.independent(asked, {("num_labels",): 2}, values) == {("num_labels",): 2}
+    assert sensitivity.independent(asked, {("head_dim",): 5}, values) == {
         ("head_dim",): 5
     }  # no divisor of it
 

@@ -13,13 +13,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tp_hf_config.fieldmap.expressions import Expression, Field, Power, followed, product
+from tp_hf_config.fieldmap.expressions import Expression, Power, followed, product
 from tp_hf_config.fieldmap.solve.integers import Conflict, Problem, solve
+from tp_hf_config.model.config_json import FieldPath
 
-HEADS: Field = ("num_attention_heads",)
-DIM: Field = ("head_dim",)
-HIDDEN: Field = ("hidden_size",)
-FFN: Field = ("intermediate_size",)
+HEADS: FieldPath = ("num_attention_heads",)
+DIM: FieldPath = ("head_dim",)
+HIDDEN: FieldPath = ("hidden_size",)
+FFN: FieldPath = ("intermediate_size",)
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 
 
@@ -29,10 +30,10 @@ def line(base: int, **slopes: int) -> Expression:
     )
 
 
-def met_by(problem: Problem, values: Mapping[Field, int]) -> bool:
-    moves = {name: value - problem.base[name] for name, value in values.items()}
+def met_by(problem: Problem, values: Mapping[FieldPath, int]) -> bool:
+    steps = {name: value - problem.base[name] for name, value in values.items()}
     return all(
-        problem.expressions[key].evaluate(moves) == target
+        problem.expressions[key].evaluate(steps) == target
         for key, target in problem.targets.items()
     )
 
@@ -48,8 +49,8 @@ def met_by(problem: Problem, values: Mapping[Field, int]) -> bool:
 def test_a_product_is_the_product_everywhere(pairs: list[tuple[int, int]], factor: int):
     base = {(f"f{i}",): value for i, (value, _) in enumerate(pairs)}
     expression = product(factor * prod(base.values()), base)
-    moves = {(f"f{i}",): after - before for i, (before, after) in enumerate(pairs)}
-    assert expression.evaluate(moves) == factor * prod(after for _, after in pairs)
+    steps = {(f"f{i}",): after - before for i, (before, after) in enumerate(pairs)}
+    assert expression.evaluate(steps) == factor * prod(after for _, after in pairs)
     assert expression.evaluate({}) == expression.base
     assert expression.fields == frozenset(base)
 
@@ -95,16 +96,16 @@ def test_what_is_kept_in_proportion_is_found(hidden: int, heads: int, dim: int):
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
 def test_move_of_is_the_inverse_of_evaluate(a: int, b: int, to_a: int, to_b: int):
     expression = product(a * b, {("a",): a, ("b",): b})
-    moves = {("a",): to_a - a, ("b",): to_b - b}
-    assert expression.move_of(("b",), moves, to_a * to_b) == to_b - b
-    assert expression.move_of(("a",), moves, to_a * to_b) == to_a - a
-    assert expression.move_of(("c",), moves, to_a * to_b) is None
+    steps = {("a",): to_a - a, ("b",): to_b - b}
+    assert expression.step_to(("b",), steps, to_a * to_b) == to_b - b
+    assert expression.step_to(("a",), steps, to_a * to_b) == to_a - a
+    assert expression.step_to(("c",), steps, to_a * to_b) is None
 
 
 def test_move_of_a_field_whose_slope_vanishes():
     # a * b + 3, where a moved to 0: b has no say left
     expression = product(12, {("a",): 3, ("b",): 4})
-    assert expression.move_of(("b",), {("a",): -3}, 12) is None
+    assert expression.step_to(("b",), {("a",): -3}, 12) is None
 
 
 def test_fractions_stay_exact():
@@ -142,7 +143,7 @@ def test_a_product_with_one_factor_known_elsewhere():
     assert solve(problem) == {HEADS: 3, DIM: 12}
 
 
-def heads_times_dim(target: int, *hold: Field) -> Problem:
+def heads_times_dim(target: int, *hold: FieldPath) -> Problem:
     return Problem(
         {("q", 0): product(32, {HEADS: 4, DIM: 8})},
         {HEADS: 4, DIM: 8},
@@ -170,7 +171,9 @@ def test_heads_times_head_dim_is_ambiguous():
         ((HIDDEN, DIM), {HEADS: 3, DIM: 8}),
     ],
 )
-def test_what_is_to_be_held_decides_in_order(hold: tuple[Field, ...], expected: dict[Field, int]):
+def test_what_is_to_be_held_decides_in_order(
+    hold: tuple[FieldPath, ...], expected: dict[FieldPath, int]
+):
     assert solve(heads_times_dim(24, *hold)) == expected
 
 
@@ -241,16 +244,16 @@ def test_a_contradiction_between_known_fields():
 
 # Properties
 
-NAMES: tuple[Field, ...] = (("a",), ("text", "b"), ("sizes", 0), ("sizes", 1), ("e",))
+NAMES: tuple[FieldPath, ...] = (("a",), ("text", "b"), ("sizes", 0), ("sizes", 1), ("e",))
 
 
 @st.composite
-def chains(draw: Any) -> tuple[Problem, dict[Field, int]]:
+def chains(draw: Any) -> tuple[Problem, dict[FieldPath, int]]:
     """Every field follows from an observable in which only earlier ones also take part."""
     fields = draw(st.permutations(NAMES))[: draw(st.integers(1, 5))]
     base = {name: draw(st.integers(1, 40)) for name in fields}
     hidden = {name: draw(st.integers(1, 40)) for name in fields}
-    moves = {name: hidden[name] - base[name] for name in fields}
+    steps = {name: hidden[name] - base[name] for name in fields}
     expressions: dict[Any, Expression] = {}
     for i, name in enumerate(fields):
         for copy in range(draw(st.integers(1, 3))):
@@ -269,16 +272,16 @@ def chains(draw: Any) -> tuple[Problem, dict[Field, int]]:
                 }
                 terms = {key: value for key, value in terms.items() if value}
                 expression = Expression(draw(st.integers(1, 500)), terms)
-            assume(expression.move_of(name, moves, int(expression.evaluate(moves))) is not None)
+            assume(expression.step_to(name, steps, int(expression.evaluate(steps))) is not None)
             expressions[(f"layers.{i}.{copy}", draw(st.integers(0, 1)))] = expression
-    targets = {key: int(expression.evaluate(moves)) for key, expression in expressions.items()}
+    targets = {key: int(expression.evaluate(steps)) for key, expression in expressions.items()}
     order = draw(st.permutations(list(targets)))
     return Problem(expressions, base, {key: targets[key] for key in order}), hidden
 
 
 @EXAMPLES
 @given(chains())
-def test_hidden_values_are_recovered(drawn: tuple[Problem, dict[Field, int]]):
+def test_hidden_values_are_recovered(drawn: tuple[Problem, dict[FieldPath, int]]):
     problem, hidden = drawn
     assert solve(problem) == hidden
 
@@ -350,7 +353,7 @@ def test_whatever_is_answered_meets_the_targets(problem: Problem):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(products(), st.sampled_from(NAMES[:3]))
-def test_what_is_held_is_held_where_that_is_possible(problem: Problem, name: Field):
+def test_what_is_held_is_held_where_that_is_possible(problem: Problem, name: FieldPath):
     problem = Problem(problem.expressions, problem.base, problem.targets, (name,))
     free = solve(Problem(problem.expressions, problem.base, problem.targets))
     result = solve(problem)

@@ -258,4 +258,4 @@ def test_kinds_of_layers_of_many_classes(made: Any, kinds_of: tuple[int, ...], l
     (name,) = [n for n, one in layer_kinds.lists_of(full).items() if len(one) == len(kinds_of)]
     shown = [found.canonical(f"{name}.{n}").rpartition(".")[2] for n in range(len(kinds_of))]
     assert tuple(map(int, shown)) == kinds_of
-    assert len(found.alike[name]) == layers
+    assert len(found.first_of_kind[name]) == layers

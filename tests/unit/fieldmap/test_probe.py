@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tp_hf_config.fieldmap.probe import Probe, further
+from tp_hf_config.fieldmap.probe import Probe, extrapolated
 
 BASE = {("a", 0): 64, ("a", 1): 10, ("b", 0): 130}
 
@@ -22,4 +22,4 @@ BASE = {("a", 0): 64, ("a", 1): 10, ("b", 0): 130}
 def test_further_on_a_line(
     points: list[Probe], expected: dict[tuple[str, int], int] | None
 ) -> None:
-    assert further(BASE, 64, points, 128) == expected
+    assert extrapolated(BASE, 64, points, 128) == expected

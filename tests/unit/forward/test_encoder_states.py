@@ -153,7 +153,7 @@ class TestInputs:
         assert found == {"input_ids": (1, 8), name: (1, 4, width)}
 
     def test_heads_of_cross_attention_are_seen(self) -> None:
-        heads = map_of(bart()).layout.heads
+        heads = map_of(bart()).splits.heads
         assert heads["model.decoder.layers.0.encoder_attn.k_proj"] == ((4, 8),)
 
     def test_a_class_that_reads_none_as_it_is_configured_is_given_none(self) -> None:

@@ -99,8 +99,8 @@ def esm(intermediate_size: int) -> Any:
 CACHES = {
     "fieldmap.field_map._learned",  # by the class and the config's JSON
     "graph.experiments._experiments",  # by the field map
-    "model.leaf_cache._made",  # by a layer's class and its arguments
-    "model.meta_run._seen",  # by an operation and the shapes of its arguments
+    "model.leaf_cache._leaves",  # by a layer's class and its arguments
+    "model.meta_run._result_shapes",  # by an operation and the shapes of its arguments
 }
 
 

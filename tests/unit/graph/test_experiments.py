@@ -98,7 +98,7 @@ def recipes_of(model: Any) -> list[RunRecipe]:
 
 
 def test_a_model_that_is_tiny_itself_may_have_more_layers_than_are_looked_at() -> None:
-    """The tiny model of SeamlessM4T has four layers; a config like its own is looked at with two."""
+    """The tiny model of SeamlessM4T has four layers; of a config like its own, two show all."""
     full = field_map.map_of(small.llama(num_hidden_layers=4))
     deep = tiny_model.tiny_model(dataclasses.replace(full, depth=Depth(full.data)))
     assert isinstance(deep, tiny_model.TinyModel)

@@ -31,7 +31,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
 
 @pytest.fixture(autouse=True)
 def nothing_made(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(leaf_cache, "_made", {})
+    monkeypatch.setattr(leaf_cache, "_leaves", {})
     with META:
         yield
 
@@ -48,7 +48,7 @@ def test_a_copy_is_as_the_constructor_makes_it(layer: Callable[[], nn.Module]) -
     with copied_leaves():
         first, second = layer(), layer()
     assert contents(first) == contents(second) == contents(made)
-    assert len(leaf_cache._made) == 1
+    assert len(leaf_cache._leaves) == 1
     assert not {*map(id, first.parameters())} & {*map(id, second.parameters())}
     assert not {*map(id, first.buffers())} & {*map(id, second.buffers())}
     second.register_buffer("own", torch.empty(1))
@@ -92,7 +92,7 @@ class Scaled(nn.Linear):
 def test_a_layer_that_set_something_first_is_built() -> None:
     with copied_leaves():
         assert [Scaled(4, scale).reset_with for scale in (1.0, 2.0)] == [1.0, 2.0]
-    assert not leaf_cache._made
+    assert not leaf_cache._leaves
 
 
 def test_other_threads_build_their_own() -> None:
@@ -102,7 +102,7 @@ def test_other_threads_build_their_own() -> None:
         thread.start()
         thread.join()
     assert built[0].weight.device == torch.device("cpu")
-    assert not leaf_cache._made
+    assert not leaf_cache._leaves
 
 
 def test_the_constructors_are_as_they_were() -> None:
@@ -124,4 +124,4 @@ def test_a_build_has_the_shapes_and_ties_of_the_class() -> None:
         assert list(shapes(built).items()) == list(shapes(model).items())
         assert all(one.is_meta for one in built.parameters())
         assert not any(module.training for module in built.modules())
-    assert leaf_cache._made
+    assert leaf_cache._leaves

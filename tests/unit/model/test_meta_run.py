@@ -150,7 +150,7 @@ class TestRealNumbers:
 
 class TestKnownShapes:
     def test_an_operation_is_shaped_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(meta_run, "_seen", {})
+        monkeypatch.setattr(meta_run, "_result_shapes", {})
         with KnownShapes():
             first, second = (torch.empty(4, 3, device=META).log() for _ in range(2))
             real = torch.ones(2).exp()
@@ -158,7 +158,7 @@ class TestKnownShapes:
         assert first is not second
         assert second.is_meta
         assert real.tolist() == torch.ones(2).exp().tolist()
-        assert len(meta_run._seen) == 1
+        assert len(meta_run._result_shapes) == 1
 
 
 class TestNoValues:

@@ -80,7 +80,7 @@ def test_what_does_not_even_change_places_together_is_not_looked_at_again() -> N
 def test_units_stand_nowhere_but_in_their_dimension() -> None:
     """Mistral Large 4: a key and its turned part for every head, and 24 positions beside them."""
     layout = SimpleNamespace(pieces={}, heads={"q": ((2, 18),)})
-    known = SimpleNamespace(layout=layout, fields_of=lambda *_: frozenset())
+    known = SimpleNamespace(splits=layout, fields_of=lambda *_: frozenset())
     tiny: Any = SimpleNamespace(field_map=known)
     found = [one for _, one in layouts_of(tiny, "k.weight", 0, Share(FIELD, 2, 24), 6, False)]
     assert max(int(layout.table(6).max()) for layout in found) == 35

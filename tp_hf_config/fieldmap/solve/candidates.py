@@ -1,4 +1,4 @@
-"""Guess at the config behind some shapes, and see how close the class's build comes to them."""
+"""Propose the field values behind some shapes, and count how far their build is from them."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from math import gcd, isqrt, prod
 
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, with_values
-from ...model.shapes import Mismatch, compare, shapes
-from ..expressions import Observable
+from ...model.shapes import Mismatch, Shapes, compare
+from ..expressions import Quantity
 from ..field_map import FieldMap
-from .fit import Shapes, Values, fit, problem_of
+from .fit import Values, fit, problem_of
 from .integers import Conflict, open_together
 
 SMALL = 128
-"""Limit for values that are tried one by one, and for how often guesses are repeated."""
-_ASKED = 512
+"""Highest value of a field whose values are all tried, and most attempts of one search."""
+_MOST_BUILDS = 512
 """Builds after which a search gives up."""
 
 
-class Asked:
-    """A class and the shapes that it has to build; it counts the builds.
+class Goal:
+    """Shapes that a class has to build; counts how many builds were compared with them.
 
     Attributes:
         field_map: the class.
         target: the shapes, in the full model's names.
-        few: the target's shapes of the shallow model's tensors, in the shallow model's names.
+        shallow_target: the target's shapes of the shallow model's tensors, by their names there.
         sizes: the tensor dims of the target with their sizes; layers of one kind and size count
             once.
-        builds: how many builds were made to compare.
+        builds: how many builds were compared with the target.
     """
 
     def __init__(self, field_map: FieldMap, target: Shapes):
         self.field_map = field_map
         self.target = target
         origins = {name: field_map.depth.origin(name) for name in field_map.shapes}
-        self.few = {name: target[full] for name, full in origins.items() if full in target}
-        self.sizes: dict[Observable, int] = {}
+        self.shallow_target = {
+            name: target[full] for name, full in origins.items() if full in target
+        }
+        self.sizes: dict[Quantity, int] = {}
         counted = set()
         for name, shape in target.items():
             for dim, size in enumerate(shape):
@@ -47,28 +49,24 @@ class Asked:
                     self.sizes[name, dim] = size
         self.builds = 0
 
-    def wrong(self, values: Values) -> Sequence[Mismatch] | Refusal:
+    def compare_at(self, values: Values) -> Sequence[Mismatch] | Refusal:
         """Return how the shallow build at these values differs from the target, or the refusal."""
         self.builds += 1
-        built = self.field_map.build_at(values)
+        field_map = self.field_map
+        built = field_map.shapes_at(values)
         # the class may accept a default only where it is left unset
-        if isinstance(built, Refusal) and self.field_map.unset:
-            set_values = {
-                field: value for field, value in values.items() if field not in self.field_map.unset
-            }
-            built = self.field_map.builder.build(
-                with_values(self.field_map.depth.data, dict(set_values))
-            )
-        return built if isinstance(built, Refusal) else compare(self.few, shapes(built))
+        if isinstance(built, Refusal) and field_map.unset:
+            set_values = {p: value for p, value in values.items() if p not in field_map.unset}
+            built = field_map.builder.shapes_at(with_values(field_map.depth.data, set_values))
+        return built if isinstance(built, Refusal) else compare(self.shallow_target, built)
 
 
 def solutions(
-    field_map: FieldMap, sizes: Mapping[Observable, int], given: Mapping[FieldPath, int]
+    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Mapping[FieldPath, int]
 ) -> Iterator[Values | Conflict]:
     """Yield the values that fit the field map, or the conflict if none do.
 
-    If joint fields leave several solutions, each is yielded: every one leaves another field as it
-    is.
+    If joint fields allow several solutions, all are yielded; each keeps another field as it is.
     """
     result = fit(field_map, sizes, given, powers=True)
     if isinstance(result, Conflict) and result.ambiguous:
@@ -80,17 +78,17 @@ def solutions(
 
 def others(
     field_map: FieldMap,
-    sizes: Mapping[Observable, int],
+    sizes: Mapping[Quantity, int],
     given: Mapping[FieldPath, int],
-    deeper: bool = True,
+    recurse: bool = True,
 ) -> Iterator[Values]:
     """Yield the values that fit the field map for every value of a joint field.
 
     Args:
         field_map: the class.
         sizes: quantities of the full model, with their sizes.
-        given: fields whose value is known.
-        deeper: do the same once more for what is still open then.
+        given: fields with a fixed value.
+        recurse: try the values of a second joint field where the first does not settle the rest.
     """
     joint_fields = open_together(problem_of(field_map, sizes, given, powers=True))
     if not joint_fields:
@@ -101,40 +99,40 @@ def others(
         for solution in solutions(field_map, sizes, fixed):
             if not isinstance(solution, Conflict):
                 yield solution
-            elif deeper:
-                yield from others(field_map, sizes, fixed, deeper=False)
+            elif recurse:
+                yield from others(field_map, sizes, fixed, recurse=False)
 
 
-def with_heads(asked: Asked, values: Values, given: Mapping[FieldPath, int]) -> Iterator[Values]:
-    """Yield the values, with the head counts as they are, then with others that divide the widths.
+def with_heads(goal: Goal, values: Values, given: Mapping[FieldPath, int]) -> Iterator[Values]:
+    """Yield the values as they are, then with other head counts that divide the widths.
 
-    Only head counts that no shape shows are changed.
+    Only head counts that no shape shows get other values.
     """
     yield values
     choices: dict[FieldPath, list[int]] = {}
-    for field in unseen(asked.field_map):
-        width = _split_width(asked, field)
+    for field in hidden_counts(goal.field_map):
+        width = _split_width(goal, field)
         if field not in given and width % values[field]:
             choices[field] = [n for n in range(min(values[field], width), 0, -1) if width % n == 0]
     for numbers in product(*choices.values()):
         yield {**values, **dict(zip(choices, numbers, strict=True))}
 
 
-def _split_width(asked: Asked, field: FieldPath) -> int:
+def _split_width(goal: Goal, field: FieldPath) -> int:
     """Return the number that a head count has to divide, or 0 if it splits nothing.
 
     It is the greatest common divisor of the target's widths of all pieces that the field splits.
     """
-    field_map = asked.field_map
+    field_map = goal.field_map
     widths = [0]
     for (name, which), expression in field_map.expressions.items():
         if not isinstance(which, str) or expression.fields != {field}:
             continue
-        pieces = field_map.layout.heads[name]
+        pieces = field_map.splits.heads[name]
         weight = f"{name}.weight"
         rows = sum(prod(piece) for piece in pieces)
         for size, then in zip(
-            field_map.shapes.get(weight, ()), asked.few.get(weight, ()), strict=False
+            field_map.shapes.get(weight, ()), goal.shallow_target.get(weight, ()), strict=False
         ):
             if size == rows:
                 widths.append(then // len(pieces))
@@ -143,11 +141,11 @@ def _split_width(asked: Asked, field: FieldPath) -> int:
 
 
 def nearest(
-    field_map: FieldMap, sizes: Mapping[Observable, int], given: Mapping[FieldPath, int]
+    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Mapping[FieldPath, int]
 ) -> Values:
     """Return values that give most of these sizes.
 
-    Where sizes ask for different values of a field, those that are outvoted are ignored.
+    Where sizes need different values of a field, the value that most of them need is taken.
     """
     base = {**field_map.sizes, **given}
     remaining = dict(sizes)
@@ -158,7 +156,7 @@ def nearest(
         if result.ambiguous:
             given = {**given, **result.ambiguous[0]}
             continue
-        against: set[Observable] = set()
+        against: set[Quantity] = set()
         for by_value in result.needs.values():
             whole = {v: who for v, who in by_value.items() if v.denominator == 1 and v >= 1}
             most = max(whole, key=lambda value: len(whole[value]), default=None)
@@ -170,62 +168,62 @@ def nearest(
 
 
 def search(
-    asked: Asked,
+    goal: Goal,
     values: Values,
     given: Mapping[FieldPath, int],
-    wrong: Sequence[Mismatch] | Refusal | None = None,
+    outcome: Sequence[Mismatch] | Refusal | None = None,
 ) -> Values | None:
     """Change one field after the other, each time so that the build comes closer to the target.
 
     Args:
-        asked: the class and its target.
+        goal: the class and its target.
         values: the values to start from.
         given: fields that stay as they are.
-        wrong: what ``asked.wrong`` returns for the values, if known.
+        outcome: what ``goal.compare_at`` returns for the values, if the caller has that already.
 
     Returns:
         The values that build the target; None if none are found.
     """
-    wrong = asked.wrong(values) if wrong is None else wrong
-    if not wrong:
+    outcome = goal.compare_at(values) if outcome is None else outcome
+    if not outcome:
         return values
-    for field, value in _steps(asked, values, wrong):
-        if asked.builds >= _ASKED:
+    for field, value in _changes(goal, values, outcome):
+        if goal.builds >= _MOST_BUILDS:
             return None
         if field in given:
             continue
         candidate = {**values, field: value}
-        outcome = asked.wrong(candidate)
-        if _distance(asked, outcome) < _distance(asked, wrong):
-            solution = search(asked, candidate, given, outcome)
+        closer = goal.compare_at(candidate)
+        if _distance(goal, closer) < _distance(goal, outcome):
+            solution = search(goal, candidate, given, closer)
             if solution is not None:
                 return solution
     return None
 
 
-def _distance(asked: Asked, wrong: Sequence[Mismatch] | Refusal) -> int:
-    """Return how many dimensions differ from the target; a refusal counts more than any."""
-    if isinstance(wrong, Refusal):
-        return len(asked.sizes) + 1
+def _distance(goal: Goal, outcome: Sequence[Mismatch] | Refusal) -> int:
+    """Return how many dimensions differ from the target; for a refusal, more than there are."""
+    if isinstance(outcome, Refusal):
+        return len(goal.sizes) + 1
     return sum(
         have != want
-        for mismatch in wrong
-        for want, have in zip(mismatch.found, mismatch.expected or (), strict=False)
+        for mismatch in outcome
+        for want, have in zip(mismatch.shape, mismatch.expected or (), strict=False)
     )
 
 
-def _steps(
-    asked: Asked, values: Values, wrong: Sequence[Mismatch] | Refusal
+def _changes(
+    goal: Goal, values: Values, outcome: Sequence[Mismatch] | Refusal
 ) -> Iterator[tuple[FieldPath, int]]:
     """Yield other values of single fields to try.
 
-    First come those that the wrong dimensions ask for, then any small ones.
+    First come those that the mismatched dimensions ask for, then any small ones.
     """
-    field_map = asked.field_map
+    field_map = goal.field_map
     influence: dict[FieldPath, dict[tuple[int, int], None]] = {}
-    for mismatch in () if isinstance(wrong, Refusal) else wrong:
+    for mismatch in () if isinstance(outcome, Refusal) else outcome:
         for dim, (want, have) in enumerate(
-            zip(mismatch.found, mismatch.expected or (), strict=False)
+            zip(mismatch.shape, mismatch.expected or (), strict=False)
         ):
             if want != have:
                 for field in _fields_of(field_map, (mismatch.name, dim)):
@@ -237,8 +235,8 @@ def _steps(
                 if number not in (0, values[field]) and (field, number) not in tried:
                     tried.add((field, number))
                     yield field, number
-    highest = {field: field_map.sizes[field] for field in [*influence, *unseen(field_map)]}
-    if isinstance(wrong, Refusal):  # the class may mean any field
+    highest = {field: field_map.sizes[field] for field in [*influence, *hidden_counts(field_map)]}
+    if isinstance(outcome, Refusal):  # the class may mean any field
         highest.update({**field_map.sizes, **field_map.silent})
     for field, most in highest.items():
         for number in range(most, 0, -1) if most <= SMALL else ():
@@ -250,7 +248,7 @@ def _steps(
 def _scaled(value: int, have: int, want: int) -> Iterator[int]:
     """Yield what a field may be if a dimension has to be ``want`` where it is built as ``have``.
 
-    The dimension may follow the field in proportion, by a sum, inversely, or as a square (images).
+    The dimension may be proportional to the field, to its inverse or its square (images), or a sum.
     """
     if have and want:
         yield value * want // have
@@ -263,12 +261,12 @@ def _scaled(value: int, have: int, want: int) -> Iterator[int]:
         yield isqrt(value * value * want // have) + 1
 
 
-def _fields_of(field_map: FieldMap, key: Observable) -> frozenset[FieldPath]:
-    """Return the fields that change a quantity, along a straight line or not."""
+def _fields_of(field_map: FieldMap, key: Quantity) -> frozenset[FieldPath]:
+    """Return the fields that change a quantity, whether it has an expression or not."""
     expression = field_map.expressions.get(key) or field_map.powers.get(key)
     return expression.fields if expression is not None else field_map.loose.get(key, frozenset())
 
 
-def unseen(field_map: FieldMap) -> list[FieldPath]:
+def hidden_counts(field_map: FieldMap) -> list[FieldPath]:
     """Return the fields of head counts that no shape shows."""
     return sorted((p for p in field_map.count_fields() if not field_map.moves_shapes(p)), key=str)

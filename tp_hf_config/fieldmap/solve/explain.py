@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...errors import ConfigSyncError
+from ...errors import ConfigSyncError, listed
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, field_name
-from ...model.shapes import Mismatch, listed
+from ...model.shapes import Mismatch
 from ..field_map import FieldMap
 from ..legal_values import nearest_accepted
 from .integers import Conflict
@@ -16,8 +16,6 @@ from .integers import Conflict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LISTED = 3
-"""Layers that a message names for each value."""
 AGAIN = "Nothing was written; go on pruning and sync again."
 """How messages end: what to do next."""
 
@@ -47,7 +45,7 @@ def explain_conflict(
         )
     needs = {
         field_name(field): {
-            _number(value): list(dict.fromkeys(name for name, _ in who))
+            int(value) if value.denominator == 1 else float(value): list(dict(who))
             for value, who in values.items()
         }
         for field, values in conflict.needs.items()
@@ -100,8 +98,8 @@ def explain_mismatch(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> 
     """Return the error for a config that builds other shapes than the weights have."""
     return ConfigSyncError(
         f"no {type(model.config).__name__} says what the weights of {type(model).__name__} are "
-        f"now: {listed(mismatches)}. No field of the config sets these dimensions on their own: "
-        f"keep the layers (ignored_layers=). {AGAIN}"
+        f"now: {listed(mismatches, '; ')}. No field of the config sets these dimensions on their "
+        f"own: keep the layers (ignored_layers=). {AGAIN}"
     )
 
 
@@ -118,15 +116,7 @@ def _needs(by_value: dict[int | float, list[str]], base: int | None) -> str:
     parts = []
     for value, names in sorted(by_value.items()):
         if names:
-            shown = ", ".join(names[:_LISTED])
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            parts.append(f"{shown}{more} {'need' if len(names) > 1 else 'needs'} {value:g}")
+            parts.append(f"{listed(names)} {'need' if len(names) > 1 else 'needs'} {value:g}")
         else:
             parts.append(f"the rest needs {value:g}")
     return ", ".join(parts) + (f" (it was {base})" if base is not None else "")
-
-
-def _number(value: object) -> int | float:
-    """Return an int if the number is whole, otherwise a float."""
-    number = float(value)  # type: ignore[arg-type]
-    return int(number) if number.is_integer() else number

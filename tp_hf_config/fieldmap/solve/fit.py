@@ -11,20 +11,18 @@ from torch import nn
 
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, field_name, value_at, with_values
-from ...model.shapes import Mismatch, compare, shapes
-from ..expressions import Expression, Observable, Power
+from ...model.shapes import Mismatch, Shapes, compare, shapes
+from ..expressions import Expression, Power, Quantity
 from ..field_map import FieldMap
 from .integers import Conflict, Problem, solve
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name -> its shape."""
 Values = dict[FieldPath, int]
 """Field -> its value."""
 
 
 def fit(
     field_map: FieldMap,
-    sizes: Mapping[Observable, int],
+    sizes: Mapping[Quantity, int],
     given: Mapping[FieldPath, int] | None = None,
     powers: bool = False,
     hold: Sequence[FieldPath] = (),
@@ -34,7 +32,7 @@ def fit(
     Args:
         field_map: the class.
         sizes: quantities in the full model's names, with their sizes.
-        given: fields whose value is known.
+        given: fields with a fixed value.
         powers: use the quantities that are powers of fields too.
         hold: fields that stay as they are where sizes alone allow several solutions.
 
@@ -42,11 +40,11 @@ def fit(
         A value for every field, linked fields included; or the conflict.
     """
     problem = replace(problem_of(field_map, sizes, given, powers), hold=hold)
-    first: dict[tuple[str, int | str, int], Observable] = {}  # layers of one kind count once
+    first: dict[tuple[str, int | str, int], Quantity] = {}  # layers of one kind count once
     for name, which in problem.targets:
         same_kind = (field_map.depth.canonical(name), which, problem.targets[name, which])
         first.setdefault(same_kind, (name, which))
-    distinct = {observable: problem.targets[observable] for observable in first.values()}
+    distinct = {quantity: problem.targets[quantity] for quantity in first.values()}
     result = solve(replace(problem, targets=distinct))
     if isinstance(result, Conflict) and len(distinct) < len(problem.targets):
         result = solve(problem)  # again with all, so that it names every layer
@@ -59,25 +57,25 @@ def fit(
 
 def problem_of(
     field_map: FieldMap,
-    sizes: Mapping[Observable, int],
+    sizes: Mapping[Quantity, int],
     given: Mapping[FieldPath, int] | None = None,
     powers: bool = False,
 ) -> Problem:
-    """Return the problem to solve: what the field map knows of these sizes.
+    """Return the problem to solve: these sizes, and how the fields make them by the field map.
 
     A field that is given counts as one more quantity, and so does each proportion of fields.
 
     Args:
         field_map: the class.
         sizes: quantities in the full model's names, with their sizes.
-        given: fields whose value is known.
+        given: fields with a fixed value.
         powers: use the quantities that are powers of fields too.
     """
     base = field_map.sizes if powers else field_map.values
-    expressions: dict[Observable, Expression | Power] = {}
-    targets: dict[Observable, int] = {}
+    expressions: dict[Quantity, Expression | Power] = {}
+    targets: dict[Quantity, int] = {}
     for field, value in (given or {}).items():
-        key: Observable = (field_name(field), "given")
+        key: Quantity = (field_name(field), "given")
         expressions[key] = Expression(base[field], {frozenset({field}): Fraction(1)})
         targets[key] = value
     for follower, rule in field_map.follows.items():
@@ -96,10 +94,10 @@ def problem_of(
 
 
 def _in_words(follower: FieldPath, rule: Power) -> str:
-    """Return a proportion of fields for people: ``heads * head_dim = expand * hidden_size``."""
-    along = [field_name(field) for field, exponent in rule.exponents.items() if exponent > 0]
-    against = [field_name(field) for field, exponent in rule.exponents.items() if exponent < 0]
-    return " * ".join([field_name(follower), *against]) + " = " + " * ".join(along)
+    """Return a proportion of fields as text: ``heads * head_dim = expand * hidden_size``."""
+    direct = [field_name(field) for field, exponent in rule.exponents.items() if exponent > 0]
+    inverse = [field_name(field) for field, exponent in rule.exponents.items() if exponent < 0]
+    return " * ".join([field_name(follower), *inverse]) + " = " + " * ".join(direct)
 
 
 def build_as(
@@ -134,12 +132,12 @@ def build_as(
     attempts.append({**changed, **explicit})
     outcome: Refusal | Sequence[Mismatch] = Refusal("not tried")
     for attempt in attempts:
-        data = with_values(base, dict(attempt))
+        data = with_values(base, attempt)
         built = field_map.builder.build(data, buffers=buffers)
         if isinstance(built, Refusal):
             outcome = built
             continue
-        outcome = compare(dict(target), shapes(built))
+        outcome = compare(target, shapes(built))
         if not outcome:
             return data, built
     return outcome

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from ..expressions import Expression, Field, Observable, Power
+from ...model.config_json import FieldPath
+from ..expressions import Expression, Power, Quantity
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class Conflict:
         ambiguous: the solutions, where several fit and nothing tells which; each as field -> value.
     """
 
-    needs: Mapping[Field, Mapping[Fraction, Sequence[Observable]]] = field(default_factory=dict)
-    ambiguous: Sequence[Mapping[Field, int]] = ()
+    needs: Mapping[FieldPath, Mapping[Fraction, Sequence[Quantity]]] = field(default_factory=dict)
+    ambiguous: Sequence[Mapping[FieldPath, int]] = ()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is known, and what has to be met.
+    """Sizes that quantities have to have, and how the fields make them.
 
     Attributes:
         expressions: for each quantity, how the fields make it.
@@ -38,42 +39,40 @@ class Problem:
         hold: fields to leave as they are where shapes alone allow several solutions, in order.
     """
 
-    expressions: Mapping[Observable, Expression | Power]
-    base: Mapping[Field, int]
-    targets: Mapping[Observable, int]
-    hold: Sequence[Field] = ()
+    expressions: Mapping[Quantity, Expression | Power]
+    base: Mapping[FieldPath, int]
+    targets: Mapping[Quantity, int]
+    hold: Sequence[FieldPath] = ()
 
 
-def solve(problem: Problem) -> dict[Field, int] | Conflict:
+def solve(problem: Problem) -> dict[FieldPath, int] | Conflict:
     """Return a value for every field so that all targets are met, or the conflict.
 
     Fields that no target depends on keep their base value.
     """
-    moves = _search(problem, {})
-    if isinstance(moves, Conflict):
-        return moves
-    return {name: problem.base[name] + moves.get(name, 0) for name in problem.base}
+    steps = _search(problem, {})
+    return steps if isinstance(steps, Conflict) else _values(problem, steps, problem.base)
 
 
-def open_together(problem: Problem) -> list[Field]:
-    """Return the fields that the targets only set together with others, or an empty list.
+def open_together(problem: Problem) -> list[FieldPath]:
+    """Return the fields whose values the targets set only together; empty if there are none.
 
-    One field of each such set has to be known for the rest to follow.
+    Once one field of such a set has a value, the others follow from the targets.
     """
-    moves = _forced(problem, {})
-    return [] if isinstance(moves, Conflict) else _entangled(problem, moves)
+    steps = _forced(problem, {})
+    return [] if isinstance(steps, Conflict) else _entangled(problem, steps)
 
 
-def _search(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | Conflict:
-    """Return the steps of all fields that follow from the targets, or the conflict.
+def _search(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
+    """Return the step that the targets give each field, or the conflict.
 
     A step is a field's value minus its base value.
 
     Args:
         problem: what has to be met.
-        moves: the steps that are known already.
+        steps: the steps of some fields, which stay as they are.
     """
-    forced = _forced(problem, moves)
+    forced = _forced(problem, steps)
     if isinstance(forced, Conflict):
         return forced
     entangled = _entangled(problem, forced)
@@ -82,96 +81,96 @@ def _search(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | 
     return _branch(problem, forced, entangled)
 
 
-def _forced(problem: Problem, moves: Mapping[Field, int]) -> dict[Field, int] | Conflict:
-    """Return the known steps and all that follow from them one after the other, or the conflict."""
-    moves = dict(moves)
+def _forced(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
+    """Return these steps and those that follow from them by single equations, or the conflict."""
+    steps = dict(steps)
     while True:
-        votes = _votes(problem, moves)
-        conflict = _contradictions(problem, votes, moves)
+        votes = _votes(problem, steps)
+        conflict = _contradictions(problem, votes, steps)
         if conflict is not None:
             return conflict
         if not votes:
-            return moves
-        for name, by_move in votes.items():
-            moves[name] = int(next(iter(by_move)))
+            return steps
+        for name, by_step in votes.items():
+            steps[name] = int(next(iter(by_step)))
 
 
 def _votes(
-    problem: Problem, moves: Mapping[Field, int]
-) -> dict[Field, dict[Fraction, list[Observable]]]:
-    """Return the steps that quantities ask of a field which is the only open one in them.
+    problem: Problem, steps: Mapping[FieldPath, int]
+) -> dict[FieldPath, dict[Fraction, list[Quantity]]]:
+    """Return the steps that follow from quantities in which a single field has no step yet.
 
     Returns:
-        Field -> the step asked for -> the quantities that ask for it.
+        Field -> the step -> the quantities from which it follows.
     """
-    votes: dict[Field, dict[Fraction, list[Observable]]] = {}
-    for observable, target in problem.targets.items():
-        expression = problem.expressions[observable]
-        free = expression.fields - moves.keys()
+    votes: dict[FieldPath, dict[Fraction, list[Quantity]]] = {}
+    for quantity, target in problem.targets.items():
+        expression = problem.expressions[quantity]
+        free = expression.fields - steps.keys()
         if len(free) == 1:
             (name,) = free
-            move = expression.move_of(name, moves, target)
-            if move is not None:
-                votes.setdefault(name, {}).setdefault(move, []).append(observable)
+            step = expression.step_to(name, steps, target)
+            if step is not None:
+                votes.setdefault(name, {}).setdefault(step, []).append(quantity)
     return votes
 
 
 def _contradictions(
     problem: Problem,
-    votes: Mapping[Field, Mapping[Fraction, Sequence[Observable]]],
-    moves: Mapping[Field, int],
+    votes: Mapping[FieldPath, Mapping[Fraction, Sequence[Quantity]]],
+    steps: Mapping[FieldPath, int],
 ) -> Conflict | None:
-    """Return the conflict in what quantities ask for and what the known steps give, or None.
+    """Return the conflict between these votes, or between the steps and the targets, or None.
 
     A field conflicts if it would need several values, or one that is no whole number above 0.
     """
-    needs: dict[Field, dict[Fraction, Sequence[Observable]]] = {}
-    for name, by_move in votes.items():
-        values = {problem.base[name] + move: who for move, who in by_move.items()}
+    needs: dict[FieldPath, dict[Fraction, Sequence[Quantity]]] = {}
+    for name, by_step in votes.items():
+        values = {problem.base[name] + step: who for step, who in by_step.items()}
         if len(values) > 1 or any(v.denominator != 1 or v < 1 for v in values):
             needs[name] = values
-    for observable, target in problem.targets.items():
-        expression = problem.expressions[observable]
-        if expression.fields <= moves.keys() and expression.evaluate(moves) != target:
+    for quantity, target in problem.targets.items():
+        expression = problem.expressions[quantity]
+        if expression.fields <= steps.keys() and expression.evaluate(steps) != target:
             for name in expression.fields or {("no field",)}:
-                wanted = expression.move_of(name, moves, target)
+                wanted = expression.step_to(name, steps, target)
                 base = problem.base.get(name, 0)
                 by_value = needs.setdefault(name, {})
-                by_value.setdefault(Fraction(base + moves.get(name, 0)), [])
+                by_value.setdefault(Fraction(base + steps.get(name, 0)), [])
                 if wanted is not None:
                     by_value.setdefault(base + wanted, [])
-                    by_value[base + wanted] = [*by_value[base + wanted], observable]
+                    by_value[base + wanted] = [*by_value[base + wanted], quantity]
     return Conflict(needs) if needs else None
 
 
-def _entangled(problem: Problem, moves: Mapping[Field, int]) -> list[Field]:
-    """Return the open fields that quantities contain together with other open ones."""
-    entangled: set[Field] = set()
-    for observable in problem.targets:
-        free = problem.expressions[observable].fields - moves.keys()
+def _entangled(problem: Problem, steps: Mapping[FieldPath, int]) -> list[FieldPath]:
+    """Return the fields without a step that share a quantity with another such field."""
+    entangled: set[FieldPath] = set()
+    for quantity in problem.targets:
+        free = problem.expressions[quantity].fields - steps.keys()
         if len(free) > 1:
             entangled |= free
     return sorted(entangled, key=str)
 
 
 def _branch(
-    problem: Problem, moves: dict[Field, int], entangled: Sequence[Field]
-) -> dict[Field, int] | Conflict:
-    """Leave one of several open fields as it is and solve for the rest; ``hold`` decides first.
+    problem: Problem, steps: dict[FieldPath, int], entangled: Sequence[FieldPath]
+) -> dict[FieldPath, int] | Conflict:
+    """Keep one entangled field at its base value and solve for the rest; try ``hold`` first.
 
     Returns:
-        The steps, if all ways that work give the same; otherwise a conflict: the ambiguous one, or
-        the one with the fewest fields.
+        The steps, if every field that may stay gives the same ones; otherwise a conflict: the
+        ambiguous one, or the one with the fewest fields.
     """
     for name in problem.hold:
         if name in entangled:
-            result = _search(problem, {**moves, name: 0})
+            result = _search(problem, {**steps, name: 0})
             if not isinstance(result, Conflict):
                 return result
-    solutions: list[dict[Field, int]] = []
+    solutions: list[dict[FieldPath, int]] = []
     failures: list[Conflict] = []
     for name in entangled:
-        result = _search(problem, {**moves, name: 0})
+        result = _search(problem, {**steps, name: 0})
         if isinstance(result, Conflict):
             if result.ambiguous:
                 return result
@@ -186,7 +185,7 @@ def _branch(
 
 
 def _values(
-    problem: Problem, moves: Mapping[Field, int], names: Iterable[Field]
-) -> dict[Field, int]:
+    problem: Problem, steps: Mapping[FieldPath, int], names: Iterable[FieldPath]
+) -> dict[FieldPath, int]:
     """Return the values of some fields at these steps."""
-    return {name: problem.base[name] + moves.get(name, 0) for name in names}
+    return {name: problem.base[name] + steps.get(name, 0) for name in names}

@@ -13,21 +13,32 @@ from typing import Any
 
 from torch import nn
 
+from ...errors import listed
 from ...model.build import Refusal
 from ...model.config_json import FieldPath
-from ...model.shapes import Mismatch, listed, shapes
-from ..expressions import Observable
+from ...model.shapes import Mismatch, Shapes, shapes
+from ...model.tensors import ties_of
+from ..expressions import Quantity
 from ..field_map import FieldMap
-from .candidates import SMALL, Asked, nearest, others, search, solutions, unseen, with_heads
-from .fit import Shapes, Values, build_as, fit
+from .candidates import (
+    SMALL,
+    Goal,
+    hidden_counts,
+    nearest,
+    others,
+    search,
+    solutions,
+    with_heads,
+)
+from .fit import Values, build_as, fit
 from .integers import Conflict
 
-_TRIED = 64
-"""Guesses at joint fields that are tried."""
-_FURTHER = 64
-"""How far from a value others are tried that build the same."""
+_MOST_GUESSES = 64
+"""Values of joint fields that are tried."""
+_FARTHEST = 64
+"""Distance from a value up to which others are tried that may build the same shapes."""
 _LISTED = 8
-"""Solutions that are looked at, and that a conflict lists."""
+"""Solutions that are tried, and that a conflict lists."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ def recover(
     Args:
         field_map: the class, learned around the config that the model had.
         target: the shape of every tensor of the whole model; tied ones under one name or all.
-        given: fields whose value is known; they settle what shapes leave open.
+        given: fields with a fixed value; they settle what shapes leave open.
 
     Returns:
         The config, proved by building it; a ``Conflict`` with the fields that would need several
@@ -64,16 +75,16 @@ def recover(
     refusal = _other_tensors(field_map, target)
     if refusal is not None:
         return refusal
-    asked = Asked(field_map, target)
-    fitting, reason = _fitting(asked, given)
+    goal = Goal(field_map, target)
+    fitting, reason = _fitting(goal, given)
     if len(fitting) > 1:
         return Conflict(ambiguous=_differences(fitting[:_LISTED]))
-    values = fitting[0] if fitting else search(asked, nearest(field_map, asked.sizes, given), given)
+    values = fitting[0] if fitting else search(goal, nearest(field_map, goal.sizes, given), given)
     if values is None:
         return reason
     proof = build_as(field_map, field_map.data, target, values)
     if isinstance(proof, tuple):
-        recovery = Recovery(values, proof[0], frozenset(unseen(field_map)) - given.keys())
+        recovery = Recovery(values, proof[0], frozenset(hidden_counts(field_map)) - given.keys())
         return _several(field_map, recovery, given) or recovery
     if not fitting:
         return reason
@@ -81,47 +92,44 @@ def recover(
 
 
 def _several(
-    field_map: FieldMap, found: Recovery, given: Mapping[FieldPath, int]
+    field_map: FieldMap, recovery: Recovery, given: Mapping[FieldPath, int]
 ) -> Conflict | None:
     """Return a conflict if several values of a changed field build the same, or None."""
-    for field in found.values.keys() - given.keys() - field_map.linked.keys() - found.undecided:
-        if found.values[field] != field_map.sizes.get(field):
-            alike = _alike(field_map, found.values, field)
-            if len(alike) > 1:
-                return Conflict(ambiguous=[{field: value} for value in alike])
+    values = recovery.values
+    for field in values.keys() - given.keys() - field_map.linked.keys() - recovery.undecided:
+        if values[field] != field_map.sizes.get(field):
+            equal_values = _equal_values(field_map, values, field)
+            if len(equal_values) > 1:
+                return Conflict(ambiguous=[{field: value} for value in equal_values])
     return None
 
 
-def _alike(field_map: FieldMap, values: Values, field: FieldPath) -> list[int]:
-    """Return the values of a field, around and including the one found, that build the same."""
-    built, equal_values = field_map.build_at(values), [values[field]]
-    for step in (-1, 1):
-        other = values[field] + step
-        while other > 0 and abs(other - values[field]) <= _FURTHER:
-            model = field_map.build_at({**values, field: other})
-            if isinstance(model, Refusal) or isinstance(built, Refusal):
-                break
-            if shapes(model) != shapes(built):
+def _equal_values(field_map: FieldMap, values: Values, field: FieldPath) -> list[int]:
+    """Return the values of a field next to its own, and its own, that build the same shapes."""
+    built, own_value = field_map.shapes_at(values), values[field]
+    equal_values = [own_value]
+    for step in (-1, 1) if not isinstance(built, Refusal) else ():
+        for other in range(own_value + step, own_value + step * (_FARTHEST + 1), step):
+            if other < 1 or field_map.shapes_at({**values, field: other}) != built:
                 break
             equal_values.append(other)
-            other += step
     return sorted(equal_values)
 
 
 def _other_tensors(field_map: FieldMap, target: Shapes) -> Refusal | None:
-    """Return why these are not the tensors of this class at any width, or None.
+    """Return why the class builds no model with these tensors, whatever the widths, or None.
 
-    Some are missing, or the class does not know them. A tied tensor may be missing under one of its
-    names.
+    Some are missing, or the class has no tensor of that name. A tied tensor may be missing under
+    one of its names.
     """
     full = field_map.builder.build(field_map.data)
     if isinstance(full, Refusal):
         return full
     expected = shapes(full)
     name = field_map.builder.model_class.__name__
-    unknown = sorted(target.keys() - expected.keys())
-    if unknown:
-        return Refusal(f"{name} builds no {unknown[0]} from this config, at no width")
+    extra = sorted(target.keys() - expected.keys())
+    if extra:
+        return Refusal(f"{name} builds no {extra[0]} from this config, at no width")
     tied = _tied_groups(full)
     missing = sorted(
         tensor
@@ -138,55 +146,51 @@ def _tied_groups(model: nn.Module) -> dict[str, set[str]]:
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    return {name: group for group in names.values() if len(group) > 1 for name in group}
+    return {name: set(tied.names) for tied in ties_of(model) for name in tied.names}
 
 
-def _fitting(
-    asked: Asked, given: Mapping[FieldPath, int]
-) -> tuple[list[Values], Conflict | Refusal]:
+def _fitting(goal: Goal, given: Mapping[FieldPath, int]) -> tuple[list[Values], Conflict | Refusal]:
     """Return the values that fit the field map and that the class accepts, and a reason if none do.
 
-    The reason is the first one met; it only counts if there are no values.
+    The reason is that of the first attempt; it only counts if there are no values.
     """
-    field_map, sizes = asked.field_map, asked.sizes
+    field_map, sizes = goal.field_map, goal.sizes
     fitting: list[Values] = []
     reason: Conflict | Refusal | None = None
-    for candidate in islice(solutions(field_map, sizes, given), _LISTED):
-        outcome = candidate if isinstance(candidate, Conflict) else _taken(asked, candidate, given)
+    for solution in islice(solutions(field_map, sizes, given), _LISTED):
+        outcome = solution if isinstance(solution, Conflict) else _accepted(goal, solution, given)
         if isinstance(outcome, dict):
             fitting.append(outcome)
-        reason = reason or (None if isinstance(outcome, dict) else outcome)
-    for candidate in islice(others(field_map, sizes, given), 0 if fitting else _TRIED):
-        outcome = _taken(asked, candidate, given)
+        else:
+            reason = reason or outcome
+    for solution in islice(others(field_map, sizes, given), 0 if fitting else _MOST_GUESSES):
+        outcome = _accepted(goal, solution, given)
         if isinstance(outcome, dict):
             fitting.append(outcome)
     if isinstance(reason, Conflict):  # fit all layers: it names each
-        everywhere: dict[Observable, int] = {
-            (n, dim): s for n, shape in asked.target.items() for dim, s in enumerate(shape)
+        everywhere: dict[Quantity, int] = {
+            (n, dim): s for n, shape in goal.target.items() for dim, s in enumerate(shape)
         }
         full = fit(field_map, everywhere, given, powers=True)
         reason = full if isinstance(full, Conflict) and full.needs else reason
     return fitting, reason or Refusal("no whole numbers give these shapes")
 
 
-def _taken(asked: Asked, found: Values, given: Mapping[FieldPath, int]) -> Values | Refusal:
+def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> Values | Refusal:
     """Return the values, with head counts, that build the target, or why none of them do.
 
     Args:
-        asked: the class and its target.
-        found: values that fit the field map.
-        given: fields whose value is known.
+        goal: the class and its target.
+        solution: values that fit the field map.
+        given: fields with a fixed value.
     """
     reason = Refusal("not tried")
-    for values in islice(with_heads(asked, found, given), SMALL):
-        outcome = asked.wrong(values)
+    for values in islice(with_heads(goal, solution, given), SMALL):
+        outcome = goal.compare_at(values)
         if not outcome:
             return values
         if not isinstance(outcome, Refusal):
-            return _mismatched(asked.field_map, outcome)
+            return _mismatched(goal.field_map, outcome)
         reason = outcome
     return reason
 
@@ -194,7 +198,7 @@ def _taken(asked: Asked, found: Values, given: Mapping[FieldPath, int]) -> Value
 def _mismatched(field_map: FieldMap, mismatches: Sequence[Mismatch]) -> Refusal:
     """Return the reason why no width gives these tensors."""
     name = field_map.builder.config_class.__name__
-    return Refusal(f"no width of {name} gives {listed(mismatches)}")
+    return Refusal(f"no width of {name} gives {listed(mismatches, '; ')}")
 
 
 def _differences(solutions: Sequence[Values]) -> list[Values]:
