@@ -25,7 +25,7 @@ from ..model.config_json import config_json
 from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
-from ..twin.masked_check import difference, inputs_left
+from ..twin.masked_check import difference, pruned_inputs_of
 from ..twin.tiny.tiny_model import TinyModel, randomise
 
 Outcome = Literal["works", "refused", "failed"]
@@ -230,7 +230,7 @@ def _attempt(
     if failed is None and not any(report.groups for report in hook.reports):
         return "refused", ""
     if failed is None:
-        inputs = inputs_left(case.model, copied, case.tiny.inputs, case.tiny.recipe)
+        inputs = pruned_inputs_of(case.model, copied, case.tiny.inputs, case.tiny.recipe)
         failed = save(copied, inputs, folder, case.tiny.watched, case.tiny.recipe)
     return ("works", "") if failed is None else ("failed", _line(failed))
 
