@@ -191,7 +191,7 @@ def test_the_residual_stream_is_one_group():
     with untouched(model):
         links = TwinTest(model, ids(), HIDDEN).links(stream_dims())
     assert found(links) == {frozenset(stream_dims())}
-    assert links.unequal == links.silent == ()
+    assert links.unequal == links.unobserved == ()
 
 
 def test_the_ffns_of_two_layers_are_two_groups():
@@ -271,7 +271,7 @@ def test_a_dimension_without_gradient_is_silent():
     model = ready(Attention())
     layout = UnitLayout(run=RUN)
     links = TwinTest(model, states(), HEADS).links(head_dims(layout))
-    assert links.silent == (TensorDim("k.bias", 0, layout),)
+    assert links.unobserved == (TensorDim("k.bias", 0, layout),)
     rest = [dim for dim in head_dims(layout) if dim.name != "k.bias"]
     assert found(links) == {frozenset(rest)}
 
@@ -281,7 +281,7 @@ def test_an_unused_parameter_is_silent():
     model.spare = nn.Linear(HIDDEN, 2)
     dims = [*stream_dims(), TensorDim("spare.weight", 1)]
     links = TwinTest(ready(model), ids(), HIDDEN).links(dims)
-    assert links.silent == (TensorDim("spare.weight", 1),)
+    assert links.unobserved == (TensorDim("spare.weight", 1),)
     assert found(links) == {frozenset(stream_dims())}
 
 
@@ -323,7 +323,7 @@ def test_a_layer_of_dead_units_is_not_called_linked():
     links = TwinTest(model, ids(), INNER).links(ffn_dims(0) + ffn_dims(1))
     assert frozenset(ffn_dims(1)) in found(links)
     assert not any(set(group) >= set(ffn_dims(0)) for group in links.groups)
-    assert set(links.silent) == set(ffn_dims(0))
+    assert set(links.unobserved) == set(ffn_dims(0))
 
 
 # --- layouts ------------------------------------------------------------------------------------
@@ -675,5 +675,5 @@ def test_a_map_of_features_may_hold_the_width_several_times() -> None:
     plain = TwinTest(model, inputs, HIDDEN)
     assert plain.links(dims).unequal
     assert plain.multiples() == set()
-    assert plain.multiples(held={1, 2}) == {2}
+    assert plain.multiples(per_unit={1, 2}) == {2}
     assert found(TwinTest(model, inputs, HIDDEN, (1, 2)).links(dims)) == {frozenset(dims)}
