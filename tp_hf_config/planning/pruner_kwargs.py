@@ -205,7 +205,7 @@ def _handed_out(made: dict[str, Any], graph: ConfigGraph, why: str) -> dict[str,
     The inputs also keep what ``check_handed`` compares with what the pruner gets.
     """
     inputs = GraphInputs(made["example_inputs"], graph, why)
-    inputs.handed = {name: made[name] for name in NEEDED if name in made}
+    inputs.needed = {name: made[name] for name in NEEDED if name in made}
     return {**made, "example_inputs": inputs}
 
 
