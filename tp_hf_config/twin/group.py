@@ -1,4 +1,4 @@
-"""Groups of the tiny model: in layers that are alike, none may allow what another does not.
+"""The groups of a tiny model, made equal in layers that are alike.
 
 In a first layer all values may be equal (X-CLIP's messages between frames), so that the weights on
 them do not matter. Units seem interchangeable there that are not in the layers behind it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,10 +63,6 @@ class UnitLayout:
     def is_plain(self) -> bool:
         """True for one block without offset and gaps."""
         return self == UnitLayout(self.parts, self.run)
-
-    def grouped(self, size: int) -> UnitLayout:
-        """Return the layout of larger units, of ``size`` neighbouring units each."""
-        return replace(self, run=self.run * size)
 
 
 def share_positions(layouts: Iterable[tuple[UnitLayout, int]]) -> bool:

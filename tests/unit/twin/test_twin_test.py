@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -382,7 +383,7 @@ def test_queries_may_only_change_places_inside_their_key_value_head():
     queries = head_dims(UnitLayout(run=RUN), "qo")
     assert test.proves(queries, [1, 0, 3, 2, 5, 4])
     assert test.permutation_error(queries, [2, 1, 0, 3, 4, 5]) > WRONG
-    wide = UnitLayout(run=RUN).grouped(2)
+    wide = UnitLayout(run=2 * RUN)
     assert wide == UnitLayout(run=2 * RUN)
     whole = [*head_dims(wide, "qo"), *head_dims(UnitLayout(run=RUN), "kv")]
     assert TwinTest(model, states(), HEADS // 2).proves(whole, [2, 0, 1])
@@ -597,7 +598,7 @@ def test_positions_are_what_a_reshape_says(case: tuple[UnitLayout, int]):
 @settings(max_examples=100, deadline=None)
 def test_grouped_units_hold_their_neighbours(case: tuple[UnitLayout, int], size: int):
     layout, units = case
-    wide = layout.grouped(size)
+    wide = replace(layout, run=layout.run * size)
     for unit in range(units):
         parts = [layout.positions(unit * size + i, units * size) for i in range(size)]
         together = sorted(position for row in parts for position in row)
