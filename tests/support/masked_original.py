@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.twin.masked_check import kept_along
+from tp_hf_config.twin.masked_check import cut_dims_of
 
 # The child generates from ``input_ids``, which this class has not: the model in it is saved.
 WITHOUT_HEAD = ("whisper",)
@@ -25,9 +25,9 @@ def kept_channels(before: torch.Tensor, after: torch.Tensor) -> list[torch.Tenso
     The parameters are random, so that a value stands for its place; the library's own record is
     not looked at.
     """
-    found = kept_along(before, after)
+    found = cut_dims_of(before, after)
     assert not isinstance(found, Refusal), found.reason
-    return [side.left for side in found]
+    return [dim.kept for dim in found]
 
 
 def masked(original: nn.Module, pruned: nn.Module) -> nn.Module:

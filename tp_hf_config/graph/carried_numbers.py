@@ -1,4 +1,4 @@
-"""Carry the numbers of a group over from the tiny model to full size: runs, places, layouts."""
+"""Carry the numbers of a group over from the tiny model to full size: runs, parts, layouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.unit_shares import Share
 from ..model.config_json import FieldPath
-from ..twin.channel_groups import counted_by, places_counted_by
+from ..twin.channel_groups import counted_by, parts_counted_by
 from ..twin.group import TinyGroup
 from ..twin.layout import TensorDim, UnitLayout
 from ..twin.tiny.tiny_model import TinyModel
@@ -19,19 +19,26 @@ from ..twin.tiny.tiny_model import TinyModel
 
 def full_runs(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> dict[int, int]:
     """Return the runs of units that are a head of a layer: in the tiny model -> at full size."""
-    runs: dict[int, int] = {}
-    for dim in group.dims if group.per_field_unit > 1 else ():
-        layer = dim.name.rpartition(".")[0]
-        small, real = tiny.field_map.splits_of(layer) or (), field_map.splits.heads.get(layer, ())
-        for split, full in zip(small, real, strict=False) if dim.dim == 0 else ():
-            if split[-1] == dim.layout.run > 1:
-                runs[dim.layout.run] = full[-1]
-    return runs
+    return {
+        dim.layout.run: full[-1]
+        for dim in group.dims
+        if dim.dim == 0 and group.per_field_unit > 1
+        for small, full in _splits(dim.layer, tiny, field_map)
+        if small[-1] == dim.layout.run > 1
+    }
+
+
+def _splits(
+    layer: str, tiny: TinyModel, field_map: FieldMap
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the head splits of a layer's output in the tiny model, each with that at full size."""
+    full = field_map.splits.heads.get(layer, ())
+    return zip(tiny.field_map.splits_of(layer) or (), full, strict=False)
 
 
 @dataclass(frozen=True)
-class Places:
-    """In how many places of a dimension a unit is, where each dimension has it in several.
+class PartCounts:
+    """In how many parts of a dimension a unit stands, where each dimension has several.
 
     Attributes:
         tiny: how many in the tiny model, at least.
@@ -44,56 +51,56 @@ class Places:
     channel_groups: int | None = None
 
 
-def full_places(
+def full_parts(
     group: TinyGroup, dims: Sequence[TensorDim], tiny: TinyModel, field_map: FieldMap
-) -> Places | str:
-    """Return in how many places a unit is at full size, or the reason why that cannot be told.
+) -> PartCounts | str:
+    """Return in how many parts a unit stands at full size, or why that cannot be told.
 
-    One dimension of every Mamba head is a unit, in as many places as there are heads; or of every
+    One dimension of every Mamba head is a unit, in as many parts as there are heads; or of every
     second head, in two channel groups. The field that is seen to count the heads says how many
     there are at full size.
     """
     if group.per_field_unit == 1 or any(dim.layout.parts == 1 for dim in dims):
-        return Places()
-    places = gcd(*(dim.layout.parts for dim in dims))
+        return PartCounts()
+    parts = gcd(*(dim.layout.parts for dim in dims))
     values = dict(_numbers(field_map.data)) | field_map.values
-    counting = places_counted_by(group, tiny)
+    counting = parts_counted_by(group, tiny)
     if counting is not None and not counting:
-        return Places(places, places)
+        return PartCounts(parts, parts)
     totals = {values.get(field, 0) for field in counting or ()}
     if len(totals) == 1:
         (total,) = totals
-        if group.channel_groups > 1 and total % places == 0:
-            return Places(places, places, total // places)
-        return Places(places, total, 1)
+        if group.channel_groups > 1 and total % parts == 0:
+            return PartCounts(parts, parts, total // parts)
+        return PartCounts(parts, total, 1)
     if group.channel_groups > 1:
-        return Places(places, places)
+        return PartCounts(parts, parts)
     return (
-        f"a unit is in {places} places in the tiny model; at full size in "
+        f"a unit is in {parts} places in the tiny model; at full size in "
         f"{' or '.join(map(str, sorted(totals))) or 'an unknown number'}"
     )
 
 
 def full_per_field_unit(
     group: TinyGroup,
-    found: Sequence[tuple[str, TensorDim, Share]],
+    matched: Sequence[tuple[str, TensorDim, Share]],
     runs: Mapping[int, int],
-    places: Places,
+    part_counts: PartCounts,
 ) -> int | str:
     """Return the units per field unit at full size, or the reason why they cannot be told.
 
-    Tensor dims that hold a unit in one place decide; where each holds it in several, ``places``
+    Tensor dims that hold a unit in one part decide; where each holds it in several, ``part_counts``
     says how many those are.
     """
     if group.per_field_unit == 1:
         return 1
-    single = [entry for entry in found if entry[1].layout.parts == 1]
+    single = [entry for entry in matched if entry[1].layout.parts == 1]
     # a head's width may differ at full size
-    alone = [entry for entry in single if entry[1].layout.run == 1]
+    one_position = [entry for entry in single if entry[1].layout.run == 1]
     per_field_units: set[int] = set()
-    for name, dim, share in alone or single or found:
+    for name, dim, share in one_position or single or matched:
         run = runs.get(dim.layout.run, dim.layout.run)
-        parts = dim.layout.parts // places.tiny * places.full
+        parts = dim.layout.parts // part_counts.tiny * part_counts.full
         per_field_unit, rest = divmod(share.per_unit, parts * run)
         if rest:
             return f"{name}: dimension {dim.dim} holds no whole units at full size"
@@ -111,24 +118,25 @@ def _counted(group: TinyGroup) -> bool:
 def full_channel_groups(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> set[int]:
     """Return the numbers of channel groups that a group may have at full size.
 
-    The heads of its own layers decide, or a field that is seen to count them.  If there is neither
+    The heads of its own layers decide, or a field that is seen to count them. If there is neither
     (torch splits the heads itself), all numbers that are as large in the tiny model have to agree.
 
     Returns:
         A single number if it can be told; none or several if not.
     """
-    own = {dim.name.rpartition(".")[0] for dim in group.dims if dim.dim == 0}
-    decided: set[int] = set()
-    for layer in own if group.per_field_unit > 1 else ():
-        small, real = tiny.field_map.splits_of(layer) or (), field_map.splits.heads.get(layer, ())
-        pairs = zip(small, real, strict=False)
-        decided |= {full[0] for split, full in pairs if split[0] == group.channel_groups}
+    decided = {
+        full[0]
+        for dim in group.dims
+        if dim.dim == 0 and group.per_field_unit > 1
+        for small, full in _splits(dim.layer, tiny, field_map)
+        if small[0] == group.channel_groups
+    }
     full_values = dict(_numbers(field_map.data)) | field_map.values
     if not decided and not _splits_beside(group, tiny):
         decided = {full_values.get(field, 0) for field in counted_by(group, tiny)}
     if decided:
         return decided
-    layers = {dim.name.rpartition(".")[0] for dim in group.dims}
+    layers = {dim.layer for dim in group.dims}
     counts = _full_counts(group.channel_groups, tiny, field_map, layers)
     if group.per_field_unit == 1:
         return counts
@@ -139,7 +147,7 @@ def full_channel_groups(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) 
 
 def _splits_beside(group: TinyGroup, tiny: TinyModel) -> bool:
     """True if a layer beside the group's is split into as many heads as it has channel groups."""
-    around = {dim.name.rpartition(".")[0].rpartition(".")[0] for dim in group.dims}
+    around = {dim.layer.rpartition(".")[0] for dim in group.dims}
     return any(
         split[0] == group.channel_groups
         for layer, splits in tiny.field_map.splits.heads.items()
@@ -203,18 +211,18 @@ def _full_counts(
     in the tiny model, and another number at full size.
     """
     around = {layer.rpartition(".")[0] for layer in layers}
-    near: set[int] = set()
-    anywhere: set[int] = set()
-    for layer, splits in tiny.field_map.splits.heads.items():
-        real = field_map.splits.heads.get(layer, ())
-        for small, full in zip(splits, real, strict=False):
-            if small[0] == count:
-                anywhere.add(full[0])
-                near |= {full[0]} if layer.rpartition(".")[0] in around else set()
-    return near or anywhere or _kept_numbers(count, tiny, field_map)
+    candidates = [
+        (layer.rpartition(".")[0] in around, full[0])
+        for layer, splits in tiny.field_map.splits.heads.items()
+        for small, full in zip(splits, field_map.splits.heads.get(layer, ()), strict=False)
+        if small[0] == count
+    ]
+    near = {full_count for is_near, full_count in candidates if is_near}
+    anywhere = {full_count for _, full_count in candidates}
+    return near or anywhere or _unchanged_count(count, tiny, field_map)
 
 
-def _kept_numbers(count: int, tiny: TinyModel, field_map: FieldMap) -> set[int]:
+def _unchanged_count(count: int, tiny: TinyModel, field_map: FieldMap) -> set[int]:
     """Return the number itself if fields say it in both configs (a router's groups of experts)."""
     small, full = dict(_numbers(tiny.field_map.data)), dict(_numbers(field_map.data))
     fields = [field for field, value in small.items() if value == count]

@@ -1,7 +1,7 @@
 """A dependency graph for Torch-Pruning that is built from proved groups instead of a trace.
 
 The pruner, its importances, its ranking and its interactive steps stay Torch-Pruning's own; it asks
-this graph for groups and gets those that the config can express.  It needs no example input, no
+this graph for groups and gets those that the config can express. It needs no example input, no
 forward pass, no autograd.
 """
 
@@ -97,7 +97,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         super().__init__()
         self.make_inputs = make_inputs
         self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
-        self.awaited = False  # True while a constructor runs that will take this graph
+        self.awaited = False  # True while a constructor runs that takes this graph
         self.replaced: dict[str, Any] = {}  # a pruner's attributes before it took this graph
         self.register_customized_layer(Units, UNITS)
         self.cuts = Cuts()
@@ -119,7 +119,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                     self._sides_of.setdefault(module, []).append((graph_group, side))
 
     def build_dependency(self, model: nn.Module, *args: Any, **kwargs: Any) -> ConfigGraph:
-        """Set up nodes and names for the groups; example inputs are ignored.  Return the graph."""
+        """Set up nodes and names for the groups; example inputs are ignored. Return the graph."""
         self.model, self.verbose = model, False
         self.ignored_params: list[Any] = list(kwargs.get("ignored_params") or ())
         self._module2name = {module: name for name, module in model.named_modules()}
@@ -181,12 +181,12 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         for side in graph_group.sides:
             if self._owner(side.module) in ignored and is_output(side):
                 return f"ignored_layers= keeps the outputs of {side.layer}"
-            held = self._held(side)
-            if held is not None:
-                return f"ignored_layers= keeps {held}"
-        every = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
+            parameter = self._ignored_parameter(side)
+            if parameter is not None:
+                return f"ignored_layers= keeps {parameter}"
+        any_type = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
         reads = graph_group.inward and any(isinstance(s.module, types) for s in graph_group.sides)
-        if every or reads or any(self._is_root(side, types) for side in graph_group.sides):
+        if any_type or reads or any(self._is_root(side, types) for side in graph_group.sides):
             return None
         names = ", ".join(kind.__name__ for kind in types)
         return f"root_module_types= ({names}) holds no layer like {graph_group.sides[0].layer}"
@@ -220,13 +220,11 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         plain = isinstance(side.module, types) and not is_vector(side.module)
         return outputs and (plain or isinstance(self._owner(side.module), types))
 
-    def _held(self, side: Side) -> str | None:
+    def _ignored_parameter(self, side: Side) -> str | None:
         """Return the name of an ignored parameter in this side, or None."""
-        for dim in side.dims:
-            parameter = tensor(self.pretrained, dim.name)
-            if any(ignored is parameter for ignored in self.ignored_params):
-                return dim.name
-        return None
+        ignored = set(map(id, self.ignored_params))
+        names = (dim.name for dim in side.dims)
+        return next((name for name in names if id(tensor(self.pretrained, name)) in ignored), None)
 
     def get_pruning_group(
         self, module: nn.Module, pruning_fn: Any, idxs: int | Sequence[int]
@@ -315,7 +313,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         """Return the importance of a group's units, shape ``(units,)``, made from that of channels.
 
         Importances add up what falls on one channel of the first layer; a unit that is several
-        channels wide (a head) gets the mean of its channels', as Torch-Pruning's heads do.  If no
+        channels wide (a head) gets the mean of its channels', as Torch-Pruning's heads do. If no
         layer is one that importances look at (an embedding that nothing reads), size decides.
 
         Args:
@@ -354,8 +352,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         first = [side for side in graph_group.sides if side.module is root and side.out is out]
         rest = [side for side in graph_group.sides if side not in first]
         rest.sort(key=lambda side: is_vector(side.module))  # reports name the first one: a layer
-        every = first[0].table[:, :1] if first else torch.arange(graph_group.units.count)[:, None]
-        labels = every[group.units]
+        channels = first[0].table[:, 0] if first else torch.arange(graph_group.units.count)
+        labels = channels[group.units, None]
         self._fill(group, first + rest, lambda n: labels.expand(-1, n))
         return group
 
@@ -367,29 +365,26 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         ``roots`` takes a number of positions per unit, and returns the root channels that they
         count for, shape ``(units, positions)``.
         """
+        # the pruner ranks groups by their first item's source: each has a node of its own
+        source = self.module2node[group.graph_group.units]
         indices: dict[int, tuple[list[int], list[int]]] = {}
         for side in sides:
             if id(side.table) not in indices:  # most sides of a group share one
-                idxs, order = side.table[group.units].flatten().sort()
+                sorted_idxs, order = side.table[group.units].flatten().sort()
                 # sorted here: some importances sort the indices, but not the roots beside them
                 of_root = roots(side.table.shape[1]).flatten()[order]
-                indices[id(side.table)] = idxs.tolist(), of_root.tolist()
-            self._add(group, side, *indices[id(side.table)])
-
-    def _add(self, group: ConfigGroup, side: Side, idxs: list[int], roots: list[int]) -> None:
-        handler = handler_of(side.module, side.out)
-        # the pruner ranks groups by their first item's source: each has a node of its own
-        source = self.module2node[group.graph_group.units]
-        trigger = group[0].dep.handler if len(group) else handler
-        dep = Dependency(trigger, handler, source, self.module2node[side.module])
-        group._group.append(_helpers.GroupItem(dep, list(idxs)))
-        group._group[-1].root_idxs = list(roots)
+                indices[id(side.table)] = sorted_idxs.tolist(), of_root.tolist()
+            idxs, root_idxs = indices[id(side.table)]
+            handler = handler_of(side.module, side.out)
+            trigger = group[0].dep.handler if len(group) else handler
+            dep = Dependency(trigger, handler, source, self.module2node[side.module])
+            group._group.append(_helpers.GroupItem(dep, list(idxs)))
+            group._group[-1].root_idxs = list(root_idxs)
 
     def beside(self, side: Side) -> list[Side]:
         """Return what other groups hold of the same side of a layer: other channels."""
-        others = {id(other): other for _, other in self._sides_of[side.module]}
-        del others[id(side)]
-        return [o for o in others.values() if o.module is side.module and o.out is side.out]
+        others = [other for _, other in self.sides_of(side.module) if other is not side]
+        return [o for o in others if o.module is side.module and o.out is side.out]
 
     def _owner(self, module: nn.Module) -> nn.Module:
         return module.owner if isinstance(module, ParameterView) else module

@@ -15,13 +15,13 @@ from ..model.config_json import FieldPath, field_name
 from ..model.tensors import parameter_names, saved_buffers
 from ..notebook import short
 from ..twin.group import Finding, TinyGroup
-from ..twin.layout import TensorDim, UnitLayout
+from ..twin.layout import TensorDim, UnitLayout, places_of, share_positions
 from ..twin.tiny.tiny_model import TinyModel
 from .carried_numbers import (
     full_channel_groups,
     full_layout,
+    full_parts,
     full_per_field_unit,
-    full_places,
     full_runs,
 )
 from .unit_count import UnitCount
@@ -77,10 +77,10 @@ def expand(
             if isinstance(real, str):
                 return real
             result.append(real)
-            covered |= {(member.name, member.dim) for member in real.dims}
-    twice = _in_two_groups(result)
-    if twice is not None:
-        return twice
+            covered |= places_of(real.dims)
+    reason = _in_two_groups(result)
+    if reason is not None:
+        return reason
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items()):
         for dim in range(tensor.ndim):
             kind = field_map.depth.canonical(name)
@@ -94,20 +94,16 @@ def expand(
 
 def _in_two_groups(groups: Sequence[Group]) -> str | None:
     """Return why groups cannot be pruned, or None: two of them hold the same channels."""
-    holding: dict[tuple[str, int], list[tuple[int, UnitLayout]]] = {}
+    by_place: dict[tuple[str, int], list[tuple[UnitLayout, int]]] = {}
     for group in groups:
-        for member in group.dims:
-            holding.setdefault((member.name, member.dim), []).append(
-                (group.count.units, member.layout)
+        for dim in group.dims:
+            by_place.setdefault(dim.place, []).append((dim.layout, group.count.units))
+    for (name, axis), layouts in by_place.items():
+        if len(layouts) > 1 and share_positions(layouts):
+            return (
+                f"{name}: dimension {axis} is in two groups at full size: layers that read each "
+                "other, of which the tiny model has fewer"
             )
-    for (name, dim), layouts in holding.items():
-        if len(layouts) > 1:
-            held = [layout.table(units).flatten().tolist() for units, layout in layouts]
-            if len(set().union(*held)) < sum(map(len, held)):
-                return (
-                    f"{name}: dimension {dim} is in two groups at full size: layers that read each "
-                    "other, of which the tiny model has fewer"
-                )
     return None
 
 
@@ -117,7 +113,7 @@ def _instances(
     """Yield each real group that a tiny group stands for: real parameter name -> tiny tensor dim.
 
     A group inside one layer of a list exists once in every layer like it; a group across several
-    layers holds all of them.  A ``#`` and a number behind the name tell two tensor dims of one
+    layers holds all of them. A ``#`` and a number behind the name tell two tensor dims of one
     parameter apart.
     """
     depth = field_map.depth
@@ -131,15 +127,12 @@ def _instances(
     for name in names:  # lacks parts that this model was built without (BERT's pooler)
         like = depth.canonical(name)
         home = max((layer for layer in single if like.startswith(f"{layer}.")), default="", key=len)
-        inside = ".".join(name.split(".")[: home.count(".") + 1]) if home else ""
-        for number, dim in enumerate(_distinct(by_name.get(like, []))):
-            instances.setdefault(inside, {})[f"{name}#{number}"] = dim
+        real_home = ".".join(name.split(".")[: home.count(".") + 1]) if home else ""
+        # like layers have like tensor dims: one of each dimension and layout
+        distinct = {(dim.dim, dim.layout): dim for dim in by_name.get(like, [])}
+        for number, dim in enumerate(distinct.values()):
+            instances.setdefault(real_home, {})[f"{name}#{number}"] = dim
     yield from instances.values()
-
-
-def _distinct(dims: Sequence[TensorDim]) -> list[TensorDim]:
-    """Return one tensor dim of each (dimension, layout): like layers have like tensor dims."""
-    return list({(dim.dim, dim.layout): dim for dim in dims}.values())
 
 
 def _single_layers(group: TinyGroup, field_map: FieldMap) -> set[str]:
@@ -158,7 +151,7 @@ def _single_layers(group: TinyGroup, field_map: FieldMap) -> set[str]:
                 inside = True
         if not inside:
             return set()
-    return {next(iter(layers)) for layers in used.values() if len(layers) == 1}
+    return {layer for layers in used.values() if len(layers) == 1 for layer in layers}
 
 
 def _real_group(
@@ -187,14 +180,14 @@ def _real_group(
             return f"{name}: dimension {dim.dim} does not follow it at full size"
         matched.append((name, dim, share))
     runs = full_runs(group, tiny, field_map)
-    places = full_places(group, [dim for _, dim, _ in matched], tiny, field_map)
-    if isinstance(places, str):
-        return places
-    per_field_unit = full_per_field_unit(group, matched, runs, places)
+    part_counts = full_parts(group, [dim for _, dim, _ in matched], tiny, field_map)
+    if isinstance(part_counts, str):
+        return part_counts
+    per_field_unit = full_per_field_unit(group, matched, runs, part_counts)
     if isinstance(per_field_unit, str):
         return per_field_unit
-    channel_groups = places.channel_groups or group.channel_groups
-    if channel_groups > 1 and places.channel_groups is None:
+    channel_groups = part_counts.channel_groups or group.channel_groups
+    if channel_groups > 1 and part_counts.channel_groups is None:
         counts = full_channel_groups(group, tiny, field_map)
         if len(counts) != 1:
             full = " or ".join(map(str, sorted(counts))) or "an unknown number"
@@ -203,9 +196,9 @@ def _real_group(
                 f"size in {full}"
             )
         (channel_groups,) = counts
-    if units * per_field_unit % channel_groups:
-        total = units * per_field_unit
-        return f"{total} units do not go into {channel_groups} equal channel groups"
+    units *= per_field_unit
+    if units % channel_groups:
+        return f"{units} units do not go into {channel_groups} equal channel groups"
     dims: list[TensorDim] = []
     for name, dim, share in matched:
         layout = full_layout(name, dim, share, per_field_unit, runs, group, tiny, field_map)
@@ -213,19 +206,17 @@ def _real_group(
             return layout
         dims += [TensorDim(alias, dim.dim, layout) for alias in names[name]]
     field, *others = group.fields
-    field_run = 1 if others else field_map.values[field] // (units * per_field_unit)
+    field_run = 1 if others else field_map.values[field] // units
     run = max(field_run, *(dim.layout.run for dim in dims))
-    count = UnitCount(
-        units * per_field_unit, channel_groups, per_field_unit=per_field_unit, run=run
-    )
+    count = UnitCount(units, channel_groups, per_field_unit=per_field_unit, run=run)
     real = Group(group.fields, tuple(dims), count)
     return _uneven_heads(real, field_map) or real
 
 
 def _uneven_heads(group: Group, field_map: FieldMap) -> str | None:
-    """Return why units in several places cannot go, or None: heads would lose unequal shares."""
+    """Return why units in several parts cannot go, or None: heads would lose unequal shares."""
     for dim in group.dims if group.count.channel_groups == 1 else ():
-        splits = field_map.splits_of(dim.name.rpartition(".")[0])
+        splits = field_map.splits_of(dim.layer)
         if splits is None or dim.dim or dim.layout.parts == 1:
             continue
         if splits_after(splits, dim.layout.positions(0, group.count.units)) is None:

@@ -1,7 +1,7 @@
 """Make Torch-Pruning's pruner of ``nn.LayerNorm`` keep channels in order.
 
 The pruner takes the channels to keep from a Python ``set``, and sorts a copy that it drops
-(``pruner/function.py:281``).  A set of small numbers is in order only while it is dense: if more
+(``pruner/function.py:281``). A set of small numbers is in order only while it is dense: if more
 than half of the channels go at once, the norm's weights end up at other channels than those that
 they were trained for.
 """

@@ -1,6 +1,6 @@
 """Record where a pruned model's Parameters come from: which positions of which old Parameter.
 
-Whatever prunes replaces Parameters by new, smaller ones.  Code that holds something of the old
+Whatever prunes replaces Parameters by new, smaller ones. Code that holds something of the old
 one's shape (an optimizer) needs to know what became of it.
 """
 

@@ -44,13 +44,13 @@ class GraphInputs(dict[str, Any]):
     Attributes:
         graph: the graph made from the config.
         why: text for reports: how many groups the graph has, and how they were proved.
-        handed: other arguments that a pruner needs, by name, as ``pruner_kwargs`` returned them.
+        needed: other arguments that a pruner needs, by name, as ``pruner_kwargs`` returned them.
     """
 
     def __init__(self, inputs: dict[str, Any], graph: ConfigGraph, why: str):
         super().__init__(inputs)
         self.graph, self.why = graph, why
-        self.handed: dict[str, Any] = {}
+        self.needed: dict[str, Any] = {}
 
 
 @contextmanager

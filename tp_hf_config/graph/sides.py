@@ -33,7 +33,7 @@ class Side:
     Attributes:
         module: a layer that Torch-Pruning knows, or a :class:`ParameterView`, which looks like one.
         out: True for the layer's output channels, False for its input channels.
-        table: the positions of each unit that is left, shape ``(units, positions per unit)``.
+        table: the positions of each unit that it has now, shape ``(units, positions per unit)``.
         dims: the tensor dims that the side cuts.
     """
 
@@ -45,13 +45,13 @@ class Side:
     @property
     def layer(self) -> str:
         """The layer's name in the Hugging Face model."""
-        return self.dims[0].name.rpartition(".")[0]
+        return self.dims[0].layer
 
 
 class ParameterView(nn.Linear):
     """One dimension of a parameter, which importances read as a linear layer's output channels.
 
-    It makes ``Conv1D`` weights, stacked experts and bare parameters visible to them.  ``weight`` is
+    It makes ``Conv1D`` weights, stacked experts and bare parameters visible to them. ``weight`` is
     a view of the current parameter, with its channels first.
     """
 
@@ -149,7 +149,7 @@ class GraphGroup:
         fields: the config fields that count its units.
         sides: its sides.
         count: its unit count before pruning.
-        units: holds how many units are left now.
+        units: holds how many units there are now.
         heads: True if it follows the head ratios.
     """
 
@@ -169,7 +169,7 @@ class GraphGroup:
         """The side whose channels are the units, one to one, an output if there is one; or None.
 
         The units have to be all of its channels: beside others (the shared rotary key of latent
-        attention), importances would count from the first channel.  For heads it is never an input:
+        attention), importances would count from the first channel. For heads it is never an input:
         pruners look up ratios of outputs alone, and would not find those of heads.
         """
         for side in () if self.inward else self.ranked:
@@ -183,17 +183,15 @@ class GraphGroup:
     def ranked(self) -> list[Side]:
         """The sides that importances look at (linear layers and convolutions), outputs first."""
         kinds = (nn.Linear, nn.modules.conv._ConvNd)
-        visible = [side for side in self.sides if isinstance(side.module, kinds)]
-        return sorted(
-            (side for side in visible if not is_vector(side.module)), key=lambda side: not side.out
-        )
+        ranked = [s for s in self.sides if isinstance(s.module, kinds) and not is_vector(s.module)]
+        return sorted(ranked, key=lambda side: not side.out)
 
 
 def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:
     """Return the norm of the parameters that each unit of a group holds, shape ``(units,)``."""
     squares = torch.zeros(group.units.count)
     for side in group.sides:
-        for name, axis in dict.fromkeys((dim.name, dim.dim) for dim in side.dims):
+        for name, axis in dict.fromkeys(dim.place for dim in side.dims):
             values = tensor(model, name).detach().movedim(axis, 0)
             channels = values.reshape(len(values), -1).float().square().sum(1).cpu()
             squares += channels[side.table.cpu()].sum(1)
@@ -201,11 +199,11 @@ def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:
 
 
 class Leaving:
-    """Units that leave a group; computes what is left of a table once for all its sides."""
+    """Units that leave a group; computes what stays of a table once for all its sides."""
 
     def __init__(self, units: Sequence[int]):
         self.units = list(units)
-        self._seen: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._computed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
 
     def of(self, table: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
         """Return what becomes of a dimension and of its table of units.
@@ -218,16 +216,14 @@ class Leaving:
             The positions that go, the positions that stay, the renumbered table of the units that
             stay, and the old table.
         """
-        if (id(table), size) not in self._seen:  # holding the old table keeps its id unique
+        if (id(table), size) not in self._computed:  # holding the old table keeps its id unique
             gone = table[self.units].flatten()
-            kept = torch.ones(size, dtype=torch.bool)
-            kept[gone] = False
-            staying_units = torch.ones(len(table), dtype=torch.bool)
-            staying_units[self.units] = False
-            renumbered = kept.cumsum(0) - 1
-            stays = kept.nonzero().flatten()
-            self._seen[id(table), size] = gone, stays, renumbered[table[staying_units]], table
-        return self._seen[id(table), size]
+            stays = torch.ones(size, dtype=torch.bool)
+            stays[gone] = False
+            kept = stays.nonzero().flatten()
+            renumbered = torch.searchsorted(kept, table[stays[table[:, 0]]])
+            self._computed[id(table), size] = gone, kept, renumbered, table
+        return self._computed[id(table), size]
 
 
 def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> None:
@@ -244,21 +240,21 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> Non
             tables are renumbered too.
     """
     module = side.module
-    places = _places(module, side.out)
-    for owner, key, dim, _ in places:
+    tensors = _tensors_to_cut(module, side.out)
+    for owner, key, dim, _ in tensors:
         cuts.settle(owner, key, dim)
     gone, kept, table, _ = leaving.of(side.table, channels_of(side))
-    for owner, key, dim, size in places:
+    for owner, key, dim, size in tensors:
         cuts.keep(owner, key, dim, kept, size)
-    if not places:
+    if not tensors:
         handler_of(module, side.out)(module, gone.tolist())
     side.table = table
     for other in beside:
         other.table = torch.searchsorted(kept, other.table)
 
 
-def _places(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:
-    """Return what a side cuts: owner, parameter name, dimension and size attribute of each tensor.
+def _tensors_to_cut(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:
+    """Return the tensors that a side cuts: layer, name, dimension and size attribute of each.
 
     Returns:
         An empty list if the layer is not plain: subclasses and parametrized layers may need more
@@ -271,10 +267,10 @@ def _places(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         return []
     dim, size = _PLAIN[type(module)][0 if out else -1]
-    places: list[tuple[nn.Module, str, int, str | None]] = [(module, "weight", dim, size)]
+    tensors: list[tuple[nn.Module, str, int, str | None]] = [(module, "weight", dim, size)]
     if dim == 0 and module._parameters.get("bias") is not None:
-        places.append((module, "bias", 0, None))
-    return places
+        tensors.append((module, "bias", 0, None))
+    return tensors
 
 
 def channels_of(side: Side) -> int:
@@ -337,13 +333,13 @@ def sides_of(
     for dim in group.dims:
         layer_name, _, key = dim.name.rpartition(".")
         layer = model.get_submodule(layer_name)
-        table = tables.get(dim.layout)
-        if table is None:
-            table = tables[dim.layout] = dim.layout.table(group.count.units)
+        if dim.layout not in tables:
+            tables[dim.layout] = dim.layout.table(group.count.units)
+        table = tables[dim.layout]
         side_of_layer = layer_side(layer, key, dim.dim)
         module: nn.Module = layer
         if side_of_layer is None:
-            module = views.setdefault((dim.name, dim.dim), ParameterView(layer, key, dim.dim))
+            module = views.setdefault(dim.place, ParameterView(layer, key, dim.dim))
         out = side_of_layer is not False
         side = sides.setdefault((id(module), out), Side(module, out, table))
         if any(other.name == dim.name for other in side.dims):  # fused q, k and v
@@ -362,16 +358,13 @@ def units_of(side: Side, channels: Sequence[int]) -> list[int] | None:
     """
     if not channels:
         return []
-    table, asked = side.table, torch.tensor(channels)
-    unit_at = torch.full((int(max(table.max(), asked.max())) + 1,), -1)
+    table, positions = side.table, torch.tensor(channels)
+    unit_at = torch.full((int(max(table.max(), positions.max())) + 1,), -1)
     unit_at[table] = torch.arange(len(table))[:, None]
-    if asked.min() < 0 or unit_at[asked].min() < 0:
+    if positions.min() < 0 or unit_at[positions].min() < 0:
         return None
-    units = unit_at[asked]
+    units = unit_at[positions]
     counts = units.bincount(minlength=len(table))
-    row = table.shape[1]
-    run = 1
-    if row > 1:
-        first = table[0].tolist()
-        run = next((i for i in range(1, row) if first[i] != first[i - 1] + 1), row)
+    first = table[0].tolist()
+    run = next((i for i in range(1, len(first)) if first[i] != first[i - 1] + 1), len(first))
     return None if (counts % run).any() else list(dict.fromkeys(units.tolist()))

@@ -1,4 +1,4 @@
-"""How many units each step of a pruner leaves.  Whole numbers; no torch, no models.
+"""How many units each step of a pruner leaves. Whole numbers; no torch, no models.
 
 Planning and pruning share this rule: Torch-Pruning's own amounts (``BasePruner._prune``,
 base_pruner.py, 1.6.1), rounded to what the class takes.
@@ -39,7 +39,7 @@ class UnitCount:
         return replace(self, multiple=multiple * self.per_field_unit)
 
     def step(self, round_to: int | None) -> int:
-        """Return the number that the units that are left are a multiple of.
+        """Return the number that every later unit count is a multiple of.
 
         Args:
             round_to: the pruner's, in channels; without one, nothing is rounded.
@@ -51,7 +51,7 @@ class UnitCount:
     def after(
         self, ratios: Sequence[float], round_to: int | None = 1, max_ratio: float = 1.0
     ) -> list[int]:
-        """Return the units that are left after each step.
+        """Return the unit count after each step.
 
         Args:
             ratios: for each step, the share of the units before pruning that has to be gone.
@@ -77,7 +77,9 @@ class UnitCount:
         if wanted >= now or self.exhausted(now, max_ratio):
             return now
         if round_to:
-            multiple = per_class(self.multiple, in_runs(round_to, self.run), self.channel_groups)
+            multiple = per_channel_group(
+                self.multiple, in_runs(round_to, self.run), self.channel_groups
+            )
             wanted = multiple_below(wanted // self.channel_groups, multiple) * self.channel_groups
         if self.minimum > 1 and wanted < self.minimum:
             grid = self.step(round_to)
@@ -116,7 +118,7 @@ def in_runs(round_to: int, run: int) -> int:
     return round_to // gcd(round_to, run)
 
 
-def per_class(multiple: int, round_to: int, channel_groups: int) -> int:
+def per_channel_group(multiple: int, round_to: int, channel_groups: int) -> int:
     """Return what the units of each channel group have to be a multiple of.
 
     All channel groups together are then a multiple of both ``multiple`` and ``round_to``.

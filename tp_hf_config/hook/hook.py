@@ -123,7 +123,7 @@ class HFConfigSyncHook:
             arguments |= by_itself(model, arguments, self.make_inputs)
             inputs = arguments["example_inputs"]
         self._graph_reason = inputs.why
-        check_handed(inputs.handed, arguments)
+        check_handed(inputs.needed, arguments)
         graph: ConfigGraph = inputs.graph
         field_map = map_of(pretrained, make_inputs=graph.make_inputs)
         settle(WidthView(pretrained, field_map), graph, arguments)

@@ -11,7 +11,7 @@ import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
 from ..graph.config_graph import ConfigGroup
 from ..graph.sides import GraphGroup
-from ..graph.unit_count import in_runs, multiple_below, per_class
+from ..graph.unit_count import in_runs, multiple_below, per_channel_group
 from .apply import restore_attribute
 from .chunked_importance import in_pieces, takes_pieces
 
@@ -209,7 +209,7 @@ class UnitSteering:
             if units is not None:
                 return (size - units // graph_group.count.channel_groups) * together
         rounded_to = in_runs(round_to, graph_group.count.run)
-        multiple = per_class(
+        multiple = per_channel_group(
             graph_group.count.multiple, rounded_to, graph_group.count.channel_groups
         )
         remaining = (size * together - n_pruned) // together

@@ -25,7 +25,7 @@ from ..model.config_json import config_json
 from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
-from ..twin.masked_check import difference, inputs_left
+from ..twin.masked_check import difference, pruned_inputs_of
 from ..twin.tiny.tiny_model import TinyModel, randomise
 
 Outcome = Literal["works", "refused", "failed"]
@@ -238,7 +238,7 @@ def _attempt(
     if reason is None and not any(report.groups for report in hook.reports):
         return "refused", ""
     if reason is None:
-        inputs = inputs_left(case.model, pruned, tiny.inputs, tiny.recipe)
+        inputs = pruned_inputs_of(case.model, pruned, tiny.inputs, tiny.recipe)
         reason = save(pruned, inputs, folder, tiny.watched, tiny.recipe)
     return ("works", "") if reason is None else ("failed", _line(reason))
 

@@ -189,7 +189,7 @@ def _on_config_graph(
         # hook.steering rounds each group to what the class accepts
         "round_to": given.get("round_to") or 1,
     }
-    inputs.handed = {name: arguments[name] for name in NEEDED if name in arguments}
+    inputs.needed = {name: arguments[name] for name in NEEDED if name in arguments}
     return arguments
 
 

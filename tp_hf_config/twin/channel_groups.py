@@ -35,7 +35,7 @@ _Experiment = Callable[[TinyGroup, TinyModel], _Answer]
 
 
 def _once(experiment: _Experiment[_Answer]) -> _Experiment[_Answer]:
-    """Remember what an experiment finds of a group: every layer at full size asks for it."""
+    """Run an experiment once for each group: every layer at full size asks for its result."""
 
     @wraps(experiment)
     def remembered(group: TinyGroup, tiny: TinyModel) -> _Answer:
@@ -50,39 +50,39 @@ def _once(experiment: _Experiment[_Answer]) -> _Experiment[_Answer]:
 
 @_once
 def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
-    """Return the fields that are seen to count the channel groups of a group."""
+    """Return the fields that count the channel groups of a group, as experiments show."""
     numbers = tiny.field_map.values | tiny.field_map.silent
-    alike = [field for field, value in numbers.items() if value == group.channel_groups]
-    return [field for field in alike if field not in group.fields and _counts(field, group, tiny)]
+    equal = [field for field, value in numbers.items() if value == group.channel_groups]
+    return [field for field in equal if field not in group.fields and _counts(field, group, tiny)]
 
 
 @_once
-def places_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | None:
-    """Return the fields that are seen to count the places of all units that go alike.
+def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | None:
+    """Return the fields that count the parts in which a group holds its units.
 
-    One dimension of every head of Mamba 2 is a unit, in as many places as there are heads, or in
-    half as many in two channel groups: with another number of heads, units are in more places.
+    One dimension of every head of Mamba 2 is a unit, in as many parts as there are heads, or in
+    half as many in two channel groups: with more heads, units are in more parts.
 
     Returns:
         An empty list if none does: the number is the code's own (Swin's second stage is twice as
         wide as its first). ``None``: a field may count them, and the class takes no other value.
     """
-    places = gcd(*(dim.layout.parts for dim in group.dims)) * group.channel_groups
+    parts = gcd(*(dim.layout.parts for dim in group.dims)) * group.channel_groups
     field_map = tiny.field_map
     setting = [field_map.fields_of(dim.name, dim.dim) for dim in group.dims]
     relevant = field_map.count_fields().union(field_map.bound, *setting) - set(group.fields)
     numbers = field_map.values | field_map.silent
-    seen = {
-        field: _places(field, group, tiny)
+    results = {
+        field: _scales_parts(field, group, tiny)
         for field in sorted(relevant, key=str)
-        if numbers.get(field) == places
+        if numbers.get(field) == parts
     }
-    counting = [field for field, counts in seen.items() if counts]
-    return None if not counting and None in seen.values() else counting
+    counting = [field for field, scales in results.items() if scales]
+    return None if not counting and None in results.values() else counting
 
 
-def _places(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool | None:
-    """True if with twice or half of a field's value, units are in twice or half as many places.
+def _scales_parts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool | None:
+    """True if with twice or half of a field's value, units are in twice or half as many parts.
 
     The field changes alone, or with one that the class takes it only in proportion with. ``None``:
     no other value runs.
@@ -94,18 +94,18 @@ def _places(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool | None:
         changes = {path: factor * numbers[path] for path in (field, partner) if path in numbers}
         if any(value.denominator > 1 for value in changes.values()):
             continue
-        model = _with_others(tiny, {path: int(value) for path, value in changes.items()})
+        model = _rebuilt(tiny, {path: int(value) for path, value in changes.items()})
         if model is not None:
-            ran, dims = True, _multiplied(group, tiny, model, factor)
+            ran, dims = True, _dims_with_more_parts(group, tiny, model, factor)
             if dims is not None:
-                return _classes(group, tiny, model, dims) == group.channel_groups
+                return _channel_group_count(group, tiny, model, dims) == group.channel_groups
     return False if ran else None
 
 
-def _multiplied(
+def _dims_with_more_parts(
     group: TinyGroup, tiny: TinyModel, model: nn.Module, factor: Fraction
 ) -> list[TensorDim] | None:
-    """Return the tensor dims of a group in a build where units are in so many times the places.
+    """Return the tensor dims of a group in a build where units are in ``factor`` times the parts.
 
     ``None``: the sizes of that build do not fit.
     """
@@ -127,21 +127,18 @@ def _counts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool:
     One number is not enough: if the channel groups are a common multiple of this field and another
     (SqueezeBERT), this one may be the larger. False if no other number runs.
     """
-    others = [
-        n for n in range(1, group.units) if group.units % n == 0 and n != group.channel_groups
-    ]
     ran = False
-    for number in others:
-        model = _with_others(tiny, {field: number})
+    for number in (n for n in range(1, group.units) if group.units % n == 0):
+        model = _rebuilt(tiny, {field: number}) if number != group.channel_groups else None
         if model is None:
             continue
-        ran, dims = True, _moved(group, tiny, model)
-        if dims is None or _classes(group, tiny, model, dims) != number:
+        ran, dims = True, _dims_with_other_rest(group, tiny, model)
+        if dims is None or _channel_group_count(group, tiny, model, dims) != number:
             return False
     return ran
 
 
-def _classes(
+def _channel_group_count(
     group: TinyGroup, tiny: TinyModel, model: nn.Module, dims: list[TensorDim]
 ) -> int | None:
     """Return the number of channel groups in another build; None: no permutation is neutral."""
@@ -149,7 +146,7 @@ def _classes(
     return channel_groups_of(tiny.test(group.units, runs, model), dims)
 
 
-def _with_others(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | None:
+def _rebuilt(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | None:
     """Return the tiny model built with other values of some fields, and random weights.
 
     ``None``: it cannot be built, or does not run.
@@ -163,10 +160,12 @@ def _with_others(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module 
     return model if why_not(model, tiny.inputs, tiny.recipe) is None else None
 
 
-def _moved(group: TinyGroup, tiny: TinyModel, model: nn.Module) -> list[TensorDim] | None:
-    """Return the tensor dims of a group in another build, where the rest of them may be longer.
+def _dims_with_other_rest(
+    group: TinyGroup, tiny: TinyModel, model: nn.Module
+) -> list[TensorDim] | None:
+    """Return the tensor dims of a group in another build, in which other positions may be added.
 
-    The rest is what is not of its units. ``None``: the units themselves changed.
+    ``None``: the units themselves changed.
     """
     was, now = shapes(tiny.model), shapes(model)
     dims = []

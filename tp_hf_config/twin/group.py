@@ -1,4 +1,4 @@
-"""Groups of the tiny model: in layers that are alike, none may allow what another does not.
+"""The groups of a tiny model, made equal in layers that are alike.
 
 In a first layer all values may be equal (X-CLIP's messages between frames), so that the weights on
 them do not matter. Units seem interchangeable there that are not in the layers behind it.
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes
-from .layout import Places, TensorDim, UnitLayout
+from .layout import Places, TensorDim, UnitLayout, places_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def as_in_like_layers(groups: Sequence[TinyGroup]) -> list[TinyGroup]:
     """
     merged = list(groups)
     for kind in dict.fromkeys(map(_kind, groups)):
-        for parts in _apart(merged, kind):
+        for parts in _in_parts(merged, kind):
             dims = tuple(dim for group in parts for dim in group.dims)
             sources = tuple(source for group in parts for source in group.sources)
             most = max(group.channel_groups for group in parts)
@@ -96,14 +96,14 @@ def as_in_like_layers(groups: Sequence[TinyGroup]) -> list[TinyGroup]:
     for group in merged:
         kind = _kind(group)
         strictest[kind] = max(strictest.get(kind, 1), group.channel_groups)
-    channel_groups = [strictest[_kind(group)] for group in merged]
     return [
         replace(group, channel_groups=most) if most % group.channel_groups == 0 else group
-        for group, most in zip(merged, channel_groups, strict=True)
+        for group in merged
+        for most in (strictest[_kind(group)],)
     ]
 
 
-def _apart(groups: Sequence[TinyGroup], kind: _Kind) -> list[list[TinyGroup]]:
+def _in_parts(groups: Sequence[TinyGroup], kind: _Kind) -> list[list[TinyGroup]]:
     """Return, layer by layer, groups that have together what one group of another layer has."""
     layers: dict[tuple[str, ...], list[TinyGroup]] = {}
     for group in groups:
@@ -139,7 +139,7 @@ def all_alike(groups: tuple[TinyGroup, ...], finer: tuple[TinyGroup, ...]) -> tu
 def in_parts_alike(
     model: nn.Module, groups: Sequence[TinyGroup], unused: Sequence[TensorDim]
 ) -> tuple[list[TinyGroup], list[TensorDim]]:
-    """Put the tensor dims of unused parts into the groups that those of like parts are in.
+    """Add the tensor dims of unused parts to the groups that those of like parts are in.
 
     No token goes to most of NLLB-MoE's experts. Parts of one list that have the same class, tensors
     and settings compute the same from their weights, whether a token goes to them or not.
@@ -150,7 +150,7 @@ def in_parts_alike(
         unused: tensor dims that no output depends on.
 
     Returns:
-        The groups, and the tensor dims that are in no such part.
+        The groups, and the tensor dims that were added to none.
     """
     by_part: dict[str, list[TensorDim]] = {}
     for dim in unused:
@@ -159,14 +159,15 @@ def in_parts_alike(
     for part, dims in by_part.items():
         like = (
             other
-            for other in _beside(model, part)
-            if other not in by_part and _built(model, other) == _built(model, part)
+            for other in _parts_of_same_list(model, part)
+            if other not in by_part and _facts(model, other) == _facts(model, part)
         )
         added = (_as_in(merged, other, part, dims) for other in like)
         extended = next((candidate for candidate in added if candidate is not None), None)
-        merged, remaining = (
-            (merged, remaining + dims) if extended is None else (extended, remaining)
-        )
+        if extended is None:
+            remaining += dims
+        else:
+            merged = extended
     return merged, remaining
 
 
@@ -184,14 +185,14 @@ def _part_of_list(model: nn.Module, name: str) -> str:
     return ""
 
 
-def _beside(model: nn.Module, part: str) -> list[str]:
+def _parts_of_same_list(model: nn.Module, part: str) -> list[str]:
     """Return the names of all parts of the list that a part is in, with its own."""
     above = part.rpartition(".")[0]
     children = model.get_submodule(above).named_children() if part else ()
     return [f"{above}.{key}" for key, _ in children]
 
 
-def _built(model: nn.Module, part: str) -> list[object]:
+def _facts(model: nn.Module, part: str) -> list[object]:
     """Return what is equal for parts that compute the same: shapes, module types and settings."""
     plain = (bool, int, float, str, type(None))
     facts: list[object] = [sorted(shapes(model.get_submodule(part)).items())]
@@ -211,20 +212,20 @@ def _as_in(
     result: list[TinyGroup] = []
     placed: set[tuple[str, int]] = set()
     for group in groups:
-        inside = [
+        pairs = list(zip(group.dims, group.sources, strict=True))
+        added = [
             (replace(dim, name=f"{part}.{dim.name.removeprefix(f'{like}.')}"), source)
-            for dim, source in zip(group.dims, group.sources, strict=True)
+            for dim, source in pairs
             if dim.name.startswith(f"{like}.")
         ]
-        placed |= {(dim.name, dim.dim) for dim, _ in inside}
-        alone = len(inside) == len(group.dims)
-        own = [] if alone else list(zip(group.dims, group.sources, strict=True))
-        result += [group] if alone or not inside else []
-        if inside:
-            every = own + inside
-            sources = tuple(source for _, source in every)
-            result.append(replace(group, dims=tuple(dim for dim, _ in every), sources=sources))
-    return result if placed == {(dim.name, dim.dim) for dim in dims} else None
+        placed |= {dim.place for dim, _ in added}
+        if len(added) in (0, len(pairs)):
+            result.append(group)  # a group inside the like part stays, and the part gets its own
+            pairs = []
+        if added:
+            new_dims, sources = zip(*pairs, *added, strict=True)
+            result.append(replace(group, dims=new_dims, sources=sources))
+    return result if placed == places_of(dims) else None
 
 
 def _kind(group: TinyGroup) -> _Kind:

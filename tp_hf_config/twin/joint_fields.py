@@ -35,14 +35,14 @@ def whole_heads(field_map: FieldMap) -> Iterator[tuple[FieldPath, ...]]:
 
     No shape of BERT's layers depends on the number of heads. The width is the last field.
     """
-    tied: dict[FieldPath, set[FieldPath]] = {}
+    counts_of: dict[FieldPath, set[FieldPath]] = {}
     for (name, which), expression in field_map.expressions.items():
         if isinstance(which, str):
             weight = f"{name}.weight"
             widths = field_map.fields_of(weight, 0) | field_map.fields_of(weight, 1)
             for width in widths if not widths & expression.fields else ():
-                tied.setdefault(width, set()).update(expression.fields)
-    for width, counts in tied.items():
+                counts_of.setdefault(width, set()).update(expression.fields)
+    for width, counts in counts_of.items():
         several = {field for field in counts if field_map.values[field] > 1}  # a single head stays
         yield (*sorted(several or counts, key=str), width)
 
@@ -75,10 +75,10 @@ def equal_together(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tupl
         field_map: the field map of the class.
         failed: the fields that cannot be pruned alone.
     """
-    alike: dict[int, list[FieldPath]] = {}
+    by_value: dict[int, list[FieldPath]] = {}
     for field in sorted(failed, key=str):
         if field_map.moves_shapes(field):
-            alike.setdefault(field_map.values[field], []).append(field)
+            by_value.setdefault(field_map.values[field], []).append(field)
 
     @cache
     def runs(fields: tuple[FieldPath, ...]) -> bool:
@@ -96,7 +96,7 @@ def equal_together(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tupl
             for model in builds
         )
 
-    for size, paths in product((3, 4), alike.values()):
+    for size, paths in product((3, 4), by_value.values()):
         for fields in combinations(paths, size):
             if runs(fields) and not any(map(runs, combinations(fields, size - 1))):
                 yield fields
@@ -126,20 +126,20 @@ def heads_with_width(
             if value % field_map.values[field] == 0
         }
         for field in sorted(whole, key=str):
-            among = [
+            divisors = [
                 other
                 for other in counts - {field}
                 if not field_map.values[field] % field_map.values[other]
             ]
-            yield (*sorted(among, key=str), field, width)
-            if among:
+            yield (*sorted(divisors, key=str), field, width)
+            if divisors:
                 yield field, width
 
 
 def proportional(field_map: FieldMap) -> list[tuple[FieldPath, ...]]:
     """Return the pairs of fields that the class takes only in proportion, most units first."""
     pairs = {
-        tuple(sorted((field, other), key=lambda one: (field_map.values[one], str(one))))
+        tuple(sorted((field, other), key=lambda path: (field_map.values[path], str(path))))
         for field, others in field_map.bound.items()
         for other in others
         if {field, other} <= field_map.values.keys()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,10 +44,8 @@ class UnitLayout:
         per_block = units // self.blocks
         per_part = per_block * self.run + self.gap
         unit = torch.arange(units)
-        block, place = unit // per_block, unit % per_block
-        start = self.offset + block * self.parts * per_part + place * self.run
-        within = (torch.arange(self.parts) * per_part)[:, None] + torch.arange(self.run)
-        return start[:, None] + within.flatten()
+        start = unit // per_block * self.parts * per_part + unit % per_block * self.run
+        return start[:, None] + torch.tensor(self.positions(0, units))
 
     def permuted(self, units: int, order: Sequence[int]) -> Tensor:
         """Return, for every position, the position that its value had before units were reordered.
@@ -61,9 +59,16 @@ class UnitLayout:
         table = self.table(units)
         return table[list(order)].flatten()[table.flatten().argsort()]
 
-    def grouped(self, size: int) -> UnitLayout:
-        """Return the layout of larger units, of ``size`` neighbouring units each."""
-        return replace(self, run=self.run * size)
+    @property
+    def is_plain(self) -> bool:
+        """True for one block without offset and gaps."""
+        return self == UnitLayout(self.parts, self.run)
+
+
+def share_positions(layouts: Iterable[tuple[UnitLayout, int]]) -> bool:
+    """True if two units take the same position; each layout comes with its number of units."""
+    positions = torch.cat([layout.table(units).flatten() for layout, units in layouts])
+    return bool(positions.bincount().max() > 1)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,16 @@ class TensorDim:
     dim: int
     layout: UnitLayout = UnitLayout()
 
+    @property
+    def layer(self) -> str:
+        """The name of the layer that holds the parameter."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The parameter and the dimension, without the layout."""
+        return self.name, self.dim
+
 
 Places = frozenset[tuple[str, int]]
 """Tensor dims without layouts: the names of parameters, with a dimension each."""
@@ -87,4 +102,4 @@ Places = frozenset[tuple[str, int]]
 
 def places_of(dims: Collection[TensorDim]) -> Places:
     """Return tensor dims without their layouts."""
-    return frozenset((dim.name, dim.dim) for dim in dims)
+    return frozenset(dim.place for dim in dims)

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
-import torch
-
 from ..fieldmap.unit_shares import Share
 from ..forward.head_splits import heads_of
-from .layout import TensorDim, UnitLayout
+from .layout import TensorDim, UnitLayout, share_positions
 from .tiny.tiny_model import TinyModel
 
 
@@ -47,14 +45,12 @@ def layouts_of(
         if n > 1 or block == 1
     ]
     may_hold = [_may_hold(tiny, name, piece, share) for piece in range(len(pieces))]
-    as_cut = _as_cut(pieces, may_hold, width * units, share.rest)
-    return sorted(
-        (
-            (0 if (layout.parts, layout.offset, layout.gap) in as_cut else 1 + score, layout)
-            for score, layout in ranked
-        ),
-        key=lambda one: one[0],
-    )
+    likeliest = _filling_pieces(pieces, may_hold, width * units, share.rest)
+    scored = [
+        (0 if (layout.parts, layout.offset, layout.gap) in likeliest else 1 + score, layout)
+        for score, layout in ranked
+    ]
+    return sorted(scored, key=lambda pair: pair[0])
 
 
 def _may_hold(tiny: TinyModel, name: str, piece: int, share: Share) -> bool:
@@ -67,14 +63,14 @@ def _may_hold(tiny: TinyModel, name: str, piece: int, share: Share) -> bool:
     return share.field is None or not fields or share.field in fields
 
 
-def _as_cut(
-    pieces: Sequence[int], mine: Sequence[bool], size: int, rest: int
+def _filling_pieces(
+    pieces: Sequence[int], may_hold: Sequence[bool], size: int, rest: int
 ) -> set[tuple[int, int, int]]:
     """Return the layouts whose units fill neighbouring pieces of equal size of a layer's output.
 
     Args:
         pieces: the size of every piece.
-        mine: for every piece, True if it may hold the units.
+        may_hold: for every piece, True if it may hold the units.
         size: how many positions the units take.
         rest: how many positions belong to something else.
 
@@ -84,9 +80,8 @@ def _as_cut(
     layouts: set[tuple[int, int, int]] = set()
     for start, end in combinations(range(len(pieces) + 1), 2):
         window, offset = pieces[start:end], sum(pieces[:start])
-        if not all(mine[start:end]):
-            continue
-        if sum(window) == size and len(set(window)) == 1 and offset in (0, rest):
+        fills = sum(window) == size and len(set(window)) == 1 and offset in (0, rest)
+        if fills and all(may_hold[start:end]):
             layouts.add((len(window), offset, 0))
     return layouts
 
@@ -99,11 +94,11 @@ def _between(rest: int, parts: int, heads: bool) -> list[tuple[int, int]]:
     """
     if not rest:
         return [(0, 0)]
-    apart = [(0, 0), (rest, 0)]
+    outside = [(0, 0), (rest, 0)]
     if parts == 1 or rest % parts:
-        return apart
+        return outside
     inside = [(0, rest // parts), (rest // parts, rest // parts)]
-    return inside + apart if heads else apart + inside
+    return inside + outside if heads else outside + inside
 
 
 def likely_first(
@@ -120,12 +115,12 @@ def likely_first(
         if not rest:
             yield from [()] * (total == 0)
             return
-        for unlikely, layout in rest[0]:
-            if unlikely <= total:
-                for others in adding_up(total - unlikely, rest[1:]):
+        for score, layout in rest[0]:
+            if score <= total:
+                for others in adding_up(total - score, rest[1:]):
                     yield (layout, *others)
 
-    for total in range(sum(max(unlikely for unlikely, _ in layouts) for layouts in choices) + 1):
+    for total in range(sum(max(score for score, _ in layouts) for layouts in choices) + 1):
         yield from adding_up(total, choices)
 
 
@@ -136,12 +131,8 @@ def overlap(dims: Iterable[TensorDim], units: int) -> bool:
         dims: tensor dims; one that is there in several layouts holds several widths.
         units: how many units each of them has.
     """
-    taken: dict[tuple[str, int], set[UnitLayout]] = {}
+    by_place: dict[tuple[str, int], set[UnitLayout]] = {}
     for dim in dims:
-        taken.setdefault((dim.name, dim.dim), set()).add(dim.layout)
-    for layouts in taken.values():
-        if len(layouts) > 1:
-            positions = torch.cat([layout.table(units).flatten() for layout in layouts]).tolist()
-            if len(set(positions)) < len(positions):
-                return True
-    return False
+        by_place.setdefault(dim.place, set()).add(dim.layout)
+    several = (layouts for layouts in by_place.values() if len(layouts) > 1)
+    return any(share_positions((layout, units) for layout in layouts) for layouts in several)

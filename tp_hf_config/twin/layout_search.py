@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, permutations
 from math import gcd
 
@@ -26,7 +26,7 @@ Sources = dict[TensorDim, FieldPath | None]
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Layouts that were tried, and what the twin test found.
+    """Layouts that were tried, and what the twin test shows of them.
 
     Attributes:
         sources: the tensor dims in these layouts.
@@ -39,7 +39,7 @@ class _Attempt:
     chosen: tuple[UnitLayout, ...] = ()
 
     @property
-    def apart(self) -> Places:
+    def told_apart(self) -> Places:
         """Return the tensor dims in which units are told apart."""
         return places_of(self.links.unequal)
 
@@ -53,7 +53,7 @@ def searched(
     test: TwinTest,
     styles: Mapping[Style, Sequence[TensorDim]],
     strides: Mapping[int, Collection[int]],
-    alone: Sequence[Sequence[TensorDim]] = (),
+    single_field_groups: Sequence[Sequence[TensorDim]] = (),
     apart_alone: Places = frozenset(),
     split: Collection[str] = (),
 ) -> tuple[Sources, tuple[Sources, Links]]:
@@ -62,10 +62,10 @@ def searched(
     The search tries, until units are told apart nowhere:
 
     1. likely layouts of all styles together;
-    2. whole heads in the groups of ``alone`` that have a layer in ``split``;
+    2. whole heads in ``single_field_groups`` that have a layer in ``split``;
     3. runs of one length in all styles;
     4. from the best attempt, other layouts for one style at a time, where units are told apart;
-    5. if there are groups of ``alone``, another layout for a single tensor dim;
+    5. if there are ``single_field_groups``, another layout for a single tensor dim;
     6. the layouts that ``strides`` name, then mixtures of two attempts, each where the other fails.
 
     Units of joint fields that are told apart wherever units of a single one are (``apart_alone``)
@@ -75,7 +75,7 @@ def searched(
         test: the twin test of the width.
         styles: the tensor dims of each style; their own layouts do not count.
         strides: number of positions of a unit -> in how many parts they may stand.
-        alone: the tensor dims of each group that one of the fields sets alone.
+        single_field_groups: the tensor dims of each group that one of the fields sets alone.
         apart_alone: the tensor dims in which units of each of the fields alone are told apart.
         split: the parameters of layers whose output is split into heads.
 
@@ -85,11 +85,11 @@ def searched(
     search = _Search(test, styles)
     search.likely_together()
     best = search.best()
-    if best.failures and not (apart_alone and best.apart >= apart_alone):
-        if not search.whole_heads(alone, split) and not search.runs_together():
+    if best.failures and not (apart_alone and best.told_apart >= apart_alone):
+        if not search.whole_heads(single_field_groups, split) and not search.runs_together():
             search.style_by_style()
         best = search.best()
-        if best.failures and alone and search.one_otherwise():
+        if best.failures and single_field_groups and search.one_dim_changed():
             best = search.best()
         elif best.failures:
             best = search.strided(strides) or best
@@ -113,7 +113,7 @@ class _Search:
 
     def best(self) -> _Attempt:
         """Return the first of the attempts with the fewest failures."""
-        return min(self.tried, key=lambda one: one.failures)
+        return min(self.tried, key=lambda attempt: attempt.failures)
 
     def likely_together(self) -> None:
         """Try likely layouts of all styles together, until an attempt fits."""
@@ -126,62 +126,65 @@ class _Search:
 
         This finds heads that no run without data came to (JetMoE's, behind experts).
         """
-        plain = [{one.run: one for one in some if _is_plain(one)} for some in self.options]
-        runs = sorted({run for some in plain for run in some if run > 1}, reverse=True)
-        several = [
-            tuple(some[max(n for n in some if run % n == 0)] for some in plain)
-            for run in runs
-            if all(any(run % n == 0 for n in some) for some in plain)
+        by_run = [
+            {layout.run: layout for layout in layouts if layout.is_plain}
+            for layouts in self.options
         ]
-        asked = {one.chosen for one in self.tried}
-        new = [chosen for chosen in dict.fromkeys(several) if chosen not in asked]
+        runs = sorted({run for plain in by_run for run in plain if run > 1}, reverse=True)
+        choices = [
+            tuple(plain[max(n for n in plain if run % n == 0)] for plain in by_run)
+            for run in runs
+            if all(any(run % n == 0 for n in plain) for plain in by_run)
+        ]
+        tried = {attempt.chosen for attempt in self.tried}
+        new = [chosen for chosen in dict.fromkeys(choices) if chosen not in tried]
         return any(self._fits(chosen) for chosen in new[:_MOST_RUNS])
 
-    def one_otherwise(self) -> bool:
+    def one_dim_changed(self) -> bool:
         """True if an attempt fits in which one tensor dim, alone in its style, has another layout.
 
         All others have the likeliest. The attention maps of all layers side by side (ESM's
         contacts) are such a dim, beside heads in runs.
         """
-        asked = {attempt.chosen for attempt in self.tried}
-        first = self.tried[0].chosen
-        several = [
-            (*first[:place], layout, *first[place + 1 :])
-            for place, alike in enumerate(self.styles.values())
-            for layout in (self.options[place][:_MAX_LAYOUTS] if len(alike) == 1 else ())
-        ]
-        return any(self._fits(chosen) for chosen in several if chosen not in asked)
+        return any(
+            self._fits(chosen)
+            for style, dims in enumerate(self.styles.values())
+            if len(dims) == 1
+            for chosen in self._with_another_layout(self.tried[0], style)
+        )
+
+    def _with_another_layout(
+        self, attempt: _Attempt, style: int
+    ) -> Iterator[tuple[UnitLayout, ...]]:
+        """Yield an attempt's layouts with other ones for the style of this index; none is tried."""
+        tried = {other.chosen for other in self.tried}
+        for layout in self.options[style][:_MAX_LAYOUTS]:
+            chosen = (*attempt.chosen[:style], layout, *attempt.chosen[style + 1 :])
+            if chosen not in tried:
+                yield chosen
 
     def style_by_style(self) -> None:
         """From the best attempt, try other layouts of one style at a time, while that helps."""
         better = True
         while better:
-            now = self.best()
-            for chosen in self._others(now):
+            start = self.best()
+            for chosen in self._one_style_changed(start):
                 self._fits(chosen)
-                if self._in_vain() >= _MAX_IN_VAIN:
+                if len(self.tried) - 1 - self.tried.index(self.best()) >= _MAX_IN_VAIN:
                     return
-            least = self.best().failures
-            better = 0 < least < now.failures and len(self.tried) < 4 * _MAX_LAYOUTS
+            fewest = self.best().failures
+            better = 0 < fewest < start.failures and len(self.tried) < 4 * _MAX_LAYOUTS
 
-    def _others(self, now: _Attempt) -> Iterator[tuple[UnitLayout, ...]]:
+    def _one_style_changed(self, start: _Attempt) -> Iterator[tuple[UnitLayout, ...]]:
         """Yield an attempt's layouts, with another for one style in which units are told apart.
 
         After a style that made a better attempt, no other follows.
         """
-        asked = {attempt.chosen for attempt in self.tried}
-        for place, alike in enumerate(self.styles.values()):
-            if self.best().failures < now.failures:
+        for style, dims in enumerate(self.styles.values()):
+            if self.best().failures < start.failures:
                 break
-            if any((dim.name, dim.dim) in now.apart for dim in alike):
-                for layout in self.options[place][:_MAX_LAYOUTS]:
-                    chosen = (*now.chosen[:place], layout, *now.chosen[place + 1 :])
-                    if chosen not in asked:
-                        yield chosen
-
-    def _in_vain(self) -> int:
-        """Return how many attempts there were since the best."""
-        return len(self.tried) - 1 - self.tried.index(self.best())
+            if not start.told_apart.isdisjoint(places_of(dims)):
+                yield from self._with_another_layout(start, style)
 
     def strided(self, strides: Mapping[int, Collection[int]]) -> _Attempt | None:
         """Try layouts with strides, and mixtures; return the best attempt if it fits, else None."""
@@ -197,23 +200,23 @@ class _Search:
             return None
         return self.tried[-1] if self._tries(_no_more_than_needed(best, likely)) else best
 
-    def whole_heads(self, alone: Sequence[Sequence[TensorDim]], split: Collection[str]) -> bool:
+    def whole_heads(self, groups: Sequence[Sequence[TensorDim]], split: Collection[str]) -> bool:
         """True if runs fit in groups whose layers are split into heads, others as they are alone.
 
         Every stage of Swin has another number of heads. There, units of its attention stand in
         fewer parts and longer runs than those of the stream beside it.
 
         Args:
-            alone: the tensor dims of each group that one of the fields sets alone.
+            groups: the tensor dims of each group that one of the fields sets alone.
             split: the parameters of layers whose output is split into heads.
         """
-        heads = [group for group in alone if any(d.name in split and d.dim == 0 for d in group)]
-        if not heads or not all(_is_plain(dim.layout) for group in alone for dim in group):
+        head_groups = [g for g in groups if any(d.name in split and d.dim == 0 for d in g)]
+        if not head_groups or not all(dim.layout.is_plain for group in groups for dim in group):
             return False
-        parts = {(dim.name, dim.dim): dim.layout.parts for group in alone for dim in group}
-        for group in heads:
+        parts = {dim.place: dim.layout.parts for group in groups for dim in group}
+        for group in head_groups:
             common = gcd(*(dim.layout.parts for dim in group))
-            parts |= {(dim.name, dim.dim): dim.layout.parts // common for dim in group}
+            parts |= {dim.place: dim.layout.parts // common for dim in group}
         likely = _sources(self.styles, [options[0] for options in self.options])
         before = len(self.tried)
         if self._tries(_in_parts(likely, parts, self.test)):
@@ -247,36 +250,31 @@ def in_other_layouts(
         sources: the layouts to start from.
         places: tensor dims; only styles that have one of them get another layout.
     """
-    for style, alike in styles.items():
-        (layouts, source), own_places = style, places_of(alike)
+    for style, dims in styles.items():
+        (layouts, source), own_places = style, places_of(dims)
         if not own_places & places:
             continue
-        beside = {
+        other_styles = {
             dim: field
             for dim, field in sources.items()
-            if (dim.name, dim.dim) not in own_places or field != source
+            if dim.place not in own_places or field != source
         }
         for _, layout in layouts[:_MAX_LAYOUTS]:
-            trial = beside | _sources({style: alike}, [layout])
+            trial = other_styles | _sources({style: dims}, [layout])
             if trial != sources and not overlap(trial, test.units):
                 links = test.links(list(trial))
                 if not links.unequal:
                     yield trial, links
 
 
-def _is_plain(layout: UnitLayout) -> bool:
-    """True if a layout is one block without offset and gaps."""
-    return layout == UnitLayout(layout.parts, layout.run)
-
-
 def _in_parts(likely: Sources, parts: Mapping[tuple[str, int], int], test: TwinTest) -> Sources:
     """Return the likeliest layouts, but with another number of parts where ``parts`` has one."""
     sources: Sources = {}
     for dim, field in likely.items():
-        several = parts.get((dim.name, dim.dim))
-        if several is not None:
+        count = parts.get(dim.place)
+        if count is not None:
             size = test.parameters[dim.name].shape[dim.dim]
-            dim = TensorDim(dim.name, dim.dim, UnitLayout(several, size // (test.units * several)))
+            dim = replace(dim, layout=UnitLayout(count, size // (test.units * count)))
         sources[dim] = field
     return sources
 
@@ -293,14 +291,14 @@ def _strided(
         options: the possible layouts of each style, the likeliest first.
         strides: number of positions of a unit -> in how many parts they may stand.
     """
-    for size, several in strides.items():
-        for parts in several:
-            layouts = [
-                UnitLayout(parts * (every[0].parts * every[0].run) // size, size // parts)
-                for every in options
+    for size, part_counts in strides.items():
+        for parts in part_counts:
+            strided = [
+                UnitLayout(parts * (layouts[0].parts * layouts[0].run) // size, size // parts)
+                for layouts in options
             ]
-            pairs = zip(layouts, options, strict=True)
-            yield tuple(layout if layout in every else every[0] for layout, every in pairs)
+            pairs = zip(strided, options, strict=True)
+            yield tuple(layout if layout in layouts else layouts[0] for layout, layouts in pairs)
 
 
 def _mixed(tried: Sequence[_Attempt]) -> Iterator[Sources]:
@@ -309,40 +307,39 @@ def _mixed(tried: Sequence[_Attempt]) -> Iterator[Sources]:
     A width may set the channels of a stream, of which every group of a convolution holds one, and
     beside it heads, which are runs.
     """
-    for one, other in permutations(sorted(tried, key=lambda one: one.failures), 2):
-        mixed = _with_layouts_of(other, one, one.apart) if not one.apart & other.apart else {}
-        if mixed and mixed not in (one.sources, other.sources):
-            yield mixed
+    best_first = sorted(tried, key=lambda attempt: attempt.failures)
+    for attempt, other in permutations(best_first, 2):
+        if attempt.told_apart.isdisjoint(other.told_apart):
+            mixed = _with_layouts_of(other, attempt, attempt.told_apart)
+            if mixed and mixed not in (attempt.sources, other.sources):
+                yield mixed
 
 
-def _no_more_than_needed(found: _Attempt, likely: _Attempt) -> Sources:
-    """Return the layouts found, but the likelier ones in groups where those tell no units apart."""
-    places = [{(dim.name, dim.dim) for dim in group} for group in found.links.groups]
-    fine = [group for group in places if not group & likely.apart]
-    return _with_layouts_of(likely, found, set().union(*fine))
+def _no_more_than_needed(best: _Attempt, likely: _Attempt) -> Sources:
+    """Return the best layouts, but the likelier ones in groups where those tell no units apart."""
+    places = map(places_of, best.links.groups)
+    fine = [group for group in places if group.isdisjoint(likely.told_apart)]
+    return _with_layouts_of(likely, best, frozenset().union(*fine))
 
 
-def _with_layouts_of(
-    other: _Attempt, one: _Attempt, places: Collection[tuple[str, int]]
-) -> Sources:
-    """Return the layouts of one attempt, with those of another in some places.
+def _with_layouts_of(other: _Attempt, attempt: _Attempt, places: Places) -> Sources:
+    """Return the layouts of an attempt, with those of another in some places.
 
     An unobserved tensor dim goes with dimension 0 of its layer.
     """
     layers = {name.rpartition(".")[0] for name, dim in places if dim == 0}
-    silent = {(dim.name, dim.dim) for dim in one.links.silent}
-    places = {*places} | {place for place in silent if place[0].rpartition(".")[0] in layers}
-    theirs = {(dim.name, dim.dim, field): dim for dim, field in other.sources.items()}
+    places |= places_of([dim for dim in attempt.links.unobserved if dim.layer in layers])
+    others = {(dim.place, field): dim for dim, field in other.sources.items()}
     return {
-        theirs[dim.name, dim.dim, field] if (dim.name, dim.dim) in places else dim: field
-        for dim, field in one.sources.items()
+        others[dim.place, field] if dim.place in places else dim: field
+        for dim, field in attempt.sources.items()
     }
 
 
 def _sources(styles: Mapping[Style, Sequence[TensorDim]], chosen: Sequence[UnitLayout]) -> Sources:
     """Return the tensor dims with one layout for each style, and the fields that set them."""
     return {
-        TensorDim(dim.name, dim.dim, layout): field
-        for layout, ((_, field), alike) in zip(chosen, styles.items(), strict=True)
-        for dim in alike
+        replace(dim, layout=layout): field
+        for layout, ((_, field), dims) in zip(chosen, styles.items(), strict=True)
+        for dim in dims
     }

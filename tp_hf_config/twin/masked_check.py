@@ -12,7 +12,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,10 @@ from ..forward.observed_pass import Result, outputs_in_float64, warm_up
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Refusal
 from ..model.tensors import saved_buffers, stacks
-from .width_scalars import AsNarrow, Side, SizesRead, Width, as_written, take_scales
+from .width_scalars import AsNarrow, CutDim, DualWidth, SizesRead, as_written, take_scales
 
-Kept = dict[str, tuple[Side, ...]]
-"""The positions that are left of every tensor: its name, and one ``Side`` for each dimension."""
+Kept = dict[str, tuple[CutDim, ...]]
+"""The name of every tensor -> one ``CutDim`` for each dimension."""
 EXACT = 1e-9
 """Largest relative difference at which two float64 outputs count as the same."""
 _NEVER = -1e9
@@ -38,7 +40,7 @@ _PROJECTIONS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 def difference(
     original: nn.Module,
     pruned: nn.Module,
-    fresh: nn.Module,
+    reference_build: nn.Module,
     inputs: Mapping[str, Any],
     watched: Sequence[Result] = (),
     recipe: RunRecipe = PLAIN,
@@ -50,8 +52,8 @@ def difference(
     Args:
         original: the model before pruning, every weight random, in float64 and eval mode.
         pruned: the model after pruning.
-        fresh: the reference build: the class built anew from the pruned model's config. Its weights
-            may have any values; its scales count.
+        reference_build: the class built anew from the pruned model's config. Its weights may have
+            any values; its scales count.
         inputs: keyword arguments of one forward pass of the original.
         watched: intermediate results that are compared like outputs.
         recipe: how the class is run.
@@ -63,7 +65,7 @@ def difference(
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
         return kept.reason
-    pruned_inputs = _left_of(inputs, original, kept, recipe)
+    pruned_inputs = _cut_inputs(inputs, original, kept, recipe)
     warm_up(pruned, pruned_inputs, watched, recipe)
     with torch.no_grad(), as_written(pruned), SizesRead() as sizes_read:
         actual = outputs_in_float64(pruned, pruned_inputs, watched, recipe)
@@ -72,21 +74,24 @@ def difference(
     warmed_up = _copied(original)
     with torch.no_grad():
         outputs_in_float64(warmed_up, inputs, recipe=recipe)
-        outputs_in_float64(fresh, pruned_inputs, recipe=recipe)
+        outputs_in_float64(reference_build, pruned_inputs, recipe=recipe)
 
-    def masked(surroundings: AbstractContextManager[Any]) -> list[Tensor]:
-        reference = _masked(warmed_up, fresh, kept)
-        with torch.no_grad(), _closed(reference, kept), surroundings:
-            return outputs_in_float64(reference, inputs, watched, recipe)
+    def masked_outputs(surroundings: AbstractContextManager[Any]) -> list[Tensor]:
+        masked = copy.deepcopy(warmed_up)
+        take_scales(masked, reference_build)
+        _mask(masked, kept)
+        _norms_over_kept(masked, kept)
+        with torch.no_grad(), _without_removed_experts(masked, kept), surroundings:
+            return outputs_in_float64(masked, inputs, watched, recipe)
 
-    reason = _compared(masked(nullcontext()), actual, kept)
+    reason = _first_difference(masked_outputs(nullcontext()), actual, kept)
     if reason is None:
         return None
     # the pass itself may make a scale from the head dim, which then is in no attribute
-    narrow = AsNarrow(sizes_read.sizes, (side for sides in kept.values() for side in sides))
+    narrow = AsNarrow(sizes_read.sizes, chain.from_iterable(kept.values()))
     with as_written(original):
-        outputs = masked(narrow)
-    return None if _compared(outputs, actual, kept) is None else reason
+        outputs = masked_outputs(narrow)
+    return None if _first_difference(outputs, actual, kept) is None else reason
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -96,20 +101,13 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in nonleaves})
 
 
-def _masked(original: nn.Module, fresh: nn.Module, kept: Kept) -> nn.Module:
-    """Return a copy of the original with removed units masked and scales taken from ``fresh``."""
-    reference = copy.deepcopy(original)
-    take_scales(reference, fresh)
-    _mask(reference, kept)
-    _norms_over_kept(reference, kept)
-    return reference
-
-
-def _compared(expected: Sequence[Tensor], got: Sequence[Tensor], kept: Kept) -> str | None:
+def _first_difference(
+    expected: Sequence[Tensor], actual: Sequence[Tensor], kept: Kept
+) -> str | None:
     """Return where an output first differs from the masked original, or None if nowhere."""
-    if len(expected) != len(got):
-        return f"{len(got)} outputs, the original has {len(expected)}"
-    for number, (full, value) in enumerate(zip(expected, got, strict=True)):
+    if len(expected) != len(actual):
+        return f"{len(actual)} outputs, the original has {len(expected)}"
+    for number, (full, value) in enumerate(zip(expected, actual, strict=True)):
         aligned = _aligned(full, value, kept)
         if isinstance(aligned, Refusal):
             return f"output {number}: {aligned.reason}"
@@ -127,25 +125,25 @@ def kept_positions(original: nn.Module, pruned: nn.Module) -> Kept | Refusal:
         return Refusal(f"other tensors: {', '.join(sorted(before.keys() ^ after.keys())[:3])}")
     kept: Kept = {}
     for name, value in before.items():
-        sides = kept_along(value, after[name])
-        if isinstance(sides, Refusal):
-            return Refusal(f"{name} holds {sides.reason}")
-        kept[name] = sides
+        cut_dims = cut_dims_of(value, after[name])
+        if isinstance(cut_dims, Refusal):
+            return Refusal(f"{name} holds {cut_dims.reason}")
+        kept[name] = cut_dims
     return kept
 
 
-def inputs_left(
+def pruned_inputs_of(
     original: nn.Module, pruned: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe
 ) -> dict[str, Any] | Refusal:
-    """Return the inputs of a pruned model: those of the original, less what it does not read.
+    """Return the inputs of a pruned model: those of the original, without removed channels.
 
     Only encoder states lose channels. A ``Refusal`` says why the kept positions cannot be told.
     """
     kept = kept_positions(original, pruned)
-    return kept if isinstance(kept, Refusal) else _left_of(inputs, original, kept, recipe)
+    return kept if isinstance(kept, Refusal) else _cut_inputs(inputs, original, kept, recipe)
 
 
-def _left_of(
+def _cut_inputs(
     inputs: Mapping[str, Any], original: nn.Module, kept: Kept, recipe: RunRecipe
 ) -> dict[str, Any]:
     """Return the inputs, with encoder states cut to the channels that their reader kept."""
@@ -153,159 +151,144 @@ def _left_of(
     states = states_in(original, inputs, recipe.states)
     if states_input is None:
         return dict(inputs)
-    index = kept[states_input.reader][states_input.dim].left
+    index = kept[states_input.reader][states_input.dim].kept
     return {**inputs, **{name: value.index_select(AXIS, index) for name, value in states.items()}}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and saved buffer by its name, detached."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    return {name: value.detach() for name, value in {**named, **saved_buffers(model)}.items()}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | saved_buffers(model)
+    return {name: value.detach() for name, value in tensors.items()}
 
 
-def kept_along(before: Tensor, after: Tensor) -> tuple[Side, ...] | Refusal:
-    """Return which positions of a tensor of random values are left, found by value.
+def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
+    """Return which positions of a tensor of random values pruning kept, told by the values.
 
     Returns:
-        One ``Side`` for each dimension; or a ``Refusal`` if ``after`` is not ``before`` at some of
-        its positions along each dimension, in their order.
+        One ``CutDim`` for each dimension; or a ``Refusal`` if ``after`` is not a selection from
+        ``before`` along each dimension, in the same order.
     """
     if before.shape == after.shape:
         if not torch.equal(before, after):
             return Refusal("other values than before")
-        return tuple(Side(size, torch.arange(size)) for size in before.shape)
+        return tuple(CutDim(size, torch.arange(size)) for size in before.shape)
     if before.ndim != after.ndim:
         return Refusal("other dimensions than before")
-    if not before.numel():  # an empty tensor (no such tokens): nothing tells which are left
+    if not before.numel():  # an empty tensor (no such tokens): nothing tells which are kept
         sizes = zip(before.shape, after.shape, strict=True)
-        return tuple(Side(size, torch.arange(remaining)) for size, remaining in sizes)
+        return tuple(CutDim(size, torch.arange(new_size)) for size, new_size in sizes)
     values, order = before.flatten().sort()
-    unique = torch.ones(len(values), dtype=torch.bool)
-    unique[1:] &= values[1:] != values[:-1]
-    unique[:-1] &= values[1:] != values[:-1]
+    differs = F.pad(values[1:] != values[:-1], (1, 1), value=True)  # from the value before
+    unique = differs[1:] & differs[:-1]
     where = torch.searchsorted(values, after.flatten()).clamp(max=len(values) - 1)
     if not torch.equal(values[where], after.flatten()):
         return Refusal("values that the original has not")
-    places = torch.stack(torch.unravel_index(order[where], before.shape))
-    sure = unique[where].view(after.shape)
-    result: list[Side] = []
+    positions = torch.unravel_index(order[where], before.shape)
+    certain = unique[where].view(after.shape)
+    cut_dims: list[CutDim] = []
     expected = before
     for dim, size in enumerate(after.shape):
-        rows = places[dim].view(after.shape).movedim(dim, 0).reshape(size, -1)
-        sure_rows = sure.movedim(dim, 0).reshape(size, -1)
-        remaining = torch.stack([row[k][0] for row, k in zip(rows, sure_rows, strict=True)])
-        if not bool((remaining.diff() > 0).all()):
+        rows = positions[dim].view(after.shape).movedim(dim, 0).reshape(size, -1)
+        certain_rows = certain.movedim(dim, 0).reshape(size, -1)
+        kept = torch.stack([row[sure][0] for row, sure in zip(rows, certain_rows, strict=True)])
+        if not bool((kept.diff() > 0).all()):
             return Refusal("channels in another order")
-        expected = expected.index_select(dim, remaining)
-        result.append(Side(before.shape[dim], remaining))
-    return tuple(result) if torch.equal(expected, after) else Refusal("channels of mixed origin")
+        expected = expected.index_select(dim, kept)
+        cut_dims.append(CutDim(before.shape[dim], kept))
+    return tuple(cut_dims) if torch.equal(expected, after) else Refusal("channels of mixed origin")
 
 
 def _mask(model: nn.Module, kept: Kept) -> None:
     """Set everything of the removed units to zero, in place."""
     with torch.no_grad():
         for name, value in _tensors(model).items():
-            for dim, side in enumerate(kept[name]):
-                if side.cut:
-                    value.index_fill_(dim, side.gone, 0.0)
+            for axis, dim in enumerate(kept[name]):
+                if dim.cut:
+                    value.index_fill_(axis, dim.removed, 0.0)
 
 
-def _vectors(module: nn.Module) -> bool:
-    """True if a module is a norm or a scale: all of its parameters are vectors of its channels."""
+def _is_norm_or_scale(module: nn.Module) -> bool:
+    """True if all parameters of a module are vectors of its channels, and it is no projection."""
     own = list(module.parameters(recurse=False))
-    whole = len(own) == len(list(module.parameters()))
-    statistics = any(buffer.numel() > 1 for buffer in saved_buffers(module).values())
-    plain = isinstance(module, _PROJECTIONS) or statistics
-    return (
-        bool(own) and whole and not plain and all(p.ndim and p.numel() == max(p.shape) for p in own)
-    )
+    if not own or len(own) < len(list(module.parameters())) or isinstance(module, _PROJECTIONS):
+        return False
+    has_statistics = any(buffer.numel() > 1 for buffer in saved_buffers(module).values())
+    return not has_statistics and all(p.ndim and p.numel() == max(p.shape) for p in own)
 
 
 def _norms_over_kept(model: nn.Module, kept: Kept) -> None:
     """Make norms run over the kept channels only and return zeros elsewhere, in place."""
     for name, module in model.named_modules():
-        if _vectors(module):
-            sides = [
-                side
-                for key, _ in module.named_parameters()
-                for side in kept[f"{name}.{key}" if name else key]
-            ]
-            cut = [side for side in sides if side.cut]
-            if not cut:
-                continue
-            size, remaining = cut[0]
-            narrow = _narrow(module, remaining)
+        if _is_norm_or_scale(module):
+            keys = [f"{name}.{key}" if name else key for key, _ in module.named_parameters()]
+            cut = next((dim for key in keys for dim in kept[key] if dim.cut), None)
+            if cut is not None:
+                module.forward = _over_some_channels(_narrow(module, cut.kept), cut)
         elif "norm" in type(module).__name__.lower() and not list(module.parameters()):
-            size, remaining, narrow = 0, None, copy.deepcopy(module)
-        else:
-            continue
-        module.forward = _over(narrow, size, remaining)
+            module.forward = _over_some_channels(copy.deepcopy(module), None)
 
 
-def _narrow(module: nn.Module, left: Tensor) -> nn.Module:
+def _narrow(module: nn.Module, positions: Tensor) -> nn.Module:
     """Return a copy of a norm or scale whose vectors have the kept channels only."""
     narrow = copy.deepcopy(module)
     for key, parameter in narrow._parameters.items():
         if parameter is not None and parameter.numel() > 1:
             dim = max(range(parameter.ndim), key=lambda d: parameter.shape[d])
-            narrow._parameters[key] = nn.Parameter(parameter.detach().index_select(dim, left))
+            narrow._parameters[key] = nn.Parameter(parameter.detach().index_select(dim, positions))
     for part in narrow.modules():  # Moonshine's scale holds a norm without weights
         if hasattr(part, "normalized_shape"):
-            setattr(part, "normalized_shape", (len(left),))
+            setattr(part, "normalized_shape", (len(positions),))
     for key, value in vars(narrow).items():  # a group norm with one group for each channel
-        if isinstance(value, Width):
+        if isinstance(value, DualWidth):
             setattr(narrow, key, value.new)
     return narrow
 
 
-def _over(narrow: nn.Module, size: int, left: Tensor | None) -> Callable[..., Any]:
+def _over_some_channels(narrow: nn.Module, channels: CutDim | None) -> Callable[..., Any]:
     """Return a forward pass that runs a module over some channels and gives zeros elsewhere.
 
     Args:
         narrow: the module, as wide as the kept channels.
-        size: how many channels there were before pruning; 0 if ``left`` is None.
-        left: positions of the kept channels; ``None``: those that are not zero everywhere.
+        channels: its channels; ``None``: those that are not zero everywhere are kept.
     """
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Any:
-        places = left
-        axis = -1
-        if places is None:
-            places = (x != 0).flatten(0, -2).any(0).nonzero().view(-1)
+        if channels is None:
+            axis, kept = -1, (x != 0).flatten(0, -2).any(0).nonzero().view(-1)
             if hasattr(narrow, "normalized_shape"):  # a norm without weights (OLMo's)
-                setattr(narrow, "normalized_shape", (len(places),))
+                setattr(narrow, "normalized_shape", (len(kept),))
         else:
-            axis = _axis(x, Side(size, places))
+            axis, kept = _channel_axis(x, channels), channels.kept
         width = _long(x, axis)
 
         def cut(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.ndim < 2 or value.ndim <= axis:
                 return value
-            return value.index_select(axis, places) if _long(value, axis) == width else value
+            return value.index_select(axis, kept) if _long(value, axis) == width else value
 
-        def whole(result: Any) -> Any:
-            if not isinstance(result, Tensor) or _long(result, axis) != len(places):
+        def with_zeros(result: Any) -> Any:
+            if not isinstance(result, Tensor) or _long(result, axis) != len(kept):
                 return result  # it has no axis of channels
             narrow_last = result.movedim(axis, -1)
-            full = F.pad(torch.zeros_like(narrow_last), (0, width - len(places)))
-            return full.index_copy(-1, places, narrow_last).movedim(-1, axis)
+            full = F.pad(torch.zeros_like(narrow_last), (0, width - len(kept)))
+            return full.index_copy(-1, kept, narrow_last).movedim(-1, axis)
 
         result = narrow(
             cut(x), *map(cut, others), **{key: cut(value) for key, value in named.items()}
         )
-        return tuple(map(whole, result)) if type(result) is tuple else whole(result)
+        return tuple(map(with_zeros, result)) if type(result) is tuple else with_zeros(result)
 
     return forward
 
 
-def _axis(x: Tensor, side: Side) -> int:
+def _channel_axis(x: Tensor, channels: CutDim) -> int:
     """Return the axis along which channels stand: the last, 1 (ConvNeXt), or another (heads).
 
     If several axes are as long, return the one along which the removed channels are zero.
     """
     axes = (-1, 1, *range(2, x.ndim - 1)) if x.ndim > 1 else ()
-    fitting = [axis for axis in axes if _long(x, axis) == side.size]
-    masked = (axis for axis in fitting if not bool(x.index_select(axis, side.gone).any()))
+    fitting = [axis for axis in axes if _long(x, axis) == channels.size]
+    masked = (axis for axis in fitting if not bool(x.index_select(axis, channels.removed).any()))
     return next(masked, fitting[0] if fitting else 1)
 
 
@@ -315,37 +298,34 @@ def _long(x: Tensor, axis: int) -> int:
 
 
 @contextmanager
-def _closed(model: nn.Module, kept: Kept) -> Iterator[None]:
+def _without_removed_experts(model: nn.Module, kept: Kept) -> Iterator[None]:
     """Keep routers from choosing removed stacked experts in this context: they score ``_NEVER``."""
     tensors = _tensors(model)
-    lost = [
+    cut_stacks = [
         (name.rpartition(".")[0].rpartition(".")[0], kept[name][0])
         for name in tensors
         if stacks(model, name) and kept[name][0].cut
     ]
-    weights: dict[int, Tensor] = {}
-    for layer, experts in lost:
+    removed_by_weight: dict[int, Tensor] = {}
+    for layer, experts in cut_stacks:
         for name, value in tensors.items():
             inside = name.startswith(f"{layer}.") or not layer
             if not inside or value.ndim not in (1, 2) or kept[name][0].size != experts.size:
                 continue
-            if torch.equal(kept[name][0].left, experts.left):
+            if torch.equal(kept[name][0].kept, experts.kept):
                 if value.ndim == 1:
                     with torch.no_grad():
-                        value.index_fill_(0, experts.gone, _NEVER)
-                weights[value.data_ptr()] = experts.gone
+                        value.index_fill_(0, experts.removed, _NEVER)
+                removed_by_weight[value.data_ptr()] = experts.removed
     plain = F.linear
 
     def linear(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
         out = plain(x, weight, *rest, **named)
-        gone = weights.get(weight.data_ptr()) if weight.ndim == 2 else None
-        return out if gone is None else out.index_fill(-1, gone, _NEVER)
+        removed = removed_by_weight.get(weight.data_ptr()) if weight.ndim == 2 else None
+        return out if removed is None else out.index_fill(-1, removed, _NEVER)
 
-    F.linear = linear  # type: ignore[assignment]
-    try:
+    with patch.object(F, "linear", linear):
         yield
-    finally:
-        F.linear = plain
 
 
 def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | Refusal:
@@ -360,24 +340,23 @@ def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] |
     """
     if full.ndim != value.ndim:
         return Refusal(f"shape {list(value.shape)}, the original's has {list(full.shape)}")
-    axes = [n for n in range(full.ndim) if full.shape[n] != value.shape[n]]
     pairs = [(full, value)]
-    for axis in axes:
-        pairs = [one for pair in pairs for one in _cut_alike(*pair, axis, kept)]
-    fitting = [(one, other) for one, other in pairs if one.shape == other.shape]
+    for axis in range(full.ndim):
+        if full.shape[axis] != value.shape[axis]:
+            pairs = [shorter for pair in pairs for shorter in _cut_alike(*pair, axis, kept)]
+    fitting = [pair for pair in pairs if pair[0].shape == pair[1].shape]
     if not fitting:
         return Refusal(f"shape {list(value.shape)}, unmasked in the original {list(full.shape)}")
     return min(fitting, key=lambda pair: float((pair[0] - pair[1]).norm()))
 
 
 def _cut_alike(full: Tensor, value: Tensor, axis: int, kept: Kept) -> list[tuple[Tensor, Tensor]]:
-    """Return both outputs with one axis cut: like each ``Side`` of its sizes, and to non-zeros."""
+    """Return both outputs with one axis cut: as each tensor dim of its sizes, and to non-zeros."""
     sizes = (full.shape[axis], value.shape[axis])
     choices = {
-        tuple(side.left.tolist()): side.left
-        for sides in kept.values()
-        for side in sides
-        if (side.size, len(side.left)) == sizes
+        tuple(dim.kept.tolist()): dim.kept
+        for dim in chain.from_iterable(kept.values())
+        if (dim.size, len(dim.kept)) == sizes
     }
     cut = [(full.index_select(axis, positions), value) for positions in choices.values()]
     dense = [

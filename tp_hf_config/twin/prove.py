@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from ..errors import listed
 from ..model.config_json import FieldPath
 from .group import Finding, TinyGroup, as_in_like_layers, in_parts_alike
-from .layout import TensorDim, UnitLayout, places_of
+from .layout import TensorDim, places_of
 from .twin_test import Links, TwinTest
 
 
@@ -105,8 +106,8 @@ def second_look(
     if not still_doubted or channel_groups_of(test, still_doubted) is None:
         return finding
     settled = [group for group in links.groups if not {*group} & {*still_doubted}]
-    silent = [dim for dim in links.silent if dim not in still_doubted]
-    joined = Links((*settled, tuple(still_doubted)), links.unequal, tuple(silent))
+    unobserved = tuple(dim for dim in links.unobserved if dim not in still_doubted)
+    joined = Links((*settled, tuple(still_doubted)), links.unequal, unobserved)
     return proved(test, sources, fields, joined)
 
 
@@ -121,9 +122,9 @@ def _members(test: TwinTest, links: Links) -> tuple[list[list[TensorDim]], list[
         if homes[0] is not None and all(home is homes[0] for home in homes):
             homes[0].extend(vectors)
             members = others
-    for silent in links.silent:
-        group = _copied(test, silent, members) or companion(silent, members)
-        (unplaced if group is None else group).append(silent)
+    for dim in links.unobserved:
+        group = _group_of_copy(test, dim, members) or companion(dim, members)
+        (unplaced if group is None else group).append(dim)
     return members, unplaced
 
 
@@ -131,8 +132,8 @@ def _doubted(test: TwinTest, links: Links) -> list[TensorDim]:
     """Return the tensor dims in doubt: of unproved groups, and unobserved ones if any is used."""
     members, unplaced = _members(test, links)
     unproved = (group for group in members if channel_groups_of(test, group) is None)
-    silent = [] if test.unused(dim.name for dim in unplaced) else unplaced
-    return list(dict.fromkeys(dim for group in (*unproved, silent) for dim in group))
+    used = [] if test.unused(dim.name for dim in unplaced) else unplaced
+    return list(dict.fromkeys(chain(*unproved, used)))
 
 
 def _stream(test: TwinTest, unused: Sequence[TensorDim], groups: Sequence[TinyGroup]) -> int | None:
@@ -146,21 +147,22 @@ def _stream(test: TwinTest, unused: Sequence[TensorDim], groups: Sequence[TinyGr
     ``shared`` is not), a layer that no code reads may go with any. It goes with the first that has
     a tensor of its shape.
     """
-    sizes = {dim.layout for dim in unused}
-    whole = all(_fills(test.parameters[dim.name], dim, test.units) for dim in unused)
-    plain = len(sizes) == 1 and whole
+    layouts = {dim.layout for dim in unused}
     streams = [
-        place
-        for place, group in enumerate(groups)
+        number
+        for number, group in enumerate(groups)
         if group.channel_groups == 1
-        and any(d.layout in sizes and _is_vector_alone(test.model, d.name) for d in group.dims)
+        and any(d.layout in layouts and _is_in_norm(test.model, d) for d in group.dims)
     ]
-    vectors = all(_is_of_vectors(test, dim) for dim in unused)
-    if len(streams) > 1 and all(is_unread(test.model, _layer(dim)) for dim in unused):
+    if len(streams) > 1 and all(is_unread(test.model, dim.layer) for dim in unused):
         shapes = _shapes(test, unused)
-        streams = [place for place in streams if shapes <= _shapes(test, groups[place].dims)][:1]
-    alone = len(streams) == 1 and plain and vectors and test.unused(dim.name for dim in unused)
-    return streams[0] if alone else None
+        streams = [number for number in streams if shapes <= _shapes(test, groups[number].dims)][:1]
+    fits = (
+        len(streams) == len(layouts) == 1
+        and all(_fills(test, dim) and _is_of_vectors(test, dim) for dim in unused)
+        and test.unused(dim.name for dim in unused)
+    )
+    return streams[0] if fits else None
 
 
 def _shapes(test: TwinTest, dims: Sequence[TensorDim]) -> set[tuple[int, torch.Size]]:
@@ -168,57 +170,46 @@ def _shapes(test: TwinTest, dims: Sequence[TensorDim]) -> set[tuple[int, torch.S
     return {(dim.dim, test.parameters[dim.name].shape) for dim in dims}
 
 
-def _layer(dim: TensorDim) -> str:
-    """Return the name of the layer that a tensor dim is in."""
-    return dim.name.rpartition(".")[0]
-
-
 def _is_of_vectors(test: TwinTest, dim: TensorDim) -> bool:
     """True if a parameter is empty or a vector along this dim, or of a layer that no code reads."""
     parameter = test.parameters[dim.name]
     vector = parameter.numel() in (0, max(parameter.shape))
-    return vector or is_unread(test.model, _layer(dim))
+    return vector or is_unread(test.model, dim.layer)
 
 
-def _fills(parameter: torch.Tensor, dim: TensorDim, units: int) -> bool:
+def _fills(test: TwinTest, dim: TensorDim) -> bool:
     """True if units fill a dimension, in one block without offset and gaps."""
-    layout = UnitLayout(dim.layout.parts, dim.layout.run)
-    return dim.layout == layout and len(layout.table(units).flatten()) == parameter.shape[dim.dim]
+    size = test.units * dim.layout.parts * dim.layout.run
+    return dim.layout.is_plain and size == test.parameters[dim.name].shape[dim.dim]
 
 
-def _is_vector_alone(model: torch.nn.Module, name: str) -> bool:
+def _is_in_norm(model: nn.Module, dim: TensorDim) -> bool:
     """True if a parameter is of a norm or a scale: its module's own parameters are all vectors."""
-    beside = list(model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False))
-    return bool(beside) and all(parameter.ndim == 1 for parameter in beside)
+    own = list(model.get_submodule(dim.layer).parameters(recurse=False))
+    return bool(own) and all(parameter.ndim == 1 for parameter in own)
 
 
-def companion(silent: TensorDim, groups: Sequence[list[TensorDim]]) -> list[TensorDim] | None:
+def companion(unobserved: TensorDim, groups: Sequence[list[TensorDim]]) -> list[TensorDim] | None:
     """Return the group with the outputs of the layer of an unobserved tensor dim, or None."""
-    layer = silent.name.rpartition(".")[0]
-    for group in groups:
-        for dim in group:
-            beside = dim.name.rpartition(".")[0] == layer
-            if beside and dim.dim == 0 and dim.layout == silent.layout:
-                return group
-    return None
+    output = (unobserved.layer, 0, unobserved.layout)
+    return next((g for g in groups if any((d.layer, d.dim, d.layout) == output for d in g)), None)
 
 
-def _copied(
-    test: TwinTest, silent: TensorDim, groups: Sequence[list[TensorDim]]
+def _group_of_copy(
+    test: TwinTest, unobserved: TensorDim, groups: Sequence[list[TensorDim]]
 ) -> list[TensorDim] | None:
     """Return the group with the same dimension of a like tensor in the same layer, or None.
 
     A like tensor has the same shape: I-BERT keeps integers for every weight, which are only read
     once it is quantised.
     """
-    layer, shape = silent.name.rpartition(".")[0], test.parameters[silent.name].shape
-    for group in groups:
-        for dim in group:
-            beside = dim.name.rpartition(".")[0] == layer and dim.name != silent.name
-            same = replace(dim, name=silent.name) == silent
-            if beside and same and test.parameters[dim.name].shape == shape:
-                return group
-    return None
+
+    def is_copy(dim: TensorDim) -> bool:
+        same = dim != unobserved == replace(dim, name=unobserved.name)
+        shapes = [test.parameters[name].shape for name in (dim.name, unobserved.name)]
+        return same and dim.layer == unobserved.layer and shapes[0] == shapes[1]
+
+    return next((group for group in groups if any(map(is_copy, group))), None)
 
 
 def channel_groups_of(test: TwinTest, dims: Sequence[TensorDim]) -> int | None:
@@ -248,12 +239,12 @@ def order_of(units: int, channel_groups: int, swap: bool) -> Iterator[int]:
     generator = torch.Generator().manual_seed(units)
     for start in range(0, units, size):
         if swap:
-            places = list(range(size))
+            order = list(range(size))
             if start == 0:
-                places[0], places[-1] = places[-1], places[0]
+                order[0], order[-1] = order[-1], order[0]
         else:
-            places = torch.randperm(size, generator=generator).tolist()
-        yield from (start + place for place in places)
+            order = torch.randperm(size, generator=generator).tolist()
+        yield from (start + unit for unit in order)
 
 
 _MAKERS = ("__init__",)

@@ -2,8 +2,8 @@
 
 A permutation shows that units are interchangeable, but not that the class counts them in this way:
 with as many heads as dimensions in a head, one dimension of every head looks like one head. So the
-class is built from the smaller config with the weights that are left. It has to equal the original
-with the removed units at zero.
+class is built from the smaller config with the weights of the units that stay. It has to equal the
+original with the removed units at zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..forward.observed_pass import outputs_in_float64
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import compute_unsaved, saved_buffers, select
-from .masked_check import EXACT, difference, inputs_left
+from .masked_check import EXACT, difference, pruned_inputs_of
+from .width_scalars import CutDim
 
 if TYPE_CHECKING:
     from .group import Finding, TinyGroup
@@ -43,111 +44,101 @@ def rehearse(tiny: TinyModel, finding: Finding) -> str | None:
     """
     name = " and ".join(map(field_name, finding.fields))
     original = _tensors(tiny.model)
-    blind, refused = 0, ""
-    for smaller, groups in _cuts(tiny, finding):
-        fresh = tiny.field_map.builder.build_real(tiny.field_map.config_at(smaller))
-        if isinstance(fresh, Refusal):
-            refused = f": {fresh.reason}"
+    blind_cuts, refusal = 0, ""
+    for values, staying in _cuts(tiny, finding):
+        smaller = tiny.field_map.builder.build_real(tiny.field_map.config_at(values))
+        if isinstance(smaller, Refusal):
+            refusal = f": {smaller.reason}"
             continue
-        fresh.tie_weights()  # type: ignore[operator]
-        added = min(_tensors(fresh).keys() - original.keys(), default=None)
+        smaller.tie_weights()  # type: ignore[operator]
+        added = min(_tensors(smaller).keys() - original.keys(), default=None)
         if added is not None:  # Jamba's layers with a single expert have no experts
-            refused = f": it builds {added} then"
+            refusal = f": it builds {added} then"
             continue
-        reason = _carried(fresh, original, groups) or _wrong(tiny, fresh)
+        reason = _copy_staying(smaller, original, staying) or _why_different(tiny, smaller)
         if reason is not None:
             return f"with less of {name} the class computes something else than is left: {reason}"
-        if _shows(tiny, fresh):
+        if _changes_output(tiny, smaller):
             return None
-        blind += 1  # only padding of a sound may be left: other cuts may show more
-        if blind == _BLIND_CUTS:
+        blind_cuts += 1  # only padding of a sound may be left: other cuts may show more
+        if blind_cuts == _BLIND_CUTS:
             break
-    if blind:
+    if blind_cuts:
         return f"less of {name} changes no output, so that nothing shows what is left"
-    return f"less of {name} cannot be built in the tiny model, so that nothing shows it{refused}"
+    return f"less of {name} cannot be built in the tiny model, so that nothing shows it{refusal}"
 
 
-def _wrong(tiny: TinyModel, fresh: nn.Module) -> str | None:
+def _why_different(tiny: TinyModel, smaller: nn.Module) -> str | None:
     """Return why a smaller build fails the masked check or does not run, or None if it passes."""
     try:
-        return difference(tiny.model, fresh, fresh, tiny.inputs, tiny.watched, tiny.recipe)
+        return difference(tiny.model, smaller, smaller, tiny.inputs, tiny.watched, tiny.recipe)
     except Exception as error:  # a class may stop with any exception
         return f"it does not run then: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _shows(tiny: TinyModel, fresh: nn.Module) -> bool:
+def _changes_output(tiny: TinyModel, smaller: nn.Module) -> bool:
     """True if a cut changes any output. If it changes none, equal outputs prove nothing."""
-    inputs = inputs_left(tiny.model, fresh, tiny.inputs, tiny.recipe)
+    inputs = pruned_inputs_of(tiny.model, smaller, tiny.inputs, tiny.recipe)
     if isinstance(inputs, Refusal):
         return True
     with torch.no_grad():
         before = outputs_in_float64(tiny.model, tiny.inputs, tiny.watched, tiny.recipe)
-        after = outputs_in_float64(fresh, inputs, tiny.watched, tiny.recipe)
+        after = outputs_in_float64(smaller, inputs, tiny.watched, tiny.recipe)
     return any(
-        one.shape != two.shape or bool((one - two).norm() > EXACT * one.norm())
-        for one, two in zip(before, after, strict=True)
+        old.shape != new.shape or bool((old - new).norm() > EXACT * old.norm())
+        for old, new in zip(before, after, strict=True)
     )
 
 
-_Left = list[tuple["TinyGroup", Tensor]]
+_Staying = list[tuple["TinyGroup", Tensor]]
 """Groups, each with the units that stay."""
 
 
-def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[tuple[dict[FieldPath, int], _Left]]:
+def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[tuple[dict[FieldPath, int], _Staying]]:
     """Yield smaller values of a width's fields, nearest to half first, with the units that stay.
 
     Every channel group loses the same number of units.
     """
     values, units = tiny.field_map.values, units_of(tiny.field_map, finding.fields)
-    for units_left in sorted(range(finding.minimum, units), key=lambda n: abs(2 * n - units)):
-        if all(
-            units_left * group.per_field_unit % group.channel_groups == 0
-            for group in finding.groups
-        ):
-            smaller = {field: values[field] // units * units_left for field in finding.fields}
-            yield (
-                smaller,
-                [
-                    (group, _staying(group, units_left * group.per_field_unit))
-                    for group in finding.groups
-                ],
-            )
+    for count in sorted(range(finding.minimum, units), key=lambda n: abs(2 * n - units)):
+        counts = [(group, count * group.per_field_unit) for group in finding.groups]
+        if all(number % group.channel_groups == 0 for group, number in counts):
+            smaller = {field: values[field] // units * count for field in finding.fields}
+            yield smaller, [(group, _random_units(group, number)) for group, number in counts]
 
 
-def _staying(group: TinyGroup, left: int) -> Tensor:
-    """Return the ``left`` units that stay: as many of every channel group, at random places."""
-    generator = torch.Generator().manual_seed(left)
-    size = group.units // group.channel_groups
-    starts = range(0, group.units, size)
+def _random_units(group: TinyGroup, count: int) -> Tensor:
+    """Return random units of a group in rising order, as many of every channel group."""
+    generator = torch.Generator().manual_seed(count)
+    size, per_channel_group = group.units // group.channel_groups, count // group.channel_groups
     chosen = [
-        start + torch.randperm(size, generator=generator)[: left // group.channel_groups]
-        for start in starts
+        start + torch.randperm(size, generator=generator)[:per_channel_group]
+        for start in range(0, group.units, size)
     ]
     return torch.cat(chosen).sort().values
 
 
-def _carried(fresh: nn.Module, original: dict[str, Tensor], groups: _Left) -> str | None:
-    """Copy what is left of the original into a smaller build; return why that fails, or None."""
+def _copy_staying(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> str | None:
+    """Copy the units that stay into a smaller build; return why that fails, or None."""
     masks: dict[str, dict[int, Tensor]] = {}
     for group, staying in groups:
-        gone = torch.ones(group.units, dtype=torch.bool)
-        gone[staying] = False
+        removed = CutDim(group.units, staying).removed
         for dim in (dim for dim in group.dims if dim.name in original):  # not encoder states
             size = original[dim.name].shape[dim.dim]
             mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
-            mask[dim.layout.table(group.units)[gone].flatten()] = False
-    computed = compute_unsaved(fresh)
+            mask[dim.layout.table(group.units)[removed].flatten()] = False
+    computed = compute_unsaved(smaller)
     with torch.no_grad():
-        for name, value in _tensors(fresh).items():
+        for name, value in _tensors(smaller).items():
             kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
-            remaining = select(original[name], kept) if kept else original[name]
-            if remaining.shape != value.shape:
-                return f"{name} has {list(remaining.shape)}, the class builds {list(value.shape)}"
-            if name in computed and not torch.equal(remaining, value):
+            cut = select(original[name], kept) if kept else original[name]
+            if cut.shape != value.shape:
+                return f"{name} has {list(cut.shape)}, the class builds {list(value.shape)}"
+            if name in computed and not torch.equal(cut, value):
                 return (
                     f"{name} is not saved, and computed anew from the config it holds other values"
                 )
-            value.copy_(remaining)
+            value.copy_(cut)
     return None
 
 

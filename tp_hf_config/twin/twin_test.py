@@ -26,7 +26,7 @@ from .layout import TensorDim, UnitLayout
 
 _EQUAL = 1e-9
 """Largest relative difference at which two float64 results count as the same."""
-_SILENT = 1e-12
+_NO_GRADIENT = 1e-12
 """Smaller gradients count as none."""
 _ROUNDING = 1e-15
 """The share of the largest gradient that rounding alone may leave of another."""
@@ -34,17 +34,17 @@ _ROUNDING = 1e-15
 
 @dataclass(frozen=True)
 class Links:
-    """What the twin test found.
+    """What a twin test shows.
 
     Attributes:
         groups: tensor dims that belong together.
         unequal: tensor dims in which the two units are told apart.
-        silent: unobserved tensor dims: they have no gradient, so where they belong cannot be seen.
+        unobserved: tensor dims without a gradient, so that where they belong cannot be seen.
     """
 
     groups: tuple[tuple[TensorDim, ...], ...]
     unequal: tuple[TensorDim, ...]
-    silent: tuple[TensorDim, ...]
+    unobserved: tuple[TensorDim, ...]
 
 
 class TwinTest:
@@ -98,8 +98,8 @@ class TwinTest:
         """Make two units twins and disturb one tensor dim after another; return what is linked.
 
         A unit can be hidden for these inputs (a dead ReLU), so up to ``pairs`` pairs of units are
-        tried until every tensor dim was seen. One disturbance mostly shows the whole group. Where
-        twins are told apart before that, there are no groups.
+        tried until every tensor dim was observed. One disturbance mostly shows the whole group.
+        Where twins are told apart before that, there are no groups.
 
         Args:
             dims: the tensor dims of the width.
@@ -107,28 +107,25 @@ class TwinTest:
             doubted: tensor dims that are disturbed with every pair, even if their group is known.
         """
         groups: list[set[TensorDim]] = []
-        hidden = list(dims)
-        silent = list(dims)
+        hidden = unobserved = list(dims)
         for first in range(0, min(2 * pairs, self.units - 1), 2):
             second = first + 1
             with self._restored(dims):
                 self._make_twins(dims, first, second)
                 grads = self._gradients(dims, first, second)
-                observed, unequal = self._seen(dims, grads, first, second)
-                silent = [dim for dim in silent if dim not in observed]
+                observed, unequal = self._observed(dims, grads, first, second)
+                unobserved = [dim for dim in unobserved if dim not in observed]
                 if unequal:
-                    return Links((), tuple(unequal), tuple(silent))
+                    return Links((), tuple(unequal), tuple(unobserved))
                 settled = {dim for group in groups for dim in group} - {*hidden, *doubted}
                 hidden = [d for d in hidden if d in observed and self._is_dead(grads, d, first)]
-                asked = [dim for dim in observed if dim not in settled]
-                for group in self._components(asked, observed, first, second, doubted):
-                    joined = [other for other in groups if other & group]
-                    groups = [other for other in groups if not other & group]
-                    groups.append(group.union(*joined))
+                unsettled = [dim for dim in observed if dim not in settled]
+                for group in self._components(unsettled, observed, first, second, doubted):
+                    groups = _merged(groups, group)
             if not hidden and not doubted:
                 break
         ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
-        return Links(tuple(ordered), (), tuple(silent))
+        return Links(tuple(ordered), (), tuple(unobserved))
 
     def alike(self, dims: Sequence[TensorDim], channel_groups: int) -> bool:
         """True if none of these tensor dims tells the first and last unit of a channel group apart.
@@ -140,14 +137,14 @@ class TwinTest:
         with self._restored(dims):
             self._make_twins(dims, first, second)
             grads = self._gradients(dims, first, second)
-            return not self._seen(dims, grads, first, second)[1]
+            return not self._observed(dims, grads, first, second)[1]
 
     def _make_twins(self, dims: Sequence[TensorDim], first: int, second: int) -> None:
         """Give one unit the weights of another in every tensor dim, in place."""
         for dim in dims:
             data = self.parameters[dim.name].data
             source, target = self._positions(dim, first, second)
-            data.index_copy_(dim.dim, target, data.index_select(dim.dim, source).clone())
+            data.index_copy_(dim.dim, target, data.index_select(dim.dim, source))
 
     def _is_dead(self, grads: dict[str, Tensor | None], dim: TensorDim, unit: int) -> bool:
         """True if a tensor dim has a gradient that is zero for this unit."""
@@ -159,27 +156,28 @@ class TwinTest:
         """True if an output has an axis that may hold the units of the width."""
         return any(size in self.axes for output in self._outward for size in output.shape)
 
-    def multiples(self, held: Collection[int] = ()) -> set[int]:
+    def multiples(self, per_unit: Collection[int] = ()) -> set[int]:
         """Return how often the width goes into the last axis of an output, if several times.
 
         Args:
-            held: how often it goes into tensor dims. Other axes of outputs can be as long too: maps
-                of features have their channels before height and width.
+            per_unit: how often it goes into tensor dims. Other axes of outputs can be as long too:
+                maps of features have their channels before height and width.
         """
         sizes = {output.shape[-1] for output in self._outward if output.ndim}
-        sizes |= {n for output in self._outward for n in output.shape if n // self.units in held}
+        lengths = {size for output in self._outward for size in output.shape}
+        sizes |= {size for size in lengths if size // self.units in per_unit}
         return {size // self.units for size in sizes if size and size % self.units == 0} - {0, 1}
 
     def unused(self, names: Iterable[str]) -> bool:
         """True if the outputs depend on none of these parameters, whatever their values are."""
-        asked = [self.parameters[name] for name in names if self.parameters[name].numel()]
-        if not all(parameter.requires_grad for parameter in asked):
+        parameters = [self.parameters[name] for name in names if self.parameters[name].numel()]
+        if not all(parameter.requires_grad for parameter in parameters):
             return False  # buffers have no gradient
         outputs = self.outputs()
-        if not asked or not outputs:
+        if not parameters or not outputs:
             return True
         total = torch.stack([output.sum() for output in outputs]).sum()
-        grads = torch.autograd.grad(total, asked, allow_unused=True)
+        grads = torch.autograd.grad(total, parameters, allow_unused=True)
         return all(grad is None for grad in grads)
 
     def permutation_error(self, dims: Sequence[TensorDim], order: Sequence[int]) -> float:
@@ -197,13 +195,10 @@ class TwinTest:
         """
         with self._restored(dims), torch.no_grad():
             for dim in dims:
-                parameter = self.parameters[dim.name].data
-                table = dim.layout.table(self.units).to(parameter.device)
-                parameter.index_copy_(
-                    dim.dim,
-                    table.flatten(),
-                    parameter.index_select(dim.dim, table[list(order)].flatten()).clone(),
-                )
+                data = self.parameters[dim.name].data
+                table = dim.layout.table(self.units).to(data.device)
+                reordered = data.index_select(dim.dim, table[list(order)].flatten())
+                data.index_copy_(dim.dim, table.flatten(), reordered)
             changed = self.outputs()
         axes = self._axes(dims)
         return max(
@@ -249,52 +244,44 @@ class TwinTest:
 
     def _components(
         self,
-        asked: Sequence[TensorDim],
+        unsettled: Sequence[TensorDim],
         dims: list[TensorDim],
         first: int,
         second: int,
         doubted: Collection[TensorDim],
     ) -> list[set[TensorDim]]:
-        """Return the groups of linked tensor dims that those asked for are in.
+        """Return groups of linked tensor dims: those that unsettled ones are in.
 
         Args:
-            asked: the tensor dims to disturb, unless they are linked with one before.
+            unsettled: the tensor dims to disturb, unless they are linked with one before.
             dims: all tensor dims that may be linked with them.
             first: one twin.
             second: the other twin.
-            doubted: those of ``asked`` that are disturbed in any case.
+            doubted: those of ``unsettled`` that are disturbed in any case.
         """
         groups: list[set[TensorDim]] = []
-        for dim in asked:
-            if dim not in doubted and any(dim in group for group in groups):
-                continue
-            linked = {dim, *self._disturbed(dim, dims, first, second)}
-            joined = [group for group in groups if group & linked]
-            groups = [group for group in groups if not group & linked]
-            groups.append(linked.union(*joined))
+        for dim in unsettled:
+            if dim in doubted or not any(dim in group for group in groups):
+                linked = {dim, *self._disturbed(dim, dims, first, second)}
+                groups = _merged(groups, linked)
         return groups
 
     def _disturbed(
         self, dim: TensorDim, dims: list[TensorDim], first: int, second: int
     ) -> list[TensorDim]:
         """Return the tensor dims that tell the twins apart once one has noise in ``dim``."""
-        parameter = self.parameters[dim.name]
-        source, _ = self._positions(dim, first, second)
-        before = parameter.data.clone()
+        data = self.parameters[dim.name].data
+        (positions,) = self._positions(dim, first)
         generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(
-            parameter.index_select(dim.dim, source).shape, generator=generator, dtype=torch.float64
-        ).to(parameter.device)
+        shape = data.index_select(dim.dim, positions).shape
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(data.device)
         for other in dims:
             if other.name == dim.name and other.dim != dim.dim:
                 one, two = self._positions(other, first, second)
-                noise.index_copy_(other.dim, two, noise.index_select(other.dim, one).clone())
-        parameter.data.index_add_(dim.dim, source, noise)
-        try:
-            grads = self._gradients(dims, first, second)
-            return self._unequal(dims, grads, first, second)
-        finally:
-            parameter.data.copy_(before)
+                noise.index_copy_(other.dim, two, noise.index_select(other.dim, one))
+        with self._restored([dim]):
+            data.index_add_(dim.dim, positions, noise)
+            return self._unequal(dims, self._gradients(dims, first, second), first, second)
 
     def _gradients(
         self, dims: Sequence[TensorDim], first: int, second: int
@@ -318,8 +305,8 @@ class TwinTest:
         weights = self._weights(output.shape)
         for axis, size in enumerate(output.shape):
             if size in axes:
-                alike = self._alike(size, first, second, axes[size])
-                weights = weights.index_select(axis + 1, alike)
+                tied = self._tied_positions(size, first, second, axes[size])
+                weights = weights.index_select(axis + 1, tied)
         weights = weights.to(output.device)
         return (output * weights[0] + output * output * weights[1]).sum()
 
@@ -330,7 +317,9 @@ class TwinTest:
             self._random[shape] = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
         return self._random[shape]
 
-    def _alike(self, size: int, first: int, second: int, layouts: Sequence[UnitLayout]) -> Tensor:
+    def _tied_positions(
+        self, size: int, first: int, second: int, layouts: Sequence[UnitLayout]
+    ) -> Tensor:
         """Return for each position of an output axis the one whose weight in the loss it takes.
 
         Positions of twins have the same weight. If the axis can hold the units in several layouts,
@@ -340,14 +329,13 @@ class TwinTest:
             (layout.positions(first, self.units), layout.positions(second, self.units))
             for layout in layouts
         ]
-        alike = torch.arange(size)
+        tied = torch.arange(size)
         for _ in pairs:
             for one, two in pairs:
-                least = torch.minimum(alike[one], alike[two])
-                alike[one], alike[two] = least, least
-        return alike
+                tied[one] = tied[two] = torch.minimum(tied[one], tied[two])
+        return tied
 
-    def _seen(
+    def _observed(
         self, dims: Sequence[TensorDim], grads: Mapping[str, Tensor | None], first: int, second: int
     ) -> tuple[list[TensorDim], list[TensorDim]]:
         """Return the tensor dims with gradients, and those of them that tell the twins apart.
@@ -359,13 +347,13 @@ class TwinTest:
             name: float(grad.abs().max()) if grad is not None and grad.numel() else 0.0
             for name, grad in grads.items()
         }
-        observed = [dim for dim in dims if largest[dim.name] >= _SILENT]
+        observed = [dim for dim in dims if largest[dim.name] >= _NO_GRADIENT]
         unequal = self._unequal(observed, grads, first, second)
         least = _ROUNDING * max(largest.values(), default=0.0)
-        lost = [dim for dim in unequal if largest[dim.name] < least]
+        rounded = {dim for dim in unequal if largest[dim.name] < least}
         return (
-            [dim for dim in observed if dim not in lost],
-            [dim for dim in unequal if dim not in lost],
+            [dim for dim in observed if dim not in rounded],
+            [dim for dim in unequal if dim not in rounded],
         )
 
     def _unequal(
@@ -397,3 +385,9 @@ class TwinTest:
         finally:
             for name, data in before.items():
                 self.parameters[name].data.copy_(data)
+
+
+def _merged(groups: Sequence[set[TensorDim]], added: set[TensorDim]) -> list[set[TensorDim]]:
+    """Return the groups with one more, which takes in all that share a tensor dim with it."""
+    overlapping = [group for group in groups if group & added]
+    return [*(group for group in groups if not group & added), added.union(*overlapping)]

@@ -24,31 +24,31 @@ _ROUNDING = 1e-6
 """Largest relative difference that rounding to another precision makes."""
 
 
-class Side(NamedTuple):
-    """One dimension of a tensor: how long it was, and which of its positions are left.
+class CutDim(NamedTuple):
+    """One dimension of a tensor before and after pruning.
 
     Attributes:
         size: its length before pruning.
-        left: the kept positions in rising order, shape ``(kept,)``.
+        kept: the kept positions in rising order, shape ``(kept,)``.
     """
 
     size: int
-    left: Tensor
+    kept: Tensor
 
     @property
-    def gone(self) -> Tensor:
+    def removed(self) -> Tensor:
         """Return the removed positions, in rising order."""
-        gone = torch.ones(self.size, dtype=torch.bool)
-        gone[self.left] = False
-        return gone.nonzero().view(-1)
+        is_removed = torch.ones(self.size, dtype=torch.bool)
+        is_removed[self.kept] = False
+        return is_removed.nonzero().view(-1)
 
     @property
     def cut(self) -> bool:
         """True if any position was removed."""
-        return len(self.left) < self.size
+        return len(self.kept) < self.size
 
 
-def take_scales(model: nn.Module, fresh: nn.Module) -> None:
+def take_scales(model: nn.Module, reference_build: nn.Module) -> None:
     """Give a model the numbers that depend on widths (attention scales) of a reference build.
 
     They are not taken from the pruned model, so that a number which pruning forgot to refresh there
@@ -56,42 +56,42 @@ def take_scales(model: nn.Module, fresh: nn.Module) -> None:
 
     Args:
         model: changed in place.
-        fresh: the reference build: the class built anew from the pruned config.
+        reference_build: the class built anew from the pruned config.
     """
-    built = dict(fresh.named_modules())
+    counterparts = dict(reference_build.named_modules())
     for name, module in model.named_modules():
-        other = built.get(name)
-        if other is None:
+        counterpart = counterparts.get(name)
+        if counterpart is None:
             continue
-        _take_numbers(module, other)
+        _take_numbers(module, counterpart)
         if "config" in vars(module):  # Falcon divides by a width of its config in the pass
-            _take_numbers(module.config, other.config)
+            _take_numbers(module.config, counterpart.config)
         for key, buffer in module._buffers.items():
-            new = other._buffers.get(key)
-            hidden = key in module._non_persistent_buffers_set
-            if hidden and buffer is not None and new is not None and buffer.ndim == 0:
+            new = counterpart._buffers.get(key)
+            unsaved = key in module._non_persistent_buffers_set
+            if unsaved and buffer is not None and new is not None and buffer.ndim == 0:
                 number = new.to(buffer)
                 # equal up to the precision: it does not depend on a width
                 same = torch.isclose(number, buffer, rtol=_ROUNDING, atol=0.0)
                 module._buffers[key] = buffer if same else number
 
 
-def _take_numbers(one: Any, other: Any) -> None:
-    """Set the numbers of one object that differ in another, in place.
+def _take_numbers(target: Any, source: Any) -> None:
+    """Set the number attributes of ``target`` that are other numbers in ``source``, in place.
 
-    Floats are copied; a whole number becomes a ``Width`` of both values.
+    Floats are copied; a whole number becomes a ``DualWidth`` of both values.
     """
-    if not (hasattr(one, "__dict__") and hasattr(other, "__dict__")):
+    if not (hasattr(target, "__dict__") and hasattr(source, "__dict__")):
         return  # Idefics has a None for a module's config
-    for key, value in list(vars(one).items()):
-        new = vars(other).get(key)
+    for key, value in list(vars(target).items()):
+        new = vars(source).get(key)
         if isinstance(value, float) and isinstance(new, float):
-            vars(one)[key] = new
+            vars(target)[key] = new
         elif type(value) is int and type(new) is int and value != new:
-            vars(one)[key] = Width(value, new)
+            vars(target)[key] = DualWidth(value, new)
 
 
-class Width(int):
+class DualWidth(int):
     """A width that reshapes with its old value and scales (``width**-0.5``) with its new one.
 
     Attributes:
@@ -100,7 +100,7 @@ class Width(int):
 
     new: int
 
-    def __new__(cls, value: int, new: int) -> Width:  # noqa: D102
+    def __new__(cls, value: int, new: int) -> DualWidth:  # noqa: D102
         self = super().__new__(cls, value)
         self.new = new
         return self
@@ -111,19 +111,19 @@ class Width(int):
     def __mul__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return NotImplemented
-        return Width(int(self) * int(other), self.new * getattr(other, "new", other))
+        return DualWidth(int(self) * int(other), self.new * getattr(other, "new", other))
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
         if not isinstance(other, int) or not other or not getattr(other, "new", other):
             return NotImplemented
-        return Width(int(self) // int(other), self.new // getattr(other, "new", other))
+        return DualWidth(int(self) // int(other), self.new // getattr(other, "new", other))
 
     def __float__(self) -> float:  # math.sqrt calls this
         return float(self.new)
 
-    def __deepcopy__(self, memo: Any) -> Width:
+    def __deepcopy__(self, memo: Any) -> DualWidth:
         return self
 
 
@@ -157,57 +157,58 @@ class AsNarrow(TorchFunctionMode):
     units the weight zero.
 
     Args:
-        read: the sizes that the pruned model read (``SizesRead.sizes``).
-        sides: dimensions of tensors; those that were cut tell which units are removed.
+        pruned_sizes: the sizes that the pruned model read (``SizesRead.sizes``).
+        dims: dimensions of tensors; those that were cut tell which units are removed.
     """
 
-    def __init__(self, read: Sequence[tuple[int, ...]], sides: Iterable[Side]):
+    def __init__(self, pruned_sizes: Sequence[tuple[int, ...]], dims: Iterable[CutDim]):
         super().__init__()
-        self.read = iter(read)
-        self.sides = {(side.size, tuple(side.left.tolist())): side for side in sides if side.cut}
+        self.pruned_sizes = iter(pruned_sizes)
+        self.cut_dims = {(dim.size, tuple(dim.kept.tolist())): dim for dim in dims if dim.cut}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.tensor and isinstance(args[0], Width):
+        if func is torch.tensor and isinstance(args[0], DualWidth):
             return func(args[0].new, *args[1:], **kwargs)
         if func is F.scaled_dot_product_attention:
-            (head_dim,) = next(self.read, (0,))
+            (head_dim,) = next(self.pruned_sizes, (0,))
             if kwargs.get("scale") is None and head_dim:
                 kwargs["scale"] = head_dim**-0.5
         if func is F.multi_head_attention_forward:
             old = args[3] // args[4]
-            (head_dim,) = next(self.read, (old,))
+            (head_dim,) = next(self.pruned_sizes, (old,))
             factor = (old / head_dim) ** 0.5
-            args = _with_queries(args, factor)
+            args = _with_scaled_queries(args, factor)
             if kwargs.get("q_proj_weight") is not None:  # WavLM's are separate
                 kwargs["q_proj_weight"] = kwargs["q_proj_weight"] * factor
         if func in (torch.softmax, Tensor.softmax, F.softmax) and args:
-            args = (self._without_gone(args[0]), *args[1:])
+            args = (self._without_removed(args[0]), *args[1:])
         result = func(*args, **kwargs)
         if not _reads_sizes(func):
             return result
         old = result if isinstance(result, tuple) else (result,)
-        new = next(self.read, old)
+        new = next(self.pruned_sizes, old)
         if len(new) != len(old) or new == old:
             return result
         pairs = zip(old, new, strict=True)
-        widths = _Sizes(o if o == n else Width(o, n) for o, n in pairs)
+        widths = _Sizes(o if o == n else DualWidth(o, n) for o, n in pairs)
         return widths if isinstance(result, tuple) else widths[0]
 
-    def _without_gone(self, x: Tensor) -> Tensor:
-        """Return softmax scores with removed units at minus infinity, if the last axis is of units.
+    def _without_removed(self, x: Tensor) -> Tensor:
+        """Return softmax scores with removed units at minus infinity.
 
-        It is where exactly the removed units are zero everywhere.
+        The last axis is of units if exactly the removed ones are zero everywhere. Else the scores
+        stay as they are.
         """
-        for side in self.sides.values():
-            if x.ndim > 1 and x.shape[-1] == side.size:
+        for dim in self.cut_dims.values():
+            if x.ndim > 1 and x.shape[-1] == dim.size:
                 empty = (x == 0).flatten(0, -2).all(0)
-                if bool(empty[side.gone].all()) and not bool(empty[side.left].any()):
-                    return x.index_fill(-1, side.gone, -math.inf)
+                if bool(empty[dim.removed].all()) and not bool(empty[dim.kept].any()):
+                    return x.index_fill(-1, dim.removed, -math.inf)
         return x
 
 
-def _with_queries(args: Sequence[Any], factor: float) -> Sequence[Any]:
+def _with_scaled_queries(args: Sequence[Any], factor: float) -> Sequence[Any]:
     """Return the arguments of ``F.multi_head_attention_forward`` with scaled query weights."""
     width = args[3]
     scaled = list(args)
@@ -244,7 +245,7 @@ def as_written(model: nn.Module) -> Iterator[None]:
 
 
 class _Sizes(tuple[int, ...]):
-    """The sizes of a tensor, some of them a ``Width``."""
+    """The sizes of a tensor, some of them a ``DualWidth``."""
 
     def numel(self) -> int:
         """Return the number of elements, as before pruning."""

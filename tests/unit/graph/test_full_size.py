@@ -293,13 +293,13 @@ def test_two_groups_of_one_width_in_one_dimension(tmp_path: Path) -> None:
 
 def test_an_experiment_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    own = channel_groups._places
+    own = channel_groups._scales_parts
 
-    def places(*args: Any) -> Any:
+    def scales(*args: Any) -> Any:
         asked.append(args[:2])
         return own(*args)
 
-    monkeypatch.setattr(channel_groups, "_places", places)
+    monkeypatch.setattr(channel_groups, "_scales_parts", scales)
     model = mamba_2(num_hidden_layers=5)
     assert {width.name: width.reason for width in prunable(model).widths}[
         "expand + head_dim"

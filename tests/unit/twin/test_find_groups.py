@@ -212,7 +212,7 @@ def test_channels_of_a_convolution_in_groups_change_places_in_all_groups_at_once
     dims.append(TensorDim("conv.weight", 1))
     links = test.links(dims)
     assert not links.unequal
-    assert not links.silent
+    assert not links.unobserved
     assert all(test.proves(group, [1, 0]) for group in links.groups)
     runs = [TensorDim(dim.name, 0, UnitLayout(run=3)) for dim in dims[:4]]
     assert test.links([*runs, dims[4]]).unequal

@@ -22,10 +22,10 @@ from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import FieldPath, config_json
 from tp_hf_config.pipeline.trial import subject
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.masked_check import _axis, difference
+from tp_hf_config.twin.masked_check import _channel_axis, difference
 from tp_hf_config.twin.rehearse import rehearse
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
-from tp_hf_config.twin.width_scalars import Side, Width
+from tp_hf_config.twin.width_scalars import CutDim, DualWidth
 
 
 def qwen3_5_moe() -> hf.PreTrainedModel:
@@ -165,15 +165,15 @@ def test_a_tiny_image_leaves_attention_more_than_one_token() -> None:
 
 def test_channels_are_told_from_an_axis_as_long() -> None:
     """ConvNeXt's norms take channels first, and an image can be as wide as there are channels."""
-    side = Side(4, torch.tensor([0, 2]))
+    channels = CutDim(4, torch.tensor([0, 2]))
     first = torch.ones(2, 4, 3, 4)
-    first[:, side.gone] = 0
-    assert _axis(first, side) == 1
-    assert _axis(first.movedim(1, -1), side) == -1
-    assert _axis(torch.ones(2, 5, 4), side) == -1
-    assert _axis(torch.ones(2, 4, 5), side) == 1
+    first[:, channels.removed] = 0
+    assert _channel_axis(first, channels) == 1
+    assert _channel_axis(first.movedim(1, -1), channels) == -1
+    assert _channel_axis(torch.ones(2, 5, 4), channels) == -1
+    assert _channel_axis(torch.ones(2, 4, 5), channels) == 1
     heads = torch.ones(2, 5, 4, 3)
-    assert _axis(heads, side) == 2
+    assert _channel_axis(heads, channels) == 2
 
 
 def test_a_parameter_that_holds_nothing_goes_along() -> None:
@@ -195,7 +195,7 @@ def test_a_parameter_that_holds_nothing_goes_along() -> None:
 
 
 def test_a_width_reshapes_as_it_was_and_scales_as_it_is() -> None:
-    hidden, heads = Width(32, 16), Width(4, 2)
+    hidden, heads = DualWidth(32, 16), DualWidth(4, 2)
     each = hidden // heads
     assert (each, each.new) == (8, 8)
     assert (hidden // 2, (hidden // 2).new) == (16, 8)

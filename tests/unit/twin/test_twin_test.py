@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,7 +192,7 @@ def test_the_residual_stream_is_one_group():
     with untouched(model):
         links = TwinTest(model, ids(), HIDDEN).links(stream_dims())
     assert found(links) == {frozenset(stream_dims())}
-    assert links.unequal == links.silent == ()
+    assert links.unequal == links.unobserved == ()
 
 
 def test_the_ffns_of_two_layers_are_two_groups():
@@ -271,7 +272,7 @@ def test_a_dimension_without_gradient_is_silent():
     model = ready(Attention())
     layout = UnitLayout(run=RUN)
     links = TwinTest(model, states(), HEADS).links(head_dims(layout))
-    assert links.silent == (TensorDim("k.bias", 0, layout),)
+    assert links.unobserved == (TensorDim("k.bias", 0, layout),)
     rest = [dim for dim in head_dims(layout) if dim.name != "k.bias"]
     assert found(links) == {frozenset(rest)}
 
@@ -281,7 +282,7 @@ def test_an_unused_parameter_is_silent():
     model.spare = nn.Linear(HIDDEN, 2)
     dims = [*stream_dims(), TensorDim("spare.weight", 1)]
     links = TwinTest(ready(model), ids(), HIDDEN).links(dims)
-    assert links.silent == (TensorDim("spare.weight", 1),)
+    assert links.unobserved == (TensorDim("spare.weight", 1),)
     assert found(links) == {frozenset(stream_dims())}
 
 
@@ -323,7 +324,7 @@ def test_a_layer_of_dead_units_is_not_called_linked():
     links = TwinTest(model, ids(), INNER).links(ffn_dims(0) + ffn_dims(1))
     assert frozenset(ffn_dims(1)) in found(links)
     assert not any(set(group) >= set(ffn_dims(0)) for group in links.groups)
-    assert set(links.silent) == set(ffn_dims(0))
+    assert set(links.unobserved) == set(ffn_dims(0))
 
 
 # --- layouts ------------------------------------------------------------------------------------
@@ -382,7 +383,7 @@ def test_queries_may_only_change_places_inside_their_key_value_head():
     queries = head_dims(UnitLayout(run=RUN), "qo")
     assert test.proves(queries, [1, 0, 3, 2, 5, 4])
     assert test.permutation_error(queries, [2, 1, 0, 3, 4, 5]) > WRONG
-    wide = UnitLayout(run=RUN).grouped(2)
+    wide = UnitLayout(run=2 * RUN)
     assert wide == UnitLayout(run=2 * RUN)
     whole = [*head_dims(wide, "qo"), *head_dims(UnitLayout(run=RUN), "kv")]
     assert TwinTest(model, states(), HEADS // 2).proves(whole, [2, 0, 1])
@@ -597,7 +598,7 @@ def test_positions_are_what_a_reshape_says(case: tuple[UnitLayout, int]):
 @settings(max_examples=100, deadline=None)
 def test_grouped_units_hold_their_neighbours(case: tuple[UnitLayout, int], size: int):
     layout, units = case
-    wide = layout.grouped(size)
+    wide = replace(layout, run=layout.run * size)
     for unit in range(units):
         parts = [layout.positions(unit * size + i, units * size) for i in range(size)]
         together = sorted(position for row in parts for position in row)
@@ -675,5 +676,5 @@ def test_a_map_of_features_may_hold_the_width_several_times() -> None:
     plain = TwinTest(model, inputs, HIDDEN)
     assert plain.links(dims).unequal
     assert plain.multiples() == set()
-    assert plain.multiples(held={1, 2}) == {2}
+    assert plain.multiples(per_unit={1, 2}) == {2}
     assert found(TwinTest(model, inputs, HIDDEN, (1, 2)).links(dims)) == {frozenset(dims)}

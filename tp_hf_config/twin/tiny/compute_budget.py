@@ -10,8 +10,8 @@ from ...forward.head_splits import HeadSplits
 from ...model.config_json import FieldPath, value_at, with_values
 from .image_sizes import smaller_images
 
-Seen = Callable[[dict[str, Any]], HeadSplits | None]
-"""Runs a config and returns its head splits; ``None``: the pass does not go as far as it should."""
+Observe = Callable[[dict[str, Any]], HeadSplits | None]
+"""Runs a config and returns its head splits; ``None``: it lacks something that is required."""
 _HEAVY = 3_000_000
 """How many numbers one forward pass may compute: with more, hundreds of passes take minutes."""
 _WORTH = 0.9
@@ -20,11 +20,11 @@ _FEWEST = 4
 """The smallest value of a width that shrinks in proportion."""
 _SHORTEST = 8
 """The smallest value of a size that sets no width."""
-_PARTS = (64, 32, 16, 8, 4, 2)
-"""What widths in proportion are divided by, the largest first."""
+PARTS = (64, 32, 16, 8, 4, 2)
+"""What widths are divided by together with another number, the largest first."""
 
 
-def in_proportion(field_map: FieldMap, data: dict[str, Any], seen: Seen) -> dict[str, Any]:
+def in_proportion(field_map: FieldMap, data: dict[str, Any], observe: Observe) -> dict[str, Any]:
     """Return the config with smaller widths that the class takes only in proportion (Mamba 2).
 
     A field that was larger than another stays larger: there are several heads in each group.
@@ -32,7 +32,7 @@ def in_proportion(field_map: FieldMap, data: dict[str, Any], seen: Seen) -> dict
     Args:
         field_map: the field map of the class.
         data: the config so far, as JSON.
-        seen: runs a config.
+        observe: runs a config.
     """
 
     def in_order(trial: dict[str, Any], paths: Collection[FieldPath]) -> bool:
@@ -52,11 +52,11 @@ def in_proportion(field_map: FieldMap, data: dict[str, Any], seen: Seen) -> dict
             values = (int(value_at(data, field)), int(value_at(data, other)))
             trials = (
                 with_values(data, {field: values[0] // part, other: values[1] // part})
-                for part in _PARTS
+                for part in PARTS
                 if not any(value % part for value in values) and min(values) // part >= _FEWEST
             )
             fitting = (trial for trial in trials if in_order(trial, (field, other)))
-            data = next((trial for trial in fitting if seen(trial)), data)
+            data = next((trial for trial in fitting if observe(trial)), data)
     return data
 
 
@@ -64,7 +64,7 @@ def lighter(
     field_map: FieldMap,
     data: dict[str, Any],
     most: int,
-    seen: Seen,
+    observe: Observe,
     rows: Collection[FieldPath] = (),
 ) -> dict[str, Any]:
     """Return the config with lower sizes that set no width, if the class is slow.
@@ -76,39 +76,43 @@ def lighter(
         data: the config so far, as JSON.
         most: the largest number of experts; sizes stay above it, as a smaller one may be how many
             experts a token takes.
-        seen: runs a config.
+        observe: runs a config.
         rows: fields that only count positions; the inputs are as long as some of them (Whisper).
     """
-    best = seen(data)
-    for paths in _together({field: field_map.sizes[field] for field in rows} | field_map.silent):
+    best = observe(data)
+    for paths in _changing_together(
+        {field: field_map.sizes[field] for field in rows} | field_map.silent
+    ):
         if best is None or best.numbers <= _HEAVY:
             break
         for trial in _lower(data, paths, max(most + 1, _SHORTEST)):
-            candidate = seen(trial)
+            candidate = observe(trial)
             if candidate is not None and candidate.numbers < _WORTH * best.numbers:
                 data, best = trial, candidate
     if best is not None and best.numbers > _HEAVY:
-        data = next((config for config in smaller_images(field_map, data) if seen(config)), data)
-        data = _fewer_parts(field_map, data, seen)
+        data = next((config for config in smaller_images(field_map, data) if observe(config)), data)
+        data = _with_cheaper_values(field_map, data, observe)
     return data
 
 
-def _fewer_parts(field_map: FieldMap, data: dict[str, Any], seen: Seen) -> dict[str, Any]:
+def _with_cheaper_values(
+    field_map: FieldMap, data: dict[str, Any], observe: Observe
+) -> dict[str, Any]:
     """Return the config with sizes at their old values where a smaller size costs more.
 
     Smaller patches are more patches of an image (LayoutLMv3).
     """
-    best = seen(data)
+    best = observe(data)
     for field, value in field_map.sizes.items():
         if best is None or best.numbers <= _HEAVY:
             break
-        candidate = seen(whole) if (whole := with_values(data, {field: value})) != data else None
+        candidate = observe(whole) if (whole := with_values(data, {field: value})) != data else None
         if candidate is not None and candidate.numbers < best.numbers / 2:
             data, best = whole, candidate
     return data
 
 
-def _together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
+def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
     """Return the fields in lists that change together, the largest value first.
 
     Equal entries of one list go together; every other field is alone.

@@ -57,20 +57,19 @@ class Requirements:
         if isinstance(model, Refusal):
             return None
         built = shapes(model)
-        if built.keys() != self.shapes.keys() or _single(self.shapes, built):
-            return None
-        if _keeps_order_alone(self.shapes, built):
-            return None
-        if not _still_several(self._several, trial, built) or not _ties_alike(model, built):
-            return None
-        if not self._kinds.items() <= kinds_of_layers(model).items():
-            return None
-        if not all(
-            _still_shared(dims, field, trial, built) for field, dims in self._shared.items()
-        ):
-            return None
-        layout = observe(model, self._recipe)
-        return layout if _alike(self.layout, layout) else None
+        suits = (
+            built.keys() == self.shapes.keys()
+            and not _has_more_ones(self.shapes, built)
+            and not _keeps_order_alone(self.shapes, built)
+            and _still_several(self._several, trial, built)
+            and _ties_alike(model, built)
+            and self._kinds.items() <= kinds_of_layers(model).items()
+            and all(
+                _still_shared(dims, field, trial, built) for field, dims in self._shared.items()
+            )
+        )
+        layout = observe(model, self._recipe) if suits else None
+        return layout if layout is not None and _goes_as_far(self.layout, layout) else None
 
 
 def _several_per_unit(field_map: FieldMap) -> list[tuple[str, int, FieldPath]]:
@@ -145,7 +144,7 @@ def _still_shared(
     return several and value >= 2 * unit
 
 
-def _single(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
+def _has_more_ones(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
     """True if a dimension shrank to 1: attention over one patch of an image shows nothing."""
     return any(1 in built[name] and built[name].count(1) > before[name].count(1) for name in built)
 
@@ -170,22 +169,17 @@ def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
     return shapes(model) == built
 
 
-def _alike(before: HeadSplits, after: HeadSplits) -> bool:
+def _goes_as_far(before: HeadSplits, after: HeadSplits) -> bool:
     """True if a forward pass goes as far as before, over heads wide enough for all that is in them.
 
     A head of two dimensions has no partial rotary embedding any more. Attention over a single token
     (of an image that is too small) is the same whatever its queries are.
     """
-    if after.steps < before.steps or (before.ended and not after.ended):
+    if after.steps < before.steps or after.ended < before.ended or after.alone > before.alone:
         return False
-    if after.alone > before.alone:
-        return False
-    for layer, splits in before.heads.items():
-        new_splits = after.heads.get(layer, ())
-        if len(new_splits) != len(splits):
-            return False
-        if any(
-            new[-1] < min(old[-1], HEAD_DIM) for new, old in zip(new_splits, splits, strict=True)
-        ):
-            return False
-    return True
+    pairs = [(splits, after.heads.get(layer, ())) for layer, splits in before.heads.items()]
+    return all(
+        len(old) == len(new)
+        and all(n[-1] >= min(o[-1], HEAD_DIM) for o, n in zip(old, new, strict=True))
+        for old, new in pairs
+    )

@@ -12,7 +12,7 @@ from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
 from ...model.shapes import shapes
 from ...model.tensors import stacks
-from .compute_budget import in_proportion, lighter
+from .compute_budget import PARTS, in_proportion, lighter
 from .image_sizes import crops, smaller_images
 from .requirements import HEAD_DIM, Requirements
 
@@ -22,13 +22,11 @@ _SPLIT = 16 * HEAD_DIM
 """A value for a width whose number of heads the class fixes itself (timm's): 16 heads."""
 _ROWS = 2048
 """Embeddings with no more rows than this look up positions, not tokens."""
-_PARTS = (64, 32, 16, 8, 4, 2)
-"""What a width is divided by together with a number that no shape shows, the largest first."""
 _EXPERTS = (4, 8, 16, 32)
 """Numbers of experts to try."""
 _TOKEN = ("_token_id", "_token_index")
 """How names of special tokens end."""
-_PLACES = ("image", "video", "audio", "vision")
+_MEDIA = ("image", "video", "audio", "vision")
 """How names of tokens begin that stand for images, videos and sounds."""
 _LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
     (_FEW, (4, 2, 3, 6, 8)),
@@ -63,8 +61,8 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
     def runs(trial: dict[str, Any]) -> bool:
         return required.observed(trial) is not None
 
-    def leaves_room(trial: dict[str, Any], field: FieldPath) -> bool:
-        """True if a router has a choice: the model also runs with half of the experts."""
+    def router_can_choose(trial: dict[str, Any], field: FieldPath) -> bool:
+        """True if the model also runs with half of the experts."""
         return runs(with_values(trial, {field: value_at(trial, field) // 2}))
 
     data = next(filter(runs, smaller_images(field_map, data)), data)
@@ -73,22 +71,23 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
         changes = _smaller(field_map, data, field, heads, splitting, together)
         trials = (with_values(data, {**option, **crops(data, option)}) for option in changes)
         fitting: Iterator[dict[str, Any]] = filter(runs, trials)
-        if _stacked(field_map, field):
-            if leaves_room(data, field):
-                fitting = (option for option in fitting if leaves_room(option, field))
+        if _has_experts(field_map, field):
+            if router_can_choose(data, field):
+                fitting = (option for option in fitting if router_can_choose(option, field))
         elif field not in heads:
-            fitting = _apart_at_half(field_map, field, fitting, required.shapes)
+            fitting = _unchanged_at_half_first(field_map, field, fitting, required.shapes)
         data = next(fitting, data)
     data = in_proportion(field_map, data, required.observed)
     experts = [
-        name for name, shape in field_map.shapes.items() if len(shape) == 3 and 1 not in shape
+        shape[0]
+        for name, shape in field_map.shapes.items()
+        if len(shape) == 3 and 1 not in shape and _is_stacked(field_map, name)
     ]
-    stacked = [field_map.shapes[name][0] for name in experts if _is_stacked(field_map, name)]
     rows = [field for field in field_map.sizes if _is_position_count(field_map, data, field)]
-    return lighter(field_map, data, max(stacked, default=0), required.observed, rows)
+    return lighter(field_map, data, max(experts, default=0), required.observed, rows)
 
 
-def _apart_at_half(
+def _unchanged_at_half_first(
     field_map: FieldMap,
     field: FieldPath,
     fitting: Iterator[dict[str, Any]],
@@ -141,7 +140,7 @@ def _smaller(
     if _is_position_count(field_map, data, field):
         return  # positions or distances: a forward pass may look up any of them
     heads = field in counts
-    stacked = _stacked(field_map, field)
+    stacked = _has_experts(field_map, field)
     few = value <= _FEW or heads
     ladder = next(steps for limit, steps in _LADDERS if few or limit is None or value <= limit)
     if stacked:  # a router would take all of fewer experts
@@ -155,18 +154,18 @@ def _smaller(
     equals = [
         other
         for other, size in current.items()
-        if size == value and (other in counts) == heads and _stacked(field_map, other) == stacked
+        if size == value
+        and (other in counts) == heads
+        and _has_experts(field_map, other) == stacked
     ]
     taken = {size for size in current.values() if size != value}
     least = max((current[other] for other in current if _pads(field_map, field, other)), default=0)
-    ladder = tuple(step for step in ladder if step >= least)
-    fresh = [step for step in ladder if step < value and step not in taken]
+    ladder = tuple(step for step in ladder if least <= step < value)
+    reusable = set() if few else taken
     if heads:
-        taken_too = [step for step in ladder if step in taken - _beside(data, field, counts)]
-    else:
-        taken_too = [] if few else [step for step in ladder if step in taken]
-    used = [step for step in taken_too if step < value]
-    for step in fresh + used:
+        reusable = taken - _other_counts(data, field, counts)
+    free = [step for step in ladder if step not in taken]
+    for step in free + [step for step in ladder if step in reusable]:
         alone = dict.fromkeys([field, *followers], step)
         with_equals = dict.fromkeys([field, *followers, *equals], step)
         if heads and len(equals) > 1:  # equal query and key/value heads stay equal
@@ -178,7 +177,7 @@ def _smaller(
     if not heads and not stacked:
         yield from _with_heads(data, [field, *followers, *equals], value, splitting)
         yield from _with_multiples(field_map, data, [field, *followers, *equals], value)
-        yield from _with_unseen(field_map, data, [field, *followers, *equals], value)
+        yield from _with_silent_field(field_map, data, [field, *followers, *equals], value)
         if value > _SPLIT:
             yield dict.fromkeys([field, *followers], _SPLIT)
 
@@ -192,7 +191,7 @@ def _with_multiples(
     reads two hidden states side by side.
     """
     wider = _multiples(field_map, data, widths, value) if value > _SPLIT else {}
-    for part in _PARTS if wider else ():
+    for part in PARTS if wider else ():
         if value % part == 0 and value // part >= HEAD_DIM:
             narrower = {field: size // part for field, size in wider.items()}
             yield {**dict.fromkeys(widths, value // part), **narrower}
@@ -217,12 +216,14 @@ def _part(field: FieldPath) -> FieldPath:
     return field[:-2] if isinstance(field[-1], int) else field[:-1]
 
 
-def _beside(data: dict[str, Any], field: FieldPath, counts: Collection[FieldPath]) -> set[int]:
+def _other_counts(
+    data: dict[str, Any], field: FieldPath, counts: Collection[FieldPath]
+) -> set[int]:
     """Return the other head counts in the same part of the config, or of the stages before."""
-    beside = {value_at(data, other) for other in counts if _part(other) == _part(field)}
+    others = {value_at(data, other) for other in counts if _part(other) == _part(field)}
     if isinstance(field[-1], int):  # one entry for each stage
-        beside |= {value_at(data, (*field[:-1], place)) for place in range(field[-1] + 1)}
-    return beside - {value_at(data, field)}
+        others |= {value_at(data, (*field[:-1], stage)) for stage in range(field[-1] + 1)}
+    return others - {value_at(data, field)}
 
 
 def _with_heads(
@@ -236,8 +237,8 @@ def _with_heads(
         number = value_at(data, field)
         if value % number or field in widths:
             continue
-        taken = _beside(data, field, counts)
-        beside = [
+        taken = _other_counts(data, field, counts)
+        equals = [
             other
             for other in counts
             if value_at(data, other) == number and _part(other) == _part(field)
@@ -246,11 +247,11 @@ def _with_heads(
             if step < number and step % 2 <= number % 2 and step not in taken:
                 fewer = dict.fromkeys(widths, value * step // number)
                 yield {**fewer, field: step}
-                if len(beside) > 1:  # key/value heads have to be as many (ESM C)
-                    yield {**fewer, **dict.fromkeys(beside, step)}
+                if len(equals) > 1:  # key/value heads have to be as many (ESM C)
+                    yield {**fewer, **dict.fromkeys(equals, step)}
 
 
-def _with_unseen(
+def _with_silent_field(
     field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
 ) -> Iterator[dict[FieldPath, int]]:
     """Yield changes that divide a large width and a number that no shape shows by one number.
@@ -261,37 +262,30 @@ def _with_unseen(
     if value <= _SPLIT:
         return
     wider = _multiples(field_map, data, widths, value)
-    for beside, number in field_map.silent.items():
-        for part in _PARTS if _part(beside) == _part(widths[0]) and not value % number else ():
+    for silent, number in field_map.silent.items():
+        for part in PARTS if _part(silent) == _part(widths[0]) and not value % number else ():
             if not number % part and number // part > 1 and value // part >= HEAD_DIM:
-                change = {**dict.fromkeys(widths, value // part), beside: number // part}
+                change = {**dict.fromkeys(widths, value // part), silent: number // part}
                 yield change
                 if wider:
                     yield {**change, **{field: size // part for field, size in wider.items()}}
 
 
-def _only_rows(field_map: FieldMap, field: FieldPath) -> bool:
-    """True if a field sets the number of rows of embeddings, and nothing else."""
+def _is_position_count(field_map: FieldMap, data: dict[str, Any], field: FieldPath) -> bool:
+    """True if a field only counts the positions that embeddings have rows for."""
     model = field_map.unpruned
-    places = [
-        place for place, expression in field_map.expressions.items() if field in expression.fields
+    if value_at(data, field) > _ROWS or isinstance(model, Refusal):
+        return False
+    set_by = [
+        key for key, expression in field_map.expressions.items() if field in expression.fields
     ]
-    return (
-        bool(places)
-        and not isinstance(model, Refusal)
-        and all(
-            dim == 0 and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
-            for name, dim in places
-        )
+    return bool(set_by) and all(
+        dim == 0 and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+        for name, dim in set_by
     )
 
 
-def _is_position_count(field_map: FieldMap, data: dict[str, Any], field: FieldPath) -> bool:
-    """True if a field only counts the positions that embeddings have rows for."""
-    return value_at(data, field) <= _ROWS and _only_rows(field_map, field)
-
-
-def _stacked(field_map: FieldMap, field: FieldPath) -> bool:
+def _has_experts(field_map: FieldMap, field: FieldPath) -> bool:
     """True if a field counts matrices that are stacked in one tensor (experts)."""
     return any(
         field in expression.fields and dim == 0 and _is_stacked(field_map, name)
@@ -318,11 +312,11 @@ def small_tokens(field_map: FieldMap) -> dict[str, Any]:
     def is_token(key: str) -> bool:
         return key.endswith(_TOKEN) or key in tokens
 
-    places: dict[str, int] = {}
+    media_ids: dict[str, int] = {}
 
     def number(key: str, value: Any, outermost: bool) -> Any:
-        if is_token(key) and key.startswith(_PLACES) and (outermost or _is_large(value)):
-            return places.setdefault(key, 3 + len(places))  # a different id each
+        if is_token(key) and key.startswith(_MEDIA) and (outermost or _is_large(value)):
+            return media_ids.setdefault(key, 3 + len(media_ids))  # a different id each
         return 1 if is_token(key) and _is_large(value) else value
 
     def visit(node: dict[str, Any], outermost: bool = False) -> dict[str, Any]:

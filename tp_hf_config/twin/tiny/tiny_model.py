@@ -30,7 +30,7 @@ from ..twin_test import TwinTest
 from .shrink import shrunken, small_tokens
 
 _LAYERS = 2
-"""At least this many layers of a kind are left."""
+"""The tiny model has at least this many layers of a kind."""
 _DRAWS = 40
 """How often other weights are drawn, so that all of many alike parts are reached."""
 _NO_CHANCE = 4
@@ -66,7 +66,7 @@ class TinyModel:
         field_map: the field map of the class around the tiny config.
         full: the field map around the config that the tiny one was made from.
         build: returns what experiments run; called once.
-        answers: what experiments that are asked for again and again have found.
+        answers: results of experiments that several callers ask for.
     """
 
     field_map: FieldMap
@@ -194,24 +194,24 @@ def _reaching_alike(model: nn.Module, working: Working) -> Working:
     Each token takes the best of Switch's eight experts: some may be best for none. The weights of
     the model are changed in place, and put back if nothing helps.
     """
-    left_out = _left_out(model, working)
-    if not 0 < max(left_out.values(), default=0) < 0.5:
+    unreached = _unreached_shares(model, working)
+    if not 0 < max(unreached.values(), default=0) < 0.5:
         return working
     before, same = copy.deepcopy(model.state_dict()), 0
     for _ in range(_DRAWS):
-        _draw(model)
-        again = working_inputs(model, working.recipe)
-        still_left_out = left_out if isinstance(again, Refusal) else _left_out(model, again)
-        if not isinstance(again, Refusal) and not still_left_out:
-            return again
-        same = same + 1 if still_left_out == left_out else 0
+        _redraw_matrices(model)
+        redrawn = working_inputs(model, working.recipe)
+        still = unreached if isinstance(redrawn, Refusal) else _unreached_shares(model, redrawn)
+        if not isinstance(redrawn, Refusal) and not still:
+            return redrawn
+        same = same + 1 if still == unreached else 0
         if same == _NO_CHANCE:
             break
     model.load_state_dict(before)
     return working
 
 
-def _left_out(model: nn.Module, working: Working) -> dict[str, float]:
+def _unreached_shares(model: nn.Module, working: Working) -> dict[str, float]:
     """Return which share is not reached of parameters whose names differ only in their last number.
 
     These names have ``*`` for the number. Where all or none of the parameters are reached, the name
@@ -260,36 +260,34 @@ def _with_layers_named(
     What Qwen3-VL has beside its layers 8, 16 and 24 would never run in a model of two layers, and
     VipLLaVA finds no layer 6 there to read.
     """
-    unreached = _left(model, working)
+    unreached = _unreached_count(model, working)
     for named in _numbers_of_layers(field_map, data) if unreached else ():
         trial = with_values(data, named)
-        bare = field_map.builder.build(trial)
-        if isinstance(bare, Refusal) or shapes(bare) != shapes(model):
+        on_meta = field_map.builder.build(trial)
+        if isinstance(on_meta, Refusal) or shapes(on_meta) != shapes(model):
             continue
         other = field_map.builder.build_real(trial)
         if isinstance(other, Refusal):
             continue
         randomise(other)
-        tried = working
+        other_working = working
         if isinstance(working, Refusal) or working.partial:
-            tried = working_inputs(other, field_map.recipe)
-        still_unreached = _left(other, tried)
+            other_working = working_inputs(other, field_map.recipe)
+        still_unreached = _unreached_count(other, other_working)
         if still_unreached < unreached:
-            data, model, working, unreached = trial, other, tried, still_unreached
+            data, model, working, unreached = trial, other, other_working, still_unreached
     return data, model, working
 
 
-def _left(model: nn.Module, working: Working | Refusal) -> float:
+def _unreached_count(model: nn.Module, working: Working | Refusal) -> float:
     """Return how many parameters no output depends on; infinity if the model does not run."""
-    if isinstance(working, Refusal):
-        return math.inf
-    if why_not(model, working.inputs, working.recipe) is not None:
+    if isinstance(working, Refusal) or why_not(model, working.inputs, working.recipe) is not None:
         return math.inf
     return len(unreached_by(model, working.inputs, working.recipe))
 
 
 def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[FieldPath, Any]]:
-    """Yield changes to lists and numbers that can name layers: they name layers that are left.
+    """Yield changes to lists and numbers that can name layers: they name layers of the tiny model.
 
     A number that the config hands on to one of its parts (MiniCPM-V 4.6) is set in both.
     """
@@ -300,10 +298,9 @@ def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[di
             entry: FieldPath = (*field, key)
             names_layers = any(word in key for word in _NAMING)
             if is_numbers(value) or (names_layers and are_whole(value)):
-                places = range(len(value))
-                yield {entry: list(places)}
-                yield {entry: [place % _LAYERS for place in places]}
-                yield {entry: [_LAYERS - 1 for _ in places]}
+                yield {entry: list(range(len(value)))}
+                yield {entry: [index % _LAYERS for index in range(len(value))]}
+                yield {entry: [_LAYERS - 1] * len(value)}
             elif names_layers and type(value) is int:
                 numbers.setdefault(key, []).append(entry)
                 if entry not in field_map.silent | field_map.sizes:
@@ -338,7 +335,7 @@ def randomise(model: nn.Module) -> None:
             buffer.add_(0.3 * torch.rand_like(buffer))
 
 
-def _draw(model: nn.Module) -> None:
+def _redraw_matrices(model: nn.Module) -> None:
     """Give every saved matrix other random values, in place."""
     unsaved = compute_unsaved(model)
     with torch.no_grad():
