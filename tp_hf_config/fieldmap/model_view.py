@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from ..forward.head_splits import heads_of
+from ..forward.run_recipe import MakeInputs
+from ..model.build import Refusal
 from ..model.config_json import FieldPath
-from .field_map import FieldMap
+from ..model.locate import check_followable, find_pretrained
+from ..model.shapes import shapes
+from .completeness import build_live
+from .field_map import FieldMap, map_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,16 +25,20 @@ Conv = nn.modules.conv._ConvNd
 
 
 @dataclass(frozen=True)
-class WidthView:
+class ModelView:
     """A live model together with the field map of its class.
 
     Attributes:
         model: the live model.
         field_map: the field map of its class around its config.
+        prefix: the model's name in the module that it was found in; empty if it is that module.
+        reference: the reference build of its config, without data, with its buffers.
     """
 
     model: PreTrainedModel
     field_map: FieldMap
+    prefix: str
+    reference: nn.Module
 
     def producers(self) -> Iterable[tuple[str, nn.Module, frozenset[FieldPath]]]:
         """Yield every linear layer, convolution and embedding, and the fields of its output width.
@@ -114,3 +124,47 @@ class WidthView:
             for key, buffer in module._buffers.items()
             if key in module._non_persistent_buffers_set
         )
+
+
+class _Checked(NamedTuple):
+    """What a view holds beside its model, and the state of the module that it was found in."""
+
+    state: tuple[Any, ...]
+    field_map: FieldMap
+    reference: nn.Module
+
+
+_checked: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictionary()
+
+
+def view_of(
+    module: nn.Module, make_inputs: MakeInputs | None = None, weights: bool = True
+) -> ModelView:
+    """Return the Hugging Face model in a module, with the field map of its class.
+
+    The class is built from the model's config, to compare the two, only if the config, a module or
+    a shape has changed since the last time: a plan, the arguments for a pruner and the hook share
+    one reference build.
+
+    Args:
+        module: the Hugging Face model, or a module that contains it.
+        make_inputs: the user's function that makes inputs, if there is one.
+        weights: True if the weights are going to be pruned, and so must have data.
+
+    Raises:
+        UnsupportedModelError: there is not exactly one Hugging Face model that can be followed, or
+            its config does not build it.
+        TypeError: ``module`` is no module.
+    """
+    prefix, model = find_pretrained(module)
+    check_followable(model, weights)
+    data = model.config.to_json_string(use_diff=False)
+    parts = tuple(map(id, module.modules()))
+    state = (data, parts, tuple(shapes(model).items()), model.dtype, id(make_inputs))
+    checked = _checked.get(module)
+    if checked is None or checked.state != state:
+        builder, reference = build_live(model, buffers=True)
+        field_map = map_of(model, (builder, reference), make_inputs)
+        assert not isinstance(reference, Refusal)  # map_of raises then
+        checked = _checked[module] = _Checked(state, field_map, reference)
+    return ModelView(model, checked.field_map, prefix, checked.reference)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..fieldmap.field_map import FieldMap, map_of
+from ..fieldmap.model_view import view_of
 from ..fieldmap.solve.explain import some
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import VARIABLE
-from ..model.from_config import model_of
+from ..model.from_config import module_of
 from ..model.surroundings import same_random_state
 from ..model.tensors import parameter_names, tensor
 from ..notebook import page, short, table
@@ -189,10 +190,9 @@ def prunable(
             with.
         TypeError: ``model_or_config`` is neither a module nor a config.
     """
-    model = model_of(model_or_config, model_class)
-    field_map = map_of(model, make_inputs=make_inputs)
-    widths = widths_of(model, field_map)
-    return Prunable(type(model).__name__, widths, experiments_of(field_map).cached)
+    view = view_of(module_of(model_or_config, model_class), make_inputs, weights=False)
+    widths = widths_of(view.model, view.field_map)
+    return Prunable(type(view.model).__name__, widths, experiments_of(view.field_map).cached)
 
 
 def widths_of(

@@ -10,15 +10,13 @@ from torch import nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError
 from ..fieldmap.completeness import (
-    build_live,
     order_of_layers,
     parts_beyond,
     said_options,
     unbuilt_parts,
 )
 from ..fieldmap.expressions import Quantity
-from ..fieldmap.field_map import map_of
-from ..fieldmap.model_view import WidthView
+from ..fieldmap.model_view import view_of
 from ..fieldmap.solve.explain import (
     explain_conflict,
     explain_mismatch,
@@ -34,7 +32,6 @@ from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, config_json, field_name, value_at
 from ..model.live_objects import surroundings_of
-from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
 from .apply import (
@@ -70,14 +67,13 @@ class Follower:
 
     def __init__(self, pruner: Any, make_inputs: MakeInputs | None = None):
         self.pruner = pruner
-        self.prefix, self.model = find_pretrained(pruner.model)
-        check_followable(self.model)
-        builder, built = build_live(self.model, buffers=True)
-        self.field_map = map_of(self.model, (builder, built), make_inputs)  # raises if unbuilt
-        self.view = WidthView(self.model, self.field_map)
-        assert not isinstance(built, Refusal)
-        self.reference: nn.Module = built
-        self.notes = said_options(self.model, builder) + order_of_layers(self.model, built)[1]
+        self.view = view_of(pruner.model, make_inputs)
+        self.model, self.field_map = self.view.model, self.view.field_map
+        self.reference = self.view.reference
+        self.notes = [
+            *said_options(self.model, self.field_map.builder),
+            *order_of_layers(self.model, self.reference)[1],
+        ]
         live_objects = surroundings_of(self.model)
         self.sharers = live_objects.sharers
         self.enclosing = EnclosingModules(self.model, pruner.model, live_objects.holders)
@@ -242,10 +238,11 @@ class Follower:
 
     def _own_name(self, name: str) -> str | None:
         """Return a name as the Hugging Face model has it; None for what is outside of it."""
-        if not self.prefix:
+        prefix = self.view.prefix
+        if not prefix:
             return name
-        inside = name.startswith(f"{self.prefix}.")
-        return name.removeprefix(f"{self.prefix}.") if inside else None
+        inside = name.startswith(f"{prefix}.")
+        return name.removeprefix(f"{prefix}.") if inside else None
 
     def _live_shapes(self, groups: Sequence[PrunedGroup]) -> dict[str, tuple[int, ...]]:
         """Return the shapes with each tied weight made one again; raise if it cannot be."""

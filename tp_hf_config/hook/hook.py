@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ConfigSyncError
-from ..model.locate import check_followable, find_pretrained
 from ..planning.choices import Graph, check_graph
 from . import registration
 from .history import Recorder
@@ -108,25 +107,23 @@ class HFConfigSyncHook:
             UnsupportedModelError: the model cannot be followed, or no graph can prune it.
             ValueError: a ratio is outside 0 to 1, or the arguments were made for other heads.
         """
-        from ..fieldmap.field_map import map_of
-        from ..fieldmap.model_view import WidthView
+        from ..fieldmap.model_view import view_of
         from ..graph.pruner_access import GraphInputs
         from ..planning.pruner_arguments import check_handed, check_ratios, settle
         from ..planning.pruner_kwargs import by_itself
 
         model: nn.Module = arguments["model"]
-        _, pretrained = find_pretrained(model)
-        check_followable(pretrained)
+        inputs: Any = arguments.get("example_inputs")
+        prepared = isinstance(inputs, GraphInputs)
+        view = view_of(model, inputs.graph.make_inputs if prepared else self.make_inputs)
         check_ratios(arguments)
-        inputs = arguments.get("example_inputs")
-        if not isinstance(inputs, GraphInputs):
+        if not prepared:
             arguments |= by_itself(model, arguments, self.make_inputs)
             inputs = arguments["example_inputs"]
         self._graph_reason = inputs.why
         check_handed(inputs.needed, arguments)
         graph: ConfigGraph = inputs.graph
-        field_map = map_of(pretrained, make_inputs=graph.make_inputs)
-        settle(WidthView(pretrained, field_map), graph, arguments)
+        settle(view, graph, arguments)
         return graph
 
     def _replace_trace(self, pruner: Any) -> None:

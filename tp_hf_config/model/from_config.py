@@ -8,7 +8,6 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .build import Refusal, without_data
-from .locate import check_followable, find_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,24 +23,21 @@ _KINDS = (
 """Mappings from config class to model class, in the order in which they are asked."""
 
 
-def model_of(
+def module_of(
     source: nn.Module | PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
-) -> PreTrainedModel:
-    """Return the Hugging Face model in a module, or a config's class built without weights.
+) -> nn.Module:
+    """Return a module as it is, or a config's class built without weights.
 
     Args:
-        source: a module that contains one Hugging Face model, or a config.
+        source: a module, or a config.
         model_class: the class to build from a config; None for the one it belongs to.
 
     Raises:
-        UnsupportedModelError: no class belongs to the config, or the class refuses it; or the
-            module does not contain exactly one model.
+        UnsupportedModelError: no class belongs to the config, or the class refuses it.
         TypeError: ``source`` is neither a module nor a config.
     """
     if isinstance(source, nn.Module):
-        _, model = find_pretrained(source)
-        check_followable(model, weights=False)
-        return model
+        return source
     from transformers import PretrainedConfig
 
     if not isinstance(source, PretrainedConfig):

@@ -15,7 +15,8 @@ from ..forward.coverage import InputsRefusal
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.disk_cache import suspended
-from ..model.from_config import model_of
+from ..model.from_config import module_of
+from ..model.locate import check_followable, find_pretrained
 from ..model.surroundings import one_thread, quiet_transformers, same_random_state
 from ..notebook import page, short, table
 from ..schema import dated, versions
@@ -115,7 +116,8 @@ def supports(
             builds none; or ``make_inputs`` raises or returns what the class does not run with.
         TypeError: ``source`` is neither a module nor a config.
     """
-    model = model_of(source, model_class)
+    _, model = find_pretrained(module_of(source, model_class))
+    check_followable(model, weights=False)
     name = type(model).__name__
     with (
         TemporaryDirectory(prefix="tp_hf_config-") as folder,

@@ -13,13 +13,13 @@ from torch import nn
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
 from ..errors import UnsupportedModelError
-from ..fieldmap.field_map import FieldMap, map_of
-from ..fieldmap.model_view import WidthView
+from ..fieldmap.field_map import FieldMap
+from ..fieldmap.model_view import ModelView, view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
-from ..model.from_config import model_of
+from ..model.from_config import module_of
 from .choices import Gqa, PruneSettings, Scheduler
 from .model_size import ParameterCount, Size, size_of
 from .plan import Plan, PlannedWidth
@@ -106,10 +106,9 @@ def plan(
         max_pruning_ratio=max_pruning_ratio,
         iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
     )
-    model = model_of(model_or_config, model_class)
-    view = WidthView(model, map_of(model, make_inputs=make_inputs))
-    wrapped = isinstance(model_or_config, nn.Module) and model_or_config is not model
-    wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=wrapped)
+    model = module_of(model_or_config, model_class)
+    view = view_of(model, make_inputs, weights=False)
+    wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=bool(view.prefix))
     chosen = choose(view, wanted)
     trajectory = _trajectory(view, chosen, settings)
     if pruning_ratio:
@@ -148,7 +147,7 @@ def _check_followed(
         )
 
 
-def _trajectory(view: WidthView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
+def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
     """Return the trajectory of the chosen widths under these settings."""
     field_map = view.field_map
     check_ratios(chosen, settings.ratios)
@@ -180,7 +179,7 @@ def _trajectory(view: WidthView, chosen: Chosen, settings: PruneSettings) -> Tra
 
 def _plan(
     source: Any,
-    view: WidthView,
+    view: ModelView,
     chosen: Chosen,
     trajectory: Trajectory,
     settings: PruneSettings,

@@ -10,10 +10,9 @@ from torch import nn
 
 from .. import notebook
 from ..errors import ConfigSyncError, UnsupportedModelError
-from ..fieldmap.field_map import map_of
+from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
 from ..model.config_json import FieldPath
-from ..model.locate import find_pretrained
 from ..notebook import short
 from ..schema import dated
 from .choices import PruneSettings
@@ -140,12 +139,12 @@ class Plan:
                 f"this plan of {self.model} was made of a config, or of a model that is gone. Pass "
                 "the model to prune: plan.pruner_kwargs(model)."
             )
-        _, pretrained = find_pretrained(model)
-        same = type(pretrained).__name__ == self.model
-        if not same or map_of(pretrained, make_inputs=self._make_inputs).values != self._fields:
+        view = view_of(model, self._make_inputs)
+        name = type(view.model).__name__
+        if name != self.model or view.field_map.values != self._fields:
             raise UnsupportedModelError(
                 f"this plan was made for a {self.model} with another config than the one of this "
-                f"{type(pretrained).__name__}. Make a new one: tp_hf_config.plan(model, ...)."
+                f"{name}. Make a new one: tp_hf_config.plan(model, ...)."
             )
         return pruner_kwargs(model, make_inputs=self._make_inputs, **self.settings.arguments())
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch_pruning import ops
 
 from ..errors import ConfigSyncError, listed
-from ..fieldmap.model_view import WidthView
+from ..fieldmap.model_view import ModelView
 from ..fieldmap.solve.explain import some
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_access import given_ratios
@@ -67,7 +67,7 @@ class Preflight:
         return after if before == graph_group.units.count else None
 
 
-def preflight(pruner: Any, view: WidthView, strict: bool) -> Preflight | None:
+def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
     """Return what a pruner on the config graph is going to leave; raise if that cannot end well.
 
     Args:
@@ -143,7 +143,7 @@ class _PrunedGroup:
 _Groups = dict[tuple[FieldPath, ...], list[_PrunedGroup]]
 
 
-def _preflight(pruner: Any, view: WidthView) -> tuple[Preflight | None, str | None]:
+def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | None]:
     """Return what a pruner on the config graph leaves, and the reason why that cannot end well.
 
     The first is ``None`` if importances decide how much of a field goes or nothing is rounded, the

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PrunerSettingsWarning, closest, listed
-from ..fieldmap.model_view import WidthView
+from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_classes import family
 from ..graph.sides import ParameterView, channels_of, is_output
@@ -114,7 +114,7 @@ def check_handed(needed: Mapping[str, Any], arguments: Mapping[str, Any]) -> Non
         )
 
 
-def settle(view: WidthView, graph: ConfigGraph, arguments: dict[str, Any]) -> None:
+def settle(view: ModelView, graph: ConfigGraph, arguments: dict[str, Any]) -> None:
     """Change a pruner's arguments so that they do on a graph what they do in Torch-Pruning.
 
     A warning says where they cannot.
@@ -278,7 +278,7 @@ def _names(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
     return listed(shown)
 
 
-def _count_heads(view: WidthView, arguments: dict[str, Any]) -> None:
+def _count_heads(view: ModelView, arguments: dict[str, Any]) -> None:
     """Set ``num_heads`` to what the model splits its layers into; warn of other counts."""
     given = arguments.get("num_heads") or {}
     counts = {module: count for _, module, count in view.head_layers()}

@@ -9,15 +9,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..fieldmap.field_map import map_of
-from ..fieldmap.model_view import WidthView
+from ..fieldmap.model_view import ModelView, view_of
 from ..forward.inputs import example_inputs
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
 from ..graph.prunable import said_along, said_handed
 from ..graph.pruner_access import GraphInputs
 from ..model.config_json import field_name
-from ..model.locate import check_followable, find_pretrained
 from ..model.surroundings import same_random_state
 from .choices import Gqa, Graph, PruneSettings, check_graph, check_share
 from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
@@ -87,15 +85,13 @@ def pruner_kwargs(
     for name, ratio in (ratios or {}).items():
         check_share(f"ratios: {name}", ratio)
     settings = PruneSettings.of(prune, ratios, prune_num_heads, gqa)
-    prefix, pretrained = find_pretrained(model)
-    check_followable(pretrained)
-    view = WidthView(pretrained, map_of(pretrained, make_inputs=make_inputs))
+    view = view_of(model, make_inputs)
     heads = settings.prune_num_heads
     given = {**arguments, "round_to": round_to, "prune_num_heads": heads}
     if prune_head_dims is not None:
         given["prune_head_dims"] = prune_head_dims
-    wanted = Wanted(settings.prune, heads, gqa, bool(prune_head_dims), bool(prefix))
-    return _on_config_graph(model, view, prefix, wanted, settings.ratios, given)
+    wanted = Wanted(settings.prune, heads, gqa, bool(prune_head_dims), bool(view.prefix))
+    return _on_config_graph(model, view, wanted, settings.ratios, given)
 
 
 def by_itself(
@@ -113,18 +109,17 @@ def by_itself(
     Raises:
         UnsupportedModelError: heads cannot be pruned, or no width is proved.
     """
-    prefix, pretrained = find_pretrained(model)
-    view = WidthView(pretrained, map_of(pretrained, make_inputs=make_inputs))
-    wanted = wanted_by(arguments, bool(prefix))
+    view = view_of(model, make_inputs)
+    wanted = wanted_by(arguments, bool(view.prefix))
     given = {name: arguments[name] for name in MERGED if name in arguments}
     try:
-        return _on_config_graph(model, view, prefix, wanted, {}, given)
+        return _on_config_graph(model, view, wanted, {}, given)
     except UnsupportedModelError as error:
         if not wanted.head_dims:
             raise
         reason = str(error)
     without = replace(wanted, head_dims=False)
-    result = _on_config_graph(model, view, prefix, without, {}, given)
+    result = _on_config_graph(model, view, without, {}, given)
     graph = result["example_inputs"].graph
     shrinking = (name for group in graph.graph_groups for name in graph.outputs_of(group))
     if not any(map(view.field_map.splits_of, shrinking)):
@@ -132,19 +127,18 @@ def by_itself(
     return result
 
 
-def _graph_of(view: WidthView, chosen: Chosen, prefix: str) -> ConfigGraph:
+def _graph_of(view: ModelView, chosen: Chosen) -> ConfigGraph:
     """Return the config graph of the chosen widths, with notes on the widths that stay."""
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
     notes = [*chosen.kept, *(f"{name} stays: {reason}" for name, reason in chosen.left.items())]
     multiples, recipe = multiples_of(view, chosen), view.field_map.recipe
-    return ConfigGraph(view.model, groups, prefix, multiples, heads, notes, recipe.make_inputs)
+    return ConfigGraph(view.model, groups, view.prefix, multiples, heads, notes, recipe.make_inputs)
 
 
 def _on_config_graph(
     model: nn.Module,
-    view: WidthView,
-    prefix: str,
+    view: ModelView,
     wanted: Wanted,
     ratios: Mapping[str, float],
     given: Mapping[str, Any],
@@ -154,7 +148,6 @@ def _on_config_graph(
     Args:
         model: what is pruned.
         view: the Hugging Face model in it.
-        prefix: that model's name in it.
         wanted: what the user asks for.
         ratios: config field -> ratio.
         given: the pruner's own arguments that the user gave.
@@ -162,7 +155,7 @@ def _on_config_graph(
     chosen = choose(view, replace(wanted, stays=staying(view, given)))
     for message in chosen.kept:
         warn(message)
-    graph = _graph_of(view, chosen, prefix)
+    graph = _graph_of(view, chosen)
     why = f"config graph: {len(graph.graph_groups)} groups, each proved by permutation"
     why += said_along([name for width in chosen.widths for name in width.along])
     why += said_handed(name for width in chosen.widths for name in width.handed)

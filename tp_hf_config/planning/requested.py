@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch_pruning import ops
 
-from ..fieldmap.model_view import WidthView
+from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
 from ..graph.prunable import Width, widths_of
 from ..model.config_json import FieldPath
@@ -36,7 +36,7 @@ def wanted_by(arguments: Mapping[str, Any], wrapped: bool) -> Wanted:
     return Wanted(heads=heads, head_dims=dims, wrapped=wrapped)
 
 
-def staying(view: WidthView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPath, ...], str]:
+def staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPath, ...], str]:
     """Return the widths that stay because a pruner's arguments keep one of their layers.
 
     One field sets all groups of a width: if one group has to stay, all of them have to.
@@ -79,7 +79,7 @@ def staying(view: WidthView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
 
 
 def _why_heads_stay(
-    view: WidthView,
+    view: ModelView,
     width: Width,
     layers: list[dict[str, nn.Module]],
     arguments: Mapping[str, Any],

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UnknownFieldError, UnsupportedModelError, closest
 from ..fieldmap.legal_values import multiple_of
-from ..fieldmap.model_view import WidthView
+from ..fieldmap.model_view import ModelView
 from ..graph.experiments import experiments_of
 from ..graph.prunable import Width, widths_of
 from ..graph.unit_count import UnitCount
@@ -66,7 +66,7 @@ class Chosen:
     kept: tuple[str, ...] = ()
 
 
-def choose(view: WidthView, wanted: Wanted) -> Chosen:
+def choose(view: ModelView, wanted: Wanted) -> Chosen:
     """Return the widths to prune.
 
     Args:
@@ -95,7 +95,7 @@ def choose(view: WidthView, wanted: Wanted) -> Chosen:
     return Chosen(widths, tuple(heads), _in_words(view, heads), left_out, kept)
 
 
-def _asked_alone(view: WidthView, wanted: Wanted) -> tuple[FieldPath, ...]:
+def _asked_alone(view: ModelView, wanted: Wanted) -> tuple[FieldPath, ...]:
     """Return the fields that are asked for, if nothing but them has to be looked at; else none."""
     if wanted.heads or wanted.head_dims or wanted.stays:
         return ()
@@ -104,7 +104,7 @@ def _asked_alone(view: WidthView, wanted: Wanted) -> tuple[FieldPath, ...]:
     return tuple(by_name[name] for name in names) if names.keys() <= by_name.keys() else ()
 
 
-def _check_tried(view: WidthView, asked: tuple[FieldPath, ...]) -> None:
+def _check_tried(view: ModelView, asked: tuple[FieldPath, ...]) -> None:
     """Raise if no experiment can be made with the class, so that nothing of it is proved.
 
     Raises:
@@ -124,7 +124,7 @@ def _check_tried(view: WidthView, asked: tuple[FieldPath, ...]) -> None:
     )
 
 
-def _kept(view: WidthView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
+def _kept(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
     """Yield a message for each width that is asked for but stays."""
     if not wanted.stays:
         return
@@ -172,7 +172,7 @@ def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
             )
 
 
-def multiples_of(view: WidthView, chosen: Chosen) -> dict[tuple[FieldPath, ...], int]:
+def multiples_of(view: ModelView, chosen: Chosen) -> dict[tuple[FieldPath, ...], int]:
     """Return what each width has to stay a multiple of, counted in units of its fields.
 
     The class, the kernels or the channel groups require it.
@@ -207,7 +207,7 @@ def amounts_of(width: Width, multiple: int, model: nn.Module) -> tuple[UnitCount
     return tuple(unit_counts)
 
 
-def _multiple_in(view: WidthView, width: Width) -> int:
+def _multiple_in(view: ModelView, width: Width) -> int:
     """Return what a width has to stay a multiple of for its kernels and channel groups.
 
     Stacked experts run in a grouped matrix product that takes only rows of whole 16 bytes. Channel
@@ -223,7 +223,7 @@ def _multiple_in(view: WidthView, width: Width) -> int:
     return multiple
 
 
-def _widths(view: WidthView) -> tuple[Width, ...]:
+def _widths(view: ModelView) -> tuple[Width, ...]:
     return widths_of(view.model, view.field_map)
 
 
@@ -236,7 +236,7 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
     return chosen
 
 
-def _default(view: WidthView, wanted: Wanted, alone: bool) -> list[Width]:
+def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
     """Return every proved width inside the model.
 
     Args:
@@ -259,7 +259,7 @@ def _default(view: WidthView, wanted: Wanted, alone: bool) -> list[Width]:
 
 
 def _named(
-    view: WidthView, wanted: Wanted, fields: Sequence[str], asked: tuple[FieldPath, ...]
+    view: ModelView, wanted: Wanted, fields: Sequence[str], asked: tuple[FieldPath, ...]
 ) -> list[Width]:
     """Return the widths that hold the named fields, without those that the arguments keep.
 
@@ -299,7 +299,7 @@ def _no_such(name: str, widths: Sequence[Width]) -> str:
     return f"no such width{closest(name, names)}"
 
 
-def _heads(view: WidthView, wanted: Wanted) -> list[Width]:
+def _heads(view: ModelView, wanted: Wanted) -> list[Width]:
     """Return the widths that count attention heads; those that fit ``wanted.gqa`` are preferred.
 
     Raises:
@@ -322,7 +322,7 @@ def _heads(view: WidthView, wanted: Wanted) -> list[Width]:
     raise _cannot(view, f"attention heads: {reason}")
 
 
-def _head_dims(view: WidthView, wanted: Wanted) -> list[Width]:
+def _head_dims(view: ModelView, wanted: Wanted) -> list[Width]:
     """Return the widths that set head dims alone.
 
     Raises:
@@ -345,14 +345,14 @@ def _head_dims(view: WidthView, wanted: Wanted) -> list[Width]:
 
 
 def _cannot(
-    view: WidthView, reason: str, kind: type[UnsupportedModelError] = UnsupportedModelError
+    view: ModelView, reason: str, kind: type[UnsupportedModelError] = UnsupportedModelError
 ) -> UnsupportedModelError:
     """Return the error for what cannot be pruned; it names the widths that can."""
     offered = ", ".join(width.name for width in _widths(view) if width.reason is None) or "none"
     return kind(f"{type(view.model).__name__} cannot prune {reason}. Widths that can: {offered}.")
 
 
-def _in_words(view: WidthView, heads: Sequence[Width]) -> str:
+def _in_words(view: ModelView, heads: Sequence[Width]) -> str:
     """Return how the heads are pruned, for the report."""
     counts = view.field_map.count_fields()
     parts: list[str] = []
@@ -405,7 +405,7 @@ def _places(width: Width) -> dict[tuple[str, int], None]:
     return {(dim.name, dim.dim): None for group in width.groups for dim in group.dims}
 
 
-def _check_apart(view: WidthView, chosen: Sequence[Width]) -> None:
+def _check_apart(view: ModelView, chosen: Sequence[Width]) -> None:
     """Raise if two widths share a tensor dim (heads times head dim): no pruner can do both."""
     owner: dict[tuple[str, int], Width] = {}
     for width in chosen:

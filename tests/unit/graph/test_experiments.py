@@ -18,7 +18,7 @@ import zoo
 from transformers.models.llama import modeling_llama
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
-from tp_hf_config.fieldmap import field_map
+from tp_hf_config.fieldmap import field_map, model_view
 from tp_hf_config.fieldmap.depth import Depth
 from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
@@ -42,6 +42,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this process a new one, as far as classes are concerned."""
     monkeypatch.setattr(field_map, "_learned", OrderedDict())
+    monkeypatch.setattr(model_view, "_checked", weakref.WeakKeyDictionary())
     monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
 
 
