@@ -16,9 +16,9 @@ from tp_hf_config import CheckReport, Prunable, RepairReport, RoundtripReport, S
 from tp_hf_config.pipeline.companions import Copied
 from tp_hf_config.pipeline.job import Pruned
 from tp_hf_config.pipeline.roundtrip import Proof
-from tp_hf_config.planning.choices import PruneSettings
 from tp_hf_config.planning.model_size import Size
 from tp_hf_config.planning.plan import Plan
+from tp_hf_config.planning.settings import PruneSettings
 
 PACKAGES = ("tp-hf-config", "torch", "transformers", "torch-pruning")
 SIZE = Size(1, 2, None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ConfigSyncError
-from ..planning.choices import Graph, check_graph
+from ..planning.settings import Graph, check_graph
 from . import registration
 from .history import Recorder
 from .report import SyncReport

@@ -20,14 +20,15 @@ from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.from_config import module_of
-from .choices import Gqa, PruneSettings, Scheduler
 from .model_size import ParameterCount, Size, size_of
 from .plan import Plan, PlannedWidth
 from .refusals import adjusted_line, by_name, planned_refusal
-from .selection import Chosen, Wanted, amounts_of, check_ratios, choose, multiples_of
+from .selection import Chosen, Wanted, check_ratios, choose
+from .settings import Gqa, PruneSettings, Scheduler
 from .shortfall import shortfalls
 from .target import trajectory_to, why_not_exactly
 from .trajectory import MovingWidth, Trajectory
+from .unit_counts import multiples_of, unit_counts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -151,7 +152,7 @@ def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Tra
     """Return the trajectory of the chosen widths under these settings."""
     field_map = view.field_map
     check_ratios(chosen, settings.ratios)
-    multiples = multiples_of(view, chosen)
+    multiples = multiples_of(view, chosen.widths)
     moving_widths = []
     for width in chosen.widths:
         named = [settings.ratios[name] for name in width.names if name in settings.ratios]
@@ -161,7 +162,7 @@ def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Tra
         moving_widths.append(
             MovingWidth(
                 width.fields,
-                amounts_of(width, multiples[width.fields], view.model),
+                unit_counts_of(width, multiples[width.fields], view.model),
                 ratio,
                 clamped=bool(named) or width in chosen.heads,
                 counts_heads=bool(set(width.fields) & field_map.count_fields()),
@@ -216,7 +217,7 @@ def _plan(
             for width, moving in zip(chosen.widths, trajectory.moving_widths, strict=True)
         ),
         kept={
-            w.name: w.reason or chosen.left.get(w.name, "not chosen")
+            w.name: w.reason or chosen.left_out.get(w.name, "not chosen")
             for w in every_width
             if w.name not in names
         },

@@ -15,10 +15,10 @@ from ..forward.run_recipe import MakeInputs
 from ..model.config_json import FieldPath
 from ..notebook import short
 from ..schema import dated
-from .choices import PruneSettings
 from .model_size import Size
 from .pruner_kwargs import pruner_kwargs
 from .refusals import PlannedRefusal, refusal_lines
+from .settings import PruneSettings
 
 
 @dataclass(frozen=True)

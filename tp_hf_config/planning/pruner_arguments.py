@@ -17,8 +17,8 @@ from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_classes import family
 from ..graph.sides import ParameterView, channels_of, is_output
 from ..model.config_json import field_name
-from .choices import check_share
 from .requested import largest_head_ratio
+from .settings import check_share
 
 _WITHOUT_EFFECT = {
     "customized_pruners": "it cuts the parameters of every layer by itself, and what a layer "

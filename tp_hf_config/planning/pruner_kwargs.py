@@ -17,11 +17,12 @@ from ..graph.prunable import said_along, said_handed
 from ..graph.pruner_access import GraphInputs
 from ..model.config_json import field_name
 from ..model.surroundings import same_random_state
-from .choices import Gqa, Graph, PruneSettings, check_graph, check_share
 from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
 from .requested import staying, wanted_by
-from .selection import Chosen, Wanted, choose, multiples_of
+from .selection import Chosen, Wanted, choose
 from .selection import check_ratios as check_field_ratios
+from .settings import Gqa, Graph, PruneSettings, check_graph, check_share
+from .unit_counts import multiples_of
 
 
 def pruner_kwargs(
@@ -131,8 +132,11 @@ def _graph_of(view: ModelView, chosen: Chosen) -> ConfigGraph:
     """Return the config graph of the chosen widths, with notes on the widths that stay."""
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
-    notes = [*chosen.kept, *(f"{name} stays: {reason}" for name, reason in chosen.left.items())]
-    multiples, recipe = multiples_of(view, chosen), view.field_map.recipe
+    notes = [
+        *chosen.staying,
+        *(f"{name} stays: {reason}" for name, reason in chosen.left_out.items()),
+    ]
+    multiples, recipe = multiples_of(view, chosen.widths), view.field_map.recipe
     return ConfigGraph(view.model, groups, view.prefix, multiples, heads, notes, recipe.make_inputs)
 
 
@@ -153,7 +157,7 @@ def _on_config_graph(
         given: the pruner's own arguments that the user gave.
     """
     chosen = choose(view, replace(wanted, stays=staying(view, given)))
-    for message in chosen.kept:
+    for message in chosen.staying:
         warn(message)
     graph = _graph_of(view, chosen)
     why = f"config graph: {len(graph.graph_groups)} groups, each proved by permutation"

@@ -1,24 +1,18 @@
-"""Choose the widths that one pruner prunes, and what they stay multiples of."""
+"""Choose the widths that one pruner prunes."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import gcd, lcm
-
-from torch import nn
+from dataclasses import dataclass
 
 from ..errors import UnknownFieldError, UnsupportedModelError, closest
-from ..fieldmap.legal_values import multiple_of
 from ..fieldmap.model_view import ModelView
 from ..graph.experiments import experiments_of
 from ..graph.prunable import Width, widths_of
-from ..graph.unit_count import UnitCount
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
-from ..model.tensors import stacks, tensor
-from .choices import Gqa
+from .settings import Gqa
 
 
 @dataclass(frozen=True)
@@ -54,16 +48,16 @@ class Chosen:
         widths: all of them; no two share a tensor dim.
         heads: those of them that follow the head ratios.
         how: how the heads are pruned, in words.
-        left: the name of a width that is pruned by default -> why it is left out: it shares a
+        left_out: the name of a width that is pruned by default -> why it is left out: it shares a
             tensor dim with one of these.
-        kept: messages about widths that would be pruned but for the pruner's arguments.
+        staying: messages about widths that would be pruned but for the pruner's arguments.
     """
 
     widths: tuple[Width, ...]
     heads: tuple[Width, ...] = ()
     how: str = ""
-    left: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    kept: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    staying: tuple[str, ...] = ()
 
 
 def choose(view: ModelView, wanted: Wanted) -> Chosen:
@@ -88,11 +82,11 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
     rest = [width for width in others if not head_fields & set(width.fields)]
     left_out: dict[str, str] = {}
     if wanted.fields is None:
-        rest, left_out = _that_go_together(rest, heads + dims)
+        rest, left_out = _sharing_nothing(rest, heads + dims)
     widths = tuple(dict.fromkeys(heads + dims + rest))
     _check_apart(view, widths)
-    kept = tuple(_kept(view, wanted, widths))
-    return Chosen(widths, tuple(heads), _in_words(view, heads), left_out, kept)
+    staying = tuple(_staying(view, wanted, widths))
+    return Chosen(widths, tuple(heads), _in_words(view, heads), left_out, staying)
 
 
 def _asked_alone(view: ModelView, wanted: Wanted) -> tuple[FieldPath, ...]:
@@ -124,7 +118,7 @@ def _check_tried(view: ModelView, asked: tuple[FieldPath, ...]) -> None:
     )
 
 
-def _kept(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
+def _staying(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
     """Yield a message for each width that is asked for but stays."""
     if not wanted.stays:
         return
@@ -170,57 +164,6 @@ def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
                 f"ratios={dict(ratios)}: {' and '.join(own)} can only be pruned together "
                 f"({width.name}). Give one of them a ratio."
             )
-
-
-def multiples_of(view: ModelView, chosen: Chosen) -> dict[tuple[FieldPath, ...], int]:
-    """Return what each width has to stay a multiple of, counted in units of its fields.
-
-    The class, the kernels or the channel groups require it.
-    """
-    counts = view.field_map.count_fields()
-    multiples: dict[tuple[FieldPath, ...], int] = {}
-    for width in chosen.widths:
-        multiple = _multiple_in(view, width)
-        if len(width.fields) == 1 and not set(width.fields) & counts:
-            own = multiple_of(view.field_map, width.fields[0])
-            multiple = lcm(
-                multiple, own // gcd(own, view.field_map.values[width.fields[0]] // width.units)
-            )
-        multiples[width.fields] = multiple
-    return multiples
-
-
-def amounts_of(width: Width, multiple: int, model: nn.Module) -> tuple[UnitCount, ...]:
-    """Return the unit counts of a width's groups, each different one once.
-
-    ``multiple`` is what the width has to stay a multiple of, in units of its fields.
-    """
-    channels: dict[tuple[str, int], int] = {}
-    for dim in (dim for group in width.groups for dim in group.dims):
-        key = (dim.name, dim.dim)
-        channels[key] = channels.get(key, 0) + dim.layout.parts * dim.layout.run
-    unit_counts: dict[UnitCount, None] = {}
-    for group in width.groups:
-        layers = {(tensor(model, m.name).shape[m.dim], channels[m.name, m.dim]) for m in group.dims}
-        unit_count = group.count.in_multiples_of(multiple)
-        unit_counts[replace(unit_count, layers=tuple(sorted(layers)))] = None
-    return tuple(unit_counts)
-
-
-def _multiple_in(view: ModelView, width: Width) -> int:
-    """Return what a width has to stay a multiple of for its kernels and channel groups.
-
-    Stacked experts run in a grouped matrix product that takes only rows of whole 16 bytes. Channel
-    groups have to lose the same number each.
-    """
-    multiple = 1
-    for group in width.groups:
-        own = group.count.channel_groups  # all groups of a width lose the same number
-        for dim in group.dims:
-            if dim.dim > 0 and stacks(view.model, dim.name):
-                own = lcm(own, 16 // tensor(view.model, dim.name).element_size())
-        multiple = lcm(multiple, own // gcd(own, group.count.per_field_unit))
-    return multiple
 
 
 def _widths(view: ModelView) -> tuple[Width, ...]:
@@ -372,7 +315,7 @@ def _in_words(view: ModelView, heads: Sequence[Width]) -> str:
     return "; ".join(parts)
 
 
-def _that_go_together(
+def _sharing_nothing(
     default: Sequence[Width], asked_for: Sequence[Width]
 ) -> tuple[list[Width], dict[str, str]]:
     """Return the default widths that share no tensor dim with each other or with ``asked_for``.
@@ -391,11 +334,11 @@ def _that_go_together(
         if shared is None:
             owner |= dict.fromkeys(_places(width), width)
             continue
-        name, dim = shared
-        named = ", ".join(f'"{one}"' for one in width.names)
+        parameter, dim = shared
+        named = ", ".join(f'"{name}"' for name in width.names)
         left_out[width.name] = (
-            f"it sets dimension {dim} of {name} with {owner[shared].name}. To prune it as well, "
-            f"give it a pruner of its own afterwards: prune=({named},)"
+            f"it sets dimension {dim} of {parameter} with {owner[shared].name}. To prune it as "
+            f"well, give it a pruner of its own afterwards: prune=({named},)"
         )
     return [width for width in default if width.name not in left_out], left_out
 

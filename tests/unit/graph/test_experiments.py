@@ -115,7 +115,7 @@ def test_a_model_that_is_tiny_itself_may_have_more_layers_than_are_looked_at() -
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
 def test_a_field_by_itself_has_the_groups_that_all_experiments_give_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
