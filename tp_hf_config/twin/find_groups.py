@@ -34,10 +34,11 @@ from .joint_fields import (
 from .layout import Places, TensorDim, UnitLayout, places_of
 from .layout_guesses import layouts_of
 from .layout_search import Sources, Style, in_other_layouts, searched
+from .links import Links
 from .prove import channel_groups_of, companion, named, order_of, proved, second_look
 from .rehearse import rehearse
 from .tiny.tiny_model import TinyModel
-from .twin_test import Links, TwinTest
+from .twin_test import TwinTest
 
 
 def find_groups(tiny: TinyModel) -> list[Finding]:

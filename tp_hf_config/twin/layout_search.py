@@ -10,7 +10,8 @@ from math import gcd
 from ..model.config_json import FieldPath
 from .layout import Places, TensorDim, UnitLayout, places_of
 from .layout_guesses import likely_first, overlap
-from .twin_test import Links, TwinTest
+from .links import Links
+from .twin_test import TwinTest
 
 _MAX_LAYOUTS = 10
 """How many layouts a step of the search tries at most: of all styles, of one, or of mixtures."""

@@ -19,7 +19,8 @@ from ..errors import listed
 from ..model.config_json import FieldPath
 from .group import Finding, TinyGroup, as_in_like_layers, in_parts_alike
 from .layout import TensorDim, places_of
-from .twin_test import Links, TwinTest
+from .links import Links
+from .twin_test import TwinTest
 
 
 def named(dims: Sequence[TensorDim]) -> str:

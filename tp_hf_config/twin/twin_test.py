@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 
 from ..forward.encoder_states import states_in
 from ..forward.observed_pass import Result, outputs_in_float64
+from ..forward.replay import Replay
 from ..forward.run_recipe import PLAIN, RunRecipe
 from .layout import TensorDim, UnitLayout
+from .links import Links, merged
 
 _EQUAL = 1e-9
 """Largest relative difference at which two float64 results count as the same."""
@@ -30,21 +31,6 @@ _NO_GRADIENT = 1e-12
 """Smaller gradients count as none."""
 _ROUNDING = 1e-15
 """The share of the largest gradient that rounding alone may leave of another."""
-
-
-@dataclass(frozen=True)
-class Links:
-    """What a twin test shows.
-
-    Attributes:
-        groups: tensor dims that belong together.
-        unequal: tensor dims in which the two units are told apart.
-        unobserved: tensor dims without a gradient, so that where they belong cannot be seen.
-    """
-
-    groups: tuple[tuple[TensorDim, ...], ...]
-    unequal: tuple[TensorDim, ...]
-    unobserved: tuple[TensorDim, ...]
 
 
 class TwinTest:
@@ -58,6 +44,8 @@ class TwinTest:
             of tensor dims of that length if there are any, else in runs or parts of that number.
         watched: intermediate results that count as outputs.
         recipe: how the class is run.
+        replay: the results of the model's parts on these inputs, to skip parts that an experiment
+            does not change. Default: every pass runs the whole model, as it does to watch results.
 
     Attributes:
         axes: length of an output axis that holds the units -> their possible layouts.
@@ -73,9 +61,12 @@ class TwinTest:
         runs: Sequence[int] = (1,),
         watched: Sequence[Result] = (),
         recipe: RunRecipe = PLAIN,
+        replay: Replay | None = None,
     ):
         self.model, self.inputs, self.units = model, dict(inputs), units
         self.watched, self.recipe = watched, recipe
+        self._replay = None if watched else replay
+        self._changed: list[str] = []
         self.axes = {units * run: (UnitLayout(run=run), UnitLayout(parts=run)) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
@@ -83,12 +74,25 @@ class TwinTest:
             self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
         self._random: dict[torch.Size, Tensor] = {}
         outputs = outputs_in_float64(model, inputs, watched, recipe)
+        self._number_of_outputs = len(outputs)
         self._depending = [number for number, output in enumerate(outputs) if output.requires_grad]
         self._outward = outputs[: len(outputs) - len(watched)]
         self.base = [outputs[number].detach() for number in self._depending]
 
-    def outputs(self) -> list[Tensor]:
-        """Return the outputs of one forward pass that depend on parameters."""
+    def outputs(self, names: Iterable[str] = ()) -> list[Tensor]:
+        """Return the outputs of one forward pass that depend on parameters.
+
+        Args:
+            names: the parameters whose gradients are asked for afterwards; those of other
+                parameters may be lost.
+        """
+        changed = {*names, *self._changed}
+        if self._replay is not None and changed:
+            with self._replay.without([self.parameters[name] for name in changed]):
+                tensors = outputs_in_float64(self.model, self.inputs, (), self.recipe)
+            if len(tensors) == self._number_of_outputs:
+                return [tensors[number] for number in self._depending]
+            self._replay = None  # outputs are collected inside of parts that were skipped
         tensors = outputs_in_float64(self.model, self.inputs, self.watched, self.recipe)
         return [tensors[number] for number in self._depending]
 
@@ -121,7 +125,7 @@ class TwinTest:
                 hidden = [d for d in hidden if d in observed and self._is_dead(grads, d, first)]
                 unsettled = [dim for dim in observed if dim not in settled]
                 for group in self._components(unsettled, observed, first, second, doubted):
-                    groups = _merged(groups, group)
+                    groups = merged(groups, group)
             if not hidden and not doubted:
                 break
         ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
@@ -170,11 +174,12 @@ class TwinTest:
 
     def unused(self, names: Iterable[str]) -> bool:
         """True if the outputs depend on none of these parameters, whatever their values are."""
+        names = list(names)
         parameters = [self.parameters[name] for name in names if self.parameters[name].numel()]
         if not all(parameter.requires_grad for parameter in parameters):
             return False  # buffers have no gradient
-        outputs = self.outputs()
-        if not parameters or not outputs:
+        outputs = self.outputs(names)
+        if not parameters or not any(output.requires_grad for output in outputs):
             return True
         total = torch.stack([output.sum() for output in outputs]).sum()
         grads = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -263,7 +268,7 @@ class TwinTest:
         for dim in unsettled:
             if dim in doubted or not any(dim in group for group in groups):
                 linked = {dim, *self._disturbed(dim, dims, first, second)}
-                groups = _merged(groups, linked)
+                groups = merged(groups, linked)
         return groups
 
     def _disturbed(
@@ -290,7 +295,8 @@ class TwinTest:
         names = [n for n in dict.fromkeys(d.name for d in dims) if self.parameters[n].requires_grad]
         by_name: dict[str, Tensor | None] = dict.fromkeys(dim.name for dim in dims)
         axes = self._axes(dims)
-        losses = [self._loss(output, first, second, axes) for output in self.outputs()]
+        outputs = [output for output in self.outputs(names) if output.requires_grad]
+        losses = [self._loss(output, first, second, axes) for output in outputs]
         if not names or not losses:
             return by_name
         grads = torch.autograd.grad(
@@ -380,14 +386,10 @@ class TwinTest:
     def _restored(self, dims: Sequence[TensorDim]) -> Iterator[None]:
         """Put the parameters of these tensor dims back at the end of the context."""
         before = {name: self.parameters[name].data.clone() for name in {d.name for d in dims}}
+        changed, self._changed = self._changed, [*self._changed, *before]
         try:
             yield
         finally:
+            self._changed = changed
             for name, data in before.items():
                 self.parameters[name].data.copy_(data)
-
-
-def _merged(groups: Sequence[set[TensorDim]], added: set[TensorDim]) -> list[set[TensorDim]]:
-    """Return the groups with one more, which takes in all that share a tensor dim with it."""
-    overlapping = [group for group in groups if group & added]
-    return [*(group for group in groups if not group & added), added.union(*overlapping)]

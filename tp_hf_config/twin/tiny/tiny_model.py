@@ -20,6 +20,7 @@ from ...forward.coverage import Working, unreached_by, why_not, working_inputs
 from ...forward.encoder_states import states_in
 from ...forward.extra_methods import outputs_of
 from ...forward.observed_pass import AllFloat64, Result, tensors_in, watched_results
+from ...forward.replay import Replay
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, with_values
@@ -78,6 +79,10 @@ class TinyModel:
     def _run(self) -> TinyRun:
         return self.build()
 
+    @cached_property
+    def _replay(self) -> Replay:
+        return Replay(self.model)
+
     @property
     def model(self) -> nn.Module:
         """The class with random weights; see :class:`TinyRun`."""
@@ -118,8 +123,9 @@ class TinyModel:
             runs: see :class:`~tp_hf_config.twin.twin_test.TwinTest`.
             model: another build of the class to run; default: the tiny model.
         """
+        replay = self._replay if model is None else None
         model = self.model if model is None else model
-        return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe)
+        return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe, replay)
 
 
 def tiny_model(field_map: FieldMap) -> TinyModel | Refusal:
