@@ -108,7 +108,8 @@ class TwinTest:
         Args:
             dims: the tensor dims of the width.
             pairs: how many pairs of units are tried at most.
-            doubted: tensor dims that are disturbed with every pair, even if their group is known.
+            doubted: tensor dims that are disturbed with every pair, even if their group is known,
+                until they are one group.
         """
         groups: list[set[TensorDim]] = []
         hidden = unobserved = list(dims)
@@ -126,8 +127,8 @@ class TwinTest:
                 unsettled = [dim for dim in observed if dim not in settled]
                 for group in self._components(unsettled, observed, first, second, doubted):
                     groups = merged(groups, group)
-            if not hidden and not doubted:
-                break
+            if not hidden and any(map({*doubted}.issubset, [*groups, ()])):
+                break  # more pairs of units cannot take apart what is linked
         ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
         return Links(tuple(ordered), (), tuple(unobserved))
 

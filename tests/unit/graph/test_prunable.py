@@ -13,7 +13,7 @@ from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.graph.experiments import _apart
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.hook.apply import all_or_nothing, write_fields
-from tp_hf_config.model.from_config import model_of
+from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.channel_groups import counted_by
 from tp_hf_config.twin.find_groups import _finest, _in_proportion
 from tp_hf_config.twin.group import Finding, TinyGroup
@@ -321,7 +321,7 @@ def test_a_scale_in_another_precision_is_not_another_scale(new: float, taken: fl
 def test_heads_that_share_states_go_in_as_many_classes_as_a_field_says(groups: int) -> None:
     """No layer shows the number: it is seen at another value in the tiny model."""
     config = hf.Mamba2Config(num_hidden_layers=2, n_groups=groups)
-    model = model_of(config, hf.Mamba2ForCausalLM)
+    model = module_of(config, hf.Mamba2ForCausalLM)
     widths = {width.name: width for width in widths_of(model)}
     width = widths["num_heads + hidden_size"]
     assert (width.reason, width.units) == (None, 128)

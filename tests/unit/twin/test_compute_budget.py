@@ -14,7 +14,7 @@ from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamb
 
 from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.forward.head_splits import HeadSplits
-from tp_hf_config.model.from_config import model_of
+from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter
 from tp_hf_config.twin.tiny.image_sizes import smaller_images
 from tp_hf_config.twin.tiny.requirements import _keeps_order_alone, _several_per_unit
@@ -88,7 +88,7 @@ def test_a_router_has_experts_to_choose_from(
         bos_token_id=1,
         eos_token_id=2,
     )
-    field_map = map_of(model_of(config, hf.Qwen3MoeModel))
+    field_map = map_of(module_of(config, hf.Qwen3MoeModel))
     small = field_map.builder.config(shrunken(field_map, field_map.depth.data, False))
     assert (small.num_experts, small.num_experts_per_tok) == (left, taken)
 
@@ -134,7 +134,7 @@ def test_sound_is_short_and_its_convolutions_are_no_experts(
     model_class: str, config_class: str, frames: int
 ) -> None:
     config = getattr(hf, config_class)()
-    tiny = tiny_model(map_of(model_of(config, getattr(hf, model_class))))
+    tiny = tiny_model(map_of(module_of(config, getattr(hf, model_class))))
     assert isinstance(tiny, TinyModel)
     (sound,) = (one for name, one in tiny.inputs.items() if name.startswith("input_"))
     assert max(sound.shape) == frames
@@ -150,7 +150,7 @@ def test_sound_is_short_and_its_convolutions_are_no_experts(
     ids=["Mamba2", "FalconH1"],
 )
 def test_state_space_models_of_the_usual_size_are_tiny(model_class: Any, config: Any) -> None:
-    tiny = tiny_model(map_of(model_of(config, model_class)))
+    tiny = tiny_model(map_of(module_of(config, model_class)))
     assert isinstance(tiny, TinyModel)
     assert sum(parameter.numel() for parameter in tiny.model.parameters()) < 80_000
     assert tiny.model.config.hidden_size < config.hidden_size // 32  # type: ignore[union-attr]
@@ -158,7 +158,7 @@ def test_state_space_models_of_the_usual_size_are_tiny(model_class: Any, config:
 
 def test_a_width_shrinks_with_the_size_of_mambas_heads_and_what_is_twice_as_wide() -> None:
     config = hf.Zamba2Config()
-    tiny = tiny_model(map_of(model_of(config, hf.Zamba2ForCausalLM)))
+    tiny = tiny_model(map_of(module_of(config, hf.Zamba2ForCausalLM)))
     assert isinstance(tiny, TinyModel)
     assert config.hidden_size == 2560
     assert tiny.field_map.values[("hidden_size",)] == 40
@@ -220,7 +220,7 @@ def test_the_sides_of_an_image_that_set_widths_stay_in_proportion() -> None:
 
 def test_the_tiny_seggpt_computes_little() -> None:
     """With images of full size it needed 126 GB for one pass."""
-    field_map = map_of(model_of(hf.SegGptConfig(), hf.SegGptModel))
+    field_map = map_of(module_of(hf.SegGptConfig(), hf.SegGptModel))
     data = shrunken(field_map, small_tokens(field_map), together=False)
     assert data["image_size"] == [128, 64]
 

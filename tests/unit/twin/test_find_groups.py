@@ -20,7 +20,7 @@ from tp_hf_config.graph.prunable import Width, widths_of
 from tp_hf_config.graph.unit_count import UnitCount
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.model.from_config import model_of
+from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
 from tp_hf_config.twin.masked_check import difference
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
@@ -150,7 +150,7 @@ def test_attention_scaled_by_torch_is_compared_with_the_new_scale() -> None:
 def test_units_of_heads_and_of_groups_are_of_several_positions_in_the_tiny_copy() -> None:
     """WavLM's 48 channels of a unit are four of each head and three of each group."""
     config = hf.WavLMConfig(num_hidden_layers=2)
-    tiny = tiny_model(map_of(model_of(config, hf.WavLMModel)))
+    tiny = tiny_model(map_of(module_of(config, hf.WavLMModel)))
     assert isinstance(tiny, TinyModel)
     small: Any = tiny.model.config
     unit = lcm(small.num_attention_heads, small.num_conv_pos_embedding_groups)
