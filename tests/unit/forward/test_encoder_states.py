@@ -16,7 +16,7 @@ import transformers as hf
 from torch import nn
 
 import tp_hf_config.forward.coverage as reach
-import tp_hf_config.twin.tiny.tiny_model as miniatures
+import tp_hf_config.twin.tiny.tiny_model as tiny_models
 from tp_hf_config import (
     HFConfigSyncHook,
     plan,
@@ -186,16 +186,16 @@ class TestInputs:
             return "no" if "encoder_hidden_states" in inputs else plain(model, inputs, recipe)
 
         monkeypatch.setattr(reach, "why_not", why_not)
-        tiny = miniatures.tiny_model(map_of(bart()))
-        assert isinstance(tiny, miniatures.TinyModel)
+        tiny = tiny_models.tiny_model(map_of(bart()))
+        assert isinstance(tiny, tiny_models.TinyModel)
         assert (tiny.states, tiny.partial) == ({}, False)
 
     def test_tied_weights_stay_alike_at_tiny_size(self) -> None:
         config = hf.MarianConfig(
             **_DECODER, encoder_layers=2, pad_token_id=0, decoder_start_token_id=0, eos_token_id=1
         )
-        tiny = miniatures.tiny_model(map_of(_random(hf.MarianForCausalLM(config))))
-        assert isinstance(tiny, miniatures.TinyModel)
+        tiny = tiny_models.tiny_model(map_of(_random(hf.MarianForCausalLM(config))))
+        assert isinstance(tiny, tiny_models.TinyModel)
         rows = [tiny.field_map.shapes[name][0] for name in ("lm_head.weight", _EMBEDDING)]
         assert rows[0] == rows[1] < 99
 

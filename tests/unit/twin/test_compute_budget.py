@@ -17,7 +17,7 @@ from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter
 from tp_hf_config.twin.tiny.image_sizes import smaller_images
-from tp_hf_config.twin.tiny.requirements import _keeps_order_alone, _several_per_unit
+from tp_hf_config.twin.tiny.requirements import _keeps_order_alone, _several_per_unit, _still_shared
 from tp_hf_config.twin.tiny.shrink import _smaller, shrunken, small_tokens
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 
@@ -287,3 +287,10 @@ def test_a_norm_is_not_left_with_two_numbers() -> None:
     assert not _keeps_order_alone(before, {**before, "norm.weight": (4,)})
     assert not _keeps_order_alone(before, {**before, "mixer.A_log": (2,)})
     assert not _keeps_order_alone({**before, "norm.weight": (2,)}, {**before, "norm.weight": (2,)})
+
+
+def test_a_dimension_of_which_nothing_is_left_holds_no_units() -> None:
+    """PP-OCRv6's small detector: an eighth of a small width is no channel at all."""
+    parts, field = {("layer.weight", 0): False}, ("hidden_size",)
+    assert _still_shared(parts, field, {"hidden_size": 8}, {"layer.weight": (4, 2)})
+    assert not _still_shared(parts, field, {"hidden_size": 8}, {"layer.weight": (0, 2)})

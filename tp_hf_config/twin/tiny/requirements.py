@@ -136,6 +136,8 @@ def _still_shared(
     In dimensions where a unit took several positions, it still has to.
     """
     value = value_at(data, field)
+    if not all(built[name][dim] for name, dim in parts):
+        return False  # nothing is left of a dimension
     shares = {(name, dim): Fraction(value, built[name][dim]) for name, dim in parts}
     if any(share.denominator != 1 for share in shares.values()):
         return False
