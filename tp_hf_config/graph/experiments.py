@@ -68,13 +68,13 @@ _experiments: weakref.WeakKeyDictionary[FieldMap, _Memory] = weakref.WeakKeyDict
 
 
 def experiments_of(
-    field_map: FieldMap, made: TinyModel | None = None, fields: _Fields = ()
+    field_map: FieldMap, tiny: TinyModel | None = None, fields: _Fields = ()
 ) -> Experiments:
     """Return what experiments with a class and config found; they run once.
 
     Args:
         field_map: the field map of the class around the config.
-        made: the tiny model, if the config is its own; else it is built. If that model has more
+        tiny: the tiny model, if the config is its own; else it is built. If that model has more
             layers than the field map looks at, it is built too.
         fields: the fields that are asked about. If each of them can be pruned alone, the findings
             may be those of these fields only. Default: all fields.
@@ -82,15 +82,15 @@ def experiments_of(
     Raises:
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
-    made = None if field_map.depth.steps else made
+    tiny = None if field_map.depth.steps else tiny
     memory = _experiments.setdefault(field_map, _Memory())
     result = memory.every or memory.alone.get(fields)
     if result is None:
-        cache = nullcontext() if made is None else suspended()
+        cache = nullcontext() if tiny is None else suspended()
         with one_thread(), same_random_state(), cache:
-            result = _stored(field_map) or (_stored(field_map, fields) if fields else None)
+            result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
             if result is None:
-                memory.tiny = memory.tiny or made or tiny_model(field_map)
+                memory.tiny = memory.tiny or tiny or tiny_model(field_map)
                 result = _alone(field_map, memory.tiny, fields) or _every(field_map, memory.tiny)
     if result.fields:
         memory.alone[fields] = result
@@ -108,24 +108,23 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     which models of many sizes share; what comes of it at full size by the full config.
     """
     if isinstance(tiny, Refusal):
-        _keep(field_map, "widths", field_map.data, (), entry={"reason": tiny.reason})
+        _store(field_map, "widths", field_map.data, (), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
     key = ("groups", tiny.field_map.data, repr(tiny.recipe))
-    findings = _kept(field_map, *key)
+    findings = _load(field_map, *key)
     if findings is None:
         findings = find_groups(tiny)
-        _keep(field_map, *key, entry=findings)
-    checked = tuple(
-        _apart(_sayable(finding, field_map), findings, tiny.full) for finding in findings
-    )
-    return _experiments_on_disk(field_map, tiny, checked)
+        _store(field_map, *key, entry=findings)
+    at_full_size = (_checked_at_full_size(finding, field_map) for finding in findings)
+    checked = tuple(_unless_shared(finding, findings, tiny.full) for finding in at_full_size)
+    return _stored_experiments(field_map, tiny, checked)
 
 
 def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> Experiments | None:
     """Run the experiments with some fields alone; ``None`` if only those with all fields tell.
 
     Those tell what has to be pruned with what, and which parts of a model no output shows, where
-    another field has the same value (see :func:`_apart`).
+    another field has the same value (see :func:`_unless_shared`).
     """
     numbers = list(field_map.values.values())
     if isinstance(tiny, Refusal) or any(numbers.count(field_map.values[f]) > 1 for f in fields):
@@ -133,24 +132,24 @@ def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> E
     findings = []
     for field in fields:
         finding = find_alone(tiny, field)
-        if finding is None or _sayable(finding, field_map).reason is not None:
+        if finding is None or _checked_at_full_size(finding, field_map).reason is not None:
             return None
         findings.append(finding)
-    return _experiments_on_disk(field_map, tiny, tuple(findings), fields) if fields else None
+    return _stored_experiments(field_map, tiny, tuple(findings), fields) if fields else None
 
 
-def _experiments_on_disk(
+def _stored_experiments(
     field_map: FieldMap, tiny: TinyModel, findings: tuple[Finding, ...], fields: _Fields = ()
 ) -> Experiments:
     """Return the experiments with these findings, after keeping them in the cache on disk."""
     entry = {"findings": findings, "tiny": state_of(tiny.field_map)}
-    _keep(field_map, "widths", field_map.data, fields, entry=entry)
+    _store(field_map, "widths", field_map.data, fields, entry=entry)
     return Experiments(tiny, findings, fields)
 
 
-def _stored(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
+def _from_disk(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
     """Return the experiments with a class and config from the cache on disk; None if none is."""
-    entry = _kept(field_map, "widths", field_map.data, fields)
+    entry = _load(field_map, "widths", field_map.data, fields)
     if entry is None:
         return None
     if "reason" in entry:
@@ -160,18 +159,18 @@ def _stored(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
     return Experiments(tiny, entry["findings"], fields, cached=True)
 
 
-def _kept(field_map: FieldMap, *key: Any) -> Any:
+def _load(field_map: FieldMap, *key: Any) -> Any:
     """Return what the cache on disk has of a class under a key; None if it has nothing."""
     return None if field_map.digest is None else load(entry_key(field_map.digest, *key))
 
 
-def _keep(field_map: FieldMap, *key: Any, entry: Any) -> None:
+def _store(field_map: FieldMap, *key: Any, entry: Any) -> None:
     """Put what was found of a class into the cache on disk."""
     if field_map.digest is not None:
         store(entry_key(field_map.digest, *key), entry)
 
 
-def _sayable(finding: Finding, field_map: FieldMap) -> Finding:
+def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
     """Return the finding, refused if less of it makes the class build what pruning cannot leave.
 
     The class is built with a quarter less and with half: some count may become 0, or a dimension
@@ -199,7 +198,7 @@ def _sayable(finding: Finding, field_map: FieldMap) -> Finding:
     return finding if taken or not reason else Finding(finding.fields, reason=reason)
 
 
-def _apart(finding: Finding, others: Sequence[Finding], full: FieldMap) -> Finding:
+def _unless_shared(finding: Finding, others: Sequence[Finding], full: FieldMap) -> Finding:
     """Return the finding, refused if an unobserved part of the model is as wide and may read it.
 
     Widths are compared at full size: in a tiny model, head counts equal other numbers by chance
@@ -211,7 +210,7 @@ def _apart(finding: Finding, others: Sequence[Finding], full: FieldMap) -> Findi
         others: all findings of the model.
         full: the field map at full size.
     """
-    unobserved = [field for other in others if other.unseen for field in other.fields]
+    unobserved = [field for other in others if other.unobserved for field in other.fields]
     for field in unobserved:
         if field in finding.fields:
             continue  # all of it was observed, or the finding would have a reason already

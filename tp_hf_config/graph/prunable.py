@@ -44,11 +44,11 @@ class Width:
         layers: how many layers of the model have tensor dims in its groups.
         parameters: how many parameters one unit holds in all of the groups.
         reason: why it cannot be pruned; ``None`` if it can.
-        along: parameters that no output depends on; they lose the same units as the residual
-            stream, which no experiment can show.
+        unobserved_parameters: names of parameters that no output depends on; they lose the same
+            units as the residual stream, which no experiment can show.
         outward: an output of the model is as wide, so whatever reads it has to be pruned alike.
-        handed: inputs that lose the same units: encoder states. The encoder outside the model that
-            makes them has to be pruned alike.
+        encoder_states: names of inputs that lose the same units. The encoder outside the model
+            that makes them has to be pruned alike.
     """
 
     fields: tuple[FieldPath, ...]
@@ -57,9 +57,9 @@ class Width:
     layers: int = 0
     parameters: int = 0
     reason: str | None = None
-    along: tuple[str, ...] = ()
+    unobserved_parameters: tuple[str, ...] = ()
     outward: bool = False
-    handed: tuple[str, ...] = ()
+    encoder_states: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ class Width:
             "layers": self.layers,
             "parameters_per_unit": self.parameters,
             "reason": self.reason,
-            "inputs": list(self.handed),
+            "inputs": list(self.encoder_states),
         }
 
 
@@ -96,8 +96,8 @@ def _row(width: Width) -> tuple[str, ...]:
     """Return the width's row of the table, in the columns of ``_HEAD``."""
     numbers = (width.units, len(width.groups), width.layers, width.parameters)
     shown = [f"{n:,}" if width.reason is None else "" for n in numbers]
-    proved = "units permuted: same outputs" + said_along(width.along)
-    return (width.name, *shown, width.reason or proved + said_handed(width.handed))
+    proved = "units permuted: same outputs" + note_on_unobserved(width.unobserved_parameters)
+    return (width.name, *shown, width.reason or proved + note_on_states(width.encoder_states))
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def prunable(
 def widths_of(
     model: PreTrainedModel,
     field_map: FieldMap | None = None,
-    made: TinyModel | None = None,
+    tiny: TinyModel | None = None,
     fields: tuple[FieldPath, ...] = (),
 ) -> tuple[Width, ...]:
     """Return the widths of a model; the experiments run once per class and config.
@@ -206,12 +206,12 @@ def widths_of(
     Args:
         model: the live model.
         field_map: its field map, if it was looked up already.
-        made: its tiny model, if the model is one itself; else it is built.
+        tiny: its tiny model, if the model is one itself; else it is built.
         fields: the fields that are asked about; if each of them can be pruned alone, other widths
             may be left out. Default: all fields.
     """
     field_map = field_map or map_of(model)
-    experiments = experiments_of(field_map, made, fields)
+    experiments = experiments_of(field_map, tiny, fields)
     if isinstance(experiments.tiny, Refusal):
         return tuple(Width((field,), reason=experiments.tiny.reason) for field in field_map.values)
     names = tuple(map(tuple, parameter_names(model).values()))
@@ -259,9 +259,9 @@ def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTra
         units=groups[0].count.units // groups[0].count.per_field_unit,
         layers=len({m.name.rpartition(".")[0] for group in groups for m in group.dims}),
         parameters=_parameters_per_unit(groups, model),
-        along=finding.along,
+        unobserved_parameters=finding.unobserved_parameters,
         outward=finding.outward,
-        handed=finding.handed,
+        encoder_states=finding.encoder_states,
     )
 
 
@@ -270,14 +270,14 @@ def _with_minimum(group: Group, minimum: int) -> Group:
     return replace(group, count=replace(group.count, minimum=minimum))
 
 
-def said_along(names: Sequence[str]) -> str:
+def note_on_unobserved(names: Sequence[str]) -> str:
     """Return a text to append that names parameters no output depends on; empty for none."""
     if not names:
         return ""
     return f"; no output depends on {some(names)}, cut alike"
 
 
-def said_handed(names: Iterable[str]) -> str:
+def note_on_states(names: Iterable[str]) -> str:
     """Return a text to append that names inputs which have to lose the same channels."""
     return "".join(f"; {name} has to lose the same channels" for name in dict.fromkeys(names))
 

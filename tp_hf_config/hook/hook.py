@@ -109,7 +109,7 @@ class HFConfigSyncHook:
         """
         from ..fieldmap.model_view import view_of
         from ..graph.pruner_access import GraphInputs
-        from ..planning.pruner_arguments import check_handed, check_ratios, settle
+        from ..planning.pruner_arguments import check_needed, check_ratios, settle
         from ..planning.pruner_kwargs import by_itself
 
         model: nn.Module = arguments["model"]
@@ -121,7 +121,7 @@ class HFConfigSyncHook:
             arguments |= by_itself(model, arguments, self.make_inputs)
             inputs = arguments["example_inputs"]
         self._graph_reason = inputs.why
-        check_handed(inputs.needed, arguments)
+        check_needed(inputs.needed, arguments)
         graph: ConfigGraph = inputs.graph
         settle(view, graph, arguments)
         return graph

@@ -238,7 +238,7 @@ def _plan(
 def _input_notes(chosen: Chosen) -> Iterator[str]:
     """Yield a note for each input (encoder states) that has to lose channels with a width."""
     for width in chosen.widths:
-        for name in width.handed:
+        for name in width.encoder_states:
             yield f"{name} has to lose channels with {width.name}: the report of a step says which"
 
 

@@ -89,7 +89,7 @@ def check_names(arguments: Iterable[str]) -> None:
             raise TypeError(f"pruner_kwargs: no pruner takes {name}={closest(name, names)}")
 
 
-def check_handed(needed: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+def check_needed(needed: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Warn if a pruner gets fewer ratios than ``pruner_kwargs`` returned for it.
 
     Args:

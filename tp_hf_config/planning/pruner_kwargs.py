@@ -13,7 +13,7 @@ from ..fieldmap.model_view import ModelView, view_of
 from ..forward.inputs import example_inputs
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
-from ..graph.prunable import said_along, said_handed
+from ..graph.prunable import note_on_states, note_on_unobserved
 from ..graph.pruner_access import GraphInputs
 from ..model.config_json import field_name
 from ..model.surroundings import same_random_state
@@ -161,8 +161,8 @@ def _on_config_graph(
         warn(message)
     graph = _graph_of(view, chosen)
     why = f"config graph: {len(graph.graph_groups)} groups, each proved by permutation"
-    why += said_along([name for width in chosen.widths for name in width.along])
-    why += said_handed(name for width in chosen.widths for name in width.handed)
+    why += note_on_unobserved([n for width in chosen.widths for n in width.unobserved_parameters])
+    why += note_on_states(name for width in chosen.widths for name in width.encoder_states)
     why += f"; heads: {chosen.how}" if chosen.how else ""
     by_module: dict[Any, float] = {}
     names = {field_name(field): field for fields in graph.fields for field in fields}

@@ -190,10 +190,10 @@ def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
     Raises:
         UnsupportedModelError: ``alone``, and no width is proved.
     """
-    wrapped = wanted.wrapped
     inner = view.inner_widths()
     default = [width for width in _widths(view) if inner >= set(width.fields)]
-    default = [width for width in default if not (wrapped and (width.outward or width.handed))]
+    if wanted.wrapped:
+        default = [w for w in default if not (w.outward or w.encoder_states)]
     proved = [width for width in default if width.reason is None]
     if proved or not alone:
         return _disjoint(wanted.free(proved))

@@ -49,7 +49,7 @@ def find_groups(tiny: TinyModel) -> list[Finding]:
     """
     field_map = tiny.field_map
     singly = [_find_alone(tiny, field) for field in field_map.values if _moves_alone(tiny, field)]
-    told_apart = {f.fields[0]: f.apart for f in singly if f.reason is not None}
+    told_apart = {f.fields[0]: f.told_apart for f in singly if f.reason is not None}
     failed = set(told_apart)
     findings = [_rehearsed(tiny, finding) for finding in singly]
     refused = {f.fields[0] for f in findings if f.reason is not None} - failed
@@ -179,7 +179,7 @@ def _find(
     shares = shares_of(field_map, fields)
     if isinstance(shares, str):
         return Finding(fields, reason=shares)
-    shares |= _handed(tiny, shares)
+    shares |= _shares_of_states(tiny, shares)
     styles: dict[Style, list[TensorDim]] = {}
     tensors = {**saved_buffers(tiny.model), **dict(tiny.model.named_parameters())}  # tied ones once
     tensors |= tiny.states
@@ -209,32 +209,37 @@ def _find(
         finding = proved(test, sources, fields, links)
         if finding.reason is not None:
             finding = second_look(test, sources, fields, links) or finding
-        if finding.unproved:
-            several = in_other_layouts(test, styles, sources, finding.unproved)
+        if finding.unproved_dims:
+            several = in_other_layouts(test, styles, sources, finding.unproved_dims)
             others = (proved(test, other, fields, other_links) for other, other_links in several)
             finding = next((other for other in others if other.reason is None), finding)
-        if tiny.partial and (finding.unseen or finding.along):  # no part that reads images ran
-            unseen = (
-                finding.reason or f"the outputs do not depend on {', '.join(finding.along[:3])}"
-            )
-            finding = replace(
-                finding, reason=f"{unseen} when given text alone", unseen=True, along=()
-            )
+        if tiny.partial:  # no part that reads images ran
+            finding = _given_text_alone(finding)
     if finding is None:
         reason = f"units are not interchangeable in {named(links.unequal)}"
-        apart = places_of(links.unequal)
-        finding = Finding(fields, reason=reason, disproved=True, apart=apart)
+        told_apart = places_of(links.unequal)
+        finding = Finding(fields, reason=reason, disproved=True, told_apart=told_apart)
     if finding.disproved and len(fields) == 1:
         finding = _without_twins(test, first, fields) or finding
-    handed = tuple(
+    states = tuple(
         n for n in tiny.states if any(d.name == n for g in finding.groups for d in g.dims)
     )
-    finding = replace(finding, outward=test.shows_outside(), handed=handed)
+    finding = replace(finding, outward=test.shows_outside(), encoder_states=states)
     if len(fields) > 1 or units < field_map.values[fields[0]]:
         return _refined(tiny, finding)
     dims = (dim for group in finding.groups for dim in group.dims if dim.dim == 0)
     stacked = any(stacks(tiny.model, dim.name) for dim in dims)
     return replace(finding, minimum=_least(tiny, fields[0])) if stacked else finding
+
+
+def _given_text_alone(finding: Finding) -> Finding:
+    """Return the finding, refused if parts of the width may only run with images or sound."""
+    unobserved = finding.unobserved_parameters
+    if not finding.unobserved and not unobserved:
+        return finding
+    reason = finding.reason or f"the outputs do not depend on {', '.join(unobserved[:3])}"
+    reason = f"{reason} when given text alone"
+    return replace(finding, reason=reason, unobserved=True, unobserved_parameters=())
 
 
 def _split_into(field_map: FieldMap, fields: Collection[FieldPath]) -> frozenset[str]:
@@ -247,7 +252,7 @@ def _split_into(field_map: FieldMap, fields: Collection[FieldPath]) -> frozenset
     return frozenset(name for name in field_map.shapes if name.rpartition(".")[0] in layers)
 
 
-def _handed(tiny: TinyModel, shares: Shares) -> Shares:
+def _shares_of_states(tiny: TinyModel, shares: Shares) -> Shares:
     """Return what the fields have of encoder states: as much as of the parameter that reads them.
 
     Nothing, if the model is given no states.

@@ -49,27 +49,28 @@ class Finding:
         groups: its groups.
         reason: why it cannot be pruned; ``None``: it can.
         disproved: True if an experiment told its units apart.
-        unseen: True if no output depends on some of its tensor dims.
-        apart: the tensor dims in which its units are told apart.
-        unproved: the tensor dims of a group of which no permutation is neutral.
+        unobserved: True if no output depends on some of its tensor dims.
+        told_apart: the tensor dims in which its units are told apart.
+        unproved_dims: the tensor dims of a group of which no permutation is neutral.
         minimum: the fewest units with which the class runs (a router that takes the best two
             experts needs two).
-        along: parameters that no output depends on, and that are in a group all the same.
+        unobserved_parameters: parameters that no output depends on, and that are in a group all the
+            same.
         outward: True if an output is as wide.
-        handed: the inputs (encoder states) that lose the same units.
+        encoder_states: the inputs (encoder states) that lose the same units.
     """
 
     fields: tuple[FieldPath, ...]
     groups: tuple[TinyGroup, ...] = ()
     reason: str | None = None
     disproved: bool = False
-    unseen: bool = False
-    apart: Places = frozenset()
-    unproved: Places = frozenset()
+    unobserved: bool = False
+    told_apart: Places = frozenset()
+    unproved_dims: Places = frozenset()
     minimum: int = 1
-    along: tuple[str, ...] = ()
+    unobserved_parameters: tuple[str, ...] = ()
     outward: bool = False
-    handed: tuple[str, ...] = ()
+    encoder_states: tuple[str, ...] = ()
 
 
 _Kind = frozenset[tuple[str, int, UnitLayout]]

@@ -52,17 +52,17 @@ def proved(
         channel_groups = channel_groups_of(test, group)
         if channel_groups is None or not test.alike(group, channel_groups):
             reason = f"no permutation of units is neutral in {named(group)}"
-            return Finding(fields, reason=reason, disproved=True, unproved=places_of(group))
+            return Finding(fields, reason=reason, disproved=True, unproved_dims=places_of(group))
         by_field = tuple(sources[dim] for dim in group)
         groups.append(TinyGroup(fields, tuple(group), by_field, test.units, channel_groups))
     groups = as_in_like_layers(groups)
-    along = tuple(dim.name for dim in unplaced)
-    if unplaced and test.unused(along):
+    unobserved = tuple(dim.name for dim in unplaced)
+    if unplaced and test.unused(unobserved):
         groups, unplaced = in_parts_alike(test.model, groups, unplaced)
     stream = _stream(test, unplaced, groups) if unplaced else None
     if unplaced and stream is None:
         reason = f"the outputs do not depend on {named(unplaced)}"
-        return Finding(fields, tuple(groups), reason, unseen=True)
+        return Finding(fields, tuple(groups), reason, unobserved=True)
     if not groups:
         return Finding(fields, reason="it sets no parameter that the outputs depend on")
     if stream is not None:
@@ -73,7 +73,7 @@ def proved(
             dims=(*stream_group.dims, *unplaced),
             sources=(*stream_group.sources, *added),
         )
-    return Finding(fields, tuple(groups), along=along)
+    return Finding(fields, tuple(groups), unobserved_parameters=unobserved)
 
 
 def second_look(

@@ -292,9 +292,9 @@ class TestSaid:
     def test_prunable_says_which_input_has_to_follow(self) -> None:
         model = bart()
         found = {width.name: width for width in prunable(model).widths}
-        assert found["d_model"].handed == ("encoder_hidden_states",)
+        assert found["d_model"].encoder_states == ("encoder_hidden_states",)
         assert found["d_model"].to_dict()["inputs"] == ["encoder_hidden_states"]
-        assert found["decoder_ffn_dim"].handed == ()
+        assert found["decoder_ffn_dim"].encoder_states == ()
         (row,) = (line for line in str(prunable(model)).splitlines() if line.startswith("d_model"))
         assert row.endswith(
             "units permuted: same outputs; encoder_hidden_states has to lose the same channels"

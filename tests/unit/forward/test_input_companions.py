@@ -92,7 +92,7 @@ def test_three_widths_that_stand_in_one_text() -> None:
     )
     found = _find(tiny, together)
     assert found.reason is None
-    assert found.along == ("audio_tower.audio_bos_eos_token.weight",)
+    assert found.unobserved_parameters == ("audio_tower.audio_bos_eos_token.weight",)
     assert rehearse(tiny, found) is None
 
 

@@ -188,7 +188,8 @@ class TestGiven:
         states = map_of(model, make_inputs=two).recipe.states
         assert states is not None
         assert (states.argument, states.dim) == ("encoder_hidden_states", 1)
-        widths = {width.name: width.handed for width in prunable(model, make_inputs=two).widths}
+        offered = prunable(model, make_inputs=two).widths
+        widths = {width.name: width.encoder_states for width in offered}
         assert widths["hidden_size"] == ("encoder_hidden_states",)
 
 

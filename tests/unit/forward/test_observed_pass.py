@@ -327,7 +327,7 @@ def test_widths_of_parts_that_no_output_shows(
     (width,) = (width for width in prunable(build().eval()).widths if width.name == field)
     assert width.reason is None
     assert part in {dim.name for group in width.groups for dim in group.dims}
-    assert not width.along
+    assert not width.unobserved_parameters
 
 
 def test_a_class_that_exchanges_modules_as_it_first_runs_is_compared_as_it_then_is() -> None:

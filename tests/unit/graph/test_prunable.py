@@ -10,7 +10,7 @@ import transformers as hf
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
 from tp_hf_config.fieldmap.field_map import map_of
-from tp_hf_config.graph.experiments import _apart
+from tp_hf_config.graph.experiments import _unless_shared
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.hook.apply import all_or_nothing, write_fields
 from tp_hf_config.model.from_config import module_of
@@ -398,13 +398,13 @@ def test_norms_with_other_weights_for_every_head_lose_whole_heads() -> None:
 
 def test_what_is_as_wide_as_a_part_that_did_not_run_is_told_at_full_size() -> None:
     heads, channels = ("num_attention_heads",), ("vq_config", "channel_multiplier", 2)
-    found, unseen = Finding((heads,)), Finding((channels,), reason="not seen", unseen=True)
+    found, unseen = Finding((heads,)), Finding((channels,), reason="not seen", unobserved=True)
     alike: Any = SimpleNamespace(values={heads: 4, channels: 4})
     other: Any = SimpleNamespace(values={heads: 32, channels: 4})
-    reason = _apart(found, [found, unseen], alike).reason
+    reason = _unless_shared(found, [found, unseen], alike).reason
     assert reason is not None
     assert reason.startswith("vq_config.channel_multiplier[2] is as wide")
-    assert _apart(found, [found, unseen], other) is found
+    assert _unless_shared(found, [found, unseen], other) is found
 
 
 def test_heads_stay_whole_where_their_dims_could_change_places() -> None:

@@ -127,7 +127,7 @@ def test_vectors_that_no_output_depends_on_go_along_with_the_residual_stream() -
     token = "dinov2.embeddings.mask_token"
     (width,) = (width for width in prunable(model).widths if width.name == "hidden_size")
     assert width.reason is None
-    assert width.along == (token,)
+    assert width.unobserved_parameters == (token,)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
@@ -191,7 +191,7 @@ def test_a_parameter_that_holds_nothing_goes_along() -> None:
     widths = {width.name: width for width in prunable(model).widths}
     width = widths["num_attention_heads + hidden_size"]
     assert width.reason is None
-    assert "embeddings.register_tokens" in width.along
+    assert "embeddings.register_tokens" in width.unobserved_parameters
 
 
 def test_a_width_reshapes_as_it_was_and_scales_as_it_is() -> None:
