@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .observed_pass import outputs_in_float64
+from .run_recipe import RunRecipe
+
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
@@ -57,8 +60,21 @@ class Replay:
                 module.forward = update_wrapper(run, forward)  # callers may ask for its parameters
             yield
 
+    def outputs(
+        self, changed: Collection[Tensor], inputs: Mapping[str, Any], recipe: RunRecipe
+    ) -> list[Tensor] | None:
+        """Return the floating point outputs of a pass that replays what holds no changed tensor.
+
+        ``None``: the pass fails, for want of something that is collected inside of what it skips.
+        """
+        try:
+            with self.without(changed):
+                return outputs_in_float64(self._model, inputs, (), recipe)
+        except Exception:  # a class may fail in any way
+            return None
+
     def _parts(self, changed: frozenset[int]) -> list[nn.Module]:
-        """Return the outermost modules without a changed tensor; lists of modules never run."""
+        """Return the parts that may be replayed; lists of modules never run."""
         if changed not in self._outermost:
             self._outermost[changed] = list(_parts_without(self._model, changed))
         return self._outermost[changed]
@@ -87,17 +103,28 @@ class Replay:
         pure = _are_equal(given, before) and _is_plain(result)
         pure = pure and bool((torch.default_generator.get_state() == random).all())
         self._calls[key] = _Call(before, _copied(result)) if pure else None
-        return result
+        return result if not pure else _copied(result)  # without gradients, for the parts behind
 
 
 def _parts_without(module: nn.Module, changed: frozenset[int]) -> Iterator[nn.Module]:
-    """Yield the outermost modules inside a module that hold no changed tensor."""
+    """Yield the outermost modules inside a module that hold no changed tensor, and no hook inside.
+
+    A hook inside would miss the call: Transformers collects attentions and hidden states by hooks.
+    """
     for child in module.children():
         free = changed.isdisjoint(map(id, (*child.parameters(), *child.buffers())))
+        free = free and not any(
+            map(_has_hooks, filter(lambda part: part is not child, child.modules()))
+        )
         if free and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield child
         else:
             yield from _parts_without(child, changed)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """True if something watches the calls of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:

@@ -122,6 +122,32 @@ def test_a_model_whose_outputs_are_collected_inside_is_run_whole() -> None:
     assert model.last.calls == 5  # the second pass twice: its front was replayed, then it is whole
 
 
+class Hooked(nn.Module):
+    """Collects by a hook that stays, and needs what it collects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Sequential(Part(4, 4), Part(4, 4))
+        self.last = Part(4, 4)
+        self.collected: list[Tensor] = []
+        self.front[0].register_forward_hook(lambda *given: self.collected.append(given[-1]))
+        self.double()
+
+    def forward(self, x: Tensor) -> Any:
+        self.collected.clear()
+        x = self.front(x)
+        return self.last(x) + self.collected[0]
+
+
+def test_what_a_hook_inside_watches_is_run_but_the_watched_part_is_replayed() -> None:
+    model = Hooked()
+    test = TwinTest(model, {"x": X}, 4, replay=Replay(model))
+    outputs = [test.outputs(["last.weight"]) for _ in range(3)]
+    assert all(torch.equal(one, outputs[0][0]) for (one,) in outputs)
+    assert [part.calls for part in model.front] == [2, 2]  # at first, and when it is recorded
+    assert model.last.calls == 4
+
+
 @pytest.mark.parametrize("name", ["llama", "bart", "clip", "whisper", "swin"])
 def test_the_same_is_found_as_by_whole_passes(name: str) -> None:
     with one_thread(), same_random_state():
