@@ -82,7 +82,6 @@ def experiments_of(
     Raises:
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
-    tiny = None if field_map.depth.steps else tiny
     memory = _experiments.setdefault(field_map, _Memory())
     result = memory.every or memory.alone.get(fields)
     if result is None:
@@ -90,7 +89,7 @@ def experiments_of(
         with one_thread(), same_random_state(), cache:
             result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
             if result is None:
-                memory.tiny = memory.tiny or tiny or tiny_model(field_map)
+                memory.tiny = memory.tiny or _with_fewest_layers(field_map, tiny)
                 result = _alone(field_map, memory.tiny, fields) or _every(field_map, memory.tiny)
     if result.fields:
         memory.alone[fields] = result
@@ -99,6 +98,20 @@ def experiments_of(
     if isinstance(result.tiny, InputsRefusal):
         raise UnsupportedModelError(result.tiny.reason)
     return result
+
+
+def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyModel | Refusal:
+    """Return a tiny model with no more layers than the field map looks at.
+
+    A tiny model that is given may have more, if the field map is around its own config. Widths are
+    compared at the full size that it was made from.
+    """
+    if tiny is not None and not field_map.depth.steps:
+        return tiny
+    built = tiny_model(field_map)
+    if tiny is None or isinstance(built, Refusal):
+        return built
+    return dataclasses.replace(built, full=tiny.full)
 
 
 def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:

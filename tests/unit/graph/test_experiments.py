@@ -108,6 +108,9 @@ def test_a_model_that_is_tiny_itself_may_have_more_layers_than_are_looked_at() -
     learned = field_map.map_of(model)
     assert learned.depth.data["num_hidden_layers"] == 2
     proved = {width.name for width in widths_of(model, learned, deep) if width.reason is None}
+    tiny = experiments.experiments_of(learned).tiny
+    assert isinstance(tiny, tiny_model.TinyModel)
+    assert tiny.full is deep.full  # where sizes that are equal in the tiny model by chance are not
     assert proved == {
         "hidden_size",
         "intermediate_size",
