@@ -76,8 +76,8 @@ def pruner_kwargs(
         UnsupportedModelError: there is not exactly one Hugging Face model that can be followed, a
             field or heads cannot be pruned (the message has the reason and the fields that can), or
             ``make_inputs`` raises or returns what the class does not run with.
-        ValueError: ``graph`` or ``gqa`` is unknown, ``gqa`` is given but heads are not pruned, or a
-            ratio is outside 0 to 1.
+        ValueError: ``graph`` or ``gqa`` is unknown, ``gqa`` is given but heads are not pruned, a
+            ratio is outside 0 to 1, or ``prune`` is empty and no heads are pruned.
         TypeError: not a model, or an argument that no pruner has.
     """
     check_graph(graph)
@@ -85,7 +85,7 @@ def pruner_kwargs(
     check_ratios(arguments)
     for name, ratio in (ratios or {}).items():
         check_share(f"ratios: {name}", ratio)
-    settings = PruneSettings.of(prune, ratios, prune_num_heads, gqa)
+    settings = PruneSettings.of(prune, ratios or None, prune_num_heads, gqa)
     view = view_of(model, make_inputs)
     heads = settings.prune_num_heads
     given = {**arguments, "round_to": round_to, "prune_num_heads": heads}

@@ -69,7 +69,13 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
 
     Raises:
         UnsupportedModelError: what is asked for cannot be pruned.
+        ValueError: nothing is asked for.
     """
+    if wanted.fields == () and not wanted.heads and not wanted.head_dims:
+        raise ValueError(
+            "prune=() names no field, and no heads are pruned either, so nothing would be. Name a "
+            "field, or leave prune= out: every width inside the model"
+        )
     asked = _asked_alone(view, wanted)
     _check_tried(view, asked)
     heads = _heads(view, wanted) if wanted.heads else []

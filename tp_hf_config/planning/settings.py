@@ -55,7 +55,8 @@ class PruneSettings:
                 f"{how} says how attention heads go, and prune_num_heads=False that none goes: "
                 "leave one of them out"
             )
-        shares = {"pruning_ratio": self.pruning_ratio, "head_pruning_ratio": ratio, **self.ratios}
+        shares = {"pruning_ratio": self.pruning_ratio, "head_pruning_ratio": ratio}
+        shares |= {"max_pruning_ratio": self.max_pruning_ratio, **self.ratios}
         for name, share in shares.items():
             check_share(name, share)
 

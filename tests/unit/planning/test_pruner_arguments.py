@@ -182,6 +182,27 @@ class TestNames:
                 ask(small.llama(), ratios={"intermediate_size": ratio})
 
 
+@pytest.mark.parametrize("ask", [plan, pruner_kwargs])
+class TestNothing:
+    def test_no_field_and_no_heads(self, ask: Any) -> None:
+        with pytest.raises(ValueError, match=r"^prune=\(\) names no field, and no heads"):
+            ask(small.llama(), prune=())
+        assert ask(small.llama(num_key_value_heads=2), prune=(), gqa="query")
+
+    def test_no_ratios_are_the_default(self, ask: Any) -> None:
+        result: Any = ask(small.llama(), ratios={})
+        if ask is plan:
+            names = {width.name for width in result.widths}
+        else:
+            graph = result["example_inputs"].graph
+            names = {field[-1] for fields in graph.fields for field in fields}
+        assert names == set(BOTH)
+
+    def test_a_largest_ratio_that_is_no_share(self, ask: Any) -> None:
+        with pytest.raises(ValueError, match=r"^max_pruning_ratio=30: expected a share"):
+            ask(small.llama(), max_pruning_ratio=30)
+
+
 class TestNoModel:
     def test_a_path(self) -> None:
         with pytest.raises(TypeError) as raised:
