@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from ..model.surroundings import restore_attribute
 from .observed_pass import outputs_in_float64
 from .run_recipe import RunRecipe
 
@@ -55,7 +57,8 @@ class Replay:
         with ExitStack() as stack:
             for module in self._parts(frozenset(map(id, changed))):
                 forward = module.forward
-                stack.callback(_put_back, module, vars(module).get("forward"))
+                own = vars(module).get("forward")
+                stack.callback(restore_attribute, module, "forward", own)
                 run = partial(self._run, module, forward, numbers)
                 module.forward = update_wrapper(run, forward)  # callers may ask for its parameters
             yield
@@ -96,7 +99,7 @@ class Replay:
             if call is not None and _are_equal(given, call.given):
                 return _copied(call.result)
             return forward(*args, **kwargs)
-        if not _is_plain(given) or _any_tensor(given, lambda tensor: tensor.requires_grad):
+        if not _is_plain(given) or any(getattr(v, "requires_grad", 0) for v in tree_leaves(given)):
             return forward(*args, **kwargs)
         before, random = _copied(given), torch.default_generator.get_state()
         result = forward(*args, **kwargs)
@@ -113,9 +116,7 @@ def _parts_without(module: nn.Module, changed: frozenset[int]) -> Iterator[nn.Mo
     """
     for child in module.children():
         free = changed.isdisjoint(map(id, (*child.parameters(), *child.buffers())))
-        free = free and not any(
-            map(_has_hooks, filter(lambda part: part is not child, child.modules()))
-        )
+        free = free and not any(_has_hooks(part) for part in child.modules() if part is not child)
         if free and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield child
         else:
@@ -127,58 +128,25 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    """Give a module its own ``forward`` back: that of its class, or one set on the object."""
-    del module.forward
-    if forward is not None:
-        module.forward = forward
-
-
 def _is_plain(value: Any) -> bool:
     """True if a value holds nothing but tensors and plain values."""
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (Tensor, *_PLAIN))
-
-
-def _any_tensor(value: Any, test: Callable[[Tensor], bool]) -> bool:
-    """True if some tensor in a plain value passes a test."""
-    if isinstance(value, Mapping):
-        return any(_any_tensor(item, test) for item in value.values())
-    if isinstance(value, (tuple, list)):
-        return any(_any_tensor(item, test) for item in value)
-    return isinstance(value, Tensor) and test(value)
+    return all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in tree_leaves(value))
 
 
 def _are_equal(value: Any, other: Any) -> bool:
-    """True if two plain values are equal and the first carries no gradient."""
-    if isinstance(value, Tensor):
-        return (
-            isinstance(other, Tensor)
-            and not value.requires_grad
-            and value.shape == other.shape
-            and value.dtype == other.dtype
-            and torch.equal(value, other)
-        )
-    if type(value) is not type(other):
-        return False
-    if isinstance(value, Mapping):
-        return value.keys() == other.keys() and all(_are_equal(value[k], other[k]) for k in value)
-    if isinstance(value, (tuple, list)):
-        return len(value) == len(other) and all(map(_are_equal, value, other))
-    return bool(value == other)
+    """True if two values are equal and the first carries no gradient."""
+    leaves, spec = tree_flatten(value)
+    other_leaves, other_spec = tree_flatten(other)
+    return spec == other_spec and all(map(_is_same, leaves, other_leaves))
+
+
+def _is_same(leaf: Any, other: Any) -> bool:
+    if isinstance(leaf, Tensor) and isinstance(other, Tensor):
+        same = not leaf.requires_grad and leaf.dtype == other.dtype
+        return same and torch.equal(leaf, other)
+    return type(leaf) is type(other) and bool(leaf == other)
 
 
 def _copied(value: Any) -> Any:
-    """Return a plain value with copies of its tensors, without gradients."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        copies = {key: _copied(item) for key, item in value.items()}
-        return copies if type(value) is dict else type(value)(**copies)
-    if isinstance(value, (tuple, list)):
-        items = [_copied(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    """Return a value with copies of its tensors, without gradients."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), value)

@@ -74,13 +74,6 @@ def _write(target: Any, key: Any, value: Any) -> None:
         setattr(target, key, value)
 
 
-def restore_attribute(target: Any, name: str, own: Any) -> None:
-    """Give an object its own attribute back; without one (``None``), its class's applies again."""
-    vars(target).pop(name, None)
-    if own is not None:
-        setattr(target, name, own)
-
-
 @dataclass(frozen=True)
 class Attribute:
     """A plain attribute of a module that has another value in the new reference build.

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..model.surroundings import restore_attribute
 from ..notebook import short
-from .apply import restore_attribute
 
 
 @dataclass(frozen=True)

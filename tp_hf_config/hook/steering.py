@@ -12,7 +12,7 @@ import torch_pruning.pruner.algorithms.base_pruner as tp_base
 from ..graph.config_graph import ConfigGroup
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import in_runs, multiple_below, per_channel_group
-from .apply import restore_attribute
+from ..model.surroundings import restore_attribute
 from .chunked_importance import in_pieces, takes_pieces
 
 if TYPE_CHECKING:

@@ -13,13 +13,12 @@ from torch import nn
 from ..errors import ConfigSyncError
 from ..fieldmap.solve.explain import AGAIN
 from ..graph.sides import ParameterView
-from ..model.shapes import named_modules
-from .apply import restore_attribute
+from ..model.shapes import Shapes, named_modules
+from ..model.surroundings import restore_attribute
 from .follow import Follower
 from .history import PrunedGroup, layers_of
 from .steering import is_unmodified
 
-Shapes = dict[str, tuple[int, ...]]
 _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")
 """The dicts that ``BasePruner._prune`` changes while it chooses (base_pruner.py, 1.6.1)."""
 
@@ -189,8 +188,8 @@ def _without_data(module: Any) -> Any:
 
 def _shapes_with(model: nn.Module, copies: dict[int, Any]) -> Shapes:
     """Return the shapes of a model with the copies in place of their layers."""
-    parameters: Shapes = {}
-    buffers: Shapes = {}
+    parameters: dict[str, tuple[int, ...]] = {}
+    buffers: dict[str, tuple[int, ...]] = {}
     for name, module in named_modules(model):
         layer, prefix = copies.get(id(module), module), f"{name}." if name else ""
         for key, parameter in module._parameters.items():

@@ -51,3 +51,10 @@ def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
         logger.setLevel(before)
         if shown:
             bars.enable_progress_bar()
+
+
+def restore_attribute(target: Any, name: str, own: Any) -> None:
+    """Give an object its own attribute back; without one (``None``), its class's applies again."""
+    vars(target).pop(name, None)
+    if own is not None:
+        setattr(target, name, own)
