@@ -55,13 +55,11 @@ class _Memory:
 
     Attributes:
         tiny: the tiny model, if it was needed.
-        every: the experiments with all fields, if they ran.
-        alone: those with some fields alone.
+        by_fields: the experiments with some fields alone, by these; with all fields, by none.
     """
 
     tiny: TinyModel | Refusal | None = None
-    every: Experiments | None = None
-    alone: dict[_Fields, Experiments] = dataclasses.field(default_factory=dict)
+    by_fields: dict[_Fields, Experiments] = dataclasses.field(default_factory=dict)
 
 
 _experiments: weakref.WeakKeyDictionary[FieldMap, _Memory] = weakref.WeakKeyDictionary()
@@ -83,7 +81,7 @@ def experiments_of(
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
     memory = _experiments.setdefault(field_map, _Memory())
-    result = memory.every or memory.alone.get(fields)
+    result = memory.by_fields.get(()) or memory.by_fields.get(fields)
     if result is None:
         cache = nullcontext() if tiny is None else suspended()
         with one_thread(), same_random_state(), cache:
@@ -91,10 +89,7 @@ def experiments_of(
             if result is None:
                 memory.tiny = memory.tiny or _with_fewest_layers(field_map, tiny)
                 result = _alone(field_map, memory.tiny, fields) or _every(field_map, memory.tiny)
-    if result.fields:
-        memory.alone[fields] = result
-    else:
-        memory.every = result
+        memory.by_fields[result.fields] = result
     if isinstance(result.tiny, InputsRefusal):
         raise UnsupportedModelError(result.tiny.reason)
     return result
@@ -192,7 +187,7 @@ def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
     """
     if finding.reason is not None or not set(finding.fields) <= field_map.values.keys():
         return finding
-    held = {(dim.name, dim.dim) for group in finding.groups for dim in group.dims}
+    held = {dim.place for group in finding.groups for dim in group.dims}
     units = units_of(field_map, finding.fields)
     reason, taken = "", False
     unit_counts = dict.fromkeys((units - units // 4, units - units // 2, *range(units - 1, 0, -1)))

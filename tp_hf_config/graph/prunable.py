@@ -257,7 +257,7 @@ def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTra
         fields=finding.fields,
         groups=tuple(_with_minimum(group, finding.minimum) for group in groups),
         units=groups[0].count.units // groups[0].count.per_field_unit,
-        layers=len({m.name.rpartition(".")[0] for group in groups for m in group.dims}),
+        layers=len({dim.layer for group in groups for dim in group.dims}),
         parameters=_parameters_per_unit(groups, model),
         unobserved_parameters=finding.unobserved_parameters,
         outward=finding.outward,

@@ -41,11 +41,10 @@ def unit_counts_of(width: Width, multiple: int, model: nn.Module) -> tuple[UnitC
     """
     channels: dict[tuple[str, int], int] = {}
     for dim in (dim for group in width.groups for dim in group.dims):
-        key = (dim.name, dim.dim)
-        channels[key] = channels.get(key, 0) + dim.layout.parts * dim.layout.run
+        channels[dim.place] = channels.get(dim.place, 0) + dim.layout.parts * dim.layout.run
     unit_counts: dict[UnitCount, None] = {}
     for group in width.groups:
-        layers = {(tensor(model, m.name).shape[m.dim], channels[m.name, m.dim]) for m in group.dims}
+        layers = {(tensor(model, m.name).shape[m.dim], channels[m.place]) for m in group.dims}
         unit_count = group.count.in_multiples_of(multiple)
         unit_counts[replace(unit_count, layers=tuple(sorted(layers)))] = None
     return tuple(unit_counts)

@@ -7,13 +7,11 @@ channel groups as it says then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
-from functools import wraps
 from itertools import product
 from math import gcd
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -26,29 +24,10 @@ from ..model.surroundings import same_random_state
 from .group import TinyGroup
 from .layout import TensorDim
 from .prove import channel_groups_of
-from .tiny.tiny_model import TinyModel, randomise
-
-_Answer = TypeVar("_Answer")
+from .tiny.tiny_model import TinyModel, once, randomise
 
 
-_Experiment = Callable[[TinyGroup, TinyModel], _Answer]
-
-
-def _once(experiment: _Experiment[_Answer]) -> _Experiment[_Answer]:
-    """Run an experiment once for each group: every layer at full size asks for its result."""
-
-    @wraps(experiment)
-    def remembered(group: TinyGroup, tiny: TinyModel) -> _Answer:
-        key = experiment.__name__, group
-        if key not in tiny.answers:
-            tiny.answers[key] = experiment(group, tiny)
-        answer: _Answer = tiny.answers[key]
-        return answer
-
-    return remembered
-
-
-@_once
+@once
 def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
     """Return the fields that count the channel groups of a group, as experiments show."""
     numbers = tiny.field_map.values | tiny.field_map.silent
@@ -56,7 +35,7 @@ def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
     return [field for field in equal if field not in group.fields and _counts(field, group, tiny)]
 
 
-@_once
+@once
 def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | None:
     """Return the fields that count the parts in which a group holds its units.
 
@@ -69,7 +48,7 @@ def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | Non
     """
     parts = gcd(*(dim.layout.parts for dim in group.dims)) * group.channel_groups
     field_map = tiny.field_map
-    setting = [field_map.fields_of(dim.name, dim.dim) for dim in group.dims]
+    setting = [field_map.fields_of(*dim.place) for dim in group.dims]
     relevant = field_map.count_fields().union(field_map.bound, *setting) - set(group.fields)
     numbers = field_map.values | field_map.silent
     results = {

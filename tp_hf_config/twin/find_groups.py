@@ -37,7 +37,7 @@ from .layout_search import Sources, Style, in_other_layouts, searched
 from .links import Links
 from .prove import channel_groups_of, companion, named, order_of, proved, second_look
 from .rehearse import rehearse
-from .tiny.tiny_model import TinyModel
+from .tiny.tiny_model import TinyModel, once
 from .twin_test import TwinTest
 
 
@@ -48,7 +48,7 @@ def find_groups(tiny: TinyModel) -> list[Finding]:
         One finding for each width: those of single fields come first.
     """
     field_map = tiny.field_map
-    singly = [_find_alone(tiny, field) for field in field_map.values if _moves_alone(tiny, field)]
+    singly = [_find_alone(field, tiny) for field in field_map.values if _moves_alone(tiny, field)]
     told_apart = {f.fields[0]: f.told_apart for f in singly if f.reason is not None}
     failed = set(told_apart)
     findings = [_rehearsed(tiny, finding) for finding in singly]
@@ -89,7 +89,7 @@ def find_alone(tiny: TinyModel, field: FieldPath) -> Finding | None:
     """
     if field in tiny.field_map.count_fields() or not _moves_alone(tiny, field):
         return None
-    finding = _rehearsed(tiny, _find_alone(tiny, field))
+    finding = _rehearsed(tiny, _find_alone(field, tiny))
     return finding if finding.reason is None else None
 
 
@@ -101,13 +101,10 @@ def _moves_alone(tiny: TinyModel, field: FieldPath) -> bool:
     return _sets_outputs(tiny, field)
 
 
-def _find_alone(tiny: TinyModel, field: FieldPath) -> Finding:
-    """Return the finding for one field, not rehearsed yet; the experiments run once."""
-    key = ("alone", field)
-    if key not in tiny.answers:
-        tiny.answers[key] = _find(tiny, (field,))
-    finding: Finding = tiny.answers[key]
-    return finding
+@once
+def _find_alone(field: FieldPath, tiny: TinyModel) -> Finding:
+    """Return the finding for one field, not rehearsed yet."""
+    return _find(tiny, (field,))
 
 
 def _takes_less(field_map: FieldMap, field: FieldPath) -> bool:
@@ -388,5 +385,5 @@ def _finest(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
 
 def _head_dim(tiny: TinyModel, dim: TensorDim) -> int:
     """Return how many outputs of its layer one head takes; 1 if no split of them is seen."""
-    splits = tiny.field_map.splits_of(dim.name.rpartition(".")[0])
+    splits = tiny.field_map.splits_of(dim.layer)
     return splits[0][-1] if splits else 1

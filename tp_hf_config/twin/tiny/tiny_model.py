@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -126,6 +126,25 @@ class TinyModel:
         replay = self._replay if model is None else None
         model = self.model if model is None else model
         return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe, replay)
+
+
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+_Experiment = Callable[[_Item, TinyModel], _Answer]
+
+
+def once(experiment: _Experiment[_Item, _Answer]) -> _Experiment[_Item, _Answer]:
+    """Run an experiment once for each group or field of a tiny model, and remember its answer."""
+
+    @wraps(experiment)
+    def remembered(item: _Item, tiny: TinyModel) -> _Answer:
+        key = experiment.__name__, item
+        if key not in tiny.answers:
+            tiny.answers[key] = experiment(item, tiny)
+        answer: _Answer = tiny.answers[key]
+        return answer
+
+    return remembered
 
 
 def tiny_model(field_map: FieldMap) -> TinyModel | Refusal:
