@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.writing import flush
 from ..errors import PipelineError
 
 
@@ -36,7 +37,8 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
     try:
         work.mkdir()
         yield work
-        _flush(work)
+        for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
+            flush(path)
         reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
         if reason is not None:
             raise PipelineError(reason)
@@ -83,16 +85,6 @@ def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
     if target == source or target in source.parents:
         return f"{target}: the model to prune is in it. Choose another folder."
     return None
-
-
-def _flush(folder: Path) -> None:
-    """Flush all files of a folder to the disk, before the folder gets its final name."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _rename_into_place(work: Path, target: Path, aside: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..checkpoint.child import load
 from ..errors import TPHFConfigError
 from ..fieldmap.field_map import map_of
 from ..forward.observed_pass import Result, outputs_in_float64, warm_up
@@ -309,16 +310,12 @@ def reloaded(model_class: Any, folder: Path) -> str | None:
     case = torch.load(folder / CASE, weights_only=True)
     try:
         recipe = RunRecipe(methods=tuple(case["methods"]))
-        options = {**case["options"], "output_loading_info": True}
-        model, info = model_class.from_pretrained(folder, **options)
-        problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
+        model, problems = load(model_class, folder, case["options"])
         if problems:
             return _line(f"loading reports {problems}")
         for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
             if getattr(module, "_can_set_experts_implementation", bool)():
                 module.set_experts_implementation("eager")
-        for parameter in model.parameters():  # align in memory like the live weights
-            parameter.data = parameter.data.clone()
         with torch.no_grad():
             watched = [Result(*result) for result in case["watched"]]
             warm_up(model.double().eval(), case["inputs"], watched, recipe)

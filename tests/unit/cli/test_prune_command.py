@@ -509,7 +509,7 @@ STEPS = {
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),
     "card": (prune, "card"),
-    "flushing": (output, "_flush"),
+    "flushing": (output, "flush"),
 }
 
 
