@@ -118,7 +118,7 @@ class HFConfigSyncHook:
         view = view_of(model, inputs.graph.make_inputs if prepared else self.make_inputs)
         check_ratios(arguments)
         if not prepared:
-            arguments |= by_itself(model, arguments, self.make_inputs)
+            arguments |= by_itself(model, view, arguments)
             inputs = arguments["example_inputs"]
         self._graph_reason = inputs.why
         check_needed(inputs.needed, arguments)
@@ -271,7 +271,9 @@ class HFConfigSyncHook:
                 "hook.register(pruner)"
             )
         started = time.perf_counter()
-        report = SyncReport(len(self.reports) + 1, self._graph_reason, self._recorder.drain())
+        report = SyncReport(
+            len(self.reports) + 1, self._graph_reason, self._recorder.drain(), notes=[]
+        )
         failure = None
         try:
             report = self._follower.follow(report)

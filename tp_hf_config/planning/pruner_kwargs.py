@@ -95,22 +95,19 @@ def pruner_kwargs(
     return _on_config_graph(model, view, wanted, settings.ratios, given)
 
 
-def by_itself(
-    model: nn.Module, arguments: Mapping[str, Any], make_inputs: MakeInputs | None = None
-) -> dict[str, Any]:
+def by_itself(model: nn.Module, view: ModelView, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments for a pruner that got none from ``pruner_kwargs``.
 
     If head dims are asked for but cannot be pruned, they stay and a warning says so.
 
     Args:
         model: what is pruned.
+        view: the Hugging Face model in it.
         arguments: those of the pruner's constructor.
-        make_inputs: the user's function that makes inputs, if there is one.
 
     Raises:
         UnsupportedModelError: heads cannot be pruned, or no width is proved.
     """
-    view = view_of(model, make_inputs)
     wanted = wanted_by(arguments, bool(view.prefix))
     given = {name: arguments[name] for name in MERGED if name in arguments}
     try:

@@ -84,7 +84,7 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
     if wanted.fields is None:
         others = _default(view, wanted, alone=not head_fields)
     else:
-        others = _named(view, wanted, wanted.fields, asked)
+        others = _named(view, wanted, asked)
     rest = [width for width in others if not head_fields & set(width.fields)]
     left_out: dict[str, str] = {}
     if wanted.fields is None:
@@ -207,16 +207,13 @@ def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
     raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
 
 
-def _named(
-    view: ModelView, wanted: Wanted, fields: Sequence[str], asked: tuple[FieldPath, ...]
-) -> list[Width]:
+def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> list[Width]:
     """Return the widths that hold the named fields, without those that the arguments keep.
 
     Args:
         view: the model.
         wanted: what the user asks for.
-        fields: the names.
-        asked: the same fields, if no other width has to be looked at; else none.
+        asked: the same fields by their paths, if no other width has to be looked at; else none.
 
     Raises:
         UnknownFieldError: no width has such a field.
@@ -226,8 +223,8 @@ def _named(
     if any(width.reason for width in widths):  # others may hold the field
         widths = _widths(view)
     chosen: list[Width] = []
-    named = set(fields)
-    for name in fields:
+    named = set(wanted.fields or ())
+    for name in wanted.fields or ():
         candidates = [width for width in widths if name in width.names]
         proved = [width for width in candidates if width.reason is None]
         free = wanted.free(proved)
@@ -351,7 +348,7 @@ def _sharing_nothing(
 
 def _places(width: Width) -> dict[tuple[str, int], None]:
     """Return the tensor dims that a width sets, as (parameter name, dim), in order."""
-    return {(dim.name, dim.dim): None for group in width.groups for dim in group.dims}
+    return {dim.place: None for group in width.groups for dim in group.dims}
 
 
 def _check_apart(view: ModelView, chosen: Sequence[Width]) -> None:
