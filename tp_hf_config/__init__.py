@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .errors import (
+    CalibrationError,
+    CalibrationWarning,
     CheckpointError,
     ConfigSyncError,
     PipelineError,
@@ -23,6 +25,7 @@ from .errors import (
 from .when_imported import when_imported
 
 if TYPE_CHECKING:
+    from .calibration.calibrate import Calibration, calibrate
     from .checkpoint.check import check_checkpoint
     from .checkpoint.repair import repair_checkpoint
     from .checkpoint.reports import CheckReport, RepairReport, RoundtripReport
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
     from .planning.pruner_kwargs import pruner_kwargs
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
+    "CalibrationWarning",
     "CheckReport",
     "CheckpointError",
     "ConfigSyncError",
@@ -59,6 +65,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedModelError",
     "Width",
+    "calibrate",
     "check_checkpoint",
     "disable",
     "enable",
@@ -75,6 +82,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell command may take
+    "calibration.calibrate": ("Calibration", "calibrate"),
     "checkpoint.check": ("check_checkpoint",),
     "checkpoint.repair": ("repair_checkpoint",),
     "checkpoint.reports": ("CheckReport", "RepairReport", "RoundtripReport"),

@@ -56,6 +56,13 @@ class PipelineError(TPHFConfigError):
     """The pipeline could not read, prune or write a model folder; nothing was written."""
 
 
+class CalibrationError(TPHFConfigError):
+    """A model cannot be measured on this data, or what was measured does not fit the model.
+
+    Raised before anything is pruned.
+    """
+
+
 class TrainingError(TPHFConfigError):
     """A model cannot be pruned in this training run or with this optimizer.
 
@@ -91,6 +98,10 @@ class CheckpointError(TPHFConfigError):
     def __init__(self, message: str, candidates: Sequence[dict[str, int]] = ()):
         super().__init__(message)
         self.candidates = tuple(candidates)
+
+
+class CalibrationWarning(UserWarning):
+    """Data says less about a model than it should; the message says what to do."""
 
 
 class PrunerSettingsWarning(UserWarning):

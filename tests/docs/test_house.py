@@ -13,6 +13,7 @@ FLOORS = (
     {"cli"},
     {"pipeline"},
     {"hook"},
+    {"calibration"},
     {"planning"},
     {"graph"},
     {"checkpoint", "twin"},

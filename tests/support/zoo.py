@@ -296,9 +296,9 @@ def build(name: str, seed: int = 0) -> hf.PreTrainedModel:
     return model.eval()
 
 
-def inputs(model: hf.PreTrainedModel) -> dict[str, torch.Tensor]:
+def inputs(model: hf.PreTrainedModel, seed: int = 1) -> dict[str, torch.Tensor]:
     """A batch of two; other inputs than those that the library experiments with."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator)

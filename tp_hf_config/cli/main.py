@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import Any
 
 from .. import __version__
-from ..errors import PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
+from ..errors import CalibrationWarning, PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
 from ..schema import dated
 from .arguments import UsageError
 from .console import show
@@ -171,5 +171,8 @@ def _few_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", PrunerSettingsWarning)
+        warnings.simplefilter(
+            "default", CalibrationWarning
+        )  # not again each time a layer is ranked
         warnings.showwarning = line
         yield

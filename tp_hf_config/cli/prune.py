@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from .arguments import add_model, add_widths, natural, path, widths_of
 from .console import progress, quiet_libraries
@@ -30,11 +31,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--importance",
-        choices=("magnitude", "taylor", "random"),
-        default="magnitude",
-        help="what goes first; taylor needs --calibration",
+        choices=("wanda", "activation", "flap", "obs", "magnitude", "taylor", "random"),
+        help="what goes first; default: wanda for a causal language model, and for other models "
+        "with a --calibration file; else magnitude",
     )
-    how.add_argument("--calibration", metavar="FILE", type=path, help="plain text for the model")
+    how.add_argument(
+        "--calibration",
+        metavar="FILE|own",
+        type=calibration,
+        help="plain text to run the model on, or what a causal language model writes itself; "
+        "default for those: a text that comes with tp-hf-config",
+    )
+    how.add_argument(
+        "--no-compensate",
+        action="store_true",
+        help="cut only: do not refit the weights that read what is pruned",
+    )
     how.add_argument(
         "--recover",
         metavar="N",
@@ -86,6 +98,7 @@ def _job(options: argparse.Namespace) -> Job:
         widths,
         importance=options.importance,
         calibration=options.calibration,
+        compensate=not options.no_compensate,
         recover=options.recover,
         device=options.device,
         dtype=options.dtype,
@@ -94,6 +107,11 @@ def _job(options: argparse.Namespace) -> Job:
         overwrite=options.overwrite,
         command=options.typed,
     )
+
+
+def calibration(text: str) -> Path | Literal["own"]:
+    """Parse the path of a text file, or the word ``own``; a file of this name is ``./own``."""
+    return "own" if text == "own" else path(text)
 
 
 def device(text: str) -> str:

@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from ..model.tensors import select
 from .origins import note
+
+
+class Refits(Protocol):
+    """Weights that are changed right before they lose what they read."""
+
+    def apply(self, owner: nn.Module, key: str, dim: int, gone: torch.Tensor) -> None:
+        """Change a parameter in place, the first time that one of its dimensions is cut.
+
+        Args:
+            owner: the layer that holds the parameter.
+            key: its name in the layer.
+            dim: the dimension that is about to lose positions.
+            gone: the positions, 1-D.
+        """
+        ...
 
 
 @dataclass
@@ -55,9 +71,14 @@ class _Pending:
 
 
 class Cuts:
-    """Collects which positions of parameters stay, and cuts each parameter once at the end."""
+    """Collects which positions of parameters stay, and cuts each parameter once at the end.
+
+    Attributes:
+        refits: what is changed before it is cut; ``None``: nothing.
+    """
 
     def __init__(self) -> None:
+        self.refits: Refits | None = None
         self._pending: dict[tuple[int, str], _Pending] = {}
         self._depth = 0
 

@@ -244,6 +244,10 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> Non
     for owner, key, dim, _ in tensors:
         cuts.settle(owner, key, dim)
     gone, kept, table, _ = leaving.of(side.table, channels_of(side))
+    if cuts.refits is not None:
+        layer = module.owner if isinstance(module, ParameterView) else module
+        for place in side.dims:
+            cuts.refits.apply(layer, place.name.rpartition(".")[2], place.dim, gone)
     for owner, key, dim, size in tensors:
         cuts.keep(owner, key, dim, kept, size)
     if not tensors:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import ConfigSyncError
+from ..errors import CalibrationWarning, ConfigSyncError
 from ..planning.settings import Graph, check_graph
 from . import registration
 from .history import Recorder
@@ -21,6 +21,8 @@ from .report import SyncReport
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..calibration.calibrate import Calibration
+    from ..calibration.compensation import Compensating, Compensation
     from ..forward.run_recipe import MakeInputs
     from ..graph.config_graph import ConfigGraph
     from .follow import Follower
@@ -46,6 +48,9 @@ class HFConfigSyncHook:
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
             Needed only without ``pruner_kwargs(make_inputs=)``.
+        compensate: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before
+            every cut the weights that read pruned channels are refitted by least squares, where
+            held-out data says that it helps. The report says by how much.
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
@@ -56,8 +61,11 @@ class HFConfigSyncHook:
         graph: Graph = "auto",
         strict: bool = False,
         make_inputs: MakeInputs | None = None,
+        compensate: Calibration | None = None,
     ) -> None:
         check_graph(graph)
+        self.compensate = compensate
+        self._compensating: Compensating | None = None
         self.strict, self.make_inputs = strict, make_inputs
         self.reports: list[SyncReport] = []
         self._graph_reason = ""
@@ -150,6 +158,7 @@ class HFConfigSyncHook:
         """Start to follow a pruner; ``register`` calls this.
 
         Raises:
+            CalibrationError: ``compensate`` was measured on another model.
             ConfigSyncError: no config could describe what the pruner's settings leave; with
                 ``strict``, also if that is not what they ask for, or if another live model holds
                 the config.
@@ -157,9 +166,11 @@ class HFConfigSyncHook:
             ValueError: this hook follows another pruner already, or the pruner's trace cannot be
                 replaced.
         """
+        from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
         from ..graph.pruner_access import give_back
         from ..planning.preflight import check_config_is_own, preflight
+        from ..planning.pruner_arguments import warn
         from .follow import Follower
         from .steering import UnitSteering
 
@@ -170,6 +181,10 @@ class HFConfigSyncHook:
             )
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
         check_config_is_own(pruner, follower.model, follower.sharers, self.strict)
+        if self.compensate is not None:
+            self.compensate.check_measures(follower.model)
+        elif (better := advice(pruner.importance, follower.model)) is not None:
+            warn(better, CalibrationWarning)
         with ExitStack() as undo:
             if not isinstance(pruner.DG, ConfigGraph):
                 self._replace_trace(pruner)
@@ -223,8 +238,18 @@ class HFConfigSyncHook:
 
         if self._follower is not None:
             self._follower.check_parts()
-        with cutting_together(pruner), prove_before_cutting(pruner, partial(self._prove, pruner)):
+        prepare = None if self.compensate is None else partial(self._refit, pruner)
+        prove = partial(self._prove, pruner)
+        with cutting_together(pruner), prove_before_cutting(pruner, prove, prepare):
             yield
+
+    def _refit(self, pruner: Any, groups: Sequence[Any], whole: bool) -> None:
+        """Solve refits for the groups that a step chose; the cut applies them."""
+        from ..calibration.compensation import Compensating
+
+        assert self.compensate is not None  # only then is it called
+        self._compensating = Compensating(self.compensate, groups, whole)
+        pruner.DG.cuts.refits = self._compensating.applied
 
     def _prove(self, pruner: Any, groups: Sequence[Any]) -> None:
         """Raise if no config could describe what a step leaves; nothing of it is pruned then.
@@ -244,6 +269,7 @@ class HFConfigSyncHook:
     def after_step(self, pruner: Any) -> None:
         """Sync after a step of the pruner; after a refused step there is nothing to do."""
         refused, self._step_refused = self._step_refused, False
+        pruner.DG.cuts.refits = None
         if not refused:
             self._sync(stepped=True)
 
@@ -289,11 +315,21 @@ class HFConfigSyncHook:
             parameters=(before, self._parameters),
             seconds=time.perf_counter() - started,
             error=None if failure is None else str(failure),
+            compensation=self._compensation(failure is None),
         )
         self.reports.append(report)
         if failure is not None:
             raise failure
         return report
+
+    def _compensation(self, synced: bool) -> Compensation | None:
+        """Return what the refits of the step that ends came to; ``None`` if there are none."""
+        compensating, self._compensating = self._compensating, None
+        if compensating is None:
+            return None
+        if synced:
+            compensating.measure_after()
+        return compensating.result
 
     def plot(self, path: str | PathLike[str]) -> Figure:
         """Draw the widths before the first step and after the last.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..calibration.compensation import Compensation
     from .history import PrunedGroup
 
 _BEFORE, _AFTER = "#c7d3df", "#1f5a91"
@@ -37,6 +38,11 @@ class Drawn(Protocol):
     @property
     def parameters(self) -> tuple[int, int]:
         """Return the model's parameter counts before and after."""
+        ...
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """Return what refits came to."""
         ...
 
 
@@ -96,6 +102,9 @@ def layer_changes(reports: Iterable[Drawn]) -> list[Change]:
 def plot_widths(reports: Sequence[Drawn], path: str | PathLike[str]) -> Figure:
     """Draw the widths of config fields and of layers, before the first report and after the last.
 
+    Where weights were refitted, a panel more draws the error of each layer's output with and
+    without, in the last report that has them.
+
     Args:
         reports: the reports of one run, in order.
         path: the file to write; its suffix sets the format, PNG without one.
@@ -107,12 +116,16 @@ def plot_widths(reports: Sequence[Drawn], path: str | PathLike[str]) -> Figure:
     _check_any(reports)
     panels = {"config fields": field_changes(reports), "layers": layer_changes(reports)}
     rows = [max(len(changes), 1) for changes in panels.values()]
-    figure = _figure((9, _ROW * sum(rows) + 2))
-    axes = figure.subplots(2, 1, gridspec_kw={"height_ratios": rows})
-    for ax, (title, changes) in zip(axes, panels.items(), strict=True):
+    refits = [r.compensation for r in reports if r.compensation and r.compensation.layers]
+    heights = [*rows, 8] if refits else rows
+    figure = _figure((9, _ROW * sum(heights) + 2))
+    axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights})
+    for ax, (title, changes) in zip(axes, panels.items(), strict=False):
         _bars(ax, title, changes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     axes[1].set_xlabel("width")
+    if refits:
+        _errors(axes[2], refits[-1])
     figure.savefig(path)
     return figure
 
@@ -178,6 +191,17 @@ def _bars(ax: Axes, title: str, changes: Sequence[Change]) -> None:
     ax.set_ylim(max(len(changes), 1) - 0.5, -0.5)  # the first row at the top
     ax.margins(x=0.25)
     ax.set_title(title if changes else f"{title}: nothing changed", loc="left")
+
+
+def _errors(ax: Axes, refits: Compensation) -> None:
+    """Draw the relative squared error of each weight's output, cut and refitted."""
+    places = range(len(refits.layers))
+    ax.plot(places, [layer.cut for layer in refits.layers], ".", c=_BEFORE, label="cut")
+    ax.plot(places, [layer.refit for layer in refits.layers], ".", c=_AFTER, label="refitted")
+    ax.set_yscale("log")
+    ax.set_title("error of each refitted weight's output on held-out data", loc="left")
+    ax.set_xlabel("weights, in the model's order")
+    ax.legend()
 
 
 def _numbers(name: str, old: Any, new: Any) -> Iterator[tuple[str, int, int]]:

@@ -15,6 +15,8 @@ from .history import PrunedGroup
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..calibration.compensation import Compensation
+
 
 @dataclass(frozen=True)
 class SyncReport:
@@ -35,6 +37,7 @@ class SyncReport:
         error: why no config fits; ``None`` if one does.
         inputs: an input for encoder states, which an encoder outside the model makes -> the
             channels that the model still reads, as numbered when the hook was attached.
+        compensation: what the refits of ``HFConfigSyncHook(compensate=)`` come to.
     """
 
     step: int
@@ -50,6 +53,7 @@ class SyncReport:
     notes: Sequence[str] = ()
     error: str | None = None
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    compensation: Compensation | None = None
 
     def __str__(self) -> str:
         graph = f" ({self.graph.split(':')[0]})" if self.graph else ""
@@ -74,6 +78,8 @@ class SyncReport:
             f"  {name}: give it {len(channels)} channels now, report.inputs says which"
             for name, channels in self.inputs.items()
         ]
+        if self.compensation is not None:
+            lines.append(f"  {self.compensation}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -128,6 +134,7 @@ class SyncReport:
             "seconds": self.seconds,
             "notes": list(self.notes),
             "error": self.error,
+            "compensation": None if self.compensation is None else self.compensation.to_dict(),
         }
         return dated(data)
 

@@ -24,7 +24,11 @@ _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initia
 
 
 @contextmanager
-def prove_before_cutting(pruner: Any, prove: Callable[[Sequence[Any]], None]) -> Iterator[None]:
+def prove_before_cutting(
+    pruner: Any,
+    prove: Callable[[Sequence[Any]], None],
+    prepare: Callable[[Sequence[Any], bool], None] | None = None,
+) -> Iterator[None]:
     """Prove all groups of a step together before the step cuts the first.
 
     The pruner chooses its groups twice, the second time with the importances of the first.  The
@@ -34,8 +38,10 @@ def prove_before_cutting(pruner: Any, prove: Callable[[Sequence[Any]], None]) ->
         pruner: the pruner; if it cannot choose twice, nothing is proved.
         prove: gets the chosen groups, and raises if no config could describe what they leave.
             Nothing is cut then, and the step does not count.
+        prepare: gets the chosen groups once they are proved, and whether all of them are pruned for
+            certain; in an interactive step that is the user's choice.
     """
-    if not _can_choose_twice(pruner):
+    if not can_choose_twice(pruner):
         yield
         return
     choose, estimate = pruner._prune, pruner.estimate_importance
@@ -43,16 +49,25 @@ def prove_before_cutting(pruner: Any, prove: Callable[[Sequence[Any]], None]) ->
     stepping = True
 
     def prune() -> Iterator[Any]:
-        if stepping and pruner.current_step <= pruner.iterative_steps:
+        whole = stepping
+        if (whole or prepare is not None) and pruner.current_step <= pruner.iterative_steps:
             importances: list[Any] = []
             pruner.estimate_importance = _recorded(estimate, importances)
             try:
-                prove(_chosen_groups(pruner, choose))
+                groups = _chosen_groups(pruner, choose)
+                if whole:
+                    prove(groups)
+                if prepare is not None:
+                    prepare(groups, whole)
             except BaseException:
                 pruner.current_step -= 1
                 raise
             pruner.estimate_importance = lambda *args, **kwargs: importances.pop(0)
-        yield from choose()
+        try:
+            yield from choose()
+        finally:
+            if not whole:
+                restore_attribute(pruner, "estimate_importance", own["estimate_importance"])
 
     pruner._prune = prune
     try:
@@ -92,7 +107,7 @@ def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int
         ) from None
 
 
-def _can_choose_twice(pruner: Any) -> bool:
+def can_choose_twice(pruner: Any) -> bool:
     """True if a pruner can choose its groups twice, and the first time changes nothing.
 
     OBD-C's importance (it has ``adjust_fisher``) rules that out: it is told what was chosen.

@@ -23,9 +23,8 @@ def card(source: Source, pruned: Pruned) -> str:
         pruned: the result of the job.
     """
     lines = [f"Round trip: {pruned.proof}."]
-    if pruned.perplexity is not None:
-        old, new = pruned.perplexity
-        lines.append(f"Perplexity on held-out calibration text: {old:.1f} before, {new:.1f} after.")
+    for text, (old, new) in pruned.perplexities.items():
+        lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after.")
     lines += [f"{note}." for note in pruned.notes]
     name = base_model(source)
     before, after = pruned.parameters

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .companions import Copied
     from .roundtrip import Proof
 
-Importance = Literal["magnitude", "taylor", "random"]
+Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "taylor", "random"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,16 @@ class Job:
         source: the model.
         out: the folder to write.
         widths: keyword arguments for :func:`~tp_hf_config.plan`.
-        importance: how Torch-Pruning ranks channels.
-        calibration: a text file, for Taylor importance and recovery.
+        importance: how channels are ranked: by what they carry on a text (the first four, see
+            :meth:`~tp_hf_config.Calibration.importance`) or by one of Torch-Pruning's importances;
+            ``None``: ``wanda`` where there is a text, else ``magnitude``.
+        calibration: a text file to run the model on, or ``"own"``: what the model writes itself;
+            ``None``: for a causal language model the text that comes with the package.
         recover: the number of updates of distillation from the unpruned model, spread over the
             steps.
         device: torch's name of the device to compute on.
         dtype: torch's name of the weights' dtype; ``None``: as they are stored.
+        compensate: refit the weights that read pruned channels, where there is a text.
         seed: the seed of everything that is random.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
         overwrite: replace a model that is in ``out``.
@@ -44,50 +48,31 @@ class Job:
     source: Source
     out: Path
     widths: Mapping[str, Any]
-    importance: Importance = "magnitude"
-    calibration: Path | None = None
+    importance: Importance | None = None
+    calibration: Path | Literal["own"] | None = None
     recover: int = 0
     device: str = "cpu"
     dtype: str | None = None
+    compensate: bool = True
     seed: int = 0
     max_shard_size: str | None = None
     overwrite: bool = False
     command: str = ""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return what the user asked for, by name; leave out what is not set."""
-        own = {
-            "importance": self.importance,
-            "calibration": None if self.calibration is None else self.calibration.name,
-            "recover": self.recover or None,
-            "device": self.device,
-            "dtype": self.dtype,
-            "seed": self.seed,
-            "command": self.command or None,
-        }
-        return {name: value for name, value in {**self.widths, **own}.items() if value is not None}
 
 
 def check_job(job: Job) -> str | None:
     """Check everything about a job that needs no model, and read the calibration text.
 
     Returns:
-        The calibration text; ``None`` if the job has none.
+        The text in the calibration file; ``None`` if the job has none.
 
     Raises:
-        PipelineError: ``job.importance`` or ``job.recover`` needs a text and there is none, the
-            text cannot be read, or the output folder cannot be written to.
+        PipelineError: the text cannot be read, or the output folder cannot be written to.
     """
-    wanting = "--importance taylor" if job.importance == "taylor" else "--recover"
-    if job.calibration is None and (job.importance == "taylor" or job.recover):
-        raise PipelineError(
-            f"{wanting} needs text to run the model on. Add --calibration FILE (plain text, some "
-            "thousand words of what the model is for)"
-            + (", or use --importance magnitude" if job.importance == "taylor" else "")
-        )
     check_target(job.out, source=job.source.folder, overwrite=job.overwrite)
-    return None if job.calibration is None else _read_text(job.calibration)
+    if job.calibration is None or job.calibration == "own":
+        return None
+    return _read_text(job.calibration)
 
 
 def _read_text(path: Path) -> str:
@@ -121,10 +106,13 @@ class Pruned:
         parameters: the number of parameters before and after.
         proof: the proof of the round trip.
         copied: the files that were copied, and those that were not.
-        perplexity: on held-out text, before and after; ``None`` if it was not measured.
+        perplexity: on held-out text of the calibration file, before and after; ``None`` if it was
+            not measured.
+        perplexity_second_text: of a causal language model on a second text, which comes with the
+            package and which nothing is calibrated on; likewise.
         notes: what else the user should know.
         seconds: wall-clock time.
-        settings: what the user asked for, by name.
+        settings: what was done, by name.
     """
 
     model: str
@@ -135,6 +123,7 @@ class Pruned:
     proof: Proof
     copied: Copied
     perplexity: tuple[float, float] | None = None
+    perplexity_second_text: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -144,15 +133,23 @@ class Pruned:
         """Return config field -> (value before the first step, value after the last)."""
         return changed(self.reports)
 
+    @property
+    def perplexities(self) -> dict[str, tuple[float, float]]:
+        """Return a text in words -> the perplexity on it before and after, for those measured."""
+        measured = {
+            "held-out text of the calibration file": self.perplexity,
+            "a second text, never calibrated on": self.perplexity_second_text,
+        }
+        return {text: values for text, values in measured.items() if values is not None}
+
     def __str__(self) -> str:
         before, after = self.parameters
         lines = [
             f"{self.model}: {', '.join(f'{n} {a} -> {b}' for n, (a, b) in self.fields.items())}"
         ]
         lines.append(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
-        if self.perplexity is not None:
-            old, new = self.perplexity
-            lines.append(f"perplexity on held-out text: {old:.1f} -> {new:.1f}")
+        for text, (old, new) in self.perplexities.items():
+            lines.append(f"perplexity on {text}: {old:.1f} -> {new:.1f}")
         lines.append(f"proof: {self.proof}")
         if self.copied.files:
             lines.append(f"copied: {', '.join(self.copied.files)}")
@@ -168,10 +165,9 @@ class Pruned:
             "out": str(self.out),
             "settings": dict(self.settings),
             "fields": {name: {"old": old, "new": new} for name, (old, new) in self.fields.items()},
-            "parameters": dict(zip(("before", "after"), self.parameters, strict=True)),
-            "perplexity": None
-            if self.perplexity is None
-            else dict(zip(("before", "after"), self.perplexity, strict=True)),
+            "parameters": _pair(self.parameters),
+            "perplexity": _pair(self.perplexity),
+            "perplexity_second_text": _pair(self.perplexity_second_text),
             "proof": {"tensors": self.proof.tensors, "numbers": self.proof.numbers},
             "copied": list(self.copied.files),
             "not_copied": list(self.copied.not_copied),
@@ -190,3 +186,7 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
         for name, (old, new) in report.fields.items():
             changes[name] = (changes.get(name, (old,))[0], new)
     return changes
+
+
+def _pair(values: tuple[float, float] | None) -> dict[str, float] | None:
+    return None if values is None else dict(zip(("before", "after"), values, strict=True))

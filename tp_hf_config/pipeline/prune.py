@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,48 +15,34 @@ import torch
 
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
-from ..errors import PipelineError, UnsupportedModelError
+from ..errors import CalibrationWarning, PipelineError, UnsupportedModelError
 from ..fieldmap.field_map import map_of
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
+from ..model.build import Refusal
 from ..planning.plan import Plan
-from .calibration import Objective, Text, objective_of, shuffled, takes_text, windows_of
 from .card import card
 from .checks import check_device, check_plan, dtype_of, plan_for
+from .choice import Choice, choose
 from .companions import copy_companions, notes_on_uncopied
 from .job import Importance, Job, Pruned, changed, check_job
+from .material import Material, gather
 from .output import new_folder
 from .progress import Progress, Silent
 from .recovery import accumulate_gradients, recover
 from .roundtrip import prove_roundtrip
-from .source import check_not_quantised, check_rotary, class_for, config_of, load, tokenizer_of
+from .source import check_not_quantised, check_rotary, class_for, config_of, load
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_IMPORTANCES: dict[Importance, str] = {
+    from ..calibration.calibrate import Calibration
+
+_OF_TORCH_PRUNING: dict[Importance, str] = {
     "magnitude": "GroupMagnitudeImportance",
     "taylor": "GroupTaylorImportance",
     "random": "RandomImportance",
 }
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """A calibration text, and what is needed to use it.
-
-    Attributes:
-        text: the windows of the text.
-        objective: what the model is asked about them.
-        batches: training windows ``(1, tokens)``, without end.
-        teacher: a copy of the unpruned model; ``None`` without recovery.
-    """
-
-    text: Text
-    objective: Objective
-    batches: Iterator[Tensor]
-    teacher: PreTrainedModel | None
 
 
 def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
@@ -68,6 +54,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
 
     Raises:
         PipelineError: something cannot be read or written, or the round trip is not proved.
+        CalibrationError: the model cannot be measured on the text.
         UnsupportedModelError: the model, or one of its widths, cannot be pruned.
         ConfigSyncError: the class refuses the widths.
     """
@@ -83,14 +70,10 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         model_class = class_for(job.source, config)
         plan = plan_for(job.source, config, model_class, job.widths)
         check_plan(plan, job)
-        if text is not None and not takes_text(model_class):
-            raise UnsupportedModelError(
-                f"{model_class.__name__} takes no text, so --calibration is of no use to it. Leave "
-                "it out (and --recover), and use --importance magnitude or random"
-            )
+        choice = choose(job, text, config, model_class)
         progress.say(plan)
         with _seeded(job.seed):
-            result = _prune_and_write(job, config, model_class, plan, text, work, progress)
+            result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -112,7 +95,7 @@ def _prune_and_write(
     config: PreTrainedConfig,
     model_class: type[PreTrainedModel],
     plan: Plan,
-    text: str | None,
+    choice: Choice,
     work: Path,
     progress: Progress,
 ) -> Pruned:
@@ -120,18 +103,19 @@ def _prune_and_write(
     dtype = dtype_of(job.dtype)
     progress.say(f"loading {job.source.name}")
     model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
-    calibration = None if text is None else _calibration(job, model, text)
-    parameters, perplexity = model.num_parameters(), _perplexity(model, calibration)
+    choice, material = _material(job, choice, model, progress)
+    parameters, before = model.num_parameters(), _perplexities(model, material)
     recipe = map_of(model).recipe
-    reports = _prune(job, plan, model, calibration, progress)
-    after = _perplexity(model, calibration)
-    del calibration  # free the unpruned model: the process that loads the pruned one needs room
+    reports = _prune(job, plan, model, choice, material, progress)
+    held_out, second = map(_pair, before, _perplexities(model, material))
+    del material  # free the unpruned model: the process that loads the pruned one needs room
     _save(model, work, job.max_shard_size)
     rotary_notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
     copied = copy_companions(job.source, model.config, work)
     progress.say("a fresh process loads what was written")
     proof = prove_roundtrip(model, work, recipe)
-    notes = [*load_notes, *plan.notes, *(note for report in reports for note in report.notes)]
+    notes = [*load_notes, *plan.notes, *choice.notes]
+    notes += [note for report in reports for note in report.notes]
     notes += rotary_notes
     notes += notes_on_uncopied(job.source, copied, changed(reports))
     result = Pruned(
@@ -142,63 +126,91 @@ def _prune_and_write(
         (parameters, model.num_parameters()),
         proof,
         copied,
-        None if perplexity is None or after is None else (perplexity, after),
+        held_out,
+        second,
         tuple(dict.fromkeys(notes)),
-        settings=job.settings,
+        settings=choice.settings(job),
     )
     (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result
 
 
-def _calibration(job: Job, model: PreTrainedModel, text: str) -> _Calibration:
-    tokenizer = tokenizer_of(job.source)
-    windows = windows_of(text, tokenizer, model)
-    return _Calibration(
-        windows,
-        objective_of(model, tokenizer, windows.train[:1]),
-        shuffled(windows.train, job.seed),
-        copy.deepcopy(model) if job.recover else None,
-    )
+def _material(
+    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
+) -> tuple[Choice, Material | None]:
+    """Return what the job does with this model, and what it runs it on; ``None``: nothing.
+
+    Raises:
+        UnsupportedModelError: the model does not run on text alone, and the user asked for that.
+    """
+    material = None if choice.origin is None else gather(job, choice, model, progress)
+    if not isinstance(material, Refusal):
+        return choice, material
+    if choice.asked:
+        raise UnsupportedModelError(
+            f"{material.reason}: leave --calibration and --recover out, and use --importance "
+            "magnitude or random"
+        )
+    return choice.without_text(material.reason), None
 
 
-def _perplexity(model: PreTrainedModel, calibration: _Calibration | None) -> float | None:
-    if calibration is None:
-        return None
-    return calibration.objective.perplexity(model, calibration.text.held_out)
+def _perplexities(
+    model: PreTrainedModel, material: Material | None
+) -> tuple[float | None, float | None]:
+    return (None, None) if material is None else material.perplexities(model)
+
+
+def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:
+    return None if before is None or after is None else (before, after)
 
 
 def _prune(
     job: Job,
     plan: Plan,
     model: PreTrainedModel,
-    calibration: _Calibration | None,
+    choice: Choice,
+    material: Material | None,
     progress: Progress,
 ) -> tuple[SyncReport, ...]:
     """Run all steps, with gradients before and recovery after each; return one report per step."""
     import torch_pruning as tp
 
-    hook = HFConfigSyncHook(strict=True)
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **plan.pruner_kwargs(model),
-        importance=getattr(tp.importance, _IMPORTANCES[job.importance])(),
-        hooks=[hook],
-    )
+    calibration = None if material is None else material.calibration
+    hook = HFConfigSyncHook(strict=True, compensate=calibration if choice.compensate else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # it says what to do in Python
+        pruner = tp.pruner.MetaPruner(
+            model,
+            **plan.pruner_kwargs(model),
+            importance=_importance(choice, calibration),
+            hooks=[hook],
+        )
     steps = plan.settings.iterative_steps
     for step in range(1, steps + 1):
         name = f"step {step}/{steps}"
-        if calibration is not None and job.importance == "taylor":
+        if material is not None and choice.importance == "taylor":
             what = f"{name}: gradients"
-            accumulate_gradients(model, calibration.objective, calibration.batches, progress, what)
+            accumulate_gradients(model, material.objective, material.batches, progress, what)
         pruner.step()
         progress.say(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
-        if calibration is not None and calibration.teacher is not None and updates:
+        if material is not None and material.teacher is not None and updates:
             what = f"{name}: recovery"
-            objective, batches = calibration.objective, calibration.batches
-            recover(model, calibration.teacher, objective, batches, updates, progress, what)
+            objective, batches = material.objective, material.batches
+            recover(model, material.teacher, objective, batches, updates, progress, what)
     model.zero_grad()
     return tuple(hook.reports)
+
+
+def _importance(choice: Choice, calibration: Calibration | None) -> Any:
+    """Return what a pruner calls to rank the channels of a group."""
+    import torch_pruning as tp
+
+    name: Any = choice.importance
+    if name in _OF_TORCH_PRUNING:
+        return getattr(tp.importance, _OF_TORCH_PRUNING[name])()
+    assert calibration is not None  # the choice has a text for all others
+    return calibration.importance(name)
 
 
 def _save(model: PreTrainedModel, folder: Path, max_shard_size: str | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from ..errors import PipelineError
-from .calibration import Objective
+from .objective import Objective
 from .progress import Progress
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ _RATIOS = ("pruning_ratio", "head_pruning_ratio", "max_pruning_ratio", "ch_spars
 _BY_LAYER = ("pruning_ratio_dict", "head_pruning_ratio_dict", "ch_sparsity_dict")
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[UserWarning] = PrunerSettingsWarning) -> None:
     """Warn the first caller outside this package and Torch-Pruning."""
     package, depth, frame = __name__.partition(".")[0], 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
@@ -56,7 +56,7 @@ def warn(message: str) -> None:
         "torch_pruning",
     ):
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, PrunerSettingsWarning, stacklevel=depth)
+    warnings.warn(message, category, stacklevel=depth)
 
 
 def check_ratios(arguments: Mapping[str, Any]) -> None:

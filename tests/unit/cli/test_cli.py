@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import json
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import model_folders as folders
 import pytest
@@ -21,8 +23,11 @@ from transformers import AutoConfig
 import tp_hf_config
 from tp_hf_config.cli import completion, console, stopping
 from tp_hf_config.cli import main as main_module
+from tp_hf_config.cli import prune as prune_module
 from tp_hf_config.cli.main import main
+from tp_hf_config.errors import CalibrationWarning, PrunerSettingsWarning
 from tp_hf_config.pipeline import source
+from tp_hf_config.pipeline.job import Importance
 from tp_hf_config.planning.trajectory import Trajectory
 
 
@@ -118,8 +123,8 @@ class TestLight:
                 *ratio,
             ): "expected a new folder, found a file. C",
             ("prune", "whole", "--out", "whole", *ratio): "is not empty. Choose another folder, or",
-            (*prune, "--importance", "taylor"): "--importance taylor needs text to run the model o",
-            (*prune, "--recover", "8"): "--recover needs text to run the model on. Add --calibrat",
+            (*prune, "--calibration", ""): "'': expected a folder, a file or a name",
+            (*prune, "--calibration", "./own"): "own: calibration text cannot be read: No such fi",
             (*prune, "--calibration", "none"): "none: calibration text cannot be read: No such fi",
             (*prune, "--calibration", "text"): "text: expected plain text in UTF-8, found other b",
             (*prune, "--dtype", "flaot32"): "invalid choice: 'flaot32' (choose from 'float32', ",
@@ -228,6 +233,43 @@ class TestUsage:
         assert "64   48" in plans[0]
 
 
+class TestJob:
+    """What the arguments of ``prune`` mean."""
+
+    @pytest.mark.parametrize(
+        ("typed", "settings"),
+        [
+            ("", {}),
+            ("--importance obs", {"importance": "obs"}),
+            ("--calibration own", {"calibration": "own"}),
+            ("--calibration ./own", {"calibration": Path("own")}),
+            ("--calibration a/text.txt", {"calibration": Path("a/text.txt")}),
+            ("--no-compensate --recover 8", {"compensate": False, "recover": 8}),
+        ],
+    )
+    def test_how(self, llama: Path, typed: str, settings: dict[str, Any]) -> None:
+        common = ["prune", str(llama), "--out", "out", "--pruning-ratio", "0.25"]
+        options = main_module.parser_of().parse_args([*common, *typed.split()])
+        options.typed = typed
+        expected: dict[str, Any] = {
+            "importance": None,
+            "calibration": None,
+            "compensate": True,
+            "recover": 0,
+        }
+        job = prune_module._job(options)
+        assert {name: getattr(job, name) for name in expected} == expected | settings
+
+    def test_all_importances_are_choices(self) -> None:
+        (commands,) = (
+            action.choices
+            for action in main_module.parser_of()._actions
+            if isinstance(action, argparse._SubParsersAction)
+        )
+        (action,) = (one for one in commands["prune"]._actions if one.dest == "importance")
+        assert action.choices == get_args(Importance)
+
+
 class TestTables:
     def test_plan(self, capsys: Any, llama: Path) -> None:
         arguments = ("--pruning-ratio", "0.25", "--head-pruning-ratio", "1/2", "--gqa", "group")
@@ -304,6 +346,17 @@ class TestTables:
         monkeypatch.setattr(sys, "stdout", terminal := Terminal())
         assert main(["prunable", str(llama)]) == 0
         assert terminal.getvalue().startswith("LlamaForCausalLM\nconfig field ")
+
+
+def test_warnings_are_lines(capsys: Any) -> None:
+    """A layer that is ranked twice is told of once; the warnings of others are not shown."""
+    with main_module._few_warnings():
+        for _ in range(2):
+            warnings.warn("few tokens", CalibrationWarning, stacklevel=1)
+            warnings.warn("no effect", PrunerSettingsWarning, stacklevel=1)
+            warnings.warn("another's", UserWarning, stacklevel=1)
+    lines = ["few tokens", "no effect", "no effect"]
+    assert capsys.readouterr().err == "".join(f"warning: {line}\n" for line in lines)
 
 
 class TestFaults:

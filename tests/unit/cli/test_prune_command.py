@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from shell import Terminal, shell
 from smollm2_file import gguf_file
 
+from tp_hf_config import Calibration
 from tp_hf_config.cli.main import main
 from tp_hf_config.pipeline import output, prune, recovery
 from tp_hf_config.pipeline.roundtrip import Proof
@@ -78,7 +79,10 @@ class TestWhatIsWritten:
         assert found["proof"] == {"tensors": 1, "numbers": 8 * tiny.VOCAB}
         assert found["copied"] == ["tokenizer.json", "tokenizer_config.json"]
         assert [step["step"] for step in found["steps"]] == [1, 2]
-        assert found["perplexity"]["before"] > 0
+        assert list(found["perplexity"]) == ["before", "after"]
+        assert list(found["perplexity_second_text"]) == ["before", "after"]
+        assert found["settings"]["calibration"] == "text.txt"
+        assert [step["compensation"] is None for step in found["steps"]] == [False, False]
         for line in ("step 1/2: recovery: 2 windows", "step 2/2: recovery: 3 windows"):
             assert line in errors.splitlines()
         assert sorted(folders.content(out)) == [
@@ -266,7 +270,9 @@ class TestWhatIsWritten:
     def test_gguf(self, capsys: Any, tmp_path: Path) -> None:
         out = tmp_path / "out"
         typed = ("prune", gguf_file(), "--out", out, "--ratios", "intermediate_size=0.1", "--json")
-        code, printed, errors = shell(capsys, *typed)
+        code, printed, errors = shell(
+            capsys, *typed, "--importance", "magnitude", "--no-compensate"
+        )
         assert code == 0, errors
         found = json.loads(printed)
         assert found["fields"] == {"intermediate_size": {"old": 1536, "new": 1382}}
@@ -280,19 +286,189 @@ class TestWhatIsWritten:
         assert ids == [1780, 314, 43542, 47]
 
 
+@pytest.mark.usefixtures("unproved")
+class TestCalibrated:
+    """What channels carry decides which go, and the weights that read them are refitted."""
+
+    def prune(self, capsys: Any, model: Path, out: Path, *more: object) -> tuple[Any, list[str]]:
+        typed = ("prune", model, "--out", out, "--ratios", "intermediate_size=0.25", "--json")
+        code, printed, errors = shell(capsys, *typed, *more)
+        assert code == 0, errors
+        return json.loads(printed), errors.splitlines()
+
+    def refitted(self, found: Any) -> list[set[str]]:
+        """Of each step, the weights that were refitted."""
+        return [
+            {layer["weight"] for layer in step["compensation"]["layers"] if layer["used"]}
+            for step in found["steps"]
+        ]
+
+    DOWN = frozenset(f"model.layers.{number}.mlp.down_proj.weight" for number in range(2))
+
+    def test_a_causal_language_model_by_default(
+        self, capsys: Any, models: Path, tmp_path: Path
+    ) -> None:
+        """Every word of the shipped text is one token here: a refit makes up for all that goes."""
+        out = tmp_path / "out"
+        found, errors = self.prune(capsys, models / "llama-gqa", out)
+        settings = found["settings"]
+        assert settings["importance"] == "wanda"
+        assert settings["calibration"] == "shipped text"
+        assert settings["compensate"] is True
+        assert "calibrating: 196 windows" in errors
+        assert self.refitted(found) == [self.DOWN]
+        assert found["perplexity"] is None
+        before, after = found["perplexity_second_text"].values()
+        assert after == pytest.approx(before, rel=1e-5)
+        cut, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "cut", "--no-compensate")
+        assert cut["settings"]["importance"] == "wanda"
+        assert cut["settings"]["compensate"] is False
+        assert cut["steps"][0]["compensation"] is None
+        assert cut["perplexity_second_text"]["before"] == before
+        assert abs(cut["perplexity_second_text"]["after"] / before - 1) > 1e-3
+        card = (out / "README.md").read_text().splitlines()
+        for line in (
+            f"- Perplexity on a second text, never calibrated on: {before:.1f} before, "
+            f"{after:.1f} after.",
+            "| importance | `wanda` |",
+            "| calibration | `shipped text` |",
+            "| compensate | `True` |",
+        ):
+            assert line in card
+
+    def test_a_file(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        """Refits are worth it on its held-out windows."""
+        more = ("--calibration", models / "text.txt")
+        found, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "out", *more)
+        assert found["settings"]["calibration"] == "text.txt"
+        assert self.refitted(found) == [self.DOWN]
+        shown = (tmp_path / "out" / "README.md").read_text().splitlines()
+        for key, text in {
+            "perplexity": "held-out text of the calibration file",
+            "perplexity_second_text": "a second text, never calibrated on",
+        }.items():
+            before, after = found[key].values()
+            assert f"- Perplexity on {text}: {before:.1f} before, {after:.1f} after." in shown
+
+    def test_own(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        more = ("--calibration", "own", "--importance", "obs", "--seed", 4)
+        found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "out", *more)
+        settings = found["settings"]
+        assert (settings["importance"], settings["calibration"]) == ("obs", "own")
+        assert "the model writes the text that it is calibrated on" in errors
+        assert self.refitted(found) == [self.DOWN]
+        assert found["perplexity"] is None
+        assert found["perplexity_second_text"] is not None
+
+    def test_importances_choose(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        """Each its own units; refits change none of that."""
+
+        def gone(importance: str, *more: str) -> str:
+            out = tmp_path / "out"
+            model = models / "llama-gqa"
+            calibrated = ("--importance", importance, "--calibration", models / "text.txt")
+            self.prune(capsys, model, out, "--overwrite", *calibrated, *more)
+            weights = hf.AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp
+            return str(weights.gate_proj.weight[:, 0].tolist())  # rows are cut, never refitted
+
+        kinds = ("wanda", "activation", "flap", "obs", "magnitude")
+        chosen = {kind: gone(kind) for kind in kinds}
+        assert len(set(chosen.values())) == len(kinds)
+        assert chosen["wanda"] == gone("wanda", "--no-compensate")
+
+    def test_magnitude(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        """Refitted all the same; with --no-compensate the model is not run at all."""
+        more = ("--importance", "magnitude")
+        found, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "one", *more)
+        assert found["settings"]["calibration"] == "shipped text"
+        assert self.refitted(found) == [self.DOWN]
+        more += ("--no-compensate",)
+        found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "two", *more)
+        assert not {"calibration", "compensate"} & set(found["settings"])
+        assert (found["perplexity"], found["perplexity_second_text"]) == (None, None)
+        assert found["steps"][0]["compensation"] is None
+        assert not [line for line in errors if line.startswith("calibrating")]
+        assert [line for line in errors if line.startswith("warning")] == [
+            "warning: --importance magnitude ranks LlamaForCausalLM by the size of its weights, "
+            "which often takes what a language model needs most. Leave --importance out, or at "
+            "least --no-compensate"
+        ]
+
+    def test_every_step_is_measured(
+        self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second after the first step's cut and recovery."""
+        measured: list[tuple[int, Any]] = []
+        current = Calibration.current
+
+        def noted(calibration: Calibration) -> Any:
+            readings = current(calibration)
+            if all(readings is not one for _, one in measured):
+                measured.append((calibration.model.config.intermediate_size, readings))
+            return readings
+
+        monkeypatch.setattr(Calibration, "current", noted)
+        more = ("--steps", 2, "--recover", 2)
+        found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "out", *more)
+        assert [width for width, _ in measured] == [128, 112]
+        assert self.refitted(found) == [self.DOWN, self.DOWN]
+        assert "step 2/2: recovery: 1 windows" in errors
+
+    def test_a_bare_encoder(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        """It has no logits; on a file it can be calibrated, as sentence encoders are."""
+        more = ("--calibration", models / "text.txt")
+        found, _ = self.prune(capsys, models / "bert", tmp_path / "out", *more)
+        assert found["settings"]["importance"] == "wanda"
+        assert self.refitted(found) == [
+            {f"encoder.layer.{number}.output.dense.weight" for number in range(2)}
+        ]
+        assert (found["perplexity"], found["perplexity_second_text"]) == (None, None)
+
+    def test_an_encoder_decoder(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        typed = ("prune", models / "t5", "--out", tmp_path / "out", "--ratios", "d_ff=0.25")
+        more = ("--calibration", models / "text.txt", "--json")
+        code, printed, errors = shell(capsys, *typed, *more)
+        assert code == 0, errors
+        found = json.loads(printed)
+        assert found["settings"]["importance"] == "wanda"
+        sides = (("encoder", 1), ("decoder", 2))
+        assert self.refitted(found) == [
+            {
+                f"{side}.block.{block}.layer.{number}.DenseReluDense.wo.weight"
+                for side, number in sides
+                for block in range(2)
+            }
+        ]
+        assert found["perplexity_second_text"] is None
+
+    def test_without_a_tokenizer(self, capsys: Any, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        tiny.build("llama-gqa").save_pretrained(folder)
+        found, _ = self.prune(capsys, folder, tmp_path / "out")
+        assert found["settings"]["importance"] == "magnitude"
+        (note,) = [note for note in found["notes"] if "tokenizer" in note]
+        assert note.startswith(
+            "channels are ranked by magnitude, and no weight is refitted: "
+            f"{folder}: its tokenizer cannot be loaded: "
+        )
+        assert f"- {note}." in (tmp_path / "out" / "README.md").read_text().splitlines()
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("code", "name", "typed", "message"),
         [
             (
-                2,
-                "llama-gqa",
+                1,
+                "bert",
                 "--importance taylor",
-                "--importance taylor needs text to run the model on. Add --calibration FILE (plain "
-                "text, some thousand words of what the model is for), or use --importance "
-                "magnitude",
+                "--importance taylor needs text to run BertModel on (the shipped text is for "
+                "causal language models alone). Add --calibration FILE (plain text, some thousand "
+                "words of what the model is for), or use --importance magnitude",
             ),
-            (2, "llama-gqa", "--recover 3", "--recover needs text to run the model on. Add --"),
+            (1, "roberta", "--recover 3", "--recover needs text to run RobertaForMaskedLM on (t"),
+            (1, "t5", "--calibration own", "--calibration own: T5ForConditionalGeneration is no "),
+            (1, "vit", "--importance flap", "ViTForImageClassification takes no text, so --impo"),
             (
                 1,
                 "vit",

@@ -1,0 +1,282 @@
+"""What is measured, on which data, and that a model is left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import calibrated
+import pytest
+import torch
+import zoo
+from accelerate import dispatch_model
+from torch import nn
+
+import tp_hf_config
+from tp_hf_config import CalibrationError, CalibrationWarning, HFConfigSyncHook, calibrate
+from tp_hf_config.calibration import measured
+from tp_hf_config.calibration.batches import shipped_text, split_batches, unpadded
+from tp_hf_config.calibration.linear_ops import Consumer
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
+
+
+def llama() -> Any:
+    return zoo.build("llama")
+
+
+def inputs_of(model: nn.Module, layer: str, batches: list[Any]) -> torch.Tensor:
+    """All that a layer gets, as ``(tokens, channels)``, by a hook of torch's."""
+    seen: list[torch.Tensor] = []
+    module = model.get_submodule(layer)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_sums_are_those_of_what_a_layer_gets() -> None:
+    model = calibrated.build("llama")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    rows = inputs_of(model, "model.layers.1.mlp.down_proj", calibration.train)
+    statistics = calibration.readings.of(Consumer("model.layers.1.mlp.down_proj.weight", 1))
+    assert statistics is not None
+    assert statistics.gram is not None
+    assert statistics.tokens == len(rows) == calibration.tokens == 9 * 14
+    torch.testing.assert_close(statistics.gram, rows.T @ rows, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(statistics.norms, rows.square().mean(0).sqrt())
+    torch.testing.assert_close(statistics.variances, rows.var(0, correction=0))
+
+
+def test_weights_that_read_the_same_share_one_sum() -> None:
+    model = llama()
+    readings = calibrate(model, calibrated.batches(model, 2)).readings
+    q, k, v = (Consumer(f"model.layers.0.self_attn.{x}_proj.weight", 1) for x in "qkv")
+    assert readings.leaders[q] == readings.leaders[k] == readings.leaders[v] == q
+    assert readings.chains[q] == ("model.layers.0.input_layernorm",)
+    down = Consumer("model.layers.0.mlp.down_proj.weight", 1)
+    assert readings.leaders[down] == down
+    assert down not in readings.chains
+
+
+def test_experts_have_their_own_tokens() -> None:
+    model = zoo.build("mixtral")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    name = "model.layers.0.mlp.experts.down_proj"
+    experts = [calibration.readings.of(Consumer(name, 2, part)) for part in range(4)]
+    assert sum(one.tokens for one in experts if one is not None) == 2 * calibration.tokens
+    assert model.get_experts_implementation() != {"": "eager"}
+
+
+def test_a_tied_head_is_told_from_other_weights() -> None:
+    model = zoo.build("gpt2")
+    readings = calibrate(model, calibrated.batches(model, 2)).readings
+    assert readings.tables == {"transformer.wte.weight"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_is_left_as_it_was(fails: bool) -> None:
+    model = llama().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    data = calibrated.batches(model, 3)
+    data[1] = {"input_ids": torch.tensor([[10_000]])} if fails else data[1]
+    refused = pytest.raises(CalibrationError, match=r"does not run on batch 2 .*\{'input_ids': \[1")
+    with refused if fails else contextlib.nullcontext():
+        calibrate(model, data)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (2, 1), (7, 1), (8, 1), (17, 2), (90, 8)])
+def test_every_eighth_batch_is_held_out(count: int, held_out: int) -> None:
+    data = [{"input_ids": torch.tensor([[number]])} for number in range(count)]
+    train, other = split_batches(data, nn.Linear(1, 1))
+    assert (len(train), len(other)) == (count - held_out, held_out)
+    assert not {id(b) for b in train} & {id(b) for b in other}
+
+
+def test_padding_is_left_out() -> None:
+    model = calibrated.build("llama")
+    ids = torch.randint(3, 80, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    mask[1, :2] = 0
+    other = {"input_ids": ids[:1]}  # held out
+    padded = calibrate(model, [{"input_ids": ids, "attention_mask": mask}, other])
+    alone = calibrate(model, [{"input_ids": ids[:1, :6]}, {"input_ids": ids[1:, 2:]}, other])
+    consumer = Consumer("model.layers.1.mlp.down_proj.weight", 1)
+    first, second = padded.readings.of(consumer), alone.readings.of(consumer)
+    assert first is not None
+    assert second is not None
+    assert first.tokens == second.tokens == 13
+    torch.testing.assert_close(first.gram, second.gram)
+
+
+def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
+    batch = {
+        "input_ids": torch.arange(10).view(2, 5),
+        "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        "decoder_input_ids": torch.arange(10).view(2, 5),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
+    }
+    first, second = unpadded(batch)
+    assert first["input_ids"].tolist() == [[0, 1, 2]]
+    assert first["decoder_input_ids"].tolist() == [[0, 1, 2, 3]]
+    assert second["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert second["decoder_input_ids"].tolist() == [[6, 7, 8, 9]]
+
+
+def test_little_memory_takes_more_passes_and_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = []
+    for limit in (None, 1):
+        model = llama()
+        calibration = calibrate(model, calibrated.batches(model, 10), max_memory=limit)
+        if limit:
+            assert sum(s.gram is not None for s in calibration.readings.statistics.values()) == 1
+        hook = HFConfigSyncHook(compensate=calibration)
+        calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+        weights.append([layer.mlp.down_proj.weight for layer in model.model.layers])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    model = zoo.build("llama").bfloat16()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    statistics = calibration.readings.of(Consumer("model.layers.0.mlp.down_proj.weight", 1))
+    assert statistics is not None
+    assert statistics.gram is not None
+    assert statistics.gram.dtype == torch.float32
+    hook = HFConfigSyncHook(compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
+    assert model.dtype == torch.bfloat16
+
+
+def test_few_tokens_are_warned_of() -> None:
+    model = llama()
+    with pytest.warns(
+        CalibrationWarning,
+        match=r"model.layers.0.mlp.down_proj.weight reads 96 channels and got 14 tokens: refits "
+        r"want 8 a channel or more \(4 inputs have fewer\). Pass more data, or tokens=",
+    ):
+        calibrate(model, calibrated.batches(model, 1))
+
+
+def test_experts_that_no_token_reaches_are_warned_of() -> None:
+    model = zoo.build("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[2:] = layer.mlp.gate.weight[:2] - 0.5
+            layer.mlp.gate.weight[:2] = layer.mlp.gate.weight[2:] + 1.0
+    ids = torch.full((1, 7), 5)
+    match = r"mlp.experts.\w+: no token reached .* of 4 experts, so they are cut without a refit"
+    with pytest.warns(CalibrationWarning, match=match):
+        calibrate(model, [{"input_ids": ids}])
+
+
+def test_a_model_that_accelerate_dispatched_is_measured_and_refitted_alike() -> None:
+    states = []
+    for dispatched in (False, True):
+        model = llama()
+        if dispatched:
+            model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
+        calibrated.pruner_of(model, hook).step()
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = float("nan")
+    with pytest.raises(
+        CalibrationError,
+        match=r"layers\.1\.mlp\.down_proj\.weight reads values that are not finite",
+    ):
+        calibrate(model, calibrated.batches(model, 1))
+
+
+def test_what_needs_data_says_so() -> None:
+    for name in ("bert", "t5", "vit"):
+        model = zoo.build(name)
+        with pytest.raises(CalibrationError, match="is no causal language model, so it needs data"):
+            calibrate(model)
+    with pytest.raises(CalibrationError, match="cannot write text of its own, so it needs data"):
+        calibrate(model, "own")
+
+
+def test_data_of_a_wrong_kind_is_refused() -> None:
+    model = llama()
+    with pytest.raises(CalibrationError, match="the calibration data has no batch"):
+        calibrate(model, [])
+    with pytest.raises(CalibrationError, match="batch 1 of the calibration data is a int"):
+        calibrate(model, [3])
+    with pytest.raises(CalibrationError, match="where there is no tokenizer: pass calibrate"):
+        calibrate(model)
+
+
+def test_a_causal_language_model_needs_no_data() -> None:
+    class Letters:
+        """A tokenizer whose tokens are letters."""
+
+        def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
+            return {"input_ids": [3 + ord(letter) % 90 for letter in text]}
+
+    model = llama()
+    tokenizer: Any = Letters()
+    calibration = calibrate(model, tokenizer=tokenizer, tokens=620)
+    assert calibration.tokens == 620 // 62 * 62
+    assert len(calibration.held_out) == 8
+    texts = calibrate(model, ["abc" * 100, "def" * 100], tokenizer=tokenizer)
+    assert len(texts.train) + len(texts.held_out) == 602 // 62
+    own = calibrate(model, "own", tokens=620)
+    assert own.train[0]["input_ids"].shape == (1, 62)
+    again = calibrate(model, "own", tokens=620)
+    assert torch.equal(own.train[3]["input_ids"], again.train[3]["input_ids"])
+
+
+def test_the_shipped_text_is_broad_and_long_enough() -> None:
+    text = shipped_text()
+    assert len(text) > 50_000
+    assert "\n----\n" not in text
+
+
+def test_plain_modules_take_tensors() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    calibration = calibrate(model, [torch.rand(5, 6) for _ in range(4)])
+    assert {c.parameter for c in calibration.readings.leaders} == {"0.weight", "2.weight"}
+    assert str(calibration).startswith("Sequential on 15 tokens: what 2 inputs of 2 weights carry")
+
+
+def test_a_copy_needs_no_other_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    twin = copy.deepcopy(model)
+    monkeypatch.setattr(measured, "measure", None)  # it would be called
+    again = calibration.on_copy(twin)
+    assert again.model is twin
+    assert calibration.model is model
+    assert again.current() is not calibration.current()
+    assert again.readings.leaders == calibration.readings.leaders
+    with torch.no_grad():
+        twin.lm_head.weight[0, 0] += 1
+    with pytest.raises(CalibrationError, match="is no copy of the LlamaForCausalLM that was"):
+        calibration.on_copy(twin)
+
+
+def test_public_names() -> None:
+    assert tp_hf_config.calibrate is calibrate
+    assert tp_hf_config.Calibration.__name__ == "Calibration"

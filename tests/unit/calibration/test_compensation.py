@@ -1,0 +1,313 @@
+"""Refits at the cut: exact where they can be, never worse than the cut, no other change."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import calibrated
+import pytest
+import torch
+import torch_pruning as tp
+import zoo
+from reloading import assert_reloaded
+
+from tp_hf_config import (
+    CalibrationError,
+    ConfigSyncError,
+    HFConfigSyncHook,
+    UnsupportedModelError,
+    calibrate,
+    pruner_kwargs,
+)
+from tp_hf_config.calibration import difference
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
+
+# where the output has no product of queries and keys whose dims go, and no tied head
+EXACT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"prune": "intermediate_size"},
+    "phi3": {},
+    "gpt2": {"prune": "n_inner"},
+    "gpt_neox": {},
+    "opt": {"prune": "ffn_dim"},
+    "mixtral": {},
+    "qwen3_moe": {},
+    "gpt_oss": {},
+    "deepseek_v3": {"prune": ("intermediate_size", "moe_intermediate_size", "v_head_dim")},
+    "mamba2": {},
+    "bert": {"prune": "intermediate_size"},
+    "modernbert": {},
+    "t5": {"prune": "d_ff"},
+    "bart": {"prune": ("encoder_ffn_dim", "decoder_ffn_dim")},
+    "whisper": {"prune": ("encoder_ffn_dim", "decoder_ffn_dim")},
+    "vit": {},
+    "convnext": {},
+    "clip": {"prune": ("text_config.intermediate_size", "vision_config.intermediate_size")},
+    "wav2vec2": {"prune": ("conv_dim[0]", "intermediate_size")},
+}
+_OWN_FLOAT32 = {"mamba2": 1e-5}
+"""Classes that compute in float32 in a float64 model, and what that leaves."""
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_units_that_others_make_up_for_leave_no_trace(name: str) -> None:
+    """Half of all units are copies of others: the pruned model computes what the whole one did."""
+    model = calibrated.build(name)
+    data = calibrated.batches(model)
+    hook = HFConfigSyncHook()
+    pruner = calibrated.pruner_of(model, hook, **EXACT[name])
+    calibrated.duplicate(model, pruner, calibrated.chosen(pruner), data)
+    hook.compensate = calibrate(model, data, ridge=0.0)
+    inputs = zoo.inputs(model)
+    before = calibrated.outputs(model, inputs)
+    plain = copy.deepcopy(model)
+    calibrated.pruner_of(plain, **EXACT[name]).step()
+    pruner.step()
+    after = calibrated.outputs(model, inputs)
+    scale = float(before.abs().max())
+    assert float((after - before).abs().max()) <= _OWN_FLOAT32.get(name, 1e-9) * scale
+    cut = calibrated.outputs(plain, inputs)
+    assert float((cut - before).abs().max()) > 1e-3 * scale, "the plain cut is exact too"
+    assert plain.config.to_dict() == model.config.to_dict()
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_no_layer_is_worse_than_its_plain_cut(name: str) -> None:
+    """On the data that refits are solved for."""
+    model = calibrated.build(name)
+    data = calibrated.batches(model, 12)
+    calibration = calibrate(model, data)
+    calibration.held_out = calibration.train
+    hook = HFConfigSyncHook(compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
+    report = hook.reports[0].compensation
+    assert report is not None
+    assert report.layers
+    worse = [layer for layer in report.layers if layer.refit > layer.cut * (1 + 1e-6)]
+    assert worse == []
+    assert sum(layer.refit < 0.99 * layer.cut for layer in report.layers) > 0
+
+
+ROUND_TRIPS = ("llama", "gpt2", "mixtral", "bert", "t5", "convnext")
+
+
+@pytest.fixture(scope="module")
+def saved(collector: Any) -> dict[str, Any]:
+    """Refitted models, all saved before the first is reloaded; and the same ones, cut plainly."""
+    configs: dict[str, Any] = {}
+    for name in ROUND_TRIPS:
+        model = calibrated.build(name, torch.float32)
+        plain = copy.deepcopy(model)
+        calibrated.pruner_of(plain).step()
+        hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
+        calibrated.pruner_of(model, hook).step()
+        assert model.config.to_dict() == plain.config.to_dict()
+        configs[name] = model.config.to_dict()
+        collector.add(f"refitted {name}", model, zoo.inputs(model))
+    return configs
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_a_refitted_model_is_the_same_after_a_reload(
+    name: str, saved: dict[str, Any], collector: Any
+) -> None:
+    assert_reloaded(collector.result(f"refitted {name}"))
+
+
+def llama(seed: int = 0) -> Any:
+    return zoo.build("llama", seed)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    states = []
+    for _ in range(2):
+        model = llama()
+        calibration = calibrate(model, calibrated.batches(model, 10))
+        hook = HFConfigSyncHook(compensate=calibration)
+        importance = calibration.importance("obs")
+        calibrated.pruner_of(model, hook, importance=importance, iterative_steps=2).step()
+        states.append(model.state_dict())
+    first, second = states
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_foretold_of_the_model_is_what_comes() -> None:
+    model = calibrated.build("llama")
+    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model)))
+    calibrated.pruner_of(model, hook).step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    assert result.after == pytest.approx(result.refit, rel=1e-9)
+    assert result.refit < result.cut
+    assert str(result).startswith(f"{sum(layer.used for layer in result.layers)} of 13 weights")
+    assert hook.reports[0].to_dict()["compensation"]["layers"][0]["weight"]
+
+
+def test_what_the_plain_cut_would_come_to_is_foretold_too() -> None:
+    model = calibrated.build("llama")
+    calibration = calibrate(model, calibrated.batches(model, 16))
+    plain = copy.deepcopy(model)
+    hook = HFConfigSyncHook(compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
+    calibrated.pruner_of(plain).step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    divergences = []
+    for batch in calibration.held_out:
+        before = calibrated.outputs(calibrated.build("llama"), batch).float().log_softmax(-1)
+        now = calibrated.outputs(plain, batch).float().log_softmax(-1)
+        divergences.append((before.exp() * (before - now)).sum(-1).mean())
+    assert result.cut == pytest.approx(float(torch.stack(divergences).mean()), rel=1e-4)
+
+
+def test_a_refit_that_overfits_is_left_out() -> None:
+    """About hundred tokens for 96 channels and a tiny ridge: nonsense on other tokens."""
+    model = calibrated.build("llama")
+    down = [layer.mlp.down_proj.weight[:, :48].clone() for layer in model.model.layers]
+    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10), ridge=1e-12))
+    calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    assert [layer.used for layer in result.layers] == [False, False]
+    assert all(layer.refit > layer.cut for layer in result.layers)
+    for layer, weight in zip(model.model.layers, down, strict=True):
+        assert torch.equal(layer.mlp.down_proj.weight, weight)
+
+
+def test_without_held_out_data_a_refit_needs_eight_tokens_a_channel() -> None:
+    """One batch: nothing is held out."""
+    used = []
+    for length in (40, 60):
+        model = calibrated.build("llama")
+        ids = torch.randint(3, 80, (16, length), generator=torch.Generator().manual_seed(0))
+        hook = HFConfigSyncHook(compensate=calibrate(model, [{"input_ids": ids}]))
+        calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+        result = hook.reports[0].compensation
+        assert result is not None
+        assert result.cut is None
+        used.append(([layer.used for layer in result.layers], result.notes))
+    note = (
+        "2 weights are not refitted: nothing is held out to judge their refits, and they got fewer "
+        "than 8 tokens a channel. Pass more batches"
+    )
+    assert used == [([False, False], [note]), ([True, True], [])]
+
+
+def test_refits_that_make_the_whole_model_worse_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = iter([0.1, 0.2, 0.1])  # cut, refitted, after the cut
+    monkeypatch.setattr(difference.Difference, "mean", property(lambda self: next(changes)))
+    model = calibrated.build("llama")
+    down = [layer.mlp.down_proj.weight[:, :48].clone() for layer in model.model.layers]
+    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model)))
+    calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    assert result.notes == [
+        "no weight is refitted: on held-out data the whole model changes more with refits (KL 0.2) "
+        "than without (0.1). More calibration data may help"
+    ]
+    assert (result.cut, result.refit, result.after) == (0.1, 0.1, 0.1)
+    for layer, weight in zip(model.model.layers, down, strict=True):
+        assert torch.equal(layer.mlp.down_proj.weight, weight)
+
+
+def test_tied_heads_keep_their_embeddings() -> None:
+    model = zoo.build("gemma2")
+    embeddings = model.get_input_embeddings().weight.detach().clone()
+    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
+    calibrated.pruner_of(model, hook, prune="hidden_size").step()
+    now = model.get_input_embeddings().weight
+    assert now is model.get_output_embeddings().weight
+    half = embeddings.shape[1] // 2
+    assert torch.equal(now, embeddings[:, :half])
+    result = hook.reports[0].compensation
+    assert result is not None
+    assert result.notes == [
+        "not refitted, for it is the table of embeddings too: model.embed_tokens.weight"
+    ]
+
+
+def test_an_interactive_step_refits_the_groups_that_are_pruned() -> None:
+    model, other = llama(), llama()
+    for each in (model, other):
+        hook = HFConfigSyncHook(compensate=calibrate(each, calibrated.batches(each, 10)))
+        pruner = calibrated.pruner_of(each, hook, prune="intermediate_size")
+        if each is other:
+            pruner.step()
+            continue
+        for group in pruner.step(interactive=True):
+            group.prune()
+    first, second = model.state_dict(), other.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _prune_all_but_the_first(pruner: Any) -> None:
+    for number, group in enumerate(pruner.step(interactive=True)):
+        if number:
+            group.prune()
+
+
+def test_a_group_that_the_user_leaves_keeps_its_weights() -> None:
+    model = llama()
+    weight = model.model.layers[0].mlp.down_proj.weight.detach().clone()
+    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
+    pruner = calibrated.pruner_of(model, hook, prune="intermediate_size")
+    with pytest.raises(ConfigSyncError, match="intermediate_size"):  # layers of two widths
+        _prune_all_but_the_first(pruner)
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
+
+
+def test_the_next_step_is_measured_anew() -> None:
+    model = llama()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    first = calibration.readings
+    hook = HFConfigSyncHook(compensate=calibration)
+    importance = calibration.importance()
+    pruner = calibrated.pruner_of(model, hook, importance=importance, iterative_steps=2)
+    pruner.step()
+    assert calibration.readings is first
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    pruner.step()
+    assert calibration.readings is not first
+    assert len(hook.reports) == 2
+    assert all(report.compensation is not None for report in hook.reports)
+
+
+def test_a_refused_step_changes_no_weight() -> None:
+    model = llama()
+    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
+    pruner = calibrated.pruner_of(model, hook, prune="intermediate_size")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(UnsupportedModelError, match="lost"):
+        pruner.step()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_another_model_s_calibration_is_refused() -> None:
+    model, other = llama(), llama()
+    calibration = calibrate(other, calibrated.batches(other, 2))
+    with pytest.raises(CalibrationError, match="is another model than the LlamaForCausalLM that"):
+        calibrated.pruner_of(model, HFConfigSyncHook(compensate=calibration))
+
+
+def test_any_importance_of_torch_pruning_can_be_refitted() -> None:
+    model = llama()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    hook = HFConfigSyncHook(compensate=calibration)
+    importance = tp.importance.GroupMagnitudeImportance()
+    arguments = pruner_kwargs(model, pruning_ratio=0.25)
+    tp.pruner.MetaPruner(model, **arguments, importance=importance, hooks=[hook]).step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    assert len(result.layers) == 13

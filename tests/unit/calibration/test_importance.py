@@ -1,0 +1,199 @@
+"""Importances made of what is read: their formulas, heads, experts, and plain PyTorch models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import calibrated
+import pytest
+import torch
+import torch_pruning as tp
+import zoo
+from torch import nn
+
+from tp_hf_config import CalibrationWarning, HFConfigSyncHook, calibrate, pruner_kwargs
+from tp_hf_config.calibration.linear_ops import Consumer
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
+
+
+def values_of(model: Any, importance: Any, **settings: Any) -> list[torch.Tensor]:
+    """What a pruner gets of an importance, group by group."""
+    arguments = {"importance": importance, "pruning_ratio": 0.5, **settings}
+    pruner = calibrated.pruner_of(model, **arguments)
+    groups = pruner.DG.get_all_groups()
+    return [pruner.estimate_importance(group) for group in groups]
+
+
+def expected_of(calibration: Any, model: Any, kind: str) -> list[torch.Tensor]:
+    """The formulas, written down once more."""
+    result = []
+    for number in range(2):
+        weight = model.model.layers[number].mlp.down_proj.weight
+        consumer = Consumer(f"model.layers.{number}.mlp.down_proj.weight", 1)
+        statistics = calibration.readings.of(consumer)
+        norms, columns = statistics.norms, weight.detach().double().norm(dim=0)
+        result.append(
+            {
+                "wanda": norms * columns,
+                "activation": norms,
+                "flap": statistics.variances * columns**2,
+            }[kind].float()
+        )
+    return result
+
+
+@pytest.mark.parametrize("kind", ["wanda", "activation", "flap"])
+def test_channels_of_a_feed_forward_are_ranked_by_the_formula(kind: str) -> None:
+    model = zoo.build("llama")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    importance = calibration.importance(kind, normalizer=None)
+    found = values_of(model, importance, prune="intermediate_size")
+    for values, expected in zip(found, expected_of(calibration, model, kind), strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_counts_all_its_channels() -> None:
+    """Key/value groups: two query heads of twelve dimensions each, read by the output weight."""
+    model = zoo.build("qwen3")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    importance = calibration.importance(normalizer=None)
+    found = values_of(model, importance, prune=(), gqa="group", head_pruning_ratio=0.5)
+    for number, values in enumerate(found):
+        name = f"model.layers.{number}.self_attn.o_proj.weight"
+        statistics = calibration.readings.of(Consumer(name, 1))
+        assert statistics is not None
+        weight = model.get_parameter(name).detach().double()
+        channels = (statistics.norms * weight.norm(dim=0)).view(2, -1)
+        torch.testing.assert_close(values, channels.sum(1).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_channels_count_all_that_read_them() -> None:
+    model = zoo.build("llama")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    importance = calibration.importance(normalizer=None)
+    (values,) = values_of(model, importance, prune="hidden_size")
+    total = torch.zeros(64, dtype=torch.float64)
+    for consumer in calibration.readings.leaders:
+        weight = model.get_parameter(consumer.parameter).detach().double()
+        if not consumer.parameter.endswith(("o_proj.weight", "down_proj.weight")):
+            statistics = calibration.readings.of(consumer)
+            assert statistics is not None
+            total += statistics.norms * weight.norm(dim=0)
+    torch.testing.assert_close(values, total.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_experts_count_together() -> None:
+    model = zoo.build("mixtral")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    importance = calibration.importance(normalizer=None)
+    found = values_of(model, importance, prune="intermediate_size")
+    name = "model.layers.0.mlp.experts.down_proj"
+    expected = torch.zeros(96, dtype=torch.float64)
+    for part in range(4):
+        statistics = calibration.readings.of(Consumer(name, 2, part))
+        assert statistics is not None
+        weight = model.get_parameter(name)[part].detach().double()
+        expected += statistics.norms * weight.norm(dim=0)
+    torch.testing.assert_close(found[0], expected.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prune": "intermediate_size"}, {"prune": (), "gqa": "group"}]
+)
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3"])
+def test_greedy_removal_with_a_refit_beats_others(name: str, settings: dict[str, Any]) -> None:
+    """The squared error of the layers, summed: what it is greedy for."""
+    errors = {}
+    for kind in ("obs", "wanda"):
+        model = calibrated.build(name)
+        calibration = calibrate(model, calibrated.batches(model))
+        calibration.held_out = calibration.train
+        hook = HFConfigSyncHook(compensate=calibration)
+        given = {**settings, "head_pruning_ratio": 0.5} if "gqa" in settings else settings
+        importance = calibration.importance(kind)
+        calibrated.pruner_of(model, hook, importance=importance, **given).step()
+        result = hook.reports[0].compensation
+        assert result is not None
+        errors[kind] = sum(layer.refit for layer in result.layers)
+    assert errors["obs"] <= errors["wanda"] * 1.001
+
+
+def test_groups_that_nothing_reads_are_ranked_by_magnitude() -> None:
+    model = zoo.build("mixtral")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    arguments = {"prune": "num_local_experts", "pruning_ratio": 0.5}
+    with pytest.warns(CalibrationWarning, match="no weight that was measured reads"):
+        values = values_of(model, calibration.importance(), **arguments)
+    plain = values_of(
+        model, tp.importance.GroupMagnitudeImportance(group_reduction="sum"), **arguments
+    )
+    for first, second in zip(values, plain, strict=True):
+        assert first.argsort().tolist() == second.argsort().tolist()
+
+
+class Net(nn.Module):
+    """Convolutions, a norm and a head: a plain PyTorch model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 12, 3, padding=1)
+        self.head = nn.Linear(12 * 4, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.first(images)))
+        x = torch.relu(self.second(x))
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+def test_plain_models_with_traced_groups() -> None:
+    model = Net().eval()
+    calibration = calibrate(model, [torch.rand(4, 3, 8, 8) for _ in range(8)])
+    pruner = tp.pruner.MetaPruner(
+        model,
+        torch.rand(1, 3, 8, 8),
+        importance=calibration.importance(),
+        pruning_ratio=0.5,
+        ignored_layers=[model.head],
+    )
+    statistics = calibration.readings.of(Consumer("second.weight", 1))
+    head = calibration.readings.of(Consumer("head.weight", 1))
+    assert statistics is not None
+    assert head is not None
+    columns = model.second.weight.detach().flatten(2).norm(dim=(0, 2))
+    first = statistics.norms * columns
+    second = (head.norms * model.head.weight.detach().norm(dim=0)).view(12, 4).sum(1)
+    kept = [
+        values.argsort(descending=True)[: len(values) // 2].sort().values
+        for values in (first, second)
+    ]
+    weights = model.first.weight[kept[0]].clone(), model.second.weight[kept[1]][:, kept[0]].clone()
+    pruner.step()
+    assert torch.equal(model.first.weight, weights[0])
+    assert torch.equal(model.second.weight, weights[1])
+
+
+def test_unknown_kinds_are_refused() -> None:
+    model = zoo.build("llama")
+    calibration = calibrate(model, calibrated.batches(model, 1))
+    with pytest.raises(ValueError, match="importance 'best' is unknown: expected one of 'wanda'"):
+        calibration.importance("best")  # type: ignore[arg-type]
+
+
+def test_it_is_an_importance_of_torch_pruning() -> None:
+    model = zoo.build("llama")
+    importance = calibrate(model, calibrated.batches(model, 1)).importance("flap")
+    assert isinstance(importance, tp.importance.Importance)
+    tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, pruning_ratio=0.25),
+        importance=importance,
+        hooks=[HFConfigSyncHook()],
+    ).step()
+    assert model.config.intermediate_size == 72

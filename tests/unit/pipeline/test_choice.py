@@ -1,0 +1,256 @@
+"""How channels are ranked, and which text the model is run on, by its class and the arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import model_folders as folders
+import pytest
+import tiny
+import transformers as hf
+
+from tp_hf_config.calibration.batches import shipped_text
+from tp_hf_config.errors import CalibrationWarning, PipelineError, UnsupportedModelError
+from tp_hf_config.pipeline.choice import Choice, choose, class_writes_text
+from tp_hf_config.pipeline.job import Job
+from tp_hf_config.pipeline.source import find_source
+
+FILE = Path("there/text.txt")
+TEXTS = {None: None, "own": None, FILE: "w1 w2"}
+_ADD = (
+    "Add --calibration FILE (plain text, some thousand words of what the model is for)",
+    ", or use --importance magnitude",
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name in ("llama-gqa", "bert", "roberta", "t5", "vit"):
+        folders.save(name, root / name)
+    tiny.build("llama-gqa").save_pretrained(root / "no-tokenizer")
+    return root
+
+
+def job_of(folder: Path, **settings: Any) -> Job:
+    return Job(find_source(str(folder)), folder.with_name("out"), {}, **settings)
+
+
+def chosen(folder: Path, **settings: Any) -> Choice:
+    config = hf.AutoConfig.from_pretrained(folder)
+    job = job_of(folder, **settings)
+    model_class = getattr(hf, config.architectures[0])
+    return choose(job, TEXTS[job.calibration], config, model_class)
+
+
+class TestChosen:
+    @pytest.mark.filterwarnings("ignore:--importance magnitude ranks")
+    @pytest.mark.parametrize(
+        ("name", "settings", "importance", "origin", "compensate", "asked"),
+        [
+            ("llama-gqa", {}, "wanda", "shipped", True, False),
+            ("llama-gqa", {"compensate": False}, "wanda", "shipped", False, False),
+            ("llama-gqa", {"importance": "magnitude"}, "magnitude", "shipped", True, False),
+            ("llama-gqa", {"importance": "random"}, "random", "shipped", True, False),
+            ("llama-gqa", {"importance": "taylor"}, "taylor", "shipped", True, True),
+            ("llama-gqa", {"importance": "obs"}, "obs", "shipped", True, True),
+            ("llama-gqa", {"recover": 3}, "wanda", "shipped", True, True),
+            ("llama-gqa", {"calibration": "own"}, "wanda", "own", True, True),
+            ("llama-gqa", {"calibration": FILE}, "wanda", "file", True, True),
+            (
+                "llama-gqa",
+                {"importance": "magnitude", "compensate": False},
+                "magnitude",
+                None,
+                False,
+                False,
+            ),
+            (
+                "llama-gqa",
+                {"importance": "magnitude", "compensate": False, "calibration": FILE},
+                "magnitude",
+                "file",
+                False,
+                True,
+            ),
+            ("no-tokenizer", {"calibration": "own"}, "wanda", "own", True, True),
+            ("bert", {}, "magnitude", None, False, False),
+            ("bert", {"calibration": FILE}, "wanda", "file", True, True),
+            ("roberta", {"importance": "random"}, "random", None, False, False),
+            ("roberta", {"calibration": FILE, "importance": "flap"}, "flap", "file", True, True),
+            ("t5", {}, "magnitude", None, False, False),
+            ("t5", {"calibration": FILE, "recover": 2}, "wanda", "file", True, True),
+            ("vit", {}, "magnitude", None, False, False),
+            ("vit", {"importance": "random"}, "random", None, False, False),
+        ],
+    )
+    def test_by_class_and_arguments(
+        self,
+        models: Path,
+        name: str,
+        settings: dict[str, Any],
+        importance: str,
+        origin: str | None,
+        compensate: bool,
+        asked: bool,
+    ) -> None:
+        found = chosen(models / name, **settings)
+        assert (found.importance, found.origin, found.compensate, found.asked) == (
+            importance,
+            origin,
+            compensate,
+            asked,
+        )
+        text = {"shipped": shipped_text(), "file": "w1 w2"}.get(str(origin), "")
+        assert found.text == text
+        assert (found.tokenizer is None) == (origin is None or name == "no-tokenizer")
+        assert found.notes == ()
+
+    @pytest.mark.filterwarnings("ignore:--importance magnitude ranks")
+    @pytest.mark.parametrize(
+        ("settings", "calibrates"),
+        [
+            ({}, True),
+            ({"compensate": False}, True),
+            ({"importance": "taylor"}, True),
+            ({"importance": "taylor", "compensate": False}, False),
+            ({"importance": "magnitude", "compensate": False}, False),
+            ({"importance": "magnitude"}, True),
+        ],
+    )
+    def test_whether_it_is_calibrated(
+        self, models: Path, settings: dict[str, Any], calibrates: bool
+    ) -> None:
+        assert chosen(models / "llama-gqa", **settings).calibrates is calibrates
+
+    def test_a_language_model_that_is_ranked_by_magnitude_and_cut(self, models: Path) -> None:
+        message = (
+            "--importance magnitude ranks LlamaForCausalLM by the size of its weights, which often "
+            "takes what a language model needs most. Leave --importance out, or at least "
+            "--no-compensate"
+        )
+        with pytest.warns(CalibrationWarning) as warned:
+            chosen(models / "llama-gqa", importance="magnitude", compensate=False)
+        assert [str(one.message) for one in warned] == [message]
+
+    @pytest.mark.parametrize("importance", [None, "magnitude", "random"])
+    def test_a_language_model_without_a_tokenizer(self, models: Path, importance: Any) -> None:
+        """Nobody asked for a text, so it goes without, and a note says so."""
+        found = chosen(models / "no-tokenizer", importance=importance)
+        ranked = importance or "magnitude"
+        assert (found.importance, found.origin, found.calibrates) == (ranked, None, False)
+        (note,) = found.notes
+        assert note.startswith(
+            f"channels are ranked by {ranked}, and no weight is refitted: "
+            f"{models / 'no-tokenizer'}: its tokenizer cannot be loaded: "
+        )
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("name", "settings", "message"),
+        [
+            (
+                "bert",
+                {"importance": "wanda"},
+                "--importance wanda needs text to run BertModel on (the shipped text is for "
+                f"causal language models alone). {''.join(_ADD)}",
+            ),
+            (
+                "t5",
+                {"importance": "taylor"},
+                "--importance taylor needs text to run T5ForConditionalGeneration on (the shipped "
+                f"text is for causal language models alone). {''.join(_ADD)}",
+            ),
+            (
+                "roberta",
+                {"recover": 2},
+                "--recover needs text to run RobertaForMaskedLM on (the shipped text is for "
+                f"causal language models alone). {_ADD[0]}",
+            ),
+            (
+                "t5",
+                {"calibration": "own"},
+                "--calibration own: T5ForConditionalGeneration is no causal language model, it "
+                "writes no text. Say --calibration FILE (plain text, some thousand words of what "
+                "the model is for)",
+            ),
+        ],
+    )
+    def test_no_text(self, models: Path, name: str, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(PipelineError) as refused:
+            chosen(models / name, **settings)
+        assert str(refused.value) == message
+
+    @pytest.mark.parametrize(
+        ("settings", "what"),
+        [
+            ({"calibration": FILE}, "--calibration"),
+            ({"calibration": "own"}, "--calibration"),
+            ({"importance": "flap"}, "--importance flap"),
+            ({"recover": 1, "calibration": FILE}, "--recover"),
+        ],
+    )
+    def test_a_model_of_images(self, models: Path, settings: dict[str, Any], what: str) -> None:
+        with pytest.raises(UnsupportedModelError) as refused:
+            chosen(models / "vit", **settings)
+        assert str(refused.value) == (
+            f"ViTForImageClassification takes no text, so {what} is of no use to it. Leave "
+            "--calibration and --recover out, and use --importance magnitude or random (in "
+            "Python: tp_hf_config.calibrate(model, batches))"
+        )
+
+    @pytest.mark.parametrize("settings", [{"importance": "wanda"}, {"calibration": FILE}])
+    def test_no_tokenizer_where_a_text_is_asked_for(
+        self, models: Path, settings: dict[str, Any]
+    ) -> None:
+        with pytest.raises(PipelineError, match="no-tokenizer: its tokenizer cannot be loaded: "):
+            chosen(models / "no-tokenizer", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "writes"),
+    [
+        ("LlamaForCausalLM", True),
+        ("MambaForCausalLM", True),
+        ("LlamaModel", False),
+        ("LlamaForSequenceClassification", False),
+        ("BertForMaskedLM", False),
+        ("T5ForConditionalGeneration", False),
+        ("WhisperForConditionalGeneration", False),
+        ("ViTForImageClassification", False),
+    ],
+)
+def test_which_classes_are_causal_language_models(name: str, writes: bool) -> None:
+    model_class = getattr(hf, name)
+    assert class_writes_text(model_class, model_class.config_class()) is writes
+
+
+def test_the_settings_of_the_card(models: Path) -> None:
+    """What was done, in the order of the arguments, and nothing that was not set."""
+    plain = {"device": "cpu", "seed": 0}
+
+    def settings(name: str, **given: Any) -> dict[str, Any]:
+        return chosen(models / name, **given).settings(job_of(models / name, **given))
+
+    def done(importance: str, calibration: str, compensate: bool = True) -> dict[str, Any]:
+        own = {"importance": importance, "calibration": calibration, "compensate": compensate}
+        return own | plain
+
+    assert settings("llama-gqa") == done("wanda", "shipped text")
+    assert settings("llama-gqa", calibration="own") == done("wanda", "own")
+    assert settings("bert", calibration=FILE) == done("wanda", "text.txt")
+    assert settings("llama-gqa", compensate=False) == done("wanda", "shipped text", False)
+    assert settings("vit") == {"importance": "magnitude", **plain}
+    recovered = settings("llama-gqa", recover=4, dtype="bfloat16", command="typed")
+    assert list(recovered) == [
+        "importance",
+        "calibration",
+        "compensate",
+        "recover",
+        "device",
+        "dtype",
+        "seed",
+        "command",
+    ]

@@ -1,0 +1,235 @@
+"""What a job runs its model on: which windows, of which text, for which purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tp_hf_config.calibration.batches import second_text, shipped_text
+from tp_hf_config.errors import UnsupportedModelError
+from tp_hf_config.model.build import Refusal
+from tp_hf_config.pipeline import prune
+from tp_hf_config.pipeline.choice import Choice
+from tp_hf_config.pipeline.companions import Copied
+from tp_hf_config.pipeline.job import Job, Pruned
+from tp_hf_config.pipeline.material import Material, gather
+from tp_hf_config.pipeline.objective import Objective, batch_of, objective_of
+from tp_hf_config.pipeline.progress import Silent
+from tp_hf_config.pipeline.roundtrip import Proof
+from tp_hf_config.pipeline.source import Source
+from tp_hf_config.planning.model_size import Size
+from tp_hf_config.planning.plan import Plan
+from tp_hf_config.planning.settings import PruneSettings
+
+LETTERS = [chr(number) for number in range(32, 127)]  # 95 of the tiny models' 99 tokens
+SIZE = 62  # tokens of a window: the tiny models have 64 positions
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """A token for every letter, so that windows can be read again."""
+    vocab = {letter: number for number, letter in enumerate([*LETTERS, "\0"])}
+    letters = Tokenizer(models.WordLevel(vocab, unk_token="\0"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="\0")
+
+
+class Said(Silent):
+    """Remembers what is shown."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, what: object) -> None:
+        self.lines.append(str(what))
+
+
+def job(**settings: Any) -> Job:
+    return Job(Source("model", "model"), Path("out"), {}, **settings)
+
+
+def gathered(model: Any, choice: Choice, **settings: Any) -> tuple[Material, list[str]]:
+    said = Said()
+    material = gather(job(**settings), choice, model, said)
+    assert isinstance(material, Material)
+    return material, said.lines
+
+
+def read(tokenizer: Any, windows: Iterable[torch.Tensor]) -> list[str]:
+    return ["".join(tokenizer.convert_ids_to_tokens(row.flatten())) for row in windows]
+
+
+def windows_in(text: str) -> list[str]:
+    plain = "".join(letter if letter in LETTERS else "\0" for letter in text)
+    return [plain[i : i + SIZE] for i in range(0, len(plain) // SIZE * SIZE, SIZE)]
+
+
+class TestShippedText:
+    def test_the_first_70_per_cent_of_the_passages_and_the_others(self) -> None:
+        path = Path(prune.__file__).parents[1] / "calibration" / "shipped_text.txt"
+        whole = path.read_text(encoding="utf-8")
+        passages = [one.strip("\n") for one in whole.split("\n----\n")]
+        assert len(passages) == 106
+        assert shipped_text() == "\n\n".join(passages[:74])
+        assert second_text() == "\n\n".join(passages[74:])
+        assert not {"----"} & {*shipped_text().splitlines(), *second_text().splitlines()}
+
+    def test_it_is_calibrated_on_and_the_second_is_asked_about(self, tokenizer: Any) -> None:
+        model = tiny.build("llama-gqa")
+        choice = Choice("wanda", "shipped", shipped_text(), tokenizer, compensate=True)
+        material, said = gathered(model, choice)
+        calibration = material.calibration
+        assert calibration is not None
+        ours, second = windows_in(shipped_text()), windows_in(second_text())
+        seen = read(
+            tokenizer, (b["input_ids"] for b in (*calibration.train, *calibration.held_out))
+        )
+        assert (len(calibration.train), len(calibration.held_out)) == (218, 8)
+        assert len(seen) == len(set(seen)) == 198 * 8 // 7
+        assert set(seen) <= set(ours)
+        asked = read(tokenizer, material.second)
+        assert len(asked) == len(second) - len(second) // 8 + 8
+        assert set(asked) <= set(second)
+        assert material.held_out.shape == (0, SIZE)
+        assert said == [f"calibrating: {len(seen)} windows", str(calibration)]
+
+
+class TestWindows:
+    text = " ".join(f"word {number} of many" for number in range(400))
+
+    def test_a_file_keeps_windows_that_decide_nothing(self, tokenizer: Any) -> None:
+        model = tiny.build("llama-gqa")
+        choice = Choice("wanda", "file", self.text, tokenizer, compensate=True)
+        material, _ = gathered(model, choice)
+        assert material.calibration is not None
+        held_out = set(read(tokenizer, material.held_out))
+        assert len(held_out) == 8
+        calibrated = (*material.calibration.train, *material.calibration.held_out)
+        assert not held_out & set(read(tokenizer, (batch["input_ids"] for batch in calibrated)))
+        drawn = [next(material.batches) for _ in range(300)]
+        assert not held_out & set(read(tokenizer, drawn))
+        second = {*windows_in(second_text())}
+        assert set(read(tokenizer, material.second)) <= second
+        first, other = material.perplexities(model)
+        assert first == material.objective.perplexity(model, material.held_out)
+        assert other == material.objective.perplexity(model, material.second)
+
+    def test_own(self) -> None:
+        """It needs no tokenizer; then there is no second text."""
+        model = tiny.build("llama-gqa")
+        one, said = gathered(model, Choice("obs", "own", compensate=True), seed=3)
+        other, _ = gathered(model, Choice("obs", "own", compensate=True), seed=3)
+        assert one.calibration is not None
+        assert other.calibration is not None
+        assert one.calibration.train[0]["input_ids"].shape == (1, SIZE)
+        for mine, same in zip(one.calibration.train, other.calibration.train, strict=True):
+            assert torch.equal(mine["input_ids"], same["input_ids"])
+        assert said[0] == "the model writes the text that it is calibrated on"
+        assert one.perplexities(model) == (None, None)
+
+    def test_what_is_not_needed_is_not_made(self, tokenizer: Any) -> None:
+        model = tiny.build("llama-gqa")
+        material, said = gathered(model, Choice("taylor", "file", self.text, tokenizer))
+        assert (material.calibration, material.teacher, said) == (None, None, [])
+        material, _ = gathered(model, Choice("taylor", "file", self.text, tokenizer), recover=2)
+        assert material.teacher is not None
+        assert material.teacher is not model
+
+    @pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")  # poolers read 1 token
+    @pytest.mark.parametrize(
+        ("name", "task", "arguments"),
+        [
+            ("t5", "second half", {"input_ids": (1, 128), "decoder_input_ids": (1, 128)}),
+            ("roberta", "own answer", {"input_ids": (1, SIZE)}),
+            ("bert-cls", "own answer", {"input_ids": (1, SIZE)}),
+            ("bert", "nothing", {"input_ids": (1, SIZE)}),
+        ],
+    )
+    def test_other_models_of_text(
+        self, tokenizer: Any, name: str, task: str, arguments: dict[str, tuple[int, int]]
+    ) -> None:
+        """They are calibrated on the file, and asked about no second text."""
+        model = tiny.build(name)
+        material, _ = gathered(model, Choice("wanda", "file", self.text, tokenizer))
+        assert material.calibration is not None
+        (batch, *_) = material.calibration.train
+        assert {key: tuple(value.shape) for key, value in batch.items()} == arguments
+        assert material.objective.task == task
+        assert len(material.second) == 0
+        assert (material.perplexities(model)[0] is None) == (name != "t5")
+
+    @pytest.mark.parametrize(("importance", "recover"), [("taylor", 0), ("wanda", 2)])
+    def test_no_logits_where_they_are_needed(
+        self, tokenizer: Any, importance: Any, recover: int
+    ) -> None:
+        choice = Choice(importance, "file", self.text, tokenizer)
+        with pytest.raises(UnsupportedModelError) as refused:
+            gather(job(recover=recover), choice, tiny.build("bert"), Silent())
+        assert str(refused.value) == (
+            "BertModel has no logits, so a text cannot tell how well it does: leave --recover "
+            "out, and use another --importance than taylor"
+        )
+
+
+class TestObjective:
+    def test_an_encoder_taken_out_of_an_encoder_decoder(self) -> None:
+        """Its config says that there is a decoder."""
+        ids = torch.arange(10)[None]
+        model = tiny.build("t5")
+        assert set(batch_of(model, ids)) == {"input_ids", "decoder_input_ids"}
+        encoder = model.encoder
+        encoder.config.is_encoder_decoder = True
+        assert set(batch_of(encoder, ids)) == {"input_ids"}
+        assert objective_of(encoder, None, ids) == Objective("nothing")
+
+    def test_a_model_that_wants_more_than_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny.build("llama-gqa")
+
+        def forward(input_ids: Any = None, pixel_values: Any = None) -> None:
+            raise ValueError("no\nimage")
+
+        monkeypatch.setattr(model, "forward", forward)
+        reason = "LlamaForCausalLM does not run on text alone (ValueError: no image)"
+        assert objective_of(model, None, torch.zeros(1, 8, dtype=torch.long)) == Refusal(reason)
+        choice = Choice("wanda", "own", compensate=True)
+        monkeypatch.setattr(prune, "gather", lambda *_: Refusal(reason))
+        note = f"channels are ranked by magnitude, and no weight is refitted: {reason}"
+        found = prune._material(job(), choice, model, Silent())
+        assert found == (Choice("magnitude", notes=(note,)), None)
+        asked = Choice("wanda", "own", compensate=True, asked=True)
+        with pytest.raises(UnsupportedModelError) as refused:
+            prune._material(job(), asked, model, Silent())
+        assert str(refused.value) == (
+            f"{reason}: leave --calibration and --recover out, and use --importance magnitude or "
+            "random"
+        )
+
+
+def test_the_result_says_which_text_is_which() -> None:
+    size = Size(1, 2, None)
+    plan = Plan("Model", PruneSettings(), (), {}, size, size, None)
+
+    def lines(**perplexities: tuple[float, float]) -> list[str]:
+        result = Pruned("Model", Path("o"), plan, (), (2, 1), Proof(1, 1), Copied(()))
+        return str(replace(result, **perplexities)).splitlines()  # type: ignore[arg-type]
+
+    held_out = "perplexity on held-out text of the calibration file: 1.5 -> 2.5"
+    second = "perplexity on a second text, never calibrated on: 3.0 -> 4.2"
+    parameters = "parameters: 2 -> 1 (50.0%)"
+    both = lines(perplexity=(1.5, 2.5), perplexity_second_text=(3, 4.21))
+    assert both[1:4] == [parameters, held_out, second]
+    assert lines(perplexity_second_text=(3, 4.21))[1:3] == [parameters, second]
+    assert [line for line in lines() if "perplexity" in line] == []
+    result = Pruned("Model", Path("o"), plan, (), (2, 1), Proof(1, 1), Copied(()), None, (3.0, 4.2))
+    data = result.to_dict()
+    assert data["perplexity"] is None
+    assert data["perplexity_second_text"] == {"before": 3.0, "after": 4.2}

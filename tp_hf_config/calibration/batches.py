@@ -1,0 +1,242 @@
+"""The data that a model is measured on: batches of the user's, or windows of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WINDOW = 256  # tokens
+_LEAST = 8  # tokens
+_HELD_OUT = 8  # one batch in so many is held out
+_MOST_HELD_OUT = 8  # batches
+_AT_ONCE = 8  # windows that the model writes side by side
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of token ids, each ``(windows, tokens)``.
+
+    Attributes:
+        train: windows to measure and to train on.
+        held_out: windows for measuring only.
+    """
+
+    train: Tensor
+    held_out: Tensor
+
+
+def shipped_text() -> str:
+    """Return the text that comes with the package for calibration: short passages of many kinds."""
+    return "\n\n".join(_passages()[0])
+
+
+def second_text() -> str:
+    """Return the text that comes with the package for perplexities: nothing is calibrated on it."""
+    return "\n\n".join(_passages()[1])
+
+
+def _passages() -> tuple[list[str], list[str]]:
+    """Return the passages of the shipped file: the first 70 %, and the others."""
+    text = (files(__package__) / "shipped_text.txt").read_text(encoding="utf-8")
+    passages = [passage.strip("\n") for passage in text.split("\n----\n")]
+    first = len(passages) * 7 // 10
+    return passages[:first], passages[first:]
+
+
+def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Text:
+    """Tokenise a text and split it into windows.
+
+    Every eighth window is held out, eight at most; of fewer than eight windows, the last.
+
+    Args:
+        text: the text.
+        tokenizer: the model's tokenizer.
+        model: the model; windows are no longer than its positions, and 256 tokens at most.
+
+    Raises:
+        CalibrationError: the text has too few tokens, or tokens that the model does not have.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) < _LEAST:
+        raise CalibrationError(
+            f"the calibration text has {len(ids)} tokens, at least {_LEAST} are needed (some "
+            "thousands make a good choice of what to prune)"
+        )
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if int(ids.max()) >= rows:
+        raise CalibrationError(
+            f"the tokenizer makes token {int(ids.max())}, but the model has {rows}: they do not "
+            "belong together"
+        )
+    size = min(window_size(model), len(ids))
+    windows = ids[: len(ids) // size * size].view(-1, size)
+    return _split(windows)
+
+
+def _split(windows: Tensor) -> Text:
+    """Return windows, every eighth held out; of fewer than eight, the last, if there are two."""
+    every = min(_HELD_OUT, len(windows))
+    in_train = torch.arange(len(windows)) % every != every - 1
+    if every == 1:
+        in_train = ~in_train
+    return Text(windows[in_train], windows[~in_train][:_MOST_HELD_OUT])
+
+
+def window_size(model: PreTrainedModel) -> int:
+    """Return how many tokens a window has: as many as the model's positions, 256 at most."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # RoBERTa's first two positions stand for no token
+    return min(WINDOW, (positions or WINDOW + 2) - 2)
+
+
+def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
+    """Let a causal language model write its own windows, each from a random first token.
+
+    Args:
+        model: the model.
+        tokens: how many tokens to write, at least.
+        seed: of the first tokens and of the sampling.
+    """
+    size = window_size(model)
+    rows = max(2, -(-tokens // size))
+    embeddings: Any = model.get_input_embeddings()
+    generate: Any = model.generate
+    written: list[Tensor] = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        first = torch.randint(embeddings.weight.shape[0], (rows, 1))
+        for prompt in torch.split(first, _AT_ONCE):
+            ids = generate(
+                prompt.to(model.device),
+                attention_mask=torch.ones_like(prompt).to(model.device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                min_new_tokens=size - 1,
+                max_new_tokens=size - 1,
+                pad_token_id=0,
+            )
+            written += list(ids.cpu()[:, :size])
+    windows = torch.stack(written)
+    return _split(windows)
+
+
+def writes_text(model: Any) -> bool:
+    """Return True if a model is a causal language model that takes token ids."""
+    return (
+        getattr(model, "main_input_name", None) == "input_ids"
+        and bool(getattr(model, "can_generate", bool)())
+        and not model.config.is_encoder_decoder
+    )
+
+
+def split_batches(data: Iterable[Any], model: nn.Module) -> tuple[list[Batch], list[Batch]]:
+    """Return the user's batches, those to measure and those held out, without padding.
+
+    Args:
+        data: dicts of a forward pass's keyword arguments, or tensors for its first one.
+        model: the model.
+
+    Raises:
+        CalibrationError: there is no batch, or one is neither a dict nor a tensor.
+    """
+    batches: list[Batch] = []
+    for given in data:
+        if isinstance(given, Tensor):
+            given = {_first_argument(model): given}
+        if not isinstance(given, Mapping):
+            raise CalibrationError(
+                f"batch {len(batches) + 1} of the calibration data is a {type(given).__name__}: "
+                "expected a dict of the forward pass's arguments (a tokenizer's or a processor's "
+                "output), a tensor, or texts with tokenizer="
+            )
+        batches += unpadded(given)
+    if not batches:
+        raise CalibrationError(
+            "the calibration data has no batch: pass some (a list, a DataLoader)"
+        )
+    every = min(_HELD_OUT, len(batches))
+    held_out = batches[every - 1 :: every][:_MOST_HELD_OUT] if every > 1 else []
+    chosen = {id(batch) for batch in held_out}
+    return [batch for batch in batches if id(batch) not in chosen], held_out
+
+
+def unpadded(batch: Batch) -> Iterator[Batch]:
+    """Yield a batch as it is or, where a mask says that some tokens are padding, row by row.
+
+    A row loses the tokens in front of and behind those that its mask names, in every argument that
+    has as many.
+    """
+    masks = {
+        key: value
+        for key, value in batch.items()
+        if key.endswith("attention_mask") and isinstance(value, Tensor) and value.ndim == 2
+    }
+    if all(bool(mask.all()) for mask in masks.values()):
+        yield dict(batch)
+        return
+    rows = len(next(iter(masks.values())))
+    for row in range(rows):
+        single = {
+            key: value[row : row + 1]
+            if isinstance(value, Tensor) and value.ndim and len(value) == rows
+            else value
+            for key, value in batch.items()
+        }
+        for name, mask in masks.items():
+            places = mask[row].nonzero().flatten()
+            if not len(places):
+                break  # a row of padding alone
+            tokens = slice(int(places[0]), int(places[-1]) + 1)
+            decoder = name.startswith("decoder")
+            for key, value in single.items():
+                if key.startswith(("decoder", "labels")) != decoder:
+                    continue  # of the other side of an encoder-decoder
+                shape = value.shape if isinstance(value, Tensor) else ()
+                if len(shape) > 1 and shape[1] == mask.shape[1]:
+                    single[key] = value[:, tokens]
+        else:
+            yield single
+
+
+def tokens_in(batches: Sequence[Batch]) -> int:
+    """Return how many tokens batches have; for other inputs, how many rows (images, sounds)."""
+    total = 0
+    for batch in batches:
+        ids = batch.get("input_ids", next(iter(batch.values())))
+        total += ids.numel() if not ids.is_floating_point() else len(ids)
+    return total
+
+
+def on_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
+    """Return a batch on the model's device, floating point inputs in the model's dtype."""
+    first = next(model.parameters())
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(first.device, first.dtype if value.is_floating_point() else None)
+
+    return {key: moved(value) for key, value in batch.items()}
+
+
+def _first_argument(model: nn.Module) -> str:
+    """Return the name of the forward pass's first argument."""
+    name = getattr(model, "main_input_name", None)
+    if isinstance(name, str):
+        return name
+    import inspect
+
+    return next(iter(inspect.signature(model.forward).parameters))

@@ -1,0 +1,186 @@
+"""Measure a model on data, for importances and for refits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from ..errors import CalibrationError, CalibrationWarning, listed
+from .batches import (
+    Batch,
+    Text,
+    own_text,
+    shipped_text,
+    split_batches,
+    windows_of,
+    writes_text,
+)
+from .importance import CalibratedImportance, Kind
+from .measure import Readings
+from .measured import RIDGE, MeasuredModel
+from .statistics import TOKENS_PER_CHANNEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENS = 12_288
+Data = Iterable[Any] | str | Literal["own"] | None
+
+
+class Calibration(MeasuredModel):
+    """What a model's weights read on some data; :func:`calibrate` makes it.
+
+    It measures again by itself, on the same data, once the model's weights have changed (after a
+    pruning step, after training).
+    """
+
+    def importance(
+        self, kind: Kind = "wanda", normalizer: str | None = "mean"
+    ) -> CalibratedImportance:
+        """Return an importance for any Torch-Pruning pruner of this model.
+
+        Args:
+            kind: how channels are ranked. ``"wanda"``: the norm of what a channel carries times the
+                norm of the weights that read it (Wanda, arXiv 2306.11695, summed over each channel
+                as in Wanda-sp). ``"activation"``: the first factor alone (Minitron, arXiv
+                2407.14679). ``"flap"``: the channel's variance times the squared norm of those
+                weights (FLAP, arXiv 2312.11983). ``"obs"``: channels go one block after the other,
+                those first whose loss costs least once the others are refitted (SlimGPT, arXiv
+                2412.18110; OSSCAR, arXiv 2403.12983).
+            normalizer: as for Torch-Pruning's ``GroupMagnitudeImportance``.
+
+        Raises:
+            ValueError: ``kind`` is unknown.
+        """
+        return CalibratedImportance(self, kind, normalizer)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Data = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokens: int = TOKENS,
+    ridge: float = RIDGE,
+    max_memory: int | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Measure what a model's weights read, in one pass over data.
+
+    Args:
+        model: any model: one of Transformers, or a plain module.
+        data: batches (dicts of the forward pass's arguments, or tensors for its first one), or
+            texts. For a causal language model it may be left out: a small text that ships with the
+            package is taken then; ``"own"``: what the model writes itself, for languages and
+            domains that the shipped text does not know (it is worth less than real text). Every
+            eighth batch is held out, eight at most, to tell whether refits are any good. Tokens
+            that ``attention_mask`` names as padding are left out.
+        tokenizer: for texts; default: that of the folder or the repository that the model came
+            from.
+        tokens: how many tokens of texts to take; batches are taken as they are.
+        ridge: how strongly refits stay with the plain cut, relative to what channels carry.
+        max_memory: how many bytes Gram matrices may take together (4 x channels x channels for
+            every input); what does not fit takes further passes. Default: half of what is free.
+        seed: of what the model writes itself.
+
+    Returns:
+        The calibration: its ``importance()`` is for pruners, itself for
+        ``HFConfigSyncHook(compensate=...)``.
+
+    Raises:
+        CalibrationError: the data does not fit the model, there is none where it is needed, or
+            activations are not finite.
+    """
+    if isinstance(data, str) and data != "own":
+        data = [data]
+    if data is None or data == "own":
+        _check_writes(model, data)
+    texts = data is None or data == "own"
+    if not texts:
+        given = list(data)  # type: ignore[arg-type]
+        texts = bool(given) and all(isinstance(item, str) for item in given)
+        data = given
+    if texts:
+        text = _text_of(model, data, tokenizer, tokens, seed)
+        wanted = max(1, tokens // text.train.shape[1])
+        train: list[Batch] = [{"input_ids": row[None]} for row in text.train[:wanted]]
+        held_out: list[Batch] = [{"input_ids": row[None]} for row in text.held_out]
+    else:
+        train, held_out = split_batches(data, model)  # type: ignore[arg-type]
+    calibration = Calibration(model, train, held_out, ridge, max_memory)
+    readings = calibration.current()
+    _warn_of_few_tokens(readings)
+    _warn_of_experts(model, readings)
+    return calibration
+
+
+def _text_of(
+    model: Any, data: Any, tokenizer: PreTrainedTokenizerBase | None, tokens: int, seed: int
+) -> Text:
+    if data == "own":
+        return own_text(model, tokens + tokens // 7, seed)
+    text = shipped_text() if data is None else "\n\n".join(data)
+    return windows_of(text, tokenizer or _tokenizer_of(model), model)
+
+
+def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    place = getattr(model.config, "_name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(place)  # type: ignore[no-any-return]
+    except Exception as error:  # whatever it raises for what it does not find
+        raise CalibrationError(
+            f"{type(model).__name__} was read from {place or 'nowhere'!r}, where there is no "
+            "tokenizer: pass calibrate(model, tokenizer=...)"
+        ) from error
+
+
+def _check_writes(model: Any, data: Any) -> None:
+    """Raise if a model cannot be measured without data: it is no causal language model."""
+    if writes_text(model):
+        return
+    what = "cannot write text of its own" if data == "own" else "is no causal language model"
+    raise CalibrationError(
+        f"{type(model).__name__} {what}, so it needs data: pass batches of what it takes, "
+        "calibrate(model, batches), or texts and a tokenizer"
+    )
+
+
+def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
+    """Warn of experts that no token of the data reached: they are cut as ever, not refitted."""
+    for (name, dim), consumers in readings.by_place().items():
+        parameter = model.get_parameter(name)
+        stacked = next((d for d in range(parameter.ndim) if d != dim), None)
+        reached = {c.part for c in consumers}
+        if None in reached or stacked is None or len(reached) == parameter.shape[stacked]:
+            continue
+        missing = [part for part in range(parameter.shape[stacked]) if part not in reached]
+        warnings.warn(
+            f"{name}: no token reached {listed(missing)} of {parameter.shape[stacked]} experts, so "
+            "they are cut without a refit. Pass more data, or data that reaches them",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+        return
+
+
+def _warn_of_few_tokens(readings: Readings) -> None:
+    """Warn of inputs that too few tokens tell too little about."""
+    thin = [
+        (leader, statistics)
+        for leader, statistics in readings.statistics.items()
+        if readings.needs_gram(leader) and not statistics.is_enough
+    ]
+    if thin:
+        leader, statistics = min(thin, key=lambda pair: pair[1].tokens / len(pair[1].total))
+        warnings.warn(
+            f"{leader.parameter} reads {len(statistics.total):,} channels and got "
+            f"{statistics.tokens:,} tokens: refits want {TOKENS_PER_CHANNEL} a channel or more "
+            f"({len(thin)} inputs have fewer). Pass more data, or tokens=",
+            CalibrationWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,215 @@
+"""Refits for one step of a pruner: tried on held-out data, handed to the cut, and reported."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import listed
+from ..graph.config_graph import ConfigGroup
+from .difference import Difference
+from .linear_ops import Consumer
+from .measured import MeasuredModel
+from .refit import Refit
+from .refits_of_step import StepRefits
+from .trial import Errors, layer_errors, run_as_cut, run_held_out
+
+
+@dataclass
+class Refitted:
+    """What a refit comes to for one weight, on held-out data.
+
+    Attributes:
+        weight: the parameter's name.
+        part: the number of the expert, if the parameter stacks several.
+        cut: the squared error of the layer's output without a refit, relative to the output.
+        refit: the same with it.
+        used: True if the weight is refitted: the refit is no worse than the plain cut.
+    """
+
+    weight: str
+    part: int | None = None
+    cut: float = 0.0
+    refit: float = 0.0
+    used: bool = True
+
+
+@dataclass
+class Compensation:
+    """What the refits of one step come to; ``str`` gives a line or two.
+
+    Attributes:
+        layers: what each refit comes to.
+        measure: what the changes of the whole model's output on held-out data are: ``"KL"`` of the
+            logits, or a relative ``"squared error"``.
+        cut: the change by the plain cut; ``None`` if nothing is held out.
+        refit: the change with refits. Both are foretold before the cut, by running the model as if
+            it were cut; products of queries and keys of fewer dimensions are not in them.
+        after: the change that was measured after the cut; ``None`` also if the output is narrower.
+        seconds: how long solving and trying took.
+        notes: what the user should know.
+    """
+
+    layers: list[Refitted] = field(default_factory=list)
+    measure: str = ""
+    cut: float | None = None
+    refit: float | None = None
+    after: float | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        used = sum(layer.used for layer in self.layers)
+        text = f"{used} of {len(self.layers)} weights refitted in {self.seconds:.1f} s"
+        if self.cut is not None and self.refit is not None:
+            text += f"; {self.measure} on held-out data {self.cut:.3g} cut, {self.refit:.3g}"
+            text += " refitted"
+        if self.after is not None:
+            text += f", {self.after:.3g} measured after the cut"
+        return "\n    ".join([text, *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for ``json.dumps``."""
+        return asdict(self)
+
+
+class AppliedRefits:
+    """Changes weights in place, each once, right before it loses channels.
+
+    Args:
+        model: the model.
+        refits: the refits that are used.
+        whole: True if all groups that they were solved for are pruned for certain; otherwise a
+            weight is changed only if one group takes all channels that it loses.
+    """
+
+    def __init__(self, model: nn.Module, refits: Mapping[Consumer, Refit], whole: bool):
+        self._whole = whole
+        self._by_place: dict[tuple[int, str, int], list[tuple[Consumer, Refit]]] = {}
+        self._done: set[Consumer] = set()
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        names: dict[str, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(first[id(parameter)], []).append(name)
+        for consumer, refit in refits.items():
+            for name in names[consumer.parameter]:
+                layer, _, key = name.rpartition(".")
+                place = id(model.get_submodule(layer)), key, consumer.dim
+                self._by_place.setdefault(place, []).append((consumer, refit))
+
+    @torch.no_grad()
+    def apply(self, owner: nn.Module, key: str, dim: int, gone: Tensor) -> None:
+        """Change a parameter in place, the first time that one of its dimensions is cut."""
+        for consumer, refit in self._by_place.pop((id(owner), key, dim), ()):
+            partly = len(gone) != refit.size - len(refit.kept)
+            if consumer in self._done or (partly and not self._whole):
+                continue  # tied, and done under its other name; or not all of it goes
+            self._done.add(consumer)
+            values, at = getattr(owner, key).data, dim
+            if consumer.part is not None:
+                stacked = next(d for d in range(values.ndim) if d != dim)
+                values, at = values.select(stacked, consumer.part), dim - (stacked < dim)
+            values.index_copy_(at, refit.kept.to(values.device), refit.of(values, at))
+
+
+class Compensating:
+    """Refits one step of a pruner: solve and try now, apply in the cut, measure afterwards.
+
+    Args:
+        calibration: the measured model.
+        groups: the groups that the step prunes; nothing of them is cut yet.
+        whole: True if all of them are pruned for certain.
+
+    Attributes:
+        result: what the refits come to.
+        applied: changes the weights; for the cut.
+    """
+
+    def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup], whole: bool):
+        started = time.perf_counter()
+        self._step = StepRefits(calibration, groups)
+        self._outputs = Difference()
+        self.result = Compensation()
+        using = self._worth_it() if calibration.held_out else self._told_enough()
+        self._note_unfitted()
+        used = {consumer: self._step.refits[consumer] for consumer in using}
+        self.applied = AppliedRefits(calibration.model, used, whole)
+        self.result.seconds = time.perf_counter() - started
+
+    def _worth_it(self) -> set[Consumer]:
+        """Return the consumers whose refits are no worse than the plain cut on held-out data."""
+        step, result, outputs = self._step, self.result, self._outputs
+        if not step.refits:
+            return set()
+        errors = layer_errors(step, outputs.note)
+        using: set[Consumer] = set()
+        for consumer in step.refits:
+            sums = errors.get(consumer, Errors())
+            scale = sums.output or 1.0
+            used = sums.refit <= sums.cut
+            result.layers.append(
+                Refitted(
+                    consumer.parameter, consumer.part, sums.cut / scale, sums.refit / scale, used
+                )
+            )
+            using |= {consumer} if used else set()
+        changes: list[float] = []
+        for some in (set[Consumer](), using):
+            outputs.begin()
+            run_as_cut(step, some, outputs.compare)
+            changes.append(outputs.mean)
+        result.measure, (result.cut, result.refit) = outputs.measure, changes
+        if result.refit <= result.cut:
+            return using
+        result.notes.append(
+            "no weight is refitted: on held-out data the whole model changes more with refits "
+            f"({result.measure} {result.refit:.3g}) than without ({result.cut:.3g}). More "
+            "calibration data may help"
+        )
+        result.refit = result.cut
+        for layer in result.layers:
+            layer.used = False
+        return set()
+
+    def _told_enough(self) -> set[Consumer]:
+        """Return the consumers that got enough tokens for a refit that nothing can judge."""
+        step, result = self._step, self.result
+        using: set[Consumer] = set()
+        for consumer in step.refits:
+            statistics = step.readings.of(consumer)
+            used = statistics is not None and statistics.is_enough
+            using |= {consumer} if used else set()
+            result.layers.append(Refitted(consumer.parameter, consumer.part, used=used))
+        if len(using) < len(step.refits):
+            result.notes.append(
+                f"{len(step.refits) - len(using)} weights are not refitted: nothing is held out to "
+                "judge their refits, and they got fewer than 8 tokens a channel. Pass more batches"
+            )
+        return using
+
+    def _note_unfitted(self) -> None:
+        """Note which weights lose channels and are cut as ever."""
+        step = self._step
+        lost = {c.parameter for c in step.kept if c not in step.refits}
+        tables = sorted(lost & step.readings.tables)
+        others = sorted(lost - step.readings.tables)
+        if tables:
+            self.result.notes.append(
+                f"not refitted, for it is the table of embeddings too: {listed(tables)}"
+            )
+        if others:
+            self.result.notes.append(f"not refitted, for it read nothing: {listed(others)}")
+
+    def measure_after(self) -> None:
+        """Measure how much the pruned model's outputs on held-out data have changed."""
+        if self.result.cut is not None:
+            self._outputs.begin()
+            run_held_out(self._step.calibration.model, self._step, self._outputs.compare)
+            after = self._outputs.mean
+            self.result.after = None if math.isnan(after) else after

@@ -1,0 +1,194 @@
+"""Measure what every weight of a model reads: one pass for sums, and for products of channels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from .batches import Batch
+from .linear_ops import Consumer, LinearOp
+from .passes import watched_pass
+from .sources import Chain, Sources
+from .statistics import InputStatistics
+
+_REMEMBERED = 4  # inputs: the weights that read the same values do so one right after the other
+
+
+@dataclass
+class Readings:
+    """What was measured.
+
+    Attributes:
+        statistics: by leader: the first of the consumers that read the same values.
+        leaders: consumer -> its leader.
+        chains: leader -> the layers from a norm to what it reads; leaders behind none are not here.
+        tables: parameters that are tables of embeddings too (tied heads).
+    """
+
+    statistics: dict[Consumer, InputStatistics] = field(default_factory=dict)
+    leaders: dict[Consumer, Consumer] = field(default_factory=dict)
+    chains: dict[Consumer, Chain] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
+
+    def of(self, consumer: Consumer) -> InputStatistics | None:
+        """Return what a consumer reads; ``None`` if it read nothing."""
+        leader = self.leaders.get(consumer)
+        return None if leader is None else self.statistics.get(leader)
+
+    def by_place(self) -> dict[tuple[str, int], list[Consumer]]:
+        """Return (parameter, dimension) -> its consumers: one, or one for each expert."""
+        places: dict[tuple[str, int], list[Consumer]] = {}
+        for consumer in self.leaders:
+            places.setdefault((consumer.parameter, consumer.dim), []).append(consumer)
+        return places
+
+    def needs_gram(self, leader: Consumer) -> bool:
+        """True if a refit needs the Gram matrix of what a leader reads.
+
+        Behind a norm it needs another pass instead, and a table of embeddings stays as it is.
+        """
+        return leader not in self.chains and leader.parameter not in self.tables
+
+
+class Measuring:
+    """Adds up what consumers read, in one pass over a model.
+
+    Args:
+        sources: finds the norms in front of weights.
+        limit: how many bytes the Gram matrices may take together.
+        only: the leaders whose Gram matrices are wanted; ``None``: of all that need one.
+    """
+
+    def __init__(self, sources: Sources, limit: int, only: Collection[Consumer] | None = None):
+        self.readings = Readings()
+        self._sources, self._limit, self._only = sources, limit, only
+        self._grams: set[Consumer] = set()
+        self._recent: deque[tuple[Tensor, tuple[Any, ...], Consumer]] = deque(maxlen=_REMEMBERED)
+        self._apart: set[Consumer] = set()
+
+    def visit(self, op: LinearOp) -> Any:
+        """Add what an operation reads."""
+        leader = self._leader(op)
+        readings = self.readings
+        if readings.leaders.setdefault(op.consumer, leader) != leader:
+            self._apart.add(op.consumer)  # it reads now with these, now with those
+        if leader == op.consumer:
+            if leader not in readings.statistics:
+                self._begin(op)
+            readings.statistics[leader].add(op.channels_last(), leader in self._grams)
+        return op.run()
+
+    def complete(self) -> Readings:
+        """Return what was measured."""
+        readings = self.readings
+        for consumer in self._apart:
+            readings.leaders.pop(consumer, None)
+        for statistics in readings.statistics.values():
+            statistics.complete()
+        return readings
+
+    def _begin(self, op: LinearOp) -> None:
+        """Look at what is in front of a consumer that is seen for the first time."""
+        readings, consumer = self.readings, op.consumer
+        readings.statistics[consumer] = InputStatistics()
+        chain = self._sources.chain_of(op.inputs, op.axis)
+        if chain:
+            readings.chains[consumer] = chain
+        if op.is_table:
+            readings.tables.add(consumer.parameter)
+        size = 4 * op.inputs.shape[op.axis] ** 2
+        wanted = self._only is None or consumer in self._only
+        if wanted and readings.needs_gram(consumer) and (size <= self._limit or not self._grams):
+            self._grams.add(consumer)
+            self._limit -= size
+
+    def _leader(self, op: LinearOp) -> Consumer:
+        """Return the consumer that has just read the same values, or the operation's own."""
+        place = (*_place(op.inputs), op.inputs.shape[op.axis])
+        for _, other, leader in self._recent:
+            if other == place:
+                return leader
+        self._recent.append((op.inputs, place, op.consumer))  # held, so that no other is put there
+        return op.consumer
+
+
+def _place(values: Tensor) -> tuple[Any, ...]:
+    """Return what is equal for two views of the same values."""
+    pointer = values.untyped_storage().data_ptr()
+    return pointer, values.storage_offset(), values.numel(), values._version
+
+
+def measure(
+    model: nn.Module, batches: Sequence[Batch], max_memory: int | None, what: str
+) -> Readings:
+    """Return what every weight of a model reads, measured in one pass.
+
+    Args:
+        model: the model.
+        batches: the data.
+        max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
+            Those that do not fit are measured in further passes, once they are needed.
+        what: the title of the progress bar.
+
+    Raises:
+        CalibrationError: the model does not run on the data, or gives numbers that are not finite.
+    """
+    sources = Sources(model)
+    limit = free_memory(model) // 2 if max_memory is None else max_memory
+    measuring = Measuring(sources, limit)
+    watched_pass(model, batches, measuring.visit, sources, what=what)
+    readings = measuring.complete()
+    if not readings.statistics:
+        raise CalibrationError(
+            f"{type(model).__name__} has no layer whose inputs can be measured (linear layers, "
+            "convolutions, experts)"
+        )
+    _check_finite(readings)
+    return readings
+
+
+def add_grams(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    readings: Readings,
+    leaders: Collection[Consumer],
+    max_memory: int | None,
+) -> None:
+    """Measure Gram matrices in another pass, in the place of those that there were.
+
+    As many of the leaders get theirs as ``max_memory`` allows, at least one.
+    """
+    for statistics in readings.statistics.values():
+        statistics.gram = None
+    sources = Sources(model)
+    limit = free_memory(model) // 2 if max_memory is None else max_memory
+    measuring = Measuring(sources, limit, leaders)
+    watched_pass(model, batches, measuring.visit, sources, what="calibrate, another pass")
+    for leader, measured in measuring.complete().statistics.items():
+        if leader in readings.statistics:
+            readings.statistics[leader].gram = measured.gram
+
+
+def free_memory(model: nn.Module) -> int:
+    """Return how many bytes are free where the model is."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import os
+
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_finite(readings: Readings) -> None:
+    for consumer, statistics in readings.statistics.items():
+        if not torch.isfinite(statistics.squares).all():
+            raise CalibrationError(
+                f"{consumer.parameter} reads values that are not finite on the calibration data. "
+                "Load the model in float32 or bfloat16, and check that it runs on this data"
+            )

@@ -1,0 +1,146 @@
+"""A measured model: its data, what its weights read of it, and whether that still holds."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import CalibrationError
+from ..notebook import short
+from .batches import Batch, tokens_in
+from .linear_ops import Consumer
+from .measure import Readings, add_grams, measure
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+RIDGE = 1e-4
+
+
+class MeasuredModel:
+    """A model, and what its weights read on some data.
+
+    It measures again by itself, on the same data, once the model's weights have changed (after a
+    pruning step, after training).
+
+    Attributes:
+        model: the model.
+        train: the batches that are measured.
+        held_out: the batches that tell whether a refit is any good.
+        ridge: how strongly a refit stays with the plain cut.
+        max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
+        readings: what was measured.
+        seconds: how long the latest measurement took.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Sequence[Batch],
+        held_out: Sequence[Batch],
+        ridge: float = RIDGE,
+        max_memory: int | None = None,
+    ):
+        self.model, self.train, self.held_out = model, list(train), list(held_out)
+        self.ridge, self.max_memory = ridge, max_memory
+        self.readings = Readings()
+        self.seconds = 0.0
+        self._measured_at: tuple[Any, ...] = ()
+
+    def on_copy(self, model: nn.Module) -> Self:
+        """Return what was measured for a copy of the model, without another pass over the data.
+
+        Args:
+            model: a copy with the same weights (``copy.deepcopy(model)``).
+
+        Raises:
+            CalibrationError: the weights are not the same.
+        """
+        readings = self.current()
+        own, other = self.model.state_dict(), model.state_dict()
+        if own.keys() != other.keys() or not all(
+            own[name].shape == other[name].shape and torch.equal(own[name], other[name])
+            for name in own
+        ):
+            raise CalibrationError(
+                f"this {type(model).__name__} is no copy of the {type(self.model).__name__} that "
+                "was measured: its weights differ. Pass calibrate(model, ...) of this one"
+            )
+        measured = copy.copy(self)
+        measured.model = model
+        measured.readings = replace(
+            readings, statistics={k: copy.copy(v) for k, v in readings.statistics.items()}
+        )
+        measured._measured_at = _state_of(model)
+        return measured
+
+    def check_measures(self, model: nn.Module) -> None:
+        """Raise if it was not this model that was measured.
+
+        Raises:
+            CalibrationError: another one was.
+        """
+        measured = {id(parameter) for parameter in self.model.parameters()}
+        if not all(id(parameter) in measured for parameter in model.parameters()):
+            raise CalibrationError(
+                f"what was measured is another model than the {type(model).__name__} that the "
+                "pruner prunes. Pass calibrate(model, ...) of this one"
+            )
+
+    def current(self) -> Readings:
+        """Return what was measured; measure again first where the weights have changed."""
+        state = _state_of(self.model)
+        if state != self._measured_at:
+            started = time.perf_counter()
+            again = "calibrate again" if self._measured_at else "calibrate"
+            self.readings = measure(self.model, self.train, self.max_memory, again)
+            self.seconds = time.perf_counter() - started
+            self._measured_at = state
+        return self.readings
+
+    def require(self, leaders: Collection[Consumer]) -> list[Consumer]:
+        """Return those leaders that have their Gram matrices now: the first, as memory allows.
+
+        Where the first has none, another pass measures it, and as many others as fit.
+        """
+        readings = self.current()
+        wanted = [leader for leader in leaders if leader in readings.statistics]
+        if wanted and readings.statistics[wanted[0]].gram is None:
+            add_grams(self.model, self.train, readings, wanted, self.max_memory)
+        return [leader for leader in wanted if readings.statistics[leader].gram is not None]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens measured; of other inputs, their number (images, sounds)."""
+        return tokens_in(self.train)
+
+    @property
+    def memory(self) -> int:
+        """The bytes that Gram matrices take."""
+        found = (one.gram for one in self.readings.statistics.values())
+        return sum(gram.nbytes for gram in found if gram is not None)
+
+    def __str__(self) -> str:
+        inputs = len(self.readings.statistics)
+        return (
+            f"{type(self.model).__name__} on {self.tokens:,} tokens: what {inputs} inputs of "
+            f"{len(self.readings.leaders)} weights carry; {self.memory / 2**20:,.0f} MiB, "
+            f"{self.seconds:.1f} s"
+        )
+
+    def __repr__(self) -> str:
+        return short(self, str(self))
+
+
+def _state_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return what changes once a model's weights do."""
+    return tuple(
+        (name, id(parameter), tuple(parameter.shape), parameter._version)
+        for name, parameter in model.named_parameters()
+    )

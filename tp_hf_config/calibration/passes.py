@@ -1,0 +1,96 @@
+"""Run a model over batches, and leave it as it was: mode, gradients, random numbers, no hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CalibrationError, in_one_line
+from ..model.surroundings import same_random_state
+from .batches import Batch, on_device
+from .linear_ops import LinearOp, WatchedOps
+from .sources import Sources
+
+
+def watched_pass(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    visit: Callable[[LinearOp], Any],
+    sources: Sources | None = None,
+    after_batch: Callable[[int, Any], None] | None = None,
+    what: str = "",
+) -> None:
+    """Run a model over batches while every linear operation on its parameters is watched.
+
+    Args:
+        model: the model.
+        batches: the batches.
+        visit: gets every operation, and returns what it is to return.
+        sources: watches the layers in front of weights.
+        after_batch: gets the number of each batch and the model's result.
+        what: the title of the progress bar; empty: there is none.
+
+    Raises:
+        CalibrationError: the model does not run on a batch.
+    """
+    ops = WatchedOps(model, visit)
+    with ExitStack() as stack:
+        stack.enter_context(_undisturbed(model))
+        if sources is not None:
+            stack.enter_context(sources.watching())
+        for number, batch in enumerate(_shown(batches, what)):
+            try:
+                with ops:
+                    result = model(**on_device(batch, model))
+            except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+                shapes = {k: list(v.shape) for k, v in batch.items() if hasattr(v, "shape")}
+                raise CalibrationError(
+                    f"{type(model).__name__} does not run on batch {number + 1} of the calibration "
+                    f"data, {shapes}: {type(error).__name__}: {in_one_line(error)}. Pass batches "
+                    "that the model takes: model(**batch)"
+                ) from error
+            if after_batch is not None:
+                after_batch(number, result)
+            if sources is not None:
+                sources.forget()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, without gradients and with plain experts; then restore it all."""
+    training = {module: module.training for module in model.modules()}
+    experts = _experts_of(model)
+    try:
+        model.eval()
+        if experts:
+            model.set_experts_implementation("eager")  # type: ignore[operator]
+        with torch.no_grad(), same_random_state():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        if experts:
+            model.set_experts_implementation(experts)  # type: ignore[operator]
+
+
+def _experts_of(model: nn.Module) -> Any:
+    """Return how a model of Transformers runs experts, if that can be set and is not eager."""
+    get = getattr(model, "get_experts_implementation", None)
+    if get is None:
+        return None
+    current = get()
+    return current if any(value not in (None, "eager") for value in current.values()) else None
+
+
+def _shown(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
+    """Yield batches under a progress bar of Transformers, which its users can switch off."""
+    if not what:
+        yield from batches
+        return
+    from transformers.utils import logging
+
+    yield from logging.tqdm(batches, desc=what, leave=False)  # type: ignore[no-untyped-call]

@@ -1,0 +1,152 @@
+"""Solve the refits of one step of a pruner, before anything is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.config_graph import ConfigGroup
+from ..model.tensors import tensor
+from .linear_ops import Consumer, LinearOp
+from .measure import Readings
+from .measured import MeasuredModel
+from .passes import watched_pass
+from .refit import Refit, refit_from_gram, refit_from_products
+from .sources import Sources
+
+Copies = dict[Consumer, dict[str, nn.Module]]
+"""Leader -> layer -> its copy with the kept channels alone."""
+
+
+class StepRefits:
+    """The refits of one step.
+
+    Args:
+        calibration: the measured model.
+        groups: the groups that the step prunes; nothing of them is cut yet.
+
+    Attributes:
+        kept: consumer -> the channels that stay, for all consumers that lose some.
+        refits: consumer -> its refit, where there is one.
+    """
+
+    def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
+        self.calibration = calibration
+        self.readings = calibration.current()
+        self.kept = _kept_channels(calibration.model, groups, self.readings)
+        self.refits: dict[Consumer, Refit] = {}
+        behind_norms: dict[Consumer, list[Consumer]] = {}
+        plain: dict[Consumer, list[Consumer]] = {}
+        for consumer in self.kept:
+            if consumer.parameter not in self.readings.tables:
+                leader = self.readings.leaders[consumer]
+                some = behind_norms if leader in self.readings.chains else plain
+                some.setdefault(leader, []).append(consumer)
+        self._solve_plain(plain)
+        if behind_norms:
+            products = _Products(self, behind_norms)
+            for leader, consumers in behind_norms.items():
+                self._add(consumers, partial(products.refit, leader))
+
+    def _solve_plain(self, consumers: dict[Consumer, list[Consumer]]) -> None:
+        """Solve those without a norm in front, as many at a time as have their Gram matrices."""
+        remaining = list(consumers)
+        while remaining:
+            ready = self.calibration.require(remaining)
+            for leader in ready:
+                gram = self.readings.statistics[leader].gram
+                assert gram is not None  # require() returns those that have one
+                ridge = self.calibration.ridge
+                self._add(consumers[leader], partial(refit_from_gram, gram, ridge=ridge))
+            remaining = [leader for leader in remaining if leader not in ready] if ready else []
+
+    def _add(self, consumers: Sequence[Consumer], solve: Callable[[Tensor], Refit | None]) -> None:
+        """Add the refits of consumers that read the same values."""
+        solved: dict[tuple[int, ...], Refit | None] = {}
+        for consumer in consumers:
+            key = tuple(self.kept[consumer].tolist())
+            if key not in solved:
+                solved[key] = solve(self.kept[consumer])
+            refit = solved[key]
+            if refit is not None:
+                self.refits[consumer] = refit
+
+    def sources(self, leaders: Iterable[Consumer]) -> Sources:
+        """Return what watches the layers from norms to leaders."""
+        chains = self.readings.chains
+        names = {name for leader in leaders for name in chains.get(leader, ())}
+        return Sources(self.calibration.model, names)
+
+    def after_cut(self, op: LinearOp, sources: Sources, copies: Copies) -> Tensor | None:
+        """Return what an operation reads once channels are cut, shape ``(tokens, kept)``.
+
+        ``None``: it loses no channels, or other layers than measured are in front of it this time.
+        """
+        kept = self.kept.get(op.consumer)
+        if kept is None:
+            return None
+        leader = self.readings.leaders[op.consumer]
+        chain = self.readings.chains.get(leader)
+        if chain is None:
+            return op.channels_last().index_select(1, kept.to(op.inputs.device))
+        size = op.inputs.shape[op.axis]
+        return sources.after_cut(op.inputs, size, chain, kept, copies.setdefault(leader, {}))
+
+
+class _Products:
+    """Products of what norms give with and without the channels that go, by another pass."""
+
+    def __init__(self, step: StepRefits, leaders: Iterable[Consumer]):
+        self._step, self._leaders = step, set(leaders)
+        self._own: dict[Consumer, Tensor] = {}
+        self._cross: dict[Consumer, Tensor] = {}
+        self._copies: Copies = {}
+        self._sources = step.sources(self._leaders)
+        model, batches = step.calibration.model, step.calibration.train
+        watched_pass(model, batches, self._visit, self._sources, what="behind norms")
+
+    def _visit(self, op: LinearOp) -> Any:
+        leader = op.consumer
+        if leader in self._leaders:
+            rows = self._step.after_cut(op, self._sources, self._copies)
+            if rows is not None:
+                exact = torch.promote_types(rows.dtype, torch.float32)
+                rows, full = rows.to(exact), op.channels_last().to(exact)
+                for sums, product in ((self._own, rows.T @ rows), (self._cross, rows.T @ full)):
+                    sums[leader] = sums[leader] + product if leader in sums else product
+        return op.run()
+
+    def refit(self, leader: Consumer, kept: Tensor) -> Refit | None:
+        """Return the refit of what a leader reads; ``None``: it was not read as before."""
+        own = self._own.get(leader)
+        if own is None or len(own) != len(kept):
+            return None
+        return refit_from_products(own, self._cross[leader], kept, self._step.calibration.ridge)
+
+
+def _kept_channels(
+    model: nn.Module, groups: Iterable[ConfigGroup], readings: Readings
+) -> dict[Consumer, Tensor]:
+    """Return the channels that stay of every consumer that loses some, 1-D."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    gone: dict[tuple[str, int], set[int]] = {}
+    for group in groups:
+        for side in group.graph_group.sides:
+            positions = side.table[group.units].flatten().tolist()
+            for dim in side.dims:
+                parameter = tensor(group._DG.pretrained, dim.name)
+                place = names.get(id(parameter), ""), dim.dim
+                gone.setdefault(place, set()).update(positions)
+    kept: dict[Consumer, Tensor] = {}
+    places = readings.by_place()
+    for place, lost in gone.items():
+        for consumer in places.get(place, ()):
+            size = len(readings.statistics[readings.leaders[consumer]].total)
+            stays = torch.ones(size, dtype=torch.bool)
+            stays[list(lost)] = False
+            kept[consumer] = stays.nonzero().flatten()
+    return kept

@@ -1,0 +1,199 @@
+"""Layers in front of a weight that mix channels: norms.
+
+What a norm gives a channel depends on all channels of its input, so it gives something else once
+some are gone. Such layers are found by experiment: a copy with some of the channels gives other
+values than the layer gives these channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LONGEST = 3  # layers between a norm and the weight that reads it: dropout, an activation
+Chain = tuple[str, ...]
+"""The names of layers in the order in which they are run, the first a norm."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer: its name, positional and keyword arguments, and its result."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+
+
+class Sources:
+    """Remembers what layers without parts gave in the forward pass that runs.
+
+    Args:
+        model: the model.
+        names: the layers to watch; default: all that have no parts.
+    """
+
+    def __init__(self, model: nn.Module, names: set[str] | None = None):
+        self.model = model
+        self.names = names
+        self._calls: dict[int, _Call] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the layers inside ``with``; no hook is left behind."""
+        handles: list[Any] = []
+        try:
+            for name, module in self.model.named_modules():
+                watched = name in self.names if self.names is not None else _is_leaf(module)
+                if watched:
+                    handles.append(
+                        module.register_forward_hook(self._noting(name), with_kwargs=True)
+                    )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget the calls of the pass that ended."""
+        self._calls.clear()
+
+    def chain_of(self, values: Tensor, axis: int) -> Chain:
+        """Return the layers from the last norm to what a weight reads; empty if there is none.
+
+        Args:
+            values: what the weight reads.
+            axis: the axis of its channels.
+        """
+        calls = self._calls_before(values)
+        size = values.shape[axis]
+        for number, call in enumerate(calls):
+            try:
+                if _mixes(self.model.get_submodule(call.name), call, size):
+                    return tuple(c.name for c in reversed(calls[: number + 1]))
+            except (
+                Exception
+            ):  # a layer that does not run with fewer channels is no norm that we know
+                return ()
+        return ()
+
+    def after_cut(
+        self, values: Tensor, size: int, chain: Chain, kept: Tensor, copies: dict[str, nn.Module]
+    ) -> Tensor | None:
+        """Return what a weight reads if its norm gets the kept channels alone.
+
+        Args:
+            values: what the weight reads now.
+            size: the number of its channels.
+            chain: the layers from the norm on, of :meth:`chain_of`.
+            kept: the channels that stay, 1-D.
+            copies: layer -> its copy with these channels; missing ones are added.
+
+        Returns:
+            The values, shape ``(tokens, kept channels)``; ``None`` if other layers ran this time.
+        """
+        calls = self._calls_before(values)[: len(chain)]
+        if tuple(call.name for call in reversed(calls)) != chain:
+            return None
+        result: Tensor | None = None
+        for call in reversed(calls):
+            if call.name not in copies:
+                copies[call.name] = cut_copy(self.model.get_submodule(call.name), size, kept)
+            args, kwargs = _cut_arguments(call, size, kept)
+            if result is not None:
+                args = (result, *args[1:])
+            result = copies[call.name](*args, **kwargs)
+        assert result is not None
+        return result.movedim(_axis(calls[0].output, size), -1).flatten(0, -2)
+
+    def _calls_before(self, values: Tensor) -> list[_Call]:
+        """Return the calls that gave these values, the last one first."""
+        calls: list[_Call] = []
+        while len(calls) < _LONGEST:
+            call = self._calls.get(values.untyped_storage().data_ptr())
+            if call is None or call.output.numel() != values.numel():
+                break
+            calls.append(call)
+            values = call.args[0]
+        return calls
+
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+                return
+            pointer = output.untyped_storage().data_ptr()
+            if args[0].shape == output.shape and args[0].untyped_storage().data_ptr() != pointer:
+                self._calls[pointer] = _Call(name, args, kwargs, output)
+
+        return note
+
+
+def cut_copy(layer: nn.Module, size: int, kept: Tensor) -> nn.Module:
+    """Return a copy of a layer without parts that takes the kept channels alone.
+
+    Args:
+        layer: the layer, such as a norm.
+        size: the number of its channels.
+        kept: the channels that stay, 1-D.
+    """
+    duplicate = copy.copy(layer)
+    for kind in ("_parameters", "_buffers"):
+        tensors = dict(getattr(layer, kind))
+        for key, values in tensors.items():
+            if values is not None:
+                tensors[key] = _select(values, size, kept)
+        vars(duplicate)[kind] = tensors
+    vars(duplicate).update(_forward_hooks={}, _forward_pre_hooks={})
+    vars(duplicate).pop("forward", None)  # accelerate's, which runs the layer itself
+    for key, value in vars(layer).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value == size:
+            setattr(duplicate, key, len(kept))
+        elif isinstance(value, tuple) and value and value[-1] == size:
+            setattr(duplicate, key, type(value)((*value[:-1], len(kept))))
+    return duplicate
+
+
+def _select(values: Tensor, size: int, kept: Tensor) -> Any:
+    """Return the kept channels of a tensor's dimensions that have ``size`` of them."""
+    result = values.detach()
+    for dim, length in enumerate(values.shape):
+        if length == size:
+            result = result.index_select(dim, kept.to(values.device))
+    return nn.Parameter(result, False) if isinstance(values, nn.Parameter) else result
+
+
+def _cut_arguments(call: _Call, size: int, kept: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's arguments with the kept channels of every tensor that has ``size``."""
+    axis = _axis(call.args[0], size)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim > max(0, axis) and value.shape[axis] == size:
+            return value.index_select(axis, kept.to(value.device))
+        return value
+
+    return tuple(map(cut, call.args)), {key: cut(value) for key, value in call.kwargs.items()}
+
+
+def _axis(values: Tensor, size: int) -> int:
+    """Return the axis of a layer's channels: the last, or the second as for images."""
+    return -1 if values.shape[-1] == size or values.ndim < 3 else 1
+
+
+def _mixes(layer: nn.Module, call: _Call, size: int) -> bool:
+    """Return True if what a layer gives some channels depends on the others."""
+    kept = torch.arange(max(1, size * 2 // 5))  # no half: units may stand there twice
+    args, kwargs = _cut_arguments(call, size, kept)
+    result = cut_copy(layer, size, kept)(*args, **kwargs)
+    expected = call.output.index_select(_axis(call.output, size), kept.to(call.output.device))
+    return not torch.allclose(result, expected, rtol=1e-3, atol=1e-5)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None

@@ -1,0 +1,84 @@
+"""What the channels that a weight reads carry, summed over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+TOKENS_PER_CHANNEL = 8  # fewer tell too little for a refit (12,288 tokens for 1,536 channels do)
+_TOGETHER = 512  # tokens: a product of fewer costs as much, for the whole Gram matrix is touched
+_BLOCKS = 4  # so much of the Gram matrix's lower triangle is left out: it is the upper one's mirror
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the tokens that a consumer read.
+
+    Attributes:
+        tokens: how many there were.
+        total: the sum of each channel, float64, shape ``(channels,)``.
+        squares: the sum of each channel's squares, likewise.
+        gram: the sum of products of two channels, shape ``(channels, channels)``, in float32 (in
+            float64 for a model in float64); ``None`` if it was not asked for.
+    """
+
+    tokens: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(0))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    gram: Tensor | None = None
+    _waiting: list[Tensor] = field(default_factory=list, repr=False)
+
+    def add(self, rows: Tensor, with_gram: bool) -> None:
+        """Add the tokens in ``rows``, shape ``(tokens, channels)``."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        total, squares = rows.sum(0).double().cpu(), rows.square().sum(0).double().cpu()
+        if self.tokens:
+            total, squares = self.total + total, self.squares + squares
+        self.total, self.squares = total, squares
+        self.tokens += len(rows)
+        if with_gram:
+            if self.gram is None:
+                self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            # a copy, for what is read may be changed in place
+            self._waiting.append(rows.clone())
+            if sum(map(len, self._waiting)) >= _TOGETHER:
+                self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if self.gram is not None and self._waiting:
+            _add_upper(self.gram, torch.cat(self._waiting))
+            self._waiting = []
+
+    def complete(self) -> None:
+        """Fill in the lower triangle of the Gram matrix; nothing can be added afterwards."""
+        self._add_waiting()
+        if self.gram is not None:
+            upper = self.gram.triu()
+            self.gram = upper + upper.T.tril(-1)
+
+    @property
+    def is_enough(self) -> bool:
+        """True if there are eight tokens for each channel."""
+        return self.tokens >= TOKENS_PER_CHANNEL * len(self.total)
+
+    @property
+    def norms(self) -> Tensor:
+        """The root of each channel's mean square, shape ``(channels,)``."""
+        return (self.squares / max(1, self.tokens)).sqrt()
+
+    @property
+    def variances(self) -> Tensor:
+        """Each channel's variance over the tokens (its fluctuation, FLAP), ``(channels,)``."""
+        mean = self.total / max(1, self.tokens)
+        return (self.squares / max(1, self.tokens) - mean.square()).clamp_min(0)
+
+
+def _add_upper(gram: Tensor, rows: Tensor) -> None:
+    """Add the products of channels to a Gram matrix, without most of its lower triangle."""
+    channels = rows.shape[1]
+    step = max(64, -(-channels // _BLOCKS))
+    for start in range(0, channels, step):
+        block = slice(start, start + step)
+        gram[block, start:].addmm_(rows[:, block].T, rows[:, start:])

@@ -1,0 +1,104 @@
+"""Try refits on held-out data: the model runs as if it were cut, with refits or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .linear_ops import Consumer, LinearOp
+from .passes import watched_pass
+from .refit import plain_cut
+from .refits_of_step import Copies, StepRefits
+
+
+@dataclass
+class Errors:
+    """Squared errors of a layer's output over the held-out data.
+
+    Attributes:
+        cut: without a refit.
+        refit: with it.
+        output: the squared output itself.
+    """
+
+    cut: float = 0.0
+    refit: float = 0.0
+    output: float = 0.0
+
+
+def run_as_cut(
+    step: StepRefits, using: Collection[Consumer], after_batch: Callable[[int, Any], None]
+) -> None:
+    """Run the model on held-out data, every weight reading what the step leaves of its inputs.
+
+    What is computed without a weight (products of queries and keys of fewer dimensions) is as in
+    the whole model.
+
+    Args:
+        step: the refits of the step.
+        using: the consumers whose refits are used.
+        after_batch: gets the number of each batch and the model's result.
+    """
+    sources, copies = step.sources(_leaders(step)), Copies()
+
+    def visit(op: LinearOp) -> Any:
+        rows = step.after_cut(op, sources, copies)
+        if rows is None:
+            return op.run()
+        if op.consumer in using:
+            return op.run(op.shaped(step.refits[op.consumer].estimate(rows)))
+        return op.run(op.shaped(_cut(op, rows, step)))
+
+    calibration = step.calibration
+    watched_pass(calibration.model, calibration.held_out, visit, sources, after_batch)
+
+
+def layer_errors(
+    step: StepRefits, after_batch: Callable[[int, Any], None]
+) -> dict[Consumer, Errors]:
+    """Run the whole model on held-out data, and return each refitted layer's errors there.
+
+    Args:
+        step: the refits of the step.
+        after_batch: gets the number of each batch and the model's result.
+    """
+    sources, copies = step.sources(_leaders(step)), Copies()
+    errors: dict[Consumer, Errors] = {}
+
+    def visit(op: LinearOp) -> Any:
+        whole = op.run()
+        refit = step.refits.get(op.consumer)
+        rows = None if refit is None else step.after_cut(op, sources, copies)
+        if refit is not None and rows is not None:
+            sums = errors.setdefault(op.consumer, Errors())
+            sums.cut += _squares(op.run(op.shaped(_cut(op, rows, step))) - whole)
+            sums.refit += _squares(op.run(op.shaped(refit.estimate(rows))) - whole)
+            sums.output += _squares(whole)
+        return whole
+
+    calibration = step.calibration
+    watched_pass(calibration.model, calibration.held_out, visit, sources, after_batch)
+    return errors
+
+
+def run_held_out(
+    model: nn.Module, step: StepRefits, after_batch: Callable[[int, Any], None]
+) -> None:
+    """Run the model as it is now on the held-out data."""
+    watched_pass(model, step.calibration.held_out, lambda op: op.run(), after_batch=after_batch)
+
+
+def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:
+    """Return an operation's inputs with zeros in the place of channels that are cut."""
+    return plain_cut(rows, step.kept[op.consumer], op.inputs.shape[op.axis])
+
+
+def _leaders(step: StepRefits) -> set[Consumer]:
+    return {step.readings.leaders[consumer] for consumer in step.kept}
+
+
+def _squares(values: Tensor) -> float:
+    return float(values.double().square().sum())

@@ -1,0 +1,116 @@
+"""Gather what a job runs its model on: windows of text, the unpruned model, a calibration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..calibration.batches import Text, own_text, second_text, windows_of
+from ..calibration.calibrate import TOKENS, Calibration, calibrate
+from ..errors import UnsupportedModelError
+from ..model.build import Refusal
+from .choice import Choice
+from .job import Job
+from .objective import Objective, batch_of, objective_of, shuffled
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HELD_OUT = 8  # calibrate() holds out one batch in so many
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a model is run on, and what is needed for that.
+
+    Attributes:
+        objective: what the model is asked.
+        batches: windows ``(1, tokens)`` for gradients and recovery, without end.
+        teacher: a copy of the unpruned model; ``None`` without recovery.
+        calibration: what the model's weights read; ``None`` if nothing is made of it.
+        held_out: windows ``(windows, tokens)`` of the calibration file that decide nothing.
+        second: windows of the second text; none if the model is no causal language model.
+    """
+
+    objective: Objective
+    batches: Iterator[Tensor]
+    teacher: PreTrainedModel | None
+    calibration: Calibration | None
+    held_out: Tensor
+    second: Tensor
+
+    def perplexities(self, model: PreTrainedModel) -> tuple[float | None, float | None]:
+        """Return the perplexity on the held-out windows, and that on the second text."""
+        held_out = self.objective.perplexity(model, self.held_out)
+        return held_out, self.objective.perplexity(model, self.second)
+
+
+def gather(
+    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
+) -> Material | Refusal:
+    """Return what a job runs its model on, or why the model does not run on text alone.
+
+    Args:
+        job: the job.
+        choice: what it does; it has a text.
+        model: the unpruned model.
+        progress: where to show how far this is.
+
+    Raises:
+        CalibrationError: the text or the tokenizer does not fit the model, or what its layers give
+            is not finite.
+        UnsupportedModelError: the model has no logits, which the job needs.
+    """
+    text = _windows(job, choice, model, progress)
+    objective = objective_of(model, choice.tokenizer, text.train[:1])
+    if isinstance(objective, Refusal):
+        return objective
+    if objective.task == "nothing" and (job.recover or choice.importance == "taylor"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no logits, so a text cannot tell how well it does: leave "
+            "--recover out, and use another --importance than taylor"
+        )
+    second = text.held_out[:0]
+    if objective.task == "next token" and choice.tokenizer is not None:
+        second = _all(windows_of(second_text(), choice.tokenizer, model))
+    return Material(
+        objective,
+        shuffled(text.train, job.seed),
+        copy.deepcopy(model) if job.recover else None,
+        _measured(model, text.train, progress) if choice.calibrates else None,
+        text.held_out,
+        second,
+    )
+
+
+def _windows(job: Job, choice: Choice, model: PreTrainedModel, progress: Progress) -> Text:
+    """Return the windows of the chosen text; only those of a file are held out of it."""
+    if choice.origin == "own":
+        progress.say("the model writes the text that it is calibrated on")
+        text = own_text(model, TOKENS * _HELD_OUT // (_HELD_OUT - 1), job.seed)
+    else:
+        assert choice.tokenizer is not None  # only the model's own text needs none
+        text = windows_of(choice.text, choice.tokenizer, model)
+    if choice.origin == "file":
+        return text
+    return Text(_all(text), text.held_out[:0])
+
+
+def _all(text: Text) -> Tensor:
+    return torch.cat([text.train, text.held_out])
+
+
+def _measured(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Calibration:
+    """Measure a model on windows ``(windows, tokens)``; no more tokens than ``calibrate`` takes."""
+    measured = max(1, TOKENS // windows.shape[1])
+    chosen = windows[: measured * _HELD_OUT // (_HELD_OUT - 1)]
+    progress.say(f"calibrating: {len(chosen)} windows")
+    calibration = calibrate(model, [batch_of(model, row[None]) for row in chosen])
+    progress.say(str(calibration))
+    return calibration
