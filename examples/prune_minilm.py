@@ -6,7 +6,7 @@ num_attention_heads`.  Removing a head alone cannot be written down.  Removing o
 The config graph knows: with a head goes its share of the hidden size, by one `head_pruning_ratio`.
 The FFN shrinks by a quarter besides.  One pass over sentences says what every channel carries: the
 least goes, and the weights that read it are refitted.  A short distillation follows, towards the
-original's embeddings on the channels that are left.
+original's token vectors on the channels that are left.
 
     pip install ".[demo]"
     python examples/prune_minilm.py
@@ -123,7 +123,7 @@ def recover(
     sentences: list[str],
     args: argparse.Namespace,
 ) -> None:
-    """Distil: train the model towards the original's embeddings, on the channels it still has."""
+    """Distil: train the model towards the original's vectors, on the channels it still has."""
     kept = kept_channels(model, original)
     # Pruning replaced the Parameter objects: an optimizer made before it would train the old ones.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
@@ -152,10 +152,12 @@ def distance(
     tokenizer: Tokenizer,
     batch: list[str],
 ) -> Tensor:
-    """One minus the mean cosine between the model's embeddings and the original's kept channels."""
+    """Mean squared error of every token's vector, against the original's kept channels."""
+    inputs = tokens_of(tokenizer, batch)
+    tokens = inputs["attention_mask"].bool()
     with torch.no_grad():
-        target = embed(original, tokenizer, batch)[:, kept]
-    return 1 - F.cosine_similarity(embed(model, tokenizer, batch), target).mean()
+        target = original(**inputs).last_hidden_state[tokens][:, kept]
+    return F.mse_loss(model(**inputs).last_hidden_state[tokens], target)
 
 
 # -------------------------------------------------------------------------------------- sentences
@@ -286,7 +288,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=1, help="heads of twelve to remove")
     parser.add_argument("--ffn", type=float, default=0.25, help="share of the FFN width to remove")
     parser.add_argument("--recovery-steps", type=int, default=60, help="updates after pruning")
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of recovery")
+    parser.add_argument("--lr", type=float, default=5e-5, help="peak learning rate of recovery")
     parser.add_argument("--out", help="folder for the checkpoint (default: a temporary one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
