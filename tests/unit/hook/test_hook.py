@@ -435,6 +435,7 @@ def test_report_to_json():
         "parameters": {"before": 23200, "after": 15096},
         "notes": [],
         "inputs": {},
+        "compensation": None,
         "error": None,
     }
     assert SCHEMA_VERSION == 1
