@@ -304,6 +304,11 @@ class HFConfigSyncHook:
         try:
             report = self._follower.follow(report)
             notes = [*report.notes, *self._step_notes()]
+            if stepped and report.groups and self.compensate and self._compensating is None:
+                notes.append(
+                    "no weight is refitted: the step of this pruner cannot be gone through before "
+                    "its cuts (it is not Torch-Pruning's own, or its importance is told of them)"
+                )
             if stepped and not report.groups and not notes and self._steering is not None:
                 notes = [f"nothing was pruned: {self._steering.why_nothing()}"]
             report = replace(report, notes=[*self._graph_notes(), *self._follower.notes, *notes])

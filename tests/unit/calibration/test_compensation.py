@@ -294,6 +294,26 @@ def test_a_refused_step_changes_no_weight() -> None:
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
+def test_a_step_that_cannot_be_gone_through_beforehand_says_so() -> None:
+    class Own(tp.pruner.MetaPruner):
+        """A pruner with a step of its own."""
+
+        def step(self, interactive: bool = False) -> Any:
+            return super().step(interactive)
+
+    model = llama()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    hook = HFConfigSyncHook(compensate=calibration)
+    arguments = pruner_kwargs(model, pruning_ratio=0.25)
+    Own(model, **arguments, importance=calibration.importance(), hooks=[hook]).step()
+    report = hook.reports[0]
+    assert report.compensation is None
+    assert report.notes[-1] == (
+        "no weight is refitted: the step of this pruner cannot be gone through before its cuts (it "
+        "is not Torch-Pruning's own, or its importance is told of them)"
+    )
+
+
 def test_another_model_s_calibration_is_refused() -> None:
     model, other = llama(), llama()
     calibration = calibrate(other, calibrated.batches(other, 2))
