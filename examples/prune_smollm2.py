@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from smollm2_file import gguf_file
 from torch import Tensor
+from torch_pruning.pruner.importance import Importance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -81,7 +82,7 @@ def main() -> None:
         None if args.gqa == "none" else args.gqa,
     )
     hook = HFConfigSyncHook(compensate=calibration)
-    pruner = make_pruner(model, cut, calibration, hook, args.steps)
+    pruner = make_pruner(model, cut, calibration.importance(), hook, args.steps)
     for step in range(1, args.steps + 1):
         name = f"step {step}/{args.steps}"
         pruner.step()  # refits and prunes the weights; the config follows by itself
@@ -168,14 +169,16 @@ class Cut:
 
 
 def make_pruner(
-    model: Model, cut: Cut, calibration: Calibration, hook: HFConfigSyncHook, steps: int = 1
+    model: Model, cut: Cut, importance: Importance, hook: HFConfigSyncHook, steps: int = 1
 ) -> tp.pruner.MetaPruner:
     """An ordinary Torch-Pruning pruner; what it has to know about the model comes from us."""
+    heads = {"prune_num_heads": True, "gqa": cut.gqa, "head_pruning_ratio": cut.heads}
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, ratios=cut.widths, prune_num_heads=cut.gqa is not None, gqa=cut.gqa),
-        head_pruning_ratio=cut.heads,
-        importance=calibration.importance(),
+        **pruner_kwargs(
+            model, prune=tuple(cut.widths), ratios=cut.widths, **(heads if cut.gqa else {})
+        ),
+        importance=importance,
         iterative_steps=steps,
         hooks=[hook],
     )
@@ -212,12 +215,7 @@ def replay_pruning(unpruned: Model, history: list, cut: Cut) -> Model:
     """Cut the very same units out of the original weights: neither refitted nor recovered."""
     model = copy.deepcopy(unpruned)
     hook = HFConfigSyncHook()
-    arguments = pruner_kwargs(
-        model, ratios=cut.widths, prune_num_heads=cut.gqa is not None, gqa=cut.gqa
-    )
-    pruner = tp.pruner.MetaPruner(
-        model, **arguments, importance=tp.importance.RandomImportance(), hooks=[hook]
-    )
+    pruner = make_pruner(model, cut, tp.importance.RandomImportance(), hook)
     pruner.load_pruning_history(history)
     hook.sync()  # a replay is no step, so the hook is called by hand
     return model
@@ -245,7 +243,8 @@ def print_choices_of_heads(
         model = copy.deepcopy(unpruned)
         measured = calibration.on_copy(model)
         hook = HFConfigSyncHook(compensate=measured)
-        make_pruner(model, Cut(heads=args.heads, gqa=gqa), measured, hook).step()
+        cut = Cut(heads=args.heads, gqa=gqa)
+        make_pruner(model, cut, measured.importance(), hook).step()
         before = perplexity(model, held_out)
         recover(model, unpruned, sample, args.lr, f"heads, gqa {gqa} recover")
         models.append(model)
