@@ -205,6 +205,9 @@ class Compensating:
             )
         if others:
             self.result.notes.append(f"not refitted, for it read nothing: {listed(others)}")
+        unseen = [name for name in step.unseen if name not in step.readings.tables]
+        if unseen:
+            self.result.notes.append(f"not refitted, for it was not measured: {listed(unseen)}")
 
     def measure_after(self) -> None:
         """Measure how much the pruned model's outputs on held-out data have changed."""

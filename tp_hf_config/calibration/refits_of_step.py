@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.config_graph import ConfigGroup
+from ..graph.sides import ParameterView
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
 from .measure import Readings
@@ -32,6 +33,7 @@ class StepRefits:
     Attributes:
         kept: consumer -> the channels that stay, for all consumers that lose some.
         refits: consumer -> its refit, where there is one.
+        unseen: parameters that lose inputs, and that no measured operation multiplied.
     """
 
     def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
@@ -39,6 +41,7 @@ class StepRefits:
         self.readings = calibration.current()
         self.kept = _kept_channels(calibration.model, groups, self.readings)
         self.refits: dict[Consumer, Refit] = {}
+        self.unseen = _unseen(calibration.model, groups, {c.parameter for c in self.kept})
         behind_norms: dict[Consumer, list[Consumer]] = {}
         plain: dict[Consumer, list[Consumer]] = {}
         for consumer in self.kept:
@@ -150,3 +153,16 @@ def _kept_channels(
             stays[list(lost)] = False
             kept[consumer] = stays.nonzero().flatten()
     return kept
+
+
+def _unseen(model: nn.Module, groups: Iterable[ConfigGroup], seen: set[str]) -> list[str]:
+    """Return the parameters of layers that lose inputs, but for those that were seen."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {
+        first.get(id(tensor(group._DG.pretrained, dim.name)), dim.name)
+        for group in groups
+        for side in group.graph_group.sides
+        for dim in side.dims
+        if not side.out and not isinstance(side.module, ParameterView)
+    }
+    return sorted(names - seen)

@@ -21,6 +21,7 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 from tp_hf_config.calibration import difference
+from tp_hf_config.calibration.linear_ops import Consumer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -292,6 +293,19 @@ def test_a_refused_step_changes_no_weight() -> None:
         pruner.step()
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_weights_that_were_not_measured_are_named() -> None:
+    model = llama()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    name = "model.layers.0.mlp.down_proj.weight"
+    del calibration.readings.leaders[Consumer(name, 1)]
+    hook = HFConfigSyncHook(compensate=calibration)
+    calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    assert f"not refitted, for it was not measured: {name}" in result.notes
+    assert [layer.weight for layer in result.layers] == [name.replace("0", "1")]
 
 
 def test_a_step_that_cannot_be_gone_through_beforehand_says_so() -> None:
