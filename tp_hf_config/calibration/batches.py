@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WINDOW = 256  # tokens
 _LEAST = 8  # tokens
-_HELD_OUT = 8  # one batch in so many is held out
+HELD_OUT = 8  # one batch in so many is held out
 _MOST_HELD_OUT = 8  # batches
 _AT_ONCE = 8  # windows that the model writes side by side
 Batch = Mapping[str, Any]
@@ -87,11 +87,16 @@ def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
 
 def _split(windows: Tensor) -> Text:
     """Return windows, every eighth held out; of fewer than eight, the last, if there are two."""
-    every = min(_HELD_OUT, len(windows))
-    in_train = torch.arange(len(windows)) % every != every - 1
-    if every == 1:
-        in_train = ~in_train
-    return Text(windows[in_train], windows[~in_train][:_MOST_HELD_OUT])
+    held_out = _held_out(len(windows))
+    in_train = torch.ones(len(windows), dtype=torch.bool)
+    in_train[held_out] = False
+    return Text(windows[in_train], windows[held_out][:_MOST_HELD_OUT])
+
+
+def _held_out(count: int) -> list[int]:
+    """Return every eighth place of so many; of fewer than eight, the last, if there are two."""
+    every = min(HELD_OUT, count)
+    return list(range(every - 1, count, every)) if every > 1 else []
 
 
 def window_size(model: PreTrainedModel) -> int:
@@ -167,10 +172,9 @@ def split_batches(data: Iterable[Any], model: nn.Module) -> tuple[list[Batch], l
         raise CalibrationError(
             "the calibration data has no batch: pass some (a list, a DataLoader)"
         )
-    every = min(_HELD_OUT, len(batches))
-    held_out = batches[every - 1 :: every][:_MOST_HELD_OUT] if every > 1 else []
-    chosen = {id(batch) for batch in held_out}
-    return [batch for batch in batches if id(batch) not in chosen], held_out
+    places = _held_out(len(batches))[:_MOST_HELD_OUT]
+    train = [batch for place, batch in enumerate(batches) if place not in places]
+    return train, [batches[place] for place in places]
 
 
 def unpadded(batch: Batch) -> Iterator[Batch]:

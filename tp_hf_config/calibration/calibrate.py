@@ -19,6 +19,7 @@ from .batches import (
     writes_text,
 )
 from .importance import CalibratedImportance, Kind
+from .linear_ops import stack_dim
 from .measure import Readings
 from .measured import RIDGE, MeasuredModel
 from .statistics import TOKENS_PER_CHANNEL
@@ -153,14 +154,16 @@ def _check_writes(model: Any, data: Any) -> None:
 def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
     """Warn of experts that no token of the data reached: they are cut as ever, not refitted."""
     for (name, dim), consumers in readings.by_place().items():
-        parameter = model.get_parameter(name)
-        stacked = next((d for d in range(parameter.ndim) if d != dim), None)
-        reached = {c.part for c in consumers}
-        if None in reached or stacked is None or len(reached) == parameter.shape[stacked]:
+        reached = {consumer.part for consumer in consumers}
+        if None in reached:
             continue
-        missing = [part for part in range(parameter.shape[stacked]) if part not in reached]
+        parameter = model.get_parameter(name)
+        parts = parameter.shape[stack_dim(parameter, dim)]
+        missing = [part for part in range(parts) if part not in reached]
+        if not missing:
+            continue
         warnings.warn(
-            f"{name}: no token reached {listed(missing)} of {parameter.shape[stacked]} experts, so "
+            f"{name}: no token reached {listed(missing)} of {parts} experts, so "
             "they are cut without a refit. Pass more data, or data that reaches them",
             CalibrationWarning,
             stacklevel=3,

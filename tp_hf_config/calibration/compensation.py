@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import listed
 from ..graph.config_graph import ConfigGroup
+from ..model.tensors import parameter_names
 from .difference import Difference
 from .linear_ops import Consumer
 from .measured import MeasuredModel
@@ -93,10 +94,7 @@ class AppliedRefits:
         self._whole = whole
         self._by_place: dict[tuple[int, str, int], list[tuple[Consumer, Refit]]] = {}
         self._done: set[Consumer] = set()
-        first = {id(parameter): name for name, parameter in model.named_parameters()}
-        names: dict[str, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(first[id(parameter)], []).append(name)
+        names = {names[0]: names for names in parameter_names(model).values()}
         for consumer, refit in refits.items():
             for name in names[consumer.parameter]:
                 layer, _, key = name.rpartition(".")
@@ -111,10 +109,7 @@ class AppliedRefits:
             if consumer in self._done or (partly and not self._whole):
                 continue  # tied, and done under its other name; or not all of it goes
             self._done.add(consumer)
-            values, at = getattr(owner, key).data, dim
-            if consumer.part is not None:
-                stacked = next(d for d in range(values.ndim) if d != dim)
-                values, at = values.select(stacked, consumer.part), dim - (stacked < dim)
+            values, at = consumer.matrix_of(getattr(owner, key).data)
             values.index_copy_(at, refit.kept.to(values.device), refit.of(values, at))
 
 

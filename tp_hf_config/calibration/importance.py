@@ -179,8 +179,5 @@ def advice(importance: Any, model: Any) -> str | None:
 
 def weight_of(parameter: Tensor, consumer: Consumer) -> Tensor:
     """Return a consumer's weight with its channels last, shape ``(outputs, channels)``."""
-    values, dim = parameter.detach(), consumer.dim
-    if consumer.part is not None:
-        stacked = next(d for d in range(values.ndim) if d != dim)
-        values, dim = values.select(stacked, consumer.part), dim - (stacked < dim)
+    values, dim = consumer.matrix_of(parameter.detach())
     return values.movedim(dim, -1).flatten(0, -2)

@@ -30,6 +30,13 @@ class Consumer:
     dim: int
     part: int | None = None
 
+    def matrix_of(self, values: Tensor) -> tuple[Tensor, int]:
+        """Return a view of the parameter's values without its other parts, and the dimension."""
+        if self.part is None:
+            return values, self.dim
+        stacked = stack_dim(values, self.dim)
+        return values.select(stacked, self.part), self.dim - (stacked < self.dim)
+
 
 @dataclass(frozen=True)
 class LinearOp:
@@ -49,10 +56,9 @@ class LinearOp:
     run: Callable[..., Any]
     is_table: bool = False
 
-    def channels_last(self, values: Tensor | None = None) -> Tensor:
-        """Return the inputs, or values of their shape, as ``(tokens, channels)``."""
-        values = self.inputs if values is None else values
-        return values.movedim(self.axis, -1).flatten(0, -2)
+    def channels_last(self) -> Tensor:
+        """Return the inputs as ``(tokens, channels)``."""
+        return self.inputs.movedim(self.axis, -1).flatten(0, -2)
 
     def shaped(self, rows: Tensor) -> Tensor:
         """Return ``(tokens, channels)`` in the shape, order of axes and dtype of the inputs."""
@@ -103,7 +109,7 @@ class WatchedOps(TorchFunctionMode):
         while len(values) < len(names) and names[len(values)] in given:
             values.append(given.pop(names[len(values)]))
         rest = args[len(names) :]
-        for reads in _reads_of(func, values, rest):
+        for reads in _reads_of(func, values):
             consumer = self._consumer(values[reads.weight], reads.weight_axis)
             if consumer is not None:
                 inputs = values[reads.inputs]
@@ -145,6 +151,11 @@ class WatchedOps(TorchFunctionMode):
         return None
 
 
+def stack_dim(values: Tensor, dim: int) -> int:
+    """Return the dimension of the parts of a stack whose matrices are read along ``dim``."""
+    return next(d for d in range(values.ndim) if d != dim)
+
+
 def _storage(values: Tensor) -> int:
     return values.untyped_storage().data_ptr()
 
@@ -184,7 +195,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 }
 
 
-def _reads_of(func: Any, values: Sequence[Any], rest: Sequence[Any]) -> Iterator[_Reads]:
+def _reads_of(func: Any, values: Sequence[Any]) -> Iterator[_Reads]:
     """Yield how a function may read: inputs and weight can stand in either order."""
     if func is torch.einsum:
         yield from _reads_of_einsum(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -140,8 +141,7 @@ def measure(
         CalibrationError: the model does not run on the data, or gives numbers that are not finite.
     """
     sources = Sources(model)
-    limit = free_memory(model) // 2 if max_memory is None else max_memory
-    measuring = Measuring(sources, limit)
+    measuring = Measuring(sources, _limit(model, max_memory))
     watched_pass(model, batches, measuring.visit, sources, what=what)
     readings = measuring.complete()
     if not readings.statistics:
@@ -167,22 +167,21 @@ def add_grams(
     for statistics in readings.statistics.values():
         statistics.gram = None
     sources = Sources(model)
-    limit = free_memory(model) // 2 if max_memory is None else max_memory
-    measuring = Measuring(sources, limit, leaders)
+    measuring = Measuring(sources, _limit(model, max_memory), leaders)
     watched_pass(model, batches, measuring.visit, sources, what="calibrate, another pass")
     for leader, measured in measuring.complete().statistics.items():
         if leader in readings.statistics:
             readings.statistics[leader].gram = measured.gram
 
 
-def free_memory(model: nn.Module) -> int:
-    """Return how many bytes are free where the model is."""
+def _limit(model: nn.Module, max_memory: int | None) -> int:
+    """Return ``max_memory``, or half of the bytes that are free where the model is."""
+    if max_memory is not None:
+        return max_memory
     device = next(model.parameters()).device
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import os
-
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _check_finite(readings: Readings) -> None:

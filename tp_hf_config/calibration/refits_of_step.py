@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.config_graph import ConfigGroup
-from ..graph.sides import ParameterView
+from ..graph.sides import ParameterView, Side
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
 from .measure import Readings
@@ -135,15 +135,9 @@ def _kept_channels(
     model: nn.Module, groups: Iterable[ConfigGroup], readings: Readings
 ) -> dict[Consumer, Tensor]:
     """Return the channels that stay of every consumer that loses some, 1-D."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     gone: dict[tuple[str, int], set[int]] = {}
-    for group in groups:
-        for side in group.graph_group.sides:
-            positions = side.table[group.units].flatten().tolist()
-            for dim in side.dims:
-                parameter = tensor(group._DG.pretrained, dim.name)
-                place = names.get(id(parameter), ""), dim.dim
-                gone.setdefault(place, set()).update(positions)
+    for group, side, name, dim in _places(model, groups):
+        gone.setdefault((name, dim), set()).update(side.table[group.units].flatten().tolist())
     kept: dict[Consumer, Tensor] = {}
     places = readings.by_place()
     for place, lost in gone.items():
@@ -157,12 +151,21 @@ def _kept_channels(
 
 def _unseen(model: nn.Module, groups: Iterable[ConfigGroup], seen: set[str]) -> list[str]:
     """Return the parameters of layers that lose inputs, but for those that were seen."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = {
-        first.get(id(tensor(group._DG.pretrained, dim.name)), dim.name)
-        for group in groups
-        for side in group.graph_group.sides
-        for dim in side.dims
+        name
+        for _, side, name, _ in _places(model, groups)
         if not side.out and not isinstance(side.module, ParameterView)
     }
     return sorted(names - seen)
+
+
+def _places(
+    model: nn.Module, groups: Iterable[ConfigGroup]
+) -> Iterator[tuple[ConfigGroup, Side, str, int]]:
+    """Yield each tensor dim of groups: its group and side, the parameter's first name, the dim."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        for side in group.graph_group.sides:
+            for dim in side.dims:
+                parameter = tensor(group._DG.pretrained, dim.name)
+                yield group, side, first.get(id(parameter), dim.name), dim.dim

@@ -78,9 +78,7 @@ class Sources:
             try:
                 if _mixes(self.model.get_submodule(call.name), call, size):
                     return tuple(c.name for c in reversed(calls[: number + 1]))
-            except (
-                Exception
-            ):  # a layer that does not run with fewer channels is no norm that we know
+            except Exception:  # it does not run with fewer channels: no norm that we know
                 return ()
         return ()
 

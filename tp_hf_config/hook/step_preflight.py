@@ -41,7 +41,7 @@ def prove_before_cutting(
         prepare: gets the chosen groups once they are proved, and whether all of them are pruned for
             certain; in an interactive step that is the user's choice.
     """
-    if not can_choose_twice(pruner):
+    if not _can_choose_twice(pruner):
         yield
         return
     choose, estimate = pruner._prune, pruner.estimate_importance
@@ -107,7 +107,7 @@ def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int
         ) from None
 
 
-def can_choose_twice(pruner: Any) -> bool:
+def _can_choose_twice(pruner: Any) -> bool:
     """True if a pruner can choose its groups twice, and the first time changes nothing.
 
     OBD-C's importance (it has ``adjust_fisher``) rules that out: it is told what was chosen.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..calibration.batches import Text, own_text, second_text, windows_of
+from ..calibration.batches import HELD_OUT, Text, own_text, second_text, windows_of
 from ..calibration.calibrate import TOKENS, Calibration, calibrate
 from ..errors import UnsupportedModelError
 from ..model.build import Refusal
@@ -21,8 +21,6 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_HELD_OUT = 8  # calibrate() holds out one batch in so many
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def _windows(job: Job, choice: Choice, model: PreTrainedModel, progress: Progres
     """Return the windows of the chosen text; only those of a file are held out of it."""
     if choice.origin == "own":
         progress.say("the model writes the text that it is calibrated on")
-        text = own_text(model, TOKENS * _HELD_OUT // (_HELD_OUT - 1), job.seed)
+        text = own_text(model, TOKENS * HELD_OUT // (HELD_OUT - 1), job.seed)
     else:
         assert choice.tokenizer is not None  # only the model's own text needs none
         text = windows_of(choice.text, choice.tokenizer, model)
@@ -109,7 +107,7 @@ def _all(text: Text) -> Tensor:
 def _measured(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Calibration:
     """Measure a model on windows ``(windows, tokens)``; no more tokens than ``calibrate`` takes."""
     measured = max(1, TOKENS // windows.shape[1])
-    chosen = windows[: measured * _HELD_OUT // (_HELD_OUT - 1)]
+    chosen = windows[: measured * HELD_OUT // (HELD_OUT - 1)]
     progress.say(f"calibrating: {len(chosen)} windows")
     calibration = calibrate(model, [batch_of(model, row[None]) for row in chosen])
     progress.say(str(calibration))
