@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_RIDGE = 1e-2  # of channels that others can replace, the cost must not depend on rounding
 _AT_ONCE = 16  # channels that go between two updates; fewer gain nothing (design notes)
 
 
@@ -59,7 +60,7 @@ class _Remaining:
         self.inverse = self.inverse - self.inverse[:, gone] @ rows
 
 
-def elimination_order(parts: Sequence[Part], ridge: float) -> Tensor:
+def elimination_order(parts: Sequence[Part], ridge: float = _RIDGE) -> Tensor:
     """Return the order in which units go, shape ``(units,)``: those first that cost least.
 
     The cost of a unit is the squared error of all parts' outputs on the calibration data, once the

@@ -120,7 +120,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             assert reader.statistics.gram is not None
             table = reader.channels[order].view(units, -1)
             parts.append(Part(reader.statistics.gram, reader.weight, table))
-        order = elimination_order(parts, self.calibration.ridge)
+        order = elimination_order(parts)
         scores = torch.empty(units)
         scores[order] = torch.arange(1, units + 1, dtype=torch.float32)
         return scores

@@ -141,7 +141,7 @@ def measure(
         CalibrationError: the model does not run on the data, or gives numbers that are not finite.
     """
     sources = Sources(model)
-    measuring = Measuring(sources, _limit(model, max_memory))
+    measuring = Measuring(sources, memory_limit(model, max_memory))
     watched_pass(model, batches, measuring.visit, sources, what=what)
     readings = measuring.complete()
     if not readings.statistics:
@@ -167,14 +167,14 @@ def add_grams(
     for statistics in readings.statistics.values():
         statistics.gram = None
     sources = Sources(model)
-    measuring = Measuring(sources, _limit(model, max_memory), leaders)
+    measuring = Measuring(sources, memory_limit(model, max_memory), leaders)
     watched_pass(model, batches, measuring.visit, sources, what="calibrate, another pass")
     for leader, measured in measuring.complete().statistics.items():
         if leader in readings.statistics:
             readings.statistics[leader].gram = measured.gram
 
 
-def _limit(model: nn.Module, max_memory: int | None) -> int:
+def memory_limit(model: nn.Module, max_memory: int | None) -> int:
     """Return ``max_memory``, or half of the bytes that are free where the model is."""
     if max_memory is not None:
         return max_memory

@@ -20,7 +20,7 @@ from .measure import Readings, add_grams, measure
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-RIDGE = 1e-2
+RIDGE = 1e-1
 
 
 class MeasuredModel:

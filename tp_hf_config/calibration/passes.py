@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError, in_one_line
+from ..model.live_objects import configs_of
 from ..model.surroundings import same_random_state
 from .batches import Batch, on_device
 from .linear_ops import LinearOp, WatchedOps
@@ -61,16 +62,24 @@ def watched_pass(
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode, without gradients and with plain experts; then restore it all."""
+    """Run a model in eval mode, without gradients and caches, with plain experts; then restore it.
+
+    A cache copies what some weights read (latent attention), so that no norm would be seen there.
+    """
     training = {module: module.training for module in model.modules()}
     experts = _experts_of(model)
+    caching = [config for config in configs_of(model) if getattr(config, "use_cache", False)]
     try:
         model.eval()
+        for config in caching:
+            config.use_cache = False
         if experts:
             model.set_experts_implementation("eager")  # type: ignore[operator]
         with torch.no_grad(), same_random_state():
             yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for module, mode in training.items():
             module.training = mode
         if experts:

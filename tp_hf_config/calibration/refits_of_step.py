@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..graph.config_graph import ConfigGroup
 from ..graph.sides import ParameterView, Side
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
-from .measure import Readings
+from .measure import Readings, memory_limit
 from .measured import MeasuredModel
 from .passes import watched_pass
 from .refit import Refit, refit_from_gram, refit_from_products
@@ -50,10 +50,10 @@ class StepRefits:
                 some = behind_norms if leader in self.readings.chains else plain
                 some.setdefault(leader, []).append(consumer)
         self._solve_plain(plain)
-        if behind_norms:
-            products = _Products(self, behind_norms)
-            for leader, consumers in behind_norms.items():
-                self._add(consumers, partial(products.refit, leader))
+        for leaders in self._of_one_pass(behind_norms):
+            products = _Products(self, leaders)
+            for leader in leaders:
+                self._add(behind_norms[leader], partial(products.refit, leader))
 
     def _solve_plain(self, consumers: dict[Consumer, list[Consumer]]) -> None:
         """Solve those without a norm in front, as many at a time as have their Gram matrices."""
@@ -66,6 +66,24 @@ class StepRefits:
                 ridge = self.calibration.ridge
                 self._add(consumers[leader], partial(refit_from_gram, gram, ridge=ridge))
             remaining = [leader for leader in remaining if leader not in ready] if ready else []
+
+    def _of_one_pass(
+        self, consumers: Mapping[Consumer, Sequence[Consumer]]
+    ) -> Iterator[list[Consumer]]:
+        """Yield leaders behind norms, as many at a time as memory has room for their products."""
+        limit = memory_limit(self.calibration.model, self.calibration.max_memory)
+        leaders: list[Consumer] = []
+        used = 0
+        for leader, (consumer, *_) in consumers.items():
+            kept, size = len(self.kept[consumer]), len(self.readings.statistics[leader].total)
+            needed = 4 * kept * (kept + size)
+            if leaders and used + needed > limit:
+                yield leaders
+                leaders, used = [], 0
+            leaders.append(leader)
+            used += needed
+        if leaders:
+            yield leaders
 
     def _add(self, consumers: Sequence[Consumer], solve: Callable[[Tensor], Refit | None]) -> None:
         """Add the refits of consumers that read the same values."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _GRADIENTS = 8  # windows
-_LEARNING_RATE = 3e-4
+_LEARNING_RATE = 1e-4
 _WARM_UP = 5  # updates
 
 

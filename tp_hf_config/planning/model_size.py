@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import nn
 
+from ..calibration.forecast import gram_bytes
 from ..fieldmap.field_map import FieldMap
 from ..forward.meta_pass import dry_pass
 from ..model.build import Refusal
@@ -27,15 +28,23 @@ class Size:
         bytes: the size of the parameters and saved buffers in the model's dtype.
         flops: FLOPs of a forward pass, for each token (of a short text) or for each other input;
             ``None`` if the class does not run without data.
+        gram_bytes: the size of the sums of products of channels that ``calibrate`` keeps if memory
+            has room for all; ``None`` if the class does not run at tiny widths.
     """
 
     parameters: int
     bytes: int
     flops: int | None
+    gram_bytes: int | None
 
     def to_dict(self) -> dict[str, int | None]:
         """Return the size as a dict for ``json.dumps``."""
-        return {"parameters": self.parameters, "bytes": self.bytes, "flops": self.flops}
+        return {
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "flops": self.flops,
+            "gram_bytes": self.gram_bytes,
+        }
 
 
 def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[Size, str | None]:
@@ -58,6 +67,7 @@ def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[S
         parameters=sum(parameter.numel() for parameter in full.parameters()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in saved),
         flops=None if isinstance(flops, Refusal) else flops,
+        gram_bytes=gram_bytes(field_map, full),
     )
     if isinstance(flops, Refusal):
         return size, f"FLOPs are not known, the class does not run without data: {flops.reason}"

@@ -222,7 +222,12 @@ def _row(width: PlannedWidth) -> tuple[str, ...]:
 def size_rows(plan: Plan) -> list[tuple[str, ...]]:
     """Return rows for parameters, bytes and FLOPs: name, now, planned, share that is left."""
     per = "FLOPs a token" if plan.tokens else "FLOPs an input"
-    names = {"parameters": "parameters", "bytes": "bytes", "flops": per}
+    names = {
+        "parameters": "parameters",
+        "bytes": "bytes",
+        "flops": per,
+        "gram_bytes": "bytes to calibrate",
+    }
     after = plan.after
     result: list[tuple[str, ...]] = []
     for key, name in names.items():
