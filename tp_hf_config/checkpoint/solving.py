@@ -209,7 +209,7 @@ def paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, i
         given: name -> value. A name is the class's own or one that all configs have
             (``attribute_map``), in full or without the nested config that it is in.
     """
-    fields = {**field_map.sizes, **field_map.silent}
+    fields = {**field_map.sizes, **field_map.non_size_fields}
     values: dict[FieldPath, int] = {}
     for name, value in given.items():
         own = getattr(field_map.builder.config_class, "attribute_map", {}).get(name, name)
@@ -229,7 +229,7 @@ def _unprovable_change(
     field_map: FieldMap, recovery: Recovery, given: Mapping[FieldPath, int]
 ) -> str | None:
     """Return the reason if a field would change although no shape shows its value; else None."""
-    hidden = recovery.undecided - given.keys() - field_map.linked.keys()
+    hidden = recovery.undecided - given.keys() - field_map.must_equal.keys()
     for path in sorted(hidden, key=field_name):
         if recovery.values[path] != field_map.sizes.get(path):
             name = field_name(path)

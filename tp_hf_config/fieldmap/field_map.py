@@ -33,8 +33,8 @@ from .completeness import build_live, order_of_layers, unbuilt_parts
 from .depth import Depth, shallow
 from .expressions import Expression, Power, Quantity, followed
 from .probe import Study
-from .ratio_fields import let_follow, partners
-from .sensitivity import all_implied, independent, sensitivities, silent_followers
+from .ratio_fields import find_ratio_partners, let_follow
+from .sensitivity import all_implied, independent, non_size_followers, sensitivities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -52,15 +52,17 @@ class FieldMap:
         expressions: for each quantity of the shallow model, how the fields make it.
         depth: the shallow config, and how names map onto it.
         splits: how the forward pass splits the shallow model's outputs into heads.
-        linked: field -> the field whose value it has to have too (OPT's ``word_embed_proj_dim`` and
-            ``hidden_size``: if they differ, the class builds other layers).
-        bound: fields that the class accepts no other value of alone -> the fields that may change
-            in proportion with each (Mamba 2: hidden size times ``expand`` is heads times head dim).
-        follows: one field of each such proportion -> how it follows from the others.
+        must_equal: field -> the field whose value it has to have too (OPT's
+            ``word_embed_proj_dim`` and ``hidden_size``: if they differ, the class builds other
+            layers).
+        ratio_partners: fields that the class accepts no other value of alone -> the fields that
+            may change in proportion with each (Mamba 2: hidden size times ``expand`` is heads
+            times head dim).
+        ratio_rules: one field of each such proportion -> how it follows from the others.
         sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
         powers: quantities along no straight line that are powers of fields (hidden over heads).
-        loose: quantities that are neither (rounded ones) -> the fields that change them.
-        silent: other whole numbers that the class reads and that set no quantity.
+        unfitted: quantities that are neither (rounded ones) -> the fields that change them.
+        non_size_fields: other whole numbers that the class reads and that set no quantity.
         recipe: how the class is run with this config.
         digest: of the class's code, the key of the cache on disk; None: it is not stored there.
     """
@@ -72,13 +74,13 @@ class FieldMap:
     expressions: dict[Quantity, Expression]
     depth: Depth
     splits: HeadSplits
-    linked: dict[FieldPath, FieldPath] = dataclasses.field(default_factory=dict)
-    bound: dict[FieldPath, tuple[FieldPath, ...]] = dataclasses.field(default_factory=dict)
-    follows: dict[FieldPath, Power] = dataclasses.field(default_factory=dict)
+    must_equal: dict[FieldPath, FieldPath] = dataclasses.field(default_factory=dict)
+    ratio_partners: dict[FieldPath, tuple[FieldPath, ...]] = dataclasses.field(default_factory=dict)
+    ratio_rules: dict[FieldPath, Power] = dataclasses.field(default_factory=dict)
     sizes: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
     powers: dict[Quantity, Power] = dataclasses.field(default_factory=dict)
-    loose: dict[Quantity, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
-    silent: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
+    unfitted: dict[Quantity, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
+    non_size_fields: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
     recipe: RunRecipe = PLAIN
     digest: str | None = None
 
@@ -101,16 +103,16 @@ class FieldMap:
     def config_at(self, values: Mapping[FieldPath, int], shallow: bool = True) -> dict[str, Any]:
         """Return the config's JSON with some fields at other values; fields that follow change too.
 
-        Linked fields and fields in proportion follow. Unset fields are written out with the values
-        that they imply, so that they do not follow others.
+        Fields that must equal one of these follow, and so do fields in proportion. Unset fields
+        are written out with the values that they imply, so that they do not follow others.
 
         Args:
             values: field -> its new value.
             shallow: change the shallow config; otherwise the full one.
         """
         full = {field: self.values[field] for field in self.unset}
-        full.update({**values, **followed(self.follows, values)})
-        for follower, leader in self.linked.items():
+        full.update({**values, **followed(self.ratio_rules, values)})
+        for follower, leader in self.must_equal.items():
             if leader in values:
                 full[follower] = values[leader]
         return with_values(self.depth.data if shallow else self.data, full)
@@ -208,7 +210,7 @@ def map_of(
         while len(_learned) > _MOST_MAPS:
             _learned.popitem(last=False)
     field_map = _learned[key]
-    if not field_map.values and not field_map.bound:
+    if not field_map.values and not field_map.ratio_partners:
         raise UnsupportedModelError(
             f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
             "no config can say what is pruned of it. Prune a class whose config holds its widths."
@@ -301,33 +303,35 @@ def learn(
     implied = independent(study, {} if tiny else all_implied(study, unset), declared)
     study = Study(builder, depth, implied, study.recipe)
     values = {**declared, **implied}
-    probes, linked = sensitivities(study, values)
-    bound = partners(study, values)
-    probes |= let_follow(study, bound, values)
+    probes, must_equal = sensitivities(study, values)
+    ratio_partners = find_ratio_partners(study, values)
+    probes |= let_follow(study, ratio_partners, values)
     in_proportion = {
-        field for follower, rule in study.follows.items() for field in (follower, *rule.fields)
+        field for follower, rule in study.ratio_rules.items() for field in (follower, *rule.fields)
     }
     expressions = lines.expressions(study, values, probes)
     moving = {field for expression in expressions.values() for field in expression.fields}
-    powers, loose = lines.powers(study, values, probes, expressions)
-    linked |= silent_followers(study, values, moving)
-    with_effect = probes.keys() | linked.keys() | in_proportion
+    powers, unfitted = lines.powers(study, values, probes, expressions)
+    must_equal |= non_size_followers(study, values, moving)
+    with_effect = probes.keys() | must_equal.keys() | in_proportion
     return FieldMap(
         builder=builder,
         data=data,
         values={
-            p: value for p, value in values.items() if p in moving | in_proportion | set(linked)
+            p: value for p, value in values.items() if p in moving | in_proportion | set(must_equal)
         },
         unset=frozenset(field for field in implied if field in moving),
         expressions=expressions,
         depth=depth,
         splits=study.splits,
-        linked=linked,
-        bound=bound,
-        follows=study.follows,
+        must_equal=must_equal,
+        ratio_partners=ratio_partners,
+        ratio_rules=study.ratio_rules,
         sizes={field: value for field, value in values.items() if field in with_effect},
-        silent={field: value for field, value in declared.items() if field not in with_effect},
+        non_size_fields={
+            field: value for field, value in declared.items() if field not in with_effect
+        },
         powers=powers,
-        loose=loose,
+        unfitted=unfitted,
         recipe=study.recipe,
     )

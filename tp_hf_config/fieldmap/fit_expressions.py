@@ -73,7 +73,7 @@ def powers(
                 if key not in straight and size:
                     sizes.setdefault(key, {}).setdefault(field, []).append((probe.value, size))
     fitted: dict[Quantity, Power] = {}
-    loose: dict[Quantity, frozenset[FieldPath]] = {}
+    unfitted: dict[Quantity, frozenset[FieldPath]] = {}
     for key, by_field in sizes.items():
         exponents = {
             field: _exponent(values[field], study.base[key], points)
@@ -84,8 +84,8 @@ def powers(
                 study.base[key], exponents, {field: values[field] for field in exponents}
             )
         else:
-            loose[key] = frozenset(by_field)
-    return fitted, loose
+            unfitted[key] = frozenset(by_field)
+    return fitted, unfitted
 
 
 def _pairs(

@@ -131,7 +131,7 @@ class Study:
     Attributes:
         builder: builds the class.
         refused: fields that the class accepts no other value of, alone or with one other field.
-        follows: fields that follow from others in every build.
+        ratio_rules: fields that follow from others in every build.
         first: maps a name to the one in the first layer of the same kind.
         data: the shallow config's JSON, with implied values written out.
         model: what the class builds from it.
@@ -154,7 +154,7 @@ class Study:
     ):
         self.builder = builder
         self.refused: list[FieldPath] = []
-        self.follows: dict[FieldPath, Power] = {}
+        self.ratio_rules: dict[FieldPath, Power] = {}
         self.first = cache(depth.first)
         self.data = with_values(depth.data, implied)
         model = self.build({})
@@ -173,7 +173,7 @@ class Study:
     def build(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
         """Build the class with these fields at other values, and with those that follow them."""
         return self.builder.build(
-            with_values(self.data, {**values, **followed(self.follows, values)})
+            with_values(self.data, {**values, **followed(self.ratio_rules, values)})
         )
 
     def at(self, values: Mapping[FieldPath, int], watch: bool = True) -> Sizes | Refusal | None:

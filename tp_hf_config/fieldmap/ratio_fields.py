@@ -15,17 +15,17 @@ from .expressions import Power
 from .fit_expressions import expressions, powers
 from .probe import Probe, Study
 
-Partners = dict[FieldPath, tuple[FieldPath, ...]]
+RatioPartners = dict[FieldPath, tuple[FieldPath, ...]]
 """Field -> the fields that have to change with it, by the same factor."""
 
 
-def partners(study: Study, values: Mapping[FieldPath, int]) -> Partners:
+def find_ratio_partners(study: Study, values: Mapping[FieldPath, int]) -> RatioPartners:
     """Return the refused fields that the class accepts in proportion with others, and the others.
 
     Two fields are partners if the class accepts both at twice their value, and builds other sizes
     then.
     """
-    accepted: Partners = {}
+    accepted: RatioPartners = {}
     for field, other in combinations(study.refused, 2):
         sizes = study.at({field: 2 * values[field], other: 2 * values[other]}, watch=False)
         if isinstance(sizes, dict) and any(sizes.values()):
@@ -35,47 +35,47 @@ def partners(study: Study, values: Mapping[FieldPath, int]) -> Partners:
 
 
 def let_follow(
-    study: Study, bound: Partners, values: Mapping[FieldPath, int]
+    study: Study, ratio_partners: RatioPartners, values: Mapping[FieldPath, int]
 ) -> dict[FieldPath, list[Probe]]:
     """Make one field of each proportion follow from the others in all builds from now on.
 
     Of the fields that can follow, the one is chosen that makes the expressions simplest. It is
-    added to ``study.follows``.
+    added to ``study.ratio_rules``.
 
     Args:
         study: builds the class.
-        bound: the proportions, as ``partners`` returns them.
+        ratio_partners: the proportions, as ``find_ratio_partners`` returns them.
         values: each field's own value.
 
     Returns:
         The probes of the other fields of each proportion.
     """
     probes: dict[FieldPath, list[Probe]] = {}
-    for fields in _proportions(bound):
-        before = study.follows
+    for fields in _proportions(ratio_partners):
+        before = study.ratio_rules
         tried: list[tuple[tuple[int, ...], Power, FieldPath, dict[FieldPath, list[Probe]]]] = []
         for follower in fields:
-            rule = _rule(follower, fields, bound, values)
-            study.follows = {**before, follower: rule}
+            rule = _rule(follower, fields, ratio_partners, values)
+            study.ratio_rules = {**before, follower: rule}
             other_probes = _probe_all(study, rule, values)
             if other_probes is not None:
                 complexity = _complexity(study, values, other_probes)
                 tried.append((complexity, rule, follower, other_probes))
-        study.follows = before
+        study.ratio_rules = before
         if tried:
             _, rule, follower, other_probes = min(tried, key=lambda attempt: attempt[0])
-            study.follows = {**before, follower: rule}
+            study.ratio_rules = {**before, follower: rule}
             probes |= other_probes
     return probes
 
 
-def _proportions(bound: Partners) -> Iterator[list[FieldPath]]:
+def _proportions(ratio_partners: RatioPartners) -> Iterator[list[FieldPath]]:
     """Yield the fields of each proportion: those that are partners directly or through others."""
-    remaining = sorted(bound, key=str)
+    remaining = sorted(ratio_partners, key=str)
     while remaining:
         connected = [remaining[0]]
         for field in connected:
-            connected += [other for other in bound[field] if other not in connected]
+            connected += [other for other in ratio_partners[field] if other not in connected]
         remaining = [field for field in remaining if field not in connected]
         yield sorted(connected, key=str)
 
@@ -83,12 +83,12 @@ def _proportions(bound: Partners) -> Iterator[list[FieldPath]]:
 def _rule(
     follower: FieldPath,
     fields: Sequence[FieldPath],
-    bound: Partners,
+    ratio_partners: RatioPartners,
     values: Mapping[FieldPath, int],
 ) -> Power:
     """Return how a field follows: in proportion to its partners, inversely to the other fields."""
     others = {field: values[field] for field in fields if field != follower}
-    exponents = {field: 1 if field in bound[follower] else -1 for field in others}
+    exponents = {field: 1 if field in ratio_partners[follower] else -1 for field in others}
     return Power(values[follower], exponents, others)
 
 
@@ -120,11 +120,11 @@ def _complexity(
         terms of an expression, and the number of fields in all terms.
     """
     straight = expressions(study, values, probes)
-    curved, loose = powers(study, values, probes, straight)
+    curved, unfitted = powers(study, values, probes, straight)
     several = parts = 0
     for expression in straight.values():
         products = expression.monomials(values)
         own = [sum(field in fields for fields in products) for field in probes]
         several += sum(number > 1 for number in own)
         parts += sum(own)
-    return len(loose), several, parts + sum(len(power.fields) for power in curved.values())
+    return len(unfitted), several, parts + sum(len(power.fields) for power in curved.values())

@@ -135,18 +135,18 @@ def sensitivities(
         field_probes = _with_partner(study, field, values, probes)
         if field_probes:
             probes[field] = field_probes
-    linked: dict[FieldPath, FieldPath] = {}
+    must_equal: dict[FieldPath, FieldPath] = {}
     still_refused = [field for field in refused if field not in probes]
     for field, other in (*combinations(rebuilt, 2), *combinations(still_refused, 2)):
-        if {field, other} & (probes.keys() | linked.keys()):
+        if {field, other} & (probes.keys() | must_equal.keys()):
             continue
         if values[field] == values[other] and not study.counts_layers(field):
             field_probes = _joint_probes(study, field, other, values[field])
             if field_probes:
-                probes[field], linked[other] = field_probes, field
-    study.refused = [field for field in still_refused if field not in probes.keys() | linked]
+                probes[field], must_equal[other] = field_probes, field
+    study.refused = [field for field in still_refused if field not in probes.keys() | must_equal]
     show_heads(study, values, probes)
-    return probes, linked
+    return probes, must_equal
 
 
 def _partners(
@@ -205,7 +205,7 @@ def _replace_second(study: Study, field: FieldPath, value: int, probes: list[Pro
                 break
 
 
-def silent_followers(
+def non_size_followers(
     study: Study, values: Mapping[FieldPath, int], moving: Collection[FieldPath]
 ) -> dict[FieldPath, FieldPath]:
     """Return fields that set no shape, but have to follow another so that no count becomes 0.
@@ -221,7 +221,7 @@ def silent_followers(
     Returns:
         Field -> the field of equal value that it has to follow.
     """
-    linked: dict[FieldPath, FieldPath] = {}
+    must_equal: dict[FieldPath, FieldPath] = {}
     may_vanish = [field for field in values if field in moving and study.vanishing.get(field, True)]
 
     def changes_nothing(some: Sequence[FieldPath]) -> bool:
@@ -240,9 +240,9 @@ def silent_followers(
         equal = [p for p in values.keys() - set(moving) if values[p] == values[field]]
         for other in equal:
             if _vanishes(study, {field: lower, other: lower}) is False:
-                linked[other] = field
+                must_equal[other] = field
                 break
-    return linked
+    return must_equal
 
 
 def _vanishes(study: Study, values: Mapping[FieldPath, int]) -> bool | None:

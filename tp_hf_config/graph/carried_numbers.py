@@ -140,7 +140,7 @@ def full_channel_groups(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) 
     counts = _full_counts(group.channel_groups, tiny, field_map, layers)
     if group.per_field_unit == 1:
         return counts
-    moving = tiny.field_map.values | tiny.field_map.silent
+    moving = tiny.field_map.values | tiny.field_map.non_size_fields
     fields = {full_values.get(field, 0) for field, n in moving.items() if n == group.channel_groups}
     return fields | counts
 

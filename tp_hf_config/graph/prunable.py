@@ -221,12 +221,12 @@ def widths_of(
                 _width(finding, experiments.tiny, field_map, model)
                 for finding in experiments.findings
             )
-        experiments.widths[names] = widths + _bound(field_map)
+        experiments.widths[names] = widths + _only_in_proportion(field_map)
     result: tuple[Width, ...] = experiments.widths[names]
     return result
 
 
-def _bound(field_map: FieldMap) -> tuple[Width, ...]:
+def _only_in_proportion(field_map: FieldMap) -> tuple[Width, ...]:
     """Return the fields of which the class takes no other value alone, as widths with a reason."""
     return tuple(
         Width(
@@ -234,7 +234,7 @@ def _bound(field_map: FieldMap) -> tuple[Width, ...]:
             reason=f"{field_map.builder.config_class.__name__} takes no other value of it alone, "
             f"only with {' or '.join(field_name(other) for other in others)}",
         )
-        for field, others in field_map.bound.items()
+        for field, others in field_map.ratio_partners.items()
         if field not in field_map.values
     )
 

@@ -30,7 +30,7 @@ from .tiny.tiny_model import TinyModel, once, randomise
 @once
 def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
     """Return the fields that count the channel groups of a group, as experiments show."""
-    numbers = tiny.field_map.values | tiny.field_map.silent
+    numbers = tiny.field_map.values | tiny.field_map.non_size_fields
     equal = [field for field, value in numbers.items() if value == group.channel_groups]
     return [field for field in equal if field not in group.fields and _counts(field, group, tiny)]
 
@@ -49,8 +49,10 @@ def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | Non
     parts = gcd(*(dim.layout.parts for dim in group.dims)) * group.channel_groups
     field_map = tiny.field_map
     setting = [field_map.fields_of(*dim.place) for dim in group.dims]
-    relevant = field_map.count_fields().union(field_map.bound, *setting) - set(group.fields)
-    numbers = field_map.values | field_map.silent
+    relevant = field_map.count_fields().union(field_map.ratio_partners, *setting) - set(
+        group.fields
+    )
+    numbers = field_map.values | field_map.non_size_fields
     results = {
         field: _scales_parts(field, group, tiny)
         for field in sorted(relevant, key=str)
@@ -66,8 +68,8 @@ def _scales_parts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool |
     The field changes alone, or with one that the class takes it only in proportion with. ``None``:
     no other value runs.
     """
-    numbers = tiny.field_map.values | tiny.field_map.silent
-    partners: list[FieldPath | None] = [None, *tiny.field_map.bound.get(field, ())]
+    numbers = tiny.field_map.values | tiny.field_map.non_size_fields
+    partners: list[FieldPath | None] = [None, *tiny.field_map.ratio_partners.get(field, ())]
     ran = False
     for factor, partner in product((Fraction(2), Fraction(1, 2)), partners):
         changes = {path: factor * numbers[path] for path in (field, partner) if path in numbers}

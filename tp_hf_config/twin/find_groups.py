@@ -96,7 +96,7 @@ def find_alone(tiny: TinyModel, field: FieldPath) -> Finding | None:
 def _moves_alone(tiny: TinyModel, field: FieldPath) -> bool:
     """True if a field changes without others, and sets a tensor dimension that may be pruned."""
     field_map = tiny.field_map
-    if field not in field_map.values or field in field_map.linked | field_map.bound:
+    if field not in field_map.values or field in field_map.must_equal | field_map.ratio_partners:
         return False
     return _sets_outputs(tiny, field)
 

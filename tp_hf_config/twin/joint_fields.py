@@ -140,7 +140,7 @@ def proportional(field_map: FieldMap) -> list[tuple[FieldPath, ...]]:
     """Return the pairs of fields that the class takes only in proportion, most units first."""
     pairs = {
         tuple(sorted((field, other), key=lambda path: (field_map.values[path], str(path))))
-        for field, others in field_map.bound.items()
+        for field, others in field_map.ratio_partners.items()
         for other in others
         if {field, other} <= field_map.values.keys()
     }

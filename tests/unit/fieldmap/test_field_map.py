@@ -199,7 +199,7 @@ def solved(field_map: FieldMap, target: Any) -> dict[Any, int] | Conflict:
             expressions[(name, which)], targets[(name, which)] = expression, size
     result = solve(Problem(expressions, field_map.values, targets))
     if isinstance(result, dict):
-        result |= {follower: result[leader] for follower, leader in field_map.linked.items()}
+        result |= {follower: result[leader] for follower, leader in field_map.must_equal.items()}
     return result
 
 
@@ -265,7 +265,7 @@ def test_fields_that_move_as_one():
     cls, default, _ = CLASSES["opt"]
     values = {("hidden_size",): 24, ("word_embed_proj_dim",): 24, ("num_attention_heads",): 4}
     field_map = learned(built(cls, default(), values))
-    assert [sorted(pair) for pair in field_map.linked.items()] == [
+    assert [sorted(pair) for pair in field_map.must_equal.items()] == [
         [("hidden_size",), ("word_embed_proj_dim",)]
     ]
 

@@ -342,7 +342,7 @@ def test_only_the_field_that_counts_classes_is_taken_for_it() -> None:
     assert isinstance(made, TinyModel)
     found = _in_proportion(made, (("num_heads",), ("hidden_size",)))
     group = next(one for one in found.groups if one.channel_groups > 1)
-    numbers = made.field_map.values | made.field_map.silent
+    numbers = made.field_map.values | made.field_map.non_size_fields
     assert len([path for path, number in numbers.items() if number == group.channel_groups]) > 1
     assert counted_by(group, made) == [("n_groups",)]
 

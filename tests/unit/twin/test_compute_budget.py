@@ -25,7 +25,9 @@ from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 def known_of(data: Any = None, **parts: Any) -> Any:
     config = SimpleNamespace(to_json_string=lambda use_diff: json.dumps(data or {}))
     builder = SimpleNamespace(config=lambda data: config)
-    return SimpleNamespace(**{"builder": builder, "silent": {}, "bound": {}, "sizes": {}, **parts})
+    return SimpleNamespace(
+        **{"builder": builder, "non_size_fields": {}, "ratio_partners": {}, "sizes": {}, **parts}
+    )
 
 
 def costs(each: int, *fields: str, legal: Any = lambda data: True) -> Any:
@@ -40,18 +42,18 @@ def costs(each: int, *fields: str, legal: Any = lambda data: True) -> Any:
 
 
 def test_a_size_that_costs_goes_down_as_far_as_is_needed() -> None:
-    known = known_of(silent={("chunk",): 256, ("limit",): 1024})
+    known = known_of(non_size_fields={("chunk",): 256, ("limit",): 1024})
     data = {"chunk": 256, "limit": 1024}
     assert lighter(known, data, 0, costs(10**5, "chunk")) == {"chunk": 16, "limit": 1024}
 
 
 def test_a_light_class_keeps_all_sizes() -> None:
-    known, data = known_of(silent={("chunk",): 256}), {"chunk": 256}
+    known, data = known_of(non_size_fields={("chunk",): 256}), {"chunk": 256}
     assert lighter(known, data, 0, costs(10**4, "chunk")) == data
 
 
 def test_what_may_count_the_experts_of_a_token_stays() -> None:
-    known, data = known_of(silent={("top_k",): 32}), {"top_k": 32}
+    known, data = known_of(non_size_fields={("top_k",): 32}), {"top_k": 32}
     seen = costs(10**6, "top_k")
     assert lighter(known, data, 32, seen) == data
     assert lighter(known, data, 8, seen) == {"top_k": 16}
@@ -94,7 +96,7 @@ def test_a_router_has_experts_to_choose_from(
 
 
 def test_equal_entries_of_a_list_go_down_together() -> None:
-    known = known_of(silent={("windows", n): 512 for n in range(3)})
+    known = known_of(non_size_fields={("windows", n): 512 for n in range(3)})
     seen = costs(10**4, "windows", legal=lambda data: len(set(data["windows"])) == 1)
     assert lighter(known, {"windows": [512] * 3}, 0, seen) == {"windows": [32] * 3}
 
@@ -108,14 +110,18 @@ def test_positions_go_down_where_they_are_how_long_the_inputs_are() -> None:
 
 def test_bound_widths_shrink_in_proportion() -> None:
     sizes = {("hidden",): 4096, ("heads",): 128}
-    known = known_of(bound={("hidden",): (("heads",),), ("heads",): (("hidden",),)}, sizes=sizes)
+    known = known_of(
+        ratio_partners={("hidden",): (("heads",),), ("heads",): (("hidden",),)}, sizes=sizes
+    )
     seen = costs(1, "hidden", legal=lambda data: data["hidden"] == 32 * data["heads"])
     assert in_proportion(known, {"hidden": 4096, "heads": 128}, seen) == {"hidden": 128, "heads": 4}
 
 
 def test_bound_widths_stay_larger_than_what_may_group_them() -> None:
     sizes = {("hidden",): 4096, ("heads",): 128, ("groups",): 8}
-    known = known_of(bound={("hidden",): (("heads",),), ("heads",): (("hidden",),)}, sizes=sizes)
+    known = known_of(
+        ratio_partners={("hidden",): (("heads",),), ("heads",): (("hidden",),)}, sizes=sizes
+    )
     data = {"hidden": 4096, "heads": 128, "groups": 4}
     seen = costs(1, "hidden", legal=lambda data: data["hidden"] == 32 * data["heads"])
     assert in_proportion(known, data, seen) == {"hidden": 256, "heads": 8, "groups": 4}
@@ -168,7 +174,7 @@ def test_a_width_shrinks_with_the_size_of_mambas_heads_and_what_is_twice_as_wide
 def smaller(data: dict[str, int], *heads: str) -> list[dict[str, int]]:
     """What is tried for the width of a config with so many heads."""
     sizes = {(name,): size for name, size in data.items()}
-    known = known_of(sizes=sizes, linked={}, expressions={}, unpruned=None)
+    known = known_of(sizes=sizes, must_equal={}, expressions={}, unpruned=None)
     counts = [(name,) for name in heads]
     tried = _smaller(known, data, ("width",), counts, counts, together=False)
     return [{path[0]: value for path, value in one.items()} for one in tried]  # type: ignore[misc]
@@ -201,8 +207,12 @@ def test_images_that_set_widths_shrink_with_the_sizes_that_follow() -> None:
     }
     sizes = {("vision", "image_size"): 1024, ("vision", "patch_size"): 16}
     sizes[("prompt", "hidden")] = 256  # not the side of a patch, of which there would be 4
-    silent = {("prompt", "grid"): 64, ("prompt", "image_size"): 1024, ("prompt", "layer"): 4}
-    known = known_of(data, sizes=sizes, silent=silent)
+    non_size_fields = {
+        ("prompt", "grid"): 64,
+        ("prompt", "image_size"): 1024,
+        ("prompt", "layer"): 4,
+    }
+    known = known_of(data, sizes=sizes, non_size_fields=non_size_fields)
     first = next(smaller_images(known, data))
     assert first["vision"] == {"image_size": 64, "patch_size": 16}
     assert first["prompt"] == {"image_size": 64, "grid": 4, "hidden": 256, "layer": 4}
@@ -264,7 +274,7 @@ def test_a_width_as_large_as_the_image_is_no_patch() -> None:
     """GLM-Image merges one patch of each: no number of them along an image of 2,048 pixels."""
     data = {"image_size": 2048, "patch": 16, "merge": 1}
     sizes = {("image_size",): 2048, ("patch",): 16, ("hidden",): 2048}
-    known = known_of(data, sizes=sizes, silent={("merge",): 1})
+    known = known_of(data, sizes=sizes, non_size_fields={("merge",): 1})
     assert [one["merge"] for one in smaller_images(known, data)] == [1] * len(
         list(smaller_images(known, data))
     )

@@ -237,7 +237,7 @@ def _changes(
                     yield field, number
     highest = {field: field_map.sizes[field] for field in [*influence, *hidden_counts(field_map)]}
     if isinstance(outcome, Refusal):  # the class may mean any field
-        highest.update({**field_map.sizes, **field_map.silent})
+        highest.update({**field_map.sizes, **field_map.non_size_fields})
     for field, most in highest.items():
         for number in range(most, 0, -1) if most <= SMALL else ():
             if number != values.get(field, most) and (field, number) not in tried:
@@ -264,7 +264,7 @@ def _scaled(value: int, have: int, want: int) -> Iterator[int]:
 def _fields_of(field_map: FieldMap, key: Quantity) -> frozenset[FieldPath]:
     """Return the fields that change a quantity, whether it has an expression or not."""
     expression = field_map.expressions.get(key) or field_map.powers.get(key)
-    return expression.fields if expression is not None else field_map.loose.get(key, frozenset())
+    return expression.fields if expression is not None else field_map.unfitted.get(key, frozenset())
 
 
 def hidden_counts(field_map: FieldMap) -> list[FieldPath]:

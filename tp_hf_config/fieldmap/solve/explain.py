@@ -82,7 +82,7 @@ def explain_refusal(
     )
     advice = []
     for field in changed:
-        if field not in field_map.linked:
+        if field not in field_map.must_equal:
             nearest = nearest_accepted(field_map, changed, field)
             if nearest:
                 advice.append(f"{field_name(field)} {' or '.join(map(str, nearest))}")

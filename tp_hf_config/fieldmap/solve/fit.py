@@ -37,7 +37,7 @@ def fit(
         hold: fields that stay as they are where sizes alone allow several solutions.
 
     Returns:
-        A value for every field, linked fields included; or the conflict.
+        A value for every field, those that must equal another included; or the conflict.
     """
     problem = replace(problem_of(field_map, sizes, given, powers), hold=hold)
     first: dict[tuple[str, int | str, int], Quantity] = {}  # layers of one kind count once
@@ -50,7 +50,7 @@ def fit(
         result = solve(problem)  # again with all, so that it names every layer
     if isinstance(result, Conflict):
         return result
-    for follower, leader in field_map.linked.items():
+    for follower, leader in field_map.must_equal.items():
         result[follower] = result[leader]
     return result
 
@@ -78,7 +78,7 @@ def problem_of(
         key: Quantity = (field_name(field), "given")
         expressions[key] = Expression(base[field], {frozenset({field}): Fraction(1)})
         targets[key] = value
-    for follower, rule in field_map.follows.items():
+    for follower, rule in field_map.ratio_rules.items():
         key = (_in_words(follower, rule), "proportion")
         exponents, values = {**rule.exponents, follower: -1}, {**rule.values, follower: rule.base}
         expressions[key], targets[key] = Power(1, exponents, values), 1

@@ -96,7 +96,7 @@ def _several(
 ) -> Conflict | None:
     """Return a conflict if several values of a changed field build the same, or None."""
     values = recovery.values
-    for field in values.keys() - given.keys() - field_map.linked.keys() - recovery.undecided:
+    for field in values.keys() - given.keys() - field_map.must_equal.keys() - recovery.undecided:
         if values[field] != field_map.sizes.get(field):
             equal_values = _equal_values(field_map, values, field)
             if len(equal_values) > 1:

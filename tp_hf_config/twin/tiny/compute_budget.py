@@ -44,7 +44,9 @@ def in_proportion(field_map: FieldMap, data: dict[str, Any], observe: Observe) -
             if field_map.sizes[field] > field_map.sizes[other]
         )
 
-    pairs = [(field, other) for field, others in field_map.bound.items() for other in others]
+    pairs = [
+        (field, other) for field, others in field_map.ratio_partners.items() for other in others
+    ]
     before: dict[str, Any] = {}
     while data != before:  # a field that another has to exceed may be smaller now
         before = data
@@ -81,7 +83,7 @@ def lighter(
     """
     best = observe(data)
     for paths in _changing_together(
-        {field: field_map.sizes[field] for field in rows} | field_map.silent
+        {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
     ):
         if best is None or best.numbers <= _HEAVY:
             break

@@ -75,7 +75,9 @@ def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:
     patches = {side for field, side in field_map.sizes.items() if field[-1] == _PATCH}
     patches = {side for side in patches if 1 < side < image and image % side == 0}
     sides = {image // patch: patch for patch in patches}
-    return {field: sides[value] for field, value in field_map.silent.items() if value in sides}
+    return {
+        field: sides[value] for field, value in field_map.non_size_fields.items() if value in sides
+    }
 
 
 def crops(data: dict[str, Any], change: dict[FieldPath, int]) -> dict[FieldPath, int]:

@@ -66,7 +66,7 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
         return runs(with_values(trial, {field: value_at(trial, field) // 2}))
 
     data = next(filter(runs, smaller_images(field_map, data)), data)
-    free = [field for field in field_map.sizes if field not in field_map.bound]
+    free = [field for field in field_map.sizes if field not in field_map.ratio_partners]
     for field in sorted(free, key=lambda field: field_map.sizes[field]):
         changes = _smaller(field_map, data, field, heads, splitting, together)
         trials = (with_values(data, {**option, **crops(data, option)}) for option in changes)
@@ -134,7 +134,7 @@ def _smaller(
         splitting: the fields that may count heads.
         together: where others are equal to the field, lower it only with them.
     """
-    if field in field_map.linked:
+    if field in field_map.must_equal:
         return
     value = value_at(data, field)
     if _is_position_count(field_map, data, field):
@@ -147,9 +147,11 @@ def _smaller(
         ladder = _EXPERTS
     elif heads and value % 2 == 0:  # even: in proportion (Whisper's encoder, decoder)
         ladder = tuple(step for step in ladder if step % 2 == 0)
-    followers = [other for other, leader in field_map.linked.items() if leader == field]
+    followers = [other for other, leader in field_map.must_equal.items() if leader == field]
     current = {
-        other: value_at(data, other) for other in field_map.sizes if other not in field_map.bound
+        other: value_at(data, other)
+        for other in field_map.sizes
+        if other not in field_map.ratio_partners
     }
     equals = [
         other
@@ -177,7 +179,7 @@ def _smaller(
     if not heads and not stacked:
         yield from _with_heads(data, [field, *followers, *equals], value, splitting)
         yield from _with_multiples(field_map, data, [field, *followers, *equals], value)
-        yield from _with_silent_field(field_map, data, [field, *followers, *equals], value)
+        yield from _with_non_size_field(field_map, data, [field, *followers, *equals], value)
         if value > _SPLIT:
             yield dict.fromkeys([field, *followers], _SPLIT)
 
@@ -251,7 +253,7 @@ def _with_heads(
                     yield {**fewer, **dict.fromkeys(equals, step)}
 
 
-def _with_silent_field(
+def _with_non_size_field(
     field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
 ) -> Iterator[dict[FieldPath, int]]:
     """Yield changes that divide a large width and a number that no shape shows by one number.
@@ -262,10 +264,10 @@ def _with_silent_field(
     if value <= _SPLIT:
         return
     wider = _multiples(field_map, data, widths, value)
-    for silent, number in field_map.silent.items():
-        for part in PARTS if _part(silent) == _part(widths[0]) and not value % number else ():
+    for other, number in field_map.non_size_fields.items():
+        for part in PARTS if _part(other) == _part(widths[0]) and not value % number else ():
             if not number % part and number // part > 1 and value // part >= HEAD_DIM:
-                change = {**dict.fromkeys(widths, value // part), silent: number // part}
+                change = {**dict.fromkeys(widths, value // part), other: number // part}
                 yield change
                 if wider:
                     yield {**change, **{field: size // part for field, size in wider.items()}}

@@ -328,7 +328,7 @@ def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[di
                 yield {entry: [_LAYERS - 1] * len(value)}
             elif names_layers and type(value) is int:
                 numbers.setdefault(key, []).append(entry)
-                if entry not in field_map.silent | field_map.sizes:
+                if entry not in field_map.non_size_fields | field_map.sizes:
                     yield {entry: 0}
             yield from visit(value, entry)
 
