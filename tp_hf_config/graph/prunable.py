@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import listed
 from ..fieldmap.field_map import FieldMap, map_of
 from ..fieldmap.model_view import view_of
-from ..fieldmap.solve.explain import some
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
@@ -274,7 +274,7 @@ def note_on_unobserved(names: Sequence[str]) -> str:
     """Return a text to append that names parameters no output depends on; empty for none."""
     if not names:
         return ""
-    return f"; no output depends on {some(names)}, cut alike"
+    return f"; no output depends on {listed(names)}, cut alike"
 
 
 def note_on_states(names: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigSyncError, UnsupportedModelError
+from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import (
     order_of_layers,
     parts_beyond,
@@ -22,7 +22,6 @@ from ..fieldmap.solve.explain import (
     explain_mismatch,
     explain_refusal,
     explain_vanished,
-    some,
 )
 from ..fieldmap.solve.fit import build_as, fit
 from ..fieldmap.solve.integers import Conflict
@@ -97,7 +96,7 @@ class Follower:
         for parts, what in ((parts_beyond(then, now), "lost"), (parts_beyond(now, then), "gained")):
             if parts:
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__} has {what} {some(parts)} since the hook was "
+                    f"{type(self.model).__name__} has {what} {listed(parts)} since the hook was "
                     "attached, and the pruner's groups are those of before. Make a new pruner of "
                     "the model as it is now. Nothing was pruned by this step."
                 )

@@ -15,7 +15,6 @@ from torch_pruning import ops
 
 from ..errors import ConfigSyncError, listed
 from ..fieldmap.model_view import ModelView
-from ..fieldmap.solve.explain import some
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_access import given_ratios
 from ..graph.sides import GraphGroup
@@ -112,8 +111,8 @@ def check_config_is_own(pruner: Any, model: Any, sharers: Sequence[str], strict:
         return
     message = (
         f"{type(pruner).__name__} of {type(model).__name__}: another model that is alive "
-        f"({some(sharers)}) holds the same config object, so its config would change too, and its "
-        "weights not. Build the other one from copy.deepcopy(config), or prune "
+        f"({listed(sharers)}) holds the same config object, so its config would change too, and "
+        "its weights not. Build the other one from copy.deepcopy(config), or prune "
         "copy.deepcopy(model). Nothing is pruned yet."
     )
     if strict:

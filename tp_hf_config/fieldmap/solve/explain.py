@@ -20,12 +20,6 @@ AGAIN = "Nothing was written; go on pruning and sync again."
 """How messages end: what to do next."""
 
 
-def some(names: Sequence[str]) -> str:
-    """Return up to three names as text, or two and how many more there are."""
-    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
-    return ", ".join(names[:2] if more else names) + more
-
-
 def explain_conflict(
     model: PreTrainedModel, field_map: FieldMap, conflict: Conflict
 ) -> ConfigSyncError:
