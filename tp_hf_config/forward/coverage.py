@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError, in_one_line
 from ..model.build import Refusal
-from .encoder_states import states_in
+from .encoder_states import encoder_states_in
 from .extra_methods import methods_beside, outputs_of
 from .given_inputs import function_name, given_inputs, shapes_in
 from .inputs import example_inputs, input_forms, second_sample, text_inputs, video_forms
@@ -27,7 +27,7 @@ _LONG_TEXT = 32
 
 
 @dataclass(frozen=True)
-class Working:
+class WorkingInputs:
     """Inputs and a recipe with which a model runs to its end.
 
     Attributes:
@@ -49,7 +49,7 @@ class GradientsError(Exception):
     """A class runs, but its outputs cannot be differentiated, so it allows no experiments."""
 
 
-def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> Working | Refusal:
+def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> WorkingInputs | Refusal:
     """Return inputs of two samples with which the model runs.
 
     The forms are tried in this order: the one that went furthest without data, all forms, a text
@@ -68,45 +68,49 @@ def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> Working | Ref
     first = example_inputs(model, recipe)  # it went furthest without data
     short = islice(input_forms(model, recipe, length=3), 1)
     forms = chain([first], input_forms(model, recipe), short)
-    states = states_in(model, first, recipe.states)
+    states = encoder_states_in(model, first, recipe.encoder_states)
     bare = [{name: value for name, value in first.items() if name not in states}] if states else []
     text = text_inputs(model)
-    reason = ""
+    first_error: Refusal | None = None
     for form, partial in chain(((form, False) for form in chain(forms, bare)), ((text, True),)):
-        stopped = "" if form is None else why_not(model, inputs := second_sample(form))
-        if form is not None and stopped is None:
+        if form is None:
+            continue
+        inputs = second_sample(form)
+        stopped = forward_error(model, inputs)
+        if stopped is None:
             try:
-                return _with_more_reached(model, Working(inputs, partial, recipe))
+                return _with_more_reached(model, WorkingInputs(inputs, partial, recipe))
             except GradientsError as error:
-                stopped = str(error)
-        reason = reason or stopped or ""
+                stopped = Refusal(str(error))
+        first_error = first_error or stopped
+    reason = "" if first_error is None else first_error.reason
     return Refusal(f"the tiny model does not run: {reason}")
 
 
 def _users_inputs(
     model: nn.Module, recipe: RunRecipe, make_inputs: MakeInputs
-) -> Working | Refusal:
+) -> WorkingInputs | Refusal:
     """Return the inputs that the user's function makes, and methods that reach more layers."""
     try:
         inputs = given_inputs(model, make_inputs)
     except UnsupportedModelError as error:
         return InputsRefusal(str(error))
-    stopped = why_not(model, inputs)
+    stopped = forward_error(model, inputs)
     if stopped is not None:
         return InputsRefusal(
             f"{type(model).__name__} does not run with what make_inputs="
             f"{function_name(make_inputs)} returned for a small {type(model.config).__name__}, "
-            f"{shapes_in(inputs)}: {stopped.rstrip('.')}. Take every size from the config that the "
-            "function is given, and return all that model(**inputs) needs."
+            f"{shapes_in(inputs)}: {stopped.reason.rstrip('.')}. Take every size from the "
+            "config that the function is given, and return all that model(**inputs) needs."
         )
     try:
         methods = _methods_reaching(model, inputs, unreached_by(model, inputs))
     except GradientsError as error:
         return Refusal(f"the tiny model does not run: {error}")
-    return Working(inputs, False, replace(recipe, methods=methods))
+    return WorkingInputs(inputs, False, replace(recipe, methods=methods))
 
 
-def _with_more_reached(model: nn.Module, working: Working) -> Working:
+def _with_more_reached(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
     """Return inputs and methods that reach as many of the model's parameters as possible.
 
     A longer text comes first: no token of a short one may go to some expert, and Transformers 4
@@ -125,7 +129,7 @@ def _with_more_reached(model: nn.Module, working: Working) -> Working:
         extended = with_optional(model, inputs, argument)
         inputs, unreached = _better(model, extended, inputs, unreached)
     methods = _methods_reaching(model, inputs, unreached)
-    return Working(inputs, working.partial, replace(recipe, methods=methods))
+    return WorkingInputs(inputs, working.partial, replace(recipe, methods=methods))
 
 
 def _methods_reaching(
@@ -135,7 +139,7 @@ def _methods_reaching(
     chosen = PLAIN
     for name in methods_beside(model, inputs) if unreached else ():
         trial = RunRecipe(methods=(*chosen.methods, name))
-        if why_not(model, inputs, trial) is not None:
+        if forward_error(model, inputs, trial) is not None:
             continue
         remaining = unreached_by(model, inputs, trial)
         if remaining < unreached:
@@ -155,7 +159,7 @@ def _better(
     The other inputs are better if they reach all that these do and more. If chance decides what is
     reached (``by_chance``), they only have to reach a larger number of parameters.
     """
-    if why_not(model, other) is not None:
+    if forward_error(model, other) is not None:
         return inputs, unreached
     remaining = unreached_by(model, other)
     improves = len(remaining) < len(unreached) if by_chance else remaining < unreached
@@ -183,13 +187,15 @@ def unreached_by(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = P
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
 
 
-def why_not(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN) -> str | None:
-    """Return the error that a forward pass ends with, as text, or None if it runs to its end."""
+def forward_error(
+    model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN
+) -> Refusal | None:
+    """Return the error that a forward pass ends with, or None if it runs to its end."""
     try:
         with torch.no_grad(), AllFloat64():
             outputs_of(model, inputs, recipe)
     except Exception as error:  # whatever a class's forward pass raises
-        return _error_text(error)
+        return Refusal(_error_text(error))
     return None
 
 

@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
-class States:
+class EncoderStates:
     """The argument for encoder states, and the dimension of a parameter that it is as wide as.
 
     Attributes:
@@ -45,7 +45,7 @@ class States:
         return self.reader.rpartition(".")[0]
 
 
-def states_of(model: nn.Module, states: States | None) -> States | None:
+def encoder_states_of(model: nn.Module, states: EncoderStates | None) -> EncoderStates | None:
     """Return the states that a model reads, with the first layer that reads them; None if none.
 
     Args:
@@ -58,12 +58,12 @@ def states_of(model: nn.Module, states: States | None) -> States | None:
         name for name, _ in model.named_parameters() if _NUMBER.sub(".*", name) == states.reader
     )
     reader = next(names, None)  # None: no cross-attention
-    return None if reader is None else States(states.argument, reader, states.dim)
+    return None if reader is None else EncoderStates(states.argument, reader, states.dim)
 
 
-def random_states(model: nn.Module, states: States | None) -> dict[str, Tensor]:
+def random_encoder_states(model: nn.Module, states: EncoderStates | None) -> dict[str, Tensor]:
     """Return random states of one sample as a keyword argument; empty if the model reads none."""
-    states = states_of(model, states)
+    states = encoder_states_of(model, states)
     if states is None:
         return {}
     parameter = model.get_parameter(states.reader)
@@ -75,12 +75,12 @@ def arguments_for_states(model: nn.Module) -> list[str]:
     return [name for name in ARGUMENTS if name in inspect.signature(model.forward).parameters]
 
 
-def find_states(
+def find_encoder_states(
     model: nn.Module,
     inputs: Mapping[str, Any],
     idle: Iterable[str],
     run: Callable[[Mapping[str, Any]], bool],
-) -> States | None:
+) -> EncoderStates | None:
     """Return the encoder states without which some layers do not run; None if there are none.
 
     A model that contains an encoder skips it when it is given states: it does not need them.
@@ -105,7 +105,7 @@ def find_states(
         states = _random(parameter, parameter.shape[dim])
         with_states = _run_watched(model, {**inputs, argument: states}, run)
         if with_states.called > without.called and with_states.ended >= without.ended:
-            return States(argument, _NUMBER.sub(".*", name), dim)
+            return EncoderStates(argument, _NUMBER.sub(".*", name), dim)
     return None
 
 
@@ -169,10 +169,10 @@ def _input_dim(module: nn.Module) -> int | None:
     return 1 if isinstance(module, nn.Linear) else 0  # the weight of Conv1D is transposed
 
 
-def states_in(
-    model: nn.Module, inputs: Mapping[str, Any], states: States | None
+def encoder_states_in(
+    model: nn.Module, inputs: Mapping[str, Any], states: EncoderStates | None
 ) -> dict[str, Tensor]:
     """Return the encoder states among the inputs of a forward pass, by name; empty if none."""
-    states = states_of(model, states)
+    states = encoder_states_of(model, states)
     value = None if states is None else inputs.get(states.argument)
     return {states.argument: value} if states is not None and isinstance(value, Tensor) else {}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..model.meta_run import RealNumbers
-from .encoder_states import ARGUMENTS, arguments_for_states, find_states
+from .encoder_states import ARGUMENTS, arguments_for_states, find_encoder_states
 from .head_splits import splits_with
 from .inputs import example_inputs, input_forms
 from .run_recipe import MakeInputs, RunRecipe
@@ -35,8 +35,10 @@ def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunR
     if not arguments_for_states(model):
         return recipe
     idle = splits_with(model, inputs).idle
-    states = find_states(model, inputs, idle, lambda given: splits_with(model, given).ended)
-    return replace(recipe, states=states)
+    encoder_states = find_encoder_states(
+        model, inputs, idle, lambda given: splits_with(model, given).ended
+    )
+    return replace(recipe, encoder_states=encoder_states)
 
 
 def _best_form(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..model.meta_run import NoValues
-from .encoder_states import ARGUMENTS, random_states
+from .encoder_states import ARGUMENTS, random_encoder_states
 from .given_inputs import given_inputs
 from .input_companions import COMPANIONS, DISPENSABLE
 from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, size_of
@@ -114,7 +114,7 @@ def input_forms(
     )
     for form, text in islice(forms, first, _MOST_FORMS):
         tensors = {name: shape.tensor(model) for name, shape in form.items()}
-        given = {**text, **tensors, **random_states(model, recipe.states)}
+        given = {**text, **tensors, **random_encoder_states(model, recipe.encoder_states)}
         inputs = _with_placeholders(model, given, parameters, config)
         yield {**inputs, "use_cache": False} if "use_cache" in parameters else inputs
 

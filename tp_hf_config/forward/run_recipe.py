@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .encoder_states import States
+from .encoder_states import EncoderStates
 
 MakeInputs = Callable[[Any], Mapping[str, Any]]
 """A user's function: takes a config, returns keyword arguments of the forward pass."""
@@ -24,14 +24,14 @@ class RunRecipe:
             :func:`~tp_hf_config.forward.inputs.input_forms` yields them.
         methods: methods to run beside the forward pass; their results count as outputs.
         attention: the attention implementation: eager, unless that computes NaN.
-        states: the encoder states that it reads, if any.
+        encoder_states: which encoder states it reads, if any.
         make_inputs: the user's function that makes the inputs; then they have no form.
     """
 
     form: int = 0
     methods: tuple[str, ...] = ()
     attention: str = "eager"
-    states: States | None = None
+    encoder_states: EncoderStates | None = None
     make_inputs: MakeInputs | None = None
 
 

@@ -25,7 +25,7 @@ from ..fieldmap.solve.explain import (
 )
 from ..fieldmap.solve.fit import build_as, fit
 from ..fieldmap.solve.integers import Conflict
-from ..forward.encoder_states import states_of
+from ..forward.encoder_states import encoder_states_of
 from ..forward.head_splits import counts_of, heads_of, splits_after
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
@@ -204,7 +204,7 @@ class Follower:
 
     def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
         """Record which channels of the encoder states are still read."""
-        read = states_of(self.model, self.field_map.recipe.states)
+        read = encoder_states_of(self.model, self.field_map.recipe.encoder_states)
         for layer in (layer for group in groups for layer in group.layers):
             if read is not None and not layer.out and self._own_name(layer.name) == read.layer:
                 remaining = self.inputs.get(read.argument, tuple(range(layer.before)))

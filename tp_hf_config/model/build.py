@@ -32,7 +32,7 @@ _BUILD_LOCK = threading.RLock()
 
 @dataclass(frozen=True)
 class Refusal:
-    """A class or its config does not accept the values; ``reason`` is in its own words."""
+    """Why something cannot be; ``reason`` is in the class's own words, or in ours."""
 
     reason: str
 

@@ -16,7 +16,7 @@ from math import gcd
 import torch
 from torch import nn
 
-from ..forward.coverage import why_not
+from ..forward.coverage import forward_error
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes
@@ -138,7 +138,7 @@ def _rebuilt(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | No
         if isinstance(model, Refusal):
             return None
         randomise(model)
-    return model if why_not(model, tiny.inputs, tiny.recipe) is None else None
+    return model if forward_error(model, tiny.inputs, tiny.recipe) is None else None
 
 
 def _dims_with_other_rest(

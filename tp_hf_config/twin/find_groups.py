@@ -17,8 +17,8 @@ from torch import nn
 
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.unit_shares import Shares, shares_of, strides_in, units_of
-from ..forward.coverage import why_not
-from ..forward.encoder_states import AXIS, states_of
+from ..forward.coverage import forward_error
+from ..forward.encoder_states import AXIS, encoder_states_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, with_values
 from ..model.tensors import saved_buffers, stacks
@@ -179,7 +179,7 @@ def _find(
     shares |= _shares_of_states(tiny, shares)
     styles: dict[Style, list[TensorDim]] = {}
     tensors = {**saved_buffers(tiny.model), **dict(tiny.model.named_parameters())}  # tied ones once
-    tensors |= tiny.states
+    tensors |= tiny.encoder_states
     heads = heads or bool(set(fields) & field_map.count_fields())
     for (name, dim), parts in shares.items():
         for share in parts if name in tensors else ():
@@ -219,7 +219,7 @@ def _find(
     if finding.disproved and len(fields) == 1:
         finding = _without_twins(test, first, fields) or finding
     states = tuple(
-        n for n in tiny.states if any(d.name == n for g in finding.groups for d in g.dims)
+        n for n in tiny.encoder_states if any(d.name == n for g in finding.groups for d in g.dims)
     )
     finding = replace(finding, outward=test.shows_outside(), encoder_states=states)
     if len(fields) > 1 or units < field_map.values[fields[0]]:
@@ -254,8 +254,8 @@ def _shares_of_states(tiny: TinyModel, shares: Shares) -> Shares:
 
     Nothing, if the model is given no states.
     """
-    read = states_of(tiny.model, tiny.recipe.states)
-    if read is None or not tiny.states:
+    read = encoder_states_of(tiny.model, tiny.recipe.encoder_states)
+    if read is None or not tiny.encoder_states:
         return {}
     reader = (tiny.field_map.depth.first(read.reader), read.dim)
     return {(read.argument, AXIS): shares[reader]} if reader in shares else {}
@@ -266,7 +266,9 @@ def _least(tiny: TinyModel, field: FieldPath) -> int:
     field_map = tiny.field_map
     for value in range(1, field_map.values[field]):
         model = field_map.builder.build_real(with_values(field_map.depth.data, {field: value}))
-        if not isinstance(model, Refusal) and why_not(model, tiny.inputs, tiny.recipe) is None:
+        if isinstance(model, Refusal):
+            continue
+        if forward_error(model, tiny.inputs, tiny.recipe) is None:
             return value
     return field_map.values[field]
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forward.encoder_states import AXIS, states_in, states_of
+from ..forward.encoder_states import AXIS, encoder_states_in, encoder_states_of
 from ..forward.observed_pass import Result, outputs_in_float64, warm_up
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Refusal
@@ -147,8 +147,8 @@ def _cut_inputs(
     inputs: Mapping[str, Any], original: nn.Module, kept: Kept, recipe: RunRecipe
 ) -> dict[str, Any]:
     """Return the inputs, with encoder states cut to the channels that their reader kept."""
-    states_input = states_of(original, recipe.states)
-    states = states_in(original, inputs, recipe.states)
+    states_input = encoder_states_of(original, recipe.encoder_states)
+    states = encoder_states_in(original, inputs, recipe.encoder_states)
     if states_input is None:
         return dict(inputs)
     index = kept[states_input.reader][states_input.dim].kept

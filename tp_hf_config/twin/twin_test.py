@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..forward.encoder_states import states_in
+from ..forward.encoder_states import encoder_states_in
 from ..forward.observed_pass import Result, outputs_in_float64
 from ..forward.replay import Replay
 from ..forward.run_recipe import PLAIN, RunRecipe
@@ -70,7 +70,8 @@ class TwinTest:
         self.axes = {units * run: (UnitLayout(run=run), UnitLayout(parts=run)) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
-        for name, states in states_in(model, inputs, recipe.states).items():  # units too
+        encoder_states = encoder_states_in(model, inputs, recipe.encoder_states)
+        for name, states in encoder_states.items():  # units too
             self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
         self._random: dict[torch.Size, Tensor] = {}
         outputs = outputs_in_float64(model, inputs, watched, recipe)

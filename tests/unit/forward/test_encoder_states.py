@@ -15,7 +15,6 @@ import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
-import tp_hf_config.forward.coverage as reach
 import tp_hf_config.twin.tiny.tiny_model as tiny_models
 from tp_hf_config import (
     HFConfigSyncHook,
@@ -25,11 +24,12 @@ from tp_hf_config import (
     supports,
 )
 from tp_hf_config.fieldmap.field_map import map_of
-from tp_hf_config.forward.encoder_states import find_states
+from tp_hf_config.forward import coverage
+from tp_hf_config.forward.encoder_states import find_encoder_states
 from tp_hf_config.forward.find_recipe import find_recipe
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.forward.run_recipe import PLAIN, RunRecipe
-from tp_hf_config.model.build import without_data
+from tp_hf_config.model.build import Refusal, without_data
 
 _EMBEDDING = "model.decoder.embed_tokens.weight"
 _DECODER: dict[str, Any] = {
@@ -157,13 +157,15 @@ class TestInputs:
         assert heads["model.decoder.layers.0.encoder_attn.k_proj"] == ((4, 8),)
 
     def test_a_class_that_reads_none_as_it_is_configured_is_given_none(self) -> None:
-        seen = map_of(bert_decoder()).recipe.states  # of the same class with cross-attention
+        # of the same class with cross-attention
+        seen = map_of(bert_decoder()).recipe.encoder_states
         assert seen is not None
         model = bert()
         recipe = map_of(model).recipe
-        assert recipe.states is None
+        assert recipe.encoder_states is None
         assert example_inputs(model, recipe).keys() - {"use_cache"} == {"input_ids"}
-        assert example_inputs(model, RunRecipe(states=seen)).keys() - {"use_cache"} == {"input_ids"}
+        inputs = example_inputs(model, RunRecipe(encoder_states=seen))
+        assert inputs.keys() - {"use_cache"} == {"input_ids"}
 
     @pytest.mark.parametrize(("idle", "runs"), [((), 0), (("cls.unused",), 2)])
     def test_states_are_tried_only_where_layers_do_not_run(
@@ -172,23 +174,25 @@ class TestInputs:
         model = without_data(hf.BertLMHeadModel, bert().config)
         assert isinstance(model, hf.PreTrainedModel)
         ran: list[Any] = []
-        assert find_states(model, {}, idle, lambda given: bool(ran.append(1))) is None
+        assert find_encoder_states(model, {}, idle, lambda given: bool(ran.append(1))) is None
         assert len(ran) == runs  # without states, and with some
 
     def test_where_the_tiny_copy_does_not_run_with_states_it_is_given_none(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        plain = reach.why_not
+        plain = coverage.forward_error
 
-        def why_not(
+        def forward_error(
             model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN
-        ) -> str | None:
-            return "no" if "encoder_hidden_states" in inputs else plain(model, inputs, recipe)
+        ) -> Refusal | None:
+            if "encoder_hidden_states" in inputs:
+                return Refusal("no")
+            return plain(model, inputs, recipe)
 
-        monkeypatch.setattr(reach, "why_not", why_not)
+        monkeypatch.setattr(coverage, "forward_error", forward_error)
         tiny = tiny_models.tiny_model(map_of(bart()))
         assert isinstance(tiny, tiny_models.TinyModel)
-        assert (tiny.states, tiny.partial) == ({}, False)
+        assert (tiny.encoder_states, tiny.partial) == ({}, False)
 
     def test_tied_weights_stay_alike_at_tiny_size(self) -> None:
         config = hf.MarianConfig(
@@ -205,7 +209,7 @@ class TestInputs:
         )
         model = without_data(hf.BartForConditionalGeneration, config)
         assert isinstance(model, hf.PreTrainedModel)
-        assert find_recipe(model).states is None
+        assert find_recipe(model).encoder_states is None
 
 
 class TestPruned:

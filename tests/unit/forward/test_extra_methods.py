@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
-from tp_hf_config.forward.coverage import Working, unreached_by, working_inputs
+from tp_hf_config.forward.coverage import WorkingInputs, unreached_by, working_inputs
 from tp_hf_config.forward.extra_methods import methods_beside, outputs_of
 from tp_hf_config.twin.tiny.tiny_model import randomise
 
@@ -33,9 +33,9 @@ def esm() -> Any:
     return hf.EsmForMaskedLM(hf.EsmConfig(**sizes, mask_token_id=4, pad_token_id=1))
 
 
-def working_of(model: nn.Module) -> Working:
+def working_of(model: nn.Module) -> WorkingInputs:
     working = working_inputs(model)
-    assert isinstance(working, Working)
+    assert isinstance(working, WorkingInputs)
     return working
 
 

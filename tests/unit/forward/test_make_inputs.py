@@ -185,7 +185,7 @@ class TestGiven:
             return {"input_ids": ids, "encoder_hidden_states": states}
 
         model = hf.BertLMHeadModel(config).eval()
-        states = map_of(model, make_inputs=two).recipe.states
+        states = map_of(model, make_inputs=two).recipe.encoder_states
         assert states is not None
         assert (states.argument, states.dim) == ("encoder_hidden_states", 1)
         offered = prunable(model, make_inputs=two).widths

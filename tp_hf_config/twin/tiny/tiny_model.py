@@ -16,8 +16,8 @@ from torch import nn
 
 from ...fieldmap.field_map import FieldMap, learn
 from ...fieldmap.layer_counts import are_whole, is_numbers
-from ...forward.coverage import Working, unreached_by, why_not, working_inputs
-from ...forward.encoder_states import states_in
+from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
+from ...forward.encoder_states import encoder_states_in
 from ...forward.extra_methods import outputs_of
 from ...forward.observed_pass import AllFloat64, Result, tensors_in, watched_results
 from ...forward.replay import Replay
@@ -104,9 +104,9 @@ class TinyModel:
         return self._run.watched
 
     @property
-    def states(self) -> dict[str, torch.Tensor]:
+    def encoder_states(self) -> dict[str, torch.Tensor]:
         """Return the encoder states among the inputs, by name: units stand along them too."""
-        return states_in(self.model, self.inputs, self.recipe.states)
+        return encoder_states_in(self.model, self.inputs, self.recipe.encoder_states)
 
     @property
     def recipe(self) -> RunRecipe:
@@ -213,7 +213,7 @@ def _build(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
     return TinyModel(tiny_map, field_map, lambda: run)
 
 
-def _reaching_alike(model: nn.Module, working: Working) -> Working:
+def _reaching_alike(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
     """Draw other weights where chance left out some of many alike parts; return what runs then.
 
     Each token takes the best of Switch's eight experts: some may be best for none. The weights of
@@ -236,7 +236,7 @@ def _reaching_alike(model: nn.Module, working: Working) -> Working:
     return working
 
 
-def _unreached_shares(model: nn.Module, working: Working) -> dict[str, float]:
+def _unreached_shares(model: nn.Module, working: WorkingInputs) -> dict[str, float]:
     """Return which share is not reached of parameters whose names differ only in their last number.
 
     These names have ``*`` for the number. Where all or none of the parameters are reached, the name
@@ -253,7 +253,7 @@ def _numbered(name: str) -> str:
 
 
 def _with_numbers(
-    field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: Working
+    field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: WorkingInputs
 ) -> tuple[nn.Module, RunRecipe]:
     """Return the model and how to run it, with another attention if eager attention computes NaN.
 
@@ -264,13 +264,13 @@ def _with_numbers(
     rebuilt = field_map.builder.with_attention(_OTHER_ATTENTION).build_real(data)
     if not isinstance(rebuilt, Refusal):
         rebuilt.load_state_dict(model.state_dict())
-        stops = why_not(rebuilt, working.inputs, working.recipe) is not None
+        stops = forward_error(rebuilt, working.inputs, working.recipe) is not None
         if not stops and _computes_numbers(rebuilt, working):
             return rebuilt, replace(working.recipe, attention=_OTHER_ATTENTION)
     return model, working.recipe
 
 
-def _computes_numbers(model: nn.Module, working: Working) -> bool:
+def _computes_numbers(model: nn.Module, working: WorkingInputs) -> bool:
     """True if no output holds a NaN."""
     with torch.no_grad(), AllFloat64():
         outputs = tensors_in(outputs_of(model, working.inputs, working.recipe))
@@ -278,8 +278,8 @@ def _computes_numbers(model: nn.Module, working: Working) -> bool:
 
 
 def _with_layers_named(
-    field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: Working | Refusal
-) -> tuple[dict[str, Any], nn.Module, Working | Refusal]:
+    field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: WorkingInputs | Refusal
+) -> tuple[dict[str, Any], nn.Module, WorkingInputs | Refusal]:
     """Return the config, the model, and what it runs with; other layers are named if they help.
 
     What Qwen3-VL has beside its layers 8, 16 and 24 would never run in a model of two layers, and
@@ -304,9 +304,11 @@ def _with_layers_named(
     return data, model, working
 
 
-def _unreached_count(model: nn.Module, working: Working | Refusal) -> float:
+def _unreached_count(model: nn.Module, working: WorkingInputs | Refusal) -> float:
     """Return how many parameters no output depends on; infinity if the model does not run."""
-    if isinstance(working, Refusal) or why_not(model, working.inputs, working.recipe) is not None:
+    if isinstance(working, Refusal):
+        return math.inf
+    if forward_error(model, working.inputs, working.recipe) is not None:
         return math.inf
     return len(unreached_by(model, working.inputs, working.recipe))
 
