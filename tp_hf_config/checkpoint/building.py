@@ -138,16 +138,31 @@ def _config_class(
     )
 
 
+def own_reference(data: Mapping[str, Any]) -> str | None:
+    """Return where ``auto_map`` says that the model's class is in the folder's own code.
+
+    It is the class that ``architectures`` names, else the first that is no config.
+    """
+    remote = data.get("auto_map")
+    references = [
+        reference
+        for auto, reference in (remote.items() if isinstance(remote, dict) else ())
+        if auto != "AutoConfig" and isinstance(reference, str)
+    ]
+    named = data.get("architectures") or ()
+    own = (one for one in references if one.rpartition(".")[2] in named)
+    return next(own, references[0] if references else None)
+
+
 def _remote_classes(data: Mapping[str, Any], folder: Path, max_modules: int) -> Classes | Refusal:
     """Run the folder's own code and return its classes, or why they cannot be loaded."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    remote = data["auto_map"]
-    names = [name for name in remote if name != "AutoConfig"] if isinstance(remote, dict) else []
-    if not names:
+    remote, reference = data["auto_map"], own_reference(data)
+    if reference is None:
         return Refusal("auto_map in config.json names no model class")
     try:
-        model: Any = get_class_from_dynamic_module(remote[names[0]], str(folder))
+        model: Any = get_class_from_dynamic_module(reference, str(folder))
         config: Any = (
             get_class_from_dynamic_module(remote["AutoConfig"], str(folder))
             if "AutoConfig" in remote

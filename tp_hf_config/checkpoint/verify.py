@@ -21,10 +21,11 @@ from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
 from ..model.build import Refusal
 from ..model.config_json import field_name
+from ..model.layer_class import GENERATED
 from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
 from . import child
-from .building import build, entries
+from .building import build, entries, own_reference
 from .check import SolvableFolder, check_tensors, read_folder, solvable_folder
 from .reports import Difference, RoundtripReport
 from .words import and_more, number, short
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _SHOWN = 4
 _ALIGNED = 64
 _OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures")
-_REMOTE = "transformers_modules"  # the package that Transformers makes of a folder's code
+_OF_FOLDERS = ("transformers_modules", GENERATED)  # packages of code that folders hold
 _WEIGHTS_MISSING = ("missing_keys", "mismatched_keys")
 
 
@@ -101,7 +102,7 @@ def compare_saved(
     with _evaluating(model):
         live = {key: value.cpu() for key, value in child.outputs_of(model, dict(inputs)).items()}
     class_name, options = _class_name(type(model)), _options(model)
-    if class_name[0].startswith(_REMOTE):
+    if class_name[0].startswith(_OF_FOLDERS):
         job = _job_of(solvable_folder(folder, trust_remote_code=True))
         job["options"].update(options)
     else:
@@ -202,9 +203,8 @@ def _job_of(read: SolvableFolder) -> dict[str, Any]:
     """Return the job entry for a folder (see :func:`_job`)."""
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
     class_name = _class_name(read.classes.model)
-    if class_name[0].startswith(_REMOTE):
-        references: dict[str, str] = read.data["auto_map"]
-        class_name = "", next(ref for key, ref in references.items() if key != "AutoConfig")
+    if class_name[0].startswith(_OF_FOLDERS):
+        class_name = "", str(own_reference(read.data))
         options["trust_remote_code"] = True
     return _job(read.path, class_name, options)
 

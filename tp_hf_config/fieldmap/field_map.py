@@ -25,6 +25,7 @@ from ..model.build import Builder, Refusal
 from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import FieldPath, config_json, with_values
 from ..model.disk_cache import folder, load, store
+from ..model.layer_class import layer_lists
 from ..model.shapes import Mismatch, Shapes, compare, shapes
 from ..model.surroundings import same_random_state
 from . import fit_expressions as lines
@@ -201,21 +202,51 @@ def map_of(
         raise UnsupportedModelError(
             f"{type(model).__name__} and its config disagree before any pruning: {reason}"
         )
-    options = tuple(builder.options.items())
-    data = model.config.to_json_string(use_diff=False)
-    key = (type(model), data, builder.dtype, options, id(make_inputs))  # the map holds the function
-    if key not in _learned:
-        with _old_objects_aside(), same_random_state():
-            _learned[key] = _stored_or_learned(builder, model.config, full, make_inputs)
-        while len(_learned) > _MOST_MAPS:
-            _learned.popitem(last=False)
-    field_map = _learned[key]
+    field_map = _learned_once(builder, model.config, full, make_inputs)
     if not field_map.values and not field_map.ratio_partners:
         raise UnsupportedModelError(
             f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
             "no config can say what is pruned of it. Prune a class whose config holds its widths."
         )
     return field_map
+
+
+def map_at(
+    builder: Builder, data: dict[str, Any], make_inputs: MakeInputs | None = None
+) -> FieldMap:
+    """Return the field map of a class around a config's JSON; learned once per config.
+
+    Args:
+        builder: builds the class.
+        data: the config's JSON.
+        make_inputs: the user's function that makes inputs, if there is one.
+
+    Raises:
+        UnsupportedModelError: the class does not build the config.
+    """
+    full = builder.build(data)
+    if isinstance(full, Refusal):
+        raise UnsupportedModelError(f"{builder.model_class.__name__}: {full.reason}")
+    return _learned_once(builder, builder.config(data), full, make_inputs)
+
+
+def _learned_once(
+    builder: Builder,
+    config: PreTrainedConfig,
+    full: nn.Module,
+    make_inputs: MakeInputs | None,
+) -> FieldMap:
+    """Return a field map from memory or from disk, or learn it."""
+    options = tuple(builder.options.items())
+    data = config.to_json_string(use_diff=False)
+    # the map holds the function
+    key = (builder.model_class, data, builder.dtype, options, id(make_inputs))
+    if key not in _learned:
+        with _old_objects_aside(), same_random_state():
+            _learned[key] = _stored_or_learned(builder, config, full, make_inputs)
+        while len(_learned) > _MOST_MAPS:
+            _learned.popitem(last=False)
+    return _learned[key]
 
 
 def _stored_or_learned(
@@ -297,7 +328,8 @@ def learn(
         make_inputs: the user's function that makes inputs, for a recipe that is found.
     """
     data = config_json(config, use_diff=False)
-    depth = Depth(data) if tiny else shallow(builder, data, full)
+    every_layer = tiny or bool(layer_lists(builder.model_class))  # each has fields of its own
+    depth = Depth(data) if every_layer else shallow(builder, data, full)
     declared, unset = candidates(builder, depth.data)
     study = Study(builder, depth, {}, recipe, make_inputs)
     implied = independent(study, {} if tiny else all_implied(study, unset), declared)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from ..errors import UnsupportedModelError
@@ -19,11 +19,13 @@ from ..model.build import Refusal
 from ..model.class_digest import entry_key
 from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import load, store, suspended
+from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
 from ..model.surroundings import one_thread, same_random_state
 from ..twin.find_groups import find_alone, find_groups
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
+from .layer_experiments import LayerFindings, uniform_map
 
 _MOST_BUILDS = 64
 _Fields = tuple[FieldPath, ...]
@@ -81,18 +83,40 @@ def experiments_of(
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
     memory = _experiments.setdefault(field_map, _Memory())
+    if layer_lists(field_map.builder.model_class):
+        fields = ()
     result = memory.by_fields.get(()) or memory.by_fields.get(fields)
     if result is None:
         cache = nullcontext() if tiny is None else suspended()
         with one_thread(), same_random_state(), cache:
             result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
             if result is None:
-                memory.tiny = memory.tiny or _with_fewest_layers(field_map, tiny)
-                result = _alone(field_map, memory.tiny, fields) or _every(field_map, memory.tiny)
+                result = _experimented(field_map, memory, tiny, fields)
         memory.by_fields[result.fields] = result
     if isinstance(result.tiny, InputsRefusal):
         raise UnsupportedModelError(result.tiny.reason)
     return result
+
+
+def _experimented(
+    field_map: FieldMap, memory: _Memory, tiny: TinyModel | None, fields: _Fields
+) -> Experiments:
+    """Run the experiments; those with a generated class are the ones with its stock class."""
+    if tiny is None and layer_lists(field_map.builder.model_class):
+        return _with_own_layers(field_map)
+    memory.tiny = memory.tiny or _with_fewest_layers(field_map, tiny)
+    return _alone(field_map, memory.tiny, fields) or _every(field_map, memory.tiny)
+
+
+def _with_own_layers(field_map: FieldMap) -> Experiments:
+    """Return the experiments with a class whose layers have fields of their own."""
+    uniform = uniform_map(field_map.builder, field_map.data, field_map.recipe.make_inputs)
+    stock = experiments_of(uniform)
+    if isinstance(stock.tiny, Refusal):
+        return stock
+    layers = LayerFindings(field_map, uniform, stock.tiny)
+    findings = tuple(chain.from_iterable(map(layers.carried_over, stock.findings)))
+    return Experiments(layers.tiny_model(), findings, cached=stock.cached)
 
 
 def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyModel | Refusal:

@@ -72,7 +72,7 @@ def expand(
     covered: set[tuple[str, int]] = set()
     widths = {field_map.values[field] for field in finding.fields}
     for group in finding.groups:
-        for instance in _instances(group, field_map, names):
+        for instance in instances(group, field_map, names):
             real = _real_group(group, instance, tiny, field_map, shares, names)
             if isinstance(real, str):
                 return real
@@ -107,7 +107,7 @@ def _in_two_groups(groups: Sequence[Group]) -> str | None:
     return None
 
 
-def _instances(
+def instances(
     group: TinyGroup, field_map: FieldMap, names: Mapping[str, Sequence[str]]
 ) -> Iterator[dict[str, TensorDim]]:
     """Yield each real group that a tiny group stands for: real parameter name -> tiny tensor dim.

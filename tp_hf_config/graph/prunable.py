@@ -16,6 +16,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import VARIABLE
 from ..model.from_config import module_of
+from ..model.layer_entries import name_in_all_layers
 from ..model.surroundings import same_random_state
 from ..model.tensors import parameter_names, tensor
 from ..notebook import page, short, table
@@ -100,6 +101,17 @@ def _row(width: Width) -> tuple[str, ...]:
     return (width.name, *shown, width.reason or proved + note_on_states(width.encoder_states))
 
 
+def _row_of(name: str, widths: Sequence[Width]) -> tuple[str, ...]:
+    """Return the row of a width, or of the widths of several layers, as ranges."""
+    rows = list(map(_row, widths))
+    if len(rows) == 1:
+        return rows[0]
+    units = [width.units for width in widths]
+    low, high = rows[units.index(min(units))][1:5], rows[units.index(max(units))][1:5]
+    numbers = (a if a == b else f"{a}..{b}" for a, b in zip(low, high, strict=True))
+    return (f"{name} (of {len(rows)} layers)", *numbers, rows[0][5])
+
+
 @dataclass(frozen=True)
 class Prunable:
     """The widths of one model; prints as a table.
@@ -115,8 +127,11 @@ class Prunable:
     cached: bool = False
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """Return the head of the table and one row for each width."""
-        return [_HEAD, *map(_row, self.widths)]
+        """Return the head of the table and a row for each width; layers' own share one."""
+        alike: dict[tuple[Any, ...], list[Width]] = {}
+        for width in self.widths:
+            alike.setdefault((name_in_all_layers(width.name), width.reason), []).append(width)
+        return [_HEAD, *(_row_of(name, widths) for (name, _), widths in alike.items())]
 
     def __repr__(self) -> str:
         proved = sum(width.reason is None for width in self.widths)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.config_json import FieldPath, config_json, is_own, is_plain
+from ..model.config_json import FieldPath, changed_values, config_json, is_own, is_plain
+from ..model.layer_entries import KEY, entries_of, entries_supported
 from ..model.tensors import Tie, owner
 
 _MISSING = object()
@@ -48,17 +49,17 @@ def all_or_nothing() -> Iterator[Changes]:
 def _read(target: Any, key: Any) -> Any:
     if isinstance(target, dict):
         return target.get(key, _MISSING)
+    if key == KEY and entries_supported():
+        return entries_of(target)
     if key in (getattr(target, "per_layer_attributes", None) or ()):
         return vars(target).get(key, _MISSING)  # getattr would ask for one layer's value
     return getattr(target, key, _MISSING)
 
 
 def _part(target: Any, key: Any) -> Any:
-    """Return a config's value of a key; per-layer settings as the config stores them."""
+    """Return a config's value of a key."""
     if isinstance(target, dict):
         return target[key if key in target else int(key)]
-    if key == "per_layer_config" and hasattr(target, "_heterogeneity_spec"):
-        return target._heterogeneity_spec.per_layer_overrides
     return getattr(target, str(key))
 
 
@@ -154,20 +155,6 @@ def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
     return Difference(fields, attributes, buffers)
 
 
-def changed_values(old: Any, new: Any, field: FieldPath = ()) -> list[tuple[FieldPath, Any]]:
-    """Return the changed leaves of a config's JSON with their new values.
-
-    A list counts as one leaf; ``field`` is where ``old`` and ``new`` stand.
-    """
-    if isinstance(old, dict) and isinstance(new, dict):
-        changed: list[tuple[FieldPath, Any]] = []
-        for key, value in new.items():
-            if key not in old or old[key] != value:
-                changed += changed_values(old.get(key), value, (*field, key))
-        return changed
-    return [(field, new)] if old != new else []
-
-
 def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute]:
     """Yield the plain attributes of one module that the new build has with other values."""
     before = vars(old)
@@ -200,12 +187,30 @@ def write_fields(
     changes: Changes, live: nn.Module, fields: Sequence[tuple[str, FieldPath, Any]]
 ) -> None:
     """Write config values into the config objects that the live modules hold."""
+    entries: dict[tuple[str, FieldPath], dict[FieldPath, Any]] = {}
     for module_name, field, value in fields:
-        target: Any = live.get_submodule(module_name).config
-        for key in field[:-1]:
-            target = _part(target, key)
+        if KEY in field:
+            at = field.index(KEY)
+            entries.setdefault((module_name, field[:at]), {})[field[at + 1 :]] = value
+            continue
+        target = _config_part(live, module_name, field[:-1])
         if _read(target, field[-1]) != value:
             changes.set(target, field[-1], value)
+    for (module_name, path), written in entries.items():
+        target = _config_part(live, module_name, path)
+        layers = entries_of(target)
+        for (number, key), value in written.items():
+            layers.setdefault(int(number), {})[str(key)] = value
+        if _read(target, KEY) != layers:
+            changes.set(target, KEY, layers)
+
+
+def _config_part(live: nn.Module, module_name: str, path: FieldPath) -> Any:
+    """Return the config that a module holds, or what stands in it at a path."""
+    target: Any = live.get_submodule(module_name).config
+    for key in path:
+        target = _part(target, key)
+    return target
 
 
 def write_attributes(

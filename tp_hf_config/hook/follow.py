@@ -29,13 +29,12 @@ from ..forward.encoder_states import encoder_states_of
 from ..forward.head_splits import counts_of, heads_of, splits_after
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, config_json, field_name, value_at
+from ..model.config_json import FieldPath, changed_values, config_json, field_name, value_at
 from ..model.live_objects import surroundings_of
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
 from .apply import (
     all_or_nothing,
-    changed_values,
     difference,
     write_attributes,
     write_buffers,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import CalibrationWarning, ConfigSyncError
-from ..planning.settings import Graph, check_graph
+from ..planning.settings import Graph, Layers, check_graph, check_layers
 from . import registration
 from .history import Recorder
 from .report import SyncReport
@@ -48,6 +48,11 @@ class HFConfigSyncHook:
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
             Needed only without ``pruner_kwargs(make_inputs=)``.
+        layers: ``"uniform"``: all layers keep the same widths. ``"differ"``: each may have its own,
+            as global and isomorphic ranking, ``pruning_ratio_dict`` and ignored layers leave them;
+            the config gets ``per_layer_config``, the model the class that builds its layers from it
+            (saved with the model, loaded with ``trust_remote_code=True``), and both go again
+            once all layers agree.
         compensate: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before
             every cut the weights that read pruned channels are refitted by least squares, where
             held-out data says that it helps. The report says by how much.
@@ -62,8 +67,11 @@ class HFConfigSyncHook:
         strict: bool = False,
         make_inputs: MakeInputs | None = None,
         compensate: Calibration | None = None,
+        layers: Layers = "uniform",
     ) -> None:
         check_graph(graph)
+        check_layers(layers)
+        self.layers = layers
         self.compensate = compensate
         self._compensating: Compensating | None = None
         self.strict, self.make_inputs = strict, make_inputs
@@ -100,9 +108,10 @@ class HFConfigSyncHook:
     @contextmanager
     def constructing(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Surround a pruner's constructor: check the model, and install the graph."""
+        from ..graph.layer_fields import layers_listed
         from ..graph.pruner_access import building
 
-        with building(self._graph_for(arguments)):
+        with layers_listed(arguments["model"], self.layers), building(self._graph_for(arguments)):
             yield
 
     def _graph_for(self, arguments: dict[str, Any]) -> ConfigGraph:
@@ -166,6 +175,18 @@ class HFConfigSyncHook:
             ValueError: this hook follows another pruner already, or the pruner's trace cannot be
                 replaced.
         """
+        from ..graph.layer_fields import layers_listed
+
+        if self._follower is not None:
+            raise ValueError(
+                "this HFConfigSyncHook follows another pruner already: give every pruner a hook "
+                "of its own, or remove() the handle of the other one first"
+            )
+        with layers_listed(pruner.model, self.layers):
+            self._attach(pruner)
+
+    def _attach(self, pruner: Any) -> None:
+        """Attach to a pruner while its model's layers have entries of their own, where they may."""
         from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
         from ..graph.pruner_access import give_back
@@ -174,11 +195,6 @@ class HFConfigSyncHook:
         from .follow import Follower
         from .steering import UnitSteering
 
-        if self._follower is not None:
-            raise ValueError(
-                "this HFConfigSyncHook follows another pruner already: give every pruner a hook "
-                "of its own, or remove() the handle of the other one first"
-            )
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
         check_config_is_own(pruner, follower.model, follower.sharers, self.strict)
         if self.compensate is not None:
@@ -233,6 +249,7 @@ class HFConfigSyncHook:
             UnsupportedModelError: the model gained or lost parts since the hook was attached.
             ConfigSyncError: no config could describe what the step leaves.
         """
+        from ..graph.layer_fields import layers_listed
         from .steering import cutting_together
         from .step_preflight import prove_before_cutting
 
@@ -240,7 +257,11 @@ class HFConfigSyncHook:
             self._follower.check_parts()
         prepare = None if self.compensate is None else partial(self._refit, pruner)
         prove = partial(self._prove, pruner)
-        with cutting_together(pruner), prove_before_cutting(pruner, prove, prepare):
+        with (
+            layers_listed(pruner.model, self.layers),
+            cutting_together(pruner),
+            prove_before_cutting(pruner, prove, prepare),
+        ):
             yield
 
     def _refit(self, pruner: Any, groups: Sequence[Any], whole: bool) -> None:
@@ -296,13 +317,16 @@ class HFConfigSyncHook:
                 "this HFConfigSyncHook is attached to no pruner: pass it as hooks=[hook] or call "
                 "hook.register(pruner)"
             )
+        from ..graph.layer_fields import layers_listed
+
         started = time.perf_counter()
         report = SyncReport(
             len(self.reports) + 1, self._graph_reason, self._recorder.drain(), notes=[]
         )
         failure = None
         try:
-            report = self._follower.follow(report)
+            with layers_listed(self._follower.pruner.model, self.layers):
+                report = self._follower.follow(report)
             notes = [*report.notes, *self._step_notes()]
             if stepped and report.groups and self.compensate and self._compensating is None:
                 notes.append(

@@ -12,13 +12,14 @@ from torch import nn
 from ..model.build import Builder, Refusal
 from ..model.config_json import (
     FieldPath,
+    changed_values,
     config_json,
     field_name,
     value_at,
     with_values,
     without_field,
 )
-from .apply import changed_values, difference
+from .apply import difference
 
 
 def with_mirrored_fields(

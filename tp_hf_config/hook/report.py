@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .. import notebook
+from ..model.layer_entries import name_in_all_layers
 from ..notebook import short
 from ..schema import dated
 from .history import PrunedGroup
@@ -60,7 +61,7 @@ class SyncReport:
         head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned{graph}"
         if self.error is not None:
             return f"{head}; the config does not follow: {self.error}"
-        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
+        changes = ", ".join(_in_words(self.fields))
         refreshed = ", ".join(
             _count(len(items), word)
             for items, word in (
@@ -137,6 +138,26 @@ class SyncReport:
             "compensation": None if self.compensation is None else self.compensation.to_dict(),
         }
         return dated(data)
+
+
+def _in_words(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    """Yield how fields changed; those of single layers together, as a range."""
+    of_layers: dict[str, list[tuple[Any, Any]]] = {}
+    for name, (old, new) in fields.items():
+        shared = name_in_all_layers(name)
+        if shared == name:
+            yield f"{name} {old} -> {new}"
+        else:
+            of_layers.setdefault(shared, []).append((old, new))
+    for name, changes in of_layers.items():
+        olds, news = zip(*changes, strict=True)
+        yield f"{name} {_range(olds)} -> {_range(news)} in {_count(len(changes), 'layer')}"
+
+
+def _range(values: Sequence[Any]) -> str:
+    """Return values as their range: ``96`` or ``61..69``."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}..{high}"
 
 
 def _count(number: int, word: str) -> str:

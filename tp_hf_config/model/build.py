@@ -64,6 +64,12 @@ class Builder:
         other.attention = attention
         return other
 
+    def of_class(self, model_class: type[PreTrainedModel]) -> Builder:
+        """Return a builder of another class with the same config class, options and dtype."""
+        other = copy.copy(self)
+        other.model_class = model_class
+        return other
+
     def config(self, data: dict[str, Any]) -> PreTrainedConfig:
         """Return the config that ``from_pretrained`` would read, with eager experts.
 
@@ -101,6 +107,18 @@ class Builder:
             if "device" not in text:
                 break
         return Refusal(text.removeprefix("Class validation error for validator "))
+
+    def initialised(self, data: dict[str, Any]) -> Refusal | None:
+        """Return the refusal of a class to draw initial weights for a config's JSON, or ``None``.
+
+        They are drawn on the meta device; loading a folder draws none.
+        """
+        try:
+            with _construction(self.dtype, torch.device("meta"), initial=True):
+                self.model_class(self.config(data), **self.options)
+        except Exception as error:  # as in build
+            return Refusal(in_one_line(error))
+        return None
 
     def shapes_at(self, data: dict[str, Any]) -> Shapes | Refusal:
         """Return the shapes that the class builds from a config's JSON, or its refusal."""
@@ -187,13 +205,14 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
+def _construction(dtype: torch.dtype, place: Any, initial: bool = False) -> Iterator[None]:
     """Construct as ``from_pretrained`` does: with a dtype, no initial values, no log lines.
 
     Args:
         dtype: torch's default dtype while open.
         place: the device or mode that says where tensors go. ``None``: everything is computed on
             the CPU, initial values too.
+        initial: draw initial values elsewhere too.
     """
     import logging
 
@@ -208,7 +227,8 @@ def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
                 yield
                 return
             leaves = copied_leaves() if isinstance(place, _OnMeta) else nullcontext()
-            with torch.no_grad(), no_init_weights(), _short_configs(), leaves, place:
+            empty = nullcontext() if initial else no_init_weights()
+            with torch.no_grad(), empty, _short_configs(), leaves, place:
                 yield
         finally:
             torch.set_default_dtype(default)

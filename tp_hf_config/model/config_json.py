@@ -75,3 +75,17 @@ def without_field(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
     if isinstance(parent, dict):
         parent.pop(path[-1], None)
     return result
+
+
+def changed_values(old: Any, new: Any, field: FieldPath = ()) -> list[tuple[FieldPath, Any]]:
+    """Return the changed leaves of a config's JSON with their new values.
+
+    A list counts as one leaf; ``field`` is where ``old`` and ``new`` stand.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        changed: list[tuple[FieldPath, Any]] = []
+        for key, value in new.items():
+            if key not in old or old[key] != value:
+                changed += changed_values(old.get(key), value, (*field, key))
+        return changed
+    return [(field, new)] if old != new else []

@@ -16,6 +16,7 @@ from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.model_view import ModelView, view_of
 from ..forward.run_recipe import MakeInputs
+from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
@@ -24,7 +25,7 @@ from .model_size import ParameterCount, Size, size_of
 from .plan import Plan, PlannedWidth
 from .refusals import adjusted_line, by_name, planned_refusal
 from .selection import Chosen, Wanted, check_ratios, choose
-from .settings import Gqa, PruneSettings, Scheduler
+from .settings import Gqa, Layers, PruneSettings, Scheduler
 from .shortfall import shortfalls
 from .target import trajectory_to, why_not_exactly
 from .trajectory import MovingWidth, Trajectory
@@ -51,6 +52,7 @@ def plan(
     max_pruning_ratio: float = 1.0,
     iterative_pruning_ratio_scheduler: Scheduler | None = None,
     target_params: float | None = None,
+    layers: Layers = "uniform",
     model_class: type[PreTrainedModel] | None = None,
     make_inputs: MakeInputs | None = None,
 ) -> Plan:
@@ -79,6 +81,8 @@ def plan(
         target_params: how many parameters may be left: a share of them (up to 1), or a number. One
             ratio is then found for all widths that ``ratios`` does not name, and for pruned heads
             if ``head_pruning_ratio`` is 0.
+        layers: ``"differ"``: every layer may get widths of its own; ``ratios`` may then name those
+            of single layers too (``"per_layer_config.3.intermediate_size"``).
         model_class: the class of a config. Default: the one that the config names, else the first
             that exists of a causal or other language model, a classifier and a base model.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
@@ -106,15 +110,18 @@ def plan(
         round_to=round_to,
         max_pruning_ratio=max_pruning_ratio,
         iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
+        layers=layers,
     )
     model = module_of(model_or_config, model_class)
-    view = view_of(model, make_inputs, weights=False)
-    wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=bool(view.prefix))
-    chosen = choose(view, wanted)
-    trajectory = _trajectory(view, chosen, settings)
-    if pruning_ratio:
-        _check_followed(trajectory, settings, target_params, listed=prune is not None)
-    return _plan(model_or_config, view, chosen, trajectory, settings, target_params)
+    with layers_listed(model, layers):
+        view = view_of(model, make_inputs, weights=False)
+        settings = settings.in_every_layer(fields_named(view.field_map))
+        wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=bool(view.prefix))
+        chosen = choose(view, wanted)
+        trajectory = _trajectory(view, chosen, settings)
+        if pruning_ratio:
+            _check_followed(trajectory, settings, target_params, listed=prune is not None)
+        return _plan(model_or_config, view, chosen, trajectory, settings, target_params)
 
 
 def _check_followed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,9 @@ from .. import notebook
 from ..errors import ConfigSyncError, UnsupportedModelError
 from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
+from ..graph.layer_fields import layers_listed
 from ..model.config_json import FieldPath
+from ..model.layer_entries import name_in_all_layers
 from ..notebook import short
 from ..schema import dated
 from .model_size import Size
@@ -139,8 +142,9 @@ class Plan:
                 f"this plan of {self.model} was made of a config, or of a model that is gone. Pass "
                 "the model to prune: plan.pruner_kwargs(model)."
             )
-        view = view_of(model, self._make_inputs)
-        name = type(view.model).__name__
+        with layers_listed(model, self.settings.layers):
+            view = view_of(model, self._make_inputs)
+            name = type(view.model).__name__
         if name != self.model or view.field_map.values != self._fields:
             raise UnsupportedModelError(
                 f"this plan was made for a {self.model} with another config than the one of this "
@@ -248,7 +252,10 @@ def footnotes(plan: Plan) -> list[str]:
             + ("" if plan.why_not_exactly is None else f"; {plan.why_not_exactly}")
         )
     lines += plan.adjusted
-    lines += [f"stays: {name}: {reason}" for name, reason in plan.kept.items()]
+    layers = Counter((name_in_all_layers(name), reason) for name, reason in plan.kept.items())
+    for (name, reason), number in layers.items():
+        where = f" (of {number} layers)" if number > 1 else ""
+        lines.append(f"stays: {name}{where}: {reason}")
     return lines + [f"note: {note}" for note in plan.notes]
 
 

@@ -20,6 +20,7 @@ from ..graph.pruner_access import given_ratios
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
+from ..model.layer_entries import may_differ, shared_field
 from .pruner_arguments import warn
 from .refusals import adjusted_line, planned_refusal, refusal_lines
 from .shortfall import shortfalls
@@ -159,6 +160,11 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
         if any(scopes[group.scope] > 1 for group in groups)
     }
     problem = _ranked_together(ranked) or _first_difference(pruner, by_fields, ranked)
+    if problem is not None and may_differ(view.model):
+        problem += (
+            " Or let every layer have widths of its own: layers='differ', in pruner_kwargs and in "
+            "HFConfigSyncHook."
+        )
     if ranked or problem is not None:
         return None, problem
     moving_widths: list[MovingWidth] = []
@@ -201,9 +207,10 @@ def _ranked_together(ranked: _Groups) -> str | None:
     several = {_names(fields): len(groups) for fields, groups in ranked.items() if len(groups) > 1}
     if not several:
         return None
-    alone = [_names(fields) for fields, groups in ranked.items() if len(groups) == 1]
+    alone = (fields for fields, groups in ranked.items() if len(groups) == 1)
+    names = dict.fromkeys(field_name(shared_field(field)) for fields in alone for field in fields)
     groups = ", ".join(f"the {number} groups of {name}" for name, number in several.items())
-    only = ", ".join(f'"{field}"' for name in alone for field in name.split(" + "))
+    only = ", ".join(f'"{name}"' for name in names)
     other = f", or prune what has one group alone: prune=({only},) of pruner_kwargs" if only else ""
     return (
         f"{groups} are ranked together, so they lose different numbers, and one config field "

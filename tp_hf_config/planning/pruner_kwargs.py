@@ -13,6 +13,7 @@ from ..fieldmap.model_view import ModelView, view_of
 from ..forward.inputs import example_inputs
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
+from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import note_on_states, note_on_unobserved
 from ..graph.pruner_access import GraphInputs
 from ..model.config_json import field_name
@@ -21,7 +22,14 @@ from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
 from .requested import staying, wanted_by
 from .selection import Chosen, Wanted, choose
 from .selection import check_ratios as check_field_ratios
-from .settings import Gqa, Graph, PruneSettings, check_graph, check_share
+from .settings import (
+    Gqa,
+    Graph,
+    Layers,
+    PruneSettings,
+    check_graph,
+    check_share,
+)
 from .unit_counts import multiples_of
 
 
@@ -36,6 +44,7 @@ def pruner_kwargs(
     prune_head_dims: bool | None = None,
     round_to: int | None = None,
     make_inputs: MakeInputs | None = None,
+    layers: Layers = "uniform",
     **arguments: Any,
 ) -> dict[str, Any]:
     """Return arguments for a Torch-Pruning pruner of this model, learned from its class.
@@ -64,6 +73,7 @@ def pruner_kwargs(
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
             The hook then uses it too.
+        layers: ``"differ"``: every layer may get widths of its own; for a hook with the same.
         arguments: any other arguments of the pruner. Those that the model has a say in
             (``ignored_layers``, ``num_heads``, ``pruning_ratio_dict``, ...) are merged with what it
             needs, the others are passed on. A width stays if ``ignored_layers`` or
@@ -85,14 +95,16 @@ def pruner_kwargs(
     check_ratios(arguments)
     for name, ratio in (ratios or {}).items():
         check_share(f"ratios: {name}", ratio)
-    settings = PruneSettings.of(prune, ratios or None, prune_num_heads, gqa)
-    view = view_of(model, make_inputs)
+    settings = PruneSettings.of(prune, ratios or None, prune_num_heads, gqa, layers=layers)
     heads = settings.prune_num_heads
     given = {**arguments, "round_to": round_to, "prune_num_heads": heads}
     if prune_head_dims is not None:
         given["prune_head_dims"] = prune_head_dims
-    wanted = Wanted(settings.prune, heads, gqa, bool(prune_head_dims), bool(view.prefix))
-    return _on_config_graph(model, view, wanted, settings.ratios, given)
+    with layers_listed(model, layers):
+        view = view_of(model, make_inputs)
+        settings = settings.in_every_layer(fields_named(view.field_map))
+        wanted = Wanted(settings.prune, heads, gqa, bool(prune_head_dims), bool(view.prefix))
+        return _on_config_graph(model, view, wanted, settings.ratios, given)
 
 
 def by_itself(model: nn.Module, view: ModelView, arguments: Mapping[str, Any]) -> dict[str, Any]:

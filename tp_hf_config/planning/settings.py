@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 Graph = Literal["auto", "config"]
@@ -15,6 +15,9 @@ Gqa = Literal["query", "group"]
 
 ``"query"``: the same number of query heads from every group; ``"group"``: whole groups.
 """
+
+Layers = Literal["uniform", "differ"]
+"""Whether all layers keep the same widths, or each may get its own."""
 
 Scheduler = Callable[[float, int], Sequence[float]]
 """The final ratio, number of steps -> the ratios from step 0 on."""
@@ -28,6 +31,7 @@ class PruneSettings:
         prune: names of config fields; ``None``: every width inside the model.
         ratios: config field -> its own ratio.
         prune_num_heads: whether attention heads are pruned.
+        layers: whether layers may get widths of their own.
 
     Raises:
         ValueError: ``gqa`` is unknown, a ratio is not from 0 to 1, or heads are ruled out although
@@ -44,8 +48,10 @@ class PruneSettings:
     round_to: int | None = None
     max_pruning_ratio: float = 1.0
     iterative_pruning_ratio_scheduler: Scheduler | None = None
+    layers: Layers = "uniform"
 
     def __post_init__(self) -> None:
+        check_layers(self.layers)
         if self.gqa is not None and self.gqa not in get_args(Gqa):
             raise ValueError(f"gqa={self.gqa!r}: expected 'query' or 'group'")
         ratio = self.head_pruning_ratio
@@ -93,6 +99,20 @@ class PruneSettings:
             **others,
         )
 
+    def in_every_layer(self, names_of: Callable[[str], Sequence[str]]) -> PruneSettings:
+        """Return the settings with a field of every layer for one that all layers stand for.
+
+        Args:
+            names_of: a field's name -> the names of the fields that it stands for.
+        """
+        prune = (
+            None
+            if self.prune is None
+            else dict.fromkeys(n for p in self.prune for n in names_of(p))
+        )
+        ratios = {name: ratio for given, ratio in self.ratios.items() for name in names_of(given)}
+        return replace(self, prune=None if prune is None else tuple(prune), ratios=ratios)
+
     def arguments(self) -> dict[str, Any]:
         """Return the settings as keyword arguments for ``pruner_kwargs``."""
         return {name: value for name, value in vars(self).items() if value not in (None, {})}
@@ -118,6 +138,12 @@ def check_graph(graph: object) -> None:
         )
     if graph not in get_args(Graph):
         raise ValueError(f"graph={graph!r}: expected 'config' or 'auto', which mean the same")
+
+
+def check_layers(layers: str) -> None:
+    """Raise ``ValueError`` unless ``layers`` is ``"uniform"`` or ``"differ"``."""
+    if layers not in get_args(Layers):
+        raise ValueError(f"layers={layers!r}: expected 'uniform' or 'differ'")
 
 
 def check_share(name: str, value: Any) -> None:

@@ -17,13 +17,12 @@ from torch import nn
 from ...errors import TrainingError
 from ...fieldmap.completeness import build_live
 from ...model.build import Refusal
-from ...model.config_json import FieldPath, config_json, field_name, with_values
+from ...model.config_json import FieldPath, changed_values, config_json, field_name, with_values
 from ...model.locate import find_pretrained
 from ...model.tensors import owner, saved_buffers
 from ..apply import (
     Changes,
     all_or_nothing,
-    changed_values,
     difference,
     write_attributes,
     write_buffers,

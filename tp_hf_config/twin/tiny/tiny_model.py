@@ -76,7 +76,8 @@ class TinyModel:
     answers: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
-    def _run(self) -> TinyRun:
+    def run(self) -> TinyRun:
+        """What experiments run; built when it is first asked for."""
         return self.build()
 
     @cached_property
@@ -86,22 +87,22 @@ class TinyModel:
     @property
     def model(self) -> nn.Module:
         """The class with random weights; see :class:`TinyRun`."""
-        return self._run.model
+        return self.run.model
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The inputs of one forward pass; see :class:`TinyRun`."""
-        return self._run.inputs
+        return self.run.inputs
 
     @property
     def partial(self) -> bool:
         """True if it runs on text alone; see :class:`TinyRun`."""
-        return self._run.partial
+        return self.run.partial
 
     @property
     def watched(self) -> tuple[Result, ...]:
         """Intermediate results that count as outputs; see :class:`TinyRun`."""
-        return self._run.watched
+        return self.run.watched
 
     @property
     def encoder_states(self) -> dict[str, torch.Tensor]:
@@ -158,7 +159,7 @@ def tiny_model(field_map: FieldMap) -> TinyModel | Refusal:
     """
     candidates: list[TinyModel | Refusal] = []
     for together in (False, True):
-        tiny = _build(field_map, shrunken(field_map, small_tokens(field_map), together))
+        tiny = built_tiny_model(field_map, shrunken(field_map, small_tokens(field_map), together))
         if isinstance(tiny, TinyModel) and not tiny.partial:
             return tiny
         candidates.append(tiny)
@@ -176,12 +177,12 @@ def stored_tiny_model(tiny_map: FieldMap, full: FieldMap) -> TinyModel:
             raise RuntimeError(
                 f"the tiny model of {full.builder.model_class.__name__}: {tiny.reason}"
             )
-        return tiny._run
+        return tiny.run
 
     return TinyModel(tiny_map, full, build)
 
 
-def _build(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
+def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
     """Return the class built from a config with random weights, and inputs with which it runs.
 
     Returns:

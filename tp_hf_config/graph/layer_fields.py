@@ -1,0 +1,128 @@
+"""Which settings single layers may have of their own, and the model while they all have them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..fieldmap.completeness import build_live
+from ..fieldmap.expressions import Quantity
+from ..fieldmap.field_map import FieldMap
+from ..model.config_json import FieldPath, config_json, field_name
+from ..model.layer_class import layer_lists
+from ..model.layer_entries import (
+    KEY,
+    ListedLayers,
+    entries_supported,
+    layer_lists_of,
+    layer_number,
+    shared_field,
+)
+from ..model.locate import find_pretrained
+from .experiments import experiments_of
+from .layer_experiments import uniform_map
+
+_listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def layers_listed(module: nn.Module, layers: str = "differ") -> Iterator[None]:
+    """While open, every layer of the model in a module has entries of its own in the config.
+
+    The model computes the same.  Afterwards, only what differs stays in the config; if nothing
+    does, the model is of its stock class, with the config that it had.
+
+    Args:
+        module: a Hugging Face model, or a module that contains one.
+        layers: ``"uniform"``: nothing changes, unless the model's layers differ already.
+
+    Raises:
+        UnsupportedModelError: no layers of the model can have entries, or this version of
+            Transformers reads none.
+    """
+    model: Any = find_pretrained(module)[1]
+    if model in _listed or (layers == "uniform" and not layer_lists(type(model))):
+        yield
+        return
+    listed = ListedLayers(model, _keys(model))
+    _listed.add(model)
+    listed.open()
+    try:
+        yield
+    finally:
+        listed.close()
+        _listed.discard(model)
+
+
+def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:
+    """Return a function: a field's name -> itself, or its names in all layers' own entries.
+
+    A name of a single layer's own, or of a field that no layer has of its own, stands for itself.
+    """
+    own: dict[str, list[str]] = {}
+    for field in field_map.values:
+        if layer_number(field) is not None:
+            own.setdefault(field_name(shared_field(field)), []).append(field_name(field))
+            unpadded = tuple(
+                key.lstrip("0") or "0" if key.isdigit() else key for key in map(str, field)
+            )
+            own.setdefault(field_name(unpadded), []).append(field_name(field))
+    return lambda name: own.get(name, [name])
+
+
+def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
+    """Return the path of a config -> the settings that its layers may have of their own.
+
+    Those of widths that lie in single layers, whose layers are built from entries.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    name = type(model).__name__
+    if not entries_supported():
+        raise UnsupportedModelError(
+            f"layers='differ': {name} would need a config with {KEY}, which Transformers reads "
+            "from 5.15 on. Install a newer one, or keep layers='uniform'"
+        )
+    field_map = uniform_map(build_live(model)[0], config_json(model.config, use_diff=False))
+    inside = _fields_inside(field_map, model)
+    keys: dict[FieldPath, dict[str, int]] = {}
+    for finding in experiments_of(field_map).findings:
+        if finding.reason is None and inside >= set(finding.fields):
+            for field in finding.fields:
+                keys.setdefault(field[:-1], {})[str(field[-1])] = field_map.values[field]
+    if not keys:
+        raise UnsupportedModelError(
+            f"layers='differ': {name} has no width that is its single layers' own and that "
+            f"{type(model.config).__name__} could set for each, or its layers are not built from "
+            "a config. Keep layers='uniform'"
+        )
+    return keys
+
+
+def _fields_inside(field_map: FieldMap, model: Any) -> set[FieldPath]:
+    """Return the fields that set nothing outside of layers which can be built from entries."""
+    prefix = model.base_model_prefix if model.base_model is not model else ""
+    lists: dict[FieldPath, list[str]] = {}
+    for found in layer_lists_of(model):
+        lists.setdefault(found.config_path, []).append(f"{prefix}.{found.name}.".lstrip("."))
+    set_by: dict[Quantity, Collection[FieldPath]] = {
+        **{key: expression.fields for key, expression in field_map.expressions.items()},
+        **{key: power.fields for key, power in field_map.powers.items()},
+        **field_map.unfitted,
+    }
+    names: dict[FieldPath, list[str]] = {}
+    for (name, _), fields in set_by.items():
+        for field in fields:
+            names.setdefault(field, []).append(name)
+    return {
+        field
+        for field, set_names in names.items()
+        if field in field_map.values and isinstance(field[-1], str)
+        if all(name.startswith(tuple(lists.get(field[:-1], ()))) for name in set_names)
+    }

@@ -1,0 +1,238 @@
+"""Layers with settings of their own: entries for single layers in a config (``per_layer_config``).
+
+While a model is pruned so that its layers may differ, every layer has an entry for every setting
+that may: a field of its own.  Between steps only settings that differ stay there, and a model whose
+layers all agree is of its stock class again, with nothing but the one number in its config.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .build import Builder
+from .config_json import FieldPath, config_json
+from .layer_class import auto_map, layer_lists, layerwise_class, stock_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+KEY = "per_layer_config"
+"""The field of a config that holds the entries: layer number -> setting -> value."""
+EXPLICIT = "serialize_explicit_per_layer_config"
+GLOBAL_READS = "allow_global_per_layer_attribute_access"
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """A list of layers that can be built from entries of their own.
+
+    Attributes:
+        name: its name in the base model.
+        config_path: the keys that lead to the config of its layers in the model's.
+        classes: the classes of its layers.
+        length: how many layers it has.
+    """
+
+    name: str
+    config_path: FieldPath
+    classes: tuple[type, ...]
+    length: int
+
+
+def entries_supported() -> bool:
+    """True if this version of Transformers reads ``per_layer_config`` (5.15 and newer)."""
+    from transformers import PretrainedConfig
+
+    return hasattr(PretrainedConfig, KEY)
+
+
+def may_differ(model: PreTrainedModel) -> bool:
+    """True if a model of a stock class has layers that could be built from own entries."""
+    stock = not layer_lists(type(model))
+    return stock and entries_supported() and bool(layer_lists_of(model))
+
+
+def shared_field(field: FieldPath) -> FieldPath:
+    """Return the field that an entry stands for: ``per_layer_config.3.n_inner`` -> ``n_inner``.
+
+    Of a field that is in no entry, the field itself.
+    """
+    if KEY not in field:
+        return field
+    at = field.index(KEY)
+    return (*field[:at], *field[at + 2 :])
+
+
+def name_in_all_layers(name: str) -> str:
+    """Return a field's name without the layer in whose entry it is; see :func:`shared_field`."""
+    return re.sub(rf"{KEY}\.\d+\.", "", name)
+
+
+def layer_number(field: FieldPath) -> int | None:
+    """Return the number of the layer in whose entry a field is; ``None`` if it is in none."""
+    return int(field[field.index(KEY) + 1]) if KEY in field else None
+
+
+def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
+    """Return the lists of a model's layers that can be built from entries of their own.
+
+    Their layers get the config as an argument of that name, and are no more than
+    ``num_hidden_layers`` of it.
+    """
+    base = model.base_model
+    paths = {type(node): path for path, node in config_nodes(model.config)}
+    result: list[LayerList] = []
+    for name, module in base.named_modules():
+        inside = any(part.isdigit() for part in name.split("."))
+        if not isinstance(module, nn.ModuleList) or inside or len(module) < 2:
+            continue
+        config = config_around(base, name)
+        classes = tuple(dict.fromkeys(type(layer) for layer in module))
+        count = getattr(config, "num_hidden_layers", 0)
+        if type(config) in paths and len(module) <= count and all(map(_takes_config, classes)):
+            result.append(LayerList(name, paths[type(config)], classes, len(module)))
+    return result
+
+
+def config_around(model: nn.Module, name: str) -> Any:
+    """Return the config of the nearest module around a submodule of this name."""
+    while True:
+        name = name.rpartition(".")[0]
+        config = vars(model.get_submodule(name)).get("config")
+        if config is not None or not name:
+            return config
+
+
+def config_nodes(
+    config: PreTrainedConfig, path: FieldPath = ()
+) -> Iterator[tuple[FieldPath, PreTrainedConfig]]:
+    """Yield a config and all configs in it, each with the keys that lead to it."""
+    from transformers import PretrainedConfig
+
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from config_nodes(value, (*path, name))
+
+
+def _takes_config(layer_class: type) -> bool:
+    return "config" in inspect.signature(layer_class).parameters
+
+
+def entries_of(config: Any) -> dict[int, dict[str, Any]]:
+    """Return layer -> its entry, with every setting for which some layer has one."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    own = sorted(config._heterogeneity_spec.explicit_per_layer_attributes)
+    layers = config.per_layer_config
+    return {
+        number: {key: getattr(layers[number], key) for key in own}
+        for number in range(config.num_hidden_layers)
+    }
+
+
+def set_entries(config: Any, entries: Mapping[int, Mapping[str, Any]]) -> None:
+    """Put entries into a config, in the place of those that there were; none if there are none."""
+    config.per_layer_config = None
+    if entries:
+        vars(config)[EXPLICIT] = True
+        config.per_layer_config = {number: dict(entry) for number, entry in entries.items()}
+    else:
+        for switch in (EXPLICIT, GLOBAL_READS):
+            vars(config).pop(switch, None)
+
+
+def uniform_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's JSON in which all layers are like the first, and none has an entry."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in (KEY, EXPLICIT, GLOBAL_READS, "auto_map"):
+            continue
+        result[key] = uniform_json(value) if isinstance(value, dict) else copy.deepcopy(value)
+    entries = data.get(KEY) or {}
+    if entries:
+        result.update(entries[min(entries, key=int)])
+    return result
+
+
+def with_own_configs(model: PreTrainedModel, lists: Sequence[LayerList]) -> None:
+    """Give the modules of each layer the config from which the layer would be built now."""
+    base = model.base_model
+    for layers in lists:
+        whole = config_around(base, layers.name)
+        for number, layer in enumerate(base.get_submodule(layers.name).children()):
+            own = whole.per_layer_config[number] if whole.is_heterogeneous else whole
+            for module in layer.modules():
+                if type(vars(module).get("config")) is type(whole):
+                    module.config = own
+
+
+class ListedLayers:
+    """A model in which every layer has an entry for every setting that may differ.
+
+    Args:
+        model: the model.
+        keys: the path of a config -> the settings of which every layer gets an entry, with the
+            value that holds for all layers that have none yet.
+    """
+
+    def __init__(self, model: PreTrainedModel, keys: Mapping[FieldPath, Mapping[str, int]]):
+        self.model, self.keys = model, keys
+        self.lists = [found for found in layer_lists_of(model) if found.config_path in keys]
+        self.stock = stock_class(type(model))
+
+    def open(self) -> None:
+        """Give every layer its entries, and the model the class that builds them so."""
+        model = self.model
+        nodes = dict(config_nodes(model.config))
+        for path, defaults in self.keys.items():
+            config: Any = nodes[path]
+            entries = entries_of(config)
+            vars(config)[GLOBAL_READS] = True
+            numbers = range(config.num_hidden_layers)
+            set_entries(config, {n: {**defaults, **entries.get(n, {})} for n in numbers})
+        if not layer_lists(type(model)):
+            lists = {found.name: found.classes for found in self.lists}
+            model.__class__ = layerwise_class(model, lists)
+            model.config.auto_map = auto_map(type(model))
+        with_own_configs(model, self.lists)
+
+    def close(self) -> None:
+        """Keep the entries of settings that differ; if none do, the class is the stock one."""
+        model = self.model
+        differing: list[Any] = []
+        for path, config in config_nodes(model.config):
+            if path in self.keys and _keep_what_differs(config):
+                differing.append(config)
+        if not differing:
+            model.__class__ = self.stock
+            vars(model.config).pop("auto_map", None)
+        elif Builder(model).initialised(config_json(model.config)) is not None:
+            for config in differing:  # the class reads the one number for all layers too
+                vars(config)[GLOBAL_READS] = True
+        with_own_configs(model, self.lists)
+
+
+def _keep_what_differs(config: Any) -> bool:
+    """Write settings in which all layers agree once, and return True if others are left.
+
+    The number for all layers becomes the largest, for what allocates by it.
+    """
+    entries = entries_of(config)
+    values = {
+        key: {entry[key] for entry in entries.values()} for key in next(iter(entries.values()))
+    }
+    set_entries(config, {})
+    for key, found in values.items():
+        setattr(config, key, max(found))
+    apart = sorted(key for key, found in values.items() if len(found) > 1)
+    if apart:
+        set_entries(config, {n: {key: entry[key] for key in apart} for n, entry in entries.items()})
+    return bool(apart)
