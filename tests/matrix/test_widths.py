@@ -142,7 +142,7 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tp_hf_config.fieldmap.legal_values.vanished_counts", lambda old, new: [])
-    monkeypatch.setattr("tp_hf_config.planning.trajectory.stopping", lambda *_: None)
+    monkeypatch.setattr("tp_hf_config.planning.trajectory.run_failure", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.twin.find_groups.rehearse", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.graph.experiments._experiments", weakref.WeakKeyDictionary())
     monkeypatch.setattr("tp_hf_config.fieldmap.field_map._learned", OrderedDict())

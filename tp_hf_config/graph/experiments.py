@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap, from_state, state_of
-from ..fieldmap.legal_values import straying, vanishing
+from ..fieldmap.legal_values import count_at_zero, ungrouped_change
 from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal
@@ -199,9 +199,11 @@ def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
         if isinstance(smaller, Refusal):
             reason = f"the class takes no other number: {smaller.reason}"
             continue
-        misfit = vanishing(field_map, smaller) or straying(field_map, values, smaller, held)
+        misfit = count_at_zero(field_map, smaller) or ungrouped_change(
+            field_map, values, smaller, held
+        )
         if misfit is not None:
-            return Finding(finding.fields, reason=misfit, disproved=True)
+            return Finding(finding.fields, reason=misfit.reason, disproved=True)
         taken |= shapes(smaller) != field_map.shapes
     return finding if taken or not reason else Finding(finding.fields, reason=reason)
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.unit_shares import Share, Shares, shares_of, units_of
 from ..forward.head_splits import splits_after
+from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import parameter_names, saved_buffers
 from ..notebook import short
@@ -66,8 +67,8 @@ def expand(
     if missing:
         return f"{field_name(missing[0])} sets no width of the real model"
     shares = shares_of(field_map, finding.fields)
-    if isinstance(shares, str):
-        return shares
+    if isinstance(shares, Refusal):
+        return shares.reason
     result: list[Group] = []
     covered: set[tuple[str, int]] = set()
     widths = {field_map.values[field] for field in finding.fields}

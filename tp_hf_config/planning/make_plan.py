@@ -345,10 +345,10 @@ def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
         first, last, grid = (n * value // start for n in (units[0], units[-1], units.step))
         return range(first, last + 1, grid)
 
-    def refuses(n: int) -> str | None:
+    def refusal_of(n: int) -> Refusal | None:
         return trajectory.refuses({f: field_map.values[f] * n // start for f in moving.fields})
 
-    return tuple(n * value // start for n in units if refuses(n) is None)
+    return tuple(n * value // start for n in units if refusal_of(n) is None)
 
 
 def _with_head_counts(

@@ -10,7 +10,7 @@ from itertools import chain, islice, product
 from math import lcm
 
 from ..fieldmap.field_map import FieldMap
-from ..fieldmap.legal_values import STOPS, other_tensors, stopping, vanishing
+from ..fieldmap.legal_values import STOPS, build_mismatch, count_at_zero, run_failure
 from ..graph.unit_count import UnitCount, multiple_below
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
@@ -106,7 +106,7 @@ class Trajectory:
     round_to: int | None = 1
     max_ratio: float = 1.0
     patience: int = 4
-    _reasons: dict[frozenset[tuple[FieldPath, int]], str | None] = dataclasses.field(
+    _refusals: dict[frozenset[tuple[FieldPath, int]], Refusal | None] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -137,7 +137,7 @@ class Trajectory:
         """Return, for each step, what the rounded ratios alone leave, and what the step leaves."""
         now = self.start
         steps = max(map(len, self.ratios.values()), default=0)
-        before = len(self._reasons)
+        before = len(self._refusals)
         result: list[tuple[State, State]] = []
         for step in range(steps):
             rounded = {
@@ -156,7 +156,7 @@ class Trajectory:
                 ]
                 now = {**rounded, **heads}
                 for state in self._candidates(now, rounded, shrinking, step):
-                    questions = len(self._reasons) - before
+                    questions = len(self._refusals) - before
                     if self.patience and questions >= self.patience * (_PATIENT + steps):
                         break
                     if not self.patience or self.refuses(self.values_of(state)) is None:
@@ -285,7 +285,8 @@ class Trajectory:
                     requested |= {field: by_rounding[field] for field in width.fields}
             if requested:
                 whole = {field: max(1, round(value)) for field, value in requested.items()}
-                reason = self.refuses({**values, **whole}) or ""
+                refusal = self.refuses({**values, **whole})
+                reason = "" if refusal is None else refusal.reason
                 if grids and (not reason or reason.startswith(STOPS)):
                     reason = "; ".join(grids)  # no other number is possible at all
                 accepted = {field: values[field] for field in requested}
@@ -321,39 +322,39 @@ class Trajectory:
                 words = f"groups of {moving.name} would have {apart} units"
                 return Refused(len(steps), self._changed(steps[-1]), words)
         for number, values in enumerate(steps, 1):
-            reason = self.refuses(values)
-            if reason is not None:
-                return Refused(number, self._changed(values), reason)
+            refusal = self.refuses(values)
+            if refusal is not None:
+                return Refused(number, self._changed(values), refusal.reason)
         return None
 
     def accepted(self) -> bool:
         """True if the class accepts every step; the last is asked about first."""
         return not any(self.refuses(v) for v in reversed(self.steps())) and self.refusal() is None
 
-    def refuses(self, values: Mapping[FieldPath, int]) -> str | None:
-        """Return why the class refuses these values, or ``None``; each set is tried once."""
+    def refuses(self, values: Mapping[FieldPath, int]) -> Refusal | None:
+        """Return the refusal of these values, or ``None``; each set of values is tried once."""
         changed = self._changed(values)
         key = frozenset(changed.items())
-        if key not in self._reasons:
-            self._reasons[key] = self._ask(changed) if changed else None
-        return self._reasons[key]
+        if key not in self._refusals:
+            self._refusals[key] = self._ask(changed) if changed else None
+        return self._refusals[key]
 
     def _changed(self, values: Mapping[FieldPath, int]) -> Values:
         """Return the values that differ from the start."""
         return {field: v for field, v in values.items() if v != self.field_map.values[field]}
 
-    def _ask(self, values: Values) -> str | None:
-        """Return why the class does not build with these values, or our reason, or ``None``.
+    def _ask(self, values: Values) -> Refusal | None:
+        """Return the class's refusal of these values, or ours, or ``None``.
 
         Ours: a count would vanish, it builds other tensors than pruning leaves, or it does not run.
         """
         model = self.field_map.build_at(values)
         if isinstance(model, Refusal):
-            return model.reason
+            return model
         return (
-            vanishing(self.field_map, model)
-            or other_tensors(self.field_map, model, values)
-            or stopping(self.field_map, model)
+            count_at_zero(self.field_map, model)
+            or build_mismatch(self.field_map, model, values)
+            or run_failure(self.field_map, model)
         )
 
     def at(

@@ -174,8 +174,8 @@ def _find(
     if units < 2:
         return Finding(fields, reason=f"{field_name(fields[0])} is {units} in the tiny model")
     shares = shares_of(field_map, fields)
-    if isinstance(shares, str):
-        return Finding(fields, reason=shares)
+    if isinstance(shares, Refusal):
+        return Finding(fields, reason=shares.reason)
     shares |= _shares_of_states(tiny, shares)
     styles: dict[Style, list[TensorDim]] = {}
     tensors = {**saved_buffers(tiny.model), **dict(tiny.model.named_parameters())}  # tied ones once
