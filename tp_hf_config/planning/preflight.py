@@ -49,7 +49,7 @@ class Preflight:
             for adjusted in self.trajectory.adjusted
             if adjusted.step == step
         ]
-        last = step == len(self.trajectory.states)
+        last = step == len(self.trajectory.units_by_step)
         return lines + (shortfalls(self.trajectory) if last else [])
 
     def units_left(self, graph_group: GraphGroup, step: int) -> int | None:
@@ -57,7 +57,7 @@ class Preflight:
 
         ``None``: the group is not pruned, or does not have the expected units before the step.
         """
-        states = [self.trajectory.start, *self.trajectory.states]
+        states = [self.trajectory.start, *self.trajectory.units_by_step]
         kind = self.kinds.get(id(graph_group))
         if kind is None or not 1 <= step < len(states):
             return None
