@@ -138,8 +138,10 @@ def _scales(group: TinyGroup) -> bool:
 
 def _rehearsed(tiny: TinyModel, finding: Finding) -> Finding:
     """Return the finding, refused if the class built smaller does not compute what is left."""
-    reason = rehearse(tiny, finding) if finding.reason is None else None
-    return finding if reason is None else replace(finding, reason=reason, disproved=True)
+    refusal = rehearse(tiny, finding) if finding.reason is None else None
+    if refusal is None:
+        return finding
+    return replace(finding, reason=refusal.reason, disproved=True)
 
 
 def _sets_outputs(tiny: TinyModel, field: FieldPath) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs, supports
-from tp_hf_config.model.build import Builder
+from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.pipeline.trial import reloaded, save
 from tp_hf_config.twin.masked_check import difference
@@ -206,7 +206,7 @@ def _halved(model: nn.Module, field: str) -> Any:
     return model
 
 
-def _difference(original: Any, pruned: Any) -> str | None:
+def _difference(original: Any, pruned: Any) -> Refusal | None:
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert isinstance(fresh, nn.Module)
     return difference(original, pruned, fresh, zoo.inputs(original))
@@ -220,12 +220,12 @@ def test_the_masked_comparison_can_fail() -> None:
     with torch.no_grad():
         wrong.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
     name = "model.layers.0.mlp.up_proj.weight"
-    assert _difference(original, wrong) == f"{name} holds values that the original has not"
+    assert _difference(original, wrong) == Refusal(f"{name} holds values that the original has not")
     wrong = copy.deepcopy(pruned)
     with torch.no_grad():
         weight = wrong.model.layers[0].mlp.up_proj.weight
         weight.copy_(weight.flip(0))
-    assert _difference(original, wrong) == f"{name} holds channels in another order"
+    assert _difference(original, wrong) == Refusal(f"{name} holds channels in another order")
     wrong = copy.deepcopy(pruned)
     for layer in wrong.model.layers:
         layer.self_attn.scaling *= 1.01
@@ -281,7 +281,9 @@ def test_a_folder_that_changed_is_seen(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     config["rms_norm_eps"] = 0.1
     (tmp_path / "one" / "config.json").write_text(json.dumps(config))
-    assert reloaded(type(model), tmp_path / "one") == "loaded again it computes other outputs"
+    assert reloaded(type(model), tmp_path / "one") == Refusal(
+        "loaded again it computes other outputs"
+    )
     config["intermediate_size"] += 1
     (tmp_path / "one" / "config.json").write_text(json.dumps(config))
     assert "cannot be loaded" in str(reloaded(type(model), tmp_path / "one"))

@@ -215,7 +215,7 @@ def test_a_rehearsal_that_shows_nothing_proves_nothing() -> None:
     assert rehearse(tiny, finding) is None
     tiny.model.get_parameter("model.layers.0.mlp.down_proj.weight").data.mul_(1e-14)
     nothing = "less of intermediate_size changes no output, so that nothing shows what is left"
-    assert rehearse(tiny, finding) == nothing
+    assert rehearse(tiny, finding) == Refusal(nothing)
 
 
 def test_a_width_that_cannot_be_rehearsed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_a_width_that_cannot_be_rehearsed_is_refused(monkeypatch: pytest.MonkeyP
     assert isinstance(tiny, TinyModel)
     finding = next(one for one in find_groups(tiny) if one.fields == (("intermediate_size",),))
     monkeypatch.setattr(Builder, "build_real", lambda *_: Refusal("no."))
-    assert rehearse(tiny, finding) == (
+    assert rehearse(tiny, finding) == Refusal(
         "less of intermediate_size cannot be built in the tiny model, so that nothing shows it: no."
     )
 
