@@ -18,6 +18,7 @@ from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
 from ..forward.run_recipe import MakeInputs
+from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.tensors import tensor
 from .cut import Cuts
@@ -166,30 +167,31 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     ) -> Iterator[GraphGroup]:
         """Yield the groups from which :meth:`get_all_groups` makes pruning groups."""
         for graph_group in self.graph_groups:
-            if self.why_kept(graph_group, ignored_layers, root_module_types) is None:
+            if self.refusal_of(graph_group, ignored_layers, root_module_types) is None:
                 yield graph_group
 
-    def why_kept(
+    def refusal_of(
         self,
         graph_group: GraphGroup,
         ignored_layers: Sequence[nn.Module],
         root_module_types: Any = None,
-    ) -> str | None:
-        """Return what keeps a group from being pruned, or None."""
+    ) -> Refusal | None:
+        """Return which argument of the pruner keeps a group from being pruned, or None."""
         types = tuple(root_module_types or ())
         ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
         for side in graph_group.sides:
             if self._owner(side.module) in ignored and is_output(side):
-                return f"ignored_layers= keeps the outputs of {side.layer}"
+                return Refusal(f"ignored_layers= keeps the outputs of {side.layer}")
             parameter = self._ignored_parameter(side)
             if parameter is not None:
-                return f"ignored_layers= keeps {parameter}"
+                return Refusal(f"ignored_layers= keeps {parameter}")
         any_type = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
         reads = graph_group.inward and any(isinstance(s.module, types) for s in graph_group.sides)
         if any_type or reads or any(self._is_root(side, types) for side in graph_group.sides):
             return None
         names = ", ".join(kind.__name__ for kind in types)
-        return f"root_module_types= ({names}) holds no layer like {graph_group.sides[0].layer}"
+        layer = graph_group.sides[0].layer
+        return Refusal(f"root_module_types= ({names}) holds no layer like {layer}")
 
     def sides_of(self, module: nn.Module) -> list[tuple[GraphGroup, Side]]:
         """Return the groups that a layer is in, each with the layer's side in it."""

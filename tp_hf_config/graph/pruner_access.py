@@ -9,6 +9,7 @@ from typing import Any
 
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
+from ..model.build import Refusal
 from .config_graph import ConfigGraph
 
 _KEPT = (
@@ -94,7 +95,7 @@ class _PlannedRatio(float):
         return planned
 
 
-def why_traced_stays(pruner: Any, constructor: Callable[..., Any]) -> str | None:
+def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusal | None:
     """Return why a pruner that has traced its model cannot get another graph; None if it can.
 
     Args:
@@ -102,10 +103,11 @@ def why_traced_stays(pruner: Any, constructor: Callable[..., Any]) -> str | None
         constructor: the constructor of its class, without this library's wrapper.
     """
     if pruner.current_step or pruner.DG.pruning_history():
-        return "it has pruned by that trace already"
+        return Refusal("it has pruned by that trace already")
     written_in = getattr(constructor, "__globals__", {}).get("__name__", "")
     if written_in.partition(".")[0] != _LIBRARY:
-        return f"the constructor of {type(pruner).__name__} may have kept groups of that trace"
+        name = type(pruner).__name__
+        return Refusal(f"the constructor of {name} may have kept groups of that trace")
     return None
 
 

@@ -140,14 +140,15 @@ class HFConfigSyncHook:
         Raises:
             ValueError: the trace cannot be replaced.
         """
-        from ..graph.pruner_access import arguments_of, replace_graph, why_traced_stays
+        from ..graph.pruner_access import arguments_of, cannot_replace_trace, replace_graph
 
-        reason = why_traced_stays(pruner, registration.constructor_of(type(pruner)))
-        if reason is not None:
+        refusal = cannot_replace_trace(pruner, registration.constructor_of(type(pruner)))
+        if refusal is not None:
             name = type(pruner).__name__
             raise ValueError(
                 f"this {name} has traced its model by itself, and nothing proves what its groups "
-                f"cut. The graph made from the config cannot take their place any more: {reason}. "
+                f"cut. The graph made from the config cannot take their place any more: "
+                f"{refusal.reason}. "
                 f"Construct the pruner with the hook: {name}(model, ..., "
                 "hooks=[HFConfigSyncHook()])."
             )

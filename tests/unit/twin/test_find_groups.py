@@ -71,7 +71,7 @@ def _pruned(model: Any, fields: tuple[str, ...], ratio: float, **options: Any) -
     return pruned
 
 
-def _off(model: Any, pruned: Any) -> str | None:
+def _off(model: Any, pruned: Any) -> Refusal | None:
     torch.manual_seed(1)
     inputs = {"input_values": torch.randn(2, 1200, dtype=torch.float64)}
     fresh = Builder(pruned).build_real(config_json(pruned.config))
@@ -181,8 +181,8 @@ def test_units_of_unequal_parts_of_heads_are_refused() -> None:
     path = ("hidden_size",)
     name = "encoder.layers.0.attention.q_proj.weight"
     wrong = Group((path,), (TensorDim(name, 0, UnitLayout(parts=16)),), UnitCount(12))
-    assert (
-        _uneven_heads(wrong, field_map) == f"{name}: its units are not the same share of every head"
+    assert _uneven_heads(wrong, field_map) == Refusal(
+        f"{name}: its units are not the same share of every head"
     )
     right = Group((path,), (TensorDim(name, 0, UnitLayout(parts=12)),), UnitCount(16))
     assert _uneven_heads(right, field_map) is None
