@@ -75,7 +75,7 @@ def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
         yield {name: not default for (name, default), flip in chosen if flip}
 
 
-def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
+def notes_on_options(model: PreTrainedModel, builder: Builder) -> list[str]:
     """Return a note on the constructor arguments that a reload needs; empty if it needs none."""
     if not builder.options:
         return []

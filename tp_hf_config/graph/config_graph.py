@@ -65,7 +65,7 @@ class ConfigGroup(dependency.Group):  # type: ignore[misc]
         leaving = Leaving(self.units)
         with channels_in_order(), self._DG.cuts.together():
             for side in self.graph_group.sides:
-                cut(side, leaving, self._DG.cuts, self._DG.beside(side))
+                cut(side, leaving, self._DG.cuts, self._DG.other_sides_of(side))
             self.graph_group.units.count -= len(self.units)
             if record_history:
                 self._DG._pruning_history.append(entry)
@@ -151,7 +151,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             root_module_types: only groups in which a layer of these types loses outputs. Those
                 that Torch-Pruning has by default stand for all types.
         """
-        for graph_group in self.taking_part(ignored_layers, root_module_types):
+        for graph_group in self.groups_to_prune(ignored_layers, root_module_types):
             yield self.group_at(graph_group, range(graph_group.units.count))
 
     def group_at(self, graph_group: GraphGroup, units: Iterable[int]) -> ConfigGroup:
@@ -162,7 +162,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         channels = sorted(root.table[list(units)].flatten().tolist())
         return self.get_pruning_group(root.module, handler_of(root.module, root.out), channels)
 
-    def taking_part(
+    def groups_to_prune(
         self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
     ) -> Iterator[GraphGroup]:
         """Yield the groups from which :meth:`get_all_groups` makes pruning groups."""
@@ -383,7 +383,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             group._group.append(_helpers.GroupItem(dep, list(idxs)))
             group._group[-1].root_idxs = list(root_idxs)
 
-    def beside(self, side: Side) -> list[Side]:
+    def other_sides_of(self, side: Side) -> list[Side]:
         """Return what other groups hold of the same side of a layer: other channels."""
         others = [other for _, other in self.sides_of(side.module) if other is not side]
         return [o for o in others if o.module is side.module and o.out is side.out]

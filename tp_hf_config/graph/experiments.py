@@ -106,7 +106,7 @@ def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyMode
     built = tiny_model(field_map)
     if tiny is None or isinstance(built, Refusal):
         return built
-    return dataclasses.replace(built, full=tiny.full)
+    return dataclasses.replace(built, full_field_map=tiny.full_field_map)
 
 
 def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
@@ -124,7 +124,8 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
         findings = find_groups(tiny)
         _store(field_map, *key, entry=findings)
     at_full_size = (_checked_at_full_size(finding, field_map) for finding in findings)
-    checked = tuple(_unless_shared(finding, findings, tiny.full) for finding in at_full_size)
+    full = tiny.full_field_map
+    checked = tuple(_unless_shared(finding, findings, full) for finding in at_full_size)
     return _stored_experiments(field_map, tiny, checked)
 
 

@@ -20,7 +20,7 @@ from ..model.surroundings import same_random_state
 from ..model.tensors import parameter_names, tensor
 from ..notebook import page, short, table
 from ..schema import dated
-from ..twin.find_groups import in_positions
+from ..twin.find_groups import with_single_positions
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel
 from .experiments import experiments_of
@@ -246,7 +246,7 @@ def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTra
     if finding.reason is not None:
         return Width(finding.fields, reason=finding.reason)
     groups = expand(finding, tiny, field_map, model)
-    if isinstance(groups, Refusal) and (finer := in_positions(tiny, finding)) is not None:
+    if isinstance(groups, Refusal) and (finer := with_single_positions(tiny, finding)) is not None:
         finer_groups = expand(finer, tiny, field_map, model)
         groups = groups if isinstance(finer_groups, Refusal) else finer_groups
     if isinstance(groups, Refusal):

@@ -55,7 +55,7 @@ class GraphInputs(dict[str, Any]):
 
 
 @contextmanager
-def building(graph: ConfigGraph) -> Iterator[None]:
+def constructing_with(graph: ConfigGraph) -> Iterator[None]:
     """Make a pruner that is constructed inside ``with`` take ``graph`` as its dependency graph."""
     original = tp_base.dependency
     try:
@@ -163,7 +163,7 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
     """Construct a pruner again with a graph made from the config in the place of its trace.
 
     Args:
-        pruner: the pruner; :func:`give_back` restores it.
+        pruner: the pruner; :func:`restore_trace` undoes it.
         graph: the graph.
         arguments: those of :func:`arguments_of`, adapted to the graph.
     """
@@ -178,7 +178,7 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
         return own
 
     try:
-        with building(graph):
+        with constructing_with(graph):
             tp_base.BasePruner.__init__(
                 pruner, **{**arguments, "iterative_pruning_ratio_scheduler": planned}
             )
@@ -193,7 +193,7 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
     }
 
 
-def give_back(pruner: Any) -> None:
+def restore_trace(pruner: Any) -> None:
     """Restore what :func:`replace_graph` replaced, unless the pruner has pruned since."""
     if not pruner.current_step and not pruner.DG.pruning_history():
         vars(pruner).update(pruner.DG.replaced)

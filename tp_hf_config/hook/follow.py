@@ -12,8 +12,8 @@ from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import (
     missing_parts,
     notes_on_layer_order,
+    notes_on_options,
     parts_beyond,
-    said_options,
 )
 from ..fieldmap.expressions import Quantity
 from ..fieldmap.model_view import view_of
@@ -23,7 +23,7 @@ from ..fieldmap.solve.explain import (
     explain_refusal,
     explain_vanished,
 )
-from ..fieldmap.solve.fit import build_as, fit
+from ..fieldmap.solve.fit import build_with_shapes, fit
 from ..fieldmap.solve.integers import Conflict
 from ..forward.encoder_states import encoder_states_of
 from ..forward.head_splits import counts_of, heads_of, splits_after
@@ -71,7 +71,7 @@ class Follower:
         self.reference = self.view.reference
         order = notes_on_layer_order(self.model, self.reference)
         self.notes = [
-            *said_options(self.model, self.field_map.builder),
+            *notes_on_options(self.model, self.field_map.builder),
             *([] if isinstance(order, Refusal) else order),
         ]
         live_objects = surroundings_of(self.model)
@@ -304,7 +304,8 @@ class Follower:
 
         Unset fields stay unset where that suffices.
         """
-        proof = build_as(self.field_map, config_json(self.model.config), live, values, buffers=True)
+        data = config_json(self.model.config)
+        proof = build_with_shapes(self.field_map, data, live, values, buffers=True)
         if isinstance(proof, tuple):
             missing = missing_parts(self.model, self.field_map.builder, proof[1], live)
             if missing is None:

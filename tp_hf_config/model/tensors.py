@@ -149,7 +149,7 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(module_name), key
 
 
-def stacks(model: nn.Module, name: str) -> bool:
+def is_matrix_stack(model: nn.Module, name: str) -> bool:
     """True if a parameter stacks several matrices (experts) and is no convolution's weight.
 
     A convolution's weight may have a weight norm: then it stands two modules deeper. A scale for

@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoint.child import load
 from ..errors import TPHFConfigError
 from ..fieldmap.field_map import map_of
-from ..forward.observed_pass import Result, outputs_in_float64, warm_up
+from ..forward.observed_pass import PassResult, outputs_in_float64, warm_up
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..graph.prunable import Width, widths_of
 from ..hook.hook import HFConfigSyncHook
@@ -26,7 +26,7 @@ from ..model.config_json import config_json
 from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
-from ..twin.masked_check import difference, pruned_inputs_of
+from ..twin.masked_check import masked_difference, pruned_inputs_of
 from ..twin.tiny.tiny_model import TinyModel, randomise
 
 Outcome = Literal["works", "refused", "failed"]
@@ -263,7 +263,9 @@ def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refu
         reference = builder.build_real(config_json(model.config))
         if isinstance(reference, Refusal):
             return Refusal(f"the new config does not build: {reference.reason}")
-        return difference(case.model, model, reference, tiny.inputs, tiny.watched, tiny.recipe)
+        return masked_difference(
+            case.model, model, reference, tiny.inputs, tiny.watched, tiny.recipe
+        )
     except TPHFConfigError as error:
         return Refusal(f"{type(error).__name__} after the step: {error}")
     except Exception as error:
@@ -274,7 +276,7 @@ def save(
     model: Any,
     inputs: Mapping[str, Any] | Refusal,
     folder: Path,
-    watched: Sequence[Result] = (),
+    watched: Sequence[PassResult] = (),
     recipe: RunRecipe = PLAIN,
 ) -> Refusal | None:
     """Save a model with inputs and its outputs; return why that failed, or ``None``.
@@ -317,7 +319,7 @@ def reloaded(model_class: Any, folder: Path) -> Refusal | None:
             if getattr(module, "_can_set_experts_implementation", bool)():
                 module.set_experts_implementation("eager")
         with torch.no_grad():
-            watched = [Result(*result) for result in case["watched"]]
+            watched = [PassResult(*result) for result in case["watched"]]
             warm_up(model.double().eval(), case["inputs"], watched, recipe)
             outputs = outputs_in_float64(model, case["inputs"], watched, recipe)
     except Exception as error:

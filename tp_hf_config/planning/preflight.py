@@ -275,7 +275,7 @@ def _pruned_groups(pruner: Any) -> Iterator[_PrunedGroup]:
     graph: ConfigGraph = pruner.DG
     channels: Counter[Any] = Counter()  # by fields, layer and whether it loses outputs
     groups: list[tuple[GraphGroup, Any, list[Any]]] = []
-    for graph_group in graph.taking_part(pruner.ignored_layers, pruner.root_module_types):
+    for graph_group in graph.groups_to_prune(pruner.ignored_layers, pruner.root_module_types):
         group = graph.group_at(graph_group, [0])  # its layers in the order that the pruner sees
         keys = []
         for item in group:

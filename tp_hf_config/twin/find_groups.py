@@ -21,7 +21,7 @@ from ..forward.coverage import forward_error
 from ..forward.encoder_states import AXIS, encoder_states_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, with_values
-from ..model.tensors import saved_buffers, stacks
+from ..model.tensors import is_matrix_stack, saved_buffers
 from .group import Finding, TinyGroup, all_alike
 from .joint_fields import (
     equal_fields,
@@ -227,7 +227,7 @@ def _find(
     if len(fields) > 1 or units < field_map.values[fields[0]]:
         return _refined(tiny, finding)
     dims = (dim for group in finding.groups for dim in group.dims if dim.dim == 0)
-    stacked = any(stacks(tiny.model, dim.name) for dim in dims)
+    stacked = any(is_matrix_stack(tiny.model, dim.name) for dim in dims)
     return replace(finding, minimum=_least(tiny, fields[0])) if stacked else finding
 
 
@@ -318,7 +318,7 @@ def _refined(tiny: TinyModel, finding: Finding) -> Finding:
     return replace(finding, groups=all_alike(groups, finer))
 
 
-def in_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
+def with_single_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
     """Return the finding with units of single positions, or None if those cannot change places.
 
     A unit of Swin's first stage is several dimensions of every head in its last one. There may be

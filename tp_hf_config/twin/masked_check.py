@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forward.encoder_states import AXIS, encoder_states_in, encoder_states_of
-from ..forward.observed_pass import Result, outputs_in_float64, warm_up
+from ..forward.observed_pass import PassResult, outputs_in_float64, warm_up
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Refusal
-from ..model.tensors import saved_buffers, stacks
+from ..model.tensors import is_matrix_stack, saved_buffers
 from .width_scalars import AsNarrow, CutDim, DualWidth, SizesRead, as_written, take_scales
 
 Kept = dict[str, tuple[CutDim, ...]]
@@ -37,12 +37,12 @@ _PROJECTIONS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 """Layers that are no norms, even if all of their parameters are vectors."""
 
 
-def difference(
+def masked_difference(
     original: nn.Module,
     pruned: nn.Module,
     reference_build: nn.Module,
     inputs: Mapping[str, Any],
-    watched: Sequence[Result] = (),
+    watched: Sequence[PassResult] = (),
     recipe: RunRecipe = PLAIN,
 ) -> Refusal | None:
     """Return where a pruned model differs from the masked original, or None if nowhere.
@@ -306,7 +306,7 @@ def _without_removed_experts(model: nn.Module, kept: Kept) -> Iterator[None]:
     cut_stacks = [
         (name.rpartition(".")[0].rpartition(".")[0], kept[name][0])
         for name in tensors
-        if stacks(model, name) and kept[name][0].cut
+        if is_matrix_stack(model, name) and kept[name][0].cut
     ]
     removed_by_weight: dict[int, Tensor] = {}
     for layer, experts in cut_stacks:

@@ -19,7 +19,7 @@ from ..forward.observed_pass import outputs_in_float64
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import compute_unsaved, saved_buffers, select
-from .masked_check import EXACT, difference, pruned_inputs_of
+from .masked_check import EXACT, masked_difference, pruned_inputs_of
 from .width_scalars import CutDim
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
 def _mismatch(tiny: TinyModel, smaller: nn.Module) -> Refusal | None:
     """Return why a smaller build fails the masked check or does not run, or None if it passes."""
     try:
-        return difference(tiny.model, smaller, smaller, tiny.inputs, tiny.watched, tiny.recipe)
+        return masked_difference(
+            tiny.model, smaller, smaller, tiny.inputs, tiny.watched, tiny.recipe
+        )
     except Exception as error:  # a class may stop with any exception
         text = " ".join(str(error).split())
         return Refusal(f"it does not run then: {type(error).__name__}: {text}")

@@ -23,7 +23,7 @@ from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs,
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.pipeline.trial import reloaded, save
-from tp_hf_config.twin.masked_check import difference
+from tp_hf_config.twin.masked_check import masked_difference
 
 # One type for each mechanism: grouped heads, fused layers, Conv1D, experts, latent attention,
 # relative positions, tied weights, heads with the hidden size, convolutions, images
@@ -209,7 +209,7 @@ def _halved(model: nn.Module, field: str) -> Any:
 def _difference(original: Any, pruned: Any) -> Refusal | None:
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert isinstance(fresh, nn.Module)
-    return difference(original, pruned, fresh, zoo.inputs(original))
+    return masked_difference(original, pruned, fresh, zoo.inputs(original))
 
 
 def test_the_masked_comparison_can_fail() -> None:
@@ -268,10 +268,10 @@ def test_a_norm_inside_a_scale_is_taken_over_what_is_left() -> None:
         for one, other in zip(left.parameters(), original.parameters(), strict=True):
             one.copy_(other[tuple(map(slice, one.shape))])
     inputs = {"input": torch.randn(2, 3, 4).double()}
-    assert difference(original, left, left, inputs) is None
+    assert masked_difference(original, left, left, inputs) is None
     with torch.no_grad():
         left[0].weight.copy_(original[0].weight[3:])
-    assert "off the original" in str(difference(original, left, left, inputs))
+    assert "off the original" in str(masked_difference(original, left, left, inputs))
 
 
 def test_a_folder_that_changed_is_seen(tmp_path: Path) -> None:

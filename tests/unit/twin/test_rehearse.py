@@ -22,7 +22,7 @@ from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import FieldPath, config_json
 from tp_hf_config.pipeline.trial import subject
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.masked_check import _channel_axis, difference
+from tp_hf_config.twin.masked_check import _channel_axis, masked_difference
 from tp_hf_config.twin.rehearse import rehearse
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 from tp_hf_config.twin.width_scalars import CutDim, DualWidth
@@ -78,7 +78,7 @@ def test_a_factor_of_a_product_is_known_by_what_the_pruner_prunes() -> None:
     changed = {name: new for name, (_, new) in hook.last_report.fields.items()}
     assert changed == {"linear_key_head_dim": half}
     fresh = Builder(model).build_real(config_json(model.config))  # type: ignore[arg-type]
-    assert difference(original, model, fresh, tiny.inputs) is None  # type: ignore[arg-type]
+    assert masked_difference(original, model, fresh, tiny.inputs) is None  # type: ignore[arg-type]
 
 
 def test_a_width_that_a_squeeze_follows_in_steps_is_refused() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...errors import TrainingError
-from ...graph.origins import Lineage, Origin, recording
+from ...graph.origins import Lineage, Origin, recording_origins
 from ...model.build import Refusal
 from ...model.tensors import select
 
@@ -45,7 +45,7 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     refusal = cannot_follow(model, inner)
     if refusal is not None:
         raise TrainingError(refusal.reason)
-    with recording() as lineage:
+    with recording_origins() as lineage:
         try:
             yield
         finally:
