@@ -99,9 +99,9 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
     result = json.loads((folder / RESULT).read_text())
     for tried in attempts(result):
         for saved in tried.pop("folders"):
-            why = reloaded(getattr(transformers, pair.class_name), folder / saved)
-            if why is not None:
-                tried.update(outcome="failed", why=why)
+            refusal = reloaded(getattr(transformers, pair.class_name), folder / saved)
+            if refusal is not None:
+                tried.update(outcome="failed", why=refusal.reason)
             shutil.rmtree(folder / saved)
     (folder / RESULT).write_text(json.dumps(result))
 

@@ -13,14 +13,10 @@ from typing import Any, NamedTuple
 
 import layer_zoo
 import pytest
-import small
 import torch
 import torch_pruning as tp
-import zoo
-from masked_original import WITHOUT_HEAD, assert_same_as_masked
-from reloading import assert_reloaded, save_first
 
-from tp_hf_config import ConfigSyncError, HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 
 pytestmark = [
     pytest.mark.skipif(

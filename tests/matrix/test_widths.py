@@ -142,12 +142,13 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tp_hf_config.fieldmap.legal_values.vanished_counts", lambda old, new: [])
-    monkeypatch.setattr("tp_hf_config.planning.trajectory.stopping", lambda *_: None)
+    monkeypatch.setattr("tp_hf_config.planning.trajectory.run_failure", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.twin.find_groups.rehearse", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.graph.experiments._experiments", weakref.WeakKeyDictionary())
     monkeypatch.setattr("tp_hf_config.fieldmap.field_map._learned", OrderedDict())
-    monkeypatch.setattr("tp_hf_config.fieldmap.model_view._checked", weakref.WeakKeyDictionary())
-    monkeypatch.setattr("tp_hf_config.fieldmap.field_map.silent_followers", lambda *_: {})
+    views = "tp_hf_config.fieldmap.model_view._cached_views"
+    monkeypatch.setattr(views, weakref.WeakKeyDictionary())
+    monkeypatch.setattr("tp_hf_config.fieldmap.field_map.non_size_followers", lambda *_: {})
     with pytest.raises(ConfigSyncError, match=r"makes model.layers.0.self_attn.num_key_value_gr"):
         run_of(Case("deepseek_v3", "num_attention_heads", 1))
 

@@ -164,8 +164,8 @@ def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
         solved = solve(Task(classes, data, tensors))
         if isinstance(solved, Solution):
             return _unsound(report, *field_causes(solved.changed))
-        why_not = f"{too_large_reason(large, tensors)}: not built"
-        return replace(report, sound=False if report.causes else None, why_not=why_not)
+        reason = f"{too_large_reason(large, tensors)}: not built"
+        return replace(report, sound=False if report.causes else None, why_not=reason)
     assessment = assess(classes, data, tensors)
     if isinstance(assessment, Assessment) and assessment.unused:
         listed = f"{short(assessment.unused[0])}{and_more(assessment.unused)}"

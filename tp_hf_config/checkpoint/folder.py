@@ -65,7 +65,7 @@ def check_exists(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no {CONFIG}.{hint} Say the folder that holds it.")
 
 
-def check_there(folder: Path) -> None:
+def check_model_folder(folder: Path) -> None:
     """Raise a CheckpointError if the path is no folder with a config and weights.
 
     The commands call this before torch is imported.

@@ -24,7 +24,7 @@ from .solving import Solution, Unsolved, solve
 from .starting import Task
 from .ties import differing_tie
 from .words import printable, short
-from .writing import check_new, locked, new_folder, replace_config
+from .writing import check_does_not_exist, locked, new_folder, replace_config
 
 
 def repair_checkpoint(
@@ -59,7 +59,7 @@ def repair_checkpoint(
     path = Path(folder)
     target = None if out is None else Path(out)
     if target is not None and not dry_run:
-        check_new(target)
+        check_does_not_exist(target)
     if dry_run:
         return _planned(path, given, trust_remote_code)[0]
     try:

@@ -137,7 +137,7 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         CheckpointError: ``out`` exists already.
         OSError: the copy cannot be written; nothing of it is left.
     """
-    check_new(out)
+    check_does_not_exist(out)
     work = out.parent / f".{out.name}.{os.getpid()}.new"
     try:
         left_out = _copy(source, work)
@@ -151,7 +151,7 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         shutil.rmtree(work, ignore_errors=True)
 
 
-def check_new(out: Path) -> None:
+def check_does_not_exist(out: Path) -> None:
     """Raise a CheckpointError if ``out`` exists already, so that nothing is overwritten."""
     if os.path.lexists(out):
         raise CheckpointError(f"{out} is there already. Say a folder that is not.")

@@ -22,9 +22,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raise if the folder is not a model folder."""
-    from ..checkpoint.folder import check_there
+    from ..checkpoint.folder import check_model_folder
 
-    check_there(options.folder)
+    check_model_folder(options.folder)
 
 
 def run(options: argparse.Namespace) -> Outcome:

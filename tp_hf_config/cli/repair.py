@@ -35,12 +35,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raise if the folder is not a model folder, or if the new folder exists already."""
-    from ..checkpoint.folder import check_there
-    from ..checkpoint.writing import check_new
+    from ..checkpoint.folder import check_model_folder
+    from ..checkpoint.writing import check_does_not_exist
 
-    check_there(options.folder)
+    check_model_folder(options.folder)
     if options.out is not None and not options.dry_run:
-        check_new(options.out)
+        check_does_not_exist(options.out)
 
 
 def run(options: argparse.Namespace) -> Outcome:

@@ -34,7 +34,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         UsageError: the user gave two folders to compare with.
     """
-    from ..checkpoint.folder import check_there
+    from ..checkpoint.folder import check_model_folder
 
     if options.other is not None and options.against is not None:
         raise UsageError(
@@ -43,7 +43,7 @@ def check(options: argparse.Namespace) -> None:
         )
     for folder in (options.folder, options.other, options.against):
         if folder is not None:
-            check_there(folder)
+            check_model_folder(folder)
 
 
 def run(options: argparse.Namespace) -> Outcome:

@@ -75,7 +75,7 @@ def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
         yield {name: not default for (name, default), flip in chosen if flip}
 
 
-def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
+def notes_on_options(model: PreTrainedModel, builder: Builder) -> list[str]:
     """Return a note on the constructor arguments that a reload needs; empty if it needs none."""
     if not builder.options:
         return []
@@ -92,9 +92,9 @@ def said_options(model: PreTrainedModel, builder: Builder) -> list[str]:
     ]
 
 
-def unbuilt_parts(
+def missing_parts(
     model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes
-) -> str | None:
+) -> Refusal | None:
     """Return which parts the config builds that the model lacks, and what to do; None if none.
 
     Args:
@@ -106,7 +106,7 @@ def unbuilt_parts(
     parts = parts_beyond(shapes(built), live)
     if not parts:
         return None
-    return (
+    return Refusal(
         f"the config builds {listed(parts)}, which the model does not have, so a reload would add "
         f"{'it' if len(parts) == 1 else 'them'} with random values. "
         + _advice(model, builder, live)
@@ -138,14 +138,14 @@ def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
     return f"{advice}, or prune the {kind} inside by itself (model.{inner})."
 
 
-def order_of_layers(model: nn.Module, built: nn.Module) -> tuple[str | None, list[str]]:
-    """Check that layers stand where the config builds layers of their kind.
+def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refusal:
+    """Return notes on layers that moved, if the config builds layers of their kind there.
 
     Layers get a number when they are built (``layer_idx``), which shows those that moved. Where one
     stands now, the config has to build the same kind (a sliding window or none).
 
     Returns:
-        The reason why the order is wrong, or None; and notes on layers that moved.
+        The notes; or why the order is wrong.
     """
     notes: list[str] = []
     live = dict(named_modules(model))
@@ -172,19 +172,19 @@ def order_of_layers(model: nn.Module, built: nn.Module) -> tuple[str | None, lis
             for place in moved if _varies(key, built_facts) or _varies(key, live_facts) else ():
                 if live_facts[place].get(key) != built_facts[place].get(key):
                     what = ".".join(filter(None, (name, str(place), *key)))
-                    return (
+                    return Refusal(
                         f"the layers of {name} are in another order than they were built in: "
                         f"{what} is {live_facts[place].get(key)!r}, and in this place the config "
                         f"builds {built_facts[place].get(key)!r}. Put the config's entries for "
                         "single layers into the order of the layers."
-                    ), []
+                    )
         notes += [
             f"the layers of {name} are not in the places they were built in "
             f"({numbering[0][1]} says "
             f"{', '.join(str(one.get(numbering[0])) for one in live_numbers)}): a "
             "reload numbers them anew"
         ]
-    return None, notes
+    return notes
 
 
 def _numbers(layer: nn.Module) -> dict[tuple[str, str], int]:

@@ -30,7 +30,7 @@ from ..model.shapes import Mismatch, Shapes, compare, shapes
 from ..model.surroundings import same_random_state
 from . import fit_expressions as lines
 from .candidate_fields import candidates
-from .completeness import build_live, order_of_layers, unbuilt_parts
+from .completeness import build_live, missing_parts, notes_on_layer_order
 from .depth import Depth, shallow
 from .expressions import Expression, Power, Quantity, followed
 from .probe import Study
@@ -197,10 +197,12 @@ def map_of(
     mismatches = compare(shapes(model), shapes(full))
     if mismatches:
         raise UnsupportedModelError(_disagreement(model, mismatches))
-    reason = unbuilt_parts(model, builder, full, shapes(model)) or order_of_layers(model, full)[0]
-    if reason is not None:
+    missing = missing_parts(model, builder, full, shapes(model))
+    disagreement = missing or notes_on_layer_order(model, full)
+    if isinstance(disagreement, Refusal):
         raise UnsupportedModelError(
-            f"{type(model).__name__} and its config disagree before any pruning: {reason}"
+            f"{type(model).__name__} and its config disagree before any pruning: "
+            f"{disagreement.reason}"
         )
     field_map = _learned_once(builder, model.config, full, make_inputs)
     if not field_map.values and not field_map.ratio_partners:

@@ -55,7 +55,7 @@ def changes(
             if rises(value) and value[-1] < length != len(value)
         }
         # first, so that no field that equals the length by chance changes too
-        candidates.extend({key: value} for key, value in lists.items() if is_numbers(value))
+        candidates.extend({key: value} for key, value in lists.items() if may_name_layers(value))
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*field, key))
@@ -96,7 +96,7 @@ def holds(data: dict[str, Any], field: FieldPath) -> bool:
 
 def rises(value: Any) -> bool:
     """True if a list may hold numbers of layers: rising whole numbers from 0 on, at least one."""
-    return are_whole(value) and value == sorted(set(value)) and value[0] >= 0
+    return is_whole_number_list(value) and value == sorted(set(value)) and value[0] >= 0
 
 
 def by_number(value: Any) -> bool:
@@ -104,12 +104,12 @@ def by_number(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
 
 
-def is_numbers(value: Any) -> bool:
+def may_name_layers(value: Any) -> bool:
     """True if a list may name several layers by their numbers."""
     return rises(value) and len(value) > 1
 
 
-def are_whole(value: Any) -> bool:
+def is_whole_number_list(value: Any) -> bool:
     """True if this is a list of whole numbers, at least one."""
     return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
 
@@ -132,7 +132,7 @@ def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[F
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*field, key))
-            elif are_whole(value) and 1 < len(value) <= _FEW:
+            elif is_whole_number_list(value) and 1 < len(value) <= _FEW:
                 if min(value) > _FEW and len(set(value)) > 1:
                     lists.add((*field, key))
                 else:

@@ -17,13 +17,13 @@ STOPS = "the class does not run then"
 """How the reason starts if a class builds at other values but does not run."""
 
 
-def accepts(field_map: FieldMap, values: Mapping[FieldPath, int]) -> Refusal | None:
+def refusal_of(field_map: FieldMap, values: Mapping[FieldPath, int]) -> Refusal | None:
     """Return the class's refusal of these values, or None if it builds."""
     model = field_map.build_at(values)
     return model if isinstance(model, Refusal) else None
 
 
-def vanishing(field_map: FieldMap, new: nn.Module) -> str | None:
+def count_at_zero(field_map: FieldMap, new: nn.Module) -> Refusal | None:
     """Return which count of the class becomes 0 in a build at other values, or None.
 
     Args:
@@ -35,12 +35,12 @@ def vanishing(field_map: FieldMap, new: nn.Module) -> str | None:
     vanished = vanished_counts(field_map.unpruned, new)
     if not vanished:
         return None
-    return f"{vanished[0]} would be 0: a field that sets no shape would have to follow"
+    return Refusal(f"{vanished[0]} would be 0: a field that sets no shape would have to follow")
 
 
-def other_tensors(
+def build_mismatch(
     field_map: FieldMap, new: nn.Module, values: Mapping[FieldPath, int]
-) -> str | None:
+) -> Refusal | None:
     """Return how a build at other values differs from a model pruned to them, or None.
 
     Args:
@@ -50,7 +50,7 @@ def other_tensors(
     """
     old, built = field_map.shapes, shapes(new)
     if old.keys() != built.keys():
-        return f"the class builds other tensors there: {min(old.keys() ^ built.keys())}"
+        return Refusal(f"the class builds other tensors there: {min(old.keys() ^ built.keys())}")
     steps = {field: value - field_map.values[field] for field, value in values.items()}
     others = [
         (name, built[name][dim], pruned_size)
@@ -61,10 +61,10 @@ def other_tensors(
     if not others:
         return None
     name, size, pruned_size = min(others)
-    return f"the class builds {name} with {size}, pruning leaves {pruned_size}"
+    return Refusal(f"the class builds {name} with {size}, pruning leaves {pruned_size}")
 
 
-def stopping(field_map: FieldMap, new: nn.Module) -> str | None:
+def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
     """Return why a class stops running at other values, or None; None too if it never runs.
 
     A class may build what it cannot compute with (DeepSeek-V2 with an odd ``kv_lora_rank``). Where
@@ -78,13 +78,13 @@ def stopping(field_map: FieldMap, new: nn.Module) -> str | None:
     """
     stopped = dry_pass(new.float(), field_map.recipe) if field_map.runs else None
     if isinstance(stopped, Refusal):
-        return f"{STOPS}: {stopped.reason}"
+        return Refusal(f"{STOPS}: {stopped.reason}")
     return None
 
 
-def straying(
+def ungrouped_change(
     field_map: FieldMap, values: Mapping[FieldPath, int], new: nn.Module, held: Set[tuple[str, int]]
-) -> str | None:
+) -> Refusal | None:
     """Return which dimension outside all groups has an unexpected size at these values, or None.
 
     Args:
@@ -100,7 +100,7 @@ def straying(
             expression = field_map.expressions.get((name, dim))
             expected = before if expression is None else expression.evaluate(steps)
             if size != expected and (name, dim) not in held:
-                return (
+                return Refusal(
                     f"{name} would have {size} instead of {before} along dimension {dim}, which "
                     "follows it in steps: no unit of it holds a part of that"
                 )
@@ -118,7 +118,7 @@ def multiple_of(field_map: FieldMap, field: FieldPath) -> int:
     for step in sorted({1, 2, 4, 8, *others, *pairs}):
         if value % step or 3 * step >= value:
             continue
-        if all(accepts(field_map, {field: value - n * step}) is None for n in (1, 2, 3)):
+        if all(refusal_of(field_map, {field: value - n * step}) is None for n in (1, 2, 3)):
             return step
     return 1
 
@@ -140,7 +140,7 @@ def nearest_accepted(
     for direction in (-1, 1):
         for distance in range(1, 257):
             value = values[field] + direction * distance
-            if value >= 1 and accepts(field_map, {**values, field: value}) is None:
+            if value >= 1 and refusal_of(field_map, {**values, field: value}) is None:
                 accepted.append(value)
                 break
     return accepted

@@ -126,7 +126,7 @@ class ModelView:
         )
 
 
-class _Checked(NamedTuple):
+class _CachedView(NamedTuple):
     """What a view holds beside its model, and the state of the module that it was found in."""
 
     state: tuple[Any, ...]
@@ -134,7 +134,7 @@ class _Checked(NamedTuple):
     reference: nn.Module
 
 
-_checked: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictionary()
+_cached_views: weakref.WeakKeyDictionary[nn.Module, _CachedView] = weakref.WeakKeyDictionary()
 
 
 def view_of(
@@ -161,10 +161,10 @@ def view_of(
     data = model.config.to_json_string(use_diff=False)
     parts = tuple(map(id, module.modules()))
     state = (data, parts, tuple(shapes(model).items()), model.dtype, id(make_inputs))
-    checked = _checked.get(module)
-    if checked is None or checked.state != state:
+    cached = _cached_views.get(module)
+    if cached is None or cached.state != state:
         builder, reference = build_live(model, buffers=True)
         field_map = map_of(model, (builder, reference), make_inputs)
         assert not isinstance(reference, Refusal)  # map_of raises then
-        checked = _checked[module] = _Checked(state, field_map, reference)
-    return ModelView(model, checked.field_map, prefix, checked.reference)
+        cached = _cached_views[module] = _CachedView(state, field_map, reference)
+    return ModelView(model, cached.field_map, prefix, cached.reference)

@@ -67,7 +67,7 @@ def _in_proportion(
     return sizes
 
 
-def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | str:
+def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | Refusal:
     """Return the part of each dimension that the units of a width take.
 
     Args:
@@ -82,7 +82,9 @@ def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | st
     if len(fields) == 1:
         return _by_expressions(field_map, scales, None)
     observed = _observed_steps(field_map, scales, units)
-    return observed if isinstance(observed, str) else _by_expressions(field_map, scales, observed)
+    if isinstance(observed, Refusal):
+        return observed
+    return _by_expressions(field_map, scales, observed)
 
 
 def strides_in(shares: Shares) -> dict[int, set[int]]:
@@ -106,7 +108,7 @@ def _by_expressions(
     field_map: FieldMap,
     scales: Mapping[FieldPath, int],
     observed: dict[tuple[str, int], int] | None,
-) -> Shares | str:
+) -> Shares | Refusal:
     """Return the share of each field where these add up to the observed steps, else one for all.
 
     Args:
@@ -132,7 +134,7 @@ def _by_expressions(
             rest = expression.base - per_unit * units
             if per_unit.denominator != 1 or per_unit < 1 or rest < 0:
                 if observed is None:
-                    return f"{name} has no whole units along dimension {dim}"
+                    return Refusal(f"{name} has no whole units along dimension {dim}")
                 break
             by_field.append(Share(field, int(per_unit), int(rest)))
         else:
@@ -144,14 +146,14 @@ def _by_expressions(
         if (name, dim) not in shares:
             remaining = field_map.shapes[name][dim] - step * units
             if step < 1 or remaining < 0:
-                return f"{name} has no whole units along dimension {dim}"
+                return Refusal(f"{name} has no whole units along dimension {dim}")
             shares[name, dim] = (Share(None, step, remaining),)
     return dict(sorted(shares.items(), key=str))
 
 
 def _observed_steps(
     field_map: FieldMap, scales: Mapping[FieldPath, int], units: int
-) -> dict[tuple[str, int], int] | str:
+) -> dict[tuple[str, int], int] | Refusal:
     """Return by how many positions each dimension changes for one unit, as two builds show.
 
     Args:
@@ -179,7 +181,7 @@ def _observed_steps(
         if len(builds) == 2:
             break
     if len(builds) < 2:
-        return f"the class takes no other number: {reason}"
+        return Refusal(f"the class takes no other number: {reason}")
     result: dict[tuple[str, int], int] = {}
     for name, shape in field_map.shapes.items():
         if field_map.depth.first(name) != name:
@@ -189,7 +191,7 @@ def _observed_steps(
                 Fraction(now - built[name][dim], removed_units) for removed_units, built in builds
             }
             if len(slopes) > 1 or next(iter(slopes)).denominator != 1:
-                return f"{name} does not follow in whole units along dimension {dim}"
+                return Refusal(f"{name} does not follow in whole units along dimension {dim}")
             if any(slopes):
                 result[name, dim] = int(next(iter(slopes)))
     return result

@@ -39,7 +39,7 @@ _MASKED = 1e30
 """A larger score marks what is masked; beside it every difference would vanish."""
 
 
-class Result(NamedTuple):
+class PassResult(NamedTuple):
     """One floating point tensor that a forward pass computes.
 
     Attributes:
@@ -104,11 +104,11 @@ class _ResultWatch(AllFloat64):
             positions, a comparison, a number.
     """
 
-    def __init__(self, wanted: Collection[Result] | None):
+    def __init__(self, wanted: Collection[PassResult] | None):
         super().__init__()
         self.wanted = wanted
         self._modules = {result.module for result in wanted or ()}
-        self.results: dict[Result, Tensor] = {}
+        self.results: dict[PassResult, Tensor] = {}
         self.read: list[Tensor] = []
         self._running = [""]
         self._numbers: Counter[tuple[str, str]] = Counter()
@@ -164,7 +164,7 @@ class _ResultWatch(AllFloat64):
     def _keep(self, tensor: Tensor, function: str) -> None:
         """Number a result of the running module, and keep it if it is wanted."""
         place = (self._running[-1], function)
-        result = Result(*place, self._numbers[place])
+        result = PassResult(*place, self._numbers[place])
         self._numbers[place] += 1
         if self.wanted is None or result in self.wanted:
             self.results[result] = tensor
@@ -173,7 +173,7 @@ class _ResultWatch(AllFloat64):
 def outputs_in_float64(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    watched: Sequence[Result] = (),
+    watched: Sequence[PassResult] = (),
     recipe: RunRecipe = PLAIN,
 ) -> list[Tensor]:
     """Return the floating point outputs of one forward pass, with a fixed random seed.
@@ -195,7 +195,7 @@ def outputs_in_float64(
 def warm_up(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    watched: Sequence[Result],
+    watched: Sequence[PassResult],
     recipe: RunRecipe = PLAIN,
 ) -> None:
     """Run a first pass if results are watched: it may compute what the model then keeps.
@@ -218,7 +218,7 @@ def _floating(outputs: Any) -> list[Tensor]:
 
 def watched_results(
     model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe = PLAIN
-) -> tuple[Result, ...]:
+) -> tuple[PassResult, ...]:
     """Return the results to watch: they depend on parameters that no output depends on.
 
     These are all results by which something is chosen, and of the results that nothing is computed
@@ -260,18 +260,18 @@ class _Dependence:
     runs: LightGlue has hundreds of results.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], results: dict[Result, Tensor]):
+    def __init__(self, parameters: Sequence[Tensor], results: dict[PassResult, Tensor]):
         self.results = results
         self._parameters = {id(parameter): parameter for parameter in parameters}
         self._reach = _reach(self._parameters, results.values())
-        self._observed: dict[Result, set[int]] = {}
+        self._observed: dict[PassResult, set[int]] = {}
 
-    def reachable(self, result: Result) -> set[int]:
+    def reachable(self, result: PassResult) -> set[int]:
         """Return the parameters, by ``id``, that a result is computed from."""
         reached = self._reach.get(self.results[result].grad_fn, 0)
         return {key for bit, key in enumerate(self._parameters) if reached >> bit & 1}
 
-    def on(self, result: Result) -> set[int]:
+    def on(self, result: PassResult) -> set[int]:
         """Return the parameters, by ``id``, that a result depends on.
 
         There are none if the result was changed in place since.
@@ -285,11 +285,11 @@ class _Dependence:
             self._observed[result] = set(map(id, asked)) - set(map(id, without))
         return self._observed[result]
 
-    def fewest(self, results: Iterable[Result]) -> set[Result]:
+    def fewest(self, results: Iterable[PassResult]) -> set[PassResult]:
         """Return as few results as depend on all the parameters that any do, largest sets first."""
         waiting = [(-len(self.reachable(result)), result, False) for result in results]
         heapify(waiting)
-        needed: set[Result] = set()
+        needed: set[PassResult] = set()
         observed: set[int] = set()
         while waiting:
             _, result, exact = heappop(waiting)
@@ -305,7 +305,7 @@ class _Dependence:
 
 def _last_dependents(
     model: nn.Module, dependence: _Dependence, parameters: Sequence[Tensor]
-) -> set[Result]:
+) -> set[PassResult]:
     """Return, for each of these parameters, the last result that depends on it.
 
     Nothing later does: a softmax over a single score (SwiftFormer's) gives 1, and attention over
@@ -313,7 +313,7 @@ def _last_dependents(
     in the module that the parameter belongs to, and the one around it.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    results: set[Result] = set()
+    results: set[PassResult] = set()
     for parameter in parameters:
         owner = names[id(parameter)].rpartition(".")[0]
         around = (owner, owner.rpartition(".")[0])

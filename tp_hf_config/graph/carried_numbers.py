@@ -10,6 +10,7 @@ from typing import Any
 
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.unit_shares import Share
+from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..twin.channel_groups import counted_by, parts_counted_by
 from ..twin.group import TinyGroup
@@ -53,8 +54,8 @@ class PartCounts:
 
 def full_parts(
     group: TinyGroup, dims: Sequence[TensorDim], tiny: TinyModel, field_map: FieldMap
-) -> PartCounts | str:
-    """Return in how many parts a unit stands at full size, or why that cannot be told.
+) -> PartCounts | Refusal:
+    """Return in how many parts a unit stands at full size, or a refusal if that cannot be told.
 
     One dimension of every Mamba head is a unit, in as many parts as there are heads; or of every
     second head, in two channel groups. The field that is seen to count the heads says how many
@@ -75,7 +76,7 @@ def full_parts(
         return PartCounts(parts, total, 1)
     if group.channel_groups > 1:
         return PartCounts(parts, parts)
-    return (
+    return Refusal(
         f"a unit is in {parts} places in the tiny model; at full size in "
         f"{' or '.join(map(str, sorted(totals))) or 'an unknown number'}"
     )
@@ -86,8 +87,8 @@ def full_per_field_unit(
     matched: Sequence[tuple[str, TensorDim, Share]],
     runs: Mapping[int, int],
     part_counts: PartCounts,
-) -> int | str:
-    """Return the units per field unit at full size, or the reason why they cannot be told.
+) -> int | Refusal:
+    """Return the units per field unit at full size, or a refusal if they cannot be told.
 
     Tensor dims that hold a unit in one part decide; where each holds it in several, ``part_counts``
     says how many those are.
@@ -103,10 +104,12 @@ def full_per_field_unit(
         parts = dim.layout.parts // part_counts.tiny * part_counts.full
         per_field_unit, rest = divmod(share.per_unit, parts * run)
         if rest:
-            return f"{name}: dimension {dim.dim} holds no whole units at full size"
+            return Refusal(f"{name}: dimension {dim.dim} holds no whole units at full size")
         per_field_units.add(per_field_unit)
     if len(per_field_units) > 1:
-        return f"its dimensions hold {sorted(per_field_units)} channels a unit at full size"
+        return Refusal(
+            f"its dimensions hold {sorted(per_field_units)} channels a unit at full size"
+        )
     return per_field_units.pop()
 
 
@@ -165,8 +168,8 @@ def full_layout(
     group: TinyGroup,
     tiny: TinyModel,
     field_map: FieldMap,
-) -> UnitLayout | str:
-    """Return the unit layout along a tensor dim at full size, or the reason why it cannot be told.
+) -> UnitLayout | Refusal:
+    """Return the unit layout along a tensor dim at full size, or a refusal if it cannot be told.
 
     ``dim`` and ``group`` are of the tiny model; ``share``, ``per_field_unit`` and ``runs`` (see
     :func:`full_runs`) are at full size.
@@ -174,7 +177,7 @@ def full_layout(
     per_unit = share.per_unit
     parts, run = dim.layout.parts, Fraction(per_unit, dim.layout.parts)
     if dim.layout.parts == dim.layout.run == group.per_field_unit == 1 < per_unit:
-        return (
+        return Refusal(
             f"{name}: {per_unit} positions of dimension {dim.dim} go with a unit at full size, one "
             "in the tiny model, so that their order was not seen"
         )
@@ -186,18 +189,18 @@ def full_layout(
         run = Fraction(runs.get(dim.layout.run, dim.layout.run))
         parts = per_unit // int(run * per_field_unit)
         if parts * run * per_field_unit != per_unit:
-            return f"{name}: dimension {dim.dim} holds no whole units at full size"
+            return Refusal(f"{name}: dimension {dim.dim} holds no whole units at full size")
     if run.denominator != 1 or (dim.layout.offset and not share.rest):
-        return f"{name}: dimension {dim.dim} holds no whole units at full size"
+        return Refusal(f"{name}: dimension {dim.dim} holds no whole units at full size")
     blocks = dim.layout.blocks
     if blocks > 1:
         counts = _full_counts(blocks, tiny, field_map, (name.rpartition(".")[0],))
         if len(counts) != 1:
-            return f"{name}: blocks of the tiny model cannot be told at full size"
+            return Refusal(f"{name}: blocks of the tiny model cannot be told at full size")
         (blocks,) = counts
     gap = Fraction(share.rest, parts) if dim.layout.gap else Fraction(0)
     if gap.denominator != 1:
-        return f"{name}: what stands between the units of dimension {dim.dim} is uneven"
+        return Refusal(f"{name}: what stands between the units of dimension {dim.dim} is uneven")
     rest = int(gap) if gap else share.rest
     return UnitLayout(parts, int(run), blocks, rest if dim.layout.offset else 0, int(gap))
 

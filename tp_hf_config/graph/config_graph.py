@@ -18,6 +18,7 @@ from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
 from ..forward.run_recipe import MakeInputs
+from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.tensors import tensor
 from .cut import Cuts
@@ -64,7 +65,7 @@ class ConfigGroup(dependency.Group):  # type: ignore[misc]
         leaving = Leaving(self.units)
         with channels_in_order(), self._DG.cuts.together():
             for side in self.graph_group.sides:
-                cut(side, leaving, self._DG.cuts, self._DG.beside(side))
+                cut(side, leaving, self._DG.cuts, self._DG.other_sides_of(side))
             self.graph_group.units.count -= len(self.units)
             if record_history:
                 self._DG._pruning_history.append(entry)
@@ -150,7 +151,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             root_module_types: only groups in which a layer of these types loses outputs. Those
                 that Torch-Pruning has by default stand for all types.
         """
-        for graph_group in self.taking_part(ignored_layers, root_module_types):
+        for graph_group in self.groups_to_prune(ignored_layers, root_module_types):
             yield self.group_at(graph_group, range(graph_group.units.count))
 
     def group_at(self, graph_group: GraphGroup, units: Iterable[int]) -> ConfigGroup:
@@ -161,35 +162,36 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         channels = sorted(root.table[list(units)].flatten().tolist())
         return self.get_pruning_group(root.module, handler_of(root.module, root.out), channels)
 
-    def taking_part(
+    def groups_to_prune(
         self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
     ) -> Iterator[GraphGroup]:
         """Yield the groups from which :meth:`get_all_groups` makes pruning groups."""
         for graph_group in self.graph_groups:
-            if self.why_kept(graph_group, ignored_layers, root_module_types) is None:
+            if self.refusal_of(graph_group, ignored_layers, root_module_types) is None:
                 yield graph_group
 
-    def why_kept(
+    def refusal_of(
         self,
         graph_group: GraphGroup,
         ignored_layers: Sequence[nn.Module],
         root_module_types: Any = None,
-    ) -> str | None:
-        """Return what keeps a group from being pruned, or None."""
+    ) -> Refusal | None:
+        """Return which argument of the pruner keeps a group from being pruned, or None."""
         types = tuple(root_module_types or ())
         ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
         for side in graph_group.sides:
             if self._owner(side.module) in ignored and is_output(side):
-                return f"ignored_layers= keeps the outputs of {side.layer}"
+                return Refusal(f"ignored_layers= keeps the outputs of {side.layer}")
             parameter = self._ignored_parameter(side)
             if parameter is not None:
-                return f"ignored_layers= keeps {parameter}"
+                return Refusal(f"ignored_layers= keeps {parameter}")
         any_type = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
         reads = graph_group.inward and any(isinstance(s.module, types) for s in graph_group.sides)
         if any_type or reads or any(self._is_root(side, types) for side in graph_group.sides):
             return None
         names = ", ".join(kind.__name__ for kind in types)
-        return f"root_module_types= ({names}) holds no layer like {graph_group.sides[0].layer}"
+        layer = graph_group.sides[0].layer
+        return Refusal(f"root_module_types= ({names}) holds no layer like {layer}")
 
     def sides_of(self, module: nn.Module) -> list[tuple[GraphGroup, Side]]:
         """Return the groups that a layer is in, each with the layer's side in it."""
@@ -381,7 +383,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             group._group.append(_helpers.GroupItem(dep, list(idxs)))
             group._group[-1].root_idxs = list(root_idxs)
 
-    def beside(self, side: Side) -> list[Side]:
+    def other_sides_of(self, side: Side) -> list[Side]:
         """Return what other groups hold of the same side of a layer: other channels."""
         others = [other for _, other in self.sides_of(side.module) if other is not side]
         return [o for o in others if o.module is side.module and o.out is side.out]

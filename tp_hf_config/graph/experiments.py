@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap, from_state, state_of
-from ..fieldmap.legal_values import straying, vanishing
+from ..fieldmap.legal_values import count_at_zero, ungrouped_change
 from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal
@@ -130,7 +130,7 @@ def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyMode
     built = tiny_model(field_map)
     if tiny is None or isinstance(built, Refusal):
         return built
-    return dataclasses.replace(built, full=tiny.full)
+    return dataclasses.replace(built, full_field_map=tiny.full_field_map)
 
 
 def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
@@ -148,7 +148,8 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
         findings = find_groups(tiny)
         _store(field_map, *key, entry=findings)
     at_full_size = (_checked_at_full_size(finding, field_map) for finding in findings)
-    checked = tuple(_unless_shared(finding, findings, tiny.full) for finding in at_full_size)
+    full = tiny.full_field_map
+    checked = tuple(_unless_shared(finding, findings, full) for finding in at_full_size)
     return _stored_experiments(field_map, tiny, checked)
 
 
@@ -223,9 +224,11 @@ def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
         if isinstance(smaller, Refusal):
             reason = f"the class takes no other number: {smaller.reason}"
             continue
-        misfit = vanishing(field_map, smaller) or straying(field_map, values, smaller, held)
+        misfit = count_at_zero(field_map, smaller) or ungrouped_change(
+            field_map, values, smaller, held
+        )
         if misfit is not None:
-            return Finding(finding.fields, reason=misfit, disproved=True)
+            return Finding(finding.fields, reason=misfit.reason, disproved=True)
         taken |= shapes(smaller) != field_map.shapes
     return finding if taken or not reason else Finding(finding.fields, reason=reason)
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.unit_shares import Share, Shares, shares_of, units_of
 from ..forward.head_splits import splits_after
+from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import parameter_names, saved_buffers
 from ..notebook import short
@@ -50,7 +51,7 @@ class Group:
 
 def expand(
     finding: Finding, tiny: TinyModel, field_map: FieldMap, model: nn.Module
-) -> list[Group] | str:
+) -> list[Group] | Refusal:
     """Return the real model's groups of one width, or the reason why they do not carry over.
 
     Args:
@@ -64,9 +65,9 @@ def expand(
     names.update({name: [name] for name in buffers})
     missing = [field for field in finding.fields if field not in field_map.values]
     if missing:
-        return f"{field_name(missing[0])} sets no width of the real model"
+        return Refusal(f"{field_name(missing[0])} sets no width of the real model")
     shares = shares_of(field_map, finding.fields)
-    if isinstance(shares, str):
+    if isinstance(shares, Refusal):
         return shares
     result: list[Group] = []
     covered: set[tuple[str, int]] = set()
@@ -74,25 +75,26 @@ def expand(
     for group in finding.groups:
         for instance in instances(group, field_map, names):
             real = _real_group(group, instance, tiny, field_map, shares, names)
-            if isinstance(real, str):
+            if isinstance(real, Refusal):
                 return real
             result.append(real)
             covered |= places_of(real.dims)
-    reason = _in_two_groups(result)
-    if reason is not None:
-        return reason
+    refusal = _in_two_groups(result)
+    if refusal is not None:
+        return refusal
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items()):
         for dim in range(tensor.ndim):
             kind = field_map.depth.canonical(name)
             if (kind, dim) in shares and (name, dim) not in covered:
-                return f"{name} follows {field_name(finding.fields[-1])} but was found in no group"
+                last = field_name(finding.fields[-1])
+                return Refusal(f"{name} follows {last} but was found in no group")
             # a layer of a deep list, which is not in the shallow model
             if kind not in field_map.shapes and tensor.shape[dim] in widths:
-                return f"{name} is as wide, and is of no layer that was looked at"
+                return Refusal(f"{name} is as wide, and is of no layer that was looked at")
     return result
 
 
-def _in_two_groups(groups: Sequence[Group]) -> str | None:
+def _in_two_groups(groups: Sequence[Group]) -> Refusal | None:
     """Return why groups cannot be pruned, or None: two of them hold the same channels."""
     by_place: dict[tuple[str, int], list[tuple[UnitLayout, int]]] = {}
     for group in groups:
@@ -100,7 +102,7 @@ def _in_two_groups(groups: Sequence[Group]) -> str | None:
             by_place.setdefault(dim.place, []).append((dim.layout, group.count.units))
     for (name, axis), layouts in by_place.items():
         if len(layouts) > 1 and share_positions(layouts):
-            return (
+            return Refusal(
                 f"{name}: dimension {axis} is in two groups at full size: layers that read each "
                 "other, of which the tiny model has fewer"
             )
@@ -161,7 +163,7 @@ def _real_group(
     field_map: FieldMap,
     shares: Shares,
     names: Mapping[str, Sequence[str]],
-) -> Group | str:
+) -> Group | Refusal:
     """Return a group at full size, or the reason why it does not carry over.
 
     ``group`` is the tiny group, ``instance`` one of its :func:`_instances`; ``names`` maps the
@@ -177,32 +179,32 @@ def _real_group(
         if share is None and len(dim_shares) == 1 and None in (sources[dim], dim_shares[0].field):
             (share,) = dim_shares  # the only share: one config rounds it, the other does not
         if share is None:
-            return f"{name}: dimension {dim.dim} does not follow it at full size"
+            return Refusal(f"{name}: dimension {dim.dim} does not follow it at full size")
         matched.append((name, dim, share))
     runs = full_runs(group, tiny, field_map)
     part_counts = full_parts(group, [dim for _, dim, _ in matched], tiny, field_map)
-    if isinstance(part_counts, str):
+    if isinstance(part_counts, Refusal):
         return part_counts
     per_field_unit = full_per_field_unit(group, matched, runs, part_counts)
-    if isinstance(per_field_unit, str):
+    if isinstance(per_field_unit, Refusal):
         return per_field_unit
     channel_groups = part_counts.channel_groups or group.channel_groups
     if channel_groups > 1 and part_counts.channel_groups is None:
         counts = full_channel_groups(group, tiny, field_map)
         if len(counts) != 1:
             full = " or ".join(map(str, sorted(counts))) or "an unknown number"
-            return (
+            return Refusal(
                 f"its units are in {channel_groups} channel groups in the tiny model; at full "
                 f"size in {full}"
             )
         (channel_groups,) = counts
     units *= per_field_unit
     if units % channel_groups:
-        return f"{units} units do not go into {channel_groups} equal channel groups"
+        return Refusal(f"{units} units do not go into {channel_groups} equal channel groups")
     dims: list[TensorDim] = []
     for name, dim, share in matched:
         layout = full_layout(name, dim, share, per_field_unit, runs, group, tiny, field_map)
-        if isinstance(layout, str):
+        if isinstance(layout, Refusal):
             return layout
         dims += [TensorDim(alias, dim.dim, layout) for alias in names[name]]
     field, *others = group.fields
@@ -213,12 +215,12 @@ def _real_group(
     return _uneven_heads(real, field_map) or real
 
 
-def _uneven_heads(group: Group, field_map: FieldMap) -> str | None:
+def _uneven_heads(group: Group, field_map: FieldMap) -> Refusal | None:
     """Return why units in several parts cannot go, or None: heads would lose unequal shares."""
     for dim in group.dims if group.count.channel_groups == 1 else ():
         splits = field_map.splits_of(dim.layer)
         if splits is None or dim.dim or dim.layout.parts == 1:
             continue
         if splits_after(splits, dim.layout.positions(0, group.count.units)) is None:
-            return f"{dim.name}: its units are not the same share of every head"
+            return Refusal(f"{dim.name}: its units are not the same share of every head")
     return None

@@ -61,7 +61,7 @@ def note(new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, torch.Tensor])
 
 
 @contextmanager
-def recording() -> Iterator[Lineage]:
+def recording_origins() -> Iterator[Lineage]:
     """Record what is cut inside ``with``, by this library or by Torch-Pruning.
 
     Torch-Pruning cuts in one function, which is patched as long as any recording is open: they may

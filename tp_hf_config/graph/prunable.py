@@ -21,7 +21,7 @@ from ..model.surroundings import same_random_state
 from ..model.tensors import parameter_names, tensor
 from ..notebook import page, short, table
 from ..schema import dated
-from ..twin.find_groups import in_positions
+from ..twin.find_groups import with_single_positions
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel
 from .experiments import experiments_of
@@ -261,11 +261,11 @@ def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTra
     if finding.reason is not None:
         return Width(finding.fields, reason=finding.reason)
     groups = expand(finding, tiny, field_map, model)
-    if isinstance(groups, str) and (finer := in_positions(tiny, finding)) is not None:
+    if isinstance(groups, Refusal) and (finer := with_single_positions(tiny, finding)) is not None:
         finer_groups = expand(finer, tiny, field_map, model)
-        groups = groups if isinstance(finer_groups, str) else finer_groups
-    if isinstance(groups, str):
-        return Width(finding.fields, reason=groups)
+        groups = groups if isinstance(finer_groups, Refusal) else finer_groups
+    if isinstance(groups, Refusal):
+        return Width(finding.fields, reason=groups.reason)
     if not groups:
         return Width(finding.fields, reason="the real model has no such group")
     return Width(

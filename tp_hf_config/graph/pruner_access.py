@@ -9,6 +9,7 @@ from typing import Any
 
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
+from ..model.build import Refusal
 from .config_graph import ConfigGraph
 
 _KEPT = (
@@ -54,7 +55,7 @@ class GraphInputs(dict[str, Any]):
 
 
 @contextmanager
-def building(graph: ConfigGraph) -> Iterator[None]:
+def constructing_with(graph: ConfigGraph) -> Iterator[None]:
     """Make a pruner that is constructed inside ``with`` take ``graph`` as its dependency graph."""
     original = tp_base.dependency
     try:
@@ -94,7 +95,7 @@ class _PlannedRatio(float):
         return planned
 
 
-def why_traced_stays(pruner: Any, constructor: Callable[..., Any]) -> str | None:
+def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusal | None:
     """Return why a pruner that has traced its model cannot get another graph; None if it can.
 
     Args:
@@ -102,10 +103,11 @@ def why_traced_stays(pruner: Any, constructor: Callable[..., Any]) -> str | None
         constructor: the constructor of its class, without this library's wrapper.
     """
     if pruner.current_step or pruner.DG.pruning_history():
-        return "it has pruned by that trace already"
+        return Refusal("it has pruned by that trace already")
     written_in = getattr(constructor, "__globals__", {}).get("__name__", "")
     if written_in.partition(".")[0] != _LIBRARY:
-        return f"the constructor of {type(pruner).__name__} may have kept groups of that trace"
+        name = type(pruner).__name__
+        return Refusal(f"the constructor of {name} may have kept groups of that trace")
     return None
 
 
@@ -161,7 +163,7 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
     """Construct a pruner again with a graph made from the config in the place of its trace.
 
     Args:
-        pruner: the pruner; :func:`give_back` restores it.
+        pruner: the pruner; :func:`restore_trace` undoes it.
         graph: the graph.
         arguments: those of :func:`arguments_of`, adapted to the graph.
     """
@@ -176,7 +178,7 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
         return own
 
     try:
-        with building(graph):
+        with constructing_with(graph):
             tp_base.BasePruner.__init__(
                 pruner, **{**arguments, "iterative_pruning_ratio_scheduler": planned}
             )
@@ -191,7 +193,7 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
     }
 
 
-def give_back(pruner: Any) -> None:
+def restore_trace(pruner: Any) -> None:
     """Restore what :func:`replace_graph` replaced, unless the pruner has pruned since."""
     if not pruner.current_step and not pruner.DG.pruning_history():
         vars(pruner).update(pruner.DG.replaced)

@@ -46,7 +46,7 @@ class UnitCount:
         """
         if not round_to:
             return self.channel_groups
-        return lcm(self.channel_groups, self.multiple, in_runs(round_to, self.run))
+        return lcm(self.channel_groups, self.multiple, multiple_for_round_to(round_to, self.run))
 
     def after(
         self, ratios: Sequence[float], round_to: int | None = 1, max_ratio: float = 1.0
@@ -78,7 +78,7 @@ class UnitCount:
             return now
         if round_to:
             multiple = per_channel_group(
-                self.multiple, in_runs(round_to, self.run), self.channel_groups
+                self.multiple, multiple_for_round_to(round_to, self.run), self.channel_groups
             )
             wanted = multiple_below(wanted // self.channel_groups, multiple) * self.channel_groups
         if self.minimum > 1 and wanted < self.minimum:
@@ -108,7 +108,7 @@ class UnitCount:
         return 1 - wanted / start if nearest else 1 - (wanted + 0.5) / start
 
 
-def in_runs(round_to: int, run: int) -> int:
+def multiple_for_round_to(round_to: int, run: int) -> int:
     """Return what a unit count has to be a multiple of, so that ``round_to`` divides the channels.
 
     Args:

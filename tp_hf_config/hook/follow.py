@@ -10,10 +10,10 @@ from torch import nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import (
-    order_of_layers,
+    missing_parts,
+    notes_on_layer_order,
+    notes_on_options,
     parts_beyond,
-    said_options,
-    unbuilt_parts,
 )
 from ..fieldmap.expressions import Quantity
 from ..fieldmap.model_view import view_of
@@ -23,7 +23,7 @@ from ..fieldmap.solve.explain import (
     explain_refusal,
     explain_vanished,
 )
-from ..fieldmap.solve.fit import build_as, fit
+from ..fieldmap.solve.fit import build_with_shapes, fit
 from ..fieldmap.solve.integers import Conflict
 from ..forward.encoder_states import encoder_states_of
 from ..forward.head_splits import counts_of, heads_of, splits_after
@@ -68,9 +68,10 @@ class Follower:
         self.view = view_of(pruner.model, make_inputs)
         self.model, self.field_map = self.view.model, self.view.field_map
         self.reference = self.view.reference
+        order = notes_on_layer_order(self.model, self.reference)
         self.notes = [
-            *said_options(self.model, self.field_map.builder),
-            *order_of_layers(self.model, self.reference)[1],
+            *notes_on_options(self.model, self.field_map.builder),
+            *([] if isinstance(order, Refusal) else order),
         ]
         live_objects = surroundings_of(self.model)
         self.sharers = live_objects.sharers
@@ -262,10 +263,10 @@ class Follower:
             lost.setdefault(self._own_name(layer.name), []).append(layer.removed)
         return lost
 
-    def _untied_error(self, conflict: str) -> ConfigSyncError:
+    def _untied_error(self, conflict: Refusal) -> ConfigSyncError:
         """Return the error for tied weights that cannot be one Parameter again."""
         return ConfigSyncError(
-            f"{conflict}. {type(self.model).__name__} stores them once, so a reload would "
+            f"{conflict.reason}. {type(self.model).__name__} stores them once, so a reload would "
             "change one of them. Prune them in one group, keep them (ignored_layers=), or "
             "untie them before pruning (config.tie_word_embeddings=False)."
         )
@@ -302,14 +303,15 @@ class Follower:
 
         Unset fields stay unset where that suffices.
         """
-        proof = build_as(self.field_map, config_json(self.model.config), live, values, buffers=True)
+        data = config_json(self.model.config)
+        proof = build_with_shapes(self.field_map, data, live, values, buffers=True)
         if isinstance(proof, tuple):
-            beyond = unbuilt_parts(self.model, self.field_map.builder, proof[1], live)
-            if beyond is None:
+            missing = missing_parts(self.model, self.field_map.builder, proof[1], live)
+            if missing is None:
                 return proof
             raise ConfigSyncError(
-                f"{type(self.model).__name__} and its config disagree: {beyond} Nothing was "
-                "written; go on pruning and sync again."
+                f"{type(self.model).__name__} and its config disagree: {missing.reason} Nothing "
+                "was written; go on pruning and sync again."
             )
         if isinstance(proof, Refusal):
             raise explain_refusal(self.model, self.field_map, values, proof)

@@ -109,9 +109,10 @@ class HFConfigSyncHook:
     def constructing(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Surround a pruner's constructor: check the model, and install the graph."""
         from ..graph.layer_fields import layers_listed
-        from ..graph.pruner_access import building
+        from ..graph.pruner_access import constructing_with
 
-        with layers_listed(arguments["model"], self.layers), building(self._graph_for(arguments)):
+        model = arguments["model"]
+        with layers_listed(model, self.layers), constructing_with(self._graph_for(arguments)):
             yield
 
     def _graph_for(self, arguments: dict[str, Any]) -> ConfigGraph:
@@ -126,8 +127,8 @@ class HFConfigSyncHook:
         """
         from ..fieldmap.model_view import view_of
         from ..graph.pruner_access import GraphInputs
-        from ..planning.pruner_arguments import check_needed, check_ratios, settle
-        from ..planning.pruner_kwargs import by_itself
+        from ..planning.pruner_arguments import adapt_arguments, check_needed, check_ratios
+        from ..planning.pruner_kwargs import default_pruner_kwargs
 
         model: nn.Module = arguments["model"]
         inputs: Any = arguments.get("example_inputs")
@@ -135,12 +136,12 @@ class HFConfigSyncHook:
         view = view_of(model, inputs.graph.make_inputs if prepared else self.make_inputs)
         check_ratios(arguments)
         if not prepared:
-            arguments |= by_itself(model, view, arguments)
+            arguments |= default_pruner_kwargs(model, view, arguments)
             inputs = arguments["example_inputs"]
         self._graph_reason = inputs.why
         check_needed(inputs.needed, arguments)
         graph: ConfigGraph = inputs.graph
-        settle(view, graph, arguments)
+        adapt_arguments(view, graph, arguments)
         return graph
 
     def _replace_trace(self, pruner: Any) -> None:
@@ -149,14 +150,15 @@ class HFConfigSyncHook:
         Raises:
             ValueError: the trace cannot be replaced.
         """
-        from ..graph.pruner_access import arguments_of, replace_graph, why_traced_stays
+        from ..graph.pruner_access import arguments_of, cannot_replace_trace, replace_graph
 
-        reason = why_traced_stays(pruner, registration.constructor_of(type(pruner)))
-        if reason is not None:
+        refusal = cannot_replace_trace(pruner, registration.constructor_of(type(pruner)))
+        if refusal is not None:
             name = type(pruner).__name__
             raise ValueError(
                 f"this {name} has traced its model by itself, and nothing proves what its groups "
-                f"cut. The graph made from the config cannot take their place any more: {reason}. "
+                f"cut. The graph made from the config cannot take their place any more: "
+                f"{refusal.reason}. "
                 f"Construct the pruner with the hook: {name}(model, ..., "
                 "hooks=[HFConfigSyncHook()])."
             )
@@ -189,7 +191,7 @@ class HFConfigSyncHook:
         """Attach to a pruner while its model's layers have entries of their own, where they may."""
         from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
-        from ..graph.pruner_access import give_back
+        from ..graph.pruner_access import restore_trace
         from ..planning.preflight import check_config_is_own, preflight
         from ..planning.pruner_arguments import warn
         from .follow import Follower
@@ -204,7 +206,7 @@ class HFConfigSyncHook:
         with ExitStack() as undo:
             if not isinstance(pruner.DG, ConfigGraph):
                 self._replace_trace(pruner)
-                undo.callback(give_back, pruner)
+                undo.callback(restore_trace, pruner)
             steering = UnitSteering(pruner)
             steering.attach()
             undo.callback(steering.detach)
@@ -220,14 +222,14 @@ class HFConfigSyncHook:
 
         The last hook to go gives a pruner back the trace that was replaced, if nothing is pruned.
         """
-        from ..graph.pruner_access import give_back
+        from ..graph.pruner_access import restore_trace
 
         for part in (self._recorder, self._steering):
             if part is not None:
                 part.detach()
         self._follower = self._recorder = self._steering = None
         if not any(isinstance(hook, HFConfigSyncHook) for hook in registration.hooks_of(pruner)):
-            give_back(pruner)
+            restore_trace(pruner)
 
     def _graph_notes(self) -> list[str]:
         """Return the graph's notes, for the first report only."""

@@ -11,7 +11,7 @@ import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
 from ..graph.config_graph import ConfigGroup
 from ..graph.sides import GraphGroup
-from ..graph.unit_count import in_runs, multiple_below, per_channel_group
+from ..graph.unit_count import multiple_below, multiple_for_round_to, per_channel_group
 from ..model.surroundings import restore_attribute
 from .chunked_importance import in_pieces, takes_pieces
 
@@ -124,7 +124,7 @@ class UnitSteering:
             return f"all steps of the pruner were taken (iterative_steps={pruner.iterative_steps})"
         graph = pruner.DG
         if not any(
-            True for _ in graph.taking_part(pruner.ignored_layers, pruner.root_module_types)
+            True for _ in graph.groups_to_prune(pruner.ignored_layers, pruner.root_module_types)
         ):
             return "no group takes part (prune=, ignored_layers=, root_module_types=)"
         if not self.valued:
@@ -208,7 +208,7 @@ class UnitSteering:
             units = self.preflight.units_left(graph_group, self.pruner.current_step)
             if units is not None:
                 return (size - units // graph_group.count.channel_groups) * together
-        rounded_to = in_runs(round_to, graph_group.count.run)
+        rounded_to = multiple_for_round_to(round_to, graph_group.count.run)
         multiple = per_channel_group(
             graph_group.count.multiple, rounded_to, graph_group.count.channel_groups
         )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .build import Refusal
+
 PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
 
 
@@ -66,7 +68,7 @@ class Tie:
         """Return the name whose Parameter all names take: the first pruned one, or the first."""
         return next(iter(self.pruned(model)), self.names[0])
 
-    def conflict(self, model: nn.Module, alike: bool = False) -> str | None:
+    def conflict(self, model: nn.Module, alike: bool = False) -> Refusal | None:
         """Return why the names cannot share one Parameter again, or None if they can.
 
         Args:
@@ -76,9 +78,9 @@ class Tie:
         """
         first, *others = self.pruned(model) or self.names[:1]
         weight = model.get_parameter(first)
-        reason = shapes_apart({n: tuple(model.get_parameter(n).shape) for n in (first, *others)})
-        if reason is not None:
-            return reason
+        refusal = shapes_apart({n: tuple(model.get_parameter(n).shape) for n in (first, *others)})
+        if refusal is not None:
+            return refusal
         for name in others:
             other = model.get_parameter(name)
             if not alike and not torch.equal(other, weight):
@@ -86,21 +88,23 @@ class Tie:
         return None
 
 
-def shapes_apart(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def shapes_apart(shapes: Mapping[str, tuple[int, ...]]) -> Refusal | None:
     """Return why names with these shapes cannot share one Parameter, or None if all are equal."""
     (first, shape), *others = shapes.items()
     for name, other in others:
         if other != shape:
-            return (
+            return Refusal(
                 f"{first} has shape {list(shape)} and {name} {list(other)}, but they are tied, one "
                 "weight under two names"
             )
     return None
 
 
-def channels_apart(first: str, other: str) -> str:
-    """Return the reason for two names of one weight that lost different channels."""
-    return f"{first} and {other} are tied, one weight under two names, but lost different channels"
+def channels_apart(first: str, other: str) -> Refusal:
+    """Return the refusal for two names of one weight that lost different channels."""
+    return Refusal(
+        f"{first} and {other} are tied, one weight under two names, but lost different channels"
+    )
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -145,7 +149,7 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(module_name), key
 
 
-def stacks(model: nn.Module, name: str) -> bool:
+def is_matrix_stack(model: nn.Module, name: str) -> bool:
     """True if a parameter stacks several matrices (experts) and is no convolution's weight.
 
     A convolution's weight may have a weight norm: then it stands two modules deeper. A scale for

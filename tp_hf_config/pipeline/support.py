@@ -157,7 +157,7 @@ def after_reload(trial: Trial, model_class: type[nn.Module]) -> WidthSupport:
         model_class: the class to load.
     """
     for folder in trial.folders:
-        reason = reloaded(model_class, folder)
-        if reason is not None:
-            return replace(trial.width, outcome="failed", why=reason)
+        refusal = reloaded(model_class, folder)
+        if refusal is not None:
+            return replace(trial.width, outcome="failed", why=refusal.reason)
     return trial.width

@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoint.child import load
 from ..errors import TPHFConfigError
 from ..fieldmap.field_map import map_of
-from ..forward.observed_pass import Result, outputs_in_float64, warm_up
+from ..forward.observed_pass import PassResult, outputs_in_float64, warm_up
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..graph.prunable import Width, widths_of
 from ..hook.hook import HFConfigSyncHook
@@ -26,7 +26,7 @@ from ..model.config_json import config_json
 from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
-from ..twin.masked_check import difference, pruned_inputs_of
+from ..twin.masked_check import masked_difference, pruned_inputs_of
 from ..twin.tiny.tiny_model import TinyModel, randomise
 
 Outcome = Literal["works", "refused", "failed"]
@@ -235,13 +235,13 @@ def _attempt(
         return "refused", str(error)
     except Exception as error:
         return "failed", _line(f"{type(error).__name__} from the pruner's constructor: {error}")
-    reason = _prune_and_check(case, pruned, pruner, steps)
-    if reason is None and not any(report.groups for report in hook.reports):
+    refusal = _prune_and_check(case, pruned, pruner, steps)
+    if refusal is None and not any(report.groups for report in hook.reports):
         return "refused", ""
-    if reason is None:
+    if refusal is None:
         inputs = pruned_inputs_of(case.model, pruned, tiny.inputs, tiny.recipe)
-        reason = save(pruned, inputs, folder, tiny.watched, tiny.recipe)
-    return ("works", "") if reason is None else ("failed", _line(reason))
+        refusal = save(pruned, inputs, folder, tiny.watched, tiny.recipe)
+    return ("works", "") if refusal is None else ("failed", _line(refusal.reason))
 
 
 def _minimum(width: Width) -> int:
@@ -252,7 +252,7 @@ def _minimum(width: Width) -> int:
     return max(max(group.count.minimum, group.count.channel_groups) for group in width.groups)
 
 
-def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> str | None:
+def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refusal | None:
     """Run all steps and the masked check; return why that failed, or ``None``."""
     try:
         with _quiet():
@@ -262,21 +262,23 @@ def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> str 
         builder = Builder(model, attention=tiny.recipe.attention)
         reference = builder.build_real(config_json(model.config))
         if isinstance(reference, Refusal):
-            return f"the new config does not build: {reference.reason}"
-        return difference(case.model, model, reference, tiny.inputs, tiny.watched, tiny.recipe)
+            return Refusal(f"the new config does not build: {reference.reason}")
+        return masked_difference(
+            case.model, model, reference, tiny.inputs, tiny.watched, tiny.recipe
+        )
     except TPHFConfigError as error:
-        return f"{type(error).__name__} after the step: {error}"
+        return Refusal(f"{type(error).__name__} after the step: {error}")
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return Refusal(f"{type(error).__name__}: {error}")
 
 
 def save(
     model: Any,
     inputs: Mapping[str, Any] | Refusal,
     folder: Path,
-    watched: Sequence[Result] = (),
+    watched: Sequence[PassResult] = (),
     recipe: RunRecipe = PLAIN,
-) -> str | None:
+) -> Refusal | None:
     """Save a model with inputs and its outputs; return why that failed, or ``None``.
 
     Args:
@@ -287,7 +289,7 @@ def save(
         recipe: how the class is run.
     """
     if isinstance(inputs, Refusal):
-        return inputs.reason
+        return inputs
     try:
         with torch.no_grad():
             outputs = outputs_in_float64(model, inputs, watched, recipe)
@@ -301,29 +303,29 @@ def save(
         }
         torch.save(case, folder / CASE)
     except Exception as error:
-        return f"it cannot be saved: {type(error).__name__}: {error}"
+        return Refusal(f"it cannot be saved: {type(error).__name__}: {error}")
     return None
 
 
-def reloaded(model_class: Any, folder: Path) -> str | None:
+def reloaded(model_class: Any, folder: Path) -> Refusal | None:
     """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``."""
     case = torch.load(folder / CASE, weights_only=True)
     try:
         recipe = RunRecipe(methods=tuple(case["methods"]))
         model, problems = load(model_class, folder, case["options"])
         if problems:
-            return _line(f"loading reports {problems}")
+            return Refusal(_line(f"loading reports {problems}"))
         for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
             if getattr(module, "_can_set_experts_implementation", bool)():
                 module.set_experts_implementation("eager")
         with torch.no_grad():
-            watched = [Result(*result) for result in case["watched"]]
+            watched = [PassResult(*result) for result in case["watched"]]
             warm_up(model.double().eval(), case["inputs"], watched, recipe)
             outputs = outputs_in_float64(model, case["inputs"], watched, recipe)
     except Exception as error:
-        return _line(f"it cannot be loaded: {type(error).__name__}: {error}")
+        return Refusal(_line(f"it cannot be loaded: {type(error).__name__}: {error}"))
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
-    return None if same else "loaded again it computes other outputs"
+    return None if same else Refusal("loaded again it computes other outputs")
 
 
 @contextmanager

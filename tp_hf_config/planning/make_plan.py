@@ -27,7 +27,7 @@ from .refusals import adjusted_line, by_name, planned_refusal
 from .selection import Chosen, Wanted, check_ratios, choose
 from .settings import Gqa, Layers, PruneSettings, Scheduler
 from .shortfall import shortfalls
-from .target import trajectory_to, why_not_exactly
+from .target import target_missed, trajectory_to
 from .trajectory import MovingWidth, Trajectory
 from .unit_counts import multiples_of, unit_counts_of
 
@@ -202,14 +202,14 @@ def _plan(
     if full is None or before is None:
         # cannot happen: map_of built it
         raise UnsupportedModelError("the class does not build its own config")
-    target, why_fewer = None, None
+    target, missed = None, None
     if target_params is not None:
         target = int(target_params * (before.parameters if target_params <= 1 else 1))
         count = ParameterCount(field_map, full)
         heads = {width.fields for width in chosen.heads if not settings.head_pruning_ratio}
         free = [m for m in trajectory.moving_widths if not m.clamped or m.fields in heads]
         trajectory = trajectory_to(trajectory, free, count, target)
-        why_fewer = why_not_exactly(trajectory, free, count, target)
+        missed = target_missed(trajectory, free, count, target)
         settings = _settings_of(trajectory, settings, heads)
     values = trajectory.steps()[-1]
     _, after, _ = _build_and_measure(field_map, values)
@@ -233,7 +233,7 @@ def _plan(
         refusal=planned_refusal(trajectory),
         adjusted=(*map(adjusted_line, trajectory.adjusted), *shortfalls(trajectory)),
         target=target,
-        why_not_exactly=why_fewer,
+        why_not_exactly=None if missed is None else missed.reason,
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
         notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _live=weakref.ref(source) if has_weights else lambda: None,
@@ -281,7 +281,7 @@ def _width(
     field_map = trajectory.field_map
     by_step = trajectory.steps()
     values = by_step[-1]
-    units = trajectory.states[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
+    units = trajectory.units_by_step[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
     share = units / moving.units
     return PlannedWidth(
         name=width.name,
@@ -352,10 +352,10 @@ def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
         first, last, grid = (n * value // start for n in (units[0], units[-1], units.step))
         return range(first, last + 1, grid)
 
-    def refuses(n: int) -> str | None:
-        return trajectory.refuses({f: field_map.values[f] * n // start for f in moving.fields})
+    def refusal_of(n: int) -> Refusal | None:
+        return trajectory.refusal_of({f: field_map.values[f] * n // start for f in moving.fields})
 
-    return tuple(n * value // start for n in units if refuses(n) is None)
+    return tuple(n * value // start for n in units if refusal_of(n) is None)
 
 
 def _with_head_counts(

@@ -50,7 +50,7 @@ class Preflight:
             for adjusted in self.trajectory.adjusted
             if adjusted.step == step
         ]
-        last = step == len(self.trajectory.states)
+        last = step == len(self.trajectory.units_by_step)
         return lines + (shortfalls(self.trajectory) if last else [])
 
     def units_left(self, graph_group: GraphGroup, step: int) -> int | None:
@@ -58,7 +58,7 @@ class Preflight:
 
         ``None``: the group is not pruned, or does not have the expected units before the step.
         """
-        states = [self.trajectory.start, *self.trajectory.states]
+        states = [self.trajectory.start, *self.trajectory.units_by_step]
         kind = self.kinds.get(id(graph_group))
         if kind is None or not 1 <= step < len(states):
             return None
@@ -282,7 +282,7 @@ def _pruned_groups(pruner: Any) -> Iterator[_PrunedGroup]:
     graph: ConfigGraph = pruner.DG
     channels: Counter[Any] = Counter()  # by fields, layer and whether it loses outputs
     groups: list[tuple[GraphGroup, Any, list[Any]]] = []
-    for graph_group in graph.taking_part(pruner.ignored_layers, pruner.root_module_types):
+    for graph_group in graph.groups_to_prune(pruner.ignored_layers, pruner.root_module_types):
         group = graph.group_at(graph_group, [0])  # its layers in the order that the pruner sees
         keys = []
         for item in group:

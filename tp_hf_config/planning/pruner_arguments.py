@@ -114,7 +114,7 @@ def check_needed(needed: Mapping[str, Any], arguments: Mapping[str, Any]) -> Non
         )
 
 
-def settle(view: ModelView, graph: ConfigGraph, arguments: dict[str, Any]) -> None:
+def adapt_arguments(view: ModelView, graph: ConfigGraph, arguments: dict[str, Any]) -> None:
     """Change a pruner's arguments so that they do on a graph what they do in Torch-Pruning.
 
     A warning says where they cannot.

@@ -107,7 +107,9 @@ def pruner_kwargs(
         return _on_config_graph(model, view, wanted, settings.ratios, given)
 
 
-def by_itself(model: nn.Module, view: ModelView, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def default_pruner_kwargs(
+    model: nn.Module, view: ModelView, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return arguments for a pruner that got none from ``pruner_kwargs``.
 
     If head dims are asked for but cannot be pruned, they stay and a warning says so.

@@ -64,7 +64,7 @@ def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
 
 def planned_refusal(trajectory: Trajectory) -> PlannedRefusal | None:
     """Return the first step that the class refuses, with ratios that it accepts, or ``None``."""
-    refused = trajectory.refusal()
+    refused = trajectory.first_refused()
     if refused is None:
         return None
     nearest = [

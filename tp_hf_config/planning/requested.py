@@ -66,10 +66,10 @@ def staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
     result: dict[tuple[FieldPath, ...], str] = {}
     for width in offered:
         of_width = [next(groups) for _ in width.groups]
-        every = [graph.why_kept(graph_group, modules, types) for graph_group in of_width]
-        if reasons := [reason for reason in every if reason is not None]:
-            others = ", and one config field sets them all" if len(reasons) < len(of_width) else ""
-            result[width.fields] = f"{reasons[0]}{others}."
+        every = [graph.refusal_of(graph_group, modules, types) for graph_group in of_width]
+        if refusals := [refusal for refusal in every if refusal is not None]:
+            others = ", and one config field sets them all" if len(refusals) < len(of_width) else ""
+            result[width.fields] = f"{refusals[0].reason}{others}."
             continue
         layers = [graph.outputs_of(graph_group) for graph_group in of_width]
         reason = _why_heads_stay(view, width, layers, arguments)

@@ -12,8 +12,9 @@ def shortfalls(trajectory: Trajectory) -> list[str]:
     Head counts are left out: ``trajectory.adjusted`` has them.
     """
     result: list[str] = []
-    for moving in trajectory.moving_widths if trajectory.states else ():
-        units, remaining = moving.unit_counts[0].units, trajectory.states[-1][moving.fields][0]
+    for moving in trajectory.moving_widths if trajectory.units_by_step else ():
+        units = moving.unit_counts[0].units
+        remaining = trajectory.units_by_step[-1][moving.fields][0]
         ratio = moving.ratio if moving.ratios is None else moving.ratios[-1]
         if not moving.counts_heads and remaining > units * (1 - ratio) + 1e-6:
             field = moving.fields[0]

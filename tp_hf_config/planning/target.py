@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import ceil
 
+from ..model.build import Refusal
 from ..model.config_json import field_name
 from .model_size import ParameterCount
 from .trajectory import MovingWidth, Trajectory
@@ -69,9 +70,9 @@ def trajectory_to(
     )
 
 
-def why_not_exactly(
+def target_missed(
     trajectory: Trajectory, moving_widths: Sequence[MovingWidth], count: ParameterCount, target: int
-) -> str | None:
+) -> Refusal | None:
     """Return why a trajectory leaves fewer parameters than the target; ``None``: it does not.
 
     If some width could keep more units without passing the target, the text names it with the
@@ -95,12 +96,14 @@ def why_not_exactly(
     fewer = f"{target - reached:,} fewer, as units are whole"
     within = max((candidate for candidate in wider if candidate[0] <= target), default=None)
     if within is not None:
-        return (
+        return Refusal(
             f"{fewer} and one ratio holds for all: {within[1]} alone would leave {within[0]:,} "
             f"(a ratio of its own: {within[2]})"
         )
     above = min(wider, default=None)
-    return fewer if above is None else f"{fewer}: {above[1]} would already leave {above[0]:,}"
+    if above is None:
+        return Refusal(fewer)
+    return Refusal(f"{fewer}: {above[1]} would already leave {above[0]:,}")
 
 
 def _one_head_ratio(trajectory: Trajectory, moving_widths: Sequence[MovingWidth]) -> bool:

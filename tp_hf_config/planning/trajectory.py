@@ -10,13 +10,13 @@ from itertools import chain, islice, product
 from math import lcm
 
 from ..fieldmap.field_map import FieldMap
-from ..fieldmap.legal_values import STOPS, other_tensors, stopping, vanishing
+from ..fieldmap.legal_values import STOPS, build_mismatch, count_at_zero, run_failure
 from ..graph.unit_count import UnitCount, multiple_below
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 
 Values = dict[FieldPath, int]
-State = dict[tuple[FieldPath, ...], tuple[int, ...]]
+UnitsLeft = dict[tuple[FieldPath, ...], tuple[int, ...]]
 """Fields of each width -> remaining units in each kind of its groups (one per unit count)."""
 # limits: ratios of one width, of several, steps down, states of head counts, values to ask about
 _TRIES, _FEW, _DOWN, _HEADS, _PATIENT = 24, 6, 65, 96, 40
@@ -54,7 +54,7 @@ class MovingWidth:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedStep:
     """Widths that the class does not accept.
 
     Attributes:
@@ -106,7 +106,7 @@ class Trajectory:
     round_to: int | None = 1
     max_ratio: float = 1.0
     patience: int = 4
-    _reasons: dict[frozenset[tuple[FieldPath, int]], str | None] = dataclasses.field(
+    _refusals: dict[frozenset[tuple[FieldPath, int]], Refusal | None] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -123,22 +123,22 @@ class Trajectory:
         return result
 
     @cached_property
-    def states(self) -> list[State]:
+    def units_by_step(self) -> list[UnitsLeft]:
         """Return, for each step, the remaining units in each kind of group of each width."""
         return [state for _, state in self._steps]
 
     @cached_property
-    def start(self) -> State:
+    def start(self) -> UnitsLeft:
         """Return the units before the first step."""
         return {w.fields: tuple(count.units for count in w.unit_counts) for w in self.moving_widths}
 
     @cached_property
-    def _steps(self) -> list[tuple[State, State]]:
+    def _steps(self) -> list[tuple[UnitsLeft, UnitsLeft]]:
         """Return, for each step, what the rounded ratios alone leave, and what the step leaves."""
         now = self.start
         steps = max(map(len, self.ratios.values()), default=0)
-        before = len(self._reasons)
-        result: list[tuple[State, State]] = []
+        before = len(self._refusals)
+        result: list[tuple[UnitsLeft, UnitsLeft]] = []
         for step in range(steps):
             rounded = {
                 w.fields: tuple(
@@ -156,10 +156,10 @@ class Trajectory:
                 ]
                 now = {**rounded, **heads}
                 for state in self._candidates(now, rounded, shrinking, step):
-                    questions = len(self._reasons) - before
+                    questions = len(self._refusals) - before
                     if self.patience and questions >= self.patience * (_PATIENT + steps):
                         break
-                    if not self.patience or self.refuses(self.values_of(state)) is None:
+                    if not self.patience or self.refusal_of(self.values_of(state)) is None:
                         now = state
                         break
             else:
@@ -168,8 +168,8 @@ class Trajectory:
         return result
 
     def _candidates(
-        self, with_heads: State, rounded: State, shrinking: Sequence[MovingWidth], step: int
-    ) -> Iterator[State]:
+        self, with_heads: UnitsLeft, rounded: UnitsLeft, shrinking: Sequence[MovingWidth], step: int
+    ) -> Iterator[UnitsLeft]:
         """Yield what a step can leave: what the rounded ratios leave first, then what is near it.
 
         Args:
@@ -184,7 +184,7 @@ class Trajectory:
             for width in self.moving_widths
             if width.counts_heads
         ]
-        states: list[State] = [
+        states: list[UnitsLeft] = [
             {**rounded, **{fields: units for part in parts for fields, units in part.items()}}
             for parts in islice(product(*heads), _HEADS)
         ]
@@ -193,14 +193,14 @@ class Trajectory:
         )
         return chain(
             islice(divisible, _HEADS),
-            self._each_alone(states[0], shrinking),
+            self._alone(states[0], shrinking),
             self._smaller(states[0], shrinking),
             self._smaller(with_heads, shrinking),
         )
 
     def _head_counts(
         self, moving: MovingWidth, now: tuple[int, ...], ratio: float
-    ) -> Iterator[State]:
+    ) -> Iterator[UnitsLeft]:
         """Yield the head counts that a step can leave, those nearest to the ratio first."""
         wanted = moving.units * (1 - ratio)
         heads, numbers = now[0] // moving.unit_counts[0].per_field_unit, self._numbers(moving)
@@ -217,7 +217,7 @@ class Trajectory:
         fewest = max(-(-c.minimum // c.per_field_unit) for c in moving.unit_counts)
         return range(-(-fewest // grid) * grid, moving.units + 1, grid)
 
-    def _divisible(self, state: State, shrinking: Sequence[MovingWidth]) -> Iterator[State]:
+    def _divisible(self, state: UnitsLeft, shrinking: Sequence[MovingWidth]) -> Iterator[UnitsLeft]:
         """Yield the state with one width lowered to a multiple of a head count that moves."""
         counts = [moving for moving in self.moving_widths if moving.counts_heads]
         for moving, heads in product(shrinking, counts):
@@ -230,23 +230,23 @@ class Trajectory:
                 ),
             }
 
-    def _each_alone(self, state: State, shrinking: Sequence[MovingWidth]) -> Iterator[State]:
+    def _alone(self, state: UnitsLeft, shrinking: Sequence[MovingWidth]) -> Iterator[UnitsLeft]:
         """Yield the state with each width as the class accepts it alone, if several have to change.
 
         Changing one width at a time does not do then (MobileViT rounds five of its widths).
         """
-        changes: State = {}
+        changes: UnitsLeft = {}
         for width in shrinking:
             rounded = state[width.fields]
             for units in chain([rounded], islice(self._downwards(width, rounded), _TRIES)):
-                if self.refuses(self.values_of({**self.start, width.fields: units})) is None:
+                if self.refusal_of(self.values_of({**self.start, width.fields: units})) is None:
                     if units != rounded:
                         changes[width.fields] = units
                     break
         if len(changes) > 1:
             yield {**state, **changes}
 
-    def _smaller(self, state: State, shrinking: Sequence[MovingWidth]) -> Iterator[State]:
+    def _smaller(self, state: UnitsLeft, shrinking: Sequence[MovingWidth]) -> Iterator[UnitsLeft]:
         """Yield the state, then states in which one width is a little smaller."""
         yield state
         for moving in shrinking:
@@ -269,7 +269,7 @@ class Trajectory:
         result: list[Adjusted] = []
         for step, (rounded, state) in enumerate(self._steps if self.round_to else ()):
             values, by_rounding = self.values_of(state), self.values_of(rounded)
-            if self.refuses(values) is not None:
+            if self.refusal_of(values) is not None:
                 break  # later steps do not happen
             requested: dict[FieldPath, float] = {}
             grids: list[str] = []
@@ -285,7 +285,8 @@ class Trajectory:
                     requested |= {field: by_rounding[field] for field in width.fields}
             if requested:
                 whole = {field: max(1, round(value)) for field, value in requested.items()}
-                reason = self.refuses({**values, **whole}) or ""
+                refusal = self.refusal_of({**values, **whole})
+                reason = "" if refusal is None else refusal.reason
                 if grids and (not reason or reason.startswith(STOPS)):
                     reason = "; ".join(grids)  # no other number is possible at all
                 accepted = {field: values[field] for field in requested}
@@ -294,13 +295,14 @@ class Trajectory:
 
     def units(self, moving: MovingWidth) -> list[list[int]]:
         """Return, for each kind of group of a width, its units after each step."""
-        return [[s[moving.fields][i] for s in self.states] for i in range(len(moving.unit_counts))]
+        kinds = range(len(moving.unit_counts))
+        return [[left[moving.fields][kind] for left in self.units_by_step] for kind in kinds]
 
     def steps(self) -> list[Values]:
         """Return the values of the fields after each step."""
-        return [self.values_of(state) for state in self.states]
+        return [self.values_of(state) for state in self.units_by_step]
 
-    def values_of(self, state: State) -> Values:
+    def values_of(self, state: UnitsLeft) -> Values:
         """Return the value of each field when so many units remain."""
         return {
             field: self.field_map.values[field] * state[w.fields][0] // w.unit_counts[0].units
@@ -308,7 +310,7 @@ class Trajectory:
             for field in w.fields
         }
 
-    def refusal(self) -> Refused | None:
+    def first_refused(self) -> RefusedStep | None:
         """Return the first step that the class refuses or no config can say, or ``None``."""
         steps = self.steps()
         for moving in self.moving_widths:
@@ -319,41 +321,40 @@ class Trajectory:
             if len(ends) > 1:
                 apart = " and ".join(map(str, sorted(ends)))
                 words = f"groups of {moving.name} would have {apart} units"
-                return Refused(len(steps), self._changed(steps[-1]), words)
+                return RefusedStep(len(steps), self._changed(steps[-1]), words)
         for number, values in enumerate(steps, 1):
-            reason = self.refuses(values)
-            if reason is not None:
-                return Refused(number, self._changed(values), reason)
+            if (refusal := self.refusal_of(values)) is not None:
+                return RefusedStep(number, self._changed(values), refusal.reason)
         return None
 
     def accepted(self) -> bool:
         """True if the class accepts every step; the last is asked about first."""
-        return not any(self.refuses(v) for v in reversed(self.steps())) and self.refusal() is None
+        return not any(map(self.refusal_of, reversed(self.steps()))) and not self.first_refused()
 
-    def refuses(self, values: Mapping[FieldPath, int]) -> str | None:
-        """Return why the class refuses these values, or ``None``; each set is tried once."""
+    def refusal_of(self, values: Mapping[FieldPath, int]) -> Refusal | None:
+        """Return the refusal of these values, or ``None``; each set of values is tried once."""
         changed = self._changed(values)
         key = frozenset(changed.items())
-        if key not in self._reasons:
-            self._reasons[key] = self._ask(changed) if changed else None
-        return self._reasons[key]
+        if key not in self._refusals:
+            self._refusals[key] = self._ask(changed) if changed else None
+        return self._refusals[key]
 
     def _changed(self, values: Mapping[FieldPath, int]) -> Values:
         """Return the values that differ from the start."""
         return {field: v for field, v in values.items() if v != self.field_map.values[field]}
 
-    def _ask(self, values: Values) -> str | None:
-        """Return why the class does not build with these values, or our reason, or ``None``.
+    def _ask(self, values: Values) -> Refusal | None:
+        """Return the class's refusal of these values, or ours, or ``None``.
 
         Ours: a count would vanish, it builds other tensors than pruning leaves, or it does not run.
         """
         model = self.field_map.build_at(values)
         if isinstance(model, Refusal):
-            return model.reason
+            return model
         return (
-            vanishing(self.field_map, model)
-            or other_tensors(self.field_map, model, values)
-            or stopping(self.field_map, model)
+            count_at_zero(self.field_map, model)
+            or build_mismatch(self.field_map, model, values)
+            or run_failure(self.field_map, model)
         )
 
     def at(

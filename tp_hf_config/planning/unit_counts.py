@@ -13,7 +13,7 @@ from ..fieldmap.model_view import ModelView
 from ..graph.prunable import Width
 from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath
-from ..model.tensors import stacks, tensor
+from ..model.tensors import is_matrix_stack, tensor
 
 
 def multiples_of(view: ModelView, widths: Iterable[Width]) -> dict[tuple[FieldPath, ...], int]:
@@ -60,7 +60,7 @@ def _multiple_in(view: ModelView, width: Width) -> int:
     for group in width.groups:
         own = group.count.channel_groups  # all groups of a width lose the same number
         for dim in group.dims:
-            if dim.dim > 0 and stacks(view.model, dim.name):
+            if dim.dim > 0 and is_matrix_stack(view.model, dim.name):
                 own = lcm(own, 16 // tensor(view.model, dim.name).element_size())
         multiple = lcm(multiple, own // gcd(own, group.count.per_field_unit))
     return multiple

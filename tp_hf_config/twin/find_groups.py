@@ -21,7 +21,7 @@ from ..forward.coverage import forward_error
 from ..forward.encoder_states import AXIS, encoder_states_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, with_values
-from ..model.tensors import saved_buffers, stacks
+from ..model.tensors import is_matrix_stack, saved_buffers
 from .group import Finding, TinyGroup, all_alike
 from .joint_fields import (
     equal_fields,
@@ -138,8 +138,10 @@ def _scales(group: TinyGroup) -> bool:
 
 def _rehearsed(tiny: TinyModel, finding: Finding) -> Finding:
     """Return the finding, refused if the class built smaller does not compute what is left."""
-    reason = rehearse(tiny, finding) if finding.reason is None else None
-    return finding if reason is None else replace(finding, reason=reason, disproved=True)
+    refusal = rehearse(tiny, finding) if finding.reason is None else None
+    if refusal is None:
+        return finding
+    return replace(finding, reason=refusal.reason, disproved=True)
 
 
 def _sets_outputs(tiny: TinyModel, field: FieldPath) -> bool:
@@ -174,8 +176,8 @@ def _find(
     if units < 2:
         return Finding(fields, reason=f"{field_name(fields[0])} is {units} in the tiny model")
     shares = shares_of(field_map, fields)
-    if isinstance(shares, str):
-        return Finding(fields, reason=shares)
+    if isinstance(shares, Refusal):
+        return Finding(fields, reason=shares.reason)
     shares |= _shares_of_states(tiny, shares)
     styles: dict[Style, list[TensorDim]] = {}
     tensors = {**saved_buffers(tiny.model), **dict(tiny.model.named_parameters())}  # tied ones once
@@ -225,7 +227,7 @@ def _find(
     if len(fields) > 1 or units < field_map.values[fields[0]]:
         return _refined(tiny, finding)
     dims = (dim for group in finding.groups for dim in group.dims if dim.dim == 0)
-    stacked = any(stacks(tiny.model, dim.name) for dim in dims)
+    stacked = any(is_matrix_stack(tiny.model, dim.name) for dim in dims)
     return replace(finding, minimum=_least(tiny, fields[0])) if stacked else finding
 
 
@@ -316,7 +318,7 @@ def _refined(tiny: TinyModel, finding: Finding) -> Finding:
     return replace(finding, groups=all_alike(groups, finer))
 
 
-def in_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
+def with_single_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
     """Return the finding with units of single positions, or None if those cannot change places.
 
     A unit of Swin's first stage is several dimensions of every head in its last one. There may be

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forward.encoder_states import AXIS, encoder_states_in, encoder_states_of
-from ..forward.observed_pass import Result, outputs_in_float64, warm_up
+from ..forward.observed_pass import PassResult, outputs_in_float64, warm_up
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Refusal
-from ..model.tensors import saved_buffers, stacks
+from ..model.tensors import is_matrix_stack, saved_buffers
 from .width_scalars import AsNarrow, CutDim, DualWidth, SizesRead, as_written, take_scales
 
 Kept = dict[str, tuple[CutDim, ...]]
@@ -37,14 +37,14 @@ _PROJECTIONS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 """Layers that are no norms, even if all of their parameters are vectors."""
 
 
-def difference(
+def masked_difference(
     original: nn.Module,
     pruned: nn.Module,
     reference_build: nn.Module,
     inputs: Mapping[str, Any],
-    watched: Sequence[Result] = (),
+    watched: Sequence[PassResult] = (),
     recipe: RunRecipe = PLAIN,
-) -> str | None:
+) -> Refusal | None:
     """Return where a pruned model differs from the masked original, or None if nowhere.
 
     Encoder states among the inputs lose the channels that the layer which reads them lost.
@@ -64,7 +64,7 @@ def difference(
     """
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
-        return kept.reason
+        return kept
     pruned_inputs = _cut_inputs(inputs, original, kept, recipe)
     warm_up(pruned, pruned_inputs, watched, recipe)
     with torch.no_grad(), as_written(pruned), SizesRead() as sizes_read:
@@ -84,14 +84,14 @@ def difference(
         with torch.no_grad(), _without_removed_experts(masked, kept), surroundings:
             return outputs_in_float64(masked, inputs, watched, recipe)
 
-    reason = _first_difference(masked_outputs(nullcontext()), actual, kept)
-    if reason is None:
+    mismatch = _first_difference(masked_outputs(nullcontext()), actual, kept)
+    if mismatch is None:
         return None
     # the pass itself may make a scale from the head dim, which then is in no attribute
     narrow = AsNarrow(sizes_read.sizes, chain.from_iterable(kept.values()))
     with as_written(original):
         outputs = masked_outputs(narrow)
-    return None if _first_difference(outputs, actual, kept) is None else reason
+    return None if _first_difference(outputs, actual, kept) is None else mismatch
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -103,18 +103,20 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _first_difference(
     expected: Sequence[Tensor], actual: Sequence[Tensor], kept: Kept
-) -> str | None:
+) -> Refusal | None:
     """Return where an output first differs from the masked original, or None if nowhere."""
     if len(expected) != len(actual):
-        return f"{len(actual)} outputs, the original has {len(expected)}"
+        return Refusal(f"{len(actual)} outputs, the original has {len(expected)}")
     for number, (full, value) in enumerate(zip(expected, actual, strict=True)):
         aligned = _aligned(full, value, kept)
         if isinstance(aligned, Refusal):
-            return f"output {number}: {aligned.reason}"
+            return Refusal(f"output {number}: {aligned.reason}")
         full, value = aligned
         error = float((value - full).norm() / full.norm().clamp_min(1e-30))
         if not error <= EXACT:
-            return f"output {number} is {error:.0e} off the original with the removed units masked"
+            return Refusal(
+                f"output {number} is {error:.0e} off the original with the removed units masked"
+            )
     return None
 
 
@@ -304,7 +306,7 @@ def _without_removed_experts(model: nn.Module, kept: Kept) -> Iterator[None]:
     cut_stacks = [
         (name.rpartition(".")[0].rpartition(".")[0], kept[name][0])
         for name in tensors
-        if stacks(model, name) and kept[name][0].cut
+        if is_matrix_stack(model, name) and kept[name][0].cut
     ]
     removed_by_weight: dict[int, Tensor] = {}
     for layer, experts in cut_stacks:

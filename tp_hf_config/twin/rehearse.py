@@ -19,7 +19,7 @@ from ..forward.observed_pass import outputs_in_float64
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import compute_unsaved, saved_buffers, select
-from .masked_check import EXACT, difference, pruned_inputs_of
+from .masked_check import EXACT, masked_difference, pruned_inputs_of
 from .width_scalars import CutDim
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _BLIND_CUTS = 4
 """After this many cuts that change no output, no more are tried."""
 
 
-def rehearse(tiny: TinyModel, finding: Finding) -> str | None:
+def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
     """Cut about half of a tiny width and compare; return why the width cannot be cut, or None.
 
     Args:
@@ -39,41 +39,49 @@ def rehearse(tiny: TinyModel, finding: Finding) -> str | None:
 
     Returns:
         ``None`` if a smaller build equals the original with the removed units at zero. Else a
-        sentence: it computes something else, no cut changes an output, or the class refuses every
+        refusal: it computes something else, no cut changes an output, or the class refuses every
         cut.
     """
     name = " and ".join(map(field_name, finding.fields))
     original = _tensors(tiny.model)
-    blind_cuts, refusal = 0, ""
+    blind_cuts, unbuilt = 0, ""
     for values, staying in _cuts(tiny, finding):
         smaller = tiny.field_map.builder.build_real(tiny.field_map.config_at(values))
         if isinstance(smaller, Refusal):
-            refusal = f": {smaller.reason}"
+            unbuilt = f": {smaller.reason}"
             continue
         smaller.tie_weights()  # type: ignore[operator]
         added = min(_tensors(smaller).keys() - original.keys(), default=None)
         if added is not None:  # Jamba's layers with a single expert have no experts
-            refusal = f": it builds {added} then"
+            unbuilt = f": it builds {added} then"
             continue
-        reason = _copy_staying(smaller, original, staying) or _why_different(tiny, smaller)
-        if reason is not None:
-            return f"with less of {name} the class computes something else than is left: {reason}"
+        mismatch = _copy_staying(smaller, original, staying) or _mismatch(tiny, smaller)
+        if mismatch is not None:
+            return Refusal(
+                f"with less of {name} the class computes something else than is left: "
+                f"{mismatch.reason}"
+            )
         if _changes_output(tiny, smaller):
             return None
         blind_cuts += 1  # only padding of a sound may be left: other cuts may show more
         if blind_cuts == _BLIND_CUTS:
             break
     if blind_cuts:
-        return f"less of {name} changes no output, so that nothing shows what is left"
-    return f"less of {name} cannot be built in the tiny model, so that nothing shows it{refusal}"
+        return Refusal(f"less of {name} changes no output, so that nothing shows what is left")
+    return Refusal(
+        f"less of {name} cannot be built in the tiny model, so that nothing shows it{unbuilt}"
+    )
 
 
-def _why_different(tiny: TinyModel, smaller: nn.Module) -> str | None:
+def _mismatch(tiny: TinyModel, smaller: nn.Module) -> Refusal | None:
     """Return why a smaller build fails the masked check or does not run, or None if it passes."""
     try:
-        return difference(tiny.model, smaller, smaller, tiny.inputs, tiny.watched, tiny.recipe)
+        return masked_difference(
+            tiny.model, smaller, smaller, tiny.inputs, tiny.watched, tiny.recipe
+        )
     except Exception as error:  # a class may stop with any exception
-        return f"it does not run then: {type(error).__name__}: {' '.join(str(error).split())}"
+        text = " ".join(str(error).split())
+        return Refusal(f"it does not run then: {type(error).__name__}: {text}")
 
 
 def _changes_output(tiny: TinyModel, smaller: nn.Module) -> bool:
@@ -118,7 +126,9 @@ def _random_units(group: TinyGroup, count: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def _copy_staying(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> str | None:
+def _copy_staying(
+    smaller: nn.Module, original: dict[str, Tensor], groups: _Staying
+) -> Refusal | None:
     """Copy the units that stay into a smaller build; return why that fails, or None."""
     masks: dict[str, dict[int, Tensor]] = {}
     for group, staying in groups:
@@ -133,9 +143,11 @@ def _copy_staying(smaller: nn.Module, original: dict[str, Tensor], groups: _Stay
             kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
             cut = select(original[name], kept) if kept else original[name]
             if cut.shape != value.shape:
-                return f"{name} has {list(cut.shape)}, the class builds {list(value.shape)}"
+                return Refusal(
+                    f"{name} has {list(cut.shape)}, the class builds {list(value.shape)}"
+                )
             if name in computed and not torch.equal(cut, value):
-                return (
+                return Refusal(
                     f"{name} is not saved, and computed anew from the config it holds other values"
                 )
             value.copy_(cut)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward.encoder_states import encoder_states_in
-from ..forward.observed_pass import Result, outputs_in_float64
+from ..forward.observed_pass import PassResult, outputs_in_float64
 from ..forward.replay import Replay
 from ..forward.run_recipe import PLAIN, RunRecipe
 from .layout import TensorDim, UnitLayout
@@ -59,7 +59,7 @@ class TwinTest:
         inputs: dict[str, Any],
         units: int,
         runs: Sequence[int] = (1,),
-        watched: Sequence[Result] = (),
+        watched: Sequence[PassResult] = (),
         recipe: RunRecipe = PLAIN,
         replay: Replay | None = None,
     ):

@@ -26,6 +26,7 @@ from tp_hf_config.cli import main as main_module
 from tp_hf_config.cli import prune as prune_module
 from tp_hf_config.cli.main import main
 from tp_hf_config.errors import CalibrationWarning, PrunerSettingsWarning
+from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import source
 from tp_hf_config.pipeline.job import Importance
 from tp_hf_config.planning.trajectory import Trajectory
@@ -317,7 +318,7 @@ class TestTables:
     def test_what_the_class_refuses(
         self, capsys: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(Trajectory, "_ask", lambda _, values: "never")
+        monkeypatch.setattr(Trajectory, "_ask", lambda _, values: Refusal("never"))
         code, out, _ = shell(capsys, "plan", llama, "--pruning-ratio", "0.25")
         assert code == 1
         assert "refused at step 1 (hidden_size 48, intermediate_size 96): never." in out

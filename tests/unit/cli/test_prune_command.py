@@ -25,6 +25,7 @@ from smollm2_file import gguf_file
 
 from tp_hf_config import Calibration
 from tp_hf_config.cli.main import main
+from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import output, prune, recovery
 from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.planning.trajectory import Trajectory
@@ -563,8 +564,9 @@ class TestRefused:
     ) -> None:
         """The message ends with what to type."""
 
-        def at_least_72(_: Any, values: Any) -> str | None:
-            return "at least 72" if values.get(("intermediate_size",), 128) < 72 else None
+        def at_least_72(_: Any, values: Any) -> Refusal | None:
+            too_few = values.get(("intermediate_size",), 128) < 72
+            return Refusal("at least 72") if too_few else None
 
         monkeypatch.setattr(Trajectory, "_ask", at_least_72)
         typed = ("prune", models / "llama-gqa", "--out", tmp_path / "out")

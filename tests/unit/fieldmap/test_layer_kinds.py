@@ -20,7 +20,7 @@ from tp_hf_config.forward.inputs import example_inputs, second_sample
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal, without_data
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.twin.masked_check import difference
+from tp_hf_config.twin.masked_check import masked_difference
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 
 _TEXT = {
@@ -81,7 +81,8 @@ def test_a_width_that_all_kinds_allow_goes_in_all_layers() -> None:
     assert {layer.mlp.up_proj.out_features for layer in model.model.layers} == {24}
     fresh = Builder(model).build_real(config_json(config))
     assert not isinstance(fresh, Refusal)
-    assert difference(original, model, fresh, second_sample(example_inputs(original))) is None
+    inputs = second_sample(example_inputs(original))
+    assert masked_difference(original, model, fresh, inputs) is None
 
 
 @pytest.mark.parametrize(

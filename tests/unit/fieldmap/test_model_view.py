@@ -95,4 +95,4 @@ def test_a_view_keeps_no_model_alive() -> None:
     del model
     gc.collect()
     assert gone() is None
-    assert all(module is not None for module in model_view._checked)
+    assert all(module is not None for module in model_view._cached_views)

@@ -39,7 +39,7 @@ def tiny_of(model_class: Any) -> TinyModel:
 def test_the_attention_that_computes_numbers_is_taken() -> None:
     tiny = tiny_of(HiddenFromEager)
     assert tiny.recipe.attention == tiny.field_map.builder.attention == "sdpa"
-    assert tiny.full.recipe.attention == tiny.full.builder.attention == "eager"
+    assert tiny.full_field_map.recipe.attention == tiny.full_field_map.builder.attention == "eager"
     assert tiny.model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
     assert not tiny.model(**tiny.inputs).logits.isnan().any()
 

@@ -18,7 +18,7 @@ from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs, supports
 from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.forward.observed_pass import (
     AllFloat64,
-    Result,
+    PassResult,
     outputs_in_float64,
     warm_up,
     watched_results,
@@ -28,7 +28,7 @@ from tp_hf_config.model.config_json import config_json
 from tp_hf_config.pipeline.trial import subject
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
 from tp_hf_config.twin.links import Links
-from tp_hf_config.twin.masked_check import difference
+from tp_hf_config.twin.masked_check import masked_difference
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 from tp_hf_config.twin.twin_test import TwinTest
 
@@ -121,7 +121,7 @@ def test_the_graph_says_what_a_result_cannot_show(monkeypatch: pytest.MonkeyPatc
     asked = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: asked.append(1) or grad(*a, **k))
-    assert watched_results(ready(Busy()), states()) == (Result("inner", "linear", 0),)
+    assert watched_results(ready(Busy()), states()) == (PassResult("inner", "linear", 0),)
     assert len(asked) == 2
 
 
@@ -132,8 +132,8 @@ def x4() -> Tensor:
 def test_a_result_that_nobody_takes_is_watched() -> None:
     """One that shows all there is to see: not the mean, which shows no more."""
     model = ready(Pooled())
-    assert watched_results(model, states()) == (Result("inner", "linear", 0),)
-    *outputs, inner = outputs_in_float64(model, states(), [Result("inner", "linear", 0)])
+    assert watched_results(model, states()) == (PassResult("inner", "linear", 0),)
+    *outputs, inner = outputs_in_float64(model, states(), [PassResult("inner", "linear", 0)])
     assert [output.shape for output in outputs] == [(2, TOKENS, 3)]
     assert inner.shape == (2, 6)
 
@@ -153,23 +153,23 @@ def test_what_layers_in_a_list_compute_is_not_of_the_module_around_it() -> None:
             return self.out(x)
 
     model = ready(Layered())
-    assert watched_results(model, states()) == (Result("", "linear", 0),)
+    assert watched_results(model, states()) == (PassResult("", "linear", 0),)
     x = states()["x"]
     for layer in model.layers:
         x = layer(x)
-    *_, shown = outputs_in_float64(model, states(), [Result("", "linear", 0)])
+    *_, shown = outputs_in_float64(model, states(), [PassResult("", "linear", 0)])
     assert torch.equal(shown, F.linear(x[:, 0], model.inner.weight))
 
 
 def test_what_does_not_run_is_not_watched() -> None:
     model = ready(Pooled())
     model.idle = nn.Linear(HIDDEN, 4).double()  # type: ignore[assignment]
-    assert watched_results(model, states()) == (Result("inner", "linear", 0),)
+    assert watched_results(model, states()) == (PassResult("inner", "linear", 0),)
 
 
 def test_scores_that_only_choose_are_watched() -> None:
     watched = watched_results(ready(Sparse()), states())
-    assert watched == (Result("indexer", "einsum", 1), Result("indexer", "topk", 0))
+    assert watched == (PassResult("indexer", "einsum", 1), PassResult("indexer", "topk", 0))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -197,7 +197,7 @@ def test_a_comparison_chooses_too() -> None:
             scores = self.gate(x)
             return self.out(x * (scores.softmax(-1)[..., :1] > 0.5))
 
-    assert watched_results(ready(Gated()), states()) == (Result("", "__getitem__", 0),)
+    assert watched_results(ready(Gated()), states()) == (PassResult("", "__getitem__", 0),)
 
 
 def test_a_number_read_chooses_too() -> None:
@@ -212,7 +212,7 @@ def test_a_number_read_chooses_too() -> None:
             return self.out(x[:, : 1 + int(total.item()) % 2])
 
     watched = watched_results(ready(Counted()), states())
-    assert watched == (Result("", "sum", 0), Result("", "exp", 0))
+    assert watched == (PassResult("", "sum", 0), PassResult("", "exp", 0))
 
 
 def test_scores_that_make_no_difference_are_watched() -> None:
@@ -229,7 +229,7 @@ def test_scores_that_make_no_difference_are_watched() -> None:
 
     model = ready(Single())
     watched = watched_results(model, states())
-    assert watched == (Result("", "linear", 0),)
+    assert watched == (PassResult("", "linear", 0),)
     dims = [
         TensorDim("body.weight", 0),
         TensorDim("body.bias", 0),
@@ -274,7 +274,7 @@ def test_a_result_that_a_pass_does_not_give_proves_nothing() -> None:
     test = TwinTest(model, states(), 6, watched=watched_results(model, states()))
     dims, order = [TensorDim("inner.weight", 0), TensorDim("inner.bias", 0)], [5, 4, 3, 2, 1, 0]
     assert test.proves(dims, order)
-    test.watched = [Result("inner", "linear", 1)]
+    test.watched = [PassResult("inner", "linear", 1)]
     assert not test.proves(dims, order)
 
 
@@ -378,15 +378,16 @@ def test_heads_that_only_choose_tokens_are_pruned_and_compared() -> None:
     ).step()
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert isinstance(fresh, nn.Module)
-    assert difference(case.model, pruned, fresh, case.tiny.inputs, case.tiny.watched) is None
+    assert masked_difference(case.model, pruned, fresh, case.tiny.inputs, case.tiny.watched) is None
     name = "model.layers.0.self_attn.indexer.weights_proj.weight"
     full, left = case.model.get_parameter(name), pruned.get_parameter(name)
     assert len(left) == len(full) // 2
     gone = [row for row in full if not any(torch.equal(row, other) for other in left)]
     left.data.copy_(torch.stack(gone))
-    assert difference(case.model, pruned, fresh, case.tiny.inputs) is None  # all tokens are taken
+    # all tokens are taken
+    assert masked_difference(case.model, pruned, fresh, case.tiny.inputs) is None
     assert "off the original with the removed units masked" in str(
-        difference(case.model, pruned, fresh, case.tiny.inputs, case.tiny.watched)
+        masked_difference(case.model, pruned, fresh, case.tiny.inputs, case.tiny.watched)
     )
 
 
@@ -405,14 +406,14 @@ class Cached(nn.Module):
 
 
 def test_results_are_counted_from_the_second_pass_on() -> None:
-    watched = [Result("", "sub", 0)]
+    watched = [PassResult("", "sub", 0)]
     model, again = ready(Cached()), ready(Cached())
     warm_up(model, states(), ())
     assert model.kept is None
     warm_up(model, states(), watched)
     *_, shown = outputs_in_float64(model, states(), watched)
     assert shown.shape == states()["x"].shape
-    assert difference(model, again, ready(Cached()), states(), watched) is None
+    assert masked_difference(model, again, ready(Cached()), states(), watched) is None
 
 
 def test_the_row_of_padding_is_read_like_any_other() -> None:
@@ -458,4 +459,4 @@ def test_what_is_changed_in_place_shows_nothing() -> None:
     model = ready(_ChangedInPlace().double())
     inputs = {"states": torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64)}
     watched = watched_results(model, inputs)
-    assert watched == (Result("gate", "linear", 0),)
+    assert watched == (PassResult("gate", "linear", 0),)

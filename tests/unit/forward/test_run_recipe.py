@@ -68,7 +68,7 @@ def test_configs_of_one_class_do_not_share_a_recipe(
 ) -> None:
     monkeypatch.setenv(VARIABLE, "off")
     monkeypatch.setattr(field_map, "_learned", OrderedDict())
-    monkeypatch.setattr(model_view, "_checked", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(model_view, "_cached_views", weakref.WeakKeyDictionary())
     monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
     assert [proved(gemma4(audio)) for audio in order] == [PROVED[audio] for audio in order]
 
@@ -99,7 +99,7 @@ def esm(intermediate_size: int) -> Any:
 
 CACHES = {
     "fieldmap.field_map._learned",  # by the class and the config's JSON
-    "fieldmap.model_view._checked",  # by the module, its config and its parts
+    "fieldmap.model_view._cached_views",  # by the module, its config and its parts
     "graph.experiments._experiments",  # by the field map
     "model.leaf_cache._leaves",  # by a layer's class and its arguments
     "model.meta_run._result_shapes",  # by an operation and the shapes of its arguments

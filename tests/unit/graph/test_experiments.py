@@ -42,7 +42,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this process a new one, as far as classes are concerned."""
     monkeypatch.setattr(field_map, "_learned", OrderedDict())
-    monkeypatch.setattr(model_view, "_checked", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(model_view, "_cached_views", weakref.WeakKeyDictionary())
     monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
 
 
@@ -110,7 +110,8 @@ def test_a_model_that_is_tiny_itself_may_have_more_layers_than_are_looked_at() -
     proved = {width.name for width in widths_of(model, learned, deep) if width.reason is None}
     tiny = experiments.experiments_of(learned).tiny
     assert isinstance(tiny, tiny_model.TinyModel)
-    assert tiny.full is deep.full  # where sizes that are equal in the tiny model by chance are not
+    # where sizes that are equal in the tiny model by chance are not
+    assert tiny.full_field_map is deep.full_field_map
     assert proved == {
         "hidden_size",
         "intermediate_size",

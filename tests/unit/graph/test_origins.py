@@ -7,7 +7,7 @@ import torch_pruning as tp
 from torch import nn
 from torch_pruning.pruner.function import BasePruningFunc
 
-from tp_hf_config.graph.origins import recording
+from tp_hf_config.graph.origins import recording_origins
 
 
 def test_recordings_that_overlap_end_in_any_order() -> None:
@@ -15,7 +15,7 @@ def test_recordings_that_overlap_end_in_any_order() -> None:
     own = BasePruningFunc._prune_parameter_and_grad
     layer = nn.Linear(4, 4)
     before = layer.weight
-    first, second = recording(), recording()
+    first, second = recording_origins(), recording_origins()
     one = first.__enter__()
     two = second.__enter__()
     tp.prune_linear_out_channels(layer, [1])

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs, supports
-from tp_hf_config.model.build import Builder
+from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.pipeline.trial import reloaded, save
-from tp_hf_config.twin.masked_check import difference
+from tp_hf_config.twin.masked_check import masked_difference
 
 # One type for each mechanism: grouped heads, fused layers, Conv1D, experts, latent attention,
 # relative positions, tied weights, heads with the hidden size, convolutions, images
@@ -206,10 +206,10 @@ def _halved(model: nn.Module, field: str) -> Any:
     return model
 
 
-def _difference(original: Any, pruned: Any) -> str | None:
+def _difference(original: Any, pruned: Any) -> Refusal | None:
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert isinstance(fresh, nn.Module)
-    return difference(original, pruned, fresh, zoo.inputs(original))
+    return masked_difference(original, pruned, fresh, zoo.inputs(original))
 
 
 def test_the_masked_comparison_can_fail() -> None:
@@ -220,12 +220,12 @@ def test_the_masked_comparison_can_fail() -> None:
     with torch.no_grad():
         wrong.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
     name = "model.layers.0.mlp.up_proj.weight"
-    assert _difference(original, wrong) == f"{name} holds values that the original has not"
+    assert _difference(original, wrong) == Refusal(f"{name} holds values that the original has not")
     wrong = copy.deepcopy(pruned)
     with torch.no_grad():
         weight = wrong.model.layers[0].mlp.up_proj.weight
         weight.copy_(weight.flip(0))
-    assert _difference(original, wrong) == f"{name} holds channels in another order"
+    assert _difference(original, wrong) == Refusal(f"{name} holds channels in another order")
     wrong = copy.deepcopy(pruned)
     for layer in wrong.model.layers:
         layer.self_attn.scaling *= 1.01
@@ -268,10 +268,10 @@ def test_a_norm_inside_a_scale_is_taken_over_what_is_left() -> None:
         for one, other in zip(left.parameters(), original.parameters(), strict=True):
             one.copy_(other[tuple(map(slice, one.shape))])
     inputs = {"input": torch.randn(2, 3, 4).double()}
-    assert difference(original, left, left, inputs) is None
+    assert masked_difference(original, left, left, inputs) is None
     with torch.no_grad():
         left[0].weight.copy_(original[0].weight[3:])
-    assert "off the original" in str(difference(original, left, left, inputs))
+    assert "off the original" in str(masked_difference(original, left, left, inputs))
 
 
 def test_a_folder_that_changed_is_seen(tmp_path: Path) -> None:
@@ -281,7 +281,9 @@ def test_a_folder_that_changed_is_seen(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     config["rms_norm_eps"] = 0.1
     (tmp_path / "one" / "config.json").write_text(json.dumps(config))
-    assert reloaded(type(model), tmp_path / "one") == "loaded again it computes other outputs"
+    assert reloaded(type(model), tmp_path / "one") == Refusal(
+        "loaded again it computes other outputs"
+    )
     config["intermediate_size"] += 1
     (tmp_path / "one" / "config.json").write_text(json.dumps(config))
     assert "cannot be loaded" in str(reloaded(type(model), tmp_path / "one"))

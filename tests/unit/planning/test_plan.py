@@ -29,6 +29,7 @@ from tp_hf_config import (
 from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.graph.unit_count import UnitCount
+from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.from_config import class_of
 from tp_hf_config.model.meta_run import NoValues
 from tp_hf_config.planning.model_size import flops_of
@@ -533,7 +534,8 @@ class TestRefusals:
     def test_no_search_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A class that takes nothing is asked some hundred times, not for every width there is."""
         asked: list[Any] = []
-        monkeypatch.setattr(Trajectory, "_ask", lambda _, values: asked.append(values) or "never")
+        never = Refusal("never")
+        monkeypatch.setattr(Trajectory, "_ask", lambda _, values: asked.append(values) or never)
         settings: dict[str, Any] = {"pruning_ratio": 0.5, "head_pruning_ratio": 0.5}
         assert plan(LLAMA_70B, **settings).refusal is not None
         near = 3 * 24 + 4 * 24 + 64  # settings near these; what heads could be

@@ -22,7 +22,7 @@ from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
-from tp_hf_config.twin.masked_check import difference
+from tp_hf_config.twin.masked_check import masked_difference
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 from tp_hf_config.twin.twin_test import TwinTest
 
@@ -71,12 +71,12 @@ def _pruned(model: Any, fields: tuple[str, ...], ratio: float, **options: Any) -
     return pruned
 
 
-def _off(model: Any, pruned: Any) -> str | None:
+def _off(model: Any, pruned: Any) -> Refusal | None:
     torch.manual_seed(1)
     inputs = {"input_values": torch.randn(2, 1200, dtype=torch.float64)}
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert not isinstance(fresh, Refusal)
-    return difference(model, pruned, fresh, inputs)
+    return masked_difference(model, pruned, fresh, inputs)
 
 
 @pytest.mark.parametrize("kind", ["wav2vec2", "data2vec"])
@@ -181,8 +181,8 @@ def test_units_of_unequal_parts_of_heads_are_refused() -> None:
     path = ("hidden_size",)
     name = "encoder.layers.0.attention.q_proj.weight"
     wrong = Group((path,), (TensorDim(name, 0, UnitLayout(parts=16)),), UnitCount(12))
-    assert (
-        _uneven_heads(wrong, field_map) == f"{name}: its units are not the same share of every head"
+    assert _uneven_heads(wrong, field_map) == Refusal(
+        f"{name}: its units are not the same share of every head"
     )
     right = Group((path,), (TensorDim(name, 0, UnitLayout(parts=12)),), UnitCount(16))
     assert _uneven_heads(right, field_map) is None
@@ -242,7 +242,7 @@ def test_a_head_is_as_wide_as_it_is_at_full_size() -> None:
     assert pruned.config.num_key_value_heads_per_layer == [4, 1]
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert not isinstance(fresh, Refusal)
-    assert difference(model, pruned, fresh, example_inputs(model)) is None
+    assert masked_difference(model, pruned, fresh, example_inputs(model)) is None
 
 
 def test_layers_that_read_each_other_and_of_which_the_tiny_copy_has_fewer() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tp_hf_config.model.tensors import stacks
+from tp_hf_config.model.tensors import is_matrix_stack
 from tp_hf_config.twin.group import TinyGroup, all_alike, as_in_like_layers
 from tp_hf_config.twin.layout import TensorDim
 from tp_hf_config.twin.links import Links
@@ -72,4 +72,4 @@ def test_scales_of_channels_are_no_experts() -> None:
     model = nn.Module()
     model.scale = nn.Parameter(torch.ones(4, 1, 1))
     model.experts = nn.Parameter(torch.ones(4, 2, 3))
-    assert [stacks(model, name) for name in ("scale", "experts")] == [False, True]
+    assert [is_matrix_stack(model, name) for name in ("scale", "experts")] == [False, True]

@@ -16,13 +16,13 @@ from tp_hf_config import (
     supports,
 )
 from tp_hf_config.fieldmap.field_map import map_of
-from tp_hf_config.fieldmap.legal_values import straying
+from tp_hf_config.fieldmap.legal_values import ungrouped_change
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import FieldPath, config_json
 from tp_hf_config.pipeline.trial import subject
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.masked_check import _channel_axis, difference
+from tp_hf_config.twin.masked_check import _channel_axis, masked_difference
 from tp_hf_config.twin.rehearse import rehearse
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 from tp_hf_config.twin.width_scalars import CutDim, DualWidth
@@ -78,7 +78,7 @@ def test_a_factor_of_a_product_is_known_by_what_the_pruner_prunes() -> None:
     changed = {name: new for name, (_, new) in hook.last_report.fields.items()}
     assert changed == {"linear_key_head_dim": half}
     fresh = Builder(model).build_real(config_json(model.config))  # type: ignore[arg-type]
-    assert difference(original, model, fresh, tiny.inputs) is None  # type: ignore[arg-type]
+    assert masked_difference(original, model, fresh, tiny.inputs) is None  # type: ignore[arg-type]
 
 
 def test_a_width_that_a_squeeze_follows_in_steps_is_refused() -> None:
@@ -93,9 +93,10 @@ def test_a_width_that_a_squeeze_follows_in_steps_is_refused() -> None:
     fewer = field_map.build_at(less)
     assert not isinstance(fewer, Refusal)
     squeeze = "regnet.encoder.stages.0.layers.0.layer.2.attention.0.weight"
-    assert f"{squeeze} would have 2 instead of 4" in str(straying(field_map, less, fewer, set()))
+    change = ungrouped_change(field_map, less, fewer, set())
+    assert f"{squeeze} would have 2 instead of 4" in str(change)
     moving = {(name, dim) for name, shape in field_map.shapes.items() for dim in range(len(shape))}
-    assert straying(field_map, less, fewer, moving) is None
+    assert ungrouped_change(field_map, less, fewer, moving) is None
 
 
 def test_outputs_that_depend_on_no_parameter_are_left_out_of_the_proof() -> None:
@@ -214,7 +215,7 @@ def test_a_rehearsal_that_shows_nothing_proves_nothing() -> None:
     assert rehearse(tiny, finding) is None
     tiny.model.get_parameter("model.layers.0.mlp.down_proj.weight").data.mul_(1e-14)
     nothing = "less of intermediate_size changes no output, so that nothing shows what is left"
-    assert rehearse(tiny, finding) == nothing
+    assert rehearse(tiny, finding) == Refusal(nothing)
 
 
 def test_a_width_that_cannot_be_rehearsed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +226,7 @@ def test_a_width_that_cannot_be_rehearsed_is_refused(monkeypatch: pytest.MonkeyP
     assert isinstance(tiny, TinyModel)
     finding = next(one for one in find_groups(tiny) if one.fields == (("intermediate_size",),))
     monkeypatch.setattr(Builder, "build_real", lambda *_: Refusal("no."))
-    assert rehearse(tiny, finding) == (
+    assert rehearse(tiny, finding) == Refusal(
         "less of intermediate_size cannot be built in the tiny model, so that nothing shows it: no."
     )
 

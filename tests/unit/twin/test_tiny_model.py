@@ -14,7 +14,7 @@ from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 from tp_hf_config.fieldmap.field_map import map_of
-from tp_hf_config.fieldmap.layer_counts import is_numbers
+from tp_hf_config.fieldmap.layer_counts import may_name_layers
 from tp_hf_config.forward.coverage import unreached_by
 from tp_hf_config.forward.inputs import example_inputs, second_sample
 from tp_hf_config.graph.full_size import expand
@@ -22,7 +22,7 @@ from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.masked_check import difference
+from tp_hf_config.twin.masked_check import masked_difference
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -120,7 +120,7 @@ def test_images_stay_as_wide_as_the_text_that_they_go_into() -> None:
     ]
     fresh = Builder(pruned).build_real(config_json(config))
     assert not isinstance(fresh, Refusal)
-    assert difference(model, pruned, fresh, second_sample(example_inputs(model))) is None
+    assert masked_difference(model, pruned, fresh, second_sample(example_inputs(model))) is None
 
 
 def test_features_of_layers_that_the_tiny_copy_has_not_are_of_others() -> None:
@@ -168,7 +168,7 @@ def test_a_layer_behind_which_something_stands_is_one_that_is_left() -> None:
     ],
 )
 def test_numbers_of_layers_are_whole_and_rise(value: Any, expected: bool) -> None:
-    assert is_numbers(value) is expected
+    assert may_name_layers(value) is expected
 
 
 def test_a_layer_that_was_not_looked_at_is_not_left_as_wide_as_it_was() -> None:
@@ -178,7 +178,7 @@ def test_a_layer_that_was_not_looked_at_is_not_left_as_wide_as_it_was() -> None:
     assert isinstance(tiny, TinyModel)
     (finding,) = [one for one in find_groups(tiny) if one.fields == (("intermediate_size",),)]
     model.beside = nn.Linear(model.config.intermediate_size, 3)
-    assert expand(finding, tiny, field_map, model) == (
+    assert expand(finding, tiny, field_map, model) == Refusal(
         "beside.weight is as wide, and is of no layer that was looked at"
     )
 

@@ -100,7 +100,7 @@ def _in_words(follower: FieldPath, rule: Power) -> str:
     return " * ".join([field_name(follower), *inverse]) + " = " + " * ".join(direct)
 
 
-def build_as(
+def build_with_shapes(
     field_map: FieldMap,
     base: dict[str, Any],
     target: Shapes,

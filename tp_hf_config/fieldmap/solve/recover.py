@@ -30,7 +30,7 @@ from .candidates import (
     solutions,
     with_heads,
 )
-from .fit import Values, build_as, fit
+from .fit import Values, build_with_shapes, fit
 from .integers import Conflict
 
 _MOST_GUESSES = 64
@@ -82,7 +82,7 @@ def recover(
     values = fitting[0] if fitting else search(goal, nearest(field_map, goal.sizes, given), given)
     if values is None:
         return reason
-    proof = build_as(field_map, field_map.data, target, values)
+    proof = build_with_shapes(field_map, field_map.data, target, values)
     if isinstance(proof, tuple):
         recovery = Recovery(values, proof[0], frozenset(hidden_counts(field_map)) - given.keys())
         return _several(field_map, recovery, given) or recovery

@@ -126,9 +126,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Run a step of the pruner if one is due."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if not self._checked:  # an optimizer has no state before its first step
-            reason = cannot_follow(model, unwrapped(optimizer))
-            if reason is not None:
-                raise TrainingError(f"PruningCallback: {reason}")
+            refusal = cannot_follow(model, unwrapped(optimizer))
+            if refusal is not None:
+                raise TrainingError(f"PruningCallback: {refusal.reason}")
             self._checked = True
         if getattr(optimizer, "step_was_skipped", False):  # the gradients are not finite
             return

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...errors import TrainingError
-from ...graph.origins import Lineage, Origin, recording
+from ...graph.origins import Lineage, Origin, recording_origins
+from ...model.build import Refusal
 from ...model.tensors import select
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -41,10 +42,10 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             something else than pruning replaced parameters.
     """
     inner = unwrapped(optimizer)
-    reason = cannot_follow(model, inner)
-    if reason is not None:
-        raise TrainingError(reason)
-    with recording() as lineage:
+    refusal = cannot_follow(model, inner)
+    if refusal is not None:
+        raise TrainingError(refusal.reason)
+    with recording_origins() as lineage:
         try:
             yield
         finally:
@@ -65,21 +66,21 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return plain
 
 
-def cannot_follow(model: nn.Module, optimizer: Optimizer) -> str | None:
+def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
     """Return why an optimizer cannot follow a model's pruning, or None if it can."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     kind = type(optimizer).__name__
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in names:
-                return (
+                return Refusal(
                     f"{kind} has a parameter of shape {list(parameter.shape)} that is not one of "
                     f"{type(model).__name__}'s. It may have been made before an earlier pruning: "
                     "make it from model.parameters(), and prune inside optimizer_follows."
                 )
             name = names[parameter]
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                return (
+                return Refusal(
                     f"{name} has hooks of its own on its gradient, which its pruned successor "
                     "would not have. Remove them before pruning (an optimizer that steps inside "
                     "the backward pass cannot follow)."
@@ -87,7 +88,7 @@ def cannot_follow(model: nn.Module, optimizer: Optimizer) -> str | None:
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if not _can_follow(value, parameter):
-                    return (
+                    return Refusal(
                         f"{kind} keeps {key!r} of {name}, {_described(value)}, where the parameter "
                         f"has shape {list(parameter.shape)}: only state of the parameter's shape "
                         "can follow it. Take an optimizer with such state (AdamW, SGD, Lion)."

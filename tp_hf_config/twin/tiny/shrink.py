@@ -11,7 +11,7 @@ from ...fieldmap.field_map import FieldMap
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
 from ...model.shapes import shapes
-from ...model.tensors import stacks
+from ...model.tensors import is_matrix_stack
 from .compute_budget import PARTS, in_proportion, lighter
 from .image_sizes import crops, smaller_images
 from .requirements import HEAD_DIM, Requirements
@@ -298,7 +298,7 @@ def _has_experts(field_map: FieldMap, field: FieldPath) -> bool:
 def _is_stacked(field_map: FieldMap, name: str) -> bool:
     """True if a parameter of the shallow model is a stack of matrices."""
     model = field_map.unpruned
-    return not isinstance(model, Refusal) and stacks(model, name)
+    return not isinstance(model, Refusal) and is_matrix_stack(model, name)
 
 
 def small_tokens(field_map: FieldMap) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from ...fieldmap.field_map import FieldMap, learn
-from ...fieldmap.layer_counts import are_whole, is_numbers
+from ...fieldmap.layer_counts import is_whole_number_list, may_name_layers
 from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
 from ...forward.encoder_states import encoder_states_in
 from ...forward.extra_methods import outputs_of
-from ...forward.observed_pass import AllFloat64, Result, tensors_in, watched_results
+from ...forward.observed_pass import AllFloat64, PassResult, tensors_in, watched_results
 from ...forward.replay import Replay
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
@@ -56,7 +56,7 @@ class TinyRun:
     model: nn.Module
     inputs: dict[str, Any]
     partial: bool = False
-    watched: tuple[Result, ...] = ()
+    watched: tuple[PassResult, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +65,13 @@ class TinyModel:
 
     Attributes:
         field_map: the field map of the class around the tiny config.
-        full: the field map around the config that the tiny one was made from.
+        full_field_map: that around the config that the tiny one was made from.
         build: returns what experiments run; called once.
         answers: results of experiments that several callers ask for.
     """
 
     field_map: FieldMap
-    full: FieldMap
+    full_field_map: FieldMap
     build: Callable[[], TinyRun]
     answers: dict[Any, Any] = field(default_factory=dict)
 
@@ -100,7 +100,7 @@ class TinyModel:
         return self.run.partial
 
     @property
-    def watched(self) -> tuple[Result, ...]:
+    def watched(self) -> tuple[PassResult, ...]:
         """Intermediate results that count as outputs; see :class:`TinyRun`."""
         return self.run.watched
 
@@ -325,7 +325,7 @@ def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[di
         for key, value in node.items() if isinstance(node, dict) else ():
             entry: FieldPath = (*field, key)
             names_layers = any(word in key for word in _NAMING)
-            if is_numbers(value) or (names_layers and are_whole(value)):
+            if may_name_layers(value) or (names_layers and is_whole_number_list(value)):
                 yield {entry: list(range(len(value)))}
                 yield {entry: [index % _LAYERS for index in range(len(value))]}
                 yield {entry: [_LAYERS - 1] * len(value)}
