@@ -15,8 +15,12 @@ import layer_zoo
 import pytest
 import torch
 import torch_pruning as tp
+import zoo
+from masked_original import WITHOUT_HEAD, assert_same_as_masked
+from reloading import assert_reloaded, save_first
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import ConfigSyncError, HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
+from tp_hf_config.model.layer_entries import layer_lists_of
 
 pytestmark = [
     pytest.mark.skipif(
@@ -46,22 +50,22 @@ class Run(NamedTuple):
     hook: HFConfigSyncHook
 
 
-def first_layer(model: Any) -> torch.nn.Module:
-    """The first layer of the first list whose layers may differ."""
-    return next(module for name, module in model.named_modules() if name.endswith(layer_zoo.FIRST))
+def first_layers(model: Any) -> list[torch.nn.Module]:
+    """The first layer of each list whose layers may differ."""
+    lists = layer_lists_of(model)
+    return [model.base_model.get_submodule(found.name)[0] for found in lists]
 
 
 def arguments(model: Any, case: Case) -> dict[str, Any]:
     """What the pruner gets for a way of pruning."""
     settings: dict[str, Any] = {"pruning_ratio": HALF, "iterative_steps": case.steps}
-    if case.way == "global":
-        settings |= {"global_pruning": True, "pruning_ratio": 0.3}
-    elif case.way == "isomorphic":
-        settings |= {"global_pruning": True, "isomorphic": True, "pruning_ratio": 0.3}
+    if case.way in ("global", "isomorphic"):
+        isomorphic = case.way == "isomorphic"
+        settings |= {"global_pruning": True, "isomorphic": isomorphic, "pruning_ratio": 0.3}
     elif case.way == "dict":
-        settings["pruning_ratio_dict"] = {first_layer(model): 0.25}
+        settings["pruning_ratio_dict"] = dict.fromkeys(first_layers(model), 0.25)
     else:
-        settings["ignored_layers"] = [first_layer(model)]
+        settings["ignored_layers"] = first_layers(model)
     return settings
 
 
@@ -70,11 +74,15 @@ def run_of(case: Case) -> Run:
     """Prune a case's model; once, for all tests that ask about it."""
     model = layer_zoo.build(case.model)
     original = copy.deepcopy(model)
-    fields = layer_zoo.FIELDS[case.model]
     hook = HFConfigSyncHook(layers="differ")
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=fields, layers="differ", **arguments(model, case)),
+        **pruner_kwargs(
+            model,
+            prune=layer_zoo.FIELDS[case.model],
+            layers="differ",
+            **arguments(model, case),
+        ),
         importance=tp.importance.GroupMagnitudeImportance(),
         hooks=[hook],
     )
@@ -84,10 +92,11 @@ def run_of(case: Case) -> Run:
     return Run(original, model, hook)
 
 
+WAYS = ("global", "isomorphic", "dict", "ignored")
 CASES = [
     pytest.param(case, id=str(case))
     for name in layer_zoo.FIELDS
-    for way in ("global", "isomorphic", "dict", "ignored")
+    for way in WAYS
     for case in (Case(name, way, 1), Case(name, way, 3))
     if (name, way) not in layer_zoo.REFUSED
 ]
@@ -100,12 +109,93 @@ def test_the_config_says_what_each_layer_is(case: Case) -> None:
     assert {n: p.shape for n, p in built.named_parameters()} == {
         n: p.shape for n, p in run.model.named_parameters()
     }
-    name = type(run.model).__name__
+    differ = layer_zoo.has_entries(run.model)
+    assert type(run.model).__name__.startswith("Layerwise") == differ
     if case.way in ("dict", "ignored"):
-        before = layer_zoo.widths(run.original, layer_zoo.FIELDS[case.model])
         kept = {"dict": 0.75, "ignored": 1.0}[case.way]
-        for field, (first, *others) in layer_zoo.widths(run.model, before).items():
-            assert first == kept * before[field][0]
-            assert set(others) == {HALF * before[field][1]}
-    assert name.startswith("Layerwise") == bool(layer_zoo.entries(run.model))
-    assert case.way not in ("dict", "ignored") or layer_zoo.entries(run.model)
+        before = layer_zoo.widths(run.original, layer_zoo.FIELDS[case.model])
+        after = layer_zoo.widths(run.model, before)
+        assert differ
+        for field, sizes in before.items():
+            held = [size for size in sizes if size]
+            assert after[field][0] in (int(kept * held[0]), held[0]), field
+            assert after[field][1] in (int(HALF * held[1]), held[1]), field
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_pruned_model_is_the_masked_original(case: Case) -> None:
+    run = run_of(case)
+    assert_same_as_masked(run.original, run.model, zoo.inputs(run.original))
+
+
+@pytest.fixture(scope="module")
+def saved(request: pytest.FixtureRequest, collector: Any) -> dict[str, Exception]:
+    def save(case: Case) -> None:
+        model = run_of(case).model
+        if case.model not in WITHOUT_HEAD:
+            collector.add(f"layers differ {case}", model, zoo.inputs(model))
+
+    return save_first(request.session, test_a_fresh_process_gets_the_same_model, save)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.values[0].model not in WITHOUT_HEAD]
+)
+def test_a_fresh_process_gets_the_same_model(
+    case: Case, saved: dict[str, Exception], collector: Any
+) -> None:
+    if str(case) in saved:
+        raise saved[str(case)]
+    assert_reloaded(collector.result(f"layers differ {case}"))
+
+
+@pytest.mark.parametrize("name", layer_zoo.FIELDS)
+def test_text_with_a_cache_is_that_without_and_it_can_be_trained(name: str) -> None:
+    model = copy.deepcopy(run_of(Case(name, "ignored", 1)).model)
+    inputs = zoo.inputs(model)
+    if model.can_generate() and "input_ids" in inputs:
+        ways: list[dict[str, Any]] = [{"use_cache": True}, {"use_cache": False}]
+        if not model.config.is_encoder_decoder and name not in layer_zoo.NO_STATIC_CACHE:
+            ways.append({"cache_implementation": "static"})
+        settings = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+        texts = [model.generate(**inputs, **settings, **way) for way in ways]
+        assert all(torch.equal(text, texts[0]) for text in texts)
+    model.train()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = next(v for v in model(**inputs).values() if isinstance(v, torch.Tensor))
+    first.float().square().mean().backward()
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "way"), layer_zoo.REFUSED)
+def test_what_layers_share_is_refused_before_the_cut(name: str, way: str) -> None:
+    with pytest.raises(ConfigSyncError, match=layer_zoo.REFUSED[name, way]):
+        run_of(Case(name, way, 1))
+
+
+@pytest.mark.parametrize("name", ["swin", "convnext", "mamba2"])
+def test_a_class_without_such_layers_is_refused(name: str) -> None:
+    model = zoo.build(name)
+    stock = type(model)
+    before = model.config.to_json_string()
+    with pytest.raises(UnsupportedModelError, match=r"layers='differ': .* Keep layers='uniform'"):
+        pruner_kwargs(model, layers="differ")
+    assert type(model) is stock
+    assert model.config.to_json_string() == before
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+def test_uniform_layers_refuse_it_before_the_cut_and_say_what_allows_it(name: str) -> None:
+    model = zoo.build(name)
+    shapes = [parameter.shape for parameter in model.parameters()]
+    with pytest.raises(ConfigSyncError, match=r"Or let every layer .*: layers='differ', in pruner"):
+        tp.pruner.MetaPruner(
+            model,
+            **pruner_kwargs(model, prune="intermediate_size"),
+            importance=tp.importance.GroupMagnitudeImportance(),
+            global_pruning=True,
+            hooks=[HFConfigSyncHook()],
+        )
+    assert [parameter.shape for parameter in model.parameters()] == shapes

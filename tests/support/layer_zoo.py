@@ -22,7 +22,7 @@ _MORE: dict[str, Any] = {
     "glm4": lambda: (hf.Glm4ForCausalLM, hf.Glm4Config(**zoo._GQA, head_dim=12)),
     "dinov2": lambda: (
         hf.Dinov2ForImageClassification,
-        hf.Dinov2Config(**zoo._VISION, num_labels=5, mlp_ratio=2),
+        hf.Dinov2Config(**zoo._VISION, num_labels=5, mlp_ratio=4),
     ),
 }
 # Class -> the fields to prune, as they are called for all layers.
@@ -47,6 +47,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "wav2vec2": ("intermediate_size",),
     "gpt2": ("n_inner",),
 }
+# (class, way) -> a part of the reason for which it is refused.
+REFUSED = dict.fromkeys(
+    [("t5", "global"), ("t5", "isomorphic")],
+    r"the 2 groups of per_layer_config\.0\.d_ff, .* one config field cannot say that",
+)
+NO_STATIC_CACHE: tuple[str, ...] = ()
 
 
 def build(name: str) -> Any:
@@ -71,6 +77,6 @@ def widths(model: Any, fields: Iterable[str]) -> dict[str, list[int]]:
     return found
 
 
-def entries(model: Any) -> bool:
+def has_entries(model: Any) -> bool:
     """Whether some layer of a model has an entry of its own."""
     return any(entries_of(config) for _, config in config_nodes(model.config))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 CASE = "case.pt"
 NEW_TOKENS = 4
@@ -54,7 +55,11 @@ def ties_of(model: torch.nn.Module) -> list[list[str]]:
 def reload(folder: Path) -> dict[str, Any]:
     """Load one folder and compare with what the live model did."""
     case = torch.load(folder / CASE, weights_only=True)
-    cls = getattr(transformers, case["class"])
+    cls = getattr(transformers, case["class"], None)
+    if cls is None:  # code in the folder
+        references = transformers.AutoConfig.from_pretrained(folder).auto_map.values()
+        (reference,) = (r for r in references if r.endswith(f".{case['class']}"))
+        cls = get_class_from_dynamic_module(reference, folder)
     model, info = cls.from_pretrained(folder, output_loading_info=True)
     model.eval()
     # Weights from a safetensors file lie where the file's header leaves them, pruned ones where

@@ -21,7 +21,7 @@ from tp_hf_config.planning.plan import Plan
 from tp_hf_config.planning.settings import PruneSettings
 
 PACKAGES = ("tp-hf-config", "torch", "transformers", "torch-pruning")
-SIZE = Size(1, 2, None)
+SIZE = Size(1, 2, None, None)
 PLAN = Plan("Model", PruneSettings(), (), {}, SIZE, SIZE, None)
 REPORTS = {
     "check": CheckReport("folder", None, None),

@@ -114,8 +114,8 @@ class Builder:
         They are drawn on the meta device; loading a folder draws none.
         """
         try:
-            with _construction(self.dtype, torch.device("meta"), initial=True):
-                self.model_class(self.config(data), **self.options)
+            with _construction(self.dtype, torch.device("meta")):
+                _draw(self.model_class(self.config(data), **self.options))
         except Exception as error:  # as in build
             return Refusal(in_one_line(error))
         return None
@@ -133,6 +133,16 @@ class Builder:
                 return model.double().train(False)
         except Exception as error:  # as in build
             return Refusal(in_one_line(error))
+
+
+def _draw(model: Any) -> None:
+    """Draw initial weights of every module by the model that it is in; constructors skip meta."""
+    waiting = [(model, model)]
+    while waiting:
+        module, owner = waiting.pop()
+        owner = module if hasattr(module, "_init_weights") else owner
+        owner._init_weights(module)
+        waiting += [(child, owner) for child in module.children()]
 
 
 def without_data(
@@ -205,14 +215,13 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def _construction(dtype: torch.dtype, place: Any, initial: bool = False) -> Iterator[None]:
+def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
     """Construct as ``from_pretrained`` does: with a dtype, no initial values, no log lines.
 
     Args:
         dtype: torch's default dtype while open.
         place: the device or mode that says where tensors go. ``None``: everything is computed on
             the CPU, initial values too.
-        initial: draw initial values elsewhere too.
     """
     import logging
 
@@ -227,8 +236,7 @@ def _construction(dtype: torch.dtype, place: Any, initial: bool = False) -> Iter
                 yield
                 return
             leaves = copied_leaves() if isinstance(place, _OnMeta) else nullcontext()
-            empty = nullcontext() if initial else no_init_weights()
-            with torch.no_grad(), empty, _short_configs(), leaves, place:
+            with torch.no_grad(), no_init_weights(), _short_configs(), leaves, place:
                 yield
         finally:
             torch.set_default_dtype(default)
