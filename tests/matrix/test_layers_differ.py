@@ -98,6 +98,7 @@ CASES = [
     for name in layer_zoo.FIELDS
     for way in WAYS
     for case in (Case(name, way, 1), Case(name, way, 3))
+    if case.steps == 3 or name in ("llama", "gpt_oss", "bert", "whisper")
     if (name, way) not in layer_zoo.REFUSED
 ]
 
@@ -151,7 +152,7 @@ def test_a_fresh_process_gets_the_same_model(
 
 @pytest.mark.parametrize("name", layer_zoo.FIELDS)
 def test_text_with_a_cache_is_that_without_and_it_can_be_trained(name: str) -> None:
-    model = copy.deepcopy(run_of(Case(name, "ignored", 1)).model)
+    model = copy.deepcopy(run_of(Case(name, "ignored", 3)).model)
     inputs = zoo.inputs(model)
     if model.can_generate() and "input_ids" in inputs:
         ways: list[dict[str, Any]] = [{"use_cache": True}, {"use_cache": False}]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import TPHFConfigError
 from ..fieldmap.field_map import FieldMap, map_of
+from ..fieldmap.layer_map import by_layers
 from ..fieldmap.solve.integers import Conflict
 from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal
@@ -196,7 +197,7 @@ def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
     if isinstance(model, Refusal):
         return model
     try:
-        return map_of(model)
+        return map_of(model, how=by_layers)
     except (TPHFConfigError, ValueError) as error:
         return Refusal(str(error))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,6 +166,8 @@ class FieldMap:
         return expression.fields if expression else frozenset()
 
 
+Learn = Callable[[Builder, Any, nn.Module, MakeInputs | None], FieldMap]
+"""Takes a builder, a config, its build and the user's inputs; returns the field map."""
 _learned: OrderedDict[tuple[Any, ...], FieldMap] = OrderedDict()
 _MOST_MAPS = 32
 
@@ -174,6 +176,7 @@ def map_of(
     model: PreTrainedModel,
     live: tuple[Builder, nn.Module | Refusal] | None = None,
     make_inputs: MakeInputs | None = None,
+    how: Learn | None = None,
 ) -> FieldMap:
     """Return the field map of a live model's class around its config; learned once per config.
 
@@ -182,6 +185,7 @@ def map_of(
         live: what ``build_live`` returns for it, if the caller has that already.
         make_inputs: the user's function that makes inputs, if there is one. What is learned with it
             is kept for it alone, and not on disk.
+        how: finds a field map that is not known yet; default: :func:`stored_or_learned`.
 
     Raises:
         UnsupportedModelError: the config does not build the model that it belongs to, no field of
@@ -204,7 +208,7 @@ def map_of(
             f"{type(model).__name__} and its config disagree before any pruning: "
             f"{disagreement.reason}"
         )
-    field_map = _learned_once(builder, model.config, full, make_inputs)
+    field_map = _learned_once(builder, model.config, full, make_inputs, how or stored_or_learned)
     if not field_map.values and not field_map.ratio_partners:
         raise UnsupportedModelError(
             f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
@@ -229,7 +233,7 @@ def map_at(
     full = builder.build(data)
     if isinstance(full, Refusal):
         raise UnsupportedModelError(f"{builder.model_class.__name__}: {full.reason}")
-    return _learned_once(builder, builder.config(data), full, make_inputs)
+    return _learned_once(builder, builder.config(data), full, make_inputs, stored_or_learned)
 
 
 def _learned_once(
@@ -237,21 +241,22 @@ def _learned_once(
     config: PreTrainedConfig,
     full: nn.Module,
     make_inputs: MakeInputs | None,
+    how: Learn,
 ) -> FieldMap:
-    """Return a field map from memory or from disk, or learn it."""
+    """Return a field map from memory, or find it."""
     options = tuple(builder.options.items())
     data = config.to_json_string(use_diff=False)
     # the map holds the function
     key = (builder.model_class, data, builder.dtype, options, id(make_inputs))
     if key not in _learned:
         with _old_objects_aside(), same_random_state():
-            _learned[key] = _stored_or_learned(builder, config, full, make_inputs)
+            _learned[key] = how(builder, config, full, make_inputs)
         while len(_learned) > _MOST_MAPS:
             _learned.popitem(last=False)
     return _learned[key]
 
 
-def _stored_or_learned(
+def stored_or_learned(
     builder: Builder,
     config: PreTrainedConfig,
     full: nn.Module,

@@ -17,6 +17,7 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import shapes
 from .completeness import build_live
 from .field_map import FieldMap, map_of
+from .layer_map import by_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,7 +165,7 @@ def view_of(
     cached = _cached_views.get(module)
     if cached is None or cached.state != state:
         builder, reference = build_live(model, buffers=True)
-        field_map = map_of(model, (builder, reference), make_inputs)
+        field_map = map_of(model, (builder, reference), make_inputs, by_layers)
         assert not isinstance(reference, Refusal)  # map_of raises then
         cached = _cached_views[module] = _CachedView(state, field_map, reference)
     return ModelView(model, cached.field_map, prefix, cached.reference)

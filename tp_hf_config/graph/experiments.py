@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap, from_state, state_of
+from ..fieldmap.layer_map import uniform_map
 from ..fieldmap.legal_values import count_at_zero, ungrouped_change
 from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
@@ -25,7 +26,7 @@ from ..model.surroundings import one_thread, same_random_state
 from ..twin.find_groups import find_alone, find_groups
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
-from .layer_experiments import LayerFindings, uniform_map
+from .layer_experiments import LayerFindings
 
 _MOST_BUILDS = 64
 _Fields = tuple[FieldPath, ...]

@@ -6,33 +6,19 @@ class has one field for all layers, the generated class has one for each, with t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from ..fieldmap.field_map import FieldMap, learn, map_at
-from ..model.build import Builder, Refusal
-from ..model.config_json import FieldPath, changed_values, value_at, with_values
-from ..model.layer_class import layer_lists, stock_class
-from ..model.layer_entries import layer_number, shared_field, uniform_json
+from ..fieldmap.field_map import FieldMap, learn
+from ..fieldmap.layer_map import LayerFields, layer_map
+from ..model.build import Refusal
+from ..model.config_json import FieldPath, changed_values, config_json, value_at, with_values
 from ..twin.group import Finding, TinyGroup
 from ..twin.layout import TensorDim
 from ..twin.tiny.tiny_model import TinyModel, built_tiny_model
 from .full_size import instances
-
-
-def uniform_map(builder: Builder, data: dict[str, Any], make_inputs: Any = None) -> FieldMap:
-    """Return the field map of the stock class at a config in which all layers are as the first.
-
-    Args:
-        builder: builds a class, stock or generated.
-        data: the config's JSON.
-        make_inputs: the user's function that makes inputs, if there is one.
-    """
-    stock = builder.of_class(stock_class(builder.model_class))
-    return map_at(stock, uniform_json(data), make_inputs)
 
 
 class LayerFindings:
@@ -46,14 +32,9 @@ class LayerFindings:
 
     def __init__(self, field_map: FieldMap, uniform: FieldMap, tiny: TinyModel):
         self.field_map, self.uniform, self.stock_tiny = field_map, uniform, tiny
-        self._own: dict[tuple[FieldPath, int], FieldPath] = {}
-        for field in field_map.values:
-            number = layer_number(field)
-            if number is not None:
-                self._own[shared_field(field), number] = field
+        self._layers = LayerFields(field_map.builder, field_map.data)
+        self._own = self._layers.own
         self._names = {name: [name] for name in field_map.shapes}
-        lists = "|".join(map(re.escape, layer_lists(field_map.builder.model_class)))
-        self._in_list = re.compile(rf"(?:^|\.)(?:{lists})\.(\d+)\.")
 
     def tiny_model(self) -> TinyModel:
         """Return the generated class at the stock class's tiny widths, with all its layers.
@@ -81,7 +62,11 @@ class LayerFindings:
             raise UnsupportedModelError(
                 f"{builder.model_class.__name__} does not build at tiny widths: {full.reason}"
             )
-        tiny_map = learn(builder, builder.config(data), full, tiny=True, recipe=recipe)
+        data = config_json(builder.config(data), use_diff=False)
+        alike = replace(self.stock_tiny.field_map, recipe=recipe)
+        tiny_map = layer_map(builder, data, alike, self.uniform.depth.canonical)
+        if tiny_map is None:
+            tiny_map = learn(builder, builder.config(data), full, tiny=True, recipe=recipe)
 
         def build() -> Any:
             tiny = built_tiny_model(field_map, data)
@@ -95,8 +80,7 @@ class LayerFindings:
 
         One finding for each layer if they have fields of their own for it; else one for all.
         """
-        of_layers = {shared for shared, _ in self._own}
-        own = [field for field in finding.fields if field in of_layers]
+        own = [field for field in finding.fields if field in self._layers.shared]
         if not own:
             groups = tuple(group for group, _ in self._groups(finding, finding.fields))
             yield replace(finding, groups=groups)
@@ -129,14 +113,9 @@ class LayerFindings:
                     for key, dim in instance.items()
                 ]
                 dims, of_dims = zip(*pairs, strict=True)
-                layers = {self._layer(dim.name) for dim in dims}
+                layers = {self._layers.layer_of(dim.name) for dim in dims}
                 alone = layers.pop() if len(layers) == 1 else None
                 yield replace(group, dims=dims, sources=of_dims), alone
-
-    def _layer(self, name: str) -> int | None:
-        """Return the number of the layer that a tensor is in."""
-        match = self._in_list.search(name)
-        return int(match[1]) if match else None
 
 
 def _with_fields(group: TinyGroup, own: dict[FieldPath, FieldPath]) -> TinyGroup:

@@ -13,6 +13,7 @@ from ..errors import UnsupportedModelError
 from ..fieldmap.completeness import build_live
 from ..fieldmap.expressions import Quantity
 from ..fieldmap.field_map import FieldMap
+from ..fieldmap.layer_map import uniform_map
 from ..model.config_json import FieldPath, config_json, field_name
 from ..model.layer_class import layer_lists
 from ..model.layer_entries import (
@@ -25,7 +26,6 @@ from ..model.layer_entries import (
 )
 from ..model.locate import find_pretrained
 from .experiments import experiments_of
-from .layer_experiments import uniform_map
 
 _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import listed
 from ..fieldmap.field_map import FieldMap, map_of
+from ..fieldmap.layer_map import by_layers
 from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
@@ -225,7 +226,7 @@ def widths_of(
         fields: the fields that are asked about; if each of them can be pruned alone, other widths
             may be left out. Default: all fields.
     """
-    field_map = field_map or map_of(model)
+    field_map = field_map or map_of(model, how=by_layers)
     experiments = experiments_of(field_map, tiny, fields)
     if isinstance(experiments.tiny, Refusal):
         return tuple(Width((field,), reason=experiments.tiny.reason) for field in field_map.values)

@@ -17,6 +17,7 @@ from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
 from ..errors import CalibrationWarning, PipelineError, UnsupportedModelError
 from ..fieldmap.field_map import map_of
+from ..fieldmap.layer_map import by_layers
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
 from ..model.build import Refusal
@@ -105,7 +106,7 @@ def _prune_and_write(
     model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
     choice, material = _material(job, choice, model, progress)
     parameters, before = model.num_parameters(), _perplexities(model, material)
-    recipe = map_of(model).recipe
+    recipe = map_of(model, how=by_layers).recipe
     reports = _prune(job, plan, model, choice, material, progress)
     held_out, second = map(_pair, before, _perplexities(model, material))
     del material  # free the unpruned model: the process that loads the pruned one needs room

@@ -1,0 +1,197 @@
+"""The field map of a class whose layers have fields of their own, from that of its stock class.
+
+Nothing is probed again: a layer's sizes are those that the stock class gives all layers with the
+layer's own values.  What that does not explain is learned as for any class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from itertools import combinations
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..forward.head_splits import counts_of, observe
+from ..forward.run_recipe import MakeInputs
+from ..model.build import Builder, Refusal
+from ..model.config_json import FieldPath, config_json
+from ..model.layer_class import layer_lists, stock_class
+from ..model.layer_entries import KEY, uniform_json
+from ..model.shapes import shapes
+from .depth import Depth
+from .expressions import Expression, Quantity
+from .field_map import FieldMap, map_at, stored_or_learned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class LayerFields:
+    """The fields that single layers have of their own in a config.
+
+    Args:
+        builder: builds the generated class.
+        data: the config's JSON.
+
+    Attributes:
+        own: (field of the stock class, layer) -> the layer's own field.
+        values: layer's own field -> its value.
+    """
+
+    def __init__(self, builder: Builder, data: Mapping[str, Any]):
+        self.own: dict[tuple[FieldPath, int], FieldPath] = {}
+        self.values: dict[FieldPath, int] = {}
+        self._collect(data, ())
+        lists = "|".join(map(re.escape, layer_lists(builder.model_class)))
+        self._in_list = re.compile(rf"(?:^|\.)(?:{lists})\.(\d+)(?:\.|$)")
+
+    def _collect(self, data: Mapping[str, Any], path: FieldPath) -> None:
+        for number, entry in (data.get(KEY) or {}).items():
+            for key, value in entry.items():
+                if type(value) is int:
+                    field = (*path, KEY, number, key)
+                    self.own[(*path, key), int(number)] = field
+                    self.values[field] = value
+        for key, value in data.items():
+            if isinstance(value, dict) and key != KEY:
+                self._collect(value, (*path, key))
+
+    @property
+    def shared(self) -> frozenset[FieldPath]:
+        """The fields of the stock class that layers have of their own."""
+        return frozenset(field for field, _ in self.own)
+
+    def layer_of(self, name: str) -> int | None:
+        """Return the number of the layer that a tensor or module is in; ``None``: in none."""
+        match = self._in_list.search(name)
+        return int(match[1]) if match else None
+
+    def within(
+        self, expression: Expression, name: str, values: Mapping[FieldPath, int]
+    ) -> Expression:
+        """Return the expression of a quantity in a layer, by the layer's own fields and values.
+
+        Args:
+            expression: that of the same quantity in the stock class.
+            name: the tensor's or module's name.
+            values: the values that the expression is written around.
+        """
+        layer = self.layer_of(name)
+        fields = {
+            f: self.own[f, layer]
+            for f in expression.fields
+            if layer is not None
+            if (f, layer) in self.own
+        }
+        steps = {field: self.values[own] - values[field] for field, own in fields.items()}
+        terms: dict[frozenset[FieldPath], Fraction] = {}
+        for names, coefficient in expression.terms.items():
+            for size in range(1, len(names) + 1):
+                for chosen in map(frozenset, combinations(names, size)):
+                    rest = prod(steps.get(field, 0) for field in names - chosen)
+                    moved = frozenset(fields.get(field, field) for field in chosen)
+                    terms[moved] = terms.get(moved, Fraction(0)) + coefficient * rest
+        base = int(expression.evaluate(steps))
+        return Expression(base, {names: value for names, value in terms.items() if value})
+
+
+def uniform_map(
+    builder: Builder, data: dict[str, Any], make_inputs: MakeInputs | None = None
+) -> FieldMap:
+    """Return the field map of the stock class at a config in which all layers are as the first.
+
+    Args:
+        builder: builds a class, stock or generated.
+        data: the config's JSON.
+        make_inputs: the user's function that makes inputs, if there is one.
+    """
+    stock = builder.of_class(stock_class(builder.model_class))
+    return map_at(stock, uniform_json(data), make_inputs)
+
+
+def by_layers(
+    builder: Builder, config: PreTrainedConfig, full: nn.Module, make_inputs: MakeInputs | None
+) -> FieldMap:
+    """Return the field map of a class; if its layers have own fields, from that of its stock class.
+
+    Args:
+        builder: builds the class.
+        config: the config.
+        full: the class built from it, without data.
+        make_inputs: the user's function that makes inputs, if there is one.
+    """
+    result = None
+    if layer_lists(builder.model_class):
+        data = config_json(config, use_diff=False)
+        uniform = uniform_map(builder, data, make_inputs)
+        result = layer_map(builder, data, uniform, uniform.depth.canonical)
+    return result or stored_or_learned(builder, config, full, make_inputs)
+
+
+def layer_map(
+    builder: Builder, data: dict[str, Any], uniform: FieldMap, canonical: Callable[[str], str]
+) -> FieldMap | None:
+    """Return the field map of a class whose layers have fields of their own.
+
+    Args:
+        builder: builds the generated class.
+        data: the config's JSON.
+        uniform: the field map of the stock class, in which all layers are alike.
+        canonical: a tensor's name -> that of its like in ``uniform``'s expressions.
+
+    Returns:
+        The field map, with all layers; ``None`` if ``uniform`` does not explain every size.
+    """
+    layers = LayerFields(builder, data)
+    shared = layers.shared
+    entangled = {*uniform.must_equal, *uniform.must_equal.values(), *uniform.ratio_partners}
+    entangled |= {f for power in uniform.powers.values() for f in power.fields}
+    entangled |= {f for fields in uniform.unfitted.values() for f in fields}
+    model = builder.build(data)
+    if isinstance(model, Refusal) or shared & entangled or not shared <= uniform.values.keys():
+        return None
+    sizes: dict[Quantity, int] = {
+        (name, dim): size for name, shape in shapes(model).items() for dim, size in enumerate(shape)
+    }
+    splits = observe(model, uniform.recipe)
+    for name, pieces in splits.heads.items():
+        sizes.update({(name, which): count for which, count in counts_of(pieces).items()})
+    expressions = {
+        (name, which): layers.within(expression, name, uniform.values)
+        for name, which in sizes
+        if (expression := uniform.expressions.get((canonical(name), which))) is not None
+    }
+    if any(expression.base != sizes[key] for key, expression in expressions.items()):
+        return None
+    moving = {field for expression in expressions.values() for field in expression.fields}
+    own = {field: value for field, value in layers.values.items() if field in moving}
+    no_effect = {field: v for field, v in layers.values.items() if field not in moving}
+    remaining = {field: v for field, v in uniform.values.items() if field not in shared}
+    return replace(
+        uniform,
+        builder=builder.with_attention(uniform.recipe.attention),
+        data=data,
+        values=remaining | own,
+        unset=uniform.unset - shared,
+        expressions=expressions,
+        depth=Depth(data),
+        splits=splits,
+        sizes={f: v for f, v in uniform.sizes.items() if f not in shared} | own,
+        powers={
+            key: power
+            for key in sizes
+            if (power := uniform.powers.get((canonical(key[0]), key[1])))
+        },
+        unfitted={
+            key: fields
+            for key in sizes
+            if (fields := uniform.unfitted.get((canonical(key[0]), key[1])))
+        },
+        non_size_fields=uniform.non_size_fields | no_effect,
+        digest=None,
+    )
