@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from .hook.trainer.callback import PruningCallback
     from .hook.trainer.optimizer import optimizer_follows
     from .pipeline.support import Support, supports
+    from .planning.allocate import Allocation, LayerCurve, allocate
     from .planning.make_plan import plan
     from .planning.plan import Plan
     from .planning.pruner_kwargs import pruner_kwargs
 
 __all__ = [
+    "Allocation",
     "Calibration",
     "CalibrationError",
     "CalibrationWarning",
@@ -50,6 +52,7 @@ __all__ = [
     "ConfigSyncError",
     "HFConfigSyncHook",
     "Handle",
+    "LayerCurve",
     "PipelineError",
     "Plan",
     "Prunable",
@@ -65,6 +68,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedModelError",
     "Width",
+    "allocate",
     "calibrate",
     "check_checkpoint",
     "disable",
@@ -90,6 +94,7 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "hook.hook": ("HFConfigSyncHook",),
     "graph.prunable": ("Prunable", "Width", "prunable"),
     "hook.trainer.optimizer": ("optimizer_follows",),
+    "planning.allocate": ("Allocation", "LayerCurve", "allocate"),
     "planning.make_plan": ("plan",),
     "planning.plan": ("Plan",),
     "planning.pruner_kwargs": ("pruner_kwargs",),

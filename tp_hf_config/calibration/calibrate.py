@@ -21,7 +21,7 @@ from .batches import (
 from .importance import CalibratedImportance, Kind
 from .linear_ops import stack_dim
 from .measure import Readings
-from .measured import RIDGE, MeasuredModel
+from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
 from .statistics import TOKENS_PER_CHANNEL
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def calibrate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tokens: int = TOKENS,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     max_memory: int | None = None,
     seed: int = 0,
 ) -> Calibration:
@@ -82,7 +82,9 @@ def calibrate(
         tokenizer: for texts; default: that of the folder or the repository that the model came
             from.
         tokens: how many tokens of texts to take; batches are taken as they are.
-        ridge: how strongly refits stay with the plain cut, relative to what channels carry.
+        ridge: how strongly refits stay with the plain cut, relative to what channels carry;
+            default: 0.1 for causal language models, which meet other text than they were measured
+            on, else 0.01.
         max_memory: how many bytes Gram matrices may take together (4 x channels x channels for
             every input); what does not fit takes further passes. Default: half of what is free.
         seed: of what the model writes itself.
@@ -111,6 +113,8 @@ def calibrate(
         held_out: list[Batch] = [{"input_ids": row[None]} for row in text.held_out]
     else:
         train, held_out = split_batches(data, model)  # type: ignore[arg-type]
+    if ridge is None:
+        ridge = TEXT_RIDGE if writes_text(model) else RIDGE
     calibration = Calibration(model, train, held_out, ridge, max_memory)
     readings = calibration.current()
     _warn_of_few_tokens(readings)

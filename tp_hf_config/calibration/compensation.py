@@ -208,6 +208,6 @@ class Compensating:
         """Measure how much the pruned model's outputs on held-out data have changed."""
         if self.result.cut is not None:
             self._outputs.begin()
-            run_held_out(self._step.calibration.model, self._step, self._outputs.compare)
+            run_held_out(self._step.calibration, self._outputs.compare)
             after = self._outputs.mean
             self.result.after = None if math.isnan(after) else after

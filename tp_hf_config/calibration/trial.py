@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .linear_ops import Consumer, LinearOp
+from .measured import MeasuredModel
 from .passes import watched_pass
 from .refit import plain_cut
 from .refits_of_step import Copies, StepRefits
@@ -84,11 +85,10 @@ def layer_errors(
     return errors
 
 
-def run_held_out(
-    model: nn.Module, step: StepRefits, after_batch: Callable[[int, Any], None]
-) -> None:
-    """Run the model as it is now on the held-out data."""
-    watched_pass(model, step.calibration.held_out, lambda op: op.run(), after_batch=after_batch)
+def run_held_out(calibration: MeasuredModel, after_batch: Callable[[int, Any], None]) -> None:
+    """Run a measured model as it is now on its held-out data."""
+    batches = calibration.held_out
+    watched_pass(calibration.model, batches, lambda op: op.run(), after_batch=after_batch)
 
 
 def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:

@@ -1,0 +1,95 @@
+"""Widths by sensitivity: what the model misses least goes first, and the target is met."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import calibrated
+import layer_zoo
+import pytest
+import torch
+import torch_pruning as tp
+
+from tp_hf_config import (
+    HFConfigSyncHook,
+    LayerCurve,
+    UnsupportedModelError,
+    allocate,
+    calibrate,
+)
+
+pytestmark = [
+    pytest.mark.skipif(not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers"),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
+
+
+def llama(useless: int = 1) -> Any:
+    """A model in whose layer of this number the feed-forward part hardly does anything."""
+    model = calibrated.build("llama", torch.float32)
+    with torch.no_grad():
+        model.model.layers[useless].mlp.down_proj.weight.mul_(1e-3)
+    return model
+
+
+@pytest.mark.parametrize("useless", [0, 1])
+def test_a_layer_that_does_little_goes_first(useless: int) -> None:
+    model = llama(useless)
+    before = model.config.to_json_string()
+    allocation = allocate(model, calibrate(model, calibrated.batches(model, 10)), target_params=0.8)
+    assert model.config.to_json_string() == before
+    assert type(model).__name__ == "LlamaForCausalLM"
+    narrow, wide = (f"per_layer_config.{n}.intermediate_size" for n in (useless, 1 - useless))
+    assert dict(allocation.widths) == {narrow: 38, wide: 76}
+    assert allocation.measure == "KL"
+    assert str(allocation).splitlines()[1].startswith("intermediate_size, 96 in each layer -> ")
+
+
+def test_it_is_carried_out_to_the_letter(tmp_path: Path) -> None:
+    model = llama()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    allocation = allocate(model, calibration, target_params=0.85, round_to=4)
+    old, new = allocation.parameters
+    assert old == model.num_parameters()
+    assert 0.83 * old < new <= 0.85 * old
+    hook = HFConfigSyncHook(layers="differ", compensate=calibration)
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **allocation.pruner_kwargs(model),
+        importance=calibration.importance(),
+        hooks=[hook],
+    )
+    pruner.step()
+    widths = layer_zoo.widths(model, ("intermediate_size",))["intermediate_size"]
+    assert widths == list(allocation.widths.values())
+    assert all(width % 4 == 0 for width in widths)
+    assert model.num_parameters() == new
+    allocation.plot(tmp_path / "widths.png")
+    assert (tmp_path / "widths.png").stat().st_size > 10_000
+    assert allocation.to_dict()["parameters"] == {"before": old, "after": new}
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model = llama()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    with pytest.raises(ValueError, match=r"target_params=.* parameters are left when every layer"):
+        allocate(model, calibration, target_params=0.3)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"hidden_size is no width that each layer has of its own\. .*: intermediate_size",
+    ):
+        allocate(model, calibration, target_params=0.9, prune="hidden_size")
+    alone = calibrate(model, calibrated.batches(model, 1))
+    with pytest.raises(UnsupportedModelError, match="holds no batch out"):
+        allocate(model, alone, target_params=0.9)
+
+
+def test_changes_between_those_measured_rise_with_the_square_of_the_share() -> None:
+    curve = LayerCurve("a", 100, 10, {0.2: 0.04, 0.4: 0.36})
+    assert curve.change_at(0.0) == 0
+    assert curve.change_at(0.1) == pytest.approx(0.01)
+    assert curve.change_at(0.2) == pytest.approx(0.04)
+    assert curve.change_at(0.3) == pytest.approx(0.16)
+    assert curve.change_at(0.4) == pytest.approx(0.36)

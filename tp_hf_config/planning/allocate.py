@@ -1,0 +1,300 @@
+"""Give every layer the width that the model misses least: widths by sensitivity, for a size.
+
+Each layer alone is cut to a few widths, with its readers refitted, and the model's answers on
+held-out data are compared with the whole model's.  The shares that go then come from a Lagrangian:
+the parameters that cost least go first, in whichever layer they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..calibration.calibrate import Calibration
+from ..calibration.difference import Difference
+from ..calibration.importance import Kind
+from ..calibration.refits_of_step import StepRefits
+from ..calibration.trial import run_as_cut, run_held_out
+from ..errors import UnsupportedModelError
+from ..fieldmap.model_view import ModelView, view_of
+from ..graph.config_graph import ConfigGraph
+from ..graph.layer_fields import fields_named, layers_listed
+from ..graph.prunable import Width, widths_of
+from ..model.config_json import field_name
+from ..model.layer_entries import layer_number, name_in_all_layers
+from ..notebook import short
+from ..schema import dated
+from .pruner_kwargs import pruner_kwargs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARES = (0.2, 0.4, 0.6)
+"""The shares of each layer's units that are tried."""
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """How much the model's answers change as one layer's width goes.
+
+    Attributes:
+        field: the layer's own field.
+        units: how many units it has now.
+        parameters: how many parameters one of them holds.
+        changes: the share of the units that goes -> the change of the model's output.
+    """
+
+    field: str
+    units: int
+    parameters: int
+    changes: Mapping[float, float]
+
+    def change_at(self, share: float) -> float:
+        """Return the change at any share: its square root is interpolated, from 0 at share 0."""
+        points = [(0.0, 0.0), *((s, max(0.0, c) ** 0.5) for s, c in sorted(self.changes.items()))]
+        for (low, first), (high, last) in pairwise(points):
+            if share <= high or high == points[-1][0]:
+                return float((first + (last - first) * (share - low) / (high - low)) ** 2)
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Widths for every layer; ``print`` it, ``plot`` it, carry it out with ``pruner_kwargs``.
+
+    Attributes:
+        model: the name of the class.
+        measure: what changes are: ``"KL"`` of the logits, or a relative ``"squared error"``.
+        curves: what was measured of each layer.
+        widths: the layer's own field -> its value in the end.
+        parameters: the model's parameters before and after.
+    """
+
+    model: str
+    measure: str
+    curves: tuple[LayerCurve, ...]
+    widths: Mapping[str, int]
+    parameters: tuple[int, int]
+    _before: Mapping[str, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The layer's own field -> the share of its units that goes, for ``ratios=``."""
+        left = ((name, (self.widths[name] + 1e-6) / self._before[name]) for name in self.widths)
+        return {name: 1 - share for name, share in left if share < 1}
+
+    def pruner_kwargs(self, model: nn.Module, **arguments: Any) -> dict[str, Any]:
+        """Return arguments for a Torch-Pruning pruner that carries it out.
+
+        Args:
+            model: the model that it was made for.
+            arguments: others of ``tp_hf_config.pruner_kwargs``.
+        """
+        ratios = self.ratios
+        return pruner_kwargs(model, prune=list(ratios), ratios=ratios, layers="differ", **arguments)
+
+    def __str__(self) -> str:
+        old, new = self.parameters
+        lines = [f"{self.model}: {old:,} -> {new:,} parameters ({new / old:.1%})"]
+        for name, fields in _by_shared_name(self.widths).items():
+            widths = " ".join(f"{self.widths[field]:,}" for field in fields)
+            lines.append(f"{name}, {self._before[fields[0]]:,} in each layer -> {widths}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return short(self, str(self).split("\n")[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict for ``json.dumps``, with the versions of the libraries."""
+        curves = [
+            {**vars(curve), "changes": {str(s): c for s, c in curve.changes.items()}}
+            for curve in self.curves
+        ]
+        data = {
+            "model": self.model,
+            "measure": self.measure,
+            "curves": curves,
+            "widths": dict(self.widths),
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+        }
+        return dated(data)
+
+    def plot(self, path: str | PathLike[str]) -> Figure:
+        """Draw each layer's width, and how much the model misses a layer's share.
+
+        Args:
+            path: the file to write; its suffix sets the format, PNG without one.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        from .allocation_plot import plot_allocation
+
+        return plot_allocation(self, path)
+
+
+def allocate(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    target_params: float,
+    prune: str | Iterable[str] | None = None,
+    importance: Kind = "wanda",
+    shares: Sequence[float] = SHARES,
+    batches: int = 4,
+    round_to: int = 1,
+) -> Allocation:
+    """Find a width for every layer, so that a model of some size misses as little as it can.
+
+    Args:
+        model: the Hugging Face model, or a module that contains it; it is not changed.
+        calibration: what ``calibrate(model, ...)`` measured.
+        target_params: how many parameters may be left: a share of them (up to 1), or a number.
+        prune: config fields, as they are called for all layers. Default: every width that is each
+            layer's own, but for attention heads and numbers of experts.
+        importance: how the units of a layer are ranked.
+        shares: the shares of a layer's units that are tried; the largest is the most that goes.
+        batches: how many held-out batches answers are compared on.
+        round_to: a multiple that widths keep.
+
+    Returns:
+        The allocation. ``pruner_kwargs(model)`` of it gives arguments for a pruner, to be used
+        with ``HFConfigSyncHook(layers="differ", compensate=calibration)``.
+
+    Raises:
+        UnsupportedModelError: the model's layers cannot differ, a field cannot be pruned, or
+            nothing is held out.
+        ValueError: the target cannot be reached with the largest share.
+    """
+    if not calibration.held_out:
+        raise UnsupportedModelError(
+            "allocate: the calibration holds no batch out, on which layers could be compared. Pass "
+            "calibrate() at least two batches"
+        )
+    with layers_listed(model):
+        view = view_of(model)
+        widths = _widths(view, prune)
+        sensitivity = _Sensitivity(view, calibration, importance, batches)
+        curves = tuple(sensitivity.curve(width, shares) for width in widths)
+    before = view.model.num_parameters()
+    target = int(target_params * (before if target_params <= 1 else 1))
+    left, after = _lagrangian(curves, before, target, round_to)
+    return Allocation(
+        type(view.model).__name__,
+        sensitivity.measure,
+        curves,
+        left,
+        (before, after),
+        {curve.field: curve.units for curve in curves},
+    )
+
+
+def _widths(view: ModelView, prune: str | Iterable[str] | None) -> list[Width]:
+    """Return the widths of single layers to prune.
+
+    Raises:
+        UnsupportedModelError: a field is no width of single layers.
+    """
+    own = [
+        width
+        for width in widths_of(view.model, view.field_map)
+        if width.reason is None and len(width.fields) == 1 and len(width.groups) == 1
+        if layer_number(width.fields[0]) is not None
+    ]
+    if prune is None:
+        inner = view.inner_widths()
+        return [width for width in own if set(width.fields) <= inner]
+    names_of = fields_named(view.field_map)
+    names = [
+        name for given in ([prune] if isinstance(prune, str) else prune) for name in names_of(given)
+    ]
+    by_name = {width.name: width for width in own}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        offered = dict.fromkeys(map(name_in_all_layers, by_name))
+        raise UnsupportedModelError(
+            f"allocate: {unknown[0]} is no width that each layer has of its own. Those that are: "
+            f"{', '.join(offered)}"
+        )
+    return [by_name[name] for name in names]
+
+
+class _Sensitivity:
+    """Cuts one layer at a time, and compares the model's answers with those of the whole model."""
+
+    def __init__(self, view: ModelView, calibration: Calibration, kind: Kind, batches: int):
+        self._view, self._importance = view, calibration.importance(kind)
+        self._calibration = calibration.comparing_on(calibration.held_out[:batches])
+        self._outputs = Difference()
+        run_held_out(self._calibration, self._outputs.note)
+
+    @property
+    def measure(self) -> str:
+        """What changes are."""
+        return self._outputs.measure
+
+    def curve(self, width: Width, shares: Iterable[float]) -> LayerCurve:
+        """Return how much the model changes as a width's units go, by share."""
+        graph = ConfigGraph(self._view.model, width.groups)
+        graph.build_dependency(self._view.model)
+        (graph_group,) = graph.graph_groups
+        units = graph_group.units.count
+        whole = graph.group_at(graph_group, range(units))
+        order = graph.importance_of(whole, self._importance).argsort().tolist()
+        changes = {}
+        for share in shares:
+            group = graph.group_at(graph_group, order[: int(share * units)])
+            step = StepRefits(self._calibration, [group])
+            self._outputs.begin()
+            run_as_cut(step, set(step.refits), self._outputs.compare)
+            changes[share] = self._outputs.mean
+        return LayerCurve(field_name(width.fields[0]), units, width.parameters, changes)
+
+
+def _lagrangian(
+    curves: Sequence[LayerCurve], before: int, target: int, round_to: int
+) -> tuple[dict[str, int], int]:
+    """Return the widths that are left, and the parameters with them.
+
+    Steps of a layer's width go in the order of what they cost for each parameter.
+    """
+    left = {curve.field: curve.units for curve in curves}
+    parameters = before
+    for _, curve, units in sorted(_steps(curves, round_to), key=lambda step: step[0]):
+        if parameters <= target:
+            break
+        parameters -= (left[curve.field] - units) * curve.parameters
+        left[curve.field] = units
+    if parameters > target:
+        raise ValueError(
+            f"target_params={target:,}: {parameters:,} parameters are left when every layer loses "
+            "the largest of shares=. Allow larger shares, name more fields in prune=, or take a "
+            "larger target"
+        )
+    return left, parameters
+
+
+def _steps(curves: Sequence[LayerCurve], round_to: int) -> Iterator[tuple[float, LayerCurve, int]]:
+    """Yield cost for each parameter, layer and the units left: of one layer, in rising order."""
+    for curve in curves:
+        least = int(curve.units * (1 - max(curve.changes)))
+        step = max(round_to, curve.units // 64 // round_to * round_to)
+        sizes = [curve.units, *range((curve.units - 1) // step * step, least - 1, -step)]
+        costs = [curve.change_at(1 - size / curve.units) for size in sizes]
+        highest = 0.0
+        for (size, cost), (less, more) in pairwise(zip(sizes, costs, strict=True)):
+            slope = (more - cost) / ((size - less) * curve.parameters)
+            highest = max(highest, slope)  # a step is not taken before those above it
+            yield highest, curve, less
+
+
+def _by_shared_name(names: Iterable[str]) -> dict[str, list[str]]:
+    by_name: dict[str, list[str]] = {}
+    for name in names:
+        by_name.setdefault(name_in_all_layers(name), []).append(name)
+    return by_name
