@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+def entangled_fields(field_map: FieldMap) -> set[FieldPath]:
+    """Return the fields that change with others, or that set some size along no straight line."""
+    fields = {*field_map.must_equal, *field_map.must_equal.values(), *field_map.ratio_partners}
+    fields |= {field for power in field_map.powers.values() for field in power.fields}
+    return fields | {field for others in field_map.unfitted.values() for field in others}
+
+
 class LayerFields:
     """The fields that single layers have of their own in a config.
 
@@ -149,11 +156,12 @@ def layer_map(
     """
     layers = LayerFields(builder, data)
     shared = layers.shared
-    entangled = {*uniform.must_equal, *uniform.must_equal.values(), *uniform.ratio_partners}
-    entangled |= {f for power in uniform.powers.values() for f in power.fields}
-    entangled |= {f for fields in uniform.unfitted.values() for f in fields}
     model = builder.build(data)
-    if isinstance(model, Refusal) or shared & entangled or not shared <= uniform.values.keys():
+    if (
+        isinstance(model, Refusal)
+        or shared & entangled_fields(uniform)
+        or not shared <= uniform.values.keys()
+    ):
         return None
     sizes: dict[Quantity, int] = {
         (name, dim): size for name, shape in shapes(model).items() for dim, size in enumerate(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from ..errors import UnsupportedModelError
 from ..fieldmap.completeness import build_live
 from ..fieldmap.expressions import Quantity
 from ..fieldmap.field_map import FieldMap
-from ..fieldmap.layer_map import uniform_map
+from ..fieldmap.layer_map import entangled_fields, uniform_map
 from ..model.config_json import FieldPath, config_json, field_name
 from ..model.layer_class import layer_lists
 from ..model.layer_entries import (
@@ -25,6 +26,7 @@ from ..model.layer_entries import (
     shared_field,
 )
 from ..model.locate import find_pretrained
+from ..twin.group import TinyGroup
 from .experiments import experiments_of
 
 _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -90,10 +92,11 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
             "from 5.15 on. Install a newer one, or keep layers='uniform'"
         )
     field_map = uniform_map(build_live(model)[0], config_json(model.config, use_diff=False))
-    inside = _fields_inside(field_map, model)
+    inside = _fields_inside(field_map, model) - entangled_fields(field_map)
     keys: dict[FieldPath, dict[str, int]] = {}
     for finding in experiments_of(field_map).findings:
-        if finding.reason is None and inside >= set(finding.fields):
+        alone = all(_in_single_layer(group) for group in finding.groups)
+        if finding.reason is None and alone and inside >= set(finding.fields):
             for field in finding.fields:
                 keys.setdefault(field[:-1], {})[str(field[-1])] = field_map.values[field]
     if not keys:
@@ -103,6 +106,15 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
             "a config. Keep layers='uniform'"
         )
     return keys
+
+
+def _in_single_layer(group: TinyGroup) -> bool:
+    """True if all that a group holds is in one layer of one list.
+
+    Heads that share the first layer's position bias (T5) are in all of its list.
+    """
+    layers = {re.split(r"(?<=\.\d)\.", dim.name, maxsplit=1)[0] for dim in group.dims}
+    return len(layers) == 1
 
 
 def _fields_inside(field_map: FieldMap, model: Any) -> set[FieldPath]:

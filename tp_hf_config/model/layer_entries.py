@@ -209,7 +209,7 @@ class ListedLayers:
         model = self.model
         differing: list[Any] = []
         for path, config in config_nodes(model.config):
-            if path in self.keys and _keep_what_differs(config):
+            if path in self.keys and _keep_what_differs(config, self.keys[path]):
                 differing.append(config)
         if not differing:
             model.__class__ = self.stock
@@ -220,17 +220,26 @@ class ListedLayers:
         with_own_configs(model, self.lists)
 
 
-def _keep_what_differs(config: Any) -> bool:
+def _keep_what_differs(config: Any, implied: Mapping[str, int]) -> bool:
     """Write settings in which all layers agree once, and return True if others are left.
 
-    The number for all layers becomes the largest, for what allocates by it.
+    The number for all layers becomes the largest, for what allocates by it. Where nothing changed,
+    numbers that the config leaves to a default stay so.
+
+    Args:
+        config: the config.
+        implied: setting -> what its number for all layers is, or implies.
     """
     entries = entries_of(config)
     values = {
         key: {entry[key] for entry in entries.values()} for key in next(iter(entries.values()))
     }
     set_entries(config, {})
-    for key, found in values.items():
+    as_before = all(
+        found == {implied.get(key)} and getattr(config, key, None) in (None, *found)
+        for key, found in values.items()
+    )
+    for key, found in values.items() if not as_before else ():
         setattr(config, key, max(found))
     apart = sorted(key for key, found in values.items() if len(found) > 1)
     if apart:

@@ -22,6 +22,20 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
+def plain_autograd() -> Iterator[None]:
+    """While open, gradients are computed and nothing is cast, whatever the caller has switched.
+
+    Experiments follow gradients in float64: ``no_grad``, ``inference_mode`` and ``autocast`` around
+    a call of this library would make all units look alike.
+    """
+    import torch
+
+    uncast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), uncast[0], uncast[1]:
+        yield
+
+
+@contextmanager
 def same_random_state() -> Iterator[None]:
     """Let torch's random numbers go on afterwards as if none had been drawn while this is open.
 

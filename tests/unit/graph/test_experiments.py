@@ -57,6 +57,21 @@ def without_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments, "find_groups", never)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_modes_around_a_call_change_nothing(
+    name: str, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = prunable(zoo.build(name)).to_dict()
+    forget(monkeypatch)
+    with mode():
+        assert prunable(zoo.build(name)).to_dict() == wanted
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral", "swin", "wav2vec2"])
 def test_random_numbers_go_on_as_if_there_had_been_no_experiment(
     name: str, monkeypatch: pytest.MonkeyPatch

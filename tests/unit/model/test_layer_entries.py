@@ -1,0 +1,102 @@
+"""Entries for single layers in a config, and the generated class that builds layers from them."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import layer_zoo
+import pytest
+import torch
+import zoo
+from transformers import AutoModelForCausalLM
+
+from tp_hf_config.graph.layer_fields import layers_listed
+from tp_hf_config.model.layer_class import layer_lists, stock_class
+from tp_hf_config.model.layer_entries import (
+    entries_of,
+    name_in_all_layers,
+    set_entries,
+    shared_field,
+    uniform_json,
+)
+
+pytestmark = pytest.mark.skipif(
+    not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "bert", "whisper", "vit", "qwen2_vl"])
+def test_a_model_is_the_same_while_it_is_listed_and_as_it_was_afterwards(name: str) -> None:
+    model: Any = layer_zoo.build(name)
+    stock, text = type(model), model.config.to_json_string(use_diff=False)
+    configs = [id(vars(module).get("config")) for module in model.modules()]
+    inputs = zoo.inputs(model)
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        with layers_listed(model):
+            assert stock_class(type(model)) is stock
+            assert layer_lists(type(model))
+            assert torch.equal(model(**inputs)[0], before)
+            built = type(model)(copy.deepcopy(model.config))
+            assert built.state_dict().keys() == model.state_dict().keys()
+    assert type(model) is stock
+    assert model.config.to_json_string(use_diff=False) == text
+    assert [id(vars(module).get("config")) for module in model.modules()] == configs
+
+
+def test_an_error_inside_leaves_a_model_as_it_was() -> None:
+    model: Any = layer_zoo.build("llama")
+    text = model.config.to_json_string(use_diff=False)
+    with pytest.raises(RuntimeError, match="inside"), layers_listed(model):
+        raise RuntimeError("inside")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.to_json_string(use_diff=False) == text
+
+
+def test_attention_set_on_the_model_reaches_the_layers(tmp_path: Path) -> None:
+    model: Any = layer_zoo.build("llama")
+    with layers_listed(model):
+        set_entries(model.config, {0: {"intermediate_size": 50}, 1: {"intermediate_size": 96}})
+        other = type(model)(copy.deepcopy(model.config))
+    other.set_attn_implementation("eager")
+    kinds = {layer.self_attn.config._attn_implementation for layer in other.model.layers}
+    assert kinds == {"eager"}
+
+
+def test_the_file_needs_nothing_but_transformers(tmp_path: Path) -> None:
+    model: Any = layer_zoo.build("llama")
+    with layers_listed(model):
+        set_entries(model.config, {0: {"intermediate_size": 50}, 1: {"intermediate_size": 96}})
+        torch.manual_seed(0)
+        other = type(model)(copy.deepcopy(model.config)).eval()
+        other.save_pretrained(tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert "modeling_layerwise_llama.py" in files
+    assert "tp_hf_config" not in (tmp_path / "modeling_layerwise_llama.py").read_text().replace(
+        "Written by tp_hf_config", ""
+    )
+    code = (
+        "import sys; from transformers import AutoModel, AutoModelForCausalLM as A\n"
+        f"model = A.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
+        f"inner = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
+        "assert 'tp_hf_config' not in sys.modules\n"
+        "print([layer.mlp.up_proj.out_features for layer in model.model.layers],"
+        " [layer.mlp.up_proj.out_features for layer in inner.layers])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == "[50, 96] [50, 96]"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert entries_of(again.config) == {0: {"intermediate_size": 50}, 1: {"intermediate_size": 96}}
+
+
+def test_names() -> None:
+    assert shared_field(("text_config", "per_layer_config", "3", "n")) == ("text_config", "n")
+    assert shared_field(("hidden_size",)) == ("hidden_size",)
+    joint = "a.per_layer_config.03.n + a.per_layer_config.03.m"
+    assert name_in_all_layers(joint) == "a.n + a.m"
+    data = {"n": 4, "per_layer_config": {"0": {"n": 3}, "1": {"n": 2}}, "auto_map": {}}
+    assert uniform_json(data) == {"n": 3}
