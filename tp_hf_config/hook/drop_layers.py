@@ -194,7 +194,8 @@ class _Dropping:
             )
         raise UnsupportedModelError(
             f"{kind} has {len(fitting)} lists of layers: {', '.join(fitting)}. Say which: "
-            f"drop_layers(model, ..., which={fitting[0]!r}). Nothing was changed."
+            f"drop_layers(model, ..., which={fitting[0]!r}), in the shell --drop-layers "
+            f"{fitting[0]}=N. Nothing was changed."
         )
 
     def least(
