@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .checkpoint.reports import CheckReport, RepairReport, RoundtripReport
     from .checkpoint.verify import verify_checkpoint, verify_roundtrip
     from .graph.prunable import Prunable, Width, prunable
+    from .hook.drop_layers import drop_layers
+    from .hook.dropped_layers import DroppedLayers
     from .hook.hook import HFConfigSyncHook
     from .hook.registration import Handle, PrunerHook, disable, enable, register
     from .hook.report import SyncReport
@@ -50,6 +52,7 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "ConfigSyncError",
+    "DroppedLayers",
     "HFConfigSyncHook",
     "Handle",
     "LayerCurve",
@@ -72,6 +75,7 @@ __all__ = [
     "calibrate",
     "check_checkpoint",
     "disable",
+    "drop_layers",
     "enable",
     "optimizer_follows",
     "plan",
@@ -91,6 +95,8 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "checkpoint.repair": ("repair_checkpoint",),
     "checkpoint.reports": ("CheckReport", "RepairReport", "RoundtripReport"),
     "checkpoint.verify": ("verify_checkpoint", "verify_roundtrip"),
+    "hook.drop_layers": ("drop_layers",),
+    "hook.dropped_layers": ("DroppedLayers",),
     "hook.hook": ("HFConfigSyncHook",),
     "graph.prunable": ("Prunable", "Width", "prunable"),
     "hook.trainer.optimizer": ("optimizer_follows",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .sources import Sources
 def watched_pass(
     model: nn.Module,
     batches: Sequence[Batch],
-    visit: Callable[[LinearOp], Any],
+    visit: Callable[[LinearOp], Any] | None = None,
     sources: Sources | None = None,
     after_batch: Callable[[int, Any], None] | None = None,
     what: str = "",
@@ -30,7 +30,7 @@ def watched_pass(
     Args:
         model: the model.
         batches: the batches.
-        visit: gets every operation, and returns what it is to return.
+        visit: gets every operation, and returns what it is to return; ``None``: none is watched.
         sources: watches the layers in front of weights.
         after_batch: gets the number of each batch and the model's result.
         what: the title of the progress bar; empty: there is none.
@@ -38,9 +38,9 @@ def watched_pass(
     Raises:
         CalibrationError: the model does not run on a batch.
     """
-    ops = WatchedOps(model, visit)
+    ops: Any = nullcontext() if visit is None else WatchedOps(model, visit)
     with ExitStack() as stack:
-        stack.enter_context(_undisturbed(model))
+        stack.enter_context(undisturbed(model))
         if sources is not None:
             stack.enter_context(sources.watching())
         for number, batch in enumerate(_shown(batches, what)):
@@ -61,7 +61,7 @@ def watched_pass(
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, without gradients and caches, with plain experts; then restore it.
 
     A cache copies what some weights read (latent attention), so that no norm would be seen there.

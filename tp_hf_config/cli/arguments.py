@@ -24,8 +24,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_widths(parser: argparse.ArgumentParser) -> None:
-    """Add what to prune and how much: the arguments of ``tp_hf_config.plan``."""
+def add_widths(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add what to prune and how much, the arguments of ``tp_hf_config.plan``; return the group."""
     group = parser.add_argument_group("what to prune")
     group.add_argument(
         "--pruning-ratio", metavar="R", type=share, help="the share of every width to prune"
@@ -63,10 +63,13 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-pruning-ratio", metavar="R", type=share, help="the most that any layer may lose"
     )
+    return group
 
 
 def widths_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return keyword arguments for ``tp_hf_config.plan``; leave out what the user did not give.
+
+    There are none if layers are dropped and no width is pruned.
 
     Raises:
         UsageError: the user did not say how much to prune, or an argument would have no effect.
@@ -74,6 +77,8 @@ def widths_of(options: argparse.Namespace) -> dict[str, Any]:
     reason = _contradiction(options)
     if reason is not None:
         raise UsageError(reason)
+    if getattr(options, "drop_layers", None) is not None and _names_no_width(options):
+        return {}
     no_widths = (options.pruning_ratio, options.ratios, options.target_params) == (None, None, None)
     given = {
         "pruning_ratio": options.pruning_ratio,
@@ -93,7 +98,8 @@ def _contradiction(options: argparse.Namespace) -> str | None:
     """Return why the arguments do not fit together, or ``None``."""
     ratio, ratios, prune = options.pruning_ratio, options.ratios, options.prune
     target, heads = options.target_params, options.head_pruning_ratio
-    if ratio is ratios is target is heads is None:
+    depth = getattr(options, "drop_layers", None)
+    if depth is None and _names_no_width(options):
         return (
             "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, "
             "--head-pruning-ratio 0.25 or --target-params 0.8"
@@ -111,6 +117,12 @@ def _contradiction(options: argparse.Namespace) -> str | None:
     if without and ratio is None and target is None:
         return f"which share of {', '.join(without)}? Add --pruning-ratio 0.2"
     return None
+
+
+def _names_no_width(options: argparse.Namespace) -> bool:
+    """True if no argument says how much of any width to prune."""
+    given = (options.pruning_ratio, options.ratios, options.target_params)
+    return all(value is None for value in (*given, options.head_pruning_ratio))
 
 
 def place(text: str) -> str:

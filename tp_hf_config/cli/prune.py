@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .arguments import add_model, add_widths, natural, path, widths_of
+from .arguments import add_model, add_widths, count, natural, path, widths_of
 from .console import progress, quiet_libraries
 from .outcome import DONE, Outcome
 
@@ -27,7 +27,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is there, in the end"
     )
-    add_widths(parser)
+    add_widths(parser).add_argument(
+        "--drop-layers",
+        metavar="[LIST=]N",
+        type=layers,
+        help="drop the layers that change least on the calibration text, before widths are "
+        "pruned; of a model with several lists of layers, say which: decoder=2",
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--importance",
@@ -105,6 +111,8 @@ def _job(options: argparse.Namespace) -> Job:
         seed=options.seed,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
+        drop_layers=options.drop_layers[1] if options.drop_layers else 0,
+        drop_from=options.drop_layers[0] if options.drop_layers else None,
         command=options.typed,
     )
 
@@ -112,6 +120,12 @@ def _job(options: argparse.Namespace) -> Job:
 def calibration(text: str) -> Path | Literal["own"]:
     """Parse the path of a text file, or the word ``own``; a file of this name is ``./own``."""
     return "own" if text == "own" else path(text)
+
+
+def layers(text: str) -> tuple[str | None, int]:
+    """Parse how many layers to drop, and from which list of layers: ``2``, ``decoder=2``."""
+    name, _, number = text.rpartition("=")
+    return name.strip() or None, count(number.strip())
 
 
 def device(text: str) -> str:

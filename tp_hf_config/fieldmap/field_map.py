@@ -193,21 +193,7 @@ def map_of(
             raises.
     """
     builder, full = live or build_live(model)
-    if isinstance(full, Refusal):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be built from its own config: "
-            f"{full.reason.rstrip('.')}. Mend model.config first."
-        )
-    mismatches = compare(shapes(model), shapes(full))
-    if mismatches:
-        raise UnsupportedModelError(_disagreement(model, mismatches))
-    missing = missing_parts(model, builder, full, shapes(model))
-    disagreement = missing or notes_on_layer_order(model, full)
-    if isinstance(disagreement, Refusal):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} and its config disagree before any pruning: "
-            f"{disagreement.reason}"
-        )
+    full = whole_build(model, builder, full)
     field_map = _learned_once(builder, model.config, full, make_inputs, how or stored_or_learned)
     if not field_map.values and not field_map.ratio_partners:
         raise UnsupportedModelError(
@@ -215,6 +201,35 @@ def map_of(
             "no config can say what is pruned of it. Prune a class whose config holds its widths."
         )
     return field_map
+
+
+def whole_build(model: PreTrainedModel, builder: Builder, built: nn.Module | Refusal) -> nn.Module:
+    """Return what the config builds, if it is the model: same tensors, layers in their order.
+
+    Args:
+        model: the live model.
+        builder: builds its class.
+        built: what the class builds from the model's config, or its refusal.
+
+    Raises:
+        UnsupportedModelError: the config does not build the model that it belongs to.
+    """
+    if isinstance(built, Refusal):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be built from its own config: "
+            f"{built.reason.rstrip('.')}. Mend model.config first."
+        )
+    mismatches = compare(shapes(model), shapes(built))
+    if mismatches:
+        raise UnsupportedModelError(_disagreement(model, mismatches))
+    missing = missing_parts(model, builder, built, shapes(model))
+    disagreement = missing or notes_on_layer_order(model, built)
+    if isinstance(disagreement, Refusal):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} and its config disagree before any pruning: "
+            f"{disagreement.reason}"
+        )
+    return built
 
 
 def map_at(

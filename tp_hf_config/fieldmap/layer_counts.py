@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..model.shapes import Shapes
 
 _FEW = 16
 """Lists of up to so many entries are looked at; numbers above it may be widths."""
-_FEATURES = {"out_features", "out_indices"}
+FEATURES = {"out_features", "out_indices"}
 """Fields in which a backbone names the stages that it returns."""
 
 
@@ -45,7 +46,7 @@ def changes(
             (*field, key): [node[key][n] for n in keep] for key in as_long if not has_widths
         }
         lists |= {
-            (*field, key): _entries_of(value, keep)
+            (*field, key): entries_of_kept(value, keep)
             for key, value in node.items()
             if by_number(value) and count <= max(map(int, value)) < length
         }
@@ -65,8 +66,8 @@ def changes(
                 if numbers:
                     candidates.append({**fewer, **lists, **numbers})
                 # a backbone names its stages; without names it returns the last one
-                if node.keys() >= _FEATURES:
-                    unnamed = {(*field, name): None for name in _FEATURES}
+                if node.keys() >= FEATURES:
+                    unnamed = {(*field, name): None for name in FEATURES}
                     candidates.append({**fewer, **lists, **unnamed})
             elif isinstance(value, list) and len(value) <= _FEW and (*field, key) not in widths:
                 entries = [(*field, key, i) for i, entry in enumerate(value) if entry == length]
@@ -76,7 +77,16 @@ def changes(
     return candidates
 
 
-def _entries_of(entries: dict[Any, Any], keep: Sequence[int]) -> dict[Any, Any]:
+@functools.cache
+def of_every_config() -> frozenset[str]:
+    """Return the fields that every config may have (labels, tokens, generation): no layers."""
+    from transformers import GenerationConfig, PretrainedConfig
+
+    configs: tuple[Any, ...] = (PretrainedConfig, GenerationConfig)
+    return frozenset(name for config in configs for name in config().to_dict())
+
+
+def entries_of_kept(entries: dict[Any, Any], keep: Sequence[int]) -> dict[Any, Any]:
     """Return the entries about the layers to keep, under their new numbers."""
     by_old = {int(number): (number, entry) for number, entry in entries.items()}
     return {

@@ -24,7 +24,7 @@ Key = tuple[str, str]
 """A fact's key: a module inside the layer and its attribute, or ``_CONFIG`` and a config's key."""
 Facts = dict[Key, Hashable]
 """All facts about one layer."""
-_CLASS = "class"
+CLASS = "class"
 _CONFIG = "(config)"
 _EVERYWHERE = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}
 _FEW = 4
@@ -281,13 +281,13 @@ class ModuleFacts:
             facts = dict(self._own(module))
             leaf = not (module._modules or module._parameters or module._buffers)
             if leaf and self._is_identity(module, frozenset(facts.items())):
-                facts = {_CLASS: "nothing"}
+                facts = {CLASS: "nothing"}
             self._at[id(module)] = facts
         return self._at[id(module)]
 
     def _own(self, module: nn.Module) -> Iterator[tuple[str, Hashable]]:
         """Yield the facts about a module itself, without those about its children."""
-        yield _CLASS, _name(type(module))
+        yield CLASS, class_name(type(module))
         for key, value in vars(module).items():
             if key not in _EVERYWHERE:
                 yield key, self._config(value) if _is_config(value) else plain(value)
@@ -343,12 +343,12 @@ def plain(value: Any) -> Hashable:
     if isinstance(value, functools.partial):
         return plain((value.func, value.args, value.keywords))
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-        return _name(value)
+        return class_name(value)
     if isinstance(value, types.MethodType):
-        return _name(value.__func__)
+        return class_name(value.__func__)
     if isinstance(value, torch.Tensor):
         return tuple(value.shape)
-    return _name(type(value))
+    return class_name(type(value))
 
 
 def _is_config(value: Any) -> bool:
@@ -356,6 +356,6 @@ def _is_config(value: Any) -> bool:
     return hasattr(value, "to_json_string")
 
 
-def _name(value: Any) -> str:
+def class_name(value: Any) -> str:
     """Return the full name of a class or function."""
     return f"{value.__module__}.{value.__qualname__}"

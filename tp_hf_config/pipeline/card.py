@@ -23,6 +23,8 @@ def card(source: Source, pruned: Pruned) -> str:
         pruned: the result of the job.
     """
     lines = [f"Round trip: {pruned.proof}."]
+    if pruned.dropped is not None:
+        lines.append(f"{pruned.dropped.in_one_line}.")
     for text, (old, new) in pruned.perplexities.items():
         lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after.")
     lines += [f"{note}." for note in pruned.notes]

@@ -34,6 +34,7 @@ class Choice:
         text: the text; empty if the model writes it.
         tokenizer: the model's tokenizer; ``None`` if it is not needed, or there is none.
         compensate: the weights that read pruned channels are refitted.
+        drops: layers are dropped, by their influence on the text.
         asked: the user asked for something that takes a text; otherwise the job goes without where
             the model does not run on it.
         notes: what the user should know.
@@ -44,13 +45,15 @@ class Choice:
     text: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
     compensate: bool = False
+    drops: bool = False
     asked: bool = False
     notes: tuple[str, ...] = ()
 
     @property
     def calibrates(self) -> bool:
-        """True if the model is measured on the text, for an importance or for refits."""
-        return self.origin is not None and (self.compensate or self.importance in CALIBRATED)
+        """True if the model is measured on the text, for an importance, refits or influences."""
+        measured = self.compensate or self.drops or self.importance in CALIBRATED
+        return self.origin is not None and measured
 
     def without_text(self, reason: str) -> Choice:
         """Return what the job does where no text can be had; a note says why."""
@@ -63,10 +66,13 @@ class Choice:
         text: str | None = "shipped text" if self.origin == "shipped" else self.origin
         if isinstance(job.calibration, Path):
             text = job.calibration.name
+        dropped = "=".join(filter(None, (job.drop_from, str(job.drop_layers or ""))))
+        widths = bool(job.widths) or not job.drop_layers
         own = {
-            "importance": self.importance,
+            "drop_layers": dropped or None,
+            "importance": self.importance if widths else None,
             "calibration": text,
-            "compensate": self.compensate if self.origin else None,
+            "compensate": self.compensate if self.origin and widths else None,
             "recover": job.recover or None,
             "device": job.device,
             "dtype": job.dtype,
@@ -98,6 +104,12 @@ def choose(
     need = _need(job)
     asked = bool(need) or job.calibration is not None
     writes = class_writes_text(model_class, config)
+    if job.drop_layers and not takes_text(model_class):
+        raise UnsupportedModelError(
+            f"{model_class.__name__} takes no text that tells which of its layers change least. "
+            "In Python: tp_hf_config.drop_layers(model, count=2, calibration="
+            "tp_hf_config.calibrate(model, batches))"
+        )
     if asked and not takes_text(model_class):
         raise UnsupportedModelError(
             f"{model_class.__name__} takes no text, so {need or '--calibration'} is of no use to "
@@ -127,7 +139,12 @@ def choose(
                 stacklevel=3,
             )
         return Choice(job.importance or "magnitude")
-    choice = Choice(job.importance or "wanda", compensate=job.compensate, asked=asked)
+    choice = Choice(
+        job.importance or "wanda",
+        compensate=job.compensate,
+        drops=bool(job.drop_layers),
+        asked=asked,
+    )
     try:
         tokenizer = tokenizer_of(job.source)
     except PipelineError as error:
@@ -146,6 +163,8 @@ def _need(job: Job) -> str:
     """Return the argument that takes a text; empty if there is none."""
     if job.importance in TEXTUAL:
         return f"--importance {job.importance}"
+    if job.drop_layers:
+        return "--drop-layers"
     return "--recover" if job.recover else ""
 
 

@@ -13,6 +13,7 @@ from .output import check_target
 from .source import Source
 
 if TYPE_CHECKING:
+    from ..hook.dropped_layers import DroppedLayers
     from ..hook.report import SyncReport
     from ..planning.plan import Plan
     from .companions import Copied
@@ -28,7 +29,7 @@ class Job:
     Attributes:
         source: the model.
         out: the folder to write.
-        widths: keyword arguments for :func:`~tp_hf_config.plan`.
+        widths: keyword arguments for :func:`~tp_hf_config.plan`; none: only layers are dropped.
         importance: how channels are ranked: by what they carry on a text (the first four, see
             :meth:`~tp_hf_config.Calibration.importance`) or by one of Torch-Pruning's importances;
             ``None``: ``wanda`` where there is a text, else ``magnitude``.
@@ -42,6 +43,8 @@ class Job:
         seed: the seed of everything that is random.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
         overwrite: replace a model that is in ``out``.
+        drop_layers: how many layers to drop before widths are pruned: those of least influence.
+        drop_from: the list of layers that they are dropped from, where a model has several.
         command: the command line that the user typed, for the model card.
     """
 
@@ -57,6 +60,8 @@ class Job:
     seed: int = 0
     max_shard_size: str | None = None
     overwrite: bool = False
+    drop_layers: int = 0
+    drop_from: str | None = None
     command: str = ""
 
 
@@ -101,7 +106,7 @@ class Pruned:
     Attributes:
         model: the name of the class.
         out: the folder that was written.
-        plan: the plan that was carried out.
+        plan: the plan that was carried out; ``None`` if only layers were dropped.
         reports: one report for each step.
         parameters: the number of parameters before and after.
         proof: the proof of the round trip.
@@ -113,11 +118,12 @@ class Pruned:
         notes: what else the user should know.
         seconds: wall-clock time.
         settings: what was done, by name.
+        dropped: the layers that were dropped; ``None`` if none were.
     """
 
     model: str
     out: Path
-    plan: Plan
+    plan: Plan | None
     reports: tuple[SyncReport, ...]
     parameters: tuple[int, int]
     proof: Proof
@@ -127,11 +133,13 @@ class Pruned:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    dropped: DroppedLayers | None = None
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
-        """Return config field -> (value before the first step, value after the last)."""
-        return changed(self.reports)
+        """Return config field -> (value at first, value after the last step)."""
+        by_depth = {} if self.dropped is None else self.dropped.fields
+        return {**by_depth, **changed(self.reports)}
 
     @property
     def perplexities(self) -> dict[str, tuple[float, float]]:
@@ -147,6 +155,8 @@ class Pruned:
         lines = [
             f"{self.model}: {', '.join(f'{n} {a} -> {b}' for n, (a, b) in self.fields.items())}"
         ]
+        if self.dropped is not None:
+            lines.append(self.dropped.in_one_line)
         lines.append(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
         for text, (old, new) in self.perplexities.items():
             lines.append(f"perplexity on {text}: {old:.1f} -> {new:.1f}")
@@ -172,7 +182,8 @@ class Pruned:
             "copied": list(self.copied.files),
             "not_copied": list(self.copied.not_copied),
             "notes": list(self.notes),
-            "plan": self.plan.to_dict(),
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "dropped_layers": None if self.dropped is None else self.dropped.to_dict(),
             "steps": [report.to_dict() for report in self.reports],
             "seconds": self.seconds,
         }

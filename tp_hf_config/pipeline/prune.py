@@ -18,6 +18,8 @@ from ..checkpoint.rotary import write_for_transformers_4
 from ..errors import CalibrationWarning, PipelineError, UnsupportedModelError
 from ..fieldmap.field_map import map_of
 from ..fieldmap.layer_map import by_layers
+from ..hook.drop_layers import drop_layers
+from ..hook.dropped_layers import DroppedLayers
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
 from ..model.build import Refusal
@@ -69,10 +71,12 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         check_rotary(job.source)
         config.dtype = dtype_of(job.dtype) or config.dtype
         model_class = class_for(job.source, config)
-        plan = plan_for(job.source, config, model_class, job.widths)
-        check_plan(plan, job)
+        plan = plan_for(job.source, config, model_class, job.widths) if job.widths else None
+        if plan is not None and not job.drop_layers:  # else it is made anew, for fewer layers
+            check_plan(plan, job)
         choice = choose(job, text, config, model_class)
-        progress.say(plan)
+        if plan is not None and not job.drop_layers:
+            progress.say(plan)
         with _seeded(job.seed):
             result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
@@ -95,7 +99,7 @@ def _prune_and_write(
     job: Job,
     config: PreTrainedConfig,
     model_class: type[PreTrainedModel],
-    plan: Plan,
+    plan: Plan | None,
     choice: Choice,
     work: Path,
     progress: Progress,
@@ -106,6 +110,10 @@ def _prune_and_write(
     model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
     choice, material = _material(job, choice, model, progress)
     parameters, before = model.num_parameters(), _perplexities(model, material)
+    dropped = _drop(job, model, material, progress)
+    if plan is not None and dropped is not None:
+        plan = _plan_of_fewer(job, model, parameters)
+        progress.say(plan)
     recipe = map_of(model, how=by_layers).recipe
     reports = _prune(job, plan, model, choice, material, progress)
     held_out, second = map(_pair, before, _perplexities(model, material))
@@ -115,7 +123,8 @@ def _prune_and_write(
     copied = copy_companions(job.source, model.config, work)
     progress.say("a fresh process loads what was written")
     proof = prove_roundtrip(model, work, recipe)
-    notes = [*load_notes, *plan.notes, *choice.notes]
+    notes = [*load_notes, *(plan.notes if plan else ()), *choice.notes]
+    notes += dropped.notes if dropped else ()
     notes += [note for report in reports for note in report.notes]
     notes += rotary_notes
     notes += notes_on_uncopied(job.source, copied, changed(reports))
@@ -131,6 +140,7 @@ def _prune_and_write(
         second,
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
+        dropped=dropped,
     )
     (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result
@@ -165,9 +175,45 @@ def _pair(before: float | None, after: float | None) -> tuple[float, float] | No
     return None if before is None or after is None else (before, after)
 
 
+def _drop(
+    job: Job, model: PreTrainedModel, material: Material | None, progress: Progress
+) -> DroppedLayers | None:
+    """Drop the layers that change least on the text; return the report, ``None`` if none go.
+
+    Raises:
+        PipelineError: there are not so many layers.
+    """
+    if not job.drop_layers or material is None:
+        return None
+    try:
+        dropped = drop_layers(
+            model, count=job.drop_layers, calibration=material.calibration, which=job.drop_from
+        )
+    except ValueError as error:
+        raise PipelineError(f"--drop-layers {job.drop_layers}: {error}") from error
+    progress.say(str(dropped))
+    return dropped
+
+
+def _plan_of_fewer(job: Job, model: PreTrainedModel, parameters: int) -> Plan:
+    """Return the plan for a model that lost layers; a target stays a share of the whole model.
+
+    Args:
+        job: the job.
+        model: the model, with the layers that are left.
+        parameters: how many it had before.
+    """
+    widths = dict(job.widths)
+    if widths.get("target_params", 2) <= 1:
+        widths["target_params"] = int(widths["target_params"] * parameters)
+    plan = plan_for(job.source, model.config, type(model), widths)
+    check_plan(plan, job)
+    return plan
+
+
 def _prune(
     job: Job,
-    plan: Plan,
+    plan: Plan | None,
     model: PreTrainedModel,
     choice: Choice,
     material: Material | None,
@@ -176,6 +222,11 @@ def _prune(
     """Run all steps, with gradients before and recovery after each; return one report per step."""
     import torch_pruning as tp
 
+    if plan is None:
+        if material is not None and material.teacher is not None:
+            objective, batches = material.objective, material.batches
+            recover(model, material.teacher, objective, batches, job.recover, progress, "recovery")
+        return ()
     calibration = None if material is None else material.calibration
     hook = HFConfigSyncHook(strict=True, compensate=calibration if choice.compensate else None)
     with warnings.catch_warnings():

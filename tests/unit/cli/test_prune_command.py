@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import deep_zoo
 import model_folders as folders
 import pytest
 import small
@@ -453,6 +454,118 @@ class TestCalibrated:
             f"{folder}: its tokenizer cannot be loaded: "
         )
         assert f"- {note}." in (tmp_path / "out" / "README.md").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of models with four layers; the second and the fourth of Llama change little."""
+    root = tmp_path_factory.mktemp("deep")
+    llama, bart = deep_zoo.build("llama"), deep_zoo.build("bart")
+    with torch.no_grad():
+        for number in (1, 3):
+            llama.model.layers[number].self_attn.o_proj.weight.mul_(1e-3)
+            llama.model.layers[number].mlp.down_proj.weight.mul_(1e-3)
+    for model, name in ((llama, "llama"), (bart, "bart")):
+        model.save_pretrained(root / name)
+        folders.save_tokenizer(root / name)
+    return root
+
+
+class TestDroppedLayers:
+    """Whole layers go before widths are pruned: those that change least on the text."""
+
+    def test_layers_alone(self, capsys: Any, deep: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        typed = ("prune", deep / "llama", "--out", out, "--drop-layers", 2, "--json")
+        code, printed, errors = shell(capsys, *typed)
+        assert code == 0, errors
+        found = json.loads(printed)
+        assert found["plan"] is None
+        assert found["steps"] == []
+        assert found["fields"] == {"num_hidden_layers": {"old": 4, "new": 2}}
+        assert found["dropped_layers"]["dropped"] == [1, 3]
+        assert found["settings"]["drop_layers"] == "2"
+        assert "importance" not in found["settings"]
+        before, after = found["perplexity_second_text"].values()
+        assert after == pytest.approx(before, rel=1e-2)
+        assert "model.layers: 2 of 4 layers dropped (1: influence 0.000, 3: influence 0.000)" in (
+            errors.splitlines()
+        )
+        model = hf.LlamaForCausalLM.from_pretrained(out)
+        assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
+        card = (out / "README.md").read_text().splitlines()
+        for line in (
+            "| num_hidden_layers | 4 | 2 |",
+            "| drop_layers | `2` |",
+            "- model.layers: 2 of 4 layers dropped (1: influence 0.000, 3: influence 0.000).",
+        ):
+            assert line in card
+
+    def test_with_widths_and_recovery(
+        self, capsys: Any, deep: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        more = ("--ratios", "intermediate_size=0.25", "--recover", 2, "--drop-layers", "layers=1")
+        code, printed, errors = shell(
+            capsys, "prune", deep / "llama", "--out", tmp_path / "out", *more
+        )
+        assert code == 0, errors
+        lines = printed.splitlines()
+        assert lines[0] == (
+            "LlamaForCausalLM: num_hidden_layers 4 -> 3, intermediate_size 96 -> 72"
+        )
+        assert lines[1].startswith("model.layers: 1 of 4 layers dropped (")
+        assert hf.LlamaForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
+
+    def test_layers_and_recovery(
+        self, capsys: Any, deep: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        typed = ("prune", deep / "llama", "--out", tmp_path / "out", "--drop-layers", 1)
+        code, _, errors = shell(capsys, *typed, "--recover", 2)
+        assert code == 0, errors
+        assert "recovery: 2 windows" in errors
+
+    def test_a_target_is_of_the_whole_model(
+        self, capsys: Any, deep: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        more = ("--target-params", 0.6, "--prune", "intermediate_size", "--drop-layers", 1)
+        code, printed, errors = shell(
+            capsys, "prune", deep / "llama", "--out", tmp_path / "out", *more, "--json"
+        )
+        assert code == 0, errors
+        before, after = json.loads(printed)["parameters"].values()
+        assert after / before == pytest.approx(0.6, abs=0.01)
+
+    def test_an_encoder_decoder(
+        self, capsys: Any, models: Path, deep: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        typed = ("prune", deep / "bart", "--out", tmp_path / "out", "--calibration")
+        more = (models / "text.txt", "--drop-layers")
+        code, _, errors = shell(capsys, *typed, *more, 1)
+        assert code == 1
+        assert "has 2 lists of layers: model.encoder.layers, model.decoder.layers" in errors
+        assert "in the shell --drop-layers model.encoder.layers=N" in errors
+        assert os.listdir(tmp_path) == []
+        code, _, errors = shell(capsys, *typed, *more, "decoder=1")
+        assert code == 0, errors
+        config = hf.AutoConfig.from_pretrained(tmp_path / "out")
+        assert (config.encoder_layers, config.decoder_layers) == (4, 3)
+
+    @pytest.mark.parametrize(
+        ("value", "code", "message"),
+        [
+            ("0", 2, "'0': expected a whole number, 1 or more"),
+            ("decoder", 2, "'decoder': expected a whole number, 1 or more"),
+            ("4", 1, "--drop-layers 4: count=4: model.layers has 4 layers, of which 1 to 3 can go"),
+        ],
+    )
+    def test_what_cannot_be(
+        self, capsys: Any, deep: Path, tmp_path: Path, value: str, code: int, message: str
+    ) -> None:
+        typed = ("prune", deep / "llama", "--out", tmp_path / "out", "--drop-layers", value)
+        ended, _, errors = shell(capsys, *typed)
+        assert ended == code
+        assert message in errors
+        assert os.listdir(tmp_path) == []
 
 
 class TestRefused:

@@ -56,6 +56,7 @@ class TestChosen:
             ("llama-gqa", {"importance": "taylor"}, "taylor", "shipped", True, True),
             ("llama-gqa", {"importance": "obs"}, "obs", "shipped", True, True),
             ("llama-gqa", {"recover": 3}, "wanda", "shipped", True, True),
+            ("llama-gqa", {"drop_layers": 1}, "wanda", "shipped", True, True),
             ("llama-gqa", {"calibration": "own"}, "wanda", "own", True, True),
             ("llama-gqa", {"calibration": FILE}, "wanda", "file", True, True),
             (
@@ -170,6 +171,12 @@ class TestRefused:
                 f"causal language models alone). {_ADD[0]}",
             ),
             (
+                "bert",
+                {"drop_layers": 1},
+                "--drop-layers needs text to run BertModel on (the shipped text is for causal "
+                f"language models alone). {_ADD[0]}",
+            ),
+            (
                 "t5",
                 {"calibration": "own"},
                 "--calibration own: T5ForConditionalGeneration is no causal language model, it "
@@ -200,6 +207,11 @@ class TestRefused:
             "--calibration and --recover out, and use --importance magnitude or random (in "
             "Python: tp_hf_config.calibrate(model, batches))"
         )
+
+    def test_layers_of_a_model_of_images(self, models: Path) -> None:
+        message = "ViTForImageClassification takes no text that tells which of its layers change"
+        with pytest.raises(UnsupportedModelError, match=message):
+            chosen(models / "vit", drop_layers=1)
 
     @pytest.mark.parametrize("settings", [{"importance": "wanda"}, {"calibration": FILE}])
     def test_no_tokenizer_where_a_text_is_asked_for(
@@ -243,6 +255,11 @@ def test_the_settings_of_the_card(models: Path) -> None:
     assert settings("bert", calibration=FILE) == done("wanda", "text.txt")
     assert settings("llama-gqa", compensate=False) == done("wanda", "shipped text", False)
     assert settings("vit") == {"importance": "magnitude", **plain}
+    assert settings("llama-gqa", drop_layers=2, drop_from="model.layers") == {
+        "drop_layers": "model.layers=2",
+        "calibration": "shipped text",
+        **plain,
+    }
     recovered = settings("llama-gqa", recover=4, dtype="bfloat16", command="typed")
     assert list(recovered) == [
         "importance",

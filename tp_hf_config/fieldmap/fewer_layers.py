@@ -1,0 +1,319 @@
+"""Find the config with which a class builds a model without some of its layers.
+
+No field is known by name. Settings that may count layers, lists with an entry for each, numbers of
+layers and rules are candidates; the class is built from each, and a config is taken only if every
+layer that stays is built as it was, and everything around the layers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, islice, product
+from typing import Any
+
+from torch import nn
+
+from ..model.build import Builder, Refusal
+from ..model.config_json import (
+    FieldPath,
+    config_json,
+    value_at,
+    with_values,
+    without_field,
+)
+from ..model.layer_class import layer_lists
+from ..model.shapes import shapes
+from .kept_layers import KeptLayers, facts_of
+from .layer_counts import FEATURES, by_number, entries_of_kept, of_every_config, rises
+from .layer_kinds import kinds_in, lists_of
+from .names_in_code import names_in_code
+
+Change = dict[FieldPath, Any]
+"""Field -> its new value."""
+_MOST_LISTS = 32
+"""Combinations of lists that are tried for one setting that counts layers."""
+
+
+def layer_lists_in(
+    builder: Builder, data: dict[str, Any], model: nn.Module
+) -> dict[str, Refusal | None]:
+    """Return the lists of layers of a model, outermost ones, and why a config cannot shorten one.
+
+    Of a list that cannot be made shorter, the lists inside its layers are looked at too.
+
+    Args:
+        builder: builds the class.
+        data: the config's JSON, with every default.
+        model: what the class builds from it.
+
+    Returns:
+        Name -> ``None``, or why no config builds the list without its last layer.
+    """
+    found: dict[str, Refusal | None] = {}
+    held: set[int] = set()
+    own = layer_lists(builder.model_class)  # layers that differ
+    for name, layers in lists_of(model).items():
+        inside = any(
+            name.startswith(f"{outer}.") for outer, reason in found.items() if reason is None
+        )
+        if inside or id(layers) in held or not (name.endswith(own) or _may_be_layers(layers)):
+            continue
+        held.add(id(layers))
+        change = config_without(builder, data, model, name, range(len(layers) - 1))
+        found[name] = change if isinstance(change, Refusal) else None
+    return found
+
+
+def _may_be_layers(layers: nn.Module) -> bool:
+    """True if a list has two entries of one class and one width that consist of several modules.
+
+    A stage of a vision model is no layer: it is wider than the one before.
+    """
+    entries = [(type(layer), shapes(layer)) for layer in layers.children() if any(layer.children())]
+    return any(
+        one_class is other_class and not any(other.get(key, s) != s for key, s in one.items())
+        for (one_class, one), (other_class, other) in combinations(entries, 2)
+    )
+
+
+def config_without(
+    builder: Builder, data: dict[str, Any], model: nn.Module, name: str, keep: Sequence[int]
+) -> Change | Refusal:
+    """Return the fields that a config needs to build a model with only some layers of a list.
+
+    Args:
+        builder: builds the class.
+        data: the config's JSON, with every default.
+        model: what the class builds from it.
+        name: the list of layers.
+        keep: the numbers of the layers that stay, rising.
+
+    Returns:
+        Field -> its new value; or why no config that was tried describes such a model.
+    """
+    search = _Search(builder, data, model, name, tuple(keep))
+    return search.in_step() or search.with_other_rules() or search.refusal()
+
+
+@dataclass
+class _Base:
+    """A change of the config that gives the list its new length, or that the class refused.
+
+    Attributes:
+        node: where the setting that counts the layers stands.
+        change: field -> its new value.
+    """
+
+    node: FieldPath
+    change: Change
+
+
+class _Search:
+    """The search for one config, and what was wrong with those that were tried."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        data: dict[str, Any],
+        model: nn.Module,
+        name: str,
+        keep: tuple[int, ...],
+    ):
+        self._builder, self._data, self._model = builder, data, model
+        self._name, self._keep = name, keep
+        self._kept = KeptLayers(model, name, keep)
+        kinds = kinds_in(model)[name].first
+        self._kinds = [kinds[number] for number in keep]
+        self._bases: list[_Base] = []
+        self._reason = ""
+        self._refused = ""
+
+    def in_step(self) -> Change | None:
+        """Return a change that counts fewer layers and brings the lists of the config in step."""
+        length = self._kept.length
+        for node, counted in _counts(self._data, length, len(self._keep)):
+            options = list(self._lists(node, counted))
+            ends = options if len(options) < 2 else [options[0], options[-1]]
+            results = [self._try(node, {**counted, **change}) for change in ends]
+            for change, result in zip(ends, results, strict=True):
+                if result is True:
+                    return {**counted, **change}
+            if not any(result is None for result in results):
+                continue  # it counts something else
+            for change in options[1:-1]:
+                if self._try(node, {**counted, **change}) is True:
+                    return {**counted, **change}
+        return None
+
+    def with_other_rules(self) -> Change | None:
+        """Return a change that also restates a rule about layers by their numbers."""
+        for base in self._bases:
+            for rule in self._rules(base):
+                change = {**base.change, **rule}
+                if self._try(None, change) is True:
+                    return change
+        return None
+
+    def refusal(self) -> Refusal:
+        """Return why no config was found: what differs, or the class's own words."""
+        return Refusal(
+            self._reason or self._refused or f"no field of the config counts {self._name}"
+        )
+
+    def _try(self, node: FieldPath | None, change: Change) -> bool | None:
+        """Return True if a change does it; None if it may with other fields; else False.
+
+        Args:
+            node: where the setting stands; ``None`` if a rule is tried too.
+            change: the change.
+        """
+        built = self._builder.build(with_values(self._data, change))
+        if isinstance(built, Refusal):
+            self._refused = self._refused or built.reason
+        else:
+            reason = self._kept.difference(built)
+            if reason is None:
+                return True
+            if not self._kept.has_length(built):
+                return False
+            self._reason = self._reason or reason
+        if node is not None:
+            self._bases.append(_Base(node, change))
+        return None
+
+    def _lists(self, node: FieldPath, counted: Change) -> Iterator[Change]:
+        """Yield changes of the lists beside a setting: of all of them first, of none last."""
+        values = value_at(self._data, node)
+        choices: dict[FieldPath, list[Any]] = {}
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = (*node, key)
+            options = _entries_left(value, self._kept.length, self._keep)
+            if (
+                options
+                and key not in of_every_config()
+                and self._is_of_layers(field, value, counted)
+            ):
+                choices[field] = options
+        every = product(*([*options, None] for options in choices.values()))
+        ordered = sorted(every, key=lambda chosen: sum(one is None for one in chosen))
+        stages = self._stages(node, values)
+        for chosen in (*islice(ordered, _MOST_LISTS), *ordered[_MOST_LISTS:][-1:]):
+            change = {
+                field: value
+                for field, value in zip(choices, chosen, strict=True)
+                if value is not None
+            }
+            yield {**change, **stages}
+
+    def _is_of_layers(self, field: FieldPath, value: Any, counted: Change) -> bool:
+        """True if a list or dictionary is about layers: it need not be what is as long by chance.
+
+        The config class makes one for as many layers as there are, or the class builds otherwise
+        with one entry less; numbers of layers need only be read by some code.
+
+        Args:
+            field: where the list stands.
+            value: the list.
+            counted: the change of the setting that counts the layers.
+        """
+        default = None
+        try:
+            unset = without_field(with_values(self._data, counted), field)
+            default = value_at(config_json(self._builder.config(unset), use_diff=False), field)
+        except Exception:  # a config class may refuse with any exception
+            pass
+        if isinstance(default, list) and len(default) == len(self._keep):
+            return True
+        if isinstance(value, dict) or len(value) != self._kept.length:
+            return field[-1] in names_in_code(self._model)
+        shorter = self._builder.build(with_values(self._data, {field: value[:-1]}))
+        return isinstance(shorter, Refusal) or facts_of(shorter) != facts_of(self._model)
+
+    def _stages(self, node: FieldPath, values: Any) -> Change:
+        """Return the stages that a backbone returns, by their new numbers, and their names.
+
+        A stage that is gone passes on what the one before it gives.
+        """
+        if not isinstance(values, dict) or not values.keys() >= FEATURES:
+            return {}
+        change: Change = {}
+        for key, value in values.items():
+            field = (*node, key)
+            if key in FEATURES:
+                numbers = rises(value)
+                new = [sum(n < stage for n in self._keep) for stage in value] if numbers else None
+                change[field] = new
+            elif isinstance(value, list) and len(value) == self._kept.length + 1:
+                change[field] = value[: len(self._keep) + 1]
+        return change
+
+    def _rules(self, base: _Base) -> Iterator[Change]:
+        """Yield restatements of rules: how many of the first or last layers, or an explicit list.
+
+        A whole number may say that so many of the first layers are of one kind (or of the last), or
+        that every so many-th is; then a list that names layers can stand in for it.
+        """
+        values = value_at(self._data, base.node)
+        if not isinstance(values, dict):
+            return
+        numbers = {
+            key: value
+            for key, value in values.items()
+            if type(value) is int and 0 < value <= self._kept.length
+            if (*base.node, key) not in base.change and key not in of_every_config()
+        }
+        for key, value in numbers.items():
+            first = sum(number < value for number in self._keep)
+            last = sum(number >= self._kept.length - value for number in self._keep)
+            for count in dict.fromkeys((first, last)):
+                if count != value:
+                    yield {(*base.node, key): count}
+        lists = [key for key, value in values.items() if value == [] or rises(value)]
+        named = [
+            [new for new, kind in enumerate(self._kinds) if kind == chosen]
+            for chosen in dict.fromkeys(self._kinds)
+        ]
+        for key in lists:
+            if key in of_every_config():
+                continue
+            for layers in named:
+                yield {(*base.node, key): layers}
+                for step in (step for step, value in numbers.items() if value > 1):
+                    yield {(*base.node, key): layers, (*base.node, step): 1}
+
+
+def _counts(
+    data: dict[str, Any], length: int, count: int, node: FieldPath = ()
+) -> Iterator[tuple[FieldPath, Change]]:
+    """Yield settings that may count layers, with their new values, and where they stand.
+
+    A setting is a whole number, one of a list of them (Swin's ``depths``), or may count one more
+    than there are layers (Mask2Former's decoder).
+    """
+    for key, value in (value_at(data, node) if node else data).items():
+        field = (*node, key)
+        if isinstance(value, dict):
+            yield from _counts(data, length, count, field)
+        elif type(value) is int and 0 <= value - length <= 1:
+            yield node, {field: count + value - length}
+        elif isinstance(value, list):
+            for place, entry in enumerate(value):
+                if type(entry) is int and entry == length:
+                    yield field, {(*field, place): count}
+
+
+def _entries_left(value: Any, length: int, keep: tuple[int, ...]) -> list[Any]:
+    """Return what may be left of a list or dictionary once some layers are gone.
+
+    It may have an entry for each layer, or numbers of layers (or both, in a list as long as those
+    that rises): entries of the layers that stay are kept, numbers are the new ones.
+    """
+    options: list[Any] = []
+    if isinstance(value, list) and len(value) == length:
+        options.append([value[number] for number in keep])
+    if rises(value) and value[-1] < length:
+        options.append([keep.index(number) for number in value if number in keep])
+    if by_number(value) and max(map(int, value)) < length:
+        options.append(entries_of_kept(value, keep))
+    return [option for option in options if option != value]

@@ -1,0 +1,354 @@
+"""Remove whole layers from a live model and bring its config in step: all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..calibration.influence import layer_influence
+from ..errors import ConfigSyncError, UnsupportedModelError, listed
+from ..fieldmap.completeness import build_live, notes_on_options
+from ..fieldmap.fewer_layers import Change, config_without, layer_lists_in
+from ..fieldmap.field_map import whole_build
+from ..fieldmap.kept_layers import KeptLayers
+from ..fieldmap.layer_kinds import lists_of
+from ..graph.layer_fields import layers_listed
+from ..model.build import Builder, Refusal
+from ..model.config_json import changed_values, config_json, field_name, value_at, with_values
+from ..model.layer_entries import KEY, config_nodes, entries_of
+from ..model.live_objects import surroundings_of
+from ..model.locate import check_followable, find_pretrained
+from ..model.shapes import compare, shapes
+from .apply import (
+    Changes,
+    all_or_nothing,
+    difference,
+    write_attributes,
+    write_buffers,
+    write_fields,
+)
+from .dropped_layers import DroppedLayers
+from .mirrored_fields import with_mirrored_fields
+from .outputs_without import OutputsWithout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..calibration.calibrate import Calibration
+
+
+def drop_layers(
+    model: nn.Module,
+    layers: Sequence[int] | None = None,
+    *,
+    count: int | None = None,
+    calibration: Calibration | None = None,
+    which: str | None = None,
+) -> DroppedLayers:
+    """Remove whole layers from a model, in place, and write what is left into its config.
+
+    The number of layers, lists with an entry for each layer, numbers of layers and rules about them
+    follow: the class is asked which fields those are.  The layers that stay keep their Parameters
+    and get new numbers.  Without its dropped layers the model computes what it computed with them
+    passing on what they are given.  Do this before a pruner is made of the model.
+
+    Args:
+        model: the model, or a module that contains it.
+        layers: the numbers of the layers to drop, from 0 on.
+        count: how many layers to drop: those that change the hidden states least on the data of
+            ``calibration`` (block influence: ShortGPT, arXiv 2403.03853).
+        calibration: what :func:`calibrate` returns for this model; for ``count``.
+        which: the list of layers, by its name or a part of it (``"encoder"``), where a model has
+            several.
+
+    Returns:
+        A report. Nothing is changed if anything fails.
+
+    Raises:
+        ValueError: the arguments contradict each other.
+        UnsupportedModelError: no list of layers can be told, or the model cannot be followed.
+        ConfigSyncError: no config describes the model without these layers.
+        CalibrationError: the model cannot be measured on the data of ``calibration``.
+    """
+    _check_arguments(layers, count, calibration)
+    live: Any = find_pretrained(model)[1]
+    check_followable(live)
+    _check_config_is_own(live)
+    if calibration is not None:
+        calibration.check_measures(live)
+    before = config_json(live.config, use_diff=False)
+    with layers_listed(live, "uniform"):  # the entries of single layers, where layers differ
+        dropping = _Dropping(live, which)
+        influence: tuple[float, ...] = ()
+        notes: tuple[str, ...] = ()
+        if layers is not None:
+            chosen = _sorted(layers, dropping)
+        elif count is not None and calibration is not None:
+            influence = layer_influence(calibration.model, dropping.modules, calibration.train)
+            chosen, notes = dropping.least(count, influence)
+        report = dropping.drop(chosen, notes)
+    changed = changed_values(before, config_json(live.config, use_diff=False))
+    fields = {
+        field_name(field): (value_at(before, field), value)
+        for field, value in changed
+        if KEY not in field  # whose layers the report names
+    }
+    return replace(report, fields=fields, influence=influence)
+
+
+def _check_config_is_own(live: PreTrainedModel) -> None:
+    """Raise if the config that is going to change also belongs to another live model."""
+    sharers = surroundings_of(live).sharers
+    if sharers:
+        raise ConfigSyncError(
+            f"drop_layers of {type(live).__name__}: another model that is alive ({listed(sharers)})"
+            " holds the same config object, so its config would change too, and its layers not. "
+            "Build the other one from copy.deepcopy(config). Nothing was changed."
+        )
+
+
+def _check_arguments(
+    layers: Sequence[int] | None, count: int | None, calibration: Calibration | None
+) -> None:
+    """Raise if it is not said which layers to drop, or how many, or said twice."""
+    if (layers is None) == (count is None):
+        raise ValueError(
+            "say which layers to drop, drop_layers(model, layers=[14, 25]), or how many, "
+            "drop_layers(model, count=2, calibration=calibrate(model)): one of the two"
+        )
+    if count is not None and calibration is None:
+        raise ValueError(
+            "count= drops the layers that change least on data, so it needs some: "
+            "drop_layers(model, count=2, calibration=calibrate(model))"
+        )
+
+
+def _sorted(layers: Sequence[int], dropping: _Dropping) -> tuple[int, ...]:
+    """Return numbers of layers, each once and rising; raise if a layer is not there."""
+    total = len(dropping.modules)
+    wrong = [number for number in layers if not 0 <= number < total]
+    chosen = tuple(sorted(set(layers)))
+    if wrong or not 0 < len(chosen) < total:
+        found = "no layer" if not chosen else "all layers"
+        raise ValueError(
+            f"layers={list(layers)} names {f'layer {listed(wrong)}' if wrong else found}: "
+            f"{dropping.name} has layers 0 to {total - 1}, of which one has to stay"
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A config that describes a model without some layers.
+
+    Attributes:
+        data: its JSON, with every default.
+        built: its reference build.
+    """
+
+    data: dict[str, Any]
+    built: nn.Module
+
+
+class _Dropping:
+    """A model, and the list of its layers that some are dropped of.
+
+    Attributes:
+        name: the list's name.
+        modules: its layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, which: str | None):
+        self.model = model
+        self.builder, built = build_live(model, buffers=True)
+        self.reference = whole_build(model, self.builder, built)
+        self.data = config_json(model.config, use_diff=False)
+        self.full = _build(self.builder, self.data)
+        self.name = self._list_named(which)
+        self.list = model.get_submodule(self.name)
+        self.modules = list(self.list.children())
+
+    def _list_named(self, which: str | None) -> str:
+        """Return the name of the list of layers; raise if it is not the only one."""
+        kind = type(self.model).__name__
+        if which is not None and which in lists_of(self.full):
+            return which
+        found = layer_lists_in(self.builder, self.data, self.full)
+        names = [name for name, refusal in found.items() if refusal is None]
+        if not names:
+            reasons = [f"{name}: {refusal.reason}" for name, refusal in found.items() if refusal]
+            raise UnsupportedModelError(
+                f"{kind} has no list of layers that its config can make shorter, so no layer of it "
+                f"can be dropped ({listed(reasons, '; ') or 'it has no lists'}). "
+                "Nothing was changed."
+            )
+        fitting = [name for name in names if which is None or f".{which}." in f".{name}."]
+        if len(fitting) == 1:
+            return fitting[0]
+        if which is not None and not fitting:
+            raise UnsupportedModelError(
+                f"which={which!r} names no list of layers of {kind}. It has: {', '.join(names)}."
+            )
+        raise UnsupportedModelError(
+            f"{kind} has {len(fitting)} lists of layers: {', '.join(fitting)}. Say which: "
+            f"drop_layers(model, ..., which={fitting[0]!r}), in the shell --drop-layers "
+            f"{fitting[0]}=N. Nothing was changed."
+        )
+
+    def least(
+        self, count: int, influence: Sequence[float]
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Return the layers of least influence that can go together, and notes on those passed by.
+
+        Raises:
+            ValueError: there are not so many layers.
+            ConfigSyncError: so many cannot go.
+        """
+        total = len(self.modules)
+        if not 0 < count < total:
+            raise ValueError(
+                f"count={count}: {self.name} has {total} layers, of which 1 to {total - 1} can go"
+            )
+        order = sorted(range(total), key=lambda number: influence[number])
+        chosen = tuple(sorted(order[:count]))
+        if not isinstance(self._change(chosen), Refusal):
+            return chosen, ()
+        chosen, passed_by, reason = (), [], ""
+        for number in order:
+            if len(chosen) == count:
+                break
+            more = tuple(sorted((*chosen, number)))
+            change = self._change(more)
+            if isinstance(change, Refusal):
+                passed_by.append(number)
+                reason = reason or change.reason
+            else:
+                chosen = more
+        if len(chosen) < count:
+            raise self._refused(order[:count], reason)
+        note = (
+            f"layers {listed(passed_by)} change less, but no config describes the model without "
+            f"them: {reason}"
+        )
+        return chosen, (note,)
+
+    def _kept(self, dropped: Sequence[int]) -> tuple[int, ...]:
+        return tuple(number for number in range(len(self.modules)) if number not in dropped)
+
+    def _change(self, dropped: Sequence[int]) -> Change | Refusal:
+        """Return the change of the config without some layers, or why there is none."""
+        return config_without(self.builder, self.data, self.full, self.name, self._kept(dropped))
+
+    def _refused(self, dropped: Sequence[int], reason: str) -> ConfigSyncError:
+        numbers = ", ".join(map(str, sorted(dropped)))
+        return ConfigSyncError(
+            f"{type(self.model).__name__} without layer {numbers} of {self.name}: no config "
+            f"describes it. {reason.rstrip('.')}. Drop layers after which each layer that stays is "
+            "of the kind that its place has, such as the last ones. Nothing was changed."
+        )
+
+    def drop(self, dropped: tuple[int, ...], notes: Sequence[str]) -> DroppedLayers:
+        """Drop layers, and return what the report says of that; change nothing if anything fails.
+
+        Args:
+            dropped: the numbers of the layers, rising.
+            notes: for the report.
+        """
+        change = self._change(dropped)
+        if isinstance(change, Refusal):
+            raise self._refused(dropped, change.reason)
+        found = self._proved(change)
+        keep, parameters = self._kept(dropped), self.model.num_parameters()
+        fresh = _build(self.builder, self.data)  # running one changes it (Swin's windows)
+        outputs = OutputsWithout(self.model, fresh, self.modules, dropped)
+        with all_or_nothing() as changes:
+            self._write(changes, found, keep)
+            self._check_written(keep)
+            compared = outputs.compare(self.name)
+        name, tensors = type(self.model).__name__, len(shapes(self.model))
+        return DroppedLayers(
+            self.name,
+            dropped,
+            keep,
+            parameters=(parameters, self.model.num_parameters()),
+            proof=f"proved: {tensors} tensors are as {name} builds them from the new config; "
+            f"{compared}",
+            notes=(*notes, *notes_on_options(self.model, self.builder), *outputs.notes()),
+        )
+
+    def _proved(self, change: Change) -> _Found:
+        """Return the new config, with fields that repeat a changed one, and its reference build."""
+        data = with_values(self.data, change)
+        built = self.builder.build(data, buffers=True)
+        if isinstance(built, Refusal):  # it was built without buffers before
+            raise ConfigSyncError(
+                f"{type(self.model).__name__} refuses the config without these layers: "
+                f"{built.reason}. Nothing was changed."
+            )
+        # what only has the old number of layers by chance (experts) is no news here
+        data, built, _ = with_mirrored_fields(self.builder, self.data, data, built)
+        return _Found(data, built)
+
+    def _write(self, changes: Changes, found: _Found, keep: Sequence[int]) -> None:
+        """Shorten the list, and write config fields, attributes and buffers."""
+        entries = _entries_kept(self.model, self.data, found.data, keep)
+        for config, _ in entries:
+            changes.set(config, KEY, None)  # they may not name layers that are gone
+        _shorten(changes, self.list, keep)
+        _shorten(Changes(), self.reference.get_submodule(self.name), keep)
+        new = difference(self.model, self.reference, found.built)
+        fields = [item for item in new.fields if KEY not in item[1]]
+        write_fields(changes, self.model, fields)
+        for config, left in entries:
+            changes.set(config, KEY, left)
+        write_attributes(changes, self.model, new.attributes)
+        write_buffers(changes, self.model, new.buffers)
+
+    def _check_written(self, keep: Sequence[int]) -> None:
+        """Raise if the config, as it is saved, does not build the layers that are left."""
+        built = self.builder.build(config_json(self.model.config))
+        if isinstance(built, Refusal):
+            reason: str | None = built.reason
+        else:
+            reason = KeptLayers(self.full, self.name, tuple(keep)).difference(built)
+            if reason is None and shapes(self.model) != shapes(built):
+                reason = listed(compare(shapes(self.model), shapes(built))) or "it builds more"
+        if reason is not None:
+            raise ConfigSyncError(
+                f"{type(self.model).__name__} does not take the config without these layers: "
+                f"{reason.rstrip('.')}. Nothing was changed."
+            )
+
+
+def _build(builder: Builder, data: dict[str, Any]) -> nn.Module:
+    """Return what a class builds without data; it has been built from this config before."""
+    built = builder.build(data)
+    if isinstance(built, Refusal):
+        raise UnsupportedModelError(
+            f"{builder.model_class.__name__} cannot be built from its own config with every default"
+            f" written out: {built.reason}. Nothing was changed."
+        )
+    return built
+
+
+def _shorten(changes: Changes, layers: nn.Module, keep: Sequence[int]) -> None:
+    """Leave only some layers of a list, in place, under their new numbers."""
+    modules = list(layers._modules.values())
+    kept = {str(new): modules[number] for new, number in enumerate(keep)}
+    changes.set(layers, "_modules", kept)
+
+
+def _entries_kept(
+    model: PreTrainedModel, old: dict[str, Any], new: dict[str, Any], keep: Sequence[int]
+) -> list[tuple[Any, dict[int, dict[str, Any]]]]:
+    """Return the configs whose entries for single layers change, with those that are left."""
+    changed: list[tuple[Any, dict[int, dict[str, Any]]]] = []
+    for path, config in config_nodes(model.config):
+        field = (*path, KEY)
+        if value_at(old, field) != value_at(new, field):
+            entries = entries_of(config)
+            changed.append((config, {place: entries[n] for place, n in enumerate(keep)}))
+    return changed

@@ -1,0 +1,157 @@
+"""Compare a model that lost layers with what it computed while these passed on their inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.passes import undisturbed
+from ..errors import ConfigSyncError, in_one_line
+from ..forward.find_recipe import find_recipe
+from ..forward.inputs import example_inputs
+from ..forward.layer_passes import without_layers
+from ..model.build import Refusal
+from ..model.surroundings import quiet_transformers, same_random_state
+
+_TWO_TOKENS: dict[str, Any] = {
+    "use_cache": True,
+    "do_sample": False,
+    "min_new_tokens": 2,
+    "max_new_tokens": 2,
+    "pad_token_id": 0,
+}
+_TOLERANCE = 16  # times the dtype's epsilon: the same operations, in the same order
+
+
+class OutputsWithout:
+    """What a whole model computes on small inputs while some of its layers pass on theirs.
+
+    Args:
+        model: the live model, with all its layers.
+        full: its class built from its config without data.
+        layers: the list of layers.
+        dropped: the numbers of those that pass on what they are given.
+
+    Raises:
+        ConfigSyncError: a layer gives out another shape than it is given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        full: nn.Module,
+        layers: Sequence[nn.Module],
+        dropped: Sequence[int],
+    ):
+        self._model, self._total = model, len(layers)
+        self._inputs = _small_inputs(model, full)
+        self._expected = self._run([layers[number] for number in dropped])
+        self._generated = self._cannot_generate() is None
+
+    def _run(self, passing: Sequence[nn.Module] = ()) -> dict[str, Tensor] | Refusal:
+        """Return the outputs by name while some layers pass on what they are given."""
+        if isinstance(self._inputs, Refusal):
+            return self._inputs
+        try:
+            with undisturbed(self._model), without_layers(passing) as impossible:
+                result = self._model(**self._inputs)
+        except Exception as error:  # a class that the library cannot feed may raise anything
+            return Refusal(in_one_line(error))
+        if impossible:
+            raise ConfigSyncError(
+                f"{impossible[0]}, a layer to drop, does not give out what it is given in the same "
+                "shape, so the model cannot do without it. Nothing was changed."
+            )
+        items = result.items() if isinstance(result, Mapping) else [("output", result)]
+        return {
+            name: value
+            for key, output in items
+            if not self._is_per_layer(output)
+            for name, value in _tensors(key, output)
+        }
+
+    def _is_per_layer(self, output: Any) -> bool:
+        """True if an output may have a part for each layer (hidden states, attentions)."""
+        return isinstance(output, tuple) and 0 <= len(output) - self._total <= 1
+
+    def _cannot_generate(self) -> Refusal | None:
+        """Return why the model generates no token with a cache; ``None`` if it does."""
+        model: Any = self._model
+        can_generate = getattr(model, "can_generate", bool)()
+        if isinstance(self._inputs, Refusal) or not can_generate:
+            return Refusal("it generates nothing")
+        given = {k: v for k, v in self._inputs.items() if not k.startswith(("decoder", "use_"))}
+        try:
+            with undisturbed(model), quiet_transformers(logging.CRITICAL):
+                model.generate(**given, **_TWO_TOKENS)
+        except Exception as error:  # as in a forward pass
+            return Refusal(in_one_line(error))
+        return None
+
+    def notes(self) -> Iterator[str]:
+        """Yield a note if the model generated with a cache, and no longer does."""
+        refusal = self._cannot_generate() if self._generated else None
+        if refusal is not None:
+            yield (
+                "it no longer generates with a cache, as the class makes one for other layers "
+                f"({refusal.reason}): pass use_cache=False, or drop as many layers of its other "
+                "list"
+            )
+
+    def compare(self, layers: str) -> str:
+        """Return what was compared, in words, now that the layers are gone.
+
+        Args:
+            layers: the name of the list of layers.
+
+        Raises:
+            ConfigSyncError: the model computes something else now.
+        """
+        expected, now = self._expected, self._run()
+        if isinstance(expected, Refusal):
+            return f"outputs were not compared, as small inputs were not found: {expected.reason}"
+        if isinstance(now, Refusal):
+            raise ConfigSyncError(
+                f"{type(self._model).__name__} does not run without these layers of {layers}: "
+                f"{now.reason}. Nothing was changed."
+            )
+        for key, value in expected.items():
+            error = _relative_error(value, now.get(key))
+            if not error <= _TOLERANCE * torch.finfo(value.dtype).eps:
+                raise ConfigSyncError(
+                    f"{type(self._model).__name__} without these layers of {layers} computes "
+                    "something else than with them passing on what they are given: "
+                    f"{key} differs by {error:.1e}. Something behind them depends on their place. "
+                    "Drop other layers, such as the last ones. Nothing was changed."
+                )
+        return "it computes what it did with the dropped layers passing on what they are given"
+
+
+def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal:
+    """Return small inputs for a model, or why there are none."""
+    try:
+        with torch.no_grad(), same_random_state():
+            return example_inputs(model, find_recipe(full))
+    except Exception as error:  # it runs parts of the model
+        return Refusal(in_one_line(error))
+
+
+def _tensors(name: Any, output: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating point tensors of an output by name; of several, each by its place."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield str(name), output.detach().clone()
+    elif isinstance(output, (tuple, list)):
+        for place, item in enumerate(output):
+            yield from _tensors(f"{name}[{place}]", item)
+
+
+def _relative_error(before: Tensor, after: Tensor | None) -> float:
+    """Return how far two outputs are apart, relative to the first; infinite for another shape."""
+    if after is None or after.shape != before.shape:
+        return float("inf")
+    before, after = (torch.nan_to_num(value.double()) for value in (before, after))
+    return float((after - before).norm()) / (float(before.norm()) or 1.0)
