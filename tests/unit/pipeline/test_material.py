@@ -215,7 +215,7 @@ class TestObjective:
 
 
 def test_the_result_says_which_text_is_which() -> None:
-    size = Size(1, 2, None)
+    size = Size(1, 2, None, None)
     plan = Plan("Model", PruneSettings(), (), {}, size, size, None)
 
     def lines(**perplexities: tuple[float, float]) -> list[str]:
