@@ -23,7 +23,7 @@ from jobs import ROOT, Rows, Scale
 from language import IMPORTANCES, Language
 from table import merged, write
 
-PARTS = ("smollm2", "text", "optipfair", "minilm", "time")
+PARTS = ("smollm2", "text", "layers", "optipfair", "minilm", "time")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tp_hf_config import Calibration, calibrate
+from tp_hf_config import Allocation, Calibration, HFConfigSyncHook, allocate, calibrate, drop_layers
 from tp_hf_config.calibration.batches import Batch, shipped_text, windows_of
 from tp_hf_config.calibration.importance import Kind
 
@@ -32,6 +33,8 @@ CUTS: dict[str, dict[str, Any]] = {
 OURS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 # The first are measured first: a run that is stopped has what matters most.
 IMPORTANCES = ("wanda", "magnitude", "taylor", "obs", "activation", "flap", "hessian", "random")
+MEANS = (1218, 1065, 978)  # feed-forward widths, over all layers
+WAYS = ("uniform", "allocated")
 TEXTS = ("reference", "shipped", "own", "chat")
 
 
@@ -54,6 +57,12 @@ class Language:
             for tokens in self.scale.tokens
             for text in TEXTS
         ]
+        jobs += [
+            Job("layers", str(mean), way, partial(self._layers, mean, way))
+            for mean in MEANS
+            for way in WAYS
+        ]
+        jobs.append(Job("layers", "two gone", "dropped", self._dropped))
         jobs.append(Job("time", "smollm2", "", self._time))
         jobs += [
             Job("optipfair", "ffn20", "weights", partial(self._optipfair, False)),
@@ -185,6 +194,52 @@ class Language:
             calibration = calibrate(model, batches(chats))
         seconds = time.perf_counter() - started
         return self._cut("ffn20", "wanda", calibration) | {"text_and_measuring_seconds": seconds}
+
+    @cached_property
+    def allocation(self) -> Allocation:
+        """What each layer's feed-forward width is worth, and widths for the smallest mean."""
+        model = self.loaded[0]
+        target = self._parameters_at(MEANS[-1])
+        return allocate(
+            model, self.calibration, target_params=target, shares=(0.2, 0.45), batches=2
+        )
+
+    def _parameters_at(self, mean: int) -> int:
+        """How many parameters are left with a mean feed-forward width."""
+        config = self.loaded[0].config
+        unit = 3 * config.hidden_size * config.num_hidden_layers
+        return self.loaded[0].num_parameters() - unit * (config.intermediate_size - mean)
+
+    def _layers(self, mean: int, way: str) -> Row:
+        """Feed-forward widths by sensitivity, and one for all, at the same size; refitted."""
+        allocation = self.allocation.at(self._parameters_at(mean))
+        if way == "uniform":
+            allocation = replace(allocation, widths=dict.fromkeys(allocation.widths, mean))
+        model = copy.deepcopy(self.loaded[0])
+        calibration = self.calibration.on_copy(model)
+        hook = HFConfigSyncHook(layers="differ", compensate=calibration)
+        pruner = tp.pruner.MetaPruner(
+            model,
+            **allocation.pruner_kwargs(model),
+            importance=calibration.importance(),
+            hooks=[hook],
+        )
+        pruner.step()
+        return {
+            "layer_widths": list(allocation.widths.values()),
+            "parameters": model.num_parameters(),
+            "refitted": self.perplexities(model),
+        }
+
+    def _dropped(self) -> Row:
+        """Two layers gone, those that change least."""
+        model = copy.deepcopy(self.loaded[0])
+        dropped = drop_layers(model, count=2, calibration=self.calibration.on_copy(model))
+        return {
+            "layers": list(dropped.dropped),
+            "parameters": model.num_parameters(),
+            "refitted": self.perplexities(model),
+        }
 
     def _optipfair(self, activations: bool) -> Row:
         """OptiPFair's peak-to-peak magnitude, by weights alone or with activations."""

@@ -191,6 +191,19 @@ def _text(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
         yield Sheet(title, ("text", "tokens", *_BOTH_TEXTS), lines)
 
 
+def _layers(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
+    if not rows:
+        return
+    lines = []
+    for row in rows:
+        what = f"mean width {row['subject']}, {row['variant']}"
+        if "layers" in row:
+            what = f"layers {', '.join(map(str, row['layers']))} dropped, not refitted"
+        lines.append((what, f"{row['parameters'] / 1e6:.2f} M", *_plain(row, "refitted")))
+    title = "Layers that differ, and fewer layers: SmolLM2-135M, feed-forward widths, refitted"
+    yield Sheet(title, ("what", "parameters", "reference", "code and licences"), lines)
+
+
 def _optipfair(rows: list[Row], good: list[Row]) -> Iterable[Sheet]:
     if not rows:
         return
@@ -247,6 +260,7 @@ def _time(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
 _PARTS: dict[str, Callable[[list[Row], list[Row]], Iterable[Sheet]]] = {
     "smollm2": _smollm2,
     "text": _text,
+    "layers": _layers,
     "optipfair": _optipfair,
     "minilm": _minilm,
     "time": _time,

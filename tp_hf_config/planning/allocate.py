@@ -8,7 +8,7 @@ the parameters that cost least go first, in whichever layer they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,16 @@ class Allocation:
         """The layer's own field -> the share of its units that goes, for ``ratios=``."""
         left = ((name, (self.widths[name] + 1e-6) / self._before[name]) for name in self.widths)
         return {name: 1 - share for name, share in left if share < 1}
+
+    def at(self, target_params: int, round_to: int = 1) -> Allocation:
+        """Return the allocation for another number of parameters, from the same measurements.
+
+        Raises:
+            ValueError: the number cannot be reached with the largest share that was tried.
+        """
+        before = self.parameters[0]
+        widths, after = _lagrangian(self.curves, before, target_params, round_to)
+        return replace(self, widths=widths, parameters=(before, after))
 
     def pruner_kwargs(self, model: nn.Module, **arguments: Any) -> dict[str, Any]:
         """Return arguments for a Torch-Pruning pruner that carries it out.
