@@ -54,6 +54,8 @@ def test_it_is_carried_out_to_the_letter(tmp_path: Path) -> None:
     old, new = allocation.parameters
     assert old == model.num_parameters()
     assert 0.83 * old < new <= 0.85 * old
+    assert allocation.at(int(0.85 * old), round_to=4) == allocation
+    assert allocation.at(old).ratios == {}
     hook = HFConfigSyncHook(layers="differ", compensate=calibration)
     pruner = tp.pruner.MetaPruner(
         model,
