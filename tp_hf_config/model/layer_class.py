@@ -106,6 +106,8 @@ class _LayersWithOwnConfig:
 _CLASS = """
 
 class {prefix}{stock}(_LayersWithOwnConfig, {stock}):
+    _auto_class = "{auto}"  # save_pretrained copies this file
+
     @wraps({stock}.__init__)
     def __init__(self, config, *args, **kwargs):
         with _own_configs():
@@ -155,27 +157,23 @@ def layerwise_class(
 def _generated(
     stock: type, base: type, config_class: type, lists: tuple[tuple[str, tuple[type, ...]], ...]
 ) -> Any:
-    autos = auto_classes(config_class, stock)
+    auto = auto_classes(config_class, stock)[0]
     text = _SOURCE.format(
         stock=stock.__name__,
-        auto=autos[0] if autos else "AutoModel",
+        auto=auto,
         imports="\n".join(_imports((stock, base, *(c for _, classes in lists for c in classes)))),
         lists="\n".join(
             f'    "{name}": ({", ".join(c.__name__ for c in classes)},),' for name, classes in lists
         ),
         mark=_MARK,
         classes="".join(
-            _CLASS.format(prefix=_PREFIX, stock=cls.__name__)
-            for cls in dict.fromkeys((base, stock))
+            _CLASS.format(prefix=_PREFIX, stock=cls.__name__, auto=of_class)
+            for cls, of_class in {base: "AutoModel", stock: auto}.items()
         ),
     )
     family = stock.__module__.rpartition(".")[2].removeprefix("modeling_")
     module = _module(f"modeling_layerwise_{family}", text)
-    generated = getattr(module, f"{_PREFIX}{stock.__name__}")
-    if autos:
-        generated.register_for_auto_class(autos[0])
-        getattr(module, f"{_PREFIX}{base.__name__}").register_for_auto_class("AutoModel")
-    return generated
+    return getattr(module, f"{_PREFIX}{stock.__name__}")
 
 
 def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
@@ -191,7 +189,7 @@ def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
 
 
 def auto_classes(config_class: type, stock: type) -> list[str]:
-    """Return the names of the auto classes that load a class for a task, the commonest first."""
+    """Return the names of the auto classes that load a class, those for its task first."""
     from transformers.models.auto import modeling_auto
 
     names = [

@@ -90,6 +90,9 @@ def test_the_file_needs_nothing_but_transformers(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[-2] == "[50, 96] [50, 96]"
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    (tmp_path / "again").mkdir()
+    type(again).from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "modeling_layerwise_llama.py").exists()
     assert entries_of(again.config) == {0: {"intermediate_size": 50}, 1: {"intermediate_size": 96}}
 
 
