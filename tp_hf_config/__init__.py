@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .hook.report import SyncReport
     from .hook.trainer.callback import PruningCallback
     from .hook.trainer.optimizer import optimizer_follows
+    from .pipeline.export import export
+    from .pipeline.exported import Exported
     from .pipeline.support import Support, supports
     from .planning.make_plan import plan
     from .planning.plan import Plan
@@ -48,6 +50,7 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "ConfigSyncError",
+    "Exported",
     "HFConfigSyncHook",
     "Handle",
     "PipelineError",
@@ -69,6 +72,7 @@ __all__ = [
     "check_checkpoint",
     "disable",
     "enable",
+    "export",
     "optimizer_follows",
     "plan",
     "prunable",
@@ -95,6 +99,8 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "planning.pruner_kwargs": ("pruner_kwargs",),
     "hook.registration": ("Handle", "PrunerHook", "disable", "enable", "register"),
     "hook.report": ("SyncReport",),
+    "pipeline.export": ("export",),
+    "pipeline.exported": ("Exported",),
     "pipeline.support": ("Support", "supports"),
     "hook.trainer.callback": ("PruningCallback",),
 }
