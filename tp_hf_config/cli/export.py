@@ -25,13 +25,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=FORMATS,
         required=True,
-        help="padded: the stock class, every layer padded with zeros to the widest",
+        help="padded: the stock class, every layer padded with zeros to the widest; decilm: a "
+        "Llama whose layers differ, for vLLM",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=path, required=True, help="the folder to write"
     )
     parser.add_argument(
-        "--multiple-of", metavar="N", type=count, help="pad to multiples of this; heads stay whole"
+        "--multiple-of",
+        metavar="N",
+        type=count,
+        help="pad to multiples of this; heads stay whole; decilm: 256, for engines that read "
+        "widths as ratios",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is there, in the end"

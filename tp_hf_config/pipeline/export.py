@@ -15,7 +15,7 @@ from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
-from . import padded
+from . import decilm, padded
 from .card import card_of_export
 from .companions import Copied, copy_companions
 from .exported import FORMATS, Exported, Ready, Request
@@ -32,8 +32,11 @@ from .source import (
 if TYPE_CHECKING:
     from .source import Source
 
-Format = Literal["padded"]
-_WAYS: dict[str, Callable[[Request], Ready | Refusal]] = {"padded": padded.prepare}
+Format = Literal["padded", "decilm"]
+_WAYS: dict[str, Callable[[Request], Ready | Refusal]] = {
+    "padded": padded.prepare,
+    "decilm": decilm.prepare,
+}
 
 
 def export(
@@ -55,8 +58,11 @@ def export(
         out: the folder to write. Of a folder, the tokenizer and other files are copied there too.
         to: ``"padded"``: the stock class with a stock config, every layer padded with zeros to the
             widest one. It loads everywhere, and is as large as if all layers were like the widest.
+            ``"decilm"``: every layer as it is, in the form that vLLM serves as DeciLM; for models
+            that compute what a Llama does, with the same number of query heads in all layers.
         multiple_of: pad widths in which layers differ to multiples of this; heads are padded to
-            whole heads alone.
+            whole heads alone. DeciLM takes 256, and gives widths as ratios then, for engines that
+            read nothing else.
         overwrite: replace a model folder that is at ``out``.
         trust_remote_code: run the Python file in the folder, from which a model whose layers differ
             is built.

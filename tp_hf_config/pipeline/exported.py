@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .padding_proof import SameOutputs
     from .source import Source
 
-FORMATS = ("padded",)
+FORMATS = ("padded", "decilm")
 """What a model can be exported to."""
 Fields = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 """A config field -> its value in each layer before and after."""
