@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .hook.report import SyncReport
     from .hook.trainer.callback import PruningCallback
     from .hook.trainer.optimizer import optimizer_follows
+    from .pipeline.export import export
+    from .pipeline.exported import Exported
     from .pipeline.support import Support, supports
     from .planning.allocate import Allocation, LayerCurve, allocate
     from .planning.make_plan import plan
@@ -53,6 +55,7 @@ __all__ = [
     "CheckpointError",
     "ConfigSyncError",
     "DroppedLayers",
+    "Exported",
     "HFConfigSyncHook",
     "Handle",
     "LayerCurve",
@@ -77,6 +80,7 @@ __all__ = [
     "disable",
     "drop_layers",
     "enable",
+    "export",
     "optimizer_follows",
     "plan",
     "prunable",
@@ -106,6 +110,8 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "planning.pruner_kwargs": ("pruner_kwargs",),
     "hook.registration": ("Handle", "PrunerHook", "disable", "enable", "register"),
     "hook.report": ("SyncReport",),
+    "pipeline.export": ("export",),
+    "pipeline.exported": ("Exported",),
     "pipeline.support": ("Support", "supports"),
     "hook.trainer.callback": ("PruningCallback",),
 }

@@ -29,7 +29,7 @@ from .outcome import FAILED, UNKNOWN, Outcome
 from .stopping import Terminated, asked_to_stop, stoppable
 
 PROGRAM = "tp-hf-config"
-COMMANDS = ("check", "repair", "verify", "plan", "prunable", "prune", "completion")
+COMMANDS = ("check", "repair", "verify", "plan", "prunable", "prune", "export", "completion")
 INTERRUPTED, TERMINATED, UNREAD = (130, "interrupted"), (143, "terminated"), 141
 
 

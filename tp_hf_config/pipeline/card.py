@@ -1,4 +1,4 @@
-"""Write the README.md of a pruned model: where it comes from, and what was done."""
+"""Write the README.md of a pruned or exported model: where it comes from, and what was done."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import versions
+from .exported import Exported
 from .job import Pruned
 from .source import Source
 
@@ -47,6 +48,36 @@ def card(source: Source, pruned: Pruned) -> str:
             "",
             *_table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()]),
             "",
+            *_table(("version", ""), [("python", platform.python_version()), *versions().items()]),
+            "",
+        ]
+    )
+
+
+def card_of_export(source: Source | None, exported: Exported) -> str:
+    """Return the text of the model card of an export, with front matter for the Hub.
+
+    Args:
+        source: the model that was exported; ``None`` for a model that was given.
+        exported: the result.
+    """
+    name = exported.model if source is None else base_model(source)
+    before, after = exported.parameters
+    rows = [(field, old, new) for field, (old, new) in exported.widths.items()]
+    rows.append(("parameters", f"{before:,}", f"{after:,}"))
+    return "\n".join(
+        [
+            *([] if source is None else _front_matter(source, name)),
+            f"# {name.rpartition('/')[2]}, {exported.to}",
+            "",
+            f"`{name}` (`{exported.model}` with layers that differ), exported by tp-hf-config to "
+            f"`{exported.to}`. It computes the same: {exported.proof}.",
+            "",
+            f"Load it with `{exported.loading}`.",
+            "",
+            *_table(("by layer", "before", "here"), rows),
+            "",
+            *(f"- {note}." for note in exported.notes),
             *_table(("version", ""), [("python", platform.python_version()), *versions().items()]),
             "",
         ]

@@ -10,10 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writing import flush
 from ..errors import PipelineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -83,7 +86,7 @@ def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
         return None
     source = source.resolve()
     if target == source or target in source.parents:
-        return f"{target}: the model to prune is in it. Choose another folder."
+        return f"{target}: the model to read is in it. Choose another folder."
     return None
 
 
@@ -123,3 +126,23 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
         for waited in waiting:
             signal.raise_signal(waited)
+
+
+def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | None = None) -> None:
+    """Write a model's config and weights into a folder.
+
+    Args:
+        model: the model.
+        folder: the folder; files of other names in it stay.
+        max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
+
+    Raises:
+        PipelineError: the weights cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    try:
+        model.save_pretrained(folder, **shards)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise PipelineError(f"the weights cannot be written: {error}") from error

@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
-from ..errors import CalibrationWarning, PipelineError, UnsupportedModelError
+from ..errors import CalibrationWarning, UnsupportedModelError
 from ..fieldmap.field_map import map_of
 from ..fieldmap.layer_map import by_layers
 from ..hook.drop_layers import drop_layers
@@ -30,7 +30,7 @@ from .choice import Choice, choose
 from .companions import copy_companions, notes_on_uncopied
 from .job import Importance, Job, Pruned, changed, check_job
 from .material import Material, gather
-from .output import new_folder
+from .output import new_folder, save_model
 from .progress import Progress, Silent
 from .recovery import accumulate_gradients, recover
 from .roundtrip import prove_roundtrip
@@ -118,7 +118,7 @@ def _prune_and_write(
     reports = _prune(job, plan, model, choice, material, progress)
     held_out, second = map(_pair, before, _perplexities(model, material))
     del material  # free the unpruned model: the process that loads the pruned one needs room
-    _save(model, work, job.max_shard_size)
+    save_model(model, work, job.max_shard_size)
     rotary_notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
     copied = copy_companions(job.source, model.config, work)
     progress.say("a fresh process loads what was written")
@@ -263,13 +263,3 @@ def _importance(choice: Choice, calibration: Calibration | None) -> Any:
         return getattr(tp.importance, _OF_TORCH_PRUNING[name])()
     assert calibration is not None  # the choice has a text for all others
     return calibration.importance(name)
-
-
-def _save(model: PreTrainedModel, folder: Path, max_shard_size: str | None) -> None:
-    from safetensors import SafetensorError
-
-    shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    try:
-        model.save_pretrained(folder, **shards)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise PipelineError(f"the weights cannot be written: {error}") from error

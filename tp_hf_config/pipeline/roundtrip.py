@@ -11,6 +11,7 @@ from ..checkpoint.verify import compare_saved
 from ..errors import PipelineError
 from ..forward.inputs import example_inputs, input_forms
 from ..forward.run_recipe import RunRecipe
+from ..model.build import Refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,14 +48,22 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
         PipelineError: the folder does not load, its outputs differ, or no inputs were found with
             which the model runs.
     """
-    report = compare_saved(model, folder, _inputs(model, recipe))
+    inputs = runnable_inputs(model, recipe)
+    if isinstance(inputs, Refusal):
+        raise _not_proved(inputs.reason)
+    report = compare_saved(model, folder, inputs)
     if not report.same:
         raise _not_proved(f"{report}")
     return Proof(len(report.outputs), report.numbers)
 
 
-def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]:
-    """Return keyword arguments with which the model runs; raise if none are found."""
+def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any] | Refusal:
+    """Return keyword arguments of a forward pass with which a model runs; or why none were found.
+
+    Args:
+        model: the model.
+        recipe: how its class is run.
+    """
     reason = ""
     for inputs in (example_inputs(model, recipe), *input_forms(model, recipe)):
         try:
@@ -63,10 +72,8 @@ def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]:
             reason = reason or f"{type(error).__name__}: {error}"
         else:
             return inputs
-    raise _not_proved(f"no inputs were found that it runs with: {reason}")
+    return Refusal(f"no inputs were found that it runs with: {reason}")
 
 
 def _not_proved(reason: str) -> PipelineError:
-    return PipelineError(
-        f"the pruned model was not written, its round trip is not proved: {reason}"
-    )
+    return PipelineError(f"the model was not written, its round trip is not proved: {reason}")

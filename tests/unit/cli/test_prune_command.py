@@ -619,7 +619,7 @@ class TestRefused:
                 2,
                 "bert",
                 "--out {bert} --overwrite",
-                "bert: the model to prune is in it. Cho",
+                "bert: the model to read is in it. Cho",
             ),
             (
                 2,
@@ -750,7 +750,7 @@ class TestRefused:
         self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The proof looks at what is on the disk: one bit there is enough."""
-        save = prune._save
+        save = prune.save_model
 
         def flip(model: Any, folder: Path, shards: Any) -> None:
             save(model, folder, shards)
@@ -758,13 +758,13 @@ class TestRefused:
             data[-1] ^= 1  # of a final norm's weight or of a head's
             (folder / "model.safetensors").write_bytes(data)
 
-        monkeypatch.setattr(prune, "_save", flip)
+        monkeypatch.setattr(prune, "save_model", flip)
         code, _, errors = shell(
             capsys, "prune", models / "bert", "--out", tmp_path / "out", *QUARTER
         )
         assert code == 1
         assert (
-            "the pruned model was not written, its round trip is not proved: BertModel: not "
+            "the model was not written, its round trip is not proved: BertModel: not "
             "the same as the live model" in errors
         )
         assert os.listdir(tmp_path) == []
@@ -796,7 +796,7 @@ def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., A
 STEPS = {
     "loading": (prune, "load"),
     "pruning": (prune, "_prune"),
-    "saving": (prune, "_save"),
+    "saving": (prune, "save_model"),
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),
     "card": (prune, "card"),

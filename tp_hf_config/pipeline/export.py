@@ -1,0 +1,147 @@
+"""Export a model whose layers differ to what other programs load."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from ..errors import PipelineError
+from ..model.build import Refusal
+from ..model.layer_class import layer_lists, stock_class
+from ..model.locate import find_pretrained
+from . import decilm, padded
+from .card import card_of_export
+from .companions import Copied, copy_companions
+from .exported import FORMATS, Exported, Ready, Request
+from .output import check_target, new_folder
+from .source import (
+    check_not_quantised,
+    check_reachable,
+    class_for,
+    config_of,
+    find_source,
+    load,
+)
+
+if TYPE_CHECKING:
+    from .source import Source
+
+Format = Literal["padded", "decilm"]
+_WAYS: dict[str, Callable[[Request], Ready | Refusal]] = {
+    "padded": padded.prepare,
+    "decilm": decilm.prepare,
+}
+
+
+def export(
+    model_or_folder: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: Format,
+    multiple_of: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write a model whose layers differ in a form that needs no code of its own.
+
+    The result computes what the model does, which is proved in float64 on small inputs before
+    anything is written.  That takes eight bytes of memory a parameter, twice.
+
+    Args:
+        model_or_folder: a model whose layers differ, or the folder that it was saved to.
+        out: the folder to write. Of a folder, the tokenizer and other files are copied there too.
+        to: ``"padded"``: the stock class with a stock config, every layer padded with zeros to the
+            widest one. It loads everywhere, and is as large as if all layers were like the widest.
+            ``"decilm"``: every layer as it is, in the form that vLLM serves as DeciLM; for models
+            that compute what a Llama does, with the same number of query heads in all layers.
+        multiple_of: pad widths in which layers differ to multiples of this; heads are padded to
+            whole heads alone. DeciLM takes 256, and gives widths as ratios then, for engines that
+            read nothing else.
+        overwrite: replace a model folder that is at ``out``.
+        trust_remote_code: run the Python file in the folder, from which a model whose layers differ
+            is built.
+
+    Returns:
+        A report: the widths before and after, the proof, the files.
+
+    Raises:
+        PipelineError: the model cannot be read, the format cannot express it, or ``out`` cannot be
+            written to. Nothing was written.
+        UnsupportedModelError: there is not exactly one Hugging Face model, or it is quantised.
+    """
+    started = time.perf_counter()
+    check_request(to, multiple_of)
+    target = Path(out)
+    source: Source | None = None
+    notes: tuple[str, ...] = ()
+    if isinstance(model_or_folder, nn.Module):
+        check_target(target, overwrite=overwrite)
+        model = find_pretrained(model_or_folder)[1]
+    else:
+        source = find_source(os.fspath(model_or_folder), trust_remote_code)
+        check_target(target, source=source.folder, overwrite=overwrite)
+        model, notes = _loaded(source)
+    stock = stock_class(type(model)).__name__
+    if not layer_lists(type(model)):
+        raise PipelineError(
+            f"to={to!r}: this {stock} is of a stock class already, which needs no export: "
+            "save_pretrained writes it"
+        )
+    ready = _WAYS[to](Request(model, source, multiple_of))
+    if isinstance(ready, Refusal):
+        raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {ready.reason}")
+    folder = None if source is None else source.folder
+    with new_folder(target, source=folder, overwrite=overwrite) as work:
+        ready.write(work)
+        copied = _companions(source, model, work)
+        result = Exported(
+            stock,
+            to,
+            target,
+            ready.fields,
+            (model.num_parameters(), ready.parameters),
+            ready.proof,
+            copied,
+            ready.loading,
+            (*notes, *ready.notes),
+            time.perf_counter() - started,
+        )
+        (work / "README.md").write_text(card_of_export(source, result), encoding="utf-8")
+    return result
+
+
+def _companions(source: Source | None, model: Any, folder: Path) -> Copied:
+    """Copy the tokenizer and other files of a model, but not its code, which has no use now."""
+    if source is None:
+        return Copied(())
+    return copy_companions(replace(source, trust_remote_code=False), model.config, folder)
+
+
+def check_request(to: str, multiple_of: int | None) -> None:
+    """Raise if there is no such format, or it does not take this multiple.
+
+    Raises:
+        PipelineError: as above.
+    """
+    if to not in _WAYS:
+        raise PipelineError(f"to={to!r}: models are exported to {' or '.join(map(repr, FORMATS))}")
+    if multiple_of is not None and multiple_of < 1:
+        raise PipelineError(f"multiple_of={multiple_of}: expected a whole number above 0")
+
+
+def _loaded(source: Source) -> tuple[Any, tuple[str, ...]]:
+    """Load the model of a source; return it with notes for the user.
+
+    Raises:
+        PipelineError: it cannot be read.
+    """
+    check_reachable(source)
+    config = config_of(source)
+    check_not_quantised(source, config)
+    return load(source, config, class_for(source, config))

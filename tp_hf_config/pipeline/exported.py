@@ -1,0 +1,130 @@
+"""What an export is asked for, what is ready to be written, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..schema import dated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .companions import Copied
+    from .padding_proof import SameOutputs
+    from .source import Source
+
+FORMATS = ("padded", "decilm")
+"""What a model can be exported to."""
+Fields = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""A config field -> its value in each layer before and after."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export.
+
+    Attributes:
+        model: the model.
+        source: where it was read from; ``None`` for a model that was given.
+        multiple_of: what padded widths have to be a multiple of; ``None``: nothing.
+    """
+
+    model: PreTrainedModel
+    source: Source | None = None
+    multiple_of: int | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An export that is proved and can be written.
+
+    Attributes:
+        write: writes it into an empty folder.
+        fields: the fields that were padded, or by which layers differ.
+        parameters: how many parameters it has.
+        proof: the comparison of its outputs with the model's.
+        loading: how it is loaded, for the model card.
+        notes: what else the user should know.
+    """
+
+    write: Callable[[Path], None]
+    fields: Fields
+    parameters: int
+    proof: SameOutputs
+    loading: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The result of an export; ``str`` gives a few lines of text.
+
+    Attributes:
+        model: the name of the stock class.
+        to: the format.
+        out: the folder that was written.
+        fields: config field -> its value in each layer before and after.
+        parameters: the number of parameters before and after.
+        proof: the comparison of the outputs before and after.
+        copied: the files that were copied, and those that were not.
+        loading: how it is loaded.
+        notes: what else the user should know.
+        seconds: wall-clock time.
+    """
+
+    model: str
+    to: str
+    out: Path
+    fields: Fields
+    parameters: tuple[int, int]
+    proof: SameOutputs
+    copied: Copied
+    loading: str
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def widths(self) -> dict[str, tuple[str, str]]:
+        """Return config field -> its values before and after, as text: ``768..1536``."""
+        return {name: (_range(old), _range(new)) for name, (old, new) in self.fields.items()}
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        widths = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.widths.items())
+        lines = [
+            f"{self.model}, {self.to}: {widths}",
+            f"parameters: {before:,} -> {after:,}",
+            f"proof: {self.proof}",
+        ]
+        if self.copied.files:
+            lines.append(f"copied: {', '.join(self.copied.files)}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, f"written: {self.out} ({self.seconds:.0f} s)"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as data for ``json.dumps``, with the package versions."""
+        data = {
+            "model": self.model,
+            "to": self.to,
+            "out": str(self.out),
+            "fields": {
+                name: {"before": list(old), "after": list(new)}
+                for name, (old, new) in self.fields.items()
+            },
+            "parameters": dict(zip(("before", "after"), self.parameters, strict=True)),
+            "proof": {"numbers": self.proof.numbers, "difference": self.proof.difference},
+            "copied": list(self.copied.files),
+            "not_copied": list(self.copied.not_copied),
+            "loading": self.loading,
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+        return dated(data)
+
+
+def _range(values: tuple[int, ...]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}..{high}"

@@ -1,0 +1,107 @@
+"""Find out whether a model is a Llama by another name, by building a Llama with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import in_one_line, listed
+from ..fieldmap.field_map import map_of
+from ..model.build import Builder, Refusal, without_data
+from ..model.config_json import config_json, with_values
+from .padding_proof import ROUNDING, SameOutputs, compared, in_float64, outputs_of
+from .roundtrip import runnable_inputs
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedModel
+
+_NOT_SETTINGS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+_BIASES = ("attention_bias", "mlp_bias")
+
+
+def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusal:
+    """Return the config with which a Llama computes what a model does from the same weights.
+
+    Args:
+        model: a model with weights, all of its layers alike.
+
+    Returns:
+        The config and the comparison of the outputs; or a refusal: its tensors are others, it
+        computes something else, or a setting of its own changes what it computes. A bias that only
+        the Llama has is zero.
+    """
+    data = config_json(model.config, use_diff=False)
+    llama = _built(model, data)
+    if isinstance(llama, Refusal):
+        return llama
+    recipe = map_of(model).recipe
+    inputs = runnable_inputs(model, recipe)
+    if isinstance(inputs, Refusal):
+        return inputs
+    expected = outputs_of(in_float64(model, recipe), inputs, recipe)
+    same = compared(expected, outputs_of(in_float64(llama, recipe), inputs, recipe))
+    if not same.difference <= ROUNDING:
+        return Refusal(
+            f"a Llama with its weights computes something else: outputs are {same.difference:.0e} "
+            "off"
+        )
+    builder = Builder(model)
+    for key in _own_numbers(data, config_json(llama.config, use_diff=False)):
+        other = builder.build(with_values(data, {(key,): 1}), buffers=True)
+        if not isinstance(other, Refusal):
+            _give_weights(other, model.state_dict())
+            found = outputs_of(in_float64(other, recipe), inputs, recipe)  # type: ignore[arg-type]
+            if compared(expected, found).difference <= ROUNDING:
+                continue
+        return Refusal(
+            f"{key} {data[key]} can change what it computes, and a Llama has no such setting. "
+            f"Where it is to be given up, set config.{key} = None"
+        )
+    return llama.config, same
+
+
+def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
+    """Return a Llama with the settings and weights of a model, or why there is none."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    names = LlamaConfig().to_dict().keys() - set(_NOT_SETTINGS)
+    settings = {key: value for key, value in data.items() if key in names}
+    weights = model.state_dict()
+    reason = ""
+    for biases in product((False, True), repeat=len(_BIASES)):
+        try:
+            config = LlamaConfig(**{**settings, **dict(zip(_BIASES, biases, strict=True))})
+        except Exception as error:  # the config class has many validators
+            return Refusal(in_one_line(error))
+        empty = without_data(LlamaForCausalLM, config)
+        if isinstance(empty, Refusal):
+            return empty
+        wanted = {name: value.shape for name, value in empty.state_dict().items()}
+        apart = [name for name, value in weights.items() if wanted.get(name) != value.shape]
+        lacking = [name for name in wanted.keys() - weights.keys() if not name.endswith(".bias")]
+        reason = reason or f"a Llama has other tensors: {listed(sorted({*apart, *lacking}))}"
+        if not apart and not lacking:
+            llama: Any = Builder(empty).build(config_json(config, use_diff=False), buffers=True)
+            zeros = {
+                n: torch.zeros(wanted[n], dtype=model.dtype) for n in wanted if n not in weights
+            }
+            _give_weights(llama, {**weights, **zeros})
+            return llama
+    return Refusal(reason)
+
+
+def _give_weights(built: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a model that was built without data its weights; they are not copied."""
+    built.load_state_dict(weights, assign=True)
+    built.tie_weights()  # type: ignore[operator]
+
+
+def _own_numbers(data: Mapping[str, Any], llama: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings of a config that are whole numbers and that a Llama has not."""
+    for key, value in data.items():
+        if key not in llama and type(value) is int and value > 1:
+            yield key
