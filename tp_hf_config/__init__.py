@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from .pipeline.export import export
     from .pipeline.exported import Exported
     from .pipeline.support import Support, supports
-    from .planning.allocate import Allocation, LayerCurve, allocate
+    from .planning.allocate import Allocation, allocate
+    from .planning.layer_curve import LayerCurve
     from .planning.make_plan import plan
     from .planning.plan import Plan
     from .planning.pruner_kwargs import pruner_kwargs
@@ -104,7 +105,8 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "hook.hook": ("HFConfigSyncHook",),
     "graph.prunable": ("Prunable", "Width", "prunable"),
     "hook.trainer.optimizer": ("optimizer_follows",),
-    "planning.allocate": ("Allocation", "LayerCurve", "allocate"),
+    "planning.allocate": ("Allocation", "allocate"),
+    "planning.layer_curve": ("LayerCurve",),
     "planning.make_plan": ("plan",),
     "planning.plan": ("Plan",),
     "planning.pruner_kwargs": ("pruner_kwargs",),

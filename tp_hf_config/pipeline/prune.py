@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
-from ..errors import CalibrationWarning, UnsupportedModelError
+from ..errors import CalibrationWarning, PipelineError, UnsupportedModelError
 from ..fieldmap.field_map import map_of
 from ..fieldmap.layer_map import by_layers
 from ..hook.drop_layers import drop_layers

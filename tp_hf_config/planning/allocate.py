@@ -29,6 +29,7 @@ from ..model.config_json import field_name
 from ..model.layer_entries import layer_number, name_in_all_layers
 from ..notebook import short
 from ..schema import dated
+from .layer_curve import LayerCurve
 from .pruner_kwargs import pruner_kwargs
 
 if TYPE_CHECKING:
@@ -36,31 +37,6 @@ if TYPE_CHECKING:
 
 SHARES = (0.2, 0.4, 0.6)
 """The shares of each layer's units that are tried."""
-
-
-@dataclass(frozen=True)
-class LayerCurve:
-    """How much the model's answers change as one layer's width goes.
-
-    Attributes:
-        field: the layer's own field.
-        units: how many units it has now.
-        parameters: how many parameters one of them holds.
-        changes: the share of the units that goes -> the change of the model's output.
-    """
-
-    field: str
-    units: int
-    parameters: int
-    changes: Mapping[float, float]
-
-    def change_at(self, share: float) -> float:
-        """Return the change at any share: its square root is interpolated, from 0 at share 0."""
-        points = [(0.0, 0.0), *((s, max(0.0, c) ** 0.5) for s, c in sorted(self.changes.items()))]
-        for (low, first), (high, last) in pairwise(points):
-            if share <= high or high == points[-1][0]:
-                return float((first + (last - first) * (share - low) / (high - low)) ** 2)
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -145,7 +121,7 @@ class Allocation:
         """
         from .allocation_plot import plot_allocation
 
-        return plot_allocation(self, path)
+        return plot_allocation(self.curves, self.widths, self.measure, path)
 
 
 def allocate(
