@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .build import Builder
+from .build import Builder, Refusal
 from .config_json import FieldPath, config_json
 from .layer_class import auto_map, layer_lists, layerwise_class, stock_class
 
@@ -205,30 +205,46 @@ class ListedLayers:
         with_own_configs(model, self.lists)
 
     def close(self) -> None:
-        """Keep the entries of settings that differ; if none do, the class is the stock one."""
+        """Keep the entries of settings that differ; if none do, the class is the stock one.
+
+        Where the class does not build that (six heads that all layers agree on, which do not divide
+        the hidden size), all entries stay.
+        """
         model = self.model
-        differing: list[Any] = []
-        for path, config in config_nodes(model.config):
-            if path in self.keys and _keep_what_differs(config, self.keys[path]):
-                differing.append(config)
+        listed = type(model), model.config.auto_map
+        nodes = [node for path, node in config_nodes(model.config) if path in self.keys]
+        states = [(node, entries_of(node), dict(vars(node))) for node in nodes]
+        implied = [self.keys[path] for path, _ in config_nodes(model.config) if path in self.keys]
+        changed = [_keep_what_differs(*pair) for pair in zip(nodes, implied, strict=True)]
+        differing = [node for node in nodes if node.is_heterogeneous]
         if not differing:
             model.__class__ = self.stock
             vars(model.config).pop("auto_map", None)
         elif Builder(model).initialised(config_json(model.config)) is not None:
-            for config in differing:  # the class reads the one number for all layers too
-                vars(config)[GLOBAL_READS] = True
+            for node in differing:  # the class reads the one number for all layers too
+                vars(node)[GLOBAL_READS] = True
+        if any(changed) and isinstance(Builder(model).build(config_json(model.config)), Refusal):
+            model.__class__, model.config.auto_map = listed
+            for node, entries, values in states:
+                set_entries(node, {})
+                for key in next(iter(entries.values())):
+                    setattr(node, key, values[key])
+                vars(node)[GLOBAL_READS] = True
+                set_entries(node, entries)
         with_own_configs(model, self.lists)
 
 
 def _keep_what_differs(config: Any, implied: Mapping[str, int]) -> bool:
-    """Write settings in which all layers agree once, and return True if others are left.
+    """Write settings in which all layers agree once, and leave entries of the others alone.
 
-    The number for all layers becomes the largest, for what allocates by it. Where nothing changed,
-    numbers that the config leaves to a default stay so.
+    Where nothing changed, numbers that the config leaves to a default stay so.
 
     Args:
         config: the config.
         implied: setting -> what its number for all layers is, or implies.
+
+    Returns:
+        True if the config says something else than before it had entries.
     """
     entries = entries_of(config)
     values = {
@@ -240,8 +256,9 @@ def _keep_what_differs(config: Any, implied: Mapping[str, int]) -> bool:
         for key, found in values.items()
     )
     for key, found in values.items() if not as_before else ():
-        setattr(config, key, max(found))
+        if len(found) == 1:
+            setattr(config, key, *found)
     apart = sorted(key for key, found in values.items() if len(found) > 1)
     if apart:
         set_entries(config, {n: {key: entry[key] for key in apart} for n, entry in entries.items()})
-    return bool(apart)
+    return not as_before

@@ -48,6 +48,20 @@ def test_a_model_is_the_same_while_it_is_listed_and_as_it_was_afterwards(name: s
     assert [id(vars(module).get("config")) for module in model.modules()] == configs
 
 
+def test_what_a_class_refuses_for_all_layers_stays_in_entries(tmp_path: Path) -> None:
+    """Three heads do not divide a hidden size of 64; head_dim says how wide they are."""
+    model: Any = layer_zoo.build("llama")
+    with layers_listed(model):
+        entry = {"intermediate_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
+        set_entries(model.config, {0: entry, 1: entry})
+    assert type(model).__name__ == "LayerwiseLlamaForCausalLM"
+    assert entries_of(model.config) == {0: entry, 1: entry}
+    assert vars(model.config)["num_attention_heads"] == 4
+    model.config.save_pretrained(tmp_path)
+    again = type(model)(type(model.config).from_pretrained(tmp_path))
+    assert [layer.self_attn.q_proj.out_features for layer in again.model.layers] == [48, 48]
+
+
 def test_an_error_inside_leaves_a_model_as_it_was() -> None:
     model: Any = layer_zoo.build("llama")
     text = model.config.to_json_string(use_diff=False)
