@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..model.build import Builder
 from ..model.config_json import FieldPath, value_at
+from ..model.live_objects import config_nodes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    pass
 
 _FEW = 64
 """Entries up to which a dictionary in a config may hold widths."""
@@ -33,7 +34,7 @@ def candidates(
         number, sorted by their last key.
     """
     live = builder.config(data)
-    nodes = dict(_config_nodes(live))
+    nodes = dict(config_nodes(live))
     with _recording_reads({type(node) for node in nodes.values()}) as reads:
         builder.build(data)
     declared: dict[FieldPath, int] = {}
@@ -86,18 +87,6 @@ def _is_machinery(name: str) -> bool:
     if isinstance(attribute, property):
         return attribute.fset is None
     return hasattr(PretrainedConfig, name)
-
-
-def _config_nodes(
-    config: PreTrainedConfig, field: FieldPath = ()
-) -> Iterator[tuple[FieldPath, PreTrainedConfig]]:
-    """Yield a config and all configs inside it, each with its field."""
-    from transformers import PretrainedConfig
-
-    yield field, config
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            yield from _config_nodes(value, (*field, name))
 
 
 @contextmanager

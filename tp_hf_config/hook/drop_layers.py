@@ -18,8 +18,8 @@ from ..fieldmap.layer_kinds import lists_of
 from ..graph.layer_fields import layers_listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import changed_values, config_json, field_name, value_at, with_values
-from ..model.layer_entries import KEY, config_nodes, entries_of
-from ..model.live_objects import surroundings_of
+from ..model.layer_entries import KEY, entries_of
+from ..model.live_objects import config_nodes, surroundings_of
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import compare, shapes
 from .apply import (

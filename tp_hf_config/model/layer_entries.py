@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ from torch import nn
 from .build import Builder, Refusal
 from .config_json import FieldPath, config_json
 from .layer_class import auto_map, layer_lists, layerwise_class, stock_class
+from .live_objects import config_nodes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 KEY = "per_layer_config"
 """The field of a config that holds the entries: layer number -> setting -> value."""
@@ -37,13 +38,11 @@ class LayerList:
         name: its name in the base model.
         config_path: the keys that lead to the config of its layers in the model's.
         classes: the classes of its layers.
-        length: how many layers it has.
     """
 
     name: str
     config_path: FieldPath
     classes: tuple[type, ...]
-    length: int
 
 
 def entries_supported() -> bool:
@@ -97,7 +96,7 @@ def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
         classes = tuple(dict.fromkeys(type(layer) for layer in module))
         count = getattr(config, "num_hidden_layers", 0)
         if type(config) in paths and len(module) <= count and all(map(_takes_config, classes)):
-            result.append(LayerList(name, paths[type(config)], classes, len(module)))
+            result.append(LayerList(name, paths[type(config)], classes))
     return result
 
 
@@ -108,18 +107,6 @@ def config_around(model: nn.Module, name: str) -> Any:
         config = vars(model.get_submodule(name)).get("config")
         if config is not None or not name:
             return config
-
-
-def config_nodes(
-    config: PreTrainedConfig, path: FieldPath = ()
-) -> Iterator[tuple[FieldPath, PreTrainedConfig]]:
-    """Yield a config and all configs in it, each with the keys that lead to it."""
-    from transformers import PretrainedConfig
-
-    yield path, config
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            yield from config_nodes(value, (*path, name))
 
 
 def _takes_config(layer_class: type) -> bool:
@@ -212,11 +199,10 @@ class ListedLayers:
         """
         model = self.model
         listed = type(model), model.config.auto_map
-        nodes = [node for path, node in config_nodes(model.config) if path in self.keys]
-        states = [(node, entries_of(node), dict(vars(node))) for node in nodes]
-        implied = [self.keys[path] for path, _ in config_nodes(model.config) if path in self.keys]
-        changed = [_keep_what_differs(*pair) for pair in zip(nodes, implied, strict=True)]
-        differing = [node for node in nodes if node.is_heterogeneous]
+        nodes: dict[FieldPath, Any] = dict(config_nodes(model.config))
+        states = [(nodes[p], entries_of(nodes[p]), dict(vars(nodes[p]))) for p in self.keys]
+        changed = [_keep_what_differs(nodes[path], self.keys[path]) for path in self.keys]
+        differing = [nodes[path] for path in self.keys if nodes[path].is_heterogeneous]
         if not differing:
             model.__class__ = self.stock
             vars(model.config).pop("auto_map", None)

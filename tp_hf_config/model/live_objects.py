@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .config_json import FieldPath
+
 
 class Surroundings(NamedTuple):
     """What is alive around a model.
@@ -84,11 +86,16 @@ def configs_of(module: nn.Module) -> Iterator[Any]:
     """Yield the config objects that a module holds, those nested in its config included."""
     from transformers import PretrainedConfig
 
-    waiting = [vars(module).get("config")]
-    while waiting:
-        config = waiting.pop()
-        if isinstance(config, PretrainedConfig):
-            yield config
-            waiting += [
-                value for value in vars(config).values() if isinstance(value, PretrainedConfig)
-            ]
+    config = vars(module).get("config")
+    if isinstance(config, PretrainedConfig):
+        yield from (node for _, node in config_nodes(config))
+
+
+def config_nodes(config: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+    """Yield a config and all configs in it, each with the keys that lead to it."""
+    from transformers import PretrainedConfig
+
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from config_nodes(value, (*path, name))
