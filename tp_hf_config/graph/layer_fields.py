@@ -29,6 +29,8 @@ from ..model.locate import find_pretrained
 from ..twin.group import TinyGroup
 from .experiments import experiments_of
 
+_OUTERMOST = re.compile(r".*?\.\d+(?=\.)")
+"""The part of a tensor's name up to the number of its outermost layer."""
 _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -113,8 +115,8 @@ def _in_single_layer(group: TinyGroup) -> bool:
 
     Heads that share the first layer's position bias (T5) are in all of its list.
     """
-    layers = {re.split(r"(?<=\.\d)\.", dim.name, maxsplit=1)[0] for dim in group.dims}
-    return len(layers) == 1
+    layers = {_OUTERMOST.match(dim.name) for dim in group.dims}
+    return None not in layers and len({layer[0] for layer in layers if layer is not None}) == 1
 
 
 def _fields_inside(field_map: FieldMap, model: Any) -> set[FieldPath]:

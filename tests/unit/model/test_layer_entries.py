@@ -14,7 +14,7 @@ import torch
 import zoo
 from transformers import AutoModelForCausalLM
 
-from tp_hf_config.graph.layer_fields import layers_listed
+from tp_hf_config.graph.layer_fields import _in_single_layer, layers_listed
 from tp_hf_config.model.layer_class import layer_lists, stock_class
 from tp_hf_config.model.layer_entries import (
     entries_of,
@@ -23,6 +23,8 @@ from tp_hf_config.model.layer_entries import (
     shared_field,
     uniform_json,
 )
+from tp_hf_config.twin.group import TinyGroup
+from tp_hf_config.twin.layout import TensorDim
 
 pytestmark = pytest.mark.skipif(
     not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
@@ -117,3 +119,13 @@ def test_names() -> None:
     assert name_in_all_layers(joint) == "a.n + a.m"
     data = {"n": 4, "per_layer_config": {"0": {"n": 3}, "1": {"n": 2}}, "auto_map": {}}
     assert uniform_json(data) == {"n": 3}
+
+
+def test_a_group_in_the_tenth_layer_is_in_one_layer() -> None:
+    def group(*names: str) -> TinyGroup:
+        dims = tuple(TensorDim(name, 0) for name in names)
+        return TinyGroup((("n",),), dims, (("n",),) * len(dims), 4, 1)
+
+    assert _in_single_layer(group("model.layers.10.up.weight", "model.layers.10.down.weight"))
+    assert not _in_single_layer(group("model.layers.1.up.weight", "model.layers.10.up.weight"))
+    assert not _in_single_layer(group("model.norm.weight"))
