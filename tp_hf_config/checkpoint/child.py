@@ -1,5 +1,7 @@
 """Load and run folders in a process that has Transformers but nothing of this library.
 
+Only a model that may be larger than memory takes this library's lazy tensors.
+
 Usage: ``python child.py JOB``; JOB is a JSON file with the keys of :func:`run`.
 """
 
@@ -19,9 +21,10 @@ def run(job: dict[str, Any]) -> None:
 
     Args:
         job: ``folders``: for each its ``folder`` (a path), its ``class`` (module and name; for code
-            in the folder ``""`` and the reference in ``auto_map``) and ``options`` for
-            ``from_pretrained``; ``inputs``, ``results``: files; ``threads``, ``device``, ``path``
-            (of modules): where it runs; ``cast``: True if inputs take the model's dtype.
+            in the folder ``""`` and the reference in ``auto_map``), ``options`` for
+            ``from_pretrained`` and perhaps ``lazy`` (see :func:`load_lazily`); ``inputs``,
+            ``results``: files; ``threads``, ``device``, ``path`` (of modules): where it runs;
+            ``cast``: True if inputs take the model's dtype.
     """
     torch.set_num_threads(job["threads"])
     sys.path += [folder for folder in job["path"] if folder not in sys.path]
@@ -41,7 +44,8 @@ def _load_and_run(
     """
     try:
         options = {**entry["options"], "local_files_only": True}
-        model, loading = load(_class(entry), entry["folder"], options)
+        load_as = load_lazily if entry.get("lazy") else load
+        model, loading = load_as(_class(entry), entry["folder"], options)
         model = model.to(job["device"]).eval()
         if job["cast"]:
             inputs = {key: _cast(value, model.dtype) for key, value in inputs.items()}
@@ -67,6 +71,20 @@ def load(
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
+
+
+def load_lazily(
+    model_class: Any, folder: str | Path, options: dict[str, Any]
+) -> tuple[Any, dict[str, list[str]]]:
+    """Load a folder like :func:`load`, with weights that are read from its files at each use."""
+    from tp_hf_config.checkpoint.lazy_weights import lazy_weights
+
+    config = model_class.config_class.from_pretrained(folder)
+    state, options = lazy_weights(Path(folder)), {**options, "config": config}
+    model, info = model_class.from_pretrained(
+        None, state_dict=state, output_loading_info=True, **options
+    )
     return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
 
 

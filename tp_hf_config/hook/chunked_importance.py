@@ -19,6 +19,7 @@ from torch import nn
 from torch_pruning import _helpers
 from torch_pruning.pruner import function
 
+from ..model.lazy_tensor import in_memory
 from ..model.tensors import PIECE
 
 _CHANNEL_BY_CHANNEL = {
@@ -49,7 +50,8 @@ def in_pieces(importance: Any, group: Any) -> Any:
     values: list[torch.Tensor] = []
     roots: list[Any] = []
     for item in group:
-        results = [each([piece]) for piece in _pieces(item, tuple(importance.target_types))]
+        with in_memory(item.dep.target.module):
+            results = [each([piece]) for piece in _pieces(item, tuple(importance.target_types))]
         if results[0] is None:  # the importance does not look at this layer
             continue
         for parts in zip(*results, strict=True):  # the weight's, and the bias's where it counts

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .build import Refusal
+from .lazy_tensor import LazyTensor
 
 PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
 
@@ -29,6 +30,10 @@ def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch
         positions: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
     """
     (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
+    if isinstance(tensor, LazyTensor):  # nothing is read yet
+        for each, kept in positions.items():
+            tensor = tensor.index_select(each, kept)
+        return tensor
     if not others:
         return tensor.index_select(dim, index)
     last, last_index = others[-1]

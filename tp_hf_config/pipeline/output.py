@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +141,13 @@ def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | None 
     """
     from safetensors import SafetensorError
 
+    from ..checkpoint.lazy_weights import written_one_by_one
+    from ..model.lazy_tensor import is_lazy
+
     shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    one_by_one = written_one_by_one() if is_lazy(model) else nullcontext()
     try:
-        model.save_pretrained(folder, **shards)
+        with one_by_one:
+            model.save_pretrained(folder, **shards)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise PipelineError(f"the weights cannot be written: {error}") from error

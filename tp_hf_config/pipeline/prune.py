@@ -34,7 +34,15 @@ from .output import new_folder, save_model
 from .progress import Progress, Silent
 from .recovery import accumulate_gradients, recover
 from .roundtrip import prove_roundtrip
-from .source import check_not_quantised, check_rotary, class_for, config_of, load
+from .source import (
+    check_not_quantised,
+    check_rotary,
+    class_for,
+    config_of,
+    load,
+    load_lazily,
+)
+from .streaming import streams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -106,8 +114,12 @@ def _prune_and_write(
 ) -> Pruned:
     """Load, prune and prove the model, and write everything into the unfinished folder ``work``."""
     dtype = dtype_of(job.dtype)
-    progress.say(f"loading {job.source.name}")
-    model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    if streams(job, choice):
+        progress.say(f"{job.source.name}: tensors are read when they are needed")
+        model, load_notes = load_lazily(job.source, config, model_class, dtype=dtype)
+    else:
+        progress.say(f"loading {job.source.name}")
+        model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
     choice, material = _material(job, choice, model, progress)
     parameters, before = model.num_parameters(), _perplexities(model, material)
     dropped = _drop(job, model, material, progress)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.folder import read_config
-from ..errors import PipelineError, TPHFConfigError, UnsupportedModelError
+from ..errors import CheckpointError, PipelineError, TPHFConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -204,14 +205,72 @@ def load(
         raise _cannot(source, "its weights cannot be loaded", error) from error
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
+    return model, _missing(source, info)
+
+
+def load_lazily(
+    source: Source,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return a model on the CPU whose weights are read from its files at each use, in eval mode.
+
+    Args:
+        source: where the model is: a folder with safetensors files.
+        config: its config.
+        model_class: its class.
+        dtype: the dtype of its weights; default: as they are stored.
+
+    Returns:
+        The model, and notes for the user, such as tensors that are missing.
+
+    Raises:
+        PipelineError: the weights cannot be loaded.
+    """
+    from ..checkpoint.lazy_weights import lazy_weights
+
+    try:
+        loaded: Any = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=lazy_weights(Path(source.place)),
+            dtype=dtype or "auto",
+            output_loading_info=True,
+        )
+        model, info = loaded
+        if model.can_generate():
+            model.generation_config = _generation_config(source)
+    except CheckpointError as error:
+        raise PipelineError(str(error)) from error
+    except Exception as error:  # reading weights may raise anything
+        raise _cannot(source, "its weights cannot be loaded", error) from error
+    return model.eval(), _missing(source, info)
+
+
+def _generation_config(source: Source) -> Any:
+    """Return a folder's generation config, as ``from_pretrained`` gives it to a model."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source.place)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            source.place, config_file_name="config.json", _from_model_config=True
+        )
+
+
+def _missing(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a note on the tensors that a model's files lack, if there are some."""
     missing = sorted(info["missing_keys"])
     if not missing:
-        return model, ()
+        return ()
     note = (
         f"{len(missing)} tensors are not in {source.name} and are random: "
         f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
     )
-    return model, (note,)
+    return (note,)
 
 
 def check_not_quantised(source: Source, config: PreTrainedConfig) -> None:

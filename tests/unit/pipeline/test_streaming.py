@@ -1,0 +1,180 @@
+"""From folder to folder, tensor by tensor: the same bytes as with the model in memory."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import model_folders as folders
+import pytest
+import torch
+import zoo
+
+from tp_hf_config.checkpoint import lazy_weights
+from tp_hf_config.errors import PipelineError, TPHFConfigError
+from tp_hf_config.model.lazy_tensor import LazyTensor
+from tp_hf_config.pipeline import prune
+from tp_hf_config.pipeline.job import Job, Pruned
+from tp_hf_config.pipeline.roundtrip import Proof
+from tp_hf_config.pipeline.source import Source
+
+pytestmark = pytest.mark.filterwarnings("ignore:--importance magnitude")
+CLASSES = ("llama", "phi3", "gpt2", "mixtral", "gpt_oss", "t5", "convnext", "qwen2_vl")
+
+
+@pytest.fixture
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fresh process: what it would find is not what a test is about."""
+    monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
+
+
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the size of every tensor that is read by itself."""
+    sizes: list[int] = []
+    original = lazy_weights._read
+
+    def read(path: Path, stored: Any) -> torch.Tensor:
+        sizes.append(stored.bytes)
+        return original(path, stored)
+
+    monkeypatch.setattr(lazy_weights, "_read", read)
+    return sizes
+
+
+def saved(name: str, folder: Path, **options: Any) -> Path:
+    zoo.build(name).save_pretrained(folder, **options)
+    return folder
+
+
+def job(folder: Path, out: Path, **settings: Any) -> Job:
+    source = Source(str(folder), str(folder))
+    settings = {"importance": "magnitude", "compensate": False, **settings}
+    return Job(source, out, settings.pop("widths", {"pruning_ratio": 0.25}), **settings)
+
+
+def both_ways(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[Pruned, Pruned]:
+    """Prune a folder as a stream, and in memory."""
+    streamed = prune.prune_checkpoint(job(folder, tmp_path / "streamed", **settings))
+    monkeypatch.setattr(prune, "streams", lambda *_: False)
+    return streamed, prune.prune_checkpoint(job(folder, tmp_path / "whole", **settings))
+
+
+def assert_same_bytes(tmp_path: Path) -> None:
+    streamed, whole = (folders.content(tmp_path / name) for name in ("streamed", "whole"))
+    assert streamed.keys() == whole.keys()
+    assert [name for name in whole if streamed[name] != whole[name]] == []
+
+
+@pytest.mark.usefixtures("unproved")
+class TestTheSameBytes:
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_of_every_class(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: list[int]
+    ) -> None:
+        folder = saved(name, tmp_path / "model", max_shard_size="200KB")
+        streamed, whole = both_ways(folder, tmp_path, monkeypatch)
+        assert read_bytes
+        assert streamed.parameters == whole.parameters
+        assert streamed.parameters[1] < streamed.parameters[0]
+        assert_same_bytes(tmp_path)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"importance": "random", "seed": 3},
+            {"dtype": "bfloat16"},
+            {"max_shard_size": "100KB"},
+            {"widths": {"pruning_ratio": 0.5, "iterative_steps": 3}},
+            {"widths": {"prune": (), "gqa": "group", "head_pruning_ratio": 0.5}},
+        ],
+        ids=lambda settings: ",".join(settings),
+    )
+    @pytest.mark.parametrize("name", ["llama", "mixtral"])
+    def test_with_settings(
+        self, name: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = saved(name, tmp_path / "model")
+        both_ways(folder, tmp_path, monkeypatch, **settings)
+        assert_same_bytes(tmp_path)
+
+
+def test_a_fresh_process_reads_it(tmp_path: Path, read_bytes: list[int]) -> None:
+    folder = saved("mixtral", tmp_path / "model", max_shard_size="200KB")
+    pruned = prune.prune_checkpoint(job(folder, tmp_path / "out", max_shard_size="200KB"))
+    assert pruned.proof.numbers > 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert read_bytes
+
+
+class TestWhatFails:
+    """Nothing is left where the new folder would be, and the model is as it was."""
+
+    def test_a_damaged_file(self, tmp_path: Path) -> None:
+        folder = saved("llama", tmp_path / "model")
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        self._refused(folder, tmp_path, r"it is cut off: \S+ ends at byte")
+
+    def test_a_file_that_is_cut_off_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = saved("llama", tmp_path / "model")
+        file, loaded = folder / "model.safetensors", prune.load_lazily
+
+        def load(*args: Any, **options: Any) -> Any:
+            result = loaded(*args, **options)
+            file.write_bytes(file.read_bytes()[:-100])
+            return result
+
+        monkeypatch.setattr(prune, "load_lazily", load)
+        self._refused(folder, tmp_path, "model.safetensors is cut off: 100 bytes are missing")
+
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = saved("llama", tmp_path / "model")
+
+        def write(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(lazy_weights, "write_safetensors", write)
+        self._refused(folder, tmp_path, "cannot be written: .*No space left on device")
+
+    def test_an_interrupt(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = saved("llama", tmp_path / "model")
+        before, values_of = folders.content(folder), lazy_weights.values_of
+        written = []
+
+        def values(tensor: LazyTensor) -> torch.Tensor:
+            written.append(tensor)
+            if len(written) > 5:
+                raise KeyboardInterrupt
+            return values_of(tensor)
+
+        monkeypatch.setattr(lazy_weights, "values_of", values)
+        with pytest.raises(KeyboardInterrupt):
+            prune.prune_checkpoint(job(folder, tmp_path / "out"))
+        assert folders.content(folder) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    @staticmethod
+    def _refused(folder: Path, tmp_path: Path, message: str) -> None:
+        with pytest.raises(TPHFConfigError, match=message):
+            prune.prune_checkpoint(job(folder, tmp_path / "out"))
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_are_no_safetensors_are_loaded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("llama", tmp_path / "model")
+    state = zoo.build("llama").state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    monkeypatch.setattr(prune, "load_lazily", None)
+    monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
+    assert prune.prune_checkpoint(job(folder, tmp_path / "out")).parameters[1] > 0
+    with pytest.raises(PipelineError, match="is not empty"):
+        prune.prune_checkpoint(job(folder, tmp_path / "out"))

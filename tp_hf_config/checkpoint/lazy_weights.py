@@ -1,0 +1,136 @@
+"""Read tensors from safetensors files one at a time, and write files in the same way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..model.lazy_tensor import LazyTensor, values_of
+from .folder import read_weights
+from .headers import Stored
+
+# as safetensors orders them in a file: the last one's data come first
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_RANKS = {name: rank for rank, name in enumerate(_DTYPES)}
+_ALIGNED = 8  # bytes: the data begin at a multiple of this
+
+
+def lazy_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder's safetensors files; each is read when it is computed with.
+
+    Files are opened for each read and closed again: a mapped file would stay in memory.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        Tensor name, as in the files -> lazy tensor.
+
+    Raises:
+        CheckpointError: there are no weights, they are not safetensors, or a file is damaged.
+    """
+    weights = read_weights(folder)
+    if weights.faults or weights.unsure:
+        raise CheckpointError(f"{folder}: {weights.unsure or weights.faults[0]}")
+    tensors: dict[str, Tensor] = {}
+    for name, stored in weights.tensors.items():
+        if stored.start is None or stored.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{folder}: {name} ({stored.dtype or 'no dtype'} in {stored.file}) cannot be read "
+                "by itself; expected safetensors files with plain numbers"
+            )
+        like = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype], device="meta")
+        tensors[name] = LazyTensor(like, partial(_read, folder / stored.file, stored))
+    return tensors
+
+
+def _read(path: Path, stored: Stored) -> Tensor:
+    """Return one tensor of a file.
+
+    Raises:
+        CheckpointError: the file has become shorter.
+    """
+    data = torch.empty(stored.bytes, dtype=torch.uint8)
+    numbers: Any = data.numpy()
+    rest = memoryview(numbers)
+    with path.open("rb", buffering=0) as file:
+        file.seek(stored.start or 0)
+        while len(rest):
+            count = file.readinto(rest)
+            if not count:
+                raise CheckpointError(f"{path} is cut off: {len(rest):,} bytes are missing")
+            rest = rest[count:]
+    return data.view(_DTYPES[stored.dtype]).view(stored.shape)
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, byte for byte as ``safetensors.torch.save_file`` does.
+
+    Each tensor is read, written and freed before the next.
+
+    Args:
+        tensors: name -> tensor; lazy ones are read when it is their turn.
+        path: the file.
+        metadata: what the header says beside the tensors.
+    """
+    order = sorted(tensors, key=lambda name: (-_RANKS[_NAMES[tensors[name].dtype]], name))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    with Path(path).open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            values = values_of(tensors[name].detach()).contiguous()
+            numbers: Any = values.reshape(-1).view(torch.uint8).numpy()
+            rest = memoryview(numbers)
+            while len(rest):  # a write of more than 2 GiB ends early
+                rest = rest[file.write(rest) :]
+
+
+@contextmanager
+def written_one_by_one() -> Iterator[None]:
+    """While open, ``save_pretrained`` writes its safetensors files by :func:`write_safetensors`.
+
+    safetensors takes the bytes of all of a file's tensors at once
+    (``transformers/modeling_utils.py``, ``safe_save_file``).
+    """
+    from transformers import modeling_utils
+
+    module: Any = modeling_utils
+    original = module.safe_save_file
+    module.safe_save_file = write_safetensors
+    try:
+        yield
+    finally:
+        module.safe_save_file = original
