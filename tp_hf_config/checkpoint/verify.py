@@ -22,7 +22,7 @@ from ..forward.inputs import example_inputs
 from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.layer_class import GENERATED
-from ..model.lazy_tensor import is_lazy
+from ..model.lazy_tensor import LazyTensor, is_lazy
 from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
 from . import child
@@ -74,6 +74,7 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
     check_followable(pretrained)
     with TemporaryDirectory(prefix="tp_hf_config-") as temporary:
         folder = Path(temporary) / "saved"
+        align(pretrained)
         try:
             pretrained.save_pretrained(folder)
         except Exception as error:  # saving may refuse with any exception
@@ -82,34 +83,42 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
         return compare_saved(pretrained, folder, inputs)
 
 
+def align(model: nn.Module) -> None:
+    """Move weights to aligned memory, because the order of sums can depend on the alignment."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, LazyTensor) and parameter.data_ptr() % _ALIGNED:
+            parameter.data = parameter.data.clone()
+
+
 def compare_saved(
-    model: PreTrainedModel, folder: Path, inputs: Mapping[str, Any]
+    model: PreTrainedModel,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, torch.Tensor] | None = None,
 ) -> RoundtripReport:
     """Load a folder in a fresh process and compare it with the live model that was saved to it.
 
     Args:
-        model: the live model. Its weights may be moved to aligned memory, because the order of sums
-            can depend on the alignment.
+        model: the live model, in aligned memory (:func:`align`).
         folder: the folder that the model was saved to.
         inputs: keyword arguments of its forward pass.
+        outputs: what it computes of them in eval mode; default: it is run.
 
     Returns:
         A report; ``same`` is True if every output is the same bit for bit and Transformers reports
         no problem with loading.
     """
-    lazy = is_lazy(model)
-    for parameter in model.parameters():
-        if not lazy and parameter.data_ptr() % _ALIGNED:
-            parameter.data = parameter.data.clone()
-    with _evaluating(model):
-        live = {key: value.cpu() for key, value in child.outputs_of(model, dict(inputs)).items()}
+    if outputs is None:
+        with evaluating(model):
+            outputs = child.outputs_of(model, dict(inputs))
+    live = {key: value.cpu() for key, value in outputs.items()}
     class_name, options = _class_name(type(model)), _options(model)
     if class_name[0].startswith(_OF_FOLDERS):
         job = _job_of(solvable_folder(folder, trust_remote_code=True))
         job["options"].update(options)
     else:
         job = _job(folder, class_name, options)
-    job["lazy"] = lazy
+    job["lazy"] = is_lazy(model)
     (run,) = _run_in_fresh_process([job], dict(inputs), str(model.device))
     name = type(model).__name__
     if run.error is not None:
@@ -328,7 +337,7 @@ def _problems(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout and the like off, and restore each module's training mode afterwards."""
     training = [module for module in model.modules() if module.training]
     try:

@@ -46,6 +46,20 @@ _MOVES = {
 """Operations that only move or cast values; their results are lazy."""
 
 
+_SHAPES = {
+    _aten.empty_like.default,
+    _aten.full_like.default,
+    _aten.new_empty.default,
+    _aten.new_full.default,
+    _aten.new_zeros.default,
+    _aten.ones_like.default,
+    _aten.rand_like.default,
+    _aten.randn_like.default,
+    _aten.zeros_like.default,
+}
+"""Operations that look at shape and dtype alone."""
+
+
 class LazyTensor(Tensor):
     """A tensor on the CPU whose values are read at each use.
 
@@ -93,6 +107,9 @@ class LazyTensor(Tensor):
             return LazyTensor(source.like, source.read, source._storage)
         if func in _MOVES and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             return _moved(func, args, kwargs)
+        if func in _SHAPES:
+            kwargs["device"] = kwargs.get("device") or torch.device("cpu")
+            return func(*tree_map(_shape_of, args), **kwargs)
         _check_not_written(func, args, kwargs)
         return func(*tree_map(_values, args), **tree_map(_values, kwargs))
 

@@ -29,16 +29,13 @@ def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch
         tensor: the tensor, of any shape.
         positions: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
     """
+    if isinstance(tensor, LazyTensor):
+        return _select_lazily(tensor, positions)
     (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
-    if isinstance(tensor, LazyTensor):  # nothing is read yet
-        for each, kept in positions.items():
-            tensor = tensor.index_select(each, kept)
-        return tensor
     if not others:
         return tensor.index_select(dim, index)
     last, last_index = others[-1]
-    shape = [len(positions[d]) if d in positions else size for d, size in enumerate(tensor.shape)]
-    result = tensor.new_empty(shape)
+    result = tensor.new_empty(_shape_of(tensor, positions))
     rows = max(1, PIECE * tensor.shape[dim] // max(1, tensor.nbytes))
     for start in range(0, len(index), rows):
         piece = tensor.index_select(dim, index[start : start + rows])
@@ -47,6 +44,17 @@ def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch
         target = result.narrow(dim, start, piece.shape[dim])
         torch.index_select(piece, last, last_index, out=target)
     return result
+
+
+def _shape_of(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> list[int]:
+    """Return the shape of what is selected."""
+    return [len(positions[d]) if d in positions else size for d, size in enumerate(tensor.shape)]
+
+
+def _select_lazily(tensor: LazyTensor, positions: Mapping[int, torch.Tensor]) -> LazyTensor:
+    """Return the selection as a lazy tensor; nothing is read yet."""
+    like = torch.empty(_shape_of(tensor, positions), dtype=tensor.dtype, device="meta")
+    return LazyTensor(like, lambda: select(tensor.read(), positions))
 
 
 @dataclass(frozen=True)

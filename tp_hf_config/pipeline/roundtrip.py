@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ..checkpoint.child import outputs_of
-from ..checkpoint.verify import compare_saved
+from ..checkpoint.verify import align, compare_saved, evaluating
 from ..errors import PipelineError
 from ..forward.inputs import example_inputs, input_forms
 from ..forward.run_recipe import RunRecipe
@@ -48,10 +50,10 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
         PipelineError: the folder does not load, its outputs differ, or no inputs were found with
             which the model runs.
     """
-    inputs = runnable_inputs(model, recipe)
-    if isinstance(inputs, Refusal):
-        raise _not_proved(inputs.reason)
-    report = compare_saved(model, folder, inputs)
+    run = _run(model, recipe)
+    if isinstance(run, Refusal):
+        raise _not_proved(run.reason)
+    report = compare_saved(model, folder, *run)
     if not report.same:
         raise _not_proved(f"{report}")
     return Proof(len(report.outputs), report.numbers)
@@ -64,14 +66,22 @@ def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]
         model: the model.
         recipe: how its class is run.
     """
+    run = _run(model, recipe)
+    return run if isinstance(run, Refusal) else run[0]
+
+
+def _run(
+    model: PreTrainedModel, recipe: RunRecipe
+) -> tuple[dict[str, Any], dict[str, Tensor]] | Refusal:
+    """Return keyword arguments with which a model runs, and its outputs; or why there are none."""
     reason = ""
+    align(model)
     for inputs in (example_inputs(model, recipe), *input_forms(model, recipe)):
         try:
-            outputs_of(model, inputs)
+            with evaluating(model):
+                return inputs, outputs_of(model, inputs)
         except Exception as error:  # a forward pass may raise anything
             reason = reason or f"{type(error).__name__}: {error}"
-        else:
-            return inputs
     return Refusal(f"no inputs were found that it runs with: {reason}")
 
 

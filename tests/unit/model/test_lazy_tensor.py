@@ -74,6 +74,15 @@ def test_whatever_computes_reads_and_forgets() -> None:
         assert reader.reads == reads
 
 
+def test_shapes_alone_read_nothing() -> None:
+    reader = Reader()
+    weight = lazy(reader)
+    assert torch.empty_like(weight, device="meta").is_meta
+    assert torch.equal(torch.zeros_like(weight), torch.zeros(4, 6))
+    assert weight.new_empty(2).device.type == "cpu"
+    assert reader.reads == 0
+
+
 def test_a_layer_computes_with_it() -> None:
     layer, reader = nn.Linear(6, 4, bias=False), Reader()
     layer.weight = nn.Parameter(lazy(reader), requires_grad=False)
