@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .checkpoint.repair import repair_checkpoint
     from .checkpoint.reports import CheckReport, RepairReport, RoundtripReport
     from .checkpoint.verify import verify_checkpoint, verify_roundtrip
+    from .graph.cut_list import CutList
     from .graph.prunable import Prunable, Width, prunable
     from .hook.drop_layers import drop_layers
     from .hook.dropped_layers import DroppedLayers
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .hook.report import SyncReport
     from .hook.trainer.callback import PruningCallback
     from .hook.trainer.optimizer import optimizer_follows
+    from .pipeline.apply_cuts import apply_cuts
     from .pipeline.export import export
     from .pipeline.exported import Exported
     from .pipeline.support import Support, supports
@@ -55,6 +57,7 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "ConfigSyncError",
+    "CutList",
     "DroppedLayers",
     "Exported",
     "HFConfigSyncHook",
@@ -76,6 +79,7 @@ __all__ = [
     "UnsupportedModelError",
     "Width",
     "allocate",
+    "apply_cuts",
     "calibrate",
     "check_checkpoint",
     "disable",
@@ -103,6 +107,7 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "hook.drop_layers": ("drop_layers",),
     "hook.dropped_layers": ("DroppedLayers",),
     "hook.hook": ("HFConfigSyncHook",),
+    "graph.cut_list": ("CutList",),
     "graph.prunable": ("Prunable", "Width", "prunable"),
     "hook.trainer.optimizer": ("optimizer_follows",),
     "planning.allocate": ("Allocation", "allocate"),
@@ -112,6 +117,7 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "planning.pruner_kwargs": ("pruner_kwargs",),
     "hook.registration": ("Handle", "PrunerHook", "disable", "enable", "register"),
     "hook.report": ("SyncReport",),
+    "pipeline.apply_cuts": ("apply_cuts",),
     "pipeline.export": ("export",),
     "pipeline.exported": ("Exported",),
     "pipeline.support": ("Support", "supports"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from ..errors import CalibrationError, CalibrationWarning, listed
+from ..graph.edits import stack_dim
 from .batches import (
     Batch,
     Text,
@@ -19,7 +20,6 @@ from .batches import (
     writes_text,
 )
 from .importance import CalibratedImportance, Kind
-from .linear_ops import stack_dim
 from .measure import Readings
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
 from .statistics import TOKENS_PER_CHANNEL

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import listed
 from ..graph.config_graph import ConfigGroup
+from ..graph.edits import Refit, RefitInPlace
+from ..model.lazy_tensor import LazyTensor
 from ..model.tensors import parameter_names
 from .difference import Difference
 from .linear_ops import Consumer
 from .measured import MeasuredModel
-from .refit import Refit
 from .refits_of_step import StepRefits
 from .trial import Errors, layer_errors, run_as_cut, run_held_out
 
@@ -102,15 +103,21 @@ class AppliedRefits:
                 self._by_place.setdefault(place, []).append((consumer, refit))
 
     @torch.no_grad()
-    def apply(self, owner: nn.Module, key: str, dim: int, gone: Tensor) -> None:
-        """Change a parameter in place, the first time that one of its dimensions is cut."""
+    def apply(self, owner: nn.Module, key: str, dim: int, gone: Tensor) -> Iterator[RefitInPlace]:
+        """Change a parameter, the first time that one of its dimensions is cut; yield each edit."""
         for consumer, refit in self._by_place.pop((id(owner), key, dim), ()):
             partly = len(gone) != refit.size - len(refit.kept)
             if consumer in self._done or (partly and not self._whole):
                 continue  # tied, and done under its other name; or not all of it goes
             self._done.add(consumer)
-            values, at = consumer.matrix_of(getattr(owner, key).data)
-            values.index_copy_(at, refit.kept.to(values.device), refit.of(values, at))
+            edit = RefitInPlace(consumer.dim, consumer.part, refit)
+            parameter: nn.Parameter = getattr(owner, key)
+            if isinstance(parameter, LazyTensor):
+                changed = edit.of(parameter.detach())
+                owner._parameters[key] = nn.Parameter(changed, parameter.requires_grad)
+            else:
+                edit.apply(parameter.data)
+            yield edit
 
 
 class Compensating:

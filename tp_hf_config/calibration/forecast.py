@@ -8,11 +8,11 @@ from torch import nn
 
 from ..errors import CalibrationError
 from ..fieldmap.field_map import FieldMap
+from ..graph.edits import stack_dim
 from ..graph.experiments import experiments_of
 from ..model.build import Refusal
 from ..model.class_digest import entry_key
 from ..model.disk_cache import load, store
-from .linear_ops import stack_dim
 from .measure import measure
 
 _Place = tuple[str, int, bool]

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..graph.edits import matrix_of
+
 
 @dataclass(frozen=True)
 class Consumer:
@@ -32,10 +34,7 @@ class Consumer:
 
     def matrix_of(self, values: Tensor) -> tuple[Tensor, int]:
         """Return a view of the parameter's values without its other parts, and the dimension."""
-        if self.part is None:
-            return values, self.dim
-        stacked = stack_dim(values, self.dim)
-        return values.select(stacked, self.part), self.dim - (stacked < self.dim)
+        return matrix_of(values, self.dim, self.part)
 
 
 @dataclass(frozen=True)
@@ -149,11 +148,6 @@ class WatchedOps(TorchFunctionMode):
             part = offset // parameter.stride(stacked[0]) if stacked else None
             return Consumer(name, dim, part)
         return None
-
-
-def stack_dim(values: Tensor, dim: int) -> int:
-    """Return the dimension of the parts of a stack whose matrices are read along ``dim``."""
-    return next(d for d in range(values.ndim) if d != dim)
 
 
 def _storage(values: Tensor) -> int:

@@ -8,57 +8,12 @@ least squares for what the plain cut ``W Sᵀ`` loses, with a ridge r that stays
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from ..graph.edits import Refit
+
 _TRIES = 12  # the ridge grows tenfold until the solve succeeds
-
-
-@dataclass(frozen=True)
-class Refit:
-    """How a weight makes up for channels that it no longer reads.
-
-    Attributes:
-        kept: the channels that stay, 1-D.
-        targets: the channels whose values are estimated from them, 1-D.
-        share: how much each target gets of each kept channel, shape ``(kept, targets)``.
-        size: how many channels there were.
-    """
-
-    kept: Tensor
-    targets: Tensor
-    share: Tensor
-    size: int
-
-    def estimate(self, rows: Tensor) -> Tensor:
-        """Return all channels, made of the kept ones: ``(tokens, kept)`` -> ``(tokens, size)``."""
-        full = plain_cut(rows, self.kept, self.size)
-        share = self.share.to(rows)
-        full.index_add_(1, self.targets.to(rows.device), rows @ share)
-        return full
-
-    def of(self, weight: Tensor, dim: int) -> Tensor:
-        """Return a weight that reads the kept channels alone.
-
-        Args:
-            weight: the whole weight, of any shape.
-            dim: its dimension of channels.
-        """
-        last = weight.movedim(dim, -1)
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        kept = last.index_select(-1, self.kept.to(weight.device)).to(exact)
-        gone = last.index_select(-1, self.targets.to(weight.device)).to(exact)
-        kept = kept + gone @ self.share.to(kept).T
-        return kept.to(weight.dtype).movedim(-1, dim).contiguous()
-
-
-def plain_cut(rows: Tensor, kept: Tensor, size: int) -> Tensor:
-    """Return ``(tokens, kept)`` with zeros for the other channels: ``(tokens, size)``."""
-    full = rows.new_zeros(len(rows), size)
-    full[:, kept.to(rows.device)] = rows
-    return full
 
 
 def refit_from_gram(gram: Tensor, kept: Tensor, ridge: float) -> Refit | None:

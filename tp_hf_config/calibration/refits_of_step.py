@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.config_graph import ConfigGroup
+from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
 from .measure import Readings, memory_limit
 from .measured import MeasuredModel
 from .passes import watched_pass
-from .refit import Refit, refit_from_gram, refit_from_products
+from .refit import refit_from_gram, refit_from_products
 from .sources import Sources
 
 Copies = dict[Consumer, dict[str, nn.Module]]

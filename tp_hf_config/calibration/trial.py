@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..graph.edits import plain_cut
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
 from .passes import watched_pass
-from .refit import plain_cut
 from .refits_of_step import Copies, StepRefits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 from ..model.tensors import select
+from .edits import Edit, RefitInPlace, Selection
 from .origins import note
 
 
 class Refits(Protocol):
     """Weights that are changed right before they lose what they read."""
 
-    def apply(self, owner: nn.Module, key: str, dim: int, gone: torch.Tensor) -> None:
-        """Change a parameter in place, the first time that one of its dimensions is cut.
+    def apply(
+        self, owner: nn.Module, key: str, dim: int, gone: torch.Tensor
+    ) -> Iterable[RefitInPlace]:
+        """Change a parameter, the first time that one of its dimensions is cut; yield each edit.
 
         Args:
             owner: the layer that holds the parameter.
@@ -75,10 +78,13 @@ class Cuts:
 
     Attributes:
         refits: what is changed before it is cut; ``None``: nothing.
+        log: every edit since somebody emptied this: the layer, the parameter's name in it, the
+            edit.
     """
 
     def __init__(self) -> None:
         self.refits: Refits | None = None
+        self.log: list[tuple[nn.Module, str, Edit]] = []
         self._pending: dict[tuple[int, str], _Pending] = {}
         self._depth = 0
 
@@ -101,6 +107,19 @@ class Cuts:
         pending = self._pending.get((id(owner), key))
         if pending is not None and dim in pending.kept:
             self.apply()
+
+    def refit(self, owner: nn.Module, key: str, dim: int, gone: torch.Tensor) -> None:
+        """Refit a parameter that is about to lose positions, where there is a refit.
+
+        Args:
+            owner: the layer that holds the parameter.
+            key: its name in the layer.
+            dim: the dimension that loses positions.
+            gone: the positions, 1-D.
+        """
+        if self.refits is not None:
+            for edit in self.refits.apply(owner, key, dim, gone):
+                self.log.append((owner, key, edit))
 
     def keep(
         self, owner: nn.Module, key: str, dim: int, kept: torch.Tensor, size: str | None = None
@@ -140,6 +159,7 @@ class Cuts:
                 entry.new = first.new
             for entry in tied:
                 entry.put(first.new)
+                self.log.append((entry.owner, entry.key, Selection(entry.kept)))
                 del self._pending[id(entry.owner), entry.key]
 
 

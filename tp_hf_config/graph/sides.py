@@ -14,6 +14,7 @@ from torch_pruning.pruner import function
 from ..model.tensors import tensor
 from ..twin.layout import TensorDim, UnitLayout
 from .cut import Cuts
+from .edits import Selection
 from .full_size import Group
 from .unit_count import UnitCount
 
@@ -244,14 +245,16 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> Non
     for owner, key, dim, _ in tensors:
         cuts.settle(owner, key, dim)
     gone, kept, table, _ = leaving.of(side.table, channels_of(side))
-    if cuts.refits is not None:
-        layer = module.owner if isinstance(module, ParameterView) else module
-        for place in side.dims:
-            cuts.refits.apply(layer, place.name.rpartition(".")[2], place.dim, gone)
+    layer = module.owner if isinstance(module, ParameterView) else module
+    for place in side.dims:
+        cuts.refit(layer, place.name.rpartition(".")[2], place.dim, gone)
     for owner, key, dim, size in tensors:
         cuts.keep(owner, key, dim, kept, size)
     if not tensors:
         handler_of(module, side.out)(module, gone.tolist())
+        for place in side.dims:
+            selection = Selection({place.dim: kept})
+            cuts.log.append((layer, place.name.rpartition(".")[2], selection))
     side.table = table
     for other in beside:
         other.table = torch.searchsorted(kept, other.table)

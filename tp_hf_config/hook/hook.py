@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..calibration.compensation import Compensating, Compensation
     from ..forward.run_recipe import MakeInputs
     from ..graph.config_graph import ConfigGraph
+    from ..graph.cut_list import CutList
+    from .cut_log import CutLog
     from .follow import Follower
     from .steering import UnitSteering
 
@@ -81,7 +83,15 @@ class HFConfigSyncHook:
         self._recorder: Recorder | None = None
         self._steering: UnitSteering | None = None
         self._parameters = 0
+        self._cut_log: CutLog | None = None
         self._step_refused = False
+
+    @property
+    def cuts(self) -> CutList | None:
+        """Return what all steps have cut (``None``: nothing, or other code changed layers)."""
+        from .cut_log import joined
+
+        return joined([report.cuts for report in self.reports if report.groups])
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -178,6 +188,7 @@ class HFConfigSyncHook:
                 replaced.
         """
         from ..graph.layer_fields import layers_listed
+        from .cut_log import CutLog
 
         if self._follower is not None:
             raise ValueError(
@@ -185,9 +196,10 @@ class HFConfigSyncHook:
                 "of its own, or remove() the handle of the other one first"
             )
         with layers_listed(pruner.model, self.layers):
-            self._attach(pruner)
+            follower = self._attach(pruner)
+        self._cut_log = CutLog(follower.model, pruner.DG.cuts)
 
-    def _attach(self, pruner: Any) -> None:
+    def _attach(self, pruner: Any) -> Follower:
         """Attach to a pruner while its model's layers have entries of their own, where they may."""
         from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
@@ -216,6 +228,7 @@ class HFConfigSyncHook:
         self._steering = steering
         self._parameters = follower.model.num_parameters()
         self._recorder.attach()
+        return follower
 
     def detach(self, pruner: Any) -> None:
         """Stop following; called when the handle is removed.
@@ -230,18 +243,6 @@ class HFConfigSyncHook:
         self._follower = self._recorder = self._steering = None
         if not any(isinstance(hook, HFConfigSyncHook) for hook in registration.hooks_of(pruner)):
             restore_trace(pruner)
-
-    def _graph_notes(self) -> list[str]:
-        """Return the graph's notes, for the first report only."""
-        assert self._follower is not None  # _sync checks this
-        return [] if self.reports else self._follower.pruner.DG.notes
-
-    def _step_notes(self) -> list[str]:
-        """Return notes on where the pruner's latest step did not do what its ratios ask for."""
-        steering = self._steering
-        if steering is None or steering.preflight is None:
-            return []
-        return steering.preflight.notes(steering.pruner.current_step)
 
     @contextmanager
     def stepping(self, pruner: Any) -> Iterator[None]:
@@ -322,14 +323,15 @@ class HFConfigSyncHook:
         from ..graph.layer_fields import layers_listed
 
         started = time.perf_counter()
-        report = SyncReport(
-            len(self.reports) + 1, self._graph_reason, self._recorder.drain(), notes=[]
-        )
-        failure = None
+        groups = self._recorder.drain()
+        report = SyncReport(len(self.reports) + 1, self._graph_reason, groups, notes=[])
+        failure: ConfigSyncError | None = None
         try:
             with layers_listed(self._follower.pruner.model, self.layers):
                 report = self._follower.follow(report)
-            notes = [*report.notes, *self._step_notes()]
+            preflight = self._steering and self._steering.preflight
+            step = self._follower.pruner.current_step
+            notes = [*report.notes, *(preflight.notes(step) if preflight else ())]
             if stepped and report.groups and self.compensate and self._compensating is None:
                 notes.append(
                     "no weight is refitted: the step of this pruner cannot be gone through before "
@@ -337,7 +339,8 @@ class HFConfigSyncHook:
                 )
             if stepped and not report.groups and not notes and self._steering is not None:
                 notes = [f"nothing was pruned: {self._steering.why_nothing()}"]
-            report = replace(report, notes=[*self._graph_notes(), *self._follower.notes, *notes])
+            graph_notes = [] if self.reports else self._follower.pruner.DG.notes
+            report = replace(report, notes=[*graph_notes, *self._follower.notes, *notes])
         except ConfigSyncError as error:
             failure = error
         before, self._parameters = self._parameters, self._follower.model.num_parameters()
@@ -347,6 +350,7 @@ class HFConfigSyncHook:
             seconds=time.perf_counter() - started,
             error=None if failure is None else str(failure),
             compensation=self._compensation(failure is None),
+            cuts=self._cut_log.take() if failure is None and self._cut_log else None,
         )
         self.reports.append(report)
         if failure is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..calibration.compensation import Compensation
+    from ..graph.cut_list import CutList
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class SyncReport:
         inputs: an input for encoder states, which an encoder outside the model makes -> the
             channels that the model still reads, as numbered when the hook was attached.
         compensation: what the refits of ``HFConfigSyncHook(compensate=)`` come to.
+        cuts: what was cut, to be saved and carried out elsewhere (``report.cuts.save(path)``);
+            ``None``: nothing was pruned, no config fits, or a layer was changed by other code than
+            Torch-Pruning's and ours.
     """
 
     step: int
@@ -55,6 +59,7 @@ class SyncReport:
     error: str | None = None
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     compensation: Compensation | None = None
+    cuts: CutList | None = None
 
     def __str__(self) -> str:
         graph = f" ({self.graph.split(':')[0]})" if self.graph else ""

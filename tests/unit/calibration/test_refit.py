@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tp_hf_config.calibration.greedy import Part, elimination_order
-from tp_hf_config.calibration.refit import plain_cut, refit_from_gram, refit_from_products
+from tp_hf_config.calibration.refit import refit_from_gram, refit_from_products
+from tp_hf_config.graph.edits import plain_cut
 
 _SETTINGS = settings(max_examples=60, deadline=None)
 

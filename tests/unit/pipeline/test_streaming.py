@@ -9,8 +9,10 @@ from typing import Any
 import model_folders as folders
 import pytest
 import torch
+import torch_pruning as tp
 import zoo
 
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, apply_cuts, pruner_kwargs
 from tp_hf_config.checkpoint import lazy_weights
 from tp_hf_config.errors import PipelineError, TPHFConfigError
 from tp_hf_config.model.lazy_tensor import LazyTensor
@@ -19,7 +21,7 @@ from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.pipeline.source import Source
 
-pytestmark = pytest.mark.filterwarnings("ignore:--importance magnitude")
+pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
 CLASSES = ("llama", "phi3", "gpt2", "mixtral", "gpt_oss", "t5", "convnext", "qwen2_vl")
 
 
@@ -178,3 +180,26 @@ def test_weights_that_are_no_safetensors_are_loaded_whole(
     assert prune.prune_checkpoint(job(folder, tmp_path / "out")).parameters[1] > 0
     with pytest.raises(PipelineError, match="is not empty"):
         prune.prune_checkpoint(job(folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_cut_list_is_carried_out(name: str, tmp_path: Path) -> None:
+    folder = saved(name, tmp_path / "model", max_shard_size="200KB")
+    model: Any = zoo.build(name)
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, pruning_ratio=0.25),
+        importance=tp.importance.RandomImportance(),
+        hooks=[hook],
+    )
+    pruner.step()
+    assert hook.cuts is not None
+    hook.cuts.save(tmp_path / "cuts.safetensors")
+    out = apply_cuts(folder, tmp_path / "cuts.safetensors", tmp_path / "streamed")
+    assert out == tmp_path / "streamed"
+    model.save_pretrained(tmp_path / "whole")
+    assert_same_bytes(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="starts from a config with"):
+        apply_cuts(out, hook.cuts, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

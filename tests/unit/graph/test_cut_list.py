@@ -1,0 +1,184 @@
+"""Cut lists: saved, read again, and carried out on another copy of the model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch_pruning as tp
+import zoo
+
+from tp_hf_config import (
+    CheckpointError,
+    CutList,
+    HFConfigSyncHook,
+    UnsupportedModelError,
+    apply_cuts,
+    calibrate,
+    pruner_kwargs,
+)
+from tp_hf_config.graph.edits import RefitInPlace, Selection
+from tp_hf_config.model.config_json import config_json
+
+pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
+CLASSES = (
+    "llama",
+    "phi3",
+    "gpt2",
+    "opt",
+    "mixtral",
+    "deepseek_v3",
+    "bert",
+    "t5",
+    "whisper",
+    "convnext",
+)
+
+
+def prune(model: Any, hook: HFConfigSyncHook, **settings: Any) -> None:
+    """All steps of a pruner, by magnitude unless an importance is given."""
+    settings = {"pruning_ratio": 0.25, **settings}
+    settings.setdefault("importance", tp.importance.GroupMagnitudeImportance())
+    constructor = {
+        key: settings.pop(key)
+        for key in ("importance", "iterative_steps", "global_pruning")
+        if key in settings
+    }
+    pruner = tp.pruner.MetaPruner(
+        model, **pruner_kwargs(model, **settings), **constructor, hooks=[hook]
+    )
+    for _ in range(constructor.get("iterative_steps", 1)):
+        pruner.step()
+
+
+def assert_same(model: Any, other: Any) -> None:
+    """Class, config and every tensor are the same, and so are ties and modes."""
+    assert type(other) is type(model)
+    assert config_json(other.config) == config_json(model.config)
+    state, others = model.state_dict(), other.state_dict()
+    assert state.keys() == others.keys()
+    assert [name for name in state if not torch.equal(state[name], others[name])] == []
+    buffers = dict(other.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    assert len(list(model.parameters())) == len(list(other.parameters()))
+    assert [m.training for m in model.modules()] == [m.training for m in other.modules()]
+
+
+class TestCarriedOut:
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_on_another_copy(self, name: str, tmp_path: Path) -> None:
+        model = zoo.build(name)
+        before, hook = copy.deepcopy(model), HFConfigSyncHook()
+        prune(model, hook, iterative_steps=2, pruning_ratio=0.5)
+        assert hook.cuts is not None
+        hook.cuts.save(tmp_path / "cuts.safetensors")
+        unchanged = copy.deepcopy(before)
+        pruned = apply_cuts(before, tmp_path / "cuts.safetensors")
+        assert_same(model, pruned)
+        assert_same(unchanged, before)
+
+    def test_of_heads(self) -> None:
+        model = small.llama()
+        before, hook = copy.deepcopy(model), HFConfigSyncHook()
+        prune(model, hook, prune=(), gqa="group", head_pruning_ratio=0.5)
+        assert hook.cuts is not None
+        assert_same(model, apply_cuts(before, hook.cuts))
+
+    def test_where_layers_differ(self, tmp_path: Path) -> None:
+        model = small.llama(num_hidden_layers=3)
+        before, hook = copy.deepcopy(model), HFConfigSyncHook(layers="differ")
+        first = {model.model.layers[0]: 0.5}
+        prune(model, hook, layers="differ", prune=("intermediate_size",), pruning_ratio_dict=first)
+        assert model.config.is_heterogeneous
+        assert hook.cuts is not None
+        hook.cuts.save(tmp_path / "cuts.safetensors")
+        assert_same(model, apply_cuts(before, tmp_path / "cuts.safetensors"))
+
+    @pytest.mark.parametrize("name", ["llama", "mixtral"])
+    def test_with_refits(self, name: str, tmp_path: Path) -> None:
+        model = zoo.build(name)
+        generator = torch.Generator().manual_seed(0)
+        batches = [
+            {"input_ids": torch.randint(0, 99, (2, 32), generator=generator)} for _ in range(10)
+        ]
+        before, calibration = copy.deepcopy(model), calibrate(model, batches)
+        hook = HFConfigSyncHook(compensate=calibration)
+        prune(model, hook, importance=calibration.importance(), iterative_steps=2)
+        assert hook.cuts is not None
+        edits = [edit for of_one in hook.cuts.edits.values() for edit in of_one]
+        assert any(isinstance(edit, RefitInPlace) for edit in edits)
+        hook.cuts.save(tmp_path / "cuts.safetensors")
+        assert_same(model, apply_cuts(before, tmp_path / "cuts.safetensors"))
+
+
+class TestTheList:
+    @pytest.fixture
+    def cuts(self) -> CutList:
+        hook = HFConfigSyncHook()
+        prune(small.llama(), hook, prune=("intermediate_size",), pruning_ratio=0.5)
+        assert hook.last_report is not None
+        assert hook.last_report.cuts is not None
+        return hook.last_report.cuts
+
+    def test_says_what_is_cut(self, cuts: CutList) -> None:
+        assert str(cuts) == "LlamaForCausalLM: intermediate_size 64 -> 32; 6 tensors are cut"
+        (edit,) = cuts.edits["model.layers.0.mlp.down_proj.weight"]
+        assert isinstance(edit, Selection)
+        assert edit.positions.keys() == {1}
+        assert len(edit.positions[1]) == 32
+
+    def test_is_small(self, cuts: CutList, tmp_path: Path) -> None:
+        cuts.save(tmp_path / "cuts.safetensors")
+        file = CutList.load(tmp_path / "cuts.safetensors")
+        assert file.edits.keys() == cuts.edits.keys()
+        positions = {id(p) for e in file.edits.values() for s in e for p in s.positions.values()}  # type: ignore[union-attr]
+        assert len(positions) == 2  # a layer's three weights lose the same channels
+
+    def test_another_class_is_refused(self, cuts: CutList) -> None:
+        bert = zoo.build("bert")
+        message = f"for a LlamaForCausalLM, and this is a {type(bert).__name__}"
+        with pytest.raises(UnsupportedModelError, match=message):
+            apply_cuts(bert, cuts)
+
+    def test_another_config_is_refused(self, cuts: CutList) -> None:
+        with pytest.raises(UnsupportedModelError, match=r"with num_hidden_layers 2, .* has 3"):
+            apply_cuts(small.llama(num_hidden_layers=3), cuts)
+
+    def test_a_pruned_model_is_refused(self, cuts: CutList) -> None:
+        pruned = apply_cuts(small.llama(), cuts)
+        with pytest.raises(UnsupportedModelError, match=r"with intermediate_size 64, .* has 32"):
+            apply_cuts(pruned, cuts)
+
+    def test_a_file_that_is_none_is_refused(self, tmp_path: Path) -> None:
+        small.llama().save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match="expected a cut list"):
+            CutList.load(tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            CutList.load(tmp_path / "config.json")
+
+    def test_nothing_pruned_is_no_list(self) -> None:
+        hook = HFConfigSyncHook()
+        assert hook.cuts is None
+
+    def test_what_other_code_changed_is_not_known(self) -> None:
+        model, hook = small.llama(), HFConfigSyncHook()
+        pruner = tp.pruner.MetaPruner(
+            model,
+            **pruner_kwargs(model, prune=("intermediate_size",), pruning_ratio=0.5),
+            importance=tp.importance.RandomImportance(),
+            hooks=[hook],
+        )
+        pruner.step()
+        for layer in model.model.layers:
+            mlp = layer.mlp
+            for linear in (mlp.gate_proj, mlp.up_proj):
+                linear.weight = torch.nn.Parameter(linear.weight[:32].detach().clone())
+                linear.out_features = 32
+            mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :32].detach().clone())
+            mlp.down_proj.in_features = 32
+        assert hook.sync().cuts is None

@@ -1,0 +1,195 @@
+"""What a step of a pruner comes to: which positions of every parameter stay, and the configs.
+
+A cut list is made from a live model, or from one without weights, and carried out by whoever holds
+the weights: on a folder, on another copy, on shards (:func:`~tp_hf_config.apply_cuts`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, in_one_line
+from ..model.build import Refusal
+from ..model.config_json import changed_values, field_name
+from ..model.shapes import Shapes, shapes
+from ..model.tensors import parameter_names
+from ..notebook import short
+from .edits import Edit, Refit, RefitInPlace, Selection, edited
+
+FORMAT = "tp_hf_config cut list 1"
+_TABLE = "cut_list"
+
+
+@dataclass(frozen=True)
+class CutList:
+    """What was cut from a model; ``str`` gives a line.
+
+    Attributes:
+        model: the name of the class.
+        before: the config before, as JSON.
+        after: the config afterwards, as JSON.
+        edits: name of a parameter or saved buffer -> what is done to it, in order. A tied weight
+            has the first of its names.
+    """
+
+    model: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    edits: Mapping[str, tuple[Edit, ...]]
+
+    def __str__(self) -> str:
+        changes = ", ".join(
+            f"{field_name(field)} {old} -> {new}" for field, old, new in self.changes()
+        )
+        refitted = sum(
+            any(isinstance(edit, RefitInPlace) for edit in edits) for edits in self.edits.values()
+        )
+        text = f"{self.model}: {changes or 'the config stays'}; {len(self.edits)} tensors are cut"
+        return f"{text}, {refitted} refitted" if refitted else text
+
+    def __repr__(self) -> str:
+        return short(self, str(self))
+
+    def changes(self) -> list[tuple[tuple[Any, ...], Any, Any]]:
+        """Return the config fields that change: path, old value, new value."""
+        new = dict(changed_values(self.before, self.after))
+        old = dict(changed_values(self.after, self.before))
+        return [(field, old.get(field), new.get(field)) for field in dict.fromkeys((*new, *old))]
+
+    def of(self, name: str, values: Tensor) -> Tensor:
+        """Return what becomes of a tensor; of a lazy one, a lazy one."""
+        return edited(values, self.edits.get(name, ()))
+
+    def then(self, other: CutList) -> CutList:
+        """Return this cut list followed by that of the next step.
+
+        Raises:
+            ValueError: the other one starts from another config.
+        """
+        if other.model != self.model or list(changed_values(self.after, other.before)):
+            raise ValueError(f"{other} does not start where {self} ends")
+        edits = {
+            name: (*self.edits.get(name, ()), *other.edits.get(name, ()))
+            for name in dict.fromkeys((*self.edits, *other.edits))
+        }
+        return CutList(self.model, self.before, other.after, edits)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the cut list as one safetensors file; its header says what is what, in JSON."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        table = {
+            "model": self.model,
+            "before": self.before,
+            "after": self.after,
+            "edits": {
+                name: [_described(edit, tensors) for edit in edits]
+                for name, edits in self.edits.items()
+            },
+        }
+        save_file(tensors, path, {"format": FORMAT, _TABLE: json.dumps(table)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> CutList:
+        """Read a cut list that :meth:`save` wrote; no code is run.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is no cut list.
+        """
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CheckpointError(f"{path}: expected a cut list ({FORMAT})")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            table = json.loads(metadata[_TABLE])
+            edits = {
+                name: tuple(_edit_of(entry, tensors) for entry in entries)
+                for name, entries in table["edits"].items()
+            }
+            return cls(table["model"], table["before"], table["after"], edits)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged file leads to any exception
+            raise CheckpointError(f"{path}: cannot be read: {in_one_line(error)}") from error
+
+
+def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return an edit as JSON; its tensors are added to ``tensors``, equal ones once."""
+
+    def stored(values: Tensor) -> str:
+        values = values.detach().cpu().contiguous()
+        for name, other in tensors.items():
+            if other.dtype == values.dtype and torch.equal(other, values):
+                return name
+        tensors[str(len(tensors))] = values.clone()
+        return str(len(tensors) - 1)
+
+    if isinstance(edit, Selection):
+        return {"keep": {str(dim): stored(kept) for dim, kept in edit.positions.items()}}
+    refit = edit.refit
+    parts = {key: stored(getattr(refit, key)) for key in ("kept", "targets", "share")}
+    return {"refit": {"dim": edit.dim, "part": edit.part, "size": refit.size, **parts}}
+
+
+def _edit_of(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
+    """Return the edit that :func:`_described` described."""
+    if "keep" in entry:
+        return Selection({int(dim): tensors[key] for dim, key in entry["keep"].items()})
+    data = entry["refit"]
+    kept, targets, share = (tensors[data[key]] for key in ("kept", "targets", "share"))
+    return RefitInPlace(data["dim"], data["part"], Refit(kept, targets, share, data["size"]))
+
+
+def edits_by_name(
+    model: nn.Module, log: Iterable[tuple[nn.Module, str, Edit]]
+) -> dict[str, tuple[Edit, ...]]:
+    """Return what was done to each parameter and saved buffer of a model, by its first name.
+
+    Args:
+        model: the model.
+        log: layer, the tensor's name in it, edit (:attr:`Cuts.log`); other models' are left out.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    edits: dict[str, list[Edit]] = {}
+    for owner, key, edit in log:
+        if id(owner) in names:
+            edits.setdefault(f"{names[id(owner)]}.{key}".lstrip("."), []).append(edit)
+    for first, *others in parameter_names(model).values():
+        tied = [edits.pop(name, []) for name in (first, *others)]
+        edits[first] = max(tied, key=len)  # one name has the refit, each the cut
+    return {name: tuple(done) for name, done in edits.items() if done}
+
+
+def incomplete(
+    model: nn.Module, edits: Mapping[str, Iterable[Edit]], before: Shapes
+) -> Refusal | None:
+    """Return which tensor's shape the edits do not explain; ``None``: all are explained.
+
+    Args:
+        model: the model after its step.
+        edits: what was done, by name.
+        before: the shapes before the step.
+    """
+    after = shapes(model)
+    others = {name for _, *tied in parameter_names(model).values() for name in tied}
+    for name in after.keys() - others:
+        expected = list(before.get(name, ()))
+        for edit in edits.get(name, ()):
+            for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
+                expected[dim] = len(kept)
+        if tuple(expected) != after[name]:
+            return Refusal(
+                f"{name} has shape {list(after[name])} now, and what was cut leaves {expected}"
+            )
+    return None

@@ -1,0 +1,130 @@
+"""What a cut does to one parameter, as functions of the parameter: select positions, refit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.lazy_tensor import LazyTensor
+from ..model.tensors import select
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some positions of some dimensions stay.
+
+    Attributes:
+        positions: dimension -> the positions that stay, 1-D.
+    """
+
+    positions: Mapping[int, Tensor]
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return a copy of a parameter's values with only what stays."""
+        return select(values, self.positions)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How a weight makes up for channels that it no longer reads.
+
+    Attributes:
+        kept: the channels that stay, 1-D.
+        targets: the channels whose values are estimated from them, 1-D.
+        share: how much each target gets of each kept channel, shape ``(kept, targets)``.
+        size: how many channels there were.
+    """
+
+    kept: Tensor
+    targets: Tensor
+    share: Tensor
+    size: int
+
+    def estimate(self, rows: Tensor) -> Tensor:
+        """Return all channels, made of the kept ones: ``(tokens, kept)`` -> ``(tokens, size)``."""
+        full = plain_cut(rows, self.kept, self.size)
+        share = self.share.to(rows)
+        full.index_add_(1, self.targets.to(rows.device), rows @ share)
+        return full
+
+    def of(self, weight: Tensor, dim: int) -> Tensor:
+        """Return a weight that reads the kept channels alone.
+
+        Args:
+            weight: the whole weight, of any shape.
+            dim: its dimension of channels.
+        """
+        last = weight.movedim(dim, -1)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        kept = last.index_select(-1, self.kept.to(weight.device)).to(exact)
+        gone = last.index_select(-1, self.targets.to(weight.device)).to(exact)
+        kept = kept + gone @ self.share.to(kept).T
+        return kept.to(weight.dtype).movedim(-1, dim).contiguous()
+
+
+def plain_cut(rows: Tensor, kept: Tensor, size: int) -> Tensor:
+    """Return ``(tokens, kept)`` with zeros for the other channels: ``(tokens, size)``."""
+    full = rows.new_zeros(len(rows), size)
+    full[:, kept.to(rows.device)] = rows
+    return full
+
+
+@dataclass(frozen=True)
+class RefitInPlace:
+    """The channels that stay get their refitted weights; the shape is as before.
+
+    Attributes:
+        dim: the parameter's dimension of channels.
+        part: the number of the matrix in a stack (an expert); ``None``: the parameter is no stack.
+        refit: the refit.
+    """
+
+    dim: int
+    part: int | None
+    refit: Refit
+
+    def apply(self, values: Tensor) -> None:
+        """Change a parameter's values in place."""
+        matrix, dim = matrix_of(values, self.dim, self.part)
+        kept = self.refit.kept.to(values.device)
+        matrix.index_copy_(dim, kept, self.refit.of(matrix, dim))
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return a changed copy of a parameter's values."""
+        if isinstance(values, LazyTensor):
+            return LazyTensor(values.like, lambda: self.of(values.read()))
+        changed = values.clone()
+        self.apply(changed)
+        return changed
+
+
+Edit = Selection | RefitInPlace
+
+
+def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:
+    """Return a parameter's values after all edits, in order; of a lazy tensor, a lazy one."""
+    for edit in edits:
+        values = edit.of(values)
+    return values
+
+
+def matrix_of(values: Tensor, dim: int, part: int | None) -> tuple[Tensor, int]:
+    """Return a view of one matrix in a stack, and the dimension in it.
+
+    Args:
+        values: the stack; a plain weight if ``part`` is ``None``.
+        dim: the dimension of channels, in the stack.
+        part: the number of the matrix.
+    """
+    if part is None:
+        return values, dim
+    stacked = stack_dim(values, dim)
+    return values.select(stacked, part), dim - (stacked < dim)
+
+
+def stack_dim(values: Tensor, dim: int) -> int:
+    """Return the dimension of the parts of a stack whose matrices are read along ``dim``."""
+    return next(d for d in range(values.ndim) if d != dim)

@@ -1,0 +1,138 @@
+"""Carry a cut list out: build the class from the new config, and fill it parameter by parameter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigSyncError, UnsupportedModelError, listed
+from ..fieldmap.completeness import build_live
+from ..model.build import Builder, Refusal
+from ..model.config_json import changed_values, config_json, field_name, value_at
+from ..model.layer_class import layer_lists, layerwise_class, stock_class
+from ..model.layer_entries import KEY, layer_lists_of
+from ..model.tensors import owner, parameter_names
+from .cut_list import CutList
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+
+
+def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
+    """Return the pruned model that a cut list makes of a model, which stays as it is.
+
+    No parameter is in memory twice but the one that is being cut; of lazy parameters, the new ones
+    are lazy too.
+
+    Args:
+        model: a model of the cut list's class, with the config that it starts from.
+        cuts: the cut list.
+
+    Raises:
+        UnsupportedModelError: the model is another one than the cut list was made for.
+        ConfigSyncError: the class builds other shapes from the new config than the cuts leave.
+    """
+    check_fits(model, cuts)
+    new: Any = _empty(model, cuts)
+    with torch.no_grad():
+        for names in parameter_names(model).values():
+            old = model.get_parameter(names[0])
+            values = cuts.of(names[0], old.detach())
+            values = values.clone() if names[0] not in cuts.edits else values
+            parameter = nn.Parameter(values, old.requires_grad)
+            for name in names:
+                _put(new, name, parameter)
+        for name, buffer in list(model.named_buffers()):
+            _put_buffer(new, name, buffer, cuts)
+    missing = [name for name, parameter in new.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ConfigSyncError(
+            f"{cuts.model} has {listed(missing)} with the new config, and the model has not"
+        )
+    _take_over(new, model)
+    return new  # type: ignore[no-any-return]
+
+
+def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
+    """Raise if a cut list was made for another model.
+
+    Raises:
+        UnsupportedModelError: the class or the config is another.
+    """
+    name = stock_class(type(model)).__name__
+    if name != cuts.model:
+        raise UnsupportedModelError(
+            f"the cut list is for a {cuts.model}, and this is a {name}. Build the class that was "
+            f"pruned: {cuts.model}.from_pretrained(...)"
+        )
+    config = config_json(model.config)
+    changed = {field for field, _ in changed_values(cuts.before, config)}
+    changed |= {field for field, _ in changed_values(config, cuts.before)}
+    for field in sorted(changed, key=field_name):
+        if field[0] not in _OF_NO_EFFECT:
+            raise UnsupportedModelError(
+                f"the cut list starts from a config with {field_name(field)} "
+                f"{value_at(cuts.before, field)}, and this {name} has {value_at(config, field)}"
+            )
+
+
+def _empty(model: PreTrainedModel, cuts: CutList) -> nn.Module:
+    """Return the model of the new config: parameters without data, buffers computed."""
+    builder, _ = build_live(model)
+    new = _of_class_for(model, cuts, builder).build(cuts.after, buffers=True)
+    if isinstance(new, Refusal):
+        raise ConfigSyncError(f"{cuts.model} refuses the cut list's config: {new.reason}")
+    return new
+
+
+def _of_class_for(model: PreTrainedModel, cuts: CutList, builder: Builder) -> Builder:
+    """Return a builder of the class that the new config needs: where layers differ, another."""
+    if layer_lists(type(model)):
+        return builder
+    lists = {
+        layers.name: layers.classes
+        for layers in layer_lists_of(model)
+        if value_at(cuts.after, (*layers.config_path, KEY))
+    }
+    return builder.of_class(layerwise_class(model, lists)) if lists else builder
+
+
+def _put(new: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter into the new model; raise if its shape is not that of the new config."""
+    module, key = owner(new, name)
+    built = module._parameters[key]
+    if built is None or built.shape != parameter.shape:
+        shape = None if built is None else list(built.shape)
+        raise ConfigSyncError(
+            f"{name} has shape {list(parameter.shape)} after the cuts, and the class builds {shape}"
+        )
+    module._parameters[key] = parameter
+
+
+def _put_buffer(new: nn.Module, name: str, old: Tensor, cuts: CutList) -> None:
+    """Give a buffer the device and dtype that it had; a saved one its values too."""
+    module, key = owner(new, name)
+    built = module._buffers.get(key)
+    if key not in module._non_persistent_buffers_set or name in cuts.edits or built is None:
+        module._buffers[key] = cuts.of(name, old).clone()
+    else:
+        module._buffers[key] = built.to(old.device, old.dtype)
+
+
+def _take_over(new: Any, old: Any) -> None:
+    """Give the new model what a model has beside its weights: modes, kernels, generation config."""
+    training = {name: module.training for name, module in old.named_modules()}
+    for name, module in new.named_modules():
+        module.training = training.get(name, False)
+    attention = getattr(old.config, "_attn_implementation", None)
+    if attention:
+        new.set_attn_implementation(attention)
+    if hasattr(type(old.config), "_experts_implementation"):
+        new.config._experts_implementation = old.config._experts_implementation
+    if getattr(old, "generation_config", None) is not None:
+        new.generation_config = old.generation_config
+    new.config._name_or_path = old.config._name_or_path

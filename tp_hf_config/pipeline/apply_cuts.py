@@ -1,0 +1,99 @@
+"""Carry a cut list out on a model, or from one folder to another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from torch import nn
+
+from ..errors import PipelineError
+from ..fieldmap.field_map import map_of
+from ..fieldmap.layer_map import by_layers
+from ..graph.cut_list import CutList
+from ..graph.rebuild import rebuilt
+from ..model.locate import check_followable, find_pretrained
+from .companions import copy_companions
+from .output import check_target, new_folder, save_model
+from .roundtrip import prove_roundtrip
+from .source import check_not_quantised, class_for, config_of, find_source, load_lazily
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@overload
+def apply_cuts(
+    model_or_folder: nn.Module, cuts: CutList | str | os.PathLike[str]
+) -> PreTrainedModel: ...
+
+
+@overload
+def apply_cuts(
+    model_or_folder: str | os.PathLike[str],
+    cuts: CutList | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path: ...
+
+
+def apply_cuts(
+    model_or_folder: nn.Module | str | os.PathLike[str],
+    cuts: CutList | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | Path:
+    """Carry out what a pruner cut: on a copy of the model, or from folder to folder.
+
+    ``hook.cuts`` holds what a pruner cut, ``hook.cuts.save(path)`` writes it.  The result has the
+    bits that pruning the weights in place gives.  From folder to folder one tensor is in memory at
+    a time, so a model that fits nowhere can be cut by a list that was made from its config, from
+    another copy, or on another machine.
+
+    Args:
+        model_or_folder: a model, which stays as it is; or a folder with safetensors files.
+        cuts: a cut list, or the file that it was saved to.
+        out: the folder to write, for a folder.
+        overwrite: replace a model folder that is at ``out``.
+        max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
+        trust_remote_code: run the Python files that come with the folder's model.
+
+    Returns:
+        The pruned model, built from the new config; or the folder that was written, once a fresh
+        process has read it and computes the same.
+
+    Raises:
+        CheckpointError: the cut list cannot be read.
+        UnsupportedModelError: it was made for another class or config.
+        ConfigSyncError: the class does not build what it leaves.
+        PipelineError: the folder cannot be read or written; nothing is left of ``out``.
+    """
+    cuts = cuts if isinstance(cuts, CutList) else CutList.load(cuts)
+    if isinstance(model_or_folder, nn.Module):
+        model = find_pretrained(model_or_folder)[1]
+        check_followable(model)
+        return rebuilt(model, cuts)
+    if out is None:
+        raise PipelineError(f"apply_cuts({str(model_or_folder)!r}, cuts): say where to write, out=")
+    source = find_source(os.fspath(model_or_folder), trust_remote_code)
+    target = Path(out)
+    check_target(target, source=source.folder, overwrite=overwrite)
+    if source.folder is None or source.gguf is not None:
+        raise PipelineError(f"{source.name}: expected a folder with safetensors files")
+    config = config_of(source)
+    check_not_quantised(source, config)
+    whole, _ = load_lazily(source, config, class_for(source, config))
+    recipe = map_of(whole, how=by_layers).recipe
+    model = rebuilt(whole, cuts)
+    with new_folder(target, source=source.folder, overwrite=overwrite) as work:
+        save_model(model, work, max_shard_size)
+        copy_companions(source, model.config, work)
+        prove_roundtrip(model, work, recipe)
+    return target
