@@ -13,6 +13,7 @@ from ..graph.edits import stack_dim
 from .batches import (
     Batch,
     Text,
+    joined,
     own_text,
     shipped_text,
     split_batches,
@@ -113,6 +114,7 @@ def calibrate(
         held_out: list[Batch] = [{"input_ids": row[None]} for row in text.held_out]
     else:
         train, held_out = split_batches(data, model)  # type: ignore[arg-type]
+    train, held_out = joined(train, model), joined(held_out, model)
     if ridge is None:
         ridge = TEXT_RIDGE if writes_text(model) else RIDGE
     calibration = Calibration(model, train, held_out, ridge, max_memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..model.surroundings import free_memory
 from .batches import Batch
 from .linear_ops import Consumer, LinearOp
 from .passes import watched_pass
@@ -181,7 +181,7 @@ def memory_limit(model: nn.Module, max_memory: int | None) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free_memory() // 2
 
 
 def _check_finite(readings: Readings) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.scratch import on_disk
 from ..graph.config_graph import ConfigGroup
 from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
+from ..model.lazy_tensor import is_lazy
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
 from .measure import Readings, memory_limit
@@ -92,10 +95,16 @@ class StepRefits:
         for consumer in consumers:
             key = tuple(self.kept[consumer].tolist())
             if key not in solved:
-                solved[key] = solve(self.kept[consumer])
+                solved[key] = self._held(solve(self.kept[consumer]))
             refit = solved[key]
             if refit is not None:
                 self.refits[consumer] = refit
+
+    def _held(self, refit: Refit | None) -> Refit | None:
+        """Return a refit; where the weights are not in memory, its shares are not either."""
+        if refit is None or not is_lazy(self.calibration.model):
+            return refit
+        return replace(refit, share=on_disk(refit.share))
 
     def sources(self, leaders: Iterable[Consumer]) -> Sources:
         """Return what watches the layers from norms to leaders."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..model.lazy_tensor import LazyTensor, values_of
 from .folder import read_weights
-from .headers import Stored
+from .headers import Header, Stored, read_safetensors
 
 # as safetensors orders them in a file: the last one's data come first
 _DTYPES = {
@@ -36,7 +36,7 @@ _RANKS = {name: rank for rank, name in enumerate(_DTYPES)}
 _ALIGNED = 8  # bytes: the data begin at a multiple of this
 
 
-def lazy_weights(folder: Path) -> dict[str, Tensor]:
+def lazy_weights(folder: Path) -> dict[str, LazyTensor]:
     """Return the tensors of a folder's safetensors files; each is read when it is computed with.
 
     Files are opened for each read and closed again: a mapped file would stay in memory.
@@ -50,10 +50,23 @@ def lazy_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are no weights, they are not safetensors, or a file is damaged.
     """
-    weights = read_weights(folder)
+    return _lazy(folder, read_weights(folder))
+
+
+def lazy_weights_of(file: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of one safetensors file, as :func:`lazy_weights` does.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return _lazy(file.parent, read_safetensors(file))
+
+
+def _lazy(folder: Path, weights: Header) -> dict[str, LazyTensor]:
+    """Return the tensors that a folder's header, or several as one, describe."""
     if weights.faults or weights.unsure:
         raise CheckpointError(f"{folder}: {weights.unsure or weights.faults[0]}")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name, stored in weights.tensors.items():
         if stored.start is None or stored.dtype not in _DTYPES:
             raise CheckpointError(

@@ -68,6 +68,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "float16", "bfloat16", "float64"),
         help="of the weights; default: as they are stored, float32 from a GGUF file",
     )
+    how.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="read weights from the folder when they are used, one at a time, instead of loading "
+        "the model; default: with --importance magnitude or random, and where the model would take "
+        "more than half of the free memory",
+    )
     how.add_argument("--seed", metavar="N", type=natural, default=0, help="of all that is random")
     how.add_argument(
         "--max-shard-size", metavar="S", type=size, help="of each weight file, such as 5GB"
@@ -111,6 +118,7 @@ def _job(options: argparse.Namespace) -> Job:
         seed=options.seed,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
+        stream=options.stream,
         drop_layers=options.drop_layers[1] if options.drop_layers else 0,
         drop_from=options.drop_layers[0] if options.drop_layers else None,
         command=options.typed,

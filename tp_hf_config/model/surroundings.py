@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -65,6 +66,15 @@ def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
         logger.setLevel(before)
         if shown:
             bars.enable_progress_bar()
+
+
+def free_memory() -> int:
+    """Return how many bytes this machine can give to a process; pages of files count as free."""
+    with suppress(OSError, StopIteration):
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            line = next(line for line in lines if line.startswith("MemAvailable"))
+        return 1024 * int(line.split()[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def restore_attribute(target: Any, name: str, own: Any) -> None:

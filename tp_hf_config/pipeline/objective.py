@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..calibration.batches import rows_at_once
 from ..errors import in_one_line
 from ..model.build import Refusal
 
@@ -45,7 +46,7 @@ class Objective:
     mask_token: int | None = None
 
     def logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Return the model's logits for one window ``(1, tokens)``, as ``(answers, classes)``."""
+        """Return the model's logits for windows ``(windows, tokens)``: ``(answers, classes)``."""
         ids = ids.to(model.device)
         asked = ids
         if self.task == "masked token":
@@ -58,7 +59,7 @@ class Objective:
         return logits.flatten(0, -2)
 
     def loss(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the answers for one window ``(1, tokens)``."""
+        """Return the mean cross-entropy of the answers for windows ``(windows, tokens)``."""
         logits, ids = self.logits(model, ids).float(), ids.to(model.device)
         if self.task == "masked token":
             return cross_entropy(logits, ids[_masked(ids)])
@@ -76,8 +77,9 @@ class Objective:
         """
         if not len(windows) or self.task in ("own answer", "nothing"):
             return None
-        losses = [self.loss(model, row[None]) for row in windows]
-        value = float(torch.stack(losses).mean().exp())
+        pieces = torch.split(windows, rows_at_once(model, windows.shape[1]))
+        losses = [self.loss(model, piece).expand(len(piece)) for piece in pieces]
+        value = float(torch.cat(losses).mean().exp())
         return value if math.isfinite(value) else None
 
 
@@ -91,7 +93,7 @@ def _masked(ids: Tensor) -> Tensor:
 
 
 def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the forward pass's arguments for one window ``(1, tokens)``.
+    """Return the forward pass's arguments for windows ``(windows, tokens)``.
 
     An encoder-decoder's encoder gets the first half, its decoder the second.
     """
