@@ -49,6 +49,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "default for those: a text that comes with tp-hf-config",
     )
     how.add_argument(
+        "--tokens",
+        metavar="N",
+        type=count,
+        help="how many tokens of that text the model is measured on; default: 12,288, as far as "
+        "the text goes",
+    )
+    how.add_argument(
         "--no-compensate",
         action="store_true",
         help="cut only: do not refit the weights that read what is pruned",
@@ -113,6 +120,7 @@ def _job(options: argparse.Namespace) -> Job:
         overwrite=options.overwrite,
         drop_layers=options.drop_layers[1] if options.drop_layers else 0,
         drop_from=options.drop_layers[0] if options.drop_layers else None,
+        tokens=options.tokens,
         command=options.typed,
     )
 

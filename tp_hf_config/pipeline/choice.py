@@ -51,9 +51,13 @@ class Choice:
 
     @property
     def calibrates(self) -> bool:
-        """True if the model is measured on the text, for an importance, refits or influences."""
-        measured = self.compensate or self.drops or self.importance in CALIBRATED
-        return self.origin is not None and measured
+        """True if the model is run on the text for an importance, refits or influences."""
+        return self.measures or (self.origin is not None and self.drops)
+
+    @property
+    def measures(self) -> bool:
+        """True if what weights read of the text is measured, for an importance or refits."""
+        return self.origin is not None and (self.compensate or self.importance in CALIBRATED)
 
     def without_text(self, reason: str) -> Choice:
         """Return what the job does where no text can be had; a note says why."""
@@ -72,6 +76,7 @@ class Choice:
             "drop_layers": dropped or None,
             "importance": self.importance if widths else None,
             "calibration": text,
+            "tokens": job.tokens,
             "compensate": self.compensate if self.origin and widths else None,
             "recover": job.recover or None,
             "device": job.device,
@@ -165,7 +170,9 @@ def _need(job: Job) -> str:
         return f"--importance {job.importance}"
     if job.drop_layers:
         return "--drop-layers"
-    return "--recover" if job.recover else ""
+    if job.recover:
+        return "--recover"
+    return "--tokens" if job.tokens else ""
 
 
 def takes_text(model_class: type[Any]) -> bool:

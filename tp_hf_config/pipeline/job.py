@@ -45,6 +45,8 @@ class Job:
         overwrite: replace a model that is in ``out``.
         drop_layers: how many layers to drop before widths are pruned: those of least influence.
         drop_from: the list of layers that they are dropped from, where a model has several.
+        tokens: how many tokens of the text the model is measured on; ``None``: as many as
+            ``calibrate`` takes by itself.
         command: the command line that the user typed, for the model card.
     """
 
@@ -62,6 +64,7 @@ class Job:
     overwrite: bool = False
     drop_layers: int = 0
     drop_from: str | None = None
+    tokens: int | None = None
     command: str = ""
 
 

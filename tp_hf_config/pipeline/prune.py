@@ -29,7 +29,7 @@ from .checks import check_device, check_plan, dtype_of, plan_for
 from .choice import Choice, choose
 from .companions import copy_companions, notes_on_uncopied
 from .job import Importance, Job, Pruned, changed, check_job
-from .material import Material, gather
+from .material import Material, gather, measure
 from .output import new_folder, save_model
 from .progress import Progress, Silent
 from .recovery import accumulate_gradients, recover
@@ -71,15 +71,30 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         check_rotary(job.source)
         config.dtype = dtype_of(job.dtype) or config.dtype
         model_class = class_for(job.source, config)
-        plan = plan_for(job.source, config, model_class, job.widths) if job.widths else None
-        if plan is not None and not job.drop_layers:  # else it is made anew, for fewer layers
-            check_plan(plan, job)
+        plan = _plan(job, config, model_class)
         choice = choose(job, text, config, model_class)
-        if plan is not None and not job.drop_layers:
+        if plan is not None:
             progress.say(plan)
         with _seeded(job.seed):
             result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
+
+
+def _plan(job: Job, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Plan | None:
+    """Return the plan; ``None`` if no width is pruned, or if layers are dropped first.
+
+    For fewer layers it is made later. Whether the widths that the job names can be pruned is
+    checked here all the same; a target may only be reached without these layers.
+    """
+    if not job.widths:
+        return None
+    if job.drop_layers:
+        widths = {name: value for name, value in job.widths.items() if name != "target_params"}
+        plan_for(job.source, config, model_class, widths)
+        return None
+    plan = plan_for(job.source, config, model_class, job.widths)
+    check_plan(plan, job)
+    return plan
 
 
 @contextmanager
@@ -111,9 +126,11 @@ def _prune_and_write(
     choice, material = _material(job, choice, model, progress)
     parameters, before = model.num_parameters(), _perplexities(model, material)
     dropped = _drop(job, model, material, progress)
-    if plan is not None and dropped is not None:
+    if job.widths and dropped is not None:
         plan = _plan_of_fewer(job, model, parameters)
         progress.say(plan)
+        if choice.measures and material is not None and material.calibration is not None:
+            measure(material.calibration, progress)
     recipe = map_of(model, how=by_layers).recipe
     reports = _prune(job, plan, model, choice, material, progress)
     held_out, second = map(_pair, before, _perplexities(model, material))
