@@ -125,6 +125,17 @@ def entries_of(config: Any) -> dict[int, dict[str, Any]]:
     }
 
 
+def values_by_layer(model: PreTrainedModel) -> dict[FieldPath, tuple[Any, ...]]:
+    """Return each field of which layers have values of their own -> its value in every layer."""
+    result: dict[FieldPath, tuple[Any, ...]] = {}
+    for path, config in config_nodes(model.config):
+        entries = list(entries_of(config).values())
+        for key in entries[0] if entries else ():
+            field: FieldPath = (*path, key)
+            result[field] = tuple(entry[key] for entry in entries)
+    return result
+
+
 def set_entries(config: Any, entries: Mapping[int, Mapping[str, Any]]) -> None:
     """Put entries into a config, in the place of those that there were; none if there are none."""
     config.per_layer_config = None

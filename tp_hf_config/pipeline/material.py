@@ -49,6 +49,11 @@ class Material:
         held_out = self.objective.perplexity(model, self.held_out)
         return held_out, self.objective.perplexity(model, self.second)
 
+    def measure(self, progress: Progress) -> None:
+        """Measure what the model's weights read now, if anything is made of it."""
+        if self.calibration is not None:
+            measure(self.calibration, progress)
+
 
 def gather(
     job: Job, choice: Choice, model: PreTrainedModel, progress: Progress

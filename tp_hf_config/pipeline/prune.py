@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
-from ..errors import CalibrationWarning, PipelineError, UnsupportedModelError
+from ..errors import PipelineError, UnsupportedModelError
 from ..fieldmap.field_map import map_of
 from ..fieldmap.layer_map import by_layers
+from ..forward.run_recipe import RunRecipe
 from ..hook.drop_layers import drop_layers
 from ..hook.dropped_layers import DroppedLayers
-from ..hook.hook import HFConfigSyncHook
-from ..hook.report import SyncReport
 from ..model.build import Refusal
+from ..planning.allocate import Allocation
 from ..planning.plan import Plan
 from .card import card
-from .checks import check_device, check_plan, dtype_of, plan_for
+from .checks import check_device, dtype_of
 from .choice import Choice, choose
-from .companions import copy_companions, notes_on_uncopied
-from .job import Importance, Job, Pruned, changed, check_job
-from .material import Material, gather, measure
+from .companions import Copied, copy_companions, notes_on_uncopied
+from .job import Job, Pruned, changed, check_job
+from .layerwise import layerwise_of
+from .material import Material, gather
 from .output import new_folder, save_model
 from .progress import Progress, Silent
-from .recovery import accumulate_gradients, recover
-from .roundtrip import prove_roundtrip
+from .roundtrip import Proof, prove_roundtrip
 from .source import check_not_quantised, check_rotary, class_for, config_of, load
+from .steps import check_ranking, run_steps
+from .widths import decided, planned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from ..calibration.calibrate import Calibration
-
-_OF_TORCH_PRUNING: dict[Importance, str] = {
-    "magnitude": "GroupMagnitudeImportance",
-    "taylor": "GroupTaylorImportance",
-    "random": "RandomImportance",
-}
 
 
 def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
@@ -71,30 +64,18 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         check_rotary(job.source)
         config.dtype = dtype_of(job.dtype) or config.dtype
         model_class = class_for(job.source, config)
-        plan = _plan(job, config, model_class)
+        plan = planned(job, config, model_class)
         choice = choose(job, text, config, model_class)
         if plan is not None:
             progress.say(plan)
+            if job.ranking != "local":
+                progress.say(
+                    f"the plan is of one ratio for all layers: --ranking {job.ranking} decides how "
+                    "much of each goes"
+                )
         with _seeded(job.seed):
             result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
-
-
-def _plan(job: Job, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Plan | None:
-    """Return the plan; ``None`` if no width is pruned, or if layers are dropped first.
-
-    For fewer layers it is made later. Whether the widths that the job names can be pruned is
-    checked here all the same; a target may only be reached without these layers.
-    """
-    if not job.widths:
-        return None
-    if job.drop_layers:
-        widths = {name: value for name, value in job.widths.items() if name != "target_params"}
-        plan_for(job.source, config, model_class, widths)
-        return None
-    plan = plan_for(job.source, config, model_class, job.widths)
-    check_plan(plan, job)
-    return plan
 
 
 @contextmanager
@@ -123,32 +104,34 @@ def _prune_and_write(
     dtype = dtype_of(job.dtype)
     progress.say(f"loading {job.source.name}")
     model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    if plan is not None and job.ranking != "local":
+        check_ranking(job, plan, model)
     choice, material = _material(job, choice, model, progress)
     parameters, before = model.num_parameters(), _perplexities(model, material)
     dropped = _drop(job, model, material, progress)
-    if job.widths and dropped is not None:
-        plan = _plan_of_fewer(job, model, parameters)
-        progress.say(plan)
-        if choice.measures and material is not None and material.calibration is not None:
-            measure(material.calibration, progress)
+    widths: Plan | Allocation | None = plan
+    if job.widths and plan is None:
+        if dropped is not None and choice.measures and material is not None:
+            material.measure(progress)
+        widths = decided(job, model, choice, material, parameters, progress)
+        progress.say(widths)
     recipe = map_of(model, how=by_layers).recipe
-    reports = _prune(job, plan, model, choice, material, progress)
+    reports = run_steps(job, widths, model, choice, material, progress)
     held_out, second = map(_pair, before, _perplexities(model, material))
     del material  # free the unpruned model: the process that loads the pruned one needs room
-    save_model(model, work, job.max_shard_size)
-    rotary_notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
-    copied = copy_companions(job.source, model.config, work)
-    progress.say("a fresh process loads what was written")
-    proof = prove_roundtrip(model, work, recipe)
-    notes = [*load_notes, *(plan.notes if plan else ()), *choice.notes]
+    proof, copied, rotary_notes = _write(job, model, recipe, work, progress)
+    layerwise = layerwise_of(model)
+    notes = [*load_notes, *(widths.notes if isinstance(widths, Plan) else ()), *choice.notes]
     notes += dropped.notes if dropped else ()
     notes += [note for report in reports for note in report.notes]
     notes += rotary_notes
     notes += notes_on_uncopied(job.source, copied, changed(reports))
+    if job.layers == "differ" and layerwise is None:
+        notes.append("all layers have the same widths in the end: the class is the stock one")
     result = Pruned(
         type(model).__name__,
         job.out,
-        plan,
+        widths if isinstance(widths, Plan) else None,
         reports,
         (parameters, model.num_parameters()),
         proof,
@@ -158,9 +141,26 @@ def _prune_and_write(
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
         dropped=dropped,
+        allocation=widths if isinstance(widths, Allocation) else None,
+        layerwise=layerwise,
     )
     (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result
+
+
+def _write(
+    job: Job, model: PreTrainedModel, recipe: RunRecipe, work: Path, progress: Progress
+) -> tuple[Proof, Copied, tuple[str, ...]]:
+    """Write the model and what belongs to it into ``work``, and prove that it loads from there.
+
+    Returns:
+        The proof, the files that were copied, and notes.
+    """
+    save_model(model, work, job.max_shard_size)
+    notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
+    copied = copy_companions(job.source, model.config, work)
+    progress.say("a fresh process loads what was written")
+    return prove_roundtrip(model, work, recipe), copied, notes
 
 
 def _material(
@@ -210,73 +210,3 @@ def _drop(
         raise PipelineError(f"--drop-layers {job.drop_layers}: {error}") from error
     progress.say(str(dropped))
     return dropped
-
-
-def _plan_of_fewer(job: Job, model: PreTrainedModel, parameters: int) -> Plan:
-    """Return the plan for a model that lost layers; a target stays a share of the whole model.
-
-    Args:
-        job: the job.
-        model: the model, with the layers that are left.
-        parameters: how many it had before.
-    """
-    widths = dict(job.widths)
-    if widths.get("target_params", 2) <= 1:
-        widths["target_params"] = int(widths["target_params"] * parameters)
-    plan = plan_for(job.source, model.config, type(model), widths)
-    check_plan(plan, job)
-    return plan
-
-
-def _prune(
-    job: Job,
-    plan: Plan | None,
-    model: PreTrainedModel,
-    choice: Choice,
-    material: Material | None,
-    progress: Progress,
-) -> tuple[SyncReport, ...]:
-    """Run all steps, with gradients before and recovery after each; return one report per step."""
-    import torch_pruning as tp
-
-    if plan is None:
-        if material is not None and material.teacher is not None:
-            objective, batches = material.objective, material.batches
-            recover(model, material.teacher, objective, batches, job.recover, progress, "recovery")
-        return ()
-    calibration = None if material is None else material.calibration
-    hook = HFConfigSyncHook(strict=True, compensate=calibration if choice.compensate else None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)  # it says what to do in Python
-        pruner = tp.pruner.MetaPruner(
-            model,
-            **plan.pruner_kwargs(model),
-            importance=_importance(choice, calibration),
-            hooks=[hook],
-        )
-    steps = plan.settings.iterative_steps
-    for step in range(1, steps + 1):
-        name = f"step {step}/{steps}"
-        if material is not None and choice.importance == "taylor":
-            what = f"{name}: gradients"
-            accumulate_gradients(model, material.objective, material.batches, progress, what)
-        pruner.step()
-        progress.say(str(hook.last_report))
-        updates = job.recover * step // steps - job.recover * (step - 1) // steps
-        if material is not None and material.teacher is not None and updates:
-            what = f"{name}: recovery"
-            objective, batches = material.objective, material.batches
-            recover(model, material.teacher, objective, batches, updates, progress, what)
-    model.zero_grad()
-    return tuple(hook.reports)
-
-
-def _importance(choice: Choice, calibration: Calibration | None) -> Any:
-    """Return what a pruner calls to rank the channels of a group."""
-    import torch_pruning as tp
-
-    name: Any = choice.importance
-    if name in _OF_TORCH_PRUNING:
-        return getattr(tp.importance, _OF_TORCH_PRUNING[name])()
-    assert calibration is not None  # the choice has a text for all others
-    return calibration.importance(name)

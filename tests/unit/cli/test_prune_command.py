@@ -866,7 +866,7 @@ def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., A
 
 STEPS = {
     "loading": (prune, "load"),
-    "pruning": (prune, "_prune"),
+    "pruning": (prune, "run_steps"),
     "saving": (prune, "save_model"),
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),
