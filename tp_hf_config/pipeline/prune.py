@@ -67,12 +67,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         plan = planned(job, config, model_class)
         choice = choose(job, text, config, model_class)
         if plan is not None:
-            progress.say(plan)
-            if job.ranking != "local":
-                progress.say(
-                    f"the plan is of one ratio for all layers: --ranking {job.ranking} decides how "
-                    "much of each goes"
-                )
+            _show(plan, job, progress)
         with _seeded(job.seed):
             result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
@@ -114,7 +109,7 @@ def _prune_and_write(
         if dropped is not None and choice.measures and material is not None:
             material.measure(progress)
         widths = decided(job, model, choice, material, parameters, progress)
-        progress.say(widths)
+        _show(widths, job, progress)
     recipe = map_of(model, how=by_layers).recipe
     reports = run_steps(job, widths, model, choice, material, progress)
     held_out, second = map(_pair, before, _perplexities(model, material))
@@ -148,6 +143,16 @@ def _prune_and_write(
     return result
 
 
+def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
+    """Show the widths before anything is cut, as far as they are known by then."""
+    progress.say(widths)
+    if job.ranking != "local":
+        progress.say(
+            f"the plan is of one ratio for all layers: --ranking {job.ranking} decides how much of "
+            "each goes"
+        )
+
+
 def _write(
     job: Job, model: PreTrainedModel, recipe: RunRecipe, work: Path, progress: Progress
 ) -> tuple[Proof, Copied, tuple[str, ...]]:
@@ -176,8 +181,8 @@ def _material(
         return choice, material
     if choice.asked:
         raise UnsupportedModelError(
-            f"{material.reason}: leave --calibration and --recover out, and use --importance "
-            "magnitude or random"
+            f"{material.reason}: leave --calibration, --recover, --allocate and --drop-layers out, "
+            "and use --importance magnitude or random"
         )
     return choice.without_text(material.reason), None
 
