@@ -258,6 +258,7 @@ class TestAllocated:
         assert list(found["allocation"]["widths"].values()) == widths_of(out)
         assert not any(width % 4 for width in widths_of(out))
         assert [step["step"] for step in found["steps"]] == [1, 2, 3]
+        assert all(step["fields"] for step in found["steps"])
         assert "step 3/3: recovery: 1 windows" in errors.splitlines()
 
     @pytest.mark.usefixtures("unproved")
@@ -302,6 +303,7 @@ class TestAllocated:
         assert code == 0, errors
         old, new = (" ".join(map(str, widths_of(folder))) for folder in (first, second))
         assert f"intermediate_size, {old} -> {new}" in errors.splitlines()
+        assert "copied: tokenizer.json, tokenizer_config.json" in printed.splitlines()
         assert "not copied" not in printed
         assert (first / FILE).read_bytes() == (second / FILE).read_bytes()
 
