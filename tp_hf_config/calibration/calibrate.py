@@ -59,6 +59,12 @@ class Calibration(MeasuredModel):
         """
         return CalibratedImportance(self, kind, normalizer)
 
+    def measure(self) -> None:
+        """Measure what weights read; warn of inputs that the data tells too little about."""
+        readings = self.current()
+        _warn_of_few_tokens(readings)
+        _warn_of_experts(self.model, readings)
+
 
 def calibrate(
     model: nn.Module,
@@ -69,6 +75,7 @@ def calibrate(
     ridge: float | None = None,
     max_memory: int | None = None,
     seed: int = 0,
+    measure: bool = True,
 ) -> Calibration:
     """Measure what a model's weights read, in one pass over data.
 
@@ -89,6 +96,8 @@ def calibrate(
         max_memory: how many bytes Gram matrices may take together (4 x channels x channels for
             every input); what does not fit takes further passes. Default: half of what is free.
         seed: of what the model writes itself.
+        measure: False: hold the data only. What weights read is measured once something asks for
+            it, which ``drop_layers(model, count=...)`` does not.
 
     Returns:
         The calibration: its ``importance()`` is for pruners, itself for
@@ -118,9 +127,8 @@ def calibrate(
     if ridge is None:
         ridge = TEXT_RIDGE if writes_text(model) else RIDGE
     calibration = Calibration(model, train, held_out, ridge, max_memory)
-    readings = calibration.current()
-    _warn_of_few_tokens(readings)
-    _warn_of_experts(model, readings)
+    if measure:
+        calibration.measure()
     return calibration
 
 
@@ -172,7 +180,7 @@ def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
             f"{name}: no token reached {listed(missing)} of {parts} experts, so "
             "they are cut without a refit. Pass more data, or data that reaches them",
             CalibrationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return
 
@@ -191,5 +199,5 @@ def _warn_of_few_tokens(readings: Readings) -> None:
             f"{statistics.tokens:,} tokens: refits want {TOKENS_PER_CHANNEL} a channel or more "
             f"({len(thin)} inputs have fewer). Pass more data, or tokens=",
             CalibrationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

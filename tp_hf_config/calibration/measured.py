@@ -137,6 +137,8 @@ class MeasuredModel:
 
     def __str__(self) -> str:
         inputs = len(self.readings.statistics)
+        if not self._measured_at:
+            return f"{type(self.model).__name__} on {self.tokens:,} tokens: not measured yet"
         return (
             f"{type(self.model).__name__} on {self.tokens:,} tokens: what {inputs} inputs of "
             f"{len(self.readings.leaders)} weights carry; {self.memory / 2**20:,.0f} MiB, "

@@ -51,6 +51,12 @@ def add_widths(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="query heads out of every key/value group, or whole groups",
     )
     group.add_argument(
+        "--layers",
+        choices=("uniform", "differ"),
+        help="differ: each layer may get widths of its own, as --ranking, --allocate or --ratios "
+        "per_layer_config.3.FIELD=0.5 leave them; default: uniform",
+    )
+    group.add_argument(
         "--target-params",
         metavar="N",
         type=amount,
@@ -77,7 +83,7 @@ def widths_of(options: argparse.Namespace) -> dict[str, Any]:
     reason = _contradiction(options)
     if reason is not None:
         raise UsageError(reason)
-    if getattr(options, "drop_layers", None) is not None and _names_no_width(options):
+    if getattr(options, "drop_layers", None) is not None and names_no_width(options):
         return {}
     no_widths = (options.pruning_ratio, options.ratios, options.target_params) == (None, None, None)
     given = {
@@ -90,6 +96,7 @@ def widths_of(options: argparse.Namespace) -> dict[str, Any]:
         "round_to": options.round_to,
         "max_pruning_ratio": options.max_pruning_ratio,
         "target_params": options.target_params,
+        "layers": "differ" if options.layers == "differ" else None,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -99,10 +106,15 @@ def _contradiction(options: argparse.Namespace) -> str | None:
     ratio, ratios, prune = options.pruning_ratio, options.ratios, options.prune
     target, heads = options.target_params, options.head_pruning_ratio
     depth = getattr(options, "drop_layers", None)
-    if depth is None and _names_no_width(options):
+    if depth is None and names_no_width(options):
         return (
             "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, "
             "--head-pruning-ratio 0.25 or --target-params 0.8"
+        )
+    if names_no_width(options) and options.layers == "differ":
+        return (
+            "--layers differ says that widths may differ, not how much goes: add --pruning-ratio "
+            "0.2, or leave it out"
         )
     if ratio is not None and target is not None:
         return "--target-params finds the ratio by itself: leave --pruning-ratio out"
@@ -119,7 +131,7 @@ def _contradiction(options: argparse.Namespace) -> str | None:
     return None
 
 
-def _names_no_width(options: argparse.Namespace) -> bool:
+def names_no_width(options: argparse.Namespace) -> bool:
     """True if no argument says how much of any width to prune."""
     given = (options.pruning_ratio, options.ratios, options.target_params)
     return all(value is None for value in (*given, options.head_pruning_ratio))

@@ -7,7 +7,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .arguments import add_model, add_widths, count, natural, path, widths_of
+from .arguments import (
+    UsageError,
+    add_model,
+    add_widths,
+    count,
+    names_no_width,
+    natural,
+    path,
+    widths_of,
+)
 from .console import progress, quiet_libraries
 from .outcome import DONE, Outcome
 
@@ -27,7 +36,23 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is there, in the end"
     )
-    add_widths(parser).add_argument(
+    what = add_widths(parser)
+    what.add_argument(
+        "--ranking",
+        choices=("local", "global", "isomorphic"),
+        default="local",
+        help="which units are ranked together: those of each layer alone, of all layers "
+        "(Torch-Pruning's global_pruning) or of layers of one structure (isomorphic); the last two "
+        "with --layers differ",
+    )
+    what.add_argument(
+        "--allocate",
+        action="store_true",
+        help="find the width of every layer for --target-params: each is cut and refitted alone, "
+        "the model's answers on the text are compared, and what it misses least goes; layers "
+        "differ then",
+    )
+    what.add_argument(
         "--drop-layers",
         metavar="[LIST=]N",
         type=layers,
@@ -47,6 +72,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=calibration,
         help="plain text to run the model on, or what a causal language model writes itself; "
         "default for those: a text that comes with tp-hf-config",
+    )
+    how.add_argument(
+        "--tokens",
+        metavar="N",
+        type=count,
+        help="how many tokens of that text the model is measured on; default: 12,288, as far as "
+        "the text goes",
     )
     how.add_argument(
         "--no-compensate",
@@ -104,7 +136,12 @@ def _job(options: argparse.Namespace) -> Job:
     from ..pipeline.job import Job
     from ..pipeline.source import find_source
 
+    reason = _contradiction(options)
+    if reason is not None:
+        raise UsageError(reason)
     widths = widths_of(options)
+    if options.allocate:
+        widths["layers"] = "differ"
     return Job(
         find_source(options.model, options.trust_remote_code),
         options.out,
@@ -121,8 +158,40 @@ def _job(options: argparse.Namespace) -> Job:
         stream=options.stream,
         drop_layers=options.drop_layers[1] if options.drop_layers else 0,
         drop_from=options.drop_layers[0] if options.drop_layers else None,
+        ranking=options.ranking,
+        allocate=options.allocate,
+        tokens=options.tokens,
         command=options.typed,
     )
+
+
+def _contradiction(options: argparse.Namespace) -> str | None:
+    """Return why the arguments about layers do not fit together, or ``None``."""
+    target, ranking = options.target_params, options.ranking
+    if options.allocate:
+        decided = {
+            "--pruning-ratio": options.pruning_ratio,
+            "--ratios": options.ratios,
+            "--head-pruning-ratio": options.head_pruning_ratio,
+            "--gqa": options.gqa,
+            "--max-pruning-ratio": options.max_pruning_ratio,
+            f"--ranking {ranking}": ranking != "local",
+            "--layers uniform": options.layers == "uniform",
+            "--no-compensate": options.no_compensate,
+        }
+        given = [name for name, value in decided.items() if value]
+        if given:
+            return f"--allocate finds the width of every layer, and refits: leave {given[0]} out"
+        if target is None:
+            return "--allocate finds widths for a size: add --target-params 0.8"
+    elif ranking != "local" and target is not None:
+        return (
+            f"--target-params finds the ratio at which all layers lose the same, and --ranking "
+            f"{ranking} gives each its own: say --pruning-ratio 0.2, or --allocate for --ranking"
+        )
+    elif ranking != "local" and names_no_width(options):
+        return f"--ranking {ranking} says which units go, not how many: add --pruning-ratio 0.2"
+    return None
 
 
 def calibration(text: str) -> Path | Literal["own"]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..forward.head_splits import counts_of, observe
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Builder, Refusal
@@ -112,13 +113,28 @@ def uniform_map(
 ) -> FieldMap:
     """Return the field map of the stock class at a config in which all layers are as the first.
 
+    Where it refuses that (three heads, which do not divide the hidden size), they are as the first
+    layer that will do, or have the numbers that the config has for all.
+
     Args:
         builder: builds a class, stock or generated.
         data: the config's JSON.
         make_inputs: the user's function that makes inputs, if there is one.
     """
     stock = builder.of_class(stock_class(builder.model_class))
-    return map_at(stock, uniform_json(data), make_inputs)
+    first = uniform_json(data)
+    try:
+        return map_at(stock, first, make_inputs)
+    except UnsupportedModelError:
+        if not isinstance(stock.build(first), Refusal):
+            raise
+        layers = {number for _, number in LayerFields(builder, data).own}
+        alike = [uniform_json(data, like) for like in (*sorted(layers), None)]
+        buildable = (one for one in alike if not isinstance(stock.build(one), Refusal))
+        other = next(buildable, None)
+        if other is None:
+            raise
+        return map_at(stock, other, make_inputs)
 
 
 def by_layers(

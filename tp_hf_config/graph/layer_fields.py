@@ -31,6 +31,8 @@ from .experiments import experiments_of
 
 _OUTERMOST = re.compile(r".*?\.\d+(?=\.)")
 """The part of a tensor's name up to the number of its outermost layer."""
+_NO_PACKAGES = ("transformers_modules", "__main__")
+"""Where classes live that another process does not find: Transformers' cache of code, scripts."""
 _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -93,6 +95,8 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
             f"layers='differ': {name} would need a config with {KEY}, which Transformers reads "
             "from 5.15 on. Install a newer one, or keep layers='uniform'"
         )
+    if not layer_lists(type(model)):
+        _check_importable(model)
     field_map = uniform_map(build_live(model)[0], config_json(model.config, use_diff=False))
     inside = _fields_inside(field_map, model) - entangled_fields(field_map)
     keys: dict[FieldPath, dict[str, int]] = {}
@@ -108,6 +112,24 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
             "a config. Keep layers='uniform'"
         )
     return keys
+
+
+def _check_importable(model: Any) -> None:
+    """Raise if the class or one of its layers' is in no package that the generated file imports.
+
+    Raises:
+        UnsupportedModelError: as above.
+    """
+    layers = [cls for found in layer_lists_of(model) for cls in found.classes]
+    for cls in (type(model), type(model.base_model), *layers):
+        package = cls.__module__.partition(".")[0]
+        if package in _NO_PACKAGES:
+            where = "code that came with the model" if package != "__main__" else "in a script"
+            raise UnsupportedModelError(
+                f"layers='differ': {cls.__name__} is {where} ({cls.__module__}), from where no "
+                "saved model could import it. Keep layers='uniform', or put the class into a "
+                "package that is installed"
+            )
 
 
 def _in_single_layer(group: TinyGroup) -> bool:

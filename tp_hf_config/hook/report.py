@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ class SyncReport:
         head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned{graph}"
         if self.error is not None:
             return f"{head}; the config does not follow: {self.error}"
-        changes = ", ".join(_in_words(self.fields))
+        changes = ", ".join(f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
         refreshed = ", ".join(
             _count(len(items), word)
             for items, word in (
@@ -145,18 +145,23 @@ class SyncReport:
         return dated(data)
 
 
-def _in_words(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
-    """Yield how fields changed; those of single layers together, as a range."""
+def in_words(fields: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str]]:
+    """Return field -> its values before and after, as text.
+
+    Those of single layers stand together, as a range: ``96``, ``64..70 in 4 layers``.
+    """
+    result: dict[str, tuple[str, str]] = {}
     of_layers: dict[str, list[tuple[Any, Any]]] = {}
     for name, (old, new) in fields.items():
         shared = name_in_all_layers(name)
         if shared == name:
-            yield f"{name} {old} -> {new}"
+            result[name] = str(old), str(new)
         else:
             of_layers.setdefault(shared, []).append((old, new))
     for name, changes in of_layers.items():
         olds, news = zip(*changes, strict=True)
-        yield f"{name} {_range(olds)} -> {_range(news)} in {_count(len(changes), 'layer')}"
+        result[name] = _range(olds), f"{_range(news)} in {_count(len(changes), 'layer')}"
+    return result
 
 
 def _range(values: Sequence[Any]) -> str:

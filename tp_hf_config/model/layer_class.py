@@ -157,7 +157,7 @@ def layerwise_class(
 def _generated(
     stock: type, base: type, config_class: type, lists: tuple[tuple[str, tuple[type, ...]], ...]
 ) -> Any:
-    auto = auto_classes(config_class, stock)[0]
+    auto = _auto_class(config_class, stock, base)
     text = _SOURCE.format(
         stock=stock.__name__,
         auto=auto,
@@ -174,6 +174,15 @@ def _generated(
     family = stock.__module__.rpartition(".")[2].removeprefix("modeling_")
     module = _module(f"modeling_layerwise_{family}", text)
     return getattr(module, f"{_PREFIX}{stock.__name__}")
+
+
+def _auto_class(config_class: type, stock: type, base: type) -> str:
+    """Return the name of the auto class that loads a class: ``AutoModel`` if it has no head."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if stock is base and stock in _classes_of(MODEL_MAPPING, config_class):
+        return "AutoModel"
+    return auto_classes(config_class, stock)[0]
 
 
 def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:

@@ -125,6 +125,17 @@ def entries_of(config: Any) -> dict[int, dict[str, Any]]:
     }
 
 
+def values_by_layer(model: PreTrainedModel) -> dict[FieldPath, tuple[Any, ...]]:
+    """Return each field of which layers have values of their own -> its value in every layer."""
+    result: dict[FieldPath, tuple[Any, ...]] = {}
+    for path, config in config_nodes(model.config):
+        entries = list(entries_of(config).values())
+        for key in entries[0] if entries else ():
+            field: FieldPath = (*path, key)
+            result[field] = tuple(entry[key] for entry in entries)
+    return result
+
+
 def set_entries(config: Any, entries: Mapping[int, Mapping[str, Any]]) -> None:
     """Put entries into a config, in the place of those that there were; none if there are none."""
     config.per_layer_config = None
@@ -136,16 +147,23 @@ def set_entries(config: Any, entries: Mapping[int, Mapping[str, Any]]) -> None:
             vars(config).pop(switch, None)
 
 
-def uniform_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's JSON in which all layers are like the first, and none has an entry."""
+def uniform_json(data: Mapping[str, Any], like: int | None = 0) -> dict[str, Any]:
+    """Return a config's JSON in which all layers are alike, and none has an entry.
+
+    Args:
+        data: the config's JSON.
+        like: the number of the layer that all are like; ``None``: they have the numbers for all.
+    """
     result: dict[str, Any] = {}
     for key, value in data.items():
         if key in (KEY, EXPLICIT, GLOBAL_READS, "auto_map"):
             continue
-        result[key] = uniform_json(value) if isinstance(value, dict) else copy.deepcopy(value)
+        alike = uniform_json(value, like) if isinstance(value, dict) else copy.deepcopy(value)
+        result[key] = alike
     entries = data.get(KEY) or {}
-    if entries:
-        result.update(entries[min(entries, key=int)])
+    if entries and like is not None:
+        by_number = sorted(entries, key=int)
+        result.update(entries[by_number[min(like, len(entries) - 1)]])
     return result
 
 

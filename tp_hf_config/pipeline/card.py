@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hook.report import in_words
 from ..schema import versions
 from .exported import Exported
 from .job import Pruned
+from .layerwise import Layerwise
 from .source import Source
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -31,7 +33,7 @@ def card(source: Source, pruned: Pruned) -> str:
     lines += [f"{note}." for note in pruned.notes]
     name = base_model(source)
     before, after = pruned.parameters
-    rows = [(field, str(old), str(new)) for field, (old, new) in pruned.fields.items()]
+    rows = [(field, old, new) for field, (old, new) in in_words(pruned.fields).items()]
     rows.append(("parameters", f"{before:,}", f"{after:,} ({after / before:.1%})"))
     return "\n".join(
         [
@@ -44,6 +46,7 @@ def card(source: Source, pruned: Pruned) -> str:
             "",
             *(f"- {line}" for line in lines),
             "",
+            *([] if pruned.layerwise is None else _loading(pruned.layerwise, pruned.out.name)),
             "## How",
             "",
             *_table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()]),
@@ -52,6 +55,28 @@ def card(source: Source, pruned: Pruned) -> str:
             "",
         ]
     )
+
+
+def _loading(layerwise: Layerwise, folder: str) -> list[str]:
+    """Return the section on a model whose layers differ: how it is loaded, and its widths."""
+    widths = [(name, " ".join(map(str, values))) for name, values in layerwise.widths.items()]
+    return [
+        "## Loading",
+        "",
+        "```python",
+        f"from transformers import {layerwise.auto_class}",
+        "",
+        f"model = {layerwise.loading(folder)}",
+        "```",
+        "",
+        "Each layer has widths of its own, and the classes of Transformers build all layers alike. "
+        f"`{layerwise.file}`, which tp-hf-config wrote, builds each by its own: that file is the "
+        "code that `trust_remote_code=True` lets run. It imports nothing but Transformers (5.15 or "
+        "newer). `tp-hf-config export` writes this model in forms that need no code.",
+        "",
+        *_table(("by layer", ""), widths),
+        "",
+    ]
 
 
 def card_of_export(source: Source | None, exported: Exported) -> str:

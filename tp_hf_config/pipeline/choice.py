@@ -51,9 +51,13 @@ class Choice:
 
     @property
     def calibrates(self) -> bool:
-        """True if the model is measured on the text, for an importance, refits or influences."""
-        measured = self.compensate or self.drops or self.importance in CALIBRATED
-        return self.origin is not None and measured
+        """True if the model is run on the text for an importance, refits or influences."""
+        return self.measures or (self.origin is not None and self.drops)
+
+    @property
+    def measures(self) -> bool:
+        """True if what weights read of the text is measured, for an importance or refits."""
+        return self.origin is not None and (self.compensate or self.importance in CALIBRATED)
 
     def without_text(self, reason: str) -> Choice:
         """Return what the job does where no text can be had; a note says why."""
@@ -68,10 +72,14 @@ class Choice:
             text = job.calibration.name
         dropped = "=".join(filter(None, (job.drop_from, str(job.drop_layers or ""))))
         widths = bool(job.widths) or not job.drop_layers
+        ranking = None if job.ranking == "local" else job.ranking
         own = {
             "drop_layers": dropped or None,
+            "ranking": ranking,
+            "allocate": job.allocate or None,
             "importance": self.importance if widths else None,
             "calibration": text,
+            "tokens": job.tokens,
             "compensate": self.compensate if self.origin and widths else None,
             "recover": job.recover or None,
             "device": job.device,
@@ -102,6 +110,11 @@ def choose(
         UnsupportedModelError: the same, and the class takes no text.
     """
     need = _need(job)
+    if job.allocate and job.importance not in (None, *CALIBRATED):
+        raise PipelineError(
+            f"--allocate measures what layers carry on a text, --importance {job.importance} does "
+            f"not: leave it out, or take one of {', '.join(CALIBRATED)}"
+        )
     asked = bool(need) or job.calibration is not None
     writes = class_writes_text(model_class, config)
     if job.drop_layers and not takes_text(model_class):
@@ -109,6 +122,12 @@ def choose(
             f"{model_class.__name__} takes no text that tells which of its layers change least. "
             "In Python: tp_hf_config.drop_layers(model, count=2, calibration="
             "tp_hf_config.calibrate(model, batches))"
+        )
+    if job.allocate and not takes_text(model_class):
+        raise UnsupportedModelError(
+            f"{model_class.__name__} takes no text on which --allocate could compare its layers. "
+            "In Python: tp_hf_config.allocate(model, tp_hf_config.calibrate(model, batches), "
+            "target_params=0.8)"
         )
     if asked and not takes_text(model_class):
         raise UnsupportedModelError(
@@ -161,11 +180,15 @@ def choose(
 
 def _need(job: Job) -> str:
     """Return the argument that takes a text; empty if there is none."""
+    if job.allocate:
+        return "--allocate"
     if job.importance in TEXTUAL:
         return f"--importance {job.importance}"
     if job.drop_layers:
         return "--drop-layers"
-    return "--recover" if job.recover else ""
+    if job.recover:
+        return "--recover"
+    return "--tokens" if job.tokens else ""
 
 
 def takes_text(model_class: type[Any]) -> bool:

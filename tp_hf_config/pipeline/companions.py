@@ -75,8 +75,10 @@ def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copi
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name.startswith(".") or _matches(name, _WRITTEN_ANEW + _WEIGHTS):
             continue
+        if (out / name).exists():  # the code of a generated class, saved with the model
+            continue
         inside = any(path.resolve().is_relative_to(root) for root in roots)
-        if not inside or not _matches(name, wanted) or (out / name).exists():
+        if not inside or not _matches(name, wanted):
             not_copied.append(name)
             continue
         (out / name).parent.mkdir(exist_ok=True)

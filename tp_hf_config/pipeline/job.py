@@ -15,10 +15,14 @@ from .source import Source
 if TYPE_CHECKING:
     from ..hook.dropped_layers import DroppedLayers
     from ..hook.report import SyncReport
+    from ..planning.allocate import Allocation
     from ..planning.plan import Plan
+    from ..planning.settings import Layers
     from .companions import Copied
+    from .layerwise import Layerwise
     from .roundtrip import Proof
 
+Ranking = Literal["local", "global", "isomorphic"]
 Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "taylor", "random"]
 
 
@@ -47,6 +51,12 @@ class Job:
         drop_from: the list of layers that they are dropped from, where a model has several.
         stream: read weights from the folder when they are used, one at a time, instead of loading
             them; ``None``: where that changes nothing, or the model is too large.
+        ranking: which units are ranked together: those of each layer alone, of all layers
+            (Torch-Pruning's ``global_pruning``) or of layers of one structure (``isomorphic``).
+        allocate: every layer gets the width that the model misses least, for the target in
+            ``widths``.
+        tokens: how many tokens of the text the model is measured on; ``None``: as many as
+            ``calibrate`` takes by itself.
         command: the command line that the user typed, for the model card.
     """
 
@@ -65,7 +75,21 @@ class Job:
     drop_layers: int = 0
     drop_from: str | None = None
     stream: bool | None = None
+    ranking: Ranking = "local"
+    allocate: bool = False
+    tokens: int | None = None
     command: str = ""
+
+    @property
+    def layers(self) -> Layers:
+        """Whether all layers keep the same widths, or each may get its own."""
+        layers: Layers = self.widths.get("layers", "uniform")
+        return layers
+
+    @property
+    def steps(self) -> int:
+        """The number of pruning steps."""
+        return int(self.widths.get("iterative_steps", 1))
 
 
 def check_job(job: Job) -> str | None:
@@ -122,6 +146,8 @@ class Pruned:
         seconds: wall-clock time.
         settings: what was done, by name.
         dropped: the layers that were dropped; ``None`` if none were.
+        allocation: the widths by layer that were carried out; ``None`` if there was a plan.
+        layerwise: how a model whose layers differ is loaded; ``None`` if they do not differ.
     """
 
     model: str
@@ -137,6 +163,8 @@ class Pruned:
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     dropped: DroppedLayers | None = None
+    allocation: Allocation | None = None
+    layerwise: Layerwise | None = None
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
@@ -154,10 +182,11 @@ class Pruned:
         return {text: values for text, values in measured.items() if values is not None}
 
     def __str__(self) -> str:
+        from ..hook.report import in_words  # with torch, which no check of a job needs
+
         before, after = self.parameters
-        lines = [
-            f"{self.model}: {', '.join(f'{n} {a} -> {b}' for n, (a, b) in self.fields.items())}"
-        ]
+        changes = (f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
+        lines = [f"{self.model}: {', '.join(changes)}"]
         if self.dropped is not None:
             lines.append(self.dropped.in_one_line)
         lines.append(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
@@ -169,6 +198,8 @@ class Pruned:
         if self.copied.not_copied:
             lines.append(f"not copied: {', '.join(self.copied.not_copied)}")
         lines += [f"note: {note}" for note in self.notes]
+        if self.layerwise is not None:
+            lines.append(self.layerwise.in_one_line(str(self.out)))
         return "\n".join([*lines, f"written: {self.out} ({self.seconds:.0f} s)"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,6 +217,8 @@ class Pruned:
             "not_copied": list(self.copied.not_copied),
             "notes": list(self.notes),
             "plan": None if self.plan is None else self.plan.to_dict(),
+            "allocation": None if self.allocation is None else self.allocation.to_dict(),
+            "layers_differ": None if self.layerwise is None else self.layerwise.to_dict(),
             "dropped_layers": None if self.dropped is None else self.dropped.to_dict(),
             "steps": [report.to_dict() for report in self.reports],
             "seconds": self.seconds,

@@ -31,7 +31,8 @@ class Material:
         objective: what the model is asked.
         batches: windows ``(1, tokens)`` for gradients and recovery, without end.
         teacher: a copy of the unpruned model; ``None`` without recovery.
-        calibration: what the model's weights read; ``None`` if nothing is made of it.
+        calibration: what the model's weights read; ``None`` if nothing is made of it. Where layers
+            are dropped it is not measured yet: they go before.
         held_out: windows ``(windows, tokens)`` of the calibration file that decide nothing.
         second: windows of the second text; none if the model is no causal language model.
     """
@@ -47,6 +48,11 @@ class Material:
         """Return the perplexity on the held-out windows, and that on the second text."""
         held_out = self.objective.perplexity(model, self.held_out)
         return held_out, self.objective.perplexity(model, self.second)
+
+    def measure(self, progress: Progress) -> None:
+        """Measure what the model's weights read now, if anything is made of it."""
+        if self.calibration is not None:
+            measure(self.calibration, progress)
 
 
 def gather(
@@ -81,7 +87,7 @@ def gather(
         objective,
         shuffled(text.train, job.seed),
         copy.deepcopy(model) if job.recover else None,
-        _measured(model, text.train, progress) if choice.calibrates else None,
+        _calibration(job, model, text.train, progress) if choice.calibrates else None,
         text.held_out,
         second,
     )
@@ -91,7 +97,7 @@ def _windows(job: Job, choice: Choice, model: PreTrainedModel, progress: Progres
     """Return the windows of the chosen text; only those of a file are held out of it."""
     if choice.origin == "own":
         progress.say("the model writes the text that it is calibrated on")
-        text = own_text(model, TOKENS * HELD_OUT // (HELD_OUT - 1), job.seed)
+        text = own_text(model, (job.tokens or TOKENS) * HELD_OUT // (HELD_OUT - 1), job.seed)
     else:
         assert choice.tokenizer is not None  # only the model's own text needs none
         text = windows_of(choice.text, choice.tokenizer, model)
@@ -104,11 +110,25 @@ def _all(text: Text) -> Tensor:
     return torch.cat([text.train, text.held_out])
 
 
-def _measured(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Calibration:
-    """Measure a model on windows ``(windows, tokens)``; no more tokens than ``calibrate`` takes."""
-    measured = max(1, TOKENS // windows.shape[1])
+def _calibration(
+    job: Job, model: PreTrainedModel, windows: Tensor, progress: Progress
+) -> Calibration:
+    """Measure a model on the first of the windows ``(windows, tokens)``; as many as the job says.
+
+    Where layers are dropped nothing is measured, the calibration only holds the windows.
+    """
+    measured = max(1, (job.tokens or TOKENS) // windows.shape[1])
     chosen = windows[: measured * HELD_OUT // (HELD_OUT - 1)]
-    progress.say(f"calibrating: {len(chosen)} windows")
-    calibration = calibrate(model, [batch_of(model, row[None]) for row in chosen])
-    progress.say(str(calibration))
+    batches = [batch_of(model, row[None]) for row in chosen]
+    calibration = calibrate(model, batches, measure=False)
+    if not job.drop_layers:
+        measure(calibration, progress)
     return calibration
+
+
+def measure(calibration: Calibration, progress: Progress) -> None:
+    """Measure what a model's weights read, and say so."""
+    windows = len(calibration.train) + len(calibration.held_out)
+    progress.say(f"calibrating: {windows} windows")
+    calibration.measure()
+    progress.say(str(calibration))

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
-from ..errors import CalibrationWarning, PipelineError, UnsupportedModelError
+from ..errors import PipelineError, UnsupportedModelError
 from ..fieldmap.field_map import map_of
 from ..fieldmap.layer_map import by_layers
+from ..forward.run_recipe import RunRecipe
 from ..hook.drop_layers import drop_layers
 from ..hook.dropped_layers import DroppedLayers
-from ..hook.hook import HFConfigSyncHook
-from ..hook.report import SyncReport
 from ..model.build import Refusal
+from ..planning.allocate import Allocation
 from ..planning.plan import Plan
 from .card import card
-from .checks import check_device, check_plan, dtype_of, plan_for
+from .checks import check_device, dtype_of
 from .choice import Choice, choose
-from .companions import copy_companions, notes_on_uncopied
-from .job import Importance, Job, Pruned, changed, check_job
+from .companions import Copied, copy_companions, notes_on_uncopied
+from .job import Job, Pruned, changed, check_job
+from .layerwise import layerwise_of
 from .material import Material, gather
 from .output import new_folder, save_model
 from .progress import Progress, Silent
-from .recovery import accumulate_gradients, recover
-from .roundtrip import prove_roundtrip
+from .roundtrip import Proof, prove_roundtrip
 from .source import (
     check_not_quantised,
     check_rotary,
@@ -42,18 +41,12 @@ from .source import (
     load,
     load_lazily,
 )
+from .steps import check_ranking, run_steps
 from .streaming import streams
+from .widths import decided, planned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from ..calibration.calibrate import Calibration
-
-_OF_TORCH_PRUNING: dict[Importance, str] = {
-    "magnitude": "GroupMagnitudeImportance",
-    "taylor": "GroupTaylorImportance",
-    "random": "RandomImportance",
-}
 
 
 def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
@@ -79,12 +72,10 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         check_rotary(job.source)
         config.dtype = dtype_of(job.dtype) or config.dtype
         model_class = class_for(job.source, config)
-        plan = plan_for(job.source, config, model_class, job.widths) if job.widths else None
-        if plan is not None and not job.drop_layers:  # else it is made anew, for fewer layers
-            check_plan(plan, job)
+        plan = planned(job, config, model_class)
         choice = choose(job, text, config, model_class)
-        if plan is not None and not job.drop_layers:
-            progress.say(plan)
+        if plan is not None:
+            _show(plan, job, progress)
         with _seeded(job.seed):
             result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
@@ -120,30 +111,34 @@ def _prune_and_write(
     else:
         progress.say(f"loading {job.source.name}")
         model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    if plan is not None and job.ranking != "local":
+        check_ranking(job, plan, model)
     choice, material = _material(job, choice, model, progress)
     parameters, before = model.num_parameters(), _perplexities(model, material)
     dropped = _drop(job, model, material, progress)
-    if plan is not None and dropped is not None:
-        plan = _plan_of_fewer(job, model, parameters)
-        progress.say(plan)
+    widths: Plan | Allocation | None = plan
+    if job.widths and plan is None:
+        if dropped is not None and choice.measures and material is not None:
+            material.measure(progress)
+        widths = decided(job, model, choice, material, parameters, progress)
+        _show(widths, job, progress)
     recipe = map_of(model, how=by_layers).recipe
-    reports = _prune(job, plan, model, choice, material, progress)
+    reports = run_steps(job, widths, model, choice, material, progress)
     held_out, second = map(_pair, before, _perplexities(model, material))
     del material  # free the unpruned model: the process that loads the pruned one needs room
-    save_model(model, work, job.max_shard_size)
-    rotary_notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
-    copied = copy_companions(job.source, model.config, work)
-    progress.say("a fresh process loads what was written")
-    proof = prove_roundtrip(model, work, recipe)
-    notes = [*load_notes, *(plan.notes if plan else ()), *choice.notes]
+    proof, copied, rotary_notes = _write(job, model, recipe, work, progress)
+    layerwise = layerwise_of(model)
+    notes = [*load_notes, *(widths.notes if isinstance(widths, Plan) else ()), *choice.notes]
     notes += dropped.notes if dropped else ()
     notes += [note for report in reports for note in report.notes]
     notes += rotary_notes
     notes += notes_on_uncopied(job.source, copied, changed(reports))
+    if job.layers == "differ" and layerwise is None:
+        notes.append("all layers have the same widths in the end: the class is the stock one")
     result = Pruned(
         type(model).__name__,
         job.out,
-        plan,
+        widths if isinstance(widths, Plan) else None,
         reports,
         (parameters, model.num_parameters()),
         proof,
@@ -153,9 +148,36 @@ def _prune_and_write(
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
         dropped=dropped,
+        allocation=widths if isinstance(widths, Allocation) else None,
+        layerwise=layerwise,
     )
     (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result
+
+
+def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
+    """Show the widths before anything is cut, as far as they are known by then."""
+    progress.say(widths)
+    if job.ranking != "local":
+        progress.say(
+            f"the plan is of one ratio for all layers: --ranking {job.ranking} decides how much of "
+            "each goes"
+        )
+
+
+def _write(
+    job: Job, model: PreTrainedModel, recipe: RunRecipe, work: Path, progress: Progress
+) -> tuple[Proof, Copied, tuple[str, ...]]:
+    """Write the model and what belongs to it into ``work``, and prove that it loads from there.
+
+    Returns:
+        The proof, the files that were copied, and notes.
+    """
+    save_model(model, work, job.max_shard_size)
+    notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
+    copied = copy_companions(job.source, model.config, work)
+    progress.say("a fresh process loads what was written")
+    return prove_roundtrip(model, work, recipe), copied, notes
 
 
 def _material(
@@ -171,8 +193,8 @@ def _material(
         return choice, material
     if choice.asked:
         raise UnsupportedModelError(
-            f"{material.reason}: leave --calibration and --recover out, and use --importance "
-            "magnitude or random"
+            f"{material.reason}: leave --calibration, --recover, --allocate and --drop-layers out, "
+            "and use --importance magnitude or random"
         )
     return choice.without_text(material.reason), None
 
@@ -205,73 +227,3 @@ def _drop(
         raise PipelineError(f"--drop-layers {job.drop_layers}: {error}") from error
     progress.say(str(dropped))
     return dropped
-
-
-def _plan_of_fewer(job: Job, model: PreTrainedModel, parameters: int) -> Plan:
-    """Return the plan for a model that lost layers; a target stays a share of the whole model.
-
-    Args:
-        job: the job.
-        model: the model, with the layers that are left.
-        parameters: how many it had before.
-    """
-    widths = dict(job.widths)
-    if widths.get("target_params", 2) <= 1:
-        widths["target_params"] = int(widths["target_params"] * parameters)
-    plan = plan_for(job.source, model.config, type(model), widths)
-    check_plan(plan, job)
-    return plan
-
-
-def _prune(
-    job: Job,
-    plan: Plan | None,
-    model: PreTrainedModel,
-    choice: Choice,
-    material: Material | None,
-    progress: Progress,
-) -> tuple[SyncReport, ...]:
-    """Run all steps, with gradients before and recovery after each; return one report per step."""
-    import torch_pruning as tp
-
-    if plan is None:
-        if material is not None and material.teacher is not None:
-            objective, batches = material.objective, material.batches
-            recover(model, material.teacher, objective, batches, job.recover, progress, "recovery")
-        return ()
-    calibration = None if material is None else material.calibration
-    hook = HFConfigSyncHook(strict=True, compensate=calibration if choice.compensate else None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)  # it says what to do in Python
-        pruner = tp.pruner.MetaPruner(
-            model,
-            **plan.pruner_kwargs(model),
-            importance=_importance(choice, calibration),
-            hooks=[hook],
-        )
-    steps = plan.settings.iterative_steps
-    for step in range(1, steps + 1):
-        name = f"step {step}/{steps}"
-        if material is not None and choice.importance == "taylor":
-            what = f"{name}: gradients"
-            accumulate_gradients(model, material.objective, material.batches, progress, what)
-        pruner.step()
-        progress.say(str(hook.last_report))
-        updates = job.recover * step // steps - job.recover * (step - 1) // steps
-        if material is not None and material.teacher is not None and updates:
-            what = f"{name}: recovery"
-            objective, batches = material.objective, material.batches
-            recover(model, material.teacher, objective, batches, updates, progress, what)
-    model.zero_grad()
-    return tuple(hook.reports)
-
-
-def _importance(choice: Choice, calibration: Calibration | None) -> Any:
-    """Return what a pruner calls to rank the channels of a group."""
-    import torch_pruning as tp
-
-    name: Any = choice.importance
-    if name in _OF_TORCH_PRUNING:
-        return getattr(tp.importance, _OF_TORCH_PRUNING[name])()
-    assert calibration is not None  # the choice has a text for all others
-    return calibration.importance(name)

@@ -88,8 +88,10 @@ class Allocation:
         old, new = self.parameters
         lines = [f"{self.model}: {old:,} -> {new:,} parameters ({new / old:.1%})"]
         for name, fields in _by_shared_name(self.widths).items():
+            before = [f"{self._before[field]:,}" for field in fields]
+            was = f"{before[0]} in each layer" if len(set(before)) == 1 else " ".join(before)
             widths = " ".join(f"{self.widths[field]:,}" for field in fields)
-            lines.append(f"{name}, {self._before[fields[0]]:,} in each layer -> {widths}")
+            lines.append(f"{name}, {was} -> {widths}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -260,7 +262,8 @@ def _lagrangian(
         raise ValueError(
             f"target_params={target:,}: {parameters:,} parameters are left when every layer loses "
             "the largest of shares=. Allow larger shares, name more fields in prune=, or take a "
-            "larger target"
+            "larger target (in the shell: more fields in --prune, a larger --target-params, or "
+            "layers less, --drop-layers)"
         )
     return left, parameters
 

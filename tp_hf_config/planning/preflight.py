@@ -163,7 +163,7 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
     if problem is not None and may_differ(view.model):
         problem += (
             " Or let every layer have widths of its own: layers='differ', in pruner_kwargs and in "
-            "HFConfigSyncHook."
+            "HFConfigSyncHook, in the shell --layers differ."
         )
     if ranked or problem is not None:
         return None, problem

@@ -281,6 +281,30 @@ def test_a_copy_needs_no_other_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         calibration.on_copy(twin)
 
 
+def test_what_is_only_held_is_measured_once_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Influences of layers are no reason to."""
+    model = zoo.build("llama")
+    passes: list[int] = []
+    measure = measured.measure
+
+    def noted(model: Any, *given: Any) -> Any:
+        passes.append(model.config.num_hidden_layers)
+        return measure(model, *given)
+
+    monkeypatch.setattr(measured, "measure", noted)
+    calibration = calibrate(model, calibrated.batches(model, 8), measure=False)
+    tokens = calibration.tokens
+    assert str(calibration) == f"LlamaForCausalLM on {tokens} tokens: not measured yet"
+    tp_hf_config.drop_layers(model, count=1, calibration=calibration)
+    assert passes == []
+    with pytest.warns(CalibrationWarning, match="refits want"):
+        calibration.measure()
+    assert passes == [1]
+    assert str(calibration).startswith(f"LlamaForCausalLM on {tokens} tokens: what ")
+
+
 def test_public_names() -> None:
     assert tp_hf_config.calibrate is calibrate
     assert tp_hf_config.Calibration.__name__ == "Calibration"

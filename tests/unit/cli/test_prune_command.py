@@ -25,6 +25,7 @@ from shell import Terminal, shell
 from smollm2_file import gguf_file
 
 from tp_hf_config import Calibration
+from tp_hf_config.calibration import measured as measured_model
 from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import output, prune, recovery
@@ -352,6 +353,18 @@ class TestCalibrated:
             before, after = found[key].values()
             assert f"- Perplexity on {text}: {before:.1f} before, {after:.1f} after." in shown
 
+    def test_so_many_tokens(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        """Of the shipped text, and of what the model writes: windows of 62 tokens."""
+        found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "out", "--tokens", 620)
+        assert found["settings"]["tokens"] == 620
+        assert "calibrating: 11 windows" in errors
+        assert [line for line in errors if line.startswith("LlamaForCausalLM on 620 tokens: ")]
+        more = ("--calibration", "own", "--tokens", 620)
+        _, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "own", *more)
+        assert "calibrating: 11 windows" in errors
+        card = (tmp_path / "own" / "README.md").read_text().splitlines()
+        assert "| tokens | `620` |" in card
+
     def test_own(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         more = ("--calibration", "own", "--importance", "obs", "--seed", 4)
         found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "out", *more)
@@ -523,6 +536,64 @@ class TestDroppedLayers:
         code, _, errors = shell(capsys, *typed, "--recover", 2)
         assert code == 0, errors
         assert "recovery: 2 windows" in errors
+
+    @pytest.mark.parametrize(
+        ("more", "measured"),
+        [
+            ((), []),
+            (("--ratios", "intermediate_size=0.25"), [3]),
+            (
+                ("--ratios", "intermediate_size=0.25", "--importance", "random", "--no-compensate"),
+                [],
+            ),
+        ],
+    )
+    def test_only_what_is_pruned_is_measured(
+        self,
+        capsys: Any,
+        deep: Path,
+        tmp_path: Path,
+        unproved: None,
+        monkeypatch: pytest.MonkeyPatch,
+        more: tuple[str, ...],
+        measured: list[int],
+    ) -> None:
+        """Influences need no Gram matrices, and of layers that go nothing else is wanted."""
+        seen: list[int] = []
+        measure = measured_model.measure
+
+        def noted(model: Any, *given: Any) -> Any:
+            seen.append(model.config.num_hidden_layers)
+            return measure(model, *given)
+
+        monkeypatch.setattr(measured_model, "measure", noted)
+        typed = ("prune", deep / "llama", "--out", tmp_path / "out", "--drop-layers", 1, *more)
+        code, _, errors = shell(capsys, *typed)
+        assert code == 0, errors
+        assert seen == measured
+        assert ("calibrating: 196 windows" in errors.splitlines()) is bool(measured)
+
+    def test_a_target_that_is_only_met_without_the_layers(
+        self, capsys: Any, deep: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        typed = ("prune", deep / "llama", "--out", tmp_path / "out", "--json")
+        target = ("--target-params", 0.4, "--prune", "intermediate_size")
+        code, _, errors = shell(capsys, *typed, *target)
+        assert code == 1
+        assert "target_params" in errors
+        code, printed, errors = shell(capsys, *typed, *target, "--drop-layers", 2)
+        assert code == 0, errors
+        before, after = json.loads(printed)["parameters"].values()
+        assert after / before == pytest.approx(0.4, abs=0.01)
+
+    def test_a_field_that_is_none_is_told_before_the_model_is_read(
+        self, capsys: Any, deep: Path, tmp_path: Path
+    ) -> None:
+        typed = ("prune", deep / "llama", "--out", tmp_path / "out", "--drop-layers", 1)
+        code, _, errors = shell(capsys, *typed, "--ratios", "no_size=0.5")
+        assert code == 2
+        assert "LlamaForCausalLM cannot prune no_size" in errors
+        assert "loading" not in errors
 
     def test_a_target_is_of_the_whole_model(
         self, capsys: Any, deep: Path, tmp_path: Path, unproved: None
@@ -795,7 +866,7 @@ def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., A
 
 STEPS = {
     "loading": (prune, "load"),
-    "pruning": (prune, "_prune"),
+    "pruning": (prune, "run_steps"),
     "saving": (prune, "save_model"),
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),

@@ -70,3 +70,25 @@ def test_a_layers_own_field_sets_its_own_tensors_alone() -> None:
         (KEY, "0", "intermediate_size")
     }
     assert ("intermediate_size",) not in made.values
+
+
+@pytest.mark.parametrize(("layers", "heads"), [("0", 2), ("01", 4)])
+def test_numbers_that_the_stock_class_refuses_for_all_layers(layers: str, heads: int) -> None:
+    """Three heads do not divide 64: all are like another layer, or have the number for all."""
+    model: Any = layer_zoo.build("llama")
+    three = {
+        (KEY, layer, key): value
+        for layer in layers
+        for key, value in (("num_attention_heads", 3), ("num_key_value_heads", 1))
+    }
+    with layers_listed(model):
+        builder = build_live(model)[0]
+        data = config_json(model.config, use_diff=False)
+        data = with_values(data, {(KEY, "1", "num_attention_heads"): 2, **three})
+        uniform = uniform_map(builder, data)
+        made = layer_map(builder, data, uniform, uniform.depth.canonical)
+        learned = learn(builder, builder.config(data), builder.build(data))
+    assert uniform.values["num_attention_heads",] == heads
+    assert made is not None
+    assert made.values == learned.values
+    assert made.splits.heads == learned.splits.heads

@@ -8,16 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import layer_zoo
 import pytest
 import small
 import torch
 import torch_pruning as tp
 import transformers as hf
-from tiny_training import DATA, MODELS, gradients, pruner_of
+from tiny_training import DATA, MODELS, TOKENS, gradients, pruner_of
 
 from tp_hf_config import PruningCallback, TrainingError
 
 STEPS = 10
+DEEP = {"num_hidden_layers": 11, "num_attention_heads": 4, "num_key_value_heads": 1}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,6 +105,63 @@ class TestTrainer:
             assert [r.fields for r in again.hook.reports[1:]] == [
                 r.fields for r in callback.hook.reports[stop // 3 :]
             ]
+
+    @pytest.mark.skipif(not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers")
+    def test_layers_that_differ(self, tmp_path: Path):
+        """Ranked together; checkpoints from before, between and after the steps are resumed.
+
+        There are layers of two digits, and heads go beside the feed-forward units.
+        """
+
+        def make() -> PruningCallback:
+            return PruningCallback(
+                at=(2, 5),
+                pruning_ratio=0.3,
+                iterative_steps=2,
+                prune="intermediate_size",
+                gqa="query",
+                head_pruning_ratio=0.5,
+                global_pruning=True,
+                layers="differ",
+            )
+
+        def loaded(folder: Path) -> Any:
+            model, info = hf.AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=True, output_loading_info=True
+            )
+            assert not any(info.values()), info
+            return model
+
+        whole, callback = small.llama(**DEEP), make()
+        trainer = trained(whole, callback, tmp_path / "whole", max_steps=7)
+        assert type(whole).__name__ == "LayerwiseLlamaForCausalLM"
+        widths = layer_zoo.widths(whole, ("intermediate_size", "num_attention_heads"))
+        assert len(set(widths["intermediate_size"])) > 1
+        assert widths["num_attention_heads"] == [2] * 11  # 3 in between do not divide 32
+        checkpoints = [tmp_path / "whole" / f"checkpoint-{n}" for n in range(1, 8)]
+        assert [type(loaded(folder)).__name__ for folder in checkpoints] == [
+            "LlamaForCausalLM",
+            *["LayerwiseLlamaForCausalLM"] * 6,
+        ]
+        for stop in (1, 3, 6):
+            model, again = loaded(checkpoints[stop - 1]), make()
+            resumed = trained(
+                model, again, tmp_path, checkpoints[stop - 1], save_strategy="no", max_steps=7
+            )
+            assert again.pruner.pruning_history() == callback.pruner.pruning_history()
+            assert_equal(model.state_dict(), whole.state_dict())
+            assert layer_zoo.widths(model, widths) == widths
+            first, second = trainer.optimizer.state_dict(), resumed.optimizer.state_dict()
+            assert first["state"].keys() == second["state"].keys()
+            for number, state in first["state"].items():
+                assert_equal(second["state"][number], state)
+        for parameter in whole.parameters():
+            state = trainer.optimizer.optimizer.state[parameter]
+            assert state["exp_avg"].shape == parameter.shape
+        trainer.save_model(str(tmp_path / "final"))
+        final = loaded(tmp_path / "final").eval()
+        with torch.no_grad():
+            assert torch.equal(final(TOKENS).logits, whole.eval()(TOKENS).logits)
 
     def test_the_pruning_acts_on_the_gradients_of_all_accumulated_batches(self, tmp_path: Path):
         seen: list[list[bool]] = []

@@ -209,8 +209,8 @@ class TestObjective:
         with pytest.raises(UnsupportedModelError) as refused:
             prune._material(job(), asked, model, Silent())
         assert str(refused.value) == (
-            f"{reason}: leave --calibration and --recover out, and use --importance magnitude or "
-            "random"
+            f"{reason}: leave --calibration, --recover, --allocate and --drop-layers out, and use "
+            "--importance magnitude or random"
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch_pruning as tp
-from torch import nn
 from transformers.trainer_callback import (
     ExportableState,
     TrainerCallback,
@@ -16,12 +15,11 @@ from transformers.trainer_callback import (
 
 from ...errors import TrainingError
 from ...graph.origins import Origin
-from ...model.config_json import config_json, with_values
-from ...model.locate import find_pretrained
+from ...model.config_json import with_values
 from ...planning.pruner_kwargs import pruner_kwargs
 from ..hook import HFConfigSyncHook
 from .optimizer import cannot_follow, optimizer_follows, replace, unwrapped
-from .resume import Progress, progress_of, pruner_at, sync_hook_of
+from .resume import Progress, full_config, progress_of, pruner_at, sync_hook_of
 
 
 class PruningCallback(TrainerCallback, ExportableState):
@@ -107,12 +105,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         saved = _saved_progress(state, type(self).__name__)
         self._checked = False
         if saved is None:
-            self._unpruned = _full_config(model)
             self.pruner = self._make_pruner(model)
+            self._unpruned = full_config(model, sync_hook_of(self.pruner).layers)
         else:
             self.pruner, changed = pruner_at(saved, model, self._make_pruner)
             replace(optimizer, {old: (new, Origin(old, {})) for old, new in changed.items()})
-            self._unpruned = with_values(_full_config(model), dict(saved.fields))
+            self._unpruned = with_values(full_config(model, saved.layers), dict(saved.fields))
         self.hook = sync_hook_of(self.pruner)
         reason = self._schedule_problem(state.max_steps)
         if reason is not None:
@@ -143,7 +141,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             return self._build(model)
         defaults = {
             "importance": tp.importance.GroupTaylorImportance(),
-            "hooks": [HFConfigSyncHook()],
+            "hooks": [HFConfigSyncHook(layers=self._settings.get("layers", "uniform"))],
         }
         return tp.pruner.MetaPruner(model, **pruner_kwargs(model, **(defaults | self._settings)))
 
@@ -166,11 +164,6 @@ class PruningCallback(TrainerCallback, ExportableState):
                 f"{steps} steps, which comes after {last}: prune earlier or train longer"
             )
         return None
-
-
-def _full_config(model: nn.Module) -> dict[str, Any]:
-    """Return the JSON of a model's config, with every default."""
-    return config_json(find_pretrained(model)[1].config, use_diff=False)
 
 
 def _saved_progress(state: TrainerState, name: str) -> Progress | None:

@@ -16,10 +16,12 @@ from torch import nn
 
 from ...errors import TrainingError
 from ...fieldmap.completeness import build_live
+from ...graph.layer_fields import layers_listed
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, changed_values, config_json, field_name, with_values
 from ...model.locate import find_pretrained
 from ...model.tensors import owner, saved_buffers
+from ...planning.settings import Layers
 from ..apply import (
     Changes,
     all_or_nothing,
@@ -41,12 +43,14 @@ class Progress:
         history: what was pruned, as ``pruner.pruning_history()`` returns it.
         fields: the config fields that pruning changed, with their values before the first step.
         scopes: ranking scope -> the channels that the pruner counted in it at its first step.
+        layers: whether layers may have widths of their own.
     """
 
     step: int
     history: list[tuple[str, bool, list[int]]]
     fields: list[tuple[FieldPath, Any]]
     scopes: dict[str, int]
+    layers: Layers = "uniform"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the progress for ``json.dumps``."""
@@ -56,7 +60,14 @@ class Progress:
     def from_dict(cls, data: Mapping[str, Any]) -> Progress:
         """Return the progress from the JSON of :meth:`to_dict`."""
         fields = [(tuple(field), value) for field, value in data["fields"]]
-        return cls(data["step"], data["history"], fields, data["scopes"])
+        layers = data.get("layers", "uniform")
+        return cls(data["step"], data["history"], fields, data["scopes"], layers)
+
+
+def full_config(model: nn.Module, layers: Layers) -> dict[str, Any]:
+    """Return the JSON of a model's config, with every default and the entries of all layers."""
+    with layers_listed(model, layers):
+        return config_json(find_pretrained(model)[1].config, use_diff=False)
 
 
 def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
@@ -64,20 +75,21 @@ def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
 
     Args:
         pruner: the pruner.
-        unpruned: the JSON of the config before the pruner's first step.
+        unpruned: the JSON of the config before the pruner's first step (:func:`full_config`).
     """
-    _, model = find_pretrained(pruner.model)
+    hook = sync_hook_of(pruner)
     history = [
         (name, bool(out), [int(index) for index in idxs])
         for name, out, idxs in pruner.pruning_history()
     ]
-    pruned = {name for report in sync_hook_of(pruner).reports for name in report.fields}
+    pruned = {name for report in hook.reports for name in report.fields}
     fields = [
         (field, value)
-        for field, value in changed_values(config_json(model.config, use_diff=False), unpruned)
+        for field, value in changed_values(full_config(pruner.model, hook.layers), unpruned)
         if field_name(field) in pruned  # saving a model sets other fields too
     ]
-    return Progress(pruner.current_step, history, fields, dict(pruner._scope_initial_channels))
+    scopes = dict(pruner._scope_initial_channels)
+    return Progress(pruner.current_step, history, fields, scopes, hook.layers)
 
 
 def sync_hook_of(pruner: Any) -> HFConfigSyncHook:
@@ -112,7 +124,7 @@ def pruner_at(
     _, pretrained = find_pretrained(model)
     names = dict(pretrained.named_parameters(remove_duplicate=False))
     buffers = saved_buffers(pretrained)
-    with all_or_nothing() as changes:
+    with layers_listed(model, progress.layers), all_or_nothing() as changes:
         _widen(changes, pretrained, progress)
         pruner = build(model)
         hook = sync_hook_of(pruner)
