@@ -21,7 +21,7 @@ _LEAST = 8  # tokens
 HELD_OUT = 8  # one batch in so many is held out
 _MOST_HELD_OUT = 8  # batches
 _AT_ONCE = 8  # windows that the model writes side by side
-_ACTIVATIONS = 1 << 27  # numbers of one activation, for all rows together
+_ACTIVATIONS = 1 << 26  # numbers of one activation, for all rows together
 Batch = Mapping[str, Any]
 
 

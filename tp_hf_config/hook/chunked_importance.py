@@ -8,6 +8,7 @@ depends only on its own weights, so a few channels at a time give the same numbe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import copy
 from itertools import pairwise
 from types import SimpleNamespace
@@ -49,9 +50,11 @@ def in_pieces(importance: Any, group: Any) -> Any:
     each.target_types = [*importance.target_types, _Columns]
     values: list[torch.Tensor] = []
     roots: list[Any] = []
+    types = tuple(importance.target_types)
     for item in group:
-        with in_memory(item.dep.target.module):
-            results = [each([piece]) for piece in _pieces(item, tuple(importance.target_types))]
+        module = item.dep.target.module
+        with in_memory(module) if isinstance(module, types) else nullcontext():
+            results = [each([piece]) for piece in _pieces(item, types)]
         if results[0] is None:  # the importance does not look at this layer
             continue
         for parts in zip(*results, strict=True):  # the weight's, and the bias's where it counts

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .lazy_parts import Parts, parts_of
+
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 _VIEWS = {
@@ -70,10 +72,12 @@ class LazyTensor(Tensor):
     Attributes:
         like: as given.
         read: as given.
+        parts: the tensors that it is made of; ``None``: it is no stack.
     """
 
     like: Tensor
     read: Callable[[], Tensor]
+    parts: Parts | None
     _storage: _Storage
 
     @staticmethod
@@ -89,7 +93,7 @@ class LazyTensor(Tensor):
     def __init__(
         self, like: Tensor, read: Callable[[], Tensor], storage: _Storage | None = None
     ) -> None:
-        self.like, self.read = like, read
+        self.like, self.read, self.parts = like, read, None
         self._storage = storage or _Storage(like.nbytes)
 
     @classmethod
@@ -103,8 +107,7 @@ class LazyTensor(Tensor):
         """
         kwargs = dict(kwargs or {})
         if func in _SAME:
-            source = args[0]
-            return LazyTensor(source.like, source.read, source._storage)
+            return _same(args[0])
         if func in _MOVES and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             return _moved(func, args, kwargs)
         if func in _SHAPES:
@@ -118,7 +121,7 @@ class LazyTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a lazy tensor of the same values, or a Parameter of one."""
-        copied: Any = LazyTensor(self.like, self.read)
+        copied: Any = _same(self, _Storage(self.like.nbytes))
         if isinstance(self, nn.Parameter):
             copied = nn.Parameter(copied, self.requires_grad)
         memo[id(self)] = copied
@@ -144,8 +147,19 @@ class _Storage:
         return self._size
 
 
+def _same(source: LazyTensor, storage: _Storage | None = None) -> LazyTensor:
+    """Return another lazy tensor of the same values."""
+    same = LazyTensor(source.like, source.read, storage or source._storage)
+    same.parts = source.parts
+    return same
+
+
 def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return the lazy result, or results, of an operation that only moves values."""
+    parts = args[0].parts if isinstance(args[0], LazyTensor) else None
+    taken = None if parts is None else parts.of(func, _counted_from_front(args), kwargs)
+    if taken is not None:
+        return _with_storage(taken, args[0]) if func in _VIEWS else taken
     plain = {key: value for key, value in kwargs.items() if key != "device"}
     results = func(*tree_map(_shape_of, args), **plain)
 
@@ -154,11 +168,29 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
     storage = args[0]._storage if func in _VIEWS and isinstance(args[0], LazyTensor) else None
     if isinstance(results, Tensor):
-        return LazyTensor(results, read, storage)
+        result = LazyTensor(results, read, storage)
+        result.parts = parts_of(func, args, results.ndim)
+        return result
     return [
         LazyTensor(result, partial(_item, read, number), storage)
         for number, result in enumerate(results)
     ]
+
+
+def _counted_from_front(args: Sequence[Any]) -> list[Any]:
+    """Return arguments with a dimension that is counted from the end counted from the front."""
+    counted = list(args)
+    for place in (1, 2):
+        if place < len(args) and type(args[place]) is int and args[place] < 0:
+            counted[place] += args[0].ndim
+    return counted
+
+
+def _with_storage(taken: Any, source: LazyTensor) -> Any:
+    """Return what was taken of a tensor's parts, with the storage of the whole."""
+    if isinstance(taken, Tensor):
+        return _same(taken, source._storage) if isinstance(taken, LazyTensor) else taken
+    return [_with_storage(each, source) for each in taken]
 
 
 def _item(read: Callable[[], Sequence[Tensor]], number: int) -> Tensor:

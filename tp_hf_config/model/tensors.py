@@ -53,6 +53,10 @@ def _shape_of(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> li
 
 def _select_lazily(tensor: LazyTensor, positions: Mapping[int, torch.Tensor]) -> LazyTensor:
     """Return the selection as a lazy tensor; nothing is read yet."""
+    if tensor.parts is not None:
+        for dim, index in positions.items():
+            tensor = tensor.index_select(dim, index)  # type: ignore[assignment]
+        return tensor
     like = torch.empty(_shape_of(tensor, positions), dtype=tensor.dtype, device="meta")
     return LazyTensor(like, lambda: select(tensor.read(), positions))
 

@@ -27,6 +27,7 @@ from .refusals import adjusted_line, by_name, planned_refusal
 from .selection import Chosen, Wanted, check_ratios, choose
 from .settings import Gqa, Layers, PruneSettings, Scheduler
 from .shortfall import shortfalls
+from .streaming_cost import streaming_cost
 from .target import target_missed, trajectory_to
 from .trajectory import MovingWidth, Trajectory
 from .unit_counts import multiples_of, unit_counts_of
@@ -234,6 +235,15 @@ def _plan(
         adjusted=(*map(adjusted_line, trajectory.adjusted), *shortfalls(trajectory)),
         target=target,
         why_not_exactly=None if missed is None else missed.reason,
+        streaming=None
+        if after is None
+        else streaming_cost(
+            field_map,
+            full,
+            [width.fields for width in chosen.widths],
+            settings.iterative_steps,
+            after.bytes,
+        ),
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
         notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _live=weakref.ref(source) if has_weights else lambda: None,

@@ -22,6 +22,7 @@ from .model_size import Size
 from .pruner_kwargs import pruner_kwargs
 from .refusals import PlannedRefusal, refusal_lines
 from .settings import PruneSettings
+from .streaming_cost import StreamingCost
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Plan:
             for.
         tokens: FLOPs are counted for each token; else for each input (an image, a recording).
         notes: what else the user should know.
+        streaming: what carrying it out from folder to folder takes; ``None`` if it is refused.
     """
 
     model: str
@@ -111,6 +113,7 @@ class Plan:
     why_not_exactly: str | None = None
     tokens: bool = True
     notes: tuple[str, ...] = ()
+    streaming: StreamingCost | None = None
     _live: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
@@ -180,6 +183,7 @@ class Plan:
             "target_parameters": self.target,
             "why_not_exactly": self.why_not_exactly,
             "notes": list(self.notes),
+            "streaming": None if self.streaming is None else self.streaming.to_dict(),
         }
         return dated(data)
 
@@ -256,6 +260,12 @@ def footnotes(plan: Plan) -> list[str]:
     for (name, reason), number in layers.items():
         where = f" (of {number} layers)" if number > 1 else ""
         lines.append(f"stays: {name}{where}: {reason}")
+    if plan.streaming is not None:
+        cost = plan.streaming
+        lines.append(
+            f"from folder to folder, by magnitude: {cost.read:,} bytes read, {cost.written:,} "
+            f"written, {cost.memory:,} in memory"
+        )
     return lines + [f"note: {note}" for note in plan.notes]
 
 

@@ -203,3 +203,17 @@ def test_a_cut_list_is_carried_out(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="starts from a config with"):
         apply_cuts(out, hook.cuts, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bert"])
+def test_the_plan_foretells_what_is_read_and_written(
+    name: str, tmp_path: Path, read_bytes: list[int]
+) -> None:
+    folder = saved(name, tmp_path / "model")
+    pruned = prune.prune_checkpoint(job(folder, tmp_path / "out"))
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert pruned.plan is not None
+    cost = pruned.plan.streaming
+    assert cost is not None
+    assert 0 <= written - cost.written < 20_000  # the file's header
+    assert sum(read_bytes) + cost.written == pytest.approx(cost.read, rel=0.05)
