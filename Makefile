@@ -48,7 +48,7 @@ test-quick: $(VENV)/.dev
 WHEELS := env PATH= CC=/bin/false CXX=/bin/false $(abspath $(BIN))/pip install --quiet --dry-run \
 	--ignore-installed --no-cache-dir --only-binary :all:
 wheels: $(VENV)/.pip
-	$(WHEELS) '.[bench,cli,demo,dev,docs,plot,support,test]'
+	$(WHEELS) '.[bench,cli,demo,dev,docs,gguf,plot,support,test]'
 	$(WHEELS) $(SMOLLM2)
 
 # The oldest versions that setup.cfg declares, on one case of every mechanism.
