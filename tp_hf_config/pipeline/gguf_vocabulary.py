@@ -242,7 +242,11 @@ def _sentencepiece(
 def _scores(
     vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]
 ) -> dict[str, float] | None:
-    """Return token -> score; ``None`` if no scores lead to these merges in this order."""
+    """Return token -> score; ``None`` if no scores lead to these merges in this order.
+
+    Merges to an added token say nothing: it is cut out of a text before.
+    """
+    merges = [pair for pair in merges if "".join(pair) in vocabulary]
     possible = {
         (token[:at], token[at:])
         for token in vocabulary.keys() - set(_BYTES)
