@@ -101,8 +101,7 @@ hunt: $(VENV)/.demo
 	$(BIN)/python benchmarks/hunt --count $(COUNT) --jobs $(JOBS)
 
 # docs/engines.md: pruned models in CTranslate2, ONNX Runtime, OpenVINO, llama.cpp, vLLM and
-# sentence-transformers, each in an environment of its own (9 GB). Takes about an hour, and a C++
-# compiler for llama.cpp.
+# sentence-transformers, each in an environment of its own (9 GB). Takes about an hour.
 engines: $(VENV)/.demo
 	$(BIN)/python benchmarks/engines --environments $(ENGINES)
 
