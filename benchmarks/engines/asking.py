@@ -17,11 +17,11 @@ WORKER = Path(__file__).with_name("worker.py")
 Answer = dict[str, Any]
 
 
-def ask(python: Path, module: str, case: Path, seconds: int) -> Answer:
-    """What the engine answers about ``case/model``: tokens, embeddings or an error."""
+def ask(python: Path, module: str, case: Path, reads: str, seconds: int) -> Answer:
+    """What the engine answers about a folder of the case: tokens, embeddings or an error."""
     with TemporaryDirectory() as scratch:
         answer, log = Path(scratch, "answer.json"), Path(scratch, "log")
-        command = [python, WORKER, module, case / "model", case / "question.json", answer]
+        command = [python, WORKER, module, case / reads, case / "question.json", answer]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,

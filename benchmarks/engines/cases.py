@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, Literal
 
+import gguf_file
 import torch
 import torch_pruning as tp
 from greedy import greedy
@@ -19,11 +20,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, export, pruner_kwargs
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
-from smollm2_file import gguf_file
+import smollm2_file
 
 NEW_TOKENS = 32
 PROMPTS = (
@@ -38,6 +39,7 @@ SENTENCES = (
     "Stocks fell sharply on Monday, and the market lost ground for the third week in a row.",
 )
 SMOLLM2, MINILM = "SmolLM2-135M", "all-MiniLM-L6-v2"
+FFN, HEADS = "intermediate_size", "num_attention_heads"
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,17 @@ class Case:
         name: what is special about the widths, in a few words.
         steps: one pruner after the other: config field -> its value afterwards. Other fields may
             have to go along.
+        by_layer: the fields that are pruned then, other shares of them in other layers.
+        to: the form that ``export`` writes it in; ``None``: as ``save_pretrained`` does.
+        engines: those that it is for; ``None``: all.
     """
 
     model: str
     name: str
     steps: tuple[dict[str, int], ...] = ()
+    by_layer: tuple[str, ...] = ()
+    to: Literal["padded", "decilm"] | None = None
+    engines: tuple[str, ...] | None = None
 
     @property
     def generates(self) -> bool:
@@ -80,6 +88,14 @@ CASES = (
         (_GROUPS, {"hidden_size": 384, "intermediate_size": 1152}),
     ),
     Case(SMOLLM2, "all, no multiples", (_GROUPS, {"hidden_size": 558, "intermediate_size": 1229})),
+    Case(
+        SMOLLM2,
+        "FFN and query heads by layer",
+        by_layer=(FFN, HEADS),
+        engines=("llama.cpp", "transformers", "vLLM"),
+    ),
+    Case(SMOLLM2, "FFN and query heads by layer, padded", by_layer=(FFN, HEADS), to="padded"),
+    Case(SMOLLM2, "FFN by layer, as DeciLM", by_layer=(FFN,), to="decilm", engines=("vLLM",)),
     Case(MINILM, "not pruned"),
     Case(MINILM, "FFN, a multiple of 64", ({"intermediate_size": 1152},)),
     Case(MINILM, "FFN, odd", ({"intermediate_size": 1229},)),
@@ -99,25 +115,41 @@ def make(case: Case, folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]
     model, tokenizer = load(case.model)
     for widths in case.steps:
         prune(model, tokenizer, widths)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for field in case.by_layer:
+        prune_by_layer(model, tokenizer, field)
+    saved = folder if case.to is None else folder.with_name("saved")
+    model.save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    if case.to is not None:
+        export(saved, folder, to=case.to, trust_remote_code=True)
     texts = list(PROMPTS if case.generates else SENTENCES)
     question = {"texts": texts, "ids": tokenizer(texts).input_ids, "new_tokens": NEW_TOKENS}
     if case.generates:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(
+            saved, dtype=torch.float32, trust_remote_code=True
+        ).eval()
         answer = greedy(loaded, question["ids"], NEW_TOKENS)
     else:
-        loaded = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        loaded = AutoModel.from_pretrained(saved, add_pooling_layer=False).eval()
         answer = {"embeddings": [pooled(loaded, ids) for ids in question["ids"]]}
-    question |= {"generates": case.generates, "source": str(source(case.model))}
+    question["generates"] = case.generates
     return question, answer, shown(loaded.config)
+
+
+def write_gguf(case: Case, folder: Path, target: Path) -> None:
+    """The model as ``target/model.gguf``."""
+    if case.generates:
+        export(folder, target, to="gguf", trust_remote_code=True)
+        return
+    target.mkdir()
+    gguf_file.write(folder, target / "model.gguf")
 
 
 def source(name: str) -> Path:
     """Where a package holds the original: a GGUF file, or a folder."""
     if name == MINILM:
         return Path(get_model_path())
-    return gguf_file()
+    return smollm2_file.gguf_file()
 
 
 def load(name: str) -> tuple[Model, Tokenizer]:
@@ -138,16 +170,10 @@ def prune(model: Model, tokenizer: Tokenizer, widths: dict[str, int]) -> None:
         field: float(1 - Fraction(wanted, getattr(model.config, field)))
         for field, wanted in widths.items()
     }
-    importance: Any = tp.importance.GroupMagnitudeImportance()
-    if model.can_generate():
-        importance = tp.importance.GroupTaylorImportance()
-        ids = tokenizer(topics["assert"], return_tensors="pt").input_ids[:, :256]
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
     pruner = tp.pruner.MetaPruner(
         model,
         **pruner_kwargs(model, ratios=ratios),
-        importance=importance,
+        importance=importance_of(model, tokenizer),
         hooks=[HFConfigSyncHook(strict=True)],
     )
     pruner.step()
@@ -156,11 +182,44 @@ def prune(model: Model, tokenizer: Tokenizer, widths: dict[str, int]) -> None:
         raise RuntimeError(f"pruned to {got}, not to {widths}")
 
 
+def prune_by_layer(model: Model, tokenizer: Tokenizer, field: str) -> None:
+    """A tenth of the FFN, wherever it matters least; a third of the heads in every third layer."""
+    settings: dict[str, Any] = {"pruning_ratio": 0.1, "global_pruning": True}
+    if field == HEADS:
+        layers = model.get_submodule("model.layers")
+        settings = {"pruning_ratio": 0.0, "pruning_ratio_dict": dict.fromkeys(layers[::3], 1 / 3)}
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, prune=field, layers="differ", **settings),
+        importance=importance_of(model, tokenizer),
+        hooks=[HFConfigSyncHook(layers="differ")],
+    )
+    pruner.step()
+
+
+def importance_of(model: Model, tokenizer: Tokenizer) -> Any:
+    """Torch-Pruning's: by magnitude, or for a language model by gradients on a text."""
+    if not model.can_generate():
+        return tp.importance.GroupMagnitudeImportance()
+    ids = tokenizer(topics["assert"], return_tensors="pt").input_ids[:, :256]
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return tp.importance.GroupTaylorImportance()
+
+
 def shown(config: Any) -> str:
     """The widths, as in the table."""
-    heads = str(config.num_attention_heads)
-    key_value = getattr(config, "num_key_value_heads", None)
-    if key_value is not None:
-        heads += f"/{key_value}"
+    heads = by_layer(config, "num_attention_heads")
+    if hasattr(config, "num_key_value_heads"):
+        heads += f"/{by_layer(config, 'num_key_value_heads')}"
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return f"{heads} x {dim}, {config.hidden_size}, {config.intermediate_size}"
+    return f"{heads} x {dim}, {config.hidden_size}, {by_layer(config, 'intermediate_size')}"
+
+
+def by_layer(config: Any, field: str) -> str:
+    """A field's value, or from where to where layers have it."""
+    layers = getattr(config, "per_layer_config", None)
+    if not layers:
+        return str(getattr(config, field))
+    values = [getattr(layers[number], field) for number in range(config.num_hidden_layers)]
+    return str(values[0]) if len({*values}) == 1 else f"{min(values)}..{max(values)}"

@@ -30,6 +30,7 @@ class Engine:
         embeds: whether it is asked for MiniLM's embeddings.
         precision: what it computes in, as set up here.
         within: by how much numbers may differ: log-probabilities, embeddings.
+        reads: what in a case's folder it gets: the model, or that as a GGUF file.
         without: packages that come along and keep it from starting.
         note: what one has to know to use it on a pruned folder.
     """
@@ -43,6 +44,7 @@ class Engine:
     embeds: bool = True
     precision: str = "float32"
     within: tuple[float, float] = (1e-3, 1e-5)
+    reads: str = "model"
     without: tuple[str, ...] = ()
     note: str = ""
 
@@ -60,15 +62,19 @@ ENGINES = (
     Engine(
         "llama.cpp",
         "on_llama_cpp",
-        ("llama-cpp-python", "gguf", "safetensors"),
-        ("llama-cpp-python", "gguf"),
+        ("xllamacpp",),
+        ("xllamacpp",),
         "llama-cpp",
+        reads="gguf",
         precision="float32; MiniLM's GELU in its tanh form, from a table of float16",
         within=(1e-3, 1e-3),
-        note="Its own converter is not on PyPI: `benchmarks/engines/gguf_file.py` writes the file. "
-        "`llama.attention.key_length` has to be there: without it the head dim is taken for "
-        "hidden size / heads, and the file refused. Its own tokenizer cuts the prompts. With its "
-        "GELU in transformers too, the embeddings of the last row differ by 2e-5.",
+        note='SmolLM2 as `export(..., to="gguf")` writes it, MiniLM by '
+        "`benchmarks/engines/gguf_file.py`. Layers that differ need its architecture `deci`. "
+        "`llama.attention.key_length` has to be there: without it the head dim is taken for hidden "
+        "size / heads, and the file refused. Its own tokenizer cuts the prompts. Its server adds "
+        "up the probabilities of the vocabulary in float32, which is what its log-probabilities "
+        "are off by: gaps between the two best tokens are 3e-5 off at most. With its GELU in "
+        "transformers too, the embeddings of the last row differ by 2e-5.",
     ),
     Engine(
         "CTranslate2",
@@ -110,6 +116,16 @@ ENGINES = (
         "transformers imports it: taken out. `gpu_memory_utilization` is the share of the "
         "machine's memory, 0.92 if nothing is said. On a processor its attention is made for head "
         "dims of 32, 64, 80, 96, 112, 128, 160, 192, 224, 256 and 512 alone.",
+    ),
+    Engine(
+        "transformers",
+        "on_transformers",
+        ("ctranslate2", "transformers", "torch"),
+        ("transformers", "torch"),
+        "ctranslate2",
+        embeds=False,
+        note="The folder in a process that has neither this library nor Torch-Pruning, "
+        "`trust_remote_code=True` where layers differ.",
     ),
     Engine(
         "transformers 4",

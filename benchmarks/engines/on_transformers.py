@@ -1,4 +1,4 @@
-"""Transformers itself, in another version than the one that wrote the folder."""
+"""Transformers itself, in a fresh process or another version, without this library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 def generate(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens."""
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype=torch.float32, trust_remote_code=True
+    ).eval()
     return greedy(model, question["ids"], question["new_tokens"])
 
 

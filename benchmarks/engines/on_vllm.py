@@ -13,6 +13,7 @@ from vllm.inputs import TokensPrompt
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that an error says what it is
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
+    "trust_remote_code": True,  # of models whose layers differ
     "enforce_eager": True,
     "max_model_len": 256,
     "distributed_executor_backend": "uni",

@@ -17,8 +17,10 @@ float32; *same* says that they are, and the number beside it the largest differe
 log-probability. For MiniLM it is the largest difference of a component of the embeddings (mean
 pooled, length one). Pruned by {versions}.
 
-Widths are heads (query/key-value) x head dim, hidden size, FFN. A pruned model here is not trained
-again, so its text is poor; what counts is that it is the same. Every figure is in
+Widths are heads (query/key-value) x head dim, hidden size, FFN; where layers differ, the smallest
+and the largest. Those models are given as `save_pretrained` writes them or, where the row says so,
+as `export` does. A pruned model here is not trained again, so its text is poor; what counts is that
+it is the same. Every figure is in
 [engines.json](engines.json)."""
 
 
@@ -65,15 +67,17 @@ def _rows(results: Results, model: str) -> list[tuple[str, ...]]:
     rows = [("", "widths", *engines)]
     for case in results["cases"]:
         if case["model"] == model:
-            cells = (_cell(engine, case["key"]) for engine in engines.values())
+            cells = (_cell(name, engine, case) for name, engine in engines.items())
             rows.append((case["name"], case["widths"], *cells))
     return rows
 
 
-def _cell(engine: dict[str, Any], key: str) -> str:
+def _cell(name: str, engine: dict[str, Any], case: dict[str, Any]) -> str:
+    if case.get("engines") is not None and name not in case["engines"]:
+        return "not for it"
     if engine["why_not"]:
         return "not installed"
-    result = engine["results"].get(key)
+    result = engine["results"].get(case["key"])
     if result is None:
         return "not measured"
     if result["outcome"] in ("refused", "died"):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import small
-import torch
 import transformers as hf
 
 FOLDER = small.ROOT / "benchmarks" / "engines"
@@ -65,7 +64,10 @@ def test_what_the_page_says_of_each_outcome() -> None:
             "versions": {},
             "prompts": 1,
             "new_tokens": 1,
-            "cases": [{"key": k, "model": "M", "name": k, "widths": "1"} for k in names],
+            "cases": [
+                *({"key": k, "model": "M", "name": k, "widths": "1"} for k in names),
+                {"key": "own", "model": "M", "name": "own", "widths": "2", "engines": ["B"]},
+            ],
             "engines": {
                 "A": engine,
                 "B": {**engine, "why_not": "ERROR: none", "versions": {}, "results": {}},
@@ -83,6 +85,7 @@ def test_what_the_page_says_of_each_outcome() -> None:
     }
     for name, cell in cells.items():
         assert f"| {name} | 1 | {cell} | not installed |" in page
+    assert "| own | 2 | not for it | not installed |" in page
     assert "- **A**: 3 of 6 choices of widths measured give the same, 1 of them once told" in page
     assert "- **A** (M: told): `E: a 'b'`; goes with `x = 1`\n" in page
     assert "- **B** could not be installed: `ERROR: none`" in page
@@ -163,7 +166,8 @@ class TestAsk:
 
     def asked(self, case: Path, body: str, seconds: int = 60) -> dict[str, Any]:
         (case / "an_engine.py").write_text(f"def generate(folder, question):\n    {body}\n")
-        return dict(module("asking").ask(Path(sys.executable), "an_engine", case, seconds))
+        asked = (Path(sys.executable), "an_engine", case, "model", seconds)
+        return dict(module("asking").ask(*asked))
 
     def test_an_answer(self, case: Path) -> None:
         assert self.asked(case, "return {'tokens': [[1]]}") == {"tokens": [[1]]}
@@ -188,49 +192,6 @@ def test_pip_says_why() -> None:
     assert last_error("") == "pip failed without a word"
 
 
-def test_a_pruned_llama_comes_back_from_its_gguf_file(tmp_path: Path) -> None:
-    import gguf
-
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=32,
-        hidden_size=18,
-        intermediate_size=23,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,  # not hidden_size / heads
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )
-    model = hf.LlamaForCausalLM(config).eval()
-    model.save_pretrained(tmp_path)
-    source = gguf.GGUFWriter(tmp_path / "source.gguf", "llama")
-    source.add_embedding_length(64)  # the widths before
-    source.add_head_count(8)
-    source.add_rope_freq_base(5000.0)
-    source.add_layer_norm_rms_eps(config.rms_norm_eps)
-    source.add_context_length(2048)
-    source.add_vocab_size(32)
-    source.add_tokenizer_model("gpt2")
-    source.add_token_list([chr(65 + i) for i in range(32)])
-    source.write_header_to_file()
-    source.write_kv_data_to_file()
-    source.close()
-
-    module("gguf_file").write(tmp_path, tmp_path / "source.gguf", tmp_path / "pruned.gguf")
-
-    fields = gguf.GGUFReader(tmp_path / "pruned.gguf").fields
-    assert fields["llama.attention.key_length"].contents() == 8
-    assert fields["llama.embedding_length"].contents() == 18
-    assert fields["tokenizer.ggml.tokens"].contents() == [chr(65 + i) for i in range(32)]
-    again = hf.LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="pruned.gguf").eval()
-    before, after = model.state_dict(), again.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    ids = torch.arange(6)[None]
-    assert torch.equal(again(ids).logits, model(ids).logits)
-
-
 def test_a_pruned_bert_as_a_gguf_file(tmp_path: Path) -> None:
     import gguf
 
@@ -249,7 +210,7 @@ def test_a_pruned_bert_as_a_gguf_file(tmp_path: Path) -> None:
     tokenizer = {"model": {"vocab": vocabulary}, "added_tokens": special}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
 
-    module("gguf_file").write(tmp_path, tmp_path, tmp_path / "pruned.gguf")
+    module("gguf_file").write(tmp_path, tmp_path / "pruned.gguf")
 
     reader = gguf.GGUFReader(tmp_path / "pruned.gguf")
     shown = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2581cat", "s", "\u2581["]
@@ -266,5 +227,5 @@ def test_what_has_no_writer_is_refused(tmp_path: Path) -> None:
     write = module("gguf_file").write
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma"}))
     with pytest.raises(ValueError, match="no GGUF writer for gemma"):
-        write(tmp_path, tmp_path, tmp_path / "pruned.gguf")
+        write(tmp_path, tmp_path / "pruned.gguf")
     assert not (tmp_path / "pruned.gguf").exists()

@@ -26,7 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         required=True,
         help="padded: the stock class, every layer padded with zeros to the widest; decilm: a "
-        "Llama whose layers differ, for vLLM",
+        "Llama whose layers differ, for vLLM; gguf: the same for llama.cpp, with the tokenizer; "
+        "stock classes too",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=path, required=True, help="the folder to write"

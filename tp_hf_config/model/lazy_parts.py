@@ -88,7 +88,8 @@ class Parts:
             return None
         if dim != self.dim:
             inner = self._inner(dim)
-            return self._each(lambda tensor: _aten.slice.Tensor(tensor, inner, start, end)).joined()
+            each = tuple(_aten.slice.Tensor(t, inner, start, end) for t in self.tensors)
+            return Parts(each, self.dim, self.stacked).joined()
         spans = list(self._spans())
         first, last, _ = slice(start, end).indices(spans[-1][1])
         if self.stacked:
@@ -100,7 +101,8 @@ class Parts:
             if min(last, stop) > max(first, begin)
         ]
         if len(pieces) == 1:
-            return pieces[0]
+            only: Tensor = pieces[0]
+            return only
         return Parts(tuple(pieces), dim, False).joined() if pieces else None
 
     def unbind(self, dim: int = 0) -> list[Tensor] | None:

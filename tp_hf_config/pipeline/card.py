@@ -90,12 +90,13 @@ def card_of_export(source: Source | None, exported: Exported) -> str:
     before, after = exported.parameters
     rows = [(field, old, new) for field, (old, new) in exported.widths.items()]
     rows.append(("parameters", f"{before:,}", f"{after:,}"))
+    differing = " with layers that differ" if exported.fields else ""
     return "\n".join(
         [
             *([] if source is None else _front_matter(source, name)),
             f"# {name.rpartition('/')[2]}, {exported.to}",
             "",
-            f"`{name}` (`{exported.model}` with layers that differ), exported by tp-hf-config to "
+            f"`{name}` (`{exported.model}`{differing}), exported by tp-hf-config to "
             f"`{exported.to}`. It computes the same: {exported.proof}.",
             "",
             f"Load it with `{exported.loading}`.",

@@ -18,6 +18,8 @@ from .source import Source, tokenizer_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+LICENCES = ("LICENSE*", "NOTICE*")
+"""The files that go with a model in any form."""
 _BELONG = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -32,8 +34,7 @@ _BELONG = (
     "*processor_config.json",
     "chat_template*",
     "additional_chat_templates/*",
-    "LICENSE*",
-    "NOTICE*",
+    *LICENCES,
 )
 _SMALL = 2**20  # bytes; files with settings are smaller
 _WRITTEN_ANEW = ("config.json", "generation_config.json", "README.md", "*.index.json")
@@ -53,20 +54,29 @@ class Copied:
     not_copied: tuple[str, ...] = ()
 
 
-def copy_companions(source: Source, config: PreTrainedConfig, out: Path) -> Copied:
+def copy_companions(
+    source: Source, config: PreTrainedConfig, out: Path, wanted: tuple[str, ...] = _BELONG
+) -> Copied:
     """Copy a model's tokenizer, processor, chat template, licence and trusted code into ``out``.
 
     Follow a link only if it leads into the model's folder or the Hub's cache. Of a GGUF file,
     write the tokenizer alone.  Do not overwrite files in ``out``.
+
+    Args:
+        source: the model.
+        config: its config.
+        out: the folder to copy to.
+        wanted: patterns of the files that belong to it.
     """
     if source.gguf is not None:
+        if wanted == LICENCES:
+            return Copied(())
         return Copied(
             tuple(sorted(Path(f).name for f in tokenizer_of(source).save_pretrained(out)))
         )
     folder = source.folder or _snapshot(source)
-    wanted: tuple[str, ...] = _BELONG
     if source.trust_remote_code and getattr(config, "auto_map", None):
-        wanted = (*_BELONG, "*.py")
+        wanted = (*wanted, "*.py")
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":  # the Hub's cache stores links to blobs
         roots.append((folder.parent.parent / "blobs").resolve())

@@ -7,9 +7,8 @@ query heads read one key/value head.  All layers have the same number of query h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,18 +16,13 @@ from torch import Tensor
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
 from ..errors import PipelineError
-from ..fieldmap.field_map import map_of
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, config_json, with_values
+from ..model.config_json import config_json
 from .exported import Ready, Request
-from .llama import as_llama
-from .padded import padded_alike
-from .padding import LayerWidths, layer_widths, pad
-from .padding_proof import prove_padding
-from .roundtrip import runnable_inputs
+from .llama_layers import Layer, llama_layers
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedModel
+    from transformers import LlamaConfig
 
 MULTIPLE = 256
 """Engines that know a layer's width as a ratio alone round it up to a multiple of this."""
@@ -60,14 +54,6 @@ class DeciLMConfig(LlamaConfig):
 '''
 
 
-class _Layer(NamedTuple):
-    """The widths of one layer: feed-forward, query heads, key/value heads."""
-
-    ffn: int
-    queries: int
-    keys: int
-
-
 def prepare(request: Request) -> Ready | Refusal:
     """Prove that a model is a Llama of several widths, and write down those of each layer.
 
@@ -84,94 +70,34 @@ def prepare(request: Request) -> Ready | Refusal:
             f"multiple_of={request.multiple_of}: DeciLM's ratios stand for multiples of "
             f"{MULTIPLE}, and without any every layer keeps its own width"
         )
-    alike = padded_alike(request.model)
-    llama = alike if isinstance(alike, Refusal) else as_llama(alike[0].model)
+    llama = llama_layers(request.model, request.multiple_of)
     if isinstance(llama, Refusal):
         return llama
-    config, proof = llama
-    wide = _in_multiples(request.model) if ratios else request.model
-    if isinstance(wide, Refusal):
-        return wide
-    before = _layers(request.model.state_dict(), config)
-    weights = {name: value.detach().cpu() for name, value in wide.state_dict().items()}
-    layers = _layers(weights, config)
+    config, layers = llama.config, llama.layers
     if len({layer.queries for layer in layers}) > 1:
         heads = " or ".join(map(str, sorted({layer.queries for layer in layers})))
         return Refusal(
             f"its layers have {heads} query heads, and DeciLM has one number for all layers. Prune "
-            "the feed-forward alone, or export to='padded'"
+            "the feed-forward alone, or export to='padded' or, for llama.cpp, to='gguf'"
         )
-    ready = _with_zero_biases(weights, config)
-    if config.tie_word_embeddings:
-        ready.pop("lm_head.weight", None)
-    fields = {
-        "intermediate_size": (tuple(b.ffn for b in before), tuple(n.ffn for n in layers)),
-        "num_key_value_heads": (tuple(b.keys for b in before), tuple(n.keys for n in layers)),
-    }
     blocks = [_block(layer, config.hidden_size if ratios else None) for layer in layers]
     generation = request.model.generation_config
 
     def write(folder: Path) -> None:
-        _write(folder, _config(config, layers, blocks, request.model.dtype), ready)
+        _write(folder, _config(config, layers, blocks, request.model.dtype), llama.weights)
         if generation is not None:
             generation.save_pretrained(folder)
 
     return Ready(
         write,
-        {name: values for name, values in fields.items() if len({*values[0], *values[1]}) > 1},
-        sum(value.numel() for value in ready.values()),
-        proof,
+        llama.fields,
+        llama.parameters,
+        llama.proof,
         loading="vllm.LLM(folder, trust_remote_code=True)",
     )
 
 
-def _in_multiples(model: PreTrainedModel) -> PreTrainedModel | Refusal:
-    """Return a model whose layers have a feed-forward of a multiple of 256, each its own."""
-    widths = layer_widths(model)
-    padded = pad(model, widths, type(model), with_values(widths.data, _rounded_up(widths)))
-    if isinstance(padded, Refusal):
-        return padded
-    recipe = map_of(model).recipe
-    inputs = runnable_inputs(model, recipe)
-    proof = inputs if isinstance(inputs, Refusal) else prove_padding(model, padded, inputs, recipe)
-    return proof if isinstance(proof, Refusal) else padded.model
-
-
-def _rounded_up(widths: LayerWidths) -> dict[FieldPath, int]:
-    """Return the fields of single layers that count channels, not heads, rounded up to 256."""
-    return {
-        width.fields[0]: -(-widths.values[width.fields[0]] // MULTIPLE) * MULTIPLE
-        for width in widths.widths
-        if len(width.fields) == 1 and width.groups[0].count.run == 1
-    }
-
-
-def _layers(weights: Mapping[str, Tensor], config: LlamaConfig) -> list[_Layer]:
-    """Return the widths of each layer, by the shapes of a Llama's tensors."""
-    layers: list[_Layer] = []
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    for number in range(config.num_hidden_layers):
-        ffn, queries, keys = (
-            len(weights[f"model.layers.{number}.{name}_proj.weight"])
-            for name in ("mlp.up", "self_attn.q", "self_attn.k")
-        )
-        layers.append(_Layer(ffn, queries // head_dim, keys // head_dim))
-    return layers
-
-
-def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """Return weights with zeros for the biases that a Llama has beside them (Qwen2's of o_proj)."""
-    result = dict(weights)
-    biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
-    for name, value in weights.items():
-        layer, _, key = name.rpartition(".")
-        part = layer.split(".")[-2:-1]
-        if key == "weight" and part and biased.get(part[0]):
-            result.setdefault(f"{layer}.bias", torch.zeros(len(value), dtype=value.dtype))
-    return result
-
-
-def _block(layer: _Layer, hidden_size: int | None) -> dict[str, Any]:
+def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:
     """Return the entry of a layer, as a ratio to the hidden size if that is given.
 
     Engines multiply the ratio by two thirds of the hidden size, and round the result up to a
@@ -190,7 +116,7 @@ def _block(layer: _Layer, hidden_size: int | None) -> dict[str, Any]:
 
 
 def _config(
-    llama: LlamaConfig, layers: list[_Layer], blocks: list[dict[str, Any]], dtype: torch.dtype
+    llama: LlamaConfig, layers: list[Layer], blocks: list[dict[str, Any]], dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return the config's JSON: a Llama's with the largest widths, and an entry for each layer."""
     return {

@@ -1,4 +1,4 @@
-"""Export a model whose layers differ to what other programs load."""
+"""Export a model, most often one whose layers differ, to what other programs load."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +16,9 @@ from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
-from . import decilm, padded
+from . import decilm, gguf_export, padded
 from .card import card_of_export
-from .companions import Copied, copy_companions
+from .companions import LICENCES, Copied, copy_companions
 from .exported import FORMATS, Exported, Ready, Request
 from .output import check_target, new_folder
 from .source import (
@@ -32,10 +33,11 @@ from .source import (
 if TYPE_CHECKING:
     from .source import Source
 
-Format = Literal["padded", "decilm"]
+Format = Literal["padded", "decilm", "gguf"]
 _WAYS: dict[str, Callable[[Request], Ready | Refusal]] = {
     "padded": padded.prepare,
     "decilm": decilm.prepare,
+    "gguf": gguf_export.prepare,
 }
 
 
@@ -54,15 +56,19 @@ def export(
     anything is written.  That takes eight bytes of memory a parameter, twice.
 
     Args:
-        model_or_folder: a model whose layers differ, or the folder that it was saved to.
-        out: the folder to write. Of a folder, the tokenizer and other files are copied there too.
+        model_or_folder: a model whose layers differ, or the folder that it was saved to; to
+            ``"gguf"`` a folder, for its tokenizer.
+        out: the folder to write. Of a folder, the tokenizer and other files are copied there too;
+            to ``"gguf"``, the licence alone.
         to: ``"padded"``: the stock class with a stock config, every layer padded with zeros to the
             widest one. It loads everywhere, and is as large as if all layers were like the widest.
             ``"decilm"``: every layer as it is, in the form that vLLM serves as DeciLM; for models
             that compute what a Llama does, with the same number of query heads in all layers.
+            ``"gguf"``: every layer as it is, in one file for llama.cpp with the folder's tokenizer
+            in it; for models that compute what a Llama does, stock classes too.
         multiple_of: pad widths in which layers differ to multiples of this; heads are padded to
             whole heads alone. DeciLM takes 256, and gives widths as ratios then, for engines that
-            read nothing else.
+            read nothing else. llama.cpp needs multiples of 32 or 256 for what it quantises.
         overwrite: replace a model folder that is at ``out``.
         trust_remote_code: run the Python file in the folder, from which a model whose layers differ
             is built.
@@ -88,7 +94,7 @@ def export(
         check_target(target, source=source.folder, overwrite=overwrite)
         model, notes = _loaded(source)
     stock = stock_class(type(model)).__name__
-    if not layer_lists(type(model)):
+    if to != "gguf" and not layer_lists(type(model)):
         raise PipelineError(
             f"to={to!r}: this {stock} is of a stock class already, which needs no export: "
             "save_pretrained writes it"
@@ -99,7 +105,7 @@ def export(
     folder = None if source is None else source.folder
     with new_folder(target, source=folder, overwrite=overwrite) as work:
         ready.write(work)
-        copied = _companions(source, model, work)
+        copied = _companions(source, model, work, ready)
         result = Exported(
             stock,
             to,
@@ -116,15 +122,18 @@ def export(
     return result
 
 
-def _companions(source: Source | None, model: Any, folder: Path) -> Copied:
+def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -> Copied:
     """Copy the tokenizer and other files of a model, but not its code, which has no use now."""
     if source is None:
         return Copied(())
-    return copy_companions(replace(source, trust_remote_code=False), model.config, folder)
+    source = replace(source, trust_remote_code=False)
+    if ready.holds_tokenizer:
+        return copy_companions(source, model.config, folder, LICENCES)
+    return copy_companions(source, model.config, folder)
 
 
 def check_request(to: str, multiple_of: int | None) -> None:
-    """Raise if there is no such format, or it does not take this multiple.
+    """Raise if there is no such format, its package is not installed, or the multiple is none.
 
     Raises:
         PipelineError: as above.
@@ -133,6 +142,8 @@ def check_request(to: str, multiple_of: int | None) -> None:
         raise PipelineError(f"to={to!r}: models are exported to {' or '.join(map(repr, FORMATS))}")
     if multiple_of is not None and multiple_of < 1:
         raise PipelineError(f"multiple_of={multiple_of}: expected a whole number above 0")
+    if to == "gguf" and find_spec("gguf") is None:
+        raise PipelineError("to='gguf' needs gguf: pip install 'tp-hf-config[gguf]'")
 
 
 def _loaded(source: Source) -> tuple[Any, tuple[str, ...]]:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from .padding_proof import SameOutputs
     from .source import Source
 
-FORMATS = ("padded", "decilm")
+FORMATS = ("padded", "decilm", "gguf")
 """What a model can be exported to."""
+GGUF_FILE = "model.gguf"
+"""The file in the folder of an export to ``"gguf"``."""
 Fields = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 """A config field -> its value in each layer before and after."""
 
@@ -48,6 +50,7 @@ class Ready:
         proof: the comparison of its outputs with the model's.
         loading: how it is loaded, for the model card.
         notes: what else the user should know.
+        holds_tokenizer: the tokenizer is in what is written, and its files are not copied.
     """
 
     write: Callable[[Path], None]
@@ -56,6 +59,7 @@ class Ready:
     proof: SameOutputs
     loading: str
     notes: tuple[str, ...] = ()
+    holds_tokenizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Exported:
         before, after = self.parameters
         widths = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.widths.items())
         lines = [
-            f"{self.model}, {self.to}: {widths}",
+            f"{self.model}, {self.to}: {widths or 'all layers alike'}",
             f"parameters: {before:,} -> {after:,}",
             f"proof: {self.proof}",
         ]

@@ -18,6 +18,9 @@ from ..errors import PipelineError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_OF_A_MODEL = ("config.json", "model.gguf")
+"""A folder with one of these files holds a model."""
+
 
 @contextmanager
 def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
@@ -75,8 +78,11 @@ def _why_unwritable(target: Path, overwrite: bool) -> str | None:
         return None
     if not overwrite:
         return f"{target}: is not empty. Choose another folder, or add --overwrite to replace it."
-    if not (target / "config.json").is_file():
-        return f"{target}: is not empty and holds no config.json; --overwrite replaces models only."
+    if not any((target / name).is_file() for name in _OF_A_MODEL):
+        return (
+            f"{target}: is not empty and holds no {' or '.join(_OF_A_MODEL)}; --overwrite replaces "
+            "models only."
+        )
     return None
 
 

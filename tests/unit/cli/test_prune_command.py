@@ -702,7 +702,7 @@ class TestRefused:
                 2,
                 "bert",
                 "--out {models} --overwrite",
-                "holds no config.json; --overwrite rep",
+                "holds no config.json or model.gguf; --overwrite rep",
             ),
         ],
     )
