@@ -12,12 +12,13 @@ import layer_zoo
 import pytest
 import torch
 import zoo
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LxmertConfig, LxmertModel
 
 from tp_hf_config.graph.layer_fields import _in_single_layer, layers_listed
 from tp_hf_config.model.layer_class import layer_lists, stock_class
 from tp_hf_config.model.layer_entries import (
     entries_of,
+    layer_lists_of,
     name_in_all_layers,
     set_entries,
     shared_field,
@@ -129,3 +130,17 @@ def test_a_group_in_the_tenth_layer_is_in_one_layer() -> None:
     assert _in_single_layer(group("model.layers.10.up.weight", "model.layers.10.down.weight"))
     assert not _in_single_layer(group("model.layers.1.up.weight", "model.layers.10.up.weight"))
     assert not _in_single_layer(group("model.norm.weight"))
+
+
+def test_a_config_that_counts_several_lists_in_one_dictionary_has_no_entries() -> None:
+    config = LxmertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=40,
+        num_attention_heads=4,
+        l_layers=3,
+        x_layers=2,
+        r_layers=2,
+    )
+    assert config.num_hidden_layers == {"vision": 2, "cross_encoder": 2, "language": 3}
+    assert layer_lists_of(LxmertModel(config)) == []
