@@ -77,8 +77,9 @@ def differ_trial(case: Subject, folder: Path) -> LayerTrial:
         folder: where the pruned copy is saved.
     """
     model: Any = case.model
-    field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
-    experiments_of(field_map, case.tiny)  # once for all that follows
+    if layer_lists_of(model):  # else it is refused without experiments
+        field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
+        experiments_of(field_map, case.tiny)  # once for all that follows
     trial = LayerTrial("refused")
     for how in (GLOBAL, FIRST_KEPT):
         pruned = copy.deepcopy(model)

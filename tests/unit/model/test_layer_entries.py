@@ -14,6 +14,7 @@ import torch
 import zoo
 from transformers import AutoModelForCausalLM, LxmertConfig, LxmertModel
 
+from tp_hf_config import UnsupportedModelError, pruner_kwargs
 from tp_hf_config.graph.layer_fields import _in_single_layer, layers_listed
 from tp_hf_config.model.layer_class import layer_lists, stock_class
 from tp_hf_config.model.layer_entries import (
@@ -143,4 +144,7 @@ def test_a_config_that_counts_several_lists_in_one_dictionary_has_no_entries() -
         r_layers=2,
     )
     assert config.num_hidden_layers == {"vision": 2, "cross_encoder": 2, "language": 3}
-    assert layer_lists_of(LxmertModel(config)) == []
+    model = LxmertModel(config)
+    assert layer_lists_of(model) == []
+    with pytest.raises(UnsupportedModelError, match="LxmertModel has no list of layers that are"):
+        pruner_kwargs(model, layers="differ")
