@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..errors import ConfigSyncError, in_one_line
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
 from ..forward.layer_passes import without_layers
+from ..forward.observed_pass import AllFloat64
 from ..model.build import Refusal
 from ..model.surroundings import quiet_transformers, same_random_state
 
@@ -57,7 +59,10 @@ class OutputsWithout:
         if isinstance(self._inputs, Refusal):
             return self._inputs
         try:
-            with undisturbed(self._model), without_layers(passing) as impossible:
+            dtypes = {parameter.dtype for parameter in self._model.parameters()}
+            # what a class casts to float32 as it runs may not meet weights in float64
+            precision = AllFloat64() if torch.float64 in dtypes else nullcontext()
+            with undisturbed(self._model), precision, without_layers(passing) as impossible:
                 result = self._model(**self._inputs)
         except Exception as error:  # a class that the library cannot feed may raise anything
             return Refusal(in_one_line(error))
