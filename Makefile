@@ -87,7 +87,7 @@ heads-table: $(VENV)/.demo
 	$(BIN)/python benchmarks/head_modes.py --write
 
 # docs/support.md: every architecture of transformers, measured. Takes two to three hours on two
-# cores; goes on where it was stopped.
+# cores for the widths and about as long for the layers; goes on where it was stopped.
 support: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[support]'
 	$(BIN)/python benchmarks/support

@@ -1,9 +1,10 @@
 """Measure every architecture of transformers: ``python benchmarks/support`` (``make support``).
 
 Each (task, model type) pair is pruned at tiny size in a process of its own and loaded again in
-another, both with time and memory limits.  Finished pairs lie in ``.support/`` and are not measured
-again by the next run with the same versions and seed.  Writes ``docs/support.json``,
-``docs/support.md`` and the totals in the README.
+another, both with time and memory limits.  What can be done with its layers is measured after that,
+in processes of its own, of the pairs that ran; ``--columns layers`` measures that alone.  Finished
+pairs lie in ``.support/`` and are not measured again by the next run with the same versions and
+seed.  Writes ``docs/support.json``, ``docs/support.md`` and the totals in the README.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from typing import Any
 from measuring import RESULT, attempts, learning, load_again, measure
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from table import kept, write
+from table import kept, ran, write
 
 from tp_hf_config.schema import versions
 
-os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".support"
+os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
+os.environ["HF_MODULES_CACHE"] = str(CACHE / "modules")  # code of layers that differ
+PARTS = ("widths", "layers")
 _WAITING = 10
 PRELOADED = [
     "torch",
@@ -57,10 +60,11 @@ class Running:
 
 
 class Runner:
-    """Measures pairs, so many at a time."""
+    """Measures one part of pairs, their widths or their layers, so many at a time."""
 
-    def __init__(self, seed: int, jobs: int, seconds: int, memory: int):
-        self.seed, self.jobs, self.seconds, self.memory = seed, jobs, seconds, memory
+    def __init__(self, part: str, seed: int, jobs: int, seconds: int, memory: int):
+        self.part, self.seed, self.jobs = part, seed, jobs
+        self.seconds, self.memory = seconds, memory
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
         self.cache = CACHE / f"{seed}-{'-'.join(versions().values())}"
@@ -68,7 +72,8 @@ class Runner:
 
     def done(self, pair: Pair) -> Path:
         """Where a pair's result lies when it is measured."""
-        return self.cache / f"{pair.name}.json"
+        kind = "" if self.part == PARTS[0] else f".{self.part}"
+        return self.cache / f"{pair.name}{kind}.json"
 
     def run(self, pairs: list[Pair]) -> None:
         """Measure those that are not done yet."""
@@ -102,7 +107,7 @@ class Runner:
 
     def _started(self, pair: Pair) -> Running:
         folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="support-")
-        arguments = (pair, Path(folder.name), self.seed, self.seconds, self.memory)
+        arguments = (pair, self.part, Path(folder.name), self.seed, self.seconds, self.memory)
         process = self.context.Process(target=measure, args=arguments, daemon=True)
         process.start()
         return Running(pair, folder, process)
@@ -135,6 +140,21 @@ class Runner:
         return True
 
 
+def _has_run(widths: Runner, pair: Pair) -> bool:
+    """Whether a pair's widths were measured, and it ran."""
+    return widths.done(pair).exists() and ran(json.loads(widths.done(pair).read_text()))
+
+
+def _row(widths: Runner, layers: Runner, pair: Pair) -> dict[str, Any]:
+    """What was measured of a pair."""
+    row: dict[str, Any] = json.loads(widths.done(pair).read_text())
+    if layers.done(pair).exists():
+        found = json.loads(layers.done(pair).read_text())
+        keys = ("why", "lists", "differ", "dropped", "seconds")
+        row["layers"] = {key: found[key] for key in keys if key in found}
+    return row
+
+
 def main() -> None:
     """Measure all pairs, or some."""
     parser = argparse.ArgumentParser(prog="benchmarks/support", description=__doc__)
@@ -145,6 +165,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", help="only these model types")
     parser.add_argument("--tasks", nargs="+", help="only these tasks")
     parser.add_argument("--sample", type=int, help="only so many types, drawn with the seed")
+    parser.add_argument("--columns", nargs="+", choices=PARTS, default=PARTS, help="only these")
     parser.add_argument("--learning", action="store_true", help="measure learning alone, of rows")
     parser.add_argument("--written", action="store_true", help="measure nothing more, write")
     parser.add_argument("--again", action="store_true", help="measure what was measured before too")
@@ -157,16 +178,18 @@ def main() -> None:
         pairs = [pair for pair in pairs if pair.type in options.types]
     if options.tasks is not None:
         pairs = [pair for pair in pairs if pair.task in options.tasks]
-    runner = Runner(options.seed, options.jobs, options.seconds, int(options.gib * 2**30))
-    if options.again:
-        for pair in pairs:
-            runner.done(pair).unlink(missing_ok=True)
+    limits = (options.jobs, options.seconds, int(options.gib * 2**30))
+    widths, layers = (Runner(part, options.seed, *limits) for part in PARTS)
     if options.learning:
-        runner.learn(pairs)
-    elif not options.written:
-        runner.run(pairs)
-    done = [runner.done(pair) for pair in pairs if runner.done(pair).exists()]
-    rows = [json.loads(one.read_text()) for one in done]
+        widths.learn(pairs)
+    for runner in (widths, layers) if not options.learning and not options.written else ():
+        if runner.part in options.columns:
+            chosen = [pair for pair in pairs if runner is widths or _has_run(widths, pair)]
+            if options.again:
+                for pair in chosen:
+                    runner.done(pair).unlink(missing_ok=True)
+            runner.run(chosen)
+    rows = [_row(widths, layers, pair) for pair in pairs if widths.done(pair).exists()]
     whole = not options.types and not options.tasks
     rows = kept(rows, options.seed, ROOT) if whole else rows
     write(rows, len(pairs), options.seed, ROOT if whole else None)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,23 @@ from pairs import Pair, config_of
 RESULT = "result.json"
 
 
-def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> None:
-    """Build, learn, make tiny, prune; what is known so far always lies in ``folder``."""
+def measure(pair: Pair, part: str, folder: Path, seed: int, seconds: int, memory: int) -> None:
+    """Build, learn, make tiny, prune; what is known so far always lies in ``folder``.
+
+    Args:
+        pair: the class.
+        part: what of it is measured, ``"widths"`` or ``"layers"``.
+        folder: for the result, and for pruned models.
+        seed: of weights and inputs.
+        seconds: processor time of this process.
+        memory: in bytes, of this process.
+    """
     _surroundings(seconds, memory)
     import transformers
 
     from tp_hf_config.fieldmap.field_map import map_of
     from tp_hf_config.model.build import Refusal, without_data
     from tp_hf_config.pipeline.support import prepared
-    from tp_hf_config.pipeline.trial import default_trial, trials
 
     result: dict[str, Any] = {"stage": "class", "why": "it did not end in time", "widths": []}
 
@@ -48,18 +57,43 @@ def measure(pair: Pair, folder: Path, seed: int, seconds: int, memory: int) -> N
         if isinstance(made, Refusal):
             raise RuntimeError(made.reason)
         note(stage="prune", partial=made.tiny.partial)
-        for trial in trials(made, folder):
-            folders = [str(one.relative_to(folder)) for one in trial.folders]
-            result["widths"].append({**trial.width.to_dict(), "folders": folders})
-            note()
-        trial = default_trial(made, folder / "defaults")
-        folders = [str(one.relative_to(folder)) for one in trial.folders]
-        width = trial.width
-        note(defaults={"outcome": width.outcome, "why": width.why, "folders": folders})
+        {"widths": _widths, "layers": _layers}[part](made, folder, note)
         note(stage="done", why="")
     except BaseException as error:  # the child must say what happened, whatever it was
         named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
         note(why=f"{named}{str(error) or type(error).__name__}"[:400])
+
+
+def _widths(case: Any, folder: Path, note: Callable[..., None]) -> None:
+    """Prune every width, and with the defaults."""
+    from tp_hf_config.pipeline.trial import default_trial, trials
+
+    widths: list[dict[str, Any]] = []
+    for trial in trials(case, folder):
+        widths.append(_tried(trial.width, trial.folders, folder))
+        note(widths=widths)
+    trial = default_trial(case, folder / "defaults")
+    tried = _tried(trial.width, trial.folders, folder)
+    note(defaults={key: tried[key] for key in ("outcome", "why", "folders")})
+
+
+def _layers(case: Any, folder: Path, note: Callable[..., None]) -> None:
+    """Drop a layer of every list, and let layers differ, if there are any."""
+    from tp_hf_config.pipeline.layer_trials import differ_trial, drop_trials, lists_of_layers
+
+    lists = lists_of_layers(case)
+    note(lists=lists)
+    dropped: list[dict[str, Any]] = []
+    for trial in drop_trials(case, lists, folder / "dropped"):
+        dropped.append(_tried(trial, trial.folders, folder))
+        note(dropped=dropped)
+    if lists:
+        trial = differ_trial(case, folder / "differ")
+        note(differ=_tried(trial, trial.folders, folder))
+
+
+def _tried(result: Any, folders: Iterable[Path], around: Path) -> dict[str, Any]:
+    return {**result.to_dict(), "folders": [str(one.relative_to(around)) for one in folders]}
 
 
 def learning(pair: Pair) -> float | None:
@@ -85,8 +119,9 @@ def learning(pair: Pair) -> float | None:
 
 
 def attempts(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """All that was pruned of a pair: its widths, and the defaults where it came to them."""
-    return [*result.get("widths", ()), *([result["defaults"]] if "defaults" in result else [])]
+    """All that was pruned of a pair, as far as it came."""
+    alone = [result[name] for name in ("defaults", "differ") if name in result]
+    return [*result.get("widths", ()), *result.get("dropped", ()), *alone]
 
 
 def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:

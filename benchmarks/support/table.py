@@ -6,6 +6,7 @@ import datetime
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from tp_hf_config.schema import SCHEMA_VERSION, versions
 
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 DEFAULTS = "the README's ten lines as they stand: pruned, saved, loaded"
+DIFFER = "layers differ: pruned, saved, loaded, of the pairs that run and have layers"
+DROPPED = "a layer dropped: saved, loaded, of the same pairs"
+FAILED = "layers that differ or went, and failed (silently wrong)"
 KINDS = ("feed-forward", "hidden", "heads", "other")
 _SIGNS = {"works": "yes", "refused": "refused", "failed": "FAILED", "mixed": "some"}
 _NOT_BUILT = ("class", "build")
 _NOT_RUN = (*_NOT_BUILT, "learn", "run")
+_NO_END = "no end"
+_CLASSES = re.compile(r"\b[A-Z]\w*[a-z][A-Z]\w*")
 
 Result = dict[str, Any]
 
@@ -54,10 +60,28 @@ def outcome_of(result: Result, kind: str) -> str | None:
     return found.pop() if len(found) == 1 else "mixed" if found else None
 
 
+def ran(result: Result) -> bool:
+    """Whether a pair's tiny model ran."""
+    return result["stage"] not in _NOT_RUN
+
+
+def dropped_of(layers: Result) -> str | None:
+    """What dropping a layer of every list came to; ``None``: it did not come to that."""
+    found = {one["outcome"] for one in layers.get("dropped", ())}
+    if "failed" in found or len(found) < 2:
+        return "failed" if "failed" in found else next(iter(found), None)
+    return "mixed"
+
+
+def with_layers(results: list[Result]) -> list[Result]:
+    """What was measured of the layers of the pairs that run and have some."""
+    return [r["layers"] for r in results if ran(r) and r.get("layers", {}).get("lists")]
+
+
 def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
     """The numbers that count, of so many pairs that there are."""
     built = [r for r in results if r["stage"] not in _NOT_BUILT]
-    runs = [r for r in built if r["stage"] not in _NOT_RUN]
+    runs = [r for r in built if ran(r)]
     rows = [
         ("(task, model type) pairs", _of(len(results), pairs)),
         ("built", str(len(built))),
@@ -66,14 +90,14 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
     for kind in KINDS:
         found = [one for one in (outcome_of(r, kind) for r in runs) if one is not None]
         good = sum(one in ("works", "mixed") for one in found)
-        every = sum(one == "works" for one in found)
-        share = f" ({100 * good / len(found):.1f} %; every such field: {every})" if found else ""
-        rows.append((f"{kind}: pruned, saved, loaded", f"{good} of {len(found)}{share}"))
+        every = f"; every such field: {sum(one == 'works' for one in found)}"
+        rows.append((f"{kind}: pruned, saved, loaded", _share(good, len(found), every)))
     defaults = Counter(r["defaults"]["outcome"] for r in runs if "defaults" in r)
     if defaults:
         rows.append((DEFAULTS, f"{defaults['works']} of {defaults.total()}"))
     outcomes = Counter(width["outcome"] for r in runs for width in r["widths"])
-    unended = sum(r["why"].startswith("no end") for r in built)
+    rows += _layer_totals(runs)
+    unended = sum(r["why"].startswith(_NO_END) for r in built)
     rows += [
         ("pairs that did not end within their time", str(unended)),
         ("pairs that ended in a run before, not in this one", str(sum("older" in r for r in runs))),
@@ -85,22 +109,55 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
     return rows
 
 
+def _layer_totals(runs: list[Result]) -> list[tuple[str, str]]:
+    """The totals of layers, once they were measured."""
+    layers = with_layers(runs)
+    if not layers:
+        return []
+    differ = sum(one.get("differ", {}).get("outcome") == "works" for one in layers)
+    dropped = Counter(map(dropped_of, layers))
+    good = dropped["works"] + dropped["mixed"]
+    every = f"; of every list: {dropped['works']}"
+    failed = [one for r in runs for _, one in layers_of(r) if one["outcome"] == "failed"]
+    measured = sum("lists" in r.get("layers", {}) for r in runs)
+    rows = [
+        (DIFFER, _share(differ, len(layers))),
+        (DROPPED, _share(good, len(layers), every)),
+        (FAILED, f"{len(failed)} ({sum(map(silent, failed))})"),
+    ]
+    if measured < len(runs):
+        rows.append(("pairs that run whose layers were looked at", f"{measured} of {len(runs)}"))
+    return rows
+
+
+def _share(good: int, whole: int, more: str = "") -> str:
+    return f"{good} of {whole}" + (f" ({100 * good / whole:.1f} %{more})" if whole else "")
+
+
 def kept(results: list[Result], seed: int, root: Path) -> list[Result]:
     """The results; what did not end is kept from the table that is there, where it had ended.
 
     A lower limit of time, or a slower class, takes nothing away: such rows say that they are older.
+    What is there about layers is kept where this run did not measure it.
     """
     path = root / "docs" / "support.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     if (table.get("versions"), table.get("seed")) != (versions(), seed):
         return results
-    ended = {(r["task"], r["type"]): r for r in table["pairs"] if r["stage"] == "done"}
+    stored = {(r["task"], r["type"]): r for r in table["pairs"]}
     found: list[Result] = []
     for result in results:
-        late = result["why"].startswith("no end")
-        before = ended.get((result["task"], result["type"])) if late else None
-        found.append(result if before is None else {**before, "older": True})
+        before = stored.get((result["task"], result["type"]), {})
+        layers = _ended_layers(result) or _ended_layers(before) or result.get("layers")
+        if result["why"].startswith(_NO_END) and before.get("stage") == "done":
+            result = {**before, "older": True}
+        found.append(result if layers is None else {**result, "layers": layers})
     return found
+
+
+def _ended_layers(result: Result) -> Result | None:
+    layers: Result | None = result.get("layers")
+    return None if layers is None or layers["why"].startswith(_NO_END) else layers
 
 
 def _of(measured: int, pairs: int) -> str:
@@ -110,6 +167,22 @@ def _of(measured: int, pairs: int) -> str:
 def widths_of(results: list[Result]) -> list[Result]:
     """All widths of all classes."""
     return [width for result in results for width in result["widths"]]
+
+
+def tried_of(result: Result) -> Iterator[tuple[str, Result]]:
+    """Everything that was tried with a class, by what it is called."""
+    for width in result["widths"]:
+        yield " + ".join(width["fields"]), width
+    yield from layers_of(result)
+
+
+def layers_of(result: Result) -> Iterator[tuple[str, Result]]:
+    """What was tried with the layers of a class, by what it is called."""
+    layers = result.get("layers", {})
+    for dropped in layers.get("dropped", ()):
+        yield "a layer dropped", dropped
+    if "differ" in layers:
+        yield "layers differ", layers["differ"]
 
 
 def silent(width: Result) -> bool:
@@ -126,10 +199,10 @@ def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> No
         shown.add_row(*row)
     Console().print(shown)
     for result in results:
-        for width in result["widths"]:
-            if width["outcome"] == "failed":
-                print(f"{result['task']} {result['type']}: {' + '.join(width['fields'])}")
-                print(f"    {width['why']}")
+        for name, tried in tried_of(result):
+            if tried["outcome"] == "failed":
+                print(f"{result['task']} {result['type']}: {name}")
+                print(f"    {tried['why']}")
     if root is None:
         return
     head = {
@@ -153,9 +226,12 @@ def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> No
 
 def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]]) -> str:
     """``docs/support.md``."""
-    columns = ("task", "model type", "class", *KINDS[:3], "defaults", "other widths that go")
-    lines = [(*columns, "or why not"), *map(_line, results)]
-    if not any("defaults" in result for result in results):  # measured before they were tried
+    columns = ("task", "model type", "class", *KINDS[:3], "defaults", "layers differ")
+    columns = (*columns, "a layer dropped", "other widths that go", "or why not")
+    lines = [columns, *map(_line, results)]
+    if not any("layers" in result for result in results):  # written before they were measured
+        lines = [(*line[:7], *line[9:]) for line in lines]
+    if not any("defaults" in result for result in results):
         lines = [(*line[:6], *line[7:]) for line in lines]
     return "\n".join(
         [
@@ -166,7 +242,11 @@ def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]
             "computes what the original does with the removed units masked, and a fresh process",
             "loads it with the same bits. *refused*: an error before anything is pruned or",
             "written. *some*: some of several fields go. *defaults*: the README's ten lines with",
-            "no argument changed, by half in one step. The reasons, field by field, are in",
+            "no argument changed, by half in one step. *layers differ*: the same comparison after",
+            "ranking all layers together, or after keeping the first of them whole, with",
+            '`layers="differ"`. *a layer dropped*: one layer of every list gone by `drop_layers`;',
+            "the model computes what it did with that layer passing on what it is given. Classes",
+            "without layers have no entry. The reasons, field by field, are in",
             "[support.json](support.json).",
             "",
             _markdown([("", ""), *rows]),
@@ -175,6 +255,7 @@ def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]
             "",
             _markdown([("times", "reason"), *reasons(results)]),
             "",
+            *_layer_reasons(results),
             "## The slowest to learn",
             "",
             _markdown([("task", "model type", "seconds"), *slowest(results)]),
@@ -210,6 +291,23 @@ def reasons(results: list[Result]) -> list[tuple[str, str]]:
     return [(str(count), _cell(reason)) for reason, count in counts.most_common(60)]
 
 
+def _layer_reasons(results: list[Result]) -> list[str]:
+    """The part of the page on why layers cannot differ, or go."""
+    counts = Counter(
+        (name, f"{one['outcome']}: {_plain(_CLASSES.sub('...', one['why']))}")
+        for result in results
+        for name, one in layers_of(result)
+        if one["outcome"] != "works"
+    )
+    rows = [(name, str(count), _cell(why)) for (name, why), count in counts.most_common(40)]
+    head = ["## Why layers cannot differ or go", ""]
+    return (
+        [*head, _markdown([("column", "times", "reason"), *rows]), ""]
+        if with_layers(results)
+        else []
+    )
+
+
 def _plain(text: str) -> str:
     text = re.sub(r"[\w*]+(\.[\w*]+)+(, [\w*]+(\.[\w*]+)+)*( and \d+ more)?", "...", text)
     return re.sub(r"\d+", "#", text)[:160]
@@ -217,9 +315,9 @@ def _plain(text: str) -> str:
 
 def _line(result: Result) -> tuple[str, ...]:
     named = (result["task"], f"`{result['type']}`", f"`{result['class']}`")
-    if result["stage"] in _NOT_RUN:
+    if not ran(result):
         word = "built" if result["stage"] in _NOT_BUILT else "run"
-        return (*named, "", "", "", "", "", f"not {word}: {_cell(result['why'])}")
+        return (*named, *[""] * 7, f"not {word}: {_cell(result['why'])}")
     found = (outcome_of(result, kind) for kind in KINDS[:3])
     others = {
         f"`{field}`"
@@ -232,7 +330,10 @@ def _line(result: Result) -> tuple[str, ...]:
     older = "of a run before" if result.get("older") else ""
     why = result["why"] if result["stage"] != "done" else ", ".join(filter(None, (partial, older)))
     defaults = _SIGNS[result["defaults"]["outcome"]] if "defaults" in result else ""
-    return (*named, *signs, defaults, ", ".join(sorted(others)), _cell(why))
+    layers = result.get("layers", {})
+    both = (layers.get("differ", {}).get("outcome"), dropped_of(layers))
+    columns = (defaults, *("" if one is None else _SIGNS[one] for one in both))
+    return (*named, *signs, *columns, ", ".join(sorted(others)), _cell(why))
 
 
 def _cell(text: str) -> str:

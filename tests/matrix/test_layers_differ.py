@@ -181,7 +181,9 @@ def test_a_class_without_such_layers_is_refused(name: str) -> None:
     model = zoo.build(name)
     stock = type(model)
     before = model.config.to_json_string()
-    with pytest.raises(UnsupportedModelError, match=r"layers='differ': .* Keep layers='uniform'"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers='differ': .* no width that is its single layers' own"
+    ):
         pruner_kwargs(model, layers="differ")
     assert type(model) is stock
     assert model.config.to_json_string() == before

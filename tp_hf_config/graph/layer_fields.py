@@ -19,6 +19,7 @@ from ..model.config_json import FieldPath, config_json, field_name
 from ..model.layer_class import layer_lists
 from ..model.layer_entries import (
     KEY,
+    LayerList,
     ListedLayers,
     entries_supported,
     layer_lists_of,
@@ -95,10 +96,16 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
             f"layers='differ': {name} would need a config with {KEY}, which Transformers reads "
             "from 5.15 on. Install a newer one, or keep layers='uniform'"
         )
+    lists = layer_lists_of(model)
+    if not lists:
+        raise UnsupportedModelError(
+            f"layers='differ': {name} has no list of layers that are each built from a config "
+            "which counts them (num_hidden_layers). Keep layers='uniform'"
+        )
     if not layer_lists(type(model)):
         _check_importable(model)
     field_map = uniform_map(build_live(model)[0], config_json(model.config, use_diff=False))
-    inside = _fields_inside(field_map, model) - entangled_fields(field_map)
+    inside = _fields_inside(field_map, model, lists) - entangled_fields(field_map)
     keys: dict[FieldPath, dict[str, int]] = {}
     for finding in experiments_of(field_map).findings:
         alone = all(_in_single_layer(group) for group in finding.groups)
@@ -108,8 +115,7 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
     if not keys:
         raise UnsupportedModelError(
             f"layers='differ': {name} has no width that is its single layers' own and that "
-            f"{type(model.config).__name__} could set for each, or its layers are not built from "
-            "a config. Keep layers='uniform'"
+            f"{type(model.config).__name__} could set for each. Keep layers='uniform'"
         )
     return keys
 
@@ -141,12 +147,12 @@ def _in_single_layer(group: TinyGroup) -> bool:
     return None not in layers and len({layer[0] for layer in layers if layer is not None}) == 1
 
 
-def _fields_inside(field_map: FieldMap, model: Any) -> set[FieldPath]:
+def _fields_inside(field_map: FieldMap, model: Any, lists: Sequence[LayerList]) -> set[FieldPath]:
     """Return the fields that set nothing outside of layers which can be built from entries."""
     prefix = model.base_model_prefix if model.base_model is not model else ""
-    lists: dict[FieldPath, list[str]] = {}
-    for found in layer_lists_of(model):
-        lists.setdefault(found.config_path, []).append(f"{prefix}.{found.name}.".lstrip("."))
+    beginnings: dict[FieldPath, list[str]] = {}
+    for found in lists:
+        beginnings.setdefault(found.config_path, []).append(f"{prefix}.{found.name}.".lstrip("."))
     set_by: dict[Quantity, Collection[FieldPath]] = {
         **{key: expression.fields for key, expression in field_map.expressions.items()},
         **{key: power.fields for key, power in field_map.powers.items()},
@@ -160,5 +166,5 @@ def _fields_inside(field_map: FieldMap, model: Any) -> set[FieldPath]:
         field
         for field, set_names in names.items()
         if field in field_map.values and isinstance(field[-1], str)
-        if all(name.startswith(tuple(lists.get(field[:-1], ()))) for name in set_names)
+        if all(name.startswith(tuple(beginnings.get(field[:-1], ()))) for name in set_names)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..errors import ConfigSyncError, in_one_line
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
 from ..forward.layer_passes import without_layers
+from ..forward.observed_pass import AllFloat64
 from ..model.build import Refusal
 from ..model.surroundings import quiet_transformers, same_random_state
 
@@ -57,7 +59,10 @@ class OutputsWithout:
         if isinstance(self._inputs, Refusal):
             return self._inputs
         try:
-            with undisturbed(self._model), without_layers(passing) as impossible:
+            dtypes = {parameter.dtype for parameter in self._model.parameters()}
+            # what a class casts to float32 as it runs may not meet weights in float64
+            precision = AllFloat64() if torch.float64 in dtypes else nullcontext()
+            with undisturbed(self._model), precision, without_layers(passing) as impossible:
                 result = self._model(**self._inputs)
         except Exception as error:  # a class that the library cannot feed may raise anything
             return Refusal(in_one_line(error))
@@ -66,17 +71,7 @@ class OutputsWithout:
                 f"{impossible[0]}, a layer to drop, does not give out what it is given in the same "
                 "shape, so the model cannot do without it. Nothing was changed."
             )
-        items = result.items() if isinstance(result, Mapping) else [("output", result)]
-        return {
-            name: value
-            for key, output in items
-            if not self._is_per_layer(output)
-            for name, value in _tensors(key, output)
-        }
-
-    def _is_per_layer(self, output: Any) -> bool:
-        """True if an output may have a part for each layer (hidden states, attentions)."""
-        return isinstance(output, tuple) and 0 <= len(output) - self._total <= 1
+        return dict(tensors_by_name(result, self._total))
 
     def _cannot_generate(self) -> Refusal | None:
         """Return why the model generates no token with a cache; ``None`` if it does."""
@@ -140,13 +135,24 @@ def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal
         return Refusal(in_one_line(error))
 
 
-def _tensors(name: Any, output: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating point tensors of an output by name; of several, each by its place."""
+def tensors_by_name(output: Any, layers: int, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating point tensors of an output by name; of several, each by its place.
+
+    Args:
+        output: what a forward pass returns.
+        layers: how many layers there are; a tuple that may have a part for each (hidden states,
+            attentions) is left out.
+        name: the output's name.
+    """
     if isinstance(output, Tensor) and output.is_floating_point():
-        yield str(name), output.detach().clone()
+        yield name or "output", output.detach().clone()
+    elif isinstance(output, Mapping):
+        for key, item in output.items():
+            if not (isinstance(item, tuple) and 0 <= len(item) - layers <= 1):
+                yield from tensors_by_name(item, layers, ".".join(filter(None, (name, str(key)))))
     elif isinstance(output, (tuple, list)):
         for place, item in enumerate(output):
-            yield from _tensors(f"{name}[{place}]", item)
+            yield from tensors_by_name(item, layers, f"{name}[{place}]")
 
 
 def _relative_error(before: Tensor, after: Tensor | None) -> float:

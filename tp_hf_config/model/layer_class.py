@@ -83,6 +83,11 @@ def _own_configs():
 class _LayersWithOwnConfig:
     {mark} = tuple(LISTS)
 
+    @classmethod
+    def is_custom_code(cls):
+        """False: as of the stock class, loading computes buffers that are not saved."""
+        return False
+
     def set_attn_implementation(self, *args, **kwargs):
         super().set_attn_implementation(*args, **kwargs)
         self._tell_layers("_attn_implementation_internal")

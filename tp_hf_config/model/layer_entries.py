@@ -94,8 +94,9 @@ def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
             continue
         config = config_around(base, name)
         classes = tuple(dict.fromkeys(type(layer) for layer in module))
-        count = getattr(config, "num_hidden_layers", 0)
-        if type(config) in paths and len(module) <= count and all(map(_takes_config, classes)):
+        count = getattr(config, "num_hidden_layers", None)
+        counted = type(count) is int and len(module) <= count  # a hybrid's may have one for a kind
+        if type(config) in paths and counted and all(map(_takes_config, classes)):
             result.append(LayerList(name, paths[type(config)], classes))
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,11 @@ from ..graph.prunable import Width, widths_of
 from ..hook.hook import HFConfigSyncHook
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json
+from ..model.shapes import shapes
 from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
+from ..planning.settings import Layers
 from ..twin.masked_check import masked_difference, pruned_inputs_of
 from ..twin.tiny.tiny_model import TinyModel, randomise
 
@@ -182,7 +185,7 @@ def default_trial(case: Subject, folder: Path) -> Trial:
     Returns:
         The trial; its width has no fields.
     """
-    outcome, why = _attempt(case, None, 1, folder)
+    outcome, why = attempt(case, copy.deepcopy(case.model), folder)
     why = why or ("nothing was pruned" if outcome == "refused" else "")
     return Trial(WidthSupport((), outcome, why), (folder,) if outcome == "works" else ())
 
@@ -192,7 +195,8 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
     folders: list[Path] = []
     for steps in STEPS if width.units > 2 else STEPS[:1]:
         folders.append(folder / str(steps))
-        outcome, why = _attempt(case, width.names, steps, folders[-1])
+        pruned = copy.deepcopy(case.model)
+        outcome, why = attempt(case, pruned, folders[-1], steps, prune=width.names)
         if outcome == "works":
             continue
         if outcome == "refused":
@@ -204,28 +208,37 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
     return Trial(WidthSupport(width.names, "works", "", "config", width.units), tuple(folders))
 
 
-def _attempt(
-    case: Subject, fields: Sequence[str] | None, steps: int, folder: Path
+def attempt(
+    case: Subject,
+    pruned: Any,
+    folder: Path,
+    steps: int = 1,
+    layers: Layers = "uniform",
+    **given: Any,
 ) -> tuple[Outcome, str]:
     """Prune a copy and save it; return the outcome, and why it does not work.
 
     Args:
-        case: the model, which is not changed, and its inputs.
-        fields: the config fields to prune; None: the default ones.
-        steps: the number of steps.
+        case: the model that ``pruned`` is a copy of.
+        pruned: the copy, which is pruned in place.
         folder: where to save.
+        steps: the number of steps.
+        layers: whether layers may get widths of their own.
+        given: other arguments of ``pruner_kwargs``.
 
     Returns:
         ``refused`` without a reason if nothing was pruned.
     """
     import torch_pruning as tp
 
-    tiny, pruned, hook = case.tiny, copy.deepcopy(case.model), HFConfigSyncHook()
+    tiny, hook = case.tiny, HFConfigSyncHook(layers=layers)
     try:
         with _quiet():
             pruner = tp.pruner.MetaPruner(
                 pruned,
-                **pruner_kwargs(pruned, prune=fields, make_inputs=tiny.recipe.make_inputs),
+                **pruner_kwargs(
+                    pruned, make_inputs=tiny.recipe.make_inputs, layers=layers, **given
+                ),
                 importance=tp.importance.GroupMagnitudeImportance(),
                 pruning_ratio=RATIO,
                 iterative_steps=steps,
@@ -235,7 +248,12 @@ def _attempt(
         return "refused", str(error)
     except Exception as error:
         return "failed", _line(f"{type(error).__name__} from the pruner's constructor: {error}")
-    refusal = _prune_and_check(case, pruned, pruner, steps)
+    try:
+        refusal = _prune_and_check(case, pruned, pruner, steps)
+    except TPHFConfigError as error:
+        if shapes(pruned) == shapes(case.model):
+            return "refused", str(error)
+        refusal = Refusal(f"{type(error).__name__} after the step: {error}")
     if refusal is None and not any(report.groups for report in hook.reports):
         return "refused", ""
     if refusal is None:
@@ -253,7 +271,10 @@ def _minimum(width: Width) -> int:
 
 
 def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refusal | None:
-    """Run all steps and the masked check; return why that failed, or ``None``."""
+    """Run all steps and the masked check; return why that failed, or ``None``.
+
+    Errors of the library pass through.
+    """
     try:
         with _quiet():
             for _ in range(steps):
@@ -266,8 +287,8 @@ def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refu
         return masked_difference(
             case.model, model, reference, tiny.inputs, tiny.watched, tiny.recipe
         )
-    except TPHFConfigError as error:
-        return Refusal(f"{type(error).__name__} after the step: {error}")
+    except TPHFConfigError:
+        raise
     except Exception as error:
         return Refusal(f"{type(error).__name__}: {error}")
 
@@ -308,11 +329,16 @@ def save(
 
 
 def reloaded(model_class: Any, folder: Path) -> Refusal | None:
-    """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``."""
+    """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``.
+
+    Code that was saved with it runs, as the auto class of its task lets it.
+    """
     case = torch.load(folder / CASE, weights_only=True)
     try:
         recipe = RunRecipe(methods=tuple(case["methods"]))
-        model, problems = load(model_class, folder, case["options"])
+        auto = _auto_class(folder)
+        options = {**case["options"], **({"trust_remote_code": True} if auto else {})}
+        model, problems = load(auto or model_class, folder, options)
         if problems:
             return Refusal(_line(f"loading reports {problems}"))
         for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
@@ -326,6 +352,17 @@ def reloaded(model_class: Any, folder: Path) -> Refusal | None:
         return Refusal(_line(f"it cannot be loaded: {type(error).__name__}: {error}"))
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
     return None if same else Refusal("loaded again it computes other outputs")
+
+
+def _auto_class(folder: Path) -> Any:
+    """Return the auto class that loads a folder's own code; ``None`` if it has none."""
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text())
+    saved = config["architectures"][0]
+    names = (k for k, v in config.get("auto_map", {}).items() if v.rpartition(".")[2] == saved)
+    name = next(names, None)
+    return None if name is None else getattr(transformers, name)
 
 
 @contextmanager

@@ -424,3 +424,10 @@ class TestReport:
         monkeypatch.setattr(outputs_without, "example_inputs", fail)
         report = drop_layers(deep_zoo.build("llama"), [1])
         assert report.proof.endswith("as small inputs were not found: no such inputs")
+
+
+def test_a_model_in_float64_is_compared_though_its_class_casts_to_float32() -> None:
+    model = deep_zoo.build("llama").double()
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, given: given[0].float())
+    report = drop_layers(model, [1])
+    assert "it computes what it did with the dropped layers passing on" in report.proof

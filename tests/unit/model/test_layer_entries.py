@@ -13,12 +13,20 @@ import pytest
 import small
 import torch
 import zoo
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    LxmertConfig,
+    LxmertModel,
+)
 
+from tp_hf_config import UnsupportedModelError, pruner_kwargs
 from tp_hf_config.graph.layer_fields import _in_single_layer, layers_listed
 from tp_hf_config.model.layer_class import layer_lists, stock_class
 from tp_hf_config.model.layer_entries import (
     entries_of,
+    layer_lists_of,
     name_in_all_layers,
     set_entries,
     shared_field,
@@ -147,3 +155,49 @@ def test_a_group_in_the_tenth_layer_is_in_one_layer() -> None:
     assert _in_single_layer(group("model.layers.10.up.weight", "model.layers.10.down.weight"))
     assert not _in_single_layer(group("model.layers.1.up.weight", "model.layers.10.up.weight"))
     assert not _in_single_layer(group("model.norm.weight"))
+
+
+def test_loading_computes_buffers_that_are_not_saved_as_the_stock_class_does(
+    tmp_path: Path,
+) -> None:
+    """Falcon-H1's model computes those of its layers, and has no weights of its own."""
+    config = FalconH1Config(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        ssm_multipliers=[0.5, 2.0, 3.0, 0.25, 4.0],
+    )
+    model = FalconH1ForCausalLM(config).eval()
+    with layers_listed(model):
+        model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(again).__name__ == "LayerwiseFalconH1ForCausalLM"
+    loaded = dict(again.named_buffers())
+    assert "model.layers.1.mamba.mup_vector" in loaded
+    for name, buffer in model.named_buffers():
+        assert torch.equal(loaded[name], buffer), name
+
+
+def test_a_config_that_counts_several_lists_in_one_dictionary_has_no_entries() -> None:
+    config = LxmertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=40,
+        num_attention_heads=4,
+        l_layers=3,
+        x_layers=2,
+        r_layers=2,
+    )
+    assert config.num_hidden_layers == {"vision": 2, "cross_encoder": 2, "language": 3}
+    model = LxmertModel(config)
+    assert layer_lists_of(model) == []
+    with pytest.raises(UnsupportedModelError, match="LxmertModel has no list of layers that are"):
+        pruner_kwargs(model, layers="differ")

@@ -123,6 +123,68 @@ def test_the_page_has_a_column_for_the_defaults_once_they_were_tried() -> None:
     assert "| model | `b` | `A` |   |   |   | refused |   |   |" in page
 
 
+WORKS, REFUSED = ({"outcome": outcome, "why": ""} for outcome in ("works", "refused"))
+FAILED = {"outcome": "failed", "why": "logits is 1e+00 off the original with the layer passing on"}
+LATE = "no end within 60 s (prune)"
+
+
+def with_layers(name: str, **layers: Any) -> dict[str, Any]:
+    """The row of a class that ran; with what was measured of its layers, if there is anything."""
+    row = {"task": "model", "type": name, "class": "A", "stage": "done", "why": "", "widths": []}
+    return {**row, "layers": {"why": "", **layers}} if layers else row
+
+
+def test_layers_have_columns_and_totals_of_the_pairs_that_have_some() -> None:
+    table = table_module()
+    pairs = [
+        with_layers("a", lists=["h"], dropped=[WORKS], differ=WORKS),
+        with_layers("b", lists=["h", "g"], dropped=[WORKS, REFUSED], differ=REFUSED),
+        with_layers("c", lists=["h", "g"], dropped=[WORKS, FAILED], differ=WORKS),
+        with_layers("d", lists=["h"], why=LATE),
+        with_layers("e", lists=[]),
+    ]
+    counted = dict(table.totals(pairs, 5))
+    assert counted[table.DIFFER] == "2 of 4 (50.0 %)"
+    assert counted[table.DROPPED] == "2 of 4 (50.0 %; of every list: 1)"
+    assert counted[table.FAILED] == "1 (1)"
+    assert not any(name.startswith("pairs that run whose") for name in counted)
+    head = {"date": "2026-11-27", "versions": {}, "seed": 0}
+    page = table.page(pairs, head, table.totals(pairs, 5))
+    assert "| heads | layers differ | a layer dropped | other widths that go |" in page
+    assert "| model | `a` | `A` |   |   |   | yes | yes |   |   |" in page
+    assert "| model | `b` | `A` |   |   |   | refused | some |   |   |" in page
+    assert "| model | `c` | `A` |   |   |   | yes | FAILED |   |   |" in page
+    assert "| model | `d` | `A` |   |   |   |   |   |   |   |" in page
+    assert "| layers differ | 1 | refused:" in page
+    assert "| a layer dropped | 1 | failed:" in page
+    missing = [*pairs, with_layers("f"), with_layers("g", why=LATE)]
+    counted = dict(table.totals(missing, 7))
+    assert counted[table.DIFFER] == "2 of 4 (50.0 %)"
+    assert counted["pairs that run whose layers were looked at"] == "5 of 7"
+    without = table.page([with_layers("f")], head, table.totals([with_layers("f")], 1))
+    assert "| layers differ |" not in without
+    assert "## Why layers" not in without
+
+
+def test_layers_are_kept_from_the_table_where_this_run_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_module()
+    monkeypatch.setattr(table, "versions", lambda: {"torch": "2"})
+    before = with_layers("a", lists=["h"], dropped=[WORKS], differ=WORKS)
+    (tmp_path / "docs").mkdir()
+    stored = {"versions": {"torch": "2"}, "seed": 0, "pairs": [before]}
+    (tmp_path / "docs" / "support.json").write_text(json.dumps(stored))
+    new = with_layers("a", lists=["h"], dropped=[REFUSED], differ=WORKS)
+    unended = with_layers("a", lists=["h"], why=LATE)
+    assert table.kept([with_layers("a")], 0, tmp_path) == [before]
+    assert table.kept([unended], 0, tmp_path) == [before]
+    assert table.kept([new], 0, tmp_path) == [new]
+    assert table.kept([{**new, "why": LATE}], 0, tmp_path) == [{**new, "older": True}]
+    other = with_layers("b", lists=["h"], why=LATE)
+    assert table.kept([other, with_layers("c")], 0, tmp_path) == [other, with_layers("c")]
+
+
 def test_a_model_is_measured_at_tiny_size_and_not_touched(capfd: Any) -> None:
     with torch.device("meta"):  # 70 billion parameters
         config = hf.LlamaConfig(

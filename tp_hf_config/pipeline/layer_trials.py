@@ -1,0 +1,171 @@
+"""Let the layers of one class differ, and drop a layer of each of its lists, at tiny size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TPHFConfigError, in_one_line
+from ..fieldmap.completeness import build_live
+from ..fieldmap.fewer_layers import layer_lists_in
+from ..fieldmap.field_map import map_of, whole_build
+from ..forward.extra_methods import outputs_of
+from ..forward.layer_passes import without_layers
+from ..forward.observed_pass import AllFloat64
+from ..graph.experiments import experiments_of
+from ..hook.drop_layers import drop_layers
+from ..hook.outputs_without import tensors_by_name
+from ..model.build import Refusal
+from ..model.config_json import config_json
+from ..model.layer_class import layer_lists
+from ..model.layer_entries import layer_lists_of
+from ..twin.masked_check import EXACT
+from .trial import Outcome, Subject, attempt, save
+
+GLOBAL, FIRST_KEPT = "global", "firsts-kept"
+
+
+@dataclass(frozen=True)
+class LayerTrial:
+    """What became of letting layers differ, or of dropping one.
+
+    Attributes:
+        outcome: ``works``: the model computes what it is to compute, and one that is loaded from
+            the saved folder computes the same bits; ``refused``: an error came before anything was
+            changed; ``failed``: anything else.
+        why: why it does not work; empty if it does.
+        how: how layers were made to differ, or the list and the number of the layer that went.
+        folders: where the model was saved, if it works.
+    """
+
+    outcome: Outcome
+    why: str = ""
+    how: str = ""
+    folders: tuple[Path, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as data for ``json.dumps``."""
+        return {"outcome": self.outcome, "why": self.why, "how": self.how}
+
+
+def lists_of_layers(case: Subject) -> list[str]:
+    """Return the names of a model's lists of layers: of those that a config can make shorter.
+
+    If there are none, only the first list.
+    """
+    model: Any = case.model
+    builder, built = build_live(model)
+    full = whole_build(model, builder, built)
+    lists = layer_lists_in(builder, config_json(model.config, use_diff=False), full)
+    return [name for name, refusal in lists.items() if refusal is None] or list(lists)[:1]
+
+
+def differ_trial(case: Subject, folder: Path) -> LayerTrial:
+    """Prune a copy so that its layers differ.
+
+    All layers are ranked together, with the default widths. If that is refused, as for a width that
+    several groups share, or happens to leave the layers alike, the first layers keep their widths.
+
+    Args:
+        case: the model, which is not changed, and its inputs.
+        folder: where the pruned copy is saved.
+    """
+    model: Any = case.model
+    if layer_lists_of(model):  # else it is refused without experiments
+        field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
+        experiments_of(field_map, case.tiny)  # once for all that follows
+    trial = LayerTrial("refused")
+    for how in (GLOBAL, FIRST_KEPT):
+        pruned = copy.deepcopy(model)
+        firsts = [
+            pruned.base_model.get_submodule(layers.name)[0] for layers in layer_lists_of(pruned)
+        ]
+        given = {"global_pruning": True} if how == GLOBAL else {"ignored_layers": firsts}
+        saved = folder / f"{type(model).__name__}-{how}"  # names the package of the code in it
+        outcome, why = attempt(case, pruned, saved, layers="differ", **given)
+        if outcome == "failed":
+            return LayerTrial(outcome, f"{how}: {why}")
+        if outcome == "works" and layer_lists(type(pruned)):
+            return LayerTrial(outcome, how=how, folders=(saved,))
+        trial = LayerTrial("refused", trial.why or why or "its layers came out alike")
+    return trial
+
+
+def drop_trials(case: Subject, lists: Sequence[str], folder: Path) -> Iterator[LayerTrial]:
+    """Yield a trial for each list: a layer dropped from a copy.
+
+    The second layer if it can go; otherwise the last, one in the middle, or the first.
+
+    Args:
+        case: the model, which is not changed, and its inputs.
+        lists: the names of the lists.
+        folder: where the copies are saved.
+    """
+    for place, name in enumerate(lists):
+        layers = len(list(case.model.get_submodule(name).children()))
+        numbers = dict.fromkeys((1, layers - 1, layers // 2, 0))
+        trials = (_dropped(case, name, number, folder / str(place)) for number in numbers)
+        first = next(trials)
+        yield next((trial for trial in (first, *trials) if trial.outcome != "refused"), first)
+
+
+def _dropped(case: Subject, name: str, number: int, folder: Path) -> LayerTrial:
+    """Drop one layer of a list of a copy, compare, and save."""
+    model: Any = copy.deepcopy(case.model)
+    trial = LayerTrial("works", how=f"layer {number} of {name}", folders=(folder,))
+    try:
+        drop_layers(model, [number], which=name)
+    except TPHFConfigError as error:
+        return replace(trial, outcome="refused", why=str(error), folders=())
+    except Exception as error:
+        return replace(trial, outcome="failed", why=in_one_line(error), folders=())
+    refusal = _difference(case, model, name, number)
+    if refusal is None:
+        watched = [r for r in case.tiny.watched if not r.module.startswith(f"{name}.")]
+        refusal = save(model, case.tiny.inputs, folder, watched, case.tiny.recipe)
+    if refusal is None:
+        return trial
+    return replace(trial, outcome="failed", why=refusal.reason, folders=())
+
+
+def _difference(case: Subject, model: nn.Module, name: str, number: int) -> Refusal | None:
+    """Return where a model without a layer differs from the original while that layer passes on.
+
+    Args:
+        case: the original and its inputs.
+        model: the original without the layer.
+        name: the list of layers.
+        number: the layer.
+    """
+    original = copy.deepcopy(case.model)
+    layers = list(original.get_submodule(name).children())
+    try:
+        whole = _outputs(case, original, len(layers))
+        with without_layers([layers[number]]):
+            expected = _outputs(case, original, len(layers))
+        actual = _outputs(case, model, len(layers))
+    except Exception as error:
+        return Refusal(f"it does not run: {in_one_line(error)}")
+    for key, value in expected.items():
+        if key not in actual or actual[key].shape != value.shape:
+            return Refusal(f"{key} has another shape than with the layer passing on")
+        off = float((actual[key] - value).norm() / value.norm().clamp_min(1e-30))
+        if not off <= EXACT:
+            return Refusal(f"{key} is {off:.0e} off the original with the layer passing on")
+    if all(torch.equal(whole[key], value) for key, value in expected.items()):
+        return Refusal(f"no output depends on layer {number} of {name}")
+    return None
+
+
+def _outputs(case: Subject, model: nn.Module, layers: int) -> dict[str, Tensor]:
+    """Return the outputs of one pass by name, without those that have a part for each layer."""
+    torch.default_generator.manual_seed(0)
+    with torch.no_grad(), AllFloat64():
+        result = outputs_of(model, case.tiny.inputs, case.tiny.recipe)
+    return dict(tensors_by_name(result, layers))
