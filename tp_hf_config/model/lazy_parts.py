@@ -45,7 +45,7 @@ class Parts:
             args: its arguments; the first is the whole.
             kwargs: its keyword arguments.
         """
-        if func is _aten._to_copy.default:
+        if func in (_aten._to_copy.default, _aten.clone.default):
             each = tuple(func(tensor, **kwargs) for tensor in self.tensors)
             return Parts(each, self.dim, self.stacked).joined()
         take = _TAKES.get(func)

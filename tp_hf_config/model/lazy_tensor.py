@@ -158,10 +158,10 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return the lazy result, or results, of an operation that only moves values."""
     parts = args[0].parts if isinstance(args[0], LazyTensor) else None
     taken = None if parts is None else parts.of(func, _counted_from_front(args), kwargs)
-    if taken is not None:
-        return _with_storage(taken, args[0]) if func in _VIEWS else taken
     plain = {key: value for key, value in kwargs.items() if key != "device"}
     results = func(*tree_map(_shape_of, args), **plain)
+    if taken is not None:
+        return _as_view(taken, results, args[0]) if func in _VIEWS else taken
 
     def read() -> Any:
         return func(*tree_map(_values, args), **kwargs)
@@ -186,11 +186,21 @@ def _counted_from_front(args: Sequence[Any]) -> list[Any]:
     return counted
 
 
-def _with_storage(taken: Any, source: LazyTensor) -> Any:
-    """Return what was taken of a tensor's parts, with the storage of the whole."""
-    if isinstance(taken, Tensor):
-        return _same(taken, source._storage) if isinstance(taken, LazyTensor) else taken
-    return [_with_storage(each, source) for each in taken]
+def _as_view(taken: Any, like: Any, source: LazyTensor) -> Any:
+    """Return what was taken of a tensor's parts, with the strides and the storage of a view.
+
+    Args:
+        taken: lazy tensors.
+        like: what the operation gives on the meta device.
+        source: the whole.
+    """
+    if not isinstance(taken, Tensor):
+        return [_as_view(*pair, source) for pair in zip(taken, like, strict=True)]
+    if not isinstance(taken, LazyTensor):
+        return taken
+    view = LazyTensor(like, taken.read, source._storage)
+    view.parts = taken.parts
+    return view
 
 
 def _item(read: Callable[[], Sequence[Tensor]], number: int) -> Tensor:
