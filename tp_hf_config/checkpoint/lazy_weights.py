@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,7 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file, byte for byte as ``safetensors.torch.save_file`` does.
 
-    Each tensor is read, written and freed before the next.
+    Each tensor is read, written and freed; the next one is read meanwhile.
 
     Args:
         tensors: name -> tensor; lazy ones are read when it is their turn.
@@ -121,14 +122,20 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNED)
-    with Path(path).open("wb", buffering=0) as file:
+    with Path(path).open("wb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            values = values_of(tensors[name].detach()).contiguous()
-            numbers: Any = values.reshape(-1).view(torch.uint8).numpy()
-            rest = memoryview(numbers)
+        ahead = [reader.submit(_bytes_of, tensors[name]) for name in order[:1]]
+        for number in range(len(order)):
+            rest = ahead.pop().result()
+            ahead = [reader.submit(_bytes_of, tensors[n]) for n in order[number + 1 : number + 2]]
             while len(rest):  # a write of more than 2 GiB ends early
                 rest = rest[file.write(rest) :]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values; of a lazy one, they are read."""
+    numbers: Any = values_of(tensor.detach()).contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(numbers)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ _CHANNEL_BY_CHANNEL = {
     tp.importance.GroupTaylorImportance,
     tp.importance.TaylorImportance,
 }
+_BY_SLICE = {tp.importance.GroupMagnitudeImportance}  # others sort the channels that they get
 # the fewest columns of a piece; sums over rows take so many at a time, so the order of adding stays
 _COLUMNS = 64
 
@@ -51,10 +52,11 @@ def in_pieces(importance: Any, group: Any) -> Any:
     values: list[torch.Tensor] = []
     roots: list[Any] = []
     types = tuple(importance.target_types)
+    by_slice = type(importance) in _BY_SLICE
     for item in group:
         module = item.dep.target.module
         with in_memory(module) if isinstance(module, types) else nullcontext():
-            results = [each([piece]) for piece in _pieces(item, types)]
+            results = [each([piece]) for piece in _pieces(item, types, by_slice)]
         if results[0] is None:  # the importance does not look at this layer
             continue
         for parts in zip(*results, strict=True):  # the weight's, and the bias's where it counts
@@ -65,7 +67,7 @@ def in_pieces(importance: Any, group: Any) -> Any:
     return importance._normalize(importance._reduce(values, roots), importance.normalizer)
 
 
-def _pieces(item: Any, types: tuple[type, ...]) -> Iterator[Any]:
+def _pieces(item: Any, types: tuple[type, ...], by_slice: bool) -> Iterator[Any]:
     """Yield a group's item as several items, each with some of its channels.
 
     Items that need no splitting, or that cannot be split, are yielded whole.
@@ -78,7 +80,8 @@ def _pieces(item: Any, types: tuple[type, ...]) -> Iterator[Any]:
     elif dep.handler == function.prune_linear_out_channels:
         rows = max(1, PIECE * len(weight) // weight.nbytes)
         for start in range(0, len(idxs), rows):
-            yield _helpers.GroupItem(dep, idxs[start : start + rows])
+            some = idxs[start : start + rows]
+            yield _helpers.GroupItem(dep, _as_slice(some) if by_slice else some)
     elif dep.handler == function.prune_linear_in_channels and idxs == [*range(weight.shape[1])]:
         columns = PIECE * weight.shape[1] // weight.nbytes // _COLUMNS * _COLUMNS
         for part in _columns(weight, max(columns, _COLUMNS)):
@@ -89,6 +92,13 @@ def _pieces(item: Any, types: tuple[type, ...]) -> Iterator[Any]:
             yield _helpers.GroupItem(part_dep, list(range(part.weight.shape[1])))
     else:
         yield item
+
+
+def _as_slice(idxs: list[int]) -> list[int] | slice:
+    """Return channels as a slice if they follow each other: indexing by it copies nothing."""
+    if idxs[-1] - idxs[0] == len(idxs) - 1 and idxs == [*range(idxs[0], idxs[-1] + 1)]:
+        return slice(idxs[0], idxs[-1] + 1)
+    return idxs
 
 
 class _Columns(nn.Linear):

@@ -35,7 +35,7 @@ def test_importances_in_pieces_are_the_same(dtype: torch.dtype, monkeypatch: pyt
     split = 0
     for group in groups_of(pruner):
         split += sum(
-            len(list(chunked_importance._pieces(item, (nn.Linear,)))) > 1 for item in group
+            len(list(chunked_importance._pieces(item, (nn.Linear,), True))) > 1 for item in group
         )
         for importance in IMPORTANCES:
             whole = importance(group)

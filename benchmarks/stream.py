@@ -1,0 +1,298 @@
+"""What it takes to prune models from folder to folder: ``python benchmarks/stream.py``.
+
+A random Llama of real size is written in bfloat16, pruned by magnitude from its folder into another
+one, and checked there by a fresh process.  Shown are the most memory that a process of it took, and
+the time beside reading the folder twice and writing the result once, in the same run.  Then the
+shapes of a 70B Llama and of DeepSeek-V3 lie in sparse files: the time and memory for the plan, the
+graph and the cut list, and the bytes that the transfer would read and write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from tp_hf_config.checkpoint.lazy_weights import lazy_weights, write_safetensors
+from tp_hf_config.model.lazy_tensor import LazyTensor
+
+SHARD = "5GB"
+CHUNK = 1 << 24  # bytes
+GIB = 2**30
+RATIO = 0.2
+LLAMA_70B: dict[str, Any] = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+LLAMA_7B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+console = Console()
+
+
+def llama(**settings: Any) -> Any:
+    """A Llama without data."""
+    config = LlamaConfig(**settings, tie_word_embeddings=False, dtype="bfloat16")
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def deepseek_v3() -> Any:
+    """DeepSeek-V3 of full size, without data."""
+    with torch.device("meta"):
+        return DeepseekV3ForCausalLM(DeepseekV3Config(dtype="bfloat16")).to(torch.bfloat16)
+
+
+def random_values(like: Tensor) -> LazyTensor:
+    """A tensor that is drawn when it is written; its rows are of different sizes."""
+
+    def draw() -> Tensor:
+        if like.ndim == 1:
+            return torch.ones(like.shape, dtype=like.dtype)
+        generator = torch.Generator().manual_seed(like.numel())
+        block = (torch.randn(1 << 20, generator=generator) * 0.02).to(like.dtype)
+        values = block.repeat(-(-like.numel() // len(block)))[: like.numel()].view(like.shape)
+        return values * torch.rand(len(like), 1, generator=generator).to(like.dtype)
+
+    return LazyTensor(like, draw)
+
+
+def write_folder(model: Any, folder: Path) -> None:
+    """Write a random model of these shapes, tensor by tensor."""
+    _write_config(model, folder)
+    state = {name: random_values(value) for name, value in model.state_dict().items()}
+    for file, names in _shards(state, folder).items():
+        write_safetensors({name: state[name] for name in names}, folder / file, {"format": "pt"})
+
+
+def write_sparse_folder(model: Any, folder: Path) -> None:
+    """Write files without numbers, with names as in a checkpoint (experts one by one)."""
+    _write_config(model, folder)
+    state = revert_weight_conversion(model, dict(model.state_dict()))
+    for file, names in _shards(state, folder).items():
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            value = state[name]
+            dtype = "BF16" if value.dtype == torch.bfloat16 else "F32"
+            start, end = end, end + value.nbytes
+            header[name] = {
+                "dtype": dtype,
+                "shape": list(value.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as target:
+            target.write(len(text).to_bytes(8, "little") + text)
+            target.truncate(8 + len(text) + end)
+
+
+def _write_config(model: Any, folder: Path) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+
+
+def _shards(state: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+    """File -> the names of its tensors; the index is written."""
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return split.filename_to_tensors
+
+
+def read_and_write(source: Path, pruned: Path, target: Path) -> float:
+    """Seconds to read a folder's weights twice and write as many bytes as another's once."""
+    started = time.perf_counter()
+    for _ in range(2):
+        for chunk in _chunks(source):
+            del chunk
+    left = sum(file.stat().st_size for file in pruned.glob("*.safetensors"))
+    data = os.urandom(CHUNK)
+    with target.open("wb", buffering=0) as file:
+        while left > 0:
+            left -= file.write(data[:left])
+        os.fsync(file.fileno())
+    target.unlink()
+    return time.perf_counter() - started
+
+
+def _chunks(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+
+def measured(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What a function returns in a process of its own, with its time and memory."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, work, args))
+    process.start()
+    result: dict[str, Any] = receiver.recv()
+    process.join()
+    return result
+
+
+def _send(sender: Any, work: Callable[..., dict[str, Any]], args: Any) -> None:
+    warnings.simplefilter("ignore")
+    started = time.perf_counter()
+    result = work(*args)
+    result["seconds"] = time.perf_counter() - started
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    result["memory"] = 1024 * max(each.ru_maxrss for each in usage)
+    sender.send(result)
+
+
+def prune_folder(source: Path, out: Path, threads: int) -> dict[str, Any]:
+    """Prune every default width by magnitude, folder to folder."""
+    torch.set_num_threads(threads)
+    from tp_hf_config.pipeline.job import Job
+    from tp_hf_config.pipeline.prune import prune_checkpoint
+    from tp_hf_config.pipeline.source import Source
+
+    job = Job(
+        Source(str(source), str(source)),
+        out,
+        {"pruning_ratio": RATIO},
+        importance="magnitude",
+        compensate=False,
+    )
+    pruned = prune_checkpoint(job)
+    assert pruned.plan is not None
+    assert pruned.plan.streaming is not None
+    return {"text": str(pruned), "foretold": pruned.plan.streaming.to_dict()}
+
+
+def make_cut_list(source: Path, out: Path) -> dict[str, Any]:
+    """Plan, graph and cut list of a folder by random importance: no weight is read."""
+    torch.set_num_threads(1)
+    import torch_pruning as tp
+
+    from tp_hf_config import HFConfigSyncHook, plan
+    from tp_hf_config.pipeline.source import Source, class_for, config_of, load_lazily
+
+    place = Source(str(source), str(source))
+    config = config_of(place)
+    model, _ = load_lazily(place, config, class_for(place, config))
+    planned = plan(model, pruning_ratio=RATIO)
+    hook = HFConfigSyncHook()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **planned.pruner_kwargs(model),
+        importance=tp.importance.RandomImportance(),
+        hooks=[hook],
+    )
+    pruner.step()
+    assert hook.cuts is not None
+    assert planned.streaming is not None
+    hook.cuts.save(out)
+    return {
+        "text": str(hook.cuts),
+        "foretold": planned.streaming.to_dict(),
+        "file": out.stat().st_size,
+        "parameters": planned.before.parameters,
+        "tensors": len(lazy_weights(source)),
+    }
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(prog="benchmarks/stream.py", description=__doc__)
+    parser.add_argument("--layers", type=int, default=32, help="of the 7B Llama that is written")
+    parser.add_argument("--folder", type=Path, help="where there is room for twice the model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=("stream", "cut-list"), help="only this part")
+    options = parser.parse_args()
+    with TemporaryDirectory(dir=options.folder, prefix="stream-") as name:
+        folder = Path(name)
+        if options.only != "cut-list":
+            _stream(folder, options)
+        if options.only != "stream":
+            _cut_lists(folder)
+
+
+def _stream(folder: Path, options: argparse.Namespace) -> None:
+    model = llama(**LLAMA_7B, num_hidden_layers=options.layers)
+    source, out = folder / "model", folder / "pruned"
+    source.mkdir()
+    console.print(f"writing {model.num_parameters():,} random parameters in bfloat16")
+    write_folder(model, source)
+    result = measured(prune_folder, source, out, options.threads)
+    console.print(result["text"], markup=False)
+    plain = read_and_write(source, out, folder / "plain")
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    foretold = result["foretold"]
+    table = Table("folder to folder, by magnitude", "measured", "foretold")
+    table.add_row("weights", f"{size / 1e9:.1f} GB", "")
+    table.add_row(
+        "most memory of a process",
+        f"{result['memory'] / GIB:.2f} GiB",
+        f"{foretold['memory'] / GIB:.2f} GiB",
+    )
+    table.add_row("read", "", f"{foretold['read'] / 1e9:.1f} GB")
+    written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    table.add_row("written", f"{written / 1e9:.1f} GB", f"{foretold['written'] / 1e9:.1f} GB")
+    table.add_row("seconds", f"{result['seconds']:.0f}", "")
+    table.add_row("read twice, written once, by itself", f"{plain:.0f}", "")
+    table.add_row("ratio", f"{result['seconds'] / plain:.2f}", "")
+    console.print(table)
+    shutil.rmtree(source)
+    shutil.rmtree(out)
+
+
+def _cut_lists(folder: Path) -> None:
+    table = Table(
+        "cut list", "parameters", "seconds", "memory", "file", "would read", "would write"
+    )
+    for name, model in (("Llama 70B", llama(**LLAMA_70B)), ("DeepSeek-V3", deepseek_v3())):
+        source = folder / name
+        source.mkdir()
+        write_sparse_folder(model, source)
+        result = measured(make_cut_list, source, folder / "cuts.safetensors")
+        console.print(result["text"], markup=False)
+        table.add_row(
+            name,
+            f"{result['parameters'] / 1e9:.0f} billion",
+            f"{result['tensors']:,}",
+            f"{result['seconds']:.0f}",
+            f"{result['memory'] / GIB:.2f} GiB",
+            f"{result['file'] / 1e6:.1f} MB",
+            f"{result['foretold']['read'] / 1e9:,.0f} GB",
+            f"{result['foretold']['written'] / 1e9:,.0f} GB",
+        )
+        shutil.rmtree(source)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
