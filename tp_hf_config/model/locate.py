@@ -89,7 +89,8 @@ def check_followable(model: PreTrainedModel, weights: bool = True) -> None:
             raise UnsupportedModelError(
                 f"{name}: {parameter_name} is on the meta device (no data, or offloaded by "
                 "accelerate). Load the whole model into memory: from_pretrained(folder) without "
-                "device_map offloading."
+                "device_map offloading. A model that does not fit is pruned from folder to folder: "
+                "tp-hf-config prune FOLDER --out OUT --stream."
             )
         if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(

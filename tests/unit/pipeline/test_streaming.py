@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch_pruning as tp
 import zoo
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, apply_cuts, pruner_kwargs
+from tp_hf_config.calibration import batches
 from tp_hf_config.checkpoint import lazy_weights
 from tp_hf_config.errors import PipelineError, TPHFConfigError
 from tp_hf_config.model.lazy_tensor import LazyTensor
-from tp_hf_config.pipeline import prune
+from tp_hf_config.pipeline import objective, prune, streaming
+from tp_hf_config.pipeline.choice import Choice
 from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.pipeline.source import Source
@@ -217,3 +220,60 @@ def test_the_plan_foretells_what_is_read_and_written(
     assert cost is not None
     assert 0 <= written - cost.written < 20_000  # the file's header
     assert sum(read_bytes) + cost.written == pytest.approx(cost.read, rel=0.05)
+
+
+class TestRunOnAText:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folders.save_text(tmp_path / "text.txt", words=4_000)
+        return folders.save("llama-gqa", tmp_path / "model")
+
+    @pytest.mark.usefixtures("unproved")
+    def test_the_same_bytes_window_by_window(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = {"importance": "wanda", "compensate": True, "stream": True}
+        settings["calibration"] = tmp_path / "text.txt"
+        monkeypatch.setattr(batches, "rows_at_once", lambda *_: 1)
+        monkeypatch.setattr(objective, "rows_at_once", lambda *_: 1)
+        streamed, whole = both_ways(folder, tmp_path, monkeypatch, **settings)
+        assert_same_bytes(tmp_path)
+        assert streamed.perplexity == whole.perplexity
+        (report,) = streamed.reports
+        assert report.compensation is not None
+        assert any(layer.used for layer in report.compensation.layers)
+
+    @pytest.mark.usefixtures("unproved")
+    def test_windows_go_together(self, folder: Path, tmp_path: Path, read_bytes: list[int]) -> None:
+        settings = {"importance": "wanda", "compensate": True, "calibration": tmp_path / "text.txt"}
+        pruned = prune.prune_checkpoint(job(folder, tmp_path / "out", stream=True, **settings))
+        assert pruned.perplexity is not None
+        whole = (folder / "model.safetensors").stat().st_size
+        assert sum(read_bytes) < 20 * whole  # 64 windows go through the model five times
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"recover": 3}, "--stream: --recover trains the model"),
+            ({"importance": "taylor"}, "--stream: --importance taylor trains the model"),
+            ({"calibration": "own"}, "--stream: a model that writes its own text"),
+        ],
+    )
+    def test_what_needs_the_weights_in_memory_is_refused(
+        self, folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
+    ) -> None:
+        given = {"importance": "wanda", "calibration": tmp_path / "text.txt", **settings}
+        with pytest.raises(PipelineError, match=message):
+            prune.prune_checkpoint(job(folder, tmp_path / "out", stream=True, **given))
+        assert not (tmp_path / "out").exists()
+        assert streaming.streams(job(folder, tmp_path, **given), Choice("wanda", "file")) is False
+
+    def test_a_model_larger_than_half_of_the_memory_streams(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given, choice = job(folder, tmp_path, importance="wanda"), Choice("wanda", "file")
+        assert streaming.streams(given, choice) is False
+        size = (folder / "model.safetensors").stat().st_size
+        monkeypatch.setattr(streaming, "free_memory", lambda: size)
+        assert streaming.streams(given, choice) is True
+        assert streaming.streams(replace(given, stream=False), choice) is False
