@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from jobs import Job, Row, Scale, source
+from picture import draw
 from rich.console import Console
 from rich.table import Table
 
@@ -91,6 +92,7 @@ def write(rows: list[Row], jobs: list[Job], scale: Scale, root: Path | None) -> 
     text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n'
     (root / "docs" / "quality.json").write_text(text)
     (root / "docs" / "quality.md").write_text(page(rows, head, scale))
+    draw(rows, root / "docs" / "widths-by-layer.png")
 
 
 def page(rows: list[Row], head: dict[str, Any], scale: Scale) -> str:
