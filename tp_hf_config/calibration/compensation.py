@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.scratch import on_disk
 from ..errors import listed
 from ..graph.config_graph import ConfigGroup
 from ..graph.edits import Refit, RefitInPlace
@@ -21,6 +22,8 @@ from .linear_ops import Consumer
 from .measured import MeasuredModel
 from .refits_of_step import StepRefits
 from .trial import Errors, layer_errors, run_as_cut, run_held_out
+
+_LARGE = 1 << 20  # bytes
 
 
 @dataclass
@@ -117,7 +120,14 @@ class AppliedRefits:
                 owner._parameters[key] = nn.Parameter(changed, parameter.requires_grad)
             else:
                 edit.apply(parameter.data)
-            yield edit
+            yield replace(edit, refit=_held(refit))
+
+
+def _held(refit: Refit) -> Refit:
+    """Return a refit for the cut list; a large one is in a temporary file, not in memory."""
+    if refit.share.nbytes < _LARGE or isinstance(refit.share, LazyTensor):
+        return refit
+    return replace(refit, share=on_disk(refit.share.cpu()))
 
 
 class Compensating:

@@ -10,14 +10,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.lazy_weights import lazy_weights_of, write_safetensors
 from ..errors import CheckpointError, in_one_line
 from ..model.build import Refusal
 from ..model.config_json import changed_values, field_name
+from ..model.lazy_tensor import LazyTensor, values_of
 from ..model.shapes import Shapes, shapes
 from ..model.tensors import parameter_names
 from ..notebook import short
@@ -83,8 +86,6 @@ class CutList:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cut list as one safetensors file; its header says what is what, in JSON."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         table = {
             "model": self.model,
@@ -95,11 +96,13 @@ class CutList:
                 for name, edits in self.edits.items()
             },
         }
-        save_file(tensors, path, {"format": FORMAT, _TABLE: json.dumps(table)})
+        write_safetensors(tensors, Path(path), {"format": FORMAT, _TABLE: json.dumps(table)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CutList:
         """Read a cut list that :meth:`save` wrote; no code is run.
+
+        Refits stay in the file until they are needed.
 
         Raises:
             CheckpointError: the file cannot be read, or is no cut list.
@@ -109,9 +112,10 @@ class CutList:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CheckpointError(f"{path}: expected a cut list ({FORMAT})")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path}: expected a cut list ({FORMAT})")
+            tensors: dict[str, Tensor] = dict(lazy_weights_of(Path(path)))
+            tensors.update({key: values_of(t) for key, t in tensors.items() if t.ndim == 1})
             table = json.loads(metadata[_TABLE])
             edits = {
                 name: tuple(_edit_of(entry, tensors) for entry in entries)
@@ -125,14 +129,15 @@ class CutList:
 
 
 def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return an edit as JSON; its tensors are added to ``tensors``, equal ones once."""
+    """Return an edit as JSON; its tensors are added to ``tensors``, equal positions once."""
 
     def stored(values: Tensor) -> str:
-        values = values.detach().cpu().contiguous()
-        for name, other in tensors.items():
-            if other.dtype == values.dtype and torch.equal(other, values):
+        if not isinstance(values, LazyTensor):
+            values = values.detach().cpu()
+        for name, other in tensors.items() if values.ndim == 1 else ():
+            if other.ndim == 1 and torch.equal(other, values):
                 return name
-        tensors[str(len(tensors))] = values.clone()
+        tensors[str(len(tensors))] = values
         return str(len(tensors) - 1)
 
     if isinstance(edit, Selection):

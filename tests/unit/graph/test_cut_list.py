@@ -21,8 +21,10 @@ from tp_hf_config import (
     calibrate,
     pruner_kwargs,
 )
+from tp_hf_config.calibration import compensation
 from tp_hf_config.graph.edits import RefitInPlace, Selection
 from tp_hf_config.model.config_json import config_json
+from tp_hf_config.model.lazy_tensor import LazyTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
 CLASSES = (
@@ -100,7 +102,8 @@ class TestCarriedOut:
         assert_same(model, apply_cuts(before, tmp_path / "cuts.safetensors"))
 
     @pytest.mark.parametrize("name", ["llama", "mixtral"])
-    def test_with_refits(self, name: str, tmp_path: Path) -> None:
+    def test_with_refits(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compensation, "_LARGE", 1_000)  # larger refits are in files
         model = zoo.build(name)
         generator = torch.Generator().manual_seed(0)
         batches = [
@@ -111,7 +114,8 @@ class TestCarriedOut:
         prune(model, hook, importance=calibration.importance(), iterative_steps=2)
         assert hook.cuts is not None
         edits = [edit for of_one in hook.cuts.edits.values() for edit in of_one]
-        assert any(isinstance(edit, RefitInPlace) for edit in edits)
+        refits = [edit.refit for edit in edits if isinstance(edit, RefitInPlace)]
+        assert any(isinstance(refit.share, LazyTensor) for refit in refits)
         hook.cuts.save(tmp_path / "cuts.safetensors")
         assert_same(model, apply_cuts(before, tmp_path / "cuts.safetensors"))
 
