@@ -75,7 +75,7 @@ def main() -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         folder = args.out or tempfile.mkdtemp(prefix="smollm2-fsdp2-")
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=dict(state))
         tokenizer.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
         check_same(state, loaded.state_dict(), "the saved model")

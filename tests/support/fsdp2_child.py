@@ -6,10 +6,12 @@ Arguments: rank, number of ranks, a folder for the store and the results, names 
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from tp_hf_config import (
     prunable,
     pruner_kwargs,
 )
+from tp_hf_config.graph import standin
 
 
 def shard(module: Any) -> None:
@@ -140,6 +143,28 @@ def failing(rank: int) -> dict[str, Any]:
     return results
 
 
+def held() -> dict[str, Any]:
+    """How many whole weights there are at once, and whether the old model is freed."""
+    model = sharded()
+    old, weights, most = weakref.ref(model), [], 0
+    gather = standin.whole
+
+    def gathered(tensor: Any) -> torch.Tensor:
+        nonlocal most
+        weights.append(weakref.ref(result := gather(tensor)))
+        most = max(most, sum(weight() is not None for weight in weights))
+        return result
+
+    standin.whole = gathered
+    hook = HFConfigSyncHook(rebuild=shard)
+    pruner = pruner_of(model, hook)
+    pruner.step()
+    standin.whole = gather
+    del model
+    gc.collect()
+    return {"gathered": len(weights), "at once": most, "old model": old() is not None}
+
+
 def absent(rank: int, folder: Path) -> str:
     """Rank 1 does not come to the step, within the process group's timeout."""
     pruner = pruner_of(sharded(), HFConfigSyncHook(rebuild=shard))
@@ -172,6 +197,7 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
     if "refusals" in names:
         results["refusals"] = seen_and_refused(rank)
         results["failures"] = failing(rank)
+        results["held"] = held()
         dist.destroy_process_group()
         start(rank, size, folder / "other store", 4)
         results["absent"] = absent(rank, folder)

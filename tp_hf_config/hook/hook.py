@@ -222,6 +222,7 @@ class HFConfigSyncHook:
         Raises:
             UnsupportedModelError: the model gained or lost parts since the hook was attached.
             ConfigSyncError: no config could describe what the step leaves.
+            TrainingError: another rank of a sharded model does something else.
         """
         from ..graph.layer_fields import layers_listed
         from .steering import cutting_together
@@ -254,6 +255,7 @@ class HFConfigSyncHook:
 
         Raises:
             ConfigSyncError: no config could.
+            TrainingError: another rank of a sharded model would prune something else.
         """
         from .history import PrunedGroup, layers_of
         from .step_preflight import check_step
@@ -299,6 +301,7 @@ class HFConfigSyncHook:
         Raises:
             ConfigSyncError: no config of this class describes the weights. Nothing is written then;
                 pruning can go on and sync later.
+            TrainingError: another rank of a sharded model did something else; it is as it was.
             ValueError: the hook is attached to no pruner.
         """
         return self._sync(stepped=False)

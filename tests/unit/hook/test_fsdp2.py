@@ -90,6 +90,15 @@ def test_what_works_beside_pruning(ranks: list[dict[str, Any]]) -> None:
     assert 0 < refusals["plan"] < zoo.build("llama").num_parameters() / 2
 
 
+def test_one_whole_weight_at_a_time(ranks: list[dict[str, Any]]) -> None:
+    weights = len(list(zoo.build("llama").parameters()))
+    for results in ranks:
+        held = results["held"]
+        assert held["gathered"] > weights
+        assert held["at once"] == 1
+        assert not held["old model"]
+
+
 MESSAGES = {
     "no rebuild": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2). Its "
     "weights cannot be cut in place: pass a function that makes your fully_shard calls on the "
