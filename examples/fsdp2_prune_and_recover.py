@@ -34,7 +34,13 @@ from transformers import AutoModelForCausalLM
 from transformers import PreTrainedModel as Model
 from transformers.utils import logging
 
-from tp_hf_config import HFConfigSyncHook, apply_cuts, optimizer_follows, pruner_kwargs
+from tp_hf_config import (
+    HFConfigSyncHook,
+    apply_cuts,
+    optimizer_follows,
+    pruner_kwargs,
+    save_sharded,
+)
 
 
 def main() -> None:
@@ -71,11 +77,10 @@ def main() -> None:
             check_same(gathered(model), apply_cuts(whole, hook.cuts).state_dict(), "the cut model")
         recover(model, teacher, optimizer, islice(batches, args.recovery_steps))
 
+    folder = args.out or tempfile.gettempdir() + "/smollm2-fsdp2"
+    save_sharded(model, folder, overwrite=args.out is None)  # on every rank; rank 0 writes
     state = gathered(model)
-    dist.barrier()
     if dist.get_rank() == 0:
-        folder = args.out or tempfile.mkdtemp(prefix="smollm2-fsdp2-")
-        model.save_pretrained(folder, state_dict=dict(state))
         tokenizer.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
         check_same(state, loaded.state_dict(), "the saved model")
@@ -138,7 +143,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scored", type=int, default=4, help="windows for Taylor, each process")
     parser.add_argument("--recovery-steps", type=int, default=12, help="updates after each step")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of the recovery")
-    parser.add_argument("--out", help="folder for the checkpoint (default: a temporary one)")
+    parser.add_argument("--out", help="folder for the checkpoint (default: in the temporary one)")
     return parser.parse_args()
 
 

@@ -25,6 +25,7 @@ class Case:
         steps: how often is pruned, with training around each step.
         ignored: the name of a layer whose outputs stay.
         settings: arguments of ``pruner_kwargs``.
+        layers: whether every layer has widths of its own, ranked together.
     """
 
     model: str
@@ -32,12 +33,16 @@ class Case:
     steps: int = 1
     ignored: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    layers: str = "uniform"
 
 
 CASES = {
     "llama": Case("llama", steps=2),
     "llama, Taylor": Case("llama", tp.importance.GroupTaylorImportance, steps=2),
     "llama, calibrated": Case("llama", None, steps=2),
+    "llama, layers differ": Case(
+        "llama", steps=2, settings={"prune": "intermediate_size"}, layers="differ"
+    ),
     "gemma2, tied": Case("gemma2"),
     "mixtral, heads": Case("mixtral", settings={"prune_num_heads": True, "gqa": "group"}),
     "bert, Taylor": Case("bert", tp.importance.GroupTaylorImportance),
@@ -70,11 +75,12 @@ def run(case: Case, shard: Shard | None) -> tuple[Any, Any, HFConfigSyncHook]:
     calibration = None
     if case.importance is None:
         calibration = calibrate(model, [batch(seed) for seed in range(24)])
-    hook = HFConfigSyncHook(rebuild=shard, compensate=calibration)
+    hook = HFConfigSyncHook(rebuild=shard, compensate=calibration, layers=case.layers)
     ignored = [model.get_submodule(case.ignored)] if case.ignored else []
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, ignored_layers=ignored, **case.settings),
+        **pruner_kwargs(model, ignored_layers=ignored, layers=case.layers, **case.settings),
+        global_pruning=case.layers == "differ",
         importance=case.importance() if case.importance else calibration.importance(),
         pruning_ratio=0.5,
         head_pruning_ratio=0.5 if "gqa" in case.settings else 0.0,

@@ -6,6 +6,7 @@ Arguments: rank, number of ranks, a folder for the store and the results, names 
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import os
 import sys
@@ -22,8 +23,7 @@ import torch_pruning as tp
 import zoo
 from fsdp2_cases import CASES, batch, run, snapshot
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -36,17 +36,24 @@ from tp_hf_config import (
     plan,
     prunable,
     pruner_kwargs,
+    save_sharded,
 )
 from tp_hf_config.graph import standin
 
 
+@functools.cache
+def pairs() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicated", "sharded"))
+
+
 def shard(module: Any) -> None:
-    """As a user's script does: each layer, then the rest."""
+    """As a user's script does: each layer, then the rest; four ranks as two pairs (HSDP)."""
+    mesh = pairs() if dist.get_world_size() == 4 else None
     for part in list(module.modules()):
         if isinstance(part, nn.ModuleList):
             for layer in part:
-                fully_shard(layer)
-    fully_shard(module)
+                fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
 
 
 def sharded(name: str = "llama") -> Any:
@@ -79,10 +86,7 @@ def of_case(name: str, folder: Path) -> dict[str, Any]:
         "config": model.config.to_dict(),
         "fields": [report.fields for report in hook.reports],
     }
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
-    if dist.get_rank() == 0:
-        model.save_pretrained(folder / name, state_dict=state)
+    save_sharded(model, folder / name)
     if name == "llama":
         dcp.save({"model": model.state_dict()}, checkpoint_id=str(folder / "dcp"))
         before = snapshot(model)
@@ -94,7 +98,7 @@ def of_case(name: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def seen_and_refused(rank: int) -> dict[str, Any]:
+def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
     """What works on a sharded model beside pruning, and what is refused."""
     results: dict[str, Any] = {}
     model = sharded()
@@ -104,6 +108,9 @@ def seen_and_refused(rank: int) -> dict[str, Any]:
     results["drop_layers"] = refusal(lambda: drop_layers(model, [0]))
     inside = nn.ModuleDict({"inner": model})
     results["inside"] = refusal(lambda: pruner_kwargs(inside))
+    (folder / "taken").mkdir(exist_ok=True)
+    (folder / "taken" / "notes.txt").touch()
+    results["taken"] = refusal(lambda: save_sharded(model, folder / "taken"))
     results["other data"] = refusal(lambda: calibrate(model, [batch(rank), batch(rank)]))
     parallel = zoo.build("llama")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -195,7 +202,7 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
     results: dict[str, Any] = {name: of_case(name, folder) for name in names if name in CASES}
     torch.save(results, folder / f"rank{rank}.pt")
     if "refusals" in names:
-        results["refusals"] = seen_and_refused(rank)
+        results["refusals"] = seen_and_refused(rank, folder)
         results["failures"] = failing(rank)
         results["held"] = held()
         dist.destroy_process_group()

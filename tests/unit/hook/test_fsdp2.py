@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +24,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fsdp2")
+PAIRS = ("llama, Taylor", "llama, layers differ")
+"""Cases for four ranks, two times two of which hold the same shards (HSDP)."""
 
 
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    """What each rank wrote."""
+def started(size: int, folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What each of so many ranks wrote."""
     path = os.pathsep.join([str(small.ROOT), str(CHILD.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    arguments = [str(RANKS), str(folder), *CASES, "refusals"]
-    logs = [folder / f"log{rank}" for rank in range(RANKS)]
+    logs = [folder / f"log{rank}" for rank in range(size)]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(CHILD), str(rank), *arguments],
+            [sys.executable, str(CHILD), str(rank), str(size), str(folder), *names],
             env=environment,
             stderr=log.open("w"),
         )
@@ -47,8 +46,29 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0] * RANKS, "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    assert codes == [0] * size, "\n".join(log.read_text() for log in logs)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fsdp2")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return started(RANKS, folder, [*CASES, "refusals"])
+
+
+@functools.cache
+def alone(name: str) -> tuple[Any, dict[str, Any]]:
+    """What a case comes to in one process: the model, and what a rank writes of it."""
+    model, optimizer, hook = run(CASES[name], None)
+    return model, {
+        "tensors": snapshot(model, optimizer),
+        "config": model.config.to_dict(),
+        "fields": [report.fields for report in hook.reports],
+    }
 
 
 def differing(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> list[str]:
@@ -56,19 +76,32 @@ def differing(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor])
     return [name for name in tensors if not torch.equal(tensors[name], others[name])]
 
 
+def assert_as_alone(name: str, results: dict[str, Any]) -> None:
+    expected = alone(name)[1]
+    assert any(key.startswith("exp_avg of ") for key in expected["tensors"])
+    assert results[name]["fields"] == expected["fields"]
+    assert results[name]["config"] == expected["config"]
+    assert differing(expected["tensors"], results[name]["tensors"]) == []
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_as_in_one_process(name: str, ranks: list[dict[str, Any]], folder: Path) -> None:
-    model, optimizer, hook = run(CASES[name], None)
-    expected = snapshot(model, optimizer)
-    assert any(key.startswith("exp_avg of ") for key in expected)
+def test_as_in_one_process(
+    name: str, ranks: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
     for results in ranks:
-        assert results[name]["fields"] == [report.fields for report in hook.reports]
-        assert results[name]["config"] == model.config.to_dict()
-        assert differing(expected, results[name]["tensors"]) == []
+        assert_as_alone(name, results)
+    model = alone(name)[0]
+    model.save_pretrained(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (folder / name).iterdir()}
     loaded = type(model).from_pretrained(folder / name).eval()
-    assert differing(snapshot(model), snapshot(loaded)) == []
-    assert loaded.config.architectures == [type(model).__name__]
     assert torch.equal(loaded(**batch(7)).logits, model(**batch(7)).logits)
+
+
+def test_pairs_of_ranks_that_hold_the_same(tmp_path: Path) -> None:
+    for results in started(4, tmp_path, PAIRS):
+        for name in PAIRS:
+            assert_as_alone(name, results)
 
 
 def test_every_field_was_pruned(ranks: list[dict[str, Any]]) -> None:
@@ -124,6 +157,15 @@ MESSAGES["both"] = MESSAGES["tensor parallelism"]
 @pytest.mark.parametrize("what", MESSAGES)
 def test_refusals(what: str, ranks: list[dict[str, Any]]) -> None:
     assert [results["refusals"][what] for results in ranks] == [MESSAGES[what]] * RANKS
+
+
+def test_a_folder_that_is_taken(ranks: list[dict[str, Any]], folder: Path) -> None:
+    said = (
+        f"PipelineError: rank 0 at the start of save_sharded: {folder / 'taken'}: is not empty. "
+        "Choose another folder, or add --overwrite to replace it."
+    )
+    assert [results["refusals"]["taken"] for results in ranks] == [said] * RANKS
+    assert [path.name for path in (folder / "taken").iterdir()] == ["notes.txt"]
 
 
 def test_a_rank_that_decides_otherwise(ranks: list[dict[str, Any]]) -> None:
