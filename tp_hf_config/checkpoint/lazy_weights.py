@@ -132,20 +132,20 @@ def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 @contextmanager
-def written_one_by_one(write: Callable[..., None] = write_safetensors) -> Iterator[None]:
+def written_one_by_one(write: Callable[..., None] | None = None) -> Iterator[None]:
     """While open, ``save_pretrained`` writes its safetensors files by :func:`write_safetensors`.
 
     safetensors takes the bytes of all of a file's tensors at once
     (``transformers/modeling_utils.py``, ``safe_save_file``).
 
     Args:
-        write: takes its place.
+        write: what takes its place, if anything does.
     """
     from transformers import modeling_utils
 
     module: Any = modeling_utils
     original = module.safe_save_file
-    module.safe_save_file = write
+    module.safe_save_file = write or write_safetensors
     try:
         yield
     finally:
