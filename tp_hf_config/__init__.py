@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .pipeline.apply_cuts import apply_cuts
     from .pipeline.export import export
     from .pipeline.exported import Exported
+    from .pipeline.sharded import save_sharded
     from .pipeline.support import Support, supports
     from .planning.allocate import Allocation, allocate
     from .planning.layer_curve import LayerCurve
@@ -92,6 +93,7 @@ __all__ = [
     "pruner_kwargs",
     "register",
     "repair_checkpoint",
+    "save_sharded",
     "supports",
     "verify_checkpoint",
     "verify_roundtrip",
@@ -120,6 +122,7 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "pipeline.apply_cuts": ("apply_cuts",),
     "pipeline.export": ("export",),
     "pipeline.exported": ("Exported",),
+    "pipeline.sharded": ("save_sharded",),
     "pipeline.support": ("Support", "supports"),
     "hook.trainer.callback": ("PruningCallback",),
 }

@@ -47,7 +47,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the models to work in; tiny tensors, so one thread."""
+    """A copy of the models to work in; tiny tensors, so one thread; one process of torchrun's."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
     place = tmp_path / "work"
     shutil.copytree(models, place)
     monkeypatch.chdir(place)

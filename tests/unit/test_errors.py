@@ -165,7 +165,9 @@ def test_sharded():
     model.encoder.layer[1].output.dense.weight.ds_id = 7
     assert refused(model) == (
         "BertModel: encoder.layer.1.output.dense.weight is sharded over several processes "
-        "(Tensor). Prune the whole model in one process, then shard it."
+        "by tensor parallelism or DeepSpeed ZeRO-3. Prune the model's folder, and load the pruned "
+        "one: tp-hf-config prune FOLDER, or apply_cuts(folder, cuts, out) with the cuts of a "
+        "pruner elsewhere. Of sharded models only those of fully_shard (FSDP2) can be pruned."
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..graph.standin import standin_behind
 from ..model.lazy_tensor import is_lazy
 
 if TYPE_CHECKING:
@@ -220,10 +221,10 @@ def unpadded(batch: Batch) -> Iterator[Batch]:
 def rows_at_once(model: nn.Module, tokens: int) -> int:
     """Return how many windows of so many tokens go through a model together.
 
-    One, unless the model's weights are read at each use: then as many as leave the largest
-    activation below a GiB or so.
+    One, unless the model's weights are read from files at each use: then as many as leave the
+    largest activation below half a GiB.
     """
-    if not is_lazy(model):
+    if not is_lazy(model) or standin_behind(model) is not None:
         return 1
     widest = max(max(parameter.shape, default=1) for parameter in model.parameters())
     return max(1, _ACTIVATIONS // (tokens * widest))

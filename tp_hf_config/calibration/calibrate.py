@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from ..errors import CalibrationError, CalibrationWarning, listed
 from ..graph.edits import stack_dim
+from ..graph.standin import standin_behind, standin_of
+from ..model.ranks import Decision, differing
 from .batches import (
     Batch,
     Text,
@@ -80,7 +84,8 @@ def calibrate(
     """Measure what a model's weights read, in one pass over data.
 
     Args:
-        model: any model: one of Transformers, or a plain module.
+        model: any model: one of Transformers, or a plain module. Under FSDP2 every rank measures,
+            on the same data, while it gathers one weight at a time.
         data: batches (dicts of the forward pass's arguments, or tensors for its first one), or
             texts. For a causal language model it may be left out: a small text that ships with the
             package is taken then; ``"own"``: what the model writes itself, for languages and
@@ -107,6 +112,7 @@ def calibrate(
         CalibrationError: the data does not fit the model, there is none where it is needed, or
             activations are not finite.
     """
+    model = standin_of(model)
     if isinstance(data, str) and data != "own":
         data = [data]
     if data is None or data == "own":
@@ -126,10 +132,29 @@ def calibrate(
     train, held_out = joined(train, model), joined(held_out, model)
     if ridge is None:
         ridge = TEXT_RIDGE if writes_text(model) else RIDGE
+    _check_alike(model, [*train, *held_out])
     calibration = Calibration(model, train, held_out, ridge, max_memory)
     if measure:
         calibration.measure()
     return calibration
+
+
+def _check_alike(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise if the ranks of a sharded model have other data: they have to measure alike."""
+    if standin_behind(model) is None:
+        return
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in batch.items():
+            digest.update(f"{name} {getattr(value, 'shape', value)}".encode())
+            if isinstance(value, torch.Tensor):
+                values = value.detach().cpu().flatten().contiguous()
+                digest.update(values.view(torch.uint8).numpy().tobytes())
+    refusal = differing(Decision("calibrate", (("the data", digest.hexdigest()),)))
+    if refusal is not None:
+        raise CalibrationError(
+            f"{refusal.reason}. Under FSDP2 pass calibrate() the same data on every rank"
+        )
 
 
 def _text_of(

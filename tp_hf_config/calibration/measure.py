@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..graph.standin import standin_behind
+from ..model.ranks import smallest
 from ..model.surroundings import free_memory
 from .batches import Batch
 from .linear_ops import Consumer, LinearOp
@@ -175,9 +177,17 @@ def add_grams(
 
 
 def memory_limit(model: nn.Module, max_memory: int | None) -> int:
-    """Return ``max_memory``, or half of the bytes that are free where the model is."""
+    """Return ``max_memory``, or half of the bytes that are free where the model is.
+
+    Of a sharded model's stand-in it is what all ranks have: they have to measure alike.
+    """
     if max_memory is not None:
         return max_memory
+    free = _half_of_free(model)
+    return free if standin_behind(model) is None else smallest(free)
+
+
+def _half_of_free(model: nn.Module) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -110,7 +110,7 @@ def write_safetensors(
         path: the file.
         metadata: what the header says beside the tensors.
     """
-    order = sorted(tensors, key=lambda name: (-_RANKS[_NAMES[tensors[name].dtype]], name))
+    order = _in_order(tensors)
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
@@ -138,18 +138,34 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(numbers)
 
 
+def read_as_written(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Read what :func:`write_safetensors` reads, in its order, and write nothing."""
+    for name in _in_order(tensors):
+        values_of(tensors[name].detach())
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names as safetensors orders them in a file."""
+    return sorted(tensors, key=lambda name: (-_RANKS[_NAMES[tensors[name].dtype]], name))
+
+
 @contextmanager
-def written_one_by_one() -> Iterator[None]:
+def written_one_by_one(write: Callable[..., None] | None = None) -> Iterator[None]:
     """While open, ``save_pretrained`` writes its safetensors files by :func:`write_safetensors`.
 
     safetensors takes the bytes of all of a file's tensors at once
     (``transformers/modeling_utils.py``, ``safe_save_file``).
+
+    Args:
+        write: what takes its place, if anything does.
     """
     from transformers import modeling_utils
 
     module: Any = modeling_utils
     original = module.safe_save_file
-    module.safe_save_file = write_safetensors
+    module.safe_save_file = write or write_safetensors
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ def build_live(
     live = shapes(model)
     if not _differ(live, shapes(built)):
         return builder, built
-    for options in _options(type(model)):
+    for options in _options(builder.model_class):
         candidate = Builder(model, options)
         candidate_model = candidate.build(data, buffers=buffers)
         if not isinstance(candidate_model, Refusal) and not _differ(live, shapes(candidate_model)):

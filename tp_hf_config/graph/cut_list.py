@@ -70,6 +70,14 @@ class CutList:
         """Return what becomes of a tensor; of a lazy one, a lazy one."""
         return edited(values, self.edits.get(name, ()))
 
+    def kept(self, name: str) -> dict[int, Tensor]:
+        """Return which positions of a tensor stay: dimension -> positions, those that are cut."""
+        total: dict[int, Tensor] = {}
+        for edit in self.edits.get(name, ()):
+            for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
+                total[dim] = total[dim][kept] if dim in total else kept
+        return total
+
     def then(self, other: CutList) -> CutList:
         """Return this cut list followed by that of the next step.
 

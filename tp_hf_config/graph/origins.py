@@ -35,6 +35,7 @@ class Lineage:
 
     def __init__(self) -> None:
         self._origins: Any = WeakIdKeyDictionary()  # a Parameter that is cut again is freed
+        self._successors: dict[nn.Module, nn.Module] = {}
 
     def note(self, new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, torch.Tensor]) -> None:
         """Record that ``new`` holds the kept positions of ``old``."""
@@ -43,6 +44,16 @@ class Lineage:
         for dim, positions in kept.items():
             merged[dim] = merged[dim][positions] if dim in merged else positions
         self._origins[new] = Origin(origin.parameter, merged)
+
+    def note_successor(self, model: nn.Module, successor: nn.Module) -> None:
+        """Record that another module holds what is left of a model's parameters."""
+        self._successors[model] = successor
+
+    def successor_of(self, model: nn.Module) -> nn.Module:
+        """Return the module that holds what is left of a model's parameters, mostly itself."""
+        while model in self._successors:
+            model = self._successors[model]
+        return model
 
     def origin_of(self, parameter: nn.Parameter) -> Origin:
         """Return where a Parameter comes from; one that was not cut comes from itself."""
@@ -58,6 +69,12 @@ def note(new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, torch.Tensor])
     """Tell every recording of a cut; the code that cuts calls this."""
     for lineage in _recording:
         lineage.note(new, old, kept)
+
+
+def note_successor(model: nn.Module, successor: nn.Module) -> None:
+    """Tell every recording which module holds what is left of a model's parameters."""
+    for lineage in _recording:
+        lineage.note_successor(model, successor)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import build_live
+from ..fieldmap.field_map import whole_build
 from ..model.build import Builder, Refusal
 from ..model.config_json import changed_values, config_json, field_name, value_at
 from ..model.layer_class import layer_lists, layerwise_class, stock_class
@@ -53,6 +54,33 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
         raise ConfigSyncError(
             f"{cuts.model} has {listed(missing)} with the new config, and the model has not"
         )
+    _take_over(new, model)
+    return new  # type: ignore[no-any-return]
+
+
+def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same class, config, ties and modes, with parameters on the meta device.
+
+    Buffers are as those of the model.
+
+    Args:
+        model: the model; also one that FSDP2 keeps in shards.
+
+    Raises:
+        UnsupportedModelError: the model's config does not build it.
+    """
+    builder, built = build_live(model, buffers=True)
+    new: Any = whole_build(model, builder, built)
+    for names in parameter_names(model).values():
+        old = model.get_parameter(names[0])
+        parameter = nn.Parameter(
+            torch.empty(old.shape, dtype=old.dtype, device="meta"), old.requires_grad
+        )
+        for name in names:
+            _put(new, name, parameter)
+    unchanged = CutList("", {}, {}, {})
+    for name, buffer in list(model.named_buffers()):
+        _put_buffer(new, name, buffer, unchanged)
     _take_over(new, model)
     return new  # type: ignore[no-any-return]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import CalibrationWarning, ConfigSyncError
+from ..errors import CalibrationWarning, ConfigSyncError, TPHFConfigError
 from ..planning.settings import Graph, Layers, check_graph, check_layers
 from . import registration
 from .history import Recorder
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from ..calibration.calibrate import Calibration
     from ..calibration.compensation import Compensating, Compensation
     from ..forward.run_recipe import MakeInputs
-    from ..graph.config_graph import ConfigGraph
     from ..graph.cut_list import CutList
     from .cut_log import CutLog
     from .follow import Follower
+    from .rebuilding import Rebuild, Rebuilding
     from .steering import UnitSteering
 
 
@@ -58,6 +58,8 @@ class HFConfigSyncHook:
         compensate: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before
             every cut the weights that read pruned channels are refitted by least squares, where
             held-out data says that it helps. The report says by how much.
+        rebuild: for a model under FSDP2: a function that wraps the pruned model, whose parameters
+            are on the meta device then, as your own code wrapped the model (``fully_shard``).
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
@@ -70,13 +72,14 @@ class HFConfigSyncHook:
         make_inputs: MakeInputs | None = None,
         compensate: Calibration | None = None,
         layers: Layers = "uniform",
+        rebuild: Rebuild | None = None,
     ) -> None:
         check_graph(graph)
         check_layers(layers)
         self.layers = layers
         self.compensate = compensate
         self._compensating: Compensating | None = None
-        self.strict, self.make_inputs = strict, make_inputs
+        self.strict, self.make_inputs, self.rebuild = strict, make_inputs, rebuild
         self.reports: list[SyncReport] = []
         self._graph_reason = ""
         self._follower: Follower | None = None
@@ -84,6 +87,7 @@ class HFConfigSyncHook:
         self._steering: UnitSteering | None = None
         self._parameters = 0
         self._cut_log: CutLog | None = None
+        self._rebuilding: Rebuilding | None = None
         self._step_refused = False
 
     @property
@@ -92,6 +96,14 @@ class HFConfigSyncHook:
         from .cut_log import joined
 
         return joined([report.cuts for report in self.reports if report.groups])
+
+    @property
+    def rebuilt_model(self) -> nn.Module | None:
+        """Return a model under FSDP2 as it is now, pruned and wrapped by ``rebuild``.
+
+        The model that was sharded first stays as it was. ``None``: the pruner prunes in place.
+        """
+        return None if self._rebuilding is None else self._rebuilding.model
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -120,60 +132,14 @@ class HFConfigSyncHook:
         """Surround a pruner's constructor: check the model, and install the graph."""
         from ..graph.layer_fields import layers_listed
         from ..graph.pruner_access import constructing_with
+        from ..graph.standin import on_standin
+        from .installed_graph import graph_for
 
-        model = arguments["model"]
-        with layers_listed(model, self.layers), constructing_with(self._graph_for(arguments)):
-            yield
-
-    def _graph_for(self, arguments: dict[str, Any]) -> ConfigGraph:
-        """Return the config graph to install.
-
-        Args:
-            arguments: those of the pruner's constructor; they are adapted to the graph.
-
-        Raises:
-            UnsupportedModelError: the model cannot be followed, or no graph can prune it.
-            ValueError: a ratio is outside 0 to 1, or the arguments were made for other heads.
-        """
-        from ..fieldmap.model_view import view_of
-        from ..graph.pruner_access import GraphInputs
-        from ..planning.pruner_arguments import adapt_arguments, check_needed, check_ratios
-        from ..planning.pruner_kwargs import default_pruner_kwargs
-
-        model: nn.Module = arguments["model"]
-        inputs: Any = arguments.get("example_inputs")
-        prepared = isinstance(inputs, GraphInputs)
-        view = view_of(model, inputs.graph.make_inputs if prepared else self.make_inputs)
-        check_ratios(arguments)
-        if not prepared:
-            arguments |= default_pruner_kwargs(model, view, arguments)
-            inputs = arguments["example_inputs"]
-        self._graph_reason = inputs.why
-        check_needed(inputs.needed, arguments)
-        graph: ConfigGraph = inputs.graph
-        adapt_arguments(view, graph, arguments)
-        return graph
-
-    def _replace_trace(self, pruner: Any) -> None:
-        """Put the config graph in the place of a pruner's trace.
-
-        Raises:
-            ValueError: the trace cannot be replaced.
-        """
-        from ..graph.pruner_access import arguments_of, cannot_replace_trace, replace_graph
-
-        refusal = cannot_replace_trace(pruner, registration.constructor_of(type(pruner)))
-        if refusal is not None:
-            name = type(pruner).__name__
-            raise ValueError(
-                f"this {name} has traced its model by itself, and nothing proves what its groups "
-                f"cut. The graph made from the config cannot take their place any more: "
-                f"{refusal.reason}. "
-                f"Construct the pruner with the hook: {name}(model, ..., "
-                "hooks=[HFConfigSyncHook()])."
-            )
-        arguments = arguments_of(pruner)
-        replace_graph(pruner, self._graph_for(arguments), arguments)
+        arguments |= on_standin(arguments["model"], arguments)
+        with layers_listed(arguments["model"], self.layers):
+            graph, self._graph_reason = graph_for(arguments, self.make_inputs)
+            with constructing_with(graph):
+                yield
 
     def attach(self, pruner: Any) -> None:
         """Start to follow a pruner; ``register`` calls this.
@@ -188,13 +154,17 @@ class HFConfigSyncHook:
                 replaced.
         """
         from ..graph.layer_fields import layers_listed
+        from ..graph.standin import standin_behind
         from .cut_log import CutLog
+        from .rebuilding import Rebuilding
 
         if self._follower is not None:
             raise ValueError(
                 "this HFConfigSyncHook follows another pruner already: give every pruner a hook "
                 "of its own, or remove() the handle of the other one first"
             )
+        standin = standin_behind(pruner.model)
+        self._rebuilding = None if standin is None else Rebuilding(standin, self.rebuild)
         with layers_listed(pruner.model, self.layers):
             follower = self._attach(pruner)
         self._cut_log = CutLog(follower.model, pruner.DG.cuts)
@@ -207,6 +177,7 @@ class HFConfigSyncHook:
         from ..planning.preflight import check_config_is_own, preflight
         from ..planning.pruner_arguments import warn
         from .follow import Follower
+        from .installed_graph import replace_trace
         from .steering import UnitSteering
 
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
@@ -217,7 +188,7 @@ class HFConfigSyncHook:
             warn(better, CalibrationWarning)
         with ExitStack() as undo:
             if not isinstance(pruner.DG, ConfigGraph):
-                self._replace_trace(pruner)
+                self._graph_reason = replace_trace(pruner, self.make_inputs)
                 undo.callback(restore_trace, pruner)
             steering = UnitSteering(pruner)
             steering.attach()
@@ -251,6 +222,7 @@ class HFConfigSyncHook:
         Raises:
             UnsupportedModelError: the model gained or lost parts since the hook was attached.
             ConfigSyncError: no config could describe what the step leaves.
+            TrainingError: another rank of a sharded model does something else.
         """
         from ..graph.layer_fields import layers_listed
         from .steering import cutting_together
@@ -258,6 +230,9 @@ class HFConfigSyncHook:
 
         if self._follower is not None:
             self._follower.check_parts()
+        if self._rebuilding is not None:
+            with self._refusing():
+                self._rebuilding.before_step(pruner)
         prepare = None if self.compensate is None else partial(self._refit, pruner)
         prove = partial(self._prove, pruner)
         with (
@@ -280,13 +255,30 @@ class HFConfigSyncHook:
 
         Raises:
             ConfigSyncError: no config could.
+            TrainingError: another rank of a sharded model would prune something else.
         """
+        from .history import PrunedGroup, layers_of
         from .step_preflight import check_step
 
         assert self._follower is not None  # only an attached hook is called in a step
+        failure: ConfigSyncError | None = None
+        with self._refusing():
+            try:
+                check_step(self._follower, pruner, groups, pruner.current_step)
+            except ConfigSyncError as error:
+                failure = error
+            if self._rebuilding is not None:
+                pruned = [PrunedGroup(tuple(layers_of(pruner.DG, group))) for group in groups]
+                self._rebuilding.agree(pruner, pruned, failure)
+            elif failure is not None:
+                raise failure
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Note that a step is refused, if the block raises: nothing is synced after it."""
         try:
-            check_step(self._follower, pruner, groups, pruner.current_step)
-        except ConfigSyncError:
+            yield
+        except TPHFConfigError:
             self._step_refused = True
             raise
 
@@ -309,6 +301,7 @@ class HFConfigSyncHook:
         Raises:
             ConfigSyncError: no config of this class describes the weights. Nothing is written then;
                 pruning can go on and sync later.
+            TrainingError: another rank of a sharded model did something else; it is as it was.
             ValueError: the hook is attached to no pruner.
         """
         return self._sync(stepped=False)
@@ -353,7 +346,9 @@ class HFConfigSyncHook:
             cuts=self._cut_log.take() if failure is None and self._cut_log else None,
         )
         self.reports.append(report)
-        if failure is not None:
+        if self._rebuilding is not None:
+            self._rebuilding.carry_out(self._follower.pruner, report, failure)
+        elif failure is not None:
             raise failure
         return report
 

@@ -22,6 +22,7 @@ from ..errors import in_one_line
 from .leaf_cache import copied_leaves
 from .meta_run import KnownShapes
 from .shapes import Shapes, shapes
+from .sharded import plain_class
 from .versions import no_init_weights
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Builder:
         options: Mapping[str, Any] | None = None,
         attention: str = "eager",
     ):
-        self.model_class = type(model)
+        self.model_class: type[PreTrainedModel] = plain_class(type(model))
         self.config_class = type(model.config)
         self.options = dict(options or {})
         self.attention = attention

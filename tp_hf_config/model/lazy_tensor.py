@@ -233,8 +233,8 @@ def _check_not_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
         alias = argument.alias_info
         if alias is not None and alias.is_write and isinstance(value, LazyTensor):
             raise RuntimeError(
-                f"{func}: these weights are read from files when they are used, and cannot be "
-                "changed in place. Load the model into memory to train it"
+                f"{func}: these weights are read from files or shards when they are used, and "
+                "cannot be changed in place. Load the model into memory to train it"
             )
 
 
@@ -250,7 +250,9 @@ def in_memory(module: nn.Module) -> Iterator[None]:
     lazy = {key: value for key, value in parameters.items() if isinstance(value, LazyTensor)}
     try:
         for key, parameter in lazy.items():
-            parameters[key] = nn.Parameter(values_of(parameter), parameter.requires_grad)
+            held = nn.Parameter(values_of(parameter), parameter.requires_grad)
+            held.grad = None if parameter.grad is None else values_of(parameter.grad)
+            parameters[key] = held
         yield
     finally:
         parameters.update(lazy)

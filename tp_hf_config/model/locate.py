@@ -6,6 +6,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
+from .sharded import is_dtensor, plain_class, sharded_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,17 +64,18 @@ def _no_module(given: object) -> str:
     return f"{type(given).__name__} given where a model was expected. {instead}."
 
 
-def check_followable(model: PreTrainedModel, weights: bool = True) -> None:
+def check_followable(model: PreTrainedModel, weights: bool = True, sharded: bool = False) -> None:
     """Raise if the model's weights are not plain, whole tensors in memory.
 
     Args:
         model: the model.
         weights: True if the weights are going to be pruned and so must have data.
+        sharded: True to accept those that FSDP2 keeps in shards.
 
     Raises:
         UnsupportedModelError: the weights are quantised, on the meta device, offloaded or sharded.
     """
-    name = type(model).__name__
+    name = plain_class(type(model)).__name__
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(_quantised(model))
     for layer_name, layer in model.named_modules():
@@ -84,6 +86,7 @@ def check_followable(model: PreTrainedModel, weights: bool = True) -> None:
                 "packed weights, a quantised storage format. Load the model in float16, bfloat16 "
                 "or float32, prune, and quantise the result."
             )
+    by_fsdp = sharded_parameters(model)
     for parameter_name, parameter in model.named_parameters():
         if parameter.is_meta and weights:
             raise UnsupportedModelError(
@@ -92,18 +95,32 @@ def check_followable(model: PreTrainedModel, weights: bool = True) -> None:
                 "device_map offloading. A model that does not fit is pruned from folder to folder: "
                 "tp-hf-config prune FOLDER --out OUT --stream."
             )
-        if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
-            raise UnsupportedModelError(
-                f"{name}: {parameter_name} is sharded over several processes "
-                f"({type(parameter.data).__name__}). Prune the whole model in one process, then "
-                "shard it."
-            )
+        divided = is_dtensor(parameter.data) or hasattr(parameter, "ds_id")
+        if divided and not (sharded and parameter in by_fsdp):
+            what = f"{name}: {parameter_name}"
+            raise UnsupportedModelError(_sharded(what, parameter in by_fsdp))
         whole = not (parameter.is_floating_point() or parameter.is_complex())
         if whole or parameter.element_size() == 1:  # float8
             raise UnsupportedModelError(
                 f"{name}: {parameter_name} holds {parameter.dtype}, a quantised storage format. "
                 "Load the model in float16, bfloat16 or float32, prune, and quantise the result."
             )
+
+
+def _sharded(what: str, by_fsdp: bool) -> str:
+    """Return why a model on several processes is refused, and what to do."""
+    if by_fsdp:
+        return (
+            f"{what} is sharded by fully_shard (FSDP2). A pruner that is constructed with "
+            "HFConfigSyncHook(rebuild=shard) prunes it, where shard(module) makes your fully_shard "
+            "calls; anything else wants the whole model in one process."
+        )
+    return (
+        f"{what} is sharded over several processes by tensor parallelism or DeepSpeed ZeRO-3. "
+        "Prune the model's folder, and load the pruned one: tp-hf-config prune FOLDER, or "
+        "apply_cuts(folder, cuts, out) with the cuts of a pruner elsewhere. Of sharded models "
+        "only those of fully_shard (FSDP2) can be pruned."
+    )
 
 
 def _quantised(model: PreTrainedModel) -> str:

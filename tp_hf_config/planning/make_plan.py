@@ -18,6 +18,7 @@ from ..fieldmap.model_view import ModelView, view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import Width, widths_of
+from ..graph.standin import standin_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.from_config import module_of
@@ -113,7 +114,7 @@ def plan(
         iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
         layers=layers,
     )
-    model = module_of(model_or_config, model_class)
+    model = standin_of(module_of(model_or_config, model_class))
     with layers_listed(model, layers):
         view = view_of(model, make_inputs, weights=False)
         settings = settings.in_every_layer(fields_named(view.field_map))

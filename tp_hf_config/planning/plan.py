@@ -14,6 +14,7 @@ from ..errors import ConfigSyncError, UnsupportedModelError
 from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.layer_fields import layers_listed
+from ..graph.standin import standin_of
 from ..model.config_json import FieldPath
 from ..model.layer_entries import name_in_all_layers
 from ..notebook import short
@@ -145,8 +146,9 @@ class Plan:
                 f"this plan of {self.model} was made of a config, or of a model that is gone. Pass "
                 "the model to prune: plan.pruner_kwargs(model)."
             )
-        with layers_listed(model, self.settings.layers):
-            view = view_of(model, self._make_inputs)
+        standin = standin_of(model)
+        with layers_listed(standin, self.settings.layers):
+            view = view_of(standin, self._make_inputs)
             name = type(view.model).__name__
         if name != self.model or view.field_map.values != self._fields:
             raise UnsupportedModelError(

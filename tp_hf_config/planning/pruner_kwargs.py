@@ -16,6 +16,7 @@ from ..graph.config_graph import ConfigGraph
 from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import note_on_states, note_on_unobserved
 from ..graph.pruner_access import GraphInputs
+from ..graph.standin import on_standin, standin_of
 from ..model.config_json import field_name
 from ..model.surroundings import same_random_state
 from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
@@ -53,7 +54,8 @@ def pruner_kwargs(
     dict and list is new.
 
     Args:
-        model: a ``PreTrainedModel``, or a module that contains exactly one.
+        model: a ``PreTrainedModel``, or a module that contains exactly one. A model under FSDP2 is
+            read by every rank at the same time, for a hook with ``rebuild=``.
         prune: config fields to prune (``"intermediate_size"``, or several). Default: every width
             inside the model except attention heads and numbers of experts; if the model is inside
             another module, also except the width of what it returns. Of widths that share a
@@ -91,6 +93,7 @@ def pruner_kwargs(
         TypeError: not a model, or an argument that no pruner has.
     """
     check_graph(graph)
+    model, arguments = standin_of(model), on_standin(model, arguments)
     check_names(arguments)
     check_ratios(arguments)
     for name, ratio in (ratios or {}).items():

@@ -165,5 +165,5 @@ def test_views_have_the_storage_of_what_they_view() -> None:
     ],
 )
 def test_it_is_not_written_to(write: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(RuntimeError, match="read from files when they are used"):
+    with pytest.raises(RuntimeError, match="read from files or shards when they are used"):
         write(lazy(Reader()))

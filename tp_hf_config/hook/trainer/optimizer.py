@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ...errors import TrainingError
 from ...graph.origins import Lineage, Origin, recording_origins
 from ...model.build import Refusal
+from ...model.sharded import divided_like, is_dtensor, reshard, whole
 from ...model.tensors import select
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -33,7 +34,8 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     optimizer still follows what was pruned until then.
 
     Args:
-        model: the module whose parameters the optimizer has.
+        model: the module whose parameters the optimizer has; under FSDP2, the one that is sharded
+            now. The optimizer has those of ``hook.rebuilt_model`` afterwards.
         optimizer: the optimizer, or accelerate's wrapper around it.
 
     Raises:
@@ -42,6 +44,7 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             something else than pruning replaced parameters.
     """
     inner = unwrapped(optimizer)
+    reshard(model)
     refusal = cannot_follow(model, inner)
     if refusal is not None:
         raise TrainingError(refusal.reason)
@@ -49,7 +52,7 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
         try:
             yield
         finally:
-            orphans = _replace_cut(model, inner, lineage)
+            orphans = _replace_cut(lineage.successor_of(model), inner, lineage)
     if orphans:
         raise TrainingError(
             f"{len(orphans)} of the optimizer's parameters, the first of shape "
@@ -114,7 +117,7 @@ def replace(
             state = optimizer.state.pop(old, None)
             if state is not None:
                 optimizer.state[new] = {
-                    key: _remaining_state(value, old, origin) for key, value in state.items()
+                    key: _remaining_state(value, old, new, origin) for key, value in state.items()
                 }
 
 
@@ -128,7 +131,7 @@ def _replace_cut(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> li
     successors: dict[nn.Parameter, tuple[nn.Parameter, Origin]] = {}
     for parameter in current:
         origin = lineage.origin_of(parameter)
-        if origin.kept:
+        if origin.parameter is not parameter:
             successors.setdefault(origin.parameter, (parameter, origin))
     cut = {old: successor for old, successor in successors.items() if old not in current}
     replace(optimizer, cut)
@@ -136,10 +139,13 @@ def _replace_cut(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> li
     return [parameter for parameter in tracked if parameter not in current]
 
 
-def _remaining_state(value: Any, old: nn.Parameter, origin: Origin) -> Any:
+def _remaining_state(value: Any, old: nn.Parameter, new: nn.Parameter, origin: Origin) -> Any:
     """Return a state value without the cut positions; unchanged if it has another shape."""
-    shaped = isinstance(value, torch.Tensor) and value.shape == old.shape
-    return select(value, origin.kept) if shaped and origin.kept else value
+    if not (isinstance(value, torch.Tensor) and value.shape == old.shape):
+        return value
+    values = whole(value)
+    values = select(values, origin.kept) if origin.kept else values
+    return divided_like(values, new) if is_dtensor(value) else values
 
 
 def _can_follow(value: Any, parameter: nn.Parameter) -> bool:

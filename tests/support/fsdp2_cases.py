@@ -1,0 +1,112 @@
+"""What is pruned under FSDP2, and in one process to compare: the same code for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+import zoo
+
+from tp_hf_config import HFConfigSyncHook, calibrate, optimizer_follows, pruner_kwargs
+
+Shard = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of the zoo, and how it is pruned.
+
+    Attributes:
+        model: its name.
+        importance: makes the importance; ``None``: what ``calibrate`` measured, with refits.
+        steps: how often is pruned, with training around each step.
+        ignored: the name of a layer whose outputs stay.
+        settings: arguments of ``pruner_kwargs``.
+        layers: whether every layer has widths of its own, ranked together.
+    """
+
+    model: str
+    importance: Callable[[], Any] | None = tp.importance.GroupMagnitudeImportance
+    steps: int = 1
+    ignored: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: str = "uniform"
+
+
+CASES = {
+    "llama": Case("llama", steps=2),
+    "llama, Taylor": Case("llama", tp.importance.GroupTaylorImportance, steps=2),
+    "llama, calibrated": Case("llama", None, steps=2),
+    "llama, layers differ": Case(
+        "llama", steps=2, settings={"prune": "intermediate_size"}, layers="differ"
+    ),
+    "gemma2, tied": Case("gemma2"),
+    "mixtral, heads": Case("mixtral", settings={"prune_num_heads": True, "gqa": "group"}),
+    "bert, Taylor": Case("bert", tp.importance.GroupTaylorImportance),
+    "bert, ignored": Case("bert", ignored="bert.encoder.layer.0.intermediate.dense"),
+}
+
+
+def batch(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(zoo.VOCAB, (2, 8), generator=generator)}
+
+
+def train(model: Any, optimizer: Any, seed: int) -> None:
+    """One update; its gradients stay, for importances that read them."""
+    optimizer.zero_grad()
+    model(**batch(seed)).logits.square().mean().backward()
+    optimizer.step()
+
+
+def run(case: Case, shard: Shard | None) -> tuple[Any, Any, HFConfigSyncHook]:
+    """Prune in steps with training around them: what a user's script does.
+
+    Returns:
+        The pruned model, its optimizer, and the hook.
+    """
+    model = zoo.build(case.model)
+    if shard is not None:
+        shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    calibration = None
+    if case.importance is None:
+        calibration = calibrate(model, [batch(seed) for seed in range(24)])
+    hook = HFConfigSyncHook(rebuild=shard, compensate=calibration, layers=case.layers)
+    ignored = [model.get_submodule(case.ignored)] if case.ignored else []
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, ignored_layers=ignored, layers=case.layers, **case.settings),
+        global_pruning=case.layers == "differ",
+        importance=case.importance() if case.importance else calibration.importance(),
+        pruning_ratio=0.5,
+        head_pruning_ratio=0.5 if "gqa" in case.settings else 0.0,
+        iterative_steps=case.steps,
+        hooks=[hook],
+    )
+    for step in range(case.steps):
+        train(model, optimizer, seed=step)
+        with optimizer_follows(model, optimizer):
+            pruner.step()
+        model = hook.rebuilt_model or model
+        train(model, optimizer, seed=step + 10)
+    return model, optimizer, hook
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def snapshot(model: Any, optimizer: Any = None) -> dict[str, torch.Tensor]:
+    """Everything of a model, and of its optimizer if there is one, as plain tensors."""
+    tensors = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    tensors |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+    for name, parameter in model.named_parameters() if optimizer else ():
+        tensors[f"gradient of {name}"] = whole(parameter.grad)
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key} of {name}"] = whole(value)
+    return {name: value.clone() for name, value in tensors.items()}

@@ -1,0 +1,216 @@
+"""One rank: prunes every case under FSDP2, and writes what came of it.
+
+Arguments: rank, number of ranks, a folder for the store and the results, names of cases.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import os
+import sys
+import time
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch_pruning as tp
+import zoo
+from fsdp2_cases import CASES, batch, run, snapshot
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers.utils import logging
+
+from tp_hf_config import (
+    HFConfigSyncHook,
+    calibrate,
+    drop_layers,
+    plan,
+    prunable,
+    pruner_kwargs,
+    save_sharded,
+)
+from tp_hf_config.graph import standin
+
+
+@functools.cache
+def pairs() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicated", "sharded"))
+
+
+def shard(module: Any) -> None:
+    """As a user's script does: each layer, then the rest; four ranks as two pairs (HSDP)."""
+    mesh = pairs() if dist.get_world_size() == 4 else None
+    for part in list(module.modules()):
+        if isinstance(part, nn.ModuleList):
+            for layer in part:
+                fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def sharded(name: str = "llama") -> Any:
+    model = zoo.build(name)
+    shard(model)
+    return model
+
+
+def pruner_of(model: Any, hook: HFConfigSyncHook, importance: Any = None) -> Any:
+    importance = importance or tp.importance.GroupMagnitudeImportance()
+    return tp.pruner.MetaPruner(
+        model, **pruner_kwargs(model), importance=importance, pruning_ratio=0.5, hooks=[hook]
+    )
+
+
+def refusal(act: Any) -> str:
+    """What an act raises, as text."""
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def of_case(name: str, folder: Path) -> dict[str, Any]:
+    model, optimizer, hook = run(CASES[name], shard)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    result = {
+        "tensors": snapshot(model, optimizer),
+        "config": model.config.to_dict(),
+        "fields": [report.fields for report in hook.reports],
+    }
+    save_sharded(model, folder / name)
+    if name == "llama":
+        dcp.save({"model": model.state_dict()}, checkpoint_id=str(folder / "dcp"))
+        before = snapshot(model)
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        dcp.load({"model": model.state_dict()}, checkpoint_id=str(folder / "dcp"))
+        after = snapshot(model)
+        result["dcp"] = all(torch.equal(before[key], after[key]) for key in before)
+    return result
+
+
+def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
+    """What works on a sharded model beside pruning, and what is refused."""
+    results: dict[str, Any] = {}
+    model = sharded()
+    results["prunable"] = str(prunable(model)).splitlines()[0]
+    results["plan"] = plan(model, pruning_ratio=0.5).after.parameters
+    results["no rebuild"] = refusal(lambda: pruner_of(model, HFConfigSyncHook()))
+    results["drop_layers"] = refusal(lambda: drop_layers(model, [0]))
+    inside = nn.ModuleDict({"inner": model})
+    results["inside"] = refusal(lambda: pruner_kwargs(inside))
+    (folder / "taken").mkdir(exist_ok=True)
+    (folder / "taken" / "notes.txt").touch()
+    results["taken"] = refusal(lambda: save_sharded(model, folder / "taken"))
+    results["other data"] = refusal(lambda: calibrate(model, [batch(rank), batch(rank)]))
+    parallel = zoo.build("llama")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(parallel, mesh, {"model.layers.0.mlp.up_proj": ColwiseParallel()})
+    results["tensor parallelism"] = refusal(lambda: pruner_kwargs(parallel))
+    fully_shard(parallel.model.layers[1], mesh=mesh)
+    results["both"] = refusal(lambda: pruner_kwargs(parallel))
+    return results
+
+
+def failing(rank: int) -> dict[str, Any]:
+    """One rank does something else than the others: all raise, and the model is as it was."""
+    results: dict[str, Any] = {}
+    model = sharded()
+    before = snapshot(model)
+    hook = HFConfigSyncHook(rebuild=shard)
+    pruner = pruner_of(model, hook, tp.importance.RandomImportance())
+    torch.manual_seed(rank)
+    results["other channels"] = refusal(pruner.step)
+    results["untouched"] = hook.rebuilt_model is model and all(
+        torch.equal(before[name], value) for name, value in snapshot(model).items()
+    )
+    torch.manual_seed(0)
+    results["again, with one seed"] = refusal(pruner.step)
+    results["pruned"] = hook.rebuilt_model.config.hidden_size
+
+    def fails_on_rank_1(module: Any) -> None:
+        if rank == 1:
+            raise MemoryError("no room for shards")
+        shard(module)
+
+    failing_hook = HFConfigSyncHook(rebuild=fails_on_rank_1)
+    results["rebuild fails"] = refusal(pruner_of(model, failing_hook).step)
+    hook = HFConfigSyncHook(rebuild=shard)
+    results["a new pruner after it"] = refusal(pruner_of(model, hook).step)
+    results["pruned after it"] = hook.rebuilt_model.config.hidden_size
+    return results
+
+
+def held() -> dict[str, Any]:
+    """How many whole weights there are at once, and whether the old model is freed."""
+    model = sharded()
+    old, weights, most = weakref.ref(model), [], 0
+    gather = standin.whole
+
+    def gathered(tensor: Any) -> torch.Tensor:
+        nonlocal most
+        weights.append(weakref.ref(result := gather(tensor)))
+        most = max(most, sum(weight() is not None for weight in weights))
+        return result
+
+    standin.whole = gathered
+    hook = HFConfigSyncHook(rebuild=shard)
+    pruner = pruner_of(model, hook)
+    pruner.step()
+    standin.whole = gather
+    del model
+    gc.collect()
+    return {"gathered": len(weights), "at once": most, "old model": old() is not None}
+
+
+def absent(rank: int, folder: Path) -> str:
+    """Rank 1 does not come to the step, within the process group's timeout."""
+    pruner = pruner_of(sharded(), HFConfigSyncHook(rebuild=shard))
+    if rank == 0:
+        said = refusal(pruner.step)
+        (folder / "said").touch()
+        return said
+    while not (folder / "said").exists():
+        time.sleep(0.1)
+    return ""
+
+
+def start(rank: int, size: int, store: Path, seconds: float) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=seconds),
+    )
+
+
+def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    start(rank, size, folder / "store", 600)
+    results: dict[str, Any] = {name: of_case(name, folder) for name in names if name in CASES}
+    torch.save(results, folder / f"rank{rank}.pt")
+    if "refusals" in names:
+        results["refusals"] = seen_and_refused(rank, folder)
+        results["failures"] = failing(rank)
+        results["held"] = held()
+        dist.destroy_process_group()
+        start(rank, size, folder / "other store", 4)
+        results["absent"] = absent(rank, folder)
+    torch.save(results, folder / f"rank{rank}.pt")
+    os._exit(0)  # without the farewell of a process group in which a rank was missing
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

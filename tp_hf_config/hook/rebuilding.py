@@ -1,0 +1,170 @@
+"""Carry out on a sharded model what a pruner did to its stand-in: build the class anew, fill it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import TrainingError, UnsupportedModelError, in_one_line
+from ..graph.cut_list import CutList
+from ..graph.origins import note, note_successor
+from ..graph.rebuild import empty_copy
+from ..graph.standin import StandIn
+from ..model.config_json import changed_values, config_json
+from ..model.lazy_tensor import values_of
+from ..model.ranks import Decision, differing
+from ..model.sharded import divided_like, reshard
+from ..model.tensors import owner
+from .apply import all_or_nothing, write_fields
+from .history import PrunedGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .report import SyncReport
+
+Rebuild = Callable[[Any], nn.Module | None]
+
+
+class Rebuilding:
+    """Carries out on a sharded model what a pruner does to its stand-in, on every rank.
+
+    Args:
+        standin: the stand-in that is pruned.
+        rebuild: wraps a new module, whose parameters are on the meta device, as the user does.
+
+    Attributes:
+        model: the sharded model as it is now.
+
+    Raises:
+        UnsupportedModelError: there is no function that wraps.
+    """
+
+    def __init__(self, standin: StandIn, rebuild: Rebuild | None):
+        if rebuild is None:
+            raise UnsupportedModelError(
+                f"{type(standin.model).__name__} is under fully_shard (FSDP2). Its weights cannot "
+                "be cut in place: pass a function that makes your fully_shard calls on the pruned "
+                "model, HFConfigSyncHook(rebuild=shard)"
+            )
+        self._standin, self._rebuild = standin, rebuild
+        self.model: nn.Module = standin.sharded
+
+    def before_step(self, pruner: Any) -> None:
+        """Take over gradients and settings of the sharded model; check that all ranks are here.
+
+        Raises:
+            TrainingError: another rank is elsewhere, or prunes with other settings.
+        """
+        sharded, standin = self._standin.sharded, self._standin.model
+        self._standin.refresh()
+        settings = config_json(sharded.config)
+        changed = changed_values(config_json(standin.config), settings)
+        with all_or_nothing() as changes:
+            write_fields(changes, standin, [("", field, value) for field, value in changed])
+        what = (type(pruner).__name__, type(pruner.importance).__name__, repr(settings))
+        self._agree(f"the start of {_step(pruner, 1)}", [("the settings", repr(what))])
+
+    def agree(
+        self, pruner: Any, groups: Sequence[PrunedGroup], failure: Exception | None = None
+    ) -> None:
+        """Check that all ranks prune the same.
+
+        Args:
+            pruner: the pruner.
+            groups: what it prunes.
+            failure: why this rank cannot; all ranks raise then, this one its own error.
+
+        Raises:
+            TrainingError: another rank prunes something else, or cannot.
+        """
+        self._agree(_step(pruner), _parts_of(groups), failure)
+
+    def _agree(
+        self, when: str, parts: Sequence[tuple[str, str]], failure: Exception | None = None
+    ) -> None:
+        text = "" if failure is None else in_one_line(failure)
+        refusal = differing(Decision(when, tuple(parts), text))
+        if failure is not None:
+            raise failure
+        if refusal is not None:
+            raise TrainingError(f"{refusal.reason}. The sharded model is as it was.")
+
+    def carry_out(self, pruner: Any, report: SyncReport, failure: Exception | None) -> None:
+        """Build the pruned model from the stand-in's config, and fill it parameter by parameter.
+
+        Args:
+            pruner: the pruner.
+            report: what it has pruned of the stand-in; without a cut list no optimizer can follow.
+            failure: why the stand-in's config does not follow; nothing is carried out then.
+
+        Raises:
+            TrainingError: the ranks pruned different things, or one could not build or wrap.
+        """
+        try:
+            self.agree(pruner, report.groups, failure)
+            if not report.groups:
+                return
+            reshard(self._standin.sharded)
+            new, wrapped = self._wrapped(pruner)
+            self._fill(new, report.cuts)
+        except BaseException as error:
+            if error is not failure:
+                self._standin.forget()
+            raise
+        self._standin.read_from(new)
+        self.model = wrapped
+
+    def _wrapped(self, pruner: Any) -> tuple[PreTrainedModel, nn.Module]:
+        """Return the pruned model with real but empty parameters, and what the user made of it."""
+        old = self._standin.sharded
+        failure: Exception | None = None
+        new = empty_copy(self._standin.model)
+        wrapped: nn.Module = new
+        for name, module in new.named_modules():
+            module.training = old.get_submodule(name).training
+        buffers = dict(new.named_buffers())
+        device = next(old.parameters()).device
+        try:
+            wrapped = self._rebuild(new) or new
+            if any(parameter.is_meta for parameter in new.parameters()):
+                new.to_empty(device=device)
+        except Exception as error:
+            failure = error
+        self._agree(f"rebuild= of {_step(pruner)}", (), failure)
+        for name, buffer in buffers.items():
+            module, key = owner(new, name)
+            module._buffers[key] = buffer
+        return new, wrapped
+
+    @torch.no_grad()
+    def _fill(self, new: PreTrainedModel, cuts: CutList | None) -> None:
+        """Move all weights and gradients, one in memory at a time."""
+        old = self._standin.sharded
+        for name, parameter in self._standin.model.named_parameters():
+            target = new.get_parameter(name)
+            target.copy_(divided_like(values_of(parameter.detach()), target))
+            if parameter.grad is not None:
+                target.grad = divided_like(values_of(parameter.grad), target)
+            if cuts is not None:
+                note(target, old.get_parameter(name), cuts.kept(name))  # type: ignore[arg-type]
+        if cuts is not None:
+            note_successor(old, new)
+
+
+def _parts_of(groups: Sequence[PrunedGroup]) -> list[tuple[str, str]]:
+    """Return each group's first layer, and a digest of the channels that all its layers lose."""
+    return [
+        (group.root.name, hashlib.sha256(repr(list(map(vars, group.layers))).encode()).hexdigest())
+        for group in groups
+        if group.layers
+    ]
+
+
+def _step(pruner: Any, more: int = 0) -> str:
+    """Return the number of a pruner's step as text."""
+    return f"step {pruner.current_step + more}"
