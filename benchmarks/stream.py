@@ -271,9 +271,8 @@ def _stream(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _cut_lists(folder: Path) -> None:
-    table = Table(
-        "cut list", "parameters", "seconds", "memory", "file", "would read", "would write"
-    )
+    columns = ("parameters", "tensors", "seconds", "memory", "file", "would read", "would write")
+    table = Table("cut list", *columns)
     for name, model in (("Llama 70B", llama(**LLAMA_70B)), ("DeepSeek-V3", deepseek_v3())):
         source = folder / name
         source.mkdir()
