@@ -65,7 +65,7 @@ def test_its_commands_are_commands() -> None:
     """What begins a line with the program's name is parsed; nothing of it is run."""
     typed = re.findall(rf"^{PROGRAM} (.*)$", README, re.MULTILINE)
     parsed = [parser_of().parse_args(shlex.split(line, comments=True)) for line in typed]
-    commands = ["check", "repair", "verify", "verify", "prune", "plan"]
+    commands = ["prune", "check", "repair", "verify", "verify", "prune", "plan"]
     assert [options.command for options in parsed] == commands
 
 
