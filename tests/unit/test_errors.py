@@ -156,7 +156,8 @@ def test_meta_device():
     assert refused(small.bert().to("meta")) == (
         "BertModel: embeddings.word_embeddings.weight is on the meta device (no data, or offloaded "
         "by accelerate). Load the whole model into memory: from_pretrained(folder) without "
-        "device_map offloading."
+        "device_map offloading. A model that does not fit is pruned from folder to folder: "
+        "tp-hf-config prune FOLDER --out OUT --stream."
     )
 
 

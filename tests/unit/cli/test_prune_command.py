@@ -865,7 +865,7 @@ def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., A
 
 
 STEPS = {
-    "loading": (prune, "load"),
+    "loading": (prune, "load_lazily"),
     "pruning": (prune, "run_steps"),
     "saving": (prune, "save_model"),
     "copying": (prune, "copy_companions"),
