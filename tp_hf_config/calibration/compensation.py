@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.scratch import on_disk
 from ..errors import listed
 from ..graph.config_graph import ConfigGroup
 from ..graph.edits import Refit, RefitInPlace
@@ -23,7 +22,7 @@ from .measured import MeasuredModel
 from .refits_of_step import StepRefits
 from .trial import Errors, layer_errors, run_as_cut, run_held_out
 
-_LARGE = 1 << 20  # bytes
+_LARGE = 1 << 20  # bytes: larger refits of a cut list are not held in memory
 
 
 @dataclass
@@ -120,14 +119,8 @@ class AppliedRefits:
                 owner._parameters[key] = nn.Parameter(changed, parameter.requires_grad)
             else:
                 edit.apply(parameter.data)
-            yield replace(edit, refit=_held(refit))
-
-
-def _held(refit: Refit) -> Refit:
-    """Return a refit for the cut list; a large one is in a temporary file, not in memory."""
-    if refit.share.nbytes < _LARGE or isinstance(refit.share, LazyTensor):
-        return refit
-    return replace(refit, share=on_disk(refit.share.cpu()))
+            large = refit.share.nbytes >= _LARGE
+            yield replace(edit, refit=refit.on_disk()) if large else edit
 
 
 class Compensating:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.scratch import on_disk
 from ..graph.config_graph import ConfigGroup
 from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
@@ -42,6 +40,7 @@ class StepRefits:
 
     def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
         self.calibration = calibration
+        self._lazy = is_lazy(calibration.model)  # then refits are not in memory either
         self.readings = calibration.current()
         self.kept = _kept_channels(calibration.model, groups, self.readings)
         self.refits: dict[Consumer, Refit] = {}
@@ -95,16 +94,11 @@ class StepRefits:
         for consumer in consumers:
             key = tuple(self.kept[consumer].tolist())
             if key not in solved:
-                solved[key] = self._held(solve(self.kept[consumer]))
+                refit = solve(self.kept[consumer])
+                solved[key] = refit.on_disk() if refit is not None and self._lazy else refit
             refit = solved[key]
             if refit is not None:
                 self.refits[consumer] = refit
-
-    def _held(self, refit: Refit | None) -> Refit | None:
-        """Return a refit; where the weights are not in memory, its shares are not either."""
-        if refit is None or not is_lazy(self.calibration.model):
-            return refit
-        return replace(refit, share=on_disk(refit.share))
 
     def sources(self, leaders: Iterable[Consumer]) -> Sources:
         """Return what watches the layers from norms to leaders."""

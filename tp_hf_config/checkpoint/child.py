@@ -71,21 +71,23 @@ def load(
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
+    return model, _problems(info)
 
 
 def load_lazily(
     model_class: Any, folder: str | Path, options: dict[str, Any]
 ) -> tuple[Any, dict[str, list[str]]]:
     """Load a folder like :func:`load`, with weights that are read from its files at each use."""
-    from tp_hf_config.checkpoint.lazy_weights import lazy_weights
+    from tp_hf_config.checkpoint import lazy_weights
 
     config = model_class.config_class.from_pretrained(folder)
-    state, options = lazy_weights(Path(folder)), {**options, "config": config}
-    model, info = model_class.from_pretrained(
-        None, state_dict=state, output_loading_info=True, **options
-    )
-    return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
+    model, info = lazy_weights.load_lazily(model_class, Path(folder), config, **options)
+    return model, _problems(info)
+
+
+def _problems(info: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the keys that Transformers reports of loading, by kind."""
+    return {key: sorted(map(str, value)) for key, value in info.items() if value}
 
 
 def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:

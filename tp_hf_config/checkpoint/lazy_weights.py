@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,31 @@ def lazy_weights(folder: Path) -> dict[str, LazyTensor]:
         CheckpointError: there are no weights, they are not safetensors, or a file is damaged.
     """
     return _lazy(folder, read_weights(folder))
+
+
+def load_lazily(model_class: Any, folder: Path, config: Any, **options: Any) -> tuple[Any, Any]:
+    """Return a model whose weights are read from its files at each use, and how they loaded.
+
+    Args:
+        model_class: its class.
+        folder: a folder with safetensors files.
+        config: its config.
+        options: for ``from_pretrained``.
+
+    Returns:
+        The model, and what ``from_pretrained(output_loading_info=True)`` says.
+
+    Raises:
+        CheckpointError: see :func:`lazy_weights`.
+    """
+    loaded: tuple[Any, Any] = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=lazy_weights(folder),
+        output_loading_info=True,
+        **options,
+    )
+    return loaded
 
 
 def lazy_weights_of(file: Path) -> dict[str, LazyTensor]:
@@ -122,14 +147,24 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNED)
-    with Path(path).open("wb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
+    with Path(path).open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        ahead = [reader.submit(_bytes_of, tensors[name]) for name in order[:1]]
-        for number in range(len(order)):
-            rest = ahead.pop().result()
-            ahead = [reader.submit(_bytes_of, tensors[n]) for n in order[number + 1 : number + 2]]
+        for rest in _read_ahead(tensors[name] for name in order):
             while len(rest):  # a write of more than 2 GiB ends early
                 rest = rest[file.write(rest) :]
+
+
+def _read_ahead(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    """Yield the bytes of tensors in order; the next one is read while one is worked with."""
+    waiting: Future[memoryview] | None = None
+    with ThreadPoolExecutor(1) as reader:
+        for tensor in tensors:
+            following = reader.submit(_bytes_of, tensor)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

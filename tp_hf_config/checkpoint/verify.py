@@ -74,43 +74,49 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
     check_followable(pretrained)
     with TemporaryDirectory(prefix="tp_hf_config-") as temporary:
         folder = Path(temporary) / "saved"
-        align(pretrained)
         try:
             pretrained.save_pretrained(folder)
         except Exception as error:  # saving may refuse with any exception
             name, why = type(pretrained).__name__, f"it cannot be saved: {short(error)}"
             return RoundtripReport(name, name, False, error=why, against="the live model")
-        return compare_saved(pretrained, folder, inputs)
+        return compare_saved(pretrained, folder, inputs, live_outputs(pretrained, inputs))
 
 
-def align(model: nn.Module) -> None:
-    """Move weights to aligned memory, because the order of sums can depend on the alignment."""
+def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return every tensor that a model's forward pass in eval mode returns, by name.
+
+    Its weights may be moved to aligned memory, because the order of sums can depend on the
+    alignment.
+
+    Args:
+        model: the model; it is in the same mode afterwards.
+        inputs: keyword arguments of its forward pass.
+    """
     for parameter in model.parameters():
         if not isinstance(parameter, LazyTensor) and parameter.data_ptr() % _ALIGNED:
             parameter.data = parameter.data.clone()
+    with _evaluating(model):
+        return child.outputs_of(model, dict(inputs))
 
 
 def compare_saved(
     model: PreTrainedModel,
     folder: Path,
     inputs: Mapping[str, Any],
-    outputs: Mapping[str, torch.Tensor] | None = None,
+    outputs: Mapping[str, torch.Tensor],
 ) -> RoundtripReport:
     """Load a folder in a fresh process and compare it with the live model that was saved to it.
 
     Args:
-        model: the live model, in aligned memory (:func:`align`).
+        model: the live model.
         folder: the folder that the model was saved to.
         inputs: keyword arguments of its forward pass.
-        outputs: what it computes of them in eval mode; default: it is run.
+        outputs: what the live model computes of them (:func:`live_outputs`).
 
     Returns:
         A report; ``same`` is True if every output is the same bit for bit and Transformers reports
         no problem with loading.
     """
-    if outputs is None:
-        with evaluating(model):
-            outputs = child.outputs_of(model, dict(inputs))
     live = {key: value.cpu() for key, value in outputs.items()}
     class_name, options = _class_name(type(model)), _options(model)
     if class_name[0].startswith(_OF_FOLDERS):
@@ -337,7 +343,7 @@ def _problems(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout and the like off, and restore each module's training mode afterwards."""
     training = [module for module in model.modules() if module.training]
     try:

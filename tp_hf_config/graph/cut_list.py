@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from ..checkpoint.lazy_weights import lazy_weights_of, write_safetensors
 from ..errors import CheckpointError, in_one_line
-from ..model.build import Refusal
 from ..model.config_json import changed_values, field_name
 from ..model.lazy_tensor import LazyTensor, values_of
-from ..model.shapes import Shapes, shapes
+from ..model.shapes import Shapes
 from ..model.tensors import parameter_names
 from ..notebook import short
 from .edits import Edit, Refit, RefitInPlace, Selection, edited
@@ -184,17 +183,17 @@ def edits_by_name(
     return {name: tuple(done) for name, done in edits.items() if done}
 
 
-def incomplete(
-    model: nn.Module, edits: Mapping[str, Iterable[Edit]], before: Shapes
-) -> Refusal | None:
-    """Return which tensor's shape the edits do not explain; ``None``: all are explained.
+def explained(
+    model: nn.Module, edits: Mapping[str, Iterable[Edit]], before: Shapes, after: Shapes
+) -> bool:
+    """True if every tensor of a model has the shape that the edits leave.
 
     Args:
         model: the model after its step.
         edits: what was done, by name.
         before: the shapes before the step.
+        after: the shapes afterwards.
     """
-    after = shapes(model)
     others = {name for _, *tied in parameter_names(model).values() for name in tied}
     for name in after.keys() - others:
         expected = list(before.get(name, ()))
@@ -202,7 +201,5 @@ def incomplete(
             for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
                 expected[dim] = len(kept)
         if tuple(expected) != after[name]:
-            return Refusal(
-                f"{name} has shape {list(after[name])} now, and what was cut leaves {expected}"
-            )
-    return None
+            return False
+    return True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.scratch import on_disk
 from ..model.lazy_tensor import LazyTensor
 from ..model.tensors import select
 
@@ -42,6 +43,12 @@ class Refit:
     targets: Tensor
     share: Tensor
     size: int
+
+    def on_disk(self) -> Refit:
+        """Return the refit with its shares in a temporary file, not in memory."""
+        if isinstance(self.share, LazyTensor):
+            return self
+        return replace(self, share=on_disk(self.share.cpu()))
 
     def estimate(self, rows: Tensor) -> Tensor:
         """Return all channels, made of the kept ones: ``(tokens, kept)`` -> ``(tokens, size)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,14 +40,12 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     """
     check_fits(model, cuts)
     new: Any = _empty(model, cuts)
+
+    def values_of(name: str, old: Tensor) -> Tensor:
+        return cuts.of(name, old) if name in cuts.edits else old.clone()
+
     with torch.no_grad():
-        for names in parameter_names(model).values():
-            old = model.get_parameter(names[0])
-            values = cuts.of(names[0], old.detach())
-            values = values.clone() if names[0] not in cuts.edits else values
-            parameter = nn.Parameter(values, old.requires_grad)
-            for name in names:
-                _put(new, name, parameter)
+        fill(new, model, values_of)
         for name, buffer in list(model.named_buffers()):
             _put_buffer(new, name, buffer, cuts)
     missing = [name for name, parameter in new.named_parameters() if parameter.is_meta]
@@ -71,18 +70,30 @@ def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
     """
     builder, built = build_live(model, buffers=True)
     new: Any = whole_build(model, builder, built)
-    for names in parameter_names(model).values():
-        old = model.get_parameter(names[0])
-        parameter = nn.Parameter(
-            torch.empty(old.shape, dtype=old.dtype, device="meta"), old.requires_grad
-        )
-        for name in names:
-            _put(new, name, parameter)
+    fill(new, model, lambda _, old: torch.empty(old.shape, dtype=old.dtype, device="meta"))
     unchanged = CutList("", {}, {}, {})
     for name, buffer in list(model.named_buffers()):
         _put_buffer(new, name, buffer, unchanged)
     _take_over(new, model)
     return new  # type: ignore[no-any-return]
+
+
+def fill(new: nn.Module, model: nn.Module, values_of: Callable[[str, Tensor], Tensor]) -> None:
+    """Give a model the parameters that are made of another one's; tied ones stay tied.
+
+    Args:
+        new: the model to fill.
+        model: the model whose names, ties and ``requires_grad`` count.
+        values_of: gets the first name of each parameter and its values, returns the new values.
+
+    Raises:
+        ConfigSyncError: the class builds another shape.
+    """
+    for parameter, names in parameter_names(model).items():
+        values = values_of(names[0], parameter.detach())
+        made = nn.Parameter(values, parameter.requires_grad)
+        for name in names:
+            _put(new, name, made)
 
 
 def check_fits(model: PreTrainedModel, cuts: CutList) -> None:

@@ -23,8 +23,7 @@ from ..model.lazy_tensor import LazyTensor
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import shapes
 from ..model.sharded import is_sharded, plain_class, reshard, whole
-from ..model.tensors import owner, parameter_names
-from .rebuild import empty_copy
+from .rebuild import empty_copy, fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,13 +46,11 @@ class StandIn:
         self._sharded = weakref.ref(sharded)
         self._versions = _versions_of(sharded)
         self.model: PreTrainedModel = empty_copy(sharded)
-        for names in parameter_names(self.model).values():
-            empty = self.model.get_parameter(names[0])
-            lazy = LazyTensor(empty.detach(), partial(self._values, names[0]))
-            parameter = nn.Parameter(lazy, empty.requires_grad)
-            for name in names:
-                module, key = owner(self.model, name)
-                module._parameters[key] = parameter
+        fill(
+            self.model,
+            self.model,
+            lambda name, empty: LazyTensor(empty, partial(self._values, name)),
+        )
 
     @property
     def sharded(self) -> PreTrainedModel:

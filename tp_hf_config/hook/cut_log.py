@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graph.cut import Cuts
-from ..graph.cut_list import CutList, edits_by_name, incomplete
+from ..graph.cut_list import CutList, edits_by_name, explained
 from ..model.config_json import config_json
 from ..model.layer_class import stock_class
 from ..model.shapes import Shapes, shapes
@@ -46,7 +46,7 @@ class CutLog:
         before, self._before = self._before, _State.of(self._model)
         edits = edits_by_name(self._model, self._cuts.log)
         self._cuts.log.clear()
-        if not edits or incomplete(self._model, edits, before.shapes) is not None:
+        if not edits or not explained(self._model, edits, before.shapes, self._before.shapes):
             return None
         return CutList(before.model, before.config, self._before.config, edits)
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checkpoint.child import outputs_of
-from ..checkpoint.verify import align, compare_saved, evaluating
+from ..checkpoint.verify import compare_saved, live_outputs
 from ..errors import PipelineError
 from ..forward.inputs import example_inputs, input_forms
 from ..forward.run_recipe import RunRecipe
@@ -75,11 +74,9 @@ def _run(
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | Refusal:
     """Return keyword arguments with which a model runs, and its outputs; or why there are none."""
     reason = ""
-    align(model)
     for inputs in (example_inputs(model, recipe), *input_forms(model, recipe)):
         try:
-            with evaluating(model):
-                return inputs, outputs_of(model, inputs)
+            return inputs, live_outputs(model, inputs)
         except Exception as error:  # a forward pass may raise anything
             reason = reason or f"{type(error).__name__}: {error}"
     return Refusal(f"no inputs were found that it runs with: {reason}")

@@ -229,17 +229,11 @@ def load_lazily(
     Raises:
         PipelineError: the weights cannot be loaded.
     """
-    from ..checkpoint.lazy_weights import lazy_weights
+    from ..checkpoint import lazy_weights
 
+    folder, stored = Path(source.place), dtype or "auto"
     try:
-        loaded: Any = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=lazy_weights(Path(source.place)),
-            dtype=dtype or "auto",
-            output_loading_info=True,
-        )
-        model, info = loaded
+        model, info = lazy_weights.load_lazily(model_class, folder, config, dtype=stored)
         if model.can_generate():
             model.generation_config = _generation_config(source)
     except CheckpointError as error:
