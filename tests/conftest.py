@@ -126,3 +126,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fresh process proves a pruned folder: what it would find is not what a test is about."""
+    from tp_hf_config.pipeline import prune
+    from tp_hf_config.pipeline.roundtrip import Proof
+
+    monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))

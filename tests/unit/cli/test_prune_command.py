@@ -29,9 +29,9 @@ from tp_hf_config.calibration import measured as measured_model
 from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import output, prune, recovery
-from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.planning.trajectory import Trajectory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUARTER = ("--pruning-ratio", "0.25")
 
 
@@ -42,21 +42,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folders.save(name, root / name)
     folders.save_text(root / "text.txt")
     return root
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No fresh process: what it would find is not what a test is about."""
-    monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
 
 
 def logits(folder: Path, cls: Any, model: Any = None) -> torch.Tensor:

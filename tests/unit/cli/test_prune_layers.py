@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ import torch_pruning as tp
 import transformers as hf
 from shell import shell
 
-from tp_hf_config.pipeline import prune
-from tp_hf_config.pipeline.roundtrip import Proof
-
-pytestmark = pytest.mark.skipif(
-    not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers"),
+]
 GLOBAL = ("--layers", "differ", "--ranking", "global")
 FFN = ("--prune", "intermediate_size", "--pruning-ratio", "0.3")
 FILE = "modeling_layerwise_llama.py"
@@ -42,20 +39,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folders.save(name, root / name)
     folders.save_text(root / "text.txt")
     return root
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No fresh process: what it would find is not what a test is about."""
-    monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
 
 
 @pytest.fixture

@@ -21,17 +21,10 @@ from tp_hf_config.model.lazy_tensor import LazyTensor
 from tp_hf_config.pipeline import objective, prune, streaming
 from tp_hf_config.pipeline.choice import Choice
 from tp_hf_config.pipeline.job import Job, Pruned
-from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.pipeline.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
 CLASSES = ("llama", "phi3", "gpt2", "mixtral", "gpt_oss", "t5", "convnext", "qwen2_vl")
-
-
-@pytest.fixture
-def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No fresh process: what it would find is not what a test is about."""
-    monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
 
 
 @pytest.fixture
@@ -171,6 +164,7 @@ class TestWhatFails:
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.usefixtures("unproved")
 def test_weights_that_are_no_safetensors_are_loaded_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +173,6 @@ def test_weights_that_are_no_safetensors_are_loaded_whole(
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
     monkeypatch.setattr(prune, "load_lazily", None)
-    monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
     assert prune.prune_checkpoint(job(folder, tmp_path / "out")).parameters[1] > 0
     with pytest.raises(PipelineError, match="is not empty"):
         prune.prune_checkpoint(job(folder, tmp_path / "out"))
