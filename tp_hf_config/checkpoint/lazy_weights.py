@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..model.lazy_tensor import LazyTensor, values_of
+from ..model.recycled_memory import recycled_empty
 from .folder import read_weights
 from .headers import Header, Stored, read_safetensors
 
@@ -110,7 +111,7 @@ def _read(path: Path, stored: Stored) -> Tensor:
     Raises:
         CheckpointError: the file has become shorter.
     """
-    data = torch.empty(stored.bytes, dtype=torch.uint8)
+    data = recycled_empty((stored.bytes,), torch.uint8)
     numbers: Any = data.numpy()
     rest = memoryview(numbers)
     with path.open("rb", buffering=0) as file:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,7 +79,8 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
         except Exception as error:  # saving may refuse with any exception
             name, why = type(pretrained).__name__, f"it cannot be saved: {short(error)}"
             return RoundtripReport(name, name, False, error=why, against="the live model")
-        return compare_saved(pretrained, folder, inputs, live_outputs(pretrained, inputs))
+        with fresh_run(pretrained, folder, inputs) as compared_with:
+            return compared_with(live_outputs(pretrained, inputs))
 
 
 def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -99,25 +100,22 @@ def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
         return child.outputs_of(model, dict(inputs))
 
 
-def compare_saved(
-    model: PreTrainedModel,
-    folder: Path,
-    inputs: Mapping[str, Any],
-    outputs: Mapping[str, torch.Tensor],
-) -> RoundtripReport:
-    """Load a folder in a fresh process and compare it with the live model that was saved to it.
+@contextmanager
+def fresh_run(
+    model: PreTrainedModel, folder: Path, inputs: Mapping[str, Any]
+) -> Iterator[Callable[[Mapping[str, torch.Tensor]], RoundtripReport]]:
+    """Load and run a folder in a fresh process, while the block runs the live model saved to it.
 
     Args:
         model: the live model.
         folder: the folder that the model was saved to.
         inputs: keyword arguments of its forward pass.
-        outputs: what the live model computes of them (:func:`live_outputs`).
 
-    Returns:
-        A report; ``same`` is True if every output is the same bit for bit and Transformers reports
-        no problem with loading.
+    Yields:
+        A function of what the live model computes of the inputs (:func:`live_outputs`). It waits
+        for the process, and returns a report; ``same`` is True if every output is the same bit for
+        bit and Transformers reports no problem with loading.
     """
-    live = {key: value.cpu() for key, value in outputs.items()}
     class_name, options = _class_name(type(model)), _options(model)
     if class_name[0].startswith(_OF_FOLDERS):
         job = _job_of(solvable_folder(folder, trust_remote_code=True))
@@ -125,13 +123,19 @@ def compare_saved(
     else:
         job = _job(folder, class_name, options)
     job["lazy"] = is_lazy(model)
-    (run,) = _run_in_fresh_process([job], dict(inputs), str(model.device))
     name = type(model).__name__
-    if run.error is not None:
-        return RoundtripReport(name, name, False, error=run.error, against="the live model")
-    report = _compared(name, name, live, run.outputs, "the live model")
-    problems = tuple(_problems(run.loading))
-    return replace(report, loading=problems, same=report.same and not problems)
+
+    def compared_with(outputs: Mapping[str, torch.Tensor]) -> RoundtripReport:
+        live = {key: value.cpu() for key, value in outputs.items()}
+        (run,) = finished()
+        if run.error is not None:
+            return RoundtripReport(name, name, False, error=run.error, against="the live model")
+        report = _compared(name, name, live, run.outputs, "the live model")
+        problems = tuple(_problems(run.loading))
+        return replace(report, loading=problems, same=report.same and not problems)
+
+    with _fresh_process([job], dict(inputs), str(model.device)) as finished:
+        yield compared_with
 
 
 def verify_checkpoint(
@@ -164,7 +168,8 @@ def verify_checkpoint(
             return RoundtripReport(str(each), name, False, loading=causes, error="it is not sound")
     folders = [solvable_folder(each, trust_remote_code) for each in paths]
     name, inputs = _example(folders[0])
-    run, *others = _run_in_fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True)
+    with _fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True) as finished:
+        run, *others = finished()
     problems = tuple(_problems(run.loading, _WEIGHTS_MISSING))
     notes = tuple(_problems(run.loading, ("unexpected_keys",)))
     if run.error is not None or not others:
@@ -259,39 +264,52 @@ def _job(folder: Path, class_name: tuple[str, str], options: dict[str, Any]) -> 
     return {"folder": str(folder.absolute()), "class": class_name, "options": options}
 
 
-def _run_in_fresh_process(
+@contextmanager
+def _fresh_process(
     jobs: list[dict[str, Any]], inputs: dict[str, Any], device: str, cast: bool = False
-) -> list[_Run]:
-    """Load and run folders in one fresh process; return one run for each.
+) -> Iterator[Callable[[], list[_Run]]]:
+    """Load and run folders in one fresh process, which is stopped when the block ends.
 
     Args:
         jobs: the folders (see :func:`_job`).
         inputs: keyword arguments of the forward pass.
         device: where to run.
         cast: give floating inputs the model's dtype.
+
+    Yields:
+        A function that waits for the process, and returns one run for each folder.
     """
     with TemporaryDirectory(prefix="tp_hf_config-") as exchange:
         files = {key: f"{exchange}/{key}.pt" for key in ("inputs", "results")}
         torch.save(inputs, files["inputs"])
         threads = torch.get_num_threads()
         job = {"folders": jobs, **files, "device": device, "threads": threads, "cast": cast}
-        job_file = Path(exchange) / "job.json"
+        job_file, errors = Path(exchange) / "job.json", Path(exchange) / "errors.txt"
         job_file.write_text(json.dumps({**job, "path": sys.path}))
-        process = subprocess.run(
-            [sys.executable, child.__file__, str(job_file)],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if process.returncode != 0:
-            lines = [line for line in process.stderr.splitlines() if line.strip()]
-            end = short(lines[-1] if lines else process.returncode)
-            return [_Run(error=f"the fresh process ended with: {end}") for _ in jobs]
-        results = torch.load(files["results"], weights_only=True)
-    return [
-        _Run(result["outputs"], result["loading"], result["error"] and short(result["error"]))
-        for result in results
-    ]
+        with errors.open("w") as written:
+            process = subprocess.Popen(
+                [sys.executable, child.__file__, str(job_file)],
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=written,
+            )
+
+        def finished() -> list[_Run]:
+            if process.wait() != 0:
+                lines = [line for line in errors.read_text().splitlines() if line.strip()]
+                end = short(lines[-1] if lines else process.returncode)
+                return [_Run(error=f"the fresh process ended with: {end}") for _ in jobs]
+            results = torch.load(files["results"], weights_only=True)
+            return [
+                _Run(each["outputs"], each["loading"], each["error"] and short(each["error"]))
+                for each in results
+            ]
+
+        try:
+            yield finished
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _compared(

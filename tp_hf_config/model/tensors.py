@@ -15,11 +15,14 @@ from torch import nn
 
 from .build import Refusal
 from .lazy_tensor import LazyTensor
+from .recycled_memory import recycled_empty
 
 PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
 
 
-def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch.Tensor:
+def select(
+    tensor: torch.Tensor, positions: Mapping[int, torch.Tensor], recycled: bool = False
+) -> torch.Tensor:
     """Return one copy of a tensor with only some positions of some dimensions.
 
     The copy is filled a few rows at a time. Selecting one whole dimension after the other would
@@ -28,14 +31,16 @@ def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch
     Args:
         tensor: the tensor, of any shape.
         positions: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
+        recycled: the copy is used once and freed (see :func:`recycled_empty`).
     """
     if isinstance(tensor, LazyTensor):
         return _select_lazily(tensor, positions)
     (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
+    shape = _shape_of(tensor, positions)
+    result = recycled_empty(shape, tensor.dtype) if recycled else tensor.new_empty(shape)
     if not others:
-        return tensor.index_select(dim, index)
+        return torch.index_select(tensor, dim, index, out=result)
     last, last_index = others[-1]
-    result = tensor.new_empty(_shape_of(tensor, positions))
     rows = max(1, PIECE * tensor.shape[dim] // max(1, tensor.nbytes))
     for start in range(0, len(index), rows):
         piece = tensor.index_select(dim, index[start : start + rows])
@@ -58,7 +63,7 @@ def _select_lazily(tensor: LazyTensor, positions: Mapping[int, torch.Tensor]) ->
             tensor = tensor.index_select(dim, index)  # type: ignore[assignment]
         return tensor
     like = torch.empty(_shape_of(tensor, positions), dtype=tensor.dtype, device="meta")
-    return LazyTensor(like, lambda: select(tensor.read(), positions))
+    return LazyTensor(like, lambda: select(tensor.read(), positions, recycled=True))
 
 
 @dataclass(frozen=True)

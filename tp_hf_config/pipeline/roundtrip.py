@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ..checkpoint.verify import compare_saved, live_outputs
+from ..checkpoint.verify import fresh_run, live_outputs
 from ..errors import PipelineError
 from ..forward.inputs import example_inputs, input_forms
 from ..forward.run_recipe import RunRecipe
@@ -49,13 +48,19 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
         PipelineError: the folder does not load, its outputs differ, or no inputs were found with
             which the model runs.
     """
-    run = _run(model, recipe)
-    if isinstance(run, Refusal):
-        raise _not_proved(run.reason)
-    report = compare_saved(model, folder, *run)
-    if not report.same:
-        raise _not_proved(f"{report}")
-    return Proof(len(report.outputs), report.numbers)
+    reason = ""
+    for inputs in _inputs(model, recipe):
+        with fresh_run(model, folder, inputs) as compared_with:
+            try:
+                outputs = live_outputs(model, inputs)
+            except Exception as error:  # a forward pass may raise anything
+                reason = reason or f"{type(error).__name__}: {error}"
+                continue
+            report = compared_with(outputs)
+        if not report.same:
+            raise _not_proved(f"{report}")
+        return Proof(len(report.outputs), report.numbers)
+    raise _not_proved(f"no inputs were found that it runs with: {reason}")
 
 
 def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any] | Refusal:
@@ -65,21 +70,21 @@ def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]
         model: the model.
         recipe: how its class is run.
     """
-    run = _run(model, recipe)
-    return run if isinstance(run, Refusal) else run[0]
-
-
-def _run(
-    model: PreTrainedModel, recipe: RunRecipe
-) -> tuple[dict[str, Any], dict[str, Tensor]] | Refusal:
-    """Return keyword arguments with which a model runs, and its outputs; or why there are none."""
     reason = ""
-    for inputs in (example_inputs(model, recipe), *input_forms(model, recipe)):
+    for inputs in _inputs(model, recipe):
         try:
-            return inputs, live_outputs(model, inputs)
+            live_outputs(model, inputs)
         except Exception as error:  # a forward pass may raise anything
             reason = reason or f"{type(error).__name__}: {error}"
+        else:
+            return inputs
     return Refusal(f"no inputs were found that it runs with: {reason}")
+
+
+def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments with which a model may run, the likeliest first."""
+    yield example_inputs(model, recipe)
+    yield from input_forms(model, recipe)
 
 
 def _not_proved(reason: str) -> PipelineError:
