@@ -39,9 +39,7 @@ def may_matter(
 ) -> Iterator[FieldPath]:
     """Yield the fields that can change the result, in order (bisection).
 
-    Args:
-        paths: the fields.
-        changes_nothing: True if the given fields change nothing when all of them are set.
+    ``changes_nothing`` is asked what several fields do when all of them are set.
     """
     if not paths or changes_nothing(paths):
         return
@@ -58,13 +56,8 @@ def each_of(
 ) -> Iterator[tuple[FieldPath, int, Sizes]]:
     """Yield each field with its value and the sizes that it changes there.
 
-    Fields that changed no quantity in common share one build. A field that needs a build alone is
-    omitted.
-
-    Args:
-        study: builds the class.
-        values: a value for each field.
-        moved: for each field, the sizes that it changed at another value.
+    Fields that changed no quantity in common at other values (``moved``) share one build. A field
+    that needs a build alone is omitted.
     """
     groups: list[list[FieldPath]] = []
     for field in values:

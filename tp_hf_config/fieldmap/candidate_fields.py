@@ -25,13 +25,8 @@ def candidates(
 ) -> tuple[dict[FieldPath, int], list[FieldPath]]:
     """Return the fields worth probing: the whole numbers and unset fields that the class reads.
 
-    Args:
-        builder: builds the class.
-        data: the config's JSON.
-
-    Returns:
-        Field -> its value, for whole numbers above 0; and the fields at ``None`` that may hold a
-        number, sorted by their last key.
+    The first are numbers above 0, with their values. The second may hold a number, and are sorted
+    by their last key.
     """
     live = builder.config(data)
     nodes = dict(config_nodes(live))

@@ -26,18 +26,11 @@ _MOST = 16
 def build_live(
     model: PreTrainedModel, buffers: bool = False
 ) -> tuple[Builder, nn.Module | Refusal]:
-    """Return a builder for a live model, and what it builds from the model's config.
+    """Return a builder for a live model, and what it builds from the model's config or its refusal.
 
     If the class takes constructor arguments beside the config (BERT's ``add_pooling_layer``), the
-    builder gets those with which it builds the tensors of this model.
-
-    Args:
-        model: the live model.
-        buffers: compute the values of buffers (on the CPU).
-
-    Returns:
-        The builder; and the built model, or the class's refusal. The model may still have other
-        tensors if no arguments fit.
+    builder gets those with which it builds the tensors of this model; if no arguments fit, the
+    build has others. With ``buffers``, the values of buffers are computed, on the CPU.
     """
     builder, data = Builder(model), config_json(model.config)
     built = builder.build(data, buffers=buffers)
@@ -95,14 +88,7 @@ def notes_on_options(model: PreTrainedModel, builder: Builder) -> list[str]:
 def missing_parts(
     model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes
 ) -> Refusal | None:
-    """Return which parts the config builds that the model lacks, and what to do; None if none.
-
-    Args:
-        model: the live model.
-        builder: builds its class.
-        built: what the class builds from the model's config.
-        live: shapes of the live model's tensors.
-    """
+    """Return which parts the config builds that the model lacks, and what to do; None if none."""
     parts = parts_beyond(shapes(built), live)
     if not parts:
         return None
@@ -139,13 +125,10 @@ def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
 
 
 def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refusal:
-    """Return notes on layers that moved, if the config builds layers of their kind there.
+    """Return notes on layers that moved, or why the config does not build them in their new order.
 
     Layers get a number when they are built (``layer_idx``), which shows those that moved. Where one
     stands now, the config has to build the same kind (a sliding window or none).
-
-    Returns:
-        The notes; or why the order is wrong.
     """
     notes: list[str] = []
     live = dict(named_modules(model))

@@ -70,10 +70,7 @@ class Depth:
 def _renumbered(name: str, numbers: Numbers, new: bool = False) -> str:
     """Return a name with other numbers of layers.
 
-    Args:
-        name: the name of a tensor or module.
-        numbers: the other numbers, by list.
-        new: ``numbers`` names lists as ``name`` does; otherwise as the returned name does.
+    ``numbers`` names lists as ``name`` does if ``new``, otherwise as the returned name does.
     """
     if not numbers:
         return name
@@ -94,11 +91,6 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
 
     A setting counts if a lower value removes layers, leaves one of each kind, and changes no other
     tensor's shape. If nothing can be lowered, the result is the config itself.
-
-    Args:
-        builder: builds the class.
-        data: the config's JSON.
-        full: what the class builds from it.
     """
     lowering = _Lowering(builder, data, full)
     widths = width_lists(builder, data, lowering.shapes)
@@ -112,13 +104,10 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
 
 
 def _choices(kinds: Mapping[str, Kinds]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """Yield which layers to keep of lists of one length, the fewest first.
+    """Yield the length of lists, and choices of the layers to keep of them, the fewest first.
 
     A choice keeps the first layer of each kind, or all layers up to the last of those, or a few
     more in case the class refuses that. Lists of one length need not have as many kinds of layers.
-
-    Yields:
-        The length, and the choices: for each, the numbers of the layers to keep.
     """
     firsts = _repeating(kinds).values()
     for length in sorted({len(first) for first in firsts}, reverse=True):
@@ -137,13 +126,7 @@ def _choices(kinds: Mapping[str, Kinds]) -> Iterator[tuple[int, list[tuple[int, 
 
 @dataclass
 class _Step:
-    """What one change of the config did to lists of layers.
-
-    Attributes:
-        numbers: for each layer before the change, the first remaining layer of its kind.
-        first_of_kind: for each remaining layer, the first layer of its kind.
-        stands_for: for each remaining layer, the number that a layer of its kind had before.
-    """
+    """What one change of the config did to lists of layers; see :class:`Depth`."""
 
     numbers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     first_of_kind: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -151,13 +134,7 @@ class _Step:
 
 
 class _Lowering:
-    """A config from which changes remove layers, one after the other.
-
-    Attributes:
-        data: the config's JSON so far.
-        shapes: the shapes that the class builds from it.
-        kinds: how the layers of each list differ.
-    """
+    """A config from which changes remove layers one by one, and what it builds so far."""
 
     def __init__(self, builder: Builder, data: dict[str, Any], full: nn.Module):
         self.data, self.shapes, self.kinds = data, shapes(full), kinds_in(full)
@@ -165,13 +142,7 @@ class _Lowering:
         self._steps: list[_Step] = []
 
     def try_all(self, changes: Sequence[dict[FieldPath, Any]], length: int, keep: int) -> bool:
-        """Make the changes that only remove layers; return True if the class refused any change.
-
-        Args:
-            changes: the changes to try, each as field -> value.
-            length: the length of the lists that are to be shorter.
-            keep: the length that they are to have.
-        """
+        """Make the changes that only shorten ``length`` to ``keep``; True if one is refused."""
         refused = False
         for change in changes:
             if all(holds(self.data, field) for field in change):
@@ -250,10 +221,6 @@ def _represented(kinds: Sequence[int], remaining: Sequence[int]) -> Iterator[int
     """Yield, for each remaining layer, the number that a layer of its kind had before.
 
     Each gets a different one while there are enough.
-
-    Args:
-        kinds: for each layer before the change, the first layer of its kind.
-        remaining: the same for each remaining layer.
     """
     for number, kind in enumerate(remaining):
         same_kind = [before for before, other in enumerate(kinds) if other == kind]
@@ -261,16 +228,9 @@ def _represented(kinds: Sequence[int], remaining: Sequence[int]) -> Iterator[int
 
 
 def layer_settings(builder: Builder, data: dict[str, Any], live: Shapes) -> dict[FieldPath, Any]:
-    """Return the settings of the config with which the class builds a model that lost layers.
+    """Return the settings with which the class builds a model that lost layers, by their fields.
 
-    Args:
-        builder: builds the class.
-        data: the JSON of the config as it is.
-        live: the shapes of the model's tensors.
-
-    Returns:
-        Field -> number of layers, or a list with an entry for each; empty if there are no such
-        settings.
+    A setting is a number of layers, or a list with an entry for each. Empty: there are none.
     """
     settings: dict[FieldPath, Any] = {}
     built = builder.build(data)
@@ -322,16 +282,10 @@ def _repeating(kinds: Mapping[str, Kinds]) -> dict[str, tuple[int, ...]]:
 
 
 def _has_length(model: nn.Module, kinds: Mapping[str, Kinds], length: int, keep: int) -> bool:
-    """True if one of the lists that got shorter has the length asked for, or if none got shorter.
+    """True if one of the lists that got shorter went from ``length`` to ``keep``, or if none did.
 
     A field may equal the length by chance: Phi-4-multimodal's eight steps of sound that become one
     are no layers, and with fewer of them, five of eight layers remain.
-
-    Args:
-        model: the build with fewer layers.
-        kinds: how the layers of each list differed before.
-        length: the length of the lists that are to be shorter.
-        keep: the length that they are to have.
     """
     shorter = {
         len(layers)

@@ -41,11 +41,7 @@ class Expression:
         return total
 
     def monomials(self, values: Mapping[FieldPath, int]) -> dict[frozenset[FieldPath], Fraction]:
-        """Return the size as a sum of products of the field values: fields -> factor, no constant.
-
-        Args:
-            values: base value of each field.
-        """
+        """Return the size as a sum of products of field values: fields -> factor, no constant."""
         factors: dict[frozenset[FieldPath], Fraction] = {}
         for fields, coefficient in self.terms.items():
             for size in range(1, len(fields) + 1):
@@ -59,10 +55,7 @@ class Expression:
     ) -> Fraction | None:
         """Return the step of one field that makes the size ``target``; None if it has no influence.
 
-        Args:
-            name: the field.
-            steps: steps of the other fields; those that are missing stay.
-            target: the size to reach.
+        Fields without a step stay.
         """
         slope = Fraction(0)
         rest = Fraction(self.base)
@@ -106,11 +99,6 @@ class Power:
         """Return the step of one field that makes the size ``target``; None if it has no influence.
 
         Square roots are rounded down, so the result has to be checked by ``evaluate``.
-
-        Args:
-            name: the field.
-            steps: steps of the other fields; those that are missing stay.
-            target: the size to reach.
         """
         if name not in self.exponents:
             return None
@@ -135,11 +123,7 @@ def followed(
 ) -> dict[FieldPath, int]:
     """Return the values of fields that follow from others, where some of those have other values.
 
-    A value that would not be whole is left out.
-
-    Args:
-        rules: field -> how it follows from others.
-        values: the fields at other values; a field in here does not follow.
+    A field that is given does not follow. A value that would not be whole is left out.
     """
     following: dict[FieldPath, int] = {}
     for name, rule in rules.items():

@@ -38,17 +38,10 @@ _MOST_LISTS = 32
 def layer_lists_in(
     builder: Builder, data: dict[str, Any], model: nn.Module
 ) -> dict[str, Refusal | None]:
-    """Return the lists of layers of a model, outermost ones, and why a config cannot shorten one.
+    """Return the outermost lists of layers by name, each with ``None`` or why it cannot be shorter.
 
-    Of a list that cannot be made shorter, the lists inside its layers are looked at too.
-
-    Args:
-        builder: builds the class.
-        data: the config's JSON, with every default.
-        model: what the class builds from it.
-
-    Returns:
-        Name -> ``None``, or why no config builds the list without its last layer.
+    Of a list that cannot be made shorter, the lists inside its layers are looked at too. ``data``
+    is the config's JSON with every default, ``model`` what the class builds from it.
     """
     found: dict[str, Refusal | None] = {}
     held: set[int] = set()
@@ -82,15 +75,8 @@ def config_without(
 ) -> Change | Refusal:
     """Return the fields that a config needs to build a model with only some layers of a list.
 
-    Args:
-        builder: builds the class.
-        data: the config's JSON, with every default.
-        model: what the class builds from it.
-        name: the list of layers.
-        keep: the numbers of the layers that stay, rising.
-
-    Returns:
-        Field -> its new value; or why no config that was tried describes such a model.
+    ``data`` is the config's JSON with every default, ``model`` what the class builds from it, and
+    ``keep`` numbers the layers that stay, rising. The refusal says what the nearest config builds.
     """
     search = _Search(builder, data, model, name, tuple(keep))
     return search.in_step() or search.with_other_rules() or search.refusal()
@@ -98,12 +84,7 @@ def config_without(
 
 @dataclass
 class _Base:
-    """A change of the config that gives the list its new length, or that the class refused.
-
-    Attributes:
-        node: where the setting that counts the layers stands.
-        change: field -> its new value.
-    """
+    """A change that gives the list its new length, or is refused; and where its setting stands."""
 
     node: FieldPath
     change: Change
@@ -164,9 +145,8 @@ class _Search:
     def _try(self, node: FieldPath | None, change: Change) -> bool | None:
         """Return True if a change does it; None if it may with other fields; else False.
 
-        Args:
-            node: where the setting stands; ``None`` if a rule is tried too.
-            change: the change.
+        It may with others beside ``node``, where its setting stands; with ``None``, a rule is in
+        it.
         """
         built = self._builder.build(with_values(self._data, change))
         if isinstance(built, Refusal):
@@ -209,13 +189,8 @@ class _Search:
     def _is_of_layers(self, field: FieldPath, value: Any, counted: Change) -> bool:
         """True if a list or dictionary is about layers: it need not be what is as long by chance.
 
-        The config class makes one for as many layers as there are, or the class builds otherwise
-        with one entry less; numbers of layers need only be read by some code.
-
-        Args:
-            field: where the list stands.
-            value: the list.
-            counted: the change of the setting that counts the layers.
+        The config class makes one for as many layers as ``counted`` sets, or the class builds
+        otherwise with one entry less; numbers of layers need only be read by some code.
         """
         default = None
         try:

@@ -104,12 +104,8 @@ class FieldMap:
     def config_at(self, values: Mapping[FieldPath, int], shallow: bool = True) -> dict[str, Any]:
         """Return the config's JSON with some fields at other values; fields that follow change too.
 
-        Fields that must equal one of these follow, and so do fields in proportion. Unset fields
-        are written out with the values that they imply, so that they do not follow others.
-
-        Args:
-            values: field -> its new value.
-            shallow: change the shallow config; otherwise the full one.
+        Fields that must equal one of these follow, and so do fields in proportion. Unset fields are
+        written out with the values that they imply, so that they do not follow others.
         """
         full = {field: self.values[field] for field in self.unset}
         full.update({**values, **followed(self.ratio_rules, values)})
@@ -145,22 +141,18 @@ class FieldMap:
         return {} if isinstance(self.unpruned, Refusal) else shapes(self.unpruned)
 
     def splits_of(self, name: str) -> tuple[tuple[int, ...], ...] | None:
-        """Return how a layer's output is split into heads, or None if it is not split.
+        """Return how an output of the full model's layer is split into heads, or None if it is not.
 
-        Args:
-            name: the layer's name in the full model.
-
-        Returns:
-            One ``(heads, head_dim)`` or ``(heads, parts, head_dim)`` for each piece of the output.
+        There is one ``(heads, head_dim)`` or ``(heads, parts, head_dim)`` for each piece of the
+        output.
         """
         return self.splits.heads.get(self.depth.canonical(name))
 
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
         """Return the fields that set one quantity of the full model; empty if none does.
 
-        Args:
-            name: a tensor's name, or a layer's for a head count.
-            which: the tensor's dimension, or what the head count is called (``heads_of``).
+        ``which`` is the dimension of a tensor, or what a layer's head count is called
+        (``heads_of``).
         """
         expression = self.expressions.get((self.depth.canonical(name), which))
         return expression.fields if expression else frozenset()
@@ -183,8 +175,7 @@ def map_of(
     Args:
         model: the live model.
         live: what ``build_live`` returns for it, if the caller has that already.
-        make_inputs: the user's function that makes inputs, if there is one. What is learned with it
-            is kept for it alone, and not on disk.
+        make_inputs: the user's function; what is learned with it is kept for it alone, not on disk.
         how: finds a field map that is not known yet; default: :func:`stored_or_learned`.
 
     Raises:
@@ -205,11 +196,6 @@ def map_of(
 
 def whole_build(model: PreTrainedModel, builder: Builder, built: nn.Module | Refusal) -> nn.Module:
     """Return what the config builds, if it is the model: same tensors, layers in their order.
-
-    Args:
-        model: the live model.
-        builder: builds its class.
-        built: what the class builds from the model's config, or its refusal.
 
     Raises:
         UnsupportedModelError: the config does not build the model that it belongs to.
@@ -236,11 +222,6 @@ def map_at(
     builder: Builder, data: dict[str, Any], make_inputs: MakeInputs | None = None
 ) -> FieldMap:
     """Return the field map of a class around a config's JSON; learned once per config.
-
-    Args:
-        builder: builds the class.
-        data: the config's JSON.
-        make_inputs: the user's function that makes inputs, if there is one.
 
     Raises:
         UnsupportedModelError: the class does not build the config.
@@ -340,14 +321,8 @@ def learn(
 ) -> FieldMap:
     """Learn the field map of one model class around one config.
 
-    Args:
-        builder: builds the class.
-        config: the config to learn around.
-        full: the class built from that config, without data.
-        tiny: the config is a tiny model's: keep all its layers, and do not look for the values of
-            unset fields.
-        recipe: how the class is run with this config; default: it is found.
-        make_inputs: the user's function that makes inputs, for a recipe that is found.
+    ``full`` is the class built from it, without data. Of a ``tiny`` model, all layers are kept, and
+    the values of unset fields are not looked for. Without a ``recipe``, one is found.
     """
     data = config_json(config, use_diff=False)
     every_layer = tiny or bool(layer_lists(builder.model_class))  # each has fields of its own

@@ -18,12 +18,7 @@ def expressions(
     """Return an expression for each quantity that changes along straight lines.
 
     Quantities on no straight line (an image's number of patches) get none; only the proof looks at
-    them.
-
-    Args:
-        study: the sizes at the fields' own values; builds pairs of fields.
-        values: each field's own value.
-        probes: the probes of each field.
+    them. ``values`` are the fields' own values.
     """
     slopes: dict[Quantity, dict[FieldPath, Fraction]] = {}
     inexact: set[Quantity] = set()
@@ -57,14 +52,8 @@ def powers(
 ) -> tuple[dict[Quantity, Power], dict[Quantity, frozenset[FieldPath]]]:
     """Return the quantities on no straight line: those that are powers of fields, and the rest.
 
-    Args:
-        study: the sizes at the fields' own values.
-        values: each field's own value.
-        probes: the probes of each field.
-        straight: the quantities that have an expression already.
-
-    Returns:
-        Quantity -> its power of fields; and, for the rest, quantity -> the fields that change it.
+    The rest come with the fields that change them. Those in ``straight`` have an expression
+    already.
     """
     sizes: dict[Quantity, dict[FieldPath, list[tuple[int, int]]]] = {}
     for field, field_probes in probes.items():
@@ -96,8 +85,7 @@ def _pairs(
 ) -> list[tuple[dict[FieldPath, int], Sizes]]:
     """Build with two fields changed at once, where a quantity mixes fields and is no plain product.
 
-    Returns:
-        For each build: the step of each of the two fields, and the size of every quantity.
+    Return the steps of both fields and the size of every quantity, for each build.
     """
     wanted = {
         frozenset(pair)
@@ -122,15 +110,7 @@ def _expression(
     values: Mapping[FieldPath, int],
     pairs: list[tuple[dict[FieldPath, int], Sizes]],
 ) -> Expression:
-    """Return the expression of one quantity.
-
-    Args:
-        base: its size when no field changes.
-        key: the quantity.
-        slopes: by how much it changes per unit of each field.
-        values: each field's own value.
-        pairs: builds with two fields changed; they give the products of fields.
-    """
+    """Return the expression of one quantity; ``pairs`` gives the products of fields in it."""
     if len(slopes) > 1 and _is_product(base, slopes, values):
         return product(base, {field: values[field] for field in slopes})
     terms = {frozenset({field}): slope for field, slope in slopes.items()}
@@ -153,10 +133,7 @@ def _is_product(
 def _exponent(value: int, base: int, points: Sequence[tuple[int, int]]) -> int:
     """Return the power of a field that a size follows: 1, -1, 2, -2, or 0 if none of them fits.
 
-    Args:
-        value: the field's own value.
-        base: the size there.
-        points: other values of the field, each with the size there.
+    ``points`` are other values of the field, each with the size there.
     """
     for exponent in (1, -1, 2, -2):
         if all(size == base * Fraction(then, value) ** exponent for then, size in points):

@@ -16,15 +16,9 @@ _Pair = tuple[Hashable, Hashable]
 
 
 class KeptLayers:
-    """The layers of a list that are to stay, and everything around them.
+    """The layers of a list that are to stay, by their rising numbers, and everything around them.
 
-    Args:
-        model: the class built from the config as it is.
-        name: the list of layers.
-        keep: the numbers of the layers that stay, rising.
-
-    Attributes:
-        length: how many layers there are now.
+    ``length`` is how many layers there are now.
     """
 
     def __init__(self, model: nn.Module, name: str, keep: tuple[int, ...]):

@@ -19,21 +19,12 @@ FEATURES = {"out_features", "out_indices"}
 def changes(
     data: dict[str, Any], length: int, keep: tuple[int, ...], widths: Set[FieldPath]
 ) -> list[dict[FieldPath, Any]]:
-    """Return changes of the config after which only some of ``length`` layers may remain.
+    """Return changes of the config after which only the layers to ``keep`` may remain, in order.
 
     A change sets a field that counts layers, alone or together with the lists that have an entry
     for each layer. It may also set one entry of a list (Swin's ``depths``), a field that counts one
     more (Mask2Former's decoder), or a list of the layers that have something beside them, which is
-    as long (Qwen3-VL).
-
-    Args:
-        data: the config's JSON.
-        length: how many layers there are.
-        keep: the numbers of the layers to keep.
-        widths: lists that hold a width of each layer; these stay.
-
-    Returns:
-        Changes to try in this order, each as field -> value.
+    as long (Qwen3-VL). ``widths`` are lists that hold a width of each layer; these stay.
     """
     candidates: list[dict[FieldPath, Any]] = []
     count = len(keep)
@@ -129,12 +120,7 @@ def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[F
 
     Lists of large numbers hold widths, unless all numbers are equal and doubling the last one
     changes no shape (Longformer's windows). Lists of small numbers do if doubling the last one
-    changes how long some tensor is along its first dimension.
-
-    Args:
-        builder: builds the class.
-        data: the config's JSON.
-        before: the shapes that the class builds from it.
+    changes how long some tensor is along its first dimension. ``before`` is what the class builds.
     """
     lists: set[FieldPath] = set()
 

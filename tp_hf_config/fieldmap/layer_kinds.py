@@ -79,11 +79,7 @@ class Kinds:
     def match(self, facts: Sequence[Facts]) -> tuple[int, ...] | None:
         """Return, for each layer of another build, the index of the first layer here of its kind.
 
-        Args:
-            facts: the facts about each layer of the other list.
-
-        Returns:
-            The indexes; None if some layer there is of no kind that is here.
+        ``None``: some layer there is of no kind that is here.
         """
         indexes = [self._index(layer_facts) for layer_facts in facts]
         return None if None in indexes else tuple(index for index in indexes if index is not None)
@@ -198,11 +194,7 @@ def facts_in(
 ) -> list[Facts]:
     """Return the facts about each layer of a list.
 
-    Args:
-        model: the model.
-        name: the list's name.
-        module_facts: facts about single modules that were collected already.
-        shorter: the list may be shorter than the config's lists that belong to it.
+    With ``shorter``, the list may be shorter than the config's lists that belong to it.
     """
     module_facts = module_facts or ModuleFacts()
     layers: Any = model.get_submodule(name)
@@ -223,13 +215,10 @@ def facts_in(
 def _config_entries(
     model: nn.Module, name: str, length: int, shorter: bool
 ) -> dict[str, Callable[[int], Hashable]]:
-    """Return the entries about single layers in the config nearest to a list of layers.
+    """Return what the nearest config says of a list's layers: key -> layer's number -> entry.
 
-    A list in the config may have an entry for each layer, or hold the numbers of some layers.
-    There are none for lists inside layers: a list in the config may describe any of them.
-
-    Returns:
-        Key of the config -> a function from a layer's number to its entry.
+    A list in the config may have an entry for each layer, or hold the numbers of some layers. There
+    are none for lists inside layers: a list in the config may describe any of them.
     """
     parts = name.split(".")
     if length < 2 or any(part.isdigit() for part in parts):

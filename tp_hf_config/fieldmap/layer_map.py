@@ -84,10 +84,7 @@ class LayerFields:
     ) -> Expression:
         """Return the expression of a quantity in a layer, by the layer's own fields and values.
 
-        Args:
-            expression: that of the same quantity in the stock class.
-            name: the tensor's or module's name.
-            values: the values that the expression is written around.
+        ``expression`` is that of the same quantity in the stock class, written around ``values``.
         """
         layer = self.layer_of(name)
         fields = {
@@ -115,11 +112,6 @@ def uniform_map(
 
     Where it refuses that (three heads, which do not divide the hidden size), they are as the first
     layer that will do, or have the numbers that the config has for all.
-
-    Args:
-        builder: builds a class, stock or generated.
-        data: the config's JSON.
-        make_inputs: the user's function that makes inputs, if there is one.
     """
     stock = builder.of_class(stock_class(builder.model_class))
     first = uniform_json(data)
@@ -140,14 +132,7 @@ def uniform_map(
 def by_layers(
     builder: Builder, config: PreTrainedConfig, full: nn.Module, make_inputs: MakeInputs | None
 ) -> FieldMap:
-    """Return the field map of a class; if its layers have own fields, from that of its stock class.
-
-    Args:
-        builder: builds the class.
-        config: the config.
-        full: the class built from it, without data.
-        make_inputs: the user's function that makes inputs, if there is one.
-    """
+    """Return the field map of a class, from that of its stock class if layers have own fields."""
     result = None
     if layer_lists(builder.model_class):
         data = config_json(config, use_diff=False)
@@ -159,16 +144,10 @@ def by_layers(
 def layer_map(
     builder: Builder, data: dict[str, Any], uniform: FieldMap, canonical: Callable[[str], str]
 ) -> FieldMap | None:
-    """Return the field map of a class whose layers have fields of their own.
+    """Return the field map, with all layers, of a class whose layers have fields of their own.
 
-    Args:
-        builder: builds the generated class.
-        data: the config's JSON.
-        uniform: the field map of the stock class, in which all layers are alike.
-        canonical: a tensor's name -> that of its like in ``uniform``'s expressions.
-
-    Returns:
-        The field map, with all layers; ``None`` if ``uniform`` does not explain every size.
+    ``canonical`` gives for a tensor's name that of its like in the expressions of ``uniform``, the
+    field map of the stock class. ``None``: ``uniform`` does not explain every size.
     """
     layers = LayerFields(builder, data)
     shared = layers.shared

@@ -24,12 +24,7 @@ def refusal_of(field_map: FieldMap, values: Mapping[FieldPath, int]) -> Refusal 
 
 
 def count_at_zero(field_map: FieldMap, new: nn.Module) -> Refusal | None:
-    """Return which count of the class becomes 0 in a build at other values, or None.
-
-    Args:
-        field_map: the class.
-        new: the build at the other values.
-    """
+    """Return which count of the class becomes 0 in a build at other values, or None."""
     if isinstance(field_map.unpruned, Refusal):
         return None  # the class refuses its own config: reported long before
     vanished = vanished_counts(field_map.unpruned, new)
@@ -41,13 +36,7 @@ def count_at_zero(field_map: FieldMap, new: nn.Module) -> Refusal | None:
 def build_mismatch(
     field_map: FieldMap, new: nn.Module, values: Mapping[FieldPath, int]
 ) -> Refusal | None:
-    """Return how a build at other values differs from a model pruned to them, or None.
-
-    Args:
-        field_map: the class.
-        new: the build at the other values.
-        values: the fields that changed, at their new values.
-    """
+    """Return how a build at other values differs from a model pruned to them, or None."""
     old, built = field_map.shapes, shapes(new)
     if old.keys() != built.keys():
         return Refusal(f"the class builds other tensors there: {min(old.keys() ^ built.keys())}")
@@ -69,12 +58,8 @@ def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
 
     A class may build what it cannot compute with (DeepSeek-V2 with an odd ``kv_lora_rank``). Where
     values of tensors decide what is computed, both passes assume the same. The pass is in float32
-    whatever the model's dtype: in another dtype, what a class casts to float32 is copied, and may
-    run for that reason alone.
-
-    Args:
-        field_map: the class.
-        new: the build at the other values, without data; it is float32 afterwards.
+    whatever the model's dtype (``new`` is float32 afterwards): in another dtype, what a class casts
+    to float32 is copied, and may run for that reason alone.
     """
     stopped = dry_pass(new.float(), field_map.recipe) if field_map.runs else None
     if isinstance(stopped, Refusal):
@@ -85,14 +70,7 @@ def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
 def ungrouped_change(
     field_map: FieldMap, values: Mapping[FieldPath, int], new: nn.Module, held: Set[tuple[str, int]]
 ) -> Refusal | None:
-    """Return which dimension outside all groups has an unexpected size at these values, or None.
-
-    Args:
-        field_map: the class.
-        values: the fields that changed, at their new values.
-        new: the build at these values.
-        held: the dimensions that are in a group, each by tensor name and number.
-    """
+    """Return which dimension that is in no group (``held``) has an unexpected size, or None."""
     steps = {field: value - field_map.values[field] for field, value in values.items()}
     for name, shape in shapes(new).items():
         was = field_map.shapes.get(name, shape)
@@ -126,16 +104,7 @@ def multiple_of(field_map: FieldMap, field: FieldPath) -> int:
 def nearest_accepted(
     field_map: FieldMap, values: dict[FieldPath, int], field: FieldPath
 ) -> list[int]:
-    """Return the nearest value below and the nearest above that the class accepts.
-
-    Args:
-        field_map: the class.
-        values: the values of the changed fields, this one included.
-        field: the field to look for.
-
-    Returns:
-        Up to two values; a side without one within 256 is left out.
-    """
+    """Return the nearest values below and above that the class accepts, as far as 256 away."""
     accepted: list[int] = []
     for direction in (-1, 1):
         for distance in range(1, 257):

@@ -42,11 +42,7 @@ class ModelView:
     reference: nn.Module
 
     def producers(self) -> Iterable[tuple[str, nn.Module, frozenset[FieldPath]]]:
-        """Yield every linear layer, convolution and embedding, and the fields of its output width.
-
-        Yields:
-            The layer's name, the layer, and the fields; no fields if none sets the width.
-        """
+        """Yield every linear layer, convolution and embedding: its name, and its width's fields."""
         for name, module in self.model.named_modules():
             weight = getattr(module, "weight", None)
             if isinstance(module, (nn.Linear, Conv, nn.Embedding)):
@@ -58,13 +54,9 @@ class ModelView:
     def head_layers(
         self, values: Mapping[FieldPath, int] | None = None
     ) -> Iterable[tuple[str, nn.Module, int]]:
-        """Yield the linear layers whose output is split into heads, and their head counts.
+        """Yield the linear layers whose output is split into heads: name, layer and head count.
 
-        Args:
-            values: field -> its value in the config now; by default the values that were learned.
-
-        Yields:
-            The layer's name, the layer, and its head count.
+        ``values`` are those in the config now; by default the values that were learned.
         """
         values = values or self.field_map.values
         for name, module in self.model.named_modules():

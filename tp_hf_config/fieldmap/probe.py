@@ -63,13 +63,8 @@ def breaks_off(sizes: Sizes) -> bool:
 def on_a_line(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
     """True if two probes change every size by the same amount per unit of the field.
 
-    Quantities that one of the probes did not observe are skipped.
-
-    Args:
-        base: the sizes where the field has its own value.
-        value: that value.
-        one: a probe.
-        two: another probe of the field.
+    ``value`` is the field's own, with the sizes ``base``. Quantities that one of the probes did not
+    observe are skipped.
     """
     return all(
         (one.sizes[key] - base[key]) * (two.value - value)
@@ -82,13 +77,7 @@ def on_a_line(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
 def extrapolated(base: Sizes, value: int, probes: Sequence[Probe], then: int) -> Sizes | None:
     """Return the sizes at a value that the class refuses, on the straight lines through the probes.
 
-    Returns ``None`` if the probes are on no lines, or if a size is not whole or was not observed.
-
-    Args:
-        base: the sizes where the field has its own value.
-        value: that value.
-        probes: the field's probes.
-        then: the refused value.
+    ``None``: the probes are on no lines, or a size is not whole or was not observed.
     """
     first, *others = probes
     if not all(on_a_line(base, value, first, other) for other in others):
@@ -103,14 +92,7 @@ def extrapolated(base: Sizes, value: int, probes: Sequence[Probe], then: int) ->
 
 
 def is_rounded(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
-    """True if a size is in proportion to the field in ``one`` but not in ``two`` (CANINE's shards).
-
-    Args:
-        base: the sizes where the field has its own value.
-        value: that value.
-        one: a probe.
-        two: another probe of the field.
-    """
+    """True if a size is in proportion to the field in ``one``, not in ``two`` (CANINE's shards)."""
     return any(
         one.sizes[key] * value == base[key] * one.value
         and two.sizes[key] * value != base[key] * two.value
@@ -179,13 +161,8 @@ class Study:
     def at(self, values: Mapping[FieldPath, int], watch: bool = True) -> Sizes | Refusal | None:
         """Return the quantities that change at these values, with their sizes there.
 
-        Args:
-            values: field -> its value.
-            watch: run the forward pass, if head counts may have changed.
-
-        Returns:
-            Quantity -> size, 0 where it was not observed; the refusal; or None if other tensors are
-            built.
+        The size is 0 where it was not observed: only with ``watch`` the forward pass runs, if head
+        counts may have changed. ``None``: other tensors are built.
         """
         model = self.build(values)
         if isinstance(model, Refusal):
@@ -260,17 +237,10 @@ class Study:
     def alone(
         self, field: FieldPath, value: int, probes: Sequence[Probe] = (), enough: int = 2
     ) -> list[Probe] | Refusal | None:
-        """Probe one field by itself.
+        """Probe one field by itself until it has ``enough`` probes, with those that exist already.
 
-        Args:
-            field: the field.
-            value: its own value.
-            probes: probes of it that exist already.
-            enough: how many probes to return.
-
-        Returns:
-            The probes, an empty list if the field sets nothing. If no probe succeeds: the first
-            refusal, or None if the class builds other tensors at some value.
+        Return none if the field sets nothing. If no probe succeeds, return the first refusal, or
+        None if the class builds other tensors at some value.
         """
         probes, rounded = list(probes), list[Probe]()
         failures: list[Refusal | None] = []

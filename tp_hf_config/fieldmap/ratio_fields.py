@@ -39,16 +39,8 @@ def let_follow(
 ) -> dict[FieldPath, list[Probe]]:
     """Make one field of each proportion follow from the others in all builds from now on.
 
-    Of the fields that can follow, the one is chosen that makes the expressions simplest. It is
-    added to ``study.ratio_rules``.
-
-    Args:
-        study: builds the class.
-        ratio_partners: the proportions, as ``find_ratio_partners`` returns them.
-        values: each field's own value.
-
-    Returns:
-        The probes of the other fields of each proportion.
+    Of the fields that can follow, the one is chosen that makes the expressions simplest, and added
+    to ``study.ratio_rules``. Return the probes of the other fields of each proportion.
     """
     probes: dict[FieldPath, list[Probe]] = {}
     for fields in _proportions(ratio_partners):
@@ -97,9 +89,7 @@ def _probe_all(
 ) -> dict[FieldPath, list[Probe]] | None:
     """Probe each field that the rule's field follows from.
 
-    Returns:
-        The probes of each field; None if one of them cannot be probed, so that the rule is not the
-        class's.
+    ``None``: one of them cannot be probed, so that the rule is not the class's.
     """
     probes: dict[FieldPath, list[Probe]] = {}
     for field in rule.exponents:
@@ -115,9 +105,8 @@ def _complexity(
 ) -> tuple[int, ...]:
     """Return how complex the expressions are, as numbers to compare in this order.
 
-    Returns:
-        The number of quantities without a rule, the number of times that a field is in several
-        terms of an expression, and the number of fields in all terms.
+    They are the number of quantities without a rule, the number of times that a field is in several
+    terms of an expression, and the number of fields in all terms.
     """
     straight = expressions(study, values, probes)
     curved, unfitted = powers(study, values, probes, straight)

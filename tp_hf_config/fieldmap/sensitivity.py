@@ -75,12 +75,8 @@ def independent(
     """Return the unset fields that may keep their value while any other field changes.
 
     DeBERTa's ``attention_head_size`` has to follow the hidden size: with its old value the forward
-    pass stops earlier than without a value.
-
-    Args:
-        study: builds the class.
-        implied: unset fields, with the values that they stand for.
-        values: the fields that have a value, and that value.
+    pass stops earlier than without a value. ``implied`` are the unset fields, ``values`` the
+    others.
     """
     result = dict(implied)
     for other in values:
@@ -110,14 +106,8 @@ def sensitivities(
 ) -> tuple[dict[FieldPath, list[Probe]], dict[FieldPath, FieldPath]]:
     """Return up to two probes of every field that sets something, and those that change together.
 
-    Fields that the class refuses to change, alone or with one other, go into ``study.refused``.
-
-    Args:
-        study: builds the class.
-        values: each field's own value.
-
-    Returns:
-        Field -> its probes; and field -> the field of equal value that it has to change with.
+    The latter are field -> the field of equal value that it has to change with. Fields that the
+    class refuses to change, alone or with one other, go into ``study.refused``.
     """
     probes: dict[FieldPath, list[Probe]] = {}
     refused: list[FieldPath] = []
@@ -155,12 +145,6 @@ def _partners(
     """Yield the fields with which the class may accept twice the value of a refused field.
 
     A field is left out if the class says the same with and without it (bisection).
-
-    Args:
-        study: builds the class.
-        field: the refused field.
-        others: fields that the class accepts alone.
-        values: each field's own value.
     """
     alone = study.build({field: 2 * values[field]})
 
@@ -211,15 +195,8 @@ def non_size_followers(
     """Return fields that set no shape, but have to follow another so that no count becomes 0.
 
     DeepSeek's latent attention has no key/value heads, but ``num_key_value_groups`` is heads over
-    ``num_key_value_heads``.
-
-    Args:
-        study: builds the class.
-        values: each field's own value.
-        moving: the fields that set some quantity.
-
-    Returns:
-        Field -> the field of equal value that it has to follow.
+    ``num_key_value_heads``. Each comes with the field of equal value that it has to follow, one of
+    those ``moving`` some quantity.
     """
     must_equal: dict[FieldPath, FieldPath] = {}
     may_vanish = [field for field in values if field in moving and study.vanishing.get(field, True)]

@@ -51,10 +51,7 @@ def _in_proportion(
 ) -> dict[tuple[str, int], int]:
     """Return the dimensions that are a multiple, or a fraction, of a width, with their sizes.
 
-    Args:
-        field_map: the class.
-        scales: each field's value over ``common``.
-        common: the greatest common divisor of the fields' values.
+    ``scales`` are the fields' values over ``common``, their greatest common divisor.
     """
     sizes: dict[tuple[str, int], int] = {}
     for (name, dim), expression in field_map.expressions.items():
@@ -68,15 +65,7 @@ def _in_proportion(
 
 
 def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | Refusal:
-    """Return the part of each dimension that the units of a width take.
-
-    Args:
-        field_map: the class.
-        fields: the width: one field, or joint fields.
-
-    Returns:
-        The shares by dimension, or the reason why there are no whole units.
-    """
+    """Return the part of each dimension that the units of a width take, or why none are whole."""
     units = units_of(field_map, fields)
     scales = {field: field_map.values[field] // units for field in fields}
     if len(fields) == 1:
@@ -88,12 +77,9 @@ def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | Re
 
 
 def strides_in(shares: Shares) -> dict[int, set[int]]:
-    """Return into how many equal parts the positions of one unit may be divided.
+    """Return positions per unit -> into how many equal parts these may be divided.
 
     A convolution in groups has that many output channels for each input channel of a group.
-
-    Returns:
-        Positions per unit -> the possible numbers of parts.
     """
     strides: dict[int, set[int]] = {}
     for name, dim in shares:
@@ -111,14 +97,9 @@ def _by_expressions(
 ) -> Shares | Refusal:
     """Return the share of each field where these add up to the observed steps, else one for all.
 
-    Args:
-        field_map: the class.
-        scales: by how much each field changes for one unit.
-        observed: by how many positions each dimension changes for one unit, as two builds show;
-            None for a single field, whose expressions give the number.
-
-    Returns:
-        The shares by dimension, or the reason why there are no whole units.
+    For one unit, each field changes by its number in ``scales``, and each dimension by as many
+    positions as two builds showed (``observed``; None for a single field). The refusal says that
+    units are not whole.
     """
     units = units_of(field_map, tuple(scales))
     shares: Shares = {}
@@ -156,14 +137,7 @@ def _observed_steps(
 ) -> dict[tuple[str, int], int] | Refusal:
     """Return by how many positions each dimension changes for one unit, as two builds show.
 
-    Args:
-        field_map: the class.
-        scales: by how much each field changes for one unit.
-        units: how many units there are.
-
-    Returns:
-        Tensor name and dimension -> positions per unit, for the first layer of each kind; or the
-        reason why the dimensions do not follow in whole units.
+    It has the first layer of each kind; or says why the dimensions do not follow in whole units.
     """
     builds: list[tuple[int, Shapes]] = []
     reason = ""

@@ -50,18 +50,11 @@ class GradientsError(Exception):
 
 
 def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> WorkingInputs | Refusal:
-    """Return inputs of two samples with which the model runs.
+    """Return inputs of two samples with which the model runs, with a recipe; or the first error.
 
-    The forms are tried in this order: the one that went furthest without data, all forms, a text
-    of three tokens (there may be few positions), the first form without encoder states, and text
-    alone of a model that takes images or sound too.
-
-    Args:
-        model: the model.
-        recipe: how its class is run, as far as that shows without data.
-
-    Returns:
-        Inputs and recipe, or a refusal with the first error if no form runs.
+    The forms are tried in this order: the one that went furthest without data, all forms, a text of
+    three tokens (there may be few positions), the first form without encoder states, and text alone
+    of a model that takes images or sound too.
     """
     if recipe.make_inputs is not None:
         return _users_inputs(model, recipe, recipe.make_inputs)

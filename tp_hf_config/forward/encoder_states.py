@@ -27,13 +27,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 @dataclass(frozen=True)
 class EncoderStates:
-    """The argument for encoder states, and the dimension of a parameter that it is as wide as.
-
-    Attributes:
-        argument: the argument's name.
-        reader: the parameter's name.
-        dim: the dimension of the parameter.
-    """
+    """The argument for encoder states, and the dimension of the parameter that reads them."""
 
     argument: str
     reader: str
@@ -48,9 +42,7 @@ class EncoderStates:
 def encoder_states_of(model: nn.Module, states: EncoderStates | None) -> EncoderStates | None:
     """Return the states that a model reads, with the first layer that reads them; None if none.
 
-    Args:
-        model: the model.
-        states: the states that its class reads, ``*`` for numbers of layers in the reader's name.
+    ``states`` are those of its class, with ``*`` for numbers of layers in the reader's name.
     """
     if states is None:
         return None
@@ -81,15 +73,11 @@ def find_encoder_states(
     idle: Iterable[str],
     run: Callable[[Mapping[str, Any]], bool],
 ) -> EncoderStates | None:
-    """Return the encoder states without which some layers do not run; None if there are none.
+    """Return the encoder states without which ``idle`` layers do not run; None if there are none.
 
     A model that contains an encoder skips it when it is given states: it does not need them.
-
-    Args:
-        model: the model, on the meta device.
-        inputs: keyword arguments of a forward pass, without states.
-        idle: names of the layers that do not run with these inputs.
-        run: runs the model on keyword arguments and returns True if it ran to its end.
+    ``run`` returns True if the model (on the meta device) ran to its end with these keyword
+    arguments.
     """
     offered = arguments_for_states(model)
     if not offered or not any(True for _ in idle):
@@ -111,13 +99,7 @@ def find_encoder_states(
 
 @dataclass(frozen=True)
 class _Pass:
-    """The layers of a forward pass.
-
-    Attributes:
-        called: the layers that were called.
-        ended: True if the pass ran to its end.
-        read: name and dimension of the first weight that read the states.
-    """
+    """The layers that were called, whether the pass ended, and the first weight to read states."""
 
     called: set[str]
     ended: bool
@@ -159,10 +141,7 @@ def _random(like: Tensor, width: int) -> Tensor:
 
 
 def _input_dim(module: nn.Module) -> int | None:
-    """Return the dimension of a layer's weight that is as long as its input is wide.
-
-    None if the layer has no weight, or one of more than two dimensions.
-    """
+    """Return the dimension of a layer's weight that is as long as its input is wide, or None."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim > 2:
         return None

@@ -18,10 +18,6 @@ from .run_recipe import MakeInputs, RunRecipe
 def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunRecipe:
     """Return how a class is run: the form of its inputs, and the encoder states that it reads.
 
-    Args:
-        model: the class built from the config, on the meta device.
-        make_inputs: the user's function that makes the inputs, if there is one.
-
     Raises:
         UnsupportedModelError: the user's function raises, or returns no dict.
     """

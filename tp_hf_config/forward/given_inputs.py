@@ -19,11 +19,6 @@ def given_inputs(model: nn.Module, make_inputs: MakeInputs, config: Any = None) 
     Floating point tensors get the model's dtype and device, and have no data on the meta device.
     Whole numbers and masks stay real there, on the CPU: sizes are computed from them.
 
-    Args:
-        model: the model that is about to run.
-        make_inputs: the user's function.
-        config: the config to call it with; the model's own unless given.
-
     Raises:
         UnsupportedModelError: the function raises, or returns something else than a dict.
     """

@@ -76,10 +76,6 @@ def observe(model: nn.Module, recipe: RunRecipe = PLAIN) -> HeadSplits:
 
     A forward pass that needs real values stops part of the way; the result then has the layers that
     ran before. If images or sound stop it early, a second run on text alone adds its layers.
-
-    Args:
-        model: the model.
-        recipe: how its class is run.
     """
     try:
         with torch.no_grad(), RealNumbers():
@@ -316,10 +312,7 @@ def counts_of(
 
     Where several parts are fused per head (each key/value head's queries, its key and its value),
     the parts of all heads are counted too (``"parts of heads"``): how many a head has may change.
-
-    Args:
-        splits: how each piece is split.
-        like: how each piece is split at other widths: a split into one head may lack its axis.
+    ``like`` are the splits at other widths: a split into one head may lack its axis.
     """
     counts: dict[str, int] = {}
     for piece, split in enumerate(splits):
@@ -349,17 +342,10 @@ def splits_after(
 
 
 def split_after(split: tuple[int, ...], removed: Collection[int]) -> tuple[int, ...] | None:
-    """Return how a projection's features are split once some of them are removed.
+    """Return how a projection's features are split once those at some positions are removed.
 
-    Args:
-        split: ``(heads, head_dim)``, or ``(heads, parts, head_dim)`` where parts are fused per
-            head.
-        removed: positions of the features that were pruned.
-
-    Returns:
-        ``split`` with fewer heads if all features of a head were removed, and with a smaller head
-        dim if every other head lost the same number. ``None`` if heads lost different numbers, so
-        that the rest cannot be split into equal heads.
+    There are fewer heads if all features of a head went, and a smaller head dim if every other head
+    lost the same number. ``None``: heads lost different numbers, and the rest are not equal.
     """
     heads, parts, dim = split[0], math.prod(split[1:-1]), split[-1]
     lost = Counter(index // dim for index in removed)  # per part of a head

@@ -46,18 +46,10 @@ def example_inputs(
 ) -> dict[str, Any]:
     """Return keyword arguments for one small forward pass of ``model``, on its device.
 
-    Args:
-        model: the model.
-        recipe: how its class is run.
-        config: the config to take sizes from; the model's own unless given (for a module that
-            wraps a Hugging Face model).
-        length: number of tokens of text.
-
-    Returns:
-        For text ``(1, length)`` token ids, for vision ``(1, channels, height, width)`` pixels of
-        the config's own size, for speech ``(1, bins, frames)`` features or ``(1, samples)`` values.
-
-    With ``recipe.make_inputs``, it returns what that function makes, in any length.
+    For text ``(1, length)`` token ids, for vision ``(1, channels, height, width)`` pixels of the
+    config's own size, for speech ``(1, bins, frames)`` features or ``(1, samples)`` values; with
+    ``recipe.make_inputs`` what that function makes. Sizes are those of ``config`` if it is given
+    (for a module that wraps a Hugging Face model).
     """
     return next(input_forms(model, recipe, config, length, recipe.form))
 
@@ -91,16 +83,8 @@ def input_forms(
     """Yield keyword arguments for one small forward pass, in every form that a class may expect.
 
     The text has one token for each feature that the model makes of an image or a sound. A decoder
-    that reads encoder states is given some.
-
-    Args:
-        model: the model.
-        recipe: how its class is run: the encoder states that it reads, or the user's function that
-            makes the only form.
-        config: the config to take sizes from; the model's own unless given.
-        length: number of tokens of text.
-        first: how many forms to skip.
-        also: arguments that are given although the class can do without.
+    that reads encoder states is given some. The forms before number ``first`` are skipped;
+    arguments named in ``also`` are given although the class can do without.
     """
     if recipe.make_inputs is not None:
         yield given_inputs(model, recipe.make_inputs, config)
@@ -161,11 +145,10 @@ def _with_companions(
 
 
 def _combinations(choices: Any) -> Iterator[tuple[Shape, ...]]:
-    """Yield combinations of one option each.
+    """Yield combinations of one option each, those of the first options first.
 
-    The first options come first, then other options for one argument at a time. If several
-    arguments have a choice, all second options follow, all third ones and so on; an argument with
-    fewer options keeps its last one.
+    Then come other options for one argument at a time. If several arguments have a choice, all
+    second options follow, all third ones and so on; an argument with fewer keeps its last one.
     """
     choices = list(choices)
     first = [options[0] for options in choices]

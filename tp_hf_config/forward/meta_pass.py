@@ -32,15 +32,9 @@ class DryPass(NamedTuple):
 def dry_pass(
     model: nn.Module, recipe: RunRecipe, watched: AbstractContextManager[Any] | None = None
 ) -> DryPass | Refusal:
-    """Run a model on the meta device; its experts switch to an implementation without routing.
+    """Run a model on the meta device, inside ``watched``; return the pass, or the class's error.
 
-    Args:
-        model: a class built without data.
-        recipe: how it is run.
-        watched: a mode that is active during the forward pass (a counter of FLOPs).
-
-    Returns:
-        The pass, or a refusal with the error that the class raises.
+    Its experts switch to an implementation without routing.
     """
     for config in configs_of(model):
         if hasattr(type(config), "_experts_implementation"):

@@ -72,14 +72,7 @@ def _hidden_steps(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def _behind(config: Any, ids: Tensor, name: str, count: int) -> Tensor:
-    """Return the text behind ``count`` tokens that stand for something else.
-
-    Args:
-        config: the config, which names all special tokens (``..._token_id``).
-        ids: the text; special tokens in it become a plain one.
-        name: the config's name for the token that comes before the text.
-        count: how many of them come before the text.
-    """
+    """Return the text, special tokens made plain, behind ``count`` tokens of this name."""
     special = {
         value
         for key, value in vars(config).items()

@@ -119,13 +119,10 @@ def _counted(group: TinyGroup) -> bool:
 
 
 def full_channel_groups(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> set[int]:
-    """Return the numbers of channel groups that a group may have at full size.
+    """Return the numbers of channel groups that a group may have at full size: one if it is clear.
 
     The heads of its own layers decide, or a field that is seen to count them. If there is neither
     (torch splits the heads itself), all numbers that are as large in the tiny model have to agree.
-
-    Returns:
-        A single number if it can be told; none or several if not.
     """
     decided = {
         full[0]

@@ -146,10 +146,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     ) -> Iterator[ConfigGroup]:
         """Yield every group whose layers are not ignored, with all of its units.
 
-        Args:
-            ignored_layers: layers that keep their outputs.
-            root_module_types: only groups in which a layer of these types loses outputs. Those
-                that Torch-Pruning has by default stand for all types.
+        With ``root_module_types``, only groups in which a layer of these types loses outputs; those
+        that Torch-Pruning has by default stand for all types.
         """
         for graph_group in self.groups_to_prune(ignored_layers, root_module_types):
             yield self.group_at(graph_group, range(graph_group.units.count))
@@ -233,10 +231,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     ) -> ConfigGroup:
         """Return the group that a layer's channels belong to, with the units that they make up.
 
-        Args:
-            module: a layer, a view of a parameter, or the :class:`Units` of a group.
-            pruning_fn: Torch-Pruning's pruning function; says which side of the layer is meant.
-            idxs: the channels (of :class:`Units`, the units).
+        ``module`` may be a view of a parameter, or the :class:`Units` of a group, of which ``idxs``
+        are units. ``pruning_fn``, Torch-Pruning's, says which side of the layer is meant.
 
         Raises:
             ValueError: the layer's side is in no group, or the channels are not whole units.
@@ -316,12 +312,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
 
         Importances add up what falls on one channel of the first layer; a unit that is several
         channels wide (a head) gets the mean of its channels', as Torch-Pruning's heads do. If no
-        layer is one that importances look at (an embedding that nothing reads), size decides.
-
-        Args:
-            group: the group with all of its units.
-            importance: returns the importance of a group's root channels, or ``None``, which is
-                returned then.
+        layer is one that importances look at (an embedding that nothing reads), size decides. It is
+        ``None`` if ``importance`` returns that for a group's root channels.
         """
         if group.graph_group.root is not None:
             return importance(group)

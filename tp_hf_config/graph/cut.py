@@ -23,11 +23,7 @@ class Refits(Protocol):
     ) -> Iterable[RefitInPlace]:
         """Change a parameter, the first time that one of its dimensions is cut; yield each edit.
 
-        Args:
-            owner: the layer that holds the parameter.
-            key: its name in the layer.
-            dim: the dimension that is about to lose positions.
-            gone: the positions, 1-D.
+        It is about to lose the positions ``gone``, 1-D, of dimension ``dim``.
         """
         ...
 
@@ -109,14 +105,7 @@ class Cuts:
             self.apply()
 
     def refit(self, owner: nn.Module, key: str, dim: int, gone: torch.Tensor) -> None:
-        """Refit a parameter that is about to lose positions, where there is a refit.
-
-        Args:
-            owner: the layer that holds the parameter.
-            key: its name in the layer.
-            dim: the dimension that loses positions.
-            gone: the positions, 1-D.
-        """
+        """Refit a parameter that is about to lose positions (1-D), where there is a refit."""
         if self.refits is not None:
             for edit in self.refits.apply(owner, key, dim, gone):
                 self.log.append((owner, key, edit))
@@ -124,14 +113,9 @@ class Cuts:
     def keep(
         self, owner: nn.Module, key: str, dim: int, kept: torch.Tensor, size: str | None = None
     ) -> None:
-        """Record which positions of one dimension stay, for the parameter and its gradient.
+        """Record which positions of one dimension stay, 1-D, for a parameter and its gradient.
 
-        Args:
-            owner: the layer that holds the parameter or buffer.
-            key: its name in the layer.
-            dim: the dimension.
-            kept: the positions that stay, 1-D.
-            size: the layer's attribute that holds the dimension's size, if there is one.
+        ``size`` names the layer's attribute that holds the dimension's size, if there is one.
         """
         pending = self._pending.setdefault((id(owner), key), _Pending(owner, key))
         pending.kept[dim] = kept

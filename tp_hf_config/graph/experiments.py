@@ -73,12 +73,9 @@ def experiments_of(
 ) -> Experiments:
     """Return what experiments with a class and config found; they run once.
 
-    Args:
-        field_map: the field map of the class around the config.
-        tiny: the tiny model, if the config is its own; else it is built. If that model has more
-            layers than the field map looks at, it is built too.
-        fields: the fields that are asked about. If each of them can be pruned alone, the findings
-            may be those of these fields only. Default: all fields.
+    If each of the ``fields`` that are asked about can be pruned alone, the findings may be those of
+    these fields only. Default: all fields. If ``tiny``, the tiny model whose own the config is, has
+    more layers than the field map looks at, another is built.
 
     Raises:
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
@@ -240,11 +237,6 @@ def _unless_shared(finding: Finding, others: Sequence[Finding], full: FieldMap) 
     Widths are compared at full size: in a tiny model, head counts equal other numbers by chance
     (Chameleon). Qwen2-VL's ``vision_config.hidden_size`` has to be the text's, which text alone
     cannot show.
-
-    Args:
-        finding: the finding to check.
-        others: all findings of the model.
-        full: the field map at full size.
     """
     unobserved = [field for other in others if other.unobserved for field in other.fields]
     for field in unobserved:

@@ -52,14 +52,7 @@ class Group:
 def expand(
     finding: Finding, tiny: TinyModel, field_map: FieldMap, model: nn.Module
 ) -> list[Group] | Refusal:
-    """Return the real model's groups of one width, or the reason why they do not carry over.
-
-    Args:
-        finding: the groups of the tiny model.
-        tiny: the tiny model.
-        field_map: of the real model.
-        model: the real model.
-    """
+    """Return the real model's groups of one width, or the reason why they do not carry over."""
     names = {names[0]: names for names in parameter_names(model).values()}
     buffers = saved_buffers(model)
     names.update({name: [name] for name in buffers})
@@ -138,11 +131,7 @@ def instances(
 
 
 def _single_layers(group: TinyGroup, field_map: FieldMap) -> set[str]:
-    """Return the layers to which a group is confined: it is in no other layer of their lists.
-
-    Returns:
-        Names of layers in lists of like layers; none if a tensor dim is outside of such lists.
-    """
+    """Return the layers, in lists of like layers, to which a group is confined; none if to none."""
     used: dict[str, set[str]] = {}
     for dim in group.dims:
         inside = False

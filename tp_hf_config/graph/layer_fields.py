@@ -42,11 +42,8 @@ def layers_listed(module: nn.Module, layers: str = "differ") -> Iterator[None]:
     """While open, every layer of the model in a module has entries of its own in the config.
 
     The model computes the same.  Afterwards, only what differs stays in the config; if nothing
-    does, the model is of its stock class, with the config that it had.
-
-    Args:
-        module: a Hugging Face model, or a module that contains one.
-        layers: ``"uniform"``: nothing changes, unless the model's layers differ already.
+    does, the model is of its stock class, with the config that it had. With ``"uniform"`` nothing
+    changes, unless the model's layers differ already.
 
     Raises:
         UnsupportedModelError: no layers of the model can have entries, or this version of

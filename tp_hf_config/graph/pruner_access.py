@@ -68,12 +68,10 @@ def constructing_with(graph: ConfigGraph) -> Iterator[None]:
 
 
 def given_ratios(pruner: Any, group: Any) -> tuple[str, Sequence[float]] | None:
-    """Return the scope and the ratios that a pruner was given for a layer of a group, or None.
+    """Return the scope and the ratio of each step that a pruner was given for a layer of a group.
 
-    Looks them up as ``BasePruner._prune`` does (base_pruner.py, 1.6.1).
-
-    Returns:
-        The scope's name and one ratio for each step; ``None`` if no layer of the group has any.
+    They are looked up as ``BasePruner._prune`` does (base_pruner.py, 1.6.1). ``None``: no layer of
+    the group has any.
     """
     for dep, _ in group:
         for node, function in ((dep.source, dep.trigger), (dep.target, dep.handler)):
@@ -98,9 +96,7 @@ class _PlannedRatio(float):
 def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusal | None:
     """Return why a pruner that has traced its model cannot get another graph; None if it can.
 
-    Args:
-        pruner: the pruner.
-        constructor: the constructor of its class, without this library's wrapper.
+    ``constructor`` is that of its class, without this library's wrapper.
     """
     if pruner.current_step or pruner.DG.pruning_history():
         return Refusal("it has pruned by that trace already")
@@ -112,13 +108,10 @@ def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusa
 
 
 def arguments_of(pruner: Any) -> dict[str, Any]:
-    """Return the arguments of ``BasePruner`` that a pruner was constructed with.
+    """Return the arguments of ``BasePruner`` with which an unused pruner was constructed.
 
     What only a trace reads (example inputs, functions for the forward pass) is not kept by a
     pruner, and is left out.
-
-    Args:
-        pruner: a pruner that has pruned nothing yet.
     """
     inside = set(pruner.model.modules())
 
@@ -162,10 +155,7 @@ def _ratios_by_layer(pruner: Any) -> dict[Any, _PlannedRatio]:
 def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any]) -> None:
     """Construct a pruner again with a graph made from the config in the place of its trace.
 
-    Args:
-        pruner: the pruner; :func:`restore_trace` undoes it.
-        graph: the graph.
-        arguments: those of :func:`arguments_of`, adapted to the graph.
+    ``arguments`` are those of :func:`arguments_of`, adapted; :func:`restore_trace` undoes it.
     """
     before = dict(vars(pruner))
     schedule = pruner.iterative_pruning_ratio_scheduler

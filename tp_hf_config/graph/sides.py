@@ -207,15 +207,11 @@ class Leaving:
         self._computed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
 
     def of(self, table: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-        """Return what becomes of a dimension and of its table of units.
+        """Return which positions of a dimension go and which stay, and its tables of units.
 
-        Args:
-            table: the positions of each unit, shape ``(units, positions per unit)``.
-            size: the size of the dimension.
-
-        Returns:
-            The positions that go, the positions that stay, the renumbered table of the units that
-            stay, and the old table.
+        A table has the positions of each unit, shape ``(units, positions per unit)``. First comes
+        the one of the units that stay, renumbered, then the old one. ``size`` is that of the
+        dimension.
         """
         if (id(table), size) not in self._computed:  # holding the old table keeps its id unique
             gone = table[self.units].flatten()
@@ -231,14 +227,8 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> Non
     """Cut units from one side of one layer, and renumber the side's table.
 
     The parameters of a plain layer go to ``cuts``, which may copy them later, together with what
-    other sides lose; any other layer is cut now, by Torch-Pruning's own pruner.
-
-    Args:
-        side: the side that loses units.
-        leaving: the units.
-        cuts: collects what is kept of plain layers.
-        beside: the same side of the layer in other groups, which hold other channels of it; their
-            tables are renumbered too.
+    other sides lose; any other layer is cut now, by Torch-Pruning's own pruner. The tables of the
+    sides ``beside``, other channels of the same side in other groups, are renumbered too.
     """
     module = side.module
     tensors = _tensors_to_cut(module, side.out)
@@ -261,11 +251,10 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> Non
 
 
 def _tensors_to_cut(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:
-    """Return the tensors that a side cuts: layer, name, dimension and size attribute of each.
+    """Return the layer, name, dimension and size attribute of each tensor that a side cuts.
 
-    Returns:
-        An empty list if the layer is not plain: subclasses and parametrized layers may need more
-        done than cutting their parameters.
+    There are none if the layer is not plain: subclasses and parametrized layers may need more done
+    than cutting their parameters.
     """
     if isinstance(module, ParameterView):
         return [(module.owner, module.key, module.dim, None)]
@@ -304,10 +293,9 @@ UNITS = UnitsPruner()
 
 
 def layer_side(layer: nn.Module, key: str, dim: int) -> bool | None:
-    """Return which side of a layer a dimension of its parameter is.
+    """Return True if a dimension of a layer's parameter is its output side, False: its input side.
 
-    Returns:
-        True for the output side, False for the input side, ``None`` if it is neither.
+    ``None``: it is neither.
     """
     if isinstance(layer, nn.Linear) and layer.weight.shape == (
         layer.out_features,
@@ -330,10 +318,8 @@ def sides_of(
 ) -> list[Side]:
     """Return the sides of layers behind a group's tensor dims, each once.
 
-    Args:
-        model: the Hugging Face model.
-        group: the group.
-        views: (parameter, dimension) -> its view, of bare parameters; missing ones are added.
+    Views of bare parameters that are missing in ``views``, (parameter, dimension) -> view, are
+    added.
     """
     sides: dict[tuple[int, bool], Side] = {}
     tables: dict[UnitLayout, torch.Tensor] = {}
@@ -356,12 +342,10 @@ def sides_of(
 
 
 def units_of(side: Side, channels: Sequence[int]) -> list[int] | None:
-    """Return the units that some channels of a side stand for.
+    """Return the units, each once, that some channels of a side stand for.
 
     One channel of fused gate and up stands for both: a unit counts once a whole run of it is given.
-
-    Returns:
-        The units, each once, or ``None`` if some channels belong to no unit or to a part of one.
+    ``None``: some channels belong to no unit or to a part of one.
     """
     if not channels:
         return []

@@ -41,8 +41,7 @@ class UnitCount:
     def step(self, round_to: int | None) -> int:
         """Return the number that every later unit count is a multiple of.
 
-        Args:
-            round_to: the pruner's, in channels; without one, nothing is rounded.
+        ``round_to`` is the pruner's, in channels; without one, nothing is rounded.
         """
         if not round_to:
             return self.channel_groups
@@ -53,10 +52,8 @@ class UnitCount:
     ) -> list[int]:
         """Return the unit count after each step.
 
-        Args:
-            ratios: for each step, the share of the units before pruning that has to be gone.
-            round_to: the pruner's, in channels; without one, nothing is rounded.
-            max_ratio: the pruner's ``max_pruning_ratio``.
+        ``ratios`` are the shares of the units before pruning that have to be gone; ``round_to``, in
+        channels, and ``max_ratio`` (``max_pruning_ratio``) are the pruner's.
         """
         now, result = self.units, []
         for ratio in ratios:
@@ -65,14 +62,7 @@ class UnitCount:
         return result
 
     def next(self, now: int, ratio: float, round_to: int | None, max_ratio: float) -> int:
-        """Return the units that one step leaves of ``now`` units.
-
-        Args:
-            now: units before the step.
-            ratio: the share of the units before pruning that has to be gone after the step.
-            round_to: as in :meth:`after`.
-            max_ratio: as in :meth:`after`.
-        """
+        """Return the units that one step leaves of ``now`` units; arguments as in :meth:`after`."""
         wanted = int(self.units // self.channel_groups * (1 - ratio)) * self.channel_groups
         if wanted >= now or self.exhausted(now, max_ratio):
             return now
@@ -95,9 +85,7 @@ class UnitCount:
     def ratio_for(self, kept: int, nearest: bool = False) -> float:
         """Return a ratio that leaves ``kept`` units in one step, with few digits if possible.
 
-        Args:
-            kept: units to leave.
-            nearest: the pruner leaves the nearest whole number (heads), not the one below.
+        With ``nearest``, the pruner leaves the nearest whole number (heads), not the one below.
         """
         start, wanted = self.units // self.channel_groups, kept // self.channel_groups
         for digits in (2, 3, 4, 5):

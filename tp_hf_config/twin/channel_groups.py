@@ -40,11 +40,9 @@ def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | Non
     """Return the fields that count the parts in which a group holds its units.
 
     One dimension of every head of Mamba 2 is a unit, in as many parts as there are heads, or in
-    half as many in two channel groups: with more heads, units are in more parts.
-
-    Returns:
-        An empty list if none does: the number is the code's own (Swin's second stage is twice as
-        wide as its first). ``None``: a field may count them, and the class takes no other value.
+    half as many in two channel groups: with more heads, units are in more parts. If none does, the
+    number is the code's own (Swin's second stage is twice as wide as its first). ``None``: a field
+    may count them, and the class takes no other value.
     """
     parts = gcd(*(dim.layout.parts for dim in group.dims)) * group.channel_groups
     field_map = tiny.field_map

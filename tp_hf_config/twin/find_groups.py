@@ -42,11 +42,7 @@ from .twin_test import TwinTest
 
 
 def find_groups(tiny: TinyModel) -> list[Finding]:
-    """Find the groups of every field of a class, and of its joint fields.
-
-    Returns:
-        One finding for each width: those of single fields come first.
-    """
+    """Return a finding for each width: of every field of a class, then of its joint fields."""
     field_map = tiny.field_map
     singly = [_find_alone(field, tiny) for field in field_map.values if _moves_alone(tiny, field)]
     told_apart = {f.fields[0]: f.told_apart for f in singly if f.reason is not None}
@@ -83,9 +79,7 @@ def find_groups(tiny: TinyModel) -> list[Finding]:
 def find_alone(tiny: TinyModel, field: FieldPath) -> Finding | None:
     """Find the groups of one field without looking for those of any other.
 
-    Returns:
-        What :func:`find_groups` has for the field alone; ``None`` if that is no proved width, or
-        if the field counts heads, which may have to go with other fields.
+    ``None``: that is no proved width, or the field counts heads, which may go with other fields.
     """
     if field in tiny.field_map.count_fields() or not _moves_alone(tiny, field):
         return None
@@ -164,12 +158,9 @@ def _find(
 ) -> Finding:
     """Find the groups of units that are the same share of every one of the fields.
 
-    Args:
-        tiny: the tiny model.
-        fields: the fields of the width.
-        alone: the groups that one of the fields sets alone.
-        apart_alone: the tensor dims in which units of each of the fields alone are told apart.
-        heads: True if units are likely to be heads, though no layer shows it.
+    ``alone`` are the groups that one of the fields sets alone, ``apart_alone`` the tensor dims in
+    which units of each alone are told apart. With ``heads``, units are likely to be heads, though
+    no layer shows it.
     """
     field_map = tiny.field_map
     units = units_of(field_map, fields)
@@ -322,14 +313,8 @@ def with_single_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
     """Return the finding with units of single positions, or None if those cannot change places.
 
     A unit of Swin's first stage is several dimensions of every head in its last one. There may be
-    more of these heads at full size than a unit has dimensions.
-
-    Args:
-        tiny: the tiny model.
-        finding: a width with its groups.
-
-    Returns:
-        The finding; ``None`` also if nothing changes, or if cutting such units is refused.
+    more of these heads at full size than a unit has dimensions. It is ``None`` too if nothing
+    changes, or if cutting such units is refused.
     """
     groups = tuple(_by_position(tiny, group) for group in finding.groups)
     finer = replace(finding, groups=all_alike(finding.groups, groups))

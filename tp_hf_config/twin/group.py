@@ -124,10 +124,6 @@ def all_alike(groups: tuple[TinyGroup, ...], finer: tuple[TinyGroup, ...]) -> tu
     """Return the finer groups, except where groups that are alike were not all refined alike.
 
     There the old ones stay: what only some of them show is chance.
-
-    Args:
-        groups: the groups as they were.
-        finer: for each of them, one of smaller units, or itself.
     """
     kinds: dict[_Kind, set[tuple[int, int, int]]] = {}
     pairs = list(zip(groups, finer, strict=True))
@@ -143,15 +139,8 @@ def in_parts_alike(
     """Add the tensor dims of unused parts to the groups that those of like parts are in.
 
     No token goes to most of NLLB-MoE's experts. Parts of one list that have the same class, tensors
-    and settings compute the same from their weights, whether a token goes to them or not.
-
-    Args:
-        model: the tiny model.
-        groups: the groups so far.
-        unused: tensor dims that no output depends on.
-
-    Returns:
-        The groups, and the tensor dims that were added to none.
+    and settings compute the same from their weights, whether a token goes to them or not. Return
+    the groups, and the tensor dims that were added to none.
     """
     by_part: dict[str, list[TensorDim]] = {}
     for dim in unused:

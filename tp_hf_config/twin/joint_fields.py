@@ -18,12 +18,7 @@ from ..model.config_json import FieldPath
 
 
 def grouped_heads(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield head counts that cannot be pruned alone, each with another that is a multiple of it.
-
-    Args:
-        field_map: the field map of the class.
-        failed: the fields that cannot be pruned alone.
-    """
+    """Yield head counts that cannot be pruned alone, each with another that is a multiple of it."""
     counts = sorted((p for p in field_map.count_fields() if field_map.moves_shapes(p)), key=str)
     for smaller, larger in permutations(counts, 2):
         if smaller in failed and field_map.values[larger] % field_map.values[smaller] == 0:
@@ -51,10 +46,6 @@ def equal_fields(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[
     """Yield pairs of equal widths that both cannot be pruned alone.
 
     If there are none, yield pairs of which one cannot be pruned alone.
-
-    Args:
-        field_map: the field map of the class.
-        failed: the fields that cannot be pruned alone.
     """
     widths = [field for field in field_map.values if field_map.moves_shapes(field)]
     pairs = [
@@ -70,10 +61,6 @@ def equal_together(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tupl
 
     Passes without data show this. Features of images and of sound, from a tower each, stand in one
     text (Qwen2.5-Omni).
-
-    Args:
-        field_map: the field map of the class.
-        failed: the fields that cannot be pruned alone.
     """
     by_value: dict[int, list[FieldPath]] = {}
     for field in sorted(failed, key=str):
@@ -110,10 +97,6 @@ def heads_with_width(
     Helium's last projection of attention reads the hidden size, and gets heads times head dim. If
     other failed head counts divide this one (key/value heads), it comes once with them and once
     without. The width is the last field.
-
-    Args:
-        field_map: the field map of the class.
-        failed: the fields that cannot be pruned alone.
     """
     counts = field_map.count_fields() & failed
     for width in sorted(failed - counts, key=str):

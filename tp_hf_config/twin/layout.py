@@ -50,11 +50,8 @@ class UnitLayout:
     def permuted(self, units: int, order: Sequence[int]) -> Tensor:
         """Return, for every position, the position that its value had before units were reordered.
 
-        The units have to fill the dimension.
-
-        Args:
-            units: how many units there are.
-            order: for every place, the unit that stands there afterwards.
+        The units have to fill the dimension. ``order`` gives the unit that stands in each place
+        then.
         """
         table = self.table(units)
         return table[list(order)].flatten()[table.flatten().argsort()]

@@ -15,20 +15,9 @@ from .tiny.tiny_model import TinyModel
 def layouts_of(
     tiny: TinyModel, name: str, dim: int, share: Share, units: int, heads: bool
 ) -> list[tuple[int, UnitLayout]]:
-    """Return the layouts in which units can stand along a tensor dim, the likeliest first.
+    """Return the layouts in which units can stand along a tensor dim, with scores; 0 is likeliest.
 
     Heads are runs. The dimensions of a head, and the units of gate and up, stand in every part.
-
-    Args:
-        tiny: the tiny model.
-        name: the parameter.
-        dim: its dimension.
-        share: what the width has of it.
-        units: how many units the width has.
-        heads: True if units are likely to be heads.
-
-    Returns:
-        Pairs of a score (0: the likeliest) and a layout.
     """
     width = share.per_unit
     pieces = tiny.field_map.splits.pieces.get(name.rpartition(".")[0], ())
@@ -66,16 +55,9 @@ def _may_hold(tiny: TinyModel, name: str, piece: int, share: Share) -> bool:
 def _filling_pieces(
     pieces: Sequence[int], may_hold: Sequence[bool], size: int, rest: int
 ) -> set[tuple[int, int, int]]:
-    """Return the layouts whose units fill neighbouring pieces of equal size of a layer's output.
+    """Return parts, offset and gap of the layouts that fill neighbouring pieces of equal size.
 
-    Args:
-        pieces: the size of every piece.
-        may_hold: for every piece, True if it may hold the units.
-        size: how many positions the units take.
-        rest: how many positions belong to something else.
-
-    Returns:
-        Parts, offset and gap of each layout.
+    The units take ``size`` positions, and ``rest`` belong to something else.
     """
     layouts: set[tuple[int, int, int]] = set()
     for start, end in combinations(range(len(pieces) + 1), 2):
@@ -89,8 +71,7 @@ def _filling_pieces(
 def _between(rest: int, parts: int, heads: bool) -> list[tuple[int, int]]:
     """Return where the rest of a dimension can stand: after or before the units, or in every part.
 
-    Returns:
-        Pairs of the offset of the first unit and the gap behind each part, likely ones first.
+    Each is the offset of the first unit and the gap behind each part; likely ones come first.
     """
     if not rest:
         return [(0, 0)]
@@ -104,11 +85,7 @@ def _between(rest: int, parts: int, heads: bool) -> list[tuple[int, int]]:
 def likely_first(
     choices: Sequence[Sequence[tuple[int, UnitLayout]]],
 ) -> Iterator[tuple[UnitLayout, ...]]:
-    """Yield combinations of one layout from each list, those with the lowest sum of scores first.
-
-    Args:
-        choices: for each style, pairs of a score and a layout.
-    """
+    """Yield combinations of one layout for each style, the lowest sums of scores first."""
 
     def adding_up(total: int, rest: Sequence[Sequence[tuple[int, UnitLayout]]]) -> Iterator[Any]:
         """Yield the combinations whose scores have this sum."""
@@ -127,9 +104,7 @@ def likely_first(
 def overlap(dims: Iterable[TensorDim], units: int) -> bool:
     """True if two widths along one tensor dim (query heads, key/value heads) claim one position.
 
-    Args:
-        dims: tensor dims; one that is there in several layouts holds several widths.
-        units: how many units each of them has.
+    A tensor dim that is there in several layouts holds several widths.
     """
     by_place: dict[tuple[str, int], set[UnitLayout]] = {}
     for dim in dims:

@@ -29,10 +29,7 @@ Sources = dict[TensorDim, FieldPath | None]
 class _Attempt:
     """Layouts that were tried, and what the twin test shows of them.
 
-    Attributes:
-        sources: the tensor dims in these layouts.
-        links: the result of the twin test.
-        chosen: one layout for each style; empty: the tensor dims of a style have several.
+    ``chosen`` has one for each style; empty: the tensor dims of a style have several.
     """
 
     sources: Sources
@@ -62,26 +59,14 @@ def searched(
 
     The search tries, until units are told apart nowhere:
 
-    1. likely layouts of all styles together;
-    2. whole heads in ``single_field_groups`` that have a layer in ``split``;
-    3. runs of one length in all styles;
-    4. from the best attempt, other layouts for one style at a time, where units are told apart;
-    5. if there are ``single_field_groups``, another layout for a single tensor dim;
-    6. the layouts that ``strides`` name, then mixtures of two attempts, each where the other fails.
+    1. likely layouts of all styles together; 2. whole heads in ``single_field_groups`` that have a
+    layer in ``split``; 3. runs of one length in all styles; 4. from the best attempt, other layouts
+    for one style at a time, where units are told apart; 5. if there are ``single_field_groups``,
+    another layout for a single tensor dim; 6. the layouts that ``strides`` name, then mixtures of
+    two attempts, each where the other fails.
 
     Units of joint fields that are told apart wherever units of a single one are (``apart_alone``)
     have nothing to do with each other: no more than likely layouts are tried.
-
-    Args:
-        test: the twin test of the width.
-        styles: the tensor dims of each style; their own layouts do not count.
-        strides: number of positions of a unit -> in how many parts they may stand.
-        single_field_groups: the tensor dims of each group that one of the fields sets alone.
-        apart_alone: the tensor dims in which units of each of the fields alone are told apart.
-        split: the parameters of layers whose output is split into heads.
-
-    Returns:
-        The likeliest layouts; and the best ones, with the result of their twin test.
     """
     search = _Search(test, styles)
     search.likely_together()
@@ -206,10 +191,6 @@ class _Search:
 
         Every stage of Swin has another number of heads. There, units of its attention stand in
         fewer parts and longer runs than those of the stream beside it.
-
-        Args:
-            groups: the tensor dims of each group that one of the fields sets alone.
-            split: the parameters of layers whose output is split into heads.
         """
         head_groups = [g for g in groups if any(d.name in split and d.dim == 0 for d in g)]
         if not head_groups or not all(dim.layout.is_plain for group in groups for dim in group):
@@ -243,13 +224,7 @@ def in_other_layouts(
     """Yield layouts that tell no units apart, with one style at a time in another layout.
 
     Twins may be interchangeable in several layouts, and a permutation neutral in only one of them
-    (the upsampling of SEW, which has two time steps in a row).
-
-    Args:
-        test: the twin test of the width.
-        styles: the tensor dims of each style.
-        sources: the layouts to start from.
-        places: tensor dims; only styles that have one of them get another layout.
+    (the upsampling of SEW, which has two time steps in a row). Only styles in ``places`` change.
     """
     for style, dims in styles.items():
         (layouts, source), own_places = style, places_of(dims)
@@ -287,10 +262,6 @@ def _strided(
 
     Units of a multiple of that size stand in as many times more parts. Styles for which this layout
     is not possible keep the likeliest.
-
-    Args:
-        options: the possible layouts of each style, the likeliest first.
-        strides: number of positions of a unit -> in how many parts they may stand.
     """
     for size, part_counts in strides.items():
         for parts in part_counts:

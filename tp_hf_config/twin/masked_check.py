@@ -57,10 +57,6 @@ def masked_difference(
         inputs: keyword arguments of one forward pass of the original.
         watched: intermediate results that are compared like outputs.
         recipe: how the class is run.
-
-    Returns:
-        What differs first: a tensor that does not hold the original's values, or an output with its
-        relative difference.
     """
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
@@ -164,11 +160,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
-    """Return which positions of a tensor of random values pruning kept, told by the values.
+    """Return which positions along each dimension pruning kept of a tensor of random values.
 
-    Returns:
-        One ``CutDim`` for each dimension; or a ``Refusal`` if ``after`` is not a selection from
-        ``before`` along each dimension, in the same order.
+    They are told by the values. The refusal says that ``after`` is not a selection from ``before``
+    along each dimension, in the same order.
     """
     if before.shape == after.shape:
         if not torch.equal(before, after):
@@ -249,9 +244,7 @@ def _narrow(module: nn.Module, positions: Tensor) -> nn.Module:
 def _over_some_channels(narrow: nn.Module, channels: CutDim | None) -> Callable[..., Any]:
     """Return a forward pass that runs a module over some channels and gives zeros elsewhere.
 
-    Args:
-        narrow: the module, as wide as the kept channels.
-        channels: its channels; ``None``: those that are not zero everywhere are kept.
+    ``narrow`` is as wide as the kept channels; ``None`` stands for those that are not all zero.
     """
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Any:
@@ -336,9 +329,6 @@ def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] |
     Along an axis that was cut, both have the kept positions only: those of a tensor dim with the
     same two sizes (the nearest result if there are several), or the channels that are not zero for
     every input.
-
-    Returns:
-        Both outputs; or a ``Refusal`` if no choice of positions makes their shapes equal.
     """
     if full.ndim != value.ndim:
         return Refusal(f"shape {list(value.shape)}, the original's has {list(full.shape)}")

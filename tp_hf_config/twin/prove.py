@@ -36,15 +36,8 @@ def proved(
 ) -> Finding:
     """Return the linked groups with their unobserved companions, each proved by permutation.
 
-    Args:
-        test: the twin test of the width.
-        sources: the tensor dims, with the field that sets each.
-        fields: the fields of the width.
-        links: what the twin test linked.
-
-    Returns:
-        A finding; its reason is that no permutation is neutral in a group, that no output depends
-        on some tensor dims, or that there is no group.
+    A finding's reason is that no permutation is neutral in a group, that no output depends on some
+    tensor dims, or that there is no group. ``sources`` are the fields that set the tensor dims.
     """
     groups: list[TinyGroup] = []
     members, unplaced = _members(test, links)
@@ -85,18 +78,9 @@ def second_look(
     """Return the finding after a second twin test that disturbs every tensor dim in doubt.
 
     A group that is not proved lacks tensor dims that are linked too faintly to show. All in doubt
-    together lack none: if no permutation of these is neutral, they belong nowhere. If one is, and
-    they are not seen to be several groups, they are one, and units are removed from all of them at
-    once.
-
-    Args:
-        test: the twin test of the width.
-        sources: the tensor dims, with the field that sets each.
-        fields: the fields of the width.
-        links: what the first twin test linked.
-
-    Returns:
-        A finding; ``None``: a second look cannot help.
+    together lack none: if no permutation of these is neutral, they belong nowhere, and ``None`` is
+    returned. If one is, and they are not seen to be several groups, they are one, and units are
+    removed from all of them at once.
     """
     doubted = _doubted(test, links)
     if not doubted or channel_groups_of(test, doubted) is None:
@@ -214,12 +198,7 @@ def _group_of_copy(
 
 
 def channel_groups_of(test: TwinTest, dims: Sequence[TensorDim]) -> int | None:
-    """Return in how many channel groups a permutation has to stay to be neutral; None: none is.
-
-    Args:
-        test: the twin test of the width.
-        dims: the tensor dims of a group.
-    """
+    """Return in how many channel groups a permutation has to stay to be neutral; None: none is."""
     for channel_groups in (n for n in range(1, test.units) if test.units % n == 0):
         if test.proves(dims, list(order_of(test.units, channel_groups, swap=True))):
             is_neutral = test.proves(dims, list(order_of(test.units, channel_groups, swap=False)))
@@ -230,11 +209,7 @@ def channel_groups_of(test: TwinTest, dims: Sequence[TensorDim]) -> int | None:
 def order_of(units: int, channel_groups: int, swap: bool) -> Iterator[int]:
     """Yield an order of the units that moves none to another channel group.
 
-    Args:
-        units: how many units there are.
-        channel_groups: how many channel groups they form.
-        swap: True: only the first and last unit of the first channel group change places. False:
-            the order in each is random.
+    With ``swap`` only the first and last unit of the first one change places; else it is random.
     """
     size = units // channel_groups
     generator = torch.Generator().manual_seed(units)

@@ -33,14 +33,8 @@ _BLIND_CUTS = 4
 def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
     """Cut about half of a tiny width and compare; return why the width cannot be cut, or None.
 
-    Args:
-        tiny: the tiny model.
-        finding: a width with its groups.
-
-    Returns:
-        ``None`` if a smaller build equals the original with the removed units at zero. Else a
-        refusal: it computes something else, no cut changes an output, or the class refuses every
-        cut.
+    A smaller build has to equal the original with the removed units at zero. It may compute
+    something else, no cut may change an output, or the class may refuse every cut.
     """
     name = " and ".join(map(field_name, finding.fields))
     original = _tensors(tiny.model)

@@ -83,9 +83,7 @@ class TwinTest:
     def outputs(self, names: Iterable[str] = ()) -> list[Tensor]:
         """Return the outputs of one forward pass that depend on parameters.
 
-        Args:
-            names: the parameters whose gradients are asked for afterwards; those of other
-                parameters may be lost.
+        Gradients can be asked of the parameters ``names`` afterwards; those of others may be lost.
         """
         changed = {*names, *self._changed}
         if self._replay is not None and changed:
@@ -103,14 +101,9 @@ class TwinTest:
         """Make two units twins and disturb one tensor dim after another; return what is linked.
 
         A unit can be hidden for these inputs (a dead ReLU), so up to ``pairs`` pairs of units are
-        tried until every tensor dim was observed. One disturbance mostly shows the whole group.
-        Where twins are told apart before that, there are no groups.
-
-        Args:
-            dims: the tensor dims of the width.
-            pairs: how many pairs of units are tried at most.
-            doubted: tensor dims that are disturbed with every pair, even if their group is known,
-                until they are one group.
+        tried until every tensor dim was observed. One disturbance mostly shows the whole group;
+        those ``doubted`` are disturbed with every pair until they are one group. Where twins are
+        told apart before that, there are no groups.
         """
         groups: list[set[TensorDim]] = []
         hidden = unobserved = list(dims)
@@ -165,9 +158,8 @@ class TwinTest:
     def multiples(self, per_unit: Collection[int] = ()) -> set[int]:
         """Return how often the width goes into the last axis of an output, if several times.
 
-        Args:
-            per_unit: how often it goes into tensor dims. Other axes of outputs can be as long too:
-                maps of features have their channels before height and width.
+        Other axes that hold it as often as tensor dims do (``per_unit``) count too: maps of
+        features have their channels before height and width.
         """
         sizes = {output.shape[-1] for output in self._outward if output.ndim}
         lengths = {size for output in self._outward for size in output.shape}
@@ -190,15 +182,9 @@ class TwinTest:
     def permutation_error(self, dims: Sequence[TensorDim], order: Sequence[int]) -> float:
         """Return how much the outputs change if the units stand in another order.
 
-        An output axis that holds the units may come out in the new order.
-
-        Args:
-            dims: the tensor dims in which the units are reordered.
-            order: for every place, the unit that stands there afterwards.
-
-        Returns:
-            The largest change of an output, relative to its largest value; infinity if its shape
-            changes or it becomes NaN.
+        It is the largest change of an output, relative to its largest value; infinity if its shape
+        changes or it becomes NaN. An output axis that holds the units may come out in the new
+        order.
         """
         with self._restored(dims), torch.no_grad():
             for dim in dims:
@@ -259,12 +245,7 @@ class TwinTest:
     ) -> list[set[TensorDim]]:
         """Return groups of linked tensor dims: those that unsettled ones are in.
 
-        Args:
-            unsettled: the tensor dims to disturb, unless they are linked with one before.
-            dims: all tensor dims that may be linked with them.
-            first: one twin.
-            second: the other twin.
-            doubted: those of ``unsettled`` that are disturbed in any case.
+        Each unsettled one is disturbed, unless it is linked with one before and not ``doubted``.
         """
         groups: list[set[TensorDim]] = []
         for dim in unsettled:

@@ -53,10 +53,6 @@ def take_scales(model: nn.Module, reference_build: nn.Module) -> None:
 
     They are not taken from the pruned model, so that a number which pruning forgot to refresh there
     shows as a difference.
-
-    Args:
-        model: changed in place.
-        reference_build: the class built anew from the pruned config.
     """
     counterparts = dict(reference_build.named_modules())
     for name, module in model.named_modules():

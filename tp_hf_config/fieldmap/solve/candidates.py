@@ -84,11 +84,7 @@ def others(
 ) -> Iterator[Values]:
     """Yield the values that fit the field map for every value of a joint field.
 
-    Args:
-        field_map: the class.
-        sizes: quantities of the full model, with their sizes.
-        given: fields with a fixed value.
-        recurse: try the values of a second joint field where the first does not settle the rest.
+    With ``recurse``, those of a second one are tried where the first does not settle the rest.
     """
     joint_fields = open_together(problem_of(field_map, sizes, given, powers=True))
     if not joint_fields:
@@ -173,16 +169,10 @@ def search(
     given: Mapping[FieldPath, int],
     outcome: Sequence[Mismatch] | Refusal | None = None,
 ) -> Values | None:
-    """Change one field after the other, each time so that the build comes closer to the target.
+    """Change one field after the other, each so that the build comes closer to the target.
 
-    Args:
-        goal: the class and its target.
-        values: the values to start from.
-        given: fields that stay as they are.
-        outcome: what ``goal.compare_at`` returns for the values, if the caller has that already.
-
-    Returns:
-        The values that build the target; None if none are found.
+    Fields that are given stay. ``outcome`` is what ``goal.compare_at`` returns for ``values``.
+    Return ``None`` if no values are found.
     """
     outcome = goal.compare_at(values) if outcome is None else outcome
     if not outcome:

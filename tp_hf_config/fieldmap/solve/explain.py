@@ -61,14 +61,7 @@ def explain_conflict(
 def explain_refusal(
     model: PreTrainedModel, field_map: FieldMap, values: dict[FieldPath, int], refusal: Refusal
 ) -> ConfigSyncError:
-    """Return the error for values that the class refuses: its words, and the nearest it accepts.
-
-    Args:
-        model: the live model.
-        field_map: its class.
-        values: the only values that have the model's shapes.
-        refusal: the class's refusal of them.
-    """
+    """Return the error for values that the class refuses: its words, and the nearest it accepts."""
     changed = {field: value for field, value in values.items() if value != field_map.values[field]}
     changes = ", ".join(
         f"{field_name(field)} {field_map.values[field]} -> {value}"

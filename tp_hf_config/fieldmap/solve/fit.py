@@ -27,17 +27,10 @@ def fit(
     powers: bool = False,
     hold: Sequence[FieldPath] = (),
 ) -> Values | Conflict:
-    """Return the values at which the field map gives these sizes, or the conflict.
+    """Return a value for every field at which the field map gives these sizes, or the conflict.
 
-    Args:
-        field_map: the class.
-        sizes: quantities in the full model's names, with their sizes.
-        given: fields with a fixed value.
-        powers: use the quantities that are powers of fields too.
-        hold: fields that stay as they are where sizes alone allow several solutions.
-
-    Returns:
-        A value for every field, those that must equal another included; or the conflict.
+    Quantities have the full model's names. With ``powers``, those that are powers of fields are
+    used too. Fields in ``hold`` stay as they are where sizes alone allow several solutions.
     """
     problem = replace(problem_of(field_map, sizes, given, powers), hold=hold)
     first: dict[tuple[str, int | str, int], Quantity] = {}  # layers of one kind count once
@@ -64,12 +57,6 @@ def problem_of(
     """Return the problem to solve: these sizes, and how the fields make them by the field map.
 
     A field that is given counts as one more quantity, and so does each proportion of fields.
-
-    Args:
-        field_map: the class.
-        sizes: quantities in the full model's names, with their sizes.
-        given: fields with a fixed value.
-        powers: use the quantities that are powers of fields too.
     """
     base = field_map.sizes if powers else field_map.values
     expressions: dict[Quantity, Expression | Power] = {}
@@ -109,17 +96,8 @@ def build_with_shapes(
 ) -> tuple[dict[str, Any], nn.Module] | Refusal | Sequence[Mismatch]:
     """Build the class at these values and check that it has the target's shapes.
 
-    Unset fields stay unset where that suffices.
-
-    Args:
-        field_map: the class.
-        base: the config's JSON to start from.
-        target: the shapes to build.
-        values: a value for every field.
-        buffers: compute the values of buffers (on the CPU).
-
-    Returns:
-        The config's JSON and the built model; or the refusal or the mismatches of the last attempt.
+    Unset fields of ``base``, the config's JSON to start from, stay unset where that suffices.
+    Return the new JSON and the built model; or the refusal or the mismatches of the last attempt.
     """
     changed = {
         field: value

@@ -64,13 +64,9 @@ def open_together(problem: Problem) -> list[FieldPath]:
 
 
 def _search(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
-    """Return the step that the targets give each field, or the conflict.
+    """Return the steps that the targets give, with those given; or the conflict.
 
     A step is a field's value minus its base value.
-
-    Args:
-        problem: what has to be met.
-        steps: the steps of some fields, which stay as they are.
     """
     forced = _forced(problem, steps)
     if isinstance(forced, Conflict):
@@ -98,11 +94,7 @@ def _forced(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath,
 def _votes(
     problem: Problem, steps: Mapping[FieldPath, int]
 ) -> dict[FieldPath, dict[Fraction, list[Quantity]]]:
-    """Return the steps that follow from quantities in which a single field has no step yet.
-
-    Returns:
-        Field -> the step -> the quantities from which it follows.
-    """
+    """Return field -> step -> quantities from which it follows: those with one field still open."""
     votes: dict[FieldPath, dict[Fraction, list[Quantity]]] = {}
     for quantity, target in problem.targets.items():
         expression = problem.expressions[quantity]
@@ -158,9 +150,8 @@ def _branch(
 ) -> dict[FieldPath, int] | Conflict:
     """Keep one entangled field at its base value and solve for the rest; try ``hold`` first.
 
-    Returns:
-        The steps, if every field that may stay gives the same ones; otherwise a conflict: the
-        ambiguous one, or the one with the fewest fields.
+    Return the steps, if every field that may stay gives the same ones; otherwise a conflict: the
+    ambiguous one, or the one with the fewest fields.
     """
     for name in problem.hold:
         if name in entangled:

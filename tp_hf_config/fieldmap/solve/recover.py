@@ -68,8 +68,7 @@ def recover(
 
     Returns:
         The config, proved by building it; a ``Conflict`` with the fields that would need several
-        values at once, or with the several solutions that fit; or a ``Refusal`` that says why there
-        is no config.
+            values at once, or with the several solutions that fit; or why there is no config.
     """
     given = dict(given or {})
     refusal = _other_tensors(field_map, target)
@@ -177,13 +176,7 @@ def _fitting(goal: Goal, given: Mapping[FieldPath, int]) -> tuple[list[Values], 
 
 
 def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> Values | Refusal:
-    """Return the values, with head counts, that build the target, or why none of them do.
-
-    Args:
-        goal: the class and its target.
-        solution: values that fit the field map.
-        given: fields with a fixed value.
-    """
+    """Return the values, with head counts, that build the target, or why none of them do."""
     reason = Refusal("not tried")
     for values in islice(with_heads(goal, solution, given), SMALL):
         outcome = goal.compare_at(values)

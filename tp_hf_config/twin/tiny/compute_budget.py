@@ -28,11 +28,6 @@ def in_proportion(field_map: FieldMap, data: dict[str, Any], observe: Observe) -
     """Return the config with smaller widths that the class takes only in proportion (Mamba 2).
 
     A field that was larger than another stays larger: there are several heads in each group.
-
-    Args:
-        field_map: the field map of the class.
-        data: the config so far, as JSON.
-        observe: runs a config.
     """
 
     def in_order(trial: dict[str, Any], paths: Collection[FieldPath]) -> bool:
@@ -71,15 +66,9 @@ def lighter(
 ) -> dict[str, Any]:
     """Return the config with lower sizes that set no width, if the class is slow.
 
-    Such sizes are Mamba's chunks, or the tokens of an image.
-
-    Args:
-        field_map: the field map of the class.
-        data: the config so far, as JSON.
-        most: the largest number of experts; sizes stay above it, as a smaller one may be how many
-            experts a token takes.
-        observe: runs a config.
-        rows: fields that only count positions; the inputs are as long as some of them (Whisper).
+    Such sizes are Mamba's chunks, or the tokens of an image. They stay above ``most``, the largest
+    number of experts, as a smaller one may be how many a token takes. ``rows`` are fields that only
+    count positions; the inputs are as long as some of them (Whisper).
     """
     best = observe(data)
     for paths in _changing_together(

@@ -23,10 +23,6 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
     follow: where one of them sets a width and others, or such numbers, do not (SAM). Then come the
     sides of an image that is longer than wide, in proportion, where they set widths (SegGPT). Then
     only image sizes that set no width shrink.
-
-    Args:
-        field_map: the field map of the class.
-        data: the config so far, as JSON.
     """
     whole = config_json(field_map.builder.config(data), use_diff=False)
     images: dict[FieldPath, int] = {}
@@ -81,14 +77,9 @@ def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:
 
 
 def crops(data: dict[str, Any], change: dict[FieldPath, int]) -> dict[FieldPath, int]:
-    """Return the image sizes that crops are cut from, for another size of a crop.
+    """Return the image sizes that crops are cut from, for a change of the size of a crop.
 
     They change in proportion, so that there are as many crops as before.
-
-    Args:
-        data: the config, as JSON.
-        change: fields with their new values, the image size among them; else there is nothing to
-            change.
     """
     sizes = [field for field in change if field[-1] == "image_size"]
     return {

@@ -103,10 +103,8 @@ def _still_several(
 def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]:
     """Return the fields that several dimensions divide by different numbers (WavLM: heads, groups).
 
-    A unit of such a field is the smallest part that is whole in each of these dimensions.
-
-    Returns:
-        For each field its tensor dims, each with True if a unit takes several positions there.
+    A unit of such a field is the smallest part that is whole in each of these dimensions. They come
+    each with True if a unit takes several positions there.
     """
     divisors: dict[FieldPath, dict[tuple[str, int], int]] = {}
     for field, value in field_map.values.items():

@@ -39,13 +39,8 @@ _LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
 def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[str, Any]:
     """Return the config with one field after the other lowered as far as the requirements allow.
 
-    Args:
-        field_map: the field map of the class.
-        data: the config to shrink, as JSON.
-        together: lower equal fields only together.
-
-    Returns:
-        The smaller config; ``data`` itself if the class cannot be built from it.
+    It is ``data`` itself if the class cannot be built from it. With ``together``, equal fields are
+    only lowered together.
     """
     base = field_map.builder.build(data)
     if isinstance(base, Refusal):
@@ -124,15 +119,7 @@ def _smaller(
     numbers take no other values. Head counts do, but none that another head count of the same part
     has, so that query heads still outnumber key/value heads. At the end come fewer heads together
     with the width that they split, and ``_SPLIT``. Fields that follow another or count positions do
-    not change.
-
-    Args:
-        field_map: the field map of the class.
-        data: the config so far, as JSON.
-        field: the field to lower.
-        counts: the fields that count heads.
-        splitting: the fields that may count heads.
-        together: where others are equal to the field, lower it only with them.
+    not change. ``counts`` are the fields that count heads, ``splitting`` those that may.
     """
     if field in field_map.must_equal:
         return

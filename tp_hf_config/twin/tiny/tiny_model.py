@@ -117,12 +117,9 @@ class TinyModel:
     def test(
         self, units: int, runs: Sequence[int] = (1,), model: nn.Module | None = None
     ) -> TwinTest:
-        """Return the experiments on a width of so many units.
+        """Return the experiments on a width of so many units, with the tiny model or another build.
 
-        Args:
-            units: how many units the width has.
-            runs: see :class:`~tp_hf_config.twin.twin_test.TwinTest`.
-            model: another build of the class to run; default: the tiny model.
+        For ``runs`` see :class:`~tp_hf_config.twin.twin_test.TwinTest`.
         """
         replay = self._replay if model is None else None
         model = self.model if model is None else model
@@ -152,10 +149,7 @@ def tiny_model(field_map: FieldMap) -> TinyModel | Refusal:
     """Build the tiny model of a class, with every width as small as the class lets it be.
 
     If the model does not run, or only on text, it is built again with equal fields lowered
-    together: some widths may have to stay equal.
-
-    Returns:
-        The tiny model, which may run on text alone; or a ``Refusal`` if it does not run.
+    together: some widths may have to stay equal. It may end in one that runs on text alone.
     """
     candidates: list[TinyModel | Refusal] = []
     for together in (False, True):
@@ -183,11 +177,7 @@ def stored_tiny_model(tiny_map: FieldMap, full: FieldMap) -> TinyModel:
 
 
 def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
-    """Return the class built from a config with random weights, and inputs with which it runs.
-
-    Returns:
-        The tiny model; or a ``Refusal`` if it cannot be built or does not run.
-    """
+    """Return the class built from a config with random weights, and inputs with which it runs."""
     builder = field_map.builder
     full = builder.build(data)
     if isinstance(full, Refusal):
