@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..model.build import Builder
 from ..model.config_json import FieldPath, value_at
 from ..model.live_objects import config_nodes
-
-if TYPE_CHECKING:
-    pass
 
 _FEW = 64
 """Entries up to which a dictionary in a config may hold widths."""

@@ -8,7 +8,6 @@ layer that stays is built as it was, and everything around the layers too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations, islice, product
 from typing import Any
 
@@ -82,14 +81,6 @@ def config_without(
     return search.in_step() or search.with_other_rules() or search.refusal()
 
 
-@dataclass
-class _Base:
-    """A change that gives the list its new length, or is refused; and where its setting stands."""
-
-    node: FieldPath
-    change: Change
-
-
 class _Search:
     """The search for one config, and what was wrong with those that were tried."""
 
@@ -106,7 +97,8 @@ class _Search:
         self._kept = KeptLayers(model, name, keep)
         kinds = kinds_in(model)[name].first
         self._kinds = [kinds[number] for number in keep]
-        self._bases: list[_Base] = []
+        # changes that give the list its new length, or are refused, and where their setting stands
+        self._bases: list[tuple[FieldPath, Change]] = []
         self._reason = ""
         self._refused = ""
 
@@ -129,9 +121,9 @@ class _Search:
 
     def with_other_rules(self) -> Change | None:
         """Return a change that also restates a rule about layers by their numbers."""
-        for base in self._bases:
-            for rule in self._rules(base):
-                change = {**base.change, **rule}
+        for node, counted in self._bases:
+            for rule in self._rules(node, counted):
+                change = {**counted, **rule}
                 if self._try(None, change) is True:
                     return change
         return None
@@ -159,7 +151,7 @@ class _Search:
                 return False
             self._reason = self._reason or reason
         if node is not None:
-            self._bases.append(_Base(node, change))
+            self._bases.append((node, change))
         return None
 
     def _lists(self, node: FieldPath, counted: Change) -> Iterator[Change]:
@@ -223,27 +215,27 @@ class _Search:
                 change[field] = value[: len(self._keep) + 1]
         return change
 
-    def _rules(self, base: _Base) -> Iterator[Change]:
+    def _rules(self, node: FieldPath, counted: Change) -> Iterator[Change]:
         """Yield restatements of rules: how many of the first or last layers, or an explicit list.
 
         A whole number may say that so many of the first layers are of one kind (or of the last), or
         that every so many-th is; then a list that names layers can stand in for it.
         """
-        values = value_at(self._data, base.node)
+        values = value_at(self._data, node)
         if not isinstance(values, dict):
             return
         numbers = {
             key: value
             for key, value in values.items()
             if type(value) is int and 0 < value <= self._kept.length
-            if (*base.node, key) not in base.change and key not in of_every_config()
+            if (*node, key) not in counted and key not in of_every_config()
         }
         for key, value in numbers.items():
             first = sum(number < value for number in self._keep)
             last = sum(number >= self._kept.length - value for number in self._keep)
             for count in dict.fromkeys((first, last)):
                 if count != value:
-                    yield {(*base.node, key): count}
+                    yield {(*node, key): count}
         lists = [key for key, value in values.items() if value == [] or rises(value)]
         named = [
             [new for new, kind in enumerate(self._kinds) if kind == chosen]
@@ -253,9 +245,9 @@ class _Search:
             if key in of_every_config():
                 continue
             for layers in named:
-                yield {(*base.node, key): layers}
+                yield {(*node, key): layers}
                 for step in (step for step, value in numbers.items() if value > 1):
-                    yield {(*base.node, key): layers, (*base.node, step): 1}
+                    yield {(*node, key): layers, (*node, step): 1}
 
 
 def _counts(

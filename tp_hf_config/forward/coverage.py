@@ -176,7 +176,8 @@ def unreached_by(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = P
     try:
         grads = torch.autograd.grad(total, parameters, allow_unused=True)
     except RuntimeError as error:
-        raise GradientsError(f"torch cannot compute its gradients: {_error_text(error)}") from error
+        reason = in_one_line(error)[:200]
+        raise GradientsError(f"torch cannot compute its gradients: {reason}") from error
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
 
 
@@ -188,10 +189,5 @@ def forward_error(
         with torch.no_grad(), AllFloat64():
             outputs_of(model, inputs, recipe)
     except Exception as error:  # whatever a class's forward pass raises
-        return Refusal(_error_text(error))
+        return Refusal(in_one_line(error)[:200])
     return None
-
-
-def _error_text(error: Exception) -> str:
-    """Return an error's text on one line, at most 200 characters, or else its type."""
-    return in_one_line(error)[:200]

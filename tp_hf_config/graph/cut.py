@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,18 +13,12 @@ from ..model.tensors import select
 from .edits import Edit, RefitInPlace, Selection
 from .origins import note
 
+ApplyRefit = Callable[[nn.Module, str, int, torch.Tensor], Iterable[RefitInPlace]]
+"""Changes a parameter, the first time that one of its dimensions is cut; yields each edit.
 
-class Refits(Protocol):
-    """Weights that are changed right before they lose what they read."""
-
-    def apply(
-        self, owner: nn.Module, key: str, dim: int, gone: torch.Tensor
-    ) -> Iterable[RefitInPlace]:
-        """Change a parameter, the first time that one of its dimensions is cut; yield each edit.
-
-        It is about to lose the positions ``gone``, 1-D, of dimension ``dim``.
-        """
-        ...
+It takes the layer, the parameter's name in it, the dimension, and the positions that are about to
+go, 1-D.
+"""
 
 
 @dataclass
@@ -73,13 +66,13 @@ class Cuts:
     """Collects which positions of parameters stay, and cuts each parameter once at the end.
 
     Attributes:
-        refits: what is changed before it is cut; ``None``: nothing.
+        apply_refit: changes what is about to be cut; ``None``: nothing is changed.
         log: every edit since somebody emptied this: the layer, the parameter's name in it, the
             edit.
     """
 
     def __init__(self) -> None:
-        self.refits: Refits | None = None
+        self.apply_refit: ApplyRefit | None = None
         self.log: list[tuple[nn.Module, str, Edit]] = []
         self._pending: dict[tuple[int, str], _Pending] = {}
         self._depth = 0
@@ -106,8 +99,8 @@ class Cuts:
 
     def refit(self, owner: nn.Module, key: str, dim: int, gone: torch.Tensor) -> None:
         """Refit a parameter that is about to lose positions (1-D), where there is a refit."""
-        if self.refits is not None:
-            for edit in self.refits.apply(owner, key, dim, gone):
+        if self.apply_refit is not None:
+            for edit in self.apply_refit(owner, key, dim, gone):
                 self.log.append((owner, key, edit))
 
     def keep(

@@ -248,7 +248,7 @@ class HFConfigSyncHook:
 
         assert self.compensate is not None  # only then is it called
         self._compensating = Compensating(self.compensate, groups, whole)
-        pruner.DG.cuts.refits = self._compensating.applied
+        pruner.DG.cuts.apply_refit = self._compensating.applied.apply
 
     def _prove(self, pruner: Any, groups: Sequence[Any]) -> None:
         """Raise if no config could describe what a step leaves; nothing of it is pruned then.
@@ -285,7 +285,7 @@ class HFConfigSyncHook:
     def after_step(self, pruner: Any) -> None:
         """Sync after a step of the pruner; after a refused step there is nothing to do."""
         refused, self._step_refused = self._step_refused, False
-        pruner.DG.cuts.refits = None
+        pruner.DG.cuts.apply_refit = None
         if not refused:
             self._sync(stepped=True)
 
