@@ -33,7 +33,7 @@ from .joint_fields import (
 )
 from .layout import Places, TensorDim, UnitLayout, places_of
 from .layout_guesses import layouts_of
-from .layout_search import Sources, Style, in_other_layouts, searched
+from .layout_search import Sources, Style, searched
 from .links import Links
 from .prove import channel_groups_of, companion, named, order_of, proved, second_look
 from .rehearse import rehearse
@@ -199,10 +199,6 @@ def _find(
         finding = proved(test, sources, fields, links)
         if finding.reason is not None:
             finding = second_look(test, sources, fields, links) or finding
-        if finding.unproved_dims:
-            several = in_other_layouts(test, styles, sources, finding.unproved_dims)
-            others = (proved(test, other, fields, other_links) for other, other_links in several)
-            finding = next((other for other in others if other.reason is None), finding)
         if tiny.partial:  # no part that reads images ran
             finding = _given_text_alone(finding)
     if finding is None:

@@ -51,7 +51,6 @@ class Finding:
         disproved: True if an experiment told its units apart.
         unobserved: True if no output depends on some of its tensor dims.
         told_apart: the tensor dims in which its units are told apart.
-        unproved_dims: the tensor dims of a group of which no permutation is neutral.
         minimum: the fewest units with which the class runs (a router that takes the best two
             experts needs two).
         unobserved_parameters: parameters that no output depends on, and that are in a group all the
@@ -66,7 +65,6 @@ class Finding:
     disproved: bool = False
     unobserved: bool = False
     told_apart: Places = frozenset()
-    unproved_dims: Places = frozenset()
     minimum: int = 1
     unobserved_parameters: tuple[str, ...] = ()
     outward: bool = False

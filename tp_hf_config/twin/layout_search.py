@@ -218,31 +218,6 @@ class _Search:
         return not self.tried[-1].failures
 
 
-def in_other_layouts(
-    test: TwinTest, styles: Mapping[Style, Sequence[TensorDim]], sources: Sources, places: Places
-) -> Iterator[tuple[Sources, Links]]:
-    """Yield layouts that tell no units apart, with one style at a time in another layout.
-
-    Twins may be interchangeable in several layouts, and a permutation neutral in only one of them
-    (the upsampling of SEW, which has two time steps in a row). Only styles in ``places`` change.
-    """
-    for style, dims in styles.items():
-        (layouts, source), own_places = style, places_of(dims)
-        if not own_places & places:
-            continue
-        other_styles = {
-            dim: field
-            for dim, field in sources.items()
-            if dim.place not in own_places or field != source
-        }
-        for _, layout in layouts[:_MAX_LAYOUTS]:
-            trial = other_styles | _sources({style: dims}, [layout])
-            if trial != sources and not overlap(trial, test.units):
-                links = test.links(list(trial))
-                if not links.unequal:
-                    yield trial, links
-
-
 def _in_parts(likely: Sources, parts: Mapping[tuple[str, int], int], test: TwinTest) -> Sources:
     """Return the likeliest layouts, but with another number of parts where ``parts`` has one."""
     sources: Sources = {}

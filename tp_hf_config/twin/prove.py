@@ -14,7 +14,7 @@ from ..errors import listed
 from ..fieldmap.names_in_code import names_in_code
 from ..model.config_json import FieldPath
 from .group import Finding, TinyGroup, as_in_like_layers, in_parts_alike
-from .layout import TensorDim, places_of
+from .layout import TensorDim
 from .links import Links
 from .twin_test import TwinTest
 
@@ -41,7 +41,7 @@ def proved(
         channel_groups = channel_groups_of(test, group)
         if channel_groups is None or not test.alike(group, channel_groups):
             reason = f"no permutation of units is neutral in {named(group)}"
-            return Finding(fields, reason=reason, disproved=True, unproved_dims=places_of(group))
+            return Finding(fields, reason=reason, disproved=True)
         by_field = tuple(sources[dim] for dim in group)
         groups.append(TinyGroup(fields, tuple(group), by_field, test.units, channel_groups))
     groups = as_in_like_layers(groups)

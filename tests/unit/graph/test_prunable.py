@@ -237,7 +237,7 @@ def test_a_setting_of_single_layers_follows_under_their_number() -> None:
         (albert, ["hidden_size", "num_attention_heads + hidden_size"]),
         (markuplm, ["hidden_size", "num_attention_heads + hidden_size"]),
         (gpt_bigcode, ["n_inner", "n_head + n_embd"]),
-        (sew, ["hidden_size", "num_attention_heads + hidden_size"]),
+        (sew, ["hidden_size"]),
         (deepseek, ["hidden_size", "num_attention_heads"]),
         (informer, ["d_model", "encoder_ffn_dim", "decoder_ffn_dim"]),
         (qwen2_vl, ["num_attention_heads + num_key_value_heads + hidden_size"]),
