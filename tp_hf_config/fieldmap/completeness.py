@@ -53,10 +53,7 @@ def _differ(live: Shapes, built: Shapes) -> bool:
 
 
 def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
-    """Yield constructor arguments to try: booleans other than their defaults, fewest first.
-
-    Every combination is tried, up to a limit.
-    """
+    """Yield constructor arguments to try: booleans other than their defaults, fewest first."""
     switches = {
         name: parameter.default
         for name, parameter in inspect.signature(model_class.__init__).parameters.items()

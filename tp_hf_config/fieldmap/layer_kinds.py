@@ -155,10 +155,7 @@ def _kinds(facts: Sequence[Facts]) -> Kinds:
 
 
 def _counts(values: Sequence[Hashable]) -> bool:
-    """True if values only number the layers.
-
-    They rise or fall by one, or each of many layers has another number.
-    """
+    """True if values only number the layers: they change by one, or differ in each of many."""
     numbered = [(n, value.value) for n, value in enumerate(values) if isinstance(value, Number)]
     numbers = [value for _, value in numbered]
     if len(numbered) < max(2, sum(value is not None for value in values)):

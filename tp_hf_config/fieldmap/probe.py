@@ -196,10 +196,7 @@ class Study:
         return {key: size for key, size in sizes.items() if self.base.get(key, size) != size}
 
     def _around_splits(self, changed: Collection[str]) -> bool:
-        """True if one of these modules may split a projection into heads.
-
-        Such a module is the parent or grandparent of a projection that is split.
-        """
+        """True if one of these modules holds a projection that is split, one or two levels down."""
         around = set()
         for name in self.splits.heads:
             parent = name.rpartition(".")[0]

@@ -87,10 +87,7 @@ def _rule(
 def _probe_all(
     study: Study, rule: Power, values: Mapping[FieldPath, int]
 ) -> dict[FieldPath, list[Probe]] | None:
-    """Probe each field that the rule's field follows from.
-
-    ``None``: one of them cannot be probed, so that the rule is not the class's.
-    """
+    """Probe each field that the rule's field follows from; None if one cannot be probed."""
     probes: dict[FieldPath, list[Probe]] = {}
     for field in rule.exponents:
         field_probes = study.alone(field, values[field])

@@ -192,10 +192,7 @@ def _texts(
 
 
 def _token(config: Any, kind: str) -> int | None:
-    """Return the token that stands for an image, a video or a sound, or None if there is none.
-
-    Some configs have it in the part for the tower.
-    """
+    """Return the token that stands for an image, a video or a sound, or None if there is none."""
     for part in (config, *(getattr(config, name, None) for name in _TOWER_PARTS)):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(part, name, None)
@@ -207,10 +204,7 @@ def _token(config: Any, kind: str) -> int | None:
 def _with_placeholders(
     model: nn.Module, inputs: dict[str, Any], parameters: Mapping[str, Any], config: Any
 ) -> dict[str, Any]:
-    """Return the inputs with a token in the text for every feature of an image, video or sound.
-
-    Masks and token types that have a value for each token are added too.
-    """
+    """Return the inputs with tokens for features of images and sounds, and masks beside these."""
     ids = inputs.get("input_ids")
     if ids is None or ids.ndim > 2:
         return inputs

@@ -272,10 +272,7 @@ class _Dependence:
         return {key for bit, key in enumerate(self._parameters) if reached >> bit & 1}
 
     def on(self, result: PassResult) -> set[int]:
-        """Return the parameters, by ``id``, that a result depends on.
-
-        There are none if the result was changed in place since.
-        """
+        """Return the parameters, by ``id``, of a result; none if it was changed in place since."""
         if result not in self._observed:
             asked = [self._parameters[key] for key in self.reachable(result)]
             try:

@@ -54,12 +54,7 @@ class Experiments:
 
 @dataclass
 class _Memory:
-    """What experiments with a class and config found in this process.
-
-    Attributes:
-        tiny: the tiny model, if it was needed.
-        by_fields: the experiments with some fields alone, by these; with all fields, by none.
-    """
+    """What experiments with a class and config found in this process, by the fields asked about."""
 
     tiny: TinyModel | Refusal | None = None
     by_fields: dict[_Fields, Experiments] = dataclasses.field(default_factory=dict)

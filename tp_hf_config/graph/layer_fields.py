@@ -118,11 +118,7 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
 
 
 def _check_importable(model: Any) -> None:
-    """Raise if the class or one of its layers' is in no package that the generated file imports.
-
-    Raises:
-        UnsupportedModelError: as above.
-    """
+    """Raise if the class or one of its layers' is in no package that the generated file imports."""
     layers = [cls for found in layer_lists_of(model) for cls in found.classes]
     for cls in (type(model), type(model.base_model), *layers):
         package = cls.__module__.partition(".")[0]

@@ -84,10 +84,7 @@ def _scales_parts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool |
 def _dims_with_more_parts(
     group: TinyGroup, tiny: TinyModel, model: nn.Module, factor: Fraction
 ) -> list[TensorDim] | None:
-    """Return the tensor dims of a group in a build where units are in ``factor`` times the parts.
-
-    ``None``: the sizes of that build do not fit.
-    """
+    """Return a group's dims in a build with ``factor`` times the parts; None: sizes do not fit."""
     was, now = shapes(tiny.model), shapes(model)
     dims = []
     for dim in group.dims if was.keys() == now.keys() else ():
@@ -126,10 +123,7 @@ def _channel_group_count(
 
 
 def _rebuilt(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | None:
-    """Return the tiny model built with other values of some fields, and random weights.
-
-    ``None``: it cannot be built, or does not run.
-    """
+    """Return the tiny model at other values, with random weights; None: it does not run."""
     with same_random_state():
         torch.default_generator.manual_seed(0)
         model = tiny.field_map.builder.build_real(tiny.field_map.config_at(values))
@@ -142,10 +136,7 @@ def _rebuilt(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | No
 def _dims_with_other_rest(
     group: TinyGroup, tiny: TinyModel, model: nn.Module
 ) -> list[TensorDim] | None:
-    """Return the tensor dims of a group in another build, in which other positions may be added.
-
-    ``None``: the units themselves changed.
-    """
+    """Return a group's dims in a build that may add other positions; None: the units changed."""
     was, now = shapes(tiny.model), shapes(model)
     dims = []
     for dim in group.dims if was.keys() == now.keys() else ():

@@ -109,10 +109,7 @@ def _takes_less(field_map: FieldMap, field: FieldPath) -> bool:
 
 
 def _in_proportion(tiny: TinyModel, fields: tuple[FieldPath, ...]) -> Finding:
-    """Return the finding for two fields in proportion: units are heads, or a part of every head.
-
-    Heads, which are runs of positions, are tried first.
-    """
+    """Return the finding for two fields in proportion: units are heads, or a part of every head."""
     finding = _find(tiny, fields, heads=True)
     if finding.reason is not None or not all(map(_scales, finding.groups)):
         finding = _find(tiny, fields)
@@ -239,10 +236,7 @@ def _split_into(field_map: FieldMap, fields: Collection[FieldPath]) -> frozenset
 
 
 def _shares_of_states(tiny: TinyModel, shares: Shares) -> Shares:
-    """Return what the fields have of encoder states: as much as of the parameter that reads them.
-
-    Nothing, if the model is given no states.
-    """
+    """Return what fields have of encoder states: as much as of the parameter that reads them."""
     read = encoder_states_of(tiny.model, tiny.recipe.encoder_states)
     if read is None or not tiny.encoder_states:
         return {}

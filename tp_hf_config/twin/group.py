@@ -160,10 +160,7 @@ def in_parts_alike(
 
 
 def _part_of_list(model: nn.Module, name: str) -> str:
-    """Return the innermost part of a list or dictionary of modules that a parameter is in.
-
-    An empty string: it is in none.
-    """
+    """Return the innermost part of a list of modules that a parameter is in, or an empty text."""
     part = name.rpartition(".")[0]
     while part:
         above = part.rpartition(".")[0]
@@ -193,10 +190,7 @@ def _facts(model: nn.Module, part: str) -> list[object]:
 def _as_in(
     groups: Sequence[TinyGroup], like: str, part: str, dims: Sequence[TensorDim]
 ) -> list[TinyGroup] | None:
-    """Return the groups with the tensor dims of a part added as a like part has them.
-
-    ``None``: the like part has other tensor dims in them.
-    """
+    """Return the groups with a part's dims as a like part has them; None: that one has others."""
     result: list[TinyGroup] = []
     placed: set[tuple[str, int]] = set()
     for group in groups:

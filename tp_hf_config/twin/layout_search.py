@@ -83,14 +83,7 @@ def searched(
 
 
 class _Search:
-    """The attempts for one width.
-
-    Attributes:
-        test: the twin test.
-        styles: the tensor dims of each style.
-        options: the possible layouts of each style, the likeliest first.
-        tried: the attempts so far.
-    """
+    """The attempts for one width; ``options`` are the layouts of each style, likeliest first."""
 
     def __init__(self, test: TwinTest, styles: Mapping[Style, Sequence[TensorDim]]):
         self.test, self.styles = test, styles
@@ -162,10 +155,7 @@ class _Search:
             better = 0 < fewest < start.failures and len(self.tried) < 4 * _MAX_LAYOUTS
 
     def _one_style_changed(self, start: _Attempt) -> Iterator[tuple[UnitLayout, ...]]:
-        """Yield an attempt's layouts, with another for one style in which units are told apart.
-
-        After a style that made a better attempt, no other follows.
-        """
+        """Yield an attempt's layouts with others for a style that fails, until one is better."""
         for style, dims in enumerate(self.styles.values()):
             if self.best().failures < start.failures:
                 break

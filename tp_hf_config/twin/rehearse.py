@@ -97,10 +97,7 @@ _Staying = list[tuple["TinyGroup", Tensor]]
 
 
 def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[tuple[dict[FieldPath, int], _Staying]]:
-    """Yield smaller values of a width's fields, nearest to half first, with the units that stay.
-
-    Every channel group loses the same number of units.
-    """
+    """Yield smaller values of a width's fields, nearest to half first, with the units that stay."""
     values, units = tiny.field_map.values, units_of(tiny.field_map, finding.fields)
     for count in sorted(range(finding.minimum, units), key=lambda n: abs(2 * n - units)):
         counts = [(group, count * group.per_field_unit) for group in finding.groups]

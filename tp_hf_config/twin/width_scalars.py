@@ -73,10 +73,7 @@ def take_scales(model: nn.Module, reference_build: nn.Module) -> None:
 
 
 def _take_numbers(target: Any, source: Any) -> None:
-    """Set the number attributes of ``target`` that are other numbers in ``source``, in place.
-
-    Floats are copied; a whole number becomes a ``DualWidth`` of both values.
-    """
+    """Give ``target`` the numbers of ``source`` where they differ, whole ones as ``DualWidth``."""
     if not (hasattr(target, "__dict__") and hasattr(source, "__dict__")):
         return  # Idefics has a None for a module's config
     for key, value in list(vars(target).items()):

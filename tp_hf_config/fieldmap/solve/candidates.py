@@ -115,10 +115,7 @@ def with_heads(goal: Goal, values: Values, given: Mapping[FieldPath, int]) -> It
 
 
 def _split_width(goal: Goal, field: FieldPath) -> int:
-    """Return the number that a head count has to divide, or 0 if it splits nothing.
-
-    It is the greatest common divisor of the target's widths of all pieces that the field splits.
-    """
+    """Return the greatest common divisor of the widths that a field splits; 0: it splits none."""
     field_map = goal.field_map
     widths = [0]
     for (name, which), expression in field_map.expressions.items():
@@ -205,10 +202,7 @@ def _distance(goal: Goal, outcome: Sequence[Mismatch] | Refusal) -> int:
 def _changes(
     goal: Goal, values: Values, outcome: Sequence[Mismatch] | Refusal
 ) -> Iterator[tuple[FieldPath, int]]:
-    """Yield other values of single fields to try.
-
-    First come those that the mismatched dimensions ask for, then any small ones.
-    """
+    """Yield other values of single fields: those that mismatches ask for, then any small ones."""
     field_map = goal.field_map
     influence: dict[FieldPath, dict[tuple[int, int], None]] = {}
     for mismatch in () if isinstance(outcome, Refusal) else outcome:

@@ -116,11 +116,7 @@ def _equal_values(field_map: FieldMap, values: Values, field: FieldPath) -> list
 
 
 def _other_tensors(field_map: FieldMap, target: Shapes) -> Refusal | None:
-    """Return why the class builds no model with these tensors, whatever the widths, or None.
-
-    Some are missing, or the class has no tensor of that name. A tied tensor may be missing under
-    one of its names.
-    """
+    """Return why the class builds no model with these tensors, whatever the widths, or None."""
     full = field_map.builder.build(field_map.data)
     if isinstance(full, Refusal):
         return full
@@ -149,10 +145,7 @@ def _tied_groups(model: nn.Module) -> dict[str, set[str]]:
 
 
 def _fitting(goal: Goal, given: Mapping[FieldPath, int]) -> tuple[list[Values], Conflict | Refusal]:
-    """Return the values that fit the field map and that the class accepts, and a reason if none do.
-
-    The reason is that of the first attempt; it only counts if there are no values.
-    """
+    """Return values that fit the field map and are accepted; and the first reason, if none are."""
     field_map, sizes = goal.field_map, goal.sizes
     fitting: list[Values] = []
     reason: Conflict | Refusal | None = None

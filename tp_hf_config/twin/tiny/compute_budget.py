@@ -104,10 +104,7 @@ def _with_cheaper_values(
 
 
 def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
-    """Return the fields in lists that change together, the largest value first.
-
-    Equal entries of one list go together; every other field is alone.
-    """
+    """Return the fields in lists, the largest first; equal entries of one list change together."""
     groups: dict[tuple[FieldPath, int], list[FieldPath]] = {}
     for field, value in sizes.items():
         listed = isinstance(field[-1], int)  # one entry for each layer

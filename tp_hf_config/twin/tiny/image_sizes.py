@@ -64,10 +64,7 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
 
 
 def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:
-    """Return the fields that count the patches along an image without setting a width.
-
-    Each comes with the side of a patch, in pixels.
-    """
+    """Return the fields that count patches along an image and set no width, with a patch's side."""
     patches = {side for field, side in field_map.sizes.items() if field[-1] == _PATCH}
     patches = {side for side in patches if 1 < side < image and image % side == 0}
     sides = {image // patch: patch for patch in patches}

@@ -228,11 +228,7 @@ def _reaching_alike(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
 
 
 def _unreached_shares(model: nn.Module, working: WorkingInputs) -> dict[str, float]:
-    """Return which share is not reached of parameters whose names differ only in their last number.
-
-    These names have ``*`` for the number. Where all or none of the parameters are reached, the name
-    is missing.
-    """
+    """Return name with ``*`` for its last number -> the share not reached, if it is a part."""
     alike = Counter(_numbered(name) for name, _ in model.named_parameters())
     unreached = Counter(map(_numbered, unreached_by(model, working.inputs, working.recipe)))
     return {name: n / alike[name] for name, n in unreached.items() if n < alike[name]}
