@@ -1,4 +1,4 @@
-"""Propose the field values behind some shapes, and count how far their build is from them."""
+"""Propose the field values behind some shapes, and compare what they build with these."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from .fit import Values, fit, problem_of
 from .integers import Conflict, open_together
 
 SMALL = 128
-"""Highest value of a field whose values are all tried, and most attempts of one search."""
-_MOST_BUILDS = 512
-"""Builds after which a search gives up."""
+"""How many combinations of head counts are tried; of a joint field, four times as many values."""
 
 
 class Goal:
-    """Shapes that a class has to build; counts how many builds were compared with them.
+    """Shapes that a class has to build.
 
     Attributes:
         field_map: the class.
@@ -29,7 +27,6 @@ class Goal:
         shallow_target: the target's shapes of the shallow model's tensors, by their names there.
         sizes: the tensor dims of the target with their sizes; layers of one kind and size count
             once.
-        builds: how many builds were compared with the target.
     """
 
     def __init__(self, field_map: FieldMap, target: Shapes):
@@ -47,11 +44,9 @@ class Goal:
                 if kind_and_size not in counted:
                     counted.add(kind_and_size)
                     self.sizes[name, dim] = size
-        self.builds = 0
 
     def compare_at(self, values: Values) -> Sequence[Mismatch] | Refusal:
         """Return how the shallow build at these values differs from the target, or the refusal."""
-        self.builds += 1
         field_map = self.field_map
         built = field_map.shapes_at(values)
         # the class may accept a default only where it is left unset
@@ -133,100 +128,23 @@ def _split_width(goal: Goal, field: FieldPath) -> int:
     return gcd(*widths)
 
 
-def nearest(
-    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Mapping[FieldPath, int]
-) -> Values:
-    """Return values that give most of these sizes.
-
-    Where sizes need different values of a field, the value that most of them need is taken.
-    """
-    base = {**field_map.sizes, **given}
-    remaining = dict(sizes)
-    for _ in range(SMALL):
-        result = fit(field_map, remaining, given, powers=True)
-        if not isinstance(result, Conflict):
-            return result
-        if result.ambiguous:
-            given = {**given, **result.ambiguous[0]}
-            continue
-        against: set[Quantity] = set()
-        for by_value in result.needs.values():
-            whole = {v: who for v, who in by_value.items() if v.denominator == 1 and v >= 1}
-            most = max(whole, key=lambda value: len(whole[value]), default=None)
-            against.update(key for v, who in by_value.items() if v != most for key in who)
-        if not against & remaining.keys():
-            break
-        remaining = {key: size for key, size in remaining.items() if key not in against}
-    return base
-
-
-def search(
-    goal: Goal,
-    values: Values,
-    given: Mapping[FieldPath, int],
-    outcome: Sequence[Mismatch] | Refusal | None = None,
+def with_other_size(
+    goal: Goal, values: Values, given: Mapping[FieldPath, int], mismatches: Sequence[Mismatch]
 ) -> Values | None:
-    """Change one field after the other, each so that the build comes closer to the target.
+    """Return the values with another size of an image, say, that build the target; None: none do.
 
-    Fields that are given stay. ``outcome`` is what ``goal.compare_at`` returns for ``values``.
-    Return ``None`` if no values are found.
+    Such a field sets mismatched dimensions along no straight line: they tell what it may be.
     """
-    outcome = goal.compare_at(values) if outcome is None else outcome
-    if not outcome:
-        return values
-    for field, value in _changes(goal, values, outcome):
-        if goal.builds >= _MOST_BUILDS:
-            return None
-        if field in given:
-            continue
-        candidate = {**values, field: value}
-        closer = goal.compare_at(candidate)
-        if _distance(goal, closer) < _distance(goal, outcome):
-            solution = search(goal, candidate, given, closer)
-            if solution is not None:
-                return solution
+    for mismatch in mismatches:
+        pairs = zip(mismatch.shape, mismatch.expected or (), strict=False)
+        for dim, (want, have) in enumerate(pairs):
+            setting = goal.field_map.unfitted.get((mismatch.name, dim), frozenset())
+            for field in sorted(setting - given.keys(), key=str):
+                for number in _scaled(values[field], have, want):
+                    candidate = {**values, field: number}
+                    if number > 0 and not goal.compare_at(candidate):
+                        return candidate
     return None
-
-
-def _distance(goal: Goal, outcome: Sequence[Mismatch] | Refusal) -> int:
-    """Return how many dimensions differ from the target; for a refusal, more than there are."""
-    if isinstance(outcome, Refusal):
-        return len(goal.sizes) + 1
-    return sum(
-        have != want
-        for mismatch in outcome
-        for want, have in zip(mismatch.shape, mismatch.expected or (), strict=False)
-    )
-
-
-def _changes(
-    goal: Goal, values: Values, outcome: Sequence[Mismatch] | Refusal
-) -> Iterator[tuple[FieldPath, int]]:
-    """Yield other values of single fields: those that mismatches ask for, then any small ones."""
-    field_map = goal.field_map
-    influence: dict[FieldPath, dict[tuple[int, int], None]] = {}
-    for mismatch in () if isinstance(outcome, Refusal) else outcome:
-        for dim, (want, have) in enumerate(
-            zip(mismatch.shape, mismatch.expected or (), strict=False)
-        ):
-            if want != have:
-                for field in _fields_of(field_map, (mismatch.name, dim)):
-                    influence.setdefault(field, {})[have, want] = None
-    tried = set()
-    for field, ratios in influence.items():
-        for have, want in list(ratios)[:4]:
-            for number in _scaled(values[field], have, want):
-                if number not in (0, values[field]) and (field, number) not in tried:
-                    tried.add((field, number))
-                    yield field, number
-    highest = {field: field_map.sizes[field] for field in [*influence, *hidden_counts(field_map)]}
-    if isinstance(outcome, Refusal):  # the class may mean any field
-        highest.update({**field_map.sizes, **field_map.non_size_fields})
-    for field, most in highest.items():
-        for number in range(most, 0, -1) if most <= SMALL else ():
-            if number != values.get(field, most) and (field, number) not in tried:
-                tried.add((field, number))
-                yield field, number
 
 
 def _scaled(value: int, have: int, want: int) -> Iterator[int]:
@@ -243,12 +161,6 @@ def _scaled(value: int, have: int, want: int) -> Iterator[int]:
         yield -(-value * have // want)
         yield isqrt(value * value * want // have)
         yield isqrt(value * value * want // have) + 1
-
-
-def _fields_of(field_map: FieldMap, key: Quantity) -> frozenset[FieldPath]:
-    """Return the fields that change a quantity, whether it has an expression or not."""
-    expression = field_map.expressions.get(key) or field_map.powers.get(key)
-    return expression.fields if expression is not None else field_map.unfitted.get(key, frozenset())
 
 
 def hidden_counts(field_map: FieldMap) -> list[FieldPath]:

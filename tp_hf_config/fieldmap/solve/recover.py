@@ -24,11 +24,10 @@ from .candidates import (
     SMALL,
     Goal,
     hidden_counts,
-    nearest,
     others,
-    search,
     solutions,
     with_heads,
+    with_other_size,
 )
 from .fit import Values, build_with_shapes, fit
 from .integers import Conflict
@@ -78,15 +77,13 @@ def recover(
     fitting, reason = _fitting(goal, given)
     if len(fitting) > 1:
         return Conflict(ambiguous=_differences(fitting[:_LISTED]))
-    values = fitting[0] if fitting else search(goal, nearest(field_map, goal.sizes, given), given)
-    if values is None:
+    if not fitting:
         return reason
+    (values,) = fitting
     proof = build_with_shapes(field_map, field_map.data, target, values)
     if isinstance(proof, tuple):
         recovery = Recovery(values, proof[0], frozenset(hidden_counts(field_map)) - given.keys())
         return _several(field_map, recovery, given) or recovery
-    if not fitting:
-        return reason
     return proof if isinstance(proof, Refusal) else _mismatched(field_map, proof)
 
 
@@ -176,7 +173,8 @@ def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> V
         if not outcome:
             return values
         if not isinstance(outcome, Refusal):
-            return _mismatched(goal.field_map, outcome)
+            other = with_other_size(goal, values, given, outcome)
+            return other or _mismatched(goal.field_map, outcome)
         reason = outcome
     return reason
 
