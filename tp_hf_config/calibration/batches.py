@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..graph.standin import standin_behind
-from ..model.lazy_tensor import is_lazy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +20,6 @@ _LEAST = 8  # tokens
 HELD_OUT = 8  # one batch in so many is held out
 _MOST_HELD_OUT = 8  # batches
 _AT_ONCE = 8  # windows that the model writes side by side
-_ACTIVATIONS = 1 << 26  # numbers of one activation, for all rows together
 Batch = Mapping[str, Any]
 
 
@@ -216,43 +213,6 @@ def unpadded(batch: Batch) -> Iterator[Batch]:
                     single[key] = value[:, tokens]
         else:
             yield single
-
-
-def rows_at_once(model: nn.Module, tokens: int) -> int:
-    """Return how many windows of so many tokens go through a model together.
-
-    One, unless the model's weights are read from files at each use: then as many as leave the
-    largest activation below half a GiB.
-    """
-    if not is_lazy(model) or standin_behind(model) is not None:
-        return 1
-    widest = max(max(parameter.shape, default=1) for parameter in model.parameters())
-    return max(1, _ACTIVATIONS // (tokens * widest))
-
-
-def joined(batches: Sequence[Batch], model: nn.Module) -> list[Batch]:
-    """Return batches, neighbours of one shape joined where it is costly to go through a model."""
-    most = rows_at_once(model, tokens_in(batches[:1])) if batches else 1
-    result: list[dict[str, Any]] = []
-    for batch in batches:
-        last = result[-1] if result else None
-        if last is None or not _joinable(last, batch, most):
-            result.append(dict(batch))
-        else:
-            result[-1] = {key: torch.cat([last[key], batch[key]]) for key in last}
-    return list(result)
-
-
-def _joinable(batch: Batch, other: Batch, most: int) -> bool:
-    """True if two batches have the same tensors of the same shapes, but for the number of rows."""
-    return batch.keys() == other.keys() and all(
-        isinstance(value, Tensor)
-        and isinstance(other[key], Tensor)
-        and value.ndim > 1
-        and value.shape[1:] == other[key].shape[1:]
-        and len(value) + len(other[key]) <= most
-        for key, value in batch.items()
-    )
 
 
 def tokens_in(batches: Sequence[Batch]) -> int:

@@ -17,7 +17,6 @@ from ..model.ranks import Decision, differing
 from .batches import (
     Batch,
     Text,
-    joined,
     own_text,
     shipped_text,
     split_batches,
@@ -100,6 +99,9 @@ def calibrate(
             on, else 0.01.
         max_memory: how many bytes Gram matrices may take together (4 x channels x channels for
             every input); what does not fit takes further passes. Default: half of what is free.
+            Of a model whose weights are read from files, all of this together: the weights of a
+            layer, its Gram matrices (which go to temporary files then), and the batches that wait
+            at it. What does not fit is read again.
         seed: of what the model writes itself.
         measure: False: hold the data only. What weights read is measured once something asks for
             it, which ``drop_layers(model, count=...)`` does not.
@@ -129,7 +131,6 @@ def calibrate(
         held_out: list[Batch] = [{"input_ids": row[None]} for row in text.held_out]
     else:
         train, held_out = split_batches(data, model)  # type: ignore[arg-type]
-    train, held_out = joined(train, model), joined(held_out, model)
     if ridge is None:
         ridge = TEXT_RIDGE if writes_text(model) else RIDGE
     _check_alike(model, [*train, *held_out])

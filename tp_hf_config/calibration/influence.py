@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import CalibrationError
 from ..forward.layer_passes import hidden_in, hidden_out
 from .batches import Batch
-from .passes import watched_pass
+from .passes import together_on, watched_pass
 
 
 def layer_influence(
@@ -46,7 +46,8 @@ def layer_influence(
         for number, layer in enumerate(layers)
     ]
     try:
-        watched_pass(model, batches, what="influence of layers")
+        together = together_on(model, None)
+        watched_pass(model, batches, what="influence of layers", together=together)
     finally:
         for handle in handles:
             handle.remove()

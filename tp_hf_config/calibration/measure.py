@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.scratch import free_on_disk
 from ..errors import CalibrationError
-from ..graph.standin import standin_behind
-from ..model.ranks import smallest
-from ..model.surroundings import free_memory
 from .batches import Batch
 from .linear_ops import Consumer, LinearOp
-from .passes import watched_pass
-from .sources import Chain, Sources
+from .passes import is_streamed, sums_limit, together_on, watched_pass
+from .sources import Chain, Sources, use_of
 from .statistics import InputStatistics
 
 _REMEMBERED = 4  # inputs: the weights that read the same values do so one right after the other
+_Read = tuple[tuple[Any, ...], Callable[[], bool], Consumer]
+"""Where values lay that a weight read, whether they still do, and that weight's leader."""
 
 
 @dataclass
@@ -32,12 +33,15 @@ class Readings:
         leaders: consumer -> its leader.
         chains: leader -> the layers from a norm to what it reads; leaders behind none are not here.
         tables: parameters that are tables of embeddings too (tied heads).
+        in_lockstep: False if batches that go through the model layer by layer would be added up in
+            another order than one after the other.
     """
 
     statistics: dict[Consumer, InputStatistics] = field(default_factory=dict)
     leaders: dict[Consumer, Consumer] = field(default_factory=dict)
     chains: dict[Consumer, Chain] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
+    in_lockstep: bool = True
 
     def of(self, consumer: Consumer) -> InputStatistics | None:
         """Return what a consumer reads; ``None`` if it read nothing."""
@@ -66,13 +70,21 @@ class Measuring:
         sources: finds the norms in front of weights.
         limit: how many bytes the Gram matrices may take together.
         only: the leaders whose Gram matrices are wanted; ``None``: of all that need one.
+        disk: how many bytes of them :meth:`to_disk` may put into temporary files.
     """
 
-    def __init__(self, sources: Sources, limit: int, only: Collection[Consumer] | None = None):
+    def __init__(
+        self,
+        sources: Sources,
+        limit: int,
+        only: Collection[Consumer] | None = None,
+        disk: int = 0,
+    ):
         self.readings = Readings()
-        self._sources, self._limit, self._only = sources, limit, only
-        self._grams: set[Consumer] = set()
-        self._recent: deque[tuple[Tensor, tuple[Any, ...], Consumer]] = deque(maxlen=_REMEMBERED)
+        self._sources, self._limit, self._only, self._disk = sources, limit, only, disk
+        self._in_memory: dict[Consumer, int] = {}  # the bytes of Gram matrices
+        self._on_disk: dict[Consumer, int] = {}
+        self._of_thread = threading.local()
         self._apart: set[Consumer] = set()
 
     def visit(self, op: LinearOp) -> Any:
@@ -84,8 +96,21 @@ class Measuring:
         if leader == op.consumer:
             if leader not in readings.statistics:
                 self._begin(op)
-            readings.statistics[leader].add(op.channels_last(), leader in self._grams)
+            elif leader in self._on_disk and leader not in self._in_memory:
+                self._to_memory(leader)
+            readings.statistics[leader].add(op.channels_last(), leader in self._in_memory)
         return op.run()
+
+    def to_disk(self) -> None:
+        """Put Gram matrices into temporary files, as many as there is room for."""
+        for consumer, size in [*self._in_memory.items()]:
+            if consumer not in self._on_disk:
+                if size > self._disk:
+                    continue
+                self._disk -= size
+                self._on_disk[consumer] = size
+            self.readings.statistics[consumer].to_disk()
+            del self._in_memory[consumer]
 
     def complete(self) -> Readings:
         """Return what was measured."""
@@ -107,17 +132,29 @@ class Measuring:
             readings.tables.add(consumer.parameter)
         size = 4 * op.inputs.shape[op.axis] ** 2
         wanted = self._only is None or consumer in self._only
-        if wanted and readings.needs_gram(consumer) and (size <= self._limit or not self._grams):
-            self._grams.add(consumer)
-            self._limit -= size
+        if wanted and readings.needs_gram(consumer) and self._has_room(size):
+            self._in_memory[consumer] = size
+
+    def _has_room(self, size: int) -> bool:
+        """True if memory has room for another Gram matrix, or has none yet."""
+        return not self._in_memory or sum(self._in_memory.values()) + size <= self._limit
+
+    def _to_memory(self, consumer: Consumer) -> None:
+        """Read the Gram matrix of a consumer that has more tokens, in the place of others."""
+        size = self._on_disk[consumer]
+        if not self._has_room(size):
+            self.to_disk()
+        self.readings.statistics[consumer].to_memory()
+        self._in_memory[consumer] = size
 
     def _leader(self, op: LinearOp) -> Consumer:
         """Return the consumer that has just read the same values, or the operation's own."""
         place = (*_place(op.inputs), op.inputs.shape[op.axis])
-        for _, other, leader in self._recent:
-            if other == place:
+        recent: deque[_Read] = vars(self._of_thread).setdefault("recent", deque(maxlen=_REMEMBERED))
+        for other, in_use, leader in recent:
+            if other == place and in_use():  # else other values are there now
                 return leader
-        self._recent.append((op.inputs, place, op.consumer))  # held, so that no other is put there
+        recent.append((place, use_of(op.inputs), op.consumer))
         return op.consumer
 
 
@@ -136,16 +173,17 @@ def measure(
         model: the model.
         batches: the data.
         max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
-            Those that do not fit are measured in further passes, once they are needed.
+            Those that do not fit are measured in further passes, once they are needed. Of a model
+            whose weights are read from files: for the Gram matrices of one layer (they go to
+            temporary files then), its weights, and the batches that wait for each other.
         what: the title of the progress bar.
 
     Raises:
         CalibrationError: the model does not run on the data, or gives numbers that are not finite.
     """
-    sources = Sources(model)
-    measuring = Measuring(sources, memory_limit(model, max_memory))
-    watched_pass(model, batches, measuring.visit, sources, what=what)
-    readings = measuring.complete()
+    readings = _measured(model, batches, max_memory, what)
+    if not readings.in_lockstep:  # sums in another order differ in their last bits
+        readings = _measured(model, batches, max_memory, what, in_lockstep=False)
     if not readings.statistics:
         raise CalibrationError(
             f"{type(model).__name__} has no layer whose inputs can be measured (linear layers, "
@@ -168,30 +206,29 @@ def add_grams(
     """
     for statistics in readings.statistics.values():
         statistics.gram = None
-    sources = Sources(model)
-    measuring = Measuring(sources, memory_limit(model, max_memory), leaders)
-    watched_pass(model, batches, measuring.visit, sources, what="calibrate, another pass")
-    for leader, measured in measuring.complete().statistics.items():
+    what = "calibrate, another pass"
+    again = _measured(model, batches, max_memory, what, leaders, readings.in_lockstep)
+    for leader, measured in again.statistics.items():
         if leader in readings.statistics:
             readings.statistics[leader].gram = measured.gram
 
 
-def memory_limit(model: nn.Module, max_memory: int | None) -> int:
-    """Return ``max_memory``, or half of the bytes that are free where the model is.
-
-    Of a sharded model's stand-in it is what all ranks have: they have to measure alike.
-    """
-    if max_memory is not None:
-        return max_memory
-    free = _half_of_free(model)
-    return free if standin_behind(model) is None else smallest(free)
-
-
-def _half_of_free(model: nn.Module) -> int:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return free_memory() // 2
+def _measured(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    max_memory: int | None,
+    what: str,
+    only: Collection[Consumer] | None = None,
+    in_lockstep: bool = True,
+) -> Readings:
+    """Return what is measured in one pass."""
+    sources, limit = Sources(model), sums_limit(model, max_memory)
+    disk = free_on_disk() // 2 if is_streamed(model) else 0
+    measuring = Measuring(sources, limit, only, disk)
+    stage_done = measuring.to_disk
+    together = together_on(model, max_memory, (), stage_done) if in_lockstep else None
+    ordered = watched_pass(model, batches, measuring.visit, sources, what=what, together=together)
+    return replace(measuring.complete(), in_lockstep=in_lockstep and ordered)
 
 
 def _check_finite(readings: Readings) -> None:

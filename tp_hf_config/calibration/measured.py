@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..model.lazy_tensor import LazyTensor
 from ..notebook import short
 from .batches import Batch, tokens_in
 from .linear_ops import Consumer
@@ -36,7 +37,8 @@ class MeasuredModel:
         train: the batches that are measured.
         held_out: the batches that tell whether a refit is any good.
         ridge: how strongly a refit stays with the plain cut.
-        max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
+        max_memory: how many bytes Gram matrices may take together, and weights where they are read
+            from files; ``None``: half of what is free.
         readings: what was measured.
         seconds: how long the latest measurement took.
     """
@@ -114,7 +116,7 @@ class MeasuredModel:
         return self.readings
 
     def require(self, leaders: Collection[Consumer]) -> list[Consumer]:
-        """Return those leaders that have their Gram matrices now: the first, as memory allows.
+        """Return those leaders that have their Gram matrices now: the first, as there is room.
 
         Where the first has none, another pass measures it, and as many others as fit.
         """
@@ -131,18 +133,27 @@ class MeasuredModel:
 
     @property
     def memory(self) -> int:
-        """The bytes that Gram matrices take."""
+        """The bytes that Gram matrices take in memory."""
+        return sum(gram.nbytes for gram in self._grams() if not isinstance(gram, LazyTensor))
+
+    @property
+    def scratch(self) -> int:
+        """The bytes that Gram matrices take in temporary files."""
+        return sum(gram.nbytes for gram in self._grams() if isinstance(gram, LazyTensor))
+
+    def _grams(self) -> Iterator[Tensor]:
         found = (one.gram for one in self.readings.statistics.values())
-        return sum(gram.nbytes for gram in found if gram is not None)
+        return (gram for gram in found if gram is not None)
 
     def __str__(self) -> str:
         inputs = len(self.readings.statistics)
         if not self._measured_at:
             return f"{type(self.model).__name__} on {self.tokens:,} tokens: not measured yet"
+        files = f"{self.scratch / 2**20:,.0f} MiB in temporary files, " if self.scratch else ""
         return (
             f"{type(self.model).__name__} on {self.tokens:,} tokens: what {inputs} inputs of "
             f"{len(self.readings.leaders)} weights carry; {self.memory / 2**20:,.0f} MiB, "
-            f"{self.seconds:.1f} s"
+            f"{files}{self.seconds:.1f} s"
         )
 
     def __repr__(self) -> str:

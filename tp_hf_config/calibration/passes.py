@@ -3,18 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CalibrationError, in_one_line
+from ..forward.lockstep import Lockstep
+from ..graph.standin import standin_behind
+from ..model.lazy_tensor import is_lazy
 from ..model.live_objects import configs_of
-from ..model.surroundings import same_random_state
+from ..model.ranks import smallest
+from ..model.surroundings import free_memory, same_random_state
 from .batches import Batch, on_device
 from .linear_ops import LinearOp, WatchedOps
 from .sources import Sources
+
+_Item = TypeVar("_Item")
+_SUMS = 3, 8  # of the memory, where weights and batches that wait take some too
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Together:
+    """How batches go through a model together whose weights are read from files.
+
+    Attributes:
+        memory: the bytes for weights in memory and for batches that wait.
+        used: lazy tensors that are used beside the model's parameters.
+        stage_done: called whenever all batches have gone through a layer.
+    """
+
+    memory: int
+    used: Sequence[Tensor] = ()
+    stage_done: Callable[[], None] = _nothing
+
+
+def run_all(model: nn.Module, passes: Sequence[Callable[[], _Item]]) -> list[_Item]:
+    """Return the results of functions that run a model; they run together if it is streamed."""
+    if not is_streamed(model):
+        return [each() for each in passes]
+    results: list[_Item] = []
+    lockstep = Lockstep(model, memory_limit(model, None))
+    lockstep.run(passes, lambda number, result: results.append(result))
+    return results
+
+
+def together_on(
+    model: nn.Module,
+    max_memory: int | None,
+    used: Sequence[Tensor] = (),
+    stage_done: Callable[[], None] = _nothing,
+) -> Together | None:
+    """Return how batches go through a model together; ``None``: its weights are in memory.
+
+    Args:
+        model: the model.
+        max_memory: how many bytes it may take, with sums; ``None``: half of what is free.
+        used: see :class:`Together`.
+        stage_done: likewise.
+    """
+    if not is_streamed(model):
+        return None
+    limit = memory_limit(model, max_memory)
+    return Together(limit - _for_sums(limit), used, stage_done)
+
+
+def sums_limit(model: nn.Module, max_memory: int | None) -> int:
+    """Return how many bytes sums over batches may take in memory."""
+    limit = memory_limit(model, max_memory)
+    return _for_sums(limit) if is_streamed(model) else limit
+
+
+def _for_sums(limit: int) -> int:
+    part, whole = _SUMS
+    return limit * part // whole
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """True if a model's weights are read from files when they are used."""
+    return is_lazy(model) and standin_behind(model) is None
+
+
+def memory_limit(model: nn.Module, max_memory: int | None) -> int:
+    """Return ``max_memory``, or half of the bytes that are free where the model is.
+
+    Of a sharded model's stand-in it is what all ranks have: they have to measure alike.
+    """
+    if max_memory is not None:
+        return max_memory
+    free = _half_of_free(model)
+    return free if standin_behind(model) is None else smallest(free)
+
+
+def _half_of_free(model: nn.Module) -> int:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return free_memory() // 2
 
 
 def watched_pass(
@@ -24,7 +116,8 @@ def watched_pass(
     sources: Sources | None = None,
     after_batch: Callable[[int, Any], None] | None = None,
     what: str = "",
-) -> None:
+    together: Together | None = None,
+) -> bool:
     """Run a model over batches while every linear operation on its parameters is watched.
 
     Args:
@@ -34,30 +127,65 @@ def watched_pass(
         sources: watches the layers in front of weights.
         after_batch: gets the number of each batch and the model's result.
         what: the title of the progress bar; empty: there is none.
+        together: how batches go through the model together; ``None``: one after the other.
+
+    Returns:
+        True if ``visit`` got each weight's operations in the order of the batches.
 
     Raises:
         CalibrationError: the model does not run on a batch.
     """
-    ops: Any = nullcontext() if visit is None else WatchedOps(model, visit)
+    after = after_batch or (lambda number, result: None)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         if sources is not None:
             stack.enter_context(sources.watching())
-        for number, batch in enumerate(_shown(batches, what)):
-            try:
-                with ops:
-                    result = model(**on_device(batch, model))
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-                shapes = {k: list(v.shape) for k, v in batch.items() if hasattr(v, "shape")}
-                raise CalibrationError(
-                    f"{type(model).__name__} does not run on batch {number + 1} of the calibration "
-                    f"data, {shapes}: {type(error).__name__}: {in_one_line(error)}. Pass batches "
-                    "that the model takes: model(**batch)"
-                ) from error
-            if after_batch is not None:
-                after_batch(number, result)
-            if sources is not None:
-                sources.forget()
+        if together is None:
+            ops = nullcontext() if visit is None else WatchedOps(model, visit)
+            for number, batch in enumerate(_shown(batches, what)):
+                after(number, _run(model, number, batch, ops, sources))
+            return True
+        lockstep = Lockstep(
+            model,
+            together.memory,
+            together.used,
+            stage_done=together.stage_done,
+            about_to_wait=_nothing if sources is None else sources.forget_unused,
+            advance=lambda: next(steps, None),
+        )
+
+        def noted(op: LinearOp) -> Any:
+            lockstep.note_use(op.consumer)
+            assert visit is not None
+            return visit(op)
+
+        ops = nullcontext() if visit is None else WatchedOps(model, noted)
+        steps = iter(_shown(range(lockstep.steps * len(batches)), what))
+        passes = [
+            partial(_run, model, number, batch, ops, sources)
+            for number, batch in enumerate(batches)
+        ]
+        lockstep.run(passes, after)
+        return lockstep.in_order
+
+
+def _run(
+    model: nn.Module, number: int, batch: Batch, ops: AbstractContextManager[Any], sources: Any
+) -> Any:
+    """Return what a model makes of a batch."""
+    try:
+        with ops:
+            return model(**on_device(batch, model))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        shapes = {k: list(v.shape) for k, v in batch.items() if hasattr(v, "shape")}
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on batch {number + 1} of the calibration "
+            f"data, {shapes}: {type(error).__name__}: {in_one_line(error)}. Pass batches "
+            "that the model takes: model(**batch)"
+        ) from error
+    finally:
+        if sources is not None:
+            sources.forget()
 
 
 @contextmanager
@@ -95,11 +223,11 @@ def _experts_of(model: nn.Module) -> Any:
     return current if any(value not in (None, "eager") for value in current.values()) else None
 
 
-def _shown(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
-    """Yield batches under a progress bar of Transformers, which its users can switch off."""
+def _shown(items: Sequence[_Item], what: str) -> Iterator[_Item]:
+    """Yield items under a progress bar of Transformers, which its users can switch off."""
     if not what:
-        yield from batches
+        yield from items
         return
     from transformers.utils import logging
 
-    yield from logging.tqdm(batches, desc=what, leave=False)  # type: ignore[no-untyped-call]
+    yield from logging.tqdm(items, desc=what, leave=False)  # type: ignore[no-untyped-call]

@@ -31,8 +31,10 @@ def refit_from_gram(gram: Tensor, kept: Tensor, ridge: float) -> Refit | None:
     stays = torch.zeros(size, dtype=torch.bool)
     stays[kept] = True
     gone = (~stays).nonzero().flatten()
-    rows = gram[kept.to(gram.device)].double()
-    share = _solve(rows[:, kept.to(gram.device)], rows[:, gone.to(gram.device)], ridge)
+    rows = gram[kept.to(gram.device)]
+    own, cross = (rows[:, some.to(gram.device)].double() for some in (kept, gone))
+    del rows
+    share = _solve(own, cross, ridge)
     return None if share is None else Refit(kept, gone, share.to(gram.dtype), size)
 
 
@@ -57,10 +59,12 @@ def _solve(own: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
     mean = own.diagonal().mean() if len(own) else own.new_zeros(())
     if not mean > 0 or not torch.isfinite(mean):
         return None
-    eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
     for attempt in range(_TRIES):
         amount = ridge * 10.0**attempt if ridge else (0.0 if not attempt else 1e-15 * 10**attempt)
-        factor, failed = torch.linalg.cholesky_ex(own + amount * mean * eye)
+        shifted = own.clone()
+        shifted.diagonal().add_(amount * mean)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        del shifted
         if not int(failed):
             solved = torch.cholesky_solve(cross, factor)
             if torch.isfinite(solved).all():

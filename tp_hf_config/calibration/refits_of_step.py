@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.scratch import free_on_disk, on_disk
 from ..graph.config_graph import ConfigGroup
 from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
-from ..model.lazy_tensor import is_lazy
+from ..model.lazy_tensor import LazyTensor, is_lazy, values_of
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
-from .measure import Readings, memory_limit
+from .measure import Readings
 from .measured import MeasuredModel
-from .passes import watched_pass
+from .passes import Together, is_streamed, sums_limit, together_on, watched_pass
 from .refit import refit_from_gram, refit_from_products
 from .sources import Sources
 
@@ -67,14 +68,18 @@ class StepRefits:
                 gram = self.readings.statistics[leader].gram
                 assert gram is not None  # require() returns those that have one
                 ridge = self.calibration.ridge
-                self._add(consumers[leader], partial(refit_from_gram, gram, ridge=ridge))
+                solve = partial(refit_from_gram, values_of(gram), ridge=ridge)
+                self._add(consumers[leader], solve)
             remaining = [leader for leader in remaining if leader not in ready] if ready else []
 
     def _of_one_pass(
         self, consumers: Mapping[Consumer, Sequence[Consumer]]
     ) -> Iterator[list[Consumer]]:
-        """Yield leaders behind norms, as many at a time as memory has room for their products."""
-        limit = memory_limit(self.calibration.model, self.calibration.max_memory)
+        """Yield leaders behind norms, as many at a time as there is room for their products."""
+        model = self.calibration.model
+        limit = sums_limit(model, self.calibration.max_memory)
+        if self.readings.in_lockstep and is_streamed(model):
+            limit = max(limit, free_on_disk() // 2)  # those of one layer are in memory
         leaders: list[Consumer] = []
         used = 0
         for leader, (consumer, *_) in consumers.items():
@@ -99,6 +104,13 @@ class StepRefits:
             refit = solved[key]
             if refit is not None:
                 self.refits[consumer] = refit
+
+    def together(self, stage_done: Callable[[], None] = lambda: None) -> Together | None:
+        """Return how batches go through the model together; ``None``: one after the other."""
+        if not self.readings.in_lockstep:
+            return None
+        used = [refit.share for refit in self.refits.values()]
+        return together_on(self.calibration.model, self.calibration.max_memory, used, stage_done)
 
     def sources(self, leaders: Iterable[Consumer]) -> Sources:
         """Return what watches the layers from norms to leaders."""
@@ -131,8 +143,14 @@ class _Products:
         self._cross: dict[Consumer, Tensor] = {}
         self._copies: Copies = {}
         self._sources = step.sources(self._leaders)
-        model, batches = step.calibration.model, step.calibration.train
-        watched_pass(model, batches, self._visit, self._sources, what="behind norms")
+        watched_pass(
+            step.calibration.model,
+            step.calibration.train,
+            self._visit,
+            self._sources,
+            what="behind norms",
+            together=step.together(self._to_disk),
+        )
 
     def _visit(self, op: LinearOp) -> Any:
         leader = op.consumer
@@ -145,12 +163,20 @@ class _Products:
                     sums[leader] = sums[leader] + product if leader in sums else product
         return op.run()
 
+    def _to_disk(self) -> None:
+        """Put the products of a layer that is done into temporary files."""
+        for sums in (self._own, self._cross):
+            for leader, values in sums.items():
+                if not isinstance(values, LazyTensor):
+                    sums[leader] = on_disk(values)
+
     def refit(self, leader: Consumer, kept: Tensor) -> Refit | None:
         """Return the refit of what a leader reads; ``None``: it was not read as before."""
         own = self._own.get(leader)
         if own is None or len(own) != len(kept):
             return None
-        return refit_from_products(own, self._cross[leader], kept, self._step.calibration.ridge)
+        cross, ridge = self._cross[leader], self._step.calibration.ridge
+        return refit_from_products(values_of(own), values_of(cross), kept, ridge)
 
 
 def _kept_channels(

@@ -8,6 +8,7 @@ values than the layer gives these channels.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing import reductions
 
+_weak_ref: Any = reductions.StorageWeakRef
 _LONGEST = 3  # layers between a norm and the weight that reads it: dropout, an activation
 Chain = tuple[str, ...]
 """The names of layers in the order in which they are run, the first a norm."""
@@ -31,8 +34,34 @@ class _Call:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class _PastCall:
+    """A call whose result is not held: it matters as long as something else holds its values."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    layout: tuple[torch.dtype, Any, torch.Size, tuple[int, ...]]
+    in_use: Callable[[], bool]
+
+    def with_output(self, values: Tensor) -> _Call:
+        """Return the call with its result, of any values in the same storage."""
+        dtype, *layout = self.layout
+        output = values.new_empty(0, dtype=dtype).set_(values.untyped_storage(), *layout)
+        return _Call(self.name, self.args, self.kwargs, output)
+
+
+def use_of(values: Tensor) -> Callable[[], bool]:
+    """Return a function that is true while something else holds the storage of some values."""
+    storage = values.untyped_storage()
+    if not isinstance(storage, torch.UntypedStorage):
+        return lambda: storage is not None  # of a lazy tensor: it holds no values
+    weak = _weak_ref(storage)
+    return lambda: not weak.expired()
+
+
 class Sources:
-    """Remembers what layers without parts gave in the forward pass that runs.
+    """Remembers what layers without parts gave in the forward pass that a thread runs.
 
     Args:
         model: the model.
@@ -42,7 +71,13 @@ class Sources:
     def __init__(self, model: nn.Module, names: set[str] | None = None):
         self.model = model
         self.names = names
-        self._calls: dict[int, _Call] = {}
+        self._of_thread = threading.local()
+
+    @property
+    def _calls(self) -> dict[int, _PastCall]:
+        """What can be read later of the calls of this thread's pass, by the result's place."""
+        calls: dict[int, _PastCall] = vars(self._of_thread).setdefault("calls", {})
+        return calls
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -64,6 +99,13 @@ class Sources:
     def forget(self) -> None:
         """Forget the calls of the pass that ended."""
         self._calls.clear()
+
+    def forget_unused(self) -> None:
+        """Forget the calls whose results nothing holds any more."""
+        calls = self._calls
+        for pointer, call in reversed([*calls.items()]):  # each may hold the result of one before
+            if not call.in_use():
+                del calls[pointer], call
 
     def chain_of(self, values: Tensor, axis: int) -> Chain:
         """Return the layers from the last norm to what a weight reads; empty if there is none.
@@ -116,9 +158,9 @@ class Sources:
         calls: list[_Call] = []
         while len(calls) < _LONGEST:
             call = self._calls.get(values.untyped_storage().data_ptr())
-            if call is None or call.output.numel() != values.numel():
+            if call is None or not call.in_use() or call.layout[2].numel() != values.numel():
                 break
-            calls.append(call)
+            calls.append(call.with_output(values))
             values = call.args[0]
         return calls
 
@@ -128,7 +170,10 @@ class Sources:
                 return
             pointer = output.untyped_storage().data_ptr()
             if args[0].shape == output.shape and args[0].untyped_storage().data_ptr() != pointer:
-                self._calls[pointer] = _Call(name, args, kwargs, output)
+                self.forget_unused()
+                self._calls.pop(pointer, None)
+                layout = output.dtype, output.storage_offset(), output.shape, output.stride()
+                self._calls[pointer] = _PastCall(name, args, kwargs, layout, use_of(output))
 
         return note
 

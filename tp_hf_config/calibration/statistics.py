@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ..checkpoint.scratch import on_disk
+from ..model.lazy_tensor import LazyTensor, values_of
 
 TOKENS_PER_CHANNEL = 8  # fewer tell too little for a refit (12,288 tokens for 1,536 channels do)
 _TOGETHER = 512  # tokens: a product of fewer costs as much, for the whole Gram matrix is touched
@@ -44,19 +48,28 @@ class InputStatistics:
             # a copy, for what is read may be changed in place
             self._waiting.append(rows.clone())
             if sum(map(len, self._waiting)) >= _TOGETHER:
-                self._add_waiting()
+                self.gram, self._waiting = _sum(self.gram, self._waiting), []
 
-    def _add_waiting(self) -> None:
-        if self.gram is not None and self._waiting:
-            _add_upper(self.gram, torch.cat(self._waiting))
-            self._waiting = []
+    def to_disk(self) -> None:
+        """Put the Gram matrix into a temporary file, from which it is read when it is used."""
+        if self.gram is not None and not isinstance(self.gram, LazyTensor):
+            self.gram = on_disk(self.gram)
+            self._waiting = [on_disk(torch.cat(self._waiting))] if self._waiting else []
+
+    def to_memory(self) -> None:
+        """Read the Gram matrix from its temporary file, to be added to."""
+        if self.gram is not None:
+            self.gram, self._waiting = values_of(self.gram), [*map(values_of, self._waiting)]
 
     def complete(self) -> None:
         """Fill in the lower triangle of the Gram matrix; nothing can be added afterwards."""
-        self._add_waiting()
-        if self.gram is not None:
-            upper = self.gram.triu()
-            self.gram = upper + upper.T.tril(-1)
+        if self.gram is None:
+            return
+        gram, waiting, self._waiting = self.gram, self._waiting, []
+        if isinstance(gram, LazyTensor):
+            self.gram = LazyTensor(gram.like, lambda: _whole(_sum(gram, waiting)))
+        else:
+            self.gram = _whole(_sum(gram, waiting))
 
     @property
     def is_enough(self) -> bool:
@@ -73,6 +86,20 @@ class InputStatistics:
         """Each channel's variance over the tokens (its fluctuation, FLAP), ``(channels,)``."""
         mean = self.total / max(1, self.tokens)
         return (self.squares / max(1, self.tokens) - mean.square()).clamp_min(0)
+
+
+def _sum(gram: Tensor, waiting: Sequence[Tensor]) -> Tensor:
+    """Return the upper triangle of a Gram matrix once tokens that waited are added."""
+    gram = values_of(gram)
+    if waiting:
+        _add_upper(gram, torch.cat([*map(values_of, waiting)]))
+    return gram
+
+
+def _whole(gram: Tensor) -> Tensor:
+    """Make a Gram matrix of its upper triangle, in place; return it."""
+    lower = gram.triu_().T.tril(-1)
+    return gram.add_(lower)
 
 
 def _add_upper(gram: Tensor, rows: Tensor) -> None:

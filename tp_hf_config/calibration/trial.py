@@ -11,7 +11,7 @@ from torch import Tensor
 from ..graph.edits import plain_cut
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
-from .passes import watched_pass
+from .passes import together_on, watched_pass
 from .refits_of_step import Copies, StepRefits
 
 
@@ -53,8 +53,9 @@ def run_as_cut(
             return op.run(op.shaped(step.refits[op.consumer].estimate(rows)))
         return op.run(op.shaped(_cut(op, rows, step)))
 
-    calibration = step.calibration
-    watched_pass(calibration.model, calibration.held_out, visit, sources, after_batch)
+    calibration, together = step.calibration, step.together()
+    model, batches = calibration.model, calibration.held_out
+    watched_pass(model, batches, visit, sources, after_batch, together=together)
 
 
 def layer_errors(
@@ -80,15 +81,17 @@ def layer_errors(
             sums.output += _squares(whole)
         return whole
 
-    calibration = step.calibration
-    watched_pass(calibration.model, calibration.held_out, visit, sources, after_batch)
+    calibration, together = step.calibration, step.together()
+    model, batches = calibration.model, calibration.held_out
+    watched_pass(model, batches, visit, sources, after_batch, together=together)
     return errors
 
 
 def run_held_out(calibration: MeasuredModel, after_batch: Callable[[int, Any], None]) -> None:
     """Run a measured model as it is now on its held-out data."""
-    batches = calibration.held_out
-    watched_pass(calibration.model, batches, lambda op: op.run(), after_batch=after_batch)
+    model, batches = calibration.model, calibration.held_out
+    together = together_on(model, calibration.max_memory)
+    watched_pass(model, batches, after_batch=after_batch, together=together)
 
 
 def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:

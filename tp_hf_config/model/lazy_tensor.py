@@ -7,7 +7,7 @@ another lazy tensor and reads nothing; anything else reads the values, computes,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -66,7 +66,7 @@ class LazyTensor(Tensor):
     """A tensor on the CPU whose values are read at each use.
 
     Args:
-        like: a tensor on the meta device with the shape, dtype and strides.
+        like: a tensor on the meta device with the shape, dtype, strides and storage offset.
         read: returns the values.
 
     Attributes:
@@ -86,7 +86,12 @@ class LazyTensor(Tensor):
     ) -> LazyTensor:
         wrapper: Any = Tensor._make_wrapper_subclass
         tensor: LazyTensor = wrapper(
-            cls, like.shape, dtype=like.dtype, device="cpu", strides=like.stride()
+            cls,
+            like.shape,
+            dtype=like.dtype,
+            device="cpu",
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
         )
         return tensor
 
@@ -216,7 +221,9 @@ def _shape_of(value: Any) -> Any:
 
 def _values(value: Any) -> Any:
     """Return the values of a lazy tensor; any other value as it is."""
-    return value.read() if isinstance(value, LazyTensor) else value
+    if not isinstance(value, LazyTensor):
+        return value
+    return value.read() if _held is None else _held.of(value)
 
 
 def values_of(tensor: Tensor) -> Tensor:
@@ -241,6 +248,62 @@ def _check_not_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 def is_lazy(model: nn.Module) -> bool:
     """True if some of a model's parameters are read when they are used."""
     return any(isinstance(parameter, LazyTensor) for parameter in model.parameters())
+
+
+class HeldValues:
+    """Keeps the values of lazy tensors from one use to the next, as many as there is room for.
+
+    Args:
+        tensors: the tensors, such as a model's parameters; only lazy ones count.
+        limit: how many bytes are kept.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], limit: int):
+        reads = (whole.read for tensor in tensors for whole in _read_whole(tensor))
+        self._reads = {id(read): read for read in reads}
+        self._values: dict[int, Tensor] = {}
+        self._room = self._limit = limit
+
+    def of(self, tensor: LazyTensor) -> Tensor:
+        """Return a tensor's values; they are read if they are not kept."""
+        key = id(tensor.read)
+        if key in self._values:
+            return self._values[key]
+        values = tensor.read()
+        if key in self._reads and values.nbytes <= self._room:
+            self._values[key] = values
+            self._room -= values.nbytes
+        return values
+
+    def forget(self) -> None:
+        """Free the values."""
+        self._values.clear()
+        self._room = self._limit
+
+
+_held: HeldValues | None = None
+
+
+@contextmanager
+def holding(tensors: Iterable[Tensor], limit: int) -> Iterator[HeldValues]:
+    """Keep the values of lazy tensors while the block runs; see :class:`HeldValues`."""
+    global _held
+    before, _held = _held, HeldValues(tensors, limit)
+    try:
+        yield _held
+    finally:
+        _held = before
+
+
+def _read_whole(tensor: Tensor) -> Iterator[LazyTensor]:
+    """Yield a lazy tensor, or the parts that it is made of: what is taken of it is read of them."""
+    if not isinstance(tensor, LazyTensor):
+        return
+    if tensor.parts is None:
+        yield tensor
+    else:
+        for part in tensor.parts.tensors:
+            yield from _read_whole(part)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..calibration.batches import rows_at_once
+from ..calibration.passes import run_all
 from ..errors import in_one_line
 from ..model.build import Refusal
 
@@ -77,9 +78,8 @@ class Objective:
         """
         if not len(windows) or self.task in ("own answer", "nothing"):
             return None
-        pieces = torch.split(windows, rows_at_once(model, windows.shape[1]))
-        losses = [self.loss(model, piece).expand(len(piece)) for piece in pieces]
-        value = float(torch.cat(losses).mean().exp())
+        losses = run_all(model, [partial(self.loss, model, row[None]) for row in windows])
+        value = float(torch.stack(losses).mean().exp())
         return value if math.isfinite(value) else None
 
 

@@ -14,11 +14,10 @@ import torch_pruning as tp
 import zoo
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, apply_cuts, pruner_kwargs
-from tp_hf_config.calibration import batches
 from tp_hf_config.checkpoint import lazy_weights
 from tp_hf_config.errors import PipelineError, TPHFConfigError
 from tp_hf_config.model.lazy_tensor import LazyTensor
-from tp_hf_config.pipeline import objective, prune, streaming
+from tp_hf_config.pipeline import prune, streaming
 from tp_hf_config.pipeline.choice import Choice
 from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.source import Source
@@ -222,13 +221,11 @@ class TestRunOnAText:
         return folders.save("llama-gqa", tmp_path / "model")
 
     @pytest.mark.usefixtures("unproved")
-    def test_the_same_bytes_window_by_window(
+    def test_the_same_bytes_as_in_memory(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         settings = {"importance": "wanda", "compensate": True, "stream": True}
         settings["calibration"] = tmp_path / "text.txt"
-        monkeypatch.setattr(batches, "rows_at_once", lambda *_: 1)
-        monkeypatch.setattr(objective, "rows_at_once", lambda *_: 1)
         streamed, whole = both_ways(folder, tmp_path, monkeypatch, **settings)
         assert_same_bytes(tmp_path)
         assert streamed.perplexity == whole.perplexity
