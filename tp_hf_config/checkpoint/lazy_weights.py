@@ -18,6 +18,7 @@ from ..model.lazy_tensor import LazyTensor, values_of
 from ..model.recycled_memory import recycled_empty
 from .folder import read_weights
 from .headers import Header, Stored, read_safetensors
+from .writing import write_whole
 
 # as safetensors orders them in a file: the last one's data come first
 _DTYPES = {
@@ -136,10 +137,40 @@ def write_safetensors(
         path: the file.
         metadata: what the header says beside the tensors.
     """
-    order = _in_order(tensors)
+    with Path(path).open("wb", buffering=0) as file:
+        file.write(_head(tensors, metadata))
+        for rest in _read_ahead(tensors[name] for name in _in_order(tensors)):
+            while len(rest):  # a write of more than 2 GiB ends early
+                rest = rest[file.write(rest) :]
+
+
+def write_once(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file that has its name once it is complete and on the disk.
+
+    A file of this name that has the header and the size of what would be written stays: no other
+    run may have written it.
+
+    Args:
+        tensors: name -> tensor.
+        path: the file.
+        metadata: what the header says beside the tensors.
+    """
+    path, head = Path(path), _head(tensors, metadata)
+    size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
+    if path.is_file() and path.stat().st_size == size:
+        with path.open("rb") as file:
+            if file.read(len(head)) == head:
+                return
+    write_whole(path, lambda part: write_safetensors(tensors, part, metadata))
+
+
+def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    """Return what a safetensors file has before its tensors' data."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for name in order:
+    for name in _in_order(tensors):
         start, end = end, end + tensors[name].nbytes
         header[name] = {
             "dtype": _NAMES[tensors[name].dtype],
@@ -148,11 +179,7 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNED)
-    with Path(path).open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for rest in _read_ahead(tensors[name] for name in order):
-            while len(rest):  # a write of more than 2 GiB ends early
-                rest = rest[file.write(rest) :]
+    return len(text).to_bytes(8, "little") + text
 
 
 def _read_ahead(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
@@ -189,7 +216,7 @@ def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
 
 @contextmanager
 def written_one_by_one(write: Callable[..., None] | None = None) -> Iterator[None]:
-    """While open, ``save_pretrained`` writes its safetensors files by :func:`write_safetensors`.
+    """While open, ``save_pretrained`` writes its safetensors files by :func:`write_once`.
 
     safetensors takes the bytes of all of a file's tensors at once
     (``transformers/modeling_utils.py``, ``safe_save_file``).
@@ -201,7 +228,7 @@ def written_one_by_one(write: Callable[..., None] | None = None) -> Iterator[Non
 
     module: Any = modeling_utils
     original = module.safe_save_file
-    module.safe_save_file = write or write_safetensors
+    module.safe_save_file = write or write_once
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,12 +18,20 @@ _NEW = f".{CONFIG}.new"
 _OLD = f".{CONFIG}.old"
 
 
+_REPAIRED = "is being repaired by another process. Wait for it, then check again."
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that no other process repairs it in the meantime.
+def locked(folder: Path, busy: str = _REPAIRED, needed: bool = True) -> Iterator[None]:
+    """Lock a folder, so that no other process writes to it in the meantime.
 
     The lock is on the folder itself: there is no lock file that could be left behind, and the lock
     ends with the process that holds it.
+
+    Args:
+        folder: the folder.
+        busy: what another process does that holds the lock.
+        needed: False: go on without a lock on a file system that has none.
 
     Raises:
         CheckpointError: another process holds the lock, or the folder cannot be locked.
@@ -33,11 +41,10 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise CheckpointError(f"{folder} {busy}") from None
+            if needed:
                 raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
-            raise CheckpointError(
-                f"{folder} is being repaired by another process. Wait for it, then check again."
-            ) from None
         yield
     finally:
         os.close(handle)
@@ -110,6 +117,20 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written under another name; it gets its own once it is on the disk.
+
+    Args:
+        path: the file; one that is there is replaced.
+        write: writes the file that it is given.
+    """
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    flush(part)
+    os.replace(part, path)
+    _flush_folder(path.parent)
 
 
 def _remove(path: Path) -> None:

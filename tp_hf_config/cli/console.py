@@ -62,6 +62,10 @@ class Lines:
         stop_if_asked()
         print(what, file=sys.stderr, flush=True)
 
+    def failed(self, what: str) -> None:
+        """Print it as a line."""
+        print(what, file=sys.stderr, flush=True)
+
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
         """Print one line, then yield the items."""
         self.say(f"{what}: {total} windows")
@@ -80,6 +84,12 @@ class Bar:
 
         stop_if_asked()
         self._bars.console.print(Text(what) if isinstance(what, str) else what)
+
+    def failed(self, what: str) -> None:
+        """Print it as it is."""
+        from rich.text import Text
+
+        self._bars.console.print(Text(what))
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
         """Yield the items; show a bar, and remove it at the end."""

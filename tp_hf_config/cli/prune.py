@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -107,6 +108,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "the model; default: with --importance magnitude or random, and where the model would take "
         "more than half of the free memory",
     )
+    how.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run of the same command, and keep what is done if this one "
+        "is interrupted; from folder to folder, as with --stream",
+    )
     how.add_argument("--seed", metavar="N", type=natural, default=0, help="of all that is random")
     how.add_argument(
         "--max-shard-size", metavar="S", type=size, help="of each weight file, such as 5GB"
@@ -156,18 +163,21 @@ def _job(options: argparse.Namespace) -> Job:
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
         stream=options.stream,
+        resume=options.resume,
         drop_layers=options.drop_layers[1] if options.drop_layers else 0,
         drop_from=options.drop_layers[0] if options.drop_layers else None,
         ranking=options.ranking,
         allocate=options.allocate,
         tokens=options.tokens,
-        command=options.typed,
+        command=shlex.join(word for word in shlex.split(options.typed) if word != "--resume"),
     )
 
 
 def _contradiction(options: argparse.Namespace) -> str | None:
-    """Return why the arguments about layers do not fit together, or ``None``."""
+    """Return why the arguments do not fit together, or ``None``."""
     target, ranking = options.target_params, options.ranking
+    if options.resume and options.stream is False:
+        return "--resume goes on from folder to folder: leave --no-stream out"
     if options.allocate:
         decided = {
             "--pruning-ratio": options.pruning_ratio,

@@ -6,6 +6,7 @@ the weights: on a folder, on another copy, on shards (:func:`~tp_hf_config.apply
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -93,6 +94,19 @@ class CutList:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cut list as one safetensors file; its header says what is what, in JSON."""
+        table, tensors = self._stored()
+        write_safetensors(tensors, Path(path), {"format": FORMAT, _TABLE: json.dumps(table)})
+
+    def digest(self) -> str:
+        """Return what tells this cut list from others: equal lists have the same, saved or not."""
+        table, tensors = self._stored()
+        total = hashlib.sha256(json.dumps(table).encode())
+        for values in tensors.values():
+            total.update(values_of(values).contiguous().view(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def _stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what is what, as JSON, and the tensors that it names."""
         tensors: dict[str, Tensor] = {}
         table = {
             "model": self.model,
@@ -103,7 +117,7 @@ class CutList:
                 for name, edits in self.edits.items()
             },
         }
-        write_safetensors(tensors, Path(path), {"format": FORMAT, _TABLE: json.dumps(table)})
+        return table, tensors
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CutList:

@@ -172,6 +172,8 @@ def _take_over(new: Any, old: Any) -> None:
         new.set_attn_implementation(attention)
     if hasattr(type(old.config), "_experts_implementation"):
         new.config._experts_implementation = old.config._experts_implementation
+    if hasattr(old, "_weight_conversions"):  # from the names in its files, which are written too
+        new._weight_conversions = old._weight_conversions
     if getattr(old, "generation_config", None) is not None:
         new.generation_config = old.generation_config
     new.config._name_or_path = old.config._name_or_path

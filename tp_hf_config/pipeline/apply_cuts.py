@@ -15,7 +15,9 @@ from ..graph.cut_list import CutList
 from ..graph.rebuild import rebuilt
 from ..model.locate import check_followable, find_pretrained
 from .companions import copy_companions
-from .output import check_target, new_folder, save_model
+from .output import check_target, save_model
+from .record import record
+from .resumable import resumable_folder
 from .roundtrip import prove_roundtrip
 from .source import check_not_quantised, class_for, config_of, find_source, load_lazily
 
@@ -38,6 +40,7 @@ def apply_cuts(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
+    resume: bool = False,
 ) -> Path: ...
 
 
@@ -49,6 +52,7 @@ def apply_cuts(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
+    resume: bool = False,
 ) -> PreTrainedModel | Path:
     """Carry out what a pruner cut: on a copy of the model, or from folder to folder.
 
@@ -64,6 +68,8 @@ def apply_cuts(
         overwrite: replace a model folder that is at ``out``.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
         trust_remote_code: run the Python files that come with the folder's model.
+        resume: go on with what an interrupted call has written, and keep what this one has written
+            if it is interrupted, beside ``out``.
 
     Returns:
         The pruned model, built from the new config; or the folder that was written, once a fresh
@@ -73,7 +79,8 @@ def apply_cuts(
         CheckpointError: the cut list cannot be read.
         UnsupportedModelError: it was made for another class or config.
         ConfigSyncError: the class does not build what it leaves.
-        PipelineError: the folder cannot be read or written; nothing is left of ``out``.
+        PipelineError: the folder cannot be read or written, or an interrupted call was to do
+            something else; nothing is at ``out``.
     """
     cuts = cuts if isinstance(cuts, CutList) else CutList.load(cuts)
     if isinstance(model_or_folder, nn.Module):
@@ -92,8 +99,16 @@ def apply_cuts(
     whole, _ = load_lazily(source, config, class_for(source, config))
     recipe = map_of(whole, how=by_layers).recipe
     model = rebuilt(whole, cuts)
-    with new_folder(target, source=source.folder, overwrite=overwrite) as work:
-        save_model(model, work, max_shard_size)
-        copy_companions(source, model.config, work)
-        prove_roundtrip(model, work, recipe)
+    settings = {"cuts": cuts.digest(), "max_shard_size": max_shard_size}
+    with resumable_folder(
+        target,
+        record(source, settings),
+        source=source.folder,
+        overwrite=overwrite,
+        resume=resume,
+    ) as work:
+        work.decide(None)  # the cut list is there, so weight files are final
+        save_model(model, work.model, max_shard_size)
+        copy_companions(source, model.config, work.model)
+        prove_roundtrip(model, work.model, recipe)
     return target

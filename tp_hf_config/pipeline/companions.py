@@ -97,6 +97,11 @@ def copy_companions(
     return Copied(tuple(copied), tuple(not_copied))
 
 
+def companion_files(folder: Path) -> list[Path]:
+    """Return the files of a folder, not of those in it, that go with its model."""
+    return [path for path in sorted(folder.iterdir()) if _matches(path.name, _BELONG)]
+
+
 def notes_on_uncopied(
     source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
 ) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import PipelineError
 from ..schema import dated
 from .output import check_target
+from .resumable import check_not_unfinished
 from .source import Source
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Job:
         drop_from: the list of layers that they are dropped from, where a model has several.
         stream: read weights from the folder when they are used, one at a time, instead of loading
             them; ``None``: where that changes nothing, or the model is too large.
+        resume: go on with what an interrupted run of this job has done, and keep what this one has
+            done if it is interrupted; the weights are streamed then.
         ranking: which units are ranked together: those of each layer alone, of all layers
             (Torch-Pruning's ``global_pruning``) or of layers of one structure (``isomorphic``).
         allocate: every layer gets the width that the model misses least, for the target in
@@ -75,6 +78,7 @@ class Job:
     drop_layers: int = 0
     drop_from: str | None = None
     stream: bool | None = None
+    resume: bool = False
     ranking: Ranking = "local"
     allocate: bool = False
     tokens: int | None = None
@@ -99,9 +103,12 @@ def check_job(job: Job) -> str | None:
         The text in the calibration file; ``None`` if the job has none.
 
     Raises:
-        PipelineError: the text cannot be read, or the output folder cannot be written to.
+        PipelineError: the text cannot be read, the output folder cannot be written to, or an
+            interrupted run of it can go on.
     """
     check_target(job.out, source=job.source.folder, overwrite=job.overwrite)
+    if not job.resume:
+        check_not_unfinished(job.out)
     if job.calibration is None or job.calibration == "own":
         return None
     return _read_text(job.calibration)

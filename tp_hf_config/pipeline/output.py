@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.writing import flush
-from ..errors import PipelineError
+from ..checkpoint.writing import flush, locked
+from ..errors import CheckpointError, PipelineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _OF_A_MODEL = ("config.json", "model.gguf")
 """A folder with one of these files holds a model."""
+_UNFINISHED, _REPLACED = ".unfinished", ".old"
 
 
 @contextmanager
@@ -38,22 +41,61 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
     """
     check_target(target, source=source, overwrite=overwrite)
     target = target.expanduser().resolve()
-    token = secrets.token_hex(4)
-    work = target.with_name(f".{target.name}.{token}.unfinished")
+    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
     try:
         work.mkdir()
-        yield work
-        for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
-            flush(path)
-        reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
-        if reason is not None:
-            raise PipelineError(reason)
-        _rename_into_place(work, target, target.with_name(f".{target.name}.{token}.old"))
+        with in_use(work):
+            yield work
+            put_in_place(work, target, overwrite)
     except OSError as error:
         raise PipelineError(f"{target}: cannot be written: {error}") from error
     finally:
         with uninterrupted():
             shutil.rmtree(work, ignore_errors=True)
+
+
+def in_use(work: Path) -> AbstractContextManager[None]:
+    """Lock an unfinished folder, so that others can tell it from what a killed process left.
+
+    Raises:
+        CheckpointError: another process is writing it.
+    """
+    busy = "is being written by another process. Wait for it, or choose another --out"
+    return locked(work, busy, needed=False)
+
+
+def put_in_place(work: Path, target: Path, overwrite: bool) -> None:
+    """Give a complete folder its final name.
+
+    Args:
+        work: the folder, on the same disk.
+        target: its final path, resolved.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        PipelineError: something would be overwritten; it was not there at the start.
+    """
+    for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
+        flush(path)
+    reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
+    if reason is not None:
+        raise PipelineError(reason)
+    token = secrets.token_hex(4)
+    _rename_into_place(work, target, target.with_name(f".{target.name}.{token}{_REPLACED}"))
+
+
+def abandoned(target: Path) -> list[str]:
+    """Return what processes that were killed left beside a folder that they wrote, a line each."""
+    target = target.expanduser().resolve()
+    token, lines = "[0-9a-f]" * 8, []
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{token}{_UNFINISHED}")):
+        with suppress(CheckpointError), in_use(path):
+            lines.append(f"left by a run that was killed, remove it: rm -r {quote(str(path))}")
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{token}{_REPLACED}")):
+        lines.append(
+            f"left by a run that was killed, the model that it was replacing: {quote(str(path))}"
+        )
+    return lines
 
 
 def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:

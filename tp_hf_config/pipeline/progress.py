@@ -15,6 +15,10 @@ class Progress(Protocol):
         """Show that something was done or found."""
         ...
 
+    def failed(self, what: str) -> None:
+        """Show what is left of a job that failed; raise nothing."""
+        ...
+
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
         """Yield the items, ``total`` of them, and show how many are done."""
         ...
@@ -24,6 +28,9 @@ class Silent:
     """A progress display that shows nothing."""
 
     def say(self, what: object) -> None:
+        """Do nothing."""
+
+    def failed(self, what: str) -> None:
         """Do nothing."""
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:

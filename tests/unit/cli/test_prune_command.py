@@ -28,7 +28,7 @@ from tp_hf_config import Calibration
 from tp_hf_config.calibration import measured as measured_model
 from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import output, prune, recovery
+from tp_hf_config.pipeline import deciding, output, prune, recovery
 from tp_hf_config.planning.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -851,7 +851,7 @@ def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., A
 
 STEPS = {
     "loading": (prune, "load_lazily"),
-    "pruning": (prune, "run_steps"),
+    "pruning": (deciding, "run_steps"),
     "saving": (prune, "save_model"),
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tp_hf_config.calibration.batches import second_text, shipped_text
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import prune
+from tp_hf_config.pipeline import deciding
 from tp_hf_config.pipeline.choice import Choice
 from tp_hf_config.pipeline.companions import Copied
 from tp_hf_config.pipeline.job import Job, Pruned
@@ -75,7 +75,7 @@ def windows_in(text: str) -> list[str]:
 
 class TestShippedText:
     def test_the_first_70_per_cent_of_the_passages_and_the_others(self) -> None:
-        path = Path(prune.__file__).parents[1] / "calibration" / "shipped_text.txt"
+        path = Path(deciding.__file__).parents[1] / "calibration" / "shipped_text.txt"
         whole = path.read_text(encoding="utf-8")
         passages = [one.strip("\n") for one in whole.split("\n----\n")]
         assert len(passages) == 106
@@ -201,13 +201,13 @@ class TestObjective:
         reason = "LlamaForCausalLM does not run on text alone (ValueError: no image)"
         assert objective_of(model, None, torch.zeros(1, 8, dtype=torch.long)) == Refusal(reason)
         choice = Choice("wanda", "own", compensate=True)
-        monkeypatch.setattr(prune, "gather", lambda *_: Refusal(reason))
+        monkeypatch.setattr(deciding, "gather", lambda *_: Refusal(reason))
         note = f"channels are ranked by magnitude, and no weight is refitted: {reason}"
-        found = prune._material(job(), choice, model, Silent())
-        assert found == (Choice("magnitude", notes=(note,)), None)
+        found = deciding._material(job(), choice, model, Silent())
+        assert found == (Choice("magnitude", notes=(note,)), None, reason)
         asked = Choice("wanda", "own", compensate=True, asked=True)
         with pytest.raises(UnsupportedModelError) as refused:
-            prune._material(job(), asked, model, Silent())
+            deciding._material(job(), asked, model, Silent())
         assert str(refused.value) == (
             f"{reason}: leave --calibration, --recover, --allocate and --drop-layers out, and use "
             "--importance magnitude or random"
