@@ -142,7 +142,10 @@ class _Lowering:
         self._steps: list[_Step] = []
 
     def try_all(self, changes: Sequence[dict[FieldPath, Any]], length: int, keep: int) -> bool:
-        """Make the changes that only shorten ``length`` to ``keep``; True if one is refused."""
+        """Make the changes that only shorten lists; return True if the class refused any change.
+
+        The lists go from ``length`` to ``keep`` layers.
+        """
         refused = False
         for change in changes:
             if all(holds(self.data, field) for field in change):

@@ -155,7 +155,7 @@ def _real_group(
 ) -> Group | Refusal:
     """Return a group at full size, or the reason why it does not carry over.
 
-    ``group`` is the tiny group, ``instance`` one of its :func:`_instances`; ``names`` maps the
+    ``group`` is the tiny group, ``instance`` one of its :func:`instances`; ``names`` maps the
     first name of a parameter to all of its names.
     """
     units = units_of(field_map, group.fields)

@@ -135,15 +135,18 @@ def with_other_size(
 
     Such a field sets mismatched dimensions along no straight line: they tell what it may be.
     """
+    choices: dict[tuple[FieldPath, int], None] = {}
     for mismatch in mismatches:
         pairs = zip(mismatch.shape, mismatch.expected or (), strict=False)
         for dim, (want, have) in enumerate(pairs):
             setting = goal.field_map.unfitted.get((mismatch.name, dim), frozenset())
-            for field in sorted(setting - given.keys(), key=str):
+            for field in sorted(setting - given.keys(), key=str) if want != have else ():
                 for number in _scaled(values[field], have, want):
-                    candidate = {**values, field: number}
-                    if number > 0 and not goal.compare_at(candidate):
-                        return candidate
+                    choices[field, number] = None
+    for field, number in choices:
+        candidate = {**values, field: number}
+        if number > 0 and not goal.compare_at(candidate):
+            return candidate
     return None
 
 

@@ -67,7 +67,7 @@ def recover(
 
     Returns:
         The config, proved by building it; a ``Conflict`` with the fields that would need several
-            values at once, or with the several solutions that fit; or why there is no config.
+        values at once, or with the several solutions that fit; or why there is no config.
     """
     given = dict(given or {})
     refusal = _other_tensors(field_map, target)
