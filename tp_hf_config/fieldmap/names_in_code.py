@@ -4,43 +4,35 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import CellType, CodeType
 from typing import Any
 
 from torch import nn
 
 
-def names_in_code(
-    model: nn.Module, beyond: bool = True, without: Collection[str] = ()
-) -> frozenset[str]:
+def names_in_code(model: nn.Module) -> frozenset[str]:
     """Return every name and string in the code that a model's own classes run.
 
     The search starts at the classes of the model's modules, and goes on to what their code calls in
-    the same packages or in ``transformers``; if not ``beyond``, only in the files of these classes.
-    Functions with a name in ``without`` are not looked at.
+    the same packages or in ``transformers``.
     """
-    classes = frozenset(type(module) for module in model.modules())
-    return _names_in_code_of(classes, beyond, frozenset(without))
+    return _names_in_code_of(frozenset(type(module) for module in model.modules()))
 
 
 @functools.lru_cache(maxsize=16)
-def _names_in_code_of(
-    classes: frozenset[type], beyond: bool, without: frozenset[str]
-) -> frozenset[str]:
+def _names_in_code_of(classes: frozenset[type]) -> frozenset[str]:
     from transformers import PretrainedConfig, PreTrainedModel
 
     generic = {*PreTrainedModel.__mro__, *nn.Sequential.__mro__, *nn.ModuleList.__mro__}
     waiting: list[Any] = list(classes)
-    files = {_file(kind) for kind in waiting}
     packages = {_package(kind) for kind in waiting} | {"transformers"}
     words: set[str] = set()
     visited: set[int] = set()
     while waiting:
         item = waiting.pop()
         item = getattr(item, "fget", None) or getattr(item, "__func__", None) or item
-        inside = _package(item) in packages - {"torch"} and (beyond or _file(item) in files)
-        if id(item) in visited or not inside:
+        if id(item) in visited or _package(item) not in packages - {"torch"}:
             continue
         visited.add(id(item))
         if isinstance(item, type) and not issubclass(item, PretrainedConfig):
@@ -48,8 +40,8 @@ def _names_in_code_of(
             waiting += [value for base in bases for value in vars(base).values()]
         elif type(item) is dict:  # functions by name, as for rotary positions
             waiting += item.values()
-        elif inspect.isfunction(item) and item.__name__ not in without:
-            names = set(_names(item.__code__))
+        elif inspect.isfunction(item):
+            names = set(names_of(item.__code__))
             words |= names
             cells = [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
             called = [item.__globals__[name] for name in names if name in item.__globals__]
@@ -57,24 +49,19 @@ def _names_in_code_of(
     return frozenset(words)
 
 
-def _file(item: Any) -> str:
-    """Return the Python module that defines a class or function; ``transformers`` if none does."""
-    return str(getattr(item, "__module__", "transformers"))
-
-
 def _package(item: Any) -> str:
-    """Return the package of a class or function."""
-    return _file(item).partition(".")[0]
+    """Return the package of a class or function; ``transformers`` if it has none."""
+    return str(getattr(item, "__module__", "transformers")).partition(".")[0]
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def names_of(code: CodeType) -> Iterator[str]:
     """Yield every name and string in a code object, and in the functions inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):
             yield constant
         elif isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from names_of(constant)
 
 
 def _is_filled(cell: CellType) -> bool:

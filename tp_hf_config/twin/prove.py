@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import chain
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import listed
-from ..fieldmap.names_in_code import names_in_code
+from ..fieldmap.names_in_code import names_of
 from ..model.config_json import FieldPath
 from .group import Finding, TinyGroup, as_in_like_layers
 from .layout import TensorDim
@@ -217,6 +222,8 @@ def order_of(units: int, channel_groups: int, swap: bool) -> Iterator[int]:
         yield from (start + unit for unit in order)
 
 
+_MAKERS = ("__init__",)
+"""The methods that make layers."""
 _ACCESSORS = ("get_input_embeddings", "set_input_embeddings")
 """Methods that only hand over a layer: what nobody calls runs nothing (MBart's ``shared``)."""
 
@@ -224,10 +231,43 @@ _ACCESSORS = ("get_input_embeddings", "set_input_embeddings")
 def is_unread(model: nn.Module, layer: str) -> bool:
     """True if no code reads this layer's attribute: only ``__init__`` and accessors name it.
 
-    This looks at all code of the model's classes, and at what that calls in the same files.
+    This looks at all code of the Python modules that define the classes of the model.
     """
-    attributes = [part for part in layer.split(".") if not part.isdigit()]
-    names = names_in_code(model, beyond=False, without=("__init__", *_ACCESSORS))
-    if not names.isdisjoint(_ACCESSORS):
-        names = names_in_code(model, beyond=False, without=("__init__",))
-    return bool(attributes) and attributes[-1] not in names
+    names = [part for part in layer.split(".") if not part.isdigit()]
+    sources = {type(module).__module__ for module in model.modules()}
+    return bool(names) and not any(names[-1] in _named_in(source) for source in sources)
+
+
+@cache
+def _named_in(source: str) -> frozenset[str]:
+    """Return all names in a module's code, but of ``__init__`` and accessors that nothing calls."""
+    functions = [f for f in _functions(sys.modules[source], source) if f.__name__ not in _MAKERS]
+    names = _names([f for f in functions if f.__name__ not in _ACCESSORS])
+    return names | _names([f for f in functions if f.__name__ in names.intersection(_ACCESSORS)])
+
+
+def _names(functions: Iterable[FunctionType]) -> frozenset[str]:
+    """Return all names and texts in the code of some functions."""
+    return frozenset(name for function in functions for name in names_of(function.__code__))
+
+
+def _functions(source: ModuleType, defined_in: str) -> Iterator[FunctionType]:
+    """Yield the functions that a Python module has or imports, and those of its own classes."""
+    values = list(vars(source).values())
+    for cls in [value for value in values if inspect.isclass(value)]:
+        if cls.__module__ == defined_in:
+            values += vars(cls).values()
+    for value in values:
+        yield from _unwrapped(value)
+
+
+def _unwrapped(value: Any) -> Iterator[FunctionType]:
+    """Yield the functions behind a method, a property or a decorator."""
+    if isinstance(value, property):
+        values = [value.fget, value.fset]
+    else:
+        values = [getattr(value, "__func__", value)]
+    for function in values:
+        while isinstance(function, FunctionType):
+            yield function
+            function = getattr(function, "__wrapped__", None)
