@@ -66,7 +66,7 @@ class LazyTensor(Tensor):
     """A tensor on the CPU whose values are read at each use.
 
     Args:
-        like: a tensor on the meta device with the shape, dtype and strides.
+        like: a tensor on the meta device with the shape, dtype, strides and offset.
         read: returns the values.
 
     Attributes:
@@ -86,7 +86,12 @@ class LazyTensor(Tensor):
     ) -> LazyTensor:
         wrapper: Any = Tensor._make_wrapper_subclass
         tensor: LazyTensor = wrapper(
-            cls, like.shape, dtype=like.dtype, device="cpu", strides=like.stride()
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device="cpu",
         )
         return tensor
 
