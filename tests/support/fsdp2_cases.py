@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class Case:
         ignored: the name of a layer whose outputs stay.
         settings: arguments of ``pruner_kwargs``.
         layers: whether every layer has widths of its own, ranked together.
+        own_data: whether every rank trains on data of its own.
     """
 
     model: str
@@ -34,11 +35,14 @@ class Case:
     ignored: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     layers: str = "uniform"
+    own_data: bool = False
 
 
+OF_OWN_DATA = "llama, Taylor of own data"
 CASES = {
     "llama": Case("llama", steps=2),
     "llama, Taylor": Case("llama", tp.importance.GroupTaylorImportance, steps=2),
+    OF_OWN_DATA: Case("llama", tp.importance.GroupTaylorImportance, steps=2, own_data=True),
     "llama, calibrated": Case("llama", None, steps=2),
     "llama, layers differ": Case(
         "llama", steps=2, settings={"prune": "intermediate_size"}, layers="differ"
@@ -50,20 +54,29 @@ CASES = {
 }
 
 
-def batch(seed: int) -> dict[str, torch.Tensor]:
+def batch(seed: int, rows: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {"input_ids": torch.randint(zoo.VOCAB, (2, 8), generator=generator)}
+    return {"input_ids": torch.randint(zoo.VOCAB, (rows, 8), generator=generator)}
 
 
-def train(model: Any, optimizer: Any, seed: int) -> None:
-    """One update; its gradients stay, for importances that read them."""
+def train(model: Any, optimizer: Any, seeds: Sequence[int]) -> None:
+    """One update on the mean of batches; its gradients stay, for importances that read them."""
     optimizer.zero_grad()
-    model(**batch(seed)).logits.square().mean().backward()
+    for seed in seeds:
+        (model(**batch(seed)).logits.square().mean() / len(seeds)).backward()
     optimizer.step()
 
 
-def run(case: Case, shard: Shard | None) -> tuple[Any, Any, HFConfigSyncHook]:
+def run(
+    case: Case, shard: Shard | None, rank: int | None = None, wrap: Shard | None = None
+) -> tuple[Any, Any, HFConfigSyncHook]:
     """Prune in steps with training around them: what a user's script does.
+
+    Args:
+        case: what is pruned.
+        shard: shards a model.
+        rank: the rank of this process; ``None``: one process sees the data of both ranks.
+        wrap: wraps a model that every rank has a copy of, to train it.
 
     Returns:
         The pruned model, its optimizer, and the hook.
@@ -75,7 +88,12 @@ def run(case: Case, shard: Shard | None) -> tuple[Any, Any, HFConfigSyncHook]:
     calibration = None
     if case.importance is None:
         calibration = calibrate(model, [batch(seed) for seed in range(24)])
-    hook = HFConfigSyncHook(rebuild=shard, compensate=calibration, layers=case.layers)
+    hook = HFConfigSyncHook(
+        rebuild=shard,
+        compensate=calibration,
+        layers=case.layers,
+        distributed=wrap is not None,
+    )
     ignored = [model.get_submodule(case.ignored)] if case.ignored else []
     pruner = tp.pruner.MetaPruner(
         model,
@@ -87,13 +105,49 @@ def run(case: Case, shard: Shard | None) -> tuple[Any, Any, HFConfigSyncHook]:
         iterative_steps=case.steps,
         hooks=[hook],
     )
+    wrap = wrap or (lambda module: module)
+    seeds = [0] if not case.own_data else [0, 100] if rank is None else [100 * rank]
     for step in range(case.steps):
-        train(model, optimizer, seed=step)
+        train(wrap(model), optimizer, [seed + step for seed in seeds])
         with optimizer_follows(model, optimizer):
             pruner.step()
         model = hook.rebuilt_model or model
-        train(model, optimizer, seed=step + 10)
+        train(wrap(model), optimizer, [seed + step + 10 for seed in seeds])
     return model, optimizer, hook
+
+
+def data_of(rank: int) -> list[dict[str, torch.Tensor]]:
+    """Data of two ranks: the second has a batch of two tokens, and holds none out."""
+    if rank == 1:
+        return [{"input_ids": batch(50)["input_ids"][:1, :2]}]
+    return [batch(seed, rows=32) for seed in range(4)]
+
+
+def of_measurement(calibration: Any) -> dict[Any, Any]:
+    """What was measured, as plain data."""
+    readings = calibration.readings
+    return {
+        "leaders": readings.leaders,
+        "chains": readings.chains,
+        "tables": readings.tables,
+        "sums": {
+            leader: (each.tokens, each.total, each.squares, each.gram)
+            for leader, each in readings.statistics.items()
+        },
+    }
+
+
+def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, Any]:
+    """Prune by what was measured, and return what it comes to."""
+    settings = {"importance": calibration.importance("obs"), "pruning_ratio": 0.5, "hooks": [hook]}
+    tp.pruner.MetaPruner(model, **pruner_kwargs(model), **settings).step()
+    report = hook.last_report
+    return {
+        "measurement": of_measurement(calibration),
+        "kept": {name: report.cuts.kept(name) for name in report.cuts.edits},
+        "refits": report.compensation.to_dict() | {"seconds": 0.0},
+        "tensors": snapshot(hook.rebuilt_model or model),
+    }
 
 
 def whole(tensor: Any) -> torch.Tensor:

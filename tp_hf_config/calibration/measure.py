@@ -4,59 +4,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..graph.standin import standin_behind
 from ..model.ranks import smallest
 from ..model.surroundings import free_memory
+from .add_up import added_up
 from .batches import Batch
 from .linear_ops import Consumer, LinearOp
+from .over_ranks import ALONE, Ranks
 from .passes import watched_pass
-from .sources import Chain, Sources
+from .readings import Readings
+from .sources import Sources
 from .statistics import InputStatistics
 
 _REMEMBERED = 4  # inputs: the weights that read the same values do so one right after the other
-
-
-@dataclass
-class Readings:
-    """What was measured.
-
-    Attributes:
-        statistics: by leader: the first of the consumers that read the same values.
-        leaders: consumer -> its leader.
-        chains: leader -> the layers from a norm to what it reads; leaders behind none are not here.
-        tables: parameters that are tables of embeddings too (tied heads).
-    """
-
-    statistics: dict[Consumer, InputStatistics] = field(default_factory=dict)
-    leaders: dict[Consumer, Consumer] = field(default_factory=dict)
-    chains: dict[Consumer, Chain] = field(default_factory=dict)
-    tables: set[str] = field(default_factory=set)
-
-    def of(self, consumer: Consumer) -> InputStatistics | None:
-        """Return what a consumer reads; ``None`` if it read nothing."""
-        leader = self.leaders.get(consumer)
-        return None if leader is None else self.statistics.get(leader)
-
-    def by_place(self) -> dict[tuple[str, int], list[Consumer]]:
-        """Return (parameter, dimension) -> its consumers: one, or one for each expert."""
-        places: dict[tuple[str, int], list[Consumer]] = {}
-        for consumer in self.leaders:
-            places.setdefault((consumer.parameter, consumer.dim), []).append(consumer)
-        return places
-
-    def needs_gram(self, leader: Consumer) -> bool:
-        """True if a refit needs the Gram matrix of what a leader reads.
-
-        Behind a norm it needs another pass instead, and a table of embeddings stays as it is.
-        """
-        return leader not in self.chains and leader.parameter not in self.tables
 
 
 class Measuring:
@@ -69,7 +34,7 @@ class Measuring:
     """
 
     def __init__(self, sources: Sources, limit: int, only: Collection[Consumer] | None = None):
-        self.readings = Readings()
+        self.readings, self._memory = Readings(), limit
         self._sources, self._limit, self._only = sources, limit, only
         self._grams: set[Consumer] = set()
         self._recent: deque[tuple[Tensor, tuple[Any, ...], Consumer]] = deque(maxlen=_REMEMBERED)
@@ -87,14 +52,14 @@ class Measuring:
             readings.statistics[leader].add(op.channels_last(), leader in self._grams)
         return op.run()
 
-    def complete(self) -> Readings:
-        """Return what was measured."""
+    def complete(self, ranks: Ranks) -> Readings:
+        """Return what was measured, by all ranks."""
         readings = self.readings
         for consumer in self._apart:
             readings.leaders.pop(consumer, None)
         for statistics in readings.statistics.values():
             statistics.complete()
-        return readings
+        return added_up(readings, self._apart, ranks, self._memory) if ranks.own_data else readings
 
     def _begin(self, op: LinearOp) -> None:
         """Look at what is in front of a consumer that is seen for the first time."""
@@ -106,8 +71,8 @@ class Measuring:
         if op.is_table:
             readings.tables.add(consumer.parameter)
         size = 4 * op.inputs.shape[op.axis] ** 2
-        wanted = self._only is None or consumer in self._only
-        if wanted and readings.needs_gram(consumer) and (size <= self._limit or not self._grams):
+        needed = readings.needs_gram(consumer) if self._only is None else consumer in self._only
+        if needed and (size <= self._limit or not self._grams):
             self._grams.add(consumer)
             self._limit -= size
 
@@ -128,7 +93,11 @@ def _place(values: Tensor) -> tuple[Any, ...]:
 
 
 def measure(
-    model: nn.Module, batches: Sequence[Batch], max_memory: int | None, what: str
+    model: nn.Module,
+    batches: Sequence[Batch],
+    max_memory: int | None,
+    what: str,
+    ranks: Ranks = ALONE,
 ) -> Readings:
     """Return what every weight of a model reads, measured in one pass.
 
@@ -138,14 +107,15 @@ def measure(
         max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
             Those that do not fit are measured in further passes, once they are needed.
         what: the title of the progress bar.
+        ranks: the ranks that measure, each on batches of its own.
 
     Raises:
         CalibrationError: the model does not run on the data, or gives numbers that are not finite.
     """
     sources = Sources(model)
-    measuring = Measuring(sources, memory_limit(model, max_memory))
-    watched_pass(model, batches, measuring.visit, sources, what=what)
-    readings = measuring.complete()
+    measuring = Measuring(sources, memory_limit(model, max_memory, ranks))
+    watched_pass(model, batches, measuring.visit, sources, what=what, ranks=ranks)
+    readings = measuring.complete(ranks)
     if not readings.statistics:
         raise CalibrationError(
             f"{type(model).__name__} has no layer whose inputs can be measured (linear layers, "
@@ -161,30 +131,39 @@ def add_grams(
     readings: Readings,
     leaders: Collection[Consumer],
     max_memory: int | None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Measure Gram matrices in another pass, in the place of those that there were.
 
-    As many of the leaders get theirs as ``max_memory`` allows, at least one.
+    As many of the leaders get theirs as ``max_memory`` allows, at least the first.
     """
     for statistics in readings.statistics.values():
         statistics.gram = None
+    limit = memory_limit(model, max_memory, ranks)
+    chosen, left = list[Consumer](), limit
+    for leader in leaders:  # chosen now, for ranks meet experts in orders of their own
+        size = 4 * len(readings.statistics[leader].total) ** 2
+        if size <= left or not chosen:
+            chosen.append(leader)
+            left -= size
     sources = Sources(model)
-    measuring = Measuring(sources, memory_limit(model, max_memory), leaders)
-    watched_pass(model, batches, measuring.visit, sources, what="calibrate, another pass")
-    for leader, measured in measuring.complete().statistics.items():
+    measuring = Measuring(sources, limit, chosen)
+    what = "calibrate, another pass"
+    watched_pass(model, batches, measuring.visit, sources, what=what, ranks=ranks)
+    for leader, measured in measuring.complete(ranks).statistics.items():
         if leader in readings.statistics:
             readings.statistics[leader].gram = measured.gram
 
 
-def memory_limit(model: nn.Module, max_memory: int | None) -> int:
+def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE) -> int:
     """Return ``max_memory``, or half of the bytes that are free where the model is.
 
-    Of a sharded model's stand-in it is what all ranks have: they have to measure alike.
+    Of several ranks it is what each of them has: they have to measure alike.
     """
     if max_memory is not None:
         return max_memory
     free = _half_of_free(model)
-    return free if standin_behind(model) is None else smallest(free)
+    return smallest(free) if ranks.count > 1 else free
 
 
 def _half_of_free(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from ..model.live_objects import configs_of
 from ..model.surroundings import same_random_state
 from .batches import Batch, on_device
 from .linear_ops import LinearOp, WatchedOps
+from .over_ranks import ALONE, Ranks, in_step
 from .sources import Sources
 
 
@@ -24,6 +25,7 @@ def watched_pass(
     sources: Sources | None = None,
     after_batch: Callable[[int, Any], None] | None = None,
     what: str = "",
+    ranks: Ranks = ALONE,
 ) -> None:
     """Run a model over batches while every linear operation on its parameters is watched.
 
@@ -34,16 +36,19 @@ def watched_pass(
         sources: watches the layers in front of weights.
         after_batch: gets the number of each batch and the model's result.
         what: the title of the progress bar; empty: there is none.
+        ranks: the ranks that run the model, each over batches of its own.
 
     Raises:
-        CalibrationError: the model does not run on a batch.
+        CalibrationError: the model does not run on a batch, on this rank or on another.
     """
     ops: Any = nullcontext() if visit is None else WatchedOps(model, visit)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         if sources is not None:
             stack.enter_context(sources.watching())
+        begin = stack.enter_context(in_step(model, ranks, what or "a pass over held-out data"))
         for number, batch in enumerate(_shown(batches, what)):
+            begin(number)
             try:
                 with ops:
                     result = model(**on_device(batch, model))

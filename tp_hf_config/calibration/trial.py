@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -54,13 +54,14 @@ def run_as_cut(
         return op.run(op.shaped(_cut(op, rows, step)))
 
     calibration = step.calibration
-    watched_pass(calibration.model, calibration.held_out, visit, sources, after_batch)
+    batches, ranks = calibration.held_out, calibration.ranks
+    watched_pass(calibration.model, batches, visit, sources, after_batch, ranks=ranks)
 
 
 def layer_errors(
     step: StepRefits, after_batch: Callable[[int, Any], None]
 ) -> dict[Consumer, Errors]:
-    """Run the whole model on held-out data, and return each refitted layer's errors there.
+    """Run the whole model on held-out data, and return each refit's errors there, of all ranks.
 
     Args:
         step: the refits of the step.
@@ -81,14 +82,22 @@ def layer_errors(
         return whole
 
     calibration = step.calibration
-    watched_pass(calibration.model, calibration.held_out, visit, sources, after_batch)
-    return errors
+    batches, ranks = calibration.held_out, calibration.ranks
+    watched_pass(calibration.model, batches, visit, sources, after_batch, ranks=ranks)
+    own = [errors.get(consumer, Errors()) for consumer in step.refits]
+    sums = ranks.sums([value for each in own for value in astuple(each)])
+    return {
+        consumer: Errors(*sums[3 * number : 3 * number + 3])
+        for number, consumer in enumerate(step.refits)
+    }
 
 
 def run_held_out(calibration: MeasuredModel, after_batch: Callable[[int, Any], None]) -> None:
     """Run a measured model as it is now on its held-out data."""
-    batches = calibration.held_out
-    watched_pass(calibration.model, batches, lambda op: op.run(), after_batch=after_batch)
+    batches, ranks = calibration.held_out, calibration.ranks
+    watched_pass(
+        calibration.model, batches, lambda op: op.run(), after_batch=after_batch, ranks=ranks
+    )
 
 
 def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:

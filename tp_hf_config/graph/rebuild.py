@@ -21,7 +21,8 @@ from .cut_list import CutList
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+"""Config fields that set no shape: saving a model writes them, on the rank that saves."""
 
 
 def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
@@ -112,7 +113,7 @@ def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
     changed = {field for field, _ in changed_values(cuts.before, config)}
     changed |= {field for field, _ in changed_values(config, cuts.before)}
     for field in sorted(changed, key=field_name):
-        if field[0] not in _OF_NO_EFFECT:
+        if field[0] not in OF_NO_EFFECT:
             raise UnsupportedModelError(
                 f"the cut list starts from a config with {field_name(field)} "
                 f"{value_at(cuts.before, field)}, and this {name} has {value_at(config, field)}"

@@ -6,6 +6,9 @@ import datetime
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from ..errors import in_one_line, listed
 from .build import Refusal
 
@@ -74,6 +77,21 @@ def gathered(value: _T) -> list[_T]:
     everyone = [value] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def summed(values: Tensor, device: torch.device | str) -> Tensor:
+    """Return the sum of all ranks' tensors; every rank has to call this, and gets the same bits.
+
+    Args:
+        values: this rank's tensor, which may be overwritten.
+        device: where the process group adds up.
+    """
+    import torch.distributed as dist
+
+    total = values.to(device).contiguous()
+    dist.reduce(total, 0)  # an all_reduce need not give all ranks the same bits
+    dist.broadcast(total, 0)
+    return total.to(values.device)
 
 
 def are_several() -> bool:
