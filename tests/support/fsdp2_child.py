@@ -20,8 +20,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch_pruning as tp
+import transformers as hf
 import zoo
-from fsdp2_cases import CASES, OF_OWN_DATA, batch, cut_by, data_of, of_measurement, run, snapshot
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, state
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from fsdp2_cases import (
+    CASES,
+    OF_OWN_DATA,
+    batch,
+    cut_by,
+    data_of,
+    of_measurement,
+    run,
+    snapshot,
+    trained_by_trainer,
+)
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -171,6 +185,79 @@ def copies(rank: int) -> dict[str, Any]:
     return results
 
 
+def accelerate_shards_on_the_cpu() -> None:
+    """Accelerate takes DistributedDataParallel on the CPU, whatever its plugin says."""
+    start = state.AcceleratorState.__init__
+
+    def starts(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    state.AcceleratorState.__init__ = starts
+
+
+def accelerated(rank: int) -> dict[str, Any]:
+    """Accelerate shards by its FSDP2 plugin, in a loop of one's own."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model, optimizer, hook = run(
+        CASES[OF_OWN_DATA],
+        lambda module: fsdp2_prepare_model(accelerator, module),
+        rank,
+        accelerator=accelerator,
+    )
+    results = came_to(model, optimizer, hook)
+    results["layers"] = [type(layer).__name__ for layer in model.model.layers]
+    norm = accelerator.clip_grad_norm_(model.parameters(), 1e9)
+    results["norm"] = float(getattr(norm, "full_tensor", lambda: norm)())
+    state.AcceleratorState._reset_state(True)
+    return results
+
+
+def by_trainer(folder: Path) -> dict[str, Any]:
+    """A Trainer trains under FSDP2."""
+    first = int(hf.__version__.partition(".")[0])
+    config = {
+        "fsdp_version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    settings = {"fsdp": True if first > 4 else "full_shard auto_wrap", "fsdp_config": config}
+    layers = weakref.WeakSet[nn.Module]()
+    trainer, callback = trained_by_trainer(folder / "trained", 2, layers=layers, **settings)
+    model = trainer.model
+    gc.collect()
+    unsharded = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    state.AcceleratorState._reset_state(True)
+    return {
+        "tensors": snapshot(model),
+        "fields": [report.fields for report in callback.hook.reports],
+        "unsharded": unsharded,
+        "old layers": len(layers),
+        "checkpointing": [layer.gradient_checkpointing for layer in model.model.layers],
+        "activation checkpointing": refusal(
+            lambda: trained_by_trainer(
+                folder / "again",
+                2,
+                gradient_checkpointing=False,
+                **{**settings, "fsdp_config": {**config, "activation_checkpointing": True}},
+            )
+        ),
+        "resumed": refusal(
+            lambda: trained_by_trainer(
+                folder / "again", 2, resume=folder / "trained" / "checkpoint-3", **settings
+            )
+        ),
+    }
+
+
 def failing(rank: int) -> dict[str, Any]:
     """One rank does something else than the others: all raise, and the model is as it was."""
     results: dict[str, Any] = {}
@@ -270,6 +357,12 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
         results["held"] = held()
         results["own data"] = own_data(rank)
         results["copies"] = copies(rank)
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+        accelerate_shards_on_the_cpu()
+        results["accelerate"] = accelerated(rank)
+        results["Trainer"] = by_trainer(folder)
         dist.destroy_process_group()
         start(rank, size, folder / "other store", 4)
         results["absent"] = absent(rank, folder)

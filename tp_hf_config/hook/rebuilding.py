@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..graph.cut_list import CutList
 from ..graph.origins import note, note_successor
-from ..graph.rebuild import empty_copy
+from ..graph.rebuild import empty_copy, take_modes
 from ..graph.standin import StandIn
 from ..model.config_json import changed_values, config_json
 from ..model.lazy_tensor import values_of
@@ -94,8 +94,7 @@ class Rebuilding:
         failure: Exception | None = None
         new = empty_copy(self._standin.model)
         wrapped: nn.Module = new
-        for name, module in new.named_modules():
-            module.training = old.get_submodule(name).training
+        take_modes(new, old)
         buffers = dict(new.named_buffers())
         device = next(old.parameters()).device
         try:

@@ -15,7 +15,17 @@ import pytest
 import small
 import torch
 import zoo
-from fsdp2_cases import CASES, OF_OWN_DATA, batch, cut_by, data_of, of_measurement, run, snapshot
+from fsdp2_cases import (
+    CASES,
+    OF_OWN_DATA,
+    batch,
+    cut_by,
+    data_of,
+    of_measurement,
+    run,
+    snapshot,
+    trained_by_trainer,
+)
 
 from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.calibration.batches import split_batches
@@ -297,6 +307,54 @@ class TestCopies:
             )
             assert results["untouched"]
             assert results["again, with one seed"] == "nothing was raised"
+
+
+class TestAccelerate:
+    """Accelerate shards, in a loop of one's own and in a ``Trainer``."""
+
+    def test_a_loop_of_ones_own(self, ranks: list[dict[str, Any]]) -> None:
+        for results in ranks:
+            result = results["accelerate"]
+            assert_as_alone(OF_OWN_DATA, result)
+            assert result["layers"] == ["FSDPLlamaDecoderLayer"] * 2
+            gradients = [
+                value for name, value in result["tensors"].items() if name.startswith("gradient")
+            ]
+            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+            assert result["norm"] == pytest.approx(float(norm), rel=1e-5)
+
+    def test_a_trainer(self, ranks: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+        trainer, callback = trained_by_trainer(tmp_path, 1)
+        alone = snapshot(trainer.model)
+        first, second = (results["Trainer"] for results in ranks)
+        assert first["fields"] == [report.fields for report in callback.hook.reports]
+        assert first["unsharded"] == []
+        assert not first["old layers"]
+        assert first["checkpointing"] == [True, True]
+        assert differing(first["tensors"], second["tensors"]) == []
+        for name, tensor in alone.items():
+            assert_close((first["tensors"][name],), (tensor,))
+        for step, width in ((3, 48), (6, 32)):
+            loaded, info = type(trainer.model).from_pretrained(
+                folder / "trained" / f"checkpoint-{step}", output_loading_info=True
+            )
+            assert not any(info.values()), info
+            assert loaded.config.hidden_size == width
+        assert differing(snapshot(loaded), first["tensors"]) == []
+
+    def test_refusals_of_the_trainer(self, ranks: list[dict[str, Any]]) -> None:
+        for results in ranks:
+            assert results["Trainer"]["resumed"] == (
+                "TrainingError: PruningCallback: under FSDP2 a run cannot be resumed in the middle "
+                "of pruning. Begin a new one from the checkpoint, "
+                "Trainer(from_pretrained(checkpoint), ...).train(), with a callback for what is "
+                "left to prune"
+            )
+            assert results["Trainer"]["activation checkpointing"] == (
+                "TrainingError: PruningCallback: fsdp_config={'activation_checkpointing': True} "
+                "puts modules of its own around layers, and no config describes those. Take "
+                "TrainingArguments(gradient_checkpointing=True)"
+            )
 
 
 def _as_lists(value: Any) -> Any:
