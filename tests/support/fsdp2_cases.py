@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
+import transformers as hf
 import zoo
 
-from tp_hf_config import HFConfigSyncHook, calibrate, optimizer_follows, pruner_kwargs
+from tp_hf_config import (
+    HFConfigSyncHook,
+    PruningCallback,
+    calibrate,
+    optimizer_follows,
+    pruner_kwargs,
+)
 
 Shard = Callable[[Any], Any]
 
@@ -26,6 +34,7 @@ class Case:
         ignored: the name of a layer whose outputs stay.
         settings: arguments of ``pruner_kwargs``.
         layers: whether every layer has widths of its own, ranked together.
+        own_data: whether every rank trains on data of its own.
     """
 
     model: str
@@ -34,11 +43,14 @@ class Case:
     ignored: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     layers: str = "uniform"
+    own_data: bool = False
 
 
+OF_OWN_DATA = "llama, Taylor of own data"
 CASES = {
     "llama": Case("llama", steps=2),
     "llama, Taylor": Case("llama", tp.importance.GroupTaylorImportance, steps=2),
+    OF_OWN_DATA: Case("llama", tp.importance.GroupTaylorImportance, steps=2, own_data=True),
     "llama, calibrated": Case("llama", None, steps=2),
     "llama, layers differ": Case(
         "llama", steps=2, settings={"prune": "intermediate_size"}, layers="differ"
@@ -50,32 +62,56 @@ CASES = {
 }
 
 
-def batch(seed: int) -> dict[str, torch.Tensor]:
+def batch(seed: int, rows: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {"input_ids": torch.randint(zoo.VOCAB, (2, 8), generator=generator)}
+    return {"input_ids": torch.randint(zoo.VOCAB, (rows, 8), generator=generator)}
 
 
-def train(model: Any, optimizer: Any, seed: int) -> None:
-    """One update; its gradients stay, for importances that read them."""
+def train(
+    model: Any, optimizer: Any, seeds: Sequence[int], backward: Any = torch.Tensor.backward
+) -> None:
+    """One update on the mean of batches; its gradients stay, for importances that read them."""
     optimizer.zero_grad()
-    model(**batch(seed)).logits.square().mean().backward()
+    for seed in seeds:
+        backward(model(**batch(seed)).logits.square().mean() / len(seeds))
     optimizer.step()
 
 
-def run(case: Case, shard: Shard | None) -> tuple[Any, Any, HFConfigSyncHook]:
+def run(
+    case: Case,
+    shard: Shard | None,
+    rank: int | None = None,
+    wrap: Shard = lambda module: module,
+    accelerator: Any = None,
+) -> tuple[Any, Any, HFConfigSyncHook]:
     """Prune in steps with training around them: what a user's script does.
+
+    Args:
+        case: what is pruned.
+        shard: shards a model.
+        rank: the rank of this process; ``None``: one process sees the data of both ranks.
+        wrap: wraps a model that every rank has a copy of, to train it.
+        accelerator: shards the model in the place of ``shard``.
 
     Returns:
         The pruned model, its optimizer, and the hook.
     """
     model = zoo.build(case.model)
-    if shard is not None:
+    backward = accelerator.backward if accelerator else torch.Tensor.backward
+    if shard is not None and accelerator is None:
         shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if accelerator is not None:
+        model, optimizer = accelerator.prepare(model, optimizer)
     calibration = None
     if case.importance is None:
         calibration = calibrate(model, [batch(seed) for seed in range(24)])
-    hook = HFConfigSyncHook(rebuild=shard, compensate=calibration, layers=case.layers)
+    hook = HFConfigSyncHook(
+        rebuild=shard,
+        compensate=calibration,
+        layers=case.layers,
+        distributed=shard is None and rank is not None,
+    )
     ignored = [model.get_submodule(case.ignored)] if case.ignored else []
     pruner = tp.pruner.MetaPruner(
         model,
@@ -87,13 +123,92 @@ def run(case: Case, shard: Shard | None) -> tuple[Any, Any, HFConfigSyncHook]:
         iterative_steps=case.steps,
         hooks=[hook],
     )
+    seeds = [0] if not case.own_data else [0, 100] if rank is None else [100 * rank]
     for step in range(case.steps):
-        train(model, optimizer, seed=step)
+        train(wrap(model), optimizer, [seed + step for seed in seeds], backward)
         with optimizer_follows(model, optimizer):
             pruner.step()
         model = hook.rebuilt_model or model
-        train(model, optimizer, seed=step + 10)
+        if accelerator is not None:
+            accelerator._models = [model]
+        train(wrap(model), optimizer, [seed + step + 10 for seed in seeds], backward)
     return model, optimizer, hook
+
+
+def data_of(rank: int) -> list[dict[str, torch.Tensor]]:
+    """Data of two ranks: the second has a batch of two tokens, and holds none out."""
+    if rank == 1:
+        return [{"input_ids": batch(50)["input_ids"][:1, :2]}]
+    return [batch(seed, rows=32) for seed in range(4)]
+
+
+def of_measurement(calibration: Any) -> dict[Any, Any]:
+    """What was measured, as plain data."""
+    readings = calibration.readings
+    return {
+        "leaders": readings.leaders,
+        "chains": readings.chains,
+        "tables": readings.tables,
+        "sums": {
+            leader: (each.tokens, each.total, each.squares, each.gram)
+            for leader, each in readings.statistics.items()
+        },
+    }
+
+
+def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, Any]:
+    """Prune by what was measured, and return what it comes to."""
+    settings = {"importance": calibration.importance("obs"), "pruning_ratio": 0.5, "hooks": [hook]}
+    tp.pruner.MetaPruner(model, **pruner_kwargs(model), **settings).step()
+    report = hook.last_report
+    return {
+        "measurement": of_measurement(calibration),
+        "kept": {name: report.cuts.kept(name) for name in report.cuts.edits},
+        "refits": report.compensation.to_dict() | {"seconds": 0.0},
+        "tensors": snapshot(hook.rebuilt_model or model),
+    }
+
+
+def trained_by_trainer(
+    folder: Path, ranks: int, resume: Path | None = None, layers: Any = None, **settings: Any
+) -> tuple[Any, Any]:
+    """Train with two pruning steps; what each update sees is the same for one and two ranks.
+
+    Args:
+        folder: where to write.
+        ranks: how many ranks there are.
+        resume: a checkpoint to go on from.
+        layers: gets the layers of the unpruned model.
+        settings: of the training.
+
+    Returns:
+        The ``Trainer`` and its callback.
+    """
+    rows = torch.randint(zoo.VOCAB, (24, 8), generator=torch.Generator().manual_seed(0))
+    arguments = hf.TrainingArguments(
+        str(folder),
+        max_steps=6,
+        save_steps=3,
+        per_device_train_batch_size=4 // ranks,
+        learning_rate=1e-2,
+        adam_epsilon=1e-2,  # small gradients are rounding errors
+        max_grad_norm=1.0,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        **{"gradient_checkpointing": True, **settings},
+    )
+    callback = PruningCallback(every=2, pruning_ratio=0.5, iterative_steps=2)
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    model = zoo.build("llama")
+    if resume is not None:
+        model = type(model).from_pretrained(resume)
+    if layers is not None:
+        layers.update(model.model.layers)
+    trainer = hf.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer, callback
 
 
 def whole(tensor: Any) -> torch.Tensor:

@@ -20,13 +20,28 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch_pruning as tp
+import transformers as hf
 import zoo
-from fsdp2_cases import CASES, batch, run, snapshot
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, state
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from fsdp2_cases import (
+    CASES,
+    OF_OWN_DATA,
+    batch,
+    cut_by,
+    data_of,
+    of_measurement,
+    run,
+    snapshot,
+    trained_by_trainer,
+)
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from tp_hf_config import (
@@ -38,7 +53,7 @@ from tp_hf_config import (
     pruner_kwargs,
     save_sharded,
 )
-from tp_hf_config.graph import standin
+from tp_hf_config.graph import standin, taking_turns
 
 
 @functools.cache
@@ -78,14 +93,10 @@ def refusal(act: Any) -> str:
     return "nothing was raised"
 
 
-def of_case(name: str, folder: Path) -> dict[str, Any]:
-    model, optimizer, hook = run(CASES[name], shard)
+def of_case(name: str, rank: int, folder: Path) -> dict[str, Any]:
+    model, optimizer, hook = run(CASES[name], shard, rank)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    result = {
-        "tensors": snapshot(model, optimizer),
-        "config": model.config.to_dict(),
-        "fields": [report.fields for report in hook.reports],
-    }
+    result = came_to(model, optimizer, hook)
     save_sharded(model, folder / name)
     if name == "llama":
         dcp.save({"model": model.state_dict()}, checkpoint_id=str(folder / "dcp"))
@@ -96,6 +107,14 @@ def of_case(name: str, folder: Path) -> dict[str, Any]:
         after = snapshot(model)
         result["dcp"] = all(torch.equal(before[key], after[key]) for key in before)
     return result
+
+
+def came_to(model: Any, optimizer: Any, hook: HFConfigSyncHook) -> dict[str, Any]:
+    return {
+        "tensors": snapshot(model, optimizer),
+        "config": model.config.to_dict(),
+        "fields": [report.fields for report in hook.reports],
+    }
 
 
 def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
@@ -111,7 +130,8 @@ def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
     (folder / "taken").mkdir(exist_ok=True)
     (folder / "taken" / "notes.txt").touch()
     results["taken"] = refusal(lambda: save_sharded(model, folder / "taken"))
-    results["other data"] = refusal(lambda: calibrate(model, [batch(rank), batch(rank)]))
+    results["other settings"] = refusal(lambda: calibrate(model, [batch(0)], ridge=0.1 * rank))
+    results["no data"] = refusal(lambda: calibrate(model, []))
     parallel = zoo.build("llama")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallelize_module(parallel, mesh, {"model.layers.0.mlp.up_proj": ColwiseParallel()})
@@ -121,6 +141,123 @@ def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+def own_data(rank: int) -> dict[str, Any]:
+    """Every rank measures data of its own: experts are read here that are not read there."""
+    model = sharded("mixtral")
+    calibration = calibrate(model, data_of(rank))
+    hook = HFConfigSyncHook(rebuild=shard, compensate=calibration)
+    results = cut_by(calibration, model, hook)
+    model = sharded()
+    first_alone = calibrate(model, data_of(0) if rank == 0 else [])
+    results["the first alone"] = of_measurement(first_alone)
+    results["text"] = str(first_alone).partition(";")[0]
+    bad: Any = {"input_ids": torch.tensor([[0, zoo.VOCAB]])}
+    results["bad data"] = refusal(lambda: calibrate(model, [*[bad] * rank, *data_of(0)]))
+    results["after it"] = refusal(lambda: calibrate(model, data_of(rank)))
+    return results
+
+
+def copies(rank: int) -> dict[str, Any]:
+    """Every rank has a copy of the model (DistributedDataParallel), and data of its own."""
+    model, optimizer, hook = run(CASES[OF_OWN_DATA], None, rank, DistributedDataParallel)
+    results: dict[str, Any] = {"trained": came_to(model, optimizer, hook)}
+    model = zoo.build("mixtral")
+    calibration = calibrate(model, data_of(rank), distributed=True)
+    hook = HFConfigSyncHook(distributed=True, compensate=calibration)
+    results["calibrated"] = cut_by(calibration, model, hook)
+    model = zoo.build("llama")
+    wrapped, before = DistributedDataParallel(model), snapshot(model)
+    for name, act in {
+        "pruner_kwargs": lambda: pruner_kwargs(wrapped),
+        "calibrate": lambda: calibrate(wrapped, data_of(rank), distributed=True),
+        "pruner": lambda: pruner_of(wrapped, HFConfigSyncHook()),
+    }.items():
+        results[name] = refusal(act)
+    random = tp.importance.RandomImportance()
+    pruner = pruner_of(model, HFConfigSyncHook(distributed=True), random)
+    torch.manual_seed(rank)
+    results["other channels"] = refusal(pruner.step)
+    results["untouched"] = all(
+        torch.equal(before[name], value) for name, value in snapshot(model).items()
+    )
+    torch.manual_seed(0)
+    results["again, with one seed"] = refusal(pruner.step)
+    return results
+
+
+def accelerate_shards_on_the_cpu() -> None:
+    """Accelerate takes DistributedDataParallel on the CPU, whatever its plugin says."""
+    start = state.AcceleratorState.__init__
+
+    def starts(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    state.AcceleratorState.__init__ = starts
+
+
+def accelerated(rank: int) -> dict[str, Any]:
+    """Accelerate shards by its FSDP2 plugin, in a loop of one's own."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model, optimizer, hook = run(
+        CASES[OF_OWN_DATA],
+        lambda module: fsdp2_prepare_model(accelerator, module),
+        rank,
+        accelerator=accelerator,
+    )
+    results = came_to(model, optimizer, hook)
+    results["layers"] = [type(layer).__name__ for layer in model.model.layers]
+    norm = accelerator.clip_grad_norm_(model.parameters(), 1e9)
+    results["norm"] = float(getattr(norm, "full_tensor", lambda: norm)())
+    state.AcceleratorState._reset_state(True)
+    return results
+
+
+def by_trainer(folder: Path) -> dict[str, Any]:
+    """A Trainer trains under FSDP2."""
+    first = int(hf.__version__.partition(".")[0])
+    config = {
+        "fsdp_version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    settings = {"fsdp": True if first > 4 else "full_shard auto_wrap", "fsdp_config": config}
+    layers = weakref.WeakSet[nn.Module]()
+    trainer, callback = trained_by_trainer(folder / "trained", 2, layers=layers, **settings)
+    model = trainer.model
+    gc.collect()
+    unsharded = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    state.AcceleratorState._reset_state(True)
+    return {
+        "tensors": snapshot(model),
+        "fields": [report.fields for report in callback.hook.reports],
+        "unsharded": unsharded,
+        "old layers": len(layers),
+        "checkpointing": [layer.gradient_checkpointing for layer in model.model.layers],
+        "activation checkpointing": refusal(
+            lambda: trained_by_trainer(
+                folder / "again",
+                2,
+                gradient_checkpointing=False,
+                **{**settings, "fsdp_config": {**config, "activation_checkpointing": True}},
+            )
+        ),
+        "resumed": refusal(
+            lambda: trained_by_trainer(
+                folder / "again", 2, resume=folder / "trained" / "checkpoint-3", **settings
+            )
+        ),
+    }
+
+
 def failing(rank: int) -> dict[str, Any]:
     """One rank does something else than the others: all raise, and the model is as it was."""
     results: dict[str, Any] = {}
@@ -128,6 +265,8 @@ def failing(rank: int) -> dict[str, Any]:
     before = snapshot(model)
     hook = HFConfigSyncHook(rebuild=shard)
     pruner = pruner_of(model, hook, tp.importance.RandomImportance())
+    if rank == 0:
+        model.config.architectures = ["LlamaForCausalLM"]  # save_pretrained sets it where it runs
     torch.manual_seed(rank)
     results["other channels"] = refusal(pruner.step)
     results["untouched"] = hook.rebuilt_model is model and all(
@@ -173,15 +312,26 @@ def held() -> dict[str, Any]:
 
 
 def absent(rank: int, folder: Path) -> str:
-    """Rank 1 does not come to the step, within the process group's timeout."""
+    """Rank 1 comes to the step when the process group's timeout is over."""
     pruner = pruner_of(sharded(), HFConfigSyncHook(rebuild=shard))
-    if rank == 0:
-        said = refusal(pruner.step)
-        (folder / "said").touch()
-        return said
-    while not (folder / "said").exists():
+    while rank == 1 and not (folder / "said").exists():
         time.sleep(0.1)
-    return ""
+    said = refusal(pruner.step)
+    (folder / "said").touch()
+    return said
+
+
+def dying(rank: int) -> str:
+    """Rank 1 ends while both measure."""
+
+    read = taking_turns.Turns.read
+
+    def dies(turns: Any, number: int) -> torch.Tensor:
+        return read(turns, number) if turns.batch < 1 else os._exit(0)
+
+    if rank == 1:
+        taking_turns.Turns.read = dies
+    return refusal(lambda: calibrate(sharded(), [batch(seed) for seed in range(3)]))
 
 
 def start(rank: int, size: int, store: Path, seconds: float) -> None:
@@ -199,15 +349,25 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     start(rank, size, folder / "store", 600)
-    results: dict[str, Any] = {name: of_case(name, folder) for name in names if name in CASES}
+    results: dict[str, Any] = {name: of_case(name, rank, folder) for name in names if name in CASES}
     torch.save(results, folder / f"rank{rank}.pt")
     if "refusals" in names:
         results["refusals"] = seen_and_refused(rank, folder)
         results["failures"] = failing(rank)
         results["held"] = held()
+        results["own data"] = own_data(rank)
+        results["copies"] = copies(rank)
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+        accelerate_shards_on_the_cpu()
+        results["accelerate"] = accelerated(rank)
+        results["Trainer"] = by_trainer(folder)
         dist.destroy_process_group()
         start(rank, size, folder / "other store", 4)
         results["absent"] = absent(rank, folder)
+        torch.save(results, folder / f"rank{rank}.pt")
+        results["dying"] = dying(rank)
     torch.save(results, folder / f"rank{rank}.pt")
     os._exit(0)  # without the farewell of a process group in which a rank was missing
 

@@ -147,12 +147,15 @@ def writes_text(model: Any) -> bool:
     )
 
 
-def split_batches(data: Iterable[Any], model: nn.Module) -> tuple[list[Batch], list[Batch]]:
+def split_batches(
+    data: Iterable[Any], model: nn.Module, may_be_empty: bool = False
+) -> tuple[list[Batch], list[Batch]]:
     """Return the user's batches, those to measure and those held out, without padding.
 
     Args:
         data: dicts of a forward pass's keyword arguments, or tensors for its first one.
         model: the model.
+        may_be_empty: True if there may be no batch, as on one rank of several.
 
     Raises:
         CalibrationError: there is no batch, or one is neither a dict nor a tensor.
@@ -168,7 +171,7 @@ def split_batches(data: Iterable[Any], model: nn.Module) -> tuple[list[Batch], l
                 "output), a tensor, or texts with tokenizer="
             )
         batches += unpadded(given)
-    if not batches:
+    if not batches and not may_be_empty:
         raise CalibrationError(
             "the calibration data has no batch: pass some (a list, a DataLoader)"
         )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from ..errors import CalibrationError, CalibrationWarning, listed
 from ..graph.edits import stack_dim
 from ..graph.standin import standin_behind, standin_of
-from ..model.ranks import Decision, differing
+from ..model.locate import check_unwrapped
 from .batches import (
     Batch,
     Text,
@@ -24,8 +22,9 @@ from .batches import (
     writes_text,
 )
 from .importance import CalibratedImportance, Kind
-from .measure import Readings
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
+from .over_ranks import agreed_ranks
+from .readings import Readings
 from .statistics import TOKENS_PER_CHANNEL
 
 if TYPE_CHECKING:
@@ -79,12 +78,14 @@ def calibrate(
     max_memory: int | None = None,
     seed: int = 0,
     measure: bool = True,
+    distributed: bool = False,
 ) -> Calibration:
     """Measure what a model's weights read, in one pass over data.
 
     Args:
-        model: any model: one of Transformers, or a plain module. Under FSDP2 every rank measures,
-            on the same data, while it gathers one weight at a time.
+        model: any model: one of Transformers, or a plain module. Under FSDP2 every rank has to call
+            this; it measures its own data, one gathered weight at a time, and all have the same
+            sums afterwards.
         data: batches (dicts of the forward pass's arguments, or tensors for its first one), or
             texts. For a causal language model it may be left out: a small text that ships with the
             package is taken then; ``"own"``: what the model writes itself, for languages and
@@ -105,6 +106,10 @@ def calibrate(
         seed: of what the model writes itself.
         measure: False: hold the data only. What weights read is measured once something asks for
             it, which ``drop_layers(model, count=...)`` does not.
+        distributed: True: every process of a run has a copy of the model (DistributedDataParallel),
+            all of them call this, and what they measure of their own data is added up. Under FSDP2
+            it always is. Ranks may have different numbers of batches, or none. If all have the same
+            data, each measures all of it, and nothing is counted twice.
 
     Returns:
         The calibration: its ``importance()`` is for pruners, itself for
@@ -112,9 +117,38 @@ def calibrate(
 
     Raises:
         CalibrationError: the data does not fit the model, there is none where it is needed, or
-            activations are not finite.
+            activations are not finite; of several ranks, one cannot measure or does not come.
+        UnsupportedModelError: the model is a DistributedDataParallel, or sharded by something else
+            than FSDP2.
     """
+    check_unwrapped(model)
     model = standin_of(model)
+    if ridge is None:
+        ridge = TEXT_RIDGE if writes_text(model) else RIDGE
+    train, held_out = list[Batch](), list[Batch]()
+    failure: Exception | None = None
+    empty = distributed or standin_behind(model) is not None
+    try:
+        train, held_out = _batches_of(model, data, tokenizer, tokens, seed, may_be_empty=empty)
+    except Exception as error:  # also of the user's data; the other ranks have to know
+        failure = error
+    settings = {"ridge": ridge, "max_memory": max_memory}
+    ranks = agreed_ranks(model, [*train, *held_out], settings, distributed, failure)
+    calibration = Calibration(model, train, held_out, ridge, max_memory, ranks)
+    if measure:
+        calibration.measure()
+    return calibration
+
+
+def _batches_of(
+    model: Any,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tokens: int,
+    seed: int,
+    may_be_empty: bool,
+) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches to measure and those held out; see :func:`calibrate`."""
     if isinstance(data, str) and data != "own":
         data = [data]
     if data is None or data == "own":
@@ -130,32 +164,8 @@ def calibrate(
         train: list[Batch] = [{"input_ids": row[None]} for row in text.train[:wanted]]
         held_out: list[Batch] = [{"input_ids": row[None]} for row in text.held_out]
     else:
-        train, held_out = split_batches(data, model)  # type: ignore[arg-type]
-    if ridge is None:
-        ridge = TEXT_RIDGE if writes_text(model) else RIDGE
-    _check_alike(model, [*train, *held_out])
-    calibration = Calibration(model, train, held_out, ridge, max_memory)
-    if measure:
-        calibration.measure()
-    return calibration
-
-
-def _check_alike(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Raise if the ranks of a sharded model have other data: they have to measure alike."""
-    if standin_behind(model) is None:
-        return
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, value in batch.items():
-            digest.update(f"{name} {getattr(value, 'shape', value)}".encode())
-            if isinstance(value, torch.Tensor):
-                values = value.detach().cpu().flatten().contiguous()
-                digest.update(values.view(torch.uint8).numpy().tobytes())
-    refusal = differing(Decision("calibrate", (("the data", digest.hexdigest()),)))
-    if refusal is not None:
-        raise CalibrationError(
-            f"{refusal.reason}. Under FSDP2 pass calibrate() the same data on every rank"
-        )
+        train, held_out = split_batches(data, model, may_be_empty)  # type: ignore[arg-type]
+    return train, held_out
 
 
 def _text_of(

@@ -139,9 +139,9 @@ class Compensating:
     def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup], whole: bool):
         started = time.perf_counter()
         self._step = StepRefits(calibration, groups)
-        self._outputs = Difference()
+        self._outputs = Difference(calibration.ranks)
         self.result = Compensation()
-        using = self._worth_it() if calibration.held_out else self._told_enough()
+        using = self._worth_it() if calibration.holds_out() else self._told_enough()
         self._note_unfitted()
         used = {consumer: self._step.refits[consumer] for consumer in using}
         self.applied = AppliedRefits(calibration.model, used, whole)
@@ -168,7 +168,7 @@ class Compensating:
         for some in (set[Consumer](), using):
             outputs.begin()
             run_as_cut(step, some, outputs.compare)
-            changes.append(outputs.mean)
+            changes.append(outputs.mean())
         result.measure, (result.cut, result.refit) = outputs.measure, changes
         if result.refit <= result.cut:
             return using
@@ -219,5 +219,5 @@ class Compensating:
         if self.result.cut is not None:
             self._outputs.begin()
             run_held_out(self._step.calibration, self._outputs.compare)
-            after = self._outputs.mean
+            after = self._outputs.mean()
             self.result.after = None if math.isnan(after) else after

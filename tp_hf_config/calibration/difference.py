@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .over_ranks import ALONE, Ranks
+
+_RELATIVE = "squared error"
+
 
 class Difference:
     """Keeps a model's outputs, batch by batch, and compares others with them.
+
+    Args:
+        ranks: the ranks that compare, each on batches of its own.
 
     Attributes:
         measure: what is computed: ``"KL"`` where the outputs have logits for every token, else
             ``"squared error"``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self.measure = "KL"
         self._outputs: list[Tensor] = []
         self._sums: list[float] = []
@@ -27,7 +35,7 @@ class Difference:
         """Keep the output for a batch, on the CPU."""
         output = _output_of(result)
         if not _has_logits(result):
-            self.measure = "squared error"
+            self.measure = _RELATIVE
         self._outputs.append(output.detach().float().cpu())
 
     def begin(self) -> None:
@@ -48,10 +56,15 @@ class Difference:
             scale = float(before.square().sum()) or 1.0
             self._sums.append(float((now - before).square().sum()) / scale)
 
-    @property
     def mean(self) -> float:
-        """The mean over the batches that were compared; NaN if some had another shape."""
-        return sum(self._sums) / max(1, len(self._sums))
+        """Return the mean over all batches that were compared; NaN if some had another shape.
+
+        All ranks have to call this; ``measure`` is what they have compared then.
+        """
+        if _RELATIVE in self._ranks.gathered(self.measure):
+            self.measure = _RELATIVE  # a rank without batches does not know
+        total, batches = self._ranks.sums([sum(self._sums), len(self._sums)])
+        return total / max(1, batches)
 
 
 def _has_logits(result: Any) -> bool:

@@ -11,11 +11,15 @@ from torch import nn
 from ..errors import CalibrationError
 from ..forward.layer_passes import hidden_in, hidden_out
 from .batches import Batch
+from .over_ranks import ALONE, Ranks
 from .passes import together_on, watched_pass
 
 
 def layer_influence(
-    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch]
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    ranks: Ranks = ALONE,
 ) -> tuple[float, ...]:
     """Return each layer's block influence: 1 - the cosine of what goes in and what comes out.
 
@@ -25,11 +29,12 @@ def layer_influence(
         model: the model.
         layers: the layers, in their order.
         batches: what the model is run on.
+        ranks: the ranks that run it, each on batches of its own.
 
     Raises:
         CalibrationError: a layer does not run on the data, or changes the shape of what goes in.
     """
-    sums, tokens = [0.0] * len(layers), [0] * len(layers)
+    sums, tokens = [0.0] * len(layers), [0.0] * len(layers)
 
     def watch(number: int) -> Any:
         def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -46,11 +51,12 @@ def layer_influence(
         for number, layer in enumerate(layers)
     ]
     try:
-        together = together_on(model, None)
-        watched_pass(model, batches, what="influence of layers", together=together)
+        together, what = together_on(model, None), "influence of layers"
+        watched_pass(model, batches, what=what, together=together, ranks=ranks)
     finally:
         for handle in handles:
             handle.remove()
+    sums, tokens = ranks.sums(sums), ranks.sums(tokens)
     unseen = [number for number, count in enumerate(tokens) if count == 0]
     if unseen:
         raise CalibrationError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,54 +13,18 @@ from torch import Tensor, nn
 
 from ..checkpoint.scratch import free_on_disk
 from ..errors import CalibrationError
+from .add_up import added_up
 from .batches import Batch
 from .linear_ops import Consumer, LinearOp
+from .over_ranks import ALONE, Ranks
 from .passes import is_streamed, sums_limit, together_on, watched_pass
-from .sources import Chain, Sources, use_of
+from .readings import Readings
+from .sources import Sources, use_of
 from .statistics import InputStatistics
 
 _REMEMBERED = 4  # inputs: the weights that read the same values do so one right after the other
 _Read = tuple[tuple[Any, ...], Callable[[], bool], Consumer]
 """Where values lay that a weight read, whether they still do, and that weight's leader."""
-
-
-@dataclass
-class Readings:
-    """What was measured.
-
-    Attributes:
-        statistics: by leader: the first of the consumers that read the same values.
-        leaders: consumer -> its leader.
-        chains: leader -> the layers from a norm to what it reads; leaders behind none are not here.
-        tables: parameters that are tables of embeddings too (tied heads).
-        in_lockstep: False if batches that go through the model layer by layer would be added up in
-            another order than one after the other.
-    """
-
-    statistics: dict[Consumer, InputStatistics] = field(default_factory=dict)
-    leaders: dict[Consumer, Consumer] = field(default_factory=dict)
-    chains: dict[Consumer, Chain] = field(default_factory=dict)
-    tables: set[str] = field(default_factory=set)
-    in_lockstep: bool = True
-
-    def of(self, consumer: Consumer) -> InputStatistics | None:
-        """Return what a consumer reads; ``None`` if it read nothing."""
-        leader = self.leaders.get(consumer)
-        return None if leader is None else self.statistics.get(leader)
-
-    def by_place(self) -> dict[tuple[str, int], list[Consumer]]:
-        """Return (parameter, dimension) -> its consumers: one, or one for each expert."""
-        places: dict[tuple[str, int], list[Consumer]] = {}
-        for consumer in self.leaders:
-            places.setdefault((consumer.parameter, consumer.dim), []).append(consumer)
-        return places
-
-    def needs_gram(self, leader: Consumer) -> bool:
-        """True if a refit needs the Gram matrix of what a leader reads.
-
-        Behind a norm it needs another pass instead, and a table of embeddings stays as it is.
-        """
-        return leader not in self.chains and leader.parameter not in self.tables
 
 
 class Measuring:
@@ -112,14 +76,14 @@ class Measuring:
             self.readings.statistics[consumer].to_disk()
             del self._in_memory[consumer]
 
-    def complete(self) -> Readings:
-        """Return what was measured."""
+    def complete(self, ranks: Ranks) -> Readings:
+        """Return what was measured, by all ranks."""
         readings = self.readings
         for consumer in self._apart:
             readings.leaders.pop(consumer, None)
         for statistics in readings.statistics.values():
             statistics.complete()
-        return readings
+        return added_up(readings, self._apart, ranks, self._limit) if ranks.own_data else readings
 
     def _begin(self, op: LinearOp) -> None:
         """Look at what is in front of a consumer that is seen for the first time."""
@@ -131,8 +95,8 @@ class Measuring:
         if op.is_table:
             readings.tables.add(consumer.parameter)
         size = 4 * op.inputs.shape[op.axis] ** 2
-        wanted = self._only is None or consumer in self._only
-        if wanted and readings.needs_gram(consumer) and self._has_room(size):
+        wanted = readings.needs_gram(consumer) if self._only is None else consumer in self._only
+        if wanted and self._has_room(size):
             self._in_memory[consumer] = size
 
     def _has_room(self, size: int) -> bool:
@@ -165,7 +129,11 @@ def _place(values: Tensor) -> tuple[Any, ...]:
 
 
 def measure(
-    model: nn.Module, batches: Sequence[Batch], max_memory: int | None, what: str
+    model: nn.Module,
+    batches: Sequence[Batch],
+    max_memory: int | None,
+    what: str,
+    ranks: Ranks = ALONE,
 ) -> Readings:
     """Return what every weight of a model reads, measured in one pass.
 
@@ -177,13 +145,14 @@ def measure(
             whose weights are read from files: for the Gram matrices of one layer (they go to
             temporary files then), its weights, and the batches that wait for each other.
         what: the title of the progress bar.
+        ranks: the ranks that measure, each on batches of its own.
 
     Raises:
         CalibrationError: the model does not run on the data, or gives numbers that are not finite.
     """
-    readings = _measured(model, batches, max_memory, what)
+    readings = _measured(model, batches, max_memory, what, ranks)
     if not readings.in_lockstep:  # sums in another order differ in their last bits
-        readings = _measured(model, batches, max_memory, what, in_lockstep=False)
+        readings = _measured(model, batches, max_memory, what, ranks, in_lockstep=False)
     if not readings.statistics:
         raise CalibrationError(
             f"{type(model).__name__} has no layer whose inputs can be measured (linear layers, "
@@ -199,18 +168,32 @@ def add_grams(
     readings: Readings,
     leaders: Collection[Consumer],
     max_memory: int | None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Measure Gram matrices in another pass, in the place of those that there were.
 
-    As many of the leaders get theirs as ``max_memory`` allows, at least one.
+    As many of the leaders get theirs as ``max_memory`` allows, at least the first.
     """
     for statistics in readings.statistics.values():
         statistics.gram = None
+    if ranks.count > 1:  # chosen now, for ranks meet experts in orders of their own
+        leaders = _that_fit(readings, leaders, sums_limit(model, max_memory, ranks))
     what = "calibrate, another pass"
-    again = _measured(model, batches, max_memory, what, leaders, readings.in_lockstep)
+    again = _measured(model, batches, max_memory, what, ranks, leaders, readings.in_lockstep)
     for leader, measured in again.statistics.items():
         if leader in readings.statistics:
             readings.statistics[leader].gram = measured.gram
+
+
+def _that_fit(readings: Readings, leaders: Collection[Consumer], limit: int) -> list[Consumer]:
+    """Return leaders whose Gram matrices memory has room for, one at least."""
+    chosen: list[Consumer] = []
+    for leader in leaders:
+        size = 4 * len(readings.statistics[leader].total) ** 2
+        if size <= limit or not chosen:
+            chosen.append(leader)
+            limit -= size
+    return chosen
 
 
 def _measured(
@@ -218,17 +201,20 @@ def _measured(
     batches: Sequence[Batch],
     max_memory: int | None,
     what: str,
+    ranks: Ranks,
     only: Collection[Consumer] | None = None,
     in_lockstep: bool = True,
 ) -> Readings:
     """Return what is measured in one pass."""
-    sources, limit = Sources(model), sums_limit(model, max_memory)
+    sources, limit = Sources(model), sums_limit(model, max_memory, ranks)
     disk = free_on_disk() // 2 if is_streamed(model) else 0
     measuring = Measuring(sources, limit, only, disk)
-    stage_done = measuring.to_disk
+    visit, stage_done = measuring.visit, measuring.to_disk
     together = together_on(model, max_memory, (), stage_done) if in_lockstep else None
-    ordered = watched_pass(model, batches, measuring.visit, sources, what=what, together=together)
-    return replace(measuring.complete(), in_lockstep=in_lockstep and ordered)
+    ordered = watched_pass(
+        model, batches, visit, sources, what=what, together=together, ranks=ranks
+    )
+    return replace(measuring.complete(ranks), in_lockstep=in_lockstep and ordered)
 
 
 def _check_finite(readings: Readings) -> None:

@@ -16,7 +16,9 @@ from ..model.lazy_tensor import LazyTensor
 from ..notebook import short
 from .batches import Batch, tokens_in
 from .linear_ops import Consumer
-from .measure import Readings, add_grams, measure
+from .measure import add_grams, measure
+from .over_ranks import ALONE, Ranks
+from .readings import Readings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,6 +42,7 @@ class MeasuredModel:
         max_memory: how many bytes Gram matrices may take together, and weights where they are read
             from files; ``None``: half of what is free.
         readings: what was measured.
+        ranks: the ranks that measure; ``train`` and ``held_out`` are this rank's.
         seconds: how long the latest measurement took.
     """
 
@@ -50,7 +53,9 @@ class MeasuredModel:
         held_out: Sequence[Batch],
         ridge: float = RIDGE,
         max_memory: int | None = None,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.model, self.train, self.held_out = model, list(train), list(held_out)
         self.ridge, self.max_memory = ridge, max_memory
         self.readings = Readings()
@@ -110,7 +115,7 @@ class MeasuredModel:
         if state != self._measured_at:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"
-            self.readings = measure(self.model, self.train, self.max_memory, again)
+            self.readings = measure(self.model, self.train, self.max_memory, again, self.ranks)
             self.seconds = time.perf_counter() - started
             self._measured_at = state
         return self.readings
@@ -123,13 +128,17 @@ class MeasuredModel:
         readings = self.current()
         wanted = [leader for leader in leaders if leader in readings.statistics]
         if wanted and readings.statistics[wanted[0]].gram is None:
-            add_grams(self.model, self.train, readings, wanted, self.max_memory)
+            add_grams(self.model, self.train, readings, wanted, self.max_memory, self.ranks)
         return [leader for leader in wanted if readings.statistics[leader].gram is not None]
 
     @property
     def tokens(self) -> int:
-        """The number of tokens measured; of other inputs, their number (images, sounds)."""
+        """The number of tokens measured on this rank; of other inputs, their number (images)."""
         return tokens_in(self.train)
+
+    def holds_out(self) -> bool:
+        """True if some batch is held out, on whichever rank; all ranks have to call this."""
+        return any(self.ranks.gathered(len(self.held_out)))
 
     @property
     def memory(self) -> int:
@@ -147,11 +156,14 @@ class MeasuredModel:
 
     def __str__(self) -> str:
         inputs = len(self.readings.statistics)
+        what = f"{type(self.model).__name__} on {self.tokens:,} tokens"
+        if self.ranks.own_data:
+            what += f" (of {self.ranks.count} ranks, this one)"
         if not self._measured_at:
-            return f"{type(self.model).__name__} on {self.tokens:,} tokens: not measured yet"
+            return f"{what}: not measured yet"
         files = f"{self.scratch / 2**20:,.0f} MiB in temporary files, " if self.scratch else ""
         return (
-            f"{type(self.model).__name__} on {self.tokens:,} tokens: what {inputs} inputs of "
+            f"{what}: what {inputs} inputs of "
             f"{len(self.readings.leaders)} weights carry; {self.memory / 2**20:,.0f} MiB, "
             f"{files}{self.seconds:.1f} s"
         )

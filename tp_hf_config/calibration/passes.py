@@ -20,6 +20,7 @@ from ..model.ranks import smallest
 from ..model.surroundings import free_memory, same_random_state
 from .batches import Batch, on_device
 from .linear_ops import LinearOp, WatchedOps
+from .over_ranks import ALONE, Ranks, in_step
 from .sources import Sources
 
 _Item = TypeVar("_Item")
@@ -75,9 +76,9 @@ def together_on(
     return Together(limit - _for_sums(limit), used, stage_done)
 
 
-def sums_limit(model: nn.Module, max_memory: int | None) -> int:
+def sums_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE) -> int:
     """Return how many bytes sums over batches may take in memory."""
-    limit = memory_limit(model, max_memory)
+    limit = memory_limit(model, max_memory, ranks)
     return _for_sums(limit) if is_streamed(model) else limit
 
 
@@ -91,15 +92,15 @@ def is_streamed(model: nn.Module) -> bool:
     return is_lazy(model) and standin_behind(model) is None
 
 
-def memory_limit(model: nn.Module, max_memory: int | None) -> int:
+def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE) -> int:
     """Return ``max_memory``, or half of the bytes that are free where the model is.
 
-    Of a sharded model's stand-in it is what all ranks have: they have to measure alike.
+    Of several ranks it is what each of them has: they have to measure alike.
     """
     if max_memory is not None:
         return max_memory
     free = _half_of_free(model)
-    return free if standin_behind(model) is None else smallest(free)
+    return smallest(free) if ranks.count > 1 else free
 
 
 def _half_of_free(model: nn.Module) -> int:
@@ -117,6 +118,7 @@ def watched_pass(
     after_batch: Callable[[int, Any], None] | None = None,
     what: str = "",
     together: Together | None = None,
+    ranks: Ranks = ALONE,
 ) -> bool:
     """Run a model over batches while every linear operation on its parameters is watched.
 
@@ -128,12 +130,13 @@ def watched_pass(
         after_batch: gets the number of each batch and the model's result.
         what: the title of the progress bar; empty: there is none.
         together: how batches go through the model together; ``None``: one after the other.
+        ranks: the ranks that run the model, each over batches of its own.
 
     Returns:
         True if ``visit`` got each weight's operations in the order of the batches.
 
     Raises:
-        CalibrationError: the model does not run on a batch.
+        CalibrationError: the model does not run on a batch, on this rank or on another.
     """
     after = after_batch or (lambda number, result: None)
     with ExitStack() as stack:
@@ -142,7 +145,9 @@ def watched_pass(
             stack.enter_context(sources.watching())
         if together is None:
             ops = nullcontext() if visit is None else WatchedOps(model, visit)
+            begin = stack.enter_context(in_step(model, ranks, what or "a pass over held-out data"))
             for number, batch in enumerate(_shown(batches, what)):
+                begin(number)
                 after(number, _run(model, number, batch, ops, sources))
             return True
         lockstep = Lockstep(

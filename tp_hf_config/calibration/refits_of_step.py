@@ -16,9 +16,10 @@ from ..graph.sides import ParameterView, Side
 from ..model.lazy_tensor import LazyTensor, is_lazy, values_of
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
-from .measure import Readings
 from .measured import MeasuredModel
+from .over_ranks import Ranks
 from .passes import Together, is_streamed, sums_limit, together_on, watched_pass
+from .readings import Readings
 from .refit import refit_from_gram, refit_from_products
 from .sources import Sources
 
@@ -76,8 +77,9 @@ class StepRefits:
         self, consumers: Mapping[Consumer, Sequence[Consumer]]
     ) -> Iterator[list[Consumer]]:
         """Yield leaders behind norms, as many at a time as there is room for their products."""
-        model = self.calibration.model
-        limit = sums_limit(model, self.calibration.max_memory)
+        calibration = self.calibration
+        model = calibration.model
+        limit = sums_limit(model, calibration.max_memory, calibration.ranks)
         if self.readings.in_lockstep and is_streamed(model):
             limit = max(limit, free_on_disk() // 2)  # those of one layer are in memory
         leaders: list[Consumer] = []
@@ -138,19 +140,37 @@ class _Products:
     """Products of what norms give with and without the channels that go, by another pass."""
 
     def __init__(self, step: StepRefits, leaders: Iterable[Consumer]):
-        self._step, self._leaders = step, set(leaders)
+        self._step, self._leaders = step, dict.fromkeys(leaders)
         self._own: dict[Consumer, Tensor] = {}
         self._cross: dict[Consumer, Tensor] = {}
         self._copies: Copies = {}
         self._sources = step.sources(self._leaders)
+        calibration = step.calibration
         watched_pass(
-            step.calibration.model,
-            step.calibration.train,
+            calibration.model,
+            calibration.train,
             self._visit,
             self._sources,
             what="behind norms",
             together=step.together(self._to_disk),
+            ranks=calibration.ranks,
         )
+        if calibration.ranks.own_data:
+            self._add_up(calibration.ranks)
+
+    def _add_up(self, ranks: Ranks) -> None:
+        """Add up the products of all ranks."""
+        seen = ranks.gathered({leader: own.dtype for leader, own in self._own.items()})
+        for leader in self._leaders:
+            dtypes = [dtypes[leader] for dtypes in seen if leader in dtypes]
+            if not dtypes:
+                continue
+            kept = len(self._step.kept[leader])
+            size = len(self._step.readings.statistics[leader].total)
+            for sums, length in ((self._own, kept), (self._cross, size)):
+                if leader not in sums:
+                    sums[leader] = torch.zeros(kept, length, dtype=dtypes[0], device=ranks.device)
+                sums[leader] = ranks.summed(sums[leader])
 
     def _visit(self, op: LinearOp) -> Any:
         leader = op.consumer

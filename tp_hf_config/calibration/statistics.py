@@ -34,6 +34,12 @@ class InputStatistics:
     gram: Tensor | None = None
     _waiting: list[Tensor] = field(default_factory=list, repr=False)
 
+    @classmethod
+    def none_of(cls, channels: int) -> InputStatistics:
+        """Return the sums over no token."""
+        zeros = torch.zeros(2, channels, dtype=torch.float64)
+        return cls(0, zeros[0], zeros[1])
+
     def add(self, rows: Tensor, with_gram: bool) -> None:
         """Add the tokens in ``rows``, shape ``(tokens, channels)``."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))

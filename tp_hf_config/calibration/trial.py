@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -54,14 +54,14 @@ def run_as_cut(
         return op.run(op.shaped(_cut(op, rows, step)))
 
     calibration, together = step.calibration, step.together()
-    model, batches = calibration.model, calibration.held_out
-    watched_pass(model, batches, visit, sources, after_batch, together=together)
+    model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
+    watched_pass(model, batches, visit, sources, after_batch, together=together, ranks=ranks)
 
 
 def layer_errors(
     step: StepRefits, after_batch: Callable[[int, Any], None]
 ) -> dict[Consumer, Errors]:
-    """Run the whole model on held-out data, and return each refitted layer's errors there.
+    """Run the whole model on held-out data, and return each refit's errors there, of all ranks.
 
     Args:
         step: the refits of the step.
@@ -82,16 +82,28 @@ def layer_errors(
         return whole
 
     calibration, together = step.calibration, step.together()
-    model, batches = calibration.model, calibration.held_out
-    watched_pass(model, batches, visit, sources, after_batch, together=together)
-    return errors
+    model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
+    watched_pass(model, batches, visit, sources, after_batch, together=together, ranks=ranks)
+    own = [errors.get(consumer, Errors()) for consumer in step.refits]
+    sums = ranks.sums([value for each in own for value in astuple(each)])
+    return {
+        consumer: Errors(*sums[3 * number : 3 * number + 3])
+        for number, consumer in enumerate(step.refits)
+    }
 
 
 def run_held_out(calibration: MeasuredModel, after_batch: Callable[[int, Any], None]) -> None:
     """Run a measured model as it is now on its held-out data."""
-    model, batches = calibration.model, calibration.held_out
+    model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
     together = together_on(model, calibration.max_memory)
-    watched_pass(model, batches, after_batch=after_batch, together=together)
+    watched_pass(
+        model,
+        batches,
+        lambda op: op.run(),
+        after_batch=after_batch,
+        together=together,
+        ranks=ranks,
+    )
 
 
 def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:

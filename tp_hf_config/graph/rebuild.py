@@ -21,7 +21,10 @@ from .cut_list import CutList
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+"""Config fields that set no shape: saving a model writes them, on the rank that saves."""
+_CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}
+"""What ``gradient_checkpointing_enable`` of Transformers sets on layers."""
 
 
 def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
@@ -112,7 +115,7 @@ def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
     changed = {field for field, _ in changed_values(cuts.before, config)}
     changed |= {field for field, _ in changed_values(config, cuts.before)}
     for field in sorted(changed, key=field_name):
-        if field[0] not in _OF_NO_EFFECT:
+        if field[0] not in OF_NO_EFFECT:
             raise UnsupportedModelError(
                 f"the cut list starts from a config with {field_name(field)} "
                 f"{value_at(cuts.before, field)}, and this {name} has {value_at(config, field)}"
@@ -162,11 +165,19 @@ def _put_buffer(new: nn.Module, name: str, old: Tensor, cuts: CutList) -> None:
         module._buffers[key] = built.to(old.device, old.dtype)
 
 
+def take_modes(new: nn.Module, old: nn.Module) -> None:
+    """Give every part of a model the training mode and gradient checkpointing that it had."""
+    parts = dict(old.named_modules())
+    for name, module in new.named_modules():
+        part = parts.get(name)
+        module.training = part is not None and part.training
+        for key in _CHECKPOINTING & (vars(part).keys() if part is not None else set()):
+            setattr(module, key, getattr(part, key))
+
+
 def _take_over(new: Any, old: Any) -> None:
     """Give the new model what a model has beside its weights: modes, kernels, generation config."""
-    training = {name: module.training for name, module in old.named_modules()}
-    for name, module in new.named_modules():
-        module.training = training.get(name, False)
+    take_modes(new, old)
     attention = getattr(old.config, "_attn_implementation", None)
     if attention:
         new.set_attn_implementation(attention)

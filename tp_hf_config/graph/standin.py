@@ -9,7 +9,8 @@ it alike, so all ranks gather the same parameter at the same time.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import shapes
 from ..model.sharded import is_sharded, plain_class, reshard, whole
 from .rebuild import empty_copy, fill
+from .taking_turns import InterruptedByRankError, Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +47,8 @@ class StandIn:
     def __init__(self, sharded: PreTrainedModel):
         self._sharded = weakref.ref(sharded)
         self._versions = _versions_of(sharded)
+        self._turns: Turns | None = None
+        self._numbers = {name: n for n, (name, _) in enumerate(sharded.named_parameters())}
         self.model: PreTrainedModel = empty_copy(sharded)
         fill(
             self.model,
@@ -93,11 +97,39 @@ class StandIn:
         for name, lazy in self.model.named_parameters():
             lazy.read, lazy.grad = partial(self._values, name), None
 
+    @contextmanager
+    def taking_turns(self) -> Iterator[Turns]:
+        """Let every rank read what it wants while the block runs; all ranks have to enter it.
+
+        Yields:
+            What has to be told which batch this rank is at.
+
+        Raises:
+            InterruptedByRankError: another rank cannot go on.
+        """
+        parameters = list(self.sharded.parameters())
+
+        def gather(number: int) -> Tensor:
+            return whole(parameters[number].detach()).cpu()
+
+        self._turns = turns = Turns(gather, parameters[0].device)
+        try:
+            yield turns
+            turns.finish()
+        except BaseException:
+            with suppress(InterruptedByRankError):
+                turns.fail()
+            raise
+        finally:
+            self._turns = None
+
     def forget(self) -> None:
         """Let the next pruner of the sharded model have a stand-in of its own."""
         _standins.pop(self.sharded, None)
 
     def _values(self, name: str) -> Tensor:
+        if self._turns is not None:
+            return self._turns.read(self._numbers[name])
         return whole(self.sharded.get_parameter(name).detach()).cpu()
 
     def _gradient(self, name: str) -> Tensor:

@@ -87,7 +87,9 @@ def drop_layers(
         if layers is not None:
             chosen = _sorted(layers, dropping)
         elif count is not None and calibration is not None:
-            influence = layer_influence(calibration.model, dropping.modules, calibration.train)
+            influence = layer_influence(
+                calibration.model, dropping.modules, calibration.train, calibration.ranks
+            )
             chosen, notes = dropping.least(count, influence)
         report = dropping.drop(chosen, notes)
     changed = changed_values(before, config_json(live.config, use_diff=False))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..calibration.compensation import Compensating, Compensation
     from ..forward.run_recipe import MakeInputs
     from ..graph.cut_list import CutList
+    from .agreement import Agreement
     from .cut_log import CutLog
     from .follow import Follower
     from .rebuilding import Rebuild, Rebuilding
@@ -60,6 +61,8 @@ class HFConfigSyncHook:
             held-out data says that it helps. The report says by how much.
         rebuild: for a model under FSDP2: a function that wraps the pruned model, whose parameters
             are on the meta device then, as your own code wrapped the model (``fully_shard``).
+        distributed: every process of a run prunes a copy of the model (DistributedDataParallel):
+            before each cut all compare what they would cut. Under FSDP2 they always do.
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
@@ -73,13 +76,14 @@ class HFConfigSyncHook:
         compensate: Calibration | None = None,
         layers: Layers = "uniform",
         rebuild: Rebuild | None = None,
+        distributed: bool = False,
     ) -> None:
         check_graph(graph)
         check_layers(layers)
-        self.layers = layers
-        self.compensate = compensate
+        self.layers, self.compensate = layers, compensate
         self._compensating: Compensating | None = None
-        self.strict, self.make_inputs, self.rebuild = strict, make_inputs, rebuild
+        self.strict, self.make_inputs = strict, make_inputs
+        self.rebuild, self.distributed = rebuild, distributed
         self.reports: list[SyncReport] = []
         self._graph_reason = ""
         self._follower: Follower | None = None
@@ -88,6 +92,7 @@ class HFConfigSyncHook:
         self._parameters = 0
         self._cut_log: CutLog | None = None
         self._rebuilding: Rebuilding | None = None
+        self._agreement: Agreement  # from the time on when the hook is attached
         self._step_refused = False
 
     @property
@@ -155,6 +160,7 @@ class HFConfigSyncHook:
         """
         from ..graph.layer_fields import layers_listed
         from ..graph.standin import standin_behind
+        from .agreement import Agreement
         from .cut_log import CutLog
         from .rebuilding import Rebuilding
 
@@ -164,7 +170,9 @@ class HFConfigSyncHook:
                 "of its own, or remove() the handle of the other one first"
             )
         standin = standin_behind(pruner.model)
-        self._rebuilding = None if standin is None else Rebuilding(standin, self.rebuild)
+        self._agreement = Agreement(standin is not None, self.distributed)
+        if standin is not None:
+            self._rebuilding = Rebuilding(standin, self.rebuild, self._agreement)
         with layers_listed(pruner.model, self.layers):
             follower = self._attach(pruner)
         self._cut_log = CutLog(follower.model, pruner.DG.cuts)
@@ -222,7 +230,7 @@ class HFConfigSyncHook:
         Raises:
             UnsupportedModelError: the model gained or lost parts since the hook was attached.
             ConfigSyncError: no config could describe what the step leaves.
-            TrainingError: another rank of a sharded model does something else.
+            TrainingError: another rank does something else.
         """
         from ..graph.layer_fields import layers_listed
         from .steering import cutting_together
@@ -230,9 +238,10 @@ class HFConfigSyncHook:
 
         if self._follower is not None:
             self._follower.check_parts()
-        if self._rebuilding is not None:
-            with self._refusing():
-                self._rebuilding.before_step(pruner)
+        with self._refusing():
+            if self._rebuilding is not None:
+                self._rebuilding.before_step()
+            self._agreement.on_settings(pruner)
         prepare = None if self.compensate is None else partial(self._refit, pruner)
         prove = partial(self._prove, pruner)
         with (
@@ -247,31 +256,25 @@ class HFConfigSyncHook:
         from ..calibration.compensation import Compensating
 
         assert self.compensate is not None  # only then is it called
-        self._compensating = Compensating(self.compensate, groups, whole)
+        with self._refusing():
+            self._compensating = Compensating(self.compensate, groups, whole)
+            self._agreement.on_refits(pruner, self._compensating.result)
         pruner.DG.cuts.apply_refit = self._compensating.applied.apply
 
     def _prove(self, pruner: Any, groups: Sequence[Any]) -> None:
-        """Raise if no config could describe what a step leaves; nothing of it is pruned then.
-
-        Raises:
-            ConfigSyncError: no config could.
-            TrainingError: another rank of a sharded model would prune something else.
-        """
+        """Raise if no config could describe what a step leaves, or another rank would cut else."""
         from .history import PrunedGroup, layers_of
         from .step_preflight import check_step
 
         assert self._follower is not None  # only an attached hook is called in a step
         failure: ConfigSyncError | None = None
+        try:
+            check_step(self._follower, pruner, groups, pruner.current_step)
+        except ConfigSyncError as error:
+            failure = error
         with self._refusing():
-            try:
-                check_step(self._follower, pruner, groups, pruner.current_step)
-            except ConfigSyncError as error:
-                failure = error
-            if self._rebuilding is not None:
-                pruned = [PrunedGroup(tuple(layers_of(pruner.DG, group))) for group in groups]
-                self._rebuilding.agree(pruner, pruned, failure)
-            elif failure is not None:
-                raise failure
+            pruned = (PrunedGroup(tuple(layers_of(pruner.DG, group))) for group in groups)
+            self._agreement.on_groups(pruner, pruned, failure)
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:

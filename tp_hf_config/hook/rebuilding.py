@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import TrainingError, UnsupportedModelError, in_one_line
+from ..errors import UnsupportedModelError
 from ..graph.cut_list import CutList
 from ..graph.origins import note, note_successor
-from ..graph.rebuild import empty_copy
+from ..graph.rebuild import empty_copy, take_modes
 from ..graph.standin import StandIn
 from ..model.config_json import changed_values, config_json
 from ..model.lazy_tensor import values_of
-from ..model.ranks import Decision, differing
 from ..model.sharded import divided_like, reshard
 from ..model.tensors import owner
+from .agreement import Agreement, step
 from .apply import all_or_nothing, write_fields
-from .history import PrunedGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +34,7 @@ class Rebuilding:
     Args:
         standin: the stand-in that is pruned.
         rebuild: wraps a new module, whose parameters are on the meta device, as the user does.
+        agreement: compares what the ranks do.
 
     Attributes:
         model: the sharded model as it is now.
@@ -44,7 +43,7 @@ class Rebuilding:
         UnsupportedModelError: there is no function that wraps.
     """
 
-    def __init__(self, standin: StandIn, rebuild: Rebuild | None):
+    def __init__(self, standin: StandIn, rebuild: Rebuild | None, agreement: Agreement):
         if rebuild is None:
             raise UnsupportedModelError(
                 f"{type(standin.model).__name__} is under fully_shard (FSDP2). Its weights cannot "
@@ -53,46 +52,16 @@ class Rebuilding:
             )
         self._standin, self._rebuild = standin, rebuild
         self.model: nn.Module = standin.sharded
+        self._agreement = agreement
 
-    def before_step(self, pruner: Any) -> None:
-        """Take over gradients and settings of the sharded model; check that all ranks are here.
-
-        Raises:
-            TrainingError: another rank is elsewhere, or prunes with other settings.
-        """
+    def before_step(self) -> None:
+        """Take over gradients and settings of the sharded model."""
         sharded, standin = self._standin.sharded, self._standin.model
         self._standin.refresh()
         settings = config_json(sharded.config)
         changed = changed_values(config_json(standin.config), settings)
         with all_or_nothing() as changes:
             write_fields(changes, standin, [("", field, value) for field, value in changed])
-        what = (type(pruner).__name__, type(pruner.importance).__name__, repr(settings))
-        self._agree(f"the start of {_step(pruner, 1)}", [("the settings", repr(what))])
-
-    def agree(
-        self, pruner: Any, groups: Sequence[PrunedGroup], failure: Exception | None = None
-    ) -> None:
-        """Check that all ranks prune the same.
-
-        Args:
-            pruner: the pruner.
-            groups: what it prunes.
-            failure: why this rank cannot; all ranks raise then, this one its own error.
-
-        Raises:
-            TrainingError: another rank prunes something else, or cannot.
-        """
-        self._agree(_step(pruner), _parts_of(groups), failure)
-
-    def _agree(
-        self, when: str, parts: Sequence[tuple[str, str]], failure: Exception | None = None
-    ) -> None:
-        text = "" if failure is None else in_one_line(failure)
-        refusal = differing(Decision(when, tuple(parts), text))
-        if failure is not None:
-            raise failure
-        if refusal is not None:
-            raise TrainingError(f"{refusal.reason}. The sharded model is as it was.")
 
     def carry_out(self, pruner: Any, report: SyncReport, failure: Exception | None) -> None:
         """Build the pruned model from the stand-in's config, and fill it parameter by parameter.
@@ -106,7 +75,7 @@ class Rebuilding:
             TrainingError: the ranks pruned different things, or one could not build or wrap.
         """
         try:
-            self.agree(pruner, report.groups, failure)
+            self._agreement.on_groups(pruner, report.groups, failure)
             if not report.groups:
                 return
             reshard(self._standin.sharded)
@@ -125,8 +94,7 @@ class Rebuilding:
         failure: Exception | None = None
         new = empty_copy(self._standin.model)
         wrapped: nn.Module = new
-        for name, module in new.named_modules():
-            module.training = old.get_submodule(name).training
+        take_modes(new, old)
         buffers = dict(new.named_buffers())
         device = next(old.parameters()).device
         try:
@@ -135,7 +103,7 @@ class Rebuilding:
                 new.to_empty(device=device)
         except Exception as error:
             failure = error
-        self._agree(f"rebuild= of {_step(pruner)}", (), failure)
+        self._agreement.on(f"rebuild= of {step(pruner)}", failure=failure)
         for name, buffer in buffers.items():
             module, key = owner(new, name)
             module._buffers[key] = buffer
@@ -154,17 +122,3 @@ class Rebuilding:
                 note(target, old.get_parameter(name), cuts.kept(name))  # type: ignore[arg-type]
         if cuts is not None:
             note_successor(old, new)
-
-
-def _parts_of(groups: Sequence[PrunedGroup]) -> list[tuple[str, str]]:
-    """Return each group's first layer, and a digest of the channels that all its layers lose."""
-    return [
-        (group.root.name, hashlib.sha256(repr(list(map(vars, group.layers))).encode()).hexdigest())
-        for group in groups
-        if group.layers
-    ]
-
-
-def _step(pruner: Any, more: int = 0) -> str:
-    """Return the number of a pruner's step as text."""
-    return f"step {pruner.current_step + more}"

@@ -19,7 +19,8 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
     The name is empty when ``model`` itself is the ``PreTrainedModel``.
 
     Raises:
-        UnsupportedModelError: ``model`` contains none, or several side by side.
+        UnsupportedModelError: ``model`` contains none, or several side by side, or is a
+            DistributedDataParallel.
         TypeError: ``model`` is no module.
     """
     from torch import nn
@@ -27,6 +28,7 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
 
     if not isinstance(model, nn.Module):
         raise TypeError(_no_module(model))
+    check_unwrapped(model)
     models: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") or outer == "" for outer in models)
@@ -44,6 +46,23 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
             f"{names}. Expected one. Prune them one at a time, each with a pruner of its own."
         )
     return next(iter(models.items()))
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise if a model is handed in as what wraps it for training on several processes.
+
+    Raises:
+        UnsupportedModelError: it is a DistributedDataParallel.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, DistributedDataParallel):
+        raise UnsupportedModelError(
+            "a DistributedDataParallel holds on to the Parameters that it was given, and would not "
+            f"train pruned ones. Pass the {type(model.module).__name__} inside, the .module of "
+            "that, on every rank, with distributed=True (HFConfigSyncHook, calibrate). After the "
+            "step let go of the wrapper, and wrap the pruned model anew"
+        )
 
 
 def _no_module(given: object) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from ..errors import in_one_line
+from ..errors import in_one_line, listed
 from .build import Refusal
+
+_T = TypeVar("_T")
+_SAME_POINT = "Every rank has to prune at the same point of the program"
 
 
 @dataclass(frozen=True)
@@ -30,22 +34,21 @@ class Decision:
 def differing(mine: Decision) -> Refusal | None:
     """Return why the ranks cannot go on together; ``None``: all have decided the same.
 
-    Every rank has to call this. With the gloo backend a rank that does not come is named once the
-    process group's timeout is over.
+    Every rank has to call this. A rank that does not come is named once the process group's timeout
+    is over.
     """
     import torch.distributed as dist
 
-    if not _are_several():
+    if not are_several():
         return Refusal(mine.failure) if mine.failure else None
-    everyone: list[Decision] = [mine] * dist.get_world_size()
     try:
-        if dist.get_backend() == "gloo":
-            dist.monitored_barrier(timeout=_timeout(), wait_all_ranks=True)
-        dist.all_gather_object(everyone, mine)
+        refusal = _wait_for_all(mine.when)
+        if refusal is not None:
+            return refusal
+        everyone = gathered(mine)
     except RuntimeError as error:
         return Refusal(
-            f"rank {dist.get_rank()} waited for the others at {mine.when}, and they did not come: "
-            f"{in_one_line(error)}. Every rank has to prune at the same point of the program"
+            f"rank {dist.get_rank()} lost the others at {mine.when}: {in_one_line(error)}"
         )
     for rank, decision in enumerate(everyone):
         if decision.failure:
@@ -62,31 +65,90 @@ def differing(mine: Decision) -> Refusal | None:
 
 def smallest(number: int) -> int:
     """Return the smallest of all ranks' numbers; every rank has to call this."""
+    return min(gathered(number))
+
+
+def gathered(value: _T) -> list[_T]:
+    """Return the values of all ranks, in their order; every rank has to call this."""
     import torch.distributed as dist
 
-    if not _are_several():
-        return number
-    everyone = [number] * dist.get_world_size()
-    dist.all_gather_object(everyone, number)
-    return min(everyone)
+    if not are_several():
+        return [value]
+    everyone = [value] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
-def _are_several() -> bool:
+def summed(values: Tensor, device: torch.device | str) -> Tensor:
+    """Return the sum of all ranks' tensors; every rank has to call this, and gets the same bits.
+
+    Args:
+        values: this rank's tensor, which may be overwritten.
+        device: where the process group adds up.
+    """
+    import torch.distributed as dist
+
+    total = values.to(device).contiguous()
+    dist.reduce(total, 0)  # an all_reduce need not give all ranks the same bits
+    dist.broadcast(total, 0)
+    return total.to(values.device)
+
+
+def are_several() -> bool:
     """True if this process is one of several in a process group."""
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _timeout() -> datetime.timedelta | None:
-    """Return the timeout of the process group; a monitored barrier's own is always half an hour."""
+def _wait_for_all(when: str) -> Refusal | None:
+    """Wait until every rank calls this; return which ones do not within the timeout.
+
+    Ranks leave a note in the process group's store, for no backend but gloo tells who is missing,
+    and NCCL ends the process of those who wait.
+    """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    if store is None:  # MPI has none
+        return None
+    rank, size = dist.get_rank(), dist.get_world_size()
+    here = f"tp_hf_config {store.add(f'tp_hf_config calls of rank {rank}', 1)}"
+    timeout = _timeout()
+    store.set(f"{here}, rank {rank}", when)
+    if store.add(f"{here}, arrived", 1) == size:
+        store.set(f"{here}, all", "")
+    try:
+        store.wait([f"{here}, all"], timeout)
+    except RuntimeError:
+        missing = [r for r in range(size) if not store.check([f"{here}, rank {r}"])]
+        if missing:
+            store.set(f"{here}, given up", str(rank))
+            who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {listed(missing)}"
+            return Refusal(
+                f"rank {rank} waited {timeout.total_seconds():.0f} seconds for the others at "
+                f"{when}, and {who} did not come. {_SAME_POINT}"
+            )
+    if store.check([f"{here}, given up"]):
+        other = store.get(f"{here}, given up").decode()
+        return Refusal(
+            f"rank {rank} came to {when} when rank {other} had given up waiting for it. "
+            f"{_SAME_POINT}"
+        )
+    return None
+
+
+def _timeout() -> datetime.timedelta:
+    """Return the timeout of the process group; torch's default if its backend does not tell."""
+    import torch.distributed as dist
+    from torch.distributed.constants import default_pg_timeout
 
     group: Any = dist.group.WORLD
     try:
-        timeout: datetime.timedelta = group._get_backend(torch.device("cpu")).options._timeout
-    except (AttributeError, RuntimeError):
-        return None
+        timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return default_pg_timeout
     return timeout
 
 

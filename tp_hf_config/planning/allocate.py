@@ -159,7 +159,7 @@ def allocate(
             nothing is held out.
         ValueError: the target cannot be reached with the largest share.
     """
-    if not calibration.held_out:
+    if not calibration.holds_out():
         raise UnsupportedModelError(
             "allocate: the calibration holds no batch out, on which layers could be compared. Pass "
             "calibrate() at least two batches"
@@ -218,7 +218,7 @@ class _Sensitivity:
     def __init__(self, view: ModelView, calibration: Calibration, kind: Kind, batches: int):
         self._view, self._importance = view, calibration.importance(kind)
         self._calibration = calibration.comparing_on(calibration.held_out[:batches])
-        self._outputs = Difference()
+        self._outputs = Difference(calibration.ranks)
         run_held_out(self._calibration, self._outputs.note)
 
     @property
@@ -240,7 +240,7 @@ class _Sensitivity:
             step = StepRefits(self._calibration, [group])
             self._outputs.begin()
             run_as_cut(step, set(step.refits), self._outputs.compare)
-            changes[share] = self._outputs.mean
+            changes[share] = self._outputs.mean()
         return LayerCurve(field_name(width.fields[0]), units, width.parameters, changes)
 
 

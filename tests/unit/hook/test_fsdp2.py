@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,13 +15,29 @@ import pytest
 import small
 import torch
 import zoo
-from fsdp2_cases import CASES, batch, run, snapshot
+from fsdp2_cases import (
+    CASES,
+    OF_OWN_DATA,
+    batch,
+    cut_by,
+    data_of,
+    of_measurement,
+    run,
+    snapshot,
+    trained_by_trainer,
+)
+
+from tp_hf_config import HFConfigSyncHook
+from tp_hf_config.calibration.batches import split_batches
+from tp_hf_config.calibration.calibrate import Calibration
+from tp_hf_config.calibration.measured import TEXT_RIDGE
 
 RANKS = 2
 CHILD = small.ROOT / "tests" / "support" / "fsdp2_child.py"
 pytestmark = [
     pytest.mark.skipif(small.TORCH < (2, 6), reason="fully_shard is not public"),
     pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+    pytest.mark.usefixtures("one_thread"),
 ]
 
 
@@ -76,12 +93,12 @@ def differing(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor])
     return [name for name in tensors if not torch.equal(tensors[name], others[name])]
 
 
-def assert_as_alone(name: str, results: dict[str, Any]) -> None:
+def assert_as_alone(name: str, result: dict[str, Any]) -> None:
     expected = alone(name)[1]
     assert any(key.startswith("exp_avg of ") for key in expected["tensors"])
-    assert results[name]["fields"] == expected["fields"]
-    assert results[name]["config"] == expected["config"]
-    assert differing(expected["tensors"], results[name]["tensors"]) == []
+    assert result["fields"] == expected["fields"]
+    assert result["config"] == expected["config"]
+    assert differing(expected["tensors"], result["tensors"]) == []
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,7 +106,7 @@ def test_as_in_one_process(
     name: str, ranks: list[dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
     for results in ranks:
-        assert_as_alone(name, results)
+        assert_as_alone(name, results[name])
     model = alone(name)[0]
     model.save_pretrained(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -101,7 +118,7 @@ def test_as_in_one_process(
 def test_pairs_of_ranks_that_hold_the_same(tmp_path: Path) -> None:
     for results in started(4, tmp_path, PAIRS):
         for name in PAIRS:
-            assert_as_alone(name, results)
+            assert_as_alone(name, results[name])
 
 
 def test_every_field_was_pruned(ranks: list[dict[str, Any]]) -> None:
@@ -142,9 +159,10 @@ MESSAGES = {
     "model in one process.",
     "inside": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2) and inside a "
     "ModuleDict. Pass the model itself: the .inner of that",
-    "other data": "CalibrationError: rank 1 decided otherwise than rank 0 at calibrate (the data). "
-    "Every rank needs the same settings and the same importances: equal seeds, and statistics that "
-    "are summed over all ranks. Under FSDP2 pass calibrate() the same data on every rank",
+    "other settings": "CalibrationError: rank 1 decided otherwise than rank 0 at calibrate (the "
+    "settings). Every rank needs the same settings and the same importances: equal seeds, and "
+    "statistics that are summed over all ranks",
+    "no data": "CalibrationError: the calibration data has no batch on any rank: pass some",
     "tensor parallelism": "UnsupportedModelError: LlamaForCausalLM: "
     "model.layers.0.mlp.up_proj.weight is sharded over several processes by tensor parallelism or "
     "DeepSpeed ZeRO-3. Prune the model's folder, and load the pruned one: tp-hf-config prune "
@@ -157,6 +175,201 @@ MESSAGES["both"] = MESSAGES["tensor parallelism"]
 @pytest.mark.parametrize("what", MESSAGES)
 def test_refusals(what: str, ranks: list[dict[str, Any]]) -> None:
     assert [results["refusals"][what] for results in ranks] == [MESSAGES[what]] * RANKS
+
+
+@functools.cache
+def measured_alone(name: str, ranks: int) -> Any:
+    """A calibration in one process, on the data of so many ranks."""
+    model = zoo.build(name)
+    parts = [split_batches(data_of(rank), model) for rank in range(ranks)]
+    train, held_out = ([batch for part in parts for batch in part[side]] for side in (0, 1))
+    calibration = Calibration(model, train, held_out, TEXT_RIDGE)
+    calibration.current()
+    return calibration
+
+
+def assert_close(
+    ours: tuple[torch.Tensor | None, ...], theirs: tuple[torch.Tensor | None, ...]
+) -> None:
+    """The same up to the order in which float32 and float64 numbers were added."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
+
+
+@functools.cache
+def cut_alone() -> dict[str, Any]:
+    """What the data of both ranks prunes in one process."""
+    calibration = measured_alone("mixtral", 2)
+    return cut_by(calibration, calibration.model, HFConfigSyncHook(compensate=calibration))
+
+
+def assert_decided_as_alone(result: dict[str, Any]) -> None:
+    """The same channels and the same weights refitted, with values up to rounding."""
+    alone = cut_alone()
+    ours, theirs = result["refits"], alone["refits"]
+    assert _as_lists(result["kept"]) == _as_lists(alone["kept"])
+    assert [layer["used"] for layer in ours["layers"]] == [
+        layer["used"] for layer in theirs["layers"]
+    ]
+    assert {layer["used"] for layer in ours["layers"]} == {True, False}
+    assert ours["notes"] == theirs["notes"]
+    for name in ("cut", "refit", "after"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    for name, tensor in alone["tensors"].items():
+        assert_close((result["tensors"][name],), (tensor,))
+
+
+def assert_same_bits(ranks: Sequence[dict[str, Any]]) -> None:
+    first, second = (pickle.dumps(_as_lists(result)) for result in ranks)
+    assert first == second
+
+
+class TestOwnData:
+    """Every rank measures data of its own, and all decide as if each had seen all of it."""
+
+    @pytest.fixture
+    def own(self, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [results["own data"] for results in ranks]
+
+    def test_all_ranks_have_the_same_bits(self, own: list[dict[str, Any]]) -> None:
+        for name in ("measurement", "kept", "refits", "tensors", "the first alone"):
+            assert_same_bits([results[name] for results in own])
+
+    def test_sums_of_both(self, own: list[dict[str, Any]]) -> None:
+        ours, theirs = own[0]["measurement"], of_measurement(measured_alone("mixtral", 2))
+        for name in ("leaders", "chains", "tables"):
+            assert ours[name] == theirs[name]
+        assert list(ours["sums"]) == list(theirs["sums"])
+        for leader, sums in theirs["sums"].items():
+            assert ours["sums"][leader][0] == sums[0]
+            assert_close(ours["sums"][leader][1:], sums[1:])
+
+    def test_a_rank_without_data_adds_nothing(self, own: list[dict[str, Any]]) -> None:
+        alone = of_measurement(measured_alone("llama", 1))
+        assert _as_lists(own[1]["the first alone"]) == _as_lists(alone)
+        rest = "(of 2 ranks, this one): what 9 inputs of 15 weights carry"
+        assert [results["text"] for results in own] == [
+            f"LlamaForCausalLM on 768 tokens {rest}",
+            f"LlamaForCausalLM on 0 tokens {rest}",
+        ]
+
+    def test_the_same_decisions_as_one_process(self, own: list[dict[str, Any]]) -> None:
+        assert_decided_as_alone(own[0])
+
+    def test_data_that_one_rank_cannot_measure(self, own: list[dict[str, Any]]) -> None:
+        said = (
+            "LlamaForCausalLM does not run on batch 1 of the calibration data, {'input_ids': "
+            "[1, 2]}: IndexError: index out of range in self. Pass batches that the model takes: "
+            "model(**batch)"
+        )
+        assert [results["bad data"] for results in own] == [
+            f"CalibrationError: rank 1 at the end of calibrate: {said}",
+            f"CalibrationError: {said}",
+        ]
+        assert [results["after it"] for results in own] == ["nothing was raised"] * 2
+
+
+class TestCopies:
+    """Every rank has the whole model: DistributedDataParallel."""
+
+    @pytest.fixture
+    def copies(self, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [results["copies"] for results in ranks]
+
+    def test_as_in_one_process(self, copies: list[dict[str, Any]]) -> None:
+        for results in copies:
+            assert_as_alone(OF_OWN_DATA, results["trained"])
+
+    def test_own_data(self, copies: list[dict[str, Any]]) -> None:
+        assert_same_bits([results["calibrated"] for results in copies])
+        assert_decided_as_alone(copies[0]["calibrated"])
+
+    def test_the_wrapper_is_refused(self, copies: list[dict[str, Any]]) -> None:
+        said = (
+            "UnsupportedModelError: a DistributedDataParallel holds on to the Parameters that it "
+            "was given, and would not train pruned ones. Pass the LlamaForCausalLM inside, the "
+            ".module of that, on every rank, with distributed=True (HFConfigSyncHook, calibrate). "
+            "After the step let go of the wrapper, and wrap the pruned model anew"
+        )
+        for results in copies:
+            for name in ("pruner_kwargs", "calibrate", "pruner"):
+                assert results[name] == said
+
+    def test_a_rank_that_decides_otherwise(self, copies: list[dict[str, Any]]) -> None:
+        for results in copies:
+            assert results["other channels"] == (
+                "TrainingError: rank 1 decided otherwise than rank 0 at step 1 "
+                "(model.layers.0.self_attn.o_proj). Every rank needs the same settings and the "
+                "same importances: equal seeds, and statistics that are summed over all ranks. "
+                "The model is as it was."
+            )
+            assert results["untouched"]
+            assert results["again, with one seed"] == "nothing was raised"
+
+
+class TestAccelerate:
+    """Accelerate shards, in a loop of one's own and in a ``Trainer``."""
+
+    def test_a_loop_of_ones_own(self, ranks: list[dict[str, Any]]) -> None:
+        for results in ranks:
+            result = results["accelerate"]
+            assert_as_alone(OF_OWN_DATA, result)
+            assert result["layers"] == ["FSDPLlamaDecoderLayer"] * 2
+            gradients = [
+                value for name, value in result["tensors"].items() if name.startswith("gradient")
+            ]
+            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+            assert result["norm"] == pytest.approx(float(norm), rel=1e-5)
+
+    def test_a_trainer(self, ranks: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+        trainer, callback = trained_by_trainer(tmp_path, 1)
+        alone = snapshot(trainer.model)
+        first, second = (results["Trainer"] for results in ranks)
+        assert first["fields"] == [report.fields for report in callback.hook.reports]
+        assert first["unsharded"] == []
+        assert not first["old layers"]
+        assert first["checkpointing"] == [True, True]
+        assert differing(first["tensors"], second["tensors"]) == []
+        for name, tensor in alone.items():
+            assert_close((first["tensors"][name],), (tensor,))
+        for step, width in ((3, 48), (6, 32)):
+            loaded, info = type(trainer.model).from_pretrained(
+                folder / "trained" / f"checkpoint-{step}", output_loading_info=True
+            )
+            assert not any(info.values()), info
+            assert loaded.config.hidden_size == width
+        assert differing(snapshot(loaded), first["tensors"]) == []
+
+    def test_refusals_of_the_trainer(self, ranks: list[dict[str, Any]]) -> None:
+        for results in ranks:
+            assert results["Trainer"]["resumed"] == (
+                "TrainingError: PruningCallback: under FSDP2 a run cannot be resumed in the middle "
+                "of pruning. Begin a new one from the checkpoint, "
+                "Trainer(from_pretrained(checkpoint), ...).train(), with a callback for what is "
+                "left to prune"
+            )
+            assert results["Trainer"]["activation checkpointing"] == (
+                "TrainingError: PruningCallback: fsdp_config={'activation_checkpointing': True} "
+                "puts modules of its own around layers, and no config describes those. Take "
+                "TrainingArguments(gradient_checkpointing=True)"
+            )
+
+
+def _as_lists(value: Any) -> Any:
+    """Tensors and containers as what can be compared exactly."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _as_lists(item) for key, item in value.items()}
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_a_rank_that_dies(ranks: list[dict[str, Any]]) -> None:
+    said = ranks[0]["dying"]
+    assert said.startswith("CalibrationError: this rank lost the others in calibrate: ")
+    assert said.endswith(". Read their logs")
 
 
 def test_a_folder_that_is_taken(ranks: list[dict[str, Any]], folder: Path) -> None:
@@ -194,10 +407,15 @@ def test_a_rank_that_cannot_wrap(ranks: list[dict[str, Any]]) -> None:
         assert failures["pruned after it"] == 32
 
 
-def test_a_rank_that_does_not_come(ranks: list[dict[str, Any]]) -> None:
-    said = ranks[0]["absent"]
-    assert said.startswith("TrainingError: rank 0 waited for the others at the start of step 1, ")
-    assert "Ranks 1 failed to pass monitoredBarrier in 4000 ms" in said
-    assert said.endswith(
-        "Every rank has to prune at the same point of the program. The sharded model is as it was."
+def test_a_rank_that_comes_too_late(ranks: list[dict[str, Any]]) -> None:
+    """Who is missing is read from the process group's store, which every backend has."""
+    rest = (
+        ". Every rank has to prune at the same point of the program. The sharded model is as it "
+        "was."
     )
+    assert [results["absent"] for results in ranks] == [
+        "TrainingError: rank 0 waited 4 seconds for the others at the start of step 1, and rank 1 "
+        f"did not come{rest}",
+        "TrainingError: rank 1 came to the start of step 1 when rank 0 had given up waiting for "
+        f"it{rest}",
+    ]

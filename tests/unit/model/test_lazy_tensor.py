@@ -54,10 +54,11 @@ def test_what_only_moves_values_is_lazy(move: Callable[[Tensor], Tensor]) -> Non
     reader = Reader()
     moved, expected = move(lazy(reader)), move(VALUES)
     assert isinstance(moved, LazyTensor)
-    assert (moved.shape, moved.dtype, moved.stride()) == (
+    assert (moved.shape, moved.dtype, moved.stride(), moved.storage_offset()) == (
         expected.shape,
         expected.dtype,
         expected.stride(),
+        expected.storage_offset(),
     )
     assert reader.reads == 0
     assert torch.equal(values_of(moved), expected)
@@ -114,6 +115,7 @@ def test_only_the_parts_that_are_taken_are_read(
     taken = take(experts(readers))
     assert isinstance(taken, LazyTensor)
     assert taken.shape == take(whole).shape
+    assert taken.storage_offset() == take(whole).storage_offset()
     assert torch.equal(values_of(taken), take(whole))
     assert sum(reader.reads for reader in readers) == reads
 
