@@ -23,6 +23,7 @@ from ..model.lazy_tensor import holding
 
 _THREADS = 1024  # of all passes together: each has as many as torch computes with
 _STACK = 1 << 23  # bytes, as Linux gives the first thread: macOS gives others far less
+_LISTS = (nn.ModuleList, nn.Sequential)
 _functions: Any = overrides
 _operations: Any = _python_dispatch
 
@@ -59,11 +60,12 @@ class Lockstep:
         self._for_passes = memory // 5
         self._for_weights = memory - self._for_passes
         self._stages = list(dict.fromkeys(stages_of(model, self._for_weights)))
+        self._last = _last_in_lists(model).intersection(self._stages)
         self._stage_done, self._about_to_wait = stage_done, about_to_wait
         self._advance = advance
         self._running: _Pass | None = None
         self._latest: dict[Hashable, int] = {}
-        self.steps = len(self._stages) + 1
+        self.steps = len(self._stages) + len(self._last) + 1
         self.in_order = True
 
     def run(self, passes: Sequence[Callable[[], Any]], after: Callable[[int, Any], None]) -> None:
@@ -130,21 +132,23 @@ class Lockstep:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        """Let passes wait where layers are entered; no hook is left behind."""
+        """Let passes wait where layers are entered, and where a list's last one is left."""
         with ExitStack() as stack:
-            for place, stage in enumerate(self._stages):
-                handle = stage.register_forward_pre_hook(
-                    self._waiting_at(place), prepend=True, with_kwargs=True
-                )
-                stack.callback(handle.remove)
+            for number, stage in enumerate(self._stages):
+                before, after = (self._waiting_at(2 * number + side) for side in (0, 1))
+                handles = [stage.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
+                if stage in self._last:
+                    handles.append(stage.register_forward_hook(after))
+                for handle in handles:
+                    stack.callback(handle.remove)
             yield
 
     def _waiting_at(self, place: int) -> Callable[..., None]:
-        def wait(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        def wait(layer: nn.Module, *values: Any) -> None:
             each = self._running
             if each is not None and each.waits_at(place):
                 self._about_to_wait()
-                each.wait((args, kwargs))
+                each.wait(values)
 
         return wait
 
@@ -159,9 +163,15 @@ def stages_of(module: nn.Module, memory: int, listed: bool = False) -> list[nn.M
     """
     if listed and sum(each.nbytes for each in module.parameters()) <= memory:
         return [module]
-    in_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+    in_list = isinstance(module, _LISTS)
     inside = [stage for child in module.children() for stage in stages_of(child, memory, in_list)]
     return inside or ([module] if listed else [])
+
+
+def _last_in_lists(model: nn.Module) -> set[nn.Module]:
+    """Return the last modules of all lists; one that is alone in its list may run again."""
+    lists = [list(each.children()) for each in model.modules() if isinstance(each, _LISTS)]
+    return {each[-1] for each in lists if len(each) > 1}
 
 
 class _Stopped(BaseException):
@@ -177,8 +187,8 @@ class _Pass:
 
     Attributes:
         number: as given.
-        place: the number of the layer that it waits at; -1: it has not begun.
-        holds: the bytes of what that layer gets.
+        place: the number of the place that it waits at; -1: it has not begun.
+        holds: the bytes of what is handed on there.
         done: True once it has ended.
         result: what ``work`` has returned.
     """
@@ -213,7 +223,7 @@ class _Pass:
         self._error = None  # its frames hold tensors
 
     def waits_at(self, place: int) -> bool:
-        """True if the pass that calls this comes to a layer for the first time.
+        """True if the pass that calls this comes to a place for the first time.
 
         A layer that runs several times in a row is one stage.
         """
@@ -224,7 +234,7 @@ class _Pass:
         return here
 
     def wait(self, given: Any) -> None:
-        """Let the others run; ``given`` is what the layer gets."""
+        """Let the others run; ``given`` is what is handed on."""
         tensors = [value for value in tree_leaves(given) if isinstance(value, Tensor)]
         storages = [value.untyped_storage() for value in tensors]
         self.holds = sum({each.data_ptr(): each.nbytes() for each in storages}.values())

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.scratch import on_disk
-from ..model.lazy_tensor import LazyTensor
+from ..model.lazy_parts import Parts
+from ..model.lazy_tensor import LazyTensor, values_of
 from ..model.tensors import select
 
 
@@ -102,10 +103,22 @@ class RefitInPlace:
     def of(self, values: Tensor) -> Tensor:
         """Return a changed copy of a parameter's values."""
         if isinstance(values, LazyTensor):
-            return LazyTensor(values.like, lambda: self.of(values.read()))
+            if self.part is not None and values.parts is not None:
+                return self._of_part(values, values.parts)
+            return LazyTensor(values.like, lambda: self.of(values_of(values)))
         changed = values.clone()
         self.apply(changed)
         return changed
+
+    def _of_part(self, values: Tensor, parts: Parts) -> Tensor:
+        """Return a stack that is read part by part, one of its matrices changed."""
+        assert self.part is not None  # of() looked
+        dim = stack_dim(values, self.dim)
+        stacked = parts.stacked and parts.dim == dim
+        matrices = [*(parts.tensors if stacked else values.unbind(dim))]
+        alone = replace(self, dim=self.dim - (dim < self.dim), part=None)
+        matrices[self.part] = alone.of(matrices[self.part])
+        return torch.stack(matrices, dim)
 
 
 Edit = Selection | RefitInPlace

@@ -28,7 +28,7 @@ from .refusals import adjusted_line, by_name, planned_refusal
 from .selection import Chosen, Wanted, check_ratios, choose
 from .settings import Gqa, Layers, PruneSettings, Scheduler
 from .shortfall import shortfalls
-from .streaming_cost import streaming_cost
+from .streaming_cost import Cut, calibrated_cost, streaming_cost
 from .target import target_missed, trajectory_to
 from .trajectory import MovingWidth, Trajectory
 from .unit_counts import multiples_of, unit_counts_of
@@ -214,9 +214,14 @@ def _plan(
         missed = target_missed(trajectory, free, count, target)
         settings = _settings_of(trajectory, settings, heads)
     values = trajectory.steps()[-1]
-    _, after, _ = _build_and_measure(field_map, values)
+    full_after, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
     every_width = widths_of(view.model, field_map)
+    cut = None
+    if full_after is not None and after is not None:
+        fields = [width.fields for width in chosen.widths]
+        steps = settings.iterative_steps
+        cut = Cut(field_map, full, full_after, fields, steps, after.bytes)
     has_weights = isinstance(source, nn.Module) and view.model.device.type != "meta"
     return Plan(
         model=type(view.model).__name__,
@@ -236,15 +241,8 @@ def _plan(
         adjusted=(*map(adjusted_line, trajectory.adjusted), *shortfalls(trajectory)),
         target=target,
         why_not_exactly=None if missed is None else missed.reason,
-        streaming=None
-        if after is None
-        else streaming_cost(
-            field_map,
-            full,
-            [width.fields for width in chosen.widths],
-            settings.iterative_steps,
-            after.bytes,
-        ),
+        streaming=None if cut is None else streaming_cost(cut),
+        streaming_calibrated=None if cut is None else calibrated_cost(cut),
         tokens="input_ids" in inspect.signature(view.model.forward).parameters,
         notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _live=weakref.ref(source) if has_weights else lambda: None,

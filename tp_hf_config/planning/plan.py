@@ -99,7 +99,10 @@ class Plan:
             for.
         tokens: FLOPs are counted for each token; else for each input (an image, a recording).
         notes: what else the user should know.
-        streaming: what carrying it out from folder to folder takes; ``None`` if it is refused.
+        streaming: what carrying it out from folder to folder takes, by magnitude; ``None`` if it is
+            refused.
+        streaming_calibrated: the same by what channels carry on a text, with refits; ``None`` also
+            if the class does not run at tiny widths.
     """
 
     model: str
@@ -115,6 +118,7 @@ class Plan:
     tokens: bool = True
     notes: tuple[str, ...] = ()
     streaming: StreamingCost | None = None
+    streaming_calibrated: StreamingCost | None = None
     _live: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
@@ -185,8 +189,10 @@ class Plan:
             "target_parameters": self.target,
             "why_not_exactly": self.why_not_exactly,
             "notes": list(self.notes),
-            "streaming": None if self.streaming is None else self.streaming.to_dict(),
         }
+        for name in ("streaming", "streaming_calibrated"):
+            cost = getattr(self, name)
+            data[name] = None if cost is None else cost.to_dict()
         return dated(data)
 
 
@@ -262,12 +268,13 @@ def footnotes(plan: Plan) -> list[str]:
     for (name, reason), number in layers.items():
         where = f" (of {number} layers)" if number > 1 else ""
         lines.append(f"stays: {name}{where}: {reason}")
-    if plan.streaming is not None:
-        cost = plan.streaming
-        lines.append(
-            f"from folder to folder, by magnitude: {cost.read:,} bytes read, {cost.written:,} "
-            f"written, {cost.memory:,} in memory"
-        )
+    costs = {
+        "by magnitude": plan.streaming,
+        "by what channels carry, with refits": plan.streaming_calibrated,
+    }
+    for how, cost in costs.items():
+        if cost is not None:
+            lines.append(f"from folder to folder, {how}: {cost}")
     return lines + [f"note: {note}" for note in plan.notes]
 
 
