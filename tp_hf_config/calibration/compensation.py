@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import listed
 from ..graph.config_graph import ConfigGroup
-from ..graph.edits import Refit, RefitInPlace
+from ..graph.edits import Refit, RefitInPlace, RefitNotRecorded
 from ..model.lazy_tensor import LazyTensor
 from ..model.tensors import parameter_names
 from .difference import Difference
@@ -91,10 +91,14 @@ class AppliedRefits:
         refits: the refits that are used.
         whole: True if all groups that they were solved for are pruned for certain; otherwise a
             weight is changed only if one group takes all channels that it loses.
+        record: True if a cut list is to have the refits. Those of a model that is read from files
+            are in files as they are, so it has them in any case.
     """
 
-    def __init__(self, model: nn.Module, refits: Mapping[Consumer, Refit], whole: bool):
-        self._whole = whole
+    def __init__(
+        self, model: nn.Module, refits: Mapping[Consumer, Refit], whole: bool, record: bool
+    ):
+        self._whole, self._record = whole, record
         self._by_place: dict[tuple[int, str, int], list[tuple[Consumer, Refit]]] = {}
         self._done: set[Consumer] = set()
         names = {names[0]: names for names in parameter_names(model).values()}
@@ -105,7 +109,9 @@ class AppliedRefits:
                 self._by_place.setdefault(place, []).append((consumer, refit))
 
     @torch.no_grad()
-    def apply(self, owner: nn.Module, key: str, dim: int, gone: Tensor) -> Iterator[RefitInPlace]:
+    def apply(
+        self, owner: nn.Module, key: str, dim: int, gone: Tensor
+    ) -> Iterator[RefitInPlace | RefitNotRecorded]:
         """Change a parameter, the first time that one of its dimensions is cut; yield each edit."""
         for consumer, refit in self._by_place.pop((id(owner), key, dim), ()):
             partly = len(gone) != refit.size - len(refit.kept)
@@ -119,6 +125,9 @@ class AppliedRefits:
                 owner._parameters[key] = nn.Parameter(changed, parameter.requires_grad)
             else:
                 edit.apply(parameter.data)
+            if not self._record and not isinstance(refit.share, LazyTensor):
+                yield RefitNotRecorded()
+                continue
             large = refit.share.nbytes >= _LARGE
             yield replace(edit, refit=refit.on_disk()) if large else edit
 
@@ -130,13 +139,20 @@ class Compensating:
         calibration: the measured model.
         groups: the groups that the step prunes; nothing of them is cut yet.
         whole: True if all of them are pruned for certain.
+        record: True if a cut list is to have the refits.
 
     Attributes:
         result: what the refits come to.
         applied: changes the weights; for the cut.
     """
 
-    def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup], whole: bool):
+    def __init__(
+        self,
+        calibration: MeasuredModel,
+        groups: Sequence[ConfigGroup],
+        whole: bool,
+        record: bool = False,
+    ):
         started = time.perf_counter()
         self._step = StepRefits(calibration, groups)
         self._outputs = Difference(calibration.ranks)
@@ -144,7 +160,7 @@ class Compensating:
         using = self._worth_it() if calibration.holds_out() else self._told_enough()
         self._note_unfitted()
         used = {consumer: self._step.refits[consumer] for consumer in using}
-        self.applied = AppliedRefits(calibration.model, used, whole)
+        self.applied = AppliedRefits(calibration.model, used, whole, record)
         self.result.seconds = time.perf_counter() - started
 
     def _worth_it(self) -> set[Consumer]:

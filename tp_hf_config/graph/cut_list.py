@@ -24,7 +24,15 @@ from ..model.lazy_tensor import LazyTensor, values_of
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names
 from ..notebook import short
-from .edits import Edit, Refit, RefitInPlace, Selection, edited
+from .edits import (
+    NOT_RECORDED,
+    Edit,
+    Refit,
+    RefitInPlace,
+    RefitNotRecorded,
+    Selection,
+    edited,
+)
 
 FORMAT = "tp_hf_config cut list 1"
 _TABLE = "cut_list"
@@ -52,13 +60,29 @@ class CutList:
             f"{field_name(field)} {old} -> {new}" for field, old, new in self.changes()
         )
         refitted = sum(
-            any(isinstance(edit, RefitInPlace) for edit in edits) for edits in self.edits.values()
+            any(not isinstance(edit, Selection) for edit in edits) for edits in self.edits.values()
         )
         text = f"{self.model}: {changes or 'the config stays'}; {len(self.edits)} tensors are cut"
-        return f"{text}, {refitted} refitted" if refitted else text
+        text += f", {refitted} refitted" if refitted else ""
+        return text if self.is_complete else f"{text} (how is not recorded)"
 
     def __repr__(self) -> str:
         return short(self, str(self))
+
+    @property
+    def is_complete(self) -> bool:
+        """True if it can be saved and carried out: no refit is missing."""
+        edits = (edit for edits in self.edits.values() for edit in edits)
+        return not any(isinstance(edit, RefitNotRecorded) for edit in edits)
+
+    def check_complete(self) -> None:
+        """Raise if it cannot be saved and carried out.
+
+        Raises:
+            ValueError: weights were refitted, and nobody asked the hook to record how.
+        """
+        if not self.is_complete:
+            raise ValueError(NOT_RECORDED)
 
     def changes(self) -> list[tuple[tuple[Any, ...], Any, Any]]:
         """Return the config fields that change: path, old value, new value."""
@@ -93,7 +117,11 @@ class CutList:
         return CutList(self.model, self.before, other.after, edits)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the cut list as one safetensors file; its header says what is what, in JSON."""
+        """Write the cut list as one safetensors file; its header says what is what, in JSON.
+
+        Raises:
+            ValueError: see :meth:`check_complete`.
+        """
         table, tensors = self._stored()
         write_safetensors(tensors, Path(path), {"format": FORMAT, _TABLE: json.dumps(table)})
 
@@ -107,6 +135,7 @@ class CutList:
 
     def _stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what is what, as JSON, and the tensors that it names."""
+        self.check_complete()
         tensors: dict[str, Tensor] = {}
         table = {
             "model": self.model,
@@ -163,6 +192,7 @@ def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
     if isinstance(edit, Selection):
         return {"keep": {str(dim): stored(kept) for dim, kept in edit.positions.items()}}
+    assert isinstance(edit, RefitInPlace)  # check_complete
     refit = edit.refit
     parts = {key: stored(getattr(refit, key)) for key in ("kept", "targets", "share")}
     return {"refit": {"dim": edit.dim, "part": edit.part, "size": refit.size, **parts}}

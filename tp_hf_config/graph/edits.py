@@ -121,7 +121,20 @@ class RefitInPlace:
         return torch.stack(matrices, dim)
 
 
-Edit = Selection | RefitInPlace
+@dataclass(frozen=True)
+class RefitNotRecorded:
+    """The channels that stay got refitted weights, and how is not known any more."""
+
+    def of(self, values: Tensor) -> Tensor:
+        """Raise, for whoever has not asked the cut list."""
+        raise ValueError(NOT_RECORDED)
+
+
+NOT_RECORDED = (
+    "weights were refitted, and their refits are not in the cut list. Record them as you prune: "
+    "HFConfigSyncHook(compensate=..., record_refits=True)"
+)
+Edit = Selection | RefitInPlace | RefitNotRecorded
 
 
 def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:

@@ -40,8 +40,10 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: the model is another one than the cut list was made for.
         ConfigSyncError: the class builds other shapes from the new config than the cuts leave.
+        ValueError: refits are missing in the cut list.
     """
     check_fits(model, cuts)
+    cuts.check_complete()
     new: Any = _empty(model, cuts)
 
     def values_of(name: str, old: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ class HFConfigSyncHook:
         compensate: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before
             every cut the weights that read pruned channels are refitted by least squares, where
             held-out data says that it helps. The report says by how much.
+        record_refits: keep what was refitted for ``report.cuts``, in temporary files where it is
+            large; without, the cut list of a compensated step cannot be saved or carried out.
         rebuild: for a model under FSDP2: a function that wraps the pruned model, whose parameters
             are on the meta device then, as your own code wrapped the model (``fully_shard``).
         distributed: every process of a run prunes a copy of the model (DistributedDataParallel):
@@ -76,11 +78,13 @@ class HFConfigSyncHook:
         compensate: Calibration | None = None,
         layers: Layers = "uniform",
         rebuild: Rebuild | None = None,
+        record_refits: bool = False,
         distributed: bool = False,
     ) -> None:
         check_graph(graph)
         check_layers(layers)
-        self.layers, self.compensate = layers, compensate
+        self.layers = layers
+        self.compensate, self.record_refits = compensate, record_refits
         self._compensating: Compensating | None = None
         self.strict, self.make_inputs = strict, make_inputs
         self.rebuild, self.distributed = rebuild, distributed
@@ -257,7 +261,7 @@ class HFConfigSyncHook:
 
         assert self.compensate is not None  # only then is it called
         with self._refusing():
-            self._compensating = Compensating(self.compensate, groups, whole)
+            self._compensating = Compensating(self.compensate, groups, whole, self.record_refits)
             self._agreement.on_refits(pruner, self._compensating.result)
         pruner.DG.cuts.apply_refit = self._compensating.applied.apply
 

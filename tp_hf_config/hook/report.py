@@ -40,8 +40,9 @@ class SyncReport:
         inputs: an input for encoder states, which an encoder outside the model makes -> the
             channels that the model still reads, as numbered when the hook was attached.
         compensation: what the refits of ``HFConfigSyncHook(compensate=)`` come to.
-        cuts: what was cut, to be saved and carried out elsewhere (``report.cuts.save(path)``);
-            ``None``: nothing was pruned, no config fits, or a layer was changed by other code than
+        cuts: what was cut, to be saved and carried out elsewhere (``report.cuts.save(path)``; of a
+            compensated step that takes ``HFConfigSyncHook(record_refits=True)``); ``None``:
+            nothing was pruned, no config fits, or a layer was changed by other code than
             Torch-Pruning's and ours.
     """
 

@@ -78,6 +78,7 @@ def apply_cuts(
     Raises:
         CheckpointError: the cut list cannot be read.
         UnsupportedModelError: it was made for another class or config.
+        ValueError: weights were refitted, and their refits are not in it.
         ConfigSyncError: the class does not build what it leaves.
         PipelineError: the folder cannot be read or written, or an interrupted call was to do
             something else; nothing is at ``out``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 from tp_hf_config.calibration import compensation
+from tp_hf_config.graph import edits
 from tp_hf_config.graph.edits import RefitInPlace, Selection
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.model.lazy_tensor import LazyTensor
@@ -55,6 +57,17 @@ def prune(model: Any, hook: HFConfigSyncHook, **settings: Any) -> None:
     )
     for _ in range(constructor.get("iterative_steps", 1)):
         pruner.step()
+
+
+def refitted(model: Any, iterative_steps: int = 1, **settings: Any) -> CutList:
+    """What a pruner with refits cuts from a model."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 99, (2, 32), generator=generator)} for _ in range(10)]
+    calibration = calibrate(model, batches)
+    hook = HFConfigSyncHook(compensate=calibration, **settings)
+    prune(model, hook, importance=calibration.importance(), iterative_steps=iterative_steps)
+    assert hook.cuts is not None
+    return hook.cuts
 
 
 def assert_same(model: Any, other: Any) -> None:
@@ -105,19 +118,36 @@ class TestCarriedOut:
     def test_with_refits(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(compensation, "_LARGE", 1_000)  # larger refits are in files
         model = zoo.build(name)
-        generator = torch.Generator().manual_seed(0)
-        batches = [
-            {"input_ids": torch.randint(0, 99, (2, 32), generator=generator)} for _ in range(10)
-        ]
-        before, calibration = copy.deepcopy(model), calibrate(model, batches)
-        hook = HFConfigSyncHook(compensate=calibration)
-        prune(model, hook, importance=calibration.importance(), iterative_steps=2)
-        assert hook.cuts is not None
-        edits = [edit for of_one in hook.cuts.edits.values() for edit in of_one]
-        refits = [edit.refit for edit in edits if isinstance(edit, RefitInPlace)]
+        before = copy.deepcopy(model)
+        cuts = refitted(model, iterative_steps=2, record_refits=True)
+        every = [edit for of_one in cuts.edits.values() for edit in of_one]
+        refits = [edit.refit for edit in every if isinstance(edit, RefitInPlace)]
         assert any(isinstance(refit.share, LazyTensor) for refit in refits)
-        hook.cuts.save(tmp_path / "cuts.safetensors")
+        cuts.save(tmp_path / "cuts.safetensors")
         assert_same(model, apply_cuts(before, tmp_path / "cuts.safetensors"))
+
+    def test_refits_that_nobody_asked_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are in no file, and a cut list without them is neither saved nor carried out."""
+        monkeypatch.setattr(compensation, "_LARGE", 1)
+        monkeypatch.setattr(edits, "on_disk", None)
+        model = zoo.build("llama")
+        before = copy.deepcopy(model)
+        unchanged = copy.deepcopy(before)
+        cuts = refitted(model)
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert str(cuts).endswith(" refitted (how is not recorded)")
+        assert cuts.kept(name)[1].tolist() == refitted(zoo.build("llama")).kept(name)[1].tolist()
+        message = re.escape("HFConfigSyncHook(compensate=..., record_refits=True)")
+        with pytest.raises(ValueError, match=message):
+            cuts.save(tmp_path / "cuts.safetensors")
+        with pytest.raises(ValueError, match=message):
+            apply_cuts(before, cuts)
+        with pytest.raises(ValueError, match=message):
+            cuts.of(name, before.get_parameter(name))
+        assert_same(unchanged, before)
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestTheList:
