@@ -16,7 +16,8 @@ from ..model.build import Refusal
 from ..model.class_digest import entry_key
 from ..model.disk_cache import load, store
 from .linear_ops import Consumer
-from .measure import Readings, measure
+from .measure import measure
+from .readings import Readings
 
 Sums = Literal["gram", "products", ""]
 _Place = tuple[str, int, bool, Sums]

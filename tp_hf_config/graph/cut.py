@@ -13,7 +13,9 @@ from ..model.tensors import select
 from .edits import Edit, RefitInPlace, RefitNotRecorded, Selection
 from .origins import note
 
-ApplyRefit = Callable[[nn.Module, str, int, torch.Tensor], Iterable[RefitInPlace | RefitNotRecorded]]
+ApplyRefit = Callable[
+    [nn.Module, str, int, torch.Tensor], Iterable[RefitInPlace | RefitNotRecorded]
+]
 """Changes a parameter, the first time that one of its dimensions is cut; yields each edit.
 
 It takes the layer, the parameter's name in it, the dimension, and the positions that are about to

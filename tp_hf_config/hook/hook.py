@@ -83,17 +83,15 @@ class HFConfigSyncHook:
     ) -> None:
         check_graph(graph)
         check_layers(layers)
-        self.layers = layers
+        self.layers, self.strict, self.make_inputs = layers, strict, make_inputs
         self.compensate, self.record_refits = compensate, record_refits
         self._compensating: Compensating | None = None
-        self.strict, self.make_inputs = strict, make_inputs
         self.rebuild, self.distributed = rebuild, distributed
         self.reports: list[SyncReport] = []
-        self._graph_reason = ""
+        self._graph_reason, self._parameters = "", 0
         self._follower: Follower | None = None
         self._recorder: Recorder | None = None
         self._steering: UnitSteering | None = None
-        self._parameters = 0
         self._cut_log: CutLog | None = None
         self._rebuilding: Rebuilding | None = None
         self._agreement: Agreement  # from the time on when the hook is attached
