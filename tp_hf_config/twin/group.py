@@ -10,8 +10,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from ..model.config_json import FieldPath
-from .layout import Places, TensorDim, UnitLayout
+from ..model.shapes import shapes
+from .layout import Places, TensorDim, UnitLayout, places_of
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,85 @@ def all_alike(groups: tuple[TinyGroup, ...], finer: tuple[TinyGroup, ...]) -> tu
         parts = (other.units, other.channel_groups, other.per_field_unit)
         kinds.setdefault(_kind(group), set()).add(parts)
     return tuple(other if len(kinds[_kind(group)]) == 1 else group for group, other in pairs)
+
+
+def in_parts_alike(
+    model: nn.Module, groups: Sequence[TinyGroup], unused: Sequence[TensorDim]
+) -> tuple[list[TinyGroup], list[TensorDim]]:
+    """Add the tensor dims of unused parts to the groups that those of like parts are in.
+
+    No token goes to most of NLLB-MoE's experts. Parts of one list that have the same class, tensors
+    and settings compute the same from their weights, whether a token goes to them or not. Return
+    the groups, and the tensor dims that were added to none.
+    """
+    by_part: dict[str, list[TensorDim]] = {}
+    for dim in unused:
+        by_part.setdefault(_part_of_list(model, dim.name), []).append(dim)
+    merged, remaining = list(groups), list[TensorDim]()
+    for part, dims in by_part.items():
+        like = (
+            other
+            for other in _parts_of_same_list(model, part)
+            if other not in by_part and _facts(model, other) == _facts(model, part)
+        )
+        added = (_as_in(merged, other, part, dims) for other in like)
+        extended = next((candidate for candidate in added if candidate is not None), None)
+        if extended is None:
+            remaining += dims
+        else:
+            merged = extended
+    return merged, remaining
+
+
+def _part_of_list(model: nn.Module, name: str) -> str:
+    """Return the innermost part of a list of modules that a parameter is in, or an empty text."""
+    part = name.rpartition(".")[0]
+    while part:
+        above = part.rpartition(".")[0]
+        if isinstance(model.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
+            return part
+        part = above
+    return ""
+
+
+def _parts_of_same_list(model: nn.Module, part: str) -> list[str]:
+    """Return the names of all parts of the list that a part is in, with its own."""
+    above = part.rpartition(".")[0]
+    children = model.get_submodule(above).named_children() if part else ()
+    return [f"{above}.{key}" for key, _ in children]
+
+
+def _facts(model: nn.Module, part: str) -> list[object]:
+    """Return what is equal for parts that compute the same: shapes, module types and settings."""
+    plain = (bool, int, float, str, type(None))
+    facts: list[object] = [sorted(shapes(model.get_submodule(part)).items())]
+    for name, module in model.get_submodule(part).named_modules():
+        settings = {key: value for key, value in vars(module).items() if isinstance(value, plain)}
+        facts += [name, type(module), settings]
+    return facts
+
+
+def _as_in(
+    groups: Sequence[TinyGroup], like: str, part: str, dims: Sequence[TensorDim]
+) -> list[TinyGroup] | None:
+    """Return the groups with a part's dims as a like part has them; None: that one has others."""
+    result: list[TinyGroup] = []
+    placed: set[tuple[str, int]] = set()
+    for group in groups:
+        pairs = list(zip(group.dims, group.sources, strict=True))
+        added = [
+            (replace(dim, name=f"{part}.{dim.name.removeprefix(f'{like}.')}"), source)
+            for dim, source in pairs
+            if dim.name.startswith(f"{like}.")
+        ]
+        placed |= {dim.place for dim, _ in added}
+        if len(added) in (0, len(pairs)):
+            result.append(group)  # a group inside the like part stays, and the part gets its own
+            pairs = []
+        if added:
+            new_dims, sources = zip(*pairs, *added, strict=True)
+            result.append(replace(group, dims=new_dims, sources=sources))
+    return result if placed == places_of(dims) else None
 
 
 def _kind(group: TinyGroup) -> _Kind:

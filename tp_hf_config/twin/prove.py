@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import listed
 from ..fieldmap.names_in_code import names_of
 from ..model.config_json import FieldPath
-from .group import Finding, TinyGroup, as_in_like_layers
+from .group import Finding, TinyGroup, as_in_like_layers, in_parts_alike
 from .layout import TensorDim
 from .links import Links
 from .twin_test import TwinTest
@@ -51,6 +51,8 @@ def proved(
         groups.append(TinyGroup(fields, tuple(group), by_field, test.units, channel_groups))
     groups = as_in_like_layers(groups)
     unobserved = tuple(dim.name for dim in unplaced)
+    if unplaced and test.unused(unobserved):
+        groups, unplaced = in_parts_alike(test.model, groups, unplaced)
     stream = _stream(test, unplaced, groups) if unplaced else None
     if unplaced and stream is None:
         reason = f"the outputs do not depend on {named(unplaced)}"

@@ -183,6 +183,33 @@ def test_a_table_that_nothing_reads_goes_with_the_one_of_its_shape(tmp_path: Pat
     assert "no output depends on model.shared.weight, cut alike" in report.graph
 
 
+def test_experts_that_no_token_goes_to(tmp_path: Path) -> None:
+    """Of NLLB-MoE's experts two run, whatever goes in; the others are built like those."""
+    config = hf.NllbMoeConfig(
+        vocab_size=99,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=64,
+        num_experts=8,
+        encoder_sparse_step=2,
+        decoder_sparse_step=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    inputs = {"input_ids": ids(), "decoder_input_ids": ids(5)}
+    hook = pruned(hf.NllbMoeForConditionalGeneration(config), inputs, tmp_path)
+    (report,) = hook.reports
+    assert report.fields == {"encoder_ffn_dim": (48, 24), "decoder_ffn_dim": (40, 20)}
+    assert "no output depends on model.decoder.layers.1.ffn.experts.expert_2.fc1.b" in report.graph
+
+
 def test_classes_that_are_as_many_as_something_else_by_chance() -> None:
     """Falcon-H1's dims of Mamba heads: two classes in the tiny model, and two heads of keys."""
     config = hf.FalconH1Config(
