@@ -54,7 +54,7 @@ def example_inputs(
     return next(input_forms(model, recipe, config, length, recipe.form))
 
 
-def text_inputs(model: nn.Module) -> dict[str, Any] | None:
+def text_inputs(model: nn.Module, length: int = _TEXT_LENGTH) -> dict[str, Any] | None:
     """Return keyword arguments without images and sound, for a model that takes text beside them.
 
     None if the model takes no text, or nothing but text.
@@ -62,7 +62,7 @@ def text_inputs(model: nn.Module) -> dict[str, Any] | None:
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters or not _main(parameters, model.config):
         return None
-    ids = _texts(model, parameters, model.config, _TEXT_LENGTH)[0]
+    ids = _texts(model, parameters, model.config, length)[0]
     return {**ids, "use_cache": False} if "use_cache" in parameters else ids
 
 

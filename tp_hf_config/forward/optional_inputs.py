@@ -1,7 +1,7 @@
 """Make optional arguments of a forward pass without which parts of a model do not run.
 
-Examples are global attention for some tokens, entities beside the words, steps of a sound that are
-hidden: a class has weights for them that no other input reaches.
+Examples are global attention for some tokens, entities beside the words, a voice before the text: a
+class has weights for them that no other input reaches.
 """
 
 from __future__ import annotations
@@ -71,12 +71,43 @@ def _hidden_steps(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     return {"mask_time_indices": (torch.arange(steps) < 2).repeat(samples, 1)}
 
 
+def _behind(config: Any, ids: Tensor, name: str, count: int) -> Tensor:
+    """Return the text, special tokens made plain, behind ``count`` tokens of this name."""
+    special = {
+        value
+        for key, value in vars(config).items()
+        if key.endswith("token_id") and isinstance(value, int)
+    }
+    plain = next(token for token in range(len(special) + 1) if token not in special)
+    text = ids.masked_fill(torch.isin(ids, torch.tensor(sorted(special), device=ids.device)), plain)
+    return torch.cat([torch.full_like(ids[:, :count], getattr(config, name, 0)), text], dim=1)
+
+
+def _voice(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Return two steps of a voice, and the text behind their tokens."""
+    config, ids = model.config, inputs["input_ids"]
+    width = size_of(config, "audio_prompt_dim", "latent_dim")
+    parameter = next(model.parameters())
+    voice = torch.rand((len(ids), 2, width), device=ids.device, dtype=parameter.dtype)
+    text = _behind(config, ids, "audio_prompt_token_id", 2)
+    return {"input_ids": text, "audio_prompt_latents": voice}
+
+
+def _codes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Return two steps of sound in codebooks, and the text behind their tokens."""
+    config, ids = model.config, inputs["input_ids"]
+    codes = torch.ones_like(ids[:, :2])[..., None].repeat(1, 1, size_of(config, "num_codebooks"))
+    return {"input_ids": _behind(config, ids, "audio_token_id", 2), "audio_input_ids": codes}
+
+
 _TEXT = ("input_ids",)
 _SOUND = ("input_values", "input_features")
 _OPTIONAL: dict[str, tuple[tuple[str, ...], _MakeOptional]] = {
     "global_attention_mask": (_TEXT, _first_token),
     "entity_ids": (_TEXT, _entities),
     "moe_mm_token_type_ids": (_TEXT, _half_image),
+    "audio_prompt_latents": (_TEXT, _voice),
+    "audio_input_ids": (_TEXT, _codes),
     "mask_time_indices": (_SOUND, _hidden_steps),
 }
 """Argument -> the inputs it goes beside (any one of them), and the function that makes it."""
