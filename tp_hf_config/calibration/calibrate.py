@@ -64,7 +64,8 @@ class Calibration(MeasuredModel):
     def measure(self) -> None:
         """Measure what weights read; warn of inputs that the data tells too little about."""
         readings = self.current()
-        _warn_of_few_tokens(readings)
+        if self.refits:
+            _warn_of_few_tokens(readings)
         _warn_of_experts(self.model, readings)
 
 
@@ -78,6 +79,7 @@ def calibrate(
     max_memory: int | None = None,
     seed: int = 0,
     measure: bool = True,
+    refits: bool = True,
     distributed: bool = False,
 ) -> Calibration:
     """Measure what a model's weights read, in one pass over data.
@@ -106,6 +108,9 @@ def calibrate(
         seed: of what the model writes itself.
         measure: False: hold the data only. What weights read is measured once something asks for
             it, which ``drop_layers(model, count=...)`` does not.
+        refits: False: the calibration is for importances alone. What refits and ``"obs"`` need
+            beside (the products of channels, most of the time and memory) takes another pass then,
+            once something asks for it.
         distributed: True: every process of a run has a copy of the model (DistributedDataParallel),
             all of them call this, and what they measure of their own data is added up. Under FSDP2
             it always is. Ranks may have different numbers of batches, or none. If all have the same
@@ -134,7 +139,7 @@ def calibrate(
         failure = error
     settings = {"ridge": ridge, "max_memory": max_memory}
     ranks = agreed_ranks(model, [*train, *held_out], settings, distributed, failure)
-    calibration = Calibration(model, train, held_out, ridge, max_memory, ranks)
+    calibration = Calibration(model, train, held_out, ridge, max_memory, ranks, refits)
     if measure:
         calibration.measure()
     return calibration

@@ -134,6 +134,7 @@ def measure(
     max_memory: int | None,
     what: str,
     ranks: Ranks = ALONE,
+    grams: bool = True,
 ) -> Readings:
     """Return what every weight of a model reads, measured in one pass.
 
@@ -146,13 +147,15 @@ def measure(
             temporary files then), its weights, and the batches that wait for each other.
         what: the title of the progress bar.
         ranks: the ranks that measure, each on batches of its own.
+        grams: False: no Gram matrix is measured; :func:`add_grams` does it later.
 
     Raises:
         CalibrationError: the model does not run on the data, or gives numbers that are not finite.
     """
-    readings = _measured(model, batches, max_memory, what, ranks)
+    only = None if grams else ()
+    readings = _measured(model, batches, max_memory, what, ranks, only)
     if not readings.in_lockstep:  # sums in another order differ in their last bits
-        readings = _measured(model, batches, max_memory, what, ranks, in_lockstep=False)
+        readings = _measured(model, batches, max_memory, what, ranks, only, in_lockstep=False)
     if not readings.statistics:
         raise CalibrationError(
             f"{type(model).__name__} has no layer whose inputs can be measured (linear layers, "

@@ -41,6 +41,7 @@ class MeasuredModel:
         ridge: how strongly a refit stays with the plain cut.
         max_memory: how many bytes Gram matrices may take together, and weights where they are read
             from files; ``None``: half of what is free.
+        refits: False: Gram matrices, which refits need, are measured once something asks for them.
         readings: what was measured.
         ranks: the ranks that measure; ``train`` and ``held_out`` are this rank's.
         seconds: how long the latest measurement took.
@@ -54,8 +55,9 @@ class MeasuredModel:
         ridge: float = RIDGE,
         max_memory: int | None = None,
         ranks: Ranks = ALONE,
+        refits: bool = True,
     ):
-        self.ranks = ranks
+        self.ranks, self.refits = ranks, refits
         self.model, self.train, self.held_out = model, list(train), list(held_out)
         self.ridge, self.max_memory = ridge, max_memory
         self.readings = Readings()
@@ -115,7 +117,9 @@ class MeasuredModel:
         if state != self._measured_at:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"
-            self.readings = measure(self.model, self.train, self.max_memory, again, self.ranks)
+            self.readings = measure(
+                self.model, self.train, self.max_memory, again, self.ranks, self.refits
+            )
             self.seconds = time.perf_counter() - started
             self._measured_at = state
         return self.readings

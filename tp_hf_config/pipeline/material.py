@@ -122,7 +122,7 @@ def _calibration(
     measured = max(1, (job.tokens or TOKENS) // windows.shape[1])
     chosen = windows[: measured * HELD_OUT // (HELD_OUT - 1)]
     batches = [batch_of(model, row[None]) for row in chosen]
-    calibration = calibrate(model, batches, measure=False)
+    calibration = calibrate(model, batches, measure=False, refits=job.compensate)
     if not job.drop_layers:
         measure(calibration, progress)
     return calibration

@@ -138,20 +138,24 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
     assert second["decoder_input_ids"].tolist() == [[6, 7, 8, 9]]
 
 
-def test_little_memory_takes_more_passes_and_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_more_passes_give_the_same() -> None:
+    """One Gram matrix for each, where memory has no room for more; or none before a refit asks."""
     weights = []
-    for limit in (None, 1):
+    for grams, options in {4: {}, 1: {"max_memory": 1}, 0: {"refits": False}}.items():
         model = llama()
-        calibration = calibrate(model, calibrated.batches(model, 10), max_memory=limit)
-        if limit:
-            assert sum(s.gram is not None for s in calibration.readings.statistics.values()) == 1
+        calibration = calibrate(model, calibrated.batches(model, 10), **options)
+        statistics = calibration.readings.statistics.values()
+        assert sum(each.gram is not None for each in statistics) == grams
         hook = HFConfigSyncHook(compensate=calibration)
         ratios = {"intermediate_size": 0.5, "hidden_size": 0.25}
         calibrated.pruner_of(model, hook, ratios=ratios).step()
         weights.append(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*weights, strict=True))
+
+
+def test_importances_alone_want_no_warning_of_few_tokens(recwarn: pytest.WarningsRecorder) -> None:
+    calibrate(llama(), [torch.arange(14)[None] % 90] * 2, refits=False)
+    assert not [each for each in recwarn if each.category is CalibrationWarning]
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
