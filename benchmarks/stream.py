@@ -37,6 +37,7 @@ SHARD = "5GB"
 CHUNK = 1 << 24  # bytes
 GIB = 2**30
 RATIO = 0.2
+MOST_MEMORY = 3 * GIB  # what a process may take, whatever the size of the model
 LLAMA_70B: dict[str, Any] = {
     "hidden_size": 8192,
     "intermediate_size": 28672,
@@ -266,6 +267,7 @@ def _stream(folder: Path, options: argparse.Namespace) -> None:
     table.add_row("read twice, written once, by itself", f"{plain:.0f}", "")
     table.add_row("ratio", f"{result['seconds'] / plain:.2f}", "")
     console.print(table)
+    check_memory(result)
     shutil.rmtree(source)
     shutil.rmtree(out)
 
@@ -289,8 +291,17 @@ def _cut_lists(folder: Path) -> None:
             f"{result['foretold']['read'] / 1e9:,.0f} GB",
             f"{result['foretold']['written'] / 1e9:,.0f} GB",
         )
+        check_memory(result)
         shutil.rmtree(source)
     console.print(table)
+
+
+def check_memory(result: dict[str, Any]) -> None:
+    """Exit with an error if a process took more memory than is promised."""
+    if result["memory"] > MOST_MEMORY:
+        raise SystemExit(
+            f"{result['memory'] / GIB:.2f} GiB of memory, expected {MOST_MEMORY / GIB:.0f} at most"
+        )
 
 
 if __name__ == "__main__":
