@@ -18,6 +18,7 @@ from .lazy_tensor import LazyTensor
 from .recycled_memory import recycled_empty
 
 PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
+_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> dtype
 
 
 def select(
@@ -39,16 +40,31 @@ def select(
     shape = _shape_of(tensor, positions)
     result = recycled_empty(shape, tensor.dtype) if recycled else tensor.new_empty(shape)
     if not others:
-        return torch.index_select(tensor, dim, index, out=result)
+        return _select_along(tensor, dim, index, result)
     last, last_index = others[-1]
     rows = max(1, PIECE * tensor.shape[dim] // max(1, tensor.nbytes))
     for start in range(0, len(index), rows):
         piece = tensor.index_select(dim, index[start : start + rows])
         for other, other_index in others[:-1]:
             piece = piece.index_select(other, other_index)
-        target = result.narrow(dim, start, piece.shape[dim])
-        torch.index_select(piece, last, last_index, out=target)
+        _select_along(piece, last, last_index, result.narrow(dim, start, piece.shape[dim]))
     return result
+
+
+def _select_along(
+    tensor: torch.Tensor, dim: int, index: torch.Tensor, result: torch.Tensor
+) -> torch.Tensor:
+    """Fill ``result`` with some positions of one dimension, and return it.
+
+    Along the last dimension ``gather`` is two to five times as fast as ``index_select``, which
+    copies one number at a time there; it does not take every dtype.
+    """
+    if dim == tensor.ndim - 1 > 0:
+        bits = _OF_SIZE.get(tensor.dtype.itemsize, tensor.dtype)
+        numbers, target = tensor.view(bits), result.view(bits)
+        torch.gather(numbers, dim, index.expand(result.shape), out=target)
+        return result
+    return torch.index_select(tensor, dim, index, out=result)
 
 
 def _shape_of(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> list[int]:

@@ -8,6 +8,7 @@ import torch_pruning as tp
 from transformers import MarianConfig, MarianMTModel
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable, pruner_kwargs
+from tp_hf_config.model.tensors import select
 
 FOLLOWS = (
     "with less of d_model the class computes something else than is left: "
@@ -15,6 +16,27 @@ FOLLOWS = (
     "other values"
 )
 IDS = {"input_ids": torch.tensor([[4, 5, 6, 7]]), "decoder_input_ids": torch.tensor([[1, 5, 6]])}
+
+
+SHAPE = (5, 6, 7)
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64)
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("recycled", [False, True])
+def test_select(dims: tuple[int, ...], dtype: torch.dtype, recycled: bool) -> None:
+    bits = torch.randint(0, 2, (*SHAPE, dtype.itemsize), dtype=torch.uint8)
+    tensor = bits.view(dtype)[..., 0]
+    positions = {dim: torch.tensor([0, 2, SHAPE[dim] - 1, 2]) for dim in dims}
+    expected = tensor
+    for dim, index in positions.items():
+        expected = expected.index_select(dim, index)
+    for given in (tensor, tensor.transpose(0, 2).contiguous().transpose(0, 2)):
+        selected = select(given, positions, recycled)
+        assert selected.dtype == dtype
+        assert selected.is_contiguous()
+        assert torch.equal(selected.view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
 def marian() -> MarianMTModel:
