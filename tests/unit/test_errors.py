@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import small
 import torch
 import torch_pruning as tp
 import transformers as hf
+from accelerate import cpu_offload, disk_offload
 from torch import nn
 
 import tp_hf_config
@@ -18,6 +20,7 @@ from tp_hf_config import (
     HFConfigSyncHook,
     TPHFConfigError,
     UnsupportedModelError,
+    calibrate,
     pruner_kwargs,
 )
 
@@ -159,6 +162,24 @@ def test_meta_device():
         "device_map offloading. A model that does not fit is pruned from folder to folder: "
         "tp-hf-config prune FOLDER --out OUT --stream."
     )
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@torch.no_grad()
+def test_offloaded_by_accelerate(kind: str, tmp_path: Path):
+    """The model runs afterwards as it did before."""
+    model, batch = small.bert(), {"input_ids": torch.tensor([[1, 2, 3]])}
+    expected = model(**batch).last_hidden_state
+    if kind == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    message = refused(model)
+    assert message.endswith("folder to folder: tp-hf-config prune FOLDER --out OUT --stream.")
+    with pytest.raises(UnsupportedModelError) as raised:
+        calibrate(model, [batch] * 2)
+    assert str(raised.value) == message
+    assert torch.equal(model(**batch).last_hidden_state, expected)
 
 
 def test_sharded():

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import CalibrationError, CalibrationWarning, listed
 from ..graph.edits import stack_dim
 from ..graph.standin import standin_behind, standin_of
-from ..model.locate import check_unwrapped
+from ..model.locate import check_has_data, check_unwrapped
 from .batches import (
     Batch,
     Text,
@@ -123,11 +123,12 @@ def calibrate(
     Raises:
         CalibrationError: the data does not fit the model, there is none where it is needed, or
             activations are not finite; of several ranks, one cannot measure or does not come.
-        UnsupportedModelError: the model is a DistributedDataParallel, or sharded by something else
-            than FSDP2.
+        UnsupportedModelError: the model is a DistributedDataParallel, offloaded by accelerate, or
+            sharded by something else than FSDP2.
     """
     check_unwrapped(model)
     model = standin_of(model)
+    check_has_data(model)
     if ridge is None:
         ridge = TEXT_RIDGE if writes_text(model) else RIDGE
     train, held_out = list[Batch](), list[Batch]()

@@ -65,6 +65,22 @@ def check_unwrapped(model: nn.Module) -> None:
         )
 
 
+def check_has_data(model: nn.Module) -> None:
+    """Raise if some of a model's parameters have no data.
+
+    Raises:
+        UnsupportedModelError: some are on the meta device, where accelerate leaves offloaded ones.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{plain_class(type(model)).__name__}: {name} is on the meta device (no data, or "
+                "offloaded by accelerate). Load the whole model into memory: "
+                "from_pretrained(folder) without device_map offloading. A model that does not fit "
+                "is pruned from folder to folder: tp-hf-config prune FOLDER --out OUT --stream."
+            )
+
+
 def _no_module(given: object) -> str:
     """Return the message of the TypeError: what to pass instead of this object."""
     from torch import nn
@@ -105,15 +121,10 @@ def check_followable(model: PreTrainedModel, weights: bool = True, sharded: bool
                 "packed weights, a quantised storage format. Load the model in float16, bfloat16 "
                 "or float32, prune, and quantise the result."
             )
+    if weights:
+        check_has_data(model)
     by_fsdp = sharded_parameters(model)
     for parameter_name, parameter in model.named_parameters():
-        if parameter.is_meta and weights:
-            raise UnsupportedModelError(
-                f"{name}: {parameter_name} is on the meta device (no data, or offloaded by "
-                "accelerate). Load the whole model into memory: from_pretrained(folder) without "
-                "device_map offloading. A model that does not fit is pruned from folder to folder: "
-                "tp-hf-config prune FOLDER --out OUT --stream."
-            )
         divided = is_dtensor(parameter.data) or hasattr(parameter, "ds_id")
         if divided and not (sharded and parameter in by_fsdp):
             what = f"{name}: {parameter_name}"
