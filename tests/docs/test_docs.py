@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import doctest
-import importlib.util
 import re
 import shutil
 from collections.abc import Iterator
@@ -123,12 +122,7 @@ class TestErrors:
 
 
 def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return small.module_of(DOCS / f"{name}.py")
 
 
 class TestReference:

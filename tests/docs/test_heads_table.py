@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import small
@@ -22,13 +20,7 @@ README = (small.ROOT / "README.md").read_text()
 
 
 def command() -> Any:
-    path = Path(small.ROOT / "benchmarks" / "head_modes.py")
-    spec = importlib.util.spec_from_file_location("heads_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return small.module_of(small.ROOT / "benchmarks" / "head_modes.py")
 
 
 def test_the_table_is_what_the_command_gives() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -13,13 +12,7 @@ PAGE = (small.ROOT / "docs" / "recipes" / "large-models.md").read_text(encoding=
 
 @pytest.fixture(scope="module")
 def command() -> Any:
-    path = small.ROOT / "benchmarks" / "sizes.py"
-    spec = importlib.util.spec_from_file_location("sizes", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return small.module_of(small.ROOT / "benchmarks" / "sizes.py")
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -24,13 +23,7 @@ TOKENS = {
 
 
 def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"engines_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = found
-    spec.loader.exec_module(found)
-    return found
+    return small.module_of(FOLDER / f"{name}.py")
 
 
 def test_the_page_is_that_of_the_json() -> None:

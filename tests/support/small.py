@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +49,17 @@ class _Llama4(hf.LlamaForCausalLM):
 
 _Llama4.__name__ = hf.LlamaForCausalLM.__name__
 LlamaForCausalLM = hf.LlamaForCausalLM if TRANSFORMERS >= (5,) else _Llama4
+
+
+def module_of(path: Path) -> ModuleType:
+    """Run a Python file that is in no package, such as a benchmark, and return its module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def mlp() -> nn.Sequential:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 from importlib.metadata import version
@@ -61,13 +60,7 @@ def test_sample_of_the_support_table(task: str, model_type: str) -> None:
 
 def table_module() -> Any:
     """What writes the table."""
-    path = small.ROOT / "benchmarks" / "support" / "table.py"
-    spec = importlib.util.spec_from_file_location("support_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    return table
+    return small.module_of(small.ROOT / "benchmarks" / "support" / "table.py")
 
 
 def test_the_page_is_what_the_table_says_and_names_are_not_links() -> None:
