@@ -143,9 +143,9 @@ def watched_pass(
         stack.enter_context(undisturbed(model))
         if sources is not None:
             stack.enter_context(sources.watching())
+        begin = stack.enter_context(in_step(model, ranks, what or "a pass over held-out data"))
         if together is None:
             ops = nullcontext() if visit is None else WatchedOps(model, visit)
-            begin = stack.enter_context(in_step(model, ranks, what or "a pass over held-out data"))
             for number, batch in enumerate(_shown(batches, what)):
                 begin(number)
                 after(number, _run(model, number, batch, ops, sources))
