@@ -11,8 +11,9 @@ from torch import Tensor
 from ..graph.edits import plain_cut
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
-from .passes import together_on, watched_pass
+from .passes import Together, together_on, watched_pass
 from .refits_of_step import Copies, StepRefits
+from .sources import Sources
 
 
 @dataclass
@@ -53,9 +54,7 @@ def run_as_cut(
             return op.run(op.shaped(step.refits[op.consumer].estimate(rows)))
         return op.run(op.shaped(_cut(op, rows, step)))
 
-    calibration, together = step.calibration, step.together()
-    model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
-    watched_pass(model, batches, visit, sources, after_batch, together=together, ranks=ranks)
+    _held_out_pass(step.calibration, visit, sources, after_batch, step.together())
 
 
 def layer_errors(
@@ -81,11 +80,9 @@ def layer_errors(
             sums.output += _squares(whole)
         return whole
 
-    calibration, together = step.calibration, step.together()
-    model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
-    watched_pass(model, batches, visit, sources, after_batch, together=together, ranks=ranks)
+    _held_out_pass(step.calibration, visit, sources, after_batch, step.together())
     own = [errors.get(consumer, Errors()) for consumer in step.refits]
-    sums = ranks.sums([value for each in own for value in astuple(each)])
+    sums = step.calibration.ranks.sums([value for each in own for value in astuple(each)])
     return {
         consumer: Errors(*sums[3 * number : 3 * number + 3])
         for number, consumer in enumerate(step.refits)
@@ -94,16 +91,20 @@ def layer_errors(
 
 def run_held_out(calibration: MeasuredModel, after_batch: Callable[[int, Any], None]) -> None:
     """Run a measured model as it is now on its held-out data."""
+    together = together_on(calibration.model, calibration.max_memory)
+    _held_out_pass(calibration, lambda op: op.run(), None, after_batch, together)
+
+
+def _held_out_pass(
+    calibration: MeasuredModel,
+    visit: Callable[[LinearOp], Any],
+    sources: Sources | None,
+    after_batch: Callable[[int, Any], None],
+    together: Together | None,
+) -> None:
+    """Run a measured model on its held-out data; see :func:`watched_pass`."""
     model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
-    together = together_on(model, calibration.max_memory)
-    watched_pass(
-        model,
-        batches,
-        lambda op: op.run(),
-        after_batch=after_batch,
-        together=together,
-        ranks=ranks,
-    )
+    watched_pass(model, batches, visit, sources, after_batch, together=together, ranks=ranks)
 
 
 def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import CONFIG, read_weights
+from ..checkpoint.headers import header_bytes
 from ..schema import versions
 from .companions import companion_files
 from .job import Job
@@ -16,8 +17,6 @@ from .source import Source
 
 _ELSEWHERE = ("source", "out", "calibration", "overwrite", "stream", "resume", "command")
 """What of a job the result does not depend on, or what is recorded in another way."""
-_HEADER_SIZE = 8  # bytes that say how long a safetensors file's header is
-_MOST = 100_000_000  # bytes of a header, as safetensors has it
 
 
 def record_of_job(job: Job, text: str | None) -> dict[str, Any]:
@@ -67,14 +66,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, _digest((folder / name).read_bytes())
     for name in read_weights(folder).files:
         state = (folder / name).stat()
-        yield name, [state.st_size, state.st_mtime_ns, _digest(_header(folder / name))]
-
-
-def _header(path: Path) -> bytes:
-    """Return the header of a safetensors file, which says what is where in it."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(_HEADER_SIZE), "little")
-        return file.read(min(size, _MOST))
+        yield name, [state.st_size, state.st_mtime_ns, _digest(header_bytes(folder / name))]
 
 
 def _digest(data: bytes) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ..checkpoint.verify import fresh_run, live_outputs
 from ..errors import PipelineError
@@ -48,19 +50,18 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
         PipelineError: the folder does not load, its outputs differ, or no inputs were found with
             which the model runs.
     """
-    reason = ""
+    refusals: list[Refusal] = []
     for inputs in _inputs(model, recipe):
         with fresh_run(model, folder, inputs) as compared_with:
-            try:
-                outputs = live_outputs(model, inputs)
-            except Exception as error:  # a forward pass may raise anything
-                reason = reason or f"{type(error).__name__}: {error}"
+            outputs = _outputs(model, inputs)
+            if isinstance(outputs, Refusal):
+                refusals.append(outputs)
                 continue
             report = compared_with(outputs)
         if not report.same:
             raise _not_proved(f"{report}")
         return Proof(len(report.outputs), report.numbers)
-    raise _not_proved(f"no inputs were found that it runs with: {reason}")
+    raise _not_proved(_none_runs(refusals).reason)
 
 
 def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any] | Refusal:
@@ -70,21 +71,32 @@ def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]
         model: the model.
         recipe: how its class is run.
     """
-    reason = ""
+    refusals: list[Refusal] = []
     for inputs in _inputs(model, recipe):
-        try:
-            live_outputs(model, inputs)
-        except Exception as error:  # a forward pass may raise anything
-            reason = reason or f"{type(error).__name__}: {error}"
-        else:
+        outputs = _outputs(model, inputs)
+        if not isinstance(outputs, Refusal):
             return inputs
-    return Refusal(f"no inputs were found that it runs with: {reason}")
+        refusals.append(outputs)
+    return _none_runs(refusals)
 
 
 def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments with which a model may run, the likeliest first."""
     yield example_inputs(model, recipe)
     yield from input_forms(model, recipe)
+
+
+def _outputs(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor] | Refusal:
+    """Return what a model computes of some inputs; or why it does not run with them."""
+    try:
+        return live_outputs(model, inputs)
+    except Exception as error:  # a forward pass may raise anything
+        return Refusal(f"{type(error).__name__}: {error}")
+
+
+def _none_runs(refusals: Sequence[Refusal]) -> Refusal:
+    """Return why a model cannot be run: what it says of the likeliest inputs."""
+    return Refusal(f"no inputs were found that it runs with: {refusals[0].reason}")
 
 
 def _not_proved(reason: str) -> PipelineError:

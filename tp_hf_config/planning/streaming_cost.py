@@ -169,17 +169,16 @@ def _read_in_pass(full: nn.Module) -> int:
 def _memory_of_pass(full: nn.Module, solved: Iterable[_Solved]) -> int:
     """Return the most that passes hold: weights and sums of a layer, hidden states, activations."""
     stages = stages_of(full, sum(parameter.nbytes for parameter in full.parameters()))
-    ids = {id(parameter) for stage in stages for parameter in stage.parameters()}
-    outside = [each for each in full.parameters() if id(each) not in ids and each.ndim > 1]
+    stages_with: dict[int, list[nn.Module]] = {}
+    for stage in dict.fromkeys(stages):
+        for parameter in stage.parameters():
+            stages_with.setdefault(id(parameter), []).append(stage)
+    outside = [each for each in full.parameters() if id(each) not in stages_with and each.ndim > 1]
     largest = max(outside, key=lambda each: each.nbytes, default=torch.empty(0, 0))
-    sums = {
-        stage: sum(
-            each.input.parts * each.sums
-            for each in solved
-            if id(full.get_parameter(each.input.parameter)) in own
-        )
-        for stage, own in ((stage, set(map(id, stage.parameters()))) for stage in stages)
-    }
+    sums = dict.fromkeys(stages, 0)
+    for each in solved:
+        for stage in stages_with.get(id(full.get_parameter(each.input.parameter)), ()):
+            sums[stage] += each.input.parts * each.sums
     layer = max(
         (sum(each.nbytes for each in stage.parameters()) + sums[stage] for stage in stages),
         default=0,
