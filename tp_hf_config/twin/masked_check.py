@@ -184,14 +184,16 @@ def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
     certain = unique[where].view(after.shape)
     cut_dims: list[CutDim] = []
     expected = before
-    for dim, size in enumerate(after.shape):
-        rows = positions[dim].view(after.shape).movedim(dim, 0).reshape(size, -1)
-        certain_rows = certain.movedim(dim, 0).reshape(size, -1)
-        kept = torch.stack([row[sure][0] for row, sure in zip(rows, certain_rows, strict=True)])
-        if not bool((kept.diff() > 0).all()):
+    for dim, (size, new_size) in enumerate(zip(before.shape, after.shape, strict=True)):
+        if size == new_size:
+            cut_dims.append(CutDim(size, torch.arange(size)))
+            continue
+        origins = positions[dim].view(after.shape).masked_fill(~certain, size)
+        kept = origins.movedim(dim, 0).reshape(new_size, -1).amin(1)  # they agree, or it differs
+        if not bool((kept.diff() > 0).all()) or bool((kept == size).any()):
             return Refusal("channels in another order")
         expected = expected.index_select(dim, kept)
-        cut_dims.append(CutDim(before.shape[dim], kept))
+        cut_dims.append(CutDim(size, kept))
     return tuple(cut_dims) if torch.equal(expected, after) else Refusal("channels of mixed origin")
 
 
