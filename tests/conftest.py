@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import reload_child
 import torch
+import warm_processes
 
 # Two processes at once share the cores of the smallest machine.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
@@ -88,20 +87,12 @@ class Collector:
     def _run(self) -> None:
         waiting = {n: f for n, f in self._folders.items() if n not in self._results}
         results = self._root / "results.json"
+        errors = self._root / "errors.txt"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(Path(reload_child.__file__)),
-                str(torch.get_num_threads()),
-                str(results),
-                *map(str, waiting.values()),
-            ],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        threads = str(torch.get_num_threads())
+        arguments = (threads, str(results), *map(str, waiting.values()))
+        child = warm_processes.start(reload_child.__file__, arguments, environment, errors)
+        assert child.wait() == 0, errors.read_text()
         found = json.loads(results.read_text())
         self._results |= {name: found[str(folder)] for name, folder in waiting.items()}
 
@@ -110,6 +101,32 @@ class Collector:
 def collector(tmp_path_factory: pytest.TempPathFactory) -> Collector:
     """One collector for the whole run."""
     return Collector(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _start_at_once() -> Iterator[Any]:
+    """The library's fresh processes are forks, which need not import what every one imports.
+
+    Yields what starts them outside of the tests.
+    """
+    from tp_hf_config.checkpoint import child, verify
+
+    def start_child(job_file: Path, errors: Path) -> warm_processes.Fork:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return warm_processes.start(child.__file__, [str(job_file)], environment, errors)
+
+    by_subprocess = verify.start_child
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "start_child", start_child)
+        yield by_subprocess
+
+
+@pytest.fixture
+def started_as_for_users(_start_at_once: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's fresh processes are started as they are outside of the tests."""
+    from tp_hf_config.checkpoint import verify
+
+    monkeypatch.setattr(verify, "start_child", _start_at_once)
 
 
 @pytest.fixture(scope="module", autouse=True)

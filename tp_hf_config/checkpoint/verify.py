@@ -286,13 +286,7 @@ def _fresh_process(
         job = {"folders": jobs, **files, "device": device, "threads": threads, "cast": cast}
         job_file, errors = Path(exchange) / "job.json", Path(exchange) / "errors.txt"
         job_file.write_text(json.dumps({**job, "path": sys.path}))
-        with errors.open("w") as written:
-            process = subprocess.Popen(
-                [sys.executable, child.__file__, str(job_file)],
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=written,
-            )
+        process = start_child(job_file, errors)
 
         def finished() -> list[_Run]:
             if process.wait() != 0:
@@ -310,6 +304,22 @@ def _fresh_process(
         finally:
             process.kill()
             process.wait()
+
+
+def start_child(job_file: Path, errors: Path) -> subprocess.Popen[bytes]:
+    """Start a fresh process that does a job.
+
+    Args:
+        job_file: the job as JSON (see :func:`child.run`).
+        errors: the file for what it writes to standard error.
+    """
+    with errors.open("w") as written:
+        return subprocess.Popen(
+            [sys.executable, child.__file__, str(job_file)],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=written,
+        )
 
 
 def _compared(

@@ -39,9 +39,10 @@ def _surroundings(model: nn.Module) -> Surroundings:
     holders = _holders(model, alive)
     own = {id(config) for module in model.modules() for config in configs_of(module)}
     inside = {id(one) for holder in holders for one in holder.modules()}
+    with_config = [module for module in alive if "config" in vars(module)]  # few of millions
     others = [
         module
-        for module in alive
+        for module in with_config
         if id(module) not in inside and any(id(config) in own for config in configs_of(module))
     ]
     parts = {id(child) for other in others for child in other.modules() if child is not other}

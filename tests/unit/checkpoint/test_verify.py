@@ -25,6 +25,7 @@ from tp_hf_config import (
 from tp_hf_config.cli import verify as command
 
 
+@pytest.mark.usefixtures("started_as_for_users")
 def test_a_model_that_comes_back_the_same():
     model = tiny.build("t5").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import small
 import torch
+import warm_processes
 import zoo
 from fsdp2_cases import (
     CASES,
@@ -51,11 +50,7 @@ def started(size: int, folder: Path, names: Sequence[str]) -> list[dict[str, Any
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     logs = [folder / f"log{rank}" for rank in range(size)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(CHILD), str(rank), str(size), str(folder), *names],
-            env=environment,
-            stderr=log.open("w"),
-        )
+        warm_processes.start(CHILD, [str(rank), str(size), str(folder), *names], environment, log)
         for rank, log in enumerate(logs)
     ]
     try:
