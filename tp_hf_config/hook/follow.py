@@ -33,14 +33,7 @@ from ..model.config_json import FieldPath, changed_values, config_json, field_na
 from ..model.live_objects import surroundings_of
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
-from .apply import (
-    all_or_nothing,
-    difference,
-    write_attributes,
-    write_buffers,
-    write_fields,
-    write_ties,
-)
+from .apply import all_or_nothing, difference, write, write_ties
 from .enclosing_modules import EnclosingModules
 from .history import PrunedGroup
 from .mirrored_fields import with_mirrored_fields
@@ -124,9 +117,7 @@ class Follower:
         }
         numbers = self.enclosing.numbers(changed)
         with all_or_nothing() as changes:
-            write_fields(changes, self.model, change.fields)
-            attributes = write_attributes(changes, self.model, change.attributes)
-            buffers = write_buffers(changes, self.model, change.buffers)
+            attributes, buffers = write(changes, self.model, change)
             ties = write_ties(changes, self.model, self.ties)
             self._check_written(data, built)
             written, outside = self.enclosing.follow(changes, numbers, changed)
