@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ConfigSyncError
 from ..fieldmap.solve.explain import AGAIN
 from ..graph.sides import ParameterView
-from ..model.shapes import Shapes, named_modules
+from ..model.shapes import Shapes, shapes
 from ..model.surroundings import restore_attribute
 from .follow import Follower
 from .history import PrunedGroup, layers_of
@@ -163,7 +163,7 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
                 _cut(copies, module, handler, sorted(idxs))
     except Exception:  # a function of Torch-Pruning or of the user may need data
         return None
-    return _shapes_with(model, copies)
+    return shapes(model, copies)
 
 
 def _owner(module: Any) -> Any:
@@ -199,18 +199,3 @@ def _without_data(module: Any) -> Any:
             for key, value in vars(module)[kind].items()
         }
     return duplicate
-
-
-def _shapes_with(model: nn.Module, copies: dict[int, Any]) -> Shapes:
-    """Return the shapes of a model with the copies in place of their layers."""
-    parameters: dict[str, tuple[int, ...]] = {}
-    buffers: dict[str, tuple[int, ...]] = {}
-    for name, module in named_modules(model):
-        layer, prefix = copies.get(id(module), module), f"{name}." if name else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                parameters[prefix + key] = tuple(layer._parameters[key].shape)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                buffers[prefix + key] = tuple(layer._buffers[key].shape)
-    return parameters | buffers
