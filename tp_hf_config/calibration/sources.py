@@ -63,9 +63,7 @@ def use_of(values: Tensor) -> Callable[[], bool]:
 class Sources:
     """Remembers what layers without parts gave in the forward pass that a thread runs.
 
-    Args:
-        model: the model.
-        names: the layers to watch; default: all that have no parts.
+    ``names``: the layers to watch; default: all that have no parts.
     """
 
     def __init__(self, model: nn.Module, names: set[str] | None = None):

@@ -151,10 +151,7 @@ def _report(read: Folder) -> CheckReport:
 def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
     """Return the report on a folder whose class is known, with a verdict.
 
-    Args:
-        report: the report with the faults of the files.
-        read: the folder.
-        classes: its classes.
+    ``report``: the report with the faults of the files.
     """
     data, tensors = read.config.data or {}, read.weights.tensors
     if not read.weights.complete and not tensors:

@@ -12,12 +12,7 @@ _LONGEST = 2**20
 
 
 def generation_notes(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a note for each entry of a folder's generation_config.json that does not fit a config.
-
-    Args:
-        folder: the folder.
-        config: the config's JSON.
-    """
+    """Yield a note for each entry of a folder's generation_config.json that a config rules out."""
     path = folder / _FILE
     if not path.is_file() or path.stat().st_size > _LONGEST:
         return

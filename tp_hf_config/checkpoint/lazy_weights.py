@@ -44,9 +44,6 @@ def lazy_weights(folder: Path) -> dict[str, LazyTensor]:
 
     Files are opened for each read and closed again: a mapped file would stay in memory.
 
-    Args:
-        folder: the folder.
-
     Returns:
         Tensor name, as in the files -> lazy tensor.
 
@@ -221,8 +218,7 @@ def written_one_by_one(write: Callable[..., None] | None = None) -> Iterator[Non
     safetensors takes the bytes of all of a file's tensors at once
     (``transformers/modeling_utils.py``, ``safe_save_file``).
 
-    Args:
-        write: what takes its place, if anything does.
+    ``write``: what takes its place, if anything does.
     """
     from transformers import modeling_utils
 

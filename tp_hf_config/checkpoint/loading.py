@@ -48,9 +48,7 @@ class LoadResult:
 def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> LoadResult:
     """Load tensors without data into a model without data.
 
-    Args:
-        model: the model on the meta device; it cannot be used afterwards.
-        tensors: the checkpoint's tensors.
+    ``model``: the model on the meta device; it cannot be used afterwards.
 
     Returns:
         How the tensors load. If Transformers raises, only ``failed`` is set.

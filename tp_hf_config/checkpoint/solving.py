@@ -140,11 +140,7 @@ def _widths(
 ) -> Solution | Unsolved:
     """Find the widths of a config whose structure is settled.
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        structure: the config with its structure settled.
-        changed: the changes of the structure so far.
+    ``changed``: the changes of the structure so far.
     """
     field_map = learn(task.classes, structure.data)
     if isinstance(field_map, Refusal):
@@ -205,10 +201,8 @@ def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
 def paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, int] | Unsolved:
     """Return field -> value for values given by name; Unsolved if a name is not that of one field.
 
-    Args:
-        field_map: the field map.
-        given: name -> value. A name is the class's own or one that all configs have
-            (``attribute_map``), in full or without the nested config that it is in.
+    ``given``: name -> value. A name is the class's own or one that all configs have
+    (``attribute_map``), in full or without the nested config that it is in.
     """
     fields = {**field_map.sizes, **field_map.non_size_fields}
     values: dict[FieldPath, int] = {}
@@ -268,12 +262,7 @@ def _field_changes(
 ) -> tuple[FieldChange, ...]:
     """Return the fields whose value changes, each with the tensors that show it.
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        structure: the config with its structure settled.
-        field_map: the field map around it.
-        new: the new config's JSON.
+    ``new``: the new config's JSON.
     """
     mismatched = structure.assessment.loaded.mismatched
     changed = []
@@ -306,12 +295,7 @@ def _forms(
 
     First only the changes; then also under other names that config.json uses; then all of it.
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        structure: the config with its structure settled.
-        field_map: the field map around it.
-        new: the new config's JSON.
+    ``new``: the new config's JSON.
     """
     paths = {*field_map.sizes, *structure.changes, *start.replaced}
     changes = {

@@ -73,11 +73,7 @@ def undecided_field(
     A field is decided if it is given, if a shape shows it (alone or with a field that is decided),
     or if it decides which tensors there are (a layer count).
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        field_map: the field map around its config.
-        given: fields whose value the user gave.
+    ``given``: fields whose value the user gave.
     """
     for path in start.replaced - given.keys():
         if path in field_map.sizes:
@@ -97,11 +93,7 @@ def companions(
 ) -> dict[FieldPath, int]:
     """Return what config.json says of fields that set dimensions together with replaced ones.
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        field_map: the field map around its config.
-        given: fields whose value the user gave.
+    ``given``: fields whose value the user gave.
     """
     return {
         other: value

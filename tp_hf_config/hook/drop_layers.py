@@ -235,9 +235,7 @@ class _Dropping:
     def drop(self, dropped: tuple[int, ...], notes: Sequence[str]) -> DroppedLayers:
         """Drop layers, and return what the report says of that; change nothing if anything fails.
 
-        Args:
-            dropped: the numbers of the layers, rising.
-            notes: for the report.
+        ``dropped``: the numbers of the layers, rising.
         """
         change = self._change(dropped)
         if isinstance(change, Refusal):

@@ -97,8 +97,7 @@ class Follower:
     def follow(self, report: SyncReport) -> SyncReport:
         """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
 
-        Args:
-            report: a report with the groups that were pruned since the last time.
+        ``report``: a report with the groups that were pruned since the last time.
 
         Returns:
             The report with what was written, and notes on it.
@@ -145,9 +144,7 @@ class Follower:
     ) -> None:
         """Raise if no config could describe what a step is going to leave.
 
-        Args:
-            groups: what the step prunes.
-            shapes_after: tensor name -> its shape after the step, tied ones under all names.
+        ``shapes_after``: tensor name -> its shape after the step, tied ones under all names.
 
         Raises:
             ConfigSyncError: no config could.

@@ -141,11 +141,6 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
 
     Torch-Pruning's own functions cut copies of the layers on the meta device.
 
-    Args:
-        pruner: the pruner of the groups.
-        model: the Hugging Face model.
-        groups: the groups.
-
     Returns:
         Tensor name -> shape, or ``None`` if one of the functions cannot cut without data.
     """

@@ -40,10 +40,7 @@ class Parts:
     def of(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Return the result of an operation on the whole, made of parts; ``None``: not possible.
 
-        Args:
-            func: the operation of torch.
-            args: its arguments; the first is the whole.
-            kwargs: its keyword arguments.
+        ``args``: its arguments; the first is the whole.
         """
         if func in (_aten._to_copy.default, _aten.clone.default):
             each = tuple(func(tensor, **kwargs) for tensor in self.tensors)
@@ -152,10 +149,7 @@ _TAKES: dict[Any, Callable[..., Any]] = {
 def parts_of(func: Any, args: Sequence[Any], ndim: int) -> Parts | None:
     """Return the parts that an operation joins; ``None``: it joins none.
 
-    Args:
-        func: the operation of torch.
-        args: its arguments.
-        ndim: the number of dimensions of its result.
+    ``ndim``: the number of dimensions of its result.
     """
     if func not in (_aten.stack.default, _aten.cat.default):
         return None

@@ -57,9 +57,8 @@ class DeciLMConfig(LlamaConfig):
 def prepare(request: Request) -> Ready | Refusal:
     """Prove that a model is a Llama of several widths, and write down those of each layer.
 
-    Args:
-        request: what to export; with a multiple of 256, layers are padded to it, and their widths
-            are given as ratios.
+    ``request``: what to export; with a multiple of 256, layers are padded to it, and their widths
+    are given as ratios.
 
     Returns:
         The export, ready to be written; or a refusal that says what DeciLM does not express.

@@ -27,8 +27,7 @@ _NO_TOKENIZER = (
 def prepare(request: Request) -> Ready | Refusal:
     """Prove that a model is a Llama, whose layers may differ, and that GGUF can say all of it.
 
-    Args:
-        request: what to export; with a multiple, the feed-forward of every layer is padded to it.
+    ``request``: what to export; with a multiple, the feed-forward of every layer is padded to it.
 
     Returns:
         The export, ready to be written; or a refusal that says what llama.cpp does not compute.

@@ -82,9 +82,7 @@ class _Cutting:
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary | Refusal:
     """Return a tokenizer as llama.cpp reads it.
 
-    Args:
-        tokenizer: the tokenizer.
-        size: how many embeddings the model has.
+    ``size``: how many embeddings the model has.
 
     Returns:
         The tokenizer; or a refusal: llama.cpp would cut text in another way.

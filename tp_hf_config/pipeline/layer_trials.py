@@ -72,9 +72,7 @@ def differ_trial(case: Subject, folder: Path) -> LayerTrial:
     All layers are ranked together, with the default widths. If that is refused, as for a width that
     several groups share, or happens to leave the layers alike, the first layers keep their widths.
 
-    Args:
-        case: the model, which is not changed, and its inputs.
-        folder: where the pruned copy is saved.
+    ``case``: the model, which is not changed, and its inputs.
     """
     model: Any = case.model
     if layer_lists_of(model):  # else it is refused without experiments
@@ -102,10 +100,7 @@ def drop_trials(case: Subject, lists: Sequence[str], folder: Path) -> Iterator[L
 
     The second layer if it can go; otherwise the last, one in the middle, or the first.
 
-    Args:
-        case: the model, which is not changed, and its inputs.
-        lists: the names of the lists.
-        folder: where the copies are saved.
+    ``case``: the model, which is not changed, and its inputs.
     """
     for place, name in enumerate(lists):
         layers = len(list(case.model.get_submodule(name).children()))

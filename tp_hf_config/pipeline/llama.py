@@ -26,8 +26,7 @@ _BIASES = ("attention_bias", "mlp_bias")
 def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusal:
     """Return the config with which a Llama computes what a model does from the same weights.
 
-    Args:
-        model: a model with weights, all of its layers alike.
+    ``model``: a model with weights, all of its layers alike.
 
     Returns:
         The config and the comparison of the outputs; or a refusal: its tensors are others, it

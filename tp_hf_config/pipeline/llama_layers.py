@@ -64,9 +64,7 @@ class LlamaLayers:
 def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> LlamaLayers | Refusal:
     """Prove that a model is a Llama, whose layers may differ, and collect what it consists of.
 
-    Args:
-        model: the model.
-        multiple_of: pad the feed-forward of every layer to a multiple of this.
+    ``multiple_of``: pad the feed-forward of every layer to a multiple of this.
 
     Returns:
         The Llama; or a refusal that says why it is none.

@@ -19,9 +19,6 @@ _CLOSE = 1e-6
 def rotary_factors(config: LlamaConfig) -> Tensor | Refusal | None:
     """Return by what llama.cpp divides the frequencies of the rotary embeddings.
 
-    Args:
-        config: a Llama's.
-
     Returns:
         A factor for each pair of channels, as scaled embeddings (Llama 3) have; ``None`` if all
         are 1; or a refusal: they depend on the length of the text, or scale attention too.

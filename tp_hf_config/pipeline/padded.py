@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 def prepare(request: Request) -> Ready | Refusal:
     """Pad a model and prove that it computes the same.
 
-    Args:
-        request: what to export.
-
     Returns:
         The padded model, ready to be written; or a refusal that says why the stock class cannot
         hold it.

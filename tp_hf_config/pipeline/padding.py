@@ -61,8 +61,7 @@ class LayerWidths:
 def layer_widths(model: PreTrainedModel) -> LayerWidths:
     """Return the widths that single layers of a model have of their own.
 
-    Args:
-        model: a model whose layers may differ; it is as it was afterwards. The meta device will do.
+    ``model``: a model whose layers may differ; it is as it was afterwards. The meta device will do.
 
     Raises:
         UnsupportedModelError: its layers cannot have widths of their own.
@@ -114,10 +113,8 @@ def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
 def largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] | Refusal:
     """Return field for all layers -> the least value that every layer can be padded to.
 
-    Args:
-        widths: the model's widths.
-        multiple_of: what the value of a field in which layers differ has to be a multiple of; not
-            asked of heads.
+    ``multiple_of``: what the value of a field in which layers differ has to be a multiple of; not
+    asked of heads.
 
     Returns:
         The values; or a refusal that names a field whose layers have no common value.

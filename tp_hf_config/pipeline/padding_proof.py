@@ -91,11 +91,7 @@ def prove_padding(
 ) -> SameOutputs | Refusal:
     """Compare a padded model with the model, and ask whether zeros are neutral in every width.
 
-    Args:
-        model: the model.
-        padded: the padded one.
-        inputs: keyword arguments of a forward pass, with small sizes.
-        recipe: how the class is run.
+    ``inputs``: keyword arguments of a forward pass, with small sizes.
 
     Returns:
         The comparison; or a refusal that names the field in which zeros are not neutral.

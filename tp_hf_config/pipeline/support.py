@@ -158,9 +158,7 @@ def prepared(
 def after_reload(trial: Trial, model_class: type[nn.Module]) -> WidthSupport:
     """Load what a trial saved, and return its result: ``failed`` if a loaded model differs.
 
-    Args:
-        trial: a width that was pruned, with the folders of the pruned models.
-        model_class: the class to load.
+    ``trial``: a width that was pruned, with the folders of the pruned models.
     """
     for folder in trial.folders:
         refusal = reloaded(model_class, folder)

@@ -161,9 +161,7 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
 
     Leave out a width that cannot be pruned if one of its fields is in a width that can.
 
-    Args:
-        case: the model, which is not changed, and its inputs.
-        folder: where pruned copies are saved.
+    ``case``: the model, which is not changed, and its inputs.
     """
     model: Any = case.model
     field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
@@ -178,9 +176,7 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
 def default_trial(case: Subject, folder: Path) -> Trial:
     """Prune a copy with the defaults: ``pruner_kwargs(model)``, one ratio, one step.
 
-    Args:
-        case: the model, which is not changed, and its inputs.
-        folder: where the pruned copy is saved.
+    ``case``: the model, which is not changed, and its inputs.
 
     Returns:
         The trial; its width has no fields.

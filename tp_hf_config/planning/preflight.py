@@ -70,10 +70,7 @@ class Preflight:
 def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
     """Return what a pruner on the config graph is going to leave; raise if that cannot end well.
 
-    Args:
-        pruner: the pruner.
-        view: its Hugging Face model.
-        strict: also raise if the class refuses what is asked for and the nearest would be done.
+    ``strict``: also raise if the class refuses what is asked for and the nearest would be done.
 
     Returns:
         What each step leaves. ``None`` if importances decide how much of a field goes, if the

@@ -117,11 +117,6 @@ def default_pruner_kwargs(
 
     If head dims are asked for but cannot be pruned, they stay and a warning says so.
 
-    Args:
-        model: what is pruned.
-        view: the Hugging Face model in it.
-        arguments: those of the pruner's constructor.
-
     Raises:
         UnsupportedModelError: heads cannot be pruned, or no width is proved.
     """

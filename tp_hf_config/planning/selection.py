@@ -63,10 +63,6 @@ class Chosen:
 def choose(view: ModelView, wanted: Wanted) -> Chosen:
     """Return the widths to prune.
 
-    Args:
-        view: the model.
-        wanted: what the user asks for.
-
     Raises:
         UnsupportedModelError: what is asked for cannot be pruned.
         ValueError: nothing is asked for.
@@ -188,10 +184,7 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
 def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
     """Return every proved width inside the model.
 
-    Args:
-        view: the model.
-        wanted: what the user asks for.
-        alone: no heads or head dims are pruned, so some width has to be proved.
+    ``alone``: no heads or head dims are pruned, so some width has to be proved.
 
     Raises:
         UnsupportedModelError: ``alone``, and no width is proved.
@@ -210,10 +203,7 @@ def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
 def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> list[Width]:
     """Return the widths that hold the named fields, without those that the arguments keep.
 
-    Args:
-        view: the model.
-        wanted: what the user asks for.
-        asked: the same fields by their paths, if no other width has to be looked at; else none.
+    ``asked``: the same fields by their paths, if no other width has to be looked at; else none.
 
     Raises:
         UnknownFieldError: no width has such a field.

@@ -66,9 +66,7 @@ def full_config(model: nn.Module, layers: Layers) -> dict[str, Any]:
 def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
     """Return how far a pruner has come.
 
-    Args:
-        pruner: the pruner.
-        unpruned: the JSON of the config before the pruner's first step (:func:`full_config`).
+    ``unpruned``: the JSON of the config before the pruner's first step (:func:`full_config`).
     """
     hook = sync_hook_of(pruner)
     history = [
