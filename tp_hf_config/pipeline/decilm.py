@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
-from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.config_json import config_json
 from .exported import Ready, Request
 from .llama_layers import Layer, llama_layers
+from .output import writing_weights
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -132,20 +132,13 @@ def _config(
 
 
 def _write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Write the config, the file of its class and the weights.
-
-    Raises:
-        PipelineError: the weights cannot be written.
-    """
+    """Write the config, the file of its class and the weights."""
     from huggingface_hub import save_torch_state_dict
-    from safetensors import SafetensorError
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = folder / "config.json"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_for_transformers_4(folder, Classes(LlamaConfig, LlamaForCausalLM, 0))
     (folder / f"{_FILE}.py").write_text(_SOURCE, encoding="utf-8")
-    try:
+    with writing_weights():
         save_torch_state_dict(weights, folder)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise PipelineError(f"the weights cannot be written: {error}") from error

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..fieldmap.field_map import map_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, with_values
 from ..model.layer_class import layer_lists
@@ -18,7 +17,6 @@ from .llama import as_llama
 from .padded import padded_alike
 from .padding import LayerWidths, layer_widths, pad
 from .padding_proof import SameOutputs, prove_padding
-from .roundtrip import runnable_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -110,9 +108,7 @@ def _in_multiples(model: PreTrainedModel, multiple_of: int) -> PreTrainedModel |
     padded = pad(model, widths, type(model), data)
     if isinstance(padded, Refusal):
         return padded
-    recipe = map_of(model).recipe
-    inputs = runnable_inputs(model, recipe)
-    proof = inputs if isinstance(inputs, Refusal) else prove_padding(model, padded, inputs, recipe)
+    proof = prove_padding(model, padded)
     return proof if isinstance(proof, Refusal) else padded.model
 
 

@@ -85,7 +85,8 @@ def layer_widths(model: PreTrainedModel) -> LayerWidths:
         for field in view.field_map.values
         if layer_number(field) is not None and shared_field(field) in shared
     ]
-    values = {field: view.field_map.values[field] for field in sorted(own, key=_order)}
+    own.sort(key=lambda field: (field_name(shared_field(field)), layer_number(field) or 0))
+    values = {field: view.field_map.values[field] for field in own}
     return LayerWidths(data, widths, values)
 
 
@@ -100,10 +101,6 @@ def _grouped(group: Group, groups: Iterable[Group]) -> Group:
         if around and places_of(group.dims) <= places_of(other.dims):
             return replace(group, count=replace(group.count, channel_groups=other.count.units))
     return group
-
-
-def _order(field: FieldPath) -> tuple[str, int]:
-    return field_name(shared_field(field)), layer_number(field) or 0
 
 
 def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
@@ -209,8 +206,13 @@ def pad(
         return refusal
     padded: Any = built
     padded.generation_config = getattr(model, "generation_config", None)
-    added = [(new, _added(old.count, new.count)) for old, new in pairs]
-    return Padded(padded, tuple((group, units) for group, units in added if len(units)))
+    added: list[tuple[Group, Tensor]] = []
+    for old, new in pairs:
+        units = torch.ones(new.count.units, dtype=torch.bool)
+        units[unit_positions(old.count, new.count)] = False
+        if bool(units.any()):
+            added.append((new, units.nonzero().flatten()))
+    return Padded(padded, tuple(added))
 
 
 def _paired(narrow: LayerWidths, wide: LayerWidths, model: nn.Module) -> list[tuple[Group, Group]]:
@@ -258,13 +260,6 @@ def unit_positions(old: UnitCount, new: UnitCount) -> Tensor:
     units = torch.arange(old.units)
     before, after = old.units // old.channel_groups, new.units // new.channel_groups
     return units // before * after + units % before
-
-
-def _added(old: UnitCount, new: UnitCount) -> Tensor:
-    """Return the numbers of the units that were added."""
-    added = torch.ones(new.units, dtype=torch.bool)
-    added[unit_positions(old, new)] = False
-    return added.nonzero().flatten()
 
 
 def _fill(built: Any, model: nn.Module, pairs: Sequence[tuple[Group, Group]]) -> Refusal | None:
