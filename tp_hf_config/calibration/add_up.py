@@ -9,9 +9,8 @@ import torch
 
 from .linear_ops import Consumer
 from .over_ranks import Ranks
-from .readings import Readings
+from .readings import InputStatistics, Readings
 from .sources import Chain
-from .statistics import InputStatistics
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from .batches import (
 from .importance import CalibratedImportance, Kind
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
 from .over_ranks import agreed_ranks
-from .readings import Readings
-from .statistics import TOKENS_PER_CHANNEL
+from .readings import TOKENS_PER_CHANNEL, Readings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from ..model.lazy_tensor import values_of
 from .batches import writes_text
 from .greedy import Part, elimination_order
 from .linear_ops import Consumer
-from .statistics import InputStatistics
+from .readings import InputStatistics
 
 if TYPE_CHECKING:
     from .measured import MeasuredModel

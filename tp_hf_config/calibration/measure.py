@@ -18,9 +18,8 @@ from .batches import Batch
 from .linear_ops import Consumer, LinearOp
 from .over_ranks import ALONE, Ranks
 from .passes import is_streamed, sums_limit, together_on, watched_pass
-from .readings import Readings
+from .readings import InputStatistics, Readings
 from .sources import Sources, use_of
-from .statistics import InputStatistics
 
 _REMEMBERED = 4  # inputs: the weights that read the same values do so one right after the other
 _Read = tuple[tuple[Any, ...], Callable[[], bool], Consumer]

@@ -11,8 +11,7 @@ from ..model.build import Refusal
 from .card import base_model
 from .exported import GGUF_FILE, Ready, Request
 from .gguf_vocabulary import vocabulary_of
-from .llama_layers import llama_layers
-from .llama_rotary import rotary_factors
+from .llama_layers import llama_layers, rotary_factors
 from .source import tokenizer_of
 
 _SILU = ("silu", "swish")

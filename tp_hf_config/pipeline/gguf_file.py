@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..errors import listed
 from .gguf_vocabulary import Vocabulary
-from .llama_layers import Layer, LlamaLayers
-from .llama_rotary import rope_theta
+from .llama_layers import Layer, LlamaLayers, rope_theta
 
 _TYPES = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

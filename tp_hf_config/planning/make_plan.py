@@ -24,10 +24,9 @@ from ..model.config_json import FieldPath, field_name
 from ..model.from_config import module_of
 from .model_size import ParameterCount, Size, size_of
 from .plan import Plan, PlannedWidth
-from .refusals import adjusted_line, by_name, planned_refusal
+from .refusals import adjusted_line, by_name, planned_refusal, shortfalls
 from .selection import Chosen, Wanted, check_ratios, choose
 from .settings import Gqa, Layers, PruneSettings, Scheduler
-from .shortfall import shortfalls
 from .streaming_cost import Cut, calibrated_cost, streaming_cost
 from .target import target_missed, trajectory_to
 from .trajectory import MovingWidth, Trajectory

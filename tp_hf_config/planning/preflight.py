@@ -22,8 +22,7 @@ from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
 from .pruner_arguments import warn
-from .refusals import adjusted_line, planned_refusal, refusal_lines
-from .shortfall import shortfalls
+from .refusals import adjusted_line, planned_refusal, refusal_lines, shortfalls
 from .trajectory import MovingWidth, Trajectory
 
 
