@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.scratch import free_on_disk
 from ..errors import CalibrationError
@@ -112,19 +112,15 @@ class Measuring:
 
     def _leader(self, op: LinearOp) -> Consumer:
         """Return the consumer that has just read the same values, or the operation's own."""
-        place = (*_place(op.inputs), op.inputs.shape[op.axis])
+        inputs = op.inputs
+        storage = inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs._version
+        place = (*storage, inputs.numel(), inputs.shape[op.axis])  # equal for views of one tensor
         recent: deque[_Read] = vars(self._of_thread).setdefault("recent", deque(maxlen=_REMEMBERED))
         for other, in_use, leader in recent:
             if other == place and in_use():  # else other values are there now
                 return leader
-        recent.append((place, use_of(op.inputs), op.consumer))
+        recent.append((place, use_of(inputs), op.consumer))
         return op.consumer
-
-
-def _place(values: Tensor) -> tuple[Any, ...]:
-    """Return what is equal for two views of the same values."""
-    pointer = values.untyped_storage().data_ptr()
-    return pointer, values.storage_offset(), values.numel(), values._version
 
 
 def measure(

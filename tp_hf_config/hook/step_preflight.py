@@ -41,7 +41,8 @@ def prove_before_cutting(
         prepare: gets the chosen groups once they are proved, and whether all of them are pruned for
             certain; in an interactive step that is the user's choice.
     """
-    if not _can_choose_twice(pruner):
+    # OBD-C's importance (it has adjust_fisher) is told what was chosen: choosing changes it
+    if not is_unmodified(pruner) or hasattr(pruner.importance, "adjust_fisher"):
         yield
         return
     choose, estimate = pruner._prune, pruner.estimate_importance
@@ -52,7 +53,12 @@ def prove_before_cutting(
         whole = stepping
         if (whole or prepare is not None) and pruner.current_step <= pruner.iterative_steps:
             importances: list[Any] = []
-            pruner.estimate_importance = _recorded(estimate, importances)
+
+            def recorded(*args: Any, **kwargs: Any) -> Any:
+                importances.append(estimate(*args, **kwargs))
+                return importances[-1]
+
+            pruner.estimate_importance = recorded
             try:
                 groups = _chosen_groups(pruner, choose)
                 if whole:
@@ -105,24 +111,6 @@ def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int
             f"{reason}",
             error.conflicts,
         ) from None
-
-
-def _can_choose_twice(pruner: Any) -> bool:
-    """True if a pruner can choose its groups twice, and the first time changes nothing.
-
-    OBD-C's importance (it has ``adjust_fisher``) rules that out: it is told what was chosen.
-    """
-    return is_unmodified(pruner) and not hasattr(pruner.importance, "adjust_fisher")
-
-
-def _recorded(estimate: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
-    """Wrap ``estimate`` so that each of its results is appended to ``results``."""
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        results.append(estimate(*args, **kwargs))
-        return results[-1]
-
-    return recorded
 
 
 def _chosen_groups(pruner: Any, choose: Callable[[], Iterator[Any]]) -> list[Any]:

@@ -96,7 +96,8 @@ def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
         classes = tuple(dict.fromkeys(type(layer) for layer in module))
         count = getattr(config, "num_hidden_layers", None)
         counted = type(count) is int and len(module) <= count  # a hybrid's may have one for a kind
-        if type(config) in paths and counted and all(map(_takes_config, classes)):
+        takes_config = all("config" in inspect.signature(cls).parameters for cls in classes)
+        if type(config) in paths and counted and takes_config:
             result.append(LayerList(name, paths[type(config)], classes))
     return result
 
@@ -108,10 +109,6 @@ def config_around(model: nn.Module, name: str) -> Any:
         config = vars(model.get_submodule(name)).get("config")
         if config is not None or not name:
             return config
-
-
-def _takes_config(layer_class: type) -> bool:
-    return "config" in inspect.signature(layer_class).parameters
 
 
 def entries_of(config: Any) -> dict[int, dict[str, Any]]:

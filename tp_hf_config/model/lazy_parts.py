@@ -43,8 +43,7 @@ class Parts:
         ``args``: its arguments; the first is the whole.
         """
         if func in (_aten._to_copy.default, _aten.clone.default):
-            each = tuple(func(tensor, **kwargs) for tensor in self.tensors)
-            return Parts(each, self.dim, self.stacked).joined()
+            return self._each(lambda tensor: func(tensor, **kwargs)).joined()
         take = _TAKES.get(func)
         return None if take is None else take(self, *args[1:], **kwargs)
 
@@ -85,8 +84,7 @@ class Parts:
             return None
         if dim != self.dim:
             inner = self._inner(dim)
-            each = tuple(_aten.slice.Tensor(t, inner, start, end) for t in self.tensors)
-            return Parts(each, self.dim, self.stacked).joined()
+            return self._each(lambda t: _aten.slice.Tensor(t, inner, start, end)).joined()
         spans = list(self._spans())
         first, last, _ = slice(start, end).indices(spans[-1][1])
         if self.stacked:

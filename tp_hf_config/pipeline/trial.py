@@ -196,7 +196,9 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
         if outcome == "works":
             continue
         if outcome == "refused":
-            why = width.reason or why or f"{_minimum(width)} of {width.units} have to stay"
+            counts = [group.count for group in width.groups]  # one stays in each channel group
+            least = max((max(c.minimum, c.channel_groups) for c in counts), default=0)
+            why = width.reason or why or f"{least} of {width.units} have to stay"
         elif steps > 1:
             why = f"{steps} steps: {why}"
         graph = "" if outcome == "refused" else "config"
@@ -256,14 +258,6 @@ def attempt(
         inputs = pruned_inputs_of(case.model, pruned, tiny.inputs, tiny.recipe)
         refusal = save(pruned, inputs, folder, tiny.watched, tiny.recipe)
     return ("works", "") if refusal is None else ("failed", _line(refusal.reason))
-
-
-def _minimum(width: Width) -> int:
-    """Return how many units have to stay: as many as the class needs, or the kernels it runs on.
-
-    At least one unit of each channel group stays.
-    """
-    return max(max(group.count.minimum, group.count.channel_groups) for group in width.groups)
 
 
 def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refusal | None:

@@ -223,16 +223,11 @@ def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> lis
         if proved:
             chosen += [width for width in free[:1] if width not in chosen]
             continue
-        reasons = sorted({str(width.reason) for width in candidates}) or [_no_such(name, widths)]
-        reason = f"{name}: {'; '.join(reasons)}"
+        others = [other for width in widths for other in width.names]
+        reasons = "; ".join(sorted({str(width.reason) for width in candidates}))
+        reason = f"{name}: {reasons or f'no such width{closest(name, others)}'}"
         raise _cannot(view, reason, UnsupportedModelError if candidates else UnknownFieldError)
     return chosen
-
-
-def _no_such(name: str, widths: Sequence[Width]) -> str:
-    """Return that no width has this name, and the most similar name."""
-    names = [other for width in widths for other in width.names]
-    return f"no such width{closest(name, names)}"
 
 
 def _heads(view: ModelView, wanted: Wanted) -> list[Width]:
