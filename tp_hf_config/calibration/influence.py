@@ -16,10 +16,7 @@ from .passes import together_on, watched_pass
 
 
 def layer_influence(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    batches: Sequence[Batch],
-    ranks: Ranks = ALONE,
+    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], ranks: Ranks = ALONE
 ) -> tuple[float, ...]:
     """Return each layer's block influence: 1 - the cosine of what goes in and what comes out.
 

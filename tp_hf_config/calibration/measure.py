@@ -37,11 +37,7 @@ class Measuring:
     """
 
     def __init__(
-        self,
-        sources: Sources,
-        limit: int,
-        only: Collection[Consumer] | None = None,
-        disk: int = 0,
+        self, sources: Sources, limit: int, only: Collection[Consumer] | None = None, disk: int = 0
     ):
         self.readings = Readings()
         self._sources, self._limit, self._only, self._disk = sources, limit, only, disk

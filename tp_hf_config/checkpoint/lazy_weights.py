@@ -69,11 +69,7 @@ def load_lazily(model_class: Any, folder: Path, config: Any, **options: Any) -> 
         CheckpointError: see :func:`lazy_weights`.
     """
     loaded: tuple[Any, Any] = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=lazy_weights(folder),
-        output_loading_info=True,
-        **options,
+        None, config=config, state_dict=lazy_weights(folder), output_loading_info=True, **options
     )
     return loaded
 

@@ -89,9 +89,7 @@ def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
 
     conversions: Any = get_model_conversion_mapping(model, None, None)
     settings = LoadStateDictConfig(
-        ignore_mismatched_sizes=True,
-        device_map={"": "meta"},
-        weight_mapping=conversions,
+        ignore_mismatched_sizes=True, device_map={"": "meta"}, weight_mapping=conversions
     )
     info, _ = convert_and_load_state_dict_in_model(model, state, settings)
     absent = set(info.missing_keys)

@@ -167,11 +167,7 @@ def _widths(task: Task, start: Start, structure: Structure) -> Solution | Unsolv
 
 
 def _proved(
-    task: Task,
-    start: Start,
-    structure: Structure,
-    field_map: FieldMap,
-    recovery: Recovery,
+    task: Task, start: Start, structure: Structure, field_map: FieldMap, recovery: Recovery
 ) -> Solution | Unsolved:
     """Return the config in the first form that loads the weights, or Unsolved if none does."""
     fields = _field_changes(task, start, structure, field_map, recovery.data)

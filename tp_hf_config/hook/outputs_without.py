@@ -43,11 +43,7 @@ class OutputsWithout:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        full: nn.Module,
-        layers: Sequence[nn.Module],
-        dropped: Sequence[int],
+        self, model: nn.Module, full: nn.Module, layers: Sequence[nn.Module], dropped: Sequence[int]
     ):
         self._model, self._total = model, len(layers)
         self._inputs = _small_inputs(model, full)

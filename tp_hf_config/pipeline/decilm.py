@@ -108,10 +108,7 @@ def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:
     else:
         ffn["ffn_mult"] = 1.5 * (layer.ffn - MULTIPLE // 2) / hidden_size
     attention = {"no_op": False, "replace_with_linear": False}
-    return {
-        "attention": {**attention, "n_heads_in_group": layer.queries // layer.keys},
-        "ffn": ffn,
-    }
+    return {"attention": {**attention, "n_heads_in_group": layer.queries // layer.keys}, "ffn": ffn}
 
 
 def _config(

@@ -21,14 +21,7 @@ from .card import card_of_export
 from .companions import LICENCES, Copied, copy_companions
 from .exported import FORMATS, Exported, Ready, Request
 from .output import check_target, new_folder
-from .source import (
-    check_not_quantised,
-    check_reachable,
-    class_for,
-    config_of,
-    find_source,
-    load,
-)
+from .source import check_not_quantised, check_reachable, class_for, config_of, find_source, load
 
 if TYPE_CHECKING:
     from .source import Source

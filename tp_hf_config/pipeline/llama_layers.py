@@ -94,10 +94,7 @@ def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> Llam
         weights.pop("lm_head.weight", None)
     fields = {
         "intermediate_size": (tuple(b.ffn for b in before), tuple(n.ffn for n in layers)),
-        "num_attention_heads": (
-            tuple(b.queries for b in before),
-            tuple(n.queries for n in layers),
-        ),
+        "num_attention_heads": (tuple(b.queries for b in before), tuple(n.queries for n in layers)),
         "num_key_value_heads": (tuple(b.keys for b in before), tuple(n.keys for n in layers)),
     }
     own = {name: values for name, values in fields.items() if len({*values[0], *values[1]}) > 1}

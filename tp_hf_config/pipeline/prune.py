@@ -29,14 +29,7 @@ from .progress import Progress, Silent
 from .record import record_of_job
 from .resumable import Work, resumable_folder
 from .roundtrip import Proof, prove_roundtrip
-from .source import (
-    check_not_quantised,
-    check_rotary,
-    class_for,
-    config_of,
-    load,
-    load_lazily,
-)
+from .source import check_not_quantised, check_rotary, class_for, config_of, load, load_lazily
 from .streaming import streams
 from .widths import planned
 

@@ -54,9 +54,7 @@ def run_steps(
         return ()
     calibration = None if material is None else material.calibration
     hook = HFConfigSyncHook(
-        strict=True,
-        compensate=calibration if choice.compensate else None,
-        layers=job.layers,
+        strict=True, compensate=calibration if choice.compensate else None, layers=job.layers
     )
     pruner = _pruner(job, widths, model, _importance(choice, calibration), hook)
     steps = job.steps

@@ -173,19 +173,6 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
         yield _trial(case, width, folder / f"{number:02d}")
 
 
-def default_trial(case: Subject, folder: Path) -> Trial:
-    """Prune a copy with the defaults: ``pruner_kwargs(model)``, one ratio, one step.
-
-    ``case``: the model, which is not changed, and its inputs.
-
-    Returns:
-        The trial; its width has no fields.
-    """
-    outcome, why = attempt(case, copy.deepcopy(case.model), folder)
-    why = why or ("nothing was pruned" if outcome == "refused" else "")
-    return Trial(WidthSupport((), outcome, why), (folder,) if outcome == "works" else ())
-
-
 def _trial(case: Subject, width: Width, folder: Path) -> Trial:
     """Prune half of a width in one step and, if it has more than two units, in two."""
     folders: list[Path] = []

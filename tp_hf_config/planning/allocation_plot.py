@@ -17,10 +17,7 @@ _COLOURS = ("#1f5a91", "#c0603a", "#5b8c5a", "#7d5ba6")
 
 
 def plot_allocation(
-    every: Sequence[LayerCurve],
-    left: Mapping[str, int],
-    measure: str,
-    path: str | PathLike[str],
+    every: Sequence[LayerCurve], left: Mapping[str, int], measure: str, path: str | PathLike[str]
 ) -> Figure:
     """Draw widths by layer above, and the changes of the model's output by layer below.
 

@@ -23,14 +23,7 @@ from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
 from .requested import staying, wanted_by
 from .selection import Chosen, Wanted, choose
 from .selection import check_ratios as check_field_ratios
-from .settings import (
-    Gqa,
-    Graph,
-    Layers,
-    PruneSettings,
-    check_graph,
-    check_share,
-)
+from .settings import Gqa, Graph, Layers, PruneSettings, check_graph, check_share
 from .unit_counts import multiples_of
 
 

@@ -73,10 +73,7 @@ def staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
 
 
 def _why_heads_stay(
-    view: ModelView,
-    width: Width,
-    layers: list[dict[str, nn.Module]],
-    arguments: Mapping[str, Any],
+    view: ModelView, width: Width, layers: list[dict[str, nn.Module]], arguments: Mapping[str, Any]
 ) -> str | None:
     """Return why a width that changes attention heads stays; ``None``: it may be pruned.
 
