@@ -30,11 +30,7 @@ def plot_allocation(
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'tp-hf-config[plot]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
+    figure = empty_figure((8, 5))
     above, below = figure.subplots(2, 1, sharex=True)
     names = dict.fromkeys(name_in_all_layers(curve.field) for curve in every)
     for name, colour in zip(names, _COLOURS * len(names), strict=False):
@@ -57,3 +53,12 @@ def plot_allocation(
     below.legend(title="of it gone", ncols=3)
     figure.savefig(path)
     return figure
+
+
+def empty_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of this width and height, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'tp-hf-config[plot]'") from error
+    return Figure(figsize=size, layout="constrained", dpi=120)
