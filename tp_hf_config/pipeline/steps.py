@@ -49,8 +49,7 @@ def run_steps(
     """
     if widths is None:
         if material is not None and material.teacher is not None:
-            objective, batches = material.objective, material.batches
-            recover(model, material.teacher, objective, batches, job.recover, progress, "recovery")
+            recover(model, material, job.recover, progress, "recovery")
         return ()
     calibration = None if material is None else material.calibration
     hook = HFConfigSyncHook(
@@ -61,15 +60,12 @@ def run_steps(
     for step in range(1, steps + 1):
         name = f"step {step}/{steps}"
         if material is not None and choice.importance == "taylor":
-            what = f"{name}: gradients"
-            accumulate_gradients(model, material.objective, material.batches, progress, what)
+            accumulate_gradients(model, material, progress, f"{name}: gradients")
         pruner.step()
         progress.say(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
         if material is not None and material.teacher is not None and updates:
-            what = f"{name}: recovery"
-            objective, batches = material.objective, material.batches
-            recover(model, material.teacher, objective, batches, updates, progress, what)
+            recover(model, material, updates, progress, f"{name}: recovery")
     model.zero_grad()
     return tuple(hook.reports)
 
