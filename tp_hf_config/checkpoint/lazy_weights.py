@@ -56,11 +56,8 @@ def lazy_weights(folder: Path) -> dict[str, LazyTensor]:
 def load_lazily(model_class: Any, folder: Path, config: Any, **options: Any) -> tuple[Any, Any]:
     """Return a model whose weights are read from its files at each use, and how they loaded.
 
-    Args:
-        model_class: its class.
-        folder: a folder with safetensors files.
-        config: its config.
-        options: for ``from_pretrained``.
+    ``folder``: a folder with safetensors files.
+    ``options``: for ``from_pretrained``.
 
     Returns:
         The model, and what ``from_pretrained(output_loading_info=True)`` says.

@@ -265,11 +265,8 @@ def _fresh_process(
 ) -> Iterator[Callable[[], list[_Run]]]:
     """Load and run folders in one fresh process, which is stopped when the block ends.
 
-    Args:
-        jobs: the folders (see :func:`_job`).
-        inputs: keyword arguments of the forward pass.
-        device: where to run.
-        cast: give floating inputs the model's dtype.
+    ``jobs``: the folders (see :func:`_job`).
+    ``cast``: give floating inputs the model's dtype.
 
     Yields:
         A function that waits for the process, and returns one run for each folder.

@@ -87,12 +87,9 @@ def prove_before_cutting(
 def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) -> None:
     """Raise if no config could describe what a step's groups leave.
 
-    Args:
-        follower: the follower of the pruner's model.
-        pruner: the pruner.
-        groups: the groups that the step prunes; if their layers cannot be cut without data, nothing
-            is checked.
-        step: the number of the step, for the message.
+    ``groups``: the groups that the step prunes; if their layers cannot be cut without data, nothing
+    is checked.
+    ``step``: the number of the step, for the message.
 
     Raises:
         ConfigSyncError: no config could.

@@ -54,12 +54,8 @@ def decide(
 ) -> Cut:
     """Decide what goes, by the model's weights and a text, and prune the model in place.
 
-    Args:
-        job: the job.
-        model: the model.
-        plan: the plan; ``None``: widths are decided on the way, or none are pruned.
-        choice: what the job does with a model of this class.
-        progress: where to show how far this is.
+    ``plan``: the plan; ``None``: widths are decided on the way, or none are pruned.
+    ``choice``: what the job does with a model of this class.
     """
     if plan is not None and job.ranking != "local":
         check_ranking(job, plan, model)

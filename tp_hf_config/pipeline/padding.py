@@ -180,11 +180,8 @@ def pad(
 ) -> Padded | Refusal:
     """Build a class from a config with wider layers, and copy a model's weights into it.
 
-    Args:
-        model: the model; it stays as it is.
-        widths: its widths.
-        model_class: the class to build.
-        data: the config's JSON, in which no width is less than the model's.
+    ``model``: the model; it stays as it is.
+    ``data``: the config's JSON, in which no width is less than the model's.
 
     Returns:
         The padded model; or a refusal: the class does not build it, or a parameter's units cannot

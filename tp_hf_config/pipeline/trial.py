@@ -279,12 +279,8 @@ def save(
 ) -> Refusal | None:
     """Save a model with inputs and its outputs; return why that failed, or ``None``.
 
-    Args:
-        model: the pruned model.
-        inputs: keyword arguments of its forward pass, or why there are none.
-        folder: where to save.
-        watched: results that count as outputs.
-        recipe: how the class is run.
+    ``inputs``: keyword arguments of its forward pass, or why there are none.
+    ``watched``: results that count as outputs.
     """
     if isinstance(inputs, Refusal):
         return inputs

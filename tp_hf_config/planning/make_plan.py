@@ -130,11 +130,8 @@ def _check_followed(
 ) -> None:
     """Raise if ``pruning_ratio`` decides nothing, since the user must have meant something else.
 
-    Args:
-        trajectory: the widths that are pruned.
-        settings: what the user asked for.
-        target_params: the user's target, which finds the ratio by itself.
-        listed: ``prune=`` lists the widths; they may all have ratios of their own then.
+    ``target_params``: the user's target, which finds the ratio by itself.
+    ``listed``: ``prune=`` lists the widths; they may all have ratios of their own then.
 
     Raises:
         ValueError: ``target_params`` finds the ratio, or every width has a ratio of its own.

@@ -95,11 +95,8 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
 def check_config_is_own(pruner: Any, model: Any, sharers: Sequence[str], strict: bool) -> None:
     """Warn or raise if the config that will change also belongs to another live model.
 
-    Args:
-        pruner: the pruner of the model.
-        model: the model whose config it is.
-        sharers: the classes of the other models; see ``model.live_objects.Surroundings``.
-        strict: raise instead of warning.
+    ``sharers``: the classes of the other models; see ``model.live_objects.Surroundings``.
+    ``strict``: raise instead of warning.
 
     Raises:
         ConfigSyncError: there are other models, and ``strict`` is set.

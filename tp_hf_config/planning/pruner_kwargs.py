@@ -151,12 +151,8 @@ def _on_config_graph(
 ) -> dict[str, Any]:
     """Return arguments for a pruner on the config graph.
 
-    Args:
-        model: what is pruned.
-        view: the Hugging Face model in it.
-        wanted: what the user asks for.
-        ratios: config field -> ratio.
-        given: the pruner's own arguments that the user gave.
+    ``ratios``: config field -> ratio.
+    ``given``: the pruner's own arguments that the user gave.
     """
     chosen = choose(view, replace(wanted, stays=staying(view, given)))
     for message in chosen.staying:
