@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 def in_one_line(error: BaseException) -> str:
@@ -19,6 +20,12 @@ def listed(items: Sequence[object], separator: str = ", ") -> str:
     """Return the first three items as text, and how many more there are."""
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return separator.join(map(str, items[:3])) + more
+
+
+def as_range(values: Sequence[Any]) -> str:
+    """Return values as their range: ``96`` or ``61..69``."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}..{high}"
 
 
 def closest(name: str, known: Iterable[str]) -> str:

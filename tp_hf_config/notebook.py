@@ -19,6 +19,12 @@ def page(title: str, *parts: str) -> str:
     return "".join((f"<p><b>{escape(title)}</b></p>", *parts))
 
 
+def report(text: str, *tables: str) -> str:
+    """Return HTML with tables between the first line of a text and the others."""
+    title, *rest = text.strip().split("\n")
+    return page(title, *tables, lines(rest))
+
+
 def table(head: Sequence[str], rows: Rows) -> str:
     """Return an HTML table with ``head`` as column names, or an empty text if there are no rows."""
     if not rows:

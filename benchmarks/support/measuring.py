@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -66,20 +67,23 @@ def measure(pair: Pair, part: str, folder: Path, seed: int, seconds: int, memory
 
 def _widths(case: Any, folder: Path, note: Callable[..., None]) -> None:
     """Prune every width, and with the defaults."""
-    from tp_hf_config.pipeline.trial import default_trial, trials
+    from tp_hf_config.pipeline.trial import WidthSupport, attempt, trials
 
     widths: list[dict[str, Any]] = []
     for trial in trials(case, folder):
         widths.append(_tried(trial.width, trial.folders, folder))
         note(widths=widths)
-    trial = default_trial(case, folder / "defaults")
-    tried = _tried(trial.width, trial.folders, folder)
+    saved = folder / "defaults"  # pruner_kwargs(model), one ratio, one step
+    outcome, why = attempt(case, copy.deepcopy(case.model), saved)
+    why = why or ("nothing was pruned" if outcome == "refused" else "")
+    folders = (saved,) if outcome == "works" else ()
+    tried = _tried(WidthSupport((), outcome, why), folders, folder)
     note(defaults={key: tried[key] for key in ("outcome", "why", "folders")})
 
 
 def _layers(case: Any, folder: Path, note: Callable[..., None]) -> None:
     """Drop a layer of every list, and let layers differ, if there are any."""
-    from tp_hf_config.pipeline.layer_trials import differ_trial, drop_trials, lists_of_layers
+    from layer_trials import differ_trial, drop_trials, lists_of_layers
 
     lists = lists_of_layers(case)
     note(lists=lists)

@@ -22,7 +22,7 @@ REASONS = {"Refusal", "Unsolved", "Cause", "unreadable"}  # said by another modu
 REASONING = (
     "checkpoint/*.py",
     "planning/preflight.py",
-    "planning/shortfall.py",
+    "planning/refusals.py",
 )
 """Modules whose reasons reach the user as they are: in reports, warnings and notes."""
 _LEAST = 12  # letters: a shorter piece says nothing by itself

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .linear_ops import Consumer
 from .over_ranks import Ranks
-from .readings import Readings
-from .sources import Chain
-from .statistics import InputStatistics
+from .readings import InputStatistics, Readings
 
 
 @dataclass(frozen=True)
@@ -19,18 +17,14 @@ class _Outline:
     """What a rank has measured, without its sums.
 
     Attributes:
-        leaders: consumer -> its leader.
+        readings: what was measured, without sums.
         apart: consumers that read now with one leader, now with another.
-        chains: leader -> the layers from a norm to what it reads.
-        tables: parameters that are tables of embeddings too.
         channels: leader -> how many channels it reads.
         grams: leader -> the dtype of its Gram matrix, where there is one.
     """
 
-    leaders: Mapping[Consumer, Consumer]
+    readings: Readings
     apart: Set[Consumer]
-    chains: Mapping[Consumer, Chain]
-    tables: Set[str]
     channels: Mapping[Consumer, int]
     grams: Mapping[Consumer, torch.dtype]
 
@@ -67,7 +61,7 @@ def _outline_of(own: Readings, apart: Set[Consumer]) -> _Outline:
         for leader, statistics in own.statistics.items()
         if statistics.gram is not None
     }
-    return _Outline(own.leaders, apart, own.chains, own.tables, channels, grams)
+    return _Outline(replace(own, statistics={}), apart, channels, grams)
 
 
 def _merged(outlines: Sequence[_Outline]) -> tuple[Readings, dict[Consumer, int]]:
@@ -76,13 +70,13 @@ def _merged(outlines: Sequence[_Outline]) -> tuple[Readings, dict[Consumer, int]
     apart: set[Consumer] = set()
     for outline in outlines:
         apart |= outline.apart
-        merged.tables |= outline.tables
-        for consumer, leader in outline.leaders.items():
+        merged.tables |= outline.readings.tables
+        for consumer, leader in outline.readings.leaders.items():
             if merged.leaders.setdefault(consumer, leader) != leader:
                 apart.add(consumer)
         for leader, size in outline.channels.items():
-            if leader not in channels and leader in outline.chains:
-                merged.chains[leader] = outline.chains[leader]
+            if leader not in channels and leader in outline.readings.chains:
+                merged.chains[leader] = outline.readings.chains[leader]
             channels.setdefault(leader, size)
     for consumer in apart:
         merged.leaders.pop(consumer, None)

@@ -59,10 +59,7 @@ def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
 
     Every eighth window is held out, eight at most; of fewer than eight windows, the last.
 
-    Args:
-        text: the text.
-        tokenizer: the model's tokenizer.
-        model: the model; windows are no longer than its positions, and 256 tokens at most.
+    ``model``: the model; windows are no longer than its positions, and 256 tokens at most.
 
     Raises:
         CalibrationError: the text has too few tokens, or tokens that the model does not have.

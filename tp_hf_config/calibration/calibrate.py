@@ -12,20 +12,11 @@ from ..errors import CalibrationError, CalibrationWarning, listed
 from ..graph.edits import stack_dim
 from ..graph.standin import standin_behind, standin_of
 from ..model.locate import check_has_data, check_unwrapped
-from .batches import (
-    Batch,
-    Text,
-    own_text,
-    shipped_text,
-    split_batches,
-    windows_of,
-    writes_text,
-)
+from .batches import Batch, Text, own_text, shipped_text, split_batches, windows_of, writes_text
 from .importance import CalibratedImportance, Kind
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
 from .over_ranks import agreed_ranks
-from .readings import Readings
-from .statistics import TOKENS_PER_CHANNEL
+from .readings import TOKENS_PER_CHANNEL, Readings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

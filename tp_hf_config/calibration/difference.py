@@ -17,8 +17,7 @@ _RELATIVE = "squared error"
 class Difference:
     """Keeps a model's outputs, batch by batch, and compares others with them.
 
-    Args:
-        ranks: the ranks that compare, each on batches of its own.
+    ``ranks``: the ranks that compare, each on batches of its own.
 
     Attributes:
         measure: what is computed: ``"KL"`` where the outputs have logits for every token, else

@@ -18,7 +18,7 @@ from ..model.lazy_tensor import values_of
 from .batches import writes_text
 from .greedy import Part, elimination_order
 from .linear_ops import Consumer
-from .statistics import InputStatistics
+from .readings import InputStatistics
 
 if TYPE_CHECKING:
     from .measured import MeasuredModel
@@ -141,7 +141,8 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             for consumer in places.get((names.get(id(parameter), ""), dim), ()):
                 statistics = readings.of(consumer)
                 if statistics is not None and statistics.tokens:
-                    weight = weight_of(parameter, consumer)
+                    values, at = consumer.matrix_of(parameter.detach())
+                    weight = values.movedim(at, -1).flatten(0, -2)
                     yield _Reader(consumer, statistics, weight, channels, roots)
 
     def _warn_unread(self, group: Any) -> None:
@@ -176,9 +177,3 @@ def advice(importance: Any, model: Any) -> str | None:
         "calibration = tp_hf_config.calibrate(model), importance=calibration.importance(), "
         "hooks=[HFConfigSyncHook(compensate=calibration)]"
     )
-
-
-def weight_of(parameter: Tensor, consumer: Consumer) -> Tensor:
-    """Return a consumer's weight with its channels last, shape ``(outputs, channels)``."""
-    values, dim = consumer.matrix_of(parameter.detach())
-    return values.movedim(dim, -1).flatten(0, -2)

@@ -16,20 +16,14 @@ from .passes import together_on, watched_pass
 
 
 def layer_influence(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    batches: Sequence[Batch],
-    ranks: Ranks = ALONE,
+    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], ranks: Ranks = ALONE
 ) -> tuple[float, ...]:
     """Return each layer's block influence: 1 - the cosine of what goes in and what comes out.
 
     It is the mean over all tokens (ShortGPT, arXiv 2403.03853). A layer of 0 changes nothing.
 
-    Args:
-        model: the model.
-        layers: the layers, in their order.
-        batches: what the model is run on.
-        ranks: the ranks that run it, each on batches of its own.
+    ``layers``: the layers, in their order.
+    ``ranks``: the ranks that run it, each on batches of its own.
 
     Raises:
         CalibrationError: a layer does not run on the data, or changes the shape of what goes in.

@@ -78,9 +78,7 @@ class _Reads:
 class WatchedOps(TorchFunctionMode):
     """Hands every linear operation on a model's parameters to a function, while it is entered.
 
-    Args:
-        model: the model.
-        visit: gets each :class:`LinearOp`, and returns what the operation is to return.
+    ``visit``: gets each :class:`LinearOp`, and returns what the operation is to return.
     """
 
     def __init__(self, model: nn.Module, visit: Callable[[LinearOp], Any]):

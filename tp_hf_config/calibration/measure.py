@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.scratch import free_on_disk
 from ..errors import CalibrationError
@@ -18,9 +18,8 @@ from .batches import Batch
 from .linear_ops import Consumer, LinearOp
 from .over_ranks import ALONE, Ranks
 from .passes import is_streamed, sums_limit, together_on, watched_pass
-from .readings import Readings
+from .readings import InputStatistics, Readings
 from .sources import Sources, use_of
-from .statistics import InputStatistics
 
 _REMEMBERED = 4  # inputs: the weights that read the same values do so one right after the other
 _Read = tuple[tuple[Any, ...], Callable[[], bool], Consumer]
@@ -38,11 +37,7 @@ class Measuring:
     """
 
     def __init__(
-        self,
-        sources: Sources,
-        limit: int,
-        only: Collection[Consumer] | None = None,
-        disk: int = 0,
+        self, sources: Sources, limit: int, only: Collection[Consumer] | None = None, disk: int = 0
     ):
         self.readings = Readings()
         self._sources, self._limit, self._only, self._disk = sources, limit, only, disk
@@ -113,19 +108,15 @@ class Measuring:
 
     def _leader(self, op: LinearOp) -> Consumer:
         """Return the consumer that has just read the same values, or the operation's own."""
-        place = (*_place(op.inputs), op.inputs.shape[op.axis])
+        inputs = op.inputs
+        storage = inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs._version
+        place = (*storage, inputs.numel(), inputs.shape[op.axis])  # equal for views of one tensor
         recent: deque[_Read] = vars(self._of_thread).setdefault("recent", deque(maxlen=_REMEMBERED))
         for other, in_use, leader in recent:
             if other == place and in_use():  # else other values are there now
                 return leader
-        recent.append((place, use_of(op.inputs), op.consumer))
+        recent.append((place, use_of(inputs), op.consumer))
         return op.consumer
-
-
-def _place(values: Tensor) -> tuple[Any, ...]:
-    """Return what is equal for two views of the same values."""
-    pointer = values.untyped_storage().data_ptr()
-    return pointer, values.storage_offset(), values.numel(), values._version
 
 
 def measure(

@@ -99,15 +99,9 @@ def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE)
     """
     if max_memory is not None:
         return max_memory
-    free = _half_of_free(model)
-    return smallest(free) if ranks.count > 1 else free
-
-
-def _half_of_free(model: nn.Module) -> int:
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return free_memory() // 2
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return smallest(int(free) // 2) if ranks.count > 1 else int(free) // 2
 
 
 def watched_pass(

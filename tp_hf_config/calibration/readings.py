@@ -1,12 +1,122 @@
-"""What was measured of a model."""
+"""What was measured of a model: what the channels that its weights read carry, over all tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from ..checkpoint.scratch import on_disk
+from ..model.lazy_tensor import LazyTensor, values_of
 from .linear_ops import Consumer
 from .sources import Chain
-from .statistics import InputStatistics
+
+TOKENS_PER_CHANNEL = 8  # fewer tell too little for a refit (12,288 tokens for 1,536 channels do)
+_TOGETHER = 512  # tokens: a product of fewer costs as much, for the whole Gram matrix is touched
+_BLOCKS = 4  # so much of the Gram matrix's lower triangle is left out: it is the upper one's mirror
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the tokens that a consumer read.
+
+    Attributes:
+        tokens: how many there were.
+        total: the sum of each channel, float64, shape ``(channels,)``.
+        squares: the sum of each channel's squares, likewise.
+        gram: the sum of products of two channels, shape ``(channels, channels)``, in float32 (in
+            float64 for a model in float64); ``None`` if it was not asked for.
+    """
+
+    tokens: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(0))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    gram: Tensor | None = None
+    _waiting: list[Tensor] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def none_of(cls, channels: int) -> InputStatistics:
+        """Return the sums over no token."""
+        zeros = torch.zeros(2, channels, dtype=torch.float64)
+        return cls(0, zeros[0], zeros[1])
+
+    def add(self, rows: Tensor, with_gram: bool) -> None:
+        """Add the tokens in ``rows``, shape ``(tokens, channels)``."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        total, squares = rows.sum(0).double().cpu(), rows.square().sum(0).double().cpu()
+        if self.tokens:
+            total, squares = self.total + total, self.squares + squares
+        self.total, self.squares = total, squares
+        self.tokens += len(rows)
+        if with_gram:
+            if self.gram is None:
+                self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            # a copy, for what is read may be changed in place
+            self._waiting.append(rows.clone())
+            if sum(map(len, self._waiting)) >= _TOGETHER:
+                self.gram, self._waiting = _sum(self.gram, self._waiting), []
+
+    def to_disk(self) -> None:
+        """Put the Gram matrix into a temporary file, from which it is read when it is used."""
+        if self.gram is not None and not isinstance(self.gram, LazyTensor):
+            self.gram = on_disk(self.gram)
+            self._waiting = [on_disk(torch.cat(self._waiting))] if self._waiting else []
+
+    def to_memory(self) -> None:
+        """Read the Gram matrix from its temporary file, to be added to."""
+        if self.gram is not None:
+            self.gram, self._waiting = values_of(self.gram), [*map(values_of, self._waiting)]
+
+    def complete(self) -> None:
+        """Fill in the lower triangle of the Gram matrix; nothing can be added afterwards."""
+        if self.gram is None:
+            return
+        gram, waiting, self._waiting = self.gram, self._waiting, []
+        if isinstance(gram, LazyTensor):
+            self.gram = LazyTensor(gram.like, lambda: _whole(_sum(gram, waiting)))
+        else:
+            self.gram = _whole(_sum(gram, waiting))
+
+    @property
+    def is_enough(self) -> bool:
+        """True if there are eight tokens for each channel."""
+        return self.tokens >= TOKENS_PER_CHANNEL * len(self.total)
+
+    @property
+    def norms(self) -> Tensor:
+        """The root of each channel's mean square, shape ``(channels,)``."""
+        return (self.squares / max(1, self.tokens)).sqrt()
+
+    @property
+    def variances(self) -> Tensor:
+        """Each channel's variance over the tokens (its fluctuation, FLAP), ``(channels,)``."""
+        mean = self.total / max(1, self.tokens)
+        return (self.squares / max(1, self.tokens) - mean.square()).clamp_min(0)
+
+
+def _sum(gram: Tensor, waiting: Sequence[Tensor]) -> Tensor:
+    """Return the upper triangle of a Gram matrix once tokens that waited are added."""
+    gram = values_of(gram)
+    if waiting:
+        _add_upper(gram, torch.cat([*map(values_of, waiting)]))
+    return gram
+
+
+def _whole(gram: Tensor) -> Tensor:
+    """Make a Gram matrix of its upper triangle, in place; return it."""
+    lower = gram.triu_().T.tril(-1)
+    return gram.add_(lower)
+
+
+def _add_upper(gram: Tensor, rows: Tensor) -> None:
+    """Add the products of channels to a Gram matrix, without most of its lower triangle."""
+    channels = rows.shape[1]
+    step = max(64, -(-channels // _BLOCKS))
+    for start in range(0, channels, step):
+        block = slice(start, start + step)
+        gram[block, start:].addmm_(rows[:, block].T, rows[:, start:])
 
 
 @dataclass

@@ -30,9 +30,7 @@ Copies = dict[Consumer, dict[str, nn.Module]]
 class StepRefits:
     """The refits of one step.
 
-    Args:
-        calibration: the measured model.
-        groups: the groups that the step prunes; nothing of them is cut yet.
+    ``groups``: the groups that the step prunes; nothing of them is cut yet.
 
     Attributes:
         kept: consumer -> the channels that stay, for all consumers that lose some.

@@ -63,9 +63,7 @@ def use_of(values: Tensor) -> Callable[[], bool]:
 class Sources:
     """Remembers what layers without parts gave in the forward pass that a thread runs.
 
-    Args:
-        model: the model.
-        names: the layers to watch; default: all that have no parts.
+    ``names``: the layers to watch; default: all that have no parts.
     """
 
     def __init__(self, model: nn.Module, names: set[str] | None = None):
@@ -85,8 +83,8 @@ class Sources:
         handles: list[Any] = []
         try:
             for name, module in self.model.named_modules():
-                watched = name in self.names if self.names is not None else _is_leaf(module)
-                if watched:
+                has_parts = any(True for _ in module.children())
+                if name in self.names if self.names is not None else not has_parts:
                     handles.append(
                         module.register_forward_hook(self._noting(name), with_kwargs=True)
                     )
@@ -236,7 +234,3 @@ def _mixes(layer: nn.Module, call: _Call, size: int) -> bool:
     result = cut_copy(layer, size, kept)(*args, **kwargs)
     expected = call.output.index_select(_axis(call.output, size), kept.to(call.output.device))
     return not torch.allclose(result, expected, rtol=1e-3, atol=1e-5)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None

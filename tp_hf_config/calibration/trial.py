@@ -62,9 +62,7 @@ def layer_errors(
 ) -> dict[Consumer, Errors]:
     """Run the whole model on held-out data, and return each refit's errors there, of all ranks.
 
-    Args:
-        step: the refits of the step.
-        after_batch: gets the number of each batch and the model's result.
+    ``after_batch``: gets the number of each batch and the model's result.
     """
     sources, copies = step.sources(_leaders(step)), Copies()
     errors: dict[Consumer, Errors] = {}

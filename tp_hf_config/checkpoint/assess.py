@@ -50,11 +50,6 @@ def assess(
 ) -> Assessment | Refusal:
     """Build the class from a config and load the tensors into it, all without data.
 
-    Args:
-        classes: the classes.
-        data: the config's JSON.
-        tensors: the checkpoint's tensors.
-
     Returns:
         How the tensors load, or the class's refusal of the config.
     """

@@ -211,9 +211,7 @@ def longest_list(tensors: Mapping[str, Stored]) -> int:
 def too_large_reason(large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]) -> str:
     """Return a sentence on the first of the numbers that are too large.
 
-    Args:
-        large: what :func:`too_large` returned; not empty.
-        tensors: the checkpoint's tensors.
+    ``large``: what :func:`too_large` returned; not empty.
     """
     path, value = next(iter(large.items()))
     return (

@@ -151,10 +151,7 @@ def _report(read: Folder) -> CheckReport:
 def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
     """Return the report on a folder whose class is known, with a verdict.
 
-    Args:
-        report: the report with the faults of the files.
-        read: the folder.
-        classes: its classes.
+    ``report``: the report with the faults of the files.
     """
     data, tensors = read.config.data or {}, read.weights.tensors
     if not read.weights.complete and not tensors:
@@ -223,11 +220,8 @@ def _explained(
 ) -> CheckReport:
     """Return the report on a config that does not fit, with the causes that solving found.
 
-    Args:
-        report: the report so far.
-        assessment: how the tensors load with the folder's own config, or the class's refusal of it.
-        solved: the config that fits the weights, or why none is known.
-        classes: the classes of the folder.
+    ``assessment``: how the tensors load with the folder's own config, or the class's refusal of it.
+    ``solved``: the config that fits the weights, or why none is known.
     """
     if isinstance(assessment, Refusal):
         report = _unsound(report, _refused(classes.config.__name__, assessment))

@@ -19,12 +19,11 @@ import torch
 def run(job: dict[str, Any]) -> None:
     """Load every folder of a job, run it on the job's inputs and save the results.
 
-    Args:
-        job: ``folders``: for each its ``folder`` (a path), its ``class`` (module and name; for code
-            in the folder ``""`` and the reference in ``auto_map``), ``options`` for
-            ``from_pretrained`` and perhaps ``lazy`` (see :func:`load_lazily`); ``inputs``,
-            ``results``: files; ``threads``, ``device``, ``path`` (of modules): where it runs;
-            ``cast``: True if inputs take the model's dtype.
+    ``job``: ``folders``: for each its ``folder`` (a path), its ``class`` (module and name; for code
+    in the folder ``""`` and the reference in ``auto_map``), ``options`` for ``from_pretrained`` and
+    perhaps ``lazy`` (see :func:`load_lazily`); ``inputs``, ``results``: files; ``threads``,
+    ``device``, ``path`` (of modules): where it runs; ``cast``: True if inputs take the model's
+    dtype.
     """
     torch.set_num_threads(job["threads"])
     sys.path += [folder for folder in job["path"] if folder not in sys.path]
@@ -37,10 +36,7 @@ def _load_and_run(
 ) -> dict[str, Any]:
     """Return a folder's outputs and what Transformers reports of loading it, or its error.
 
-    Args:
-        entry: an entry of ``folders``.
-        inputs: keyword arguments of the forward pass.
-        job: the whole job.
+    ``entry``: an entry of ``folders``.
     """
     try:
         options = {**entry["options"], "local_files_only": True}
@@ -63,10 +59,7 @@ def load(
 
     The weights are aligned in memory as torch does it, not as they are in the file.
 
-    Args:
-        model_class: the class.
-        folder: the folder.
-        options: for ``from_pretrained``.
+    ``options``: for ``from_pretrained``.
     """
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     for parameter in model.parameters():

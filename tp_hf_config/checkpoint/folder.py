@@ -93,9 +93,7 @@ def read_config(folder: Path) -> Config:
 def _json(path: Path, longest: int) -> Any:
     """Return a file's JSON, or the reason (a string) why it cannot be read.
 
-    Args:
-        path: the file.
-        longest: the largest size in bytes that is read.
+    ``longest``: the largest size in bytes that is read.
     """
     name = path.name
     if not path.is_file():

@@ -108,9 +108,7 @@ def read_safetensors(path: Path) -> Header:
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int] | str:
     """Return a header's JSON and the byte where the data begin, or what is wrong (a string).
 
-    Args:
-        path: the file.
-        size: its size in bytes.
+    ``size``: its size in bytes.
     """
     if size < 8:
         return f"has {size} bytes, fewer than the 8 that say how long its header is: it is cut off"

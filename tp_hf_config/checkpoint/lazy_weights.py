@@ -44,9 +44,6 @@ def lazy_weights(folder: Path) -> dict[str, LazyTensor]:
 
     Files are opened for each read and closed again: a mapped file would stay in memory.
 
-    Args:
-        folder: the folder.
-
     Returns:
         Tensor name, as in the files -> lazy tensor.
 
@@ -59,11 +56,8 @@ def lazy_weights(folder: Path) -> dict[str, LazyTensor]:
 def load_lazily(model_class: Any, folder: Path, config: Any, **options: Any) -> tuple[Any, Any]:
     """Return a model whose weights are read from its files at each use, and how they loaded.
 
-    Args:
-        model_class: its class.
-        folder: a folder with safetensors files.
-        config: its config.
-        options: for ``from_pretrained``.
+    ``folder``: a folder with safetensors files.
+    ``options``: for ``from_pretrained``.
 
     Returns:
         The model, and what ``from_pretrained(output_loading_info=True)`` says.
@@ -72,11 +66,7 @@ def load_lazily(model_class: Any, folder: Path, config: Any, **options: Any) -> 
         CheckpointError: see :func:`lazy_weights`.
     """
     loaded: tuple[Any, Any] = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=lazy_weights(folder),
-        output_loading_info=True,
-        **options,
+        None, config=config, state_dict=lazy_weights(folder), output_loading_info=True, **options
     )
     return loaded
 
@@ -221,8 +211,7 @@ def written_one_by_one(write: Callable[..., None] | None = None) -> Iterator[Non
     safetensors takes the bytes of all of a file's tensors at once
     (``transformers/modeling_utils.py``, ``safe_save_file``).
 
-    Args:
-        write: what takes its place, if anything does.
+    ``write``: what takes its place, if anything does.
     """
     from transformers import modeling_utils
 

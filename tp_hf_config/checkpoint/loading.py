@@ -48,9 +48,7 @@ class LoadResult:
 def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> LoadResult:
     """Load tensors without data into a model without data.
 
-    Args:
-        model: the model on the meta device; it cannot be used afterwards.
-        tensors: the checkpoint's tensors.
+    ``model``: the model on the meta device; it cannot be used afterwards.
 
     Returns:
         How the tensors load. If Transformers raises, only ``failed`` is set.
@@ -91,9 +89,7 @@ def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
 
     conversions: Any = get_model_conversion_mapping(model, None, None)
     settings = LoadStateDictConfig(
-        ignore_mismatched_sizes=True,
-        device_map={"": "meta"},
-        weight_mapping=conversions,
+        ignore_mismatched_sizes=True, device_map={"": "meta"}, weight_mapping=conversions
     )
     info, _ = convert_and_load_state_dict_in_model(model, state, settings)
     absent = set(info.missing_keys)

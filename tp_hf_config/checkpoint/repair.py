@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 from ..model.build import Refusal
@@ -17,7 +18,6 @@ from .building import too_large
 from .causes import unsolved_causes
 from .check import SolvableFolder, check_checkpoint, solvable_folder
 from .folder import CONFIG
-from .generation import generation_notes
 from .reports import CheckReport, RepairReport
 from .rotary import for_transformers_4
 from .solving import Solution, Unsolved, solve
@@ -25,6 +25,9 @@ from .starting import Task
 from .ties import differing_tie
 from .words import printable, short
 from .writing import check_does_not_exist, locked, new_folder, replace_config
+
+_GENERATION = "generation_config.json"
+_MOST_BYTES = 2**20
 
 
 def repair_checkpoint(
@@ -101,7 +104,7 @@ def _planned(
         _difference(old, new),
         undecided=solved.undecided,
         added={field_name(path): value for path, value in rotary.added.items()},
-        notes=(*generation_notes(path, solved.data), *rotary.unwritable),
+        notes=(*_generation_notes(path, solved.data), *rotary.unwritable),
         after=replace(_expected(read, solved), notes=rotary.unwritable),
     )
     return report, new
@@ -183,3 +186,23 @@ def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: boo
         notes = (*notes, f"left out, as no plain files: {', '.join(map(short, left_out[:8]))}")
     after = replace(after, folder=str(out))
     return replace(report, folder=str(out), written=True, notes=notes, after=after)
+
+
+def _generation_notes(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a note for each entry of a folder's generation_config.json that a config rules out."""
+    path = folder / _GENERATION
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        return
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        yield f"{_GENERATION} is not JSON: Transformers makes one from config.json instead"
+        return
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if not name.endswith("_token_id") or type(size) is not int:
+            continue
+        tokens = value if isinstance(value, list) else [value]
+        if any(type(token) is int and token >= size for token in tokens):
+            yield f"{_GENERATION}: {name} {value} is no token of {size:,}; correct it by hand"

@@ -85,7 +85,7 @@ class CheckReport:
 
     def _repr_html_(self) -> str:
         head = ("config field", "config says", "weights hold", "cause")
-        return _as_html(
+        return notebook.report(
             str(replace(self, causes=())), notebook.table(head, list(map(_row, self.causes)))
         )
 
@@ -148,7 +148,7 @@ class RepairReport:
         rows = [(name, number(old), number(new)) for name, (old, new) in self.fields.items()]
         fields = notebook.table(("config field", "old", "new"), rows)
         rest = str(replace(self, fields={})).removesuffix(self.difference)
-        return _as_html(rest, fields) + notebook.verbatim(self.difference)
+        return notebook.report(rest, fields) + notebook.verbatim(self.difference)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for ``json.dumps``."""
@@ -232,7 +232,7 @@ class RoundtripReport:
             (d.output, f"{d.elements:,}", f"{d.of:,}", _digits(d.largest), _digits(d.relative))
             for d in self.differences
         ]
-        return _as_html(str(replace(self, differences=())), notebook.table(head, rows))
+        return notebook.report(str(replace(self, differences=())), notebook.table(head, rows))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for ``json.dumps``."""
@@ -250,9 +250,3 @@ def _row(cause: Cause) -> tuple[str, ...]:
 def _digits(value: float | None) -> str:
     """Return a difference with three digits, or what ``None`` stands for."""
     return "another shape or type" if value is None else f"{value:.3g}"
-
-
-def _as_html(text: str, table: str) -> str:
-    """Return HTML with a table between the first line of a text and the others."""
-    title, *rest = text.strip().split("\n")
-    return notebook.page(title, table, notebook.lines(rest))

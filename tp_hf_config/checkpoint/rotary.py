@@ -55,9 +55,7 @@ class Rotary:
 def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
     """Add the fields that Transformers 4 reads, each only if the config loads the same with it.
 
-    Args:
-        classes: the classes of the folder.
-        data: the config's JSON; it is not changed.
+    ``data``: the config's JSON; it is not changed.
     """
     result, reasons = Rotary(data), []
     for path, node in _rope_parts(data):
@@ -129,8 +127,7 @@ def _by_layer_type(rope: Mapping[str, Any]) -> bool:
 def _separate_fields(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``rope_parameters`` says in the fields of Transformers 4: name -> value.
 
-    Args:
-        node: the part of the config that holds ``rope_parameters``.
+    ``node``: the part of the config that holds ``rope_parameters``.
     """
     rope: dict[str, Any] = node[_ROPE]
     fields = {name: rope[name] for name in _OWN_FIELDS if type(rope.get(name)) in (int, float)}

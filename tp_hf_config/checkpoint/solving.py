@@ -102,7 +102,10 @@ def _solve_from(task: Task, start: Start) -> Solution | Unsolved:
         return Unsolved(_misplaced_reason(structure.assessment, classes), structure=changed)
     if structure.assessment.fits and not task.given and not start.replaced:
         return Solution(structure.data, changed, (), structure.assessment)
-    return _widths(task, start, structure, changed)
+    solved = _widths(task, start, structure)
+    if isinstance(solved, Solution):
+        return replace(solved, changed=(*changed, *solved.changed))
+    return replace(solved, structure=changed)
 
 
 def _structure_changes(task: Task, start: Start, structure: Structure) -> tuple[FieldChange, ...]:
@@ -135,51 +138,36 @@ def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
     return f"{loaded.missing[0]} is missing, in any layout of {classes.model.__name__} tried"
 
 
-def _widths(
-    task: Task, start: Start, structure: Structure, changed: tuple[FieldChange, ...]
-) -> Solution | Unsolved:
-    """Find the widths of a config whose structure is settled.
-
-    Args:
-        task: what is to be solved.
-        start: the start.
-        structure: the config with its structure settled.
-        changed: the changes of the structure so far.
-    """
+def _widths(task: Task, start: Start, structure: Structure) -> Solution | Unsolved:
+    """Find the widths of a config whose structure is settled."""
     field_map = learn(task.classes, structure.data)
     if isinstance(field_map, Refusal):
-        return Unsolved(field_map.reason, structure=changed)
+        return Unsolved(field_map.reason)
     given = paths_of(field_map, task.given)
     if isinstance(given, Unsolved):
         return given
     undecided = undecided_field(task, start, field_map, given)
     if undecided is not None:
         name = field_name(undecided)
-        reason = f"no shape shows {name} alone: say it, given={{{name!r}: ...}}"
-        return Unsolved(reason, structure=changed)
+        return Unsolved(f"no shape shows {name} alone: say it, given={{{name!r}: ...}}")
     target = structure.assessment.loaded.shapes
     empty = next((name for name, shape in target.items() if 0 in shape), None)
     if empty is not None:
-        return Unsolved(f"{empty} is empty, and no width is 0", structure=changed)
+        return Unsolved(f"{empty} is empty, and no width is 0")
     fixed = {**companions(task, start, field_map, given), **given}
     recovery = recover(field_map, target, fixed)
     if isinstance(recovery, Refusal):
-        return Unsolved(recovery.reason, structure=changed)
+        return Unsolved(recovery.reason)
     if isinstance(recovery, Conflict):
-        return _unsolved_conflict(recovery, changed)
+        return _unsolved_conflict(recovery)
     unprovable = _unprovable_change(field_map, recovery, given)
     if unprovable is not None:
-        return Unsolved(unprovable, structure=changed)
-    return _proved(task, start, structure, changed, field_map, recovery)
+        return Unsolved(unprovable)
+    return _proved(task, start, structure, field_map, recovery)
 
 
 def _proved(
-    task: Task,
-    start: Start,
-    structure: Structure,
-    changed: tuple[FieldChange, ...],
-    field_map: FieldMap,
-    recovery: Recovery,
+    task: Task, start: Start, structure: Structure, field_map: FieldMap, recovery: Recovery
 ) -> Solution | Unsolved:
     """Return the config in the first form that loads the weights, or Unsolved if none does."""
     fields = _field_changes(task, start, structure, field_map, recovery.data)
@@ -187,8 +175,8 @@ def _proved(
     for data in _forms(task, start, structure, field_map, recovery.data):
         proof = assess(task.classes, data, task.tensors)
         if not isinstance(proof, Refusal) and proof.fits:
-            return Solution(data, (*changed, *fields), undecided, proof)
-    return Unsolved("the config that was found does not load these weights", structure=changed)
+            return Solution(data, fields, undecided, proof)
+    return Unsolved("the config that was found does not load these weights")
 
 
 def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
@@ -205,10 +193,8 @@ def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
 def paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, int] | Unsolved:
     """Return field -> value for values given by name; Unsolved if a name is not that of one field.
 
-    Args:
-        field_map: the field map.
-        given: name -> value. A name is the class's own or one that all configs have
-            (``attribute_map``), in full or without the nested config that it is in.
+    ``given``: name -> value. A name is the class's own or one that all configs have
+    (``attribute_map``), in full or without the nested config that it is in.
     """
     fields = {**field_map.sizes, **field_map.non_size_fields}
     values: dict[FieldPath, int] = {}
@@ -239,7 +225,7 @@ def _unprovable_change(
     return None
 
 
-def _unsolved_conflict(conflict: Conflict, changed: tuple[FieldChange, ...]) -> Unsolved:
+def _unsolved_conflict(conflict: Conflict) -> Unsolved:
     """Return a conflict between shapes as Unsolved, in the names of fields and tensors."""
     if conflict.ambiguous:
         candidates = tuple(
@@ -250,7 +236,7 @@ def _unsolved_conflict(conflict: Conflict, changed: tuple[FieldChange, ...]) -> 
             ", ".join(f"{name}={value}" for name, value in candidate.items())
             for candidate in candidates
         )
-        return Unsolved(f"the shapes fit {listed}", {}, candidates, changed)
+        return Unsolved(f"the shapes fit {listed}", candidates=candidates)
     needs = {
         path: {
             int(value): tuple(dict.fromkeys(str(name) for name, _ in who))  # type: ignore[misc]
@@ -260,7 +246,7 @@ def _unsolved_conflict(conflict: Conflict, changed: tuple[FieldChange, ...]) -> 
         for path, by_value in conflict.needs.items()
     }
     names = ", ".join(field_name(path) for path in needs)
-    return Unsolved(f"no one value of {names} gives all these shapes", needs, (), changed)
+    return Unsolved(f"no one value of {names} gives all these shapes", needs)
 
 
 def _field_changes(
@@ -268,12 +254,7 @@ def _field_changes(
 ) -> tuple[FieldChange, ...]:
     """Return the fields whose value changes, each with the tensors that show it.
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        structure: the config with its structure settled.
-        field_map: the field map around it.
-        new: the new config's JSON.
+    ``new``: the new config's JSON.
     """
     mismatched = structure.assessment.loaded.mismatched
     changed = []
@@ -306,12 +287,7 @@ def _forms(
 
     First only the changes; then also under other names that config.json uses; then all of it.
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        structure: the config with its structure settled.
-        field_map: the field map around it.
-        new: the new config's JSON.
+    ``new``: the new config's JSON.
     """
     paths = {*field_map.sizes, *structure.changes, *start.replaced}
     changes = {

@@ -14,7 +14,14 @@ from typing import Any
 
 from ..fieldmap.field_map import FieldMap
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name, value_at, with_values, without_field
+from ..model.config_json import (
+    FieldPath,
+    field_name,
+    plain_fields,
+    value_at,
+    with_values,
+    without_field,
+)
 from .assess import Assessment, assess
 from .building import Classes, build, longest_list, too_large, too_large_reason
 from .headers import Stored
@@ -66,11 +73,7 @@ def undecided_field(
     A field is decided if it is given, if a shape shows it (alone or with a field that is decided),
     or if it decides which tensors there are (a layer count).
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        field_map: the field map around its config.
-        given: fields whose value the user gave.
+    ``given``: fields whose value the user gave.
     """
     for path in start.replaced - given.keys():
         if path in field_map.sizes:
@@ -90,11 +93,7 @@ def companions(
 ) -> dict[FieldPath, int]:
     """Return what config.json says of fields that set dimensions together with replaced ones.
 
-    Args:
-        task: what is to be solved.
-        start: the start.
-        field_map: the field map around its config.
-        given: fields whose value the user gave.
+    ``given``: fields whose value the user gave.
     """
     return {
         other: value
@@ -220,10 +219,7 @@ def _nearby(data: dict[str, Any], tensors: Mapping[str, Stored]) -> _Candidates:
             yield frozenset({path}), without_field(data, path)
 
 
-def _fields(data: Mapping[str, Any], path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
-    """Yield each field of a config's JSON and its value, but not what names the class."""
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _fields(value, (*path, key))
-        elif key not in ("architectures", "model_type"):
-            yield (*path, key), value
+def _fields(data: Mapping[str, Any]) -> list[tuple[FieldPath, Any]]:
+    """Return the fields of a config's JSON with their values, but not what names the class."""
+    named = ("architectures", "model_type")
+    return [(path, value) for path, value in plain_fields(data) if path[-1] not in named]

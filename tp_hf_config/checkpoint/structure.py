@@ -118,10 +118,7 @@ def every_default(classes: Classes, data: Mapping[str, Any]) -> dict[str, Any]:
 def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[str, Any] | None:
     """Return the config's JSON as the class writes it, or None if the class refuses the config.
 
-    Args:
-        classes: the classes.
-        data: the config's JSON.
-        use_diff: leave defaults out.
+    ``use_diff``: leave defaults out.
     """
     try:
         return config_json(config_from(classes, data), use_diff)

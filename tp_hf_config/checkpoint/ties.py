@@ -21,11 +21,7 @@ def differing_tie(
 
     Only samples of the data are compared.
 
-    Args:
-        folder: the folder.
-        classes: its classes.
-        assessment: how the tensors load, with the names that the model ties.
-        tensors: the checkpoint's tensors.
+    ``assessment``: how the tensors load, with the names that the model ties.
     """
     prefix = classes.model.base_model_prefix
     for group in dict.fromkeys(assessment.tied.values()):

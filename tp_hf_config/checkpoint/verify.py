@@ -89,9 +89,7 @@ def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
     Its weights may be moved to aligned memory, because the order of sums can depend on the
     alignment.
 
-    Args:
-        model: the model; it is in the same mode afterwards.
-        inputs: keyword arguments of its forward pass.
+    ``model``: the model; it is in the same mode afterwards.
     """
     for parameter in model.parameters():
         if not isinstance(parameter, LazyTensor) and parameter.data_ptr() % _ALIGNED:
@@ -106,10 +104,7 @@ def fresh_run(
 ) -> Iterator[Callable[[Mapping[str, torch.Tensor]], RoundtripReport]]:
     """Load and run a folder in a fresh process, while the block runs the live model saved to it.
 
-    Args:
-        model: the live model.
-        folder: the folder that the model was saved to.
-        inputs: keyword arguments of its forward pass.
+    ``folder``: the folder that the model was saved to.
 
     Yields:
         A function of what the live model computes of the inputs (:func:`live_outputs`). It waits
@@ -270,11 +265,8 @@ def _fresh_process(
 ) -> Iterator[Callable[[], list[_Run]]]:
     """Load and run folders in one fresh process, which is stopped when the block ends.
 
-    Args:
-        jobs: the folders (see :func:`_job`).
-        inputs: keyword arguments of the forward pass.
-        device: where to run.
-        cast: give floating inputs the model's dtype.
+    ``jobs``: the folders (see :func:`_job`).
+    ``cast``: give floating inputs the model's dtype.
 
     Yields:
         A function that waits for the process, and returns one run for each folder.

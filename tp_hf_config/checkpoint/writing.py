@@ -55,9 +55,7 @@ def replace_config(folder: Path, text: bytes) -> Path:
 
     If config.json is a link, the link is replaced, and the file it leads to stays as it is.
 
-    Args:
-        folder: the folder.
-        text: the new config.json.
+    ``text``: the new config.json.
 
     Returns:
         The path that the old config has now.
@@ -146,10 +144,7 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
     Until then the copy has a hidden name beside ``out``. Weights are linked where the file system
     allows it, else copied.
 
-    Args:
-        source: the folder to copy.
-        out: the path of the new folder.
-        text: the new config.json.
+    ``text``: the new config.json.
 
     Yields:
         The path that the copy has until then, and the names of what was left out.

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..pipeline.source import Source
 
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -22,6 +27,42 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python files that come with the model"
     )
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Add a model folder and ``--trust-remote-code``."""
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=path, help="holds config.json and the weights"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
+    )
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Add the folder to write, and ``--overwrite``."""
+    parser.add_argument(
+        "--out", metavar="DIR", type=path, required=True, help="the folder to write"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that is there, in the end"
+    )
+
+
+def check_model(options: argparse.Namespace) -> None:
+    """Raise if there is no such model."""
+    from ..pipeline.source import check_reachable, find_source
+
+    check_reachable(find_source(options.model, options.trust_remote_code))
+
+
+def read_config(options: argparse.Namespace) -> tuple[Source, PreTrainedConfig, Any]:
+    """Return where the model is, its config and its class."""
+    from ..pipeline.source import class_for, config_of, find_source
+
+    source = find_source(options.model, options.trust_remote_code)
+    config = config_of(source)
+    return source, config, class_for(source, config)
 
 
 def add_widths(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import path
+from .arguments import add_folder
 from .outcome import DONE, FAILED, UNKNOWN, Outcome
 
 HELP = "compare a folder's config.json with its weights, without loading them"
@@ -12,12 +12,7 @@ HELP = "compare a folder's config.json with its weights, without loading them"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "folder", metavar="FOLDER", type=path, help="holds config.json and the weights"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
-    )
+    add_folder(parser)
 
 
 def check(options: argparse.Namespace) -> None:

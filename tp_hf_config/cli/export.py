@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..pipeline.exported import FORMATS
-from .arguments import count, path, place
+from .arguments import add_out, count, place
 from .console import quiet_libraries
 from .outcome import DONE, Outcome
-
-if TYPE_CHECKING:
-    from ..pipeline.source import Source
 
 HELP = "write a model whose layers differ in a form that needs no code of its own"
 
@@ -29,18 +25,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "Llama whose layers differ, for vLLM; gguf: the same for llama.cpp, with the tokenizer; "
         "stock classes too",
     )
-    parser.add_argument(
-        "--out", metavar="DIR", type=path, required=True, help="the folder to write"
-    )
+    add_out(parser)
     parser.add_argument(
         "--multiple-of",
         metavar="N",
         type=count,
         help="pad to multiples of this; heads stay whole; decilm: 256, for engines that read "
         "widths as ratios",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model that is there, in the end"
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -52,9 +43,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Raise if the folder is not a model folder, or the new folder cannot be written to."""
     from ..pipeline.output import check_target
-    from ..pipeline.source import check_reachable
+    from ..pipeline.source import check_reachable, find_source
 
-    source = _source(options)
+    source = find_source(options.folder, options.trust_remote_code)
     check_reachable(source)
     check_target(options.out, source=source.folder, overwrite=options.overwrite)
 
@@ -73,9 +64,3 @@ def run(options: argparse.Namespace) -> Outcome:
             trust_remote_code=options.trust_remote_code,
         )
     return Outcome(DONE, str(exported), exported.to_dict())
-
-
-def _source(options: argparse.Namespace) -> Source:
-    from ..pipeline.source import find_source
-
-    return find_source(options.folder, options.trust_remote_code)

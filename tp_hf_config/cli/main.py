@@ -52,8 +52,7 @@ def run() -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
-    Args:
-        argv: the command line without the program's name; default: that of the process.
+    ``argv``: the command line without the program's name; default: that of the process.
 
     Returns:
         The exit code.

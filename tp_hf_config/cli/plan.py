@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_model, add_widths, widths_of
+from .arguments import add_model, add_widths, check_model, read_config, widths_of
 from .console import quiet_libraries
 from .outcome import DONE, FAILED, Outcome
 
@@ -19,21 +19,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raise if the arguments for the widths contradict each other, or if there is no such model."""
-    from ..pipeline.source import check_reachable, find_source
-
     widths_of(options)
-    check_reachable(find_source(options.model, options.trust_remote_code))
+    check_model(options)
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Make the plan from the config; the exit code is 1 if the class refuses the widths, else 0."""
     settings = widths_of(options)
     from ..pipeline.checks import plan_for
-    from ..pipeline.source import class_for, config_of, find_source
 
     with quiet_libraries():
-        source = find_source(options.model, options.trust_remote_code)
-        config = config_of(source)
-        plan = plan_for(source, config, class_for(source, config), settings)
+        plan = plan_for(*read_config(options), settings)
     code = DONE if plan.refusal is None else FAILED
     return Outcome(code, str(plan), plan.to_dict(), plan)

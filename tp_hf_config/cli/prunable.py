@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_model
+from .arguments import add_model, check_model, read_config
 from .console import quiet_libraries
 from .outcome import DONE, Outcome
 
 HELP = "list what can be pruned, and the proof of it"
+check = check_model
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -16,20 +17,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raise if there is no such model."""
-    from ..pipeline.source import check_reachable, find_source
-
-    check_reachable(find_source(options.model, options.trust_remote_code))
-
-
 def run(options: argparse.Namespace) -> Outcome:
     """List the widths of the model; exit code 0."""
     from ..graph.prunable import prunable
-    from ..pipeline.source import class_for, config_of, find_source
 
     with quiet_libraries():
-        source = find_source(options.model, options.trust_remote_code)
-        config = config_of(source)
-        report = prunable(config, model_class=class_for(source, config))
+        _, config, model_class = read_config(options)
+        report = prunable(config, model_class=model_class)
     return Outcome(DONE, str(report), report.to_dict(), report)

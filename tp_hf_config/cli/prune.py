@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .arguments import (
     UsageError,
     add_model,
+    add_out,
     add_widths,
     count,
     names_no_width,
@@ -31,12 +33,7 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mlu", "musa", "xla")
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_model(parser)
-    parser.add_argument(
-        "--out", metavar="DIR", type=path, required=True, help="the folder to write"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model that is there, in the end"
-    )
+    add_out(parser)
     what = add_widths(parser)
     what.add_argument(
         "--ranking",
@@ -83,7 +80,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--no-compensate",
-        action="store_true",
+        action="store_false",
+        dest="compensate",
         help="cut only: do not refit the weights that read what is pruned",
     )
     how.add_argument(
@@ -140,6 +138,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def _job(options: argparse.Namespace) -> Job:
+    """Return the job that the options of its fields' names describe."""
     from ..pipeline.job import Job
     from ..pipeline.source import find_source
 
@@ -149,28 +148,12 @@ def _job(options: argparse.Namespace) -> Job:
     widths = widths_of(options)
     if options.allocate:
         widths["layers"] = "differ"
-    return Job(
-        find_source(options.model, options.trust_remote_code),
-        options.out,
-        widths,
-        importance=options.importance,
-        calibration=options.calibration,
-        compensate=not options.no_compensate,
-        recover=options.recover,
-        device=options.device,
-        dtype=options.dtype,
-        seed=options.seed,
-        max_shard_size=options.max_shard_size,
-        overwrite=options.overwrite,
-        stream=options.stream,
-        resume=options.resume,
-        drop_layers=options.drop_layers[1] if options.drop_layers else 0,
-        drop_from=options.drop_layers[0] if options.drop_layers else None,
-        ranking=options.ranking,
-        allocate=options.allocate,
-        tokens=options.tokens,
-        command=shlex.join(word for word in shlex.split(options.typed) if word != "--resume"),
-    )
+    same = {part.name for part in fields(Job)} & vars(options).keys()
+    given = {name: getattr(options, name) for name in same}
+    given["drop_from"], given["drop_layers"] = options.drop_layers or (None, 0)
+    typed = (word for word in shlex.split(options.typed) if word != "--resume")
+    source = find_source(options.model, options.trust_remote_code)
+    return Job(**{**given, "source": source, "widths": widths, "command": shlex.join(typed)})
 
 
 def _contradiction(options: argparse.Namespace) -> str | None:
@@ -187,7 +170,7 @@ def _contradiction(options: argparse.Namespace) -> str | None:
             "--max-pruning-ratio": options.max_pruning_ratio,
             f"--ranking {ranking}": ranking != "local",
             "--layers uniform": options.layers == "uniform",
-            "--no-compensate": options.no_compensate,
+            "--no-compensate": not options.compensate,
         }
         given = [name for name, value in decided.items() if value]
         if given:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import count, path
+from .arguments import add_folder, count, path
 from .outcome import DONE, Outcome
 
 HELP = "write the config.json that a folder's weights need, where there is exactly one"
@@ -12,9 +12,7 @@ HELP = "write the config.json that a folder's weights need, where there is exact
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "folder", metavar="FOLDER", type=path, help="holds config.json and the weights"
-    )
+    add_folder(parser)
     parser.add_argument(
         "--out", metavar="DIR", type=path, help="write a new folder, leave FOLDER as it is"
     )
@@ -27,9 +25,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=count,
         metavar="N",
         help="the number of query heads, where no shape shows it",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import UsageError, path
+from .arguments import UsageError, add_folder, path
 from .outcome import DONE, FAILED, Outcome
 
 HELP = "load and run a folder in a fresh process, and compare it with another"
@@ -12,9 +12,7 @@ HELP = "load and run a folder in a fresh process, and compare it with another"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "folder", metavar="FOLDER", type=path, help="holds config.json and the weights"
-    )
+    add_folder(parser)
     parser.add_argument(
         "other",
         metavar="OTHER",
@@ -23,9 +21,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="a folder to compare it with: both run on the same made-up inputs",
     )
     parser.add_argument("--against", metavar="OTHER", type=path, help="the same, by name")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the folder's own code, if it has any"
-    )
 
 
 def check(options: argparse.Namespace) -> None:

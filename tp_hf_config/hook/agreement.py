@@ -50,10 +50,7 @@ class Agreement:
     ) -> None:
         """Compare the channels that are pruned.
 
-        Args:
-            pruner: the pruner.
-            groups: what it prunes.
-            failure: why this rank cannot; all ranks raise then, this one its own error.
+        ``failure``: why this rank cannot; all ranks raise then, this one its own error.
         """
         parts = (
             (group.root.name, _digest([vars(layer) for layer in group.layers]))

@@ -183,6 +183,13 @@ def _buffers(name: str, old: nn.Module, new: nn.Module) -> Iterator[Buffer]:
             yield Buffer(name, key, value, None if previous is None else previous.dtype)
 
 
+def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[list[str], list[str]]:
+    """Write all that differs; return the names of the attributes and of the buffers."""
+    write_fields(changes, live, difference.fields)
+    attributes = write_attributes(changes, live, difference.attributes)
+    return attributes, write_buffers(changes, live, difference.buffers)
+
+
 def write_fields(
     changes: Changes, live: nn.Module, fields: Sequence[tuple[str, FieldPath, Any]]
 ) -> None:

@@ -31,9 +31,7 @@ class _State:
 class CutLog:
     """What was cut from a model, from one sync to the next.
 
-    Args:
-        model: the Hugging Face model.
-        cuts: what its graph cuts.
+    ``cuts``: what its graph cuts.
     """
 
     def __init__(self, model: Any, cuts: Cuts):

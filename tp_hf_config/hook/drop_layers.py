@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -22,14 +22,7 @@ from ..model.layer_entries import KEY, entries_of
 from ..model.live_objects import config_nodes, surroundings_of
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import compare, shapes
-from .apply import (
-    Changes,
-    all_or_nothing,
-    difference,
-    write_attributes,
-    write_buffers,
-    write_fields,
-)
+from .apply import Changes, all_or_nothing, difference, write
 from .dropped_layers import DroppedLayers
 from .mirrored_fields import with_mirrored_fields
 from .outputs_without import OutputsWithout
@@ -142,19 +135,6 @@ def _sorted(layers: Sequence[int], dropping: _Dropping) -> tuple[int, ...]:
     return chosen
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A config that describes a model without some layers.
-
-    Attributes:
-        data: its JSON, with every default.
-        built: its reference build.
-    """
-
-    data: dict[str, Any]
-    built: nn.Module
-
-
 class _Dropping:
     """A model, and the list of its layers that some are dropped of.
 
@@ -255,19 +235,17 @@ class _Dropping:
     def drop(self, dropped: tuple[int, ...], notes: Sequence[str]) -> DroppedLayers:
         """Drop layers, and return what the report says of that; change nothing if anything fails.
 
-        Args:
-            dropped: the numbers of the layers, rising.
-            notes: for the report.
+        ``dropped``: the numbers of the layers, rising.
         """
         change = self._change(dropped)
         if isinstance(change, Refusal):
             raise self._refused(dropped, change.reason)
-        found = self._proved(change)
+        data, built = self._proved(change)
         keep, parameters = self._kept(dropped), self.model.num_parameters()
         fresh = _build(self.builder, self.data)  # running one changes it (Swin's windows)
         outputs = OutputsWithout(self.model, fresh, self.modules, dropped)
         with all_or_nothing() as changes:
-            self._write(changes, found, keep)
+            self._write(changes, data, built, keep)
             self._check_written(keep)
             compared = outputs.compare(self.name)
         name, tensors = type(self.model).__name__, len(shapes(self.model))
@@ -281,7 +259,7 @@ class _Dropping:
             notes=(*notes, *notes_on_options(self.model, self.builder), *outputs.notes()),
         )
 
-    def _proved(self, change: Change) -> _Found:
+    def _proved(self, change: Change) -> tuple[dict[str, Any], nn.Module]:
         """Return the new config, with fields that repeat a changed one, and its reference build."""
         data = with_values(self.data, change)
         built = self.builder.build(data, buffers=True)
@@ -292,22 +270,22 @@ class _Dropping:
             )
         # what only has the old number of layers by chance (experts) is no news here
         data, built, _ = with_mirrored_fields(self.builder, self.data, data, built)
-        return _Found(data, built)
+        return data, built
 
-    def _write(self, changes: Changes, found: _Found, keep: Sequence[int]) -> None:
+    def _write(
+        self, changes: Changes, data: dict[str, Any], built: nn.Module, keep: Sequence[int]
+    ) -> None:
         """Shorten the list, and write config fields, attributes and buffers."""
-        entries = _entries_kept(self.model, self.data, found.data, keep)
+        entries = _entries_kept(self.model, self.data, data, keep)
         for config, _ in entries:
             changes.set(config, KEY, None)  # they may not name layers that are gone
         _shorten(changes, self.list, keep)
         _shorten(Changes(), self.reference.get_submodule(self.name), keep)
-        new = difference(self.model, self.reference, found.built)
+        new = difference(self.model, self.reference, built)
         fields = [item for item in new.fields if KEY not in item[1]]
-        write_fields(changes, self.model, fields)
+        write(changes, self.model, replace(new, fields=fields))
         for config, left in entries:
             changes.set(config, KEY, left)
-        write_attributes(changes, self.model, new.attributes)
-        write_buffers(changes, self.model, new.buffers)
 
     def _check_written(self, keep: Sequence[int]) -> None:
         """Raise if the config, as it is saved, does not build the layers that are left."""

@@ -63,11 +63,8 @@ class DroppedLayers:
         return short(self, str(self))
 
     def _repr_html_(self) -> str:
-        title, *lines = str(self).split("\n")
         rows = [(name, old, new) for name, (old, new) in self.fields.items()]
-        return notebook.page(
-            title, notebook.table(("config field", "old", "new"), rows), notebook.lines(lines)
-        )
+        return notebook.report(str(self), notebook.table(("config field", "old", "new"), rows))
 
     __rich__ = __str__
 

@@ -58,8 +58,7 @@ class EnclosingModules:
     def numbers(self, changed: Mapping[FieldPath, tuple[Any, Any]]) -> list[Number]:
         """Return the numbers that equal a field's old value; call it before the fields are written.
 
-        Args:
-            changed: field -> (old value, new value).
+        ``changed``: field -> (old value, new value).
         """
         olds = {
             old: field for field, (old, _) in reversed(list(changed.items())) if type(old) is int
@@ -145,10 +144,6 @@ def _derived(number: Number, new: int) -> dict[str, Any]:
 
     There are none unless the module has no weights and no submodules, its constructor takes
     attributes by their names, and calling it with them gives the module as it is.
-
-    Args:
-        number: the number.
-        new: its new value.
     """
     module = number.module
     if module._modules or module._parameters or module._buffers:

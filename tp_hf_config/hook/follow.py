@@ -33,14 +33,7 @@ from ..model.config_json import FieldPath, changed_values, config_json, field_na
 from ..model.live_objects import surroundings_of
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
-from .apply import (
-    all_or_nothing,
-    difference,
-    write_attributes,
-    write_buffers,
-    write_fields,
-    write_ties,
-)
+from .apply import all_or_nothing, difference, write, write_ties
 from .enclosing_modules import EnclosingModules
 from .history import PrunedGroup
 from .mirrored_fields import with_mirrored_fields
@@ -104,8 +97,7 @@ class Follower:
     def follow(self, report: SyncReport) -> SyncReport:
         """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
 
-        Args:
-            report: a report with the groups that were pruned since the last time.
+        ``report``: a report with the groups that were pruned since the last time.
 
         Returns:
             The report with what was written, and notes on it.
@@ -124,9 +116,7 @@ class Follower:
         }
         numbers = self.enclosing.numbers(changed)
         with all_or_nothing() as changes:
-            write_fields(changes, self.model, change.fields)
-            attributes = write_attributes(changes, self.model, change.attributes)
-            buffers = write_buffers(changes, self.model, change.buffers)
+            attributes, buffers = write(changes, self.model, change)
             ties = write_ties(changes, self.model, self.ties)
             self._check_written(data, built)
             written, outside = self.enclosing.follow(changes, numbers, changed)
@@ -154,9 +144,7 @@ class Follower:
     ) -> None:
         """Raise if no config could describe what a step is going to leave.
 
-        Args:
-            groups: what the step prunes.
-            shapes_after: tensor name -> its shape after the step, tied ones under all names.
+        ``shapes_after``: tensor name -> its shape after the step, tied ones under all names.
 
         Raises:
             ConfigSyncError: no config could.

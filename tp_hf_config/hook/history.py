@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from ..model.surroundings import restore_attribute
 from ..notebook import short
 
@@ -116,7 +114,12 @@ class _Watched:
             return
         layers = tuple(layers_of(self.graph, group))
         modules = [dep.target.module for dep, _ in group]
-        frozen = [(module, name) for module in modules for name in _frozen(module)]
+        frozen = [
+            (module, name)
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None and not parameter.requires_grad
+        ]
         try:
             prune(group, None, record_history)
         finally:
@@ -136,8 +139,3 @@ def layers_of(graph: Any, group: Any) -> Iterator[PrunedLayer]:
         size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
         name, is_output = side
         yield PrunedLayer(name, is_output, tuple(int(i) for i in idxs), size or 0)
-
-
-def _frozen(module: nn.Module) -> list[str]:
-    """Return the names of a module's frozen parameters."""
-    return [name for name, p in module._parameters.items() if p is not None and not p.requires_grad]

@@ -9,12 +9,7 @@ from torch import nn
 from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
-from ..graph.pruner_access import (
-    GraphInputs,
-    arguments_of,
-    cannot_replace_trace,
-    replace_graph,
-)
+from ..graph.pruner_access import GraphInputs, arguments_of, cannot_replace_trace, replace_graph
 from ..planning.pruner_arguments import adapt_arguments, check_needed, check_ratios
 from ..planning.pruner_kwargs import default_pruner_kwargs
 from .registration import constructor_of

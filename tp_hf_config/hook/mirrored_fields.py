@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -11,10 +10,10 @@ from ..fieldmap.layer_counts import of_every_config
 from ..fieldmap.names_in_code import names_in_code
 from ..model.build import Builder, Refusal
 from ..model.config_json import (
-    FieldPath,
     changed_values,
     config_json,
     field_name,
+    plain_fields,
     value_at,
     with_values,
     without_field,
@@ -45,8 +44,10 @@ def with_mirrored_fields(
     code: frozenset[str] = frozenset()
     notes: list[str] = []
     general = of_every_config()
-    for field, value in _whole_numbers(after) if pairs else ():
-        if general & set(field) or value not in pairs or value_at(before, field) != value:
+    for field, value in plain_fields(after) if pairs else ():
+        if type(value) is not int or value not in pairs or value_at(before, field) != value:
+            continue
+        if general & set(field):
             continue
         code = code or names_in_code(built)
         if field[-1] in code:
@@ -56,9 +57,11 @@ def with_mirrored_fields(
         if derived == {value, pairs[value]}:
             candidate = with_values(new, {field: pairs[value]})
             candidate_build = builder.build(candidate, buffers=True)
-            if not isinstance(candidate_build, Refusal) and _builds_alike(built, candidate_build):
-                new, built = candidate, candidate_build
-                continue
+            if not isinstance(candidate_build, Refusal):
+                change = difference(built, built, candidate_build)
+                if not change.attributes and not change.buffers:
+                    new, built = candidate, candidate_build
+                    continue
         source = next(field_name(p) for p, v in changed_values(before, after) if v == pairs[value])
         notes.append(
             f"config.{field_name(field)} is still {value}, as {source} was: no code of the class "
@@ -73,18 +76,3 @@ def _every_default(builder: Builder, data: dict[str, Any]) -> dict[str, Any]:
         return config_json(builder.config(data), use_diff=False)
     except Exception:  # as in Builder.build
         return {}
-
-
-def _whole_numbers(node: dict[str, Any], field: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
-    """Yield each field with a whole number, and the number; ``field`` is where ``node`` is."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _whole_numbers(value, (*field, key))
-        elif type(value) is int:
-            yield (*field, key), value
-
-
-def _builds_alike(build: nn.Module, other: nn.Module) -> bool:
-    """True if two builds of one class have the same attributes and unsaved buffers."""
-    change = difference(build, build, other)
-    return not change.attributes and not change.buffers

@@ -43,11 +43,7 @@ class OutputsWithout:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        full: nn.Module,
-        layers: Sequence[nn.Module],
-        dropped: Sequence[int],
+        self, model: nn.Module, full: nn.Module, layers: Sequence[nn.Module], dropped: Sequence[int]
     ):
         self._model, self._total = model, len(layers)
         self._inputs = _small_inputs(model, full)
@@ -100,8 +96,7 @@ class OutputsWithout:
     def compare(self, layers: str) -> str:
         """Return what was compared, in words, now that the layers are gone.
 
-        Args:
-            layers: the name of the list of layers.
+        ``layers``: the name of the list of layers.
 
         Raises:
             ConfigSyncError: the model computes something else now.
@@ -138,11 +133,8 @@ def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal
 def tensors_by_name(output: Any, layers: int, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the floating point tensors of an output by name; of several, each by its place.
 
-    Args:
-        output: what a forward pass returns.
-        layers: how many layers there are; a tuple that may have a part for each (hidden states,
-            attentions) is left out.
-        name: the output's name.
+    ``layers``: how many layers there are; a tuple that may have a part for each (hidden states,
+    attentions) is left out.
     """
     if isinstance(output, Tensor) and output.is_floating_point():
         yield name or "output", output.detach().clone()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..planning.allocation_plot import empty_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -22,28 +24,20 @@ _BEFORE, _AFTER = "#c7d3df", "#1f5a91"
 _ROW = 0.28  # height of a row in inches
 
 
-class Drawn(Protocol):
+class _Drawn(Protocol):
     """The parts of a report that a plot reads."""
 
     @property
-    def fields(self) -> Mapping[str, tuple[Any, Any]]:
-        """Return config field -> (old value, new value)."""
-        ...
+    def fields(self) -> Mapping[str, tuple[Any, Any]]: ...
 
     @property
-    def groups(self) -> Sequence[PrunedGroup]:
-        """Return the pruned groups."""
-        ...
+    def groups(self) -> Sequence[PrunedGroup]: ...
 
     @property
-    def parameters(self) -> tuple[int, int]:
-        """Return the model's parameter counts before and after."""
-        ...
+    def parameters(self) -> tuple[int, int]: ...
 
     @property
-    def compensation(self) -> Compensation | None:
-        """Return what refits came to."""
-        ...
+    def compensation(self) -> Compensation | None: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class Change:
         return self.name if self.count == 1 else f"{self.name} (x{self.count})"
 
 
-def field_changes(reports: Iterable[Drawn]) -> list[Change]:
+def field_changes(reports: Iterable[_Drawn]) -> list[Change]:
     """Return the changes of config fields from the first report to the last.
 
     A list gives one change per entry.
@@ -82,7 +76,7 @@ def field_changes(reports: Iterable[Drawn]) -> list[Change]:
     return [Change(*width) for name in first for width in _numbers(name, first[name], last[name])]
 
 
-def layer_changes(reports: Iterable[Drawn]) -> list[Change]:
+def layer_changes(reports: Iterable[_Drawn]) -> list[Change]:
     """Return the changes of the layer sides that lost channels.
 
     Repeated layers with the same widths give one change.
@@ -99,7 +93,7 @@ def layer_changes(reports: Iterable[Drawn]) -> list[Change]:
     return [Change(*key, count) for key, count in alike.items()]
 
 
-def plot_widths(reports: Sequence[Drawn], path: str | PathLike[str]) -> Figure:
+def plot_widths(reports: Sequence[_Drawn], path: str | PathLike[str]) -> Figure:
     """Draw the widths of config fields and of layers, before the first report and after the last.
 
     Where weights were refitted, a panel more draws the error of each layer's output with and
@@ -118,7 +112,7 @@ def plot_widths(reports: Sequence[Drawn], path: str | PathLike[str]) -> Figure:
     rows = [max(len(changes), 1) for changes in panels.values()]
     refits = [r.compensation for r in reports if r.compensation and r.compensation.layers]
     heights = [*rows, 8] if refits else rows
-    figure = _figure((9, _ROW * sum(heights) + 2))
+    figure = empty_figure((9, _ROW * sum(heights) + 2))
     axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights})
     for ax, (title, changes) in zip(axes, panels.items(), strict=False):
         _bars(ax, title, changes)
@@ -131,7 +125,7 @@ def plot_widths(reports: Sequence[Drawn], path: str | PathLike[str]) -> Figure:
 
 
 def plot_history(
-    reports: Sequence[Drawn],
+    reports: Sequence[_Drawn],
     path: str | PathLike[str],
     metrics: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
@@ -156,7 +150,7 @@ def plot_history(
                 f"each, or {len(reports) + 1}, first that of the unpruned model"
             )
         series[name] = list(values)  # type: ignore[arg-type]
-    figure = _figure((7, 2.2 * len(series) + 0.6))
+    figure = empty_figure((7, 2.2 * len(series) + 0.6))
     axes = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (name, values) in zip(axes, series.items(), strict=True):
         ax.plot(range(len(reports) + 1 - len(values), len(reports) + 1), values, "o-", c=_AFTER)
@@ -168,15 +162,6 @@ def plot_history(
     axes[-1].set_xticks(range(len(reports) + 1))
     figure.savefig(path)
     return figure
-
-
-def _figure(size: tuple[float, float]) -> Figure:
-    """Return an empty figure of this width and height, in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'tp-hf-config[plot]'") from error
-    return Figure(figsize=size, layout="constrained", dpi=120)
 
 
 def _bars(ax: Axes, title: str, changes: Sequence[Change]) -> None:
@@ -232,7 +217,7 @@ def _sides(group: PrunedGroup) -> Iterator[tuple[str, int, int]]:
         yield name, before[name], before[name] - len(channels)
 
 
-def _check_any(reports: Sequence[Drawn]) -> None:
+def _check_any(reports: Sequence[_Drawn]) -> None:
     """Raise ``ValueError`` if there is no report."""
     if not reports:
         raise ValueError("nothing to draw: no report yet. Call pruner.step() first")

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .. import notebook
+from ..errors import as_range
 from ..model.layer_entries import name_in_all_layers
 from ..notebook import short
 from ..schema import dated
@@ -94,11 +95,8 @@ class SyncReport:
         return short(self, str(self), most=200)
 
     def _repr_html_(self) -> str:
-        title, *lines = str(self).split("\n")
         rows = [(name, old, new) for name, (old, new) in self.fields.items()]
-        return notebook.page(
-            title, notebook.table(("config field", "old", "new"), rows), notebook.lines(lines)
-        )
+        return notebook.report(str(self), notebook.table(("config field", "old", "new"), rows))
 
     __rich__ = __str__  # rich's own view prints every index of every layer
 
@@ -161,14 +159,8 @@ def in_words(fields: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str]
             of_layers.setdefault(shared, []).append((old, new))
     for name, changes in of_layers.items():
         olds, news = zip(*changes, strict=True)
-        result[name] = _range(olds), f"{_range(news)} in {_count(len(changes), 'layer')}"
+        result[name] = as_range(olds), f"{as_range(news)} in {_count(len(changes), 'layer')}"
     return result
-
-
-def _range(values: Sequence[Any]) -> str:
-    """Return values as their range: ``96`` or ``61..69``."""
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low}..{high}"
 
 
 def _count(number: int, word: str) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ConfigSyncError
 from ..fieldmap.solve.explain import AGAIN
 from ..graph.sides import ParameterView
-from ..model.shapes import Shapes, named_modules
+from ..model.shapes import Shapes, shapes
 from ..model.surroundings import restore_attribute
 from .follow import Follower
 from .history import PrunedGroup, layers_of
@@ -41,7 +41,8 @@ def prove_before_cutting(
         prepare: gets the chosen groups once they are proved, and whether all of them are pruned for
             certain; in an interactive step that is the user's choice.
     """
-    if not _can_choose_twice(pruner):
+    # OBD-C's importance (it has adjust_fisher) is told what was chosen: choosing changes it
+    if not is_unmodified(pruner) or hasattr(pruner.importance, "adjust_fisher"):
         yield
         return
     choose, estimate = pruner._prune, pruner.estimate_importance
@@ -52,7 +53,12 @@ def prove_before_cutting(
         whole = stepping
         if (whole or prepare is not None) and pruner.current_step <= pruner.iterative_steps:
             importances: list[Any] = []
-            pruner.estimate_importance = _recorded(estimate, importances)
+
+            def recorded(*args: Any, **kwargs: Any) -> Any:
+                importances.append(estimate(*args, **kwargs))
+                return importances[-1]
+
+            pruner.estimate_importance = recorded
             try:
                 groups = _chosen_groups(pruner, choose)
                 if whole:
@@ -81,12 +87,9 @@ def prove_before_cutting(
 def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) -> None:
     """Raise if no config could describe what a step's groups leave.
 
-    Args:
-        follower: the follower of the pruner's model.
-        pruner: the pruner.
-        groups: the groups that the step prunes; if their layers cannot be cut without data, nothing
-            is checked.
-        step: the number of the step, for the message.
+    ``groups``: the groups that the step prunes; if their layers cannot be cut without data, nothing
+    is checked.
+    ``step``: the number of the step, for the message.
 
     Raises:
         ConfigSyncError: no config could.
@@ -107,24 +110,6 @@ def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int
         ) from None
 
 
-def _can_choose_twice(pruner: Any) -> bool:
-    """True if a pruner can choose its groups twice, and the first time changes nothing.
-
-    OBD-C's importance (it has ``adjust_fisher``) rules that out: it is told what was chosen.
-    """
-    return is_unmodified(pruner) and not hasattr(pruner.importance, "adjust_fisher")
-
-
-def _recorded(estimate: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
-    """Wrap ``estimate`` so that each of its results is appended to ``results``."""
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        results.append(estimate(*args, **kwargs))
-        return results[-1]
-
-    return recorded
-
-
 def _chosen_groups(pruner: Any, choose: Callable[[], Iterator[Any]]) -> list[Any]:
     """Return the groups that the pruner would prune now; restore what choosing changes."""
     before = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
@@ -140,11 +125,6 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
     """Return the shape of every parameter and saved buffer of a model once these groups are cut.
 
     Torch-Pruning's own functions cut copies of the layers on the meta device.
-
-    Args:
-        pruner: the pruner of the groups.
-        model: the Hugging Face model.
-        groups: the groups.
 
     Returns:
         Tensor name -> shape, or ``None`` if one of the functions cannot cut without data.
@@ -163,7 +143,7 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
                 _cut(copies, module, handler, sorted(idxs))
     except Exception:  # a function of Torch-Pruning or of the user may need data
         return None
-    return _shapes_with(model, copies)
+    return shapes(model, copies)
 
 
 def _owner(module: Any) -> Any:
@@ -199,18 +179,3 @@ def _without_data(module: Any) -> Any:
             for key, value in vars(module)[kind].items()
         }
     return duplicate
-
-
-def _shapes_with(model: nn.Module, copies: dict[int, Any]) -> Shapes:
-    """Return the shapes of a model with the copies in place of their layers."""
-    parameters: dict[str, tuple[int, ...]] = {}
-    buffers: dict[str, tuple[int, ...]] = {}
-    for name, module in named_modules(model):
-        layer, prefix = copies.get(id(module), module), f"{name}." if name else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                parameters[prefix + key] = tuple(layer._parameters[key].shape)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                buffers[prefix + key] = tuple(layer._buffers[key].shape)
-    return parameters | buffers

@@ -27,9 +27,7 @@ def class_digest(builder: Builder, model: nn.Module) -> str | None:
     place at run time (kernels from another library), and with the versions of this library, torch
     and Transformers.
 
-    Args:
-        builder: builds the class.
-        model: the class built from its config, without data.
+    ``model``: the class built from its config, without data.
 
     Returns:
         Hexadecimal digits; None if some class has no source file, as those typed into a shell.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -66,6 +66,18 @@ def value_at(data: Any, path: FieldPath) -> Any:
         else:
             return None
     return data
+
+
+def plain_fields(data: Mapping[str, Any], field: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+    """Yield each field of a config's JSON that is no object, and its value; a list is one value.
+
+    ``field`` is where ``data`` stands.
+    """
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from plain_fields(value, (*field, key))
+        else:
+            yield (*field, key), value
 
 
 def without_field(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:

@@ -28,9 +28,7 @@ def module_of(
 ) -> nn.Module:
     """Return a module as it is, or a config's class built without weights.
 
-    Args:
-        source: a module, or a config.
-        model_class: the class to build from a config; None for the one it belongs to.
+    ``model_class``: the class to build from a config; None for the one it belongs to.
 
     Raises:
         UnsupportedModelError: no class belongs to the config, or the class refuses it.

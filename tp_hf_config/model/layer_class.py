@@ -143,9 +143,7 @@ def layerwise_class(
 ) -> type[PreTrainedModel]:
     """Return the generated subclass of a model's class; made once for each class and lists.
 
-    Args:
-        model: an instance of the stock class.
-        lists: the name of each list of layers -> the classes of its layers.
+    ``lists``: the name of each list of layers -> the classes of its layers.
 
     Returns:
         The class. Its module lies in a temporary folder until the process ends, from where

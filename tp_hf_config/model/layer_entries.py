@@ -96,7 +96,8 @@ def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
         classes = tuple(dict.fromkeys(type(layer) for layer in module))
         count = getattr(config, "num_hidden_layers", None)
         counted = type(count) is int and len(module) <= count  # a hybrid's may have one for a kind
-        if type(config) in paths and counted and all(map(_takes_config, classes)):
+        takes_config = all("config" in inspect.signature(cls).parameters for cls in classes)
+        if type(config) in paths and counted and takes_config:
             result.append(LayerList(name, paths[type(config)], classes))
     return result
 
@@ -108,10 +109,6 @@ def config_around(model: nn.Module, name: str) -> Any:
         config = vars(model.get_submodule(name)).get("config")
         if config is not None or not name:
             return config
-
-
-def _takes_config(layer_class: type) -> bool:
-    return "config" in inspect.signature(layer_class).parameters
 
 
 def entries_of(config: Any) -> dict[int, dict[str, Any]]:
@@ -151,9 +148,7 @@ def set_entries(config: Any, entries: Mapping[int, Mapping[str, Any]]) -> None:
 def uniform_json(data: Mapping[str, Any], like: int | None = 0) -> dict[str, Any]:
     """Return a config's JSON in which all layers are alike, and none has an entry.
 
-    Args:
-        data: the config's JSON.
-        like: the number of the layer that all are like; ``None``: they have the numbers for all.
+    ``like``: the number of the layer that all are like; ``None``: they have the numbers for all.
     """
     result: dict[str, Any] = {}
     for key, value in data.items():
@@ -183,10 +178,8 @@ def with_own_configs(model: PreTrainedModel, lists: Sequence[LayerList]) -> None
 class ListedLayers:
     """A model in which every layer has an entry for every setting that may differ.
 
-    Args:
-        model: the model.
-        keys: the path of a config -> the settings of which every layer gets an entry, with the
-            value that holds for all layers that have none yet.
+    ``keys``: the path of a config -> the settings of which every layer gets an entry, with the
+    value that holds for all layers that have none yet.
     """
 
     def __init__(self, model: PreTrainedModel, keys: Mapping[FieldPath, Mapping[str, int]]):
@@ -244,9 +237,7 @@ def _keep_what_differs(config: Any, implied: Mapping[str, int]) -> bool:
 
     Where nothing changed, numbers that the config leaves to a default stay so.
 
-    Args:
-        config: the config.
-        implied: setting -> what its number for all layers is, or implies.
+    ``implied``: setting -> what its number for all layers is, or implies.
 
     Returns:
         True if the config says something else than before it had entries.

@@ -40,14 +40,10 @@ class Parts:
     def of(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Return the result of an operation on the whole, made of parts; ``None``: not possible.
 
-        Args:
-            func: the operation of torch.
-            args: its arguments; the first is the whole.
-            kwargs: its keyword arguments.
+        ``args``: its arguments; the first is the whole.
         """
         if func in (_aten._to_copy.default, _aten.clone.default):
-            each = tuple(func(tensor, **kwargs) for tensor in self.tensors)
-            return Parts(each, self.dim, self.stacked).joined()
+            return self._each(lambda tensor: func(tensor, **kwargs)).joined()
         take = _TAKES.get(func)
         return None if take is None else take(self, *args[1:], **kwargs)
 
@@ -88,8 +84,7 @@ class Parts:
             return None
         if dim != self.dim:
             inner = self._inner(dim)
-            each = tuple(_aten.slice.Tensor(t, inner, start, end) for t in self.tensors)
-            return Parts(each, self.dim, self.stacked).joined()
+            return self._each(lambda t: _aten.slice.Tensor(t, inner, start, end)).joined()
         spans = list(self._spans())
         first, last, _ = slice(start, end).indices(spans[-1][1])
         if self.stacked:
@@ -152,10 +147,7 @@ _TAKES: dict[Any, Callable[..., Any]] = {
 def parts_of(func: Any, args: Sequence[Any], ndim: int) -> Parts | None:
     """Return the parts that an operation joins; ``None``: it joins none.
 
-    Args:
-        func: the operation of torch.
-        args: its arguments.
-        ndim: the number of dimensions of its result.
+    ``ndim``: the number of dimensions of its result.
     """
     if func not in (_aten.stack.default, _aten.cat.default):
         return None

@@ -65,9 +65,7 @@ _SHAPES = {
 class LazyTensor(Tensor):
     """A tensor on the CPU whose values are read at each use.
 
-    Args:
-        like: a tensor on the meta device with the shape, dtype, strides and storage offset.
-        read: returns the values.
+    ``like``: a tensor on the meta device with the shape, dtype, strides and storage offset.
 
     Attributes:
         like: as given.

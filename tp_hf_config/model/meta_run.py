@@ -32,12 +32,7 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 _CONVOLUTION = torch.ops.aten.convolution.default
 _PADDING = 4
 """Index of the padding among the arguments of a convolution."""
-_VALUES = (
-    torch.Tensor.item,
-    torch.Tensor.__bool__,
-    torch.Tensor.__int__,
-    torch.Tensor.__index__,
-)
+_VALUES = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__index__)
 
 
 class NoValues(TorchFunctionMode):

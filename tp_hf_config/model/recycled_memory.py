@@ -22,12 +22,7 @@ _lock = Lock()
 
 
 def recycled_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor on the CPU with arbitrary values, in memory that was used before if possible.
-
-    Args:
-        shape: its shape.
-        dtype: its dtype.
-    """
+    """Return a tensor on the CPU with any values, in memory that was used before if possible."""
     size = math.prod(shape) * dtype.itemsize
     if size < _SMALLEST:
         return torch.empty(shape, dtype=dtype)

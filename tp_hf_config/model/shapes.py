@@ -11,13 +11,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> its shape."""
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all parameters (tied ones under each name) and saved buffers."""
+def shapes(
+    model: nn.Module, instead: Mapping[int, nn.Module] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all parameters (tied ones under each name) and saved buffers.
+
+    ``instead``: the ``id`` of a module -> one of the same tensors in other shapes, in its place.
+    """
     result: dict[str, tuple[int, ...]] = {}
     buffers: dict[str, tuple[int, ...]] = {}
     visited: set[int] = set()
     for module_name, module in named_modules(model):
         prefix = f"{module_name}." if module_name else ""
+        module = (instead or {}).get(id(module), module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 result[prefix + name] = tuple(parameter.shape)

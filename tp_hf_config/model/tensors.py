@@ -109,10 +109,8 @@ class Tie:
     def conflict(self, model: nn.Module, alike: bool = False) -> Refusal | None:
         """Return why the names cannot share one Parameter again, or None if they can.
 
-        Args:
-            model: the pruned model.
-            alike: True if all names have lost the same channels for certain; then only their
-                shapes are compared, not their values.
+        ``alike``: True if all names have lost the same channels for certain; then only their shapes
+        are compared, not their values.
         """
         first, *others = self.pruned(model) or self.names[:1]
         weight = model.get_parameter(first)

@@ -102,11 +102,7 @@ def apply_cuts(
     model = rebuilt(whole, cuts)
     settings = {"cuts": cuts.digest(), "max_shard_size": max_shard_size}
     with resumable_folder(
-        target,
-        record(source, settings),
-        source=source.folder,
-        overwrite=overwrite,
-        resume=resume,
+        target, record(source, settings), source=source.folder, overwrite=overwrite, resume=resume
     ) as work:
         work.decide(None)  # the cut list is there, so weight files are final
         save_model(model, work.model, max_shard_size)

@@ -19,12 +19,7 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def card(source: Source, pruned: Pruned) -> str:
-    """Return the text of the model card, with front matter for the Hub.
-
-    Args:
-        source: the model before pruning.
-        pruned: the result of the job.
-    """
+    """Return the text of the model card, with front matter for the Hub."""
     lines = [f"Round trip: {pruned.proof}."]
     if pruned.dropped is not None:
         lines.append(f"{pruned.dropped.in_one_line}.")
@@ -82,9 +77,7 @@ def _loading(layerwise: Layerwise, folder: str) -> list[str]:
 def card_of_export(source: Source | None, exported: Exported) -> str:
     """Return the text of the model card of an export, with front matter for the Hub.
 
-    Args:
-        source: the model that was exported; ``None`` for a model that was given.
-        exported: the result.
+    ``source``: the model that was exported; ``None`` for a model that was given.
     """
     name = exported.model if source is None else base_model(source)
     before, after = exported.parameters

@@ -57,11 +57,7 @@ def plan_for(
 ) -> Plan:
     """Return the plan that :func:`~tp_hf_config.plan` makes from the config alone.
 
-    Args:
-        source: the model, for messages.
-        config: its config.
-        model_class: its class.
-        settings: keyword arguments for :func:`~tp_hf_config.plan`.
+    ``settings``: keyword arguments for :func:`~tp_hf_config.plan`.
 
     Raises:
         PipelineError: a setting is invalid or the target cannot be reached.

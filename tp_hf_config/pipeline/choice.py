@@ -98,11 +98,7 @@ def choose(
     A causal language model is calibrated on the shipped text where the user says nothing else;
     other models are ranked by magnitude, unless there is a calibration file.
 
-    Args:
-        job: the job.
-        text: what is in its calibration file; ``None`` if it has none.
-        config: the model's config.
-        model_class: the model's class.
+    ``text``: what is in its calibration file; ``None`` if it has none.
 
     Raises:
         PipelineError: the user asked for something that takes a text, and there is none for this

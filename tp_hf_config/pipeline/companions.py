@@ -62,11 +62,7 @@ def copy_companions(
     Follow a link only if it leads into the model's folder or the Hub's cache. Of a GGUF file,
     write the tokenizer alone.  Do not overwrite files in ``out``.
 
-    Args:
-        source: the model.
-        config: its config.
-        out: the folder to copy to.
-        wanted: patterns of the files that belong to it.
+    ``wanted``: patterns of the files that belong to it.
     """
     if source.gguf is not None:
         if wanted == LICENCES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..errors import PipelineError, UnsupportedModelError
 from ..fieldmap.field_map import map_of
@@ -16,102 +15,74 @@ from ..hook.dropped_layers import DroppedLayers
 from ..model.build import Refusal
 from ..planning.allocate import Allocation
 from ..planning.plan import Plan
-from .choice import Choice
-from .decided import Decided, Perplexities
+from .decided import Decided
 from .job import Job
-from .material import Material, gather
+from .material import Run, gather, measure
 from .progress import Progress
 from .steps import check_ranking, run_steps
 from .widths import decided
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 @dataclass(frozen=True)
 class Cut:
-    """A model after its steps.
+    """What became of a model in its steps.
 
     Attributes:
-        model: the pruned model.
         recipe: how its class was run before it was pruned.
-        choice: what the job does with it.
         widths: the widths that it was pruned to; ``None``: only layers were dropped.
-        material: what it is run on; ``None``: nothing.
         decided: what was decided.
     """
 
-    model: PreTrainedModel
     recipe: RunRecipe
-    choice: Choice
     widths: Plan | Allocation | None
-    material: Material | None
     decided: Decided
 
 
-def decide(
-    job: Job, model: PreTrainedModel, plan: Plan | None, choice: Choice, progress: Progress
-) -> Cut:
+def decide(run: Run, plan: Plan | None) -> Cut:
     """Decide what goes, by the model's weights and a text, and prune the model in place.
 
-    Args:
-        job: the job.
-        model: the model.
-        plan: the plan; ``None``: widths are decided on the way, or none are pruned.
-        choice: what the job does with a model of this class.
-        progress: where to show how far this is.
+    ``plan``: the plan; ``None``: widths are decided on the way, or none are pruned.
     """
+    job, model = run.job, run.model
     if plan is not None and job.ranking != "local":
-        check_ranking(job, plan, model)
-    choice, material, without_text = _material(job, choice, model, progress)
-    parameters, before = model.num_parameters(), perplexities(model, material)
-    dropped = _drop(job, model, material, progress)
+        check_ranking(run, plan)
+    without_text = _gather(run)
+    parameters, before = model.num_parameters(), run.perplexities()
+    dropped = _drop(run)
     widths: Plan | Allocation | None = plan
     if job.widths and plan is None:
-        if dropped is not None and choice.measures and material is not None:
-            material.measure(progress)
-        widths = decided(job, model, choice, material, parameters, progress)
-        show(widths, job, progress)
+        calibration = None if run.material is None else run.material.calibration
+        if dropped is not None and run.choice.measures and calibration is not None:
+            measure(calibration, run.progress)
+        widths = decided(run, parameters)
+        show(widths, job, run.progress)
     recipe = map_of(model, how=by_layers).recipe
-    reports = run_steps(job, widths, model, choice, material, progress)
+    reports = run_steps(run, widths)
     allocation = widths if isinstance(widths, Allocation) else None
     made = Decided(without_text, parameters, before, dropped, allocation, reports)
-    return Cut(model, recipe, choice, widths, material, made)
+    return Cut(recipe, widths, made)
 
 
-def cut_again(
-    job: Job,
-    model: PreTrainedModel,
-    plan: Plan | None,
-    choice: Choice,
-    kept: tuple[Decided, CutList | None],
-    progress: Progress,
-) -> Cut:
-    """Carry out what an interrupted run of the same job has decided.
+def cut_again(run: Run, plan: Plan | None, kept: tuple[Decided, CutList | None]) -> Cut:
+    """Carry out what an interrupted run of the same job has decided; the model is replaced.
 
-    Args:
-        job: the job.
-        model: the model, whole.
-        plan: the plan, as for :func:`decide`.
-        choice: what the job does with a model of this class.
-        kept: what was decided, and the cut list of all steps.
-        progress: where to show how far this is.
+    ``kept``: what was decided, and the cut list of all steps.
     """
     made, cuts = kept
-    progress.say("going on: what goes is decided, and not measured again")
-    material = None
+    run.progress.say("going on: what goes is decided, and not measured again")
     if made.without_text:
-        choice = choice.without_text(made.without_text)
+        run.choice = run.choice.without_text(made.without_text)
     elif made.after is None:
-        choice, material, _ = _material(job, choice, model, progress, calibrates=False)
+        _gather(run, calibrates=False)
     if made.dropped is not None:
-        drop_layers(model, made.dropped.dropped, which=made.dropped.layers)
+        drop_layers(run.model, made.dropped.dropped, which=made.dropped.layers)
     widths: Plan | Allocation | None = plan or made.allocation
-    if job.widths and widths is None:
-        widths = decided(job, model, choice, material, made.parameters, progress)
-    recipe = map_of(model, how=by_layers).recipe
-    pruned = model if cuts is None else rebuilt(model, cuts)
-    return Cut(pruned, recipe, choice, widths, material, made)
+    if run.job.widths and widths is None:
+        widths = decided(run, made.parameters)
+    recipe = map_of(run.model, how=by_layers).recipe
+    if cuts is not None:
+        run.model = rebuilt(run.model, cuts)
+    return Cut(recipe, widths, made)
 
 
 def show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
@@ -124,49 +95,41 @@ def show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
         )
 
 
-def _material(
-    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress, calibrates: bool = True
-) -> tuple[Choice, Material | None, str]:
-    """Return what the job does with this model, and what it runs it on; ``None``: nothing.
-
-    The last value is why it runs it on nothing after all; empty if it does.
+def _gather(run: Run, calibrates: bool = True) -> str:
+    """Gather what the model is run on; return why it is run on nothing after all, or ``""``.
 
     Raises:
         UnsupportedModelError: the model does not run on text alone, and the user asked for that.
     """
+    choice = run.choice
     if choice.origin is None:
-        return choice, None, ""
-    material = gather(job, choice, model, progress, calibrates)
+        return ""
+    material = gather(run.job, choice, run.model, run.progress, calibrates)
     if not isinstance(material, Refusal):
-        return choice, material, ""
+        run.material = material
+        return ""
     if choice.asked:
         raise UnsupportedModelError(
             f"{material.reason}: leave --calibration, --recover, --allocate and --drop-layers out, "
             "and use --importance magnitude or random"
         )
-    return choice.without_text(material.reason), None, material.reason
+    run.choice = choice.without_text(material.reason)
+    return material.reason
 
 
-def perplexities(model: PreTrainedModel, material: Material | None) -> Perplexities:
-    """Return a model's perplexity on the held-out windows, and that on the second text."""
-    return (None, None) if material is None else material.perplexities(model)
-
-
-def _drop(
-    job: Job, model: PreTrainedModel, material: Material | None, progress: Progress
-) -> DroppedLayers | None:
+def _drop(run: Run) -> DroppedLayers | None:
     """Drop the layers that change least on the text; return the report, ``None`` if none go.
 
     Raises:
         PipelineError: there are not so many layers.
     """
-    if not job.drop_layers or material is None:
+    count, which = run.job.drop_layers, run.job.drop_from
+    if not count or run.material is None:
         return None
+    calibration = run.material.calibration
     try:
-        dropped = drop_layers(
-            model, count=job.drop_layers, calibration=material.calibration, which=job.drop_from
-        )
+        dropped = drop_layers(run.model, count=count, calibration=calibration, which=which)
     except ValueError as error:
-        raise PipelineError(f"--drop-layers {job.drop_layers}: {error}") from error
-    progress.say(str(dropped))
+        raise PipelineError(f"--drop-layers {count}: {error}") from error
+    run.progress.say(str(dropped))
     return dropped

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
-from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.config_json import config_json
 from .exported import Ready, Request
 from .llama_layers import Layer, llama_layers
+from .output import writing_weights
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -57,9 +57,8 @@ class DeciLMConfig(LlamaConfig):
 def prepare(request: Request) -> Ready | Refusal:
     """Prove that a model is a Llama of several widths, and write down those of each layer.
 
-    Args:
-        request: what to export; with a multiple of 256, layers are padded to it, and their widths
-            are given as ratios.
+    ``request``: what to export; with a multiple of 256, layers are padded to it, and their widths
+    are given as ratios.
 
     Returns:
         The export, ready to be written; or a refusal that says what DeciLM does not express.
@@ -109,10 +108,7 @@ def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:
     else:
         ffn["ffn_mult"] = 1.5 * (layer.ffn - MULTIPLE // 2) / hidden_size
     attention = {"no_op": False, "replace_with_linear": False}
-    return {
-        "attention": {**attention, "n_heads_in_group": layer.queries // layer.keys},
-        "ffn": ffn,
-    }
+    return {"attention": {**attention, "n_heads_in_group": layer.queries // layer.keys}, "ffn": ffn}
 
 
 def _config(
@@ -133,20 +129,13 @@ def _config(
 
 
 def _write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Write the config, the file of its class and the weights.
-
-    Raises:
-        PipelineError: the weights cannot be written.
-    """
+    """Write the config, the file of its class and the weights."""
     from huggingface_hub import save_torch_state_dict
-    from safetensors import SafetensorError
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = folder / "config.json"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_for_transformers_4(folder, Classes(LlamaConfig, LlamaForCausalLM, 0))
     (folder / f"{_FILE}.py").write_text(_SOURCE, encoding="utf-8")
-    try:
+    with writing_weights():
         save_torch_state_dict(weights, folder)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise PipelineError(f"the weights cannot be written: {error}") from error

@@ -21,14 +21,7 @@ from .card import card_of_export
 from .companions import LICENCES, Copied, copy_companions
 from .exported import FORMATS, Exported, Ready, Request
 from .output import check_target, new_folder
-from .source import (
-    check_not_quantised,
-    check_reachable,
-    class_for,
-    config_of,
-    find_source,
-    load,
-)
+from .source import check_not_quantised, check_reachable, class_for, config_of, find_source, load
 
 if TYPE_CHECKING:
     from .source import Source
@@ -92,7 +85,10 @@ def export(
     else:
         source = find_source(os.fspath(model_or_folder), trust_remote_code)
         check_target(target, source=source.folder, overwrite=overwrite)
-        model, notes = _loaded(source)
+        check_reachable(source)
+        config = config_of(source)
+        check_not_quantised(source, config)
+        model, notes = load(source, config, class_for(source, config))
     stock = stock_class(type(model)).__name__
     if to != "gguf" and not layer_lists(type(model)):
         raise PipelineError(
@@ -144,15 +140,3 @@ def check_request(to: str, multiple_of: int | None) -> None:
         raise PipelineError(f"multiple_of={multiple_of}: expected a whole number above 0")
     if to == "gguf" and find_spec("gguf") is None:
         raise PipelineError("to='gguf' needs gguf: pip install 'tp-hf-config[gguf]'")
-
-
-def _loaded(source: Source) -> tuple[Any, tuple[str, ...]]:
-    """Load the model of a source; return it with notes for the user.
-
-    Raises:
-        PipelineError: it cannot be read.
-    """
-    check_reachable(source)
-    config = config_of(source)
-    check_not_quantised(source, config)
-    return load(source, config, class_for(source, config))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import as_range
 from ..schema import dated
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Exported:
     @property
     def widths(self) -> dict[str, tuple[str, str]]:
         """Return config field -> its values before and after, as text: ``768..1536``."""
-        return {name: (_range(old), _range(new)) for name, (old, new) in self.fields.items()}
+        return {name: (as_range(old), as_range(new)) for name, (old, new) in self.fields.items()}
 
     def __str__(self) -> str:
         before, after = self.parameters
@@ -127,8 +128,3 @@ class Exported:
             "seconds": self.seconds,
         }
         return dated(data)
-
-
-def _range(values: tuple[int, ...]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low}..{high}"

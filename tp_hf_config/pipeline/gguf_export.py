@@ -11,8 +11,7 @@ from ..model.build import Refusal
 from .card import base_model
 from .exported import GGUF_FILE, Ready, Request
 from .gguf_vocabulary import vocabulary_of
-from .llama_layers import llama_layers
-from .llama_rotary import rotary_factors
+from .llama_layers import llama_layers, rotary_factors
 from .source import tokenizer_of
 
 _SILU = ("silu", "swish")
@@ -27,8 +26,7 @@ _NO_TOKENIZER = (
 def prepare(request: Request) -> Ready | Refusal:
     """Prove that a model is a Llama, whose layers may differ, and that GGUF can say all of it.
 
-    Args:
-        request: what to export; with a multiple, the feed-forward of every layer is padded to it.
+    ``request``: what to export; with a multiple, the feed-forward of every layer is padded to it.
 
     Returns:
         The export, ready to be written; or a refusal that says what llama.cpp does not compute.

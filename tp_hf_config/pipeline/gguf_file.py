@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..errors import listed
 from .gguf_vocabulary import Vocabulary
-from .llama_layers import Layer, LlamaLayers
-from .llama_rotary import rope_theta
+from .llama_layers import Layer, LlamaLayers, rope_theta
 
 _TYPES = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -45,7 +44,10 @@ def write(
     if factors is not None:
         writer.add_tensor(_ROTARY_FACTORS, factors.numpy())
     for key, tensor in zip(_names(llama).values(), _tensors(llama), strict=True):
-        writer.add_tensor(key, _as_numpy(tensor), raw_dtype=_TYPES[tensor.dtype][0])
+        kind, tensor = _TYPES[tensor.dtype][0], tensor.contiguous()
+        if tensor.dtype == torch.bfloat16:  # which NumPy has not
+            tensor = tensor.view(torch.uint8)
+        writer.add_tensor(key, tensor.numpy(), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -181,11 +183,3 @@ def _in_halves(tensor: Tensor, heads: int) -> Tensor:
     """Undo :func:`_in_pairs`."""
     pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
-
-
-def _as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Return a tensor's data; of bfloat16, which NumPy has not, the bytes."""
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint8)
-    return tensor.numpy()

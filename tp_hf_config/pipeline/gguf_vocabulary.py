@@ -82,9 +82,7 @@ class _Cutting:
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary | Refusal:
     """Return a tokenizer as llama.cpp reads it.
 
-    Args:
-        tokenizer: the tokenizer.
-        size: how many embeddings the model has.
+    ``size``: how many embeddings the model has.
 
     Returns:
         The tokenizer; or a refusal: llama.cpp would cut text in another way.
@@ -114,6 +112,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary |
         )
     kinds = dict.fromkeys(_BYTES, "BYTE") if cutting.model == "llama" else {}
     kinds |= {t["content"]: "CONTROL" if t["special"] else "USER_DEFINED" for t in added}
+    special = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in _SPECIAL}
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     texts, types = [f"[PAD{number}]" for number in range(size)], ["UNUSED"] * size
     for text, number in named.items():
         texts[number], types[number] = text, kinds.get(text, "NORMAL")
@@ -124,10 +126,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary |
         types,
         cutting.merges,
         [cutting.scores.get(text, 0.0) for text in texts] if cutting.scores else (),
-        _special(tokenizer),
+        {kind: token for kind, token in special.items() if token is not None},
         *ends,
         cutting.adds_space,
-        _chat_template(tokenizer),
+        template,
         cutting.notes,
     )
 
@@ -299,15 +301,3 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool] | Refusal:
     return Refusal(
         f"its tokenizer makes {whole} of {bare}; llama.cpp puts bos before or eos behind, no others"
     )
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    found = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in _SPECIAL}
-    return {kind: token for kind, token in found.items() if token is not None}
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]] | None:
-    template: Any = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        return [{"name": name, "template": text} for name, text in template.items()]
-    return template  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,7 @@ _BIASES = ("attention_bias", "mlp_bias")
 def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusal:
     """Return the config with which a Llama computes what a model does from the same weights.
 
-    Args:
-        model: a model with weights, all of its layers alike.
+    ``model``: a model with weights, all of its layers alike.
 
     Returns:
         The config and the comparison of the outputs; or a refusal: its tensors are others, it
@@ -50,7 +49,9 @@ def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusa
             "off"
         )
     builder = Builder(model)
-    for key in _own_numbers(data, config_json(llama.config, use_diff=False)):
+    known = config_json(llama.config, use_diff=False)
+    own = (k for k, v in data.items() if k not in known and type(v) is int and v > 1)
+    for key in own:
         other = builder.build(with_values(data, {(key,): 1}), buffers=True)
         if not isinstance(other, Refusal):
             _give_weights(other, model.state_dict())
@@ -98,10 +99,3 @@ def _give_weights(built: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a model that was built without data its weights; they are not copied."""
     built.load_state_dict(weights, assign=True)
     built.tie_weights()  # type: ignore[operator]
-
-
-def _own_numbers(data: Mapping[str, Any], llama: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the settings of a config that are whole numbers and that a Llama has not."""
-    for key, value in data.items():
-        if key not in llama and type(value) is int and value > 1:
-            yield key

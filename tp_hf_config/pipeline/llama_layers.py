@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..fieldmap.field_map import map_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, with_values
 from ..model.layer_class import layer_lists
@@ -18,10 +17,12 @@ from .llama import as_llama
 from .padded import padded_alike
 from .padding import LayerWidths, layer_widths, pad
 from .padding_proof import SameOutputs, prove_padding
-from .roundtrip import runnable_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
+
+_CLOSE = 1e-6
+"""How far float32 frequencies may be from the default's and still count as those."""
 
 
 class Layer(NamedTuple):
@@ -64,9 +65,7 @@ class LlamaLayers:
 def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> LlamaLayers | Refusal:
     """Prove that a model is a Llama, whose layers may differ, and collect what it consists of.
 
-    Args:
-        model: the model.
-        multiple_of: pad the feed-forward of every layer to a multiple of this.
+    ``multiple_of``: pad the feed-forward of every layer to a multiple of this.
 
     Returns:
         The Llama; or a refusal that says why it is none.
@@ -95,10 +94,7 @@ def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> Llam
         weights.pop("lm_head.weight", None)
     fields = {
         "intermediate_size": (tuple(b.ffn for b in before), tuple(n.ffn for n in layers)),
-        "num_attention_heads": (
-            tuple(b.queries for b in before),
-            tuple(n.queries for n in layers),
-        ),
+        "num_attention_heads": (tuple(b.queries for b in before), tuple(n.queries for n in layers)),
         "num_key_value_heads": (tuple(b.keys for b in before), tuple(n.keys for n in layers)),
     }
     own = {name: values for name, values in fields.items() if len({*values[0], *values[1]}) > 1}
@@ -112,9 +108,7 @@ def _in_multiples(model: PreTrainedModel, multiple_of: int) -> PreTrainedModel |
     padded = pad(model, widths, type(model), data)
     if isinstance(padded, Refusal):
         return padded
-    recipe = map_of(model).recipe
-    inputs = runnable_inputs(model, recipe)
-    proof = inputs if isinstance(inputs, Refusal) else prove_padding(model, padded, inputs, recipe)
+    proof = prove_padding(model, padded)
     return proof if isinstance(proof, Refusal) else padded.model
 
 
@@ -154,3 +148,40 @@ def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dic
         if key == "weight" and part and biased.get(part[0]):
             result.setdefault(f"{layer}.bias", torch.zeros(len(value), dtype=value.dtype))
     return result
+
+
+def rotary_factors(config: LlamaConfig) -> Tensor | Refusal | None:
+    """Return by what llama.cpp divides the frequencies of the rotary embeddings.
+
+    Returns:
+        A factor for each pair of channels, as scaled embeddings (Llama 3) have; ``None`` if all
+        are 1; or a refusal: they depend on the length of the text, or scale attention too.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(config)
+    kind = str(getattr(rotary, "rope_type", "default"))
+    if "dynamic" in kind or kind == "longrope":
+        return Refusal(
+            f"rope_type {kind!r}: its frequencies depend on the length of the text, and a GGUF "
+            "file has one factor for each"
+        )
+    scaling = float(getattr(rotary, "attention_scaling", 1.0))
+    if scaling != 1:
+        return Refusal(
+            f"rope_type {kind!r} scales attention by {scaling:.4g}, which a GGUF file of a Llama "
+            "does not say"
+        )
+    frequencies = rotary.inv_freq.double().cpu()
+    size = 2 * len(frequencies)
+    default = rope_theta(config) ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    factors = default / frequencies
+    if torch.allclose(factors, torch.ones_like(factors), rtol=_CLOSE, atol=0):
+        return None
+    return factors.float()
+
+
+def rope_theta(config: LlamaConfig) -> float:
+    """Return the base of the rotary frequencies, which Transformers 4 keeps in another place."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or config.rope_theta)

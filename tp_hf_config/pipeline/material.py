@@ -49,10 +49,28 @@ class Material:
         held_out = self.objective.perplexity(model, self.held_out)
         return held_out, self.objective.perplexity(model, self.second)
 
-    def measure(self, progress: Progress) -> None:
-        """Measure what the model's weights read now, if anything is made of it."""
-        if self.calibration is not None:
-            measure(self.calibration, progress)
+
+@dataclass
+class Run:
+    """A job under way.
+
+    Attributes:
+        job: the job.
+        model: the model; it is pruned on the way.
+        choice: what the job does with it.
+        progress: where to show how far this is.
+        material: what the model is run on; ``None``: nothing.
+    """
+
+    job: Job
+    model: PreTrainedModel
+    choice: Choice
+    progress: Progress
+    material: Material | None = None
+
+    def perplexities(self) -> tuple[float | None, float | None]:
+        """Return the perplexities of the model as it is now; see :class:`Material`."""
+        return (None, None) if self.material is None else self.material.perplexities(self.model)
 
 
 def gather(

@@ -187,15 +187,21 @@ def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | None 
     Raises:
         PipelineError: the weights cannot be written.
     """
-    from safetensors import SafetensorError
-
     from ..checkpoint.lazy_weights import written_one_by_one
     from ..model.lazy_tensor import is_lazy
 
     shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     one_by_one = written_one_by_one() if is_lazy(model) else nullcontext()
+    with writing_weights(), one_by_one:
+        model.save_pretrained(folder, **shards)
+
+
+@contextmanager
+def writing_weights() -> Iterator[None]:
+    """Raise a full disk, as safetensors reports it, as a ``PipelineError``."""
+    from safetensors import SafetensorError
+
     try:
-        with one_by_one:
-            model.save_pretrained(folder, **shards)
-    except SafetensorError as error:  # how safetensors reports a full disk
+        yield
+    except SafetensorError as error:
         raise PipelineError(f"the weights cannot be written: {error}") from error

@@ -16,7 +16,7 @@ from .exported import Fields, Ready, Request
 from .output import save_model
 from .padding import LayerWidths, Padded, largest, layer_widths, pad
 from .padding_proof import SameOutputs, prove_padding
-from .roundtrip import prove_roundtrip, runnable_inputs
+from .roundtrip import prove_roundtrip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 def prepare(request: Request) -> Ready | Refusal:
     """Pad a model and prove that it computes the same.
-
-    Args:
-        request: what to export.
 
     Returns:
         The padded model, ready to be written; or a refusal that says why the stock class cannot
@@ -77,14 +74,8 @@ def padded_alike(
     padded = pad(model, widths, stock_class(type(model)), data)
     if isinstance(padded, Refusal):
         return padded
-    recipe = map_of(model).recipe
-    inputs = runnable_inputs(model, recipe)
-    if isinstance(inputs, Refusal):
-        return inputs
-    proof = prove_padding(model, padded, inputs, recipe)
-    if isinstance(proof, Refusal):
-        return proof
-    return padded, widths, values, proof
+    proof = prove_padding(model, padded)
+    return proof if isinstance(proof, Refusal) else (padded, widths, values, proof)
 
 
 def _fields(widths: LayerWidths, values: dict[FieldPath, int]) -> Fields:

@@ -61,8 +61,7 @@ class LayerWidths:
 def layer_widths(model: PreTrainedModel) -> LayerWidths:
     """Return the widths that single layers of a model have of their own.
 
-    Args:
-        model: a model whose layers may differ; it is as it was afterwards. The meta device will do.
+    ``model``: a model whose layers may differ; it is as it was afterwards. The meta device will do.
 
     Raises:
         UnsupportedModelError: its layers cannot have widths of their own.
@@ -86,7 +85,8 @@ def layer_widths(model: PreTrainedModel) -> LayerWidths:
         for field in view.field_map.values
         if layer_number(field) is not None and shared_field(field) in shared
     ]
-    values = {field: view.field_map.values[field] for field in sorted(own, key=_order)}
+    own.sort(key=lambda field: (field_name(shared_field(field)), layer_number(field) or 0))
+    values = {field: view.field_map.values[field] for field in own}
     return LayerWidths(data, widths, values)
 
 
@@ -103,10 +103,6 @@ def _grouped(group: Group, groups: Iterable[Group]) -> Group:
     return group
 
 
-def _order(field: FieldPath) -> tuple[str, int]:
-    return field_name(shared_field(field)), layer_number(field) or 0
-
-
 def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
     return tuple(map(shared_field, fields))
 
@@ -114,10 +110,8 @@ def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
 def largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] | Refusal:
     """Return field for all layers -> the least value that every layer can be padded to.
 
-    Args:
-        widths: the model's widths.
-        multiple_of: what the value of a field in which layers differ has to be a multiple of; not
-            asked of heads.
+    ``multiple_of``: what the value of a field in which layers differ has to be a multiple of; not
+    asked of heads.
 
     Returns:
         The values; or a refusal that names a field whose layers have no common value.
@@ -186,11 +180,8 @@ def pad(
 ) -> Padded | Refusal:
     """Build a class from a config with wider layers, and copy a model's weights into it.
 
-    Args:
-        model: the model; it stays as it is.
-        widths: its widths.
-        model_class: the class to build.
-        data: the config's JSON, in which no width is less than the model's.
+    ``model``: the model; it stays as it is.
+    ``data``: the config's JSON, in which no width is less than the model's.
 
     Returns:
         The padded model; or a refusal: the class does not build it, or a parameter's units cannot
@@ -212,8 +203,13 @@ def pad(
         return refusal
     padded: Any = built
     padded.generation_config = getattr(model, "generation_config", None)
-    added = [(new, _added(old.count, new.count)) for old, new in pairs]
-    return Padded(padded, tuple((group, units) for group, units in added if len(units)))
+    added: list[tuple[Group, Tensor]] = []
+    for old, new in pairs:
+        units = torch.ones(new.count.units, dtype=torch.bool)
+        units[unit_positions(old.count, new.count)] = False
+        if bool(units.any()):
+            added.append((new, units.nonzero().flatten()))
+    return Padded(padded, tuple(added))
 
 
 def _paired(narrow: LayerWidths, wide: LayerWidths, model: nn.Module) -> list[tuple[Group, Group]]:
@@ -261,13 +257,6 @@ def unit_positions(old: UnitCount, new: UnitCount) -> Tensor:
     units = torch.arange(old.units)
     before, after = old.units // old.channel_groups, new.units // new.channel_groups
     return units // before * after + units % before
-
-
-def _added(old: UnitCount, new: UnitCount) -> Tensor:
-    """Return the numbers of the units that were added."""
-    added = torch.ones(new.units, dtype=torch.bool)
-    added[unit_positions(old, new)] = False
-    return added.nonzero().flatten()
 
 
 def _fill(built: Any, model: nn.Module, pairs: Sequence[tuple[Group, Group]]) -> Refusal | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..fieldmap.field_map import map_of
 from ..forward.observed_pass import outputs_in_float64
 from ..forward.run_recipe import RunRecipe
 from ..graph.sides import Side, is_output, sides_of
@@ -25,6 +26,7 @@ from ..model.config_json import field_name
 from ..model.layer_entries import name_in_all_layers
 from ..model.tensors import tensor
 from .padding import Padded
+from .roundtrip import runnable_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,17 +63,16 @@ def in_float64(model: PreTrainedModel, recipe: RunRecipe) -> PreTrainedModel:
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -> list[Tensor]:
-    """Return the outputs of a model in float64."""
-    inputs = {key: _on_cpu(value) for key, value in inputs.items()}
+    """Return the outputs of a model in float64 on the CPU."""
+
+    def on_cpu(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        return value.cpu().double() if value.is_floating_point() else value.cpu()
+
+    inputs = {key: on_cpu(value) for key, value in inputs.items()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return outputs_in_float64(model, inputs, recipe=recipe)
-
-
-def _on_cpu(value: Any) -> Any:
-    """Return an input on the CPU, in float64 if it is floating point."""
-    if not torch.is_tensor(value):
-        return value
-    return value.cpu().double() if value.is_floating_point() else value.cpu()
 
 
 def compared(expected: list[Tensor], found: list[Tensor]) -> SameOutputs:
@@ -86,20 +87,17 @@ def compared(expected: list[Tensor], found: list[Tensor]) -> SameOutputs:
     return SameOutputs(sum(value.numel() for value in expected), worst)
 
 
-def prove_padding(
-    model: PreTrainedModel, padded: Padded, inputs: Mapping[str, Any], recipe: RunRecipe
-) -> SameOutputs | Refusal:
+def prove_padding(model: PreTrainedModel, padded: Padded) -> SameOutputs | Refusal:
     """Compare a padded model with the model, and ask whether zeros are neutral in every width.
 
-    Args:
-        model: the model.
-        padded: the padded one.
-        inputs: keyword arguments of a forward pass, with small sizes.
-        recipe: how the class is run.
-
     Returns:
-        The comparison; or a refusal that names the field in which zeros are not neutral.
+        The comparison; or a refusal that names the field in which zeros are not neutral, or says
+        why the model cannot be run.
     """
+    recipe = map_of(model).recipe
+    inputs = runnable_inputs(model, recipe)
+    if isinstance(inputs, Refusal):
+        return inputs
     expected = outputs_of(in_float64(model, recipe), inputs, recipe)
     twin = in_float64(padded.model, recipe)
     found = outputs_of(twin, inputs, recipe)

@@ -21,22 +21,16 @@ from .checks import check_device, dtype_of
 from .choice import Choice, choose
 from .companions import Copied, copy_companions, notes_on_uncopied
 from .decided import decided_before
-from .deciding import cut_again, decide, perplexities, show
+from .deciding import cut_again, decide, show
 from .job import Job, Pruned, changed, check_job
 from .layerwise import layerwise_of
+from .material import Run
 from .output import abandoned, new_folder, save_model
 from .progress import Progress, Silent
 from .record import record_of_job
 from .resumable import Work, resumable_folder
 from .roundtrip import Proof, prove_roundtrip
-from .source import (
-    check_not_quantised,
-    check_rotary,
-    class_for,
-    config_of,
-    load,
-    load_lazily,
-)
+from .source import check_not_quantised, check_rotary, class_for, config_of, load, load_lazily
 from .streaming import streams
 from .widths import planned
 
@@ -136,18 +130,19 @@ def _prune_and_write(
     else:
         progress.say(f"loading {job.source.name}")
         model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    run = Run(job, model, choice, progress)
     if kept is None:
-        cut = decide(job, model, plan, choice, progress)
+        cut = decide(run, plan)
         if not cut.decided.keep(work) and job.resume:
             progress.say("what goes cannot be kept: an interrupted run would start anew")
     else:
-        cut = cut_again(job, model, plan, choice, kept, progress)
-    model, recipe, choice, widths = cut.model, cut.recipe, cut.choice, cut.widths
-    made = cut.decided
+        cut = cut_again(run, plan, kept)
+    widths, made = cut.widths, cut.decided
     if made.after is None:
-        made = made.measured(perplexities(model, cut.material), work)
-    del cut  # free the unpruned model: the process that loads the pruned one needs room
-    proof, copied, rotary_notes = _write(job, model, recipe, work.model, progress)
+        made = made.measured(run.perplexities(), work)
+    model, choice = run.model, run.choice
+    del run  # free the unpruned model: the process that loads the pruned one needs room
+    proof, copied, rotary_notes = _write(job, model, cut.recipe, work.model, progress)
     layerwise = layerwise_of(model)
     held_out, second = map(_pair, made.before, made.after or (None, None))
     notes = [*load_notes, *(widths.notes if isinstance(widths, Plan) else ()), *choice.notes]

@@ -22,9 +22,7 @@ _ELSEWHERE = ("source", "out", "calibration", "overwrite", "stream", "resume", "
 def record_of_job(job: Job, text: str | None) -> dict[str, Any]:
     """Return what the result of a job depends on that goes from folder to folder.
 
-    Args:
-        job: the job.
-        text: what is in its calibration file; ``None`` if it has none.
+    ``text``: what is in its calibration file; ``None`` if it has none.
     """
     settings = {
         part.name: _plain(getattr(job, part.name))

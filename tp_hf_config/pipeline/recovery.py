@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch.nn.functional import kl_div
 
 from ..errors import PipelineError
-from .objective import Objective
+from .material import Material
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -24,59 +22,36 @@ _WARM_UP = 5  # updates
 
 
 def accumulate_gradients(
-    model: PreTrainedModel,
-    objective: Objective,
-    batches: Iterator[Tensor],
-    progress: Progress,
-    what: str,
+    model: PreTrainedModel, material: Material, progress: Progress, what: str
 ) -> None:
-    """Sum the gradients of a few windows in the parameters' ``grad``.
+    """Sum the gradients of eight windows in the parameters' ``grad``; old ones are dropped.
 
-    Taylor importance is weight times gradient.
-
-    Args:
-        model: the model; its old gradients are dropped.
-        objective: gives the loss of a window.
-        batches: windows ``(1, tokens)``; eight are taken.
-        progress: where to show how far this is.
-        what: what to call it there.
+    Taylor importance is weight times gradient. ``what``: what to call it in the progress.
     """
     model.zero_grad()
-    for batch in progress.track(islice(batches, _GRADIENTS), _GRADIENTS, what):
-        objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    for batch in progress.track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
+        material.objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
 
 
 def recover(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    objective: Objective,
-    batches: Iterator[Tensor],
-    updates: int,
-    progress: Progress,
-    what: str,
+    model: PreTrainedModel, material: Material, updates: int, progress: Progress, what: str
 ) -> None:
-    """Distil the answers of the unpruned model into the pruned one.
+    """Distil the answers of the unpruned model into the pruned one, in place; a window an update.
 
     The target is the answers and not the text: training on the text would teach the text.
-
-    Args:
-        model: the pruned model; it is trained in place.
-        teacher: the unpruned model.
-        objective: gives the answers for a window.
-        batches: windows ``(1, tokens)``; one is taken for each update.
-        updates: the number of updates.
-        progress: where to show how far this is.
-        what: what to call it there.
+    ``what``: what to call it in the progress.
 
     Raises:
         PipelineError: the loss is not finite.
     """
+    objective, teacher = material.objective, material.teacher
+    assert teacher is not None  # only then does a job recover
     # Pruning replaced the parameters, so every pruning step needs a new optimizer.
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / _WARM_UP, 1 - i / updates)
     )
-    for batch in progress.track(islice(batches, updates), updates, what):
+    for batch in progress.track(islice(material.batches, updates), updates, what):
         with torch.no_grad():
             target = objective.logits(teacher, batch).float().log_softmax(-1)
         guess = objective.logits(model, batch).float().log_softmax(-1)

@@ -62,8 +62,7 @@ class Work:
     def decision(self, classes: list[Any]) -> tuple[Any, CutList | None] | None:
         """Return what a run before this one has decided, and its cut list; ``None``: nothing.
 
-        Args:
-            classes: the classes that what was decided is made of; no others are loaded.
+        ``classes``: the classes that what was decided is made of; no others are loaded.
 
         Raises:
             PipelineError: it cannot be read.

@@ -41,10 +41,7 @@ class Proof:
 def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> Proof:
     """Compare a model with what a fresh process loads from the folder that it was saved to.
 
-    Args:
-        model: the pruned model.
-        folder: the folder.
-        recipe: how the class was run before it was pruned.
+    ``recipe``: how the class was run before it was pruned.
 
     Raises:
         PipelineError: the folder does not load, its outputs differ, or no inputs were found with
@@ -65,12 +62,7 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
 
 
 def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any] | Refusal:
-    """Return keyword arguments of a forward pass with which a model runs; or why none were found.
-
-    Args:
-        model: the model.
-        recipe: how its class is run.
-    """
+    """Return keyword arguments of a forward pass with which a model runs; or why there are none."""
     refusals: list[Refusal] = []
     for inputs in _inputs(model, recipe):
         outputs = _outputs(model, inputs)

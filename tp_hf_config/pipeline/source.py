@@ -175,12 +175,8 @@ def load(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load the whole model into memory, in eval mode.
 
-    Args:
-        source: where the model is.
-        config: its config.
-        model_class: its class.
-        dtype: the dtype of its weights; default: as they are stored, float32 from a GGUF file.
-        device: torch's name of the device to put it on.
+    ``dtype``: the dtype of its weights; default: as they are stored, float32 from a GGUF file.
+    ``device``: torch's name of the device to put it on.
 
     Returns:
         The model, and notes for the user, such as tensors that are missing.
@@ -217,11 +213,8 @@ def load_lazily(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return a model on the CPU whose weights are read from its files at each use, in eval mode.
 
-    Args:
-        source: where the model is: a folder with safetensors files.
-        config: its config.
-        model_class: its class.
-        dtype: the dtype of its weights; default: as they are stored.
+    ``source``: where the model is: a folder with safetensors files.
+    ``dtype``: the dtype of its weights; default: as they are stored.
 
     Returns:
         The model, and notes for the user, such as tensors that are missing.

@@ -13,14 +13,11 @@ from ..hook.report import SyncReport
 from ..planning.allocate import Allocation
 from ..planning.plan import Plan
 from .choice import Choice
-from .job import Importance, Job
-from .material import Material
-from .progress import Progress
+from .job import Importance
+from .material import Run
 from .recovery import accumulate_gradients, recover
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..calibration.calibrate import Calibration
 
 _OF_TORCH_PRUNING: dict[Importance, str] = {
@@ -35,48 +32,37 @@ _RANKINGS = {
 }
 
 
-def run_steps(
-    job: Job,
-    widths: Plan | Allocation | None,
-    model: PreTrainedModel,
-    choice: Choice,
-    material: Material | None,
-    progress: Progress,
-) -> tuple[SyncReport, ...]:
+def run_steps(run: Run, widths: Plan | Allocation | None) -> tuple[SyncReport, ...]:
     """Run all steps; return one report per step.
 
     Without widths there is none, but the model recovers.
     """
+    job, model, choice = run.job, run.model, run.choice
+    material, progress = run.material, run.progress
     if widths is None:
         if material is not None and material.teacher is not None:
-            objective, batches = material.objective, material.batches
-            recover(model, material.teacher, objective, batches, job.recover, progress, "recovery")
+            recover(model, material, job.recover, progress, "recovery")
         return ()
     calibration = None if material is None else material.calibration
     hook = HFConfigSyncHook(
-        strict=True,
-        compensate=calibration if choice.compensate else None,
-        layers=job.layers,
+        strict=True, compensate=calibration if choice.compensate else None, layers=job.layers
     )
-    pruner = _pruner(job, widths, model, _importance(choice, calibration), hook)
+    pruner = _pruner(run, widths, _importance(choice, calibration), hook)
     steps = job.steps
     for step in range(1, steps + 1):
         name = f"step {step}/{steps}"
         if material is not None and choice.importance == "taylor":
-            what = f"{name}: gradients"
-            accumulate_gradients(model, material.objective, material.batches, progress, what)
+            accumulate_gradients(model, material, progress, f"{name}: gradients")
         pruner.step()
         progress.say(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
         if material is not None and material.teacher is not None and updates:
-            what = f"{name}: recovery"
-            objective, batches = material.objective, material.batches
-            recover(model, material.teacher, objective, batches, updates, progress, what)
+            recover(model, material, updates, progress, f"{name}: recovery")
     model.zero_grad()
     return tuple(hook.reports)
 
 
-def check_ranking(job: Job, plan: Plan, model: PreTrainedModel) -> None:
+def check_ranking(run: Run, plan: Plan) -> None:
     """Raise if layers that are ranked together would end with widths that no config can say.
 
     A pruner that is made and not used tells, before the model is run on any text.
@@ -84,18 +70,13 @@ def check_ranking(job: Job, plan: Plan, model: PreTrainedModel) -> None:
     Raises:
         ConfigSyncError: as above.
     """
-    importance = tp.importance.GroupMagnitudeImportance()
-    _pruner(job, plan, model, importance, HFConfigSyncHook(strict=True, layers=job.layers))
+    hook = HFConfigSyncHook(strict=True, layers=run.job.layers)
+    _pruner(run, plan, tp.importance.GroupMagnitudeImportance(), hook)
 
 
-def _pruner(
-    job: Job,
-    widths: Plan | Allocation,
-    model: PreTrainedModel,
-    importance: Any,
-    hook: HFConfigSyncHook,
-) -> Any:
+def _pruner(run: Run, widths: Plan | Allocation, importance: Any, hook: HFConfigSyncHook) -> Any:
     """Return a pruner that prunes to these widths, and a hook follows."""
+    job, model = run.job, run.model
     if isinstance(widths, Allocation):
         arguments = widths.pruner_kwargs(model, iterative_steps=job.steps)
     else:

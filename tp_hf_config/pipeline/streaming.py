@@ -18,9 +18,7 @@ def streams(job: Job, choice: Choice) -> bool:
     for byte), and where they would take more than half of the memory that is free.  A job that goes
     on after an interrupt always does.
 
-    Args:
-        job: the job.
-        choice: what it does with a model of this class.
+    ``choice``: what it does with a model of this class.
 
     Raises:
         PipelineError: the user asked for it, and it cannot be.

@@ -17,12 +17,7 @@ from ..model.build import Refusal
 from ..model.disk_cache import suspended
 from ..model.from_config import module_of
 from ..model.locate import check_followable, find_pretrained
-from ..model.surroundings import (
-    one_thread,
-    plain_autograd,
-    quiet_transformers,
-    same_random_state,
-)
+from ..model.surroundings import one_thread, plain_autograd, quiet_transformers, same_random_state
 from ..notebook import page, short, table
 from ..schema import dated, versions
 from ..twin.tiny.tiny_model import tiny_model
@@ -158,9 +153,7 @@ def prepared(
 def after_reload(trial: Trial, model_class: type[nn.Module]) -> WidthSupport:
     """Load what a trial saved, and return its result: ``failed`` if a loaded model differs.
 
-    Args:
-        trial: a width that was pruned, with the folders of the pruned models.
-        model_class: the class to load.
+    ``trial``: a width that was pruned, with the folders of the pruned models.
     """
     for folder in trial.folders:
         refusal = reloaded(model_class, folder)

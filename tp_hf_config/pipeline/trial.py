@@ -161,9 +161,7 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
 
     Leave out a width that cannot be pruned if one of its fields is in a width that can.
 
-    Args:
-        case: the model, which is not changed, and its inputs.
-        folder: where pruned copies are saved.
+    ``case``: the model, which is not changed, and its inputs.
     """
     model: Any = case.model
     field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
@@ -173,21 +171,6 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
         if width.reason is not None and proved & set(width.names):
             continue  # the field can be pruned, only not in this width
         yield _trial(case, width, folder / f"{number:02d}")
-
-
-def default_trial(case: Subject, folder: Path) -> Trial:
-    """Prune a copy with the defaults: ``pruner_kwargs(model)``, one ratio, one step.
-
-    Args:
-        case: the model, which is not changed, and its inputs.
-        folder: where the pruned copy is saved.
-
-    Returns:
-        The trial; its width has no fields.
-    """
-    outcome, why = attempt(case, copy.deepcopy(case.model), folder)
-    why = why or ("nothing was pruned" if outcome == "refused" else "")
-    return Trial(WidthSupport((), outcome, why), (folder,) if outcome == "works" else ())
 
 
 def _trial(case: Subject, width: Width, folder: Path) -> Trial:
@@ -200,7 +183,9 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
         if outcome == "works":
             continue
         if outcome == "refused":
-            why = width.reason or why or f"{_minimum(width)} of {width.units} have to stay"
+            counts = [group.count for group in width.groups]  # one stays in each channel group
+            least = max((max(c.minimum, c.channel_groups) for c in counts), default=0)
+            why = width.reason or why or f"{least} of {width.units} have to stay"
         elif steps > 1:
             why = f"{steps} steps: {why}"
         graph = "" if outcome == "refused" else "config"
@@ -262,14 +247,6 @@ def attempt(
     return ("works", "") if refusal is None else ("failed", _line(refusal.reason))
 
 
-def _minimum(width: Width) -> int:
-    """Return how many units have to stay: as many as the class needs, or the kernels it runs on.
-
-    At least one unit of each channel group stays.
-    """
-    return max(max(group.count.minimum, group.count.channel_groups) for group in width.groups)
-
-
 def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refusal | None:
     """Run all steps and the masked check; return why that failed, or ``None``.
 
@@ -302,12 +279,8 @@ def save(
 ) -> Refusal | None:
     """Save a model with inputs and its outputs; return why that failed, or ``None``.
 
-    Args:
-        model: the pruned model.
-        inputs: keyword arguments of its forward pass, or why there are none.
-        folder: where to save.
-        watched: results that count as outputs.
-        recipe: how the class is run.
+    ``inputs``: keyword arguments of its forward pass, or why there are none.
+    ``watched``: results that count as outputs.
     """
     if isinstance(inputs, Refusal):
         return inputs

@@ -8,10 +8,8 @@ from ..errors import PipelineError
 from ..planning.allocate import Allocation, allocate
 from ..planning.plan import Plan
 from .checks import check_plan, plan_for
-from .choice import Choice
 from .job import Job
-from .material import Material
-from .progress import Progress
+from .material import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,50 +37,30 @@ def planned(job: Job, config: PreTrainedConfig, model_class: type[PreTrainedMode
     return plan
 
 
-def decided(
-    job: Job,
-    model: PreTrainedModel,
-    choice: Choice,
-    material: Material | None,
-    parameters: int,
-    progress: Progress,
-) -> Plan | Allocation:
+def decided(run: Run, parameters: int) -> Plan | Allocation:
     """Return the widths of a model that has been read, and has lost the layers that go.
 
-    A target stays a share of the whole model.
-
-    Args:
-        job: the job.
-        model: the model, with the layers that are left.
-        choice: how the job ranks channels.
-        material: what it runs the model on.
-        parameters: how many parameters the model had with all layers.
-        progress: where to show how far this is.
+    A target stays a share of the whole model, which had so many ``parameters``.
 
     Raises:
         PipelineError: a setting is invalid, or the target cannot be reached.
         UnsupportedModelError: a field cannot be pruned, or not in single layers.
         ConfigSyncError: the class refuses the widths.
     """
+    job, model = run.job, run.model
     widths = dict(job.widths)
     if widths.get("target_params", 2) <= 1:
         widths["target_params"] = int(widths["target_params"] * parameters)
     if job.allocate:
-        return _allocated(job, widths, model, choice, material, progress)
+        return _allocated(run, widths)
     plan = plan_for(job.source, model.config, type(model), widths)
     check_plan(plan, job)
     return plan
 
 
-def _allocated(
-    job: Job,
-    widths: dict[str, Any],
-    model: PreTrainedModel,
-    choice: Choice,
-    material: Material | None,
-    progress: Progress,
-) -> Allocation:
+def _allocated(run: Run, widths: dict[str, Any]) -> Allocation:
     """Return widths for every layer, by sensitivity; ``widths`` has the target as a number."""
+    model, material = run.model, run.material
     assert material is not None  # the user asked for it, so that there is a text or an error
     calibration, target = material.calibration, widths["target_params"]
     assert calibration is not None
@@ -96,8 +74,10 @@ def _allocated(
             f"--allocate: the model has {model.num_parameters():,} parameters by then, so "
             f"--target-params {target:,.0f} prunes no width: take a smaller target"
         )
-    progress.say("allocating: every layer is cut and refitted alone, the model's answers compared")
-    kind: Any = choice.importance
+    run.progress.say(
+        "allocating: every layer is cut and refitted alone, the model's answers compared"
+    )
+    kind: Any = run.choice.importance
     try:
         return allocate(
             model,

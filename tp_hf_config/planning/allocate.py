@@ -87,7 +87,10 @@ class Allocation:
     def __str__(self) -> str:
         old, new = self.parameters
         lines = [f"{self.model}: {old:,} -> {new:,} parameters ({new / old:.1%})"]
-        for name, fields in _by_shared_name(self.widths).items():
+        by_name: dict[str, list[str]] = {}
+        for own in self.widths:
+            by_name.setdefault(name_in_all_layers(own), []).append(own)
+        for name, fields in by_name.items():
             before = [f"{self._before[field]:,}" for field in fields]
             was = f"{before[0]} in each layer" if len(set(before)) == 1 else " ".join(before)
             widths = " ".join(f"{self.widths[field]:,}" for field in fields)
@@ -280,10 +283,3 @@ def _steps(curves: Sequence[LayerCurve], round_to: int) -> Iterator[tuple[float,
             slope = (more - cost) / ((size - less) * curve.parameters)
             highest = max(highest, slope)  # a step is not taken before those above it
             yield highest, curve, less
-
-
-def _by_shared_name(names: Iterable[str]) -> dict[str, list[str]]:
-    by_name: dict[str, list[str]] = {}
-    for name in names:
-        by_name.setdefault(name_in_all_layers(name), []).append(name)
-    return by_name

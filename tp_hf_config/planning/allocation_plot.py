@@ -17,10 +17,7 @@ _COLOURS = ("#1f5a91", "#c0603a", "#5b8c5a", "#7d5ba6")
 
 
 def plot_allocation(
-    every: Sequence[LayerCurve],
-    left: Mapping[str, int],
-    measure: str,
-    path: str | PathLike[str],
+    every: Sequence[LayerCurve], left: Mapping[str, int], measure: str, path: str | PathLike[str]
 ) -> Figure:
     """Draw widths by layer above, and the changes of the model's output by layer below.
 
@@ -33,11 +30,7 @@ def plot_allocation(
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'tp-hf-config[plot]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
+    figure = empty_figure((8, 5))
     above, below = figure.subplots(2, 1, sharex=True)
     names = dict.fromkeys(name_in_all_layers(curve.field) for curve in every)
     for name, colour in zip(names, _COLOURS * len(names), strict=False):
@@ -60,3 +53,12 @@ def plot_allocation(
     below.legend(title="of it gone", ncols=3)
     figure.savefig(path)
     return figure
+
+
+def empty_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of this width and height, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'tp-hf-config[plot]'") from error
+    return Figure(figsize=size, layout="constrained", dpi=120)

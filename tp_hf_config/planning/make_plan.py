@@ -24,10 +24,9 @@ from ..model.config_json import FieldPath, field_name
 from ..model.from_config import module_of
 from .model_size import ParameterCount, Size, size_of
 from .plan import Plan, PlannedWidth
-from .refusals import adjusted_line, by_name, planned_refusal
+from .refusals import adjusted_line, by_name, planned_refusal, shortfalls
 from .selection import Chosen, Wanted, check_ratios, choose
 from .settings import Gqa, Layers, PruneSettings, Scheduler
-from .shortfall import shortfalls
 from .streaming_cost import Cut, calibrated_cost, streaming_cost
 from .target import target_missed, trajectory_to
 from .trajectory import MovingWidth, Trajectory
@@ -131,11 +130,8 @@ def _check_followed(
 ) -> None:
     """Raise if ``pruning_ratio`` decides nothing, since the user must have meant something else.
 
-    Args:
-        trajectory: the widths that are pruned.
-        settings: what the user asked for.
-        target_params: the user's target, which finds the ratio by itself.
-        listed: ``prune=`` lists the widths; they may all have ratios of their own then.
+    ``target_params``: the user's target, which finds the ratio by itself.
+    ``listed``: ``prune=`` lists the widths; they may all have ratios of their own then.
 
     Raises:
         ValueError: ``target_params`` finds the ratio, or every width has a ratio of its own.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 
 import torch
@@ -39,12 +39,7 @@ class Size:
 
     def to_dict(self) -> dict[str, int | None]:
         """Return the size as a dict for ``json.dumps``."""
-        return {
-            "parameters": self.parameters,
-            "bytes": self.bytes,
-            "flops": self.flops,
-            "gram_bytes": self.gram_bytes,
-        }
+        return asdict(self)
 
 
 def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[Size, str | None]:

@@ -22,8 +22,7 @@ from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
 from .pruner_arguments import warn
-from .refusals import adjusted_line, planned_refusal, refusal_lines
-from .shortfall import shortfalls
+from .refusals import adjusted_line, planned_refusal, refusal_lines, shortfalls
 from .trajectory import MovingWidth, Trajectory
 
 
@@ -70,10 +69,7 @@ class Preflight:
 def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
     """Return what a pruner on the config graph is going to leave; raise if that cannot end well.
 
-    Args:
-        pruner: the pruner.
-        view: its Hugging Face model.
-        strict: also raise if the class refuses what is asked for and the nearest would be done.
+    ``strict``: also raise if the class refuses what is asked for and the nearest would be done.
 
     Returns:
         What each step leaves. ``None`` if importances decide how much of a field goes, if the
@@ -99,11 +95,8 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
 def check_config_is_own(pruner: Any, model: Any, sharers: Sequence[str], strict: bool) -> None:
     """Warn or raise if the config that will change also belongs to another live model.
 
-    Args:
-        pruner: the pruner of the model.
-        model: the model whose config it is.
-        sharers: the classes of the other models; see ``model.live_objects.Surroundings``.
-        strict: raise instead of warning.
+    ``sharers``: the classes of the other models; see ``model.live_objects.Surroundings``.
+    ``strict``: raise instead of warning.
 
     Raises:
         ConfigSyncError: there are other models, and ``strict`` is set.

@@ -92,9 +92,7 @@ def check_names(arguments: Iterable[str]) -> None:
 def check_needed(needed: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Warn if a pruner gets fewer ratios than ``pruner_kwargs`` returned for it.
 
-    Args:
-        needed: the ``NEEDED`` arguments that ``pruner_kwargs`` returned.
-        arguments: those that the pruner gets.
+    ``needed``: the ``NEEDED`` arguments that ``pruner_kwargs`` returned.
 
     Raises:
         ValueError: the arguments were made for another ``prune_num_heads``.

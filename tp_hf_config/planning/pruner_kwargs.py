@@ -23,14 +23,7 @@ from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
 from .requested import staying, wanted_by
 from .selection import Chosen, Wanted, choose
 from .selection import check_ratios as check_field_ratios
-from .settings import (
-    Gqa,
-    Graph,
-    Layers,
-    PruneSettings,
-    check_graph,
-    check_share,
-)
+from .settings import Gqa, Graph, Layers, PruneSettings, check_graph, check_share
 from .unit_counts import multiples_of
 
 
@@ -117,11 +110,6 @@ def default_pruner_kwargs(
 
     If head dims are asked for but cannot be pruned, they stay and a warning says so.
 
-    Args:
-        model: what is pruned.
-        view: the Hugging Face model in it.
-        arguments: those of the pruner's constructor.
-
     Raises:
         UnsupportedModelError: heads cannot be pruned, or no width is proved.
     """
@@ -163,12 +151,8 @@ def _on_config_graph(
 ) -> dict[str, Any]:
     """Return arguments for a pruner on the config graph.
 
-    Args:
-        model: what is pruned.
-        view: the Hugging Face model in it.
-        wanted: what the user asks for.
-        ratios: config field -> ratio.
-        given: the pruner's own arguments that the user gave.
+    ``ratios``: config field -> ratio.
+    ``given``: the pruner's own arguments that the user gave.
     """
     chosen = choose(view, replace(wanted, stays=staying(view, given)))
     for message in chosen.staying:

@@ -27,9 +27,7 @@ def wanted_by(arguments: Mapping[str, Any], wrapped: bool) -> Wanted:
     As in Torch-Pruning, heads are pruned if there is a ratio for them, and head dims if
     ``num_heads=`` names layers.
 
-    Args:
-        arguments: those of the pruner's constructor.
-        wrapped: another module reads the model's outputs.
+    ``wrapped``: another module reads the model's outputs.
     """
     heads = bool(arguments.get("prune_num_heads")) and largest_head_ratio(arguments) > 0
     dims = bool(arguments.get("prune_head_dims") and arguments.get("num_heads"))
@@ -40,10 +38,6 @@ def staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
     """Return the widths that stay because a pruner's arguments keep one of their layers.
 
     One field sets all groups of a width: if one group has to stay, all of them have to.
-
-    Args:
-        view: the Hugging Face model.
-        arguments: those of the pruner's constructor.
 
     Returns:
         The fields of each such width -> the reason.
@@ -79,18 +73,11 @@ def staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
 
 
 def _why_heads_stay(
-    view: ModelView,
-    width: Width,
-    layers: list[dict[str, nn.Module]],
-    arguments: Mapping[str, Any],
+    view: ModelView, width: Width, layers: list[dict[str, nn.Module]], arguments: Mapping[str, Any]
 ) -> str | None:
     """Return why a width that changes attention heads stays; ``None``: it may be pruned.
 
-    Args:
-        view: the Hugging Face model.
-        width: the width.
-        layers: for each group of the width, the layers that lose outputs, by name.
-        arguments: those of the pruner's constructor.
+    ``layers``: for each group of the width, the layers that lose outputs, by name.
     """
     split = [
         {name: layer for name, layer in group.items() if view.field_map.splits_of(name)}

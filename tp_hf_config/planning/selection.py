@@ -63,10 +63,6 @@ class Chosen:
 def choose(view: ModelView, wanted: Wanted) -> Chosen:
     """Return the widths to prune.
 
-    Args:
-        view: the model.
-        wanted: what the user asks for.
-
     Raises:
         UnsupportedModelError: what is asked for cannot be pruned.
         ValueError: nothing is asked for.
@@ -188,10 +184,7 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
 def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
     """Return every proved width inside the model.
 
-    Args:
-        view: the model.
-        wanted: what the user asks for.
-        alone: no heads or head dims are pruned, so some width has to be proved.
+    ``alone``: no heads or head dims are pruned, so some width has to be proved.
 
     Raises:
         UnsupportedModelError: ``alone``, and no width is proved.
@@ -210,10 +203,7 @@ def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
 def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> list[Width]:
     """Return the widths that hold the named fields, without those that the arguments keep.
 
-    Args:
-        view: the model.
-        wanted: what the user asks for.
-        asked: the same fields by their paths, if no other width has to be looked at; else none.
+    ``asked``: the same fields by their paths, if no other width has to be looked at; else none.
 
     Raises:
         UnknownFieldError: no width has such a field.
@@ -233,16 +223,11 @@ def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> lis
         if proved:
             chosen += [width for width in free[:1] if width not in chosen]
             continue
-        reasons = sorted({str(width.reason) for width in candidates}) or [_no_such(name, widths)]
-        reason = f"{name}: {'; '.join(reasons)}"
+        others = [other for width in widths for other in width.names]
+        reasons = "; ".join(sorted({str(width.reason) for width in candidates}))
+        reason = f"{name}: {reasons or f'no such width{closest(name, others)}'}"
         raise _cannot(view, reason, UnsupportedModelError if candidates else UnknownFieldError)
     return chosen
-
-
-def _no_such(name: str, widths: Sequence[Width]) -> str:
-    """Return that no width has this name, and the most similar name."""
-    names = [other for width in widths for other in width.names]
-    return f"no such width{closest(name, names)}"
 
 
 def _heads(view: ModelView, wanted: Wanted) -> list[Width]:

@@ -102,8 +102,7 @@ class PruneSettings:
     def in_every_layer(self, names_of: Callable[[str], Sequence[str]]) -> PruneSettings:
         """Return the settings with a field of every layer for one that all layers stand for.
 
-        Args:
-            names_of: a field's name -> the names of the fields that it stands for.
+        ``names_of``: a field's name -> the names of the fields that it stands for.
         """
         prune = (
             None

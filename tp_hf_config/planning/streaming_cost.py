@@ -120,7 +120,10 @@ def calibrated_cost(cut: Cut) -> StreamingCost | None:
     )
     passes = 1 + 2 + cut.steps * (_PASSES_OF_STEP + behind_norms)
     whole = sum(parameter.nbytes for parameter in cut.full.parameters())
-    read = passes * _read_in_pass(cut.full) + cut.steps * ranked + 2 * whole + cut.bytes_after
+    # passes read a tied table at each of its places
+    named = cut.full.named_parameters(remove_duplicate=False)
+    read_in_pass = sum(parameter.nbytes for _, parameter in named)
+    read = passes * read_in_pass + cut.steps * ranked + 2 * whole + cut.bytes_after
     solving = max((each.memory for each in losing), default=0)
     return StreamingCost(
         read,
@@ -158,12 +161,6 @@ class _Solved:
         self.share = 4 * each.parts * self.kept * targets if loses else 0
         self.memory = self.sums + 24 * self.kept * (self.kept + targets)  # three copies, float64
         self.scratch = each.parts * self.sums if loses or plain else 0
-
-
-def _read_in_pass(full: nn.Module) -> int:
-    """Return the bytes that passes read together: a tied table at each of its places."""
-    named = full.named_parameters(remove_duplicate=False)
-    return sum(parameter.nbytes for _, parameter in named)
 
 
 def _memory_of_pass(full: nn.Module, solved: Iterable[_Solved]) -> int:

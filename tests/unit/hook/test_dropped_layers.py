@@ -27,7 +27,7 @@ from tp_hf_config import (
 )
 from tp_hf_config.calibration.influence import layer_influence
 from tp_hf_config.forward.layer_passes import hidden_in, hidden_out
-from tp_hf_config.hook import drop_layers as module
+from tp_hf_config.hook import apply
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -213,7 +213,7 @@ class TestState:
         def fail(*_: Any) -> None:
             raise OSError("out of memory")
 
-        monkeypatch.setattr(module, step, fail)
+        monkeypatch.setattr(apply, step, fail)
         with pytest.raises(OSError, match="out of memory"):
             drop_layers(model, [0])
         small.assert_same(before, small.state_of(model))
@@ -230,7 +230,7 @@ class TestState:
         def fail(*_: Any) -> None:
             raise OSError("out of memory")
 
-        monkeypatch.setattr(module, "write_buffers", fail)
+        monkeypatch.setattr(apply, "write_buffers", fail)
         with pytest.raises(OSError, match="out of memory"):
             drop_layers(model, [0])
         assert model.config.to_json_string() == before

@@ -1,4 +1,4 @@
-"""Layers that differ and dropped layers tried at tiny size, and what a wrong one looks like."""
+"""Layers that differ and dropped layers, tried at tiny size; and what a wrong one looks like."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ import zoo
 
 from tp_hf_config import ConfigSyncError, drop_layers
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import layer_trials, trial
-from tp_hf_config.pipeline.layer_trials import (
-    LayerTrial,
-    differ_trial,
-    drop_trials,
-    lists_of_layers,
-)
+from tp_hf_config.pipeline import trial
 from tp_hf_config.pipeline.support import prepared
 from tp_hf_config.pipeline.trial import Subject, attempt, reloaded
 
+layer_trials: Any = small.module_of(small.ROOT / "benchmarks" / "support" / "layer_trials.py")
+LayerTrial, differ_trial = layer_trials.LayerTrial, layer_trials.differ_trial
 pytestmark = pytest.mark.skipif(
     small.TRANSFORMERS < (5,), reason="the configs of Transformers 4 have other fields"
 )
@@ -42,9 +38,9 @@ def case_of(name: str) -> Subject:
     return case
 
 
-def dropped(name: str, folder: Path) -> list[LayerTrial]:
+def dropped(name: str, folder: Path) -> list[Any]:
     case = case_of(name)
-    return list(drop_trials(case, lists_of_layers(case), folder))
+    return list(layer_trials.drop_trials(case, layer_trials.lists_of_layers(case), folder))
 
 
 @differing

@@ -20,7 +20,7 @@ from tp_hf_config.pipeline import deciding
 from tp_hf_config.pipeline.choice import Choice
 from tp_hf_config.pipeline.companions import Copied
 from tp_hf_config.pipeline.job import Job, Pruned
-from tp_hf_config.pipeline.material import Material, gather
+from tp_hf_config.pipeline.material import Material, Run, gather
 from tp_hf_config.pipeline.objective import Objective, batch_of, objective_of
 from tp_hf_config.pipeline.progress import Silent
 from tp_hf_config.pipeline.roundtrip import Proof
@@ -203,11 +203,12 @@ class TestObjective:
         choice = Choice("wanda", "own", compensate=True)
         monkeypatch.setattr(deciding, "gather", lambda *_: Refusal(reason))
         note = f"channels are ranked by magnitude, and no weight is refitted: {reason}"
-        found = deciding._material(job(), choice, model, Silent())
-        assert found == (Choice("magnitude", notes=(note,)), None, reason)
+        run = Run(job(), model, choice, Silent())
+        assert deciding._gather(run) == reason
+        assert (run.choice, run.material) == (Choice("magnitude", notes=(note,)), None)
         asked = Choice("wanda", "own", compensate=True, asked=True)
         with pytest.raises(UnsupportedModelError) as refused:
-            deciding._material(job(), asked, model, Silent())
+            deciding._gather(Run(job(), model, asked, Silent()))
         assert str(refused.value) == (
             f"{reason}: leave --calibration, --recover, --allocate and --drop-layers out, and use "
             "--importance magnitude or random"

@@ -203,9 +203,7 @@ def _saved_progress(state: TrainerState, name: str) -> Progress | None:
 def _unsupported_run(args: Any, sharded: bool) -> str | None:
     """Return why a model cannot be pruned in a run with these arguments, or None if it can.
 
-    Args:
-        args: the arguments.
-        sharded: True if the model is under FSDP2.
+    ``sharded``: True if the model is under FSDP2.
     """
     if getattr(args, "deepspeed", None):
         return (

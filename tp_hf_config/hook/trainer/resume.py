@@ -22,14 +22,7 @@ from ...model.config_json import FieldPath, changed_values, config_json, field_n
 from ...model.locate import find_pretrained
 from ...model.tensors import owner, saved_buffers
 from ...planning.settings import Layers
-from ..apply import (
-    Changes,
-    all_or_nothing,
-    difference,
-    write_attributes,
-    write_buffers,
-    write_fields,
-)
+from ..apply import Changes, all_or_nothing, difference, write
 from ..hook import HFConfigSyncHook
 from ..registration import hooks_of
 
@@ -73,9 +66,7 @@ def full_config(model: nn.Module, layers: Layers) -> dict[str, Any]:
 def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
     """Return how far a pruner has come.
 
-    Args:
-        pruner: the pruner.
-        unpruned: the JSON of the config before the pruner's first step (:func:`full_config`).
+    ``unpruned``: the JSON of the config before the pruner's first step (:func:`full_config`).
     """
     hook = sync_hook_of(pruner)
     history = [
@@ -157,10 +148,7 @@ def _widen(changes: Changes, model: Any, progress: Progress) -> None:
             f"{type(model).__name__} refuses the config that the checkpoint's run began with. "
             "Resume with the class and the version of transformers that it was saved by."
         )
-    change = difference(model, pruned_build, wide_build)
-    write_fields(changes, model, change.fields)
-    write_attributes(changes, model, change.attributes)
-    write_buffers(changes, model, change.buffers)
+    write(changes, model, difference(model, pruned_build, wide_build))
     wide = dict(wide_build.named_parameters(remove_duplicate=False))
     widened: dict[nn.Parameter, nn.Parameter] = {}  # a Parameter under several names stays one
     for name, old in list(model.named_parameters(remove_duplicate=False)):

@@ -43,8 +43,7 @@ def wrap_as_trainer(module: Any) -> nn.Module:
 def cannot_prune_sharded(resumes: bool) -> str | None:
     """Return why the sharded model of the running ``Trainer`` cannot be pruned; ``None``: it can.
 
-    Args:
-        resumes: True if a checkpoint of a run that pruned is resumed.
+    ``resumes``: True if a checkpoint of a run that pruned is resumed.
     """
     if resumes:
         return (

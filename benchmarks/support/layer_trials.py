@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TPHFConfigError, in_one_line
-from ..fieldmap.completeness import build_live
-from ..fieldmap.fewer_layers import layer_lists_in
-from ..fieldmap.field_map import map_of, whole_build
-from ..forward.extra_methods import outputs_of
-from ..forward.layer_passes import without_layers
-from ..forward.observed_pass import AllFloat64
-from ..graph.experiments import experiments_of
-from ..hook.drop_layers import drop_layers
-from ..hook.outputs_without import tensors_by_name
-from ..model.build import Refusal
-from ..model.config_json import config_json
-from ..model.layer_class import layer_lists
-from ..model.layer_entries import layer_lists_of
-from ..twin.masked_check import EXACT
-from .trial import Outcome, Subject, attempt, save
+from tp_hf_config.errors import TPHFConfigError, in_one_line
+from tp_hf_config.fieldmap.completeness import build_live
+from tp_hf_config.fieldmap.fewer_layers import layer_lists_in
+from tp_hf_config.fieldmap.field_map import map_of, whole_build
+from tp_hf_config.forward.extra_methods import outputs_of
+from tp_hf_config.forward.layer_passes import without_layers
+from tp_hf_config.forward.observed_pass import AllFloat64
+from tp_hf_config.graph.experiments import experiments_of
+from tp_hf_config.hook.drop_layers import drop_layers
+from tp_hf_config.hook.outputs_without import tensors_by_name
+from tp_hf_config.model.build import Refusal
+from tp_hf_config.model.config_json import config_json
+from tp_hf_config.model.layer_class import layer_lists
+from tp_hf_config.model.layer_entries import layer_lists_of
+from tp_hf_config.pipeline.trial import Outcome, Subject, attempt, save
+from tp_hf_config.twin.masked_check import EXACT
 
 GLOBAL, FIRST_KEPT = "global", "firsts-kept"
 
@@ -72,9 +72,7 @@ def differ_trial(case: Subject, folder: Path) -> LayerTrial:
     All layers are ranked together, with the default widths. If that is refused, as for a width that
     several groups share, or happens to leave the layers alike, the first layers keep their widths.
 
-    Args:
-        case: the model, which is not changed, and its inputs.
-        folder: where the pruned copy is saved.
+    ``case``: the model, which is not changed, and its inputs.
     """
     model: Any = case.model
     if layer_lists_of(model):  # else it is refused without experiments
@@ -102,10 +100,7 @@ def drop_trials(case: Subject, lists: Sequence[str], folder: Path) -> Iterator[L
 
     The second layer if it can go; otherwise the last, one in the middle, or the first.
 
-    Args:
-        case: the model, which is not changed, and its inputs.
-        lists: the names of the lists.
-        folder: where the copies are saved.
+    ``case``: the model, which is not changed, and its inputs.
     """
     for place, name in enumerate(lists):
         layers = len(list(case.model.get_submodule(name).children()))
