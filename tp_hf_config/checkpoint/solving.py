@@ -47,13 +47,11 @@ class Solution:
         data: what config.json should hold.
         changed: the fields in which this differs from what config.json holds.
         undecided: names of the fields that no shape shows; they stay as they are.
-        assessment: how the tensors load with the new config.
     """
 
     data: dict[str, Any]
     changed: tuple[FieldChange, ...]
     undecided: tuple[str, ...]
-    assessment: Assessment
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def _solve_from(task: Task, start: Start) -> Solution | Unsolved:
     if structure.assessment.misplaced:
         return Unsolved(_misplaced_reason(structure.assessment, classes), structure=changed)
     if structure.assessment.fits and not task.given and not start.replaced:
-        return Solution(structure.data, changed, (), structure.assessment)
+        return Solution(structure.data, changed, ())
     solved = _widths(task, start, structure)
     if isinstance(solved, Solution):
         return replace(solved, changed=(*changed, *solved.changed))
@@ -175,7 +173,7 @@ def _proved(
     for data in _forms(task, start, structure, field_map, recovery.data):
         proof = assess(task.classes, data, task.tensors)
         if not isinstance(proof, Refusal) and proof.fits:
-            return Solution(data, fields, undecided, proof)
+            return Solution(data, fields, undecided)
     return Unsolved("the config that was found does not load these weights")
 
 

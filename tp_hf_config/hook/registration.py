@@ -128,7 +128,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
                 _enter(stack, hooks_of(pruner), "stepping", pruner)
                 result = step(*args, **kwargs)
         except BaseException:
-            _fire_quietly(pruner)
+            _fire(pruner, quietly=True)
             raise
         if inspect.isgenerator(result):
             return _interactive(pruner, result)
@@ -146,26 +146,23 @@ def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
         with channels_in_order():
             yield from groups
     except BaseException:  # GeneratorExit on break, or the user's own exception
-        _fire_quietly(pruner)
+        _fire(pruner, quietly=True)
         raise
     _fire(pruner)
 
 
-def _fire(pruner: Any) -> None:
-    """Call ``after_step`` of every hook."""
-    for hook in list(hooks_of(pruner)):
-        hook.after_step(pruner)
+def _fire(pruner: Any, quietly: bool = False) -> None:
+    """Call ``after_step`` of every hook.
 
-
-def _fire_quietly(pruner: Any) -> None:
-    """Call ``after_step`` of every hook while another exception is raised.
-
-    That exception must be the one that surfaces, so a hook's own becomes a warning.
+    ``quietly``: another exception is raised meanwhile. That one must surface, so a hook's own
+    becomes a warning.
     """
     for hook in list(hooks_of(pruner)):
         try:
             hook.after_step(pruner)
         except Exception as error:
+            if not quietly:
+                raise
             warnings.warn(f"{type(hook).__name__} after an interrupted step: {error}", stacklevel=2)
 
 

@@ -7,6 +7,7 @@ else has imported them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,10 +27,16 @@ def plain_class(model_class: type) -> type:
     return next(base for base in model_class.__mro__ if not issubclass(base, fsdp))
 
 
+def _sharded_parts(module: nn.Module) -> Iterator[Any]:
+    """Yield those parts of a module, itself included, that are under ``fully_shard``."""
+    fsdp = _fsdp_module()
+    if fsdp is not None:
+        yield from (part for part in module.modules() if isinstance(part, fsdp))
+
+
 def is_sharded(module: nn.Module) -> bool:
     """True if a module, or one inside it, is under ``fully_shard``."""
-    fsdp = _fsdp_module()
-    return fsdp is not None and any(isinstance(part, fsdp) for part in module.modules())
+    return any(True for _ in _sharded_parts(module))
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -40,10 +47,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def sharded_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Return the parameters that FSDP2 or HSDP alone divides, without tensor parallelism."""
-    fsdp = _fsdp_module()
-    managed: set[Any] = set()
-    for part in module.modules() if fsdp is not None else ():
-        managed.update(part.parameters() if isinstance(part, fsdp) else ())
+    managed: set[Any] = {p for part in _sharded_parts(module) for p in part.parameters()}
     return {
         parameter
         for parameter in managed
@@ -54,10 +58,8 @@ def sharded_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 def reshard(module: nn.Module) -> None:
     """Put the shards back into the place of parameters that a forward pass has gathered."""
-    fsdp = _fsdp_module()
-    for part in module.modules() if fsdp is not None else ():
-        if isinstance(part, fsdp):
-            part.reshard()
+    for part in _sharded_parts(module):
+        part.reshard()
 
 
 def whole(tensor: Any) -> Tensor:
