@@ -27,7 +27,7 @@ from ...model.config_json import FieldPath, with_values
 from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
 from ...model.tensors import compute_unsaved, saved_buffers
-from ..twin_test import TwinTest
+from ..twin_test import Proof, TwinTest
 from .shrink import shrunken, small_tokens
 
 _LAYERS = 2
@@ -84,6 +84,11 @@ class TinyModel:
     def _replay(self) -> Replay:
         return Replay(self.model)
 
+    @cached_property
+    def _proofs(self) -> dict[Proof, bool]:
+        """What permutations of this model were found to be neutral: fields share groups."""
+        return {}
+
     @property
     def model(self) -> nn.Module:
         """The class with random weights; see :class:`TinyRun`."""
@@ -121,9 +126,9 @@ class TinyModel:
 
         For ``runs`` see :class:`~tp_hf_config.twin.twin_test.TwinTest`.
         """
-        replay = self._replay if model is None else None
+        replay, proofs = (self._replay, self._proofs) if model is None else (None, None)
         model = self.model if model is None else model
-        return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe, replay)
+        return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe, replay, proofs)
 
 
 _Item = TypeVar("_Item")
