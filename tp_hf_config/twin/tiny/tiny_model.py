@@ -28,6 +28,7 @@ from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
 from ...model.tensors import compute_unsaved, saved_buffers
 from ..twin_test import Proof, TwinTest
+from .run_numbers import with_smaller_inputs
 from .shrink import shrunken, small_tokens
 
 _LAYERS = 2
@@ -187,14 +188,16 @@ def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | R
     full = builder.build(data)
     if isinstance(full, Refusal):
         return full
+    recipe = with_smaller_inputs(full, field_map.recipe)
+    run_map = field_map if recipe == field_map.recipe else replace(field_map, recipe=recipe)
     with same_random_state():
         torch.default_generator.manual_seed(0)
         model = builder.build_real(data)
         if isinstance(model, Refusal):
             return model
         randomise(model)
-        working = working_inputs(model, field_map.recipe)
-        data, model, working = _with_layers_named(field_map, data, model, working)
+        working = working_inputs(model, recipe)
+        data, model, working = _with_layers_named(run_map, data, model, working)
         if isinstance(working, Refusal):
             return working
         working = _reaching_alike(model, working)
