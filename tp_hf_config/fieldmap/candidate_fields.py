@@ -5,11 +5,13 @@ Fields that are read but not declared are included (``getattr(config, "head_dim"
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..model.build import Builder
+from torch import nn
+
+from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, value_at
 from ..model.live_objects import config_nodes
 
@@ -44,6 +46,29 @@ def candidates(
             if value is None and own and _takes_numbers(type(node), name):
                 unset.append(field)
     return declared, sorted(unset, key=lambda field: str(field[-1]))  # same names side by side
+
+
+def numbers_read(
+    builder: Builder, data: dict[str, Any], run: Callable[[nn.Module], Any]
+) -> dict[FieldPath, int]:
+    """Return the whole numbers above 0 that the class reads while it runs.
+
+    ``run`` runs a model on the meta device.
+    """
+    model: Any = builder.build(data)
+    if isinstance(model, Refusal):
+        return {}
+    nodes = dict(config_nodes(model.config))
+    with _recording_reads({type(node) for node in nodes.values()}) as reads:
+        run(model)
+    numbers: dict[FieldPath, int] = {}
+    for nested, node in nodes.items():
+        part = value_at(data, nested)
+        for name in sorted(reads.get(type(node), ())) if isinstance(part, dict) else ():
+            field: FieldPath = (*nested, name)
+            entries = {} if field in nodes else dict(_entries(part.get(name), field))
+            numbers |= {key: n for key, n in entries.items() if type(n) is int and n > 0}
+    return numbers
 
 
 def _takes_numbers(config_class: type, name: str) -> bool:

@@ -32,6 +32,9 @@ _NO_GRADIENT = 1e-12
 _ROUNDING = 1e-15
 """The share of the largest gradient that rounding alone may leave of another."""
 
+Proof = tuple[frozenset[TensorDim], tuple[int, ...], frozenset[int]]
+"""A permutation: the tensor dims, the order of the units, and how long an output's axis may be."""
+
 
 class TwinTest:
     """The experiments on one model.
@@ -46,6 +49,8 @@ class TwinTest:
         recipe: how the class is run.
         replay: the results of the model's parts on these inputs, to skip parts that an experiment
             does not change. Default: every pass runs the whole model, as it does to watch results.
+        proofs: what permutations of this model, with these inputs, were found to be neutral before;
+            tests of other fields that share it try none of them again.
 
     Attributes:
         axes: length of an output axis that holds the units -> their possible layouts.
@@ -62,10 +67,12 @@ class TwinTest:
         watched: Sequence[PassResult] = (),
         recipe: RunRecipe = PLAIN,
         replay: Replay | None = None,
+        proofs: dict[Proof, bool] | None = None,
     ):
         self.model, self.inputs, self.units = model, dict(inputs), units
         self.watched, self.recipe = watched, recipe
         self._replay = None if watched else replay
+        self._proofs = {} if proofs is None else proofs
         self._changed: list[str] = []
         self.axes = {units * run: (UnitLayout(run=run), UnitLayout(parts=run)) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
@@ -201,7 +208,10 @@ class TwinTest:
 
     def proves(self, dims: Sequence[TensorDim], order: Sequence[int]) -> bool:
         """True if the model computes the same with the units in this order."""
-        return self.permutation_error(dims, order) < _EQUAL
+        key: Proof = (frozenset(dims), tuple(order), frozenset(self.axes))
+        if key not in self._proofs:
+            self._proofs[key] = self.permutation_error(dims, order) < _EQUAL
+        return self._proofs[key]
 
     def _axes(self, dims: Iterable[TensorDim]) -> dict[int, tuple[UnitLayout, ...]]:
         """Return the lengths of output axes that hold the units, with the layouts they may have."""

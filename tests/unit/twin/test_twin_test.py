@@ -465,6 +465,20 @@ def test_the_proof_notices_a_dimension_too_many():
     assert not test.proves([*dims, TensorDim("q.weight", 1, UnitLayout(run=2))], mixed(HEADS))
 
 
+def test_what_one_test_proved_no_other_test_tries_again(monkeypatch: pytest.MonkeyPatch):
+    """Fields share groups: the same permutation of the same tensor dims is tried once."""
+    proofs: dict[Any, bool] = {}
+    tests = [TwinTest(ready(Stream()), ids(), HIDDEN, proofs=proofs) for _ in range(2)]
+    order = mixed(HIDDEN)
+    assert tests[0].proves(stream_dims(), order)
+    monkeypatch.setattr(TwinTest, "permutation_error", lambda *_: 1.0)
+    assert tests[1].proves(stream_dims()[::-1], order)  # not tried: the order of dims is nothing
+    assert not tests[1].proves(stream_dims()[1:], order)
+    assert not tests[1].proves(stream_dims(), order[::-1])
+    alone = TwinTest(ready(Stream()), ids(), HIDDEN)
+    assert not alone.proves(stream_dims(), order)
+
+
 def test_nothing_changes_in_the_same_order():
     test = TwinTest(ready(Stream()), ids(), INNER)
     assert test.permutation_error(ffn_dims(0), range(INNER)) == 0.0

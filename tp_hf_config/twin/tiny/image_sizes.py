@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ...fieldmap.field_map import FieldMap
@@ -14,6 +14,12 @@ _IMAGES = (64, 96, 128)
 _WINDOW = "window_size"
 _PATCH = "patch_size"
 _CROPS = "image_grid_pinpoints"
+_STRIDE = 32
+"""The largest stride, in pixels, of a map of features."""
+_PARTS = 4
+"""A stride may be a number of these parts of a pixel: SAM 3 makes maps larger than its patches."""
+_FACTORS = (16, 12, 8, 6, 4, 3, 2)
+"""What an image and its maps of features are divided by together, the largest first."""
 
 
 def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -61,6 +67,54 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
         }
         if narrow:
             yield with_values(small, narrow)
+
+
+def images_in_proportion(
+    field_map: FieldMap, data: dict[str, Any], numbers: Mapping[FieldPath, int]
+) -> Iterator[dict[str, Any]]:
+    """Yield configs with smaller images and all numbers in proportion to them (SAM 2's maps).
+
+    Such a number is the length of a map of features: the side of an image divided by some stride.
+
+    Args:
+        field_map: the field map of the class.
+        data: the config.
+        numbers: fields that set no width, with their values at full size.
+    """
+    whole = config_json(field_map.builder.config(data), use_diff=False)
+    fields = [field for field in {**numbers, **field_map.sizes} if is_side(field)]
+    sides = {field: side for field in fields if type(side := value_at(whole, field)) is int}
+    largest = max(sides.values(), default=0)
+    maps = {
+        field: value
+        for field in numbers
+        if field not in sides
+        and not _is_patch(field)
+        and type(value := value_at(whole, field)) is int
+        and _PARTS * largest % value == 0
+        and largest <= _STRIDE * value
+    }
+    following = {field: side for field, side in {**sides, **maps}.items() if side > 1}
+    lists = {field[:-1] for field in following if isinstance(field[-1], int)}
+    data = with_values(data, {field: value_at(whole, field) for field in _outermost(lists)})
+    for factor in _FACTORS if sides else ():
+        if largest // factor >= _IMAGES[0] and not any(n % factor for n in following.values()):
+            yield with_values(data, {field: n // factor for field, n in following.items()})
+
+
+def is_side(field: FieldPath) -> bool:
+    """True if a field is the side of an image, by its name."""
+    return any(key in IMAGE_SIZES for key in field[-2:])
+
+
+def _is_patch(field: FieldPath) -> bool:
+    """True if a field is the side of a patch, by its name."""
+    return any(key == _PATCH for key in field[-2:])
+
+
+def _outermost(lists: Collection[FieldPath]) -> set[FieldPath]:
+    """Return the lists that are in none of the others."""
+    return {field for field in lists if not any(field[:n] in lists for n in range(1, len(field)))}
 
 
 def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:

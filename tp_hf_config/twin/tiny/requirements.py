@@ -69,7 +69,7 @@ class Requirements:
             )
         )
         layout = observe(model, self._recipe) if suits else None
-        return layout if layout is not None and _goes_as_far(self.layout, layout) else None
+        return layout if layout is not None and goes_as_far(self.layout, layout) else None
 
 
 def _several_per_unit(field_map: FieldMap) -> list[tuple[str, int, FieldPath]]:
@@ -169,7 +169,7 @@ def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
     return shapes(model) == built
 
 
-def _goes_as_far(before: HeadSplits, after: HeadSplits) -> bool:
+def goes_as_far(before: HeadSplits, after: HeadSplits) -> bool:
     """True if a forward pass goes as far as before, over heads wide enough for all that is in them.
 
     A head of two dimensions has no partial rotary embedding any more. Attention over a single token

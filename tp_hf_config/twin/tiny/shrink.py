@@ -15,6 +15,7 @@ from ...model.tensors import is_matrix_stack
 from .compute_budget import PARTS, in_proportion, lighter
 from .image_sizes import crops, smaller_images
 from .requirements import HEAD_DIM, Requirements
+from .run_numbers import cheaper
 
 _FEW = 8
 """Values up to this are small: they count something."""
@@ -79,7 +80,9 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
         if len(shape) == 3 and 1 not in shape and _is_stacked(field_map, name)
     ]
     rows = [field for field in field_map.sizes if _is_position_count(field_map, data, field)]
-    return lighter(field_map, data, max(experts, default=0), required.observed, rows)
+    most = max(experts, default=0)
+    data = lighter(field_map, data, most, required.observed, rows)
+    return cheaper(field_map, data, most, required.observed, rows)
 
 
 def _unchanged_at_half_first(

@@ -27,7 +27,8 @@ from ...model.config_json import FieldPath, with_values
 from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
 from ...model.tensors import compute_unsaved, saved_buffers
-from ..twin_test import TwinTest
+from ..twin_test import Proof, TwinTest
+from .run_numbers import with_smaller_inputs
 from .shrink import shrunken, small_tokens
 
 _LAYERS = 2
@@ -84,6 +85,11 @@ class TinyModel:
     def _replay(self) -> Replay:
         return Replay(self.model)
 
+    @cached_property
+    def _proofs(self) -> dict[Proof, bool]:
+        """What permutations of this model were found to be neutral: fields share groups."""
+        return {}
+
     @property
     def model(self) -> nn.Module:
         """The class with random weights; see :class:`TinyRun`."""
@@ -121,9 +127,9 @@ class TinyModel:
 
         For ``runs`` see :class:`~tp_hf_config.twin.twin_test.TwinTest`.
         """
-        replay = self._replay if model is None else None
+        replay, proofs = (self._replay, self._proofs) if model is None else (None, None)
         model = self.model if model is None else model
-        return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe, replay)
+        return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe, replay, proofs)
 
 
 _Item = TypeVar("_Item")
@@ -182,14 +188,16 @@ def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | R
     full = builder.build(data)
     if isinstance(full, Refusal):
         return full
+    recipe = with_smaller_inputs(full, field_map.recipe)
+    run_map = field_map if recipe == field_map.recipe else replace(field_map, recipe=recipe)
     with same_random_state():
         torch.default_generator.manual_seed(0)
         model = builder.build_real(data)
         if isinstance(model, Refusal):
             return model
         randomise(model)
-        working = working_inputs(model, field_map.recipe)
-        data, model, working = _with_layers_named(field_map, data, model, working)
+        working = working_inputs(model, recipe)
+        data, model, working = _with_layers_named(run_map, data, model, working)
         if isinstance(working, Refusal):
             return working
         working = _reaching_alike(model, working)
