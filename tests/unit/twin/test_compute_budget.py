@@ -1,7 +1,6 @@
 """A tiny model is cheap to run: what costs and sets no width is lowered; bound fields follow."""
 
 import copy
-import json
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tiny_costs import costs, known_of
 from torch import nn
 from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
@@ -20,25 +20,6 @@ from tp_hf_config.twin.tiny.image_sizes import smaller_images
 from tp_hf_config.twin.tiny.requirements import _keeps_order_alone, _several_per_unit, _still_shared
 from tp_hf_config.twin.tiny.shrink import _smaller, shrunken, small_tokens
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
-
-
-def known_of(data: Any = None, **parts: Any) -> Any:
-    config = SimpleNamespace(to_json_string=lambda use_diff: json.dumps(data or {}))
-    builder = SimpleNamespace(config=lambda data: config)
-    return SimpleNamespace(
-        **{"builder": builder, "non_size_fields": {}, "ratio_partners": {}, "sizes": {}, **parts}
-    )
-
-
-def costs(each: int, *fields: str, legal: Any = lambda data: True) -> Any:
-    """A forward pass that costs ``each`` for every one of these fields' sizes."""
-
-    def seen(data: dict[str, Any]) -> HeadSplits | None:
-        sizes = (data[f] for f in fields)
-        total = sum(sum(size) if isinstance(size, list) else size for size in sizes)
-        return HeadSplits(numbers=each * total) if legal(data) else None
-
-    return seen
 
 
 def test_a_size_that_costs_goes_down_as_far_as_is_needed() -> None:

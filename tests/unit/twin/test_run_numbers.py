@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 import transformers as hf
+from tiny_costs import costs, known_of
 from torch import nn
 
-from tests.unit.twin.test_compute_budget import costs, known_of
 from tp_hf_config.fieldmap.candidate_fields import numbers_read
 from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.forward.head_splits import HeadSplits
