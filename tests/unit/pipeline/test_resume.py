@@ -26,6 +26,7 @@ from tp_hf_config.graph import cut_list
 from tp_hf_config.pipeline import apply_cuts as cutting
 from tp_hf_config.pipeline import deciding, prune, resumable
 from tp_hf_config.pipeline.job import Job, Pruned
+from tp_hf_config.pipeline.material import Run
 from tp_hf_config.pipeline.output import abandoned, new_folder
 from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.pipeline.source import Source
@@ -73,7 +74,10 @@ def stopped_within(file: Path, write: Callable[[Path], object]) -> None:
 
 
 STAGES: dict[str, tuple[int, Callable[[Patch], None]]] = {
-    "the cut list is kept": (0, lambda p: p.setattr(prune, "perplexities", stop)),
+    "the cut list is kept": (
+        0,
+        lambda p: p.setattr(Run, "perplexities", at_call(2, Run.perplexities)),
+    ),
     "within the first file": (
         0,
         lambda p: p.setattr(lazy_weights, "write_whole", stopped_within),
