@@ -32,8 +32,9 @@ _NO_GRADIENT = 1e-12
 _ROUNDING = 1e-15
 """The share of the largest gradient that rounding alone may leave of another."""
 
-Proof = tuple[frozenset[TensorDim], tuple[int, ...], frozenset[int]]
-"""A permutation: the tensor dims, the order of the units, and how long an output's axis may be."""
+Proof = tuple[frozenset[TensorDim], tuple[int, ...], frozenset[int], tuple[PassResult, ...]]
+"""A permutation and what is compared: the tensor dims, the order of the units, how long an output's
+axis may be, the results that count as outputs."""
 
 
 class TwinTest:
@@ -208,7 +209,7 @@ class TwinTest:
 
     def proves(self, dims: Sequence[TensorDim], order: Sequence[int]) -> bool:
         """True if the model computes the same with the units in this order."""
-        key: Proof = (frozenset(dims), tuple(order), frozenset(self.axes))
+        key: Proof = (frozenset(dims), tuple(order), frozenset(self.axes), tuple(self.watched))
         if key not in self._proofs:
             self._proofs[key] = self.permutation_error(dims, order) < _EQUAL
         return self._proofs[key]
