@@ -68,7 +68,7 @@ def test_a_slow_detector_looks_for_fewer_objects_in_a_smaller_image(monkeypatch:
     field_map = map_of(QueriesModel(QueriesConfig()))
     assert field_map.recipe.form == 1  # 64 pixels a side have 64 places, of 300
     monkeypatch.setattr(run_numbers, "_SLOW", 20_000)
-    monkeypatch.setattr(run_numbers, "_CHEAP", 10_000)
+    monkeypatch.setattr(run_numbers, "HEAVY", 10_000)
     tiny = tiny_model(field_map)
     assert isinstance(tiny, TinyModel)
     assert tiny.field_map.data["queries"] == 10

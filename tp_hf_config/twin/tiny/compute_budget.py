@@ -12,13 +12,13 @@ from .image_sizes import smaller_images
 
 Observe = Callable[[dict[str, Any]], HeadSplits | None]
 """Runs a config and returns its head splits; ``None``: it lacks something that is required."""
-_HEAVY = 3_000_000
+HEAVY = 3_000_000
 """How many numbers one forward pass may compute: with more, hundreds of passes take minutes."""
-_WORTH = 0.9
+WORTH = 0.9
 """A lower size is kept if it leaves less than this share of the numbers to compute."""
 _FEWEST = 4
 """The smallest value of a width that shrinks in proportion."""
-_SHORTEST = 8
+SHORTEST = 8
 """The smallest value of a size that sets no width."""
 PARTS = (64, 32, 16, 8, 4, 2)
 """What widths are divided by together with another number, the largest first."""
@@ -74,13 +74,13 @@ def lighter(
     for paths in _changing_together(
         {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
     ):
-        if best is None or best.numbers <= _HEAVY:
+        if best is None or best.numbers <= HEAVY:
             break
-        for trial in _lower(data, paths, max(most + 1, _SHORTEST)):
+        for trial in _lower(data, paths, max(most + 1, SHORTEST)):
             candidate = observe(trial)
-            if candidate is not None and candidate.numbers < _WORTH * best.numbers:
+            if candidate is not None and candidate.numbers < WORTH * best.numbers:
                 data, best = trial, candidate
-    if best is not None and best.numbers > _HEAVY:
+    if best is not None and best.numbers > HEAVY:
         data = next((config for config in smaller_images(field_map, data) if observe(config)), data)
         data = _with_cheaper_values(field_map, data, observe)
     return data
@@ -95,7 +95,7 @@ def _with_cheaper_values(
     """
     best = observe(data)
     for field, value in field_map.sizes.items():
-        if best is None or best.numbers <= _HEAVY:
+        if best is None or best.numbers <= HEAVY:
             break
         candidate = observe(whole) if (whole := with_values(data, {field: value})) != data else None
         if candidate is not None and candidate.numbers < best.numbers / 2:

@@ -6,7 +6,7 @@ runs. Such numbers set no tensor. They are lowered only where a pass computes fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,22 +14,15 @@ from torch import nn
 
 from ...fieldmap.candidate_fields import numbers_read
 from ...fieldmap.field_map import FieldMap
-from ...forward.head_splits import HeadSplits, observe
+from ...forward.head_splits import observe
 from ...forward.run_recipe import RunRecipe
 from ...model.config_json import FieldPath, value_at, with_values
+from .compute_budget import HEAVY, SHORTEST, WORTH, Observe
 from .image_sizes import images_in_proportion, is_side
 from .requirements import goes_as_far
 
-Observe = Callable[[dict[str, Any]], HeadSplits | None]
-"""Runs a config and returns its head splits; ``None``: it lacks something that is required."""
 _SLOW = 6_000_000
 """A pass that computes more numbers than this is slow: one takes 0.1 s, and hundreds are run."""
-_CHEAP = 3_000_000
-"""A pass that computes no more numbers than this is cheap enough."""
-_WORTH = 0.9
-"""A lower number is kept if it leaves less than this share of the numbers to compute."""
-_LEAST = 8
-"""The smallest number that is tried."""
 _MOST_TRIALS = 12
 """How many lower values of one number are tried, the smallest first."""
 
@@ -56,16 +49,16 @@ def cheaper(
     idle = {field: n for field, n in read.items() if field not in field_map.sizes}
     for trial in images_in_proportion(field_map, data, idle):
         candidate = observed(trial)
-        if candidate is not None and candidate.numbers < _WORTH * best.numbers:
+        if candidate is not None and candidate.numbers < WORTH * best.numbers:
             data, best = trial, candidate
             break
     counts = [field for field in idle if not is_side(field)]
     for fields in _equal_values(data, [*rows, *counts]):
-        if best.numbers <= _CHEAP:
+        if best.numbers <= HEAVY:
             break
-        for trial in _divisors(data, fields, max(most + 1, _LEAST)):
+        for trial in _divisors(data, fields, max(most + 1, SHORTEST)):
             candidate = observed(trial)
-            if candidate is not None and candidate.numbers < _WORTH * best.numbers:
+            if candidate is not None and candidate.numbers < WORTH * best.numbers:
                 data, best = trial, candidate
                 break
     return data
@@ -83,7 +76,7 @@ def with_smaller_inputs(model: nn.Module, recipe: RunRecipe) -> RunRecipe:
     for form in range(recipe.form) if before.numbers > _SLOW else ():
         trial = replace(recipe, form=form)
         after = observe(model, trial)
-        if after.numbers < _WORTH * before.numbers and goes_as_far(before, after):
+        if after.numbers < WORTH * before.numbers and goes_as_far(before, after):
             return trial
     return recipe
 
