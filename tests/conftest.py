@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +19,15 @@ import warm_processes
 # Two processes at once share the cores of the smallest machine.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
-os.environ["TP_HF_CONFIG_CACHE"] = "off"  # what a test needs, it finds out by itself
+
+CACHE = "TP_HF_CONFIG_CACHE"
+os.environ[CACHE] = "off"  # what a test needs, it finds out by itself
+SHARE = (
+    "matrix",
+    *(f"unit/{room}" for room in ("calibration", "checkpoint", "cli", "hook", "pipeline")),
+    "unit/planning",
+)
+"""Folders of tests of what comes after experiments: a class's run once, for all of them."""
 
 SLOW = "~"
 """Before a line of ``sample.txt``: the quick tests leave it out."""
@@ -129,12 +138,55 @@ def started_as_for_users(_start_at_once: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(verify, "start_child", _start_at_once)
 
 
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The cache on disk of this run, for all of its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _experiments_once(request: pytest.FixtureRequest, _shared: str) -> Iterator[None]:
+    """Tests in some folders share experiments; but see ``_not_of_changed_code``."""
+    folder = request.path.relative_to(Path(__file__).parent).as_posix()
+    os.environ[CACHE] = _shared if folder.startswith(SHARE) else "off"
+    yield
+    os.environ[CACHE] = "off"
+
+
+@pytest.fixture(autouse=True)
+def _not_of_changed_code(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that replace something neither find what others found, nor leave others anything."""
+    if "monkeypatch" not in request.fixturenames:
+        yield
+        return
+    from tp_hf_config.twin.tiny import tiny_model
+
+    before, os.environ[CACHE] = os.environ[CACHE], "off"
+    tiny_model._built.clear()
+    yield
+    tiny_model._built.clear()
+    os.environ[CACHE] = before
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _put_aside() -> None:
     """What the files before have left is not looked through at every collection, nor by a hook."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+_TESTS_BETWEEN = 20
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _put_aside_within_a_file() -> None:
+    """Some files keep hundreds of models."""
+    if next(_tests) % _TESTS_BETWEEN == 0:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -146,6 +146,7 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch.setattr("tp_hf_config.twin.find_groups.rehearse", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.graph.experiments._experiments", weakref.WeakKeyDictionary())
     monkeypatch.setattr("tp_hf_config.fieldmap.field_map._learned", OrderedDict())
+    monkeypatch.setattr("tp_hf_config.twin.tiny.tiny_model._built", OrderedDict())
     views = "tp_hf_config.fieldmap.model_view._cached_views"
     monkeypatch.setattr(views, weakref.WeakKeyDictionary())
     monkeypatch.setattr("tp_hf_config.fieldmap.field_map.non_size_followers", lambda *_: {})

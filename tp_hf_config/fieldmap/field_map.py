@@ -287,10 +287,16 @@ def from_state(builder: Builder, digest: str | None, state: Mapping[str, Any]) -
     return FieldMap(builder=builder.with_attention(attention), digest=digest, **state)
 
 
+_frozen_by_others = False
+"""True once other code froze objects: to count them takes the longer the more there are."""
+
+
 @contextmanager
 def _old_objects_aside() -> Iterator[None]:
     """Hide existing objects from the garbage collector, which hundreds of builds trigger."""
-    if gc.get_freeze_count():  # other code froze objects
+    global _frozen_by_others
+    _frozen_by_others = _frozen_by_others or gc.get_freeze_count() > 0
+    if _frozen_by_others:
         yield
         return
     gc.freeze()

@@ -29,6 +29,8 @@ from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
 from .layer_experiments import LayerFindings
 
 _MOST_BUILDS = 64
+_GROUPS = "groups"
+"""The key of all findings with a tiny model, in the cache on disk and among its answers."""
 _Fields = tuple[FieldPath, ...]
 
 
@@ -135,10 +137,12 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     if isinstance(tiny, Refusal):
         _store(field_map, "widths", field_map.data, (), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
-    key = ("groups", tiny.field_map.data, repr(tiny.recipe))
+    key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe))
     findings = _load(field_map, *key)
     if findings is None:
-        findings = find_groups(tiny)
+        if _GROUPS not in tiny.answers:
+            tiny.answers[_GROUPS] = find_groups(tiny)
+        findings = tiny.answers[_GROUPS]
         _store(field_map, *key, entry=findings)
     at_full_size = (_checked_at_full_size(finding, field_map) for finding in findings)
     full = tiny.full_field_map

@@ -7,6 +7,7 @@ reload will give.
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -224,14 +225,13 @@ def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
         place: the device or mode that says where tensors go. ``None``: everything is computed on
             the CPU, initial values too.
     """
-    import logging
-
     logger = logging.getLogger("transformers")
     with _BUILD_LOCK:
-        default, level = torch.get_default_dtype(), logger.level
+        default, propagate, handlers = torch.get_default_dtype(), logger.propagate, logger.handlers
         rng = torch.random.get_rng_state()
         try:
-            logger.setLevel(logging.CRITICAL)
+            # a level would empty the caches of a thousand loggers, in each of hundreds of builds
+            logger.propagate, logger.handlers = False, [logging.NullHandler()]
             torch.set_default_dtype(dtype)
             if place is None:
                 yield
@@ -242,7 +242,7 @@ def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
         finally:
             torch.set_default_dtype(default)
             torch.random.set_rng_state(rng)
-            logger.setLevel(level)
+            logger.propagate, logger.handlers = propagate, handlers
 
 
 @contextmanager

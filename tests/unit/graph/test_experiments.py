@@ -44,6 +44,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(field_map, "_learned", OrderedDict())
     monkeypatch.setattr(model_view, "_cached_views", weakref.WeakKeyDictionary())
     monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(tiny_model, "_built", OrderedDict())
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -215,6 +216,48 @@ def test_models_of_other_sizes_share_the_proofs(
         (w.reason is None) is (o.reason is None)
         for w, o in zip(one.widths, other.widths, strict=True)
     )
+
+
+def test_they_share_them_in_one_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+    asked = []
+    own = experiments.find_groups
+    monkeypatch.setattr(experiments, "find_groups", lambda tiny: asked.append(tiny) or own(tiny))
+    for hidden_size, intermediate_size, heads in ((2048, 8192, 32), (8192, 28672, 64)):
+        config = hf.LlamaConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_attention_heads=heads,
+            vocab_size=512,
+            num_key_value_heads=8,
+        )
+        widths = prunable(config, model_class=hf.LlamaForCausalLM).widths
+        assert {width.name: width.units for width in widths}["hidden_size"] == hidden_size
+    assert len(asked) == 1
+
+
+def test_layers_that_differ_are_experimented_with_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+    asked = []
+    own = experiments.find_groups
+    monkeypatch.setattr(experiments, "find_groups", lambda tiny: asked.append(tiny) or own(tiny))
+    model = zoo.build("llama")
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(
+            model,
+            prune="intermediate_size",
+            layers="differ",
+            pruning_ratio=0.3,
+            global_pruning=True,
+        ),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        iterative_steps=3,
+        hooks=[HFConfigSyncHook(layers="differ")],
+    )
+    for _ in range(3):
+        pruner.step()
+    assert len(asked) == 1
 
 
 def test_the_tiny_model_is_built_again_where_it_is_run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
@@ -182,8 +182,36 @@ def stored_tiny_model(tiny_map: FieldMap, full: FieldMap) -> TinyModel:
     return TinyModel(tiny_map, full, build)
 
 
+_built: OrderedDict[tuple[Any, ...], TinyModel | Refusal] = OrderedDict()
+_MOST_BUILT = 8
+"""How many tiny models are kept: configs of many sizes have the same, as those after each step."""
+
+
 def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
-    """Return the class built from a config with random weights, and inputs with which it runs."""
+    """Return the class built from a config with random weights, and inputs with which it runs.
+
+    The last few are kept, with what experiments with them found: it is the same for all configs
+    that have this tiny one.
+    """
+    builder = field_map.builder
+    key = (
+        builder.model_class,
+        builder.dtype,
+        repr(sorted(builder.options.items())),
+        repr(field_map.recipe),
+        repr(data),
+    )
+    if key not in _built:
+        _built[key] = _run_tiny_model(field_map, data)
+        while len(_built) > _MOST_BUILT:
+            _built.popitem(last=False)
+    _built.move_to_end(key)
+    tiny = _built[key]
+    return tiny if isinstance(tiny, Refusal) else replace(tiny, full_field_map=field_map)
+
+
+def _run_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
+    """Build the class from a config with random weights, and find inputs with which it runs."""
     builder = field_map.builder
     full = builder.build(data)
     if isinstance(full, Refusal):
