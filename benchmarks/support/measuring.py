@@ -34,6 +34,7 @@ def measure(pair: Pair, part: str, folder: Path, seed: int, seconds: int, memory
 
     from tp_hf_config.fieldmap.field_map import map_of
     from tp_hf_config.model.build import Refusal, without_data
+    from tp_hf_config.model.surroundings import memory_kept
     from tp_hf_config.pipeline.support import prepared
 
     result: dict[str, Any] = {"stage": "class", "why": "it did not end in time", "widths": []}
@@ -58,7 +59,8 @@ def measure(pair: Pair, part: str, folder: Path, seed: int, seconds: int, memory
         if isinstance(made, Refusal):
             raise RuntimeError(made.reason)
         note(stage="prune", partial=made.tiny.partial)
-        {"widths": _widths, "layers": _layers}[part](made, folder, note)
+        with memory_kept():
+            {"widths": _widths, "layers": _layers}[part](made, folder, note)
         note(stage="done", why="")
     except BaseException as error:  # the child must say what happened, whatever it was
         named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "

@@ -22,7 +22,7 @@ from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import load, store, suspended
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
-from ..model.surroundings import one_thread, plain_autograd, same_random_state
+from ..model.surroundings import memory_kept, one_thread, plain_autograd, same_random_state
 from ..twin.find_groups import find_alone, find_groups
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
@@ -83,7 +83,7 @@ def experiments_of(
     result = memory.by_fields.get(()) or memory.by_fields.get(fields)
     if result is None:
         cache = nullcontext() if tiny is None else suspended()
-        with one_thread(), same_random_state(), plain_autograd(), cache:
+        with one_thread(), same_random_state(), plain_autograd(), memory_kept(), cache:
             result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
             if result is None:
                 result = _experimented(field_map, memory, tiny, fields)

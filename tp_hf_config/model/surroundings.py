@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _MMAP_MAX = -3, -1, -4
+"""The numbers of parameters in glibc's malloc.h."""
+_LARGEST = 2**25
+"""Bytes: the largest ``_MMAP_THRESHOLD`` that glibc chooses by itself; it trims at twice that."""
+_MAPPED = 2**16
+"""How many blocks glibc maps at most, if nothing is said."""
 
 
 @contextmanager
@@ -20,6 +28,39 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """While open, glibc keeps memory that was freed, for the next pass of an experiment.
+
+    It would give large blocks back to the system, and clearing their pages anew takes as long as
+    what is computed in them (Aria). Other C libraries go on as they do, and so does glibc if the
+    environment sets its parameters.
+    """
+    set_by_user = any(name.startswith("MALLOC_") for name in os.environ)
+    libc = None if set_by_user or "GLIBC_TUNABLES" in os.environ else _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_MAX, _MAPPED)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """Return the C library if it is glibc, else None."""
+    with suppress(OSError, AttributeError, TypeError):  # Windows, macOS, musl
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version, libc.mallopt, libc.malloc_trim  # noqa: B018
+        return libc
+    return None
 
 
 @contextmanager

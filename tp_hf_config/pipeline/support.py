@@ -17,7 +17,13 @@ from ..model.build import Refusal
 from ..model.disk_cache import suspended
 from ..model.from_config import module_of
 from ..model.locate import check_followable, find_pretrained
-from ..model.surroundings import one_thread, plain_autograd, quiet_transformers, same_random_state
+from ..model.surroundings import (
+    memory_kept,
+    one_thread,
+    plain_autograd,
+    quiet_transformers,
+    same_random_state,
+)
 from ..notebook import page, short, table
 from ..schema import dated, versions
 from ..twin.tiny.tiny_model import tiny_model
@@ -124,6 +130,7 @@ def supports(
         one_thread(),
         plain_autograd(),
         same_random_state(),
+        memory_kept(),
         quiet_transformers(),
         suspended(),
     ):

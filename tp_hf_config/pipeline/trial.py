@@ -30,7 +30,8 @@ from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
 from ..planning.settings import Layers
 from ..twin.masked_check import masked_difference, pruned_inputs_of
-from ..twin.tiny.tiny_model import TinyModel, randomise
+from ..twin.tiny.random_weights import randomise
+from ..twin.tiny.tiny_model import TinyModel
 
 Outcome = Literal["works", "refused", "failed"]
 CASE = "case.pt"

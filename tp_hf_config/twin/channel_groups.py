@@ -24,7 +24,8 @@ from ..model.surroundings import same_random_state
 from .group import TinyGroup
 from .layout import TensorDim
 from .prove import channel_groups_of
-from .tiny.tiny_model import TinyModel, once, randomise
+from .tiny.random_weights import randomise
+from .tiny.tiny_model import TinyModel, once
 
 
 @once

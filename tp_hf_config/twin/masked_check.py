@@ -215,6 +215,11 @@ def _is_norm_or_scale(module: nn.Module) -> bool:
     return not has_statistics and all(p.ndim and p.numel() == max(p.shape) for p in own)
 
 
+def _holds_tensors(module: nn.Module) -> bool:
+    """True if a module has parameters or saved buffers, as a frozen batch norm has (RT-DETR's)."""
+    return bool(list(module.parameters()) or saved_buffers(module))
+
+
 def _norms_over_kept(model: nn.Module, kept: Kept) -> None:
     """Make norms run over the kept channels only and return zeros elsewhere, in place."""
     for name, module in model.named_modules():
@@ -223,7 +228,7 @@ def _norms_over_kept(model: nn.Module, kept: Kept) -> None:
             cut = next((dim for key in keys for dim in kept[key] if dim.cut), None)
             if cut is not None:
                 module.forward = _over_some_channels(_narrow(module, cut.kept), cut)
-        elif "norm" in type(module).__name__.lower() and not list(module.parameters()):
+        elif "norm" in type(module).__name__.lower() and not _holds_tensors(module):
             module.forward = _over_some_channels(copy.deepcopy(module), None)
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -86,7 +86,7 @@ def second_look(
     doubted = _doubted(test, links)
     if not doubted or channel_groups_of(test, doubted) is None:
         return None
-    links = test.links(list(sources), doubted=doubted)
+    links = test.links(list(sources), doubted=doubted, still_doubted=partial(_doubted, test))
     finding = proved(test, sources, fields, links)
     still_doubted = _doubted(test, links) if finding.disproved else []
     if not still_doubted or channel_groups_of(test, still_doubted) is None:

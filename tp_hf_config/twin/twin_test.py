@@ -11,7 +11,7 @@ It needs a model, inputs and a list of tensor dims, and knows nothing of configs
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,16 +104,22 @@ class TwinTest:
         return [tensors[number] for number in self._depending]
 
     def links(
-        self, dims: Sequence[TensorDim], pairs: int = 4, doubted: Collection[TensorDim] = ()
+        self,
+        dims: Sequence[TensorDim],
+        pairs: int = 4,
+        doubted: Collection[TensorDim] = (),
+        still_doubted: Callable[[Links], Collection[TensorDim]] | None = None,
     ) -> Links:
         """Make two units twins and disturb one tensor dim after another; return what is linked.
 
         A unit can be hidden for these inputs (a dead ReLU), so up to ``pairs`` pairs of units are
         tried until every tensor dim was observed. One disturbance mostly shows the whole group;
-        those ``doubted`` are disturbed with every pair until they are one group. Where twins are
-        told apart before that, there are no groups.
+        those ``doubted`` are disturbed with every pair until they are one group; of what is linked
+        after a pair, ``still_doubted`` returns those to go on with. Where twins are told apart,
+        there are no groups.
         """
         groups: list[set[TensorDim]] = []
+        links = Links((), (), tuple(dims))
         hidden = unobserved = list(dims)
         for first in range(0, min(2 * pairs, self.units - 1), 2):
             second = first + 1
@@ -129,10 +135,13 @@ class TwinTest:
                 unsettled = [dim for dim in observed if dim not in settled]
                 for group in self._components(unsettled, observed, first, second, doubted):
                     groups = merged(groups, group)
+            ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
+            links = Links(tuple(ordered), (), tuple(unobserved))
+            if doubted and still_doubted is not None:
+                doubted = still_doubted(links)
             if not hidden and any(map({*doubted}.issubset, [*groups, ()])):
                 break  # more pairs of units cannot take apart what is linked
-        ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
-        return Links(tuple(ordered), (), tuple(unobserved))
+        return links
 
     def alike(self, dims: Sequence[TensorDim], channel_groups: int) -> bool:
         """True if none of these tensor dims tells the first and last unit of a channel group apart.
@@ -256,11 +265,13 @@ class TwinTest:
     ) -> list[set[TensorDim]]:
         """Return groups of linked tensor dims: those that unsettled ones are in.
 
-        Each unsettled one is disturbed, unless it is linked with one before and not ``doubted``.
+        Each unsettled one is disturbed, unless it is linked with one before; those ``doubted`` are
+        disturbed until they are one group.
         """
         groups: list[set[TensorDim]] = []
         for dim in unsettled:
-            if dim in doubted or not any(dim in group for group in groups):
+            in_doubt = dim in doubted and not any({*doubted} <= group for group in groups)
+            if in_doubt or not any(dim in group for group in groups):
                 linked = {dim, *self._disturbed(dim, dims, first, second)}
                 groups = merged(groups, linked)
         return groups

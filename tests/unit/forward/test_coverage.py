@@ -15,7 +15,7 @@ from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
 from tp_hf_config.forward.coverage import unreached_by, working_inputs
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.twin.layout import TensorDim
-from tp_hf_config.twin.tiny.tiny_model import randomise
+from tp_hf_config.twin.tiny.random_weights import randomise
 from tp_hf_config.twin.twin_test import TwinTest
 
 _LAYER: dict[str, Any] = {

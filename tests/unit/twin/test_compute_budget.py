@@ -17,9 +17,10 @@ from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter
 from tp_hf_config.twin.tiny.image_sizes import smaller_images
+from tp_hf_config.twin.tiny.random_weights import randomise
 from tp_hf_config.twin.tiny.requirements import _keeps_order_alone, _several_per_unit, _still_shared
 from tp_hf_config.twin.tiny.shrink import _smaller, shrunken, small_tokens
-from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 
 
 def test_a_size_that_costs_goes_down_as_far_as_is_needed() -> None:

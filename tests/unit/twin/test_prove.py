@@ -46,7 +46,9 @@ class Faint:
     def unused(self, names: Iterable[str]) -> bool:
         return False
 
-    def links(self, dims: Sequence[TensorDim], doubted: Collection[TensorDim]) -> Links:
+    def links(
+        self, dims: Sequence[TensorDim], doubted: Collection[TensorDim], still_doubted: Any
+    ) -> Links:
         self.asked.append({*doubted})
         return Links(tuple(map(tuple, self.linked)), (), ())
 

@@ -1,0 +1,60 @@
+"""The masked check: what it compares a pruned model with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_hf_config.twin.masked_check import masked_difference
+
+
+class FrozenBatchNorm(nn.Module):
+    """A norm of images with buffers alone, as RT-DETR's backbone has."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        for name in ("weight", "bias"):
+            self.register_buffer(name, torch.rand(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (1, -1, 1, 1)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
+class Net(nn.Module):
+    """Channels, a frozen norm, and a bottleneck behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 3, 1, bias=False)
+        self.norm = FrozenBatchNorm(3)
+        self.wide = nn.Conv2d(3, 4, 1)
+        self.narrow = nn.Conv2d(4, 2, 1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.wide(self.norm(self.first(pixel_values)))
+        result: torch.Tensor = self.narrow(hidden.relu())
+        return result
+
+
+def without_first_channel(net: nn.Module) -> Any:
+    pruned: Any = copy.deepcopy(net)
+    pruned.wide.weight = nn.Parameter(pruned.wide.weight[1:])
+    pruned.wide.bias = nn.Parameter(pruned.wide.bias[1:])
+    pruned.narrow.weight = nn.Parameter(pruned.narrow.weight[:, 1:])
+    return pruned
+
+
+def test_a_frozen_batch_norm_runs_over_columns_of_zeros_too() -> None:
+    torch.manual_seed(0)
+    net = Net().double().eval()
+    pruned = without_first_channel(net)
+    pixels = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    pixels[..., -1] = 0  # an image with a black edge
+    assert masked_difference(net, pruned, pruned, {"pixel_values": pixels}) is None
+    with torch.no_grad():
+        pruned.narrow.bias.add_(0.1)
+    assert masked_difference(net, pruned, pruned, {"pixel_values": pixels}) is not None
