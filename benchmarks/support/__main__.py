@@ -118,7 +118,9 @@ class Runner:
             if time.monotonic() - one.since > _WAITING * self.seconds:
                 one.process.kill()  # it waits for something that uses no processor time
             return False
-        result = one.result() if (Path(one.folder.name) / RESULT).exists() else {"stage": "class"}
+        result: dict[str, Any] = {"stage": "class"}
+        if (Path(one.folder.name) / RESULT).exists():
+            result = one.result()
         if one.process.exitcode and result.get("stage") != "done":
             killed = one.process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
             reason = f"no end within {self.seconds} s" if killed else "the process died"

@@ -161,8 +161,9 @@ def _quiet() -> None:
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    untyped: Any = transformers.logging
+    untyped.set_verbosity_error()
+    untyped.disable_progress_bar()
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)

@@ -376,7 +376,7 @@ def test_norms_with_other_weights_for_every_head_lose_whole_heads() -> None:
             "base_channels": 32,
             "channel_multiplier": [1, 1],
             "num_res_blocks": 1,
-            "resolution": 32,
+            "resolution": 16,
         },
     )
     model = hf.ChameleonModel(config)
