@@ -47,12 +47,19 @@ class Requirements:
         self.shapes, self.layout = shapes(base), observe(base, self._recipe)
         self._kinds = kinds_of_layers(base)
         self._several, self._shared = _several_per_unit(field_map), _shared(field_map)
+        self._observed: dict[str, HeadSplits | None] = {}
 
     def observed(self, trial: dict[str, Any]) -> HeadSplits | None:
-        """Return the head splits of the model of another config, or None.
+        """Return the head splits of the model of another config, or None; built once for each.
 
         ``None``: the class refuses the config, or the model lacks something that is required.
         """
+        key = repr(trial)
+        if key not in self._observed:
+            self._observed[key] = self._observe(trial)
+        return self._observed[key]
+
+    def _observe(self, trial: dict[str, Any]) -> HeadSplits | None:
         model = self.builder.build(trial)
         if isinstance(model, Refusal):
             return None
