@@ -25,6 +25,7 @@ from ..model.shapes import shapes
 from ..model.surroundings import memory_kept, one_thread, plain_autograd, same_random_state
 from ..twin.find_groups import find_alone, find_groups
 from ..twin.group import Finding
+from ..twin.joint_fields import equal_by_chance
 from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
 from .layer_experiments import LayerFindings
 
@@ -137,15 +138,18 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     if isinstance(tiny, Refusal):
         _store(field_map, "widths", field_map.data, (), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
-    key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe))
+    full = tiny.full_field_map
+    by_chance = equal_by_chance(tiny.field_map, full)
+    pairs = sorted(sorted(map(field_name, pair)) for pair in by_chance)
+    key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe), pairs)
     findings = _load(field_map, *key)
     if findings is None:
-        if _GROUPS not in tiny.answers:
-            tiny.answers[_GROUPS] = find_groups(tiny)
-        findings = tiny.answers[_GROUPS]
+        answer = (_GROUPS, by_chance)
+        if answer not in tiny.answers:
+            tiny.answers[answer] = find_groups(tiny)
+        findings = tiny.answers[answer]
         _store(field_map, *key, entry=findings)
     at_full_size = (_checked_at_full_size(finding, field_map) for finding in findings)
-    full = tiny.full_field_map
     checked = tuple(_unless_shared(finding, findings, full) for finding in at_full_size)
     return _stored_experiments(field_map, tiny, checked)
 

@@ -18,11 +18,26 @@ from ..model.config_json import FieldPath
 
 
 def grouped_heads(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield head counts that cannot be pruned alone, each with another that is a multiple of it."""
+    """Yield head counts that cannot be pruned alone, each with another that is a multiple of it.
+
+    Both split layers of one module, as query and key/value heads do.
+    """
     counts = sorted((p for p in field_map.count_fields() if field_map.moves_shapes(p)), key=str)
+    modules = {field: _modules_of(field_map, field) for field in counts}
     for smaller, larger in permutations(counts, 2):
-        if smaller in failed and field_map.values[larger] % field_map.values[smaller] == 0:
+        multiple = field_map.values[larger] % field_map.values[smaller] == 0
+        if smaller in failed and multiple and modules[smaller] & modules[larger]:
             yield smaller, larger
+
+
+def _modules_of(field_map: FieldMap, field: FieldPath) -> set[str]:
+    """Return the layers of which a field sets some quantity, and the modules that hold these."""
+    layers = {
+        name.rpartition(".")[0] if isinstance(which, int) else name
+        for (name, which), expression in field_map.expressions.items()
+        if field in expression.fields
+    }
+    return (layers | {layer.rpartition(".")[0] for layer in layers}) - {""}
 
 
 def whole_heads(field_map: FieldMap) -> Iterator[tuple[FieldPath, ...]]:
@@ -42,25 +57,42 @@ def whole_heads(field_map: FieldMap) -> Iterator[tuple[FieldPath, ...]]:
         yield (*sorted(several or counts, key=str), width)
 
 
-def equal_fields(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+def equal_by_chance(field_map: FieldMap, full: FieldMap) -> frozenset[frozenset[FieldPath]]:
+    """Return the pairs of fields that are equal in the tiny model alone: there are few numbers."""
+    widths = [field for field in field_map.values if field in full.values]
+    return frozenset(
+        frozenset(pair)
+        for pair in combinations(widths, 2)
+        if field_map.values[pair[0]] == field_map.values[pair[1]]
+        and full.values[pair[0]] != full.values[pair[1]]
+    )
+
+
+def equal_fields(
+    field_map: FieldMap, failed: set[FieldPath], by_chance: frozenset[frozenset[FieldPath]]
+) -> Iterator[tuple[FieldPath, ...]]:
     """Yield pairs of equal widths that both cannot be pruned alone.
 
-    If there are none, yield pairs of which one cannot be pruned alone.
+    If there are none, yield pairs of which one cannot be pruned alone. Those equal ``by_chance``
+    are left out.
     """
     widths = [field for field in field_map.values if field_map.moves_shapes(field)]
     pairs = [
         pair
         for pair in combinations(widths, 2)
         if field_map.values[pair[0]] == field_map.values[pair[1]] and failed & set(pair)
+        if frozenset(pair) not in by_chance
     ]
     yield from [pair for pair in pairs if failed >= set(pair)] or pairs
 
 
-def equal_together(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
+def equal_together(
+    field_map: FieldMap, failed: set[FieldPath], by_chance: frozenset[frozenset[FieldPath]]
+) -> Iterator[tuple[FieldPath, ...]]:
     """Yield three or four equal widths that the class runs with only if all change together.
 
     Passes without data show this. Features of images and of sound, from a tower each, stand in one
-    text (Qwen2.5-Omni).
+    text (Qwen2.5-Omni). Widths that are equal ``by_chance`` are not tried.
     """
     by_value: dict[int, list[FieldPath]] = {}
     for field in sorted(failed, key=str):
@@ -85,6 +117,8 @@ def equal_together(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tupl
 
     for size, paths in product((3, 4), by_value.values()):
         for fields in combinations(paths, size):
+            if any(map(by_chance.__contains__, map(frozenset, combinations(fields, 2)))):
+                continue
             if runs(fields) and not any(map(runs, combinations(fields, size - 1))):
                 yield fields
 

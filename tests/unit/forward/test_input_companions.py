@@ -85,7 +85,7 @@ def test_three_widths_that_stand_in_one_text() -> None:
     assert isinstance(tiny, TinyModel)
     assert not tiny.partial
     fields = [path for path in tiny.field_map.values if tiny.field_map.moves_shapes(path)]
-    (together,) = equal_together(tiny.field_map, set(fields))
+    (together,) = equal_together(tiny.field_map, set(fields), frozenset())
     assert together == (
         ("audio_config", "output_dim"),
         ("text_config", "hidden_size"),
