@@ -289,21 +289,25 @@ def from_state(builder: Builder, digest: str | None, state: Mapping[str, Any]) -
 
 _frozen_by_others = False
 """True once other code froze objects: to count them takes the longer the more there are."""
+_frozen_here = False
 
 
 @contextmanager
 def _old_objects_aside() -> Iterator[None]:
     """Hide existing objects from the garbage collector, which hundreds of builds trigger."""
-    global _frozen_by_others
-    _frozen_by_others = _frozen_by_others or gc.get_freeze_count() > 0
-    if _frozen_by_others:
+    global _frozen_by_others, _frozen_here
+    if not _frozen_here:
+        _frozen_by_others = _frozen_by_others or gc.get_freeze_count() > 0
+    if _frozen_here or _frozen_by_others:
         yield
         return
     gc.freeze()
+    _frozen_here = True
     try:
         yield
     finally:
         gc.unfreeze()
+        _frozen_here = False
 
 
 def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:
