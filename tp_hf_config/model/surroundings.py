@@ -15,6 +15,7 @@ _LARGEST = 2**25
 """Bytes: the largest ``_MMAP_THRESHOLD`` that glibc chooses by itself; it trims at twice that."""
 _MAPPED = 2**16
 """How many blocks glibc maps at most, if nothing is said."""
+_keeps_memory = False
 
 
 @contextmanager
@@ -38,11 +39,13 @@ def memory_kept() -> Iterator[None]:
     what is computed in them (Aria). Other C libraries go on as they do, and so does glibc if the
     environment sets its parameters.
     """
-    set_by_user = any(name.startswith("MALLOC_") for name in os.environ)
-    libc = None if set_by_user or "GLIBC_TUNABLES" in os.environ else _glibc()
+    global _keeps_memory
+    set_by_user = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    libc = None if set_by_user or _keeps_memory else _glibc()
     if libc is None:
         yield
         return
+    _keeps_memory = True
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     try:
@@ -52,6 +55,7 @@ def memory_kept() -> Iterator[None]:
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
         libc.malloc_trim(0)
+        _keeps_memory = False
 
 
 def _glibc() -> Any:
