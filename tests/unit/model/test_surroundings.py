@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import resource
+import subprocess
+import sys
 
 import pytest
-import torch
 
 from tp_hf_config.model import surroundings
 from tp_hf_config.model.surroundings import memory_kept
 
-PAGES = 2**24 * 4 // resource.getpagesize()
+PAGES_OF_THREE_TENSORS = """
+import resource
+import torch
+from tp_hf_config.model.surroundings import memory_kept
 
-
-def new_pages() -> int:
-    """How many pages the system cleared for a tensor that is freed at once."""
+def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    for _ in range(3):
+        torch.ones(2**24)  # freed at once
+    return round((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / PAGES)
+
+PAGES = 2**26 // resource.getpagesize()
+print(new_pages())
+with memory_kept():
+    with memory_kept():
+        print(new_pages())
+    print(new_pages())
+print(new_pages())
+"""
 
 
 @pytest.mark.skipif(surroundings._glibc() is None, reason="another C library")
 def test_freed_memory_is_used_again_and_given_back_at_the_end() -> None:
-    with memory_kept():
-        with memory_kept():
-            new_pages()
-        assert new_pages() < PAGES // 10
-    assert new_pages() > PAGES * 9 // 10
+    command = [sys.executable, "-c", PAGES_OF_THREE_TENSORS]  # what was freed before would matter
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["3", "1", "0", "3"]
 
 
 @pytest.mark.parametrize("variable", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
