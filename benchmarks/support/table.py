@@ -226,9 +226,9 @@ def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> No
 
 def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]]) -> str:
     """``docs/support.md``."""
-    what = ("task", "model type", "class", *KINDS[:3], "defaults", "layers differ")
-    columns = (*what, "a layer dropped", "other widths that go", "or why not")
-    lines: list[tuple[str, ...]] = [columns, *map(_line, results)]
+    columns: tuple[str, ...] = ("task", "model type", "class", *KINDS[:3], "defaults")
+    columns += ("layers differ", "a layer dropped", "other widths that go", "or why not")
+    lines = [columns, *map(_line, results)]
     if not any("layers" in result for result in results):  # written before they were measured
         lines = [(*line[:7], *line[9:]) for line in lines]
     if not any("defaults" in result for result in results):

@@ -25,13 +25,12 @@ from ..model.shapes import shapes
 from ..model.surroundings import memory_kept, one_thread, plain_autograd, same_random_state
 from ..twin.find_groups import find_alone, find_groups
 from ..twin.group import Finding
-from ..twin.joint_fields import equal_by_chance
-from ..twin.tiny.tiny_model import TinyModel, stored_tiny_model, tiny_model
+from ..twin.tiny.tiny_model import TinyModel, once, stored_tiny_model, tiny_model
 from .layer_experiments import LayerFindings
 
 _MOST_BUILDS = 64
 _GROUPS = "groups"
-"""The key of all findings with a tiny model, in the cache on disk and among its answers."""
+"""The key of all findings with a tiny model in the cache on disk."""
 _Fields = tuple[FieldPath, ...]
 
 
@@ -84,10 +83,11 @@ def experiments_of(
     result = memory.by_fields.get(()) or memory.by_fields.get(fields)
     if result is None:
         cache = nullcontext() if tiny is None else suspended()
-        with one_thread(), same_random_state(), plain_autograd(), memory_kept(), cache:
+        with one_thread(), same_random_state(), plain_autograd(), cache:
             result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
             if result is None:
-                result = _experimented(field_map, memory, tiny, fields)
+                with memory_kept():
+                    result = _experimented(field_map, memory, tiny, fields)
         memory.by_fields[result.fields] = result
     if isinstance(result.tiny, InputsRefusal):
         raise UnsupportedModelError(result.tiny.reason)
@@ -138,20 +138,22 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     if isinstance(tiny, Refusal):
         _store(field_map, "widths", field_map.data, (), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
-    full = tiny.full_field_map
-    by_chance = equal_by_chance(tiny.field_map, full)
-    pairs = sorted(sorted(map(field_name, pair)) for pair in by_chance)
+    pairs = sorted(sorted(map(field_name, pair)) for pair in tiny.equal_by_chance)
     key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe), pairs)
     findings = _load(field_map, *key)
     if findings is None:
-        answer = (_GROUPS, by_chance)
-        if answer not in tiny.answers:
-            tiny.answers[answer] = find_groups(tiny)
-        findings = tiny.answers[answer]
+        findings = _found_once(tiny.equal_by_chance, tiny)
         _store(field_map, *key, entry=findings)
     at_full_size = (_checked_at_full_size(finding, field_map) for finding in findings)
+    full = tiny.full_field_map
     checked = tuple(_unless_shared(finding, findings, full) for finding in at_full_size)
     return _stored_experiments(field_map, tiny, checked)
+
+
+@once
+def _found_once(_: Any, tiny: TinyModel) -> list[Finding]:
+    """Return the findings with a tiny model, by the pairs that they leave out as chance."""
+    return find_groups(tiny)
 
 
 def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> Experiments | None:

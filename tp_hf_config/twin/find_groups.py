@@ -24,7 +24,6 @@ from ..model.config_json import FieldPath, field_name, with_values
 from ..model.tensors import is_matrix_stack, saved_buffers
 from .group import Finding, TinyGroup, all_alike
 from .joint_fields import (
-    equal_by_chance,
     equal_fields,
     equal_together,
     grouped_heads,
@@ -51,10 +50,9 @@ def find_groups(tiny: TinyModel) -> list[Finding]:
     findings = [_rehearsed(tiny, finding) for finding in singly]
     refused = {f.fields[0] for f in findings if f.reason is not None} - failed
     stuck = failed | {field for field in refused if not _takes_less(field_map, field)}
-    by_chance = equal_by_chance(field_map, tiny.full_field_map)
     equal = [
-        *equal_fields(field_map, failed, by_chance),
-        *equal_together(field_map, failed, by_chance),
+        *equal_fields(field_map, failed, tiny.equal_by_chance),
+        *equal_together(field_map, failed, tiny.equal_by_chance),
     ]
     tried: set[frozenset[FieldPath]] = set()
     for fields in chain(equal, grouped_heads(field_map, stuck), heads_with_width(field_map, stuck)):

@@ -117,7 +117,7 @@ def equal_together(
 
     for size, paths in product((3, 4), by_value.values()):
         for fields in combinations(paths, size):
-            if any(map(by_chance.__contains__, map(frozenset, combinations(fields, 2)))):
+            if not by_chance.isdisjoint(map(frozenset, combinations(fields, 2))):
                 continue
             if runs(fields) and not any(map(runs, combinations(fields, size - 1))):
                 yield fields

@@ -26,6 +26,7 @@ from ...model.build import Refusal
 from ...model.config_json import FieldPath, with_values
 from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
+from ..joint_fields import equal_by_chance
 from ..twin_test import Proof, TwinTest
 from .random_weights import randomise, redraw_matrices
 from .run_numbers import with_smaller_inputs
@@ -89,6 +90,11 @@ class TinyModel:
     def _proofs(self) -> dict[Proof, bool]:
         """What permutations of this model were found to be neutral: fields share groups."""
         return {}
+
+    @cached_property
+    def equal_by_chance(self) -> frozenset[frozenset[FieldPath]]:
+        """Pairs of fields that are equal in this model and not at full size."""
+        return equal_by_chance(self.field_map, self.full_field_map)
 
     @property
     def model(self) -> nn.Module:
