@@ -118,13 +118,17 @@ class _ResultWatch(AllFloat64):
         """While open, keep track of which module of the model is running."""
         with ExitStack() as stack, self:
             around = {"": ""}  # module -> itself, or for a list of modules what runs them
-            for name, module in model.named_modules():
+            first = {module: name for name, module in model.named_modules()}
+            followed: set[nn.Module] = set()
+            for name, module in model.named_modules(remove_duplicate=False):
                 holder = name.rpartition(".")[0]
                 around[name] = around[holder] if isinstance(module, _LISTS) else name
-                if not self._counts(name) and not self._counts(around[holder]):
+                counted = self._counts(name) or self._counts(around[holder])
+                if not counted or module in followed:
                     continue
+                followed.add(module)
                 for handle in (
-                    module.register_forward_pre_hook(partial(self._enter, name)),
+                    module.register_forward_pre_hook(partial(self._enter, first[module])),
                     module.register_forward_hook(self._leave, always_call=True),
                 ):
                     stack.callback(handle.remove)

@@ -8,7 +8,7 @@ text model, the backbone of a detector.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, update_wrapper
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from ..model.surroundings import restore_attribute
-from .observed_pass import outputs_in_float64
+from .observed_pass import PassResult, outputs_in_float64
 from .run_recipe import RunRecipe
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -39,14 +39,17 @@ class Replay:
     A part is replayed if none of its parameters and buffers is changed or asked for its gradient,
     and if its inputs have no gradient and are equal to those of the call that was recorded. Calls
     that draw random numbers, change their inputs, or take or return more than tensors and plain
-    values are never replayed.
+    values are never replayed, nor are parts that compute a watched result.
 
     Args:
         model: the model, whose parameters have their usual values outside of experiments.
+        watched: intermediate results that count as outputs.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, model: nn.Module, watched: Sequence[PassResult] = ()):
+        self._model, self._watched = model, watched
+        names = {result.module for result in watched}
+        self._running = {module for name, module in model.named_modules() if name in names}
         self._calls: dict[tuple[nn.Module, int], _Call | None] = {}  # None: it has to run
         self._outermost: dict[frozenset[int], list[nn.Module]] = {}
 
@@ -68,19 +71,36 @@ class Replay:
     ) -> list[Tensor] | None:
         """Return the floating point outputs of a pass that replays what holds no changed tensor.
 
+        The watched results come last.
         ``None``: the pass fails, for want of something that is collected inside of what it skips.
         """
         try:
             with self.without(changed):
-                return outputs_in_float64(self._model, inputs, (), recipe)
+                return outputs_in_float64(self._model, inputs, self._watched, recipe)
         except Exception:  # a class may fail in any way
             return None
 
     def _parts(self, changed: frozenset[int]) -> list[nn.Module]:
         """Return the parts that may be replayed; lists of modules never run."""
         if changed not in self._outermost:
-            self._outermost[changed] = list(_parts_without(self._model, changed))
+            self._outermost[changed] = list(self._parts_without(self._model, changed))
         return self._outermost[changed]
+
+    def _parts_without(self, module: nn.Module, changed: frozenset[int]) -> Iterator[nn.Module]:
+        """Yield the outermost modules inside a module that hold no changed tensor, and no hook.
+
+        A hook inside would miss the call: Transformers collects attentions and hidden states by
+        hooks.
+        """
+        for child in module.children():
+            inside = set(child.modules())
+            free = changed.isdisjoint(map(id, (*child.parameters(), *child.buffers())))
+            free = free and inside.isdisjoint(self._running)
+            free = free and not any(map(_has_hooks, inside - {child}))
+            if free and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                yield child
+            else:
+                yield from self._parts_without(child, changed)
 
     def _run(
         self,
@@ -107,20 +127,6 @@ class Replay:
         pure = pure and bool((torch.default_generator.get_state() == random).all())
         self._calls[key] = _Call(before, _copied(result)) if pure else None
         return result if not pure else _copied(result)  # without gradients, for the parts behind
-
-
-def _parts_without(module: nn.Module, changed: frozenset[int]) -> Iterator[nn.Module]:
-    """Yield the outermost modules inside a module that hold no changed tensor, and no hook inside.
-
-    A hook inside would miss the call: Transformers collects attentions and hidden states by hooks.
-    """
-    for child in module.children():
-        free = changed.isdisjoint(map(id, (*child.parameters(), *child.buffers())))
-        free = free and not any(_has_hooks(part) for part in child.modules() if part is not child)
-        if free and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield child
-        else:
-            yield from _parts_without(child, changed)
 
 
 def _has_hooks(module: nn.Module) -> bool:

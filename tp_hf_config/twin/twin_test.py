@@ -49,7 +49,7 @@ class TwinTest:
         watched: intermediate results that count as outputs.
         recipe: how the class is run.
         replay: the results of the model's parts on these inputs, to skip parts that an experiment
-            does not change. Default: every pass runs the whole model, as it does to watch results.
+            does not change. Default: every pass runs the whole model.
         proofs: what permutations of this model, with these inputs, were found to be neutral before;
             tests of other fields that share it try none of them again.
 
@@ -72,7 +72,7 @@ class TwinTest:
     ):
         self.model, self.inputs, self.units = model, dict(inputs), units
         self.watched, self.recipe = watched, recipe
-        self._replay = None if watched else replay
+        self._replay = replay
         self._proofs = {} if proofs is None else proofs
         self._changed: list[str] = []
         self.axes = {units * run: (UnitLayout(run=run), UnitLayout(parts=run)) for run in runs}

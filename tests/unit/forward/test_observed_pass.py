@@ -161,6 +161,29 @@ def test_what_layers_in_a_list_compute_is_not_of_the_module_around_it() -> None:
     assert torch.equal(shown, F.linear(x[:, 0], model.inner.weight))
 
 
+class _Lent(nn.Module):
+    """Uses a layer that the model around it has too, under an earlier name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.layer(x)) - 1
+
+
+def test_what_a_layer_computes_that_two_modules_have_is_its_own() -> None:
+    model = nn.Module()
+    model.layer = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU())
+    model.inner = _Lent(model.layer)
+    model.forward = lambda x: model.inner(x)  # type: ignore[method-assign]
+    x = states()["x"]
+    *_, result = outputs_in_float64(ready(model), {"x": x}, [PassResult("inner", "relu", 0)])
+    torch.testing.assert_close(result - 1, model(x), rtol=0, atol=0)
+    *_, lost = outputs_in_float64(model, {"x": x}, [PassResult("inner", "relu", 1)])
+    assert bool(lost.isnan())
+
+
 def test_what_does_not_run_is_not_watched() -> None:
     model = ready(Pooled())
     model.idle = nn.Linear(HIDDEN, 4).double()  # type: ignore[assignment]

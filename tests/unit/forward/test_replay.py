@@ -10,6 +10,7 @@ import zoo
 from torch import Tensor, nn
 
 from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.forward.observed_pass import PassResult
 from tp_hf_config.forward.replay import Replay
 from tp_hf_config.model.surroundings import one_thread, same_random_state
 from tp_hf_config.twin.find_groups import find_groups
@@ -137,6 +138,29 @@ class Hooked(nn.Module):
         self.collected.clear()
         x = self.front(x)
         return self.last(x) + self.collected[0]
+
+
+class Choosing(nn.Module):
+    """Sorts its outputs by scores that nothing else is computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.scores, self.last = Part(4, 4), Part(4, 4), Part(4, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        return self.last(x).gather(-1, self.scores(x).argsort(-1))
+
+
+def test_parts_that_compute_a_watched_result_are_run_and_those_before_it_replayed() -> None:
+    model, watched = Choosing(), (PassResult("scores", "linear", 0),)
+    whole = TwinTest(model, {"x": X}, 4, watched=watched).outputs()
+    test = TwinTest(model, {"x": X}, 4, watched=watched, replay=Replay(model, watched))
+    passes = [test.outputs(["last.weight"]) for _ in range(3)]
+    assert all(all(map(torch.equal, one, whole)) for one in passes)
+    assert [len(one) for one in passes] == [2, 2, 2]
+    assert [part.calls for part in (model.front, model.scores, model.last)] == [4, 6, 6]
 
 
 def test_what_a_hook_inside_watches_is_run_but_the_watched_part_is_replayed() -> None:

@@ -84,7 +84,7 @@ class TinyModel:
 
     @cached_property
     def _replay(self) -> Replay:
-        return Replay(self.model)
+        return Replay(self.model, self.watched)
 
     @cached_property
     def _proofs(self) -> dict[Proof, bool]:
