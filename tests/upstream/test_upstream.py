@@ -17,7 +17,7 @@ from torch import nn
 
 
 def test_new_parameters_lose_their_requires_grad():
-    """pruner/function.py makes Parameters anew; ``hook.history.Recorder._prune``."""
+    """pruner/function.py makes Parameters anew; ``graph.config_group.ConfigGroup.prune``."""
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     pruner = tp.pruner.MetaPruner(
         model, torch.rand(1, 4), tp.importance.MagnitudeImportance(), ignored_layers=[model[2]]
@@ -50,7 +50,7 @@ def test_default_dicts_carry_over_to_the_next_pruner(name: str):
 
 def test_manual_prune_width_with_a_ratio_cuts_nothing():
     """base_pruner.py, ``manual_prune_width``: indices as a tensor, whose elements are no
-    integers to a set (function.py); ``hook.history.Recorder``.
+    integers to a set (function.py); ``graph.config_graph.ConfigGraph.get_pruning_group``.
     """
     model = small.mlp()
     pruner = small.pruner_of(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import listed
-from ..graph.config_graph import ConfigGroup
+from ..graph.config_group import ConfigGroup
 from ..graph.edits import Refit, RefitInPlace, RefitNotRecorded
 from ..model.lazy_tensor import LazyTensor
 from ..model.tensors import parameter_names

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.scratch import free_on_disk, on_disk
-from ..graph.config_graph import ConfigGroup
+from ..graph.config_group import ConfigGroup
 from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
 from ..model.lazy_tensor import LazyTensor, is_lazy, values_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import nn
-from torch_pruning import _helpers, dependency, ops
+from torch_pruning import _helpers, ops
 from torch_pruning.dependency import Dependency, Node
 from torch_pruning.pruner import function
 
@@ -21,17 +21,15 @@ from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.tensors import tensor
+from .config_group import ConfigGroup, Watch
 from .cut import Cuts
 from .full_size import Group
-from .norm_order import channels_in_order
 from .sides import (
     UNITS,
     GraphGroup,
-    Leaving,
     ParameterView,
     Side,
     Units,
-    cut,
     handler_of,
     is_output,
     is_vector,
@@ -39,36 +37,6 @@ from .sides import (
     sides_of,
     units_of,
 )
-
-
-class ConfigGroup(dependency.Group):  # type: ignore[misc]
-    """A pruning group that cuts whole units of a dependency group; its history names a layer."""
-
-    def __init__(self, graph: ConfigGraph, graph_group: GraphGroup, units: Sequence[int]):
-        super().__init__()
-        self._DG = graph
-        self.graph_group = graph_group
-        self.units = list(units)
-
-    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
-        """Cut the group's units, or those of the root's channels ``idxs``, from every layer."""
-        if idxs is not None:
-            root = self[0].dep
-            self._DG.get_pruning_group(root.target.module, root.handler, idxs).prune()
-            return
-        record = min(self._group, key=lambda item: self._DG.history_rank(item.dep.target.module))
-        entry = [
-            self._DG.history_name(record.dep.target.module),
-            self._DG.is_out_channel_pruning_fn(record.dep.handler),
-            list(record.idxs),
-        ]
-        leaving = Leaving(self.units)
-        with channels_in_order(), self._DG.cuts.together():
-            for side in self.graph_group.sides:
-                cut(side, leaving, self._DG.cuts, self._DG.other_sides_of(side))
-            self.graph_group.units.count -= len(self.units)
-            if record_history:
-                self._DG._pruning_history.append(entry)
 
 
 class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
@@ -102,6 +70,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.replaced: dict[str, Any] = {}  # a pruner's attributes before it took this graph
         self.register_customized_layer(Units, UNITS)
         self.cuts = Cuts()
+        self.watchers: list[Watch] = []
         self._views: dict[tuple[str, int], ParameterView] = {}
         self.graph_groups = [
             GraphGroup(
@@ -153,12 +122,10 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             yield self.group_at(graph_group, range(graph_group.units.count))
 
     def group_at(self, graph_group: GraphGroup, units: Iterable[int]) -> ConfigGroup:
-        """Return the pruning group of some units, asked for at its root, as the pruner does."""
+        """Return the pruning group of some units, with its root first."""
         root = graph_group.root
-        if root is None:
-            return self.get_pruning_group(graph_group.units, UNITS.prune_out_channels, list(units))
-        channels = sorted(root.table[list(units)].flatten().tolist())
-        return self.get_pruning_group(root.module, handler_of(root.module, root.out), channels)
+        module, out = (graph_group.units, True) if root is None else (root.module, root.out)
+        return self._group(graph_group, list(units), module, out)
 
     def groups_to_prune(
         self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None

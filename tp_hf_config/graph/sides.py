@@ -223,6 +223,13 @@ class Leaving:
         return self._computed[id(table), size]
 
 
+def settle(sides: Iterable[Side], cuts: Cuts) -> None:
+    """Apply the pending cuts if one is along a dimension of these sides, which are cut next."""
+    for side in sides:
+        for owner, key, dim, _ in tensors_to_cut(side.module, side.out):
+            cuts.settle(owner, key, dim)
+
+
 def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> None:
     """Cut units from one side of one layer, and renumber the side's table.
 
@@ -231,9 +238,7 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> Non
     sides ``beside``, other channels of the same side in other groups, are renumbered too.
     """
     module = side.module
-    tensors = _tensors_to_cut(module, side.out)
-    for owner, key, dim, _ in tensors:
-        cuts.settle(owner, key, dim)
+    tensors = tensors_to_cut(module, side.out)
     gone, kept, table, _ = leaving.of(side.table, channels_of(side))
     layer = module.owner if isinstance(module, ParameterView) else module
     for place in side.dims:
@@ -250,7 +255,7 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> Non
         other.table = torch.searchsorted(kept, other.table)
 
 
-def _tensors_to_cut(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:
+def tensors_to_cut(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:
     """Return the layer, name, dimension and size attribute of each tensor that a side cuts.
 
     There are none if the layer is not plain: subclasses and parametrized layers may need more done

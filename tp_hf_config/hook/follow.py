@@ -42,6 +42,9 @@ from .report import SyncReport
 _ROWS = ".weight#0"
 """How a history names the outputs of a projection that is not an ``nn.Linear`` (I-BERT's)."""
 
+_Proof = tuple[dict[FieldPath, int], dict[str, Any], nn.Module, list[str]]
+"""The fields' values, the config's JSON, its reference build, and notes."""
+
 
 class Follower:
     """Keeps one pruner's model and its config in step.
@@ -72,6 +75,7 @@ class Follower:
         self.ties = ties_of(self.model)
         self.tensors = shapes(self.model).keys()
         self.values = dict(self.field_map.values)
+        self._proof: tuple[Any, _Proof] | None = None  # the last: what was asked, and the answer
         self.inputs: dict[str, tuple[int, ...]] = {}
         self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
             name: splits
@@ -173,22 +177,25 @@ class Follower:
             raise self._untied_error(conflict)
         return dict.fromkeys(tie.names, shapes_after[(cut or tie.names)[0]])
 
-    def _proved(
-        self, shapes: Mapping[str, tuple[int, ...]]
-    ) -> tuple[dict[FieldPath, int], dict[str, Any], nn.Module, list[str]]:
+    def _proved(self, shapes: Mapping[str, tuple[int, ...]]) -> _Proof:
         """Return the fields' values for these shapes, the config's JSON, its build, and notes.
 
         The notes are about fields that repeat others. Raise if no config builds these shapes, or if
         a count of the class would become 0.
         """
+        stated = config_json(self.model.config)
+        asked = dict(shapes), dict(self.splits), stated
+        if self._proof is not None and self._proof[0] == asked:  # before this step's cuts
+            return self._proof[1]
         values = self._solve(shapes)
         data, built, mirror_notes = with_mirrored_fields(
-            self.field_map.builder, config_json(self.model.config), *self._prove(shapes, values)
+            self.field_map.builder, stated, *self._prove(shapes, values)
         )
         vanished = vanished_counts(self.reference, built)
         if vanished:
             raise explain_vanished(self.model, vanished)
-        return values, data, built, mirror_notes
+        self._proof = asked, (values, data, built, mirror_notes)
+        return self._proof[1]
 
     def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
         """Record which channels of the encoder states are still read."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..model.surroundings import restore_attribute
 from ..notebook import short
+
+if TYPE_CHECKING:
+    from ..graph.config_graph import ConfigGraph
+    from ..graph.config_group import ConfigGroup
 
 
 @dataclass(frozen=True)
@@ -52,81 +55,28 @@ class PrunedGroup:
 
 
 class Recorder:
-    """Records each group that one ``ConfigGraph`` hands out, at the moment it is pruned.
+    """Records each group of one ``ConfigGraph`` at the moment it is pruned."""
 
-    Only this graph instance changes; :meth:`detach` restores it.
-    """
-
-    def __init__(self, graph: Any):
-        self.graph = graph
+    def __init__(self, graph: ConfigGraph):
+        self._graph = graph
         self._groups: list[PrunedGroup] = []
 
     def attach(self) -> None:
         """Start to record."""
-        watched = vars(self.graph).get("get_pruning_group")
-        if not isinstance(watched, _Watched):
-            watched = self.graph.get_pruning_group = _Watched(self.graph)
-        watched.recorders.append(self)
+        self._graph.watchers.append(self._watch)
 
     def detach(self) -> None:
-        """Stop recording; groups that were handed out earlier are not recorded any more."""
-        watched = self.graph.get_pruning_group
-        watched.recorders.remove(self)
-        if not watched.recorders:
-            watched.restore()
+        """Stop recording."""
+        self._graph.watchers.remove(self._watch)
 
     def drain(self) -> list[PrunedGroup]:
         """Return the groups pruned since the last call."""
         groups, self._groups = self._groups, []
         return groups
 
-    def note(self, group: PrunedGroup) -> None:
-        """Add a pruned group to those that :meth:`drain` returns."""
-        self._groups.append(group)
-
-
-class _Watched:
-    """Replaces one graph's ``get_pruning_group`` while recorders watch the graph."""
-
-    def __init__(self, graph: Any):
-        self.graph = graph
-        self.recorders: list[Recorder] = []
-        self._own = vars(graph).get("get_pruning_group")
-        self._original = graph.get_pruning_group
-
-    def __call__(self, module: Any, pruning_fn: Any, idxs: Any) -> Any:
-        # for a ratio, BasePruner.manual_prune_width passes a tensor (base_pruner.py, 1.6.1): its
-        # elements are not found among numbers, so nothing would be cut
-        numbers = [int(index) for index in idxs] if isinstance(idxs, Iterable) else idxs
-        group = self._original(module, pruning_fn, numbers)
-        group.prune = partial(self._prune, group)
-        return group
-
-    def restore(self) -> None:
-        """Give the graph its own ``get_pruning_group`` back."""
-        restore_attribute(self.graph, "get_pruning_group", self._own)
-
-    def _prune(self, group: Any, idxs: Any = None, record_history: bool = True) -> None:
-        """Prune a group and record it; frozen parameters stay frozen."""
-        prune = type(group).prune
-        if idxs is not None:  # this prunes another group, recorded by itself
-            prune(group, idxs, record_history)
-            return
-        layers = tuple(layers_of(self.graph, group))
-        modules = [dep.target.module for dep, _ in group]
-        frozen = [
-            (module, name)
-            for module in modules
-            for name, parameter in module._parameters.items()
-            if parameter is not None and not parameter.requires_grad
-        ]
-        try:
-            prune(group, None, record_history)
-        finally:
-            for recorder in self.recorders:
-                recorder.note(PrunedGroup(layers))
-            for module, name in frozen:  # Torch-Pruning's new Parameters all require gradients
-                getattr(module, name).requires_grad_(False)
+    def _watch(self, group: ConfigGroup) -> Callable[[], None]:
+        """Return a function that records a group which is about to be pruned, as it is now."""
+        return partial(self._groups.append, PrunedGroup(tuple(layers_of(self._graph, group))))
 
 
 def layers_of(graph: Any, group: Any) -> Iterator[PrunedLayer]:
@@ -138,4 +88,4 @@ def layers_of(graph: Any, group: Any) -> Iterator[PrunedLayer]:
             continue
         size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
         name, is_output = side
-        yield PrunedLayer(name, is_output, tuple(int(i) for i in idxs), size or 0)
+        yield PrunedLayer(name, is_output, tuple(map(int, idxs)), size or 0)

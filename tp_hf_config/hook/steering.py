@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
-from ..graph.config_graph import ConfigGroup
+from ..graph.config_group import ConfigGroup
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import multiple_below, multiple_for_round_to, per_channel_group
 from ..model.surroundings import restore_attribute

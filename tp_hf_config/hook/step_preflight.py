@@ -12,7 +12,9 @@ from torch import nn
 
 from ..errors import ConfigSyncError
 from ..fieldmap.solve.explain import AGAIN
-from ..graph.sides import ParameterView
+from ..graph.config_graph import ConfigGraph
+from ..graph.config_group import ConfigGroup
+from ..graph.sides import ParameterView, tensors_to_cut
 from ..model.shapes import Shapes, shapes
 from ..model.surroundings import restore_attribute
 from .follow import Follower
@@ -31,11 +33,10 @@ def prove_before_cutting(
 ) -> Iterator[None]:
     """Prove all groups of a step together before the step cuts the first.
 
-    The pruner chooses its groups twice, the second time with the importances of the first.  The
-    groups of an interactive step are not proved: the user decides which of them to prune.
+    The groups of an interactive step are not proved: the user decides which of them to prune.
 
     Args:
-        pruner: the pruner; if it cannot choose twice, nothing is proved.
+        pruner: the pruner; if its choice may depend on what is cut meanwhile, nothing is proved.
         prove: gets the chosen groups, and raises if no config could describe what they leave.
             Nothing is cut then, and the step does not count.
         prepare: gets the chosen groups once they are proved, and whether all of them are pruned for
@@ -45,43 +46,53 @@ def prove_before_cutting(
     if not is_unmodified(pruner) or hasattr(pruner.importance, "adjust_fisher"):
         yield
         return
-    choose, estimate = pruner._prune, pruner.estimate_importance
-    own = {name: vars(pruner).get(name) for name in ("_prune", "estimate_importance")}
+    choose, own = pruner._prune, vars(pruner).get("_prune")
     stepping = True
 
     def prune() -> Iterator[Any]:
         whole = stepping
-        if (whole or prepare is not None) and pruner.current_step <= pruner.iterative_steps:
-            importances: list[Any] = []
-
-            def recorded(*args: Any, **kwargs: Any) -> Any:
-                importances.append(estimate(*args, **kwargs))
-                return importances[-1]
-
-            pruner.estimate_importance = recorded
-            try:
-                groups = _chosen_groups(pruner, choose)
+        if (not whole and prepare is None) or pruner.current_step > pruner.iterative_steps:
+            yield from choose()
+            return
+        try:
+            with _restored_if_refused(pruner):
+                groups = list(choose())
                 if whole:
                     prove(groups)
                 if prepare is not None:
                     prepare(groups, whole)
-            except BaseException:
-                pruner.current_step -= 1
-                raise
-            pruner.estimate_importance = lambda *args, **kwargs: importances.pop(0)
-        try:
-            yield from choose()
-        finally:
-            if not whole:
-                restore_attribute(pruner, "estimate_importance", own["estimate_importance"])
+        except BaseException:
+            pruner.current_step -= 1
+            raise
+        for group in groups:
+            yield _as_numbered_now(pruner.DG, group)
 
     pruner._prune = prune
     try:
         yield
     finally:
         stepping = False
-        for name, value in own.items():
-            restore_attribute(pruner, name, value)
+        restore_attribute(pruner, "_prune", own)
+
+
+@contextmanager
+def _restored_if_refused(pruner: Any) -> Iterator[None]:
+    """Restore what choosing groups changes in a pruner, if the block raises."""
+    before = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
+    try:
+        yield
+    except BaseException:
+        for current, old in before:
+            current.clear()
+            current.update(old)
+        raise
+
+
+def _as_numbered_now(graph: ConfigGraph, group: ConfigGroup) -> ConfigGroup:
+    """Return a group with its channels as they are numbered after the cuts since it was chosen."""
+    if any(graph.other_sides_of(side) for side in group.graph_group.sides):
+        return graph.group_at(group.graph_group, group.units)
+    return group
 
 
 def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) -> None:
@@ -110,21 +121,11 @@ def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int
         ) from None
 
 
-def _chosen_groups(pruner: Any, choose: Callable[[], Iterator[Any]]) -> list[Any]:
-    """Return the groups that the pruner would prune now; restore what choosing changes."""
-    before = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
-    try:
-        return list(choose())
-    finally:
-        for current, old in before:
-            current.clear()
-            current.update(old)
-
-
 def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes | None:
     """Return the shape of every parameter and saved buffer of a model once these groups are cut.
 
-    Torch-Pruning's own functions cut copies of the layers on the meta device.
+    Copies of the layers on the meta device are cut, those that are not plain by Torch-Pruning's own
+    functions.
 
     Returns:
         Tensor name -> shape, or ``None`` if one of the functions cannot cut without data.
@@ -138,9 +139,9 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
         cuts.setdefault((id(module), out), (module, dep.handler, set()))[2].update(map(int, idxs))
     copies: dict[int, Any] = {}
     try:
-        for module, handler, idxs in cuts.values():
+        for (_, out), (module, handler, idxs) in cuts.items():
             if idxs:
-                _cut(copies, module, handler, sorted(idxs))
+                _cut(copies, module, out, handler, sorted(idxs))
     except Exception:  # a function of Torch-Pruning or of the user may need data
         return None
     return shapes(model, copies)
@@ -151,20 +152,17 @@ def _owner(module: Any) -> Any:
     return module.owner if isinstance(module, ParameterView) else module
 
 
-def _cut(copies: dict[int, Any], module: Any, handler: Any, idxs: list[int]) -> None:
-    """Cut the copy of a layer; make the copy if there is none."""
+def _cut(copies: dict[int, Any], module: Any, out: bool, handler: Any, idxs: list[int]) -> None:
+    """Cut one side of the copy of a layer; make the copy if there is none."""
     owner = _owner(module)
     if id(owner) not in copies:
         copies[id(owner)] = _without_data(owner)
-    if isinstance(module, ParameterView):
-        tensors = copies[id(owner)]._parameters
-        tensors = tensors if module.key in tensors else copies[id(owner)]._buffers
-        tensor, removed = tensors[module.key], set(idxs)
-        remaining = [index for index in range(tensor.shape[module.dim]) if index not in removed]
-        remaining_index = torch.tensor(remaining, device="meta")
-        tensors[module.key] = tensor.index_select(module.dim, remaining_index)
-    else:
-        handler(copies[id(module)], idxs)
+    duplicate, tensors = copies[id(owner)], tensors_to_cut(module, out)
+    for _, key, dim, _ in tensors:
+        held = duplicate._parameters if key in duplicate._parameters else duplicate._buffers
+        held[key] = held[key].narrow(dim, 0, held[key].shape[dim] - len(idxs))
+    if not tensors:
+        handler(duplicate, idxs)
 
 
 def _without_data(module: Any) -> Any:

@@ -289,6 +289,14 @@ def test_two_groups_of_one_width_in_one_dimension(tmp_path: Path) -> None:
     inputs = {"input_ids": ids()}
     (report,) = pruned(model, inputs, tmp_path, prune=("num_heads", "hidden_size")).reports
     assert report.fields == {"hidden_size": (32, 16), "num_heads": (16, 8)}
+    lost = [
+        layer
+        for group in report.groups
+        for layer in group.layers
+        if (layer.name, layer.out) == ("backbone.layers.0.mixer.in_proj", True)
+    ]
+    assert [(layer.before, len(layer.removed)) for layer in lost] == [(160, 64), (96, 8)]
+    assert all(max(layer.removed) < layer.before for layer in lost)
 
 
 def test_an_experiment_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:

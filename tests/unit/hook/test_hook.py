@@ -209,17 +209,14 @@ def test_an_exception_inside_torch_prunings_step():
     model = small.llama()
 
     hook, pruner = attached(model)
-    pruned = 0
-    original = pruner.DG.check_pruning_group
+    pruned: list[Any] = []
 
-    def check(group: Any) -> bool:
-        nonlocal pruned
-        if pruned == 4:  # all three groups are proved before the first is cut
+    def watch(group: Any) -> Any:
+        if pruned:  # the hidden size is cut, the first layer's FFN is next
             raise RuntimeError("Torch-Pruning's own")
-        pruned += 1
-        return original(group)
+        return lambda: pruned.append(group)
 
-    pruner.DG.check_pruning_group = check
+    pruner.DG.watchers.append(watch)
     with pytest.raises(RuntimeError, match="Torch-Pruning's own"):
         pruner.step()
     assert widths(model) == (24, 64)

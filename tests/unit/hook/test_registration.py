@@ -24,7 +24,8 @@ from tp_hf_config import (
     pruner_kwargs,
     register,
 )
-from tp_hf_config.graph.config_graph import ConfigGraph, ConfigGroup
+from tp_hf_config.graph.config_graph import ConfigGraph
+from tp_hf_config.graph.config_group import ConfigGroup
 
 CLASSES = {
     name: getattr(tp.pruner, name)

@@ -10,7 +10,7 @@ import torch_pruning as tp
 import zoo
 
 from tp_hf_config import ConfigSyncError, HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.hook import step_preflight
+from tp_hf_config.hook import follow, step_preflight
 from tp_hf_config.hook.step_preflight import shapes_left
 from tp_hf_config.model.shapes import shapes
 
@@ -79,6 +79,30 @@ def test_importances_are_asked_for_once() -> None:
     assert importance.asked == 0
     pruner.step()
     assert importance.asked == 3  # the hidden size, and the FFN of two layers
+
+
+def test_a_step_is_proved_once_before_it_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there after the cuts has the shapes that were proved: nothing is built again."""
+    model, hook, built = small.llama(), HFConfigSyncHook(), []
+    pruner = pruner_of(model, [hook], kwargs={}, iterative_steps=2)
+    build = follow.build_with_shapes
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        built.append(model.config.hidden_size)
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(follow, "build_with_shapes", noting)
+    pruner.step()
+    pruner.step()
+    assert built == [32, 24]
+    pruner.DG.get_pruning_group(
+        model.model.embed_tokens, tp.prune_embedding_out_channels, [0, 1, 2, 3]
+    ).prune()
+    hook.sync()
+    assert built == [32, 24, 16]
+    assert model.config.hidden_size == 12
+    hook.sync()  # the config is another one now, so this is proved anew
+    assert built == [32, 24, 16, 12]
 
 
 def test_random_importances_are_those_that_were_proved() -> None:

@@ -15,6 +15,7 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import ConfigSyncError, HFConfigSyncHook, PrunerSettingsWarning, pruner_kwargs
+from tp_hf_config.model import live_objects
 
 
 def attach(model: nn.Module, **hook: Any) -> Any:
@@ -109,3 +110,23 @@ def test_no_warning_where_each_has_its_own() -> None:
         warnings.simplefilter("error", PrunerSettingsWarning)
         attach(model).step()
     assert (model.config.hidden_size, other.config.hidden_size) == (24, 32)
+
+
+def test_the_long_search_is_for_models_that_are_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[nn.Module] = []
+    search = live_objects._surroundings
+
+    def noting(model: nn.Module) -> live_objects.Surroundings:
+        searched.append(model)
+        return search(model)
+
+    monkeypatch.setattr(live_objects, "_surroundings", noting)
+    model, inside = small.llama(), small.llama()
+    around, listed = Around(inside), nn.ModuleDict({"body": small.bert()})
+    attach(model)
+    assert searched == []
+    attach(inside)
+    attach(listed["body"])
+    attach(model.model)
+    assert searched == [inside, listed["body"], model.model]
+    assert around is not None
