@@ -252,7 +252,7 @@ def test_the_masked_comparison_can_fail() -> None:
     wrong = copy.deepcopy(run.model)
     with torch.no_grad():
         wrong.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
-    with pytest.raises(AssertionError, match="values that the original has not"):
+    with pytest.raises(AssertionError, match="values that the original has not there"):
         assert_same_as_masked(run.original, wrong, inputs)
     wrong = copy.deepcopy(run.model)
     with torch.no_grad():

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import masking
 import pytest
 import tiny
 import torch
 import torch_pruning as tp
 import transformers as hf
+from masked_original import assert_same_as_masked, kept_channels
 from torch import nn
 
 import tp_hf_config.twin.tiny.tiny_model as tiny_models
@@ -212,6 +212,21 @@ class TestInputs:
         assert find_recipe(model).encoder_states is None
 
 
+def assert_reported(hook: HFConfigSyncHook, original: nn.Module, pruned: nn.Module) -> None:
+    """What the reports say of linear layers, step after step, is what their values say."""
+    kept: dict[tuple[str, bool], list[int]] = {}
+    for layer in (la for report in hook.reports for group in report.groups for la in group.layers):
+        left = kept.setdefault((layer.name, layer.out), list(range(layer.before)))
+        assert layer.before == len(left)
+        kept[layer.name, layer.out] = [c for i, c in enumerate(left) if i not in layer.removed]
+    linear = {name for name, module in original.named_modules() if isinstance(module, nn.Linear)}
+    sides = kept.keys() & {(name, out) for name in linear for out in (True, False)}
+    assert sides
+    for name, out in sides:
+        before, after = (each.get_submodule(name).weight for each in (original, pruned))
+        assert kept[name, out] == kept_channels(before, after)[0 if out else 1].tolist()
+
+
 class TestPruned:
     @pytest.mark.parametrize(
         ("made", "field", "name", "width"),
@@ -239,7 +254,8 @@ class TestPruned:
         left = list(report.inputs.get(name, range(width)))
         assert len(left) == (before // 2 if name else width)
         narrow = {**inputs, given: inputs[given][..., left]}
-        masking.assert_same_as_masked(original, model, hook.reports, inputs, narrow)
+        assert_same_as_masked(original, model, inputs, narrow)
+        assert_reported(hook, original, model)
         model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path)
         with torch.no_grad():
@@ -253,14 +269,14 @@ class TestPruned:
         report = hook.last_report
         assert report is not None
         assert (model.config.decoder_attention_heads, model.config.d_model) == (2, 16)
-        removed = masking.removed_by(hook.reports, original)
         for attention in ("self_attn", "encoder_attn"):
-            q_proj = removed.kept[f"model.decoder.layers.1.{attention}.q_proj", True]
-            assert len({channel // 8 for channel in q_proj}) == 2
+            name = f"model.decoder.layers.1.{attention}.q_proj.weight"
+            rows, _ = kept_channels(original.get_parameter(name), model.get_parameter(name))
+            assert len({channel // 8 for channel in rows.tolist()}) == 2
         inputs = inputs_of(model, "encoder_outputs", 32)
         left = list(report.inputs["encoder_outputs"])
         narrow = {**inputs, "encoder_outputs": inputs["encoder_outputs"][..., left]}
-        masking.assert_same_as_masked(original, model, hook.reports, inputs, narrow)
+        assert_same_as_masked(original, model, inputs, narrow)
 
     @pytest.mark.filterwarnings("error::tp_hf_config.PrunerSettingsWarning")
     @pytest.mark.parametrize(

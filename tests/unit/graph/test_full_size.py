@@ -6,14 +6,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import masking
 import pytest
 import small
 import tiny
 import torch
 import torch_pruning as tp
 import transformers as hf
-from masked_original import assert_same_as_masked
+from masked_original import assert_same_as_masked, outputs
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
@@ -41,7 +40,7 @@ def pruned(
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    got, expected = masking.outputs(loaded, inputs), masking.outputs(model, inputs)
+    got, expected = outputs(loaded, inputs), outputs(model, inputs)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-6), name
