@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import weakref
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ import torch_pruning as tp
 import transformers as hf
 import zoo
 from masked_original import WITHOUT_HEAD, assert_same_as_masked
+from memories import forget
 from reloading import assert_reloaded, save_first
 
 from tp_hf_config import (
@@ -144,11 +143,7 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch.setattr("tp_hf_config.fieldmap.legal_values.vanished_counts", lambda old, new: [])
     monkeypatch.setattr("tp_hf_config.planning.trajectory.run_failure", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.twin.find_groups.rehearse", lambda *_: None)
-    monkeypatch.setattr("tp_hf_config.graph.experiments._experiments", weakref.WeakKeyDictionary())
-    monkeypatch.setattr("tp_hf_config.fieldmap.field_map._learned", OrderedDict())
-    monkeypatch.setattr("tp_hf_config.twin.tiny.tiny_model._built", OrderedDict())
-    views = "tp_hf_config.fieldmap.model_view._cached_views"
-    monkeypatch.setattr(views, weakref.WeakKeyDictionary())
+    forget(monkeypatch)
     monkeypatch.setattr("tp_hf_config.fieldmap.field_map.non_size_followers", lambda *_: {})
     with pytest.raises(ConfigSyncError, match=r"makes model.layers.0.self_attn.num_key_value_gr"):
         run_of(Case("deepseek_v3", "num_attention_heads", 1))

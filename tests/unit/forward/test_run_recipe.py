@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections import OrderedDict
 from typing import Any
 
 import pytest
 import transformers as hf
+from memories import forget
 
 from tp_hf_config import prunable
-from tp_hf_config.fieldmap import field_map, model_view
+from tp_hf_config.fieldmap import field_map
 from tp_hf_config.graph import experiments
 from tp_hf_config.model.disk_cache import VARIABLE
 from tp_hf_config.twin.tiny.tiny_model import TinyModel
@@ -67,10 +67,7 @@ def test_configs_of_one_class_do_not_share_a_recipe(
     order: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "off")
-    monkeypatch.setattr(field_map, "_learned", OrderedDict())
-    monkeypatch.setattr(model_view, "_cached_views", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
-    monkeypatch.setattr("tp_hf_config.twin.tiny.tiny_model._built", OrderedDict())
+    forget(monkeypatch)
     assert [proved(gemma4(audio)) for audio in order] == [PROVED[audio] for audio in order]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import weakref
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 import zoo
+from memories import forget
 from transformers.models.llama import modeling_llama
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
-from tp_hf_config.fieldmap import field_map, model_view
+from tp_hf_config.fieldmap import field_map
 from tp_hf_config.fieldmap.depth import Depth
 from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
@@ -37,14 +37,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     forget(monkeypatch)
     return tmp_path / "cache"
-
-
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this process a new one, as far as classes are concerned."""
-    monkeypatch.setattr(field_map, "_learned", OrderedDict())
-    monkeypatch.setattr(model_view, "_cached_views", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(tiny_model, "_built", OrderedDict())
 
 
 def never(*_: Any, **__: Any) -> Any:
