@@ -62,7 +62,8 @@ def _may_be_a_part(values: Mapping[Any, Any]) -> bool:
     """True for the attributes of a module or a config, and for what only holds modules."""
     if "_modules" in values or "architectures" in values:
         return True
-    return all(value is None or isinstance(value, nn.Module) for value in values.values())
+    # a list, as another thread may write to them meanwhile
+    return all(value is None or isinstance(value, nn.Module) for value in list(values.values()))
 
 
 def _surroundings(model: nn.Module) -> Surroundings:
