@@ -59,7 +59,8 @@ class Kinds:
     Attributes:
         kinds: for each layer, its kind: the facts that not all layers share.
         common: the facts that all layers share.
-        counts: keys of values that only number the layers (another in each), and so make no kinds.
+        counts: keys of values that only number the layers (another in each), or that are one number
+            wherever they are, and so make no kinds.
     """
 
     kinds: tuple[frozenset[tuple[Key, Hashable]], ...]
@@ -135,7 +136,7 @@ def _kinds(facts: Sequence[Facts]) -> Kinds:
         key
         for key in differ
         for values in [[layer_facts.get(key) for layer_facts in facts]]
-        if _counts(values) or (key[0] == _CONFIG and _are_names(values))
+        if _counts(values) or _is_one(values) or (key[0] == _CONFIG and _are_names(values))
     )
     kinds = [
         frozenset(
@@ -169,6 +170,15 @@ def _counts(values: Sequence[Hashable]) -> bool:
                 return True
     whole = all(type(value) in (int, float) for value in numbers)
     return whole and len(numbered) > _FEW and len(set(numbers)) == len(numbered)
+
+
+def _is_one(values: Sequence[Hashable]) -> bool:
+    """True if all layers that have a number here have the same: it may be that of all layers.
+
+    MiniMax's linear attention keeps the number of layers.
+    """
+    stated = {value for value in values if value is not None}
+    return len(stated) == 1 and all(isinstance(value, Number) for value in stated)
 
 
 def _are_names(values: Sequence[Hashable]) -> bool:

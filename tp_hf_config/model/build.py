@@ -176,11 +176,11 @@ class _OnMeta(DeviceContext):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.arange and all(type(arg) is int for arg in args):
-            options = dict(kwargs or {})
+            options = {name: value for name, value in (kwargs or {}).items() if value is not None}
             start, end, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
             if options.keys() <= {"dtype", "device"} and args and (end - start) * step >= 0:
-                options["dtype"] = options.get("dtype") or torch.int64
-                return torch.empty(-((start - end) // step), **{"device": "meta", **options})
+                options = {"dtype": torch.int64, "device": "meta", **options}
+                return torch.empty(-((start - end) // step), **options)
         if func is torch.tensor and type(args[0]) is int and _is_whole(kwargs):
             return func(*args, **kwargs or {})  # a single number on the CPU works with any device
         if func in _FILLS and args[0].is_meta and not any(map(torch.is_tensor, args[1:])):

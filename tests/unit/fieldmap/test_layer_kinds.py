@@ -249,6 +249,7 @@ def _modernbert() -> Any:
             2,
         ),
         (lambda: _llama("DiffLlama", num_hidden_layers=8), (0,) * 8, 2),
+        (lambda: _llama("MiniMax", num_hidden_layers=8), (0, 1) * 4, 2),
         (lambda: _llama("Jamba", num_hidden_layers=16), (0, 1, 0, 1, 4, 1, 0, 1) * 2, 5),
         (_gpt_neo, (0, 1) * 4, 2),
         (_modernbert, (0, 1, 1, 2, 1, 1, 2, 1, 1), 3),

@@ -1,0 +1,32 @@
+"""Builds without data: nothing of a class is computed, whatever device it asks for."""
+
+from __future__ import annotations
+
+import torch
+import transformers as hf
+from torch import nn
+
+from tp_hf_config.model.build import Builder, Refusal
+
+
+class Numbered(hf.PreTrainedModel):
+    """Computes from positions as it is built, as MiniMax's linear attention does."""
+
+    config_class = hf.LlamaConfig
+
+    def __init__(self, config: hf.LlamaConfig, device: torch.device | None = None):
+        super().__init__(config)
+        self.up = nn.Linear(config.hidden_size, 2)
+        positions = torch.arange(1, config.hidden_size, 2, device=device) + 1
+        self.register_buffer("decay", torch.exp(-positions[:, None] * positions[None, :]))
+        self.post_init()
+
+
+def test_positions_on_no_device_have_no_values() -> None:
+    model = Numbered(hf.LlamaConfig(hidden_size=8, num_attention_heads=2))
+    assert model.decay.shape == (4, 4)
+    built = Builder(model).build({"hidden_size": 20, "num_attention_heads": 2})
+    assert isinstance(built, nn.Module)
+    assert not isinstance(built, Refusal)
+    assert built.decay.shape == (10, 10)  # type: ignore[union-attr]
+    assert built.decay.is_meta
