@@ -31,13 +31,21 @@ def grouped_heads(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple
 
 
 def _modules_of(field_map: FieldMap, field: FieldPath) -> set[str]:
-    """Return the layers of which a field sets some quantity, and the modules that hold these."""
-    layers = {
-        name.rpartition(".")[0] if isinstance(which, int) else name
-        for (name, which), expression in field_map.expressions.items()
-        if field in expression.fields
-    }
-    return (layers | {layer.rpartition(".")[0] for layer in layers}) - {""}
+    """Return the layers of which a field sets some quantity, and the modules that hold these.
+
+    A module that holds nothing but the layer (a projection of Inkling's around its ``linear``) is
+    the layer itself.
+    """
+    every = {name.rpartition(".")[0] for name in field_map.shapes}
+    modules: set[str] = set()
+    for (name, which), expression in field_map.expressions.items():
+        if field in expression.fields:
+            layer = name.rpartition(".")[0] if isinstance(which, int) else name
+            holder = layer.rpartition(".")[0]
+            while holder and not any(other.startswith(f"{holder}.") for other in every - {layer}):
+                holder = holder.rpartition(".")[0]
+            modules |= {layer, holder}
+    return modules - {""}
 
 
 def whole_heads(field_map: FieldMap) -> Iterator[tuple[FieldPath, ...]]:

@@ -11,7 +11,7 @@ from tp_hf_config.twin.joint_fields import equal_by_chance, equal_fields, groupe
 QUERIES, GROUPS, POINTS = ("num_heads",), ("num_groups",), ("vision", "num_points")
 PLACES = {
     QUERIES: ("layers.0.attention.q", "heads"),
-    GROUPS: ("layers.0.attention.k.weight", 0),
+    GROUPS: ("layers.0.attention.k.linear.weight", 0),  # Inkling's projections hold a layer
     POINTS: ("vision.layers.0.attention.k.weight", 0),
 }
 
@@ -22,6 +22,7 @@ def field_map(**sizes: int) -> Any:
         values=dict(zip((QUERIES, GROUPS, POINTS), sizes.values(), strict=True)),
         count_fields=lambda: frozenset(PLACES),
         moves_shapes=lambda field: True,
+        shapes=dict.fromkeys(("layers.0.attention.q.weight", PLACES[GROUPS][0], PLACES[POINTS][0])),
         expressions={
             place: Expression(1, {frozenset({field}): 1}) for field, place in PLACES.items()
         },
