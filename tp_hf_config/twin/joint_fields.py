@@ -33,18 +33,17 @@ def grouped_heads(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple
 def _modules_of(field_map: FieldMap, field: FieldPath) -> set[str]:
     """Return the layers of which a field sets some quantity, and the modules that hold these.
 
-    A module that holds nothing but the layer (a projection of Inkling's around its ``linear``) is
-    the layer itself.
+    A projection may hold the layer (Inkling's), so the module around it counts too, but no whole
+    layer of a list: its attention to others has heads of its own.
     """
-    every = {name.rpartition(".")[0] for name in field_map.shapes}
     modules: set[str] = set()
     for (name, which), expression in field_map.expressions.items():
         if field in expression.fields:
             layer = name.rpartition(".")[0] if isinstance(which, int) else name
             holder = layer.rpartition(".")[0]
-            while holder and not any(other.startswith(f"{holder}.") for other in every - {layer}):
-                holder = holder.rpartition(".")[0]
+            around = holder.rpartition(".")[0]
             modules |= {layer, holder}
+            modules |= set() if around.rpartition(".")[2].isdigit() else {around}
     return modules - {""}
 
 

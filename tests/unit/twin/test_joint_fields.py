@@ -8,21 +8,20 @@ from typing import Any
 from tp_hf_config.fieldmap.expressions import Expression
 from tp_hf_config.twin.joint_fields import equal_by_chance, equal_fields, grouped_heads
 
-QUERIES, GROUPS, POINTS = ("num_heads",), ("num_groups",), ("vision", "num_points")
+QUERIES, GROUPS, POINTS = ("num_heads",), ("num_groups",), ("cross_num_points",)
 PLACES = {
     QUERIES: ("layers.0.attention.q", "heads"),
     GROUPS: ("layers.0.attention.k.linear.weight", 0),  # Inkling's projections hold a layer
-    POINTS: ("vision.layers.0.attention.k.weight", 0),
+    POINTS: ("layers.0.cross_attention.k.weight", 0),
 }
 
 
 def field_map(**sizes: int) -> Any:
-    """Head counts of a text and of its images, each with its number."""
+    """Head counts of an attention and of another one in the same layer, each with its number."""
     return SimpleNamespace(
         values=dict(zip((QUERIES, GROUPS, POINTS), sizes.values(), strict=True)),
         count_fields=lambda: frozenset(PLACES),
         moves_shapes=lambda field: True,
-        shapes=dict.fromkeys(("layers.0.attention.q.weight", PLACES[GROUPS][0], PLACES[POINTS][0])),
         expressions={
             place: Expression(1, {frozenset({field}): 1}) for field, place in PLACES.items()
         },
