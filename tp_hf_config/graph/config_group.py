@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch_pruning import dependency
 
 from .norm_order import channels_in_order
 from .sides import GraphGroup, Leaving, cut, settle
 
-if TYPE_CHECKING:
-    from .config_graph import ConfigGraph
-
 Watch = Callable[["ConfigGroup"], Callable[[], None]]
 """Looks at a group that is about to be pruned; what it returns is called when it is pruned."""
 
 
 class ConfigGroup(dependency.Group):  # type: ignore[misc]
-    """A pruning group that cuts whole units of a dependency group; its history names a layer."""
+    """A pruning group that cuts whole units of a dependency group; its history names a layer.
 
-    def __init__(self, graph: ConfigGraph, graph_group: GraphGroup, units: Sequence[int]):
+    Args:
+        graph: the ``ConfigGraph`` that makes it.
+        graph_group: the dependency group.
+        units: the units to cut.
+    """
+
+    def __init__(self, graph: Any, graph_group: GraphGroup, units: Sequence[int]):
         super().__init__()
         self._DG = graph
         self.graph_group = graph_group
