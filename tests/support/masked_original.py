@@ -197,7 +197,18 @@ def eager(model: Any) -> Any:
 
 
 class _InFloat64(TorchFunctionMode):
-    """Casts to float32 give float64: DeepSeek-V3 of Transformers 4 needs that to run in it."""
+    """Casts to float32 give float64, and so do constants.
+
+    Transformers 4 needs both: DeepSeek-V3 casts, CLIP fills a mask with float64's least number.
+    """
+
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.set_default_dtype(torch.float32)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
