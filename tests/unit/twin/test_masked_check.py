@@ -58,3 +58,22 @@ def test_a_frozen_batch_norm_runs_over_columns_of_zeros_too() -> None:
     with torch.no_grad():
         pruned.narrow.bias.add_(0.1)
     assert masked_difference(net, pruned, pruned, {"pixel_values": pixels}) is not None
+
+
+class Scores(Net):
+    """Scores, the first two masked, as those of Grounding DINO of words that are not there."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        scores = super().forward(pixel_values).flatten(1)
+        return torch.where(torch.arange(scores.shape[1]) < 2, -torch.inf, scores)
+
+
+def test_scores_that_are_masked_in_both_are_equal() -> None:
+    torch.manual_seed(0)
+    net = Scores().double().eval()
+    pruned = without_first_channel(net)
+    pixels = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    assert masked_difference(net, pruned, pruned, {"pixel_values": pixels}) is None
+    with torch.no_grad():
+        pruned.narrow.bias.fill_(torch.inf)  # infinite where the original's are not
+    assert masked_difference(net, pruned, pruned, {"pixel_values": pixels}) is not None
