@@ -100,7 +100,6 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
     unended = sum(r["why"].startswith(_NO_END) for r in built)
     rows += [
         ("pairs that did not end within their time", str(unended)),
-        ("pairs that ended in a run before, not in this one", str(sum("older" in r for r in runs))),
         ("widths that work", str(outcomes["works"])),
         ("widths refused before anything was pruned", str(outcomes["refused"])),
         ("widths that failed", str(outcomes["failed"])),
@@ -135,10 +134,9 @@ def _share(good: int, whole: int, more: str = "") -> str:
 
 
 def kept(results: list[Result], seed: int, root: Path) -> list[Result]:
-    """The results; what did not end is kept from the table that is there, where it had ended.
+    """The results, with what the table that is there says of layers that this run did not measure.
 
-    A lower limit of time, or a slower class, takes nothing away: such rows say that they are older.
-    What is there about layers is kept where this run did not measure it.
+    Widths are all of this run.
     """
     path = root / "docs" / "support.json"
     table = json.loads(path.read_text()) if path.exists() else {}
@@ -149,8 +147,6 @@ def kept(results: list[Result], seed: int, root: Path) -> list[Result]:
     for result in results:
         before = stored.get((result["task"], result["type"]), {})
         layers = _ended_layers(result) or _ended_layers(before) or result.get("layers")
-        if result["why"].startswith(_NO_END) and before.get("stage") == "done":
-            result = {**before, "older": True}
         found.append(result if layers is None else {**result, "layers": layers})
     return found
 
@@ -327,8 +323,7 @@ def _line(result: Result) -> tuple[str, ...]:
     }
     partial = "text alone" if result.get("partial") else ""
     signs = ("" if one is None else _SIGNS[one] for one in found)
-    older = "of a run before" if result.get("older") else ""
-    why = result["why"] if result["stage"] != "done" else ", ".join(filter(None, (partial, older)))
+    why = result["why"] if result["stage"] != "done" else partial
     defaults = _SIGNS[result["defaults"]["outcome"]] if "defaults" in result else ""
     layers = result.get("layers", {})
     both = (layers.get("differ", {}).get("outcome"), dropped_of(layers))

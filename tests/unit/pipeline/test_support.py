@@ -70,33 +70,19 @@ def test_the_page_is_what_the_table_says_and_names_are_not_links() -> None:
     assert not re.search(r"(?<!\\)\]\[", re.sub(r"`[^`]*`", "", written))
 
 
-def test_a_row_that_does_not_end_is_kept_from_the_table_and_says_so(
+def test_a_row_that_does_not_end_is_none_of_the_table_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = table_module()
     monkeypatch.setattr(table, "versions", lambda: {"torch": "2"})
-    ended, late = (
-        {"stage": "done", "why": ""},
-        {"stage": "prune", "why": "no end within 60 s (prune)"},
-    )
-    before = [
-        {"task": "model", "type": "a", **ended, "widths": [{"outcome": "works", "fields": ["d"]}]},
-        {"task": "model", "type": "b", **late, "widths": []},
-        {"task": "model", "type": "c", **ended, "widths": []},
-    ]
-    now = [{"task": "model", "type": kind, **late, "widths": []} for kind in "ab"]
-    now.append({"task": "model", "type": "c", **ended, "widths": [], "seconds": 1})
-    assert table.kept(now, 0, tmp_path) == now
+    late = {"stage": "prune", "why": "no end within 60 s (prune)", "widths": []}
+    before = {"task": "model", "type": "a", "stage": "done", "why": "", "widths": []}
     (tmp_path / "docs").mkdir()
-    stored = {"versions": {"torch": "2"}, "seed": 0, "pairs": before}
+    stored = {"versions": {"torch": "2"}, "seed": 0, "pairs": [before]}
     (tmp_path / "docs" / "support.json").write_text(json.dumps(stored))
-    assert table.kept(now, 1, tmp_path) == now
-    kept = table.kept(now, 0, tmp_path)
-    assert kept == [{**before[0], "older": True}, *now[1:]]
-    counted = dict(table.totals(kept, 3))
-    assert counted["pairs that ended in a run before, not in this one"] == "1"
-    assert counted["pairs that did not end within their time"] == "1"
-    assert "of a run before" in table._line({**kept[0], "class": "A"})[-1]
+    now = [{"task": "model", "type": "a", **late}]
+    assert table.kept(now, 0, tmp_path) == now
+    assert dict(table.totals(now, 3))["pairs that did not end within their time"] == "1"
 
 
 def test_the_page_has_a_column_for_the_defaults_once_they_were_tried() -> None:
@@ -173,7 +159,7 @@ def test_layers_are_kept_from_the_table_where_this_run_has_none(
     assert table.kept([with_layers("a")], 0, tmp_path) == [before]
     assert table.kept([unended], 0, tmp_path) == [before]
     assert table.kept([new], 0, tmp_path) == [new]
-    assert table.kept([{**new, "why": LATE}], 0, tmp_path) == [{**new, "older": True}]
+    assert table.kept([{**new, "why": LATE}], 0, tmp_path) == [{**new, "why": LATE}]
     other = with_layers("b", lists=["h"], why=LATE)
     assert table.kept([other, with_layers("c")], 0, tmp_path) == [other, with_layers("c")]
 
