@@ -34,6 +34,7 @@ from .sides import (
     is_output,
     is_vector,
     norms_of,
+    owner_of,
     sides_of,
     units_of,
 )
@@ -85,7 +86,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._sides_of: dict[nn.Module, list[tuple[GraphGroup, Side]]] = {}
         for graph_group in self.graph_groups:
             for side in [*graph_group.ranked, *graph_group.sides]:
-                for module in {side.module, self._owner(side.module)}:
+                for module in {side.module, owner_of(side.module)}:
                     self._sides_of.setdefault(module, []).append((graph_group, side))
 
     def build_dependency(self, model: nn.Module, *args: Any, **kwargs: Any) -> ConfigGraph:
@@ -145,7 +146,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         types = tuple(root_module_types or ())
         ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
         for side in graph_group.sides:
-            if self._owner(side.module) in ignored and is_output(side):
+            if owner_of(side.module) in ignored and is_output(side):
                 return Refusal(f"ignored_layers= keeps the outputs of {side.layer}")
             parameter = self._ignored_parameter(side)
             if parameter is not None:
@@ -165,7 +166,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def outputs_of(self, graph_group: GraphGroup) -> dict[str, nn.Module]:
         """Return the layers that lose outputs with a group, by name in the Hugging Face model."""
         sides = [side for side in graph_group.sides if is_output(side)]
-        return {side.layer: self._owner(side.module) for side in sides}
+        return {side.layer: owner_of(side.module) for side in sides}
 
     @property
     def fields(self) -> list[tuple[tuple[str | int, ...], ...]]:
@@ -185,7 +186,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         reported = self.side_of(side.module, side.out)
         outputs = reported is not None and reported[1]
         plain = isinstance(side.module, types) and not is_vector(side.module)
-        return outputs and (plain or isinstance(self._owner(side.module), types))
+        return outputs and (plain or isinstance(owner_of(side.module), types))
 
     def _ignored_parameter(self, side: Side) -> str | None:
         """Return the name of an ignored parameter in this side, or None."""
@@ -346,9 +347,6 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         """Return what other groups hold of the same side of a layer: other channels."""
         others = [other for _, other in self.sides_of(side.module) if other is not side]
         return [o for o in others if o.module is side.module and o.out is side.out]
-
-    def _owner(self, module: nn.Module) -> nn.Module:
-        return module.owner if isinstance(module, ParameterView) else module
 
     def _view_of(self, module: nn.Module) -> ParameterView | None:
         return next((v for v in self._views.values() if v.owner is module), None)

@@ -61,7 +61,7 @@ class ConfigGroup(dependency.Group):  # type: ignore[misc]
         """Freeze again what was frozen: Torch-Pruning's new Parameters all require gradients."""
         frozen = [
             (module, name)
-            for module in {id(dep.target.module): dep.target.module for dep, _ in self}.values()
+            for module in {dep.target.module for dep, _ in self}
             for name, parameter in module._parameters.items()
             if parameter is not None and not parameter.requires_grad
         ]

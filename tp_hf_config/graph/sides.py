@@ -96,6 +96,11 @@ class ParameterView(nn.Linear):
         return f"{self.key}, dim={self.dim}, channels={self.out_features}"
 
 
+def owner_of(module: Any) -> Any:
+    """Return the module behind a view of a parameter; any other module itself."""
+    return module.owner if isinstance(module, ParameterView) else module
+
+
 def is_vector(module: nn.Module) -> bool:
     """True if a module is a view of a parameter with a single dimension."""
     return isinstance(module, ParameterView) and module.parameter.ndim == 1
@@ -240,7 +245,7 @@ def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> Non
     module = side.module
     tensors = tensors_to_cut(module, side.out)
     gone, kept, table, _ = leaving.of(side.table, channels_of(side))
-    layer = module.owner if isinstance(module, ParameterView) else module
+    layer = owner_of(module)
     for place in side.dims:
         cuts.refit(layer, place.name.rpartition(".")[2], place.dim, gone)
     for owner, key, dim, size in tensors:

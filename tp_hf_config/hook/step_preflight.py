@@ -14,7 +14,7 @@ from ..errors import ConfigSyncError
 from ..fieldmap.solve.explain import AGAIN
 from ..graph.config_graph import ConfigGraph
 from ..graph.config_group import ConfigGroup
-from ..graph.sides import ParameterView, tensors_to_cut
+from ..graph.sides import owner_of, tensors_to_cut
 from ..model.shapes import Shapes, shapes
 from ..model.surroundings import restore_attribute
 from .follow import Follower
@@ -54,16 +54,12 @@ def prove_before_cutting(
         if (not whole and prepare is None) or pruner.current_step > pruner.iterative_steps:
             yield from choose()
             return
-        try:
-            with _restored_if_refused(pruner):
-                groups = list(choose())
-                if whole:
-                    prove(groups)
-                if prepare is not None:
-                    prepare(groups, whole)
-        except BaseException:
-            pruner.current_step -= 1
-            raise
+        with _undone_if_refused(pruner):
+            groups = list(choose())
+            if whole:
+                prove(groups)
+            if prepare is not None:
+                prepare(groups, whole)
         for group in groups:
             yield _as_numbered_now(pruner.DG, group)
 
@@ -76,8 +72,8 @@ def prove_before_cutting(
 
 
 @contextmanager
-def _restored_if_refused(pruner: Any) -> Iterator[None]:
-    """Restore what choosing groups changes in a pruner, if the block raises."""
+def _undone_if_refused(pruner: Any) -> Iterator[None]:
+    """If the block raises, restore what choosing groups changes, and do not count the step."""
     before = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
     try:
         yield
@@ -85,6 +81,7 @@ def _restored_if_refused(pruner: Any) -> Iterator[None]:
         for current, old in before:
             current.clear()
             current.update(old)
+        pruner.current_step -= 1
         raise
 
 
@@ -134,7 +131,7 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
     cuts: dict[tuple[int, bool], tuple[Any, Any, set[int]]] = {}
     for dep, idxs in (item for group in groups for item in group):
         module, out = dep.target.module, pruner.DG.is_out_channel_pruning_fn(dep.handler)
-        if id(_owner(module)) not in modules:
+        if id(owner_of(module)) not in modules:
             continue  # units; to cut them would change the graph itself
         cuts.setdefault((id(module), out), (module, dep.handler, set()))[2].update(map(int, idxs))
     copies: dict[int, Any] = {}
@@ -147,14 +144,9 @@ def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes 
     return shapes(model, copies)
 
 
-def _owner(module: Any) -> Any:
-    """Return the module behind a view of a parameter; any other module itself."""
-    return module.owner if isinstance(module, ParameterView) else module
-
-
 def _cut(copies: dict[int, Any], module: Any, out: bool, handler: Any, idxs: list[int]) -> None:
     """Cut one side of the copy of a layer; make the copy if there is none."""
-    owner = _owner(module)
+    owner = owner_of(module)
     if id(owner) not in copies:
         copies[id(owner)] = _without_data(owner)
     duplicate, tensors = copies[id(owner)], tensors_to_cut(module, out)

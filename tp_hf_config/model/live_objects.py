@@ -43,9 +43,10 @@ def _is_alone(model: nn.Module) -> bool:
     """
     from transformers import PretrainedConfig
 
-    modules = list(model.modules())
-    configs = {id(config): config for module in modules for config in configs_of(module)}
-    own = {id(part) for module in modules for part in (module, vars(module), module._modules)}
+    configs = _configs_in(model)
+    own = {
+        id(part) for module in model.modules() for part in (module, vars(module), module._modules)
+    }
     own |= {id(part) for config in configs.values() for part in (config, vars(config))}
     for referrer in gc.get_referrers(model, *configs.values()):
         if id(referrer) in own:
@@ -69,7 +70,7 @@ def _may_be_a_part(values: Mapping[Any, Any]) -> bool:
 def _surroundings(model: nn.Module) -> Surroundings:
     alive = _live_modules()
     holders = _holders(model, alive)
-    own = {id(config) for module in model.modules() for config in configs_of(module)}
+    own = _configs_in(model).keys()
     inside = {id(one) for holder in holders for one in holder.modules()}
     with_config = [module for module in alive if "config" in vars(module)]  # few of millions
     others = [
@@ -113,6 +114,11 @@ def _holders(model: nn.Module, alive: list[nn.Module]) -> list[nn.Module]:
         waiting += [parent for parent in above if id(parent) not in visited]
         visited |= {id(parent) for parent in above}
     return outermost
+
+
+def _configs_in(model: nn.Module) -> dict[int, Any]:
+    """Return the config objects that the modules of a model hold, by ``id``."""
+    return {id(config): config for module in model.modules() for config in configs_of(module)}
 
 
 def configs_of(module: nn.Module) -> Iterator[Any]:

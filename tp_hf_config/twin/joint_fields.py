@@ -43,7 +43,8 @@ def _modules_of(field_map: FieldMap, field: FieldPath) -> set[str]:
             holder = layer.rpartition(".")[0]
             around = holder.rpartition(".")[0]
             modules |= {layer, holder}
-            modules |= set() if around.rpartition(".")[2].isdigit() else {around}
+            if not around.rpartition(".")[2].isdigit():
+                modules.add(around)
     return modules - {""}
 
 
