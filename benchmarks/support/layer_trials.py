@@ -16,8 +16,9 @@ from tp_hf_config.fieldmap.completeness import build_live
 from tp_hf_config.fieldmap.fewer_layers import layer_lists_in
 from tp_hf_config.fieldmap.field_map import map_of, whole_build
 from tp_hf_config.forward.extra_methods import outputs_of
-from tp_hf_config.forward.layer_passes import without_layers
+from tp_hf_config.forward.layer_passes import handed_on, without_layers
 from tp_hf_config.forward.observed_pass import AllFloat64
+from tp_hf_config.forward.output_tensors import unmasked
 from tp_hf_config.graph.experiments import experiments_of
 from tp_hf_config.hook.drop_layers import drop_layers
 from tp_hf_config.hook.outputs_without import tensors_by_name
@@ -25,6 +26,7 @@ from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.model.layer_class import layer_lists
 from tp_hf_config.model.layer_entries import layer_lists_of
+from tp_hf_config.model.live_objects import config_nodes
 from tp_hf_config.pipeline.trial import Outcome, Subject, attempt, save
 from tp_hf_config.twin.masked_check import EXACT
 
@@ -41,6 +43,7 @@ class LayerTrial:
             changed; ``failed``: anything else.
         why: why it does not work; empty if it does.
         how: how layers were made to differ, or the list and the number of the layer that went.
+        unobserved: True if no output depends on that layer.
         folders: where the model was saved, if it works.
     """
 
@@ -48,10 +51,12 @@ class LayerTrial:
     why: str = ""
     how: str = ""
     folders: tuple[Path, ...] = ()
+    unobserved: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as data for ``json.dumps``."""
-        return {"outcome": self.outcome, "why": self.why, "how": self.how}
+        data = {"outcome": self.outcome, "why": self.why, "how": self.how}
+        return data | ({"unobserved": True} if self.unobserved else {})
 
 
 def lists_of_layers(case: Subject) -> list[str]:
@@ -115,22 +120,40 @@ def _dropped(case: Subject, name: str, number: int, folder: Path) -> LayerTrial:
     model: Any = copy.deepcopy(case.model)
     trial = LayerTrial("works", how=f"layer {number} of {name}", folders=(folder,))
     try:
-        drop_layers(model, [number], which=name)
+        report = drop_layers(model, [number], which=name)
     except TPHFConfigError as error:
         return replace(trial, outcome="refused", why=str(error), folders=())
     except Exception as error:
         return replace(trial, outcome="failed", why=in_one_line(error), folders=())
-    refusal = _difference(case, model, name, number)
-    if refusal is None:
-        watched = [r for r in case.tiny.watched if not r.module.startswith(f"{name}.")]
-        refusal = save(model, case.tiny.inputs, folder, watched, case.tiny.recipe)
-    if refusal is None:
-        return trial
-    return replace(trial, outcome="failed", why=refusal.reason, folders=())
+    if any("use_cache=False" in note for note in report.notes):
+        case = replace(case, model=_without_cache(case.model))
+        model = _without_cache(model)
+    depends = _compare(case, model, name, number)
+    watched = [r for r in case.tiny.watched if not r.module.startswith(f"{name}.")]
+    refusal = (
+        depends
+        if isinstance(depends, Refusal)
+        else save(model, case.tiny.inputs, folder, watched, case.tiny.recipe)
+    )
+    if refusal is not None:
+        return replace(trial, outcome="failed", why=refusal.reason, folders=())
+    return replace(trial, unobserved=not depends)
 
 
-def _difference(case: Subject, model: nn.Module, name: str, number: int) -> Refusal | None:
-    """Return where a model without a layer differs from the original while that layer passes on.
+def _without_cache(model: Any) -> Any:
+    """Return a copy of a model that makes no cache unless it is asked for one."""
+    model = copy.deepcopy(model)
+    for _, config in config_nodes(model.config):
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+    return model
+
+
+def _compare(case: Subject, model: nn.Module, name: str, number: int) -> bool | Refusal:
+    """Compare a model without a layer with the original while that layer passes on.
+
+    Returns:
+        Whether any output depends on the layer, or where the two differ.
 
     Args:
         case: the original and its inputs.
@@ -141,8 +164,9 @@ def _difference(case: Subject, model: nn.Module, name: str, number: int) -> Refu
     original = copy.deepcopy(case.model)
     layers = list(original.get_submodule(name).children())
     try:
-        whole = _outputs(case, original, len(layers))
-        with without_layers([layers[number]]):
+        with handed_on(layers) as handed:
+            whole = _outputs(case, original, len(layers))
+        with without_layers([layers[number]], handed):
             expected = _outputs(case, original, len(layers))
         actual = _outputs(case, model, len(layers))
     except Exception as error:
@@ -153,9 +177,7 @@ def _difference(case: Subject, model: nn.Module, name: str, number: int) -> Refu
         off = float((actual[key] - value).norm() / value.norm().clamp_min(1e-30))
         if not off <= EXACT:
             return Refusal(f"{key} is {off:.0e} off the original with the layer passing on")
-    if all(torch.equal(whole[key], value) for key, value in expected.items()):
-        return Refusal(f"no output depends on layer {number} of {name}")
-    return None
+    return not all(torch.equal(whole[key], value) for key, value in expected.items())
 
 
 def _outputs(case: Subject, model: nn.Module, layers: int) -> dict[str, Tensor]:
@@ -163,4 +185,4 @@ def _outputs(case: Subject, model: nn.Module, layers: int) -> dict[str, Tensor]:
     torch.default_generator.manual_seed(0)
     with torch.no_grad(), AllFloat64():
         result = outputs_of(model, case.tiny.inputs, case.tiny.recipe)
-    return dict(tensors_by_name(result, layers))
+    return {name: unmasked(value) for name, value in tensors_by_name(result, layers)}

@@ -16,6 +16,7 @@ from typing import Any
 from pairs import Pair, config_of
 
 RESULT = "result.json"
+UNPRUNED = "unpruned"
 
 
 def measure(pair: Pair, part: str, folder: Path, seed: int, seconds: int, memory: int) -> None:
@@ -87,8 +88,12 @@ def _layers(case: Any, folder: Path, note: Callable[..., None]) -> None:
     """Drop a layer of every list, and let layers differ, if there are any."""
     from layer_trials import differ_trial, drop_trials, lists_of_layers
 
+    from tp_hf_config.pipeline.trial import save
+
     lists = lists_of_layers(case)
     note(lists=lists)
+    if lists:
+        save(case.model, case.tiny.inputs, folder / UNPRUNED, (), case.tiny.recipe)
     dropped: list[dict[str, Any]] = []
     for trial in drop_trials(case, lists, folder / "dropped"):
         dropped.append(_tried(trial, trial.folders, folder))
@@ -138,9 +143,15 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
     from tp_hf_config.pipeline.trial import reloaded
 
     result = json.loads((folder / RESULT).read_text())
+    model_class = getattr(transformers, pair.class_name)
+    if (folder / UNPRUNED).exists():
+        refusal = reloaded(model_class, folder / UNPRUNED)
+        if refusal is not None:  # whatever fails after that is no news of pruning
+            result = {k: v for k, v in result.items() if k not in ("dropped", "differ")}
+            result["why"] = f"before anything is pruned, {refusal.reason}"
     for tried in attempts(result):
         for saved in tried.pop("folders"):
-            refusal = reloaded(getattr(transformers, pair.class_name), folder / saved)
+            refusal = reloaded(model_class, folder / saved)
             if refusal is not None:
                 tried.update(outcome="failed", why=refusal.reason)
             shutil.rmtree(folder / saved)

@@ -19,8 +19,9 @@ from .encoder_states import encoder_states_in
 from .extra_methods import methods_beside, outputs_of
 from .given_inputs import function_name, given_inputs, shapes_in
 from .inputs import example_inputs, input_forms, second_sample, text_inputs, video_forms
-from .observed_pass import AllFloat64, tensors_in
+from .observed_pass import AllFloat64
 from .optional_inputs import optional_arguments, with_optional
+from .output_tensors import tensors_in
 from .run_recipe import PLAIN, MakeInputs, RunRecipe
 
 _LONG_TEXT = 32

@@ -20,7 +20,7 @@ from .encoder_states import ARGUMENTS, random_encoder_states
 from .given_inputs import given_inputs
 from .input_companions import COMPANIONS, DISPENSABLE
 from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, size_of
-from .observed_pass import tensors_in
+from .output_tensors import tensors_in
 from .run_recipe import PLAIN, RunRecipe
 
 _TEXT_LENGTH = 8

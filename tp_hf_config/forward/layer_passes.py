@@ -22,11 +22,64 @@ def hidden_out(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+Argument = int | str
+"""An argument of a layer: its position, or its name."""
+
+
+def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Argument, Any]:
+    return dict([*enumerate(args), *kwargs.items()])
+
+
 @contextmanager
-def without_layers(layers: Sequence[nn.Module]) -> Iterator[list[str]]:
+def handed_on(layers: Sequence[nn.Module]) -> Iterator[dict[int, Argument]]:
+    """While open, note which results each of these layers hands to the next one.
+
+    Yields:
+        Place among a layer's results -> the argument of the next layer that is this very tensor.
+        LUKE's layers hand on the states of words and those of entities.
+    """
+    handed: dict[int, Argument] = {}
+    places: dict[int, int] = {}  # id of a tensor that the layer before returned -> its place
+    alive: list[Any] = []  # no other tensor has the id of one of these
+
+    def receive(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        for argument, value in _arguments(args, kwargs).items():
+            if id(value) in places:
+                handed.setdefault(places[id(value)], argument)
+
+    def give(layer: nn.Module, args: Any, output: Any) -> None:
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        places.clear()
+        places.update({id(v): n for n, v in enumerate(outputs) if isinstance(v, Tensor)})
+        alive[:] = outputs
+
+    handles = [layer.register_forward_pre_hook(receive, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(give) for layer in layers]
+    try:
+        yield handed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same_shape(value: Any, result: Any) -> Any:
+    """Return a tensor in the place of a result of the same shape; otherwise that result."""
+    both = isinstance(value, Tensor) and isinstance(result, Tensor)
+    return value if both and value.shape == result.shape else result
+
+
+@contextmanager
+def without_layers(
+    layers: Sequence[nn.Module], handed: Mapping[int, Argument] | None = None
+) -> Iterator[list[str]]:
     """While open, these layers return the hidden states that they are given.
 
     Whatever else a layer returns stays what it computes.
+
+    Args:
+        layers: the layers.
+        handed: results that are hidden states too, by their place, and the arguments that they
+            are returned from; see :func:`handed_on`.
 
     Yields:
         The classes of layers for which that cannot be: their output is of another shape.
@@ -38,7 +91,13 @@ def without_layers(layers: Sequence[nn.Module]) -> Iterator[list[str]]:
         if before is None or after is None or before.shape != after.shape:
             impossible.append(type(layer).__name__)
             return output
-        return before if isinstance(output, Tensor) else type(output)((before, *output[1:]))
+        if isinstance(output, Tensor):
+            return before
+        arguments = _arguments(args, kwargs)
+        given = {place: arguments.get(name) for place, name in (handed or {}).items() if place}
+        return type(output)(
+            (before, *(_same_shape(given.get(n), value) for n, value in enumerate(output[1:], 1)))
+        )
 
     handles = [layer.register_forward_hook(pass_on, with_kwargs=True) for layer in layers]
     try:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..model.class_caches import without_caches
 from .extra_methods import outputs_of
+from .output_tensors import tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
 
 _NONE = 1e-12  # a smaller gradient is none
@@ -35,8 +36,6 @@ _BLANK = tuple(
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
-_MASKED = 1e30
-"""A larger score marks what is masked; beside it every difference would vanish."""
 
 
 class PassResult(NamedTuple):
@@ -182,18 +181,16 @@ def outputs_in_float64(
 ) -> list[Tensor]:
     """Return the floating point outputs of one forward pass, with a fixed random seed.
 
-    The watched results come last; one that this pass does not compute is a single NaN.
+    The watched results come last; one that this pass does not compute is a single NaN. Scores of
+    what is masked, as infinity, are as large as the largest other score.
     """
     torch.default_generator.manual_seed(0)
-    if not watched:
-        with AllFloat64():
-            return _floating(outputs_of(model, inputs, recipe))
     watch = _ResultWatch(set(watched))
-    with watch.over(model):
+    with watch.over(model) if watched else AllFloat64():
         outputs = _floating(outputs_of(model, inputs, recipe))
     missing = torch.tensor(torch.nan, dtype=torch.float64)
-    beside = (watch.results.get(result, missing) for result in watched)
-    return [*outputs, *map(_unmasked, beside)]
+    outputs += [watch.results.get(result, missing) for result in watched]
+    return list(map(unmasked, outputs))
 
 
 def warm_up(
@@ -209,11 +206,6 @@ def warm_up(
     if watched:
         with torch.no_grad():
             outputs_in_float64(model, inputs, recipe=recipe)
-
-
-def _unmasked(scores: Tensor) -> Tensor:
-    """Return the scores with 0 in the place of masked ones."""
-    return scores.masked_fill(scores.abs() > _MASKED, 0.0)
 
 
 def _floating(outputs: Any) -> list[Tensor]:
@@ -280,7 +272,7 @@ class _Dependence:
         if result not in self._observed:
             asked = [self._parameters[key] for key in self.reachable(result)]
             try:
-                without = _unobserved([_unmasked(self.results[result])], asked) if asked else []
+                without = _unobserved([unmasked(self.results[result])], asked) if asked else []
             except RuntimeError:  # torch computes no gradients then (MiniMax-M3's scores)
                 without = asked
             self._observed[result] = set(map(id, asked)) - set(map(id, without))
@@ -382,15 +374,3 @@ def _unobserved(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list
         for parameter, grad in zip(parameters, grads, strict=True)
         if grad is None or not grad.numel() or float(grad.abs().max()) < _NONE
     ]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in a model's output, however it is nested."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)

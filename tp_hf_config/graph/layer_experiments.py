@@ -15,6 +15,7 @@ from ..fieldmap.field_map import FieldMap, learn
 from ..fieldmap.layer_map import LayerFields, layer_map
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, changed_values, config_json, value_at, with_values
+from ..model.layer_entries import KEY
 from ..twin.group import Finding, TinyGroup
 from ..twin.layout import TensorDim
 from ..twin.tiny.tiny_model import TinyModel, built_tiny_model
@@ -51,9 +52,12 @@ class LayerFindings:
             for field, value in changed_values(self.uniform.depth.data, tiny_data)
             if field not in of_depth
         }
-        for (shared, _), field in self._own.items():
+        for (shared, number), field in self._own.items():
             value = self.stock_tiny.field_map.values.get(shared, value_at(tiny_data, shared))
-            values[shared] = values[field] = value
+            values[shared] = value
+            like = self._like(number)  # the stock class may have entries of its own (Gemma 4)
+            entry = value_at(tiny_data, (*shared[:-1], KEY, str(like), shared[-1]))
+            values[field] = value if entry is None else entry
         data = with_values(field_map.data, values)
         recipe = self.stock_tiny.recipe
         builder = field_map.builder.with_attention(recipe.attention)
@@ -74,6 +78,11 @@ class LayerFindings:
             return tiny.run
 
         return TinyModel(tiny_map, field_map, build)
+
+    def _like(self, number: int) -> int | None:
+        """Return the layer of the stock class's tiny model that a layer is like."""
+        names = (name for name in self.field_map.shapes if self._layers.layer_of(name) == number)
+        return self._layers.layer_of(self.uniform.depth.canonical(next(names, "")))
 
     def carried_over(self, finding: Finding) -> Iterator[Finding]:
         """Yield what is found of a width in a class whose layers have own fields.

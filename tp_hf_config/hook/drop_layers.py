@@ -268,6 +268,13 @@ class _Dropping:
                 f"{type(self.model).__name__} refuses the config without these layers: "
                 f"{built.reason}. Nothing was changed."
             )
+        refusal = self.builder.initialised(data)  # loading a folder asks for initial weights
+        if refusal is not None and self.builder.initialised(self.data) is None:
+            raise ConfigSyncError(
+                f"{type(self.model).__name__} with {len(self.modules)} layers can be loaded, with "
+                f"fewer it fails as it asks for initial weights: {refusal.reason}. "
+                "Drop fewer layers. Nothing was changed."
+            )
         # what only has the old number of layers by chance (experts) is no news here
         data, built, _ = with_mirrored_fields(self.builder, self.data, data, built)
         return data, built

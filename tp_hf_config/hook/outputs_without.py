@@ -14,8 +14,9 @@ from ..calibration.passes import undisturbed
 from ..errors import ConfigSyncError, in_one_line
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
-from ..forward.layer_passes import without_layers
+from ..forward.layer_passes import Argument, handed_on, without_layers
 from ..forward.observed_pass import AllFloat64
+from ..forward.output_tensors import unmasked
 from ..model.build import Refusal
 from ..model.surroundings import quiet_transformers, same_random_state
 
@@ -47,10 +48,14 @@ class OutputsWithout:
     ):
         self._model, self._total = model, len(layers)
         self._inputs = _small_inputs(model, full)
-        self._expected = self._run([layers[number] for number in dropped])
+        with handed_on(layers) as handed:
+            self._whole = self._run()
+        self._expected = self._run([layers[number] for number in dropped], handed)
         self._generated = self._cannot_generate() is None
 
-    def _run(self, passing: Sequence[nn.Module] = ()) -> dict[str, Tensor] | Refusal:
+    def _run(
+        self, passing: Sequence[nn.Module] = (), handed: Mapping[int, Argument] | None = None
+    ) -> dict[str, Tensor] | Refusal:
         """Return the outputs by name while some layers pass on what they are given."""
         if isinstance(self._inputs, Refusal):
             return self._inputs
@@ -58,7 +63,7 @@ class OutputsWithout:
             dtypes = {parameter.dtype for parameter in self._model.parameters()}
             # what a class casts to float32 as it runs may not meet weights in float64
             precision = AllFloat64() if torch.float64 in dtypes else nullcontext()
-            with undisturbed(self._model), precision, without_layers(passing) as impossible:
+            with undisturbed(self._model), precision, without_layers(passing, handed) as impossible:
                 result = self._model(**self._inputs)
         except Exception as error:  # a class that the library cannot feed may raise anything
             return Refusal(in_one_line(error))
@@ -118,6 +123,10 @@ class OutputsWithout:
                     f"{key} differs by {error:.1e}. Something behind them depends on their place. "
                     "Drop other layers, such as the last ones. Nothing was changed."
                 )
+        if not isinstance(self._whole, Refusal) and all(
+            torch.equal(self._whole[key], value) for key, value in expected.items()
+        ):
+            return "it computes what it did, as no output on small inputs depends on these layers"
         return "it computes what it did with the dropped layers passing on what they are given"
 
 
@@ -151,5 +160,5 @@ def _relative_error(before: Tensor, after: Tensor | None) -> float:
     """Return how far two outputs are apart, relative to the first; infinite for another shape."""
     if after is None or after.shape != before.shape:
         return float("inf")
-    before, after = (torch.nan_to_num(value.double()) for value in (before, after))
+    before, after = (torch.nan_to_num(unmasked(value.double())) for value in (before, after))
     return float((after - before).norm()) / (float(before.norm()) or 1.0)

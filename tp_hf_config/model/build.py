@@ -113,7 +113,8 @@ class Builder:
     def initialised(self, data: dict[str, Any]) -> Refusal | None:
         """Return the refusal of a class to draw initial weights for a config's JSON, or ``None``.
 
-        They are drawn on the meta device; loading a folder draws none.
+        They are drawn on the meta device. Loading a folder runs the same code, and keeps the
+        weights that it has.
         """
         try:
             with _construction(self.dtype, torch.device("meta")):

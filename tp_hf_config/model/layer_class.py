@@ -110,7 +110,7 @@ class _LayersWithOwnConfig:
 
 _CLASS = """
 
-class {prefix}{stock}(_LayersWithOwnConfig, {stock}):
+class {name}(_LayersWithOwnConfig, {stock}):
     _auto_class = "{auto}"  # save_pretrained copies this file
 
     @wraps({stock}.__init__)
@@ -170,13 +170,22 @@ def _generated(
         ),
         mark=_MARK,
         classes="".join(
-            _CLASS.format(prefix=_PREFIX, stock=cls.__name__, auto=of_class)
+            _CLASS.format(name=_name(cls), stock=cls.__name__, auto=of_class)
             for cls, of_class in {base: "AutoModel", stock: auto}.items()
         ),
     )
     family = stock.__module__.rpartition(".")[2].removeprefix("modeling_")
     module = _module(f"modeling_layerwise_{family}", text)
-    return getattr(module, f"{_PREFIX}{stock.__name__}")
+    return getattr(module, _name(stock))
+
+
+def _name(stock: type) -> str:
+    """Return the name of the class that is generated of a class.
+
+    ``save_pretrained`` takes a class with "Tokenizer" in its name (audio codecs) for a tokenizer,
+    and writes two names into ``auto_map`` (transformers 5.24, ``custom_object_save``).
+    """
+    return f"{_PREFIX}{stock.__name__.replace('Tokenizer', 'Codec')}"
 
 
 def _auto_class(config_class: type, stock: type, base: type) -> str:

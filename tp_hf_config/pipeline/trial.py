@@ -24,6 +24,7 @@ from ..graph.prunable import Width, widths_of
 from ..hook.hook import HFConfigSyncHook
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json
+from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
 from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
@@ -318,6 +319,8 @@ def reloaded(model_class: Any, folder: Path) -> Refusal | None:
         for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
             if getattr(module, "_can_set_experts_implementation", bool)():
                 module.set_experts_implementation("eager")
+        if layer_lists(type(model)):
+            model._tell_layers("_experts_implementation_internal")
         with torch.no_grad():
             watched = [PassResult(*result) for result in case["watched"]]
             warm_up(model.double().eval(), case["inputs"], watched, recipe)
@@ -334,8 +337,8 @@ def _auto_class(folder: Path) -> Any:
 
     config = json.loads((folder / "config.json").read_text())
     saved = config["architectures"][0]
-    names = (k for k, v in config.get("auto_map", {}).items() if v.rpartition(".")[2] == saved)
-    name = next(names, None)
+    auto_map = config.get("auto_map", {}).items()
+    name = next((auto for auto, cls in auto_map if cls.rpartition(".")[2] == saved), None)
     return None if name is None else getattr(transformers, name)
 
 

@@ -200,8 +200,7 @@ class TwinTest:
         """Return how much the outputs change if the units stand in another order.
 
         It is the largest change of an output, relative to its largest value; infinity if its shape
-        changes or it becomes NaN. An output axis that holds the units may come out in the new
-        order.
+        changes, or other values are NaN. An output axis that holds the units may be reordered too.
         """
         with self._restored(dims), torch.no_grad():
             for dim in dims:
@@ -242,8 +241,9 @@ class TwinTest:
         """Return how much an output changed, with each axis in the old or the new order."""
         if old.shape != new.shape:  # a model may compute how long its output is (VITS' sound)
             return torch.inf
-        if bool(new.isnan().any()) and not bool(old.isnan().any()):
+        if not torch.equal(old.isnan(), new.isnan()):
             return torch.inf
+        old, new = old.nan_to_num(0.0), new.nan_to_num(0.0)
         scale = float(old.abs().max()) or 1.0
         candidates = [old]
         for axis, size in enumerate(old.shape):

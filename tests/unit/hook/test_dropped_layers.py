@@ -26,7 +26,7 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 from tp_hf_config.calibration.influence import layer_influence
-from tp_hf_config.forward.layer_passes import hidden_in, hidden_out
+from tp_hf_config.forward.layer_passes import hidden_out
 from tp_hf_config.hook import apply
 
 pytestmark = [
@@ -188,6 +188,13 @@ class TestConfig:
             drop_layers(model, [0])
         small.assert_same(before, small.state_of(model))
         assert drop_layers(model, [3]).fields == {"n_layer": (4, 3)}
+
+    def test_a_class_that_fails_on_initial_weights_is_refused(self) -> None:
+        model = hf.RwkvModel(hf.RwkvConfig(vocab_size=99, hidden_size=16, num_hidden_layers=3))
+        assert drop_layers(model, [1]).kept == (0, 2)
+        with pytest.raises(ConfigSyncError, match=r"2 layers can be loaded, .* division by zero"):
+            drop_layers(model, [1])
+        assert len(model.blocks) == model.config.num_hidden_layers == 2
 
 
 class TestState:
@@ -387,14 +394,6 @@ class TestInfluence:
         with pytest.raises(CalibrationError, match="what was measured is another model"):
             drop_layers(deep_zoo.build("llama"), count=1, calibration=calibration)
 
-    def test_what_goes_in_is_the_first_floating_point_tensor(self) -> None:
-        states, numbers = torch.rand(2, 3), torch.arange(3)
-        assert hidden_in((numbers, states), {}) is states
-        assert hidden_in((), {"mask": None, "hidden_states": states}) is states
-        assert hidden_in((numbers,), {}) is None
-        assert hidden_out((states, numbers)) is states
-        assert hidden_out({"a": states}) is None
-
 
 class TestReport:
     def test_it_says_what_went(self) -> None:
@@ -406,6 +405,13 @@ class TestReport:
         assert lines[2].startswith("  parameters 136,128 -> 74,432 (54.7%); proved: 21 tensors are")
         assert repr(report).startswith("DroppedLayers(model.layers: 2 of 4")
         assert "<td" in report._repr_html_()
+
+    def test_it_says_if_no_output_depends_on_the_layer(self) -> None:
+        config = hf.Dinov2Config(**{**zoo._VISION, "num_hidden_layers": 6}, out_indices=[1, 2])
+        report = drop_layers(hf.Dinov2Backbone(config), [4])
+        assert report.proof.endswith(
+            "it computes what it did, as no output on small inputs depends on these layers"
+        )
 
     def test_it_is_json(self) -> None:
         report = drop_layers(deep_zoo.build("llama"), [1, 2])

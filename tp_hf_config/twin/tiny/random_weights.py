@@ -48,10 +48,11 @@ def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tenso
 def _fan_in(model: nn.Module, name: str, parameter: torch.Tensor) -> int:
     """Return how many numbers a parameter sums up, as far as this keeps activations from growing.
 
-    Stacks of convolutions over sound have no norms between them. Without this, values behind them
-    reach 1e11, and hide what attention adds (Mimi).
+    Stacks of convolutions have no norms between them, or batch norms, which do not scale by what
+    they are given here. Without this, values behind them reach 1e11 (Mimi) or 1e17 (DETR), and hide
+    what attention adds.
     """
     module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+    if isinstance(module, nn.modules.conv._ConvNd):
         return parameter[:, 0].numel() if module.transposed else parameter[0].numel()
     return parameter.shape[-1]

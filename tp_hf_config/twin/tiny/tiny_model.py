@@ -19,7 +19,8 @@ from ...fieldmap.layer_counts import is_whole_number_list, may_name_layers
 from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
 from ...forward.encoder_states import encoder_states_in
 from ...forward.extra_methods import outputs_of
-from ...forward.observed_pass import AllFloat64, PassResult, tensors_in, watched_results
+from ...forward.observed_pass import AllFloat64, PassResult, watched_results
+from ...forward.output_tensors import tensors_in
 from ...forward.replay import Replay
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal

@@ -1,0 +1,35 @@
+"""The tensors of an output, and scores of what is masked."""
+
+from __future__ import annotations
+
+import torch
+
+from tp_hf_config.forward.output_tensors import tensors_in, unmasked
+
+
+def test_every_tensor_is_yielded_however_it_is_nested() -> None:
+    a, b, c = (torch.rand(1) for _ in range(3))
+    assert [id(tensor) for tensor in tensors_in({"a": (a, [b, None]), "c": c, "n": 3})] == [
+        *map(id, (a, b, c))
+    ]
+
+
+def test_masked_scores_are_as_large_as_the_others_and_keep_their_signs() -> None:
+    scores = torch.tensor([1.5, -torch.inf, -3.0, torch.inf, torch.finfo(torch.float32).min])
+    assert unmasked(scores).tolist() == [1.5, -3.0, -3.0, 3.0, -3.0]
+    assert unmasked(torch.tensor([0.0, torch.inf])).tolist() == [0.0, 1.0]
+    assert unmasked(torch.tensor([-torch.inf, torch.inf])).tolist() == [-1.0, 1.0]
+    undefined = unmasked(torch.tensor([2.0, torch.nan, -torch.inf])).tolist()
+    assert (undefined[0], undefined[2]) == (2.0, -2.0)
+
+
+def test_large_numbers_that_mask_nothing_stay() -> None:
+    scores = torch.tensor([1e33, -2e33])
+    assert unmasked(scores) is scores
+
+
+def test_masked_scores_have_no_gradient_and_the_others_theirs() -> None:
+    scores = torch.tensor([2.0, -torch.inf, -5.0], requires_grad=True)
+    unmasked(scores).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [1.0, 0.0, 1.0]
