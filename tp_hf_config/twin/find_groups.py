@@ -139,14 +139,19 @@ def _rehearsed(tiny: TinyModel, finding: Finding) -> Finding:
 
 
 def _sets_outputs(tiny: TinyModel, field: FieldPath) -> bool:
-    """True if a field sets a dimension of a tensor, and no number of embedding entries."""
+    """True if a field sets how many channels a tensor has.
+
+    The number of an embedding's entries is none, nor is how large the kernel of a convolution is.
+    """
+    channels = False
     for (name, dim), expression in tiny.field_map.expressions.items():
         if field not in expression.fields or not isinstance(dim, int):
             continue
         module = tiny.model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, nn.Embedding) and dim == 0:
             return False
-    return tiny.field_map.moves_shapes(field)
+        channels |= dim < 2 or not isinstance(module, nn.modules.conv._ConvNd)
+    return channels
 
 
 def _find(
