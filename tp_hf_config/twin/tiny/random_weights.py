@@ -40,15 +40,21 @@ def redraw_matrices(model: nn.Module) -> None:
 
 
 def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return random values for a matrix, divided by the square root of its fan-in."""
+    """Return random values for a matrix, divided by the square root of its fan-in.
+
+    Convolutions over images get twice as much: activations between them halve small values, and
+    what the image changes would be lost beside the biases (MobileViT).
+    """
     spread: float = _fan_in(model, name, parameter) ** 0.5
-    return torch.randn_like(parameter) / spread
+    module = model.get_submodule(name.rpartition(".")[0])
+    gain = 2.0 if isinstance(module, nn.modules.conv._ConvNd) and parameter.ndim > 3 else 1.0
+    return torch.randn_like(parameter) * gain / spread
 
 
 def _fan_in(model: nn.Module, name: str, parameter: torch.Tensor) -> int:
     """Return how many numbers a parameter sums up, as far as this keeps activations from growing.
 
-    Stacks of convolutions have no norms between them, or batch norms, which do not scale by what
+    Stacks of convolutions have no norms between them, or batch norms, which do not divide by what
     they are given here. Without this, values behind them reach 1e11 (Mimi) or 1e17 (DETR), and hide
     what attention adds.
     """
