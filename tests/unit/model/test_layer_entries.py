@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import layer_zoo
 import pytest
 import small
 import torch
+import transformers as hf
 import zoo
 from transformers import (
     AutoModelForCausalLM,
@@ -201,3 +203,21 @@ def test_a_config_that_counts_several_lists_in_one_dictionary_has_no_entries() -
     assert layer_lists_of(model) == []
     with pytest.raises(UnsupportedModelError, match="LxmertModel has no list of layers that are"):
         pruner_kwargs(model, layers="differ")
+
+
+def test_an_audio_codec_is_not_saved_as_a_tokenizer(tmp_path: Path) -> None:
+    """custom_object_save writes two names for every class with "Tokenizer" in its name."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = hf.PocketTTSAudioTokenizerConfig(
+        **sizes, num_key_value_heads=2, num_hidden_layers=2, head_dim=8
+    )
+    model: Any = hf.PocketTTSAudioTokenizerEncoderModel(config)
+    with layers_listed(model):
+        first, last = ({**entries_of(model.config)[n]} for n in range(2))
+        set_entries(model.config, {0: first, 1: {**last, "intermediate_size": 24}})
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["auto_map"] == {
+        "AutoModel": "modeling_layerwise_pocket_tts_audio_tokenizer."
+        "LayerwisePocketTTSAudioCodecEncoderModel"
+    }

@@ -6,16 +6,19 @@ import copy
 import functools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import layer_zoo
 import pytest
 import small
+import torch
+import transformers as hf
 import zoo
 
 from tp_hf_config import ConfigSyncError, drop_layers
-from tp_hf_config.model.build import Refusal
+from tp_hf_config.model.build import Refusal, without_data
 from tp_hf_config.pipeline import trial
 from tp_hf_config.pipeline.support import prepared
 from tp_hf_config.pipeline.trial import Subject, attempt, reloaded
@@ -127,8 +130,8 @@ def test_a_layer_of_every_list_goes(tmp_path: Path) -> None:
 def test_another_layer_than_the_dropped_one_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def drop_the_first(model: Any, layers: Any, which: str) -> None:
-        drop_layers(model, [0], which=which)
+    def drop_the_first(model: Any, layers: Any, which: str) -> Any:
+        return drop_layers(model, [0], which=which)
 
     monkeypatch.setattr(layer_trials, "drop_layers", drop_the_first)
     (tried,) = dropped("llama", tmp_path)
@@ -143,11 +146,11 @@ def test_another_layer_goes_where_the_second_cannot(
     """All are refused but the first: the reason is the second's, and the first is tried."""
     asked: list[int] = []
 
-    def refused(model: Any, layers: Any, which: str) -> None:
+    def refused(model: Any, layers: Any, which: str) -> Any:
         asked.extend(layers)
         if layers != [0] or asked.count(0) > 1:
             raise ConfigSyncError(f"not {layers}")
-        drop_layers(model, layers, which=which)
+        return drop_layers(model, layers, which=which)
 
     monkeypatch.setattr(layer_trials, "drop_layers", refused)
     (tried,) = dropped("llama", tmp_path)
@@ -156,3 +159,45 @@ def test_another_layer_goes_where_the_second_cannot(
     assert dropped("llama", tmp_path) == [
         LayerTrial("refused", "not [1]", how="layer 1 of model.layers")
     ]
+
+
+def test_a_layer_that_no_output_depends_on_is_told(tmp_path: Path) -> None:
+    case = case_of("llama")
+    idle = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+            idle.model.layers[1].get_parameter(name).zero_()
+    (tried,) = layer_trials.drop_trials(replace(case, model=idle), ["model.layers"], tmp_path)
+    assert (tried.outcome, tried.to_dict()["unobserved"]) == ("works", True)
+    assert "unobserved" not in dropped("llama", tmp_path / "whole")[0].to_dict()
+
+
+def test_entities_pass_on_with_the_words(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = hf.LukeConfig(**sizes, num_hidden_layers=3, vocab_size=64, entity_vocab_size=32)
+    case = prepared(hf.LukeForMaskedLM(config), 0)
+    assert not isinstance(case, Refusal)
+    assert "entity_ids" in case.tiny.inputs
+    (name,) = layer_trials.lists_of_layers(case)
+    (tried,) = layer_trials.drop_trials(case, [name], tmp_path)
+    assert (tried.outcome, tried.unobserved) == ("works", False)
+
+
+def test_a_copy_without_a_cache() -> None:
+    case = case_of("llama")
+    assert not layer_trials._without_cache(case.model).config.use_cache
+    assert case.model.config.use_cache
+
+
+@differing
+@pytest.mark.skipif(not hasattr(hf, "Gemma4UnifiedConfig"), reason="it came with Transformers 5")
+def test_layers_that_the_stock_class_makes_differ(tmp_path: Path) -> None:
+    """Gemma 4's config writes entries itself: layers with full attention have larger heads."""
+    full = without_data(hf.Gemma4UnifiedForConditionalGeneration, hf.Gemma4UnifiedConfig())
+    case = prepared(full, 0)
+    assert not isinstance(case, Refusal)
+    tried = differ_trial(case, tmp_path)
+    assert (tried.outcome, tried.how) == ("works", "global")
+    entries = json.loads((tried.folders[0] / "config.json").read_text())["text_config"]
+    head_dims = {entry["head_dim"] for entry in entries["per_layer_config"].values()}
+    assert len(head_dims) == 2

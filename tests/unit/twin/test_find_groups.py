@@ -255,3 +255,21 @@ def test_layers_that_read_each_other_and_of_which_the_tiny_copy_has_fewer() -> N
         "encoder.pos_conv_embed.layers.0.conv.weight: dimension 0 is in two groups at full size: "
         "layers that read each other, of which the tiny model has fewer"
     )
+
+
+def test_the_size_of_a_kernel_is_no_width() -> None:
+    """TextNet's kernels are many fields of value 3, which all would be tried together."""
+    kernels = [[[3, 3], [3, 1]], [[1, 3], [3, 3]], [[3, 3]], [[3, 3], [3, 3]]]
+    config = hf.TextNetConfig(
+        conv_layer_kernel_sizes=kernels,
+        conv_layer_strides=[[1, 2], [2, 1], [2], [2, 1]],
+        hidden_sizes=[8, 12, 16, 24, 32],
+        stem_out_channels=8,
+        image_size=[64, 64],
+    )
+    widths = widths_of(hf.TextNetForImageClassification(config).eval())
+    assert not [width.name for width in widths if "kernel" in width.name]
+    assert {width.name for width in widths if width.reason is None} == {
+        *(f"hidden_sizes[{stage}]" for stage in (1, 2, 3, 4)),
+        "hidden_sizes[0] + stem_out_channels",
+    }

@@ -479,6 +479,28 @@ def test_what_one_test_proved_no_other_test_tries_again(monkeypatch: pytest.Monk
     assert not alone.proves(stream_dims(), order)
 
 
+class Masked(Stream):
+    """Scores of which some are masked, as those of Grounding DINO for words that are not there."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores = super().forward(ids)
+        return scores.masked_fill(torch.arange(scores.shape[-1]) == 0, -torch.inf)
+
+
+def test_masked_scores_hide_no_wrong_permutation():
+    test = TwinTest(ready(Masked()), ids(), HIDDEN)
+    assert test.proves(stream_dims(), mixed(HIDDEN))
+    assert not test.proves(stream_dims()[1:], mixed(HIDDEN))
+
+
+def test_numbers_that_become_undefined_are_a_change():
+    test = TwinTest(ready(Stream()), ids(), HIDDEN)
+    old = torch.tensor([1.0, torch.nan, 2.0])
+    assert test._change(old, old.clone(), range(HIDDEN), {}) == 0.0
+    assert test._change(old, torch.tensor([1.0, torch.nan, 3.0]), range(HIDDEN), {}) == 0.5
+    assert test._change(old, torch.tensor([torch.nan, 1.0, 2.0]), range(HIDDEN), {}) == torch.inf
+
+
 def test_nothing_changes_in_the_same_order():
     test = TwinTest(ready(Stream()), ids(), INNER)
     assert test.permutation_error(ffn_dims(0), range(INNER)) == 0.0
