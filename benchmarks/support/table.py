@@ -116,9 +116,10 @@ def _layer_totals(runs: list[Result]) -> list[tuple[str, str]]:
     differ = sum(one.get("differ", {}).get("outcome") == "works" for one in layers)
     dropped = Counter(map(dropped_of, layers))
     good = dropped["works"] + dropped["mixed"]
+    every = f"; of every list: {dropped['works']}"
     unobserved = sum("unobserved" in one for layer in layers for one in layer.get("dropped", ()))
-    every = f"; of every list: {dropped['works']}; lists of which no output depends on the layer: "
-    every += str(unobserved)
+    if unobserved:
+        every += f"; in {unobserved} lists no output depends on the layer"
     failed = [one for r in runs for _, one in layers_of(r) if one["outcome"] == "failed"]
     measured = sum("lists" in r.get("layers", {}) for r in runs)
     rows = [

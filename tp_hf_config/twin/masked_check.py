@@ -137,6 +137,8 @@ def pruned_inputs_of(
 
     Only encoder states lose channels. A ``Refusal`` says why the kept positions cannot be told.
     """
+    if encoder_states_of(original, recipe.encoder_states) is None:
+        return dict(inputs)
     kept = kept_positions(original, pruned)
     return kept if isinstance(kept, Refusal) else _cut_inputs(inputs, original, kept, recipe)
 

@@ -5,8 +5,6 @@ Nothing in the model can tell them apart then, and their gradients are equal eve
 are not, the two units are not interchangeable. Then one twin is disturbed in one tensor dim:
 exactly those that are indexed by the same unit now show unequal gradients. What is linked in this
 way is a group. It is right if permuting its units leaves the outputs of the model as they were.
-
-It needs a model, inputs and a list of tensor dims, and knows nothing of configs or pruners.
 """
 
 from __future__ import annotations
@@ -50,8 +48,8 @@ class TwinTest:
         recipe: how the class is run.
         replay: the results of the model's parts on these inputs, to skip parts that an experiment
             does not change. Default: every pass runs the whole model.
-        proofs: what permutations of this model, with these inputs, were found to be neutral before;
-            tests of other fields that share it try none of them again.
+        proofs: which permutations of this model were found to be neutral; none is tried again.
+        outputs: the floating point outputs of a pass, watched results last. Default: one is run.
 
     Attributes:
         axes: length of an output axis that holds the units -> their possible layouts.
@@ -69,6 +67,7 @@ class TwinTest:
         recipe: RunRecipe = PLAIN,
         replay: Replay | None = None,
         proofs: dict[Proof, bool] | None = None,
+        outputs: Sequence[Tensor] | None = None,
     ):
         self.model, self.inputs, self.units = model, dict(inputs), units
         self.watched, self.recipe = watched, recipe
@@ -82,7 +81,8 @@ class TwinTest:
         for name, states in encoder_states.items():  # units too
             self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
         self._random: dict[torch.Size, Tensor] = {}
-        outputs = outputs_in_float64(model, inputs, watched, recipe)
+        if outputs is None:
+            outputs = outputs_in_float64(model, inputs, watched, recipe)
         self._number_of_outputs = len(outputs)
         self._depending = [number for number, output in enumerate(outputs) if output.requires_grad]
         self._outward = outputs[: len(outputs) - len(watched)]

@@ -116,7 +116,7 @@ def with_layers(name: str, **layers: Any) -> dict[str, Any]:
 def test_layers_have_columns_and_totals_of_the_pairs_that_have_some() -> None:
     table = table_module()
     pairs = [
-        with_layers("a", lists=["h"], dropped=[WORKS], differ=WORKS),
+        with_layers("a", lists=["h"], dropped=[{**WORKS, "unobserved": True}], differ=WORKS),
         with_layers("b", lists=["h", "g"], dropped=[WORKS, REFUSED], differ=REFUSED),
         with_layers("c", lists=["h", "g"], dropped=[WORKS, FAILED], differ=WORKS),
         with_layers("d", lists=["h"], why=LATE),
@@ -124,7 +124,8 @@ def test_layers_have_columns_and_totals_of_the_pairs_that_have_some() -> None:
     ]
     counted = dict(table.totals(pairs, 5))
     assert counted[table.DIFFER] == "2 of 4 (50.0 %)"
-    assert counted[table.DROPPED] == "2 of 4 (50.0 %; of every list: 1)"
+    every = "of every list: 1; in 1 lists no output depends on the layer"
+    assert counted[table.DROPPED] == f"2 of 4 (50.0 %; {every})"
     assert counted[table.FAILED] == "1 (1)"
     assert not any(name.startswith("pairs that run whose") for name in counted)
     head = {"date": "2026-11-27", "versions": {}, "seed": 0}

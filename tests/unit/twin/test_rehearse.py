@@ -214,6 +214,7 @@ def test_a_rehearsal_that_shows_nothing_proves_nothing() -> None:
     assert finding.reason is None
     assert rehearse(tiny, finding) is None
     tiny.model.get_parameter("model.layers.0.mlp.down_proj.weight").data.mul_(1e-14)
+    del vars(tiny)["outputs"]  # those of before
     nothing = "less of intermediate_size changes no output, so that nothing shows what is left"
     assert rehearse(tiny, finding) == Refusal(nothing)
 

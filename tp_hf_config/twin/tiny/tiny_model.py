@@ -19,7 +19,12 @@ from ...fieldmap.layer_counts import is_whole_number_list, may_name_layers
 from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
 from ...forward.encoder_states import encoder_states_in
 from ...forward.extra_methods import outputs_of
-from ...forward.observed_pass import AllFloat64, PassResult, watched_results
+from ...forward.observed_pass import (
+    AllFloat64,
+    PassResult,
+    outputs_in_float64,
+    watched_results,
+)
 from ...forward.output_tensors import tensors_in
 from ...forward.replay import Replay
 from ...forward.run_recipe import RunRecipe
@@ -93,6 +98,15 @@ class TinyModel:
         return {}
 
     @cached_property
+    def outputs(self) -> list[torch.Tensor]:
+        """The floating point outputs of a pass, the watched results last.
+
+        Those that depend on parameters require gradients; they have no graph.
+        """
+        outputs = outputs_in_float64(self.model, self.inputs, self.watched, self.recipe)
+        return [output.detach().requires_grad_(output.requires_grad) for output in outputs]
+
+    @cached_property
     def equal_by_chance(self) -> frozenset[frozenset[FieldPath]]:
         """Pairs of fields that are equal in this model and not at full size."""
         return equal_by_chance(self.field_map, self.full_field_map)
@@ -134,9 +148,11 @@ class TinyModel:
 
         For ``runs`` see :class:`~tp_hf_config.twin.twin_test.TwinTest`.
         """
-        replay, proofs = (self._replay, self._proofs) if model is None else (None, None)
-        model = self.model if model is None else model
-        return TwinTest(model, self.inputs, units, runs, self.watched, self.recipe, replay, proofs)
+        given = (units, runs, self.watched, self.recipe)
+        if model is not None:
+            return TwinTest(model, self.inputs, *given)
+        remembered = (self._replay, self._proofs, self.outputs)
+        return TwinTest(self.model, self.inputs, *given, *remembered)
 
 
 _Item = TypeVar("_Item")
