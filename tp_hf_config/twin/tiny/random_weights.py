@@ -45,20 +45,19 @@ def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tenso
     Convolutions over images get twice as much: activations between them halve small values, and
     what the image changes would be lost beside the biases (MobileViT).
     """
-    spread: float = _fan_in(model, name, parameter) ** 0.5
     module = model.get_submodule(name.rpartition(".")[0])
-    gain = 2.0 if isinstance(module, nn.modules.conv._ConvNd) and parameter.ndim > 3 else 1.0
-    return torch.randn_like(parameter) * gain / spread
+    over_images = isinstance(module, nn.modules.conv._ConvNd) and parameter.ndim > 3
+    divisor: float = _fan_in(module, parameter) ** 0.5 / (2 if over_images else 1)
+    return torch.randn_like(parameter) / divisor
 
 
-def _fan_in(model: nn.Module, name: str, parameter: torch.Tensor) -> int:
+def _fan_in(module: nn.Module, parameter: torch.Tensor) -> int:
     """Return how many numbers a parameter sums up, as far as this keeps activations from growing.
 
     Stacks of convolutions have no norms between them, or batch norms, which do not divide by what
     they are given here. Without this, values behind them reach 1e11 (Mimi) or 1e17 (DETR), and hide
     what attention adds.
     """
-    module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.modules.conv._ConvNd):
         return parameter[:, 0].numel() if module.transposed else parameter[0].numel()
     return parameter.shape[-1]
