@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..model.surroundings import restore_attribute
 from .observed_pass import PassResult, outputs_in_float64
@@ -27,10 +27,22 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: what went in and what came out, without gradients."""
+    """One call of a module: what went in and what came out, without gradients.
+
+    ``passed_on``: place among the leaves of the result -> place among those of what went in.
+    """
 
     given: Any
     result: Any
+    passed_on: dict[int, int]
+
+    def replayed(self, given: Any) -> Any:
+        """Return the result again, for equal values that go in."""
+        leaves, spec = tree_flatten(_copied(self.result))
+        inputs = tree_leaves(given) if self.passed_on else []
+        for place, source in self.passed_on.items():
+            leaves[place] = inputs[source]
+        return tree_unflatten(leaves, spec)
 
 
 class Replay:
@@ -38,8 +50,10 @@ class Replay:
 
     A part is replayed if none of its parameters and buffers is changed or asked for its gradient,
     and if its inputs have no gradient and are equal to those of the call that was recorded. Calls
-    that draw random numbers, change their inputs, or take or return more than tensors and plain
-    values are never replayed, nor are parts that compute a watched result.
+    that draw random numbers, change their inputs or return views of them, or take or return more
+    than tensors and plain values are never replayed, nor are parts that compute a watched result.
+    An input that a call returns as it is (``nn.Identity``) is returned again: what follows may
+    change it in place.
 
     Args:
         model: the model, whose parameters have their usual values outside of experiments.
@@ -117,7 +131,7 @@ class Replay:
         if key in self._calls:
             call = self._calls[key]
             if call is not None and _are_equal(given, call.given):
-                return _copied(call.result)
+                return call.replayed(given)
             return forward(*args, **kwargs)
         if not _is_plain(given) or any(getattr(v, "requires_grad", 0) for v in tree_leaves(given)):
             return forward(*args, **kwargs)
@@ -125,8 +139,10 @@ class Replay:
         result = forward(*args, **kwargs)
         pure = _are_equal(given, before) and _is_plain(result)
         pure = pure and bool((torch.default_generator.get_state() == random).all())
-        self._calls[key] = _Call(before, _copied(result)) if pure else None
-        return result if not pure else _copied(result)  # without gradients, for the parts behind
+        passed_on = _passed_on(given, result) if pure else None
+        call = None if passed_on is None else _Call(before, _copied(result), passed_on)
+        self._calls[key] = call
+        return result if call is None else call.replayed(given)  # no gradients for what is behind
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -137,6 +153,27 @@ def _has_hooks(module: nn.Module) -> bool:
 def _is_plain(value: Any) -> bool:
     """True if a value holds nothing but tensors and plain values."""
     return all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in tree_leaves(value))
+
+
+def _passed_on(given: Any, result: Any) -> dict[int, int] | None:
+    """Return which leaves of a result are which leaves of what went in; see :class:`_Call`.
+
+    ``None``: a leaf of the result is a view of one that went in.
+    """
+    places = {id(leaf): place for place, leaf in enumerate(tree_leaves(given))}
+    storages = {_storage(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)} - {0}
+    passed_on: dict[int, int] = {}
+    for place, leaf in enumerate(tree_leaves(result)):
+        if isinstance(leaf, Tensor) and _storage(leaf) in storages:
+            if id(leaf) not in places:
+                return None
+            passed_on[place] = places[id(leaf)]
+    return passed_on
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return where a tensor keeps its numbers; 0 if it has none."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _are_equal(value: Any, other: Any) -> bool:

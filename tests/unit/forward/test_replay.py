@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.forward.observed_pass import PassResult
 from tp_hf_config.forward.replay import Replay
+from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.model.surroundings import one_thread, same_random_state
 from tp_hf_config.twin.find_groups import find_groups
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
@@ -161,6 +162,31 @@ def test_parts_that_compute_a_watched_result_are_run_and_those_before_it_replaye
     assert all(all(map(torch.equal, one, whole)) for one in passes)
     assert [len(one) for one in passes] == [2, 2, 2]
     assert [part.calls for part in (model.front, model.scores, model.last)] == [4, 6, 6]
+
+
+class InPlace(nn.Module):
+    """Scores pass through an identity, and are then changed in place, as in timm's SE blocks."""
+
+    def __init__(self, between: nn.Module):
+        super().__init__()
+        self.scores, self.between, self.out = nn.Linear(4, 4), between, nn.Linear(4, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        self.between(scores).relu_()
+        return self.out(scores)
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Flatten(), nn.Dropout(0.5).eval()])
+def test_what_is_passed_on_may_be_changed_in_place(between: nn.Module) -> None:
+    model, x = InPlace(between), -torch.rand(2, 4, dtype=torch.float64)
+    replay = Replay(model)
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(3):
+            (output,) = replay.outputs([model.out.weight], {"x": x}, RunRecipe()) or ()
+            assert torch.equal(output, expected)
 
 
 def test_what_a_hook_inside_watches_is_run_but_the_watched_part_is_replayed() -> None:
