@@ -27,3 +27,10 @@ def test_the_image_is_seen_behind_many_convolutions(activation: Callable[[], nn.
         first, second = model(one), model(other)
     assert float(first.abs().max()) < 1e8  # what attention adds behind them is not lost
     assert float((first - second).norm() / first.norm()) > 1e-6
+
+
+def test_a_layer_without_channels_has_no_weights() -> None:
+    """SAM 3's tracker builds one at tiny size."""
+    model = nn.Sequential(nn.Conv2d(4, 0, 1), nn.ConvTranspose1d(4, 4, 3))
+    randomise(model)
+    assert model[0].weight.shape == (0, 4, 1, 1)

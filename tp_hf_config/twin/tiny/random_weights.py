@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import nn
 
@@ -59,5 +61,5 @@ def _fan_in(module: nn.Module, parameter: torch.Tensor) -> int:
     what attention adds.
     """
     if isinstance(module, nn.modules.conv._ConvNd):
-        return parameter[:, 0].numel() if module.transposed else parameter[0].numel()
+        return prod(parameter.shape[2:]) * parameter.shape[0 if module.transposed else 1]
     return parameter.shape[-1]
