@@ -182,7 +182,9 @@ class _Search:
         """True if a list or dictionary is about layers: it need not be what is as long by chance.
 
         The config class makes one for as many layers as ``counted`` sets, or the class builds
-        otherwise with one entry less; numbers of layers need only be read by some code.
+        otherwise with one entry less; numbers of layers need only be read by some code. It is about
+        something else if it is as long for fewer layers, and the class builds these with it
+        (Mamba 2's two limits of time steps, beside two layers).
         """
         default = None
         try:
@@ -192,6 +194,10 @@ class _Search:
             pass
         if isinstance(default, list) and len(default) == len(self._keep):
             return True
+        if isinstance(default, list) and len(default) == len(value):
+            built = self._builder.build(with_values(self._data, counted))
+            if not isinstance(built, Refusal) and self._kept.difference(built) is None:
+                return False
         if isinstance(value, dict) or len(value) != self._kept.length:
             return field[-1] in names_in_code(self._model)
         shorter = self._builder.build(with_values(self._data, {field: value[:-1]}))

@@ -189,6 +189,13 @@ class TestConfig:
         small.assert_same(before, small.state_of(model))
         assert drop_layers(model, [3]).fields == {"n_layer": (4, 3)}
 
+    def test_a_list_of_two_limits_is_none_of_two_layers(self) -> None:
+        sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8}
+        config = hf.Mamba2Config(**sizes, vocab_size=64, num_hidden_layers=2, chunk_size=8)
+        model = hf.Mamba2ForCausalLM(config).eval()
+        assert drop_layers(model, [0]).fields == {"num_hidden_layers": (2, 1)}
+        assert list(model.config.time_step_limit) == [0.0, float("inf")]
+
     def test_a_class_that_fails_on_initial_weights_is_refused(self) -> None:
         model = hf.RwkvModel(hf.RwkvConfig(vocab_size=99, hidden_size=16, num_hidden_layers=3))
         assert drop_layers(model, [1]).kept == (0, 2)
