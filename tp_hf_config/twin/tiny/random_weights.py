@@ -42,24 +42,18 @@ def redraw_matrices(model: nn.Module) -> None:
 
 
 def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return random values for a matrix, divided by the square root of its fan-in.
-
-    Convolutions over images get twice as much: activations between them halve small values, and
-    what the image changes would be lost beside the biases (MobileViT).
-    """
-    module = model.get_submodule(name.rpartition(".")[0])
-    over_images = isinstance(module, nn.modules.conv._ConvNd) and parameter.ndim > 3
-    divisor: float = _fan_in(module, parameter) ** 0.5 / (2 if over_images else 1)
-    return torch.randn_like(parameter) / divisor
+    """Return random values for a matrix, divided by the square root of its fan-in."""
+    spread: float = _fan_in(model, name, parameter) ** 0.5
+    return torch.randn_like(parameter) / spread
 
 
-def _fan_in(module: nn.Module, parameter: torch.Tensor) -> int:
+def _fan_in(model: nn.Module, name: str, parameter: torch.Tensor) -> int:
     """Return how many numbers a parameter sums up, as far as this keeps activations from growing.
 
-    Stacks of convolutions have no norms between them, or batch norms, which do not divide by what
-    they are given here. Without this, values behind them reach 1e11 (Mimi) or 1e17 (DETR), and hide
-    what attention adds.
+    Stacks of convolutions over sound have no norms between them. Without this, values behind them
+    reach 1e11, and hide what attention adds (Mimi).
     """
-    if isinstance(module, nn.modules.conv._ConvNd):
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return prod(parameter.shape[2:]) * parameter.shape[0 if module.transposed else 1]
     return parameter.shape[-1]
