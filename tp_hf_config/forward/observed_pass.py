@@ -189,8 +189,8 @@ def outputs_in_float64(
     with watch.over(model) if watched else AllFloat64():
         outputs = _floating(outputs_of(model, inputs, recipe))
     missing = torch.tensor(torch.nan, dtype=torch.float64)
-    outputs += [watch.results.get(result, missing) for result in watched]
-    return list(map(unmasked, outputs))
+    beside = (watch.results.get(result, missing) for result in watched)
+    return [*map(unmasked, outputs), *(unmasked(result, all_large=False) for result in beside)]
 
 
 def warm_up(
@@ -272,7 +272,8 @@ class _Dependence:
         if result not in self._observed:
             asked = [self._parameters[key] for key in self.reachable(result)]
             try:
-                without = _unobserved([unmasked(self.results[result])], asked) if asked else []
+                scores = unmasked(self.results[result], all_large=False)
+                without = _unobserved([scores], asked) if asked else []
             except RuntimeError:  # torch computes no gradients then (MiniMax-M3's scores)
                 without = asked
             self._observed[result] = set(map(id, asked)) - set(map(id, without))

@@ -24,10 +24,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def unmasked(scores: Tensor) -> Tensor:
-    """Return scores with masked ones as large as the largest other, and of the sign they had."""
+def unmasked(scores: Tensor, all_large: bool = True) -> Tensor:
+    """Return scores with masked ones as large as the largest other, and of the sign they had.
+
+    ``all_large``: whether a tensor of nothing but large finite numbers stays as it is.
+    """
     masked = scores.detach().abs() > _MASKED
-    if bool(masked.all()):  # these are no masks, but a model with large numbers
+    if all_large and bool(masked.all()):  # these are no masks, but a model with large numbers
         masked = scores.isinf()
     if not bool(masked.any()):
         return scores

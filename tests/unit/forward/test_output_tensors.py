@@ -26,6 +26,7 @@ def test_masked_scores_are_as_large_as_the_others_and_keep_their_signs() -> None
 def test_large_numbers_that_mask_nothing_stay() -> None:
     scores = torch.tensor([1e33, -2e33])
     assert unmasked(scores) is scores
+    assert unmasked(scores, all_large=False).tolist() == [1.0, -1.0]
 
 
 def test_masked_scores_have_no_gradient_and_the_others_theirs() -> None:
