@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..model.class_caches import without_caches
 from .extra_methods import outputs_of
-from .output_tensors import tensors_in, unmasked
+from .output_tensors import INFINITE, tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
 
 _NONE = 1e-12  # a smaller gradient is none
@@ -190,7 +190,7 @@ def outputs_in_float64(
         outputs = _floating(outputs_of(model, inputs, recipe))
     missing = torch.tensor(torch.nan, dtype=torch.float64)
     beside = (watch.results.get(result, missing) for result in watched)
-    return [*map(unmasked, outputs), *(unmasked(result, all_large=False) for result in beside)]
+    return [*(unmasked(output, INFINITE) for output in outputs), *map(unmasked, beside)]
 
 
 def warm_up(
@@ -272,8 +272,7 @@ class _Dependence:
         if result not in self._observed:
             asked = [self._parameters[key] for key in self.reachable(result)]
             try:
-                scores = unmasked(self.results[result], all_large=False)
-                without = _unobserved([scores], asked) if asked else []
+                without = _unobserved([unmasked(self.results[result])], asked) if asked else []
             except RuntimeError:  # torch computes no gradients then (MiniMax-M3's scores)
                 without = asked
             self._observed[result] = set(map(id, asked)) - set(map(id, without))

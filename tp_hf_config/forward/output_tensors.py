@@ -10,6 +10,8 @@ from torch import Tensor
 
 _MASKED = 1e30
 """A larger score marks what is masked; beside it every difference would vanish."""
+INFINITE = 1e300
+"""So are infinity and the least number of float64; random weights may lead to less."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -24,14 +26,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def unmasked(scores: Tensor, all_large: bool = True) -> Tensor:
+def unmasked(scores: Tensor, beyond: float = _MASKED) -> Tensor:
     """Return scores with masked ones as large as the largest other, and of the sign they had.
 
-    ``all_large``: whether a tensor of nothing but large finite numbers stays as it is.
+    ``beyond``: larger ones are masked.
     """
-    masked = scores.detach().abs() > _MASKED
-    if all_large and bool(masked.all()):  # these are no masks, but a model with large numbers
-        masked = scores.isinf()
+    masked = scores.detach().abs() > beyond
     if not bool(masked.any()):
         return scores
     others = scores.masked_fill(masked, 0.0)
