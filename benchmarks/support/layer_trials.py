@@ -43,8 +43,8 @@ class LayerTrial:
             changed; ``failed``: anything else.
         why: why it does not work; empty if it does.
         how: how layers were made to differ, or the list and the number of the layer that went.
-        unobserved: True if no output depends on that layer.
         folders: where the model was saved, if it works.
+        unobserved: True if no output depends on that layer.
     """
 
     outcome: Outcome
