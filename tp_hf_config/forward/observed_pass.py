@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..model.class_caches import without_caches
 from .extra_methods import outputs_of
-from .output_tensors import INFINITE, tensors_in, unmasked
+from .output_tensors import tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
 
 _NONE = 1e-12  # a smaller gradient is none
@@ -190,7 +190,7 @@ def outputs_in_float64(
         outputs = _floating(outputs_of(model, inputs, recipe))
     missing = torch.tensor(torch.nan, dtype=torch.float64)
     beside = (watch.results.get(result, missing) for result in watched)
-    return [*(unmasked(output, INFINITE) for output in outputs), *map(unmasked, beside)]
+    return [unmasked(output) for output in (*outputs, *beside)]
 
 
 def warm_up(

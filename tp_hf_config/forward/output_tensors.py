@@ -10,8 +10,6 @@ from torch import Tensor
 
 _MASKED = 1e30
 """A larger score marks what is masked; beside it every difference would vanish."""
-INFINITE = 1e300
-"""So are infinity and the least number of float64; random weights may lead to less."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -26,12 +24,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def unmasked(scores: Tensor, beyond: float = _MASKED) -> Tensor:
-    """Return scores with masked ones as large as the largest other, and of the sign they had.
-
-    ``beyond``: larger ones are masked.
-    """
-    masked = scores.detach().abs() > beyond
+def unmasked(scores: Tensor) -> Tensor:
+    """Return scores with masked ones as large as the largest other, and of the sign they had."""
+    masked = scores.detach().abs() > _MASKED
     if not bool(masked.any()):
         return scores
     others = scores.masked_fill(masked, 0.0)

@@ -31,7 +31,7 @@ from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
 from ..planning.settings import Layers
 from ..twin.masked_check import masked_difference, pruned_inputs_of
-from ..twin.tiny.random_weights import randomise
+from ..twin.tiny.random_weights import randomise, scale_convolutions
 from ..twin.tiny.tiny_model import TinyModel
 
 Outcome = Literal["works", "refused", "failed"]
@@ -111,6 +111,7 @@ def subject(tiny: TinyModel, seed: int) -> Subject:
             raise RuntimeError(model.reason)
         model.tie_weights()  # type: ignore[operator]
         randomise(model)
+        scale_convolutions(model, tiny.inputs, tiny.recipe)
     with torch.no_grad():
         for value in (*model.parameters(), *saved_buffers(model).values()):
             _as_float32(value)

@@ -24,7 +24,7 @@ from ..model.surroundings import same_random_state
 from .group import TinyGroup
 from .layout import TensorDim
 from .prove import channel_groups_of
-from .tiny.random_weights import randomise
+from .tiny.random_weights import randomise, scale_convolutions
 from .tiny.tiny_model import TinyModel, once
 
 
@@ -131,6 +131,7 @@ def _rebuilt(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | No
         if isinstance(model, Refusal):
             return None
         randomise(model)
+        scale_convolutions(model, tiny.inputs, tiny.recipe)
     return model if forward_error(model, tiny.inputs, tiny.recipe) is None else None
 
 

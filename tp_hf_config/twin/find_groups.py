@@ -51,7 +51,7 @@ def find_groups(tiny: TinyModel) -> list[Finding]:
     refused = {f.fields[0] for f in findings if f.reason is not None} - failed
     stuck = failed | {field for field in refused if not _takes_less(field_map, field)}
     equal = [
-        *equal_fields(field_map, failed, tiny.equal_by_chance),
+        *equal_fields(_widths(tiny), failed, tiny.equal_by_chance),
         *equal_together(field_map, failed, tiny.equal_by_chance),
     ]
     tried: set[frozenset[FieldPath]] = set()
@@ -95,7 +95,7 @@ def _moves_alone(tiny: TinyModel, field: FieldPath) -> bool:
     field_map = tiny.field_map
     if field not in field_map.values or field in field_map.must_equal | field_map.ratio_partners:
         return False
-    return _sets_outputs(tiny, field)
+    return _sets_channels(tiny, field)
 
 
 @once
@@ -138,7 +138,13 @@ def _rehearsed(tiny: TinyModel, finding: Finding) -> Finding:
     return replace(finding, reason=refusal.reason, disproved=True)
 
 
-def _sets_outputs(tiny: TinyModel, field: FieldPath) -> bool:
+def _widths(tiny: TinyModel) -> dict[FieldPath, int]:
+    """Return the values of the fields that set how many channels a tensor has."""
+    values = tiny.field_map.values
+    return {field: value for field, value in values.items() if _sets_channels(tiny, field)}
+
+
+def _sets_channels(tiny: TinyModel, field: FieldPath) -> bool:
     """True if a field sets how many channels a tensor has.
 
     The number of an embedding's entries is none, nor is how large the kernel of a convolution is.

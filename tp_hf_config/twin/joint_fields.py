@@ -6,7 +6,7 @@ Query heads go with key/value heads. Where a class makes the head dim from hidde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import combinations, permutations, product
 
@@ -77,18 +77,19 @@ def equal_by_chance(field_map: FieldMap, full: FieldMap) -> frozenset[frozenset[
 
 
 def equal_fields(
-    field_map: FieldMap, failed: set[FieldPath], by_chance: frozenset[frozenset[FieldPath]]
+    values: Mapping[FieldPath, int],
+    failed: set[FieldPath],
+    by_chance: frozenset[frozenset[FieldPath]],
 ) -> Iterator[tuple[FieldPath, ...]]:
     """Yield pairs of equal widths that both cannot be pruned alone.
 
-    If there are none, yield pairs of which one cannot be pruned alone. Those equal ``by_chance``
-    are left out.
+    ``values`` are those of all widths. If there are no such pairs, yield those of which one cannot
+    be pruned alone. Those equal ``by_chance`` are left out.
     """
-    widths = [field for field in field_map.values if field_map.moves_shapes(field)]
     pairs = [
         pair
-        for pair in combinations(widths, 2)
-        if field_map.values[pair[0]] == field_map.values[pair[1]] and failed & set(pair)
+        for pair in combinations(values, 2)
+        if values[pair[0]] == values[pair[1]] and failed & set(pair)
         if frozenset(pair) not in by_chance
     ]
     yield from [pair for pair in pairs if failed >= set(pair)] or pairs
@@ -104,8 +105,7 @@ def equal_together(
     """
     by_value: dict[int, list[FieldPath]] = {}
     for field in sorted(failed, key=str):
-        if field_map.moves_shapes(field):
-            by_value.setdefault(field_map.values[field], []).append(field)
+        by_value.setdefault(field_map.values[field], []).append(field)
 
     @cache
     def runs(fields: tuple[FieldPath, ...]) -> bool:

@@ -38,4 +38,4 @@ def test_numbers_that_are_equal_in_the_tiny_model_alone_are_no_pair() -> None:
     full = field_map(queries=32, groups=32, points=4)
     by_chance = equal_by_chance(tiny, full)
     assert by_chance == {frozenset({QUERIES, POINTS}), frozenset({GROUPS, POINTS})}
-    assert list(equal_fields(tiny, set(PLACES), by_chance)) == [(QUERIES, GROUPS)]
+    assert list(equal_fields(tiny.values, set(PLACES), by_chance)) == [(QUERIES, GROUPS)]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
+import math
+from typing import Any
 
 import torch
 from torch import nn
 
+from ...forward.coverage import forward_error
+from ...forward.run_recipe import RunRecipe
 from ...model.tensors import compute_unsaved, saved_buffers
+
+_LARGEST = 4.0
+"""The values of a convolution have at most this root mean square."""
 
 
 def randomise(model: nn.Module) -> None:
@@ -23,7 +29,7 @@ def randomise(model: nn.Module) -> None:
             if name in unsaved:
                 continue
             if parameter.ndim > 1:
-                parameter.copy_(_matrix(model, name, parameter))
+                parameter.copy_(_matrix(parameter))
             else:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
@@ -38,22 +44,51 @@ def redraw_matrices(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and name not in unsaved:
-                parameter.copy_(_matrix(model, name, parameter))
+                parameter.copy_(_matrix(parameter))
 
 
-def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return random values for a matrix, divided by the square root of its fan-in."""
-    spread: float = _fan_in(model, name, parameter) ** 0.5
+def _matrix(parameter: torch.Tensor) -> torch.Tensor:
+    """Return random values for a matrix, divided by the square root of its last dimension."""
+    spread: float = parameter.shape[-1] ** 0.5
     return torch.randn_like(parameter) / spread
 
 
-def _fan_in(model: nn.Module, name: str, parameter: torch.Tensor) -> int:
-    """Return how many numbers a parameter sums up, as far as this keeps activations from growing.
+def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe) -> None:
+    """Scale convolutions so that values neither grow nor fade from one to the next, in place.
 
-    Stacks of convolutions over sound have no norms between them. Without this, values behind them
-    reach 1e11, and hide what attention adds (Mimi).
+    Stacks of convolutions have no norms between them, or batch norms, which do not divide by what
+    they are given here: values behind them would reach 1e17 (DETR) and hide what attention adds.
+    Each weight is divided by the :func:`_level` of what it computes from these inputs, in the order
+    in which a pass calls them, as in layer-sequential unit-variance initialisation (Mishkin and
+    Matas, https://arxiv.org/abs/1511.06422).
     """
-    module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-        return prod(parameter.shape[2:]) * parameter.shape[0 if module.transposed else 1]
-    return parameter.shape[-1]
+    scaled: set[int] = set()
+
+    def scale(layer: nn.modules.conv._ConvNd, _: Any, output: torch.Tensor) -> torch.Tensor:
+        if "weight" not in layer._parameters or id(layer.weight) in scaled:
+            return output  # computed from others, as by a weight norm; or shared, and scaled before
+        scaled.add(id(layer.weight))
+        bias = torch.zeros(()) if layer.bias is None else layer.bias
+        bias = bias.reshape(-1, *[1] * (output.ndim - 2))
+        level = _level(output - bias)
+        layer.weight.div_(level)
+        return (output - bias) / level + bias
+
+    convolutions = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
+    handles = [layer.register_forward_hook(scale) for layer in convolutions]
+    try:
+        forward_error(model, inputs, recipe)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _level(output: torch.Tensor) -> float:
+    """Return how much the output of a convolution differs from sample to sample.
+
+    Never less than a part of the values themselves: where samples hardly differ, as in the means
+    over an image, large values would saturate the gates that follow. Returns 1 for zeros.
+    """
+    differing = (output - output.mean(dim=0, keepdim=True)).square().mean().sqrt()
+    level = float(torch.maximum(differing, output.square().mean().sqrt() / _LARGEST))
+    return level if 0 < level < math.inf else 1.0

@@ -34,7 +34,7 @@ from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
 from ..joint_fields import equal_by_chance
 from ..twin_test import Proof, TwinTest
-from .random_weights import randomise, redraw_matrices
+from .random_weights import randomise, redraw_matrices, scale_convolutions
 from .run_numbers import with_smaller_inputs
 from .shrink import shrunken, small_tokens
 
@@ -251,6 +251,7 @@ def _run_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Re
         data, model, working = _with_layers_named(run_map, data, model, working)
         if isinstance(working, Refusal):
             return working
+        scale_convolutions(model, working.inputs, working.recipe)
         working = _reaching_alike(model, working)
         model, recipe = _with_numbers(field_map, data, model, working)
         builder = builder.with_attention(recipe.attention)
@@ -275,6 +276,7 @@ def _reaching_alike(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
     before, same = copy.deepcopy(model.state_dict()), 0
     for _ in range(_DRAWS):
         redraw_matrices(model)
+        scale_convolutions(model, working.inputs, working.recipe)
         redrawn = working_inputs(model, working.recipe)
         still = unreached if isinstance(redrawn, Refusal) else _unreached_shares(model, redrawn)
         if not isinstance(redrawn, Refusal) and not still:
