@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any
@@ -157,14 +157,14 @@ class _Lowering:
         model = self._builder.build(with_values(self.data, change))
         if isinstance(model, Refusal):
             return True
-        step = self._step(model) if _has_length(model, self.kinds, length, keep) else None
+        step = self._step(model, change) if _has_length(model, self.kinds, length, keep) else None
         if step is not None:
             self.shapes, self.kinds = shapes(model), kinds_in(model)
             self.data = _without_coincidence(self._builder, self.data, change, self.shapes)
             self._steps.append(step)
         return False
 
-    def _step(self, model: nn.Module) -> _Step | None:
+    def _step(self, model: nn.Module, change: Collection[FieldPath]) -> _Step | None:
         """Return which layers a build kept; None if a kind is lost or anything else changed."""
         after, lists, step = shapes(model), lists_of(model), _Step()
         before = {name: len(kinds.first) for name, kinds in self.kinds.items()}
@@ -186,17 +186,25 @@ class _Lowering:
         others = (name for name in after if not _inside(name, shorter))
         if any(self.shapes.get(name) != after[name] for name in others):
             return None
-        return step if self._rest_as_before(model, shorter) else None
+        return step if self._rest_as_before(model, shorter, change) else None
 
-    def _rest_as_before(self, model: nn.Module, shorter: Sequence[str]) -> bool:
-        """True if the layers of the other lists are of the same kinds as before."""
+    def _rest_as_before(
+        self, model: nn.Module, shorter: Sequence[str], change: Collection[FieldPath]
+    ) -> bool:
+        """True if the layers of the other lists are of the same kinds as before.
+
+        What the changed settings say of them may differ: the norms behind the stages of a backbone
+        are as many as the stages, of which one has fewer layers now.
+        """
         checked: list[str] = []
+        settings = {key for field in change for key in field if isinstance(key, str)}
         lists = lists_of(model)
         for name, kinds in self.kinds.items():
             around = any(other.startswith(f"{name}.") for other in shorter)
             if around or name in shorter or _inside(name, [*shorter, *checked]):
                 continue
             checked.append(name)
+            kinds = kinds.without_settings(settings)
             if name not in lists or kinds.match(facts_in(model, name)) != kinds.first:
                 return False
         return True

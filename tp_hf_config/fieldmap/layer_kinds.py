@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import re
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ class Kinds:
     Attributes:
         kinds: for each layer, its kind: the facts that not all layers share.
         common: the facts that all layers share.
-        counts: keys of values that only number the layers (another in each), or that are one number
-            wherever they are, and so make no kinds.
+        counts: keys of values that only number the layers (another in each, or in a name), or that
+            are one number wherever they are, and so make no kinds.
     """
 
     kinds: tuple[frozenset[tuple[Key, Hashable]], ...]
@@ -76,6 +77,12 @@ class Kinds:
     def _differs(self) -> frozenset[Key]:
         """The keys of the facts that not all layers share."""
         return frozenset(key for kind in self.kinds for key, _ in kind)
+
+    def without_settings(self, names: Collection[str]) -> Kinds:
+        """Return how the layers differ but for what some settings of the config say of them."""
+        keys = {(_CONFIG, key) for name in names for key in (name, f"in {name}")}
+        kinds = [frozenset(fact for fact in kind if fact[0] not in keys) for kind in self.kinds]
+        return replace(self, kinds=tuple(kinds))
 
     def match(self, facts: Sequence[Facts]) -> tuple[int, ...] | None:
         """Return, for each layer of another build, the index of the first layer here of its kind.
@@ -136,7 +143,10 @@ def _kinds(facts: Sequence[Facts]) -> Kinds:
         key
         for key in differ
         for values in [[layer_facts.get(key) for layer_facts in facts]]
-        if _counts(values) or _is_one(values) or (key[0] == _CONFIG and _are_names(values))
+        if _counts(values)
+        or _is_one(values)
+        or (key[0] == _CONFIG and _are_names(values))
+        or _counts(_numbers_in(values))
     )
     kinds = [
         frozenset(
@@ -170,6 +180,17 @@ def _counts(values: Sequence[Hashable]) -> bool:
                 return True
     whole = all(type(value) in (int, float) for value in numbers)
     return whole and len(numbered) > _FEW and len(set(numbers)) == len(numbered)
+
+
+def _numbers_in(values: Sequence[Hashable]) -> list[Hashable]:
+    """Return the only numbers in names that are alike otherwise, else nothing.
+
+    VibeVoice's convolutions keep their states in a cache under ``convnext_layer_7``.
+    """
+    parts = [re.split(r"(\d+)", value) for value in values if isinstance(value, str)]
+    alike = {(around[0], *around[2:]) for around in parts if len(around) == 3}
+    numbered = len(parts) == len(values) and all(len(around) == 3 for around in parts)
+    return [Number(int(n)) for _, n, _ in parts] if numbered and len(alike) == 1 else []
 
 
 def _is_one(values: Sequence[Hashable]) -> bool:

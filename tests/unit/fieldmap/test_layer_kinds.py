@@ -158,6 +158,11 @@ def _first(said: list[Any], **more: list[Any]) -> tuple[int, ...]:
         ([nn.Dropout(0.0), nn.Identity(), nn.Dropout(0.5)], (0, 0, 0)),  # nothing, in eval mode
         ([torch.ones(2), torch.ones(3), torch.ones(2)], (0, 1, 0)),
         ([torch.float32, torch.bfloat16], (0, 1)),
+        (["layer_3", "layer_4", "layer_5"], (0, 0, 0)),  # the layer's place in a cache
+        (["layer_3", "layer_4", "block_5"], (0, 1, 2)),
+        (["layer_3", "layer_4", "layer"], (0, 1, 2)),
+        (["1x1", "2x2", "3x3"], (0, 1, 2)),  # not one number
+        (["layer_3", "layer_9", "layer_5"], (0, 1, 2)),
     ],
 )
 def test_kinds_are_what_the_class_left_in_layers(said: list[Any], first: tuple[int, ...]) -> None:
@@ -196,6 +201,24 @@ def test_layers_that_a_config_names_by_number_keep_one_that_is_named() -> None:
 
     found, _ = _shallow(config, qwen.Qwen2_5_VisionTransformerPretrainedModel)
     assert (found.data["depth"], found.data["fullatt_block_indexes"]) == (2, [1])
+
+
+@pytest.mark.parametrize("cls", ["MaskFormerSwinBackbone", "Florence2VisionBackbone"])
+def test_a_stage_has_fewer_layers_where_norms_or_convolutions_stand_beside_the_stages(
+    cls: str,
+) -> None:
+    """They are as many as the config's depths, which say something else of one of them then."""
+    if cls == "MaskFormerSwinBackbone":
+        from transformers.models.maskformer import modeling_maskformer_swin as swin
+
+        config: Any = hf.MaskFormerSwinConfig(depths=[2, 2, 6, 2])
+        depth, _ = _shallow(config, swin.MaskFormerSwinBackbone)
+        assert depth.data["depths"] == [2, 2, 2, 2]
+    else:
+        florence = pytest.importorskip("transformers.models.florence2.modeling_florence2")
+        config = florence.Florence2VisionConfig(depths=(1, 1, 9, 1))
+        depth, _ = _shallow(config, florence.Florence2VisionBackbone)
+        assert depth.data["depths"] == [1, 1, 2, 1]
 
 
 def test_the_tiny_copy_has_every_kind() -> None:
