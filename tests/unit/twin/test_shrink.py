@@ -11,6 +11,10 @@ import transformers as hf
 from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import without_data
+from tp_hf_config.model.config_json import value_at
+from tp_hf_config.twin.tiny.requirements import Requirements
+from tp_hf_config.twin.tiny.run_numbers import with_smaller_inputs
+from tp_hf_config.twin.tiny.shrink import shrunken, small_tokens
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -44,6 +48,33 @@ def test_widths_that_a_pass_needs_in_proportion_shrink_together(
     values = {".".join(map(str, field)): n for field, n in tiny.field_map.values.items()}
     assert {field: values[field] for field in widths} == widths
     assert sum(parameter.numel() for parameter in tiny.model.parameters()) < 400_000
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "values"),
+    [
+        # 300 objects need an image of 128 pixels, 10 do with the smallest
+        (
+            "LwDetrModel",
+            {"projector_scale_factors": [1.0]},
+            {"num_queries": 10, "backbone_config.image_size": 64},
+        ),
+        # the form of inputs that the config needs has 512 pixels
+        ("RfDetrModel", {}, {"num_queries": 10}),
+        # seven stages, each twice as wide as the one before: 48 million parameters from 12 on
+        ("VibeVoiceAcousticTokenizerEncoderModel", {}, {"num_filters": 4}),
+    ],
+)
+def test_a_model_that_is_slow_at_its_tiny_widths_gets_smaller_ones(
+    name: str, given: dict[str, Any], values: dict[str, int]
+) -> None:
+    model_class = getattr(hf, name)
+    field_map = map_of(without_data(model_class, model_class.config_class(**given)))
+    data = shrunken(field_map, small_tokens(field_map), together=False)
+    assert {field: value_at(data, tuple(field.split("."))) for field in values} == values
+    required = Requirements(field_map, field_map.builder.build(data))
+    required.run_with(with_smaller_inputs(field_map.builder.build(data), field_map.recipe))
+    assert required.cost(data) < 60e6  # before: 275, 260 and 195 million
 
 
 def test_heads_show_in_attention_over_a_pool_of_few_positions() -> None:

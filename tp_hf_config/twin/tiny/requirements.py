@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,15 @@ from torch import nn
 from ...fieldmap.depth import kinds_of_layers
 from ...fieldmap.field_map import FieldMap
 from ...forward.head_splits import HeadSplits, observe
+from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at
 from ...model.shapes import shapes
 
 HEAD_DIM = 16
 """A head dim that is enough for all that a class does inside a head."""
+_PER_PARAMETER = 4
+"""As long as so many numbers takes each parameter of a pass."""
 
 
 class Requirements:
@@ -37,17 +41,24 @@ class Requirements:
 
     Attributes:
         builder: builds the class.
+        recipe: how the class is run.
         shapes: the tensor shapes of ``base``.
         layout: the head splits of its forward pass.
     """
 
     def __init__(self, field_map: FieldMap, base: nn.Module):
         self.builder = field_map.builder
-        self._recipe = field_map.recipe
-        self.shapes, self.layout = shapes(base), observe(base, self._recipe)
+        self.recipe = field_map.recipe
+        self.shapes, self.layout = shapes(base), observe(base, self.recipe)
         self._kinds = kinds_of_layers(base)
         self._several, self._shared = _several_per_unit(field_map), _shared(field_map)
         self._observed: dict[str, HeadSplits | None] = {}
+        self._parameters: dict[str, int] = {}
+
+    def run_with(self, recipe: RunRecipe) -> None:
+        """Run configs with other inputs from here on; passes have to go as far as before."""
+        self.recipe = recipe
+        self._observed.clear()
 
     def observed(self, trial: dict[str, Any]) -> HeadSplits | None:
         """Return the head splits of the model of another config, or None; built once for each.
@@ -59,11 +70,22 @@ class Requirements:
             self._observed[key] = self._observe(trial)
         return self._observed[key]
 
+    def cost(self, trial: dict[str, Any]) -> float:
+        """Return how long a pass takes, in numbers computed; infinity if something is required.
+
+        Each parameter takes as long as a few numbers: it is read from memory, and computed with.
+        """
+        observed = self.observed(trial)
+        if observed is None:
+            return math.inf
+        return observed.numbers + _PER_PARAMETER * self._parameters[repr(trial)]
+
     def _observe(self, trial: dict[str, Any]) -> HeadSplits | None:
         model = self.builder.build(trial)
         if isinstance(model, Refusal):
             return None
         built = shapes(model)
+        self._parameters[repr(trial)] = sum(map(prod, built.values()))
         suits = (
             built.keys() == self.shapes.keys()
             and not _has_more_ones(self.shapes, built)
@@ -75,7 +97,7 @@ class Requirements:
                 _still_shared(dims, field, trial, built) for field, dims in self._shared.items()
             )
         )
-        layout = observe(model, self._recipe) if suits else None
+        layout = observe(model, self.recipe) if suits else None
         return layout if layout is not None and goes_as_far(self.layout, layout) else None
 
 

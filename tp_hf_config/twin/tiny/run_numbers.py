@@ -6,7 +6,8 @@ runs. Such numbers set no tensor. They are lowered only where a pass computes fa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +17,16 @@ from ...fieldmap.candidate_fields import numbers_read
 from ...fieldmap.field_map import FieldMap
 from ...forward.head_splits import observe
 from ...forward.run_recipe import RunRecipe
+from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
 from .compute_budget import HEAVY, SHORTEST, WORTH, Observe
-from .image_sizes import images_in_proportion, is_side
-from .requirements import goes_as_far
+from .image_sizes import images_in_proportion, is_side, smaller_images
+from .requirements import Requirements, goes_as_far
 
 _SLOW = 6_000_000
 """A pass that computes more numbers than this is slow: one takes 0.1 s, and hundreds are run."""
+_VERY_SLOW = 40_000_000
+"""A pass of so many numbers takes a tenth of a second."""
 _MOST_TRIALS = 12
 """How many lower values of one number are tried, the smallest first."""
 
@@ -60,6 +64,65 @@ def cheaper(
             candidate = observed(trial)
             if candidate is not None and candidate.numbers < WORTH * best.numbers:
                 data, best = trial, candidate
+                break
+    return data
+
+
+def with_few_objects(
+    field_map: FieldMap,
+    data: dict[str, Any],
+    most: int,
+    required: Requirements,
+    rows: Collection[FieldPath],
+) -> dict[str, Any]:
+    """Return the config with fewer objects to look for, if a smaller image is enough for these.
+
+    A detector takes the best of all places as its objects, so an image needs as many places. Where
+    an earlier form of inputs has enough of them now, ``required`` runs that from here on. For
+    ``most`` and ``rows`` see :func:`cheaper`.
+    """
+
+    def in_small_image(config: dict[str, Any]) -> float:
+        """Return how many numbers a pass computes with the smallest image that the class takes."""
+        images = map(required.observed, smaller_images(field_map, config))
+        return next((observed.numbers for observed in images if observed is not None), math.inf)
+
+    before = required.observed(data)
+    slow = before is not None and before.numbers > _SLOW
+    for fields in _equal_values(data, rows) if slow else ():
+        trials = _divisors(data, fields, max(most + 1, SHORTEST))
+        trial = next(filter(required.observed, trials), None)
+        model = None if trial is None else field_map.builder.build(trial)
+        if trial is None or model is None or isinstance(model, Refusal):
+            continue
+        recipe = with_smaller_inputs(model, required.recipe)
+        if recipe != required.recipe:
+            required.run_with(recipe)
+            data = trial
+        elif in_small_image(trial) < WORTH * in_small_image(data):
+            data = trial
+    return data
+
+
+def with_equal_values(
+    data: dict[str, Any],
+    widths: Collection[FieldPath],
+    lower: Callable[[dict[str, Any], FieldPath], Iterator[dict[FieldPath, int]]],
+    required: Requirements,
+) -> dict[str, Any]:
+    """Return the config with widths that are as large as others, if it is very slow to run.
+
+    Widths differ in a tiny model while there are values, but where each stage is twice as wide as
+    the one before (VibeVoice's seven), the first one decides over millions of parameters.
+    ``lower`` yields changes of a width to lower values, the lowest first.
+    """
+    best = required.cost(data)
+    for field in widths if best < math.inf else ():
+        for change in lower(data, field) if best > _VERY_SLOW else ():
+            trial = with_values(data, change)
+            cost = required.cost(trial)
+            if cost < WORTH * best:
+                data, best = trial, cost
                 break
     return data
 

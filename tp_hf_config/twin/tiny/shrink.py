@@ -15,7 +15,7 @@ from ...model.tensors import is_matrix_stack
 from .compute_budget import PARTS, in_proportion, lighter
 from .image_sizes import crops, smaller_images
 from .requirements import HEAD_DIM, Requirements
-from .run_numbers import cheaper
+from .run_numbers import cheaper, with_equal_values, with_few_objects
 
 _FEW = 8
 """Values up to this are small: they count something."""
@@ -81,8 +81,15 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
     ]
     rows = [field for field in field_map.sizes if _is_position_count(field_map, data, field)]
     most = max(experts, default=0)
+    data = with_few_objects(field_map, data, most, required, rows)
     data = lighter(field_map, data, most, required.observed, rows)
-    return cheaper(field_map, data, most, required.observed, rows)
+    data = cheaper(field_map, data, most, required.observed, rows)
+
+    def lower(data: dict[str, Any], field: FieldPath) -> Iterator[dict[FieldPath, int]]:
+        return _smaller(field_map, data, field, heads, splitting, together, any_value=True)
+
+    widths = [field for field in free if field not in heads and not _has_experts(field_map, field)]
+    return with_equal_values(data, widths, lower, required)
 
 
 def _unchanged_at_half_first(
@@ -115,6 +122,7 @@ def _smaller(
     counts: Collection[FieldPath],
     splitting: Sequence[FieldPath],
     together: bool,
+    any_value: bool = False,
 ) -> Iterator[dict[FieldPath, int]]:
     """Yield changes to smaller values of a field: of the field alone, and of all equal fields.
 
@@ -122,7 +130,8 @@ def _smaller(
     numbers take no other values. Head counts do, but none that another head count of the same part
     has, so that query heads still outnumber key/value heads. At the end come fewer heads together
     with the width that they split, and ``_SPLIT``. Fields that follow another or count positions do
-    not change. ``counts`` are the fields that count heads, ``splitting`` those that may.
+    not change. ``counts`` are the fields that count heads, ``splitting`` those that may. With
+    ``any_value``, it does not matter which values others have: the smallest come first.
     """
     if field in field_map.must_equal:
         return
@@ -156,6 +165,8 @@ def _smaller(
     reusable = set() if few else taken
     if heads:
         reusable = taken - _other_counts(data, field, counts)
+    if any_value:
+        ladder, taken = tuple(sorted(ladder)), set()
     free = [step for step in ladder if step not in taken]
     for step in free + [step for step in ladder if step in reusable]:
         alone = dict.fromkeys([field, *followers], step)
