@@ -182,7 +182,7 @@ def outputs_in_float64(
     """Return the floating point outputs of one forward pass, with a fixed random seed.
 
     The watched results come last; one that this pass does not compute is a single NaN. Scores of
-    what is masked, as infinity, are as large as the largest other score.
+    what is masked, as infinity, are 0.
     """
     torch.default_generator.manual_seed(0)
     watch = _ResultWatch(set(watched))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _MASKED = 1e30
@@ -25,10 +24,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def unmasked(scores: Tensor) -> Tensor:
-    """Return scores with masked ones as large as the largest other, and of the sign they had."""
+    """Return scores with 0 in the place of masked ones.
+
+    A head that is masked as a whole leaves nothing but zeros, as it does where no score is masked.
+    """
     masked = scores.detach().abs() > _MASKED
-    if not bool(masked.any()):
-        return scores
-    others = scores.masked_fill(masked, 0.0)
-    largest = float(others.detach().abs().nan_to_num(0.0).max()) or 1.0
-    return torch.where(masked, scores.detach().sign() * largest, others)
+    return scores.masked_fill(masked, 0.0) if bool(masked.any()) else scores

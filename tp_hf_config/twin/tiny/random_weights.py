@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -60,7 +61,7 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
     they are given here: values behind them would reach 1e17 (DETR) and hide what attention adds.
     Each weight is divided by the :func:`_level` of what it computes from these inputs, in the order
     in which a pass calls them, as in layer-sequential unit-variance initialisation (Mishkin and
-    Matas, https://arxiv.org/abs/1511.06422).
+    Matas, https://arxiv.org/abs/1511.06422). A copy runs: LeViT keeps what it makes of its weights.
     """
     scaled: set[int] = set()
 
@@ -74,13 +75,16 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
         layer.weight.div_(level)
         return (output - bias) / level + bias
 
-    convolutions = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
-    handles = [layer.register_forward_hook(scale) for layer in convolutions]
-    try:
-        forward_error(model, inputs, recipe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    copied = copy.deepcopy(model)
+    convolutions = [m for m in copied.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    for layer in convolutions:
+        layer.register_forward_hook(scale)
+    if convolutions:
+        forward_error(copied, inputs, recipe)
+    with torch.no_grad():
+        for name, weight in copied.named_parameters():
+            if id(weight) in scaled:
+                model.get_parameter(name).copy_(weight)
 
 
 def _level(output: torch.Tensor) -> float:
