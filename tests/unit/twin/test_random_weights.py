@@ -18,6 +18,11 @@ from tp_hf_config.twin.tiny.random_weights import randomise, scale_convolutions
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_a_layer_without_channels_has_no_weights() -> None:
     model = nn.Sequential(nn.Conv2d(4, 0, 1), nn.Conv1d(4, 0, 1), nn.ConvTranspose1d(4, 4, 3))
