@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
     they are given here: values behind them would reach 1e17 (DETR) and hide what attention adds.
     Each weight is divided by the :func:`_level` of what it computes from these inputs, in the order
     in which a pass calls them, as in layer-sequential unit-variance initialisation (Mishkin and
-    Matas, https://arxiv.org/abs/1511.06422). A copy runs: LeViT keeps what it makes of its weights.
+    Matas, https://arxiv.org/abs/1511.06422).
     """
     scaled: set[int] = set()
 
@@ -75,16 +76,29 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
         layer.weight.div_(level)
         return (output - bias) / level + bias
 
-    copied = copy.deepcopy(model)
-    convolutions = [m for m in copied.modules() if isinstance(m, nn.modules.conv._ConvNd)]
-    for layer in convolutions:
-        layer.register_forward_hook(scale)
-    if convolutions:
-        forward_error(copied, inputs, recipe)
-    with torch.no_grad():
-        for name, weight in copied.named_parameters():
-            if id(weight) in scaled:
-                model.get_parameter(name).copy_(weight)
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    handles = [layer.register_forward_hook(scale) for layer in layers]
+    with _attributes_kept(model):
+        if layers:
+            forward_error(model, inputs, recipe)
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Give all modules the attributes back that they have now, and dictionaries what is in them.
+
+    LeViT's attention keeps biases that it makes of its weights in a dictionary.
+    """
+    before = [
+        (module, {k: dict(v) if type(v) is dict else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    yield
+    for module, attributes in before:
+        vars(module).clear()
+        vars(module).update(attributes)
 
 
 def _level(output: torch.Tensor) -> float:

@@ -74,13 +74,8 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
             fitting = _unchanged_at_half_first(field_map, field, fitting, required.shapes)
         data = next(fitting, data)
     data = in_proportion(field_map, data, required.observed)
-    experts = [
-        shape[0]
-        for name, shape in field_map.shapes.items()
-        if len(shape) == 3 and 1 not in shape and _is_stacked(field_map, name)
-    ]
     rows = [field for field in field_map.sizes if _is_position_count(field_map, data, field)]
-    most = max(experts, default=0)
+    most = _most_experts(field_map)
     data = with_few_objects(field_map, data, most, required, rows)
     data = lighter(field_map, data, most, required.observed, rows)
     data = cheaper(field_map, data, most, required.observed, rows)
@@ -90,6 +85,16 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
 
     widths = [field for field in free if field not in heads and not _has_experts(field_map, field)]
     return with_equal_values(data, widths, lower, required)
+
+
+def _most_experts(field_map: FieldMap) -> int:
+    """Return the largest number of matrices that are stacked in one tensor; 0: none are."""
+    stacks = (
+        shape[0]
+        for name, shape in field_map.shapes.items()
+        if len(shape) == 3 and 1 not in shape and _is_stacked(field_map, name)
+    )
+    return max(stacks, default=0)
 
 
 def _unchanged_at_half_first(
