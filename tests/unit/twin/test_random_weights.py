@@ -79,18 +79,20 @@ def test_a_convolution_that_is_called_twice_is_scaled_by_its_first_call() -> Non
 
 
 def test_what_a_layer_keeps_of_the_pass_does_not_stay() -> None:
-    """LeViT's attention adds biases that the first pass in eval mode kept."""
+    """LeViT's attention adds biases that the first pass in eval mode kept; others install hooks."""
 
     class Keeps(nn.Linear):
-        """A layer that keeps its weight as it was in the first pass."""
+        """A layer that keeps its weight as it was in the first pass, and looks at its results."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.kept: Any = getattr(self, "kept", self.weight.clone())
+            self.register_forward_hook(lambda *_: None)
             return nn.functional.linear(x, self.kept)
 
     stack = Stack(Keeps(9, 9), nn.Conv1d(4, 4, 3)).double()
     scale_convolutions(stack, {"x": torch.rand(2, 4, 9, dtype=torch.float64)}, PLAIN)
     assert not hasattr(stack.layers[0], "kept")
+    assert not any(layer._forward_hooks for layer in stack.modules())
 
 
 def test_weights_that_a_weight_norm_computes_stay() -> None:

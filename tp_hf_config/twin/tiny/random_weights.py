@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ def randomise(model: nn.Module) -> None:
             if name in unsaved:
                 continue
             if parameter.ndim > 1:
-                parameter.copy_(_matrix(parameter))
+                parameter.copy_(_matrix(model, name, parameter))
             else:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
@@ -46,12 +47,18 @@ def redraw_matrices(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and name not in unsaved:
-                parameter.copy_(_matrix(parameter))
+                parameter.copy_(_matrix(model, name, parameter))
 
 
-def _matrix(parameter: torch.Tensor) -> torch.Tensor:
-    """Return random values for a matrix, divided by the square root of its last dimension."""
-    spread: float = parameter.shape[-1] ** 0.5
+def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return random values for a matrix, divided by the square root of its fan-in.
+
+    Of other tensors than weights of convolutions that is their last dimension.
+    """
+    layer, fan_in = model.get_submodule(name.rpartition(".")[0]), parameter.shape[-1]
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        fan_in = math.prod(parameter.shape[2:]) * parameter.shape[0 if layer.transposed else 1]
+    spread: float = fan_in**0.5
     return torch.randn_like(parameter) / spread
 
 
@@ -76,23 +83,21 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
         layer.weight.div_(level)
         return (output - bias) / level + bias
 
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
-    handles = [layer.register_forward_hook(scale) for layer in layers]
     with _attributes_kept(model):
-        if layers:
-            forward_error(model, inputs, recipe)
-    for handle in handles:
-        handle.remove()
+        for layer in model.modules():
+            if isinstance(layer, nn.modules.conv._ConvNd):
+                layer.register_forward_hook(scale)
+        forward_error(model, inputs, recipe)
 
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """Give all modules the attributes back that they have now, and dictionaries what is in them.
 
-    LeViT's attention keeps biases that it makes of its weights in a dictionary.
+    LeViT's attention keeps biases that it makes of its weights; classes install hooks as they run.
     """
     before = [
-        (module, {k: dict(v) if type(v) is dict else v for k, v in vars(module).items()})
+        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for module in model.modules()
     ]
     yield
