@@ -203,22 +203,21 @@ def test_layers_that_a_config_names_by_number_keep_one_that_is_named() -> None:
     assert (found.data["depth"], found.data["fullatt_block_indexes"]) == (2, [1])
 
 
-@pytest.mark.parametrize("cls", ["MaskFormerSwinBackbone", "Florence2VisionBackbone"])
+@pytest.mark.parametrize(
+    ("module", "name", "depths", "fewer"),
+    [
+        ("maskformer.modeling_maskformer_swin", "MaskFormerSwin", [2, 2, 6, 2], [2, 2, 2, 2]),
+        ("florence2.modeling_florence2", "Florence2Vision", [1, 1, 9, 1], [1, 1, 2, 1]),
+    ],
+)
 def test_a_stage_has_fewer_layers_where_norms_or_convolutions_stand_beside_the_stages(
-    cls: str,
+    module: str, name: str, depths: list[int], fewer: list[int]
 ) -> None:
     """They are as many as the config's depths, which say something else of one of them then."""
-    if cls == "MaskFormerSwinBackbone":
-        from transformers.models.maskformer import modeling_maskformer_swin as swin
-
-        config: Any = hf.MaskFormerSwinConfig(depths=[2, 2, 6, 2])
-        depth, _ = _shallow(config, swin.MaskFormerSwinBackbone)
-        assert depth.data["depths"] == [2, 2, 2, 2]
-    else:
-        florence = pytest.importorskip("transformers.models.florence2.modeling_florence2")
-        config = florence.Florence2VisionConfig(depths=(1, 1, 9, 1))
-        depth, _ = _shallow(config, florence.Florence2VisionBackbone)
-        assert depth.data["depths"] == [1, 1, 2, 1]
+    modeling = pytest.importorskip(f"transformers.models.{module}")
+    config = getattr(modeling, f"{name}Config")(depths=depths)
+    depth, _ = _shallow(config, getattr(modeling, f"{name}Backbone"))
+    assert depth.data["depths"] == fewer
 
 
 def test_the_tiny_copy_has_every_kind() -> None:

@@ -53,7 +53,8 @@ def redraw_matrices(model: nn.Module) -> None:
 def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
     """Return random values for a matrix, divided by the square root of its fan-in.
 
-    Of other tensors than weights of convolutions that is their last dimension.
+    Of other tensors than weights of convolutions that is their last dimension. Convolutions are
+    scaled later, but the model runs before (VITS took 100 s for that with larger weights).
     """
     layer, fan_in = model.get_submodule(name.rpartition(".")[0]), parameter.shape[-1]
     if isinstance(layer, nn.modules.conv._ConvNd):
@@ -83,10 +84,12 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
         layer.weight.div_(level)
         return (output - bias) / level + bias
 
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    if not layers:
+        return
     with _attributes_kept(model):
-        for layer in model.modules():
-            if isinstance(layer, nn.modules.conv._ConvNd):
-                layer.register_forward_hook(scale)
+        for layer in layers:
+            layer.register_forward_hook(scale)
         forward_error(model, inputs, recipe)
 
 
@@ -100,10 +103,12 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
         (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for module in model.modules()
     ]
-    yield
-    for module, attributes in before:
-        vars(module).clear()
-        vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _level(output: torch.Tensor) -> float:
