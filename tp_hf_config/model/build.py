@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext, _device_constructors
 
 from ..errors import in_one_line
+from .config_json import copied
 from .leaf_cache import copied_leaves
 from .meta_run import KnownShapes
-from .shapes import Shapes, shapes
+from .shapes import Shapes, named_modules, shapes
 from .sharded import plain_class
 from .versions import no_init_weights
 
@@ -78,7 +79,7 @@ class Builder:
         Exceptions of the config class pass through.
         """
         decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
-        values = copy.deepcopy(data)
+        values = copied(data)
         config = self.config_class.from_dict(decode(values) if decode is not None else values)
         config._attn_implementation = self.attention
         if hasattr(type(config), "_experts_implementation"):
@@ -103,7 +104,8 @@ class Builder:
                     if hasattr(type(config), "_experts_implementation"):
                         config._experts_implementation = "batched_mm"  # its shapes need no routing
                     model: nn.Module = self.model_class(config, **self.options)
-                    return model.train(False)
+                    _to_eval_mode(model)
+                    return model
             except Exception as error:  # a class may refuse with any exception
                 text = in_one_line(error)
             if "device" not in text:
@@ -136,6 +138,17 @@ class Builder:
                 return model.double().train(False)
         except Exception as error:  # as in build
             return Refusal(in_one_line(error))
+
+
+def _to_eval_mode(model: nn.Module) -> None:
+    """Do what ``model.eval()`` does; setting an attribute of thousands of modules is slow."""
+    from transformers import PreTrainedModel
+
+    for _, module in named_modules(model):
+        if type(module).train in (nn.Module.train, PreTrainedModel.train):
+            vars(module)["training"] = False
+        else:
+            module.eval()
 
 
 def _draw(model: Any) -> None:

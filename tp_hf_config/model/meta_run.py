@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from .versions import plain_on_meta
 
@@ -118,7 +117,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
                 args = (args[0], _positions(args[1]), *args[2:])
             if func in _INDEX or not all(tensor.is_meta for tensor in tensors):
-                args, kwargs = tree_map(_without_data, (args, kwargs))
+                args, kwargs = _without_data((args, kwargs))
         output = _cached(func, args, kwargs) if on_meta else _real(func, args, kwargs, tensors)
         if isinstance(output, torch.Tensor):
             self.numbers += output.numel()
@@ -144,7 +143,7 @@ def _real(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tens
     new = _makes_new(func)
     pointwise = new and torch.Tag.pointwise in func.tags
     if pointwise and prod(tensor.numel() for tensor in tensors) > _LARGE:
-        shape = _cached(func, *tree_map(_without_data, (args, kwargs)))
+        shape = _cached(func, *_without_data((args, kwargs)))
         if _is_large(shape):  # LightGlue multiplies every position by every other
             return shape
     output = func(*args, **kwargs)
@@ -220,7 +219,10 @@ def _too_few(values: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> 
     """True if a source has fewer numbers than the mask chooses; False if the mask has no data."""
     if mask.is_meta:
         return False
-    return source.numel() < int(mask.expand(values.shape).sum())
+    own = mask  # an expanded one holds each row once
+    for dim, stride in enumerate(mask.stride()):
+        own = own.narrow(dim, 0, 1) if stride == 0 else own
+    return source.numel() * own.numel() < int(own.sum()) * values.numel()
 
 
 def _check_broadcast(values: torch.Tensor, indices: Any, source: torch.Tensor) -> None:
@@ -234,7 +236,7 @@ def _check_broadcast(values: torch.Tensor, indices: Any, source: torch.Tensor) -
     positions = _positions(indices)
     if any(index is not None and index.is_meta for index in (*indices, *positions)):
         return
-    target = torch.ops.aten.index.Tensor(*tree_map(_without_data, (values, positions))).shape
+    target = torch.ops.aten.index.Tensor(*_without_data((values, positions))).shape
     sizes = zip(reversed(source.shape), reversed(target), strict=False)
     if source.ndim > len(target) or any(size not in (1, wanted) for size, wanted in sizes):
         raise RuntimeError(
@@ -259,7 +261,11 @@ def _positions(indices: Any) -> list[Any]:
 
 
 def _without_data(value: Any) -> Any:
-    """Return a real tensor's copy on the meta device, and any other value as it is."""
+    """Return a value with real tensors, in containers too, replaced by ones on the meta device."""
     if isinstance(value, torch.Tensor) and not value.is_meta:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_without_data, value))
+    if isinstance(value, dict):
+        return {key: _without_data(item) for key, item in value.items()}
     return value

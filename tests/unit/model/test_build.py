@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers as hf
 from torch import nn
@@ -30,3 +32,28 @@ def test_positions_on_no_device_have_no_values() -> None:
     assert not isinstance(built, Refusal)
     assert built.decay.shape == (10, 10)  # type: ignore[union-attr]
     assert built.decay.is_meta
+
+
+class Frozen(nn.Linear):
+    """Stays in training mode, and notes what it was asked for."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        self.seen = mode
+        return self
+
+
+class WithFrozenPart(Numbered):
+    """Has a layer that decides for itself what a mode is."""
+
+    def __init__(self, config: hf.LlamaConfig):
+        super().__init__(config)
+        self.down = nn.Sequential(Frozen(2, 2), nn.Dropout())
+
+
+def test_a_build_is_in_eval_mode() -> None:
+    built: Any = Builder(WithFrozenPart(hf.LlamaConfig(hidden_size=32))).build({"hidden_size": 64})
+    by_torch = WithFrozenPart(hf.LlamaConfig(hidden_size=64)).eval()
+    modes = [[module.training for module in model.modules()] for model in (built, by_torch)]
+    assert modes[0] == modes[1]
+    assert True in modes[0]
+    assert built.down[0].seen is False

@@ -55,10 +55,11 @@ class TestRealNumbers:
         """Images that go into a text are as wide as it is: Qwen2.5-Omni does not ask."""
         text, features = torch.empty(1, 4, 6, device=META), torch.empty(2, 3, device=META)
         two = torch.tensor([[True, False, True, False]]).unsqueeze(-1)
-        with RealNumbers(), pytest.raises(RuntimeError, match="fewer features"):
-            text.masked_scatter(two, features)
-        with RealNumbers():
-            assert text.masked_scatter(two, features.repeat(2, 1)).shape == text.shape
+        for places in (two, two.expand_as(text)):
+            with RealNumbers(), pytest.raises(RuntimeError, match="fewer features"):
+                text.masked_scatter(places, features)
+            with RealNumbers():
+                assert text.masked_scatter(places, features.repeat(2, 1)).shape == text.shape
 
     def test_places_say_how_many_features_there_are_as_where_it_computes(self) -> None:
         text, features = torch.empty(1, 4, 6, device=META), torch.empty(2, 6, device=META)
