@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..model.class_caches import without_caches
+from ..model.shapes import named_modules
 from .extra_methods import outputs_of
 from .output_tensors import tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
@@ -117,9 +118,10 @@ class _ResultWatch(AllFloat64):
         """While open, keep track of which module of the model is running."""
         with ExitStack() as stack, self:
             around = {"": ""}  # module -> itself, or for a list of modules what runs them
-            first = {module: name for name, module in model.named_modules()}
+            first: dict[nn.Module, str] = {}
             followed: set[nn.Module] = set()
-            for name, module in model.named_modules(remove_duplicate=False):
+            for name, module in named_modules(model):
+                first.setdefault(module, name)
                 holder = name.rpartition(".")[0]
                 around[name] = around[holder] if isinstance(module, _LISTS) else name
                 counted = self._counts(name) or self._counts(around[holder])

@@ -262,11 +262,14 @@ def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
 @contextmanager
 def _short_configs() -> Iterator[None]:
     """While open, a config prints as its class name: log lines that nobody sees spell it out."""
-    from transformers import PretrainedConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
-    spelled_out = PretrainedConfig.__repr__
+    classes: tuple[Any, ...] = (GenerationConfig, PretrainedConfig)
+    spelled_out = [config_class.__repr__ for config_class in classes]
     try:
-        PretrainedConfig.__repr__ = lambda self: type(self).__name__  # type: ignore[method-assign]
+        for config_class in classes:
+            config_class.__repr__ = lambda self: type(self).__name__
         yield
     finally:
-        PretrainedConfig.__repr__ = spelled_out  # type: ignore[method-assign]
+        for config_class, own in zip(classes, spelled_out, strict=True):
+            config_class.__repr__ = own
