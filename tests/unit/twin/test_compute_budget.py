@@ -199,12 +199,15 @@ def test_images_that_set_widths_shrink_with_the_sizes_that_follow() -> None:
 
 
 def test_the_sides_of_an_image_that_set_widths_stay_in_proportion() -> None:
-    """SegGPT puts two square images on top of each other, and takes no other shape."""
+    """SegGPT puts two square images on top of each other, and takes no other shape.
+
+    An eighth and a quarter have as many patches in proportion, whatever a patch's side is.
+    """
     sides = {("image_size", 0): 896, ("image_size", 1): 448}
     data = {"image_size": [896, 448], "width": 32}
     known = known_of(data, sizes={**sides, ("width",): 32})
     assert list(smaller_images(known, data)) == [
-        {"image_size": [2 * size, size], "width": 32} for size in (64, 96, 128)
+        {"image_size": [2 * size, size], "width": 32} for size in (56, 64, 96, 112, 128)
     ]
 
 
@@ -212,7 +215,7 @@ def test_the_tiny_seggpt_computes_little() -> None:
     """With images of full size it needed 126 GB for one pass."""
     field_map = map_of(module_of(hf.SegGptConfig(), hf.SegGptModel))
     data = shrunken(field_map, small_tokens(field_map), together=False)
-    assert data["image_size"] == [128, 64]
+    assert data["image_size"] == [112, 56]
 
 
 class PaddedConfig(hf.PretrainedConfig):

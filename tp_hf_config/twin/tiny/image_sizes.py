@@ -11,6 +11,8 @@ from ...model.config_json import FieldPath, config_json, value_at, with_values
 
 _IMAGES = (64, 96, 128)
 """Sides of an image to try, in pixels."""
+_SHORTEST = 48
+"""The shortest side of several in proportion."""
 _WINDOW = "window_size"
 _PATCH = "patch_size"
 _CROPS = "image_grid_pinpoints"
@@ -53,7 +55,7 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
             fewer = {field: size // patch for field, patch in grids.items()}
             yield with_values(data, {**sides, **fewer})
     shortest = min(setting.values(), default=1)
-    for size in _IMAGES if len(set(setting.values())) > 1 else ():
+    for size in _shorter(setting.values()) if len(set(setting.values())) > 1 else ():
         yield with_values(data, {field: side * size // shortest for field, side in setting.items()})
     images = {field: side for field, side in images.items() if field not in setting}
     lists = {field[:-1] for field in (*images, *windows) if isinstance(field[-1], int)}
@@ -67,6 +69,17 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
         }
         if narrow:
             yield with_values(small, narrow)
+
+
+def _shorter(sides: Collection[int]) -> list[int]:
+    """Return what the shortest of several sides may become, the shortest first.
+
+    Where it divides all of them, there are as many patches of each as before, in proportion: one
+    tower's map of features fits the positions of the next (Unlimited-OCR).
+    """
+    shortest = min(sides)
+    whole = {shortest // n for n in _FACTORS if not any(side % n for side in sides)}
+    return sorted({*_IMAGES, *(side for side in whole if _SHORTEST <= side <= _IMAGES[-1])})
 
 
 def images_in_proportion(
