@@ -133,9 +133,15 @@ def _is_product(
 def _exponent(value: int, base: int, points: Sequence[tuple[int, int]]) -> int:
     """Return the power of a field that a size follows: 1, -1, 2, -2, or 0 if none of them fits.
 
-    ``points`` are other values of the field, each with the size there.
+    ``points`` are other values of the field, each with the size there. A quotient that is not whole
+    everywhere is rounded down: 40 channels have 20 dimensions in each of 2 heads, 6 in each of 6.
     """
     for exponent in (1, -1, 2, -2):
-        if all(size == base * Fraction(then, value) ** exponent for then, size in points):
+        powers = [base * Fraction(then, value) ** exponent for then, _ in points]
+        exact = [size == power for power, (_, size) in zip(powers, points, strict=True)]
+        if all(exact):
+            return exponent
+        rounded = any(exact) and [int(power) for power in powers] == [size for _, size in points]
+        if exponent < 0 and rounded:
             return exponent
     return 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from .kept_tensors import tensors_put_back
 from .run_recipe import PLAIN, RunRecipe
 
 Inputs = Mapping[str, Any]
@@ -23,14 +24,18 @@ _PREFIXES = ("get_", "predict_", "encode", "decode", "compute_")
 
 
 def outputs_of(model: nn.Module, inputs: Inputs, recipe: RunRecipe = PLAIN) -> Any:
-    """Return the forward pass's outputs; with methods in the recipe, a list that adds theirs."""
-    outputs = model(**inputs)
-    method_outputs = []
-    for name in recipe.methods:
-        method = getattr(model, name)
-        arguments = _arguments(model, method, inputs)
-        if arguments is not None:
-            method_outputs.append(method(**arguments))
+    """Return the forward pass's outputs; with methods in the recipe, a list that adds theirs.
+
+    The model keeps nothing that the pass computed.
+    """
+    with tensors_put_back(model):
+        outputs = model(**inputs)
+        method_outputs = []
+        for name in recipe.methods:
+            method = getattr(model, name)
+            arguments = _arguments(model, method, inputs)
+            if arguments is not None:
+                method_outputs.append(method(**arguments))
     return [outputs, *method_outputs] if method_outputs else outputs
 
 

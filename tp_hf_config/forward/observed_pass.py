@@ -195,21 +195,6 @@ def outputs_in_float64(
     return [unmasked(output) for output in (*outputs, *beside)]
 
 
-def warm_up(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    watched: Sequence[PassResult],
-    recipe: RunRecipe = PLAIN,
-) -> None:
-    """Run a first pass if results are watched: it may compute what the model then keeps.
-
-    Mimi's codebooks are such: later passes lack those results, so the others have other numbers.
-    """
-    if watched:
-        with torch.no_grad():
-            outputs_in_float64(model, inputs, recipe=recipe)
-
-
 def _floating(outputs: Any) -> list[Tensor]:
     return [value for value in tensors_in(outputs) if value.is_floating_point()]
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..checkpoint.child import load
 from ..errors import TPHFConfigError
 from ..fieldmap.field_map import map_of
-from ..forward.observed_pass import PassResult, outputs_in_float64, warm_up
+from ..forward.observed_pass import PassResult, outputs_in_float64
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..graph.prunable import Width, widths_of
 from ..hook.hook import HFConfigSyncHook
@@ -324,8 +324,7 @@ def reloaded(model_class: Any, folder: Path) -> Refusal | None:
             model._tell_layers("_experts_implementation_internal")
         with torch.no_grad():
             watched = [PassResult(*result) for result in case["watched"]]
-            warm_up(model.double().eval(), case["inputs"], watched, recipe)
-            outputs = outputs_in_float64(model, case["inputs"], watched, recipe)
+            outputs = outputs_in_float64(model.double().eval(), case["inputs"], watched, recipe)
     except Exception as error:
         return Refusal(_line(f"it cannot be loaded: {type(error).__name__}: {error}"))
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forward.encoder_states import AXIS, encoder_states_in, encoder_states_of
-from ..forward.observed_pass import PassResult, outputs_in_float64, warm_up
+from ..forward.observed_pass import PassResult, outputs_in_float64
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Refusal
 from ..model.tensors import is_matrix_stack, saved_buffers
@@ -62,12 +62,11 @@ def masked_difference(
     if isinstance(kept, Refusal):
         return kept
     pruned_inputs = _cut_inputs(inputs, original, kept, recipe)
-    warm_up(pruned, pruned_inputs, watched, recipe)
     with torch.no_grad(), as_written(pruned), SizesRead() as sizes_read:
         actual = outputs_in_float64(pruned, pruned_inputs, watched, recipe)
 
     # the first pass may exchange modules (BigBird: full attention for short texts)
-    warmed_up = _copied(original)
+    warmed_up = copy.deepcopy(original)
     with torch.no_grad():
         outputs_in_float64(warmed_up, inputs, recipe=recipe)
         outputs_in_float64(reference_build, pruned_inputs, recipe=recipe)
@@ -88,13 +87,6 @@ def masked_difference(
     with as_written(original):
         outputs = masked_outputs(narrow)
     return None if _first_difference(outputs, actual, kept) is None else mismatch
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that may still hold tensors of a past pass (RecurrentGemma)."""
-    values = [value for module in model.modules() for value in vars(module).values()]
-    nonleaves = [tensor for tensor in values if isinstance(tensor, Tensor) and not tensor.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in nonleaves})
 
 
 def _first_difference(

@@ -20,7 +20,6 @@ from tp_hf_config.forward.observed_pass import (
     AllFloat64,
     PassResult,
     outputs_in_float64,
-    warm_up,
     watched_results,
 )
 from tp_hf_config.model.build import Builder
@@ -415,28 +414,35 @@ def test_heads_that_only_choose_tokens_are_pruned_and_compared() -> None:
 
 
 class Cached(nn.Module):
-    """A first pass computes what is kept then, as Mimi's codebooks are."""
+    """Keeps what a pass computes in every place where a class may, as LeViT and Mimi do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.empty(6, HIDDEN))
         self.kept: Tensor | None = None
+        self.by_size: dict[int, Tensor] = {}
+        self.register_buffer("codes", None)
+        self.called = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        self.called += 1
         if self.kept is None:
             self.kept = self.table.detach().sub(1).sub(2)
-        return x.sub(3) + self.kept.mean()
+            self.by_size[len(x)] = self.table.mul(2)
+            self.register_buffer("codes", self.table.detach().mul(3))
+        return x.sub(3) + self.kept.mean() + self.by_size[len(x)].mean() + self.codes.mean()
 
 
-def test_results_are_counted_from_the_second_pass_on() -> None:
+def test_a_pass_leaves_no_tensors_behind() -> None:
     watched = [PassResult("", "sub", 0)]
     model, again = ready(Cached()), ready(Cached())
-    warm_up(model, states(), ())
-    assert model.kept is None
-    warm_up(model, states(), watched)
-    *_, shown = outputs_in_float64(model, states(), watched)
-    assert shown.shape == states()["x"].shape
-    assert masked_difference(model, again, ready(Cached()), states(), watched) is None
+    results = [outputs_in_float64(model, states(), watched) for _ in range(2)]
+    assert all(map(torch.equal, *results))
+    assert (model.kept, model.by_size, model.codes, model.called) == (None, {}, None, 2)
+    with torch.no_grad():
+        model.table += 1
+    assert not torch.equal(outputs_in_float64(model, states())[0], results[0][0])
+    assert masked_difference(again, ready(Cached()), ready(Cached()), states(), watched) is None
 
 
 def test_the_row_of_padding_is_read_like_any_other() -> None:

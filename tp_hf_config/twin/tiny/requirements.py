@@ -133,7 +133,8 @@ def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]
     """Return the fields that several dimensions divide by different numbers (WavLM: heads, groups).
 
     A unit of such a field is the smallest part that is whole in each of these dimensions. They come
-    each with True if a unit takes several positions there.
+    each with True if a unit takes several positions there. Left out is what is a single unit at
+    full size (Mimi's upsampling has as many groups as channels).
     """
     divisors: dict[FieldPath, dict[tuple[str, int], int]] = {}
     for field, value in field_map.values.items():
@@ -143,12 +144,14 @@ def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]
                 divisors.setdefault(field, {})[name, dim] = value // expression.base
         for (name, dim), power in field_map.powers.items():
             others = {n for other, n in power.exponents.items() if other != field}
-            if isinstance(dim, int) and power.exponents.get(field) == 1 and others == {-1}:
+            divides = power.exponents.get(field) == 1 and others == {-1} and power.base <= value
+            if isinstance(dim, int) and divides:
                 divisors.setdefault(field, {})[name, dim] = value // power.base
     return {
         field: {place: lcm(*shares.values()) > share for place, share in shares.items()}
         for field, shares in divisors.items()
         if len(set(shares.values())) > 1
+        and field_map.values[field] >= 2 * lcm(*shares.values())
     }
 
 
