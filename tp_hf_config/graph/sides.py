@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
@@ -305,8 +306,10 @@ UNITS = UnitsPruner()
 def layer_side(layer: nn.Module, key: str, dim: int) -> bool | None:
     """Return True if a dimension of a layer's parameter is its output side, False: its input side.
 
-    ``None``: it is neither.
+    ``None``: it is neither, or what Torch-Pruning would set is computed from others (weight norms).
     """
+    if parametrize.is_parametrized(layer):
+        return None
     if isinstance(layer, nn.Linear) and layer.weight.shape == (
         layer.out_features,
         layer.in_features,

@@ -35,6 +35,8 @@ _NEVER = -1e9
 """The score of a removed expert: so low that no router chooses it."""
 _PROJECTIONS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 """Layers that are no norms, even if all of their parameters are vectors."""
+_LENGTHS, _DIRECTIONS = ".original0", ".original1"
+"""How the names of torch's weight norm end (``torch.nn.utils.parametrizations``)."""
 
 
 def masked_difference(
@@ -192,11 +194,15 @@ def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
 
 
 def _mask(model: nn.Module, kept: Kept) -> None:
-    """Set everything of the removed units to zero, in place."""
+    """Set everything of the removed units to zero, in place.
+
+    The directions of a weight norm stay where their lengths become 0: zeros have no direction.
+    """
     with torch.no_grad():
         for name, value in _tensors(model).items():
+            lengths = kept.get(name.removesuffix(_DIRECTIONS) + _LENGTHS, ())
             for axis, dim in enumerate(kept[name]):
-                if dim.cut:
+                if dim.cut and not (name.endswith(_DIRECTIONS) and lengths and lengths[axis].cut):
                     value.index_fill_(axis, dim.removed, 0.0)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from tp_hf_config.twin.masked_check import masked_difference
 
@@ -77,3 +78,32 @@ def test_scores_that_are_masked_in_both_are_equal() -> None:
     with torch.no_grad():
         pruned.narrow.bias.fill_(torch.inf)  # infinite where the original's are not
     assert masked_difference(net, pruned, pruned, {"pixel_values": pixels}) is not None
+
+
+class Normed(nn.Module):
+    """Two convolutions whose weights have directions and lengths, as a codec's."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.wide = weight_norm(nn.Conv1d(2, width, 1))
+        self.narrow = weight_norm(nn.Conv1d(width, 2, 1))
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.narrow(self.wide(input_values).relu())
+        return result
+
+
+def test_a_removed_channel_of_a_weight_norm_has_no_direction() -> None:
+    torch.manual_seed(0)
+    net, pruned = Normed(4).double().eval(), Normed(3).double().eval()
+    with torch.no_grad():
+        for name, tensor in pruned.named_parameters():
+            full = net.get_parameter(name)
+            for dim, size in enumerate(tensor.shape):
+                full = full.narrow(dim, full.shape[dim] - size, size)
+            tensor.copy_(full)
+    sound = {"input_values": torch.randn(2, 2, 8, dtype=torch.float64)}
+    assert masked_difference(net, pruned, pruned, sound) is None
+    with torch.no_grad():
+        pruned.wide.parametrizations.weight.original0.add_(0.1)
+    assert masked_difference(net, pruned, pruned, sound) is not None

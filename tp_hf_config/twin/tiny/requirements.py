@@ -150,8 +150,7 @@ def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]
     return {
         field: {place: lcm(*shares.values()) > share for place, share in shares.items()}
         for field, shares in divisors.items()
-        if len(set(shares.values())) > 1
-        and field_map.values[field] >= 2 * lcm(*shares.values())
+        if len(set(shares.values())) > 1 and field_map.values[field] >= 2 * lcm(*shares.values())
     }
 
 

@@ -1,0 +1,59 @@
+"""Layers whose weight is computed of a direction and a length, as in audio codecs and vocoders."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch_pruning as tp
+import transformers as hf
+
+from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+
+
+def codec() -> hf.EncodecModel:
+    torch.manual_seed(0)
+    config = hf.EncodecConfig(
+        num_filters=8,
+        upsampling_ratios=[2, 2],
+        hidden_size=32,
+        codebook_dim=32,
+        codebook_size=16,
+        num_lstm_layers=1,
+    )
+    return hf.EncodecModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("width", "values"),
+    [
+        ("num_filters", {"num_filters": 4}),
+        ("codebook_dim + hidden_size", {"codebook_dim": 16, "hidden_size": 16}),
+    ],
+    ids=["channels of every layer", "what is quantised"],
+)
+def test_half_of_a_codec(width: str, values: dict[str, int], tmp_path: Path) -> None:
+    model = codec()
+    original = copy.deepcopy(model)
+    hook = HFConfigSyncHook()
+    tp.pruner.BasePruner(
+        model,
+        **pruner_kwargs(model, prune=width.split(" + ")),
+        importance=tp.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[hook],
+    ).step()
+    assert {name: new for name, (_, new) in hook.reports[-1].fields.items()} == values
+    first, before = model.encoder.layers[0].conv, original.encoder.layers[0].conv
+    assert first.weight.shape[0] == first.bias.shape[0] == first.out_channels
+    gone = before.out_channels - first.out_channels
+    assert gone == (4 if width == "num_filters" else 0)
+    model.save_pretrained(tmp_path)
+    again = hf.EncodecModel.from_pretrained(tmp_path).eval()
+    sound = torch.randn(1, 1, 64)
+    with torch.no_grad():
+        ours, theirs = model(sound).audio_values, again(sound).audio_values
+    assert bool(ours.isfinite().all())
+    assert torch.equal(ours, theirs)
