@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from transformers.utils import logging as hf_logging
 
-from tp_hf_config.fieldmap import depth, field_map, probe, sensitivity
+from tp_hf_config.fieldmap import depth, field_map, fit_expressions, probe, sensitivity
 from tp_hf_config.fieldmap.batched_probes import may_matter
 from tp_hf_config.fieldmap.field_map import FieldMap, map_of
 from tp_hf_config.fieldmap.solve.integers import Conflict, Problem, solve
@@ -739,3 +739,21 @@ class Maps(hf.PreTrainedModel):
 def test_a_field_as_large_as_a_list_by_chance_is_not_lowered_with_it():
     data = map_of(Maps(MapsConfig())).depth.data
     assert (data["maps"], data["channels"]) == (["a", "b"], 5)
+
+
+def test_a_quotient_is_found_though_other_numbers_of_heads_round_it() -> None:
+    """SAM's positions are as wide as a head: 40 channels have 20 in each of 2, 6 in each of 6."""
+    hidden, heads = ("hidden_size",), ("num_attention_heads",)
+    config = hf.SamVisionConfig(
+        hidden_size=40,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        mlp_dim=48,
+        image_size=64,
+        output_channels=24,
+        global_attn_indexes=[1],
+    )
+    model = hf.SamVisionModel(config)
+    power = map_of(model).powers["vision_encoder.layers.0.attn.rel_pos_h", 1]
+    assert (power.base, power.exponents) == (20, {hidden: 1, heads: -1})
+    assert [fit_expressions._exponent(2, 20, [(4, at), (6, 6)]) for at in (10, 9)] == [-1, 0]

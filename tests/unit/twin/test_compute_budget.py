@@ -11,12 +11,18 @@ from tiny_costs import costs, known_of
 from torch import nn
 from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
+from tp_hf_config.fieldmap.expressions import Power
 from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter
 from tp_hf_config.twin.tiny.image_sizes import smaller_images
-from tp_hf_config.twin.tiny.requirements import _keeps_order_alone, _several_per_unit, _still_shared
+from tp_hf_config.twin.tiny.requirements import (
+    _keeps_order_alone,
+    _several_per_unit,
+    _shared,
+    _still_shared,
+)
 from tp_hf_config.twin.tiny.shrink import _smaller, shrunken, small_tokens
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 
@@ -277,3 +283,21 @@ def test_a_dimension_of_which_nothing_is_left_holds_no_units() -> None:
     parts, field = {("layer.weight", 0): False}, ("hidden_size",)
     assert _still_shared(parts, field, {"hidden_size": 8}, {"layer.weight": (4, 2)})
     assert not _still_shared(parts, field, {"hidden_size": 8}, {"layer.weight": (0, 2)})
+
+
+def test_what_is_a_single_unit_at_full_size_divides_nothing() -> None:
+    """Mimi's upsampling has as many groups as channels, and wider stages behind half of a width."""
+    width, groups = ("width",), ("groups",)
+    values = {width: 64, groups: 64}
+    half = {width: 1, ("compress",): -1}
+    powers = {
+        ("up.weight", 1): Power(1, {width: 1, groups: -1}, values),
+        ("inner.weight", 0): Power(32, half, values),
+        ("wider.weight", 0): Power(128, half, values),
+    }
+    known = known_of(values=values, expressions={}, powers=powers)
+    assert _shared(known) == {}
+    del powers["up.weight", 1]
+    powers["in.weight", 0] = Power(64, half, values)
+    places = {("inner.weight", 0): False, ("in.weight", 0): True}
+    assert _shared(known) == {width: places}
