@@ -139,9 +139,7 @@ def _exponent(value: int, base: int, points: Sequence[tuple[int, int]]) -> int:
     for exponent in (1, -1, 2, -2):
         powers = [base * Fraction(then, value) ** exponent for then, _ in points]
         exact = [size == power for power, (_, size) in zip(powers, points, strict=True)]
-        if all(exact):
-            return exponent
-        rounded = any(exact) and [int(power) for power in powers] == [size for _, size in points]
-        if exponent < 0 and rounded:
+        rounded = exponent < 0 and [*map(int, powers)] == [size for _, size in points]
+        if all(exact) or (rounded and any(exact)):
             return exponent
     return 0

@@ -202,7 +202,7 @@ def _mask(model: nn.Module, kept: Kept) -> None:
         for name, value in _tensors(model).items():
             lengths = kept.get(name.removesuffix(_DIRECTIONS) + _LENGTHS, ())
             for axis, dim in enumerate(kept[name]):
-                if dim.cut and not (name.endswith(_DIRECTIONS) and lengths and lengths[axis].cut):
+                if dim.cut and not (lengths and lengths[axis].cut):
                     value.index_fill_(axis, dim.removed, 0.0)
 
 

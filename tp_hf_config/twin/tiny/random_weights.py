@@ -97,7 +97,7 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """Give all modules the attributes back that they have now, and dictionaries what is in them.
 
-    LeViT's attention keeps biases that it makes of its weights; classes install hooks as they run.
+    Classes install hooks as they run, and note that they have; the hooks that scale go too.
     """
     before = [
         (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
