@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.fieldmap.field_map import learn
+from tp_hf_config.fieldmap.learn_field_map import learn
 from tp_hf_config.model.build import Builder
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.schema import dated, versions

@@ -76,7 +76,7 @@ class Trial:
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        from tp_hf_config.fieldmap.field_map import map_of
+        from tp_hf_config.fieldmap.learn_field_map import map_of
         from tp_hf_config.model.build import Refusal, without_data
         from tp_hf_config.model.shapes import shapes
 

@@ -15,7 +15,7 @@ from generation import outputs_of
 from options import LEFT_ALONE, is_depth, other_values
 from pairs import Pair, config_of
 
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.find_recipe import find_recipe
 from tp_hf_config.model.build import Builder, Refusal, without_data
 from tp_hf_config.model.config_json import config_json, with_values

@@ -21,7 +21,7 @@ from oracle import WrongError, compare
 from pairs import Pair
 from torch import Tensor, nn
 
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 
 RESULT, CASE = "result.json", "case.pt"
 _AGREE = 1e-4

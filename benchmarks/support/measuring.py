@@ -33,7 +33,7 @@ def measure(pair: Pair, part: str, folder: Path, seed: int, seconds: int, memory
     _surroundings(seconds, memory)
     import transformers
 
-    from tp_hf_config.fieldmap.field_map import map_of
+    from tp_hf_config.fieldmap.learn_field_map import map_of
     from tp_hf_config.model.build import Refusal, without_data
     from tp_hf_config.model.surroundings import memory_kept
     from tp_hf_config.pipeline.support import prepared
@@ -115,7 +115,7 @@ def learning(pair: Pair) -> float | None:
     _quiet()
     import transformers
 
-    from tp_hf_config.fieldmap.field_map import map_of
+    from tp_hf_config.fieldmap.learn_field_map import map_of
     from tp_hf_config.model.build import Refusal, without_data
 
     try:

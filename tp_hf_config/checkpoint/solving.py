@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import TPHFConfigError
-from ..fieldmap.field_map import FieldMap, map_of
+from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
+from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.solve.integers import Conflict
 from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal

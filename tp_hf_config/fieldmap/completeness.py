@@ -13,8 +13,8 @@ from ..errors import listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json, field_name, is_own, is_plain
 from ..model.shapes import Shapes, compare, named_modules, shapes
-from .depth import layer_settings
 from .layer_kinds import lists_of
+from .lower_depth import layer_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

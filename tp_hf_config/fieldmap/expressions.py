@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 from math import isqrt, prod
@@ -39,6 +39,13 @@ class Expression:
         for fields, coefficient in self.terms.items():
             total += coefficient * prod(steps.get(name, 0) for name in fields)
         return total
+
+    def times(self, ratio: Fraction) -> Expression:
+        """Return the expression for a size that is always so many times this one."""
+        if ratio == 1:
+            return self
+        terms = {fields: coefficient * ratio for fields, coefficient in self.terms.items()}
+        return Expression(int(self.base * ratio), terms)
 
     def monomials(self, values: Mapping[FieldPath, int]) -> dict[frozenset[FieldPath], Fraction]:
         """Return the size as a sum of products of field values: fields -> factor, no constant."""
@@ -92,6 +99,10 @@ class Power:
         return prod(
             (self._factor(name, steps) for name in self.exponents), start=Fraction(self.base)
         )
+
+    def times(self, ratio: Fraction) -> Power:
+        """Return the power for a size that is always so many times this one."""
+        return self if ratio == 1 else replace(self, base=int(self.base * ratio))
 
     def step_to(
         self, name: FieldPath, steps: Mapping[FieldPath, int], target: int

@@ -24,7 +24,14 @@ from ..model.config_json import (
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
 from .kept_layers import KeptLayers, facts_of
-from .layer_counts import FEATURES, by_number, entries_of_kept, of_every_config, rises
+from .layer_counts import (
+    FEATURES,
+    by_number,
+    entries_of_kept,
+    of_every_config,
+    restated,
+    rises,
+)
 from .layer_kinds import kinds_in, lists_of
 from .names_in_code import names_in_code
 
@@ -236,12 +243,9 @@ class _Search:
             if type(value) is int and 0 < value <= self._kept.length
             if (*node, key) not in counted and key not in of_every_config()
         }
-        for key, value in numbers.items():
-            first = sum(number < value for number in self._keep)
-            last = sum(number >= self._kept.length - value for number in self._keep)
-            for count in dict.fromkeys((first, last)):
-                if count != value:
-                    yield {(*node, key): count}
+        for key, count in restated(values, self._kept.length, self._keep):
+            if key in numbers:
+                yield {(*node, key): count}
         lists = [key for key, value in values.items() if value == [] or rises(value)]
         named = [
             [new for new, kind in enumerate(self._kinds) if kind == chosen]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from ..model.build import Builder, Refusal
@@ -17,7 +17,11 @@ FEATURES = {"out_features", "out_indices"}
 
 
 def changes(
-    data: dict[str, Any], length: int, keep: tuple[int, ...], widths: Set[FieldPath]
+    data: dict[str, Any],
+    length: int,
+    keep: tuple[int, ...],
+    widths: Set[FieldPath],
+    restate: bool = False,
 ) -> list[dict[FieldPath, Any]]:
     """Return changes of the config after which only the layers to ``keep`` may remain, in order.
 
@@ -25,6 +29,9 @@ def changes(
     for each layer. It may also set one entry of a list (Swin's ``depths``), a field that counts one
     more (Mask2Former's decoder), or a list of the layers that have something beside them, which is
     as long (Qwen3-VL). ``widths`` are lists that hold a width of each layer; these stay.
+
+    With ``restate``, each change also sets a field that may say how many of the first or the last
+    layers are of one kind (Gemma 4's that share keys and values), and there are no others.
     """
     candidates: list[dict[FieldPath, Any]] = []
     count = len(keep)
@@ -47,12 +54,21 @@ def changes(
             if rises(value) and value[-1] < length != len(value)
         }
         # first, so that no field that equals the length by chance changes too
-        candidates.extend({key: value} for key, value in lists.items() if may_name_layers(value))
+        if not restate:
+            named = {key: value for key, value in lists.items() if may_name_layers(value)}
+            candidates.extend({key: value} for key, value in named.items())
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*field, key))
             elif type(value) is int and 0 <= value - length <= 1 and not has_widths:
                 fewer: dict[FieldPath, Any] = {(*field, key): count + value - length}
+                if restate:
+                    candidates.extend(
+                        {**fewer, **lists, (*field, rule): new}
+                        for rule, new in restated(node, length, keep)
+                        if rule != key
+                    )
+                    continue
                 candidates.extend([fewer, {**fewer, **lists}] if lists else [fewer])
                 if numbers:
                     candidates.append({**fewer, **lists, **numbers})
@@ -60,12 +76,29 @@ def changes(
                 if node.keys() >= FEATURES:
                     unnamed = {(*field, name): None for name in FEATURES}
                     candidates.append({**fewer, **lists, **unnamed})
+            elif restate:
+                continue
             elif isinstance(value, list) and len(value) <= _FEW and (*field, key) not in widths:
                 entries = [(*field, key, i) for i, entry in enumerate(value) if entry == length]
                 candidates.extend({entry: count} for entry in entries)
 
     visit(data, ())
     return candidates
+
+
+def restated(
+    values: Mapping[str, Any], length: int, keep: Sequence[int]
+) -> Iterator[tuple[str, int]]:
+    """Yield settings that may say how many of the first or last layers are of one kind.
+
+    Each with its value for the layers to ``keep``, where that is another. ``values`` are a
+    config's settings beside the number of layers, ``length``.
+    """
+    for key, value in values.items():
+        if type(value) is int and 0 < value <= length and key not in of_every_config():
+            first = sum(number < value for number in keep)
+            last = sum(number >= length - value for number in keep)
+            yield from ((key, count) for count in dict.fromkeys((first, last)) if count != value)
 
 
 @functools.cache

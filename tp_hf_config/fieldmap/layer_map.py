@@ -7,7 +7,7 @@ layer's own values.  What that does not explain is learned as for any class.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
@@ -26,7 +26,8 @@ from ..model.layer_entries import KEY, uniform_json
 from ..model.shapes import shapes
 from .depth import Depth
 from .expressions import Expression, Quantity
-from .field_map import FieldMap, map_at, stored_or_learned
+from .field_map import FieldMap
+from .learn_field_map import map_at, stored_or_learned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -137,16 +138,16 @@ def by_layers(
     if layer_lists(builder.model_class):
         data = config_json(config, use_diff=False)
         uniform = uniform_map(builder, data, make_inputs)
-        result = layer_map(builder, data, uniform, uniform.depth.canonical)
+        result = layer_map(builder, data, uniform, uniform.depth)
     return result or stored_or_learned(builder, config, full, make_inputs)
 
 
 def layer_map(
-    builder: Builder, data: dict[str, Any], uniform: FieldMap, canonical: Callable[[str], str]
+    builder: Builder, data: dict[str, Any], uniform: FieldMap, depth: Depth
 ) -> FieldMap | None:
     """Return the field map, with all layers, of a class whose layers have fields of their own.
 
-    ``canonical`` gives for a tensor's name that of its like in the expressions of ``uniform``, the
+    ``depth`` gives for a tensor's name that of its like in the expressions of ``uniform``, the
     field map of the stock class. ``None``: ``uniform`` does not explain every size.
     """
     layers = LayerFields(builder, data)
@@ -165,9 +166,11 @@ def layer_map(
     for name, pieces in splits.heads.items():
         sizes.update({(name, which): count for which, count in counts_of(pieces).items()})
     expressions = {
-        (name, which): layers.within(expression, name, uniform.values)
+        (name, which): layers.within(
+            expression.times(depth.times(name, which)), name, uniform.values
+        )
         for name, which in sizes
-        if (expression := uniform.expressions.get((canonical(name), which))) is not None
+        if (expression := uniform.expressions.get((depth.canonical(name), which))) is not None
     }
     if any(expression.base != sizes[key] for key, expression in expressions.items()):
         return None
@@ -186,14 +189,14 @@ def layer_map(
         splits=splits,
         sizes={f: v for f, v in uniform.sizes.items() if f not in shared} | own,
         powers={
-            key: power
+            key: power.times(depth.times(*key))
             for key in sizes
-            if (power := uniform.powers.get((canonical(key[0]), key[1])))
+            if (power := uniform.powers.get((depth.canonical(key[0]), key[1])))
         },
         unfitted={
             key: fields
             for key in sizes
-            if (fields := uniform.unfitted.get((canonical(key[0]), key[1])))
+            if (fields := uniform.unfitted.get((depth.canonical(key[0]), key[1])))
         },
         non_size_fields=uniform.non_size_fields | no_effect,
         digest=None,

@@ -16,8 +16,9 @@ from ..model.config_json import FieldPath
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import shapes
 from .completeness import build_live
-from .field_map import FieldMap, map_of
+from .field_map import FieldMap
 from .layer_map import by_layers
+from .learn_field_map import map_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -65,15 +65,32 @@ def _in_proportion(
 
 
 def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | Refusal:
-    """Return the part of each dimension that the units of a width take, or why none are whole."""
+    """Return the part of each dimension that the units of a width take, or why none are whole.
+
+    Dimensions have the shallow model's names, and the sizes that they have in the full one.
+    """
     units = units_of(field_map, fields)
     scales = {field: field_map.values[field] // units for field in fields}
-    if len(fields) == 1:
-        return _by_expressions(field_map, scales, None)
-    observed = _observed_steps(field_map, scales, units)
+    observed = _observed_steps(field_map, scales, units) if len(fields) > 1 else None
     if isinstance(observed, Refusal):
         return observed
-    return _by_expressions(field_map, scales, observed)
+    shares = _by_expressions(field_map, scales, observed)
+    return shares if isinstance(shares, Refusal) else _with_all_pieces(field_map, shares)
+
+
+def _with_all_pieces(field_map: FieldMap, shares: Shares) -> Shares | Refusal:
+    """Return the shares at full size, where a dimension holds an equal piece for each layer."""
+    for (name, dim), ratio in field_map.depth.pieces.items():
+        if (name, dim) not in shares:
+            continue
+        full = [(ratio * share.per_unit, ratio * share.rest) for share in shares[name, dim]]
+        if any(size.denominator != 1 for sizes in full for size in sizes):
+            return Refusal(f"{name} has no whole units along dimension {dim}")
+        shares[name, dim] = tuple(
+            Share(share.field, int(per_unit), int(rest))
+            for share, (per_unit, rest) in zip(shares[name, dim], full, strict=True)
+        )
+    return shares
 
 
 def strides_in(shares: Shares) -> dict[int, set[int]]:

@@ -33,7 +33,7 @@ def _splits(
     layer: str, tiny: TinyModel, field_map: FieldMap
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return the head splits of a layer's output in the tiny model, each with that at full size."""
-    full = field_map.splits.heads.get(layer, ())
+    full = field_map.full_splits(layer) or ()
     return zip(tiny.field_map.splits_of(layer) or (), full, strict=False)
 
 
@@ -214,7 +214,7 @@ def _full_counts(
     candidates = [
         (layer.rpartition(".")[0] in around, full[0])
         for layer, splits in tiny.field_map.splits.heads.items()
-        for small, full in zip(splits, field_map.splits.heads.get(layer, ()), strict=False)
+        for small, full in zip(splits, field_map.full_splits(layer) or (), strict=False)
         if small[0] == count
     ]
     near = {full_count for is_near, full_count in candidates if is_near}

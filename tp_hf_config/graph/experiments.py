@@ -139,7 +139,8 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
         _store(field_map, "widths", field_map.data, (), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
     pairs = sorted(sorted(map(field_name, pair)) for pair in tiny.equal_by_chance)
-    key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe), pairs)
+    entries = tiny.field_map.depth.entry_names
+    key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe), pairs, entries)
     findings = _load(field_map, *key)
     if findings is None:
         findings = _found_once(tiny.equal_by_chance, tiny)

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from ..fieldmap.field_map import FieldMap, learn
+from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import LayerFields, layer_map
+from ..fieldmap.learn_field_map import learn
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, changed_values, config_json, value_at, with_values
 from ..model.layer_entries import KEY
@@ -68,7 +69,7 @@ class LayerFindings:
             )
         data = config_json(builder.config(data), use_diff=False)
         alike = replace(self.stock_tiny.field_map, recipe=recipe)
-        tiny_map = layer_map(builder, data, alike, self.uniform.depth.canonical)
+        tiny_map = layer_map(builder, data, alike, self.uniform.depth)
         if tiny_map is None:
             tiny_map = learn(builder, builder.config(data), full, tiny=True, recipe=recipe)
 

@@ -66,12 +66,14 @@ def layers_listed(module: nn.Module, layers: str = "differ") -> Iterator[None]:
 def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:
     """Return a function: a field's name -> itself, or its names in all layers' own entries.
 
-    A name of a single layer's own, or of a field that no layer has of its own, stands for itself.
+    A name of a single layer's own stands for itself, and so does one of a field that sets a width
+    of other layers: a stock class may have entries for some (Gemma 4).
     """
     own: dict[str, list[str]] = {}
     for field in field_map.values:
         if layer_number(field) is not None:
-            own.setdefault(field_name(shared_field(field)), []).append(field_name(field))
+            if shared_field(field) not in field_map.values:
+                own.setdefault(field_name(shared_field(field)), []).append(field_name(field))
             unpadded = tuple(
                 key.lstrip("0") or "0" if key.isdigit() else key for key in map(str, field)
             )

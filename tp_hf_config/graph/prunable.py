@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import listed
-from ..fieldmap.field_map import FieldMap, map_of
+from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
+from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import build_live
-from ..fieldmap.field_map import whole_build
+from ..fieldmap.learn_field_map import whole_build
 from ..model.build import Builder, Refusal
 from ..model.config_json import changed_values, config_json, field_name, value_at
 from ..model.layer_class import layer_lists, layerwise_class, stock_class

@@ -12,9 +12,9 @@ from ..calibration.influence import layer_influence
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import build_live, notes_on_options
 from ..fieldmap.fewer_layers import Change, config_without, layer_lists_in
-from ..fieldmap.field_map import whole_build
 from ..fieldmap.kept_layers import KeptLayers
 from ..fieldmap.layer_kinds import lists_of
+from ..fieldmap.learn_field_map import whole_build
 from ..graph.layer_fields import layers_listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import changed_values, config_json, field_name, value_at, with_values

@@ -16,6 +16,47 @@ FieldPath = tuple[str | int, ...]
 """A field, by the keys that lead to it in a config's JSON: ``("text_config", "hidden_size")``."""
 
 
+class EntryOfKind(int):
+    """The key of the entries that a list has for all layers of one kind; they change together.
+
+    It is the number of the first such layer in a model with few layers.
+
+    Attributes:
+        places: length of the list -> which of its entries these are, in a model with few layers
+            and in the full one.
+    """
+
+    places: Mapping[int, tuple[int, ...]]
+
+    def __new__(cls, number: int, places: Mapping[int, tuple[int, ...]]) -> EntryOfKind:
+        """Return the key with this number and these places."""
+        key = super().__new__(cls, number)
+        key.places = places
+        return key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make the key again: it is kept on disk."""
+        return EntryOfKind, (int(self), self.places)
+
+    def __str__(self) -> str:
+        """Return the numbers of the full model's layers: ``0-3+5``."""
+        numbers = self.places[max(self.places)]
+        ranges: list[list[int]] = []
+        for number in numbers:
+            if ranges and number == ranges[-1][-1] + 1:
+                ranges[-1].append(number)
+            else:
+                ranges.append([number])
+        return "+".join("-".join(map(str, dict.fromkeys((r[0], r[-1])))) for r in ranges)
+
+
+def _places(node: Any, key: Any) -> tuple[Any, ...]:
+    """Return the keys that a field's key stands for in a list or an object; most for themselves."""
+    if isinstance(key, EntryOfKind) and isinstance(node, list):
+        return key.places.get(len(node), (key,))
+    return (key,)
+
+
 def field_name(path: FieldPath) -> str:
     """Return a field as people write it: ``text_config.hidden_size``, ``depths[0]``."""
     return "".join(
@@ -48,7 +89,8 @@ def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[s
         node: Any = result
         for key in path[:-1]:
             node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
-        node[path[-1]] = value
+        for key in _places(node, path[-1]):
+            node[key] = value
     return result
 
 
@@ -72,7 +114,7 @@ def value_at(data: Any, path: FieldPath) -> Any:
         if isinstance(data, dict):
             data = data.get(key)
         elif isinstance(data, list) and isinstance(key, int):
-            data = data[key]
+            data = data[_places(data, key)[0]]
         else:
             return None
     return data

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, overload
 from torch import nn
 
 from ..errors import PipelineError
-from ..fieldmap.field_map import map_of
 from ..fieldmap.layer_map import by_layers
+from ..fieldmap.learn_field_map import map_of
 from ..graph.cut_list import CutList
 from ..graph.rebuild import rebuilt
 from ..model.locate import check_followable, find_pretrained

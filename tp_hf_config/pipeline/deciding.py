@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import PipelineError, UnsupportedModelError
-from ..fieldmap.field_map import map_of
 from ..fieldmap.layer_map import by_layers
+from ..fieldmap.learn_field_map import map_of
 from ..forward.run_recipe import RunRecipe
 from ..graph.cut_list import CutList
 from ..graph.rebuild import rebuilt

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import in_one_line, listed
-from ..fieldmap.field_map import map_of
+from ..fieldmap.learn_field_map import map_of
 from ..model.build import Builder, Refusal, without_data
 from ..model.config_json import config_json, with_values
 from .padding_proof import ROUNDING, SameOutputs, compared, in_float64, outputs_of

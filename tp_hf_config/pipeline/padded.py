@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.building import Classes
 from ..checkpoint.rotary import write_for_transformers_4
-from ..fieldmap.field_map import map_of
+from ..fieldmap.learn_field_map import map_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, with_values
 from ..model.layer_class import auto_classes, stock_class

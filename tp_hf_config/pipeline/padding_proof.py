@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..fieldmap.field_map import map_of
+from ..fieldmap.learn_field_map import map_of
 from ..forward.observed_pass import outputs_in_float64
 from ..forward.run_recipe import RunRecipe
 from ..graph.sides import Side, is_output, sides_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..fieldmap.field_map import map_of
+from ..fieldmap.learn_field_map import map_of
 from ..forward.coverage import InputsRefusal
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal

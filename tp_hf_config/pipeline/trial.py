@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checkpoint.child import load
 from ..errors import TPHFConfigError
-from ..fieldmap.field_map import map_of
+from ..fieldmap.learn_field_map import map_of
 from ..forward.observed_pass import PassResult, outputs_in_float64
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..graph.prunable import Width, widths_of

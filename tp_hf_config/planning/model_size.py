@@ -73,7 +73,8 @@ def flops_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> int | 
     """Return the FLOPs per token or input of the full model, from one run of the shallow model.
 
     What each module computes by itself counts once for every module of the full model that is like
-    it. A ``Refusal``: the class does not run without data, or values decide what it computes.
+    it, and more where that is larger (it holds a piece for each layer). A ``Refusal``: the class
+    does not run without data, or values decide what it computes.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,9 +86,19 @@ def flops_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> int | 
         return Refusal("values decide what is computed")
     counts = {str(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     own = _own_flops(counts, type(shallow).__name__)
-    total = sum(own.get(field_map.depth.canonical(name), 0) for name, _ in full.named_modules())
+    like = dict(shallow.named_modules())
+    total: float = 0
+    for name, module in full.named_modules():
+        canonical = field_map.depth.canonical(name)
+        if own.get(canonical):
+            total += own[canonical] * _own_size(module) / _own_size(like[canonical])
     tokens = sum(ran.inputs[name].numel() for name in _TOKENS if name in ran.inputs)
     return int(total // max(1, tokens))
+
+
+def _own_size(module: nn.Module) -> int:
+    """Return how many numbers are in a module's own parameters; 1 if it has none."""
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False)) or 1
 
 
 def _own_flops(counts: Mapping[str, int], root: str) -> Counter[str]:
@@ -132,7 +143,7 @@ class ParameterCount:
 
     def _dimension(self, name: str, dim: int, size: int, changes: Mapping[FieldPath, int]) -> int:
         """Return the size of a tensor dim after the fields change by ``changes``."""
-        expression = self.field_map.expressions.get((name, dim))
+        expression = self.field_map.expression_of(name, dim)
         if expression is None or not expression.fields & changes.keys():
             return size
         return int(expression.evaluate(changes))

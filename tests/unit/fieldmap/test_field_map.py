@@ -13,9 +13,17 @@ import torch
 import transformers as hf
 from transformers.utils import logging as hf_logging
 
-from tp_hf_config.fieldmap import depth, field_map, fit_expressions, probe, sensitivity
+from tp_hf_config.fieldmap import (
+    depth,
+    fit_expressions,
+    learn_field_map,
+    lower_depth,
+    probe,
+    sensitivity,
+)
 from tp_hf_config.fieldmap.batched_probes import may_matter
-from tp_hf_config.fieldmap.field_map import FieldMap, map_of
+from tp_hf_config.fieldmap.field_map import FieldMap
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.fieldmap.solve.integers import Conflict, Problem, solve
 from tp_hf_config.forward.head_splits import heads_of, observe
 from tp_hf_config.model.build import Builder, Refusal
@@ -177,7 +185,7 @@ def learned(model: Any) -> FieldMap:
     builder = Builder(model)
     full = builder.build(config_json(model.config))
     assert not isinstance(full, Refusal), full.reason
-    return field_map.learn(builder, model.config, full)
+    return learn_field_map.learn(builder, model.config, full)
 
 
 def solved(field_map: FieldMap, target: Any) -> dict[Any, int] | Conflict:
@@ -282,7 +290,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, model: Any) -> int:
     builder = Builder(model)
     full = builder.build(config_json(model.config))
     monkeypatch.setattr(Builder, "build", build)
-    field_map.learn(builder, model.config, full)
+    learn_field_map.learn(builder, model.config, full)
     monkeypatch.undo()
     return calls
 
@@ -315,7 +323,7 @@ def test_the_shallow_config_and_its_names():
     model = built(hf.LlamaForCausalLM, hf.LlamaConfig(**_LLM), {("num_hidden_layers",): 12})
     builder = Builder(model)
     data = config_json(model.config, use_diff=False)
-    found = depth.shallow(builder, data, model)
+    found = lower_depth.shallow(builder, data, model)
     assert found.data["num_hidden_layers"] == 2
     assert found.canonical("model.layers.11.mlp.up_proj.weight") == (
         "model.layers.0.mlp.up_proj.weight"
@@ -329,7 +337,7 @@ def test_a_large_number_for_every_layer_is_no_width():
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     config = hf.LongformerConfig(vocab_size=40, **sizes, attention_window=[512] * 12)
     model = hf.LongformerModel(config)
-    found = depth.shallow(Builder(model), config_json(model.config, use_diff=False), model)
+    found = lower_depth.shallow(Builder(model), config_json(model.config, use_diff=False), model)
     assert (found.data["num_hidden_layers"], found.data["attention_window"]) == (2, [512, 512])
 
 
@@ -482,7 +490,7 @@ def test_a_tiny_copy_keeps_its_layers():
     model = mask2former()
     builder = Builder(model)
     bare = builder.build(config_json(model.config))
-    known = field_map.learn(builder, model.config, bare, tiny=True)
+    known = learn_field_map.learn(builder, model.config, bare, tiny=True)
     assert known.depth.data["decoder_layers"] == 7
     assert shapes(known.build_at({})) == shapes(bare)
 

@@ -8,8 +8,8 @@ import layer_zoo
 import pytest
 
 from tp_hf_config.fieldmap.completeness import build_live
-from tp_hf_config.fieldmap.field_map import learn
 from tp_hf_config.fieldmap.layer_map import layer_map, uniform_map
+from tp_hf_config.fieldmap.learn_field_map import learn
 from tp_hf_config.graph.layer_fields import layers_listed
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import config_json, with_values
@@ -44,7 +44,7 @@ def test_it_is_what_probing_every_layer_learns(name: str) -> None:
         full = builder.build(data)
         assert not isinstance(full, Refusal), full.reason
         uniform = uniform_map(builder, data)
-        made = layer_map(builder, data, uniform, uniform.depth.canonical)
+        made = layer_map(builder, data, uniform, uniform.depth)
         learned = learn(builder, builder.config(data), full)
     assert made is not None
     assert made.values == learned.values
@@ -61,7 +61,7 @@ def test_a_layers_own_field_sets_its_own_tensors_alone() -> None:
         builder = build_live(model)[0]
         data = config_json(model.config, use_diff=False)
         uniform = uniform_map(builder, data)
-        made = layer_map(builder, data, uniform, uniform.depth.canonical)
+        made = layer_map(builder, data, uniform, uniform.depth)
     assert made is not None
     own = (KEY, "1", "intermediate_size")
     names = {name for (name, _), e in made.expressions.items() if own in e.fields}
@@ -86,7 +86,7 @@ def test_numbers_that_the_stock_class_refuses_for_all_layers(layers: str, heads:
         data = config_json(model.config, use_diff=False)
         data = with_values(data, {(KEY, "1", "num_attention_heads"): 2, **three})
         uniform = uniform_map(builder, data)
-        made = layer_map(builder, data, uniform, uniform.depth.canonical)
+        made = layer_map(builder, data, uniform, uniform.depth)
         learned = learn(builder, builder.config(data), builder.build(data))
     assert uniform.values["num_attention_heads",] == heads
     assert made is not None

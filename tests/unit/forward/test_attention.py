@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from tp_hf_config import supports
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 
 

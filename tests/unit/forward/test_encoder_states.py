@@ -23,7 +23,7 @@ from tp_hf_config import (
     pruner_kwargs,
     supports,
 )
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward import coverage
 from tp_hf_config.forward.encoder_states import find_encoder_states
 from tp_hf_config.forward.find_recipe import find_recipe

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.coverage import unreached_by, working_inputs
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.model.build import Refusal, without_data

@@ -23,7 +23,7 @@ from tp_hf_config import (
     pruner_kwargs,
     supports,
 )
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.given_inputs import given_inputs
 from tp_hf_config.model.disk_cache import VARIABLE
 

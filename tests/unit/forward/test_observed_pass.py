@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs, supports
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.observed_pass import (
     AllFloat64,
     PassResult,

@@ -9,7 +9,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.observed_pass import PassResult
 from tp_hf_config.forward.replay import Replay
 from tp_hf_config.forward.run_recipe import RunRecipe

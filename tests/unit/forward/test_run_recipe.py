@@ -12,7 +12,7 @@ import transformers as hf
 from memories import forget
 
 from tp_hf_config import prunable
-from tp_hf_config.fieldmap import field_map
+from tp_hf_config.fieldmap import learn_field_map
 from tp_hf_config.graph import experiments
 from tp_hf_config.model.disk_cache import VARIABLE
 from tp_hf_config.twin.tiny.tiny_model import TinyModel
@@ -96,7 +96,7 @@ def esm(intermediate_size: int) -> Any:
 
 
 CACHES = {
-    "fieldmap.field_map._learned",  # by the class and the config's JSON
+    "fieldmap.learn_field_map._learned",  # by the class and the config's JSON
     "fieldmap.model_view._cached_views",  # by the module, its config and its parts
     "graph.experiments._experiments",  # by the field map
     "model.leaf_cache._leaves",  # by a layer's class and its arguments
@@ -109,7 +109,7 @@ def test_looking_at_a_class_changes_only_caches_that_are_kept_by_all_they_depend
     model, before = esm(56), containers()
     prunable(model)
     after = containers()
-    tiny = experiments.experiments_of(field_map.map_of(model)).tiny
+    tiny = experiments.experiments_of(learn_field_map.map_of(model)).tiny
     assert isinstance(tiny, TinyModel)
     assert tiny.recipe.methods == ("predict_contacts",)
     changed = {name for name in after if after[name] != before.get(name)}

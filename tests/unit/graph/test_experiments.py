@@ -18,7 +18,7 @@ from memories import forget
 from transformers.models.llama import modeling_llama
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
-from tp_hf_config.fieldmap import field_map
+from tp_hf_config.fieldmap import learn_field_map
 from tp_hf_config.fieldmap.depth import Depth
 from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
@@ -45,7 +45,7 @@ def never(*_: Any, **__: Any) -> Any:
 
 def without_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
     forget(monkeypatch)
-    monkeypatch.setattr(field_map, "learn", never)
+    monkeypatch.setattr(learn_field_map, "learn", never)
     monkeypatch.setattr(experiments, "tiny_model", never)
     monkeypatch.setattr(experiments, "find_groups", never)
 
@@ -100,7 +100,7 @@ def test_what_is_read_is_what_was_found(
 
 def recipes_of(model: Any) -> list[RunRecipe]:
     """How the class is run at full size and at tiny size."""
-    full = field_map.map_of(model)
+    full = learn_field_map.map_of(model)
     tiny = experiments.experiments_of(full).tiny
     assert isinstance(tiny, tiny_model.TinyModel)
     return [full.recipe, tiny.recipe]
@@ -108,12 +108,12 @@ def recipes_of(model: Any) -> list[RunRecipe]:
 
 def test_a_model_that_is_tiny_itself_may_have_more_layers_than_are_looked_at() -> None:
     """The tiny model of SeamlessM4T has four layers; of a config like its own, two show all."""
-    full = field_map.map_of(small.llama(num_hidden_layers=4))
+    full = learn_field_map.map_of(small.llama(num_hidden_layers=4))
     deep = tiny_model.tiny_model(dataclasses.replace(full, depth=Depth(full.data)))
     assert isinstance(deep, tiny_model.TinyModel)
     model = subject(deep, seed=0).model
     assert len(model.model.layers) == 4
-    learned = field_map.map_of(model)
+    learned = learn_field_map.map_of(model)
     assert learned.depth.data["num_hidden_layers"] == 2
     proved = {width.name for width in widths_of(model, learned, deep) if width.reason is None}
     tiny = experiments.experiments_of(learned).tiny
@@ -132,7 +132,7 @@ def test_a_field_by_itself_has_the_groups_that_all_experiments_give_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = zoo.build(name)
-    learned = field_map.map_of(model)
+    learned = learn_field_map.map_of(model)
     every = widths_of(model, learned)
     alone = 0
     for width in every:
@@ -258,7 +258,7 @@ def test_the_tiny_model_is_built_again_where_it_is_run(
     model = zoo.build("llama")
     prunable(model)
     forget(monkeypatch)
-    made = experiments.experiments_of(field_map.map_of(model)).tiny
+    made = experiments.experiments_of(learn_field_map.map_of(model)).tiny
     assert isinstance(made, tiny_model.TinyModel)
     assert "_run" not in vars(made)
     assert made.model(**made.inputs).logits.shape[:1] == (2,)

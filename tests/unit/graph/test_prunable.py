@@ -9,7 +9,7 @@ import torch_pruning as tp
 import transformers as hf
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.graph.experiments import _unless_shared
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.hook.apply import all_or_nothing, write_fields

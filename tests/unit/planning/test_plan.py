@@ -26,7 +26,7 @@ from tp_hf_config import (
     prunable,
     pruner_kwargs,
 )
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.graph.unit_count import UnitCount
 from tp_hf_config.model.build import Refusal

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.graph.full_size import Group, _uneven_heads
 from tp_hf_config.graph.prunable import Width, widths_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.twin import find_groups as finding
 from tp_hf_config.twin.find_groups import find_groups
 from tp_hf_config.twin.group import Finding

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MobileViTConfig, MobileViTModel, RTDetrConfig, RTDetrModel
 
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.observed_pass import outputs_in_float64
 from tp_hf_config.forward.run_recipe import PLAIN
 from tp_hf_config.model.build import without_data

@@ -9,7 +9,7 @@ from tiny_costs import costs, known_of
 from torch import nn
 
 from tp_hf_config.fieldmap.candidate_fields import numbers_read
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.build import Builder
 from tp_hf_config.twin.tiny import run_numbers

@@ -8,7 +8,7 @@ import pytest
 import small
 import transformers as hf
 
-from tp_hf_config.fieldmap.field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import without_data
 from tp_hf_config.model.config_json import value_at

@@ -13,8 +13,8 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.fieldmap.field_map import map_of
 from tp_hf_config.fieldmap.layer_counts import may_name_layers
+from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.coverage import unreached_by
 from tp_hf_config.forward.inputs import example_inputs, second_sample
 from tp_hf_config.graph.full_size import expand

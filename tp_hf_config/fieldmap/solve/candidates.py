@@ -24,7 +24,8 @@ class Goal:
     Attributes:
         field_map: the class.
         target: the shapes, in the full model's names.
-        shallow_target: the target's shapes of the shallow model's tensors, by their names there.
+        shallow_target: the target's shapes of the shallow model's tensors, by their names there
+            and with the pieces of all layers.
         sizes: the tensor dims of the target with their sizes; layers of one kind and size count
             once.
     """
@@ -53,7 +54,9 @@ class Goal:
         if isinstance(built, Refusal) and field_map.unset:
             set_values = {p: value for p, value in values.items() if p not in field_map.unset}
             built = field_map.builder.shapes_at(with_values(field_map.depth.data, set_values))
-        return built if isinstance(built, Refusal) else compare(self.shallow_target, built)
+        if isinstance(built, Refusal):
+            return built
+        return compare(self.shallow_target, field_map.depth.with_all_pieces(built))
 
 
 def solutions(

@@ -70,10 +70,9 @@ def problem_of(
         exponents, values = {**rule.exponents, follower: -1}, {**rule.values, follower: rule.base}
         expressions[key], targets[key] = Power(1, exponents, values), 1
     for (name, which), target in sizes.items():
-        canonical = (field_map.depth.canonical(name), which)
-        expression: Expression | Power | None = field_map.expressions.get(canonical)
+        expression: Expression | Power | None = field_map.expression_of(name, which)
         if expression is None and powers:
-            expression = field_map.powers.get(canonical)
+            expression = field_map.power_of(name, which)
         if expression is not None:
             expressions[name, which] = expression
             targets[name, which] = target

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ...fieldmap.depth import kinds_of_layers
 from ...fieldmap.field_map import FieldMap
+from ...fieldmap.lower_depth import kinds_of_layers
 from ...forward.head_splits import HeadSplits, observe
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal

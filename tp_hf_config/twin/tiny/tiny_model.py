@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ...fieldmap.field_map import FieldMap, learn
+from ...fieldmap.field_map import FieldMap
 from ...fieldmap.layer_counts import is_whole_number_list, may_name_layers
+from ...fieldmap.learn_field_map import learn
 from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
 from ...forward.encoder_states import encoder_states_in
 from ...forward.extra_methods import outputs_of
@@ -223,6 +224,7 @@ def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | R
         repr(sorted(builder.options.items())),
         repr(field_map.recipe),
         repr(data),
+        *field_map.depth.entry_names,
     )
     if key not in _built:
         _built[key] = _run_tiny_model(field_map, data)
@@ -258,7 +260,8 @@ def _run_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Re
         full = builder.build(data)
     if isinstance(full, Refusal):
         return full
-    tiny_map = learn(builder, builder.config(data), full, tiny=True, recipe=recipe)
+    entries = field_map.depth.entries
+    tiny_map = learn(builder, builder.config(data), full, tiny=True, recipe=recipe, entries=entries)
     watched = () if working.partial else watched_results(model, working.inputs, recipe)
     run = TinyRun(model, working.inputs, working.partial, watched)
     return TinyModel(tiny_map, field_map, lambda: run)

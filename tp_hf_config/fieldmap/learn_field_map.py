@@ -1,0 +1,247 @@
+"""Learn which config fields set which dimensions, by building the model class; once per config.
+
+One field gets another value, the class is built again without data, and every dimension whose size
+changes depends on that field. No field, layer or architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError, listed
+from ..forward.run_recipe import MakeInputs, RunRecipe
+from ..model.build import Builder, Refusal
+from ..model.class_digest import class_digest, entry_key
+from ..model.config_json import EntryOfKind, FieldPath, config_json
+from ..model.disk_cache import folder, load, store
+from ..model.layer_class import layer_lists
+from ..model.shapes import Mismatch, compare, shapes
+from ..model.surroundings import same_random_state
+from . import fit_expressions as lines
+from .candidate_fields import candidates
+from .completeness import build_live, missing_parts, notes_on_layer_order
+from .depth import Depth
+from .field_map import FieldMap, from_state, state_of
+from .lower_depth import shallow
+from .probe import Study
+from .ratio_fields import find_ratio_partners, let_follow
+from .sensitivity import all_implied, independent, non_size_followers, sensitivities
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Learn = Callable[[Builder, Any, nn.Module, MakeInputs | None], FieldMap]
+"""Takes a builder, a config, its build and the user's inputs; returns the field map."""
+_learned: OrderedDict[tuple[Any, ...], FieldMap] = OrderedDict()
+_MOST_MAPS = 32
+
+
+def map_of(
+    model: PreTrainedModel,
+    live: tuple[Builder, nn.Module | Refusal] | None = None,
+    make_inputs: MakeInputs | None = None,
+    how: Learn | None = None,
+) -> FieldMap:
+    """Return the field map of a live model's class around its config; learned once per config.
+
+    Args:
+        model: the live model.
+        live: what ``build_live`` returns for it, if the caller has that already.
+        make_inputs: the user's function; what is learned with it is kept for it alone, not on disk.
+        how: finds a field map that is not known yet; default: :func:`stored_or_learned`.
+
+    Raises:
+        UnsupportedModelError: the config does not build the model that it belongs to, no field of
+            it sets a width (a timm architecture is chosen by its name), or the user's function
+            raises.
+    """
+    builder, full = live or build_live(model)
+    full = whole_build(model, builder, full)
+    field_map = _learned_once(builder, model.config, full, make_inputs, how or stored_or_learned)
+    if not field_map.values and not field_map.ratio_partners:
+        raise UnsupportedModelError(
+            f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
+            "no config can say what is pruned of it. Prune a class whose config holds its widths."
+        )
+    return field_map
+
+
+def whole_build(model: PreTrainedModel, builder: Builder, built: nn.Module | Refusal) -> nn.Module:
+    """Return what the config builds, if it is the model: same tensors, layers in their order.
+
+    Raises:
+        UnsupportedModelError: the config does not build the model that it belongs to.
+    """
+    if isinstance(built, Refusal):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be built from its own config: "
+            f"{built.reason.rstrip('.')}. Mend model.config first."
+        )
+    mismatches = compare(shapes(model), shapes(built))
+    if mismatches:
+        raise UnsupportedModelError(_disagreement(model, mismatches))
+    missing = missing_parts(model, builder, built, shapes(model))
+    disagreement = missing or notes_on_layer_order(model, built)
+    if isinstance(disagreement, Refusal):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} and its config disagree before any pruning: "
+            f"{disagreement.reason}"
+        )
+    return built
+
+
+def map_at(
+    builder: Builder, data: dict[str, Any], make_inputs: MakeInputs | None = None
+) -> FieldMap:
+    """Return the field map of a class around a config's JSON; learned once per config.
+
+    Raises:
+        UnsupportedModelError: the class does not build the config.
+    """
+    full = builder.build(data)
+    if isinstance(full, Refusal):
+        raise UnsupportedModelError(f"{builder.model_class.__name__}: {full.reason}")
+    return _learned_once(builder, builder.config(data), full, make_inputs, stored_or_learned)
+
+
+def _learned_once(
+    builder: Builder,
+    config: PreTrainedConfig,
+    full: nn.Module,
+    make_inputs: MakeInputs | None,
+    how: Learn,
+) -> FieldMap:
+    """Return a field map from memory, or find it."""
+    options = tuple(builder.options.items())
+    data = config.to_json_string(use_diff=False)
+    # the map holds the function
+    key = (builder.model_class, data, builder.dtype, options, id(make_inputs))
+    if key not in _learned:
+        with _old_objects_aside(), same_random_state():
+            _learned[key] = how(builder, config, full, make_inputs)
+        while len(_learned) > _MOST_MAPS:
+            _learned.popitem(last=False)
+    return _learned[key]
+
+
+def stored_or_learned(
+    builder: Builder,
+    config: PreTrainedConfig,
+    full: nn.Module,
+    make_inputs: MakeInputs | None,
+) -> FieldMap:
+    """Return a field map from the cache on disk, or learn it and put it there.
+
+    A map learned with a user's function is not stored: in another process it may differ.
+    """
+    cached = folder() is not None and make_inputs is None
+    digest = class_digest(builder, full) if cached else None
+    if digest is None:
+        return learn(builder, config, full, make_inputs=make_inputs)
+    key = entry_key(digest, "field map", config_json(config, use_diff=False))
+    state = load(key)
+    if state is not None:
+        return from_state(builder, digest, state)
+    field_map = dataclasses.replace(learn(builder, config, full), digest=digest)
+    store(key, state_of(field_map))
+    return field_map
+
+
+_frozen_by_others = False
+"""True once other code froze objects: to count them takes the longer the more there are."""
+_frozen_here = False
+
+
+@contextmanager
+def _old_objects_aside() -> Iterator[None]:
+    """Hide existing objects from the garbage collector, which hundreds of builds trigger."""
+    global _frozen_by_others, _frozen_here
+    if not _frozen_here:
+        _frozen_by_others = _frozen_by_others or gc.get_freeze_count() > 0
+    if _frozen_here or _frozen_by_others:
+        yield
+        return
+    gc.freeze()
+    _frozen_here = True
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        _frozen_here = False
+
+
+def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:
+    """Return the message for a model whose shapes its own config does not build."""
+    name = type(model).__name__
+    if any("lora_" in mismatch.name or ".base_layer." in mismatch.name for mismatch in mismatches):
+        advice = "It has PEFT adapters: merge them first (model.merge_and_unload())."
+    else:
+        advice = "Attach the hook before pruning, with the config that the model was loaded with."
+    what = listed(mismatches, "; ")
+    return f"{name} and its config disagree before any pruning: {what}. {advice}"
+
+
+def learn(
+    builder: Builder,
+    config: PreTrainedConfig,
+    full: nn.Module,
+    tiny: bool = False,
+    recipe: RunRecipe | None = None,
+    make_inputs: MakeInputs | None = None,
+    entries: Mapping[FieldPath, tuple[EntryOfKind, ...]] | None = None,
+) -> FieldMap:
+    """Learn the field map of one model class around one config.
+
+    ``full`` is the class built from it, without data. Of a ``tiny`` model, all layers are kept, and
+    the values of unset fields are not looked for; for its ``entries`` see
+    :class:`~tp_hf_config.fieldmap.depth.Depth`. Without a ``recipe``, one is found.
+    """
+    data = config_json(config, use_diff=False)
+    every_layer = tiny or bool(layer_lists(builder.model_class))  # each has fields of its own
+    kept = Depth(data, entries=entries or {})
+    depth = kept if every_layer else shallow(builder, data, full)
+    declared, unset = candidates(builder, depth.data)
+    declared = depth.by_kinds(declared)
+    study = Study(builder, depth, {}, recipe, make_inputs)
+    implied = independent(study, {} if tiny else all_implied(study, unset), declared)
+    study = Study(builder, depth, implied, study.recipe)
+    values = {**declared, **implied}
+    probes, must_equal = sensitivities(study, values)
+    ratio_partners = find_ratio_partners(study, values)
+    probes |= let_follow(study, ratio_partners, values)
+    in_proportion = {
+        field for follower, rule in study.ratio_rules.items() for field in (follower, *rule.fields)
+    }
+    expressions = lines.expressions(study, values, probes)
+    moving = {field for expression in expressions.values() for field in expression.fields}
+    powers, unfitted = lines.powers(study, values, probes, expressions)
+    must_equal |= non_size_followers(study, values, moving)
+    with_effect = probes.keys() | must_equal.keys() | in_proportion
+    return FieldMap(
+        builder=builder,
+        data=data,
+        values={
+            p: value for p, value in values.items() if p in moving | in_proportion | set(must_equal)
+        },
+        unset=frozenset(field for field in implied if field in moving),
+        expressions=expressions,
+        depth=depth,
+        splits=study.splits,
+        must_equal=must_equal,
+        ratio_partners=ratio_partners,
+        ratio_rules=study.ratio_rules,
+        sizes={field: value for field, value in values.items() if field in with_effect},
+        non_size_fields={
+            field: value for field, value in declared.items() if field not in with_effect
+        },
+        powers=powers,
+        unfitted=unfitted,
+        recipe=study.recipe,
+    )

@@ -1,0 +1,348 @@
+"""Find a config with fewer layers to learn from: the cost must not grow with a model's depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+from ..model.build import Builder, Refusal
+from ..model.config_json import EntryOfKind, FieldPath, value_at, with_values
+from ..model.shapes import Shapes, shapes
+from .depth import Depth, renumbered
+from .layer_counts import changes, holds, is_whole_number_list, width_lists
+from .layer_kinds import Kinds, facts_in, kinds_in, lists_of
+
+
+def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
+    """Lower the settings that only repeat layers, and return the shallow config.
+
+    A setting counts if a lower value removes layers, leaves one of each kind, and changes no other
+    tensor's shape, but for tensors that hold an equal piece for each layer. If nothing can be
+    lowered, the result is the config itself.
+    """
+    lowering = _Lowering(builder, data, full)
+    widths = width_lists(builder, data, lowering.shapes)
+    for length, choices in _choices(lowering.kinds):
+        before = lowering.data
+        for keep in choices:
+            refused = lowering.try_all(changes(data, length, keep, widths), length, len(keep))
+            if lowering.data is not before or not (refused or keep[-1] >= len(keep)):
+                break  # else more may do: CvT looks up a list by its stage, Zamba ties every sixth
+        if lowering.data is before:
+            keep = choices[0]
+            lowering.restate(changes(data, length, keep, widths, restate=True), length, len(keep))
+    return lowering.depth()
+
+
+def _choices(kinds: Mapping[str, Kinds]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """Yield the length of lists, and choices of the layers to keep of them, the fewest first.
+
+    A choice keeps the first layer of each kind, or all layers up to the last of those, or a few
+    more in case the class refuses that. Lists of one length need not have as many kinds of layers.
+    """
+    firsts = _repeating(kinds).values()
+    for length in sorted({len(first) for first in firsts}, reverse=True):
+        equally_long = [first for first in firsts if len(first) == length]
+        joint_kinds = list(zip(*equally_long, strict=True))
+        joint_first = tuple(map(joint_kinds.index, joint_kinds))
+        tried: set[tuple[int, ...]] = set()
+        for first in sorted({*equally_long, joint_first}, key=lambda first: (max(first), first)):
+            chosen = tuple(sorted({*first, *range(2)} if len(set(first)) == 1 else set(first)))
+            upto = max(2, max(first) + 1)
+            choices = [chosen, *(tuple(range(n)) for n in (upto, upto + 1, 3 * upto) if n < length)]
+            if chosen not in tried and len(chosen) < length:
+                tried.add(chosen)
+                yield length, list(dict.fromkeys(choices))
+
+
+@dataclass
+class _Step:
+    """What one change of the config did to lists of layers; see :class:`Depth`."""
+
+    numbers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    first_of_kind: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    stands_for: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+class _Lowering:
+    """A config from which changes remove layers one by one, and what it builds so far."""
+
+    def __init__(self, builder: Builder, data: dict[str, Any], full: nn.Module):
+        self.data, self.shapes, self.kinds = data, shapes(full), kinds_in(full)
+        self._full_shapes = self.shapes
+        self._by_layer: dict[FieldPath, tuple[EntryOfKind, ...]] = {}
+        self._builder = builder
+        self._steps: list[_Step] = []
+
+    def try_all(self, changes: Sequence[dict[FieldPath, Any]], length: int, keep: int) -> bool:
+        """Make the changes that only shorten lists; return True if the class refused any change.
+
+        The lists go from ``length`` to ``keep`` layers.
+        """
+        refused = False
+        for change in changes:
+            if all(holds(self.data, field) for field in change):
+                refused |= self._try(change, length, keep)
+        return refused
+
+    def _try(self, change: dict[FieldPath, Any], length: int, keep: int) -> bool:
+        """Make a change if it only removes layers; return True if the class refuses it."""
+        model = self._builder.build(with_values(self.data, change))
+        if isinstance(model, Refusal):
+            return True
+        if _has_length(model, self.kinds, length, keep):
+            self._take(model, change)
+        return False
+
+    def restate(self, changes: Sequence[dict[FieldPath, Any]], length: int, keep: int) -> None:
+        """Make the first change after which lists of ``length`` layers have ``keep``."""
+        before = self.data
+        for change in changes:
+            model = self._builder.build(with_values(self.data, change))
+            if not isinstance(model, Refusal) and keep in _shorter(model, self.kinds, length):
+                self._take(model, change)
+            if self.data is not before:
+                return
+
+    def _take(self, model: nn.Module, change: dict[FieldPath, Any]) -> None:
+        """Make a change if it only removes layers; ``model`` is what the class builds with it."""
+        step = self._step(model, change)
+        entries = None if step is None else self._entries(step, change)
+        if step is not None and entries is not None:
+            self._by_layer |= entries
+            self.shapes, self.kinds = shapes(model), kinds_in(model)
+            self.data = _without_coincidence(self._builder, self.data, change, self.shapes)
+            self._steps.append(step)
+
+    def _entries(
+        self, step: _Step, change: Mapping[FieldPath, Any]
+    ) -> dict[FieldPath, tuple[EntryOfKind, ...]] | None:
+        """Return the entries of each kind of layer, for lists of numbers that a change cuts.
+
+        A list has an entry for each layer, before and after. None: it was cut before, or layers of
+        some kind have no entry that stands for them.
+        """
+        result: dict[FieldPath, tuple[EntryOfKind, ...]] = {}
+        for field, after in change.items():
+            before = value_at(self.data, field)
+            if not is_whole_number_list(before) or not isinstance(after, list):
+                continue
+            lists = [
+                name
+                for name, numbers in step.numbers.items()
+                if len(numbers) == len(before) and len(step.first_of_kind[name]) == len(after)
+            ]
+            if not lists:
+                continue  # it names layers
+            full = list(zip(*(step.numbers[name] for name in lists), strict=True))
+            few = list(zip(*(step.first_of_kind[name] for name in lists), strict=True))
+            if field in self._by_layer or set(full) != set(few):
+                return None
+            result[field] = tuple(
+                EntryOfKind(
+                    few.index(kind), {len(kinds): _of(kinds, kind) for kinds in (few, full)}
+                )
+                for kind in dict.fromkeys(few)
+            )
+        return result
+
+    def _step(self, model: nn.Module, change: Mapping[FieldPath, Any]) -> _Step | None:
+        """Return which layers a build kept; None if a kind is lost or anything else changed."""
+        after, lists, step = shapes(model), lists_of(model), _Step()
+        before = {name: len(kinds.first) for name, kinds in self.kinds.items()}
+        shorter = [name for name, layers in lists.items() if len(layers) < before.get(name, 0)]
+        shorter = [name for name in shorter if not _inside(name, shorter)]
+        if len(after) >= len(self.shapes) or not shorter:
+            return None
+        for name in shorter:
+            kinds = self.kinds[name]
+            remaining = kinds.match(facts_in(model, name, shorter=True))
+            if remaining is None or set(remaining) != set(kinds.first):
+                return None
+            step.numbers[name] = tuple(map(remaining.index, kinds.first))
+            step.first_of_kind[name] = tuple(map(remaining.index, remaining))
+            step.stands_for[name] = tuple(_represented(kinds.first, remaining))
+        if any(name not in self.shapes for name in after if not _inside(name, shorter)):
+            return None
+        ratios = {Fraction(before[name], len(lists[name])) for name in shorter}
+        with_pieces = False
+        for name, shape in self.shapes.items():
+            new = after.get(renumbered(name, step.numbers))
+            if new == shape:
+                continue
+            with_pieces = True
+            if new is None or self._in_layers(name) or not _pieces(shape, new, ratios):
+                return None
+        if with_pieces and not self._needs_numbers(change, shorter, lists):
+            return None
+        return step if self._rest_as_before(model, shorter, change) else None
+
+    def _needs_numbers(
+        self,
+        change: Mapping[FieldPath, Any],
+        shorter: Sequence[str],
+        lists: Mapping[str, nn.ModuleList | nn.Sequential],
+    ) -> bool:
+        """True if lists of layers get shorter only if a change's whole numbers are changed too.
+
+        Else they do not count layers: an image may have as many channels as there are layers.
+        """
+        rest = {field: value for field, value in change.items() if type(value) is not int}
+        built = self._builder.build(with_values(self.data, rest)) if rest else None
+        if not isinstance(built, nn.Module):
+            return True
+        alone = lists_of(built)
+        return any(len(alone.get(name, ())) != len(lists[name]) for name in shorter)
+
+    def _rest_as_before(
+        self, model: nn.Module, shorter: Sequence[str], change: Collection[FieldPath]
+    ) -> bool:
+        """True if the layers of the other lists are of the same kinds as before.
+
+        What the changed settings say of them may differ: the norms behind the stages of a backbone
+        are as many as the stages, of which one has fewer layers now.
+        """
+        checked: list[str] = []
+        settings = {key for field in change for key in field if isinstance(key, str)}
+        lists = lists_of(model)
+        for name, kinds in self.kinds.items():
+            around = any(other.startswith(f"{name}.") for other in shorter)
+            if around or name in shorter or _inside(name, [*shorter, *checked]):
+                continue
+            checked.append(name)
+            kinds = kinds.without_settings(settings)
+            if name not in lists or kinds.match(facts_in(model, name)) != kinds.first:
+                return False
+        return True
+
+    def _in_layers(self, name: str) -> bool:
+        """True if a tensor stands in a list of layers."""
+        return _inside(name, list(self.kinds))
+
+    def depth(self) -> Depth:
+        """Return the config after all changes, and how names map onto it."""
+        first_of_kind: dict[str, tuple[int, ...]] = {}
+        for number, step in enumerate(self._steps):
+            for name, first in step.first_of_kind.items():
+                for later in self._steps[number + 1 :]:
+                    name = renumbered(name, later.numbers)
+                first_of_kind[name] = first
+        steps = tuple(step.numbers for step in self._steps)
+        pieces = {
+            (name, dim): Fraction(full, size)
+            for name, shape in self.shapes.items()
+            if not self._in_layers(name)
+            for dim, (full, size) in enumerate(zip(self._full_shapes[name], shape, strict=True))
+            if full != size
+        }
+        stands_for = tuple(step.stands_for for step in self._steps)
+        return Depth(self.data, steps, first_of_kind, stands_for, pieces, self._by_layer)
+
+
+def _pieces(shape: Sequence[int], new: Sequence[int], ratios: Collection[Fraction]) -> bool:
+    """True if a tensor may hold an equal piece for each of the layers, of which some are gone.
+
+    Of each dimension, what is left is all of it or the share of the layers that are left.
+    """
+    return len(shape) == len(new) and any(
+        all(size in (after, after * ratio) for size, after in zip(shape, new, strict=True))
+        for ratio in ratios
+    )
+
+
+def _of(kinds: Sequence[Any], kind: Any) -> tuple[int, ...]:
+    """Return the numbers of the layers of one kind."""
+    return tuple(number for number, other in enumerate(kinds) if other == kind)
+
+
+def _inside(name: str, lists: Sequence[str]) -> bool:
+    """True if a name stands inside one of these lists."""
+    return any(name.startswith(f"{one}.") for one in lists)
+
+
+def _represented(kinds: Sequence[int], remaining: Sequence[int]) -> Iterator[int]:
+    """Yield, for each remaining layer, the number that a layer of its kind had before.
+
+    Each gets a different one while there are enough.
+    """
+    for number, kind in enumerate(remaining):
+        same_kind = [before for before, other in enumerate(kinds) if other == kind]
+        yield same_kind[min(remaining[:number].count(kind), len(same_kind) - 1)]
+
+
+def layer_settings(builder: Builder, data: dict[str, Any], live: Shapes) -> dict[FieldPath, Any]:
+    """Return the settings with which the class builds a model that lost layers, by their fields.
+
+    A setting is a number of layers, or a list with an entry for each. Empty: there are none.
+    """
+    settings: dict[FieldPath, Any] = {}
+    built = builder.build(data)
+    if isinstance(built, Refusal):
+        return {}
+    now: Shapes = shapes(built)
+    for name, layers in lists_of(built).items():
+        length, keep = len(layers), _layers_in(live, name)
+        for change in changes(data, length, tuple(range(keep)), set()) if keep < length else ():
+            if _layers_in(now, name) == keep or not all(holds(data, field) for field in change):
+                continue
+            after = builder.shapes_at(with_values(data, {**settings, **change}))
+            if isinstance(after, Mapping) and live.items() <= after.items() < now.items():
+                settings, now = {**settings, **change}, after
+    return settings if now == live else {}
+
+
+def _without_coincidence(
+    builder: Builder, data: dict[str, Any], change: dict[FieldPath, Any], lowered: Shapes
+) -> dict[str, Any]:
+    """Return the config with a change, without a field that equals a list's length by coincidence.
+
+    An image has three channels, and PP-DocLayout takes three feature maps of it. The field is
+    omitted if the lists in the change suffice to build the same shapes.
+    """
+    rest = {field: value for field, value in change.items() if type(value) is not int}
+    if 0 < len(rest) < len(change):
+        fewer = with_values(data, rest)
+        if builder.shapes_at(fewer) == lowered:
+            return fewer
+    return with_values(data, change)
+
+
+def _layers_in(all_shapes: Shapes, name: str) -> int:
+    """Return how many layers of a list have tensors."""
+    rest = [key.removeprefix(f"{name}.") for key in all_shapes if key.startswith(f"{name}.")]
+    return len({key.partition(".")[0] for key in rest})
+
+
+def kinds_of_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return, for each list in which layers repeat, the number of the first layer like each."""
+    return _repeating(kinds_in(model))
+
+
+def _repeating(kinds: Mapping[str, Kinds]) -> dict[str, tuple[int, ...]]:
+    """Return ``Kinds.first`` of each list that has several layers of one kind, by its name."""
+    firsts = {name: list_kinds.first for name, list_kinds in kinds.items()}
+    return {name: first for name, first in firsts.items() if len(set(first)) < len(first)}
+
+
+def _has_length(model: nn.Module, kinds: Mapping[str, Kinds], length: int, keep: int) -> bool:
+    """True if one of the lists that got shorter went from ``length`` to ``keep``, or if none did.
+
+    A field may equal the length by chance: Phi-4-multimodal's eight steps of sound that become one
+    are no layers, and with fewer of them, five of eight layers remain.
+    """
+    shorter = _shorter(model, kinds, length)
+    return not shorter or keep in shorter
+
+
+def _shorter(model: nn.Module, kinds: Mapping[str, Kinds], length: int) -> set[int]:
+    """Return how many layers a build has in lists that had ``length`` before."""
+    return {
+        len(layers)
+        for name, layers in lists_of(model).items()
+        if name in kinds and len(layers) != length == len(kinds[name].first)
+    }
