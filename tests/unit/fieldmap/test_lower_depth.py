@@ -59,17 +59,17 @@ def laguna(number: int = 20) -> Any:
 
 
 def gemma3n() -> Any:
-    """The first four of twenty layers keep few activations; the last ten share keys and values."""
+    """Every fifth of twenty layers sees all of the text."""
     config = hf.Gemma3nTextConfig(
         **_SIZES,
         **_HEADS,
         vocab_size_per_layer_input=64,
         hidden_size_per_layer_input=8,
         num_hidden_layers=20,
-        num_kv_shared_layers=10,
+        num_kv_shared_layers=0,
         laurel_rank=8,
         altup_num_inputs=2,
-        activation_sparsity_pattern=[0.95] * 4 + [0.0] * 16,
+        activation_sparsity_pattern=[0.0] * 20,
     )
     return hf.Gemma3nForCausalLM(config).eval()
 
@@ -218,18 +218,16 @@ def test_what_is_kept_of_a_tiny_model_is_of_as_many_layers(
 
 @_classes("Gemma3nTextConfig")
 def test_a_list_of_widths_goes_down_with_the_layers(tmp_path: Path) -> None:
-    """What is computed in the first four layers depends on how wide they are."""
     torch.manual_seed(0)
     model = gemma3n()
     field_map = map_of(model)
-    assert field_map.depth.data["num_hidden_layers"] == 7
-    assert field_map.depth.data["num_kv_shared_layers"] == 2
+    assert field_map.depth.data["num_hidden_layers"] == 2
     widths = [f for f in field_map.values if f[0] == "intermediate_size"]
-    by_kind = ["0-3", "4", "5-7", "8", "9", "10-13+15-18", "14+19"]
+    by_kind = ["0-3+5-8+10-13+15-18", "4+9+14+19"]
     assert [field_name(field) for field in widths] == [f"intermediate_size[{k}]" for k in by_kind]
-    _step(model, ["intermediate_size[10-13+15-18]", "hidden_size_per_layer_input"])
-    kept = [48] * 10 + [24] * 4 + [48] + [24] * 4 + [48]
-    assert model.config.intermediate_size == kept
+    _step(model, ["intermediate_size[4+9+14+19]", "hidden_size_per_layer_input"])
+    assert model.config.intermediate_size == [*[48] * 4, 24] * 4
+    assert model.config.hidden_size_per_layer_input == 4
     assert _reloads(model, tmp_path)
 
 
