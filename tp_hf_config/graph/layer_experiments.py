@@ -51,14 +51,16 @@ class LayerFindings:
         values: dict[FieldPath, Any] = {
             field: value
             for field, value in changed_values(self.uniform.depth.data, tiny_data)
-            if field not in of_depth
+            if field not in of_depth and KEY not in field
         }
         for (shared, number), field in self._own.items():
             value = self.stock_tiny.field_map.values.get(shared, value_at(tiny_data, shared))
             values[shared] = value
-            like = self._like(number)  # the stock class may have entries of its own (Gemma 4)
-            entry = value_at(tiny_data, (*shared[:-1], KEY, str(like), shared[-1]))
-            values[field] = value if entry is None else entry
+            # the stock class may have entries of its own (Gemma 4)
+            entries = value_at(tiny_data, (*shared[:-1], KEY)) or {}
+            like = self._like(number)
+            of_layer: dict[Any, Any] = next((e for n, e in entries.items() if int(n) == like), {})
+            values[field] = of_layer.get(shared[-1], value)
         data = with_values(field_map.data, values)
         recipe = self.stock_tiny.recipe
         builder = field_map.builder.with_attention(recipe.attention)
@@ -78,7 +80,7 @@ class LayerFindings:
             assert isinstance(tiny, TinyModel)  # the stock class runs with these values
             return tiny.run
 
-        return TinyModel(tiny_map, field_map, build)
+        return TinyModel(lambda: tiny_map, field_map, build)
 
     def _like(self, number: int) -> int | None:
         """Return the layer of the stock class's tiny model that a layer is like."""

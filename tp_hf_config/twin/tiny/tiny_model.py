@@ -8,7 +8,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, wraps
+from functools import cache, cached_property, partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -70,19 +70,24 @@ class TinyRun:
 
 @dataclass(frozen=True, eq=False)
 class TinyModel:
-    """A class at tiny widths; built when it is first run, where its field map is known already.
+    """A class at tiny widths; built when it is first run, and learned when that is asked for.
 
     Attributes:
-        field_map: the field map of the class around the tiny config.
+        learned: returns the field map of the class around the tiny config.
         full_field_map: that around the config that the tiny one was made from.
         build: returns what experiments run; called once.
         answers: results of experiments that several callers ask for.
     """
 
-    field_map: FieldMap
+    learned: Callable[[], FieldMap]
     full_field_map: FieldMap
     build: Callable[[], TinyRun]
     answers: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def field_map(self) -> FieldMap:
+        """The field map of the class around the tiny config."""
+        return self.learned()
 
     @cached_property
     def run(self) -> TinyRun:
@@ -203,7 +208,7 @@ def stored_tiny_model(tiny_map: FieldMap, full: FieldMap) -> TinyModel:
             )
         return tiny.run
 
-    return TinyModel(tiny_map, full, build)
+    return TinyModel(lambda: tiny_map, full, build)
 
 
 _built: OrderedDict[tuple[Any, ...], TinyModel | Refusal] = OrderedDict()
@@ -260,11 +265,11 @@ def _run_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Re
         full = builder.build(data)
     if isinstance(full, Refusal):
         return full
-    entries = field_map.depth.entries
-    tiny_map = learn(builder, builder.config(data), full, tiny=True, recipe=recipe, entries=entries)
+    config, entries = builder.config(data), field_map.depth.entries
+    learned = cache(partial(learn, builder, config, full, True, recipe, entries=entries))
     watched = () if working.partial else watched_results(model, working.inputs, recipe)
     run = TinyRun(model, working.inputs, working.partial, watched)
-    return TinyModel(tiny_map, field_map, lambda: run)
+    return TinyModel(learned, field_map, lambda: run)
 
 
 def _reaching_alike(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
