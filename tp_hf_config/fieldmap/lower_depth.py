@@ -22,8 +22,9 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
     """Lower the settings that only repeat layers, and return the shallow config.
 
     A setting counts if a lower value removes layers, leaves one of each kind, and changes no other
-    tensor's shape, but for tensors that hold an equal piece for each layer. If nothing can be
-    lowered, the result is the config itself.
+    tensor's shape, but for tensors that hold an equal piece for each layer. A rule about layers is
+    restated where more than half of them go then. If nothing can be lowered, the result is the
+    config itself.
     """
     lowering = _Lowering(builder, data, full)
     widths = width_lists(builder, data, lowering.shapes)
@@ -33,8 +34,8 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
             refused = lowering.try_all(changes(data, length, keep, widths), length, len(keep))
             if lowering.data is not before or not (refused or keep[-1] >= len(keep)):
                 break  # else more may do: CvT looks up a list by its stage, Zamba ties every sixth
-        if lowering.data is before:
-            keep = choices[0]
+        keep = choices[0]
+        if lowering.data is before and len(keep) < length / 2:
             lowering.restate(changes(data, length, keep, widths, restate=True), length, len(keep))
     return lowering.depth()
 
