@@ -22,7 +22,7 @@ from ..forward.run_recipe import MakeInputs
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json
 from ..model.layer_class import layer_lists, stock_class
-from ..model.layer_entries import KEY, shared_field, uniform_json
+from ..model.layer_entries import KEY, uniform_json
 from ..model.shapes import shapes
 from .depth import Depth
 from .expressions import Expression, Quantity
@@ -85,15 +85,14 @@ class LayerFields:
     ) -> Expression:
         """Return the expression of a quantity in a layer, by the layer's own fields and values.
 
-        ``expression`` is that of the same quantity in the stock class, written around ``values``;
-        some layers may have fields of their own there too (Gemma 4).
+        ``expression`` is that of the same quantity in the stock class, written around ``values``.
         """
         layer = self.layer_of(name)
         fields = {
-            field: self.own[shared_field(field), layer]
-            for field in expression.fields
+            f: self.own[f, layer]
+            for f in expression.fields
             if layer is not None
-            if (shared_field(field), layer) in self.own
+            if (f, layer) in self.own
         }
         steps = {field: self.values[own] - values[field] for field, own in fields.items()}
         terms: dict[frozenset[FieldPath], Fraction] = {}
@@ -178,7 +177,7 @@ def layer_map(
     moving = {field for expression in expressions.values() for field in expression.fields}
     own = {field: value for field, value in layers.values.items() if field in moving}
     no_effect = {field: v for field, v in layers.values.items() if field not in moving}
-    remaining = {f: v for f, v in uniform.values.items() if shared_field(f) not in shared}
+    remaining = {field: v for field, v in uniform.values.items() if field not in shared}
     return replace(
         uniform,
         builder=builder.with_attention(uniform.recipe.attention),
@@ -188,8 +187,7 @@ def layer_map(
         expressions=expressions,
         depth=Depth(data),
         splits=splits,
-        must_equal={f: o for f, o in uniform.must_equal.items() if f in remaining},
-        sizes={f: v for f, v in uniform.sizes.items() if shared_field(f) not in shared} | own,
+        sizes={f: v for f, v in uniform.sizes.items() if f not in shared} | own,
         powers={
             key: power.times(depth.times(*key))
             for key in sizes
