@@ -374,7 +374,7 @@ def test_norms_with_other_weights_for_every_head_lose_whole_heads() -> None:
             "num_embeddings": 16,
             "latent_channels": 8,
             "base_channels": 32,
-            "channel_multiplier": [1, 1],
+            "channel_multiplier": [1, 1, 1, 1],
             "num_res_blocks": 1,
             "resolution": 16,
         },
