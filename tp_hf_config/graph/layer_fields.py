@@ -15,7 +15,7 @@ from ..fieldmap.completeness import build_live
 from ..fieldmap.expressions import Quantity
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import entangled_fields, uniform_map
-from ..model.config_json import FieldPath, config_json, field_name
+from ..model.config_json import EntryOfKind, FieldPath, config_json, field_name
 from ..model.layer_class import layer_lists
 from ..model.layer_entries import (
     KEY,
@@ -67,10 +67,13 @@ def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:
     """Return a function: a field's name -> itself, or its names in all layers' own entries.
 
     A name of a single layer's own stands for itself, and so does one of a field that sets a width
-    of other layers: a stock class may have entries for some (Gemma 4).
+    of other layers: a stock class may have entries for some (Gemma 4). That of a list with an entry
+    for each layer stands for the entries of every kind of layer (Laguna).
     """
     own: dict[str, list[str]] = {}
     for field in field_map.values:
+        if isinstance(field[-1], EntryOfKind):
+            own.setdefault(field_name(field[:-1]), []).append(field_name(field))
         if layer_number(field) is not None:
             if shared_field(field) not in field_map.values:
                 own.setdefault(field_name(shared_field(field)), []).append(field_name(field))

@@ -15,7 +15,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.fieldmap.solve.recover import Recovery, recover
 from tp_hf_config.model.build import Refusal
@@ -193,6 +193,9 @@ def test_the_entries_of_all_layers_of_a_kind_are_one_field(tmp_path: Path) -> No
     model = laguna()
     of_kinds = [f"num_attention_heads_per_layer[{layers}]" for layers in ("0", "1-19")]
     assert [w.name for w in prunable(model).widths if "per_layer" in w.name] == of_kinds
+    assert plan(laguna(), prune=["num_attention_heads_per_layer"]).values == dict.fromkeys(
+        of_kinds, 2
+    )
     _step(model, of_kinds[1:])
     assert model.config.num_attention_heads_per_layer == [4, *[2] * 19]
     assert _reloads(model, tmp_path)
