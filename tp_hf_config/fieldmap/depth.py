@@ -64,12 +64,8 @@ class Depth:
         """Return fields with their values, with one field for all entries of each kind of layer."""
         result: dict[FieldPath, int] = {}
         for field, value in values.items():
-            keys = self.entries.get(field[:-1])
-            if keys is None:
-                result[field] = value
-            elif field[-1] in keys:
-                by_kind = (*field[:-1], next(key for key in keys if key == field[-1]))
-                result[by_kind] = value
+            keys = self.entries.get(field[:-1], field[-1:])
+            result.update({(*field[:-1], key): value for key in keys if key == field[-1]})
         return result
 
     def times(self, name: str, which: int | str) -> Fraction:
@@ -94,10 +90,12 @@ class Depth:
 
     def with_all_pieces(self, shallow_shapes: Shapes) -> Shapes:
         """Return shapes of the shallow model with the sizes that they have in the full one."""
-        return {
-            name: tuple(int(size * self.times(name, dim)) for dim, size in enumerate(shape))
-            for name, shape in shallow_shapes.items()
-        }
+        full = dict(shallow_shapes)
+        for (name, dim), ratio in self.pieces.items():
+            if name in full:
+                shape = full[name]
+                full[name] = (*shape[:dim], int(shape[dim] * ratio), *shape[dim + 1 :])
+        return full
 
     def first(self, name: str) -> str:
         """Return a shallow model's name as it is in the first layer of the same kind.

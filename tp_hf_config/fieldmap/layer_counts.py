@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from ..model.build import Builder, Refusal
-from ..model.config_json import FieldPath, with_values
+from ..model.config_json import FieldPath, value_at, with_values
 from ..model.shapes import Shapes
 
 _FEW = 16
@@ -17,11 +17,7 @@ FEATURES = {"out_features", "out_indices"}
 
 
 def changes(
-    data: dict[str, Any],
-    length: int,
-    keep: tuple[int, ...],
-    widths: Set[FieldPath],
-    restate: bool = False,
+    data: dict[str, Any], length: int, keep: tuple[int, ...], widths: Set[FieldPath]
 ) -> list[dict[FieldPath, Any]]:
     """Return changes of the config after which only the layers to ``keep`` may remain, in order.
 
@@ -29,9 +25,6 @@ def changes(
     for each layer. It may also set one entry of a list (Swin's ``depths``), a field that counts one
     more (Mask2Former's decoder), or a list of the layers that have something beside them, which is
     as long (Qwen3-VL). ``widths`` are lists that hold a width of each layer; these stay.
-
-    With ``restate``, each change also sets a field that may say how many of the first or the last
-    layers are of one kind (Gemma 4's that share keys and values), and there are no others.
     """
     candidates: list[dict[FieldPath, Any]] = []
     count = len(keep)
@@ -54,21 +47,12 @@ def changes(
             if rises(value) and value[-1] < length != len(value)
         }
         # first, so that no field that equals the length by chance changes too
-        if not restate:
-            named = {key: value for key, value in lists.items() if may_name_layers(value)}
-            candidates.extend({key: value} for key, value in named.items())
+        candidates.extend({key: value} for key, value in lists.items() if may_name_layers(value))
         for key, value in node.items():
             if isinstance(value, dict):
                 visit(value, (*field, key))
             elif type(value) is int and 0 <= value - length <= 1 and not has_widths:
                 fewer: dict[FieldPath, Any] = {(*field, key): count + value - length}
-                if restate:
-                    candidates.extend(
-                        {**fewer, **lists, (*field, rule): new}
-                        for rule, new in restated(node, length, keep)
-                        if rule != key
-                    )
-                    continue
                 candidates.extend([fewer, {**fewer, **lists}] if lists else [fewer])
                 if numbers:
                     candidates.append({**fewer, **lists, **numbers})
@@ -76,14 +60,27 @@ def changes(
                 if node.keys() >= FEATURES:
                     unnamed = {(*field, name): None for name in FEATURES}
                     candidates.append({**fewer, **lists, **unnamed})
-            elif restate:
-                continue
             elif isinstance(value, list) and len(value) <= _FEW and (*field, key) not in widths:
                 entries = [(*field, key, i) for i, entry in enumerate(value) if entry == length]
                 candidates.extend({entry: count} for entry in entries)
 
     visit(data, ())
     return candidates
+
+
+def with_rules(
+    change: Mapping[FieldPath, Any], data: dict[str, Any], length: int, keep: Sequence[int]
+) -> Iterator[dict[FieldPath, Any]]:
+    """Yield a change of :func:`changes` with a rule beside its number of layers restated.
+
+    A rule says how many of the first or last layers are of one kind (Gemma 4's that share keys and
+    values).
+    """
+    for field in [field for field, value in change.items() if type(value) is int]:
+        node = value_at(data, field[:-1])
+        for key, count in restated(node, length, keep) if isinstance(node, dict) else ():
+            if (*field[:-1], key) not in change:
+                yield {**change, (*field[:-1], key): count}
 
 
 def restated(

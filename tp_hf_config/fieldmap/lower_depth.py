@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from ..model.build import Builder, Refusal
 from ..model.config_json import EntryOfKind, FieldPath, value_at, with_values
 from ..model.shapes import Shapes, shapes
 from .depth import Depth, renumbered
-from .layer_counts import changes, holds, is_whole_number_list, width_lists
+from .layer_counts import changes, holds, is_whole_number_list, width_lists, with_rules
 from .layer_kinds import Kinds, facts_in, kinds_in, lists_of
 
 
@@ -36,7 +37,9 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
                 break  # else more may do: CvT looks up a list by its stage, Zamba ties every sixth
         keep = choices[0]
         if lowering.data is before and len(keep) < length / 2:
-            lowering.restate(changes(data, length, keep, widths, restate=True), length, len(keep))
+            plain = changes(data, length, keep, widths)
+            restated = chain.from_iterable(with_rules(c, data, length, keep) for c in plain)
+            lowering.restate(restated, length, len(keep))
     return lowering.depth()
 
 
@@ -100,7 +103,7 @@ class _Lowering:
             self._take(model, change)
         return False
 
-    def restate(self, changes: Sequence[dict[FieldPath, Any]], length: int, keep: int) -> None:
+    def restate(self, changes: Iterable[dict[FieldPath, Any]], length: int, keep: int) -> None:
         """Make the first change after which lists of ``length`` layers have ``keep``."""
         before = self.data
         for change in changes:
@@ -146,7 +149,7 @@ class _Lowering:
                 return None
             result[field] = tuple(
                 EntryOfKind(
-                    few.index(kind), {len(kinds): _of(kinds, kind) for kinds in (few, full)}
+                    few.index(kind), {len(kinds): _numbers(kinds, kind) for kinds in (few, full)}
                 )
                 for kind in dict.fromkeys(few)
             )
@@ -193,7 +196,7 @@ class _Lowering:
 
         Else they do not count layers: an image may have as many channels as there are layers.
         """
-        rest = {field: value for field, value in change.items() if type(value) is not int}
+        rest = _without_numbers(change)
         built = self._builder.build(with_values(self.data, rest)) if rest else None
         if not isinstance(built, nn.Module):
             return True
@@ -256,7 +259,7 @@ def _pieces(shape: Sequence[int], new: Sequence[int], ratios: Collection[Fractio
     )
 
 
-def _of(kinds: Sequence[Any], kind: Any) -> tuple[int, ...]:
+def _numbers(kinds: Sequence[Any], kind: Any) -> tuple[int, ...]:
     """Return the numbers of the layers of one kind."""
     return tuple(number for number, other in enumerate(kinds) if other == kind)
 
@@ -272,7 +275,7 @@ def _represented(kinds: Sequence[int], remaining: Sequence[int]) -> Iterator[int
     Each gets a different one while there are enough.
     """
     for number, kind in enumerate(remaining):
-        same_kind = [before for before, other in enumerate(kinds) if other == kind]
+        same_kind = _numbers(kinds, kind)
         yield same_kind[min(remaining[:number].count(kind), len(same_kind) - 1)]
 
 
@@ -305,12 +308,17 @@ def _without_coincidence(
     An image has three channels, and PP-DocLayout takes three feature maps of it. The field is
     omitted if the lists in the change suffice to build the same shapes.
     """
-    rest = {field: value for field, value in change.items() if type(value) is not int}
+    rest = _without_numbers(change)
     if 0 < len(rest) < len(change):
         fewer = with_values(data, rest)
         if builder.shapes_at(fewer) == lowered:
             return fewer
     return with_values(data, change)
+
+
+def _without_numbers(change: Mapping[FieldPath, Any]) -> dict[FieldPath, Any]:
+    """Return a change without the whole numbers in it."""
+    return {field: value for field, value in change.items() if type(value) is not int}
 
 
 def _layers_in(all_shapes: Shapes, name: str) -> int:

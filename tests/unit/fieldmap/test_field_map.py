@@ -722,33 +722,6 @@ def test_what_every_config_has_follows_no_width(monkeypatch: pytest.MonkeyPatch)
     }  # no divisor of it
 
 
-class MapsConfig(hf.PretrainedConfig):
-    """Five channels of an image, and five feature maps taken of it."""
-
-    model_type = "maps"
-
-    def __init__(self, width: int = 16, channels: int = 5, maps: Any = tuple("abcde"), **rest: Any):
-        self.width, self.channels, self.maps = width, channels, list(maps)
-        super().__init__(**rest)
-
-
-class Maps(hf.PreTrainedModel):
-    config_class = MapsConfig
-
-    def __init__(self, config: MapsConfig):
-        super().__init__(config)
-        self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(config.width, config.width) for _ in config.maps
-        )
-        self.image = config.channels  # the class reads it, and it sets no shape
-        self.post_init()
-
-
-def test_a_field_as_large_as_a_list_by_chance_is_not_lowered_with_it():
-    data = map_of(Maps(MapsConfig())).depth.data
-    assert (data["maps"], data["channels"]) == (["a", "b"], 5)
-
-
 def test_a_quotient_is_found_though_other_numbers_of_heads_round_it() -> None:
     """SAM's positions are as wide as a head: 40 channels have 20 in each of 2, 6 in each of 6."""
     hidden, heads = ("hidden_size",), ("num_attention_heads",)

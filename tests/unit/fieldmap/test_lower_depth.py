@@ -25,15 +25,14 @@ from tp_hf_config.model.shapes import shapes
 from tp_hf_config.planning.model_size import ParameterCount, flops_of
 
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
-_PER_LAYER = "hidden_size_per_layer_input"
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
-def gemma4(**more: Any) -> Any:
+def gemma4() -> Any:
     """Eighteen layers, of which the last six have no keys and values of their own."""
     sizes = {**_SIZES, **_HEADS, "vocab_size_per_layer_input": 64, "global_head_dim": 16}
     layers = {"num_hidden_layers": 18, "num_kv_shared_layers": 6}
-    config = hf.Gemma4TextConfig(**{**sizes, **layers, "hidden_size_per_layer_input": 8, **more})
+    config = hf.Gemma4TextConfig(**sizes, **layers, hidden_size_per_layer_input=8)
     return hf.Gemma4ForCausalLM(config).eval()
 
 
@@ -127,19 +126,16 @@ def test_what_is_counted_of_few_layers_is_that_of_all() -> None:
     assert field_map.splits_of("model.embed_tokens_per_layer") == ((18, 8),)
     shallow = field_map.build_at({})
     assert not isinstance(shallow, Refusal)
-    projections = {"per_layer_model_projection": 2 * 32 * 18 * 8, "layers.7.mlp": 3 * 2 * 32 * 48}
     less = {("hidden_size_per_layer_input",): 4}
-    without = [flops_of(field_map, full, shallow)]
     built = field_map.builder.build(field_map.config_at(less, shallow=False))
     few = field_map.build_at(less)
     assert not isinstance(built, Refusal)
     assert not isinstance(few, Refusal)
-    without.append(flops_of(field_map, built, few))
-    in_layers = 18 * 2 * 2 * 32 * 8
-    one, other = without
-    assert not isinstance(one, Refusal)
-    assert not isinstance(other, Refusal)
-    assert one - other == (projections["per_layer_model_projection"] + in_layers) // 2
+    before, after = flops_of(field_map, full, shallow), flops_of(field_map, built, few)
+    assert not isinstance(before, Refusal)
+    assert not isinstance(after, Refusal)
+    projection, in_layers = 2 * 32 * 18 * 8, 18 * 2 * 2 * 32 * 8
+    assert before - after == (projection + in_layers) // 2
 
 
 def _step(model: Any, fields: list[str]) -> None:
@@ -233,7 +229,8 @@ def test_a_list_of_widths_goes_down_with_the_layers(tmp_path: Path) -> None:
     assert field_map.depth.data["num_hidden_layers"] == len(by_kind)
     names = [f"intermediate_size[{layers}]" for layers in by_kind]
     assert [field_name(field) for field in widths] == names
-    _step(model, [name for name in names if "4" in name or "19" in name] + [_PER_LAYER])
+    full_attention = [name for name in names if "4" in name or "19" in name]
+    _step(model, [*full_attention, "hidden_size_per_layer_input"])
     assert model.config.intermediate_size == [*[48] * 4, 24] * 4
     assert model.config.hidden_size_per_layer_input == 4
     assert _reloads(model, tmp_path)
@@ -254,29 +251,42 @@ def test_a_key_of_several_entries() -> None:
         assert (again, again.places) == (key, key.places)
 
 
-class PatchesConfig(hf.PretrainedConfig):
-    """As many channels of an image as there are layers, by chance."""
+class MapsConfig(hf.PretrainedConfig):
+    """Five channels of an image, and five feature maps taken of it."""
 
-    model_type = "patches"
+    model_type = "maps"
 
     def __init__(self, width: int = 16, channels: int = 5, maps: Any = tuple("abcde"), **rest: Any):
         self.width, self.channels, self.maps = width, channels, list(maps)
         super().__init__(**rest)
 
 
-class Patches(hf.PreTrainedModel):
-    config_class = PatchesConfig
+class Maps(hf.PreTrainedModel):
+    config_class = MapsConfig
 
-    def __init__(self, config: PatchesConfig):
+    def __init__(self, config: MapsConfig):
         super().__init__(config)
-        self.patches = torch.nn.Linear(4 * config.channels, config.width)
         self.layers = torch.nn.ModuleList(
-            torch.nn.Sequential(torch.nn.Linear(config.width, config.width)) for _ in config.maps
+            torch.nn.Linear(config.width, config.width) for _ in config.maps
         )
+        self.image = config.channels  # the class reads it, and it sets no shape
         self.post_init()
 
 
+def test_a_field_as_large_as_a_list_by_chance_is_not_lowered_with_it():
+    data = map_of(Maps(MapsConfig())).depth.data
+    assert (data["maps"], data["channels"]) == (["a", "b"], 5)
+
+
+class Patches(Maps):
+    """The image's channels set a shape."""
+
+    def __init__(self, config: MapsConfig):
+        super().__init__(config)
+        self.patches = torch.nn.Linear(4 * config.channels, config.width)
+
+
 def test_what_is_as_often_as_there_are_layers_by_chance_is_no_piece_of_each() -> None:
-    depth = map_of(Patches(PatchesConfig())).depth
+    depth = map_of(Patches(MapsConfig())).depth
     assert depth.data["channels"] == 5
     assert depth.pieces == {}
