@@ -130,6 +130,20 @@ class Builder:
         model = self.build(data)
         return model if isinstance(model, Refusal) else shapes(model)
 
+    def build_unfilled(self, data: dict[str, Any]) -> nn.Module | Refusal:
+        """Build the class in float64 without initial weights, or return its refusal.
+
+        Parameters may have no data (a vision tower takes seconds to draw them), all buffers have.
+        Where the class makes something of its parameters, it has initial weights.
+        """
+        try:
+            with _construction(torch.float64, _EmptyOnMeta()):
+                model: nn.Module = self.model_class(self.config(data), **self.options)
+                model.double().train(False)
+        except Exception:  # as in build
+            return self.build_real(data)
+        return self.build_real(data) if _made_of_parameters(model) else model
+
     def build_real(self, data: dict[str, Any]) -> nn.Module | Refusal:
         """Build the class with its initial weights in float64 on the CPU, or return its refusal."""
         try:
@@ -138,6 +152,13 @@ class Builder:
                 return model.double().train(False)
         except Exception as error:  # as in build
             return Refusal(in_one_line(error))
+
+
+def _made_of_parameters(model: nn.Module) -> bool:
+    """True if a build holds other tensors without data than its parameters."""
+    kept = (value for _, module in named_modules(model) for value in vars(module).values())
+    held = (*model.buffers(), *(value for value in kept if isinstance(value, torch.Tensor)))
+    return any(value.is_meta for value in held)
 
 
 def _to_eval_mode(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ and so unties it silently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,12 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
+def put_parameter(model: nn.Module, names: Sequence[str], parameter: nn.Parameter) -> None:
+    """Put one Parameter under each of these names."""
+    for module, key in (owner(model, name) for name in names):
+        setattr(module, key, parameter)  # an LSTM keeps a list of them beside
+
+
 def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return name -> buffer for floating point buffers saved with the model (a router's bias)."""
     return {
@@ -206,6 +212,9 @@ def compute_unsaved(model: Any) -> set[str]:
     """Set unsaved parameters (Marian's positions) as loading does, and return their names."""
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     names = {name for name, _ in model.named_parameters() if name in ignored}
+    for parameter, aliases in parameter_names(model).items() if names else ():
+        if parameter.is_meta and aliases[0] in names:
+            put_parameter(model, aliases, nn.Parameter(torch.empty_like(parameter, device="cpu")))
     with torch.no_grad():
         for layer in {name.rpartition(".")[0] for name in names}:
             model._init_weights(model.get_submodule(layer))

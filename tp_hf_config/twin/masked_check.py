@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +40,43 @@ _LENGTHS, _DIRECTIONS = ".original0", ".original1"
 """How the names of torch's weight norm end (``torch.nn.utils.parametrizations``)."""
 
 
+@dataclass(frozen=True)
+class PrunedPass:
+    """One forward pass of a pruned model.
+
+    Attributes:
+        kept: the kept positions of every tensor.
+        inputs: keyword arguments of the pass: those of the original, without removed channels.
+        outputs: the floating point outputs, watched results last.
+        sizes: the sizes that the model read (:class:`SizesRead`).
+    """
+
+    kept: Kept
+    inputs: dict[str, Any]
+    outputs: list[Tensor]
+    sizes: list[tuple[int, ...]]
+
+
+def pruned_pass(
+    original: nn.Module,
+    pruned: nn.Module,
+    inputs: Mapping[str, Any],
+    watched: Sequence[PassResult] = (),
+    recipe: RunRecipe = PLAIN,
+) -> PrunedPass | Refusal:
+    """Run a pruned model; the refusal says which tensor is no cut of the original's.
+
+    For the arguments see :func:`masked_difference`.
+    """
+    kept = kept_positions(original, pruned)
+    if isinstance(kept, Refusal):
+        return kept
+    pruned_inputs = _cut_inputs(inputs, original, kept, recipe)
+    with torch.no_grad(), as_written(pruned), SizesRead() as sizes_read:
+        outputs = outputs_in_float64(pruned, pruned_inputs, watched, recipe)
+    return PrunedPass(kept, pruned_inputs, outputs, sizes_read.sizes)
+
+
 def masked_difference(
     original: nn.Module,
     pruned: nn.Module,
@@ -60,35 +98,51 @@ def masked_difference(
         watched: intermediate results that are compared like outputs.
         recipe: how the class is run.
     """
-    kept = kept_positions(original, pruned)
-    if isinstance(kept, Refusal):
-        return kept
-    pruned_inputs = _cut_inputs(inputs, original, kept, recipe)
-    with torch.no_grad(), as_written(pruned), SizesRead() as sizes_read:
-        actual = outputs_in_float64(pruned, pruned_inputs, watched, recipe)
-
+    pruned_run = pruned_pass(original, pruned, inputs, watched, recipe)
+    if isinstance(pruned_run, Refusal):
+        return pruned_run
     # the first pass may exchange modules (BigBird: full attention for short texts)
     warmed_up = copy.deepcopy(original)
     with torch.no_grad():
         outputs_in_float64(warmed_up, inputs, recipe=recipe)
-        outputs_in_float64(reference_build, pruned_inputs, recipe=recipe)
+        if reference_build is not pruned:
+            outputs_in_float64(reference_build, pruned_run.inputs, recipe=recipe)
+    return difference_of_pass(pruned_run, warmed_up, reference_build, inputs, watched, recipe)
+
+
+def difference_of_pass(
+    pruned_run: PrunedPass,
+    original: nn.Module,
+    reference_build: nn.Module,
+    inputs: Mapping[str, Any],
+    watched: Sequence[PassResult] = (),
+    recipe: RunRecipe = PLAIN,
+) -> Refusal | None:
+    """Return where the pass of a pruned model differs from the masked original, or None.
+
+    ``original`` and ``reference_build`` ran before. For the arguments see
+    :func:`masked_difference`.
+    """
+    kept = pruned_run.kept
+    parameters = original.named_parameters(remove_duplicate=False)
+    whole = {id(value): value for name, value in parameters if not any(d.cut for d in kept[name])}
 
     def masked_outputs(surroundings: AbstractContextManager[Any]) -> list[Tensor]:
-        masked = copy.deepcopy(warmed_up)
+        masked = copy.deepcopy(original, dict(whole))  # which shares what is not cut
         take_scales(masked, reference_build)
         _mask(masked, kept)
         _norms_over_kept(masked, kept)
         with torch.no_grad(), _without_removed_experts(masked, kept), surroundings:
             return outputs_in_float64(masked, inputs, watched, recipe)
 
-    mismatch = _first_difference(masked_outputs(nullcontext()), actual, kept)
+    mismatch = _first_difference(masked_outputs(nullcontext()), pruned_run.outputs, kept)
     if mismatch is None:
         return None
     # the pass itself may make a scale from the head dim, which then is in no attribute
-    narrow = AsNarrow(sizes_read.sizes, chain.from_iterable(kept.values()))
+    narrow = AsNarrow(pruned_run.sizes, chain.from_iterable(kept.values()))
     with as_written(original):
         outputs = masked_outputs(narrow)
-    return None if _first_difference(outputs, actual, kept) is None else mismatch
+    return None if _first_difference(outputs, pruned_run.outputs, kept) is None else mismatch
 
 
 def _first_difference(
@@ -162,7 +216,7 @@ def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
     along each dimension, in the same order.
     """
     if before.shape == after.shape:
-        if not torch.equal(before, after):
+        if not (_is_same(before, after) or torch.equal(before, after)):
             return Refusal("other values than before")
         return tuple(CutDim(size, torch.arange(size)) for size in before.shape)
     if before.ndim != after.ndim:
@@ -191,6 +245,11 @@ def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
         expected = expected.index_select(dim, kept)
         cut_dims.append(CutDim(size, kept))
     return tuple(cut_dims) if torch.equal(expected, after) else Refusal("channels of mixed origin")
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """True if two tensors of one shape are the same memory."""
+    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
 
 
 def _mask(model: nn.Module, kept: Kept) -> None:

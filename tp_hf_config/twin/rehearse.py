@@ -8,18 +8,17 @@ original with the removed units at zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..fieldmap.unit_shares import units_of
-from ..forward.observed_pass import outputs_in_float64
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
-from ..model.tensors import compute_unsaved, saved_buffers, select
-from .masked_check import EXACT, masked_difference, pruned_inputs_of
+from ..model.tensors import compute_unsaved, parameter_names, put_parameter, saved_buffers, select
+from .masked_check import EXACT, difference_of_pass, pruned_pass
 from .width_scalars import CutDim
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
     original = _tensors(tiny.model)
     blind_cuts, unbuilt = 0, ""
     for values, staying in _cuts(tiny, finding):
-        smaller = tiny.field_map.builder.build_real(tiny.field_map.config_at(values))
+        smaller = tiny.field_map.builder.build_unfilled(tiny.field_map.config_at(values))
         if isinstance(smaller, Refusal):
             unbuilt = f": {smaller.reason}"
             continue
@@ -49,13 +48,13 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
         if added is not None:  # Jamba's layers with a single expert have no experts
             unbuilt = f": it builds {added} then"
             continue
-        mismatch = _copy_staying(smaller, original, staying) or _mismatch(tiny, smaller)
-        if mismatch is not None:
+        outputs = _fill(smaller, original, staying) or _outputs(tiny, smaller)
+        if isinstance(outputs, Refusal):
             return Refusal(
                 f"with less of {name} the class computes something else than is left: "
-                f"{mismatch.reason}"
+                f"{outputs.reason}"
             )
-        if _changes_output(tiny, smaller):
+        if _is_change(tiny.outputs, outputs):
             return None
         blind_cuts += 1  # only padding of a sound may be left: other cuts may show more
         if blind_cuts == _BLIND_CUTS:
@@ -67,27 +66,24 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
     )
 
 
-def _mismatch(tiny: TinyModel, smaller: nn.Module) -> Refusal | None:
-    """Return why a smaller build fails the masked check or does not run, or None if it passes."""
+def _outputs(tiny: TinyModel, smaller: nn.Module) -> list[Tensor] | Refusal:
+    """Return the outputs of a smaller build, or why it fails the masked check or does not run."""
+    given = (tiny.inputs, tiny.watched, tiny.recipe)
     try:
-        return masked_difference(
-            tiny.model, smaller, smaller, tiny.inputs, tiny.watched, tiny.recipe
-        )
+        run = pruned_pass(tiny.model, smaller, *given)
+        if isinstance(run, Refusal):
+            return run
+        return difference_of_pass(run, tiny.model, smaller, *given) or run.outputs
     except Exception as error:  # a class may stop with any exception
         text = " ".join(str(error).split())
         return Refusal(f"it does not run then: {type(error).__name__}: {text}")
 
 
-def _changes_output(tiny: TinyModel, smaller: nn.Module) -> bool:
+def _is_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     """True if a cut changes any output. If it changes none, equal outputs prove nothing."""
-    inputs = pruned_inputs_of(tiny.model, smaller, tiny.inputs, tiny.recipe)
-    if isinstance(inputs, Refusal):
-        return True
-    with torch.no_grad():
-        after = outputs_in_float64(smaller, inputs, tiny.watched, tiny.recipe)
     return any(
         old.shape != new.shape or bool((old - new).norm() > EXACT * old.norm())
-        for old, new in zip(tiny.outputs, after, strict=True)
+        for old, new in zip(before, after, strict=True)
     )
 
 
@@ -116,10 +112,11 @@ def _random_units(group: TinyGroup, count: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def _copy_staying(
-    smaller: nn.Module, original: dict[str, Tensor], groups: _Staying
-) -> Refusal | None:
-    """Copy the units that stay into a smaller build; return why that fails, or None."""
+def _fill(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> Refusal | None:
+    """Give a smaller build the units that stay; return why that fails, or None.
+
+    Parameters of which all stays are those of the original.
+    """
     masks: dict[str, dict[int, Tensor]] = {}
     for group, staying in groups:
         removed = CutDim(group.units, staying).removed
@@ -128,19 +125,22 @@ def _copy_staying(
             mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
             mask[dim.layout.table(group.units)[removed].flatten()] = False
     computed = compute_unsaved(smaller)
-    with torch.no_grad():
-        for name, value in _tensors(smaller).items():
-            kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
-            cut = select(original[name], kept) if kept else original[name]
-            if cut.shape != value.shape:
-                return Refusal(
-                    f"{name} has {list(cut.shape)}, the class builds {list(value.shape)}"
-                )
-            if name in computed and not torch.equal(cut, value):
-                return Refusal(
-                    f"{name} is not saved, and computed anew from the config it holds other values"
-                )
-            value.copy_(cut)
+    names = {names[0]: names for names in parameter_names(smaller).values()}
+    for name, value in _tensors(smaller).items():
+        kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
+        cut = select(original[name].detach(), kept) if kept else original[name]
+        if cut.shape != value.shape:
+            return Refusal(f"{name} has {list(cut.shape)}, the class builds {list(value.shape)}")
+        if name in computed and not torch.equal(cut, value):
+            return Refusal(
+                f"{name} is not saved, and computed anew from the config it holds other values"
+            )
+        if name not in names:  # a buffer
+            value.copy_(cut.detach())
+            continue
+        put_parameter(
+            smaller, names[name], cut if isinstance(cut, nn.Parameter) else nn.Parameter(cut)
+        )
     return None
 
 

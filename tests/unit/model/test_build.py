@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import nn
@@ -57,3 +58,29 @@ def test_a_build_is_in_eval_mode() -> None:
     assert modes[0] == modes[1]
     assert True in modes[0]
     assert built.down[0].seen is False
+
+
+class WithTable(Numbered):
+    """Keeps a table beside a layer: of random values, or made of the layer's weights."""
+
+    own = False
+
+    def __init__(self, config: hf.LlamaConfig):
+        super().__init__(config)
+        self.register_buffer("table", self.up.weight.detach() * 2 if self.own else torch.rand(3))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_build_without_initial_weights_has_all_buffers(
+    monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    monkeypatch.setattr(WithTable, "own", own)
+    builder = Builder(WithTable(hf.LlamaConfig(hidden_size=8, num_attention_heads=2)))
+    built: Any = builder.build_unfilled({"hidden_size": 20, "num_attention_heads": 2})
+    real: Any = builder.build_real({"hidden_size": 20, "num_attention_heads": 2})
+    assert built.up.weight.is_meta is not own  # else it is built with initial weights
+    assert built.up.weight.dtype is torch.float64
+    assert built.decay.equal(real.decay)
+    assert not built.table.is_meta
+    if own:
+        assert built.table.equal(2 * built.up.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -226,10 +227,54 @@ def test_a_width_that_cannot_be_rehearsed_is_refused(monkeypatch: pytest.MonkeyP
     tiny = tiny_model(map_of(hf.LlamaForCausalLM(config)))
     assert isinstance(tiny, TinyModel)
     finding = next(one for one in find_groups(tiny) if one.fields == (("intermediate_size",),))
-    monkeypatch.setattr(Builder, "build_real", lambda *_: Refusal("no."))
+    monkeypatch.setattr(Builder, "build_unfilled", lambda *_: Refusal("no."))
     assert rehearse(tiny, finding) == Refusal(
         "less of intermediate_size cannot be built in the tiny model, so that nothing shows it: no."
     )
+
+
+def test_a_smaller_build_takes_what_is_not_cut_from_the_tiny_model() -> None:
+    """A vision tower is neither drawn nor copied for each of a text model's widths."""
+    config = hf.MarianConfig(  # its tables of positions are not saved, two names share its tokens
+        vocab_size=40,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    tiny = tiny_model(map_of(hf.MarianMTModel(config)))
+    assert isinstance(tiny, TinyModel)
+    built: list[torch.nn.Module] = []
+    build = Builder.build_unfilled
+
+    def noted(self: Builder, data: dict[str, Any]) -> torch.nn.Module | Refusal:
+        smaller = build(self, data)
+        assert isinstance(smaller, torch.nn.Module)
+        built.append(smaller)
+        return smaller
+
+    before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
+    findings = find_groups(tiny)
+    assert any("computed anew from the config" in str(finding.reason) for finding in findings)
+    for finding in findings:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Builder, "build_unfilled", noted)
+            if finding.reason is None:
+                assert rehearse(tiny, finding) is None
+    assert len(built) == 2  # encoder_ffn_dim, decoder_ffn_dim
+    for smaller in built:
+        own = dict(tiny.model.named_parameters(remove_duplicate=False))
+        others = dict(smaller.named_parameters(remove_duplicate=False))
+        assert others["model.shared.weight"] is others["model.decoder.embed_tokens.weight"]
+        for name, parameter in others.items():
+            assert (parameter is own[name]) is (parameter.shape == own[name].shape)
+            assert parameter.isfinite().all()
+    assert all(value.equal(before[name]) for name, value in tiny.model.state_dict().items())
 
 
 def test_states_that_a_forward_pass_leaves_in_the_model_are_no_obstacle() -> None:

@@ -77,6 +77,31 @@ def test_a_model_that_is_slow_at_its_tiny_widths_gets_smaller_ones(
     assert required.cost(data) < 60e6  # before: 275, 260 and 195 million
 
 
+def test_numbers_that_a_class_takes_only_when_all_are_equal_shrink_together() -> None:
+    """D-FINE takes no other ``d_model`` alone, nor one of its three maps, nor another head dim."""
+    one = [1, 1, 1, 1]
+    backbone = hf.HGNetV2Config(
+        stem_channels=[3, 8, 12],
+        stage_in_channels=[12, 24, 32, 40],
+        stage_mid_channels=[8, 8, 12, 12],
+        stage_out_channels=[24, 32, 40, 48],
+        stage_num_blocks=one,
+        stage_numb_of_layers=one,
+        stage_light_block=[False] * 4,
+        hidden_sizes=[24, 32, 40, 48],
+        embedding_size=12,
+        depths=one,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 10, "decoder_layers": 1}
+    config = hf.DFineConfig(backbone_config=backbone, encoder_in_channels=[32, 40, 48], **sizes)
+    field_map = map_of(without_data(hf.DFineModel, config))  # type: ignore[arg-type]
+    data = shrunken(field_map, small_tokens(field_map), together=False)
+    assert (data["d_model"], data["encoder_hidden_dim"]) == (64, 64)
+    assert data["decoder_in_channels"] == [64, 64, 64]
+    assert (data["decoder_attention_heads"], data["head_dim"]) == (2, 32)
+
+
 def test_heads_show_in_attention_over_a_pool_of_few_positions() -> None:
     """A pool of one position makes 49 that are alike: no head could be told from another."""
     config = hf.PvtV2Config(

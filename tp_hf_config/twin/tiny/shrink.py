@@ -188,6 +188,7 @@ def _smaller(
         yield from _with_non_size_field(field_map, data, [field, *followers, *equals], value)
         if value > _SPLIT:
             yield dict.fromkeys([field, *followers], _SPLIT)
+        yield from _with_equal_numbers(field_map, data, [field, *followers, *equals], value)
 
 
 def _with_multiples(
@@ -277,6 +278,31 @@ def _with_non_size_field(
                 yield change
                 if wider:
                     yield {**change, **{field: size // part for field, size in wider.items()}}
+
+
+def _with_equal_numbers(
+    field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
+) -> Iterator[dict[FieldPath, int]]:
+    """Yield changes that divide a large width and all numbers as large as it by one number.
+
+    No shape may show these, as the class takes none of them alone (D-FINE's ``d_model``). The
+    number of heads, or how wide they are, may have to be divided too.
+    """
+    if value < _SPLIT:
+        return
+    beside = {
+        f: value_at(data, f) for f in field_map.non_size_fields if _part(f) == _part(widths[0])
+    }
+    numbers = {f: number for f, number in beside.items() if type(number) is int}
+    equals = [field for field, number in numbers.items() if number == value]
+    divisors = [f for f, number in numbers.items() if 1 < number < value and value % number == 0]
+    for share in PARTS if equals else ():
+        if value % share == 0 and value // share >= HEAD_DIM:
+            narrower = dict.fromkeys([*widths, *equals], value // share)
+            yield narrower
+            for other in divisors:
+                if numbers[other] % share == 0 and numbers[other] // share > 1:
+                    yield {**narrower, other: numbers[other] // share}
 
 
 def _is_position_count(field_map: FieldMap, data: dict[str, Any], field: FieldPath) -> bool:
