@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
 from ..model.build import Refusal
-from ..model.config_json import field_name
+from ..model.config_json import ORIGIN, field_name
 from ..model.layer_class import GENERATED
 from ..model.lazy_tensor import LazyTensor, is_lazy
 from ..model.locate import check_followable, find_pretrained
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 4
 _ALIGNED = 64
-_OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures")
 _OF_FOLDERS = ("transformers_modules", GENERATED)  # packages of code that folders hold
 _WEIGHTS_MISSING = ("missing_keys", "mismatched_keys")
 
@@ -192,7 +191,7 @@ def _reasons_to_differ(folder: SolvableFolder, other: SolvableFolder) -> Iterato
     differing = [
         f"{field_name(path)} {number(ours.get(path))}, there {number(theirs.get(path))}"
         for path in dict.fromkeys((*ours, *theirs))
-        if ours.get(path) != theirs.get(path) and path[-1] not in _OF_NO_EFFECT
+        if ours.get(path) != theirs.get(path) and path[-1] not in ORIGIN
     ]
     if differing:
         listed = "; ".join(differing[:_SHOWN]) + and_more(differing, _SHOWN)

@@ -18,7 +18,7 @@ from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal
 from ..model.class_digest import entry_key
-from ..model.config_json import FieldPath, field_name
+from ..model.config_json import OF_NO_EFFECT, FieldPath, field_name, without_names
 from ..model.disk_cache import load, store, suspended
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
@@ -136,11 +136,12 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     which models of many sizes share; what comes of it at full size by the full config.
     """
     if isinstance(tiny, Refusal):
-        _store(field_map, "widths", field_map.data, (), entry={"reason": tiny.reason})
+        _store(field_map, *_at_full_size(field_map), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
     pairs = sorted(sorted(map(field_name, pair)) for pair in tiny.equal_by_chance)
     entries = tiny.field_map.depth.entry_names
-    key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe), pairs, entries)
+    config = without_names(tiny.field_map.data, OF_NO_EFFECT)
+    key = (_GROUPS, config, repr(tiny.recipe), pairs, entries)
     findings = _load(field_map, *key)
     if findings is None:
         findings = _found_once(tiny.equal_by_chance, tiny)
@@ -180,13 +181,13 @@ def _stored_experiments(
 ) -> Experiments:
     """Return the experiments with these findings, after keeping them in the cache on disk."""
     entry = {"findings": findings, "tiny": state_of(tiny.field_map)}
-    _store(field_map, "widths", field_map.data, fields, entry=entry)
+    _store(field_map, *_at_full_size(field_map, fields), entry=entry)
     return Experiments(tiny, findings, fields)
 
 
 def _from_disk(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
     """Return the experiments with a class and config from the cache on disk; None if none is."""
-    entry = _load(field_map, "widths", field_map.data, fields)
+    entry = _load(field_map, *_at_full_size(field_map, fields))
     if entry is None:
         return None
     if "reason" in entry:
@@ -194,6 +195,12 @@ def _from_disk(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
     tiny_map = from_state(field_map.builder, field_map.digest, entry["tiny"])
     tiny = stored_tiny_model(tiny_map, field_map)
     return Experiments(tiny, entry["findings"], fields, cached=True)
+
+
+def _at_full_size(field_map: FieldMap, fields: _Fields = ()) -> tuple[Any, ...]:
+    """Return the key in the cache on disk of what is found at full size, with some fields alone."""
+    config = without_names(field_map.data, OF_NO_EFFECT)
+    return ("widths", str(field_map.builder.dtype), config, fields)
 
 
 def _load(field_map: FieldMap, *key: Any) -> Any:

@@ -12,7 +12,7 @@ from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import build_live
 from ..fieldmap.learn_field_map import whole_build
 from ..model.build import Builder, Refusal
-from ..model.config_json import changed_values, config_json, field_name, value_at
+from ..model.config_json import OF_NO_EFFECT, changed_values, config_json, field_name, value_at
 from ..model.layer_class import layer_lists, layerwise_class, stock_class
 from ..model.layer_entries import KEY, layer_lists_of
 from ..model.tensors import owner, parameter_names
@@ -21,8 +21,6 @@ from .cut_list import CutList
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
-"""Config fields that set no shape: saving a model writes them, on the rank that saves."""
 _CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}
 """What ``gradient_checkpointing_enable`` of Transformers sets on layers."""
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError, in_one_line
-from ..graph.rebuild import OF_NO_EFFECT
-from ..model.config_json import config_json
+from ..model.config_json import OF_NO_EFFECT, config_json
 from ..model.locate import find_pretrained
 from ..model.ranks import Decision, differing
 

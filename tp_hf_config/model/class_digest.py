@@ -21,7 +21,7 @@ _VERSIONED = ("torch", "builtins", "collections", "typing", "abc")
 
 
 def class_digest(builder: Builder, model: nn.Module) -> str | None:
-    """Return a digest of a class with its options and dtype, but without its config.
+    """Return a digest of a class with its options, but without its config and dtype.
 
     It changes with the source of every class in the model, with functions that were put in their
     place at run time (kernels from another library), and with the versions of this library, torch
@@ -55,7 +55,6 @@ def class_digest(builder: Builder, model: nn.Module) -> str | None:
             sys.version_info[:2],
             _package_state(),
             f"{builder.model_class.__module__}.{builder.model_class.__qualname__}",
-            str(builder.dtype),
             repr(sorted(builder.options.items())),
             sources,
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
 FieldPath = tuple[str | int, ...]
 """A field, by the keys that lead to it in a config's JSON: ``("text_config", "hidden_size")``."""
+ORIGIN = ("transformers_version", "_name_or_path", "architectures")
+"""Config fields that say where a model comes from; saving it writes them."""
+OF_NO_EFFECT = (*ORIGIN, "dtype", "torch_dtype")
+"""Config fields that set no shape, and nothing that a pass in float64 computes."""
 
 
 class EntryOfKind(int):
@@ -69,6 +73,14 @@ def config_json(config: PreTrainedConfig, use_diff: bool = True) -> dict[str, An
     """Return the config as ``save_pretrained`` writes it (``use_diff``), or with every default."""
     result: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
     return result
+
+
+def without_names(data: Any, names: Collection[str]) -> Any:
+    """Return a config's JSON without the fields of these names, in nested configs too."""
+    if isinstance(data, dict):
+        kept = ((key, value) for key, value in data.items() if key not in names)
+        return {key: without_names(value, names) for key, value in kept}
+    return [without_names(item, names) for item in data] if isinstance(data, list) else data
 
 
 def copied(data: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
 from ..planning.settings import Layers
-from ..twin.masked_check import masked_difference, pruned_inputs_of
+from ..twin.masked_check import masked_difference
+from ..twin.pruned_pass import pruned_inputs_of
 from ..twin.tiny.random_weights import randomise, scale_convolutions
 from ..twin.tiny.tiny_model import TinyModel
 

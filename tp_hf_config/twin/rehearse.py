@@ -18,7 +18,8 @@ from ..fieldmap.unit_shares import units_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import compute_unsaved, parameter_names, put_parameter, saved_buffers, select
-from .masked_check import EXACT, difference_of_pass, pruned_pass
+from .masked_check import EXACT, difference_of_pass
+from .pruned_pass import pruned_pass
 from .width_scalars import CutDim
 
 if TYPE_CHECKING:

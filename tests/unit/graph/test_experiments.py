@@ -210,6 +210,34 @@ def test_models_of_other_sizes_share_the_proofs(
     )
 
 
+def test_a_folder_under_another_name_is_not_tried_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = zoo.build("llama")
+    first = prunable(model)
+    without_experiments(monkeypatch)
+    for name in ("one", "other"):
+        model.save_pretrained(tmp_path / name)
+        loaded = type(model).from_pretrained(tmp_path / name)
+        assert loaded.config._name_or_path == str(tmp_path / name)
+        again = prunable(loaded)
+        assert again.cached
+        assert again.widths == first.widths
+        learned = learn_field_map.map_of(loaded)
+        assert learned.data["_name_or_path"] == str(tmp_path / name)
+
+
+def test_a_model_in_another_precision_shares_the_proofs(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prunable(zoo.build("llama"))
+    forget(monkeypatch)
+    monkeypatch.setattr(experiments, "find_groups", never)
+    model: Any = zoo.build("llama").bfloat16()
+    model.config.dtype = torch.bfloat16
+    assert prunable(model).widths == first.widths
+
+
 def test_they_share_them_in_one_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
     forget(monkeypatch)
     asked = []
@@ -285,7 +313,7 @@ class TestDigest:
     def test_it_is_the_class_not_the_config(self) -> None:
         one, other = small.llama(), small.llama(hidden_size=64)
         assert self.digest(one) == self.digest(other)
-        assert self.digest(one) != self.digest(one.bfloat16())
+        assert self.digest(one) == self.digest(one.bfloat16())
         assert self.digest(one) != self.digest(zoo.build("gpt2"))
 
     @pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "LlamaMLP", "LlamaMLP.forward"])

@@ -30,7 +30,7 @@ from ...forward.output_tensors import tensors_in
 from ...forward.replay import Replay
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
-from ...model.config_json import FieldPath, with_values
+from ...model.config_json import OF_NO_EFFECT, FieldPath, with_values, without_names
 from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
 from ..joint_fields import equal_by_chance
@@ -225,10 +225,9 @@ def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | R
     builder = field_map.builder
     key = (
         builder.model_class,
-        builder.dtype,
         repr(sorted(builder.options.items())),
         repr(field_map.recipe),
-        repr(data),
+        repr(without_names(data, OF_NO_EFFECT)),
         *field_map.depth.entry_names,
     )
     if key not in _built:
