@@ -22,7 +22,7 @@ torch.set_num_threads(THREADS)
 
 CACHE = "TP_HF_CONFIG_CACHE"
 os.environ[CACHE] = "off"  # what a test needs, it finds out by itself
-_ROOMS = ("calibration", "checkpoint", "cli", "graph", "hook", "pipeline", "planning")
+_ROOMS = ("calibration", "checkpoint", "cli", "hook", "pipeline", "planning")
 SHARE = ("docs", "matrix", *(f"unit/{room}" for room in _ROOMS))
 """Folders of tests of what comes after experiments: a class's run once, for all of them."""
 
