@@ -14,7 +14,6 @@ from ..graph.edits import stack_dim
 from ..graph.experiments import experiments_of
 from ..model.build import Refusal
 from ..model.class_digest import entry_key
-from ..model.config_json import OF_NO_EFFECT, without_names
 from ..model.disk_cache import load, store
 from .linear_ops import Consumer
 from .measure import measure
@@ -75,8 +74,7 @@ def inputs_of(field_map: FieldMap, full: nn.Module) -> list[Input] | None:
     """
     key = None
     if field_map.digest is not None:
-        config = without_names(field_map.data, OF_NO_EFFECT)
-        key = entry_key(field_map.digest, "what weights read", config)
+        key = entry_key(field_map.digest, "what weights read", field_map.data)
     places: list[_Place] | None = None if key is None else load(key)
     if places is None:
         places = _places(field_map)

@@ -19,13 +19,7 @@ from ..errors import UnsupportedModelError, listed
 from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.class_digest import class_digest, entry_key
-from ..model.config_json import (
-    OF_NO_EFFECT,
-    EntryOfKind,
-    FieldPath,
-    config_json,
-    without_names,
-)
+from ..model.config_json import EntryOfKind, FieldPath, config_json
 from ..model.disk_cache import folder, load, store
 from ..model.layer_class import layer_lists
 from ..model.shapes import Mismatch, compare, shapes
@@ -152,7 +146,7 @@ def stored_or_learned(
     if digest is None:
         return learn(builder, config, full, make_inputs=make_inputs)
     data = config_json(config, use_diff=False)
-    key = entry_key(digest, "field map", str(builder.dtype), without_names(data, OF_NO_EFFECT))
+    key = entry_key(digest, "field map", str(builder.dtype), data)
     state = load(key)
     if state is not None:
         return from_state(builder, digest, {**state, "data": data})

@@ -18,7 +18,7 @@ from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal
 from ..model.class_digest import entry_key
-from ..model.config_json import OF_NO_EFFECT, FieldPath, field_name, without_names
+from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import load, store, suspended
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
@@ -140,8 +140,7 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
         return Experiments(tiny, ())
     pairs = sorted(sorted(map(field_name, pair)) for pair in tiny.equal_by_chance)
     entries = tiny.field_map.depth.entry_names
-    config = without_names(tiny.field_map.data, OF_NO_EFFECT)
-    key = (_GROUPS, config, repr(tiny.recipe), pairs, entries)
+    key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe), pairs, entries)
     findings = _load(field_map, *key)
     if findings is None:
         findings = _found_once(tiny.equal_by_chance, tiny)
@@ -199,8 +198,7 @@ def _from_disk(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
 
 def _at_full_size(field_map: FieldMap, fields: _Fields = ()) -> tuple[Any, ...]:
     """Return the key in the cache on disk of what is found at full size, with some fields alone."""
-    config = without_names(field_map.data, OF_NO_EFFECT)
-    return ("widths", str(field_map.builder.dtype), config, fields)
+    return ("widths", str(field_map.builder.dtype), field_map.data, fields)
 
 
 def _load(field_map: FieldMap, *key: Any) -> Any:

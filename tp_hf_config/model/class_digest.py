@@ -15,6 +15,7 @@ from torch import nn
 
 from ..schema import versions
 from .build import Builder
+from .config_json import OF_NO_EFFECT, without_names
 
 _VERSIONED = ("torch", "builtins", "collections", "typing", "abc")
 """Packages that their versions stand for."""
@@ -108,6 +109,10 @@ def _package_state() -> str:
 
 
 def entry_key(digest: str, *parts: Any) -> str:
-    """Return the key of one entry: a class's digest together with JSON values."""
-    text = json.dumps([digest, *parts], sort_keys=True, default=str)
+    """Return the key of one entry: a class's digest together with JSON values.
+
+    Configs among these count without what has no effect: where a model comes from, its precision.
+    """
+    values = without_names([digest, *parts], OF_NO_EFFECT)
+    text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

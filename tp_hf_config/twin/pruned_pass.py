@@ -113,7 +113,7 @@ def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
     along each dimension, in the same order.
     """
     if before.shape == after.shape:
-        if not (_is_same(before, after) or torch.equal(before, after)):
+        if not torch.equal(before, after):
             return Refusal("other values than before")
         return tuple(CutDim(size, torch.arange(size)) for size in before.shape)
     if before.ndim != after.ndim:
@@ -142,8 +142,3 @@ def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
         expected = expected.index_select(dim, kept)
         cut_dims.append(CutDim(size, kept))
     return tuple(cut_dims) if torch.equal(expected, after) else Refusal("channels of mixed origin")
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """True if two tensors of one shape are the same memory."""
-    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
