@@ -99,7 +99,8 @@ def over_kept_channels(norm: nn.Module, left: torch.Tensor) -> None:
     if hasattr(narrow, "group_size"):  # as many groups as before (Mamba 2)
         narrow.group_size = narrow.group_size * len(left) // len(norm.weight)
     norm.narrow = narrow  # a submodule, so that .double() reaches it
-    axis = 1 if getattr(norm, "data_format", "") == "channels_first" else -1
+    first = getattr(norm, "data_format", "") == "channels_first"
+    axis = 1 if first or type(norm).__name__ == "LayerNorm2d" else -1  # timm's
 
     def forward(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         cut = [one.index_select(axis, left) for one in (x, *others)]
@@ -193,6 +194,9 @@ def eager(model: Any) -> Any:
     model.set_attn_implementation("eager")
     if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # timm's own choice
+            module.fused_attn = False
     return model
 
 

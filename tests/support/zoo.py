@@ -222,6 +222,21 @@ _MODELS: dict[str, Callable[[], _Made]] = {
             image_size=32, num_stages=2, hidden_sizes=[16, 24], depths=[2, 2], num_labels=5
         ),
     ),
+    # timm's: what sets the widths is no part of the config, but stands behind the name
+    "timm_vit": lambda: (
+        hf.TimmWrapperForImageClassification,
+        hf.TimmWrapperConfig(
+            architecture="vit_tiny_patch16_224",
+            model_args={"depth": 2, "img_size": 32, "patch_size": 8, "num_heads": 4},
+            num_labels=5,
+        ),
+    ),
+    "timm_convnext": lambda: (
+        hf.TimmWrapperForImageClassification,
+        hf.TimmWrapperConfig(
+            architecture="test_convnext", model_args={"depths": [2, 1, 1, 1]}, num_labels=5
+        ),
+    ),
     "clip": lambda: (
         hf.CLIPModel,
         hf.CLIPConfig(

@@ -200,11 +200,11 @@ def write_fields(
             at = field.index(KEY)
             entries.setdefault((module_name, field[:at]), {})[field[at + 1 :]] = value
             continue
-        target = _config_part(live, module_name, field[:-1])
+        target = _config_part(changes, live, module_name, field[:-1])
         if _read(target, field[-1]) != value:
             changes.set(target, field[-1], value)
     for (module_name, path), written in entries.items():
-        target = _config_part(live, module_name, path)
+        target = _config_part(changes, live, module_name, path)
         layers = entries_of(target)
         for (number, key), value in written.items():
             layers.setdefault(int(number), {})[str(key)] = value
@@ -212,10 +212,15 @@ def write_fields(
             changes.set(target, KEY, layers)
 
 
-def _config_part(live: nn.Module, module_name: str, path: FieldPath) -> Any:
-    """Return the config that a module holds, or what stands in it at a path."""
+def _config_part(changes: Changes, live: nn.Module, module_name: str, path: FieldPath) -> Any:
+    """Return the config that a module holds, or what stands in it at a path.
+
+    An object that the config leaves out is put there, empty.
+    """
     target: Any = live.get_submodule(module_name).config
     for key in path:
+        if _part(target, key) is None:
+            changes.set(target, key, {})
         target = _part(target, key)
     return target
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .named_architecture import spelled_out
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -70,9 +72,12 @@ def field_name(path: FieldPath) -> str:
 
 
 def config_json(config: PreTrainedConfig, use_diff: bool = True) -> dict[str, Any]:
-    """Return the config as ``save_pretrained`` writes it (``use_diff``), or with every default."""
+    """Return the config as ``save_pretrained`` writes it (``use_diff``), or with every default.
+
+    The sizes that the name of an architecture stands for are written out.
+    """
     result: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
-    return result
+    return spelled_out(result)
 
 
 def without_names(data: Any, names: Collection[str]) -> Any:
@@ -100,7 +105,9 @@ def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[s
     for path, value in values.items():
         node: Any = result
         for key in path[:-1]:
-            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+            if isinstance(node, dict) and node.get(key) is None:
+                node[key] = {}
+            node = node[key]
         for key in _places(node, path[-1]):
             node[key] = value
     return result

@@ -1,0 +1,75 @@
+"""Spell out an architecture that a config gives by its name: the sizes that the name stands for.
+
+Transformers builds timm's models by ``architecture``, with ``model_args`` in place of the sizes
+that the name stands for (``transformers/models/timm_wrapper/configuration_timm_wrapper.py``). With
+all of them written out, they are fields like others.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+NAME, ARGUMENTS = "architecture", "model_args"
+_BUILD = "build_model_with_cfg"
+"""timm's function that every architecture calls with its sizes (``timm/models/_builder.py``)."""
+_OF_WRAPPER = ("num_classes",)
+"""Arguments that Transformers gives beside ``model_args``."""
+
+
+def spelled_out(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's JSON with the sizes that names of architectures stand for.
+
+    What the config gives itself comes first. An architecture stays as it is if timm is not
+    installed, does not have it, or does not take its sizes as arguments (EfficientNet).
+    """
+    result = {k: spelled_out(v) if isinstance(v, dict) else v for k, v in data.items()}
+    name, given = data.get(NAME), data.get(ARGUMENTS)
+    if ARGUMENTS in data and isinstance(name, str) and isinstance(given, (dict, type(None))):
+        sizes = json.loads(_sizes_of(name, json.dumps(given or {})))
+        result[ARGUMENTS] = {**sizes, **given} if given else sizes or given
+    return result
+
+
+@functools.cache
+def _sizes_of(name: str, given: str) -> str:
+    """Return the arguments that an architecture gives its class, as JSON; ``{}``: none can be told.
+
+    ``given``: the arguments that a config has for it, as JSON.
+    """
+    arguments = json.loads(given)
+    try:
+        import timm
+
+        module = sys.modules[timm.models.model_entrypoint(name).__module__]
+        build = getattr(module, _BUILD)
+        kept: dict[str, Any] = {}
+
+        def recorded(model_class: Any, *args: Any, **options: Any) -> Any:
+            def made(**values: Any) -> Any:
+                kept.update({key: value for key, value in values.items() if _is_setting(value)})
+                return model_class(**values)
+
+            return build(made, *args, **options)
+
+        with torch.device("meta"):
+            with patch.object(module, _BUILD, recorded):
+                named = timm.create_model(name, **arguments)
+            for key in _OF_WRAPPER:
+                kept.pop(key, None)
+            spelled = timm.create_model(name, **{**kept, **arguments})
+    except Exception:  # an architecture may refuse with any exception
+        return "{}"
+    return json.dumps(kept) if str(spelled) == str(named) else "{}"
+
+
+def _is_setting(value: Any) -> bool:
+    """True for a number or a name, and for a list of those; ``None`` sets nothing."""
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(entry, (bool, int, float, str)) for entry in value)
+    return isinstance(value, (bool, int, float, str))
