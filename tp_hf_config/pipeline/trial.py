@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -30,8 +31,9 @@ from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
 from ..planning.settings import Layers
-from ..twin.masked_check import masked_difference
-from ..twin.pruned_pass import pruned_inputs_of
+from ..twin.masked_check import difference_of_pass, run_once
+from ..twin.pruned_pass import pruned_inputs_of, pruned_pass
+from ..twin.rehearse import fill, own_tensors
 from ..twin.tiny.random_weights import randomise, scale_convolutions
 from ..twin.tiny.tiny_model import TinyModel
 
@@ -84,6 +86,11 @@ class Subject:
 
     model: nn.Module
     tiny: TinyModel
+
+    @cached_property
+    def warmed_up(self) -> nn.Module:
+        """A copy of the model after a pass, to mask."""
+        return run_once(copy.deepcopy(self.model), self.tiny.inputs, self.tiny.recipe)
 
 
 @dataclass(frozen=True)
@@ -262,12 +269,16 @@ def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refu
                 pruner.step()
         tiny = case.tiny
         builder = Builder(model, attention=tiny.recipe.attention)
-        reference = builder.build_real(config_json(model.config))
+        reference = builder.build_unfilled(config_json(model.config))
         if isinstance(reference, Refusal):
             return Refusal(f"the new config does not build: {reference.reason}")
-        return masked_difference(
-            case.model, model, reference, tiny.inputs, tiny.watched, tiny.recipe
-        )
+        reference.tie_weights()  # type: ignore[operator]
+        given = (tiny.inputs, tiny.watched, tiny.recipe)
+        run = fill(reference, own_tensors(model), []) or pruned_pass(case.model, model, *given)
+        if isinstance(run, Refusal):
+            return run
+        run_once(reference, run.inputs, tiny.recipe)
+        return difference_of_pass(run, case.warmed_up, reference, *given)
     except TPHFConfigError:
         raise
     except Exception as error:

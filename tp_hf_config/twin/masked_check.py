@@ -61,13 +61,20 @@ def masked_difference(
     pruned_run = pruned_pass(original, pruned, inputs, watched, recipe)
     if isinstance(pruned_run, Refusal):
         return pruned_run
-    # the first pass may exchange modules (BigBird: full attention for short texts)
-    warmed_up = copy.deepcopy(original)
-    with torch.no_grad():
-        outputs_in_float64(warmed_up, inputs, recipe=recipe)
-        if reference_build is not pruned:
-            outputs_in_float64(reference_build, pruned_run.inputs, recipe=recipe)
+    if reference_build is not pruned:
+        run_once(reference_build, pruned_run.inputs, recipe)
+    warmed_up = run_once(copy.deepcopy(original), inputs, recipe)
     return difference_of_pass(pruned_run, warmed_up, reference_build, inputs, watched, recipe)
+
+
+def run_once(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -> nn.Module:
+    """Return a model that ran: its first pass may exchange modules.
+
+    BigBird's puts full attention in place of that for long texts.
+    """
+    with torch.no_grad():
+        outputs_in_float64(model, inputs, recipe=recipe)
+    return model
 
 
 def difference_of_pass(
@@ -80,7 +87,7 @@ def difference_of_pass(
 ) -> Refusal | None:
     """Return where the pass of a pruned model differs from the masked original, or None.
 
-    ``original`` and ``reference_build`` ran before. For the arguments see
+    ``original`` and ``reference_build`` ran before (:func:`run_once`). For the arguments see
     :func:`masked_difference`.
     """
     kept = pruned_run.kept

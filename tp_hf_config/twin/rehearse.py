@@ -37,7 +37,7 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
     something else, no cut may change an output, or the class may refuse every cut.
     """
     name = " and ".join(map(field_name, finding.fields))
-    original = _tensors(tiny.model)
+    original = own_tensors(tiny.model)
     blind_cuts, unbuilt = 0, ""
     for values, staying in _cuts(tiny, finding):
         smaller = tiny.field_map.builder.build_unfilled(tiny.field_map.config_at(values))
@@ -45,11 +45,11 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
             unbuilt = f": {smaller.reason}"
             continue
         smaller.tie_weights()  # type: ignore[operator]
-        added = min(_tensors(smaller).keys() - original.keys(), default=None)
+        added = min(own_tensors(smaller).keys() - original.keys(), default=None)
         if added is not None:  # Jamba's layers with a single expert have no experts
             unbuilt = f": it builds {added} then"
             continue
-        outputs = _fill(smaller, original, staying) or _outputs(tiny, smaller)
+        outputs = fill(smaller, original, staying) or _outputs(tiny, smaller)
         if isinstance(outputs, Refusal):
             return Refusal(
                 f"with less of {name} the class computes something else than is left: "
@@ -113,10 +113,11 @@ def _random_units(group: TinyGroup, count: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def _fill(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> Refusal | None:
+def fill(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> Refusal | None:
     """Give a smaller build the units that stay; return why that fails, or None.
 
-    Parameters of which all stays are those of the original.
+    Parameters of which all stays are those of the original (:func:`own_tensors`); with no groups,
+    that is every one.
     """
     masks: dict[str, dict[int, Tensor]] = {}
     for group, staying in groups:
@@ -127,7 +128,7 @@ def _fill(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> 
             mask[dim.layout.table(group.units)[removed].flatten()] = False
     computed = compute_unsaved(smaller)
     names = {names[0]: names for names in parameter_names(smaller).values()}
-    for name, value in _tensors(smaller).items():
+    for name, value in own_tensors(smaller).items():
         kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
         cut = select(original[name].detach(), kept) if kept else original[name]
         if cut.shape != value.shape:
@@ -145,6 +146,6 @@ def _fill(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> 
     return None
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and saved buffer by its name."""
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and saved buffer by its name, tied ones by their first."""
     return {**dict(model.named_parameters()), **saved_buffers(model)}
