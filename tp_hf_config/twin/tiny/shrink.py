@@ -194,12 +194,14 @@ def _smaller(
 def _with_multiples(
     field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
 ) -> Iterator[dict[FieldPath, int]]:
-    """Yield changes that divide a large width and all its multiples by one number.
+    """Yield changes that divide a width and all its multiples by one number.
 
-    A forward pass may need the proportion, though the class builds without it: Zamba's attention
-    reads two hidden states side by side.
+    It is a large one or that of a stage. A forward pass may need the proportion, though the class
+    builds without it: Zamba's attention reads two hidden states side by side, each stage of FastViT
+    is twice as wide as the one before.
     """
-    wider = _multiples(field_map, data, widths, value) if value > _SPLIT else {}
+    worth = value > _SPLIT or isinstance(widths[0][-1], int)
+    wider = _multiples(field_map, data, widths, value) if worth else {}
     for part in PARTS if wider else ():
         if value % part == 0 and value // part >= HEAD_DIM:
             narrower = {field: size // part for field, size in wider.items()}
