@@ -151,7 +151,7 @@ def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
             )
             fields += [(name, field, value) for field, value in changed]
         attributes += _attributes(name, reference, module)
-        buffers += _buffers(name, reference, module)
+        buffers += _buffers(name, reference, module, live.get_submodule(name))
     return Difference(fields, attributes, buffers)
 
 
@@ -166,14 +166,16 @@ def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute
             yield Attribute(name, key, value)
 
 
-def _buffers(name: str, old: nn.Module, new: nn.Module) -> Iterator[Buffer]:
+def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iterator[Buffer]:
     """Yield the unsaved buffers and tensor attributes of one module that the new build changes."""
-    unsaved = {key: new._buffers[key] for key in new._non_persistent_buffers_set}
     loose = {key: value for key, value in vars(new).items() if isinstance(value, torch.Tensor)}
-    for key, value in {**unsaved, **loose}.items():
-        if value is None or value.is_meta:
-            continue
+    for key, built in {**_unsaved(new), **loose}.items():
         previous = getattr(old, key, None)
+        value = built
+        if built.is_meta and (previous is None or previous.shape != built.shape):
+            value = _same_number(getattr(live, key, None), built)
+        if value.is_meta:
+            continue
         if (
             previous is None
             or previous.shape != value.shape
@@ -181,6 +183,39 @@ def _buffers(name: str, old: nn.Module, new: nn.Module) -> Iterator[Buffer]:
             or not torch.equal(previous, value)
         ):
             yield Buffer(name, key, value, None if previous is None else previous.dtype)
+
+
+def _unsaved(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers of one module that are not saved with it."""
+    buffers = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
+    return {key: value for key, value in buffers.items() if value is not None}
+
+
+def _same_number(held: Any, built: torch.Tensor) -> torch.Tensor:
+    """Return a buffer of the built one's shape that holds one number, as the live one does.
+
+    It is ``built`` itself, without data, if the live one holds several numbers.
+    """
+    if isinstance(held, torch.Tensor) and held.numel() and bool((held == held.flatten()[0]).all()):
+        return held.flatten()[:1].cpu().expand(built.shape).clone()
+    return built
+
+
+def unfilled_buffers(live: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:
+    """Return the unsaved buffers with a new shape of which nothing says what they hold.
+
+    Their class fills them together with its weights, and the live ones hold several numbers. For
+    the arguments see :func:`difference`.
+    """
+    before, now = dict(old.named_modules()), dict(live.named_modules())
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, module in new.named_modules()
+        if name in before and name in now
+        for key, built in _unsaved(module).items()
+        if built.is_meta and built.shape != getattr(before[name], key, built).shape
+        if _same_number(getattr(now[name], key, None), built).is_meta
+    ]
 
 
 def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[list[str], list[str]]:

@@ -21,6 +21,7 @@ from ..fieldmap.solve.explain import (
     explain_conflict,
     explain_mismatch,
     explain_refusal,
+    explain_unfilled,
     explain_vanished,
 )
 from ..fieldmap.solve.fit import build_with_shapes, fit
@@ -33,7 +34,7 @@ from ..model.config_json import FieldPath, changed_values, config_json, field_na
 from ..model.live_objects import surroundings_of
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
-from .apply import all_or_nothing, difference, write, write_ties
+from .apply import all_or_nothing, difference, unfilled_buffers, write, write_ties
 from .enclosing_modules import EnclosingModules
 from .history import PrunedGroup
 from .mirrored_fields import with_mirrored_fields
@@ -180,8 +181,8 @@ class Follower:
     def _proved(self, shapes: Mapping[str, tuple[int, ...]]) -> _Proof:
         """Return the fields' values for these shapes, the config's JSON, its build, and notes.
 
-        The notes are about fields that repeat others. Raise if no config builds these shapes, or if
-        a count of the class would become 0.
+        The notes are about fields that repeat others. Raise if no config builds these shapes, if a
+        count of the class would become 0, or if nothing says what a buffer would hold.
         """
         stated = config_json(self.model.config)
         asked = dict(shapes), dict(self.splits), stated
@@ -194,6 +195,9 @@ class Follower:
         vanished = vanished_counts(self.reference, built)
         if vanished:
             raise explain_vanished(self.model, vanished)
+        unfilled = unfilled_buffers(self.model, self.reference, built)
+        if unfilled:
+            raise explain_unfilled(self.model, unfilled)
         self._proof = asked, (values, data, built, mirror_notes)
         return self._proof[1]
 

@@ -91,8 +91,7 @@ class Builder:
 
         Args:
             data: the config as JSON.
-            buffers: True to compute unsaved buffers on the CPU; parameters have no data all the
-                same.
+            buffers: True to compute buffers on the CPU; parameters have no data all the same.
 
         Returns:
             The model in eval mode, or a refusal in the class's own words.
@@ -106,31 +105,12 @@ class Builder:
                         config._experts_implementation = "batched_mm"  # its shapes need no routing
                     model: nn.Module = self.model_class(config, **self.options)
                     _to_eval_mode(model)
-                if buffers:
-                    self._fill_unsaved(model, data)
-                return model
+                    return model
             except Exception as error:  # a class may refuse with any exception
                 text = in_one_line(error)
             if "device" not in text:
                 break
         return Refusal(text.removeprefix("Class validation error for validator "))
-
-    def _fill_unsaved(self, model: nn.Module, data: dict[str, Any]) -> None:
-        """Give unsaved buffers that a build left empty what they hold in a build with weights.
-
-        Some are filled together with the weights only (the keys' bias of timm's BEiT).
-        """
-        empty = [
-            (name, key, value)
-            for name, module in named_modules(model)
-            for key in sorted(module._non_persistent_buffers_set)
-            if (value := module._buffers[key]) is not None and value.is_meta
-        ]
-        real = self.build_real(data) if empty else None
-        if isinstance(real, nn.Module):
-            for name, key, value in empty:
-                filled = getattr(real.get_submodule(name), key)
-                model.get_submodule(name)._buffers[key] = filled.to(value.dtype)
 
     def initialised(self, data: dict[str, Any]) -> Refusal | None:
         """Return the refusal of a class to draw initial weights for a config's JSON, or ``None``.

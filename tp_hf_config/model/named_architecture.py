@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -18,15 +19,15 @@ import torch
 NAME, ARGUMENTS = "architecture", "model_args"
 _BUILD = "build_model_with_cfg"
 """timm's function that every architecture calls with its sizes (``timm/models/_builder.py``)."""
-_OF_WRAPPER = ("num_classes",)
-"""Arguments that Transformers gives beside ``model_args``."""
+_ENDS = ("in_chans", "num_classes")
+"""Arguments that say what goes in and comes out; the second one Transformers gives itself."""
 
 
 def spelled_out(data: dict[str, Any]) -> dict[str, Any]:
     """Return a config's JSON with the sizes that names of architectures stand for.
 
     What the config gives itself comes first. An architecture stays as it is if timm is not
-    installed, does not have it, or does not take its sizes as arguments (EfficientNet).
+    installed, does not have it, or takes its sizes as descriptions of blocks (EfficientNet).
     """
     result = {k: spelled_out(v) if isinstance(v, dict) else v for k, v in data.items()}
     name, given = data.get(NAME), data.get(ARGUMENTS)
@@ -48,11 +49,11 @@ def _sizes_of(name: str, given: str) -> str:
 
         module = sys.modules[timm.models.model_entrypoint(name).__module__]
         build = getattr(module, _BUILD)
-        kept: dict[str, Any] = {}
+        passed: dict[str, Any] = {}
 
         def recorded(model_class: Any, *args: Any, **options: Any) -> Any:
             def made(**values: Any) -> Any:
-                kept.update({key: value for key, value in values.items() if _is_setting(value)})
+                passed.update(values)
                 return model_class(**values)
 
             return build(made, *args, **options)
@@ -60,16 +61,23 @@ def _sizes_of(name: str, given: str) -> str:
         with torch.device("meta"):
             with patch.object(module, _BUILD, recorded):
                 named = timm.create_model(name, **arguments)
-            for key in _OF_WRAPPER:
-                kept.pop(key, None)
-            spelled = timm.create_model(name, **{**kept, **arguments})
+            sizes = {k: v for k, v in passed.items() if _is_setting(v) and k not in _ENDS}
+            spelled = timm.create_model(name, **{**sizes, **arguments})
     except Exception:  # an architecture may refuse with any exception
         return "{}"
-    return json.dumps(kept) if str(spelled) == str(named) else "{}"
+    in_blocks = any(isinstance(leaf, dict) for value in passed.values() for leaf in _leaves(value))
+    return "{}" if in_blocks or str(spelled) != str(named) else json.dumps(sizes)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in lists, however nested, or a value itself."""
+    if isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _leaves(entry)
+    else:
+        yield value
 
 
 def _is_setting(value: Any) -> bool:
     """True for a number or a name, and for a list of those; ``None`` sets nothing."""
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(entry, (bool, int, float, str)) for entry in value)
-    return isinstance(value, (bool, int, float, str))
+    return all(isinstance(leaf, (bool, int, float, str)) for leaf in _leaves(value))

@@ -84,23 +84,3 @@ def test_a_build_without_initial_weights_has_all_buffers(
     assert not built.table.is_meta
     if own:
         assert built.table.equal(2 * built.up.weight)
-
-
-class FilledWithWeights(Numbered):
-    """Fills what it does not save together with its weights, as timm's BEiT fills a bias."""
-
-    def __init__(self, config: hf.LlamaConfig):
-        super().__init__(config)
-        self.register_buffer("offset", torch.empty(config.hidden_size), persistent=False)
-        self.register_buffer("step", torch.arange(3.0), persistent=False)
-        if not self.up.weight.is_meta:
-            self.offset.fill_(7)
-
-
-def test_a_build_with_buffers_fills_those_that_are_not_saved() -> None:
-    builder = Builder(FilledWithWeights(hf.LlamaConfig(hidden_size=8, num_attention_heads=2)))
-    built: Any = builder.build({"hidden_size": 20, "num_attention_heads": 2}, buffers=True)
-    assert built.up.weight.is_meta
-    assert built.offset.tolist() == [7] * 20
-    assert built.offset.dtype is torch.float32
-    assert built.step.tolist() == [0, 1, 2]

@@ -22,7 +22,6 @@ OF_VIT = {
     "embed_dim": 192,
     "depth": 12,
     "num_heads": 3,
-    "in_chans": 3,
     "img_size": [224, 224],
 }
 
@@ -32,8 +31,10 @@ OF_VIT = {
     [
         ({**VIT, "model_args": None}, OF_VIT),
         ({**VIT, "model_args": {"depth": 2}}, {**OF_VIT, "depth": 2}),
-        ({"architecture": "resnet18", "model_args": None}, {"layers": [2, 2, 2, 2], "in_chans": 3}),
-        # sizes that its function refuses to be given
+        ({"architecture": "resnet18", "model_args": None}, {"layers": [2, 2, 2, 2]}),
+        # sizes in descriptions of blocks, which no config field holds
+        ({"architecture": "mobilenetv5_300m_enc", "model_args": None}, None),
+        # and its function refuses to be given them
         ({"architecture": "efficientnet_b0", "model_args": None}, None),
         ({"architecture": "efficientnet_b0", "model_args": {}}, {}),
         ({"architecture": "no such architecture", "model_args": None}, None),
@@ -60,7 +61,6 @@ def test_features_of_stages_are_spelled_out_too() -> None:
         "embed_dim": [48, 96, 192, 384],
         "depth": [2, 2, 14, 2],
         "legacy": True,
-        "in_chans": 3,
         **given,
     }
 

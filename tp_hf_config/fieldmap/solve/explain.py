@@ -98,6 +98,15 @@ def explain_vanished(model: PreTrainedModel, names: Sequence[str]) -> ConfigSync
     )
 
 
+def explain_unfilled(model: PreTrainedModel, names: Sequence[str]) -> ConfigSyncError:
+    """Return the error for buffers that are neither saved nor computed from the config alone."""
+    return ConfigSyncError(
+        f"{type(model).__name__} with these widths has another shape of {names[0]}, which is "
+        "not saved and which it fills together with its weights: nothing says what it would hold. "
+        f"Keep that width (prune=, ignored_layers=). {AGAIN}"
+    )
+
+
 def _needs(by_value: dict[int | float, list[str]], base: int | None) -> str:
     """Return as text which layers need which value of a field, and the value that it had."""
     parts = []
