@@ -51,7 +51,8 @@ class Replay:
     A part is replayed if none of its parameters and buffers is changed or asked for its gradient,
     and if its inputs have no gradient and are equal to those of the call that was recorded. Calls
     that draw random numbers, change their inputs or return views of them, or take or return more
-    than tensors and plain values are never replayed, nor are parts that compute a watched result.
+    than tensors and plain values are never replayed, but the parts inside of them may be; parts
+    that compute a watched result are not.
     An input that a call returns as it is (``nn.Identity``) is returned again: what follows may
     change it in place.
 
@@ -64,7 +65,8 @@ class Replay:
         self._model, self._watched = model, watched
         names = {result.module for result in watched}
         self._running = {module for name, module in model.named_modules() if name in names}
-        self._calls: dict[tuple[nn.Module, int], _Call | None] = {}  # None: it has to run
+        self._calls: dict[tuple[nn.Module, int], _Call] = {}
+        self._impure: set[nn.Module] = set()  # those with a call that has to run
         self._outermost: dict[frozenset[int], list[nn.Module]] = {}
 
     @contextmanager
@@ -109,7 +111,7 @@ class Replay:
         for child in module.children():
             inside = set(child.modules())
             free = changed.isdisjoint(map(id, (*child.parameters(), *child.buffers())))
-            free = free and inside.isdisjoint(self._running)
+            free = free and child not in self._impure and inside.isdisjoint(self._running)
             free = free and not any(map(_has_hooks, inside - {child}))
             if free and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
                 yield child
@@ -130,19 +132,21 @@ class Replay:
         given = (args, kwargs)
         if key in self._calls:
             call = self._calls[key]
-            if call is not None and _are_equal(given, call.given):
-                return call.replayed(given)
-            return forward(*args, **kwargs)
-        if not _is_plain(given) or any(getattr(v, "requires_grad", 0) for v in tree_leaves(given)):
+            same = _are_equal(given, call.given)
+            return call.replayed(given) if same else forward(*args, **kwargs)
+        if any(getattr(leaf, "requires_grad", False) for leaf in tree_leaves(given)):
             return forward(*args, **kwargs)
         before, random = _copied(given), torch.default_generator.get_state()
         result = forward(*args, **kwargs)
-        pure = _are_equal(given, before) and _is_plain(result)
+        pure = _is_plain(given) and _is_plain(result) and _are_equal(given, before)
         pure = pure and bool((torch.default_generator.get_state() == random).all())
         passed_on = _passed_on(given, result) if pure else None
-        call = None if passed_on is None else _Call(before, _copied(result), passed_on)
-        self._calls[key] = call
-        return result if call is None else call.replayed(given)  # no gradients for what is behind
+        if passed_on is None:
+            self._impure.add(module)
+            self._outermost.clear()
+            return result
+        self._calls[key] = call = _Call(before, _copied(result), passed_on)
+        return call.replayed(given)  # no gradients for what is behind
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -99,6 +99,43 @@ def test_parts_that_do_more_than_compute_run_every_time(kind: type[Part]) -> Non
     assert torch.equal(first, second)
 
 
+class Chunk(nn.Module):
+    """A part with a layer inside, which returns every other channel of what goes in, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Part(4, 4)
+
+    def forward(self, x: Tensor, options: Any = None) -> tuple[Tensor, Tensor]:
+        return self.inner(x), x[:, ::2]
+
+
+class Chunked(nn.Module):
+    """Hands its part a view of its inputs, and what is no plain value if there is any."""
+
+    def __init__(self, options: Any = None):
+        super().__init__()
+        self.chunk, self.last, self.options = Chunk(), Part(4, 4), options
+        self.double().requires_grad_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, half = self.chunk(x, self.options)
+        return self.last(hidden) + half.sum()
+
+
+@pytest.mark.parametrize("options", [None, object()], ids=["a view", "an object"])
+def test_inside_a_part_that_has_to_run_others_are_replayed(options: Any) -> None:
+    model = Chunked(options)
+    replay = Replay(model)
+    outputs = []
+    for _ in range(4):
+        with replay.without([model.last.weight]):
+            outputs.append(model(X))
+    assert model.chunk.inner.calls == 2  # once as a part of the chunk, once by itself
+    assert model.last.calls == 4
+    assert all(output.equal(outputs[0]) for output in outputs)
+
+
 class Collecting(nn.Module):
     """Returns what a hook on the inside of its first part collects, as Transformers' models do."""
 
