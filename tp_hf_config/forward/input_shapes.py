@@ -82,15 +82,11 @@ def setting(config: Any, *names: str) -> Any:
 def _parts(config: Any) -> Iterator[Any]:
     """Yield the config and the configs nested in it; those for text, vision and audio first."""
     yield config
-    others = [
-        key
-        for key, value in getattr(config, "__dict__", {}).items()
-        if hasattr(value, "to_json_string")
-    ]
+    held = getattr(config, "__dict__", {})  # a property may make one anew, slowly (PE audio-video)
+    others = [key for key, value in held.items() if hasattr(value, "to_json_string")]
     for key in (*_NESTED, *(key for key in others if key not in _NESTED)):
-        part = getattr(config, key, None)
-        if part is not None:
-            yield from _parts(part)
+        if held.get(key) is not None:
+            yield from _parts(held[key])
 
 
 def _vision(config: Any) -> Any:
