@@ -120,10 +120,11 @@ def _main(
     parameters: Mapping[str, Any], config: Any, also: Collection[str] = ()
 ) -> dict[str, list[Shape]]:
     """Return the possible shapes of the main arguments, which decide the shapes of all others."""
+    held = vars(config)  # reading a property may change other parts (PE audio-video's attention)
     names = [
         name
         for name in MAIN
-        if name in parameters and getattr(config, TOWERS.get(name, ""), config) is not None
+        if name in parameters and held.get(TOWERS.get(name, ""), config) is not None
     ]
     alone = not names and not any(name in parameters for name in _TEXT)
     for name in REQUIRED:
@@ -193,7 +194,7 @@ def _texts(
 
 def _token(config: Any, kind: str) -> int | None:
     """Return the token that stands for an image, a video or a sound, or None if there is none."""
-    for part in (config, *(getattr(config, name, None) for name in _TOWER_PARTS)):
+    for part in (config, *(vars(config).get(name) for name in _TOWER_PARTS)):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(part, name, None)
             if isinstance(token, int):

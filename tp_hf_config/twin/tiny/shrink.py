@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...fieldmap.field_map import FieldMap
+from ...forward.input_shapes import IMAGE_SIZES
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
 from ...model.shapes import shapes
@@ -200,8 +201,9 @@ def _with_multiples(
     builds without it: Zamba's attention reads two hidden states side by side, each stage of FastViT
     is twice as wide as the one before.
     """
-    worth = value > _SPLIT or isinstance(widths[0][-1], int)
-    wider = _multiples(field_map, data, widths, value) if worth else {}
+    first = widths[0]
+    stage = isinstance(first[-1], int) and first[-2] not in IMAGE_SIZES
+    wider = _multiples(field_map, data, widths, value) if stage or value > _SPLIT else {}
     for part in PARTS if wider else ():
         if value % part == 0 and value // part >= HEAD_DIM:
             narrower = {field: size // part for field, size in wider.items()}
