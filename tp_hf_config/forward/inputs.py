@@ -120,7 +120,7 @@ def _main(
     parameters: Mapping[str, Any], config: Any, also: Collection[str] = ()
 ) -> dict[str, list[Shape]]:
     """Return the possible shapes of the main arguments, which decide the shapes of all others."""
-    held = vars(config)  # reading a property may change other parts (PE audio-video's attention)
+    held = _held(config)
     names = [
         name
         for name in MAIN
@@ -192,9 +192,17 @@ def _texts(
     return texts
 
 
+def _held(config: Any) -> dict[str, Any]:
+    """Return what a config holds itself; properties may change other parts as they are read.
+
+    PE audio-video's change how its text model computes attention.
+    """
+    return getattr(config, "__dict__", {})
+
+
 def _token(config: Any, kind: str) -> int | None:
     """Return the token that stands for an image, a video or a sound, or None if there is none."""
-    for part in (config, *(vars(config).get(name) for name in _TOWER_PARTS)):
+    for part in (config, *map(_held(config).get, _TOWER_PARTS)):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(part, name, None)
             if isinstance(token, int):
