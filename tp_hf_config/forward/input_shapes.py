@@ -82,11 +82,19 @@ def setting(config: Any, *names: str) -> Any:
 def _parts(config: Any) -> Iterator[Any]:
     """Yield the config and the configs nested in it; those for text, vision and audio first."""
     yield config
-    held = getattr(config, "__dict__", {})  # a property may make one anew, slowly (PE audio-video)
+    held = held_by(config)
     others = [key for key, value in held.items() if hasattr(value, "to_json_string")]
     for key in (*_NESTED, *(key for key in others if key not in _NESTED)):
         if held.get(key) is not None:
             yield from _parts(held[key])
+
+
+def held_by(config: Any) -> dict[str, Any]:
+    """Return what a config holds itself; properties may change other parts as they are read.
+
+    PE audio-video's make a config anew, slowly, and change how its text model computes attention.
+    """
+    return getattr(config, "__dict__", {})
 
 
 def _vision(config: Any) -> Any:

@@ -19,7 +19,7 @@ from ..model.meta_run import NoValues
 from .encoder_states import ARGUMENTS, random_encoder_states
 from .given_inputs import given_inputs
 from .input_companions import COMPANIONS, DISPENSABLE
-from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, size_of
+from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, held_by, size_of
 from .output_tensors import tensors_in
 from .run_recipe import PLAIN, RunRecipe
 
@@ -120,7 +120,7 @@ def _main(
     parameters: Mapping[str, Any], config: Any, also: Collection[str] = ()
 ) -> dict[str, list[Shape]]:
     """Return the possible shapes of the main arguments, which decide the shapes of all others."""
-    held = _held(config)
+    held = held_by(config)
     names = [
         name
         for name in MAIN
@@ -192,17 +192,9 @@ def _texts(
     return texts
 
 
-def _held(config: Any) -> dict[str, Any]:
-    """Return what a config holds itself; properties may change other parts as they are read.
-
-    PE audio-video's change how its text model computes attention.
-    """
-    return getattr(config, "__dict__", {})
-
-
 def _token(config: Any, kind: str) -> int | None:
     """Return the token that stands for an image, a video or a sound, or None if there is none."""
-    for part in (config, *map(_held(config).get, _TOWER_PARTS)):
+    for part in (config, *map(held_by(config).get, _TOWER_PARTS)):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(part, name, None)
             if isinstance(token, int):

@@ -8,13 +8,12 @@ from typing import Any
 from torch import nn
 
 from ...fieldmap.field_map import FieldMap
-from ...forward.input_shapes import IMAGE_SIZES
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
 from ...model.shapes import shapes
 from ...model.tensors import is_matrix_stack
 from .compute_budget import PARTS, in_proportion, lighter
-from .image_sizes import crops, smaller_images
+from .image_sizes import crops, is_side, smaller_images
 from .requirements import HEAD_DIM, Requirements
 from .run_numbers import cheaper, with_equal_values, with_few_objects
 
@@ -201,8 +200,7 @@ def _with_multiples(
     builds without it: Zamba's attention reads two hidden states side by side, each stage of FastViT
     is twice as wide as the one before.
     """
-    first = widths[0]
-    stage = isinstance(first[-1], int) and first[-2] not in IMAGE_SIZES
+    stage = isinstance(widths[0][-1], int) and not is_side(widths[0])
     wider = _multiples(field_map, data, widths, value) if stage or value > _SPLIT else {}
     for part in PARTS if wider else ():
         if value % part == 0 and value // part >= HEAD_DIM:
