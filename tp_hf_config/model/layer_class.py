@@ -117,6 +117,8 @@ class {name}(_LayersWithOwnConfig, {stock}):
     def __init__(self, config, *args, **kwargs):
         with _own_configs():
             super().__init__(config, *args, **kwargs)
+        # building PeAudioVideoModel sets its text model's attention anew, after that is built
+        self._tell_layers("_attn_implementation_internal")
 """
 _PREFIX = "Layerwise"
 

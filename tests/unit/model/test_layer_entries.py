@@ -96,6 +96,27 @@ def test_attention_set_on_the_model_reaches_the_layers(tmp_path: Path) -> None:
     assert kinds == {"eager"}
 
 
+def test_attention_set_while_a_model_is_built_reaches_the_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Building PeAudioVideoModel reads a property that resets the attention of its text model."""
+    build = hf.LlamaModel.__init__
+
+    def build_and_reset(self: Any, config: Any) -> None:
+        build(self, config)
+        config._attn_implementation = "sdpa"
+
+    model: Any = layer_zoo.build("llama")
+    with layers_listed(model):
+        set_entries(model.config, {0: {"intermediate_size": 50}, 1: {"intermediate_size": 96}})
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = "eager"
+        monkeypatch.setattr(hf.LlamaModel, "__init__", build_and_reset)
+        other = type(model)(config)
+    kinds = {layer.self_attn.config._attn_implementation for layer in other.model.layers}
+    assert kinds == {"sdpa"}
+
+
 def test_the_file_needs_nothing_but_transformers(tmp_path: Path) -> None:
     model: Any = layer_zoo.build("llama")
     with layers_listed(model):
