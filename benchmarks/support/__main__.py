@@ -1,30 +1,32 @@
 """Measure every architecture of transformers: ``python benchmarks/support`` (``make support``).
 
-Each (task, model type) pair is pruned at tiny size in a process of its own and loaded again in
-another, both with time and memory limits.  What can be done with its layers is measured after that,
-in processes of its own, of the pairs that ran; ``--columns layers`` measures that alone.  Finished
-pairs lie in ``.support/`` and are not measured again by the next run with the same versions and
-seed.  Writes ``docs/support.json``, ``docs/support.md`` and the totals in the README.
+Each (task, model type) pair is pruned at tiny size in a process of its own, its widths and then its
+layers, and loaded again in another, all with limits of time and memory.  ``--columns layers`` (or
+``widths``) measures one of them alone.  Finished pairs lie in ``.support/`` and are not measured
+again by the next run with the same versions and seed; each says which state of the code it is of.
+Writes ``docs/support.json``, ``docs/support.md`` and the totals in the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from measuring import RESULT, attempts, learning, load_again, measure
+from measuring import LATE, PARTS, RESULT, attempts, learning, load_again, measure, read_result
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from table import kept, ran, write
+from table import ran, write
 
 from tp_hf_config.schema import versions
 
@@ -32,7 +34,6 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".support"
 os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
 os.environ["HF_MODULES_CACHE"] = str(CACHE / "modules")  # code of layers that differ
-PARTS = ("widths", "layers")
 _WAITING = 10
 PRELOADED = [
     "torch",
@@ -49,35 +50,54 @@ class Running:
     """A pair that is being measured: first pruned, then loaded again."""
 
     pair: Pair
+    parts: tuple[str, ...]
     folder: TemporaryDirectory[str]
-    process: Any
+    process: Any = None
     since: float = field(default_factory=time.monotonic)
     loading: bool = False
 
-    def result(self) -> dict[str, Any]:
-        """What is known so far."""
-        return dict(json.loads((Path(self.folder.name) / RESULT).read_text()))
+    @property
+    def place(self) -> Path:
+        """Where its result and pruned models lie."""
+        return Path(self.folder.name)
 
 
 class Runner:
-    """Measures one part of pairs, their widths or their layers, so many at a time."""
+    """Measures parts of pairs, their widths or their layers or both, so many pairs at a time."""
 
-    def __init__(self, part: str, seed: int, jobs: int, seconds: int, memory: int):
-        self.part, self.seed, self.jobs = part, seed, jobs
+    def __init__(self, parts: Sequence[str], seed: int, jobs: int, seconds: int, memory: int):
+        self.parts, self.seed, self.jobs = parts, seed, jobs
         self.seconds, self.memory = seconds, memory
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
         self.cache = CACHE / f"{seed}-{'-'.join(versions().values())}"
         self.cache.mkdir(parents=True, exist_ok=True)
+        self.code = _code()
 
     def done(self, pair: Pair) -> Path:
-        """Where a pair's result lies when it is measured."""
-        kind = "" if self.part == PARTS[0] else f".{self.part}"
-        return self.cache / f"{pair.name}{kind}.json"
+        """Where a pair's row lies when it is measured."""
+        return self.cache / f"{pair.name}.json"
+
+    def row(self, pair: Pair) -> dict[str, Any]:
+        """What was measured of a pair; empty: nothing."""
+        return dict(json.loads(self.done(pair).read_text())) if self.done(pair).exists() else {}
+
+    def missing(self, pair: Pair) -> tuple[str, ...]:
+        """The parts that are to be measured and were not; layers only of pairs that run."""
+        row = self.row(pair)
+        have = {"widths": bool(row), "layers": "layers" in row or (bool(row) and not ran(row))}
+        return tuple(part for part in self.parts if not have[part])
+
+    def forget(self, pair: Pair) -> None:
+        """Remove what was measured; without a pair's widths, its layers are measured anew too."""
+        row = self.row(pair)
+        self.done(pair).unlink(missing_ok=True)
+        if row and "widths" not in self.parts:
+            self.done(pair).write_text(json.dumps({k: v for k, v in row.items() if k != "layers"}))
 
     def run(self, pairs: list[Pair]) -> None:
         """Measure those that are not done yet."""
-        waiting = [pair for pair in pairs if not self.done(pair).exists()]
+        waiting = [(pair, missing) for pair in pairs if (missing := self.missing(pair))]
         random.Random(0).shuffle(waiting)  # so that the time left can be told
         running: list[Running] = []
         columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn())
@@ -85,7 +105,7 @@ class Runner:
             task = progress.add_task("", total=len(pairs), completed=len(pairs) - len(waiting))
             while waiting or running:
                 while waiting and len(running) < self.jobs:
-                    running.append(self._started(waiting.pop(0)))
+                    running.append(self._started(*waiting.pop(0)))
                 for one in list(running):
                     if self._advance(one):
                         running.remove(one)
@@ -100,17 +120,24 @@ class Runner:
         with self.context.Pool(self.jobs) as pool, Progress() as progress:
             task = progress.add_task("learning", total=len(done))
             for pair, seconds in zip(done, pool.imap(learning, done), strict=True):
-                row = json.loads(self.done(pair).read_text())
                 if seconds is not None:
-                    self.done(pair).write_text(json.dumps({**row, "learn_seconds": seconds}))
+                    row = {**self.row(pair), "learn_seconds": seconds}
+                    self.done(pair).write_text(json.dumps(row))
                 progress.advance(task)
 
-    def _started(self, pair: Pair) -> Running:
-        folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="support-")
-        arguments = (pair, self.part, Path(folder.name), self.seed, self.seconds, self.memory)
-        process = self.context.Process(target=measure, args=arguments, daemon=True)
-        process.start()
-        return Running(pair, folder, process)
+    def _started(self, pair: Pair, parts: tuple[str, ...]) -> Running:
+        one = Running(pair, parts, TemporaryDirectory(prefix="support-"))
+        row = self.row(pair) if "widths" not in parts else {}
+        if row:
+            (one.place / RESULT).write_text(json.dumps(row))
+        self._start(one, parts)
+        return one
+
+    def _start(self, one: Running, parts: Sequence[str]) -> None:
+        """Start a process that measures these parts."""
+        arguments = (one.pair, parts, one.place, self.seed, self.seconds, self.memory)
+        one.process = self.context.Process(target=measure, args=arguments, daemon=True)
+        one.process.start()
 
     def _advance(self, one: Running) -> bool:
         """Whether a pair is through; starts what comes next."""
@@ -118,16 +145,11 @@ class Runner:
             if time.monotonic() - one.since > _WAITING * self.seconds:
                 one.process.kill()  # it waits for something that uses no processor time
             return False
-        result: dict[str, Any] = {"stage": "class"}
-        if (Path(one.folder.name) / RESULT).exists():
-            result = one.result()
-        if one.process.exitcode and result.get("stage") != "done":
-            killed = one.process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
-            reason = f"no end within {self.seconds} s" if killed else "the process died"
-            result["why"] = f"{reason} ({result['stage']})"
-            (Path(one.folder.name) / RESULT).write_text(json.dumps(result))
-        if not one.loading and any(tried["folders"] for tried in attempts(result)):
-            arguments = (one.pair, Path(one.folder.name), self.seconds, self.memory)
+        if one.process.exitcode and not one.loading and self._goes_on_with_layers(one):
+            return False
+        result = read_result(one.place)
+        if not one.loading and any(tried.get("folders") for tried in attempts(result)):
+            arguments = (one.pair, one.place, len(PARTS) * self.seconds, self.memory)
             one.process = self.context.Process(target=load_again, args=arguments, daemon=True)
             one.loading = True
             one.process.start()
@@ -137,24 +159,33 @@ class Runner:
                 tried.update(outcome="failed", why="loading again did not end")
         result["seconds"] = round(time.monotonic() - one.since, 1)
         named = {"task": one.pair.task, "type": one.pair.type, "class": one.pair.class_name}
-        self.done(one.pair).write_text(json.dumps({**named, **result}))
+        self.done(one.pair).write_text(json.dumps({**named, "code": self.code, **result}))
         one.folder.cleanup()
         return True
 
+    def _goes_on_with_layers(self, one: Running) -> bool:
+        """Note why a process died; start another for layers if it died before them."""
+        result = read_result(one.place) or {"stage": "class", "widths": []}
+        killed = one.process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        reason = f"no end within {self.seconds} s" if killed else "the process died"
+        layers = result.get("layers")
+        if layers is None:
+            result["why"] = f"{reason} ({result['stage']})"
+        elif layers["why"] == LATE:
+            layers["why"] = f"{reason} (layers)"
+        (one.place / RESULT).write_text(json.dumps(result))
+        goes_on = layers is None and "layers" in one.parts and ran(result)
+        if goes_on:
+            self._start(one, ("layers",))
+        return goes_on
 
-def _has_run(widths: Runner, pair: Pair) -> bool:
-    """Whether a pair's widths were measured, and it ran."""
-    return widths.done(pair).exists() and ran(json.loads(widths.done(pair).read_text()))
 
-
-def _row(widths: Runner, layers: Runner, pair: Pair) -> dict[str, Any]:
-    """What was measured of a pair."""
-    row: dict[str, Any] = json.loads(widths.done(pair).read_text())
-    if layers.done(pair).exists():
-        found = json.loads(layers.done(pair).read_text())
-        keys = ("why", "lists", "differ", "dropped", "seconds")
-        row["layers"] = {key: found[key] for key in keys if key in found}
-    return row
+def _code() -> str:
+    """Which state of the code is measured: a digest of its files."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "tp_hf_config").rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def main() -> None:
@@ -181,19 +212,16 @@ def main() -> None:
     if options.tasks is not None:
         pairs = [pair for pair in pairs if pair.task in options.tasks]
     limits = (options.jobs, options.seconds, int(options.gib * 2**30))
-    widths, layers = (Runner(part, options.seed, *limits) for part in PARTS)
+    runner = Runner([part for part in PARTS if part in options.columns], options.seed, *limits)
+    if options.again:
+        for pair in pairs:
+            runner.forget(pair)
     if options.learning:
-        widths.learn(pairs)
-    for runner in (widths, layers) if not options.learning and not options.written else ():
-        if runner.part in options.columns:
-            chosen = [pair for pair in pairs if runner is widths or _has_run(widths, pair)]
-            if options.again:
-                for pair in chosen:
-                    runner.done(pair).unlink(missing_ok=True)
-            runner.run(chosen)
-    rows = [_row(widths, layers, pair) for pair in pairs if widths.done(pair).exists()]
+        runner.learn(pairs)
+    elif not options.written:
+        runner.run(pairs)
+    rows = [row for pair in pairs if (row := runner.row(pair))]
     whole = not options.types and not options.tasks
-    rows = kept(rows, options.seed, ROOT) if whole else rows
     write(rows, len(pairs), options.seed, ROOT if whole else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import resource
 import shutil
@@ -17,58 +18,104 @@ from pairs import Pair, config_of
 
 RESULT = "result.json"
 UNPRUNED = "unpruned"
+PARTS = ("widths", "layers")
+"""What is measured of a pair."""
+LATE = "it did not end in time"
+Note = Callable[..., None]
 
 
-def measure(pair: Pair, part: str, folder: Path, seed: int, seconds: int, memory: int) -> None:
+def measure(
+    pair: Pair, parts: Iterable[str], folder: Path, seed: int, seconds: int, memory: int
+) -> None:
     """Build, learn, make tiny, prune; what is known so far always lies in ``folder``.
+
+    What is learned and proved of the class for its widths serves its layers too.
 
     Args:
         pair: the class.
-        part: what of it is measured, ``"widths"`` or ``"layers"``.
-        folder: for the result, and for pruned models.
+        parts: what of it is measured, of ``PARTS``.
+        folder: for the result, which goes on from the one that is there, and for pruned models.
         seed: of weights and inputs.
-        seconds: processor time of this process.
+        seconds: processor time of this process for each part.
         memory: in bytes, of this process.
     """
     _surroundings(seconds, memory)
-    import transformers
-
-    from tp_hf_config.fieldmap.learn_field_map import map_of
-    from tp_hf_config.model.build import Refusal, without_data
     from tp_hf_config.model.surroundings import memory_kept
-    from tp_hf_config.pipeline.support import prepared
 
-    result: dict[str, Any] = {"stage": "class", "why": "it did not end in time", "widths": []}
+    result = read_result(folder) or {"stage": "class", "why": LATE, "widths": []}
+    layers: dict[str, Any] = {"why": LATE}
 
     def note(**news: Any) -> None:
         result.update(news)
         (folder / RESULT).write_text(json.dumps(result))
 
+    def note_layers(**news: Any) -> None:
+        layers.update(news)
+        note(layers=layers)
+
+    note_part = note if "widths" in parts else note_layers
+    note_part()
+    made = None
     try:
-        note()
-        model_class = getattr(transformers, pair.class_name)
-        note(stage="build")
-        config = config_of(pair)
-        model = without_data(model_class, config)
-        if isinstance(model, Refusal):
-            raise RuntimeError(model.reason)
-        note(stage="learn", parameters=sum(p.numel() for p in model.parameters()))
-        started = time.process_time()
-        map_of(model)
-        note(stage="run", learn_seconds=time.process_time() - started)
-        made = prepared(model, seed)
-        if isinstance(made, Refusal):
-            raise RuntimeError(made.reason)
-        note(stage="prune", partial=made.tiny.partial)
+        made = _prepared(pair, seed, note if "widths" in parts else _ignored)
         with memory_kept():
-            {"widths": _widths, "layers": _layers}[part](made, folder, note)
-        note(stage="done", why="")
+            if "widths" in parts:
+                _widths(made, folder, note)
+                note(stage="done", why="")
     except BaseException as error:  # the child must say what happened, whatever it was
-        named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
-        note(why=f"{named}{str(error) or type(error).__name__}"[:400])
+        note_part(why=_reason(error))
+    if made is None or "layers" not in parts:
+        return
+    _limit(time.process_time() + seconds if "widths" in parts else seconds)
+    try:
+        note_layers()
+        with memory_kept():
+            _layers(made, folder, note_layers)
+        note_layers(why="")
+    except BaseException as error:
+        note_layers(why=_reason(error))
 
 
-def _widths(case: Any, folder: Path, note: Callable[..., None]) -> None:
+def read_result(folder: Path) -> dict[str, Any]:
+    """What is known of a pair so far; empty: nothing."""
+    path = folder / RESULT
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _prepared(pair: Pair, seed: int, note: Note) -> Any:
+    """The class at tiny size with random weights, and how to run it."""
+    import transformers
+
+    from tp_hf_config.fieldmap.learn_field_map import map_of
+    from tp_hf_config.model.build import Refusal, without_data
+    from tp_hf_config.pipeline.support import prepared
+
+    model_class = getattr(transformers, pair.class_name)
+    note(stage="build")
+    model = without_data(model_class, config_of(pair))
+    if isinstance(model, Refusal):
+        raise RuntimeError(model.reason)
+    note(stage="learn", parameters=sum(p.numel() for p in model.parameters()))
+    started = time.process_time()
+    map_of(model)
+    note(stage="run", learn_seconds=time.process_time() - started)
+    made = prepared(model, seed)
+    if isinstance(made, Refusal):
+        raise RuntimeError(made.reason)
+    note(stage="prune", partial=made.tiny.partial)
+    return made
+
+
+def _ignored(**news: Any) -> None:
+    """Takes notes that the result has already."""
+
+
+def _reason(error: BaseException) -> str:
+    named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+    return f"{named}{str(error) or type(error).__name__}"[:400]
+
+
+def _widths(case: Any, folder: Path, note: Note) -> None:
     """Prune every width, and with the defaults."""
     from tp_hf_config.pipeline.trial import WidthSupport, attempt, trials
 
@@ -84,7 +131,7 @@ def _widths(case: Any, folder: Path, note: Callable[..., None]) -> None:
     note(defaults={key: tried[key] for key in ("outcome", "why", "folders")})
 
 
-def _layers(case: Any, folder: Path, note: Callable[..., None]) -> None:
+def _layers(case: Any, folder: Path, note: Note) -> None:
     """Drop a layer of every list, and let layers differ, if there are any."""
     from layer_trials import differ_trial, drop_trials, lists_of_layers
 
@@ -131,8 +178,11 @@ def learning(pair: Pair) -> float | None:
 
 def attempts(result: dict[str, Any]) -> list[dict[str, Any]]:
     """All that was pruned of a pair, as far as it came."""
-    alone = [result[name] for name in ("defaults", "differ") if name in result]
-    return [*result.get("widths", ()), *result.get("dropped", ()), *alone]
+    layers = result.get("layers", {})
+    alone = [
+        held[name] for held, name in ((result, "defaults"), (layers, "differ")) if name in held
+    ]
+    return [*result.get("widths", ()), *layers.get("dropped", ()), *alone]
 
 
 def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
@@ -142,15 +192,15 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
 
     from tp_hf_config.pipeline.trial import reloaded
 
-    result = json.loads((folder / RESULT).read_text())
+    result = read_result(folder)
     model_class = getattr(transformers, pair.class_name)
     if (folder / UNPRUNED).exists():
         refusal = reloaded(model_class, folder / UNPRUNED)
         if refusal is not None:  # whatever fails after that is no news of pruning
-            result = {k: v for k, v in result.items() if k not in ("dropped", "differ")}
-            result["why"] = f"before anything is pruned, {refusal.reason}"
+            kept = {k: v for k, v in result["layers"].items() if k not in ("dropped", "differ")}
+            result["layers"] = {**kept, "why": f"before anything is pruned, {refusal.reason}"}
     for tried in attempts(result):
-        for saved in tried.pop("folders"):
+        for saved in tried.pop("folders", ()):
             refusal = reloaded(model_class, folder / saved)
             if refusal is not None:
                 tried.update(outcome="failed", why=refusal.reason)
@@ -160,9 +210,15 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
 
 def _surroundings(seconds: int, memory: int) -> None:
     """Limits of this process: of processor time, so that a busy machine changes nothing."""
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    _limit(seconds)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     _quiet()
+
+
+def _limit(seconds: float) -> None:
+    """Limit the processor time of this process, since it began; its hard limit stays."""
+    whole = math.ceil(seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (whole, resource.RLIM_INFINITY))
 
 
 def _quiet() -> None:

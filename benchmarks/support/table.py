@@ -136,29 +136,6 @@ def _share(good: int, whole: int, more: str = "") -> str:
     return f"{good} of {whole}" + (f" ({100 * good / whole:.1f} %{more})" if whole else "")
 
 
-def kept(results: list[Result], seed: int, root: Path) -> list[Result]:
-    """The results, with what the table that is there says of layers that this run did not measure.
-
-    Widths are all of this run.
-    """
-    path = root / "docs" / "support.json"
-    table = json.loads(path.read_text()) if path.exists() else {}
-    if (table.get("versions"), table.get("seed")) != (versions(), seed):
-        return results
-    stored = {(r["task"], r["type"]): r for r in table["pairs"]}
-    found: list[Result] = []
-    for result in results:
-        before = stored.get((result["task"], result["type"]), {})
-        layers = _ended_layers(result) or _ended_layers(before) or result.get("layers")
-        found.append(result if layers is None else {**result, "layers": layers})
-    return found
-
-
-def _ended_layers(result: Result) -> Result | None:
-    layers: Result | None = result.get("layers")
-    return None if layers is None or layers["why"].startswith(_NO_END) else layers
-
-
 def _of(measured: int, pairs: int) -> str:
     return str(pairs) if measured == pairs else f"{measured} measured, of {pairs} that there are"
 
@@ -209,6 +186,7 @@ def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> No
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "seed": seed,
+        "codes": len({result.get("code") for result in results}),
         "totals": dict(rows),
     }
     folder = root / "docs"
@@ -342,7 +320,9 @@ def _cell(text: str) -> str:
 
 def _dated(head: dict[str, Any]) -> str:
     named = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
-    return f"{head['date']}, {named}, seed {head['seed']}"
+    states = head.get("codes", 1)
+    code = "" if states == 1 else f", rows of {states} states of the code"
+    return f"{head['date']}, {named}, seed {head['seed']}{code}"
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:

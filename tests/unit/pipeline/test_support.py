@@ -70,19 +70,19 @@ def test_the_page_is_what_the_table_says_and_names_are_not_links() -> None:
     assert not re.search(r"(?<!\\)\]\[", re.sub(r"`[^`]*`", "", written))
 
 
-def test_a_row_that_does_not_end_is_none_of_the_table_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_does_not_end_is_counted_as_such() -> None:
     table = table_module()
-    monkeypatch.setattr(table, "versions", lambda: {"torch": "2"})
     late = {"stage": "prune", "why": "no end within 60 s (prune)", "widths": []}
-    before = {"task": "model", "type": "a", "stage": "done", "why": "", "widths": []}
-    (tmp_path / "docs").mkdir()
-    stored = {"versions": {"torch": "2"}, "seed": 0, "pairs": [before]}
-    (tmp_path / "docs" / "support.json").write_text(json.dumps(stored))
-    now = [{"task": "model", "type": "a", **late}]
-    assert table.kept(now, 0, tmp_path) == now
-    assert dict(table.totals(now, 3))["pairs that did not end within their time"] == "1"
+    rows = [{"task": "model", "type": "a", **late}]
+    assert dict(table.totals(rows, 3))["pairs that did not end within their time"] == "1"
+
+
+def test_the_page_says_if_its_rows_are_of_several_states_of_the_code() -> None:
+    table = table_module()
+    head = {"date": "2026-11-27", "versions": {}, "seed": 0, "codes": 1}
+    assert "states of the code" not in table.page([], head, table.totals([], 0))
+    several = table.page([], {**head, "codes": 2}, table.totals([], 0))
+    assert "seed 0, rows of 2 states of the code" in several
 
 
 def test_the_page_has_a_column_for_the_defaults_once_they_were_tried() -> None:
@@ -144,25 +144,6 @@ def test_layers_have_columns_and_totals_of_the_pairs_that_have_some() -> None:
     without = table.page([with_layers("f")], head, table.totals([with_layers("f")], 1))
     assert "| layers differ |" not in without
     assert "## Why layers" not in without
-
-
-def test_layers_are_kept_from_the_table_where_this_run_has_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = table_module()
-    monkeypatch.setattr(table, "versions", lambda: {"torch": "2"})
-    before = with_layers("a", lists=["h"], dropped=[WORKS], differ=WORKS)
-    (tmp_path / "docs").mkdir()
-    stored = {"versions": {"torch": "2"}, "seed": 0, "pairs": [before]}
-    (tmp_path / "docs" / "support.json").write_text(json.dumps(stored))
-    new = with_layers("a", lists=["h"], dropped=[REFUSED], differ=WORKS)
-    unended = with_layers("a", lists=["h"], why=LATE)
-    assert table.kept([with_layers("a")], 0, tmp_path) == [before]
-    assert table.kept([unended], 0, tmp_path) == [before]
-    assert table.kept([new], 0, tmp_path) == [new]
-    assert table.kept([{**new, "why": LATE}], 0, tmp_path) == [{**new, "why": LATE}]
-    other = with_layers("b", lists=["h"], why=LATE)
-    assert table.kept([other, with_layers("c")], 0, tmp_path) == [other, with_layers("c")]
 
 
 def test_a_model_is_measured_at_tiny_size_and_not_touched(capfd: Any) -> None:
