@@ -2,9 +2,12 @@
 
 Each (task, model type) pair is pruned at tiny size in a process of its own, its widths and then its
 layers, and loaded again in another, all with limits of time and memory.  ``--columns layers`` (or
-``widths``) measures one of them alone.  Finished pairs lie in ``.support/`` and are not measured
-again by the next run with the same versions and seed; each says which state of the code it is of.
-Writes ``docs/support.json``, ``docs/support.md`` and the totals in the README.
+``widths``) measures one of them alone.  Writes ``docs/support.json``, ``docs/support.md`` and the
+totals in the README.
+
+A row says which state of the code it is of.  Rows of this state, in the table or in ``.support/``
+where finished pairs lie, are not measured again, so a run may be stopped at any time, or after
+``--minutes``, and the next one goes on.  Rows of other states stay in the table until then.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,7 +30,7 @@ from typing import Any
 from measuring import LATE, PARTS, RESULT, attempts, learning, load_again, measure, read_result
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from table import ran, write
+from table import ran, stored_rows, write
 
 from tp_hf_config.schema import versions
 
@@ -70,9 +74,14 @@ class Runner:
         self.seconds, self.memory = seconds, memory
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
-        self.cache = CACHE / f"{seed}-{'-'.join(versions().values())}"
-        self.cache.mkdir(parents=True, exist_ok=True)
         self.code = _code()
+        self.cache = CACHE / "-".join([str(seed), *versions().values(), self.code])
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.table = stored_rows(seed, ROOT)
+        for name, row in self.table.items():
+            path = self.cache / f"{name}.json"
+            if row.get("code") == self.code and not path.exists():
+                path.write_text(json.dumps(row))
 
     def done(self, pair: Pair) -> Path:
         """Where a pair's row lies when it is measured."""
@@ -95,15 +104,25 @@ class Runner:
         if row and "widths" not in self.parts:
             self.done(pair).write_text(json.dumps({k: v for k, v in row.items() if k != "layers"}))
 
-    def run(self, pairs: list[Pair]) -> None:
-        """Measure those that are not done yet."""
+    def rows(self, pairs: list[Pair]) -> list[dict[str, Any]]:
+        """What was measured of these pairs; of another state of the code where nothing was."""
+        rows = (self.row(pair) or self.table.get(pair.name) for pair in pairs)
+        return [row for row in rows if row]
+
+    def run(self, pairs: list[Pair], minutes: float) -> None:
+        """Measure those that are not done yet; begin none of them after so many minutes."""
         waiting = [(pair, missing) for pair in pairs if (missing := self.missing(pair))]
         random.Random(0).shuffle(waiting)  # so that the time left can be told
+        if minutes < math.inf:  # the quickest first
+            waiting.sort(key=lambda one: self.table.get(one[0].name, {}).get("seconds", math.inf))
+        end = time.monotonic() + 60 * minutes
         running: list[Running] = []
         columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeRemainingColumn()) as progress:
             task = progress.add_task("", total=len(pairs), completed=len(pairs) - len(waiting))
             while waiting or running:
+                if time.monotonic() > end:
+                    waiting.clear()
                 while waiting and len(running) < self.jobs:
                     running.append(self._started(*waiting.pop(0)))
                 for one in list(running):
@@ -198,6 +217,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", help="only these model types")
     parser.add_argument("--tasks", nargs="+", help="only these tasks")
     parser.add_argument("--sample", type=int, help="only so many types, drawn with the seed")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="the next run goes on then")
     parser.add_argument("--columns", nargs="+", choices=PARTS, default=PARTS, help="only these")
     parser.add_argument("--learning", action="store_true", help="measure learning alone, of rows")
     parser.add_argument("--written", action="store_true", help="measure nothing more, write")
@@ -219,10 +239,9 @@ def main() -> None:
     if options.learning:
         runner.learn(pairs)
     elif not options.written:
-        runner.run(pairs)
-    rows = [row for pair in pairs if (row := runner.row(pair))]
+        runner.run(pairs, options.minutes)
     whole = not options.types and not options.tasks
-    write(rows, len(pairs), options.seed, ROOT if whole else None)
+    write(runner.rows(pairs), len(pairs), options.seed, ROOT if whole else None)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,15 @@ def _share(good: int, whole: int, more: str = "") -> str:
     return f"{good} of {whole}" + (f" ({100 * good / whole:.1f} %{more})" if whole else "")
 
 
+def stored_rows(seed: int, root: Path) -> dict[str, Result]:
+    """The rows of the table that is there, by pair; none if it is of other versions or seeds."""
+    path = root / "docs" / "support.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    if (table.get("versions"), table.get("seed")) != (versions(), seed):
+        return {}
+    return {f"{row['task']}.{row['type']}": row for row in table["pairs"]}
+
+
 def _of(measured: int, pairs: int) -> str:
     return str(pairs) if measured == pairs else f"{measured} measured, of {pairs} that there are"
 

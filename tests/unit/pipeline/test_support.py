@@ -77,6 +77,22 @@ def test_a_row_that_does_not_end_is_counted_as_such() -> None:
     assert dict(table.totals(rows, 3))["pairs that did not end within their time"] == "1"
 
 
+def test_rows_of_the_table_are_read_if_it_is_of_the_same_versions_and_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_module()
+    monkeypatch.setattr(table, "versions", lambda: {"torch": "2"})
+    assert table.stored_rows(0, tmp_path) == {}
+    row = {"task": "model", "type": "a", "code": "12"}
+    (tmp_path / "docs").mkdir()
+    stored = {"versions": {"torch": "2"}, "seed": 0, "pairs": [row]}
+    (tmp_path / "docs" / "support.json").write_text(json.dumps(stored))
+    assert table.stored_rows(0, tmp_path) == {"model.a": row}
+    assert table.stored_rows(1, tmp_path) == {}
+    monkeypatch.setattr(table, "versions", lambda: {"torch": "3"})
+    assert table.stored_rows(0, tmp_path) == {}
+
+
 def test_the_page_says_if_its_rows_are_of_several_states_of_the_code() -> None:
     table = table_module()
     head = {"date": "2026-11-27", "versions": {}, "seed": 0, "codes": 1}
