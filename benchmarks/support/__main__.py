@@ -13,7 +13,6 @@ where finished pairs lie, are not measured again, so a run may be stopped at any
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import multiprocessing
@@ -27,6 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from code_digest import code_digest
 from measuring import LATE, PARTS, RESULT, attempts, learning, load_again, measure, read_result
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -74,7 +74,7 @@ class Runner:
         self.seconds, self.memory = seconds, memory
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
-        self.code = _code()
+        self.code = code_digest(ROOT / "tp_hf_config")
         self.cache = CACHE / "-".join([str(seed), *versions().values(), self.code])
         self.cache.mkdir(parents=True, exist_ok=True)
         self.table = stored_rows(seed, ROOT)
@@ -197,14 +197,6 @@ class Runner:
         if goes_on:
             self._start(one, ("layers",))
         return goes_on
-
-
-def _code() -> str:
-    """Which state of the code is measured: a digest of its files."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "tp_hf_config").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def main() -> None:

@@ -93,6 +93,20 @@ def test_rows_of_the_table_are_read_if_it_is_of_the_same_versions_and_seed(
     assert table.stored_rows(0, tmp_path) == {}
 
 
+def test_the_digest_of_the_code_changes_with_the_code_alone(tmp_path: Path) -> None:
+    digest = small.module_of(small.ROOT / "benchmarks" / "support" / "code_digest.py").code_digest
+    (tmp_path / "a.py").write_text('"""One."""\n\ndef f():\n    """Two."""\n    return 1\n')
+    before = digest(tmp_path)
+    (tmp_path / "a.py").write_text('def f():\n    """Three."""\n    return (1)  # four\n')
+    assert digest(tmp_path) == before
+    (tmp_path / "a.py").write_text("def f():\n    return 2\n")
+    assert digest(tmp_path) != before
+    (tmp_path / "a.py").write_text("def f():\n    return 1\n")
+    assert digest(tmp_path) == before
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert digest(tmp_path) != before
+
+
 def test_the_page_says_if_its_rows_are_of_several_states_of_the_code() -> None:
     table = table_module()
     head = {"date": "2026-11-27", "versions": {}, "seed": 0, "codes": 1}
