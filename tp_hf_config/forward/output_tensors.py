@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _MASKED = 1e30
@@ -30,3 +31,17 @@ def unmasked(scores: Tensor) -> Tensor:
     """
     masked = scores.detach().abs() > _MASKED
     return scores.masked_fill(masked, 0.0) if bool(masked.any()) else scores
+
+
+def largest_in(tensor: Tensor) -> float:
+    """Return the largest absolute value of a tensor; 0 of one without elements."""
+    if not tensor.numel():
+        return 0.0
+    values = tensor.detach()
+    least, most = torch.aminmax(values.abs() if values.is_complex() else values)
+    return max(-float(least), float(most))
+
+
+def largest_by_name(tensors: Mapping[str, Tensor | None]) -> dict[str, float]:
+    """Return the largest absolute value of each tensor; 0: there is none."""
+    return {name: 0.0 if one is None else largest_in(one) for name, one in tensors.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,6 +61,12 @@ class UnitLayout:
     def is_plain(self) -> bool:
         """True for one block without offset and gaps."""
         return self == UnitLayout(self.parts, self.run)
+
+
+@cache
+def positions_of(layout: UnitLayout, unit: int, units: int, device: torch.device) -> Tensor:
+    """Return the positions of one unit as a tensor that all callers share."""
+    return torch.tensor(layout.positions(unit, units), device=device)
 
 
 def share_positions(layouts: Iterable[tuple[UnitLayout, int]]) -> bool:

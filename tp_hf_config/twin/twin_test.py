@@ -9,18 +9,20 @@ way is a group. It is right if permuting its units leaves the outputs of the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..forward.buffer_gradients import following
 from ..forward.encoder_states import encoder_states_in
 from ..forward.observed_pass import PassResult, outputs_in_float64
+from ..forward.output_tensors import largest_by_name, largest_in
 from ..forward.replay import Replay
 from ..forward.run_recipe import PLAIN, RunRecipe
-from .layout import TensorDim, UnitLayout
+from .edits import Edits
+from .layout import TensorDim, UnitLayout, positions_of
 from .links import Links, merged
 
 _EQUAL = 1e-9
@@ -50,6 +52,7 @@ class TwinTest:
             does not change. Default: every pass runs the whole model.
         proofs: which permutations of this model were found to be neutral; none is tried again.
         outputs: the floating point outputs of a pass, watched results last. Default: one is run.
+        followed: the buffers that gradients are computed of, like those of parameters.
 
     Attributes:
         axes: length of an output axis that holds the units -> their possible layouts.
@@ -68,15 +71,16 @@ class TwinTest:
         replay: Replay | None = None,
         proofs: dict[Proof, bool] | None = None,
         outputs: Sequence[Tensor] | None = None,
+        followed: Collection[str] = (),
     ):
         self.model, self.inputs, self.units = model, dict(inputs), units
         self.watched, self.recipe = watched, recipe
-        self._replay = replay
+        self._replay, self._followed = replay, followed
         self._proofs = {} if proofs is None else proofs
-        self._changed: list[str] = []
         self.axes = {units * run: (UnitLayout(run=run), UnitLayout(parts=run)) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
+        self._edits = Edits(self.parameters)
         encoder_states = encoder_states_in(model, inputs, recipe.encoder_states)
         for name, states in encoder_states.items():  # units too
             self.inputs[name] = self.parameters[name] = states.detach().clone().requires_grad_(True)
@@ -93,7 +97,7 @@ class TwinTest:
 
         Gradients can be asked of the parameters ``names`` afterwards; those of others may be lost.
         """
-        changed = {*names, *self._changed}
+        changed = {*names, *self._edits.names}
         if self._replay is not None and changed:
             held = [self.parameters[name] for name in changed]
             replayed = self._replay.outputs(held, self.inputs, self.recipe)
@@ -123,7 +127,7 @@ class TwinTest:
         hidden = unobserved = list(dims)
         for first in range(0, min(2 * pairs, self.units - 1), 2):
             second = first + 1
-            with self._restored(dims):
+            with self._edits.undone():
                 self._make_twins(dims, first, second)
                 grads = self._gradients(dims, first, second)
                 observed, unequal = self._observed(dims, grads, first, second)
@@ -150,7 +154,7 @@ class TwinTest:
         outputs, where no permutation shows them.
         """
         first, second = 0, self.units // channel_groups - 1
-        with self._restored(dims):
+        with self._edits.undone():
             self._make_twins(dims, first, second)
             grads = self._gradients(dims, first, second)
             return not self._observed(dims, grads, first, second)[1]
@@ -158,9 +162,9 @@ class TwinTest:
     def _make_twins(self, dims: Sequence[TensorDim], first: int, second: int) -> None:
         """Give one unit the weights of another in every tensor dim, in place."""
         for dim in dims:
-            data = self.parameters[dim.name].data
             source, target = self._positions(dim, first, second)
-            data.index_copy_(dim.dim, target, data.index_select(dim.dim, source))
+            values = self.parameters[dim.name].data.index_select(dim.dim, source)
+            self._edits.write(dim, target, values)
 
     def _is_dead(self, grads: dict[str, Tensor | None], dim: TensorDim, unit: int) -> bool:
         """True if a tensor dim has a gradient that is zero for this unit."""
@@ -202,12 +206,13 @@ class TwinTest:
         It is the largest change of an output, relative to its largest value; infinity if its shape
         changes, or other values are NaN. An output axis that holds the units may be reordered too.
         """
-        with self._restored(dims), torch.no_grad():
+        moved = [place for place, unit in enumerate(order) if place != unit]
+        with self._edits.undone(), torch.no_grad():
             for dim in dims:
                 data = self.parameters[dim.name].data
                 table = dim.layout.table(self.units).to(data.device)
-                reordered = data.index_select(dim.dim, table[list(order)].flatten())
-                data.index_copy_(dim.dim, table.flatten(), reordered)
+                source = table[[order[place] for place in moved]].flatten()
+                self._edits.write(dim, table[moved].flatten(), data.index_select(dim.dim, source))
             changed = self.outputs()
         axes = self._axes(dims)
         return max(
@@ -289,24 +294,26 @@ class TwinTest:
             if other.name == dim.name and other.dim != dim.dim:
                 one, two = self._positions(other, first, second)
                 noise.index_copy_(other.dim, two, noise.index_select(other.dim, one))
-        with self._restored([dim]):
-            data.index_add_(dim.dim, positions, noise)
-            return self._unequal(dims, self._gradients(dims, first, second), first, second)
+        with self._edits.undone():
+            self._edits.write(dim, positions, data.index_select(dim.dim, positions) + noise)
+            grads = self._gradients(dims, first, second)
+            return self._unequal(dims, grads, largest_by_name(grads), first, second)
 
     def _gradients(
         self, dims: Sequence[TensorDim], first: int, second: int
     ) -> dict[str, Tensor | None]:
         """Return the gradients of parameters by name, of a loss that treats both twins alike."""
-        names = [n for n in dict.fromkeys(d.name for d in dims) if self.parameters[n].requires_grad]
         by_name: dict[str, Tensor | None] = dict.fromkeys(dim.name for dim in dims)
-        axes = self._axes(dims)
-        outputs = [output for output in self.outputs(names) if output.requires_grad]
-        losses = [self._loss(output, first, second, axes) for output in outputs]
-        if not names or not losses:
-            return by_name
-        grads = torch.autograd.grad(
-            torch.stack(losses).sum(), [self.parameters[name] for name in names], allow_unused=True
-        )
+        buffers = [self.parameters[name] for name in by_name if name in self._followed]
+        with following(buffers):
+            names = [name for name in by_name if self.parameters[name].requires_grad]
+            axes = self._axes(dims)
+            outputs = [output for output in self.outputs(names) if output.requires_grad]
+            losses = [self._loss(output, first, second, axes) for output in outputs]
+            if not names or not losses:
+                return by_name
+            asked = [self.parameters[name] for name in names]
+            grads = torch.autograd.grad(torch.stack(losses).sum(), asked, allow_unused=True)
         return by_name | dict(zip(names, grads, strict=True))
 
     def _loss(
@@ -354,12 +361,9 @@ class TwinTest:
         A difference that is no more than rounding leaves of larger gradients does not count: such a
         tensor dim is in neither list.
         """
-        largest = {
-            name: float(grad.abs().max()) if grad is not None and grad.numel() else 0.0
-            for name, grad in grads.items()
-        }
+        largest = largest_by_name(grads)
         observed = [dim for dim in dims if largest[dim.name] >= _NO_GRADIENT]
-        unequal = self._unequal(observed, grads, first, second)
+        unequal = self._unequal(observed, grads, largest, first, second)
         least = _ROUNDING * max(largest.values(), default=0.0)
         rounded = {dim for dim in unequal if largest[dim.name] < least}
         return (
@@ -368,7 +372,12 @@ class TwinTest:
         )
 
     def _unequal(
-        self, dims: Sequence[TensorDim], grads: Mapping[str, Tensor | None], first: int, second: int
+        self,
+        dims: Sequence[TensorDim],
+        grads: Mapping[str, Tensor | None],
+        largest: Mapping[str, float],
+        first: int,
+        second: int,
     ) -> list[TensorDim]:
         """Return the tensor dims in which the gradients of the twins differ."""
         result = []
@@ -377,24 +386,12 @@ class TwinTest:
             if grad is None or not grad.numel():
                 continue
             one, two = self._positions(dim, first, second)
-            difference = grad.index_select(dim.dim, one) - grad.index_select(dim.dim, two)
-            if float(difference.abs().max()) > _EQUAL * float(grad.abs().max()):
+            apart = grad.index_select(dim.dim, one) - grad.index_select(dim.dim, two)
+            if largest_in(apart) > _EQUAL * largest[dim.name]:
                 result.append(dim)
         return result
 
     def _positions(self, dim: TensorDim, *units: int) -> list[Tensor]:
         """Return the positions of each of these units along a tensor dim."""
-        device, layout = self.parameters[dim.name].device, dim.layout
-        return [torch.tensor(layout.positions(u, self.units), device=device) for u in units]
-
-    @contextmanager
-    def _restored(self, dims: Sequence[TensorDim]) -> Iterator[None]:
-        """Put the parameters of these tensor dims back at the end of the context."""
-        before = {name: self.parameters[name].data.clone() for name in {d.name for d in dims}}
-        changed, self._changed = self._changed, [*self._changed, *before]
-        try:
-            yield
-        finally:
-            self._changed = changed
-            for name, data in before.items():
-                self.parameters[name].data.copy_(data)
+        device = self.parameters[dim.name].device
+        return [positions_of(dim.layout, unit, self.units, device) for unit in units]

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tp_hf_config.forward.output_tensors import tensors_in, unmasked
+from tp_hf_config.forward.output_tensors import (
+    largest_by_name,
+    largest_in,
+    tensors_in,
+    unmasked,
+)
 
 
 def test_every_tensor_is_yielded_however_it_is_nested() -> None:
@@ -27,3 +32,12 @@ def test_masked_scores_have_no_gradient_and_the_others_theirs() -> None:
     unmasked(scores).sum().backward()
     assert scores.grad is not None
     assert scores.grad.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_the_largest_absolute_value() -> None:
+    assert largest_in(torch.tensor([[1.0, -3.0], [2.0, 0.0]])) == 3.0
+    assert largest_in(torch.tensor([3 + 4j, 1.0])) == 5.0
+    assert largest_in(torch.empty(0, 2)) == 0.0
+    undefined = largest_in(torch.tensor([1.0, torch.nan]))
+    assert undefined != undefined
+    assert largest_by_name({"a": torch.tensor([-2.0]), "b": None}) == {"a": 2.0, "b": 0.0}

@@ -287,6 +287,40 @@ def test_an_unused_parameter_is_silent():
     assert found(links) == {frozenset(stream_dims())}
 
 
+def test_buffers_that_gradients_reach_are_in_the_groups_that_they_scale() -> None:
+    """A norm with frozen statistics, as in detectors' backbones, in each of two branches."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(HIDDEN, INNER), nn.Linear(INNER, HIDDEN)
+            self.register_buffer("scale", torch.rand(INNER, dtype=torch.float64) + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x) * self.scale))
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList(Branch() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.branches[0](x) + self.branches[1](x)
+
+    model = ready(Branches())
+    names = (("a.weight", 0), ("a.bias", 0), ("b.weight", 1), ("scale", 0))
+    branches = [{TensorDim(f"branches.{i}.{name}", dim) for name, dim in names} for i in range(2)]
+    dims = [dim for branch in branches for dim in branch]
+    scales = {dim for dim in dims if dim.name.endswith("scale")}
+    followed = {dim.name for dim in scales}
+    with untouched(model):
+        links = TwinTest(model, states(), INNER, followed=followed).links(dims)
+        assert found(links) == {frozenset(branch) for branch in branches}
+        assert not links.unobserved
+        links = TwinTest(model, states(), INNER).links(dims)
+        assert set(links.unobserved) == scales
+
+
 def test_what_rounding_leaves_of_a_gradient_is_silent():
     """Another for each unit, and less than the last digit of the largest."""
 

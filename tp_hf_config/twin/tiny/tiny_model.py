@@ -17,15 +17,11 @@ from torch import nn
 from ...fieldmap.field_map import FieldMap
 from ...fieldmap.layer_counts import is_whole_number_list, may_name_layers
 from ...fieldmap.learn_field_map import learn
+from ...forward.buffer_gradients import followed_buffers
 from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
 from ...forward.encoder_states import encoder_states_in
 from ...forward.extra_methods import outputs_of
-from ...forward.observed_pass import (
-    AllFloat64,
-    PassResult,
-    outputs_in_float64,
-    watched_results,
-)
+from ...forward.observed_pass import AllFloat64, PassResult, outputs_in_float64, watched_results
 from ...forward.output_tensors import tensors_in
 from ...forward.replay import Replay
 from ...forward.run_recipe import RunRecipe
@@ -104,6 +100,11 @@ class TinyModel:
         return {}
 
     @cached_property
+    def _followed(self) -> frozenset[str]:
+        """The saved buffers that gradients reach."""
+        return followed_buffers(self.model, self.inputs, self.watched, self.recipe)
+
+    @cached_property
     def outputs(self) -> list[torch.Tensor]:
         """The floating point outputs of a pass, the watched results last.
 
@@ -157,7 +158,7 @@ class TinyModel:
         given = (units, runs, self.watched, self.recipe)
         if model is not None:
             return TwinTest(model, self.inputs, *given)
-        remembered = (self._replay, self._proofs, self.outputs)
+        remembered = (self._replay, self._proofs, self.outputs, self._followed)
         return TwinTest(self.model, self.inputs, *given, *remembered)
 
 
