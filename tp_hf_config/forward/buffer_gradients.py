@@ -1,4 +1,4 @@
-"""Let gradients reach buffers, so that experiments see what depends on them.
+"""Let gradients reach the buffers of norms, so that experiments see what depends on them.
 
 A batch norm with frozen statistics (DETR, RT-DETR, D-FINE) holds all it computes with as buffers,
 which autograd does not follow by itself.
@@ -21,15 +21,17 @@ from .run_recipe import RunRecipe
 def followed_buffers(
     model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[PassResult], recipe: RunRecipe
 ) -> frozenset[str]:
-    """Return the names of the saved buffers whose gradients a pass can compute.
+    """Return the names of the saved buffers of norms whose gradients a pass can compute.
 
-    Torch computes none of the statistics of its own batch norms. There are none at all if a pass
-    fails with them: a class may write to a buffer.
+    Tables of other modules stay out: the outputs may depend on some of them alone (MiniMax's decays
+    of a text of one block), or have no gradient behind a choice (EnCodec's codebooks). Torch
+    computes no gradients of its own batch norms' statistics. There are none at all if a pass fails
+    with them: a class may write to a buffer.
     """
     buffers = {
         name: buffer
         for name, buffer in saved_buffers(model).items()
-        if not isinstance(owner(model, name)[0], nn.modules.batchnorm._NormBase)
+        if _is_norm(owner(model, name)[0])
     }
     if not buffers:
         return frozenset()
@@ -42,6 +44,13 @@ def followed_buffers(
     except RuntimeError:
         return frozenset()
     return frozenset(buffers)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """True if a module's own tensors are all vectors, and it is none of torch's batch norms."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    of_torch = isinstance(module, nn.modules.batchnorm._NormBase)
+    return not of_torch and all(tensor.ndim <= 1 for tensor in own)
 
 
 @contextmanager

@@ -36,6 +36,17 @@ class Counting(FrozenNorm):
         return super().forward(x)
 
 
+class Table(FrozenNorm):
+    """One with a table beside it, as a codebook has."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.register_buffer("table", torch.rand(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.table
+
+
 def model_with(norm: nn.Module) -> nn.Module:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -55,8 +66,9 @@ def model_with(norm: nn.Module) -> nn.Module:
         (nn.BatchNorm1d(4), set()),
         (nn.LayerNorm(4), set()),
         (Counting(4), set()),
+        (Table(4), set()),
     ],
-    ids=["buffers alone", "torch's own", "none", "written to"],
+    ids=["buffers alone", "torch's own", "none", "written to", "a table"],
 )
 def test_buffers_whose_gradients_a_pass_computes(norm: nn.Module, expected: set[str]) -> None:
     model = model_with(norm)
