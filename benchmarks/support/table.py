@@ -330,7 +330,7 @@ def _cell(text: str) -> str:
 def _dated(head: dict[str, Any]) -> str:
     named = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
     states = head.get("codes", 1)
-    code = "" if states == 1 else f", rows of {states} states of the code"
+    code = "" if states == 1 else f", rows of {states} or more states of the code"
     return f"{head['date']}, {named}, seed {head['seed']}{code}"
 
 
