@@ -58,10 +58,10 @@ def measure(
     made = None
     try:
         made = _prepared(pair, seed, note if "widths" in parts else _ignored)
-        with memory_kept():
-            if "widths" in parts:
+        if "widths" in parts:
+            with memory_kept():
                 _widths(made, folder, note)
-                note(stage="done", why="")
+            note(stage="done", why="")
     except BaseException as error:  # the child must say what happened, whatever it was
         note_part(why=_reason(error))
     if made is None or "layers" not in parts:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..model.class_caches import without_caches
 from ..model.shapes import named_modules
 from .extra_methods import outputs_of
-from .output_tensors import tensors_in, unmasked
+from .output_tensors import largest_in, tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
 
 _NONE = 1e-12  # a smaller gradient is none
@@ -359,5 +359,5 @@ def _unobserved(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list
     return [
         parameter
         for parameter, grad in zip(parameters, grads, strict=True)
-        if grad is None or not grad.numel() or float(grad.abs().max()) < _NONE
+        if grad is None or largest_in(grad) < _NONE
     ]
