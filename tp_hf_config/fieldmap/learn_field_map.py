@@ -7,10 +7,8 @@ changes depends on that field. No field, layer or architecture is known by name.
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,7 +21,7 @@ from ..model.config_json import EntryOfKind, FieldPath, config_json
 from ..model.disk_cache import folder, load, store
 from ..model.layer_class import layer_lists
 from ..model.shapes import Mismatch, compare, shapes
-from ..model.surroundings import same_random_state
+from ..model.surroundings import old_objects_aside, same_random_state
 from . import fit_expressions as lines
 from .candidate_fields import candidates
 from .completeness import build_live, missing_parts, notes_on_layer_order
@@ -124,7 +122,7 @@ def _learned_once(
     # the map holds the function
     key = (builder.model_class, data, builder.dtype, options, id(make_inputs))
     if key not in _learned:
-        with _old_objects_aside(), same_random_state():
+        with old_objects_aside(), same_random_state():
             _learned[key] = how(builder, config, full, make_inputs)
         while len(_learned) > _MOST_MAPS:
             _learned.popitem(last=False)
@@ -153,29 +151,6 @@ def stored_or_learned(
     field_map = dataclasses.replace(learn(builder, config, full), digest=digest)
     store(key, state_of(field_map))
     return field_map
-
-
-_frozen_by_others = False
-"""True once other code froze objects: to count them takes the longer the more there are."""
-_frozen_here = False
-
-
-@contextmanager
-def _old_objects_aside() -> Iterator[None]:
-    """Hide existing objects from the garbage collector, which hundreds of builds trigger."""
-    global _frozen_by_others, _frozen_here
-    if not _frozen_here:
-        _frozen_by_others = _frozen_by_others or gc.get_freeze_count() > 0
-    if _frozen_here or _frozen_by_others:
-        yield
-        return
-    gc.freeze()
-    _frozen_here = True
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        _frozen_here = False
 
 
 def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:

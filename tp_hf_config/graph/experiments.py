@@ -22,7 +22,13 @@ from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import load, store, suspended
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
-from ..model.surroundings import memory_kept, one_thread, plain_autograd, same_random_state
+from ..model.surroundings import (
+    memory_kept,
+    old_objects_aside,
+    one_thread,
+    plain_autograd,
+    same_random_state,
+)
 from ..twin.find_groups import find_alone, find_groups
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel, once, stored_tiny_model, tiny_model
@@ -86,7 +92,7 @@ def experiments_of(
         with one_thread(), same_random_state(), plain_autograd(), cache:
             result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
             if result is None:
-                with memory_kept():
+                with memory_kept(), old_objects_aside():
                     result = _experimented(field_map, memory, tiny, fields)
         memory.by_fields[result.fields] = result
     if isinstance(result.tiny, InputsRefusal):

@@ -57,7 +57,8 @@ def _from_own_entry(build, name, built):
         config, number = call.arguments["config"], call.arguments.get("layer_idx")
         number = built[name, id(config)] if number is None else number
         built[name, id(config)] += 1
-        if config.is_heterogeneous:
+        # the convolutions before the encoder of NemotronAsrStreamingModel are counted from 1
+        if config.is_heterogeneous and number < config.num_hidden_layers:
             call.arguments["config"] = config.per_layer_config[number]
         build(*call.args, **call.kwargs)
 

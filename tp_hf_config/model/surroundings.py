@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ _LARGEST = 2**25
 _MAPPED = 2**16
 """How many blocks glibc maps at most, if nothing is said."""
 _keeps_memory = False
+_frozen_by_others = False
+"""True once other code froze objects: to count them takes the longer the more there are."""
+_frozen_here = False
 
 
 @contextmanager
@@ -65,6 +69,27 @@ def _glibc() -> Any:
         libc.gnu_get_libc_version, libc.mallopt, libc.malloc_trim  # noqa: B018
         return libc
     return None
+
+
+@contextmanager
+def old_objects_aside() -> Iterator[None]:
+    """While open, the garbage collector skips objects that there were before.
+
+    Hundreds of builds and passes trigger it, and it would look at all of them each time.
+    """
+    global _frozen_by_others, _frozen_here
+    if not _frozen_here:
+        _frozen_by_others = _frozen_by_others or gc.get_freeze_count() > 0
+    if _frozen_here or _frozen_by_others:
+        yield
+        return
+    gc.freeze()
+    _frozen_here = True
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        _frozen_here = False
 
 
 @contextmanager

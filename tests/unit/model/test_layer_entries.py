@@ -228,6 +228,33 @@ def test_a_config_that_counts_several_lists_in_one_dictionary_has_no_entries() -
         pruner_kwargs(model, layers="differ")
 
 
+def test_a_list_that_counts_from_1_asks_for_no_entry_after_the_last_layers(tmp_path: Path) -> None:
+    """Its two convolutions before the encoder take the config and the numbers 1 and 2."""
+    config = hf.NemotronAsrStreamingEncoderConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        subsampling_conv_channels=8,
+        num_mel_bins=16,
+    )
+    model: Any = hf.NemotronAsrStreamingEncoder(config).eval()
+    with layers_listed(model):
+        entries = {number: dict(entry) for number, entry in entries_of(config).items()}
+        entries[0]["intermediate_size"] = 40
+        set_entries(config, entries)
+        feed_forward = model.layers[0].feed_forward1, model.layers[0].feed_forward2
+        for part in feed_forward:
+            part.linear1 = torch.nn.Linear(32, 40)
+            part.linear2 = torch.nn.Linear(40, 32)
+    assert layer_lists(type(model)) == ("subsampling.layers", "layers")
+    inputs = {"input_features": torch.randn(1, 40, 16)}
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
 def test_an_audio_codec_is_not_saved_as_a_tokenizer(tmp_path: Path) -> None:
     """custom_object_save writes two names for every class with "Tokenizer" in its name."""
     sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
