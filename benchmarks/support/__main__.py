@@ -178,7 +178,8 @@ class Runner:
                 tried.update(outcome="failed", why="loading again did not end")
         result["seconds"] = round(time.monotonic() - one.since, 1)
         named = {"task": one.pair.task, "type": one.pair.type, "class": one.pair.class_name}
-        self.done(one.pair).write_text(json.dumps({**named, "code": self.code, **result}))
+        state = {"code": self.code, "limit": self.seconds}
+        self.done(one.pair).write_text(json.dumps({**named, **state, **result}))
         one.folder.cleanup()
         return True
 

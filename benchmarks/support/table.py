@@ -99,13 +99,20 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
     rows += _layer_totals(runs)
     unended = sum(r["why"].startswith(_NO_END) for r in built)
     rows += [
-        ("pairs that did not end within their time", str(unended)),
+        ("pairs that did not end within their time", f"{unended}{_limits(results)}"),
         ("widths that work", str(outcomes["works"])),
         ("widths refused before anything was pruned", str(outcomes["refused"])),
         ("widths that failed", str(outcomes["failed"])),
         ("of those silently wrong", str(sum(map(silent, widths_of(runs))))),
     ]
     return rows
+
+
+def _limits(results: list[Result]) -> str:
+    """The time that the process of a pair had at most, where its row says so."""
+    limits = sorted({result["limit"] for result in results if "limit" in result})
+    seconds = " or ".join(map(str, limits))
+    return f" ({seconds} s of processor time each)" if limits else ""
 
 
 def _layer_totals(runs: list[Result]) -> list[tuple[str, str]]:

@@ -77,6 +77,16 @@ def test_a_row_that_does_not_end_is_counted_as_such() -> None:
     assert dict(table.totals(rows, 3))["pairs that did not end within their time"] == "1"
 
 
+def test_the_table_says_how_long_a_pair_had() -> None:
+    table = table_module()
+    row = {"task": "model", "stage": "done", "why": "", "widths": [], "limit": 120}
+    rows = [{**row, "type": "a"}, {**row, "type": "b"}]
+    said = "pairs that did not end within their time"
+    assert dict(table.totals(rows, 2))[said] == "0 (120 s of processor time each)"
+    rows[1]["limit"] = 170
+    assert dict(table.totals(rows, 2))[said] == "0 (120 or 170 s of processor time each)"
+
+
 def test_rows_of_the_table_are_read_if_it_is_of_the_same_versions_and_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
