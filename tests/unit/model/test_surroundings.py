@@ -1,14 +1,15 @@
-"""Memory that glibc keeps while experiments run."""
+"""Memory that glibc keeps and objects that the garbage collector skips while experiments run."""
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
 from tp_hf_config.model import surroundings
-from tp_hf_config.model.surroundings import memory_kept
+from tp_hf_config.model.surroundings import memory_kept, old_objects_aside
 
 PAGES_OF_THREE_TENSORS = """
 import ctypes
@@ -47,3 +48,33 @@ def test_what_the_user_has_set_stays(variable: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(surroundings, "_glibc", lambda: pytest.fail("it was changed"))
     with memory_kept():
         pass
+
+
+@pytest.fixture
+def _nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a user's process; that of the tests freezes what their imports left."""
+    gc.unfreeze()
+    monkeypatch.setattr(surroundings, "_frozen_by_others", False)
+
+
+@pytest.mark.usefixtures("_nothing_frozen")
+def test_old_objects_are_collected_again_afterwards() -> None:
+    old: list[object] = []
+    with old_objects_aside():
+        with old_objects_aside():
+            assert gc.get_freeze_count() > 0
+        new: list[object] = []
+        assert not any(one is old for one in gc.get_objects())
+        assert any(one is new for one in gc.get_objects())
+    assert gc.get_freeze_count() == 0
+    assert any(one is old for one in gc.get_objects())
+
+
+@pytest.mark.usefixtures("_nothing_frozen")
+def test_objects_that_others_froze_stay_frozen() -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    new: list[object] = []
+    with old_objects_aside():
+        assert any(one is new for one in gc.get_objects())
+    assert gc.get_freeze_count() >= frozen - 10  # a few have died meanwhile
