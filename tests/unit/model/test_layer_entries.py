@@ -240,11 +240,10 @@ def test_a_list_that_counts_from_1_asks_for_no_entry_after_the_last_layers(tmp_p
     )
     model: Any = hf.NemotronAsrStreamingEncoder(config).eval()
     with layers_listed(model):
-        entries = {number: dict(entry) for number, entry in entries_of(config).items()}
+        entries = entries_of(config)
         entries[0]["intermediate_size"] = 40
         set_entries(config, entries)
-        feed_forward = model.layers[0].feed_forward1, model.layers[0].feed_forward2
-        for part in feed_forward:
+        for part in (model.layers[0].feed_forward1, model.layers[0].feed_forward2):
             part.linear1 = torch.nn.Linear(32, 40)
             part.linear2 = torch.nn.Linear(40, 32)
     assert layer_lists(type(model)) == ("subsampling.layers", "layers")
