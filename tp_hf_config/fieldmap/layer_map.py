@@ -32,6 +32,9 @@ from .learn_field_map import map_at, stored_or_learned
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_MOST_MAPS = 2
+"""How many configs with all layers alike are learned, of a class that runs with none."""
+
 
 def entangled_fields(field_map: FieldMap) -> set[FieldPath]:
     """Return the fields that change with others, or that set some size along no straight line."""
@@ -109,25 +112,31 @@ class LayerFields:
 def uniform_map(
     builder: Builder, data: dict[str, Any], make_inputs: MakeInputs | None = None
 ) -> FieldMap:
-    """Return the field map of the stock class at a config in which all layers are as the first.
+    """Return the field map of the stock class at a config in which all layers are alike.
 
-    Where it refuses that (three heads, which do not divide the hidden size), they are as the first
-    layer that will do, or have the numbers that the config has for all.
+    They have the numbers that the config has for all, which stay as they are from step to step
+    while layers differ: it is learned once. Where the class does not build or run that (layers may
+    agree on three key/value heads while the config still has eight heads for all), they are as the
+    first layer that will do.
+
+    Raises:
+        UnsupportedModelError: the class builds none of these.
     """
     stock = builder.of_class(stock_class(builder.model_class))
-    first = uniform_json(data)
-    try:
-        return map_at(stock, first, make_inputs)
-    except UnsupportedModelError:
-        if not isinstance(stock.build(first), Refusal):
-            raise
-        layers = {number for _, number in LayerFields(builder, data).own}
-        alike = [uniform_json(data, like) for like in (*sorted(layers), None)]
-        buildable = (one for one in alike if not isinstance(stock.build(one), Refusal))
-        other = next(buildable, None)
-        if other is None:
-            raise
-        return map_at(stock, other, make_inputs)
+    layers = sorted({number for _, number in LayerFields(builder, data).own})
+    maps: list[FieldMap] = []
+    refusals: list[Refusal] = []
+    for like in (None, *layers):
+        result = map_at(stock, uniform_json(data, like), make_inputs)
+        if isinstance(result, Refusal):
+            refusals.append(result)
+            continue
+        maps.append(result)
+        if result.runs or len(maps) == _MOST_MAPS:
+            break
+    if not maps:
+        raise UnsupportedModelError(f"{stock.model_class.__name__}: {refusals[0].reason}")
+    return maps[-1] if maps[-1].runs else maps[0]
 
 
 def by_layers(

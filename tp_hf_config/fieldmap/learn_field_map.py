@@ -97,15 +97,14 @@ def whole_build(model: PreTrainedModel, builder: Builder, built: nn.Module | Ref
 
 def map_at(
     builder: Builder, data: dict[str, Any], make_inputs: MakeInputs | None = None
-) -> FieldMap:
-    """Return the field map of a class around a config's JSON; learned once per config.
+) -> FieldMap | Refusal:
+    """Return the field map of a class around a config's JSON, or its refusal to build that.
 
-    Raises:
-        UnsupportedModelError: the class does not build the config.
+    It is learned once per config.
     """
     full = builder.build(data)
     if isinstance(full, Refusal):
-        raise UnsupportedModelError(f"{builder.model_class.__name__}: {full.reason}")
+        return full
     return _learned_once(builder, builder.config(data), full, make_inputs, stored_or_learned)
 
 

@@ -72,19 +72,26 @@ def test_a_layers_own_field_sets_its_own_tensors_alone() -> None:
     assert ("intermediate_size",) not in made.values
 
 
-@pytest.mark.parametrize(("layers", "heads"), [("0", 2), ("01", 4)])
-def test_numbers_that_the_stock_class_refuses_for_all_layers(layers: str, heads: int) -> None:
-    """Three heads do not divide 64: all are like another layer, or have the number for all."""
+def test_it_is_learned_once_whatever_single_layers_lose() -> None:
     model: Any = layer_zoo.build("llama")
-    three = {
-        (KEY, layer, key): value
-        for layer in layers
-        for key, value in (("num_attention_heads", 3), ("num_key_value_heads", 1))
-    }
     with layers_listed(model):
         builder = build_live(model)[0]
         data = config_json(model.config, use_diff=False)
-        data = with_values(data, {(KEY, "1", "num_attention_heads"): 2, **three})
+        after_a_step = with_values(data, {(KEY, "0", "intermediate_size"): 24})
+        assert uniform_map(builder, after_a_step) is uniform_map(builder, data)
+
+
+@pytest.mark.parametrize(("name", "for_all", "heads"), [("llama", 4, 4), ("mistral", 3, 2)])
+def test_numbers_with_which_the_stock_class_does_not_run(
+    name: str, for_all: int, heads: int
+) -> None:
+    """Three heads are no multiple of two key/value heads: all are like the first layer then."""
+    model: Any = layer_zoo.build(name)
+    with layers_listed(model):
+        builder = build_live(model)[0]
+        data = config_json(model.config, use_diff=False)
+        first = {(KEY, "0", "num_attention_heads"): 2}
+        data = with_values(data, {("num_attention_heads",): for_all, **first})
         uniform = uniform_map(builder, data)
         made = layer_map(builder, data, uniform, uniform.depth)
         learned = learn(builder, builder.config(data), builder.build(data))
