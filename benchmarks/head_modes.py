@@ -24,7 +24,6 @@ import transformers
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
 
-os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "support"))
 
@@ -161,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="into README.md, between its marks")
     arguments = parser.parse_args()
+    os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     made = table()

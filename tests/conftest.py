@@ -23,8 +23,19 @@ torch.set_num_threads(THREADS)
 CACHE = "TP_HF_CONFIG_CACHE"
 os.environ[CACHE] = "off"  # what a test needs, it finds out by itself
 _ROOMS = ("calibration", "checkpoint", "cli", "hook", "pipeline", "planning")
-SHARE = ("docs", "matrix", *(f"unit/{room}" for room in _ROOMS))
-"""Folders of tests of what comes after experiments: a class's run once, for all of them."""
+_ON_GROUPS = ("config_graph", "cut_list", "layer_fields", "sides")
+SHARE = (
+    "docs",
+    "matrix",
+    *(f"unit/{room}" for room in _ROOMS),
+    *(f"unit/graph/test_{module}.py" for module in _ON_GROUPS),
+    "unit/fieldmap/test_layer_map.py",
+    "unit/test_notebook.py",
+)
+"""Tests of what comes after experiments: a class's run once, for all of them."""
+_IN_GRAPH = ("experiments", "full_size", "layer_experiments")
+EXPERIMENTS = ("model", "forward", "fieldmap", "twin", *(f"graph.{name}" for name in _IN_GRAPH))
+"""The rooms and modules of the package whose code runs in experiments."""
 
 SLOW = "~"
 """Before a line of ``sample.txt``: the quick tests leave it out."""
@@ -142,20 +153,33 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache")
 
 
+def _shares(request: pytest.FixtureRequest) -> bool:
+    """Whether a test is one of those that share experiments."""
+    return request.path.relative_to(Path(__file__).parent).as_posix().startswith(SHARE)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _experiments_once(request: pytest.FixtureRequest, _shared: str) -> Iterator[None]:
-    """Tests in some folders share experiments; but see ``_not_of_changed_code``."""
-    folder = request.path.relative_to(Path(__file__).parent).as_posix()
-    os.environ[CACHE] = _shared if folder.startswith(SHARE) else "off"
+    """Some tests share experiments; but see ``_not_of_changed_code``."""
+    os.environ[CACHE] = _shared if _shares(request) else "off"
     yield
     os.environ[CACHE] = "off"
 
 
 @pytest.fixture(autouse=True)
 def _not_of_changed_code(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests that replace something neither find what others found, nor leave others anything."""
+    """Tests that replace something neither find what others found, nor leave others anything.
+
+    Those that share experiments replace what comes after these, or switch the cache off.
+    """
     if "monkeypatch" not in request.fixturenames:
         yield
+        return
+    if _shares(request):
+        patch: Any = request.getfixturevalue("monkeypatch")
+        yield
+        inside = [name for target, name, _ in patch._setattr if _runs_in_experiments(target)]
+        assert not inside or os.environ[CACHE] == "off", f"{inside}: switch the cache off"
         return
     from tp_hf_config.twin.tiny import tiny_model
 
@@ -164,6 +188,12 @@ def _not_of_changed_code(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     tiny_model._built.clear()
     os.environ[CACHE] = before
+
+
+def _runs_in_experiments(target: Any) -> bool:
+    """Whether a module, class or object is of code that runs in experiments."""
+    place = str(getattr(target, "__module__", getattr(target, "__name__", "")))
+    return f"{place}.".startswith(tuple(f"tp_hf_config.{name}." for name in EXPERIMENTS))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -143,6 +143,7 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch.setattr("tp_hf_config.fieldmap.legal_values.vanished_counts", lambda old, new: [])
     monkeypatch.setattr("tp_hf_config.planning.trajectory.run_failure", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.twin.find_groups.rehearse", lambda *_: None)
+    monkeypatch.setenv("TP_HF_CONFIG_CACHE", "off")
     forget(monkeypatch)
     monkeypatch.setattr("tp_hf_config.fieldmap.learn_field_map.non_size_followers", lambda *_: {})
     with pytest.raises(ConfigSyncError, match=r"makes model.layers.0.self_attn.num_key_value_gr"):
