@@ -28,7 +28,7 @@ class LayerFindings:
 
     Args:
         field_map: the field map of the generated class.
-        uniform: that of the stock class, with all layers as the first.
+        uniform: that of the stock class, with all layers alike.
         tiny: the tiny model of the stock class.
     """
 
