@@ -180,14 +180,12 @@ def _not_of_changed_code(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         inside = [name for target, name, _ in patch._setattr if _runs_in_experiments(target)]
         assert not inside or os.environ[CACHE] == "off", f"{inside}: switch the cache off"
-        return
-    from tp_hf_config.twin.tiny import tiny_model
+    else:
+        from tp_hf_config.twin.tiny import tiny_model
 
-    before, os.environ[CACHE] = os.environ[CACHE], "off"
-    tiny_model._built.clear()
-    yield
-    tiny_model._built.clear()
-    os.environ[CACHE] = before
+        tiny_model._built.clear()
+        yield
+        tiny_model._built.clear()
 
 
 def _runs_in_experiments(target: Any) -> bool:
