@@ -170,7 +170,8 @@ def _experiments_once(request: pytest.FixtureRequest, _shared: str) -> Iterator[
 def _not_of_changed_code(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests that replace something neither find what others found, nor leave others anything.
 
-    Those that share experiments replace what comes after these, or switch the cache off.
+    Those that share experiments replace what comes after these, or switch the cache off and call
+    ``memories.forget``.
     """
     if "monkeypatch" not in request.fixturenames:
         yield
@@ -179,7 +180,7 @@ def _not_of_changed_code(request: pytest.FixtureRequest) -> Iterator[None]:
         patch: Any = request.getfixturevalue("monkeypatch")
         yield
         inside = [name for target, name, _ in patch._setattr if _runs_in_experiments(target)]
-        assert not inside or os.environ[CACHE] == "off", f"{inside}: switch the cache off"
+        assert not inside or os.environ[CACHE] == "off", f"{inside}: switch the cache off, forget"
     else:
         from tp_hf_config.twin.tiny import tiny_model
 

@@ -7,6 +7,7 @@ from typing import Any
 import layer_zoo
 import pytest
 
+from tp_hf_config import UnsupportedModelError
 from tp_hf_config.fieldmap.completeness import build_live
 from tp_hf_config.fieldmap.layer_map import layer_map, uniform_map
 from tp_hf_config.fieldmap.learn_field_map import learn
@@ -85,7 +86,7 @@ def test_it_is_learned_once_whatever_single_layers_lose() -> None:
 def test_numbers_with_which_the_stock_class_does_not_run(
     name: str, for_all: int, heads: int
 ) -> None:
-    """Three heads are no multiple of two key/value heads: all are like the first layer then."""
+    """Llama runs with four for all; three are no multiple of two key/value heads: as layer 0."""
     model: Any = layer_zoo.build(name)
     with layers_listed(model):
         builder = build_live(model)[0]
@@ -99,3 +100,22 @@ def test_numbers_with_which_the_stock_class_does_not_run(
     assert made is not None
     assert made.values == learned.values
     assert made.splits.heads == learned.splits.heads
+
+
+@pytest.mark.parametrize(
+    ("layers", "for_all", "heads"), [("0", 3, 2), ("0", 4, 4), ("01", 3, None)]
+)
+def test_numbers_that_the_stock_class_refuses(layers: str, for_all: int, heads: int | None) -> None:
+    """Three heads do not divide 64: all have the number for all, or are like another layer."""
+    model: Any = layer_zoo.build("llama")
+    three = {(KEY, layer, "num_attention_heads"): 3 for layer in layers}
+    with layers_listed(model):
+        builder = build_live(model)[0]
+        data = config_json(model.config, use_diff=False)
+    data = with_values(data, {(KEY, "1", "num_attention_heads"): 2, **three})
+    data = with_values(data, {("num_attention_heads",): for_all})
+    if heads is None:
+        with pytest.raises(UnsupportedModelError, match=r"^LlamaForCausalLM: .* is not a multiple"):
+            uniform_map(builder, data)
+    else:
+        assert uniform_map(builder, data).values["num_attention_heads",] == heads
