@@ -95,7 +95,7 @@ heads-table: $(VENV)/.demo
 # cores for the widths and about as long for the layers; goes on where it was stopped.
 support: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[support]'
-	$(BIN)/python benchmarks/support
+	$(BIN)/python benchmarks/support --seconds 170 --longer 600
 
 # Random legal configs of every class, pruned in every mode: what is silently wrong, or ends in an
 # error. Takes a night; goes on where it was stopped (COUNT: configs, JOBS: at a time).

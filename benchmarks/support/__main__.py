@@ -8,6 +8,9 @@ totals in the README.
 A row says which state of the code it is of.  Rows of this state, in the table or in ``.support/``
 where finished pairs lie, are not measured again, so a run may be stopped at any time, or after
 ``--minutes``, and the next one goes on.  Rows of other states stay in the table until then.
+
+With ``--longer``, pairs that do not end in ``--seconds`` are measured once more, with so many.
+Their rows tell what can be pruned; the total of pairs that do not end counts them still.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from code_digest import code_digest
 from measuring import LATE, PARTS, RESULT, attempts, learning, load_again, measure, read_result
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from table import ran, stored_rows, write
+from table import did_not_end, ran, stored_rows, write
 
 from tp_hf_config.schema import versions
 
@@ -72,6 +75,7 @@ class Runner:
     def __init__(self, parts: Sequence[str], seed: int, jobs: int, seconds: int, memory: int):
         self.parts, self.seed, self.jobs = parts, seed, jobs
         self.seconds, self.memory = seconds, memory
+        self.longer: int | None = None
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
         self.code = code_digest(ROOT / "tp_hf_config")
@@ -82,6 +86,11 @@ class Runner:
             path = self.cache / f"{name}.json"
             if row.get("code") == self.code and not path.exists():
                 path.write_text(json.dumps(row))
+
+    @property
+    def limit(self) -> int:
+        """The processor time of a process, in seconds."""
+        return self.longer or self.seconds
 
     def done(self, pair: Pair) -> Path:
         """Where a pair's row lies when it is measured."""
@@ -133,6 +142,14 @@ class Runner:
                 progress.update(task, description=names[:40])
                 time.sleep(0.05)
 
+    def run_longer(self, pairs: list[Pair], seconds: int, minutes: float) -> None:
+        """Measure those once more that did not end, each with so many seconds."""
+        self.longer = seconds
+        slow = [pair for pair in pairs if did_not_end(self.row(pair), seconds)]
+        for pair in slow:
+            self.forget(pair)
+        self.run(slow, minutes)
+
     def learn(self, pairs: list[Pair]) -> None:
         """Measure again how long learning takes, for the rows that there are."""
         done = [pair for pair in pairs if self.done(pair).exists()]
@@ -154,21 +171,21 @@ class Runner:
 
     def _start(self, one: Running, parts: Sequence[str]) -> None:
         """Start a process that measures these parts."""
-        arguments = (one.pair, parts, one.place, self.seed, self.seconds, self.memory)
+        arguments = (one.pair, parts, one.place, self.seed, self.limit, self.memory)
         one.process = self.context.Process(target=measure, args=arguments, daemon=True)
         one.process.start()
 
     def _advance(self, one: Running) -> bool:
         """Whether a pair is through; starts what comes next."""
         if one.process.is_alive():
-            if time.monotonic() - one.since > _WAITING * self.seconds:
+            if time.monotonic() - one.since > _WAITING * self.limit:
                 one.process.kill()  # it waits for something that uses no processor time
             return False
         if one.process.exitcode and not one.loading and self._goes_on_with_layers(one):
             return False
         result = read_result(one.place)
         if not one.loading and any(tried.get("folders") for tried in attempts(result)):
-            arguments = (one.pair, one.place, len(PARTS) * self.seconds, self.memory)
+            arguments = (one.pair, one.place, len(PARTS) * self.limit, self.memory)
             one.process = self.context.Process(target=load_again, args=arguments, daemon=True)
             one.loading = True
             one.process.start()
@@ -179,6 +196,8 @@ class Runner:
         result["seconds"] = round(time.monotonic() - one.since, 1)
         named = {"task": one.pair.task, "type": one.pair.type, "class": one.pair.class_name}
         state = {"code": self.code, "limit": self.seconds}
+        if self.longer is not None:
+            state["longer"] = self.longer
         self.done(one.pair).write_text(json.dumps({**named, **state, **result}))
         one.folder.cleanup()
         return True
@@ -187,7 +206,7 @@ class Runner:
         """Note why a process died; start another for layers if it died before them."""
         result = read_result(one.place) or {"stage": "class", "widths": []}
         killed = one.process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
-        reason = f"no end within {self.seconds} s" if killed else "the process died"
+        reason = f"no end within {self.limit} s" if killed else "the process died"
         layers = result.get("layers")
         if layers is None:
             result["why"] = f"{reason} ({result['stage']})"
@@ -205,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks/support", description=__doc__)
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seconds", type=int, default=120, help="processor time of one process")
+    parser.add_argument("--longer", type=int, help="once more so many, where that was too little")
     parser.add_argument("--gib", type=float, default=13, help="memory limit of one process")
     parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and the sample")
     parser.add_argument("--types", nargs="+", help="only these model types")
@@ -233,6 +253,8 @@ def main() -> None:
         runner.learn(pairs)
     elif not options.written:
         runner.run(pairs, options.minutes)
+        if options.longer is not None:
+            runner.run_longer(pairs, options.longer, options.minutes)
     whole = not options.types and not options.tasks
     write(runner.rows(pairs), len(pairs), options.seed, ROOT if whole else None)
 

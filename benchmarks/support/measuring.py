@@ -61,7 +61,7 @@ def measure(
         if "widths" in parts:
             with memory_kept():
                 _widths(made, folder, note)
-            note(stage="done", why="")
+            note(stage="done", why="", processor_seconds=round(time.process_time()))
     except BaseException as error:  # the child must say what happened, whatever it was
         note_part(why=_reason(error))
     if made is None or "layers" not in parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -65,6 +66,12 @@ def ran(result: Result) -> bool:
     return result["stage"] not in _NOT_RUN
 
 
+def did_not_end(result: Result, seconds: float = math.inf) -> bool:
+    """Whether a pair did not end, and had less than so much processor time."""
+    late = str(result.get("why", "")).startswith(_NO_END)
+    return late and (result.get("longer") or result.get("limit") or 0) < seconds
+
+
 def dropped_of(layers: Result) -> str | None:
     """What dropping a layer of every list came to; ``None``: it did not come to that."""
     found = {one["outcome"] for one in layers.get("dropped", ())}
@@ -97,15 +104,26 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
         rows.append((DEFAULTS, f"{defaults['works']} of {defaults.total()}"))
     outcomes = Counter(width["outcome"] for r in runs for width in r["widths"])
     rows += _layer_totals(runs)
-    unended = sum(r["why"].startswith(_NO_END) for r in built)
+    unended = sum("longer" in r or did_not_end(r) for r in built)
     rows += [
         ("pairs that did not end within their time", f"{unended}{_limits(results)}"),
+        *_longer_total(built),
         ("widths that work", str(outcomes["works"])),
         ("widths refused before anything was pruned", str(outcomes["refused"])),
         ("widths that failed", str(outcomes["failed"])),
         ("of those silently wrong", str(sum(map(silent, widths_of(runs))))),
     ]
     return rows
+
+
+def _longer_total(built: list[Result]) -> list[tuple[str, str]]:
+    """How many of these ended with more time, where they had it."""
+    longer = [r for r in built if "longer" in r]
+    if not longer:
+        return []
+    ended = sum(not did_not_end(r) for r in longer)
+    seconds = " or ".join(map(str, sorted({r["longer"] for r in longer})))
+    return [(f"of those, pairs that ended within {seconds} s", f"{ended} of {len(longer)}")]
 
 
 def _limits(results: list[Result]) -> str:
@@ -318,14 +336,20 @@ def _line(result: Result) -> tuple[str, ...]:
         for field in width["fields"]
         if width["outcome"] == "works" and kind_of(field) == "other"
     }
-    partial = "text alone" if result.get("partial") else ""
+    notes = ("text alone" if result.get("partial") else "", _needed(result))
     signs = ("" if one is None else _SIGNS[one] for one in found)
-    why = result["why"] if result["stage"] != "done" else partial
+    why = result["why"] if result["stage"] != "done" else ", ".join(filter(None, notes))
     defaults = _SIGNS[result["defaults"]["outcome"]] if "defaults" in result else ""
     layers = result.get("layers", {})
     both = (layers.get("differ", {}).get("outcome"), dropped_of(layers))
     columns = (defaults, *("" if one is None else _SIGNS[one] for one in both))
     return (*named, *signs, *columns, ", ".join(sorted(others)), _cell(why))
+
+
+def _needed(result: Result) -> str:
+    """How much processor time a pair took that did not end within that of the others."""
+    seconds = result.get("processor_seconds")
+    return f"takes {seconds} s" if "longer" in result and seconds is not None else ""
 
 
 def _cell(text: str) -> str:

@@ -87,6 +87,22 @@ def test_the_table_says_how_long_a_pair_had() -> None:
     assert dict(table.totals(rows, 2))[said] == "0 (120 or 170 s of processor time each)"
 
 
+def test_a_pair_that_ended_with_more_time_is_counted_as_late() -> None:
+    table = table_module()
+    row = {"task": "model", "class": "A", "stage": "done", "why": "", "widths": [], "limit": 170}
+    slow = {"longer": 600, "processor_seconds": 412}
+    late = {"longer": 600, "stage": "prune", "why": "no end within 600 s (prune)"}
+    rows = [{**row, "type": "a"}, {**row, "type": "b", **slow}, {**row, "type": "c", **late}]
+    totals = dict(table.totals(rows, 3))
+    assert totals["pairs that did not end within their time"] == "2 (170 s of processor time each)"
+    assert totals["of those, pairs that ended within 600 s"] == "1 of 2"
+    page = table.page(rows, {"date": "2026-11-30", "versions": {}, "seed": 0}, [])
+    cells = [line.split(" | ")[-1] for line in page.splitlines() if "| `A` |" in line]
+    assert cells == ["  |", "takes 412 s |", "no end within 600 s (prune) |"]
+    assert [table.did_not_end(one, 900) for one in rows] == [False, False, True]
+    assert [table.did_not_end(one, 600) for one in rows] == [False, False, False]
+
+
 def test_rows_of_the_table_are_read_if_it_is_of_the_same_versions_and_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
