@@ -96,6 +96,7 @@ heads-table: $(VENV)/.demo
 support: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[support]'
 	$(BIN)/python benchmarks/support --seconds 170 --longer 600
+	$(BIN)/python benchmarks/support --learning
 
 # Random legal configs of every class, pruned in every mode: what is silently wrong, or ends in an
 # error. Takes a night; goes on where it was stopped (COUNT: configs, JOBS: at a time).

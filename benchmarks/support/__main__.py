@@ -9,8 +9,9 @@ A row says which state of the code it is of.  Rows of this state, in the table o
 where finished pairs lie, are not measured again, so a run may be stopped at any time, or after
 ``--minutes``, and the next one goes on.  Rows of other states stay in the table until then.
 
-With ``--longer``, pairs that do not end in ``--seconds`` are measured once more, with so many.
-Their rows tell what can be pruned; the total of pairs that do not end counts them still.
+With ``--longer``, pairs that do not end in ``--seconds`` are measured once more, with so many
+(those that did not end in the table either, at once).  Their rows tell what can be pruned; the
+total of pairs that do not end counts them still.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from code_digest import code_digest
 from measuring import LATE, PARTS, RESULT, attempts, learning, load_again, measure, read_result
 from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from table import did_not_end, ran, stored_rows, write
+from table import a_field_of, did_not_end, is_late, ran, stored_rows, write
 
 from tp_hf_config.schema import versions
 
@@ -142,23 +143,32 @@ class Runner:
                 progress.update(task, description=names[:40])
                 time.sleep(0.05)
 
+    def late(self, pairs: list[Pair], seconds: int) -> list[Pair]:
+        """Those that did not end, and had less than so much time or ran with another state."""
+        return [
+            pair
+            for pair in pairs
+            if did_not_end(self.row(pair), seconds)
+            or (not self.row(pair) and is_late(self.table.get(pair.name, {})))
+        ]
+
     def run_longer(self, pairs: list[Pair], seconds: int, minutes: float) -> None:
-        """Measure those once more that did not end, each with so many seconds."""
+        """Measure these anew, each with so many seconds."""
         self.longer = seconds
-        slow = [pair for pair in pairs if did_not_end(self.row(pair), seconds)]
-        for pair in slow:
+        for pair in pairs:
             self.forget(pair)
-        self.run(slow, minutes)
+        self.run(pairs, minutes)
 
     def learn(self, pairs: list[Pair]) -> None:
-        """Measure again how long learning takes, for the rows that there are."""
+        """Measure how long learning and proving a field takes, for the rows that there are."""
         done = [pair for pair in pairs if self.done(pair).exists()]
-        with self.context.Pool(self.jobs) as pool, Progress() as progress:
+        questions = [(pair, a_field_of(self.row(pair))) for pair in done]
+        with self.context.Pool(self.jobs, maxtasksperchild=1) as pool, Progress() as progress:
             task = progress.add_task("learning", total=len(done))
-            for pair, seconds in zip(done, pool.imap(learning, done), strict=True):
-                if seconds is not None:
-                    row = {**self.row(pair), "learn_seconds": seconds}
-                    self.done(pair).write_text(json.dumps(row))
+            answers = [pool.apply_async(learning, question) for question in questions]
+            for pair, answer in zip(done, answers, strict=True):
+                row = {**self.row(pair), **answer.get()}
+                self.done(pair).write_text(json.dumps(row))
                 progress.advance(task)
 
     def _started(self, pair: Pair, parts: tuple[str, ...]) -> Running:
@@ -196,7 +206,7 @@ class Runner:
         result["seconds"] = round(time.monotonic() - one.since, 1)
         named = {"task": one.pair.task, "type": one.pair.type, "class": one.pair.class_name}
         state = {"code": self.code, "limit": self.seconds}
-        if self.longer is not None:
+        if self.longer is not None and result.get("processor_seconds", math.inf) > self.seconds:
             state["longer"] = self.longer
         self.done(one.pair).write_text(json.dumps({**named, **state, **result}))
         one.folder.cleanup()
@@ -232,7 +242,9 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="only so many types, drawn with the seed")
     parser.add_argument("--minutes", type=float, default=math.inf, help="the next run goes on then")
     parser.add_argument("--columns", nargs="+", choices=PARTS, default=PARTS, help="only these")
-    parser.add_argument("--learning", action="store_true", help="measure learning alone, of rows")
+    parser.add_argument(
+        "--learning", action="store_true", help="measure how long it takes to learn"
+    )
     parser.add_argument("--written", action="store_true", help="measure nothing more, write")
     parser.add_argument("--again", action="store_true", help="measure what was measured before too")
     options = parser.parse_args()
@@ -252,9 +264,10 @@ def main() -> None:
     if options.learning:
         runner.learn(pairs)
     elif not options.written:
-        runner.run(pairs, options.minutes)
+        late = [] if options.longer is None else runner.late(pairs, options.longer)
+        runner.run([pair for pair in pairs if pair not in late], options.minutes)
         if options.longer is not None:
-            runner.run_longer(pairs, options.longer, options.minutes)
+            runner.run_longer(runner.late(pairs, options.longer), options.longer, options.minutes)
     whole = not options.types and not options.tasks
     write(runner.rows(pairs), len(pairs), options.seed, ROOT if whole else None)
 

@@ -154,26 +154,34 @@ def _tried(result: Any, folders: Iterable[Path], around: Path) -> dict[str, Any]
     return {**result.to_dict(), "folders": [str(one.relative_to(around)) for one in folders]}
 
 
-def learning(pair: Pair) -> float | None:
-    """Seconds of processor time to learn the class's default config; ``None``: it is not learned.
+def learning(pair: Pair, field: str | None) -> dict[str, float]:
+    """Seconds of processor time to learn the class's default config, and to prove a field of it.
 
-    Several pairs in one process, whose modules and garbage are those of all before.
+    Empty: it is not learned. For a process of its own.
     """
     _quiet()
     import transformers
 
     from tp_hf_config.fieldmap.learn_field_map import map_of
+    from tp_hf_config.graph.experiments import experiments_of
     from tp_hf_config.model.build import Refusal, without_data
+    from tp_hf_config.model.config_json import field_name
 
+    seconds: dict[str, float] = {}
     try:
         model = without_data(getattr(transformers, pair.class_name), config_of(pair))
         if isinstance(model, Refusal):
-            return None
+            return seconds
         started = time.process_time()
-        map_of(model)
+        field_map = map_of(model)
+        seconds["learn_seconds"] = time.process_time() - started
+        fields = tuple(path for path in field_map.sizes if field_name(path) == field)
+        if fields:
+            experiments_of(field_map, fields=fields)
+            seconds["field_seconds"] = time.process_time() - started
     except Exception:  # the pair's own row says why
-        return None
-    return time.process_time() - started
+        return seconds
+    return seconds
 
 
 def attempts(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -26,6 +26,8 @@ _SIGNS = {"works": "yes", "refused": "refused", "failed": "FAILED", "mixed": "so
 _NOT_BUILT = ("class", "build")
 _NOT_RUN = (*_NOT_BUILT, "learn", "run")
 _NO_END = "no end"
+_QUICK = 2
+"""Seconds in which nobody waits for long."""
 _CLASSES = re.compile(r"\b[A-Z]\w*[a-z][A-Z]\w*")
 
 Result = dict[str, Any]
@@ -72,6 +74,21 @@ def did_not_end(result: Result, seconds: float = math.inf) -> bool:
     return late and (result.get("longer") or result.get("limit") or 0) < seconds
 
 
+def is_late(result: Result) -> bool:
+    """Whether a pair did not end within the time of the others."""
+    return "longer" in result or did_not_end(result)
+
+
+def a_field_of(result: Result) -> str | None:
+    """A field that can be pruned alone, of a feed-forward layer if there is one."""
+    fields = [
+        width["fields"][0]
+        for width in result["widths"]
+        if width["outcome"] == "works" and len(width["fields"]) == 1
+    ]
+    return min(fields, key=lambda field: kind_of(field) != KINDS[0], default=None)
+
+
 def dropped_of(layers: Result) -> str | None:
     """What dropping a layer of every list came to; ``None``: it did not come to that."""
     found = {one["outcome"] for one in layers.get("dropped", ())}
@@ -104,10 +121,11 @@ def totals(results: list[Result], pairs: int) -> list[tuple[str, str]]:
         rows.append((DEFAULTS, f"{defaults['works']} of {defaults.total()}"))
     outcomes = Counter(width["outcome"] for r in runs for width in r["widths"])
     rows += _layer_totals(runs)
-    unended = sum("longer" in r or did_not_end(r) for r in built)
+    unended = sum(map(is_late, built))
     rows += [
         ("pairs that did not end within their time", f"{unended}{_limits(results)}"),
         *_longer_total(built),
+        *_time_totals(built),
         ("widths that work", str(outcomes["works"])),
         ("widths refused before anything was pruned", str(outcomes["refused"])),
         ("widths that failed", str(outcomes["failed"])),
@@ -124,6 +142,17 @@ def _longer_total(built: list[Result]) -> list[tuple[str, str]]:
     ended = sum(not did_not_end(r) for r in longer)
     seconds = " or ".join(map(str, sorted({r["longer"] for r in longer})))
     return [(f"of those, pairs that ended within {seconds} s", f"{ended} of {len(longer)}")]
+
+
+def _time_totals(built: list[Result]) -> list[tuple[str, str]]:
+    """How many pairs are learned quickly, and with one field proved, where that was measured."""
+    said = {"learn_seconds": "learned", "field_seconds": "learned, and one field proved,"}
+    measured = {key: [r[key] for r in built if key in r] for key in said}
+    return [
+        (f"{said[key]} within {_QUICK} s", _share(sum(s <= _QUICK for s in seconds), len(seconds)))
+        for key, seconds in measured.items()
+        if seconds
+    ]
 
 
 def _limits(results: list[Result]) -> str:

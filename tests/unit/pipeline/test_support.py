@@ -101,6 +101,32 @@ def test_a_pair_that_ended_with_more_time_is_counted_as_late() -> None:
     assert cells == ["  |", "takes 412 s |", "no end within 600 s (prune) |"]
     assert [table.did_not_end(one, 900) for one in rows] == [False, False, True]
     assert [table.did_not_end(one, 600) for one in rows] == [False, False, False]
+    assert [table.is_late(one) for one in rows] == [False, True, True]
+
+
+def test_the_totals_say_how_many_pairs_are_learned_quickly() -> None:
+    table = table_module()
+    row = {"task": "model", "stage": "done", "why": "", "widths": []}
+    times = [{"learn_seconds": 0.5, "field_seconds": 1.5}, {"learn_seconds": 1.5}, {}]
+    times.append({"learn_seconds": 2.5, "field_seconds": 3.5})
+    totals = dict(
+        table.totals([{**row, "type": str(n), **each} for n, each in enumerate(times)], 4)
+    )
+    assert totals["learned within 2 s"] == "2 of 3 (66.7 %)"
+    assert totals["learned, and one field proved, within 2 s"] == "1 of 2 (50.0 %)"
+
+
+def test_the_field_to_time_is_one_that_goes_alone_and_feed_forward_if_there_is_one() -> None:
+    table = table_module()
+
+    def row(*widths: tuple[str, tuple[str, ...]]) -> dict[str, Any]:
+        return {"widths": [{"outcome": outcome, "fields": fields} for outcome, fields in widths]}
+
+    hidden = ("works", ("hidden_size",))
+    assert table.a_field_of(row()) is None
+    assert table.a_field_of(row(("works", ("num_heads", "hidden_size")))) is None
+    assert table.a_field_of(row(("refused", ("intermediate_size",)), hidden)) == "hidden_size"
+    assert table.a_field_of(row(hidden, ("works", ("text.d_ff",)))) == "text.d_ff"
 
 
 def test_rows_of_the_table_are_read_if_it_is_of_the_same_versions_and_seed(
