@@ -92,16 +92,23 @@ def test_a_pair_that_ended_with_more_time_is_counted_as_late() -> None:
     row = {"task": "model", "class": "A", "stage": "done", "why": "", "widths": [], "limit": 170}
     slow = {"longer": 600, "processor_seconds": 412}
     late = {"longer": 600, "stage": "prune", "why": "no end within 600 s (prune)"}
+    too_large = {"longer": 600, "stage": "prune", "why": "can't allocate memory"}
     rows = [{**row, "type": "a"}, {**row, "type": "b", **slow}, {**row, "type": "c", **late}]
+    rows.append({**row, "type": "d", **too_large})
     totals = dict(table.totals(rows, 3))
-    assert totals["pairs that did not end within their time"] == "2 (170 s of processor time each)"
-    assert totals["of those, pairs that ended within 600 s"] == "1 of 2"
+    assert totals["pairs that did not end within their time"] == "3 (170 s of processor time each)"
+    assert totals["of those, pairs that ended within 600 s"] == "1 of 3"
     page = table.page(rows, {"date": "2026-11-30", "versions": {}, "seed": 0}, [])
     cells = [line.split(" | ")[-1] for line in page.splitlines() if "| `A` |" in line]
-    assert cells == ["  |", "takes 412 s |", "no end within 600 s (prune) |"]
-    assert [table.did_not_end(one, 900) for one in rows] == [False, False, True]
-    assert [table.did_not_end(one, 600) for one in rows] == [False, False, False]
-    assert [table.is_late(one) for one in rows] == [False, True, True]
+    assert cells == [
+        "  |",
+        "takes 412 s |",
+        "no end within 600 s (prune) |",
+        "can't allocate memory |",
+    ]
+    assert [table.did_not_end(one, 900) for one in rows] == [False, False, True, False]
+    assert [table.did_not_end(one, 600) for one in rows] == [False, False, False, False]
+    assert [table.is_late(one) for one in rows] == [False, True, True, True]
 
 
 def test_the_totals_say_how_many_pairs_are_learned_quickly() -> None:
