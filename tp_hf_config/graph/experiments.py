@@ -29,7 +29,7 @@ from ..model.surroundings import (
     plain_autograd,
     same_random_state,
 )
-from ..twin.find_groups import find_alone, find_groups
+from ..twin.find_groups import find_alone, find_groups, may_be_unobserved
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import TinyModel, once, stored_tiny_model, tiny_model
 from .layer_experiments import LayerFindings
@@ -166,11 +166,15 @@ def _found_once(_: Any, tiny: TinyModel) -> list[Finding]:
 def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> Experiments | None:
     """Run the experiments with some fields alone; ``None`` if only those with all fields tell.
 
-    Those tell what has to be pruned with what, and which parts of a model no output shows, where
+    Those tell what has to be pruned with what, and which parts of a model no output shows where
     another field has the same value (see :func:`_unless_shared`).
     """
-    numbers = list(field_map.values.values())
-    if isinstance(tiny, Refusal) or any(numbers.count(field_map.values[f]) > 1 for f in fields):
+    if isinstance(tiny, Refusal):
+        return None
+    full = tiny.full_field_map.values
+    numbers = {full.get(field) for field in fields}
+    equals = [field for field, n in full.items() if n in numbers and field not in fields]
+    if any(may_be_unobserved(tiny, field) for field in equals):
         return None
     findings = []
     for field in fields:

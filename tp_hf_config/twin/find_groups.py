@@ -90,6 +90,17 @@ def find_alone(tiny: TinyModel, field: FieldPath) -> Finding | None:
     return finding if finding.reason is None else None
 
 
+def may_be_unobserved(tiny: TinyModel, field: FieldPath) -> bool:
+    """True if a finding with this field may say that no output depends on a part of the model.
+
+    Joint fields are not tried for that: it may be so where heads are pruned with it.
+    """
+    joint = chain(whole_heads(tiny.field_map), proportional(tiny.field_map))
+    if any(field in fields for fields in joint):
+        return True
+    return _moves_alone(tiny, field) and _find_alone(field, tiny).unobserved
+
+
 def _moves_alone(tiny: TinyModel, field: FieldPath) -> bool:
     """True if a field changes without others, and sets a tensor dimension that may be pruned."""
     field_map = tiny.field_map

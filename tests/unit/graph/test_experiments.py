@@ -23,7 +23,7 @@ from tp_hf_config.fieldmap.depth import Depth
 from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
 from tp_hf_config.graph.prunable import widths_of
-from tp_hf_config.model.build import Builder
+from tp_hf_config.model.build import Builder, without_data
 from tp_hf_config.model.class_digest import class_digest
 from tp_hf_config.model.disk_cache import VARIABLE
 from tp_hf_config.pipeline.trial import subject
@@ -163,13 +163,43 @@ def test_no_more_is_looked_at_than_was_asked_for(
         pruner_kwargs(zoo.build("llama"), prune=("num_key_value_heads",))  # go with query heads
 
 
-def test_a_field_as_wide_as_another_needs_all_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of the model that no output shows may read it."""
+def test_a_field_as_wide_as_another_is_proved_without_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learned = learn_field_map.map_of(
+        small.llama(hidden_size=32, intermediate_size=32, vocab_size=32)
+    )
+    every = experiments.experiments_of(learned).findings
     forget(monkeypatch)
     monkeypatch.setattr(experiments, "find_groups", never)
-    same = small.llama(hidden_size=32, intermediate_size=32)
-    with pytest.raises(pytest.fail.Exception, match="asked again"):
-        pruner_kwargs(same, prune=("intermediate_size",))
+    asked = experiments.experiments_of(learned, fields=(("intermediate_size",),))
+    assert asked.fields == (("intermediate_size",),)
+    assert asked.findings == tuple(f for f in every if f.fields == asked.fields)
+
+
+def test_a_field_as_wide_as_a_part_that_no_output_shows_needs_all_experiments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No output depends on CSM's depth decoder, which might read it."""
+    forget(monkeypatch)
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "vocab_size": 64, "num_codebooks": 4}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.CsmConfig(
+        **sizes,
+        depth_decoder_config={**sizes, "backbone_hidden_size": 32},
+        bos_token_id=1,
+        audio_token_id=2,
+        audio_eos_token_id=3,
+    )
+    model = without_data(hf.CsmForConditionalGeneration, config)
+    learned = learn_field_map.map_of(model)
+    result = experiments.experiments_of(learned, fields=(("intermediate_size",),))
+    assert result.fields == ()
+    (finding,) = [f for f in result.findings if f.fields == (("intermediate_size",),)]
+    assert finding.reason == (
+        "depth_decoder_config.intermediate_size is as wide, and its part of the model was not "
+        "seen to run"
+    )
 
 
 def test_a_model_is_pruned_with_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
