@@ -92,7 +92,7 @@ heads-table: $(VENV)/.demo
 	$(BIN)/python benchmarks/head_modes.py --write
 
 # docs/support.md: every architecture of transformers, measured. Takes three to four hours on two
-# cores, one of them for the few pairs that do not end; goes on where it was stopped.
+# cores, an hour of it for the few pairs that do not end; goes on where it was stopped.
 support: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[support]'
 	$(BIN)/python benchmarks/support --seconds 170 --longer 600

@@ -11,6 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def learning(pair: Pair, field: str | None) -> dict[str, float]:
     from tp_hf_config.model.config_json import field_name
 
     seconds: dict[str, float] = {}
-    try:
+    with suppress(Exception):  # the pair's own row says why
         model = without_data(getattr(transformers, pair.class_name), config_of(pair))
         if isinstance(model, Refusal):
             return seconds
@@ -179,8 +180,6 @@ def learning(pair: Pair, field: str | None) -> dict[str, float]:
         if fields:
             experiments_of(field_map, fields=fields)
             seconds["field_seconds"] = time.process_time() - started
-    except Exception:  # the pair's own row says why
-        return seconds
     return seconds
 
 

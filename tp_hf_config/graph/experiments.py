@@ -172,8 +172,7 @@ def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> E
     if isinstance(tiny, Refusal):
         return None
     full = tiny.full_field_map.values
-    numbers = {full.get(field) for field in fields}
-    equals = [field for field, n in full.items() if n in numbers and field not in fields]
+    equals = {f for own in fields for f, n in full.items() if f != own and n == full.get(own)}
     if any(may_be_unobserved(tiny, field) for field in equals):
         return None
     findings = []

@@ -93,7 +93,7 @@ def find_alone(tiny: TinyModel, field: FieldPath) -> Finding | None:
 def may_be_unobserved(tiny: TinyModel, field: FieldPath) -> bool:
     """True if a finding with this field may say that no output depends on a part of the model.
 
-    Joint fields are not tried for that: it may be so where heads are pruned with it.
+    It may wherever the field is one of joint fields, whose experiments are not run for an answer.
     """
     joint = chain(whole_heads(tiny.field_map), proportional(tiny.field_map))
     if any(field in fields for fields in joint):
