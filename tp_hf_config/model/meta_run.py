@@ -6,7 +6,6 @@ image's grid, positions) stay real on the CPU, so that sizes computed from them 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from math import prod
 from typing import Any
@@ -21,6 +20,7 @@ _COPY = torch.ops.aten._to_copy.default
 _INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 _PUT = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _NONZERO = torch.ops.aten.nonzero.default
+_META = torch.device("meta")
 _FEW = 8  # positions that are chosen along a long row
 _MOST_RESULTS = 100_000  # operations in the cache before it is emptied
 _WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
@@ -31,6 +31,8 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 _CONVOLUTION = torch.ops.aten.convolution.default
 _PADDING = 4
 """Index of the padding among the arguments of a convolution."""
+_CHOOSING = (_NONZERO, _ITEM, _COPY, _SCATTER, *_PUT, *_INDEX)
+"""Operations that ask for values of tensors without data, or may move them from the device."""
 _VALUES = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__index__)
 
 
@@ -64,8 +66,8 @@ class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # see RealNumbers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        on_meta = any(value.is_meta for value in _flat(args, {}) if torch.is_tensor(value))
         kwargs = kwargs or {}
+        on_meta = any(tensor.is_meta for tensor in _tensors(args, kwargs))
         return _cached(func, args, kwargs) if on_meta else func(*args, **kwargs)
 
 
@@ -92,12 +94,13 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # nothing compiles here, and dynamo's guard costs more than all else
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        tensors = [value for value in _flat(args, kwargs) if isinstance(value, torch.Tensor)]
-        if kwargs.get("device") == torch.device("meta") and self._stays_real(func, tensors, kwargs):
+        kwargs = dict(kwargs) if kwargs else {}
+        tensors = _tensors(args, kwargs)
+        if kwargs and kwargs.get("device") == _META and self._stays_real(func, tensors, kwargs):
             kwargs["device"] = torch.device("cpu")
-        on_meta = any(tensor.is_meta for tensor in tensors)
-        if on_meta:
+        places = {tensor.is_meta for tensor in tensors}
+        on_meta = True in places
+        if on_meta and (False in places or func in _CHOOSING):
             if func is _NONZERO:
                 self.guessed = True
                 chosen = torch.ones(tensors[0].shape, device="cpu").nonzero()
@@ -157,13 +160,15 @@ def _is_large(output: Any) -> bool:
     return output.numel() > _LARGE
 
 
-def _flat(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
-    """Yield an operation's arguments, and the items of lists in place of the lists."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, tuple)):
-            yield from value
-        else:
-            yield value
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors among an operation's arguments, and in lists among these."""
+    tensors: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            tensors += [item for item in value if isinstance(item, torch.Tensor)]
+    return tensors
 
 
 _result_shapes: dict[Any, tuple[Any, ...]] = {}
@@ -177,8 +182,10 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return an operation's result on the meta device; run it only once for equal shapes."""
     if not _makes_new(func):
         return func(*args, **kwargs)
-    described = (*map(_signature, args), *kwargs, *map(_signature, kwargs.values()))
-    key = (func, torch.get_default_dtype(), *described)
+    described = [_signature(value) for value in args]
+    if kwargs:
+        described += [*kwargs, *map(_signature, kwargs.values())]
+    key = (id(func), torch.get_default_dtype(), *described)  # operators are never freed
     try:
         cached = _result_shapes.get(key)
     except TypeError:  # an argument that cannot be hashed
@@ -193,8 +200,9 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 _result_shapes.clear()
             _result_shapes[key] = tuple(map(_signature, outputs))
         return output
-    copies = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in cached]
-    return copies[0] if len(func._schema.returns) == 1 else tuple(copies)
+    empty = torch.empty_strided
+    copies = [empty(shape, stride, dtype=dtype, device=_META) for shape, stride, dtype in cached]
+    return copies[0] if len(copies) == 1 else tuple(copies)
 
 
 @cache
