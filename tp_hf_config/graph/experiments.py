@@ -31,7 +31,13 @@ from ..model.surroundings import (
 )
 from ..twin.find_groups import find_alone, find_groups, may_be_unobserved
 from ..twin.group import Finding
-from ..twin.tiny.tiny_model import TinyModel, once, stored_tiny_model, tiny_model
+from ..twin.tiny.tiny_model import (
+    TinyModel,
+    built_tiny_model,
+    once,
+    stored_tiny_model,
+    tiny_model,
+)
 from .layer_experiments import LayerFindings
 
 _MOST_BUILDS = 64
@@ -124,13 +130,17 @@ def _with_own_layers(field_map: FieldMap) -> Experiments:
 def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyModel | Refusal:
     """Return a tiny model with no more layers than the field map looks at.
 
-    A tiny model that is given may have more, if the field map is around its own config. Widths are
-    compared at the full size that it was made from.
+    A tiny model that is given may have more, if the field map is around its own config. Then its
+    widths are tiny already, and are compared at the full size that it was made from.
     """
-    if tiny is not None and not field_map.depth.steps:
+    if tiny is None:
+        return tiny_model(field_map)
+    if not field_map.depth.steps:
         return tiny
-    built = tiny_model(field_map)
-    if tiny is None or isinstance(built, Refusal):
+    built = built_tiny_model(field_map, field_map.depth.data)
+    if isinstance(built, Refusal) or built.partial > tiny.partial:
+        built = tiny_model(field_map)
+    if isinstance(built, Refusal):
         return built
     return dataclasses.replace(built, full_field_map=tiny.full_field_map)
 

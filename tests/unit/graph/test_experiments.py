@@ -381,3 +381,21 @@ def test_another_process_reads_it(cache: Path) -> None:
     first, second = (json.loads(small.python(code)) for _ in range(2))
     assert (first["cached"], second["cached"]) == (False, True)
     assert first["widths"] == second["widths"]
+
+
+def test_a_tiny_model_with_more_layers_lends_its_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kinds of layers may be fewer at tiny widths (Gemma 3n): nothing is searched again."""
+    model = small.llama(num_hidden_layers=4)
+    field_map = learn_field_map.map_of(model)
+    given = tiny_model.built_tiny_model(field_map, field_map.data)
+    assert isinstance(given, tiny_model.TinyModel)
+    full = learn_field_map.map_of(small.llama(num_hidden_layers=4, hidden_size=128))
+    given = dataclasses.replace(given, full_field_map=full)
+    monkeypatch.setattr(experiments, "tiny_model", None)  # it is not asked
+    built = experiments._with_fewest_layers(field_map, given)
+    assert isinstance(built, tiny_model.TinyModel)
+    layers, fewer = len(given.model.model.layers), len(built.model.model.layers)
+    assert (layers, fewer) == (4, len(field_map.build_at({}).model.layers))
+    assert fewer < layers
+    assert built.model.config.hidden_size == given.model.config.hidden_size
+    assert built.full_field_map is full
