@@ -13,9 +13,8 @@ def known_of(data: Any = None, **parts: Any) -> Any:
     """A field map of a config's JSON that has the parts which are given."""
     config = SimpleNamespace(to_json_string=lambda use_diff: json.dumps(data or {}))
     builder = SimpleNamespace(config=lambda data: config)
-    return SimpleNamespace(
-        **{"builder": builder, "non_size_fields": {}, "ratio_partners": {}, "sizes": {}, **parts}
-    )
+    empty = ("non_size_fields", "ratio_partners", "sizes", "expressions", "powers", "unfitted")
+    return SimpleNamespace(**{"builder": builder, **{name: {} for name in empty}, **parts})
 
 
 def costs(each: int, *fields: str, legal: Any = lambda data: True) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
@@ -13,6 +13,8 @@ from ..model.config_json import FieldPath
 if TYPE_CHECKING:
     from .expressions import Quantity
     from .probe import Probe, Sizes, Study
+
+_Fields = TypeVar("_Fields")
 
 
 def without_effect(study: Study, values: Mapping[FieldPath, int]) -> set[FieldPath]:
@@ -35,20 +37,20 @@ def without_effect(study: Study, values: Mapping[FieldPath, int]) -> set[FieldPa
 
 
 def may_matter(
-    paths: Sequence[FieldPath], changes_nothing: Callable[[Sequence[FieldPath]], bool]
-) -> Iterator[FieldPath]:
-    """Yield the fields that can change the result, in order (bisection).
+    fields: Sequence[_Fields], changes_nothing: Callable[[Sequence[_Fields]], bool]
+) -> Iterator[_Fields]:
+    """Yield the fields, or lists of fields, that can change the result, in order (bisection).
 
-    ``changes_nothing`` is asked what several fields do when all of them are set.
+    ``changes_nothing`` is asked what several of them do when all are set.
     """
-    if not paths or changes_nothing(paths):
+    if not fields or changes_nothing(fields):
         return
-    if len(paths) == 1:
-        yield paths[0]
+    if len(fields) == 1:
+        yield fields[0]
         return
-    half = len(paths) // 2
-    yield from may_matter(paths[:half], changes_nothing)
-    yield from may_matter(paths[half:], changes_nothing)
+    half = len(fields) // 2
+    yield from may_matter(fields[:half], changes_nothing)
+    yield from may_matter(fields[half:], changes_nothing)
 
 
 def each_of(

@@ -27,6 +27,7 @@ _CHUNKS = (torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split)
 _TAKES = (torch.Tensor.unbind, torch.unbind, torch.Tensor.select, torch.select)
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 _POOLS = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2}  # -> number of axes of positions
+_OVER_POSITIONS = frozenset({*_SOFTMAX, F.scaled_dot_product_attention, *_POOLS})
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,17 @@ class HeadSplits:
         )
 
 
-def observe(model: nn.Module, recipe: RunRecipe = PLAIN) -> HeadSplits:
+def observe(model: nn.Module, recipe: RunRecipe = PLAIN, text_alone: bool = True) -> HeadSplits:
     """Run ``model`` (on the meta device) and return how its projections' outputs are split.
 
     A forward pass that needs real values stops part of the way; the result then has the layers that
-    ran before. If images or sound stop it early, a second run on text alone adds its layers.
+    ran before. If images or sound stop it early, a second run on text alone adds its layers,
+    unless that would be of no use (``text_alone``).
     """
+    text_alone = text_alone and recipe.make_inputs is None
     try:
         with torch.no_grad(), RealNumbers():
-            text = text_inputs(model) if recipe.make_inputs is None else None
+            text = text_inputs(model) if text_alone else None
             inputs = example_inputs(model, recipe)
     except UnsupportedModelError:  # the user's function does not take this config
         return HeadSplits()
@@ -241,7 +244,8 @@ class _SplitWatch(NoValues):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = super().__torch_function__(func, types, args, kwargs)
-        self.alone += _is_over_one(func, args, kwargs or {}, output)
+        if func in _OVER_POSITIONS:
+            self.alone += _is_over_one(func, args, kwargs or {}, output)
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         # a norm's weight is the argument before what it scales (OLMo 2's queries)
         tensors.sort(key=lambda tensor: id(tensor) not in self._source)

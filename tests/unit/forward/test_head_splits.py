@@ -17,8 +17,11 @@ from transformers import (
     GPTBigCodeForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
 )
 
+from tp_hf_config.forward.find_recipe import find_recipe
 from tp_hf_config.forward.head_splits import (
     feature_split,
     heads_of,
@@ -209,3 +212,22 @@ def test_observe_a_forward_that_needs_values_keeps_what_it_saw():
             return x
 
     assert observe(Stops().to("meta")).heads == {"q": ((2, 4),)}
+
+
+def test_observe_runs_text_alone_where_an_image_stops_the_pass():
+    layer = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tower = {**layer, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = LlavaConfig(
+        text_config={**layer, "model_type": "llama", "num_attention_heads": 2, "vocab_size": 99},
+        vision_config={"model_type": "clip_vision_model", **tower},
+        image_token_id=5,
+    )
+    model = meta(LlavaForConditionalGeneration, config)
+    recipe = find_recipe(model, None)
+    whole = observe(model, recipe)
+    assert whole.ended
+    model.model.vision_tower.forward = None  # cannot be called
+    stopped = observe(model, recipe)
+    assert not stopped.ended
+    assert 0 < stopped.steps < whole.steps
+    assert observe(model, recipe, text_alone=False).steps == 1  # the embedding of its text

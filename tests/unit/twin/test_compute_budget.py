@@ -11,13 +11,14 @@ from tiny_costs import costs, known_of
 from torch import nn
 from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
-from tp_hf_config.fieldmap.expressions import Power
+from tp_hf_config.fieldmap.expressions import Expression, Power
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter
 from tp_hf_config.twin.tiny.image_sizes import smaller_images
 from tp_hf_config.twin.tiny.requirements import (
+    Requirements,
     _keeps_order_alone,
     _several_per_unit,
     _shared,
@@ -45,8 +46,28 @@ def test_what_may_count_the_experts_of_a_token_stays() -> None:
     assert lighter(known, data, 8, seen) == {"top_k": 16}
 
 
+def test_sizes_of_no_effect_cost_no_pass_each() -> None:
+    """Ernie 4.5's three numbers for attention's chunks and Bamba's ten others do nothing."""
+    idle = {(f"size {n}",): 256 for n in range(16)}
+    known = known_of(non_size_fields={**idle, ("chunk",): 512})
+    data = {"chunk": 512, **{name: 256 for (name,) in idle}}
+    passes, seen = list[dict[str, Any]](), costs(10**5, "chunk")
+
+    def counted(trial: dict[str, Any]) -> HeadSplits | None:
+        if trial not in passes:
+            passes.append(trial)
+        return seen(trial)
+
+    assert lighter(known, data, 0, counted) == {**data, "chunk": 32}
+    assert len(passes) == 11  # of 52: all at once, then halves of those that may matter
+
+
 def test_a_size_of_which_less_costs_more_is_as_it_was() -> None:
-    known, data = known_of(sizes={("patch",): 16, ("hidden",): 64}), {"patch": 6, "hidden": 24}
+    patches = {("patches", 0): frozenset({("patch",)})}
+    sizes = {("patch",): 16, ("hidden",): 64}
+    width = {("layer.weight", 0): Expression(64, {frozenset({("hidden",)}): Fraction(1)})}
+    known = known_of(sizes=sizes, unfitted=patches, expressions=width)
+    data = {"patch": 6, "hidden": 24}
     passes = {6: 10**8, 16: 10**6}
 
     def seen(data: dict[str, Any]) -> HeadSplits:
@@ -267,6 +288,17 @@ def test_a_width_as_large_as_the_image_is_no_patch() -> None:
     assert [one["merge"] for one in smaller_images(known, data)] == [1] * len(
         list(smaller_images(known, data))
     )
+
+
+def test_heads_that_would_be_narrow_are_known_before_the_class_is_built(monkeypatch: Any) -> None:
+    model = module_of(hf.BertConfig(vocab_size=64, num_hidden_layers=1), hf.BertModel)
+    field_map = map_of(model)
+    required = Requirements(field_map, field_map.builder.build(field_map.depth.data))
+    trial = {**field_map.depth.data, "hidden_size": 192}
+    assert required.observed(trial).heads["encoder.layer.0.attention.self.query"] == ((12, 16),)
+    monkeypatch.setattr(required, "builder", None)  # it is not asked
+    assert required.observed({**trial, "hidden_size": 96}) is None
+    assert required.observed({**trial, "num_attention_heads": 24}) is None
 
 
 def test_a_norm_is_not_left_with_two_numbers() -> None:

@@ -14,7 +14,11 @@ from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.build import Builder
 from tp_hf_config.twin.tiny import run_numbers
 from tp_hf_config.twin.tiny.image_sizes import images_in_proportion
-from tp_hf_config.twin.tiny.run_numbers import cheaper, with_smaller_inputs
+from tp_hf_config.twin.tiny.run_numbers import (
+    cheaper,
+    with_equal_values,
+    with_smaller_inputs,
+)
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 
 
@@ -129,6 +133,47 @@ def test_numbers_of_equal_value_go_down_together_or_alone(monkeypatch: Any) -> N
     assert cheaper(known, data, 0, equal) == {"one": 10, "two": 10}
     single = costs(10**6, "one", legal=lambda data: data["two"] == 100)
     assert cheaper(known, data, 0, single) == {"one": 10, "two": 100}
+
+
+def test_numbers_of_no_effect_cost_no_pass_each(monkeypatch: Any) -> None:
+    numbers = {(f"number {n}",): 100 + n for n in range(16)}
+    slow(numbers, monkeypatch)
+    known, data = known_of(), {name: n for (name,), n in numbers.items()}
+    known.recipe = None
+    passes: list[dict[str, Any]] = []
+
+    def seen(trial: dict[str, Any]) -> HeadSplits:
+        passes.append(trial)
+        return HeadSplits(numbers=10**8)
+
+    assert cheaper(known, data, 0, seen) == data
+    assert len(passes) == 2
+
+
+class Bounded:
+    """Requirements of a class that costs a hundred million beside its widths."""
+
+    def __init__(self, constant: float) -> None:
+        self.constant = constant
+        self.passes = 0
+
+    def cost(self, trial: dict[str, Any]) -> float:
+        self.passes += 1
+        return self.constant + sum(10**7 * width for width in trial.values())
+
+
+def test_widths_stay_different_where_they_do_not_decide(monkeypatch: Any) -> None:
+    data = {f"width {n}": 40 + n for n in range(6)}
+    fields: list[Any] = [(name,) for name in data]
+
+    def lower(data: dict[str, Any], field: Any) -> Any:
+        yield {field: 4}
+
+    few: Any = Bounded(10**11)
+    assert with_equal_values(data, fields, lower, few) == data
+    assert few.passes == 2
+    decisive: Any = Bounded(10**6)
+    assert with_equal_values(data, fields, lower, decisive) == dict.fromkeys(data, 4)
 
 
 def test_an_image_and_the_maps_of_its_features_shrink_together(monkeypatch: Any) -> None:

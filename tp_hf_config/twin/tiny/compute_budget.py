@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from ...fieldmap.batched_probes import may_matter
 from ...fieldmap.field_map import FieldMap
 from ...forward.head_splits import HeadSplits
 from ...model.config_json import FieldPath, value_at, with_values
@@ -70,17 +71,26 @@ def lighter(
     number of experts, as a smaller one may be how many a token takes. ``rows`` are fields that only
     count positions; the inputs are as long as some of them (Whisper).
     """
-    best = observe(data)
-    for paths in _changing_together(
-        {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
-    ):
-        if best is None or best.numbers <= HEAVY:
-            break
-        for trial in _lower(data, paths, max(most + 1, SHORTEST)):
-            candidate = observe(trial)
-            if candidate is not None and candidate.numbers < WORTH * best.numbers:
-                data, best = trial, candidate
-    if best is not None and best.numbers > HEAVY:
+    before, least = observe(data), max(most + 1, SHORTEST)
+    if before is None or before.numbers <= HEAVY:
+        return data
+    numbers = before.numbers
+
+    def change_nothing(some: Sequence[list[FieldPath]]) -> bool:
+        """True if a pass computes as much with all of these at their lowest, or is light by now."""
+        lowest: dict[FieldPath, int] = {}
+        for fields in some:
+            lowest |= next(_lower(data, fields, least), {})
+        lowered = observe(with_values(data, lowest)) if numbers > HEAVY else None
+        return numbers <= HEAVY or (lowered is not None and lowered.numbers == numbers)
+
+    sizes = {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
+    for fields in may_matter(_changing_together(sizes), change_nothing):
+        for change in _lower(data, fields, least):
+            candidate = observe(trial := with_values(data, change))
+            if candidate is not None and candidate.numbers < WORTH * numbers:
+                data, numbers = trial, candidate.numbers
+    if numbers > HEAVY:
         data = next((config for config in smaller_images(field_map, data) if observe(config)), data)
         data = _with_cheaper_values(field_map, data, observe)
     return data
@@ -94,13 +104,33 @@ def _with_cheaper_values(
     Smaller patches are more patches of an image (LayoutLMv3).
     """
     best = observe(data)
-    for field, value in field_map.sizes.items():
+    for field in _lengths(field_map):
         if best is None or best.numbers <= HEAVY:
             break
-        candidate = observe(whole) if (whole := with_values(data, {field: value})) != data else None
+        whole = with_values(data, {field: field_map.sizes[field]})
+        candidate = observe(whole) if whole != data else None
         if candidate is not None and candidate.numbers < best.numbers / 2:
             data, best = whole, candidate
     return data
+
+
+def _lengths(field_map: FieldMap) -> list[FieldPath]:
+    """Return the fields that are no widths: of a lower one, a class may compute more.
+
+    They set how long a kernel is, a size along no straight line, or what layers read and no layer
+    returns. The patches of an image or a sound do, of which there are more if they are smaller.
+    """
+    returned = {
+        field
+        for (_, which), expression in field_map.expressions.items()
+        for field in expression.fields
+        if which == 0
+    }
+    lengths = {field for fields in field_map.unfitted.values() for field in fields}
+    lengths |= {field for power in field_map.powers.values() for field in power.fields}
+    for (_, which), expression in field_map.expressions.items():
+        lengths |= expression.fields if isinstance(which, int) and which > 1 else frozenset()
+    return [field for field in field_map.sizes if field in lengths or field not in returned]
 
 
 def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
@@ -112,9 +142,11 @@ def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
     return [groups[key] for key in sorted(groups, key=lambda key: -key[1])]
 
 
-def _lower(data: dict[str, Any], paths: list[FieldPath], least: int) -> Iterator[dict[str, Any]]:
-    """Yield configs with a size at a sixteenth, a quarter and half, but not below ``least``."""
-    value = value_at(data, paths[0])
+def _lower(
+    data: dict[str, Any], fields: list[FieldPath], least: int
+) -> Iterator[dict[FieldPath, int]]:
+    """Yield changes of a size to a sixteenth, a quarter and half, but not below ``least``."""
+    value = value_at(data, fields[0])
     for part in (16, 4, 2):
         if type(value) is int and not value % part and value // part >= least:
-            yield with_values(data, dict.fromkeys(paths, value // part))
+            yield dict.fromkeys(fields, value // part)

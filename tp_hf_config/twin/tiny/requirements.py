@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import lcm, prod
 from typing import Any
 
 from torch import nn
 
+from ...fieldmap.expressions import Expression, Power, Quantity, product
 from ...fieldmap.field_map import FieldMap
 from ...fieldmap.lower_depth import kinds_of_layers
-from ...forward.head_splits import HeadSplits, observe
+from ...forward.head_splits import HeadSplits, heads_of, observe
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at
 from ...model.shapes import shapes
 
+_Formula = Expression | Power
 HEAD_DIM = 16
 """A head dim that is enough for all that a class does inside a head."""
 _PER_PARAMETER = 4
@@ -52,6 +54,7 @@ class Requirements:
         self.shapes, self.layout = shapes(base), observe(base, self.recipe)
         self._kinds = kinds_of_layers(base)
         self._several, self._shared = _several_per_unit(field_map), _shared(field_map)
+        self._heads, self._sizes = _head_formulas(field_map, self.layout), field_map.sizes
         self._observed: dict[str, HeadSplits | None] = {}
         self._parameters: dict[str, int] = {}
 
@@ -80,7 +83,19 @@ class Requirements:
             return math.inf
         return observed.numbers + _PER_PARAMETER * self._parameters[repr(trial)]
 
+    def _has_narrow_heads(self, trial: dict[str, Any]) -> bool:
+        """True if some heads would be too narrow; that needs no pass where formulas give both."""
+        values = {field: value_at(trial, field) for field in self._sizes}
+        steps = {f: n - self._sizes[f] for f, n in values.items() if type(n) is int}
+        return any(
+            features.evaluate(steps) < least * heads.evaluate(steps)
+            for features, heads, least in self._heads
+            if features.fields | heads.fields <= steps.keys()
+        )
+
     def _observe(self, trial: dict[str, Any]) -> HeadSplits | None:
+        if self._has_narrow_heads(trial):
+            return None
         model = self.builder.build(trial)
         if isinstance(model, Refusal):
             return None
@@ -97,8 +112,34 @@ class Requirements:
                 _still_shared(dims, field, trial, built) for field, dims in self._shared.items()
             )
         )
-        layout = observe(model, self.recipe) if suits else None
+        text_alone = not self.layout.ended  # else it has to end with all inputs here too
+        layout = observe(model, self.recipe, text_alone) if suits else None
         return layout if layout is not None and goes_as_far(self.layout, layout) else None
+
+
+def _head_formulas(field_map: FieldMap, layout: HeadSplits) -> list[tuple[_Formula, _Formula, int]]:
+    """Return the output features, the heads and the least head dim, for a layer of each kind.
+
+    Left out are layers whose outputs are in pieces, and those of which no formula tells both at any
+    value: only a plain product does (no pair of fields may have been seen to change together).
+    """
+    known: dict[Quantity, _Formula] = {**field_map.expressions, **field_map.powers}
+    formulas = []
+    for name, splits in layout.heads.items():
+        features, heads = known.get((f"{name}.weight", 0)), known.get((name, heads_of(0)))
+        if features is None or heads is None or len(splits) > 1 or len(splits[0]) > 2:
+            continue
+        products = all(_is_product(formula, field_map.sizes) for formula in (features, heads))
+        if products and features.base == prod(splits[0]):
+            formulas.append((features, heads, min(splits[0][-1], HEAD_DIM)))
+    return formulas
+
+
+def _is_product(formula: _Formula, values: Mapping[FieldPath, int]) -> bool:
+    """True if a formula is its base times the share of each of its fields, or a power of it."""
+    if isinstance(formula, Power):
+        return True
+    return formula == product(formula.base, {field: values[field] for field in formula.fields})
 
 
 def _several_per_unit(field_map: FieldMap) -> list[tuple[str, int, FieldPath]]:

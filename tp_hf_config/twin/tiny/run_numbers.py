@@ -7,12 +7,13 @@ runs. Such numbers set no tensor. They are lowered only where a pass computes fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from ...fieldmap.batched_probes import may_matter
 from ...fieldmap.candidate_fields import numbers_read
 from ...fieldmap.field_map import FieldMap
 from ...forward.head_splits import observe
@@ -44,26 +45,34 @@ def cheaper(
     class reads when it is built or when it runs goes down to a divisor of it. That has to be above
     ``most``, the largest number of experts. ``rows`` are fields that only count positions.
     """
-    best = observed(data)
-    if best is None or best.numbers <= _SLOW:
+    before, least = observed(data), max(most + 1, SHORTEST)
+    if before is None or before.numbers <= _SLOW:
         return data
+    numbers = before.numbers
     read = field_map.non_size_fields | numbers_read(
         field_map.builder, data, lambda model: observe(model, field_map.recipe)
     )
     idle = {field: n for field, n in read.items() if field not in field_map.sizes}
     for trial in images_in_proportion(field_map, data, idle):
         candidate = observed(trial)
-        if candidate is not None and candidate.numbers < WORTH * best.numbers:
-            data, best = trial, candidate
+        if candidate is not None and candidate.numbers < WORTH * numbers:
+            data, numbers = trial, candidate.numbers
             break
+
+    def change_nothing(some: Sequence[list[FieldPath]]) -> bool:
+        """True if a pass computes as much with all of these at their lowest, or is light by now."""
+        trial = data
+        for fields in some:
+            trial = next(_divisors(trial, fields, least), trial)
+        lowered = observed(trial) if numbers > HEAVY else None
+        return numbers <= HEAVY or (lowered is not None and lowered.numbers == numbers)
+
     counts = [field for field in idle if not is_side(field)]
-    for fields in _equal_values(data, [*rows, *counts]):
-        if best.numbers <= HEAVY:
-            break
-        for trial in _divisors(data, fields, max(most + 1, SHORTEST)):
+    for fields in may_matter(_equal_values(data, [*rows, *counts]), change_nothing):
+        for trial in _divisors(data, fields, least):
             candidate = observed(trial)
-            if candidate is not None and candidate.numbers < WORTH * best.numbers:
-                data, best = trial, candidate
+            if candidate is not None and candidate.numbers < WORTH * numbers:
+                data, numbers = trial, candidate.numbers
                 break
     return data
 
@@ -117,7 +126,14 @@ def with_equal_values(
     ``lower`` yields changes of a width to lower values, the lowest first.
     """
     best = required.cost(data)
-    for field in widths if best < math.inf else ():
+    if not _VERY_SLOW < best < math.inf:
+        return data
+    narrowest = data
+    for field in widths:
+        narrowest = with_values(narrowest, next(lower(narrowest, field), {}))
+    if WORTH * best <= required.cost(narrowest) < math.inf:
+        return data  # what no field sets decides
+    for field in widths:
         for change in lower(data, field) if best > _VERY_SLOW else ():
             trial = with_values(data, change)
             cost = required.cost(trial)
