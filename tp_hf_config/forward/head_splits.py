@@ -76,8 +76,8 @@ def observe(model: nn.Module, recipe: RunRecipe = PLAIN, text_alone: bool = True
     """Run ``model`` (on the meta device) and return how its projections' outputs are split.
 
     A forward pass that needs real values stops part of the way; the result then has the layers that
-    ran before. If images or sound stop it early, a second run on text alone adds its layers,
-    unless that would be of no use (``text_alone``).
+    ran before. If images or sound stop it early and ``text_alone`` is True, a second run on text
+    alone adds its layers.
     """
     text_alone = text_alone and recipe.make_inputs is None
     try:

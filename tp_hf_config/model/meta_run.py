@@ -185,7 +185,7 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     described = [_signature(value) for value in args]
     if kwargs:
         described += [*kwargs, *map(_signature, kwargs.values())]
-    key = (id(func), torch.get_default_dtype(), *described)  # operators are never freed
+    key = (func, torch.get_default_dtype(), *described)
     try:
         cached = _result_shapes.get(key)
     except TypeError:  # an argument that cannot be hashed

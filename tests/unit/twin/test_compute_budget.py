@@ -59,7 +59,7 @@ def test_sizes_of_no_effect_cost_no_pass_each() -> None:
         return seen(trial)
 
     assert lighter(known, data, 0, counted) == {**data, "chunk": 32}
-    assert len(passes) == 11  # of 52: all at once, then halves of those that may matter
+    assert len(passes) == 9  # of 52: all at once, then halves of those that may matter
 
 
 def test_a_size_of_which_less_costs_more_is_as_it_was() -> None:

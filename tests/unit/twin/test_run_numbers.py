@@ -12,7 +12,7 @@ from tp_hf_config.fieldmap.candidate_fields import numbers_read
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.build import Builder
-from tp_hf_config.twin.tiny import run_numbers
+from tp_hf_config.twin.tiny import compute_budget, run_numbers
 from tp_hf_config.twin.tiny.image_sizes import images_in_proportion
 from tp_hf_config.twin.tiny.run_numbers import (
     cheaper,
@@ -72,7 +72,7 @@ def test_a_slow_detector_looks_for_fewer_objects_in_a_smaller_image(monkeypatch:
     field_map = map_of(QueriesModel(QueriesConfig()))
     assert field_map.recipe.form == 1  # 64 pixels a side have 64 places, of 300
     monkeypatch.setattr(run_numbers, "_SLOW", 20_000)
-    monkeypatch.setattr(run_numbers, "HEAVY", 10_000)
+    monkeypatch.setattr(compute_budget, "_HEAVY", 10_000)
     tiny = tiny_model(field_map)
     assert isinstance(tiny, TinyModel)
     assert tiny.field_map.data["queries"] == 10
@@ -143,7 +143,7 @@ def test_numbers_of_no_effect_cost_no_pass_each(monkeypatch: Any) -> None:
     passes: list[dict[str, Any]] = []
 
     def seen(trial: dict[str, Any]) -> HeadSplits:
-        passes.append(trial)
+        passes.extend([trial] if trial not in passes else [])
         return HeadSplits(numbers=10**8)
 
     assert cheaper(known, data, 0, seen) == data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from ...fieldmap.batched_probes import may_matter
@@ -13,7 +14,7 @@ from .image_sizes import smaller_images
 
 Observe = Callable[[dict[str, Any]], HeadSplits | None]
 """Runs a config and returns its head splits; ``None``: it lacks something that is required."""
-HEAVY = 3_000_000
+_HEAVY = 3_000_000
 """How many numbers one forward pass may compute: with more, hundreds of passes take minutes."""
 WORTH = 0.9
 """A lower size is kept if it leaves less than this share of the numbers to compute."""
@@ -71,28 +72,52 @@ def lighter(
     number of experts, as a smaller one may be how many a token takes. ``rows`` are fields that only
     count positions; the inputs are as long as some of them (Whisper).
     """
-    before, least = observe(data), max(most + 1, SHORTEST)
-    if before is None or before.numbers <= HEAVY:
+    before = observe(data)
+    if before is None or before.numbers <= _HEAVY:
+        return data
+    sizes = {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
+    least = max(most + 1, SHORTEST)
+    data = lowered(data, _changing_together(sizes), partial(_lower, least=least), observe)
+    best = observe(data)
+    if best is not None and best.numbers > _HEAVY:
+        data = next((config for config in smaller_images(field_map, data) if observe(config)), data)
+        data = _with_cheaper_values(field_map, data, observe)
+    return data
+
+
+def lowered(
+    data: dict[str, Any],
+    sizes: Sequence[list[FieldPath]],
+    lower: Callable[[dict[str, Any], list[FieldPath]], Iterator[dict[str, Any]]],
+    observe: Observe,
+) -> dict[str, Any]:
+    """Return the config with one size after the other lowered, until a pass computes little.
+
+    ``lower`` yields configs with lower values of fields that change together, the lowest first. The
+    first of these that spares enough is kept. What changes nothing at its lowest is asked about
+    together with others (bisection).
+    """
+    before = observe(data)
+    if before is None:
         return data
     numbers = before.numbers
 
     def change_nothing(some: Sequence[list[FieldPath]]) -> bool:
         """True if a pass computes as much with all of these at their lowest, or is light by now."""
-        lowest: dict[FieldPath, int] = {}
+        if numbers <= _HEAVY:
+            return True
+        trial = data
         for fields in some:
-            lowest |= next(_lower(data, fields, least), {})
-        lowered = observe(with_values(data, lowest)) if numbers > HEAVY else None
-        return numbers <= HEAVY or (lowered is not None and lowered.numbers == numbers)
+            trial = next(lower(trial, fields), trial)
+        lowest = observe(trial)
+        return lowest is not None and lowest.numbers == numbers
 
-    sizes = {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
-    for fields in may_matter(_changing_together(sizes), change_nothing):
-        for change in _lower(data, fields, least):
-            candidate = observe(trial := with_values(data, change))
+    for fields in may_matter(sizes, change_nothing):
+        for trial in lower(data, fields):
+            candidate = observe(trial)
             if candidate is not None and candidate.numbers < WORTH * numbers:
                 data, numbers = trial, candidate.numbers
-    if numbers > HEAVY:
-        data = next((config for config in smaller_images(field_map, data) if observe(config)), data)
-        data = _with_cheaper_values(field_map, data, observe)
+                break
     return data
 
 
@@ -105,7 +130,7 @@ def _with_cheaper_values(
     """
     best = observe(data)
     for field in _lengths(field_map):
-        if best is None or best.numbers <= HEAVY:
+        if best is None or best.numbers <= _HEAVY:
             break
         whole = with_values(data, {field: field_map.sizes[field]})
         candidate = observe(whole) if whole != data else None
@@ -142,11 +167,9 @@ def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
     return [groups[key] for key in sorted(groups, key=lambda key: -key[1])]
 
 
-def _lower(
-    data: dict[str, Any], fields: list[FieldPath], least: int
-) -> Iterator[dict[FieldPath, int]]:
-    """Yield changes of a size to a sixteenth, a quarter and half, but not below ``least``."""
+def _lower(data: dict[str, Any], fields: list[FieldPath], least: int) -> Iterator[dict[str, Any]]:
+    """Yield configs with a size at a sixteenth, a quarter and half, but not below ``least``."""
     value = value_at(data, fields[0])
     for part in (16, 4, 2):
         if type(value) is int and not value % part and value // part >= least:
-            yield dict.fromkeys(fields, value // part)
+            yield with_values(data, dict.fromkeys(fields, value // part))

@@ -120,8 +120,8 @@ class Requirements:
 def _head_formulas(field_map: FieldMap, layout: HeadSplits) -> list[tuple[_Formula, _Formula, int]]:
     """Return the output features, the heads and the least head dim, for a layer of each kind.
 
-    Left out are layers whose outputs are in pieces, and those of which no formula tells both at any
-    value: only a plain product does (no pair of fields may have been seen to change together).
+    Left out are layers whose outputs are in pieces, and those whose formulas are no plain products:
+    what two fields do together may not have been learned, and shows far from their values only.
     """
     known: dict[Quantity, _Formula] = {**field_map.expressions, **field_map.powers}
     formulas = []

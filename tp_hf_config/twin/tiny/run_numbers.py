@@ -7,20 +7,20 @@ runs. Such numbers set no tensor. They are lowered only where a pass computes fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ...fieldmap.batched_probes import may_matter
 from ...fieldmap.candidate_fields import numbers_read
 from ...fieldmap.field_map import FieldMap
 from ...forward.head_splits import observe
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
-from .compute_budget import HEAVY, SHORTEST, WORTH, Observe
+from .compute_budget import SHORTEST, WORTH, Observe, lowered
 from .image_sizes import images_in_proportion, is_side, smaller_images
 from .requirements import Requirements, goes_as_far
 
@@ -45,36 +45,21 @@ def cheaper(
     class reads when it is built or when it runs goes down to a divisor of it. That has to be above
     ``most``, the largest number of experts. ``rows`` are fields that only count positions.
     """
-    before, least = observed(data), max(most + 1, SHORTEST)
+    before = observed(data)
     if before is None or before.numbers <= _SLOW:
         return data
-    numbers = before.numbers
     read = field_map.non_size_fields | numbers_read(
         field_map.builder, data, lambda model: observe(model, field_map.recipe)
     )
     idle = {field: n for field, n in read.items() if field not in field_map.sizes}
     for trial in images_in_proportion(field_map, data, idle):
         candidate = observed(trial)
-        if candidate is not None and candidate.numbers < WORTH * numbers:
-            data, numbers = trial, candidate.numbers
+        if candidate is not None and candidate.numbers < WORTH * before.numbers:
+            data = trial
             break
-
-    def change_nothing(some: Sequence[list[FieldPath]]) -> bool:
-        """True if a pass computes as much with all of these at their lowest, or is light by now."""
-        trial = data
-        for fields in some:
-            trial = next(_divisors(trial, fields, least), trial)
-        lowered = observed(trial) if numbers > HEAVY else None
-        return numbers <= HEAVY or (lowered is not None and lowered.numbers == numbers)
-
     counts = [field for field in idle if not is_side(field)]
-    for fields in may_matter(_equal_values(data, [*rows, *counts]), change_nothing):
-        for trial in _divisors(data, fields, least):
-            candidate = observed(trial)
-            if candidate is not None and candidate.numbers < WORTH * numbers:
-                data, numbers = trial, candidate.numbers
-                break
-    return data
+    numbers = _equal_values(data, [*rows, *counts])
+    return lowered(data, numbers, partial(_divisors, least=max(most + 1, SHORTEST)), observed)
 
 
 def with_few_objects(
