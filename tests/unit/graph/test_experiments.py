@@ -59,6 +59,7 @@ def without_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_modes_around_a_call_change_nothing(
     name: str, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forget(monkeypatch)
     wanted = prunable(zoo.build(name)).to_dict()
     forget(monkeypatch)
     with mode():
