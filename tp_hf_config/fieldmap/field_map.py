@@ -159,6 +159,12 @@ class FieldMap:
         return power and power.times(self.depth.times(name, which))
 
 
+def nonlinear_fields(field_map: FieldMap) -> frozenset[FieldPath]:
+    """Return the fields that set some size along no straight line."""
+    powers = (power.fields for power in field_map.powers.values())
+    return frozenset().union(*powers, *field_map.unfitted.values())
+
+
 def state_of(field_map: FieldMap) -> dict[str, Any]:
     """Return the attributes of a field map that are stored on disk: all but its builder."""
     names = {field.name for field in dataclasses.fields(field_map)} - {"builder", "digest"}

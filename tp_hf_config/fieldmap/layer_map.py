@@ -26,7 +26,7 @@ from ..model.layer_entries import KEY, uniform_json
 from ..model.shapes import shapes
 from .depth import Depth
 from .expressions import Expression, Quantity
-from .field_map import FieldMap
+from .field_map import FieldMap, nonlinear_fields
 from .learn_field_map import map_at, stored_or_learned
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ _MOST_MAPS = 2
 def entangled_fields(field_map: FieldMap) -> set[FieldPath]:
     """Return the fields that change with others, or that set some size along no straight line."""
     fields = {*field_map.must_equal, *field_map.must_equal.values(), *field_map.ratio_partners}
-    fields |= {field for power in field_map.powers.values() for field in power.fields}
-    return fields | {field for others in field_map.unfitted.values() for field in others}
+    return fields | nonlinear_fields(field_map)
 
 
 class LayerFields:

@@ -148,16 +148,17 @@ def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 
 
 def _is_over_one(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> bool:
-    """True if a softmax chooses from a single entry, or a pool makes several positions of one."""
+    """True if a softmax chooses from a single entry, or a pool makes several positions of one.
+
+    ``func`` is one of ``_OVER_POSITIONS``.
+    """
     first: Any = args[0] if args else kwargs.get("input")
     if func in _SOFTMAX:
         return bool(first.shape[kwargs.get("dim", args[1] if len(args) > 1 else -1)] == 1)
     if func is F.scaled_dot_product_attention:
         return bool((args[1] if len(args) > 1 else kwargs["key"]).shape[-2] == 1)
-    if func in _POOLS:
-        axes = _POOLS[func]
-        return bool(first.shape[-axes:].numel() == 1 < output.shape[-axes:].numel())
-    return False
+    axes = _POOLS[func]
+    return bool(first.shape[-axes:].numel() == 1 < output.shape[-axes:].numel())
 
 
 def _takes_apart(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> bool:

@@ -109,7 +109,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.guessed = True
                 return 1
             if func is _COPY and "device" in kwargs:
-                kwargs["device"] = torch.device("meta")
+                kwargs["device"] = _META
             if func is _SCATTER and _too_few(*args):
                 raise RuntimeError("fewer features than places for them")  # as with data
             if func in _PUT and not self.guessed:
@@ -119,7 +119,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     mask.is_meta for mask in tensors[1:] if mask.dtype == torch.bool
                 )
                 args = (args[0], _positions(args[1]), *args[2:])
-            if func in _INDEX or not all(tensor.is_meta for tensor in tensors):
+            if func in _INDEX or False in places:
                 args, kwargs = _without_data((args, kwargs))
         output = _cached(func, args, kwargs) if on_meta else _real(func, args, kwargs, tensors)
         if isinstance(output, torch.Tensor):

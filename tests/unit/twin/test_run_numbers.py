@@ -151,7 +151,7 @@ def test_numbers_of_no_effect_cost_no_pass_each(monkeypatch: Any) -> None:
 
 
 class Bounded:
-    """Requirements of a class that costs a hundred million beside its widths."""
+    """Requirements of a class that costs something beside its widths; counts the passes."""
 
     def __init__(self, constant: float) -> None:
         self.constant = constant

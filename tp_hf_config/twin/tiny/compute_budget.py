@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...fieldmap.batched_probes import may_matter
-from ...fieldmap.field_map import FieldMap
+from ...fieldmap.field_map import FieldMap, nonlinear_fields
 from ...forward.head_splits import HeadSplits
 from ...model.config_json import FieldPath, value_at, with_values
 from .image_sizes import smaller_images
@@ -72,9 +72,6 @@ def lighter(
     number of experts, as a smaller one may be how many a token takes. ``rows`` are fields that only
     count positions; the inputs are as long as some of them (Whisper).
     """
-    before = observe(data)
-    if before is None or before.numbers <= _HEAVY:
-        return data
     sizes = {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
     least = max(most + 1, SHORTEST)
     data = lowered(data, _changing_together(sizes), partial(_lower, least=least), observe)
@@ -145,16 +142,12 @@ def _lengths(field_map: FieldMap) -> list[FieldPath]:
     They set how long a kernel is, a size along no straight line, or what layers read and no layer
     returns. The patches of an image or a sound do, of which there are more if they are smaller.
     """
-    returned = {
-        field
-        for (_, which), expression in field_map.expressions.items()
-        for field in expression.fields
-        if which == 0
-    }
-    lengths = {field for fields in field_map.unfitted.values() for field in fields}
-    lengths |= {field for power in field_map.powers.values() for field in power.fields}
+    returned, lengths = set[FieldPath](), set(nonlinear_fields(field_map))
     for (_, which), expression in field_map.expressions.items():
-        lengths |= expression.fields if isinstance(which, int) and which > 1 else frozenset()
+        if which == 0:
+            returned |= expression.fields
+        elif isinstance(which, int) and which > 1:
+            lengths |= expression.fields
     return [field for field in field_map.sizes if field in lengths or field not in returned]
 
 

@@ -19,7 +19,6 @@ from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at
 from ...model.shapes import shapes
 
-_Formula = Expression | Power
 HEAD_DIM = 16
 """A head dim that is enough for all that a class does inside a head."""
 _PER_PARAMETER = 4
@@ -54,7 +53,7 @@ class Requirements:
         self.shapes, self.layout = shapes(base), observe(base, self.recipe)
         self._kinds = kinds_of_layers(base)
         self._several, self._shared = _several_per_unit(field_map), _shared(field_map)
-        self._heads, self._sizes = _head_formulas(field_map, self.layout), field_map.sizes
+        self._heads, self._sizes = _head_expressions(field_map, self.layout), field_map.sizes
         self._observed: dict[str, HeadSplits | None] = {}
         self._parameters: dict[str, int] = {}
 
@@ -84,7 +83,7 @@ class Requirements:
         return observed.numbers + _PER_PARAMETER * self._parameters[repr(trial)]
 
     def _has_narrow_heads(self, trial: dict[str, Any]) -> bool:
-        """True if some heads would be too narrow; that needs no pass where formulas give both."""
+        """True if expressions tell that some heads would be too narrow: that needs no build."""
         values = {field: value_at(trial, field) for field in self._sizes}
         steps = {f: n - self._sizes[f] for f, n in values.items() if type(n) is int}
         return any(
@@ -117,29 +116,32 @@ class Requirements:
         return layout if layout is not None and goes_as_far(self.layout, layout) else None
 
 
-def _head_formulas(field_map: FieldMap, layout: HeadSplits) -> list[tuple[_Formula, _Formula, int]]:
+def _head_expressions(
+    field_map: FieldMap, layout: HeadSplits
+) -> list[tuple[Expression | Power, Expression | Power, int]]:
     """Return the output features, the heads and the least head dim, for a layer of each kind.
 
-    Left out are layers whose outputs are in pieces, and those whose formulas are no plain products:
-    what two fields do together may not have been learned, and shows far from their values only.
+    Left out are layers whose outputs are in pieces, and those where one of both is no plain
+    product: what two fields do together may not have been learned, and shows far from their values.
     """
-    known: dict[Quantity, _Formula] = {**field_map.expressions, **field_map.powers}
-    formulas = []
+    sizes: dict[Quantity, Expression | Power] = {**field_map.expressions, **field_map.powers}
+    expressions = []
     for name, splits in layout.heads.items():
-        features, heads = known.get((f"{name}.weight", 0)), known.get((name, heads_of(0)))
+        features, heads = sizes.get((f"{name}.weight", 0)), sizes.get((name, heads_of(0)))
         if features is None or heads is None or len(splits) > 1 or len(splits[0]) > 2:
             continue
-        products = all(_is_product(formula, field_map.sizes) for formula in (features, heads))
+        products = all(_is_product(size, field_map.sizes) for size in (features, heads))
         if products and features.base == prod(splits[0]):
-            formulas.append((features, heads, min(splits[0][-1], HEAD_DIM)))
-    return formulas
+            expressions.append((features, heads, min(splits[0][-1], HEAD_DIM)))
+    return expressions
 
 
-def _is_product(formula: _Formula, values: Mapping[FieldPath, int]) -> bool:
-    """True if a formula is its base times the share of each of its fields, or a power of it."""
-    if isinstance(formula, Power):
+def _is_product(expression: Expression | Power, values: Mapping[FieldPath, int]) -> bool:
+    """True if a size is its base times each field over its base value, or a power of that."""
+    if isinstance(expression, Power):
         return True
-    return formula == product(formula.base, {field: values[field] for field in formula.fields})
+    own = {field: values[field] for field in expression.fields}
+    return expression == product(expression.base, own)
 
 
 def _several_per_unit(field_map: FieldMap) -> list[tuple[str, int, FieldPath]]:
