@@ -23,8 +23,10 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -159,17 +161,20 @@ class Runner:
             self.forget(pair)
         self.run(pairs, minutes)
 
-    def learn(self, pairs: list[Pair]) -> None:
-        """Measure how long learning and proving a field takes, for the rows that there are."""
-        done = [pair for pair in pairs if self.done(pair).exists()]
-        questions = [(pair, a_field_of(self.row(pair))) for pair in done]
+    def learn(self, pairs: list[Pair], minutes: float) -> None:
+        """Measure how long learning and proving a field takes, for the rows without; so long."""
+        waiting = [pair for pair in pairs if (row := self.row(pair)) and "field_seconds" not in row]
+        end = time.monotonic() + min(60 * minutes, threading.TIMEOUT_MAX / 2)
         with self.context.Pool(self.jobs, maxtasksperchild=1) as pool, Progress() as progress:
-            task = progress.add_task("learning", total=len(done))
-            answers = [pool.apply_async(learning, question) for question in questions]
-            for pair, answer in zip(done, answers, strict=True):
-                row = {**self.row(pair), **answer.get()}
-                self.done(pair).write_text(json.dumps(row))
-                progress.advance(task)
+            task = progress.add_task("learning", total=len(waiting))
+            answers = [
+                pool.apply_async(learning, (pair, a_field_of(self.row(pair)))) for pair in waiting
+            ]
+            with suppress(multiprocessing.TimeoutError):
+                for pair, answer in zip(waiting, answers, strict=True):
+                    row = {**self.row(pair), **answer.get(max(0, end - time.monotonic()))}
+                    self.done(pair).write_text(json.dumps(row))
+                    progress.advance(task)
 
     def _started(self, pair: Pair, parts: tuple[str, ...]) -> Running:
         one = Running(pair, parts, TemporaryDirectory(prefix="support-"))
@@ -262,7 +267,7 @@ def main() -> None:
         for pair in pairs:
             runner.forget(pair)
     if options.learning:
-        runner.learn(pairs)
+        runner.learn(pairs, options.minutes)
     elif not options.written:
         late = [] if options.longer is None else runner.late(pairs, options.longer)
         runner.run([pair for pair in pairs if pair not in late], options.minutes)
