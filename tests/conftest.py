@@ -160,8 +160,12 @@ def _shares(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def _experiments_once(request: pytest.FixtureRequest, _shared: str) -> Iterator[None]:
-    """Some tests share experiments; but see ``_not_of_changed_code``."""
-    os.environ[CACHE] = _shared if _shares(request) else "off"
+    """Some tests share experiments; but see ``_not_of_changed_code``.
+
+    A file of ``docs`` shares its own: what a page shows does not come from an earlier run.
+    """
+    own = f"{_shared}-{request.path.stem}" if request.path.parent.name == "docs" else _shared
+    os.environ[CACHE] = own if _shares(request) else "off"
     yield
     os.environ[CACHE] = "off"
 
