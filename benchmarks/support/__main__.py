@@ -5,7 +5,8 @@ layers, and loaded again in another, all with limits of time and memory.  ``--co
 ``widths``) measures one of them alone.  Writes ``docs/support.json``, ``docs/support.md`` and the
 totals in the README.
 
-A row says which state of the code it is of.  Rows of this state, in the table or in ``.support/``
+A row says which state of the code it is of: of what a measurement runs, not the command line or
+exports.  Rows of this state, in the table or in ``.support/``
 where finished pairs lie, are not measured again, so a run may be stopped at any time, or after
 ``--minutes``, and the next one goes on.  Rows of other states stay in the table until then.
 
@@ -81,7 +82,7 @@ class Runner:
         self.longer: int | None = None
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
-        self.code = code_digest(ROOT / "tp_hf_config")
+        self.code = code_digest(ROOT / "tp_hf_config", Path(__file__).parent.glob("*.py"))
         self.cache = CACHE / "-".join([str(seed), *versions().values(), self.code])
         self.cache.mkdir(parents=True, exist_ok=True)
         self.table = stored_rows(seed, ROOT)

@@ -87,20 +87,21 @@ def calibrate(
             that ``attention_mask`` names as padding are left out.
         tokenizer: for texts; default: that of the folder or the repository that the model came
             from.
-        tokens: how many tokens of texts to take; batches are taken as they are.
+        tokens: how many tokens of texts to take (default: 12,288), as far as the text goes; batches
+            are taken as they are.
         ridge: how strongly refits stay with the plain cut, relative to what channels carry;
             default: 0.1 for causal language models, which meet other text than they were measured
             on, else 0.01.
         max_memory: how many bytes Gram matrices may take together (4 x channels x channels for
             every input); what does not fit takes further passes. Default: half of what is free.
-            Of a model whose weights are read from files, all of this together: the weights of a
-            layer, its Gram matrices (which go to temporary files then), and the batches that wait
-            at it. What does not fit is read again.
+            For a model whose weights are read from files, the limit covers a layer's weights, its
+            Gram matrices (then in temporary files) and the batches that wait at the layer; what
+            does not fit is read again.
         seed: of what the model writes itself.
         measure: False: hold the data only. What weights read is measured once something asks for
             it, which ``drop_layers(model, count=...)`` does not.
         refits: False: the calibration is for importances alone. What refits and ``"obs"`` need
-            beside (the products of channels, most of the time and memory) takes another pass then,
+            beside (the Gram matrices, most of the time and memory) takes another pass then,
             once something asks for it.
         distributed: True: every process of a run has a copy of the model (DistributedDataParallel),
             all of them call this, and what they measure of their own data is added up. Under FSDP2

@@ -91,11 +91,20 @@ class CutList:
         return [(field, old.get(field), new.get(field)) for field in dict.fromkeys((*new, *old))]
 
     def of(self, name: str, values: Tensor) -> Tensor:
-        """Return what becomes of a tensor; of a lazy one, a lazy one."""
+        """Return the values that a tensor has after all cuts and refits.
+
+        Args:
+            name: the name of a parameter or saved buffer.
+            values: its values before, all of them. If it is read from a file when it is used, the
+                returned tensor is so too.
+        """
         return edited(values, self.edits.get(name, ()))
 
     def kept(self, name: str) -> dict[int, Tensor]:
-        """Return which positions of a tensor stay: dimension -> positions, those that are cut."""
+        """Return, for each dimension of a tensor that is cut, the positions that stay.
+
+        Dimensions that are not cut are left out. Positions are whole numbers, 1-D.
+        """
         total: dict[int, Tensor] = {}
         for edit in self.edits.get(name, ()):
             for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
@@ -126,7 +135,7 @@ class CutList:
         write_safetensors(tensors, Path(path), {"format": FORMAT, _TABLE: json.dumps(table)})
 
     def digest(self) -> str:
-        """Return what tells this cut list from others: equal lists have the same, saved or not."""
+        """Return a SHA-256 in hexadecimal; equal cut lists have the same, saved or not."""
         table, tensors = self._stored()
         total = hashlib.sha256(json.dumps(table).encode())
         for values in tensors.values():

@@ -186,8 +186,8 @@ def prunable(
 ) -> Prunable:
     """Return what can be pruned in a model through the graph made from its config.
 
-    Experiments run on a tiny model of the class with random weights (see
-    :mod:`tp_hf_config.twin`), so the cost does not grow with the model.
+    Experiments run on a tiny model of the class with random weights, so the cost does not grow with
+    the model.
 
     Args:
         model_or_config: a model (the meta device will do), or a config.

@@ -63,7 +63,8 @@ def drop_layers(
     Raises:
         ValueError: the arguments contradict each other.
         UnsupportedModelError: no list of layers can be told, or the model cannot be followed.
-        ConfigSyncError: no config describes the model without these layers.
+        ConfigSyncError: no config describes the model without these layers, it would compute
+            something else, or another live model holds its config.
         CalibrationError: the model cannot be measured on the data of ``calibration``.
     """
     _check_arguments(layers, count, calibration)

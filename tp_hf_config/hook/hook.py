@@ -367,7 +367,7 @@ class HFConfigSyncHook:
         return compensating.result
 
     def plot(self, path: str | PathLike[str]) -> Figure:
-        """Draw the widths before the first step and after the last.
+        """Draw the widths before the first step and after the last; return matplotlib's ``Figure``.
 
         Args:
             path: the file to write; its suffix sets the format, PNG without one.
@@ -383,7 +383,7 @@ class HFConfigSyncHook:
     def plot_history(
         self, path: str | PathLike[str], metrics: Mapping[str, Sequence[float]] | None = None
     ) -> Figure:
-        """Draw the parameter count after each step, and the metrics below it.
+        """Draw parameters after each step, and metrics below them; return matplotlib's ``Figure``.
 
         Args:
             path: the file to write; its suffix sets the format, PNG without one.

@@ -106,6 +106,9 @@ class SyncReport:
         Args:
             path: the file to write; its suffix sets the format, PNG without one.
 
+        Returns:
+            The matplotlib figure.
+
         Raises:
             ImportError: matplotlib is missing.
         """

@@ -56,7 +56,8 @@ class Support:
     def outcome(self, name: str) -> Outcome | None:
         """Return the outcome of a config field; ``None``: the class has no width with this field.
 
-        Return ``failed`` if any width with this field failed, else ``works`` if any works.
+        Return ``failed`` if any width with this field failed, else ``works`` if any works, else
+        ``refused``.
         """
         outcomes = {width.outcome for width in self.widths if name in width.fields}
         ranked: tuple[Outcome, ...] = ("failed", "works", "refused")
@@ -107,7 +108,7 @@ def supports(
     :func:`~tp_hf_config.pruner_kwargs`.  The pruned model has to compute what the original computes
     with the removed units masked.  A model loaded from the saved folder has to compute the same
     bits.  The model itself is not touched, and its size does not matter. Nothing is taken from the
-    cache of earlier experiments (:mod:`tp_hf_config.model.disk_cache`): all is measured anew.
+    cache of earlier experiments: all is measured anew.
 
     Args:
         source: a model, with or without weights, or a config.
@@ -116,6 +117,11 @@ def supports(
         seed: the seed of the tiny model's random weights.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
+
+    Returns:
+        A report. ``widths`` has one entry for each width: its fields, its outcome (``works``,
+        ``refused`` before anything was pruned, ``failed``) and why; ``why_not`` is set if the tiny
+        model does not run.
 
     Raises:
         UnsupportedModelError: ``source`` is not a single Hugging Face model, or a config that

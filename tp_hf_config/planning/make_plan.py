@@ -67,8 +67,10 @@ def plan(
         pruning_ratio: the ratio of every pruned width that ``ratios`` does not name; default: 0.5.
         ratios: config field -> ratio.
         prune: config fields to prune. Default: the fields that ``ratios`` names; without
-            ``ratios``, every width inside the model except attention heads. Of widths that share
-            a dimension, only the one that holds most of the model is pruned.
+            ``ratios``, every width inside the model except attention heads, head dims and numbers
+            of experts; if the model is inside another module, also except the width of what it
+            returns. Of widths that share a dimension, only the one that holds most of the model is
+            pruned.
         head_pruning_ratio: the share of the attention heads to prune as well.
         prune_num_heads: whether heads are pruned; default: if ``gqa`` is given or
             ``head_pruning_ratio`` is not 0.
@@ -96,8 +98,8 @@ def plan(
     Raises:
         UnsupportedModelError: there is not exactly one Hugging Face model, a field cannot be
             pruned, or ``make_inputs`` raises or returns what the class does not run with.
-        ValueError: a ratio is outside 0 to 1 or no width follows it, ``gqa`` is unknown, heads are
-            both asked for and ruled out, or the target cannot be reached.
+        ValueError: a ratio is outside 0 to 1 or no width follows it, ``layers`` or ``gqa`` is
+            unknown, heads are both asked for and ruled out, or the target cannot be reached.
         TypeError: neither a model nor a config.
     """
     settings = PruneSettings.of(

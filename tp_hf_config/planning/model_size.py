@@ -28,7 +28,7 @@ class Size:
         bytes: the size of the parameters and saved buffers in the model's dtype.
         flops: FLOPs of a forward pass, for each token (of a short text) or for each other input;
             ``None`` if the class does not run without data.
-        gram_bytes: the size of the sums of products of channels that ``calibrate`` keeps if memory
+        gram_bytes: the size of the Gram matrices that ``calibrate`` keeps if memory
             has room for all; ``None`` if the class does not run at tiny widths.
     """
 

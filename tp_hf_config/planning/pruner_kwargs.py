@@ -49,12 +49,13 @@ def pruner_kwargs(
     Args:
         model: a ``PreTrainedModel``, or a module that contains exactly one. A model under FSDP2 is
             read by every rank at the same time, for a hook with ``rebuild=``.
-        prune: config fields to prune (``"intermediate_size"``, or several). Default: every width
-            inside the model except attention heads and numbers of experts; if the model is inside
-            another module, also except the width of what it returns. Of widths that share a
-            dimension, only the one that holds most of the model is pruned; the first report's
-            notes name the others.
-        ratios: config field -> ratio, where it is not the pruner's ``pruning_ratio``.
+        prune: config fields to prune (``"intermediate_size"``, or several). Default: the fields
+            that ``ratios`` names; without ``ratios``, every width inside the model except attention
+            heads, head dims and numbers of experts; if the model is inside another module, also
+            except the width of what it returns. Of widths that share a dimension, only the one that
+            holds most of the model is pruned; the first report's notes name the others.
+        ratios: config field -> ratio. Fields of ``prune`` that are not here get the pruner's
+            ``pruning_ratio``.
         graph: ``"config"`` or ``"auto"``, which mean the same: groups made from the config and
             proved by experiment, without tracing.
         prune_num_heads: also prune whole attention heads, by the pruner's ``head_pruning_ratio``;
@@ -81,8 +82,8 @@ def pruner_kwargs(
         UnsupportedModelError: there is not exactly one Hugging Face model that can be followed, a
             field or heads cannot be pruned (the message has the reason and the fields that can), or
             ``make_inputs`` raises or returns what the class does not run with.
-        ValueError: ``graph`` or ``gqa`` is unknown, ``gqa`` is given but heads are not pruned, a
-            ratio is outside 0 to 1, or ``prune`` is empty and no heads are pruned.
+        ValueError: ``graph``, ``layers`` or ``gqa`` is unknown, ``gqa`` is given but heads are not
+            pruned, a ratio is outside 0 to 1, or ``prune`` is empty and no heads are pruned.
         TypeError: not a model, or an argument that no pruner has.
     """
     check_graph(graph)

@@ -152,18 +152,43 @@ def test_rows_of_the_table_are_read_if_it_is_of_the_same_versions_and_seed(
     assert table.stored_rows(0, tmp_path) == {}
 
 
-def test_the_digest_of_the_code_changes_with_the_code_alone(tmp_path: Path) -> None:
-    digest = small.module_of(small.ROOT / "benchmarks" / "support" / "code_digest.py").code_digest
-    (tmp_path / "a.py").write_text('"""One."""\n\ndef f():\n    """Two."""\n    return 1\n')
-    before = digest(tmp_path)
-    (tmp_path / "a.py").write_text('def f():\n    """Three."""\n    return (1)  # four\n')
-    assert digest(tmp_path) == before
-    (tmp_path / "a.py").write_text("def f():\n    return 2\n")
-    assert digest(tmp_path) != before
-    (tmp_path / "a.py").write_text("def f():\n    return 1\n")
-    assert digest(tmp_path) == before
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert digest(tmp_path) != before
+def test_the_digest_of_the_code_changes_with_the_code_that_runs_alone(tmp_path: Path) -> None:
+    module = small.module_of(small.ROOT / "benchmarks" / "support" / "code_digest.py")
+    package, program = tmp_path / "package", tmp_path / "program.py"
+    for folder in (package, package / "inner"):
+        folder.mkdir()
+        (folder / "__init__.py").write_text("")
+    program.write_text("import os\nfrom package.a import f\n\nf()\n")
+
+    def digest() -> str:
+        return str(module.code_digest(package, [program]))
+
+    a, b, other = package / "a.py", package / "inner" / "b.py", package / "other.py"
+    a.write_text(
+        '"""One."""\n\ndef f():\n    """Two."""\n    from .inner import b\n    return b.g()\n'
+    )
+    b.write_text("def g():\n    return 1\n")
+    other.write_text("from .a import f\n")
+    before = digest()
+    a.write_text("def f():  # four\n    from .inner import b\n    return (b.g())\n")
+    other.write_text("from .inner import b\n")
+    assert digest() == before
+    b.write_text("def g():\n    return 2\n")
+    assert digest() != before
+    b.write_text("from .. import other\n\n\ndef g():\n    return 1\n")
+    within = digest()
+    assert within != before
+    other.write_text("x = 1\n")
+    assert digest() != within
+
+
+def test_the_digest_of_the_package_is_of_what_a_measurement_runs() -> None:
+    module = small.module_of(small.ROOT / "benchmarks" / "support" / "code_digest.py")
+    package = small.ROOT / "tp_hf_config"
+    trees = module.imported(package, (small.ROOT / "benchmarks" / "support").glob("*.py"))
+    modules = {path.relative_to(package).as_posix() for path in trees}
+    assert {"twin/twin_test.py", "hook/apply.py", "calibration/refit.py"} <= modules
+    assert not modules & {"cli/main.py", "pipeline/gguf_file.py", "checkpoint/solving.py"}
 
 
 def test_the_page_says_if_its_rows_are_of_several_states_of_the_code() -> None:

@@ -47,7 +47,9 @@ class PruningCallback(TrainerCallback, ExportableState):
             done.
         at: instead of ``every``: the optimizer steps after which to prune, one for each of the
             ``iterative_steps``.
-        settings: arguments for the default pruner.
+        settings: arguments of :func:`~tp_hf_config.pruner_kwargs` and of the default pruner:
+            ``prune``, ``ratios``, ``layers``, ``pruning_ratio``, ``iterative_steps``,
+            ``importance``, ...
 
     Attributes:
         pruner: the pruner; ``None`` before training begins.
