@@ -25,6 +25,7 @@ from tp_hf_config import (
     PrunerSettingsWarning,
     SyncReport,
     UnsupportedModelError,
+    pruner_kwargs,
 )
 from tp_hf_config.graph.config_graph import ConfigGraph
 
@@ -412,6 +413,23 @@ class TestArguments:
             "no heads are pruned."
         ]
         assert report.fields == {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
+
+    def test_heads_without_a_ratio_keep_what_goes_with_them_alone(self) -> None:
+        model = randomised(small.bert())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", PrunerSettingsWarning)
+            tp.pruner.BasePruner(
+                model,
+                **pruner_kwargs(model, prune_num_heads=True),
+                importance=tp.importance.MagnitudeImportance(),
+                pruning_ratio=0.5,
+                hooks=[HFConfigSyncHook()],
+            ).step()
+        assert [str(each.message) for each in told if each.category is PrunerSettingsWarning] == [
+            "prune_num_heads=True has no effect without head_pruning_ratio=, as in Torch-Pruning: "
+            "no heads are pruned, nor hidden_size, which goes with them alone."
+        ]
+        assert (model.config.hidden_size, model.config.intermediate_size) == (32, 32)
 
     def test_heads_of_the_layers_that_are_named(self) -> None:
         """T5's numbers of heads are those of encoder and decoder at once."""

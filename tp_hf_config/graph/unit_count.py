@@ -66,6 +66,13 @@ class UnitCount:
         wanted = int(self.units // self.channel_groups * (1 - ratio)) * self.channel_groups
         if wanted >= now or self.exhausted(now, max_ratio):
             return now
+        return self.rounded(wanted, now, round_to) or now  # what would be emptied is skipped
+
+    def rounded(self, wanted: int, now: int, round_to: int | None) -> int:
+        """Return the most units up to ``wanted`` that may be left, at least the minimum.
+
+        ``now``: the units that there are; ``round_to`` as in :meth:`after`.
+        """
         if round_to:
             multiple = per_channel_group(
                 self.multiple, multiple_for_round_to(round_to, self.run), self.channel_groups
@@ -74,7 +81,7 @@ class UnitCount:
         if self.minimum > 1 and wanted < self.minimum:
             grid = self.step(round_to)
             wanted = min(now, -(-self.minimum // grid) * grid)
-        return wanted or now  # a group that would be emptied is skipped
+        return wanted
 
     def exhausted(self, now: int, max_ratio: float) -> bool:
         """True if a layer has already lost as much as it may; the pruner then skips the group."""

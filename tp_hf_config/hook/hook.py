@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import CalibrationWarning, ConfigSyncError, TPHFConfigError
+from ..errors import CalibrationWarning, ConfigSyncError
 from ..planning.settings import Graph, Layers, check_graph, check_layers
 from . import registration
 from .history import Recorder
@@ -96,13 +97,16 @@ class HFConfigSyncHook:
         self._rebuilding: Rebuilding | None = None
         self._agreement: Agreement  # from the time on when the hook is attached
         self._step_refused = False
+        self._model: Callable[[], Any] = lambda: None  # a weak reference
+        self._first = 0  # the first report on this model
 
     @property
     def cuts(self) -> CutList | None:
         """Return what all steps have cut (``None``: nothing, or other code changed layers)."""
         from .cut_log import joined
 
-        return joined([report.cuts for report in self.reports if report.groups])
+        synced = [report for report in self.reports[self._first :] if report.error is None]
+        return joined([report.cuts for report in synced if report.groups or report.cuts])
 
     @property
     def rebuilt_model(self) -> nn.Module | None:
@@ -127,10 +131,9 @@ class HFConfigSyncHook:
             A handle with ``remove()``, which is also a context manager.
 
         Raises:
-            UnsupportedModelError: the pruner's model cannot be followed, or not pruned.
-            ConfigSyncError: see :meth:`attach`.
-            ValueError: this hook follows another pruner already, or the pruner's trace cannot be
-                replaced: it has pruned by it, or its constructor is not Torch-Pruning's.
+            UnsupportedModelError, ConfigSyncError: see :meth:`attach`.
+            ValueError: as there; a trace cannot be replaced if the pruner has pruned by it, or its
+                constructor is not Torch-Pruning's.
         """
         return registration.register(pruner, self)
 
@@ -173,6 +176,7 @@ class HFConfigSyncHook:
             )
         standin = standin_behind(pruner.model)
         self._agreement = Agreement(standin is not None, self.distributed)
+        self._rebuilding = self._compensating = None
         if standin is not None:
             self._rebuilding = Rebuilding(standin, self.rebuild, self._agreement)
         with layers_listed(pruner.model, self.layers):
@@ -205,6 +209,8 @@ class HFConfigSyncHook:
             undo.callback(steering.detach)
             steering.preflight = preflight(pruner, follower.view, self.strict)
             undo.pop_all()
+        if self._model() is not follower.model:
+            self._model, self._first = weakref.ref(follower.model), len(self.reports)
         self._follower, self._recorder = follower, Recorder(pruner.DG)
         self._steering = steering
         self._parameters = follower.model.num_parameters()
@@ -236,20 +242,20 @@ class HFConfigSyncHook:
         """
         from ..graph.layer_fields import layers_listed
         from .steering import cutting_together
-        from .step_preflight import prove_before_cutting
+        from .step_preflight import check_step, prove_before_cutting
 
-        if self._follower is not None:
-            self._follower.check_parts()
+        assert self._follower is not None  # only an attached hook is called
         with self._refusing():
+            self._follower.check_parts()
             if self._rebuilding is not None:
                 self._rebuilding.before_step()
             self._agreement.on_settings(pruner)
         prepare = None if self.compensate is None else partial(self._refit, pruner)
-        prove = partial(self._prove, pruner)
+        prove = partial(check_step, self._follower, self._agreement, pruner)
         with (
             layers_listed(pruner.model, self.layers),
             cutting_together(pruner),
-            prove_before_cutting(pruner, prove, prepare),
+            prove_before_cutting(pruner, self._refusing, prove, prepare),
         ):
             yield
 
@@ -258,32 +264,16 @@ class HFConfigSyncHook:
         from ..calibration.compensation import Compensating
 
         assert self.compensate is not None  # only then is it called
-        with self._refusing():
-            self._compensating = Compensating(self.compensate, groups, whole, self.record_refits)
-            self._agreement.on_refits(pruner, self._compensating.result)
+        self._compensating = Compensating(self.compensate, groups, whole, self.record_refits)
+        self._agreement.on_refits(pruner, self._compensating.result)
         pruner.DG.cuts.apply_refit = self._compensating.applied.apply
-
-    def _prove(self, pruner: Any, groups: Sequence[Any]) -> None:
-        """Raise if no config could describe what a step leaves, or another rank would cut else."""
-        from .history import PrunedGroup, layers_of
-        from .step_preflight import check_step
-
-        assert self._follower is not None  # only an attached hook is called in a step
-        failure: ConfigSyncError | None = None
-        try:
-            check_step(self._follower, pruner, groups, pruner.current_step)
-        except ConfigSyncError as error:
-            failure = error
-        with self._refusing():
-            pruned = (PrunedGroup(tuple(layers_of(pruner.DG, group))) for group in groups)
-            self._agreement.on_groups(pruner, pruned, failure)
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Note that a step is refused, if the block raises: nothing is synced after it."""
+        """Note that a step cuts nothing, if the block raises: nothing is synced after it."""
         try:
             yield
-        except TPHFConfigError:
+        except BaseException:
             self._step_refused = True
             raise
 
@@ -293,6 +283,7 @@ class HFConfigSyncHook:
         pruner.DG.cuts.apply_refit = None
         if not refused:
             self._sync(stepped=True)
+        self._compensating = None
 
     def sync(self) -> SyncReport:
         """Bring the config in step with the weights, now.
@@ -327,17 +318,16 @@ class HFConfigSyncHook:
         try:
             with layers_listed(self._follower.pruner.model, self.layers):
                 report = self._follower.follow(report)
-            preflight = self._steering and self._steering.preflight
-            step = self._follower.pruner.current_step
-            notes = [*report.notes, *(preflight.notes(step) if preflight else ())]
+            notes = list(report.notes)
+            if stepped and self._steering is not None:
+                notes += self._steering.notes(bool(report.groups))
             if stepped and report.groups and self.compensate and self._compensating is None:
                 notes.append(
                     "no weight is refitted: the step of this pruner cannot be gone through before "
                     "its cuts (it is not Torch-Pruning's own, or its importance is told of them)"
                 )
-            if stepped and not report.groups and not notes and self._steering is not None:
-                notes = [f"nothing was pruned: {self._steering.why_nothing()}"]
-            graph_notes = [] if self.reports else self._follower.pruner.DG.notes
+            first = len(self.reports) == self._first
+            graph_notes = self._follower.pruner.DG.notes if first else []
             report = replace(report, notes=[*graph_notes, *self._follower.notes, *notes])
         except ConfigSyncError as error:
             failure = error

@@ -11,7 +11,6 @@ import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
 from ..graph.config_group import ConfigGroup
 from ..graph.sides import GraphGroup
-from ..graph.unit_count import multiple_below, multiple_for_round_to, per_channel_group
 from ..model.surroundings import restore_attribute
 from .chunked_importance import in_pieces, takes_pieces
 
@@ -117,7 +116,17 @@ class UnitSteering:
         self.valued |= values is not None
         return values
 
-    def why_nothing(self) -> str:
+    def notes(self, pruned: bool) -> list[str]:
+        """Return what a step did instead of what the ratios ask for, or why it pruned nothing.
+
+        ``pruned``: whether it pruned any group.
+        """
+        step, lines = self.pruner.current_step, list[str]()
+        if self.preflight is not None and (pruned or not self.preflight.changes(step)):
+            lines = self.preflight.notes(step)
+        return lines if pruned or lines else [f"nothing was pruned: {self._why_nothing()}"]
+
+    def _why_nothing(self) -> str:
         """Return the reason why a step pruned no group."""
         pruner, step = self.pruner, self.pruner.current_step
         if step > pruner.iterative_steps:
@@ -201,19 +210,16 @@ class UnitSteering:
         if not isinstance(self._group, ConfigGroup):
             rounded: int = self._round(n_pruned, current_channels, round_to)
             return rounded
-        graph_group = self._group.graph_group
-        together = graph_group.count.channel_groups if self._ranks_each_group(graph_group) else 1
-        size = graph_group.units.count // graph_group.count.channel_groups
+        graph_group, count = self._group.graph_group, self._group.graph_group.count
+        together = count.channel_groups if self._ranks_each_group(graph_group) else 1
+        now = graph_group.units.count
+        units = None
         if self.preflight is not None:
             units = self.preflight.units_left(graph_group, self.pruner.current_step)
-            if units is not None:
-                return (size - units // graph_group.count.channel_groups) * together
-        rounded_to = multiple_for_round_to(round_to, graph_group.count.run)
-        multiple = per_channel_group(
-            graph_group.count.multiple, rounded_to, graph_group.count.channel_groups
-        )
-        remaining = (size * together - n_pruned) // together
-        return (size - multiple_below(remaining, multiple)) * together
+        if units is None:
+            remaining = (now // count.channel_groups * together - n_pruned) // together
+            units = count.rounded(remaining * count.channel_groups, now, round_to)
+        return (now - units) // count.channel_groups * together
 
 
 def _ranks(group: ConfigGroup, values: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..graph.config_group import ConfigGroup
 from ..graph.sides import owner_of, tensors_to_cut
 from ..model.shapes import Shapes, shapes
 from ..model.surroundings import restore_attribute
+from .agreement import Agreement
 from .follow import Follower
 from .history import PrunedGroup, layers_of
 from .steering import is_unmodified
@@ -28,6 +29,7 @@ _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initia
 @contextmanager
 def prove_before_cutting(
     pruner: Any,
+    refusing: Callable[[], AbstractContextManager[None]],
     prove: Callable[[Sequence[Any]], None],
     prepare: Callable[[Sequence[Any], bool], None] | None = None,
 ) -> Iterator[None]:
@@ -37,6 +39,7 @@ def prove_before_cutting(
 
     Args:
         pruner: the pruner; if its choice may depend on what is cut meanwhile, nothing is proved.
+        refusing: surrounds all that comes before the first cut.
         prove: gets the chosen groups, and raises if no config could describe what they leave.
             Nothing is cut then, and the step does not count.
         prepare: gets the chosen groups once they are proved, and whether all of them are pruned for
@@ -54,7 +57,7 @@ def prove_before_cutting(
         if (not whole and prepare is None) or pruner.current_step > pruner.iterative_steps:
             yield from choose()
             return
-        with _undone_if_refused(pruner):
+        with refusing(), _undone_if_refused(pruner):
             groups = list(choose())
             if whole:
                 prove(groups)
@@ -92,30 +95,32 @@ def _as_numbered_now(graph: ConfigGraph, group: ConfigGroup) -> ConfigGroup:
     return group
 
 
-def check_step(follower: Follower, pruner: Any, groups: Sequence[Any], step: int) -> None:
-    """Raise if no config could describe what a step's groups leave.
+def check_step(
+    follower: Follower, agreement: Agreement, pruner: Any, groups: Sequence[Any]
+) -> None:
+    """Raise if no config could describe what a step leaves, or another rank would cut else.
 
-    ``groups``: the groups that the step prunes; if their layers cannot be cut without data, nothing
-    is checked.
-    ``step``: the number of the step, for the message.
+    ``groups``: the groups that the step prunes; if their layers cannot be cut without data, no
+    config is checked.
 
     Raises:
         ConfigSyncError: no config could.
+        TrainingError: another rank would cut something else.
     """
+    pruned = [PrunedGroup(tuple(layers_of(pruner.DG, group))) for group in groups]
     remaining = shapes_left(pruner, follower.model, groups)
-    if remaining is None:
-        return
+    failure: ConfigSyncError | None = None
     try:
-        follower.check_shapes_after(
-            [PrunedGroup(tuple(layers_of(pruner.DG, group))) for group in groups], remaining
-        )
+        if remaining is not None:
+            follower.check_shapes_after(pruned, remaining)
     except ConfigSyncError as error:
         reason = str(error).removesuffix(AGAIN).rstrip()
-        raise ConfigSyncError(
-            f"{type(pruner).__name__}: step {step} would end in this, and nothing of it is pruned: "
-            f"{reason}",
+        failure = ConfigSyncError(
+            f"{type(pruner).__name__}: step {pruner.current_step} would end in this, and nothing "
+            f"of it is pruned: {reason}",
             error.conflicts,
-        ) from None
+        )
+    agreement.on_groups(pruner, pruned, failure)
 
 
 def shapes_left(pruner: Any, model: nn.Module, groups: Sequence[Any]) -> Shapes | None:

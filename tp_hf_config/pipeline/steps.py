@@ -45,7 +45,7 @@ def run_steps(run: Run, widths: Plan | Allocation | None) -> tuple[SyncReport, .
         return ()
     calibration = None if material is None else material.calibration
     hook = HFConfigSyncHook(
-        strict=True, compensate=calibration if choice.compensate else None, layers=job.layers
+        compensate=calibration if choice.compensate else None, layers=job.layers
     )
     pruner = _pruner(run, widths, _importance(choice, calibration), hook)
     steps = job.steps
@@ -70,7 +70,7 @@ def check_ranking(run: Run, plan: Plan) -> None:
     Raises:
         ConfigSyncError: as above.
     """
-    hook = HFConfigSyncHook(strict=True, layers=run.job.layers)
+    hook = HFConfigSyncHook(layers=run.job.layers)
     _pruner(run, plan, tp.importance.GroupMagnitudeImportance(), hook)
 
 

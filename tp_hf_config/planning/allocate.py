@@ -13,6 +13,7 @@ from itertools import pairwise
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..calibration.calibrate import Calibration
@@ -31,6 +32,7 @@ from ..notebook import short
 from ..schema import dated
 from .layer_curve import LayerCurve
 from .pruner_kwargs import pruner_kwargs
+from .unit_counts import multiples_of, unit_counts_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -239,20 +241,33 @@ class _Sensitivity:
 
     def curve(self, width: Width, shares: Iterable[float]) -> LayerCurve:
         """Return how much the model changes as a width's units go, by share."""
-        graph = ConfigGraph(self._view.model, width.groups)
-        graph.build_dependency(self._view.model)
+        model = self._view.model
+        graph = ConfigGraph(model, width.groups)
+        graph.build_dependency(model)
         (graph_group,) = graph.graph_groups
-        units = graph_group.units.count
-        whole = graph.group_at(graph_group, range(units))
-        order = graph.importance_of(whole, self._importance).argsort().tolist()
+        multiple = multiples_of(self._view, [width])[width.fields]
+        (count,) = unit_counts_of(width, multiple, model)
+        whole = graph.group_at(graph_group, range(count.units))
+        values = graph.importance_of(whole, self._importance).view(count.channel_groups, -1)
+        starts = torch.arange(0, count.units, values.shape[1], device=values.device)
+        order = values.argsort(1) + starts[:, None]  # each channel group loses as many
         changes = {}
         for share in shares:
-            group = graph.group_at(graph_group, order[: int(share * units)])
-            step = StepRefits(self._calibration, [group])
+            gone = order[:, : int(share * order.shape[1])].flatten().tolist()
+            step = StepRefits(self._calibration, [graph.group_at(graph_group, gone)])
             self._outputs.begin()
             run_as_cut(step, set(step.refits), self._outputs.compare)
             changes[share] = self._outputs.mean()
-        return LayerCurve(field_name(width.fields[0]), units, width.parameters, changes)
+        each = count.per_field_unit
+        return LayerCurve(
+            field_name(width.fields[0]),
+            width.units,
+            width.parameters,
+            changes,
+            multiple=count.step(1) // each,
+            minimum=-(-count.minimum // each),
+            run=count.run * each,
+        )
 
 
 def _lagrangian(
@@ -282,9 +297,7 @@ def _lagrangian(
 def _steps(curves: Sequence[LayerCurve], round_to: int) -> Iterator[tuple[float, LayerCurve, int]]:
     """Yield cost for each parameter, layer and the units left: of one layer, in rising order."""
     for curve in curves:
-        least = int(curve.units * (1 - max(curve.changes)))
-        step = max(round_to, curve.units // 64 // round_to * round_to)
-        sizes = [curve.units, *range((curve.units - 1) // step * step, least - 1, -step)]
+        sizes = curve.sizes(round_to)
         costs = [curve.change_at(1 - size / curve.units) for size in sizes]
         highest = 0.0
         for (size, cost), (less, more) in pairwise(zip(sizes, costs, strict=True)):

@@ -334,8 +334,12 @@ def _settings_of(
         field_name(moving.fields[0]): moving.ratio for moving in free if moving.ratio != ratio
     }
     of_heads = [moving.ratio for moving in trajectory.moving_widths if moving.fields in heads]
+    prune = settings.prune
+    if others and prune is None:  # ratios alone would mean these fields and no others
+        prune = tuple(field_name(moving.fields[0]) for moving in free)
     return replace(
         settings,
+        prune=prune,
         pruning_ratio=ratio,
         ratios={**settings.ratios, **others},
         head_pruning_ratio=of_heads[0] if of_heads else settings.head_pruning_ratio,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,9 +258,8 @@ def footnotes(plan: Plan) -> list[str]:
     lines = [] if plan.refusal is None else refusal_lines(plan.refusal)
     if plan.target is not None and plan.after is not None:
         lines.append(
-            f"target of {plan.target:,} parameters: {plan.after.parameters:,} at one ratio of "
-            f"{plan.settings.pruning_ratio:g}"
-            + "".join(f", {name} {ratio:g}" for name, ratio in plan.settings.ratios.items())
+            f"target of {plan.target:,} parameters: {plan.after.parameters:,} at "
+            + ", ".join(_ratios(plan))
             + ("" if plan.why_not_exactly is None else f"; {plan.why_not_exactly}")
         )
     lines += plan.adjusted
@@ -276,6 +275,17 @@ def footnotes(plan: Plan) -> list[str]:
         if cost is not None:
             lines.append(f"from folder to folder, {how}: {cost}")
     return lines + [f"note: {note}" for note in plan.notes]
+
+
+def _ratios(plan: Plan) -> Iterator[str]:
+    """Yield the ratios that lead to the target, the common one of all widths first."""
+    settings = plan.settings
+    asked = {w.asked for w in plan.widths if not w.before.keys() & settings.ratios.keys()}
+    if settings.pruning_ratio in asked:
+        yield f"one ratio of {settings.pruning_ratio:g}"
+    if settings.head_pruning_ratio in asked - {settings.pruning_ratio}:
+        yield f"a head ratio of {settings.head_pruning_ratio:g}"
+    yield from (f"{name} {ratio:g}" for name, ratio in settings.ratios.items())
 
 
 def text(plan: Plan) -> str:

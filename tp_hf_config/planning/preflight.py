@@ -52,6 +52,11 @@ class Preflight:
         last = step == len(self.trajectory.units_by_step)
         return lines + (shortfalls(self.trajectory) if last else [])
 
+    def changes(self, step: int) -> bool:
+        """True if a step leaves other widths than there are before it."""
+        states = [self.trajectory.start, *self.trajectory.units_by_step]
+        return 1 <= step < len(states) and states[step - 1] != states[step]
+
     def units_left(self, graph_group: GraphGroup, step: int) -> int | None:
         """Return how many units a step leaves of a group.
 

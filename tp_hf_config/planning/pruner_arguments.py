@@ -125,12 +125,14 @@ def adapt_arguments(view: ModelView, graph: ConfigGraph, arguments: dict[str, An
     for name in _BY_LAYER:
         if arguments.get(name):
             arguments[name] = _with_views(graph, arguments[name], name.startswith("head"))
-    for message in (*_without_effect(arguments), *_unused(graph, arguments)):
+    for message in (*_without_effect(graph, view, arguments), *_unused(graph, arguments)):
         warn(message)
     _count_heads(view, arguments)
 
 
-def _without_effect(arguments: Mapping[str, Any]) -> Iterator[str]:
+def _without_effect(
+    graph: ConfigGraph, view: ModelView, arguments: Mapping[str, Any]
+) -> Iterator[str]:
     """Yield a warning for each argument that has no effect on the config graph."""
     for name, why in _WITHOUT_EFFECT.items():
         if arguments.get(name):
@@ -142,9 +144,12 @@ def _without_effect(arguments: Mapping[str, Any]) -> Iterator[str]:
             "Torch-Pruning: no heads are pruned."
         )
     elif heads and not ratio:
+        with_heads = {f for group in graph.graph_groups if group.heads for f in group.fields}
+        others = sorted(map(field_name, with_heads - view.field_map.count_fields()))
         yield (
             "prune_num_heads=True has no effect without head_pruning_ratio=, as in Torch-Pruning: "
-            "no heads are pruned."
+            "no heads are pruned"
+            + (f", nor {', '.join(others)}, which goes with them alone." if others else ".")
         )
 
 

@@ -52,6 +52,22 @@ def logits(folder: Path, cls: Any, model: Any = None) -> torch.Tensor:
 
 
 class TestWhatIsWritten:
+    def test_the_nearest_number_that_the_class_takes(
+        self, capsys: Any, models: Path, tmp_path: Path
+    ) -> None:
+        """What a plan says is done: 2.8 of 4 query heads for 2 key/value heads are 2."""
+        out = tmp_path / "out"
+        heads = ("--head-pruning-ratio", "0.3", "--gqa", "query")
+        said = "the ratios ask for num_attention_heads 2.8"
+        code, printed, _ = shell(capsys, "plan", models / "llama-gqa", *heads)
+        assert (code, said in printed) == (0, True)
+        typed = ("prune", models / "llama-gqa", "--out", out, *heads, "--no-compensate")
+        code, printed, _ = shell(capsys, *typed, "--importance", "magnitude", "--json")
+        found = json.loads(printed)
+        assert code == 0
+        assert any(said in note for note in found["notes"])
+        assert hf.AutoConfig.from_pretrained(out).num_attention_heads == 2
+
     def test_llama_by_taylor_with_recovery(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         typed = ("prune", models / "llama-gqa", "--out", out, *QUARTER, "--steps", 2, "--json")

@@ -287,6 +287,18 @@ def test_runs_that_cannot_be_pruned_in_are_refused(changes: dict[str, Any], mess
     assert str(raised.value).startswith(f"PruningCallback: {message}")
 
 
+def test_two_callbacks_are_refused_before_training():
+    model = small.llama()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    state = hf.TrainerState(max_steps=8, stateful_callbacks=[every(), every()])
+    with pytest.raises(TrainingError) as raised:
+        every().on_train_begin(SimpleNamespace(**RUN), state, hf.TrainerControl(), **given)
+    assert str(raised.value) == (
+        "PruningCallback: the Trainer has 2 of them, and a checkpoint holds the progress of one. "
+        "Give it one that takes all steps: at=(100, 200), iterative_steps=2"
+    )
+
+
 @pytest.mark.parametrize(
     ("callback", "message"),
     [

@@ -268,6 +268,50 @@ def test_groups_that_are_listed_and_not_pruned():
     assert widths(model) == (24, 48)
 
 
+def test_a_step_of_which_nothing_is_pruned_does_not_tell_of_nearest_numbers():
+    model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    settings = pruner_kwargs(model, prune=(), gqa="query")
+    hook, pruner = attached(model, **settings, head_pruning_ratio=0.3, pruning_ratio=0)
+    for _group in pruner.step(interactive=True):
+        pass
+    (note,) = hook.last_report.notes
+    assert note.startswith("nothing was pruned: ")
+
+
+def test_what_was_cut_is_told_though_a_sync_failed_meanwhile():
+    model = small.llama()
+    hook, pruner = attached(model)
+    groups = list(pruner.step(interactive=True))
+    fields = (("intermediate_size",),)
+    one, *others = [group for group in groups if group.graph_group.fields == fields]
+    hook.reports.clear()
+    one.prune()
+    with pytest.raises(ConfigSyncError):
+        hook.sync()
+    for group in others:
+        group.prune()
+    hook.sync()
+    assert [report.error is None for report in hook.reports] == [False, True]
+    assert hook.cuts is not None
+    assert hook.cuts.changes() == [(("intermediate_size",), 64, 48)]
+
+
+def test_a_hook_that_is_used_again_starts_anew():
+    """What it reported of another model does not belong to this one's cuts and notes."""
+    hook = HFConfigSyncHook()
+    for _ in range(2):
+        pruner = self_traced(small.bert(), iterative_steps=2)
+        with hook.register(pruner):
+            pruner.DG.notes = ["of the graph"]
+            pruner.step()
+            assert hook.last_report.notes == ["of the graph"]
+            assert hook.cuts is hook.last_report.cuts is not None
+            pruner.step()
+        assert hook.last_report.notes == []
+        assert hook.cuts.before["intermediate_size"] == 64
+    assert [report.step for report in hook.reports] == [1, 2, 3, 4]
+
+
 def test_a_generator_that_is_never_started_fires_nothing():
     model = small.llama()
     hook, pruner = attached(model)

@@ -6,10 +6,17 @@ from typing import Any
 
 import pytest
 import small
+import torch
 import torch_pruning as tp
 import zoo
 
-from tp_hf_config import ConfigSyncError, HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import (
+    ConfigSyncError,
+    HFConfigSyncHook,
+    UnsupportedModelError,
+    drop_layers,
+    pruner_kwargs,
+)
 from tp_hf_config.hook import follow, step_preflight
 from tp_hf_config.hook.step_preflight import shapes_left
 from tp_hf_config.model.shapes import shapes
@@ -111,6 +118,29 @@ def test_random_importances_are_those_that_were_proved() -> None:
     pruner = pruner_of(model, [hook], kwargs={}, importance=importance)
     pruner.step()
     assert (model.config.hidden_size, model.config.intermediate_size) == (16, 32)
+
+
+def test_a_step_that_fails_before_its_first_cut_is_none() -> None:
+    """No report tells of it: the first one is that of the step that cuts."""
+    model, hook = small.llama(), HFConfigSyncHook()
+    pruner = pruner_of(model, [hook], kwargs={}, importance=tp.importance.GroupTaylorImportance())
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        pruner.step()
+    assert (hook.reports, pruner.current_step) == ([], 0)
+    model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    pruner.step()
+    assert [report.step for report in hook.reports] == [1]
+    assert hook.reports[0].fields == {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
+
+
+def test_a_layer_that_is_gone_is_told_and_nothing_else(recwarn: pytest.WarningsRecorder) -> None:
+    model, hook = small.llama(), HFConfigSyncHook()
+    pruner = pruner_of(model, [hook], kwargs={})
+    drop_layers(model, [1])
+    recwarn.clear()
+    with pytest.raises(UnsupportedModelError):
+        pruner.step()
+    assert (hook.reports, len(recwarn)) == ([], 0)
 
 
 def test_groups_that_the_user_is_handed_are_the_users() -> None:

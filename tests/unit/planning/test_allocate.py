@@ -8,6 +8,7 @@ from typing import Any
 import calibrated
 import layer_zoo
 import pytest
+import small
 import torch
 import torch_pruning as tp
 
@@ -71,6 +72,42 @@ def test_it_is_carried_out_to_the_letter(tmp_path: Path) -> None:
     allocation.plot(tmp_path / "widths.png")
     assert (tmp_path / "widths.png").stat().st_size > 10_000
     assert allocation.to_dict()["parameters"] == {"before": old, "after": new}
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "possible"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 3}, "num_attention_heads", {6, 3}),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1}, "num_attention_heads", {4, 3, 2}),
+    ],
+)
+def test_widths_are_such_as_the_class_takes(
+    settings: dict[str, int], field: str, possible: set[int]
+) -> None:
+    """Every key/value group loses as many query heads."""
+    model = small.llama(**settings, hidden_size=48, head_dim=8, vocab_size=128)
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    allocation = allocate(model, calibration, target_params=0.97, prune=[field])
+    for target in range(allocation.parameters[1], allocation.parameters[0], 500):
+        assert set(allocation.at(target).widths.values()) <= possible
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **allocation.pruner_kwargs(model),
+        importance=calibration.importance(),
+        hooks=[HFConfigSyncHook(layers="differ", strict=True)],
+    )
+    pruner.step()
+    assert layer_zoo.widths(model, (field,))[field] == list(allocation.widths.values())
+    assert model.num_parameters() == allocation.parameters[1]
+
+
+def test_sizes_of_a_layer() -> None:
+    """Multiples that the class takes, in channels of heads, down to what was tried or it needs."""
+    changes = {0.5: 0.1}
+    assert LayerCurve("a", 9, 1, changes, multiple=3).sizes(1) == [9, 6]
+    assert LayerCurve("a", 8, 1, changes, minimum=6).sizes(1) == [8, 7, 6]
+    assert LayerCurve("a", 8, 1, changes, run=8).sizes(16) == [8, 6, 4]
+    assert LayerCurve("a", 768, 1, changes, multiple=8).sizes(1)[:3] == [768, 760, 752]
 
 
 def test_what_cannot_be_is_refused() -> None:

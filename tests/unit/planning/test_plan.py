@@ -634,6 +634,36 @@ class TestTarget:
         assert result.values["hidden_size"] == 576
         assert result.settings.ratios == {"hidden_size": 0.0}
 
+    def test_a_ratio_of_its_own_leaves_the_others_in(self) -> None:
+        """Ratios alone mean these fields and no others; so the fields are named."""
+        model = narrow()
+        result = plan(model, target_params=0.5)
+        assert list(result.settings.ratios) == ["intermediate_size"]
+        assert result.settings.prune == ("hidden_size", "intermediate_size")
+        pruned(model, result)
+        assert result.after is not None
+        assert numbers_of(model)[0] == result.after.parameters <= result.target
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"prune": (), "gqa": "group"}, "at a head ratio of {0.head_pruning_ratio:g}"),
+            (
+                {"ratios": {"hidden_size": 0.1}, "gqa": "group"},
+                "at a head ratio of {0.head_pruning_ratio:g}, hidden_size 0.1",
+            ),
+            (
+                {"head_pruning_ratio": 0.3},
+                "at one ratio of {0.pruning_ratio:g}, a head ratio of 0.3",
+            ),
+        ],
+    )
+    def test_the_ratios_that_lead_there(self, settings: dict[str, Any], said: str) -> None:
+        result = plan(SMOLLM2, target_params=0.9, **settings)
+        line = next(line for line in str(result).splitlines() if line.startswith("target of"))
+        assert f" parameters: {result.after.parameters:,} " in line  # type: ignore[union-attr]
+        assert said.format(result.settings) in line
+
     def test_out_of_reach(self) -> None:
         with pytest.raises(ValueError, match="leaves at least"):
             plan(SMOLLM2, prune=["intermediate_size"], target_params=0.2)

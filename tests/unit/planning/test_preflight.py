@@ -8,8 +8,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import layer_zoo
 import pytest
 import small
+import torch
 import torch_pruning as tp
 import zoo
 from planned import narrow
@@ -332,6 +334,25 @@ class TestGlobalRanking:
             hooks=[HFConfigSyncHook(strict=True)],
         ).step()
         assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 2)
+
+    @pytest.mark.skipif(not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers")
+    def test_never_fewer_experts_than_a_token_goes_to(self) -> None:
+        model = zoo.build("gpt_oss")
+        with torch.no_grad():  # nearly all of the first layer is to go
+            for parameter in model.model.layers[0].mlp.parameters():
+                parameter.mul_(1e-3)
+        prune, layers = ("num_local_experts",), "differ"
+        tp.pruner.BasePruner(
+            model,
+            **pruner_kwargs(model, prune=prune, layers=layers),  # type: ignore[arg-type]
+            importance=tp.importance.MagnitudeImportance(normalizer=None),
+            global_pruning=True,
+            pruning_ratio=0.4,
+            hooks=[HFConfigSyncHook(layers=layers)],  # type: ignore[arg-type]
+        ).step()
+        left = [layer.mlp.router.weight.shape[0] for layer in model.model.layers]
+        assert left == [2, 4]
+        model(torch.arange(6)[None])
 
 
 def test_a_refused_hook_can_be_used_again() -> None:

@@ -190,14 +190,17 @@ def _saved_progress(state: TrainerState, name: str) -> Progress | None:
     """Return the pruner's progress in the checkpoint that a run resumes from, or None without one.
 
     Raises:
-        TrainingError: the checkpoint has several callbacks of this name.
+        TrainingError: the Trainer has several callbacks of this name.
     """
-    if not state.global_step:
-        return None
     states: Any = state.stateful_callbacks
     saved = states.get(name, {})
     if isinstance(saved, list):
-        raise TrainingError(f"the checkpoint tells of {len(saved)} {name}s: expected one")
+        raise TrainingError(
+            f"{name}: the Trainer has {len(saved)} of them, and a checkpoint holds the progress of "
+            "one. Give it one that takes all steps: at=(100, 200), iterative_steps=2"
+        )
+    if not state.global_step:
+        return None
     progress = saved.get("attributes", {}).get("progress")
     return None if progress is None else Progress.from_dict(progress)
 
