@@ -15,17 +15,13 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import CheckpointError, in_one_line
 from ..model.build import Refusal, without_data
-from ..model.config_json import FieldPath, field_name
-from .headers import Stored
-from .words import list_and_layer, number, short
+from ..model.config_json import FieldPath, config_json, value_at
+from .words import number, short
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_LARGEST = 2**20  # the largest value that a field may have, unless a tensor is larger
-_LONGEST = 2**24  # the same for fields of lengths (see _LENGTHS)
-_LENGTHS = ("position", "length", "window", "seq")
 _EXTRA_MODULES = 4096  # modules that every build may have
 _MODULES_PER_TENSOR = 8  # modules that it may have besides, per tensor of the weights
 _KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation")
@@ -175,21 +171,6 @@ def _remote_classes(data: Mapping[str, Any], folder: Path, max_modules: int) -> 
     return Classes(config, model, max_modules, "code of the folder was run")
 
 
-def too_large(data: Any, tensors: Mapping[str, Stored]) -> dict[FieldPath, int]:
-    """Return the numbers of a config far above every size in the weights: field -> value.
-
-    Building the class with one of them might not end.
-    """
-    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    large = {}
-    for path, value in entries(data):
-        name = str(path[-1])
-        limit = _LONGEST if any(word in name for word in _LENGTHS) else _LARGEST
-        if type(value) is int and value > max(limit, largest) and "theta" not in name:
-            large[path] = value  # rotary bases (theta) are no counts
-    return large
-
-
 def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     """Yield each field of a config's JSON whose value is no object and no list, with that value."""
     if isinstance(data, dict):
@@ -202,22 +183,12 @@ def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
         yield path, data
 
 
-def longest_list(tensors: Mapping[str, Stored]) -> int:
-    """Return how many layers the longest list of layers in the weights has; 0: there is none."""
-    places = (list_and_layer(name) for name in tensors)
-    return max((place[1] + 1 for place in places if place is not None), default=0)
-
-
-def too_large_reason(large: Mapping[FieldPath, int], tensors: Mapping[str, Stored]) -> str:
-    """Return a sentence on the first of the numbers that are too large.
-
-    ``large``: what :func:`too_large` returned; not empty.
-    """
-    path, value = next(iter(large.items()))
-    return (
-        f"{field_name(path)} says {number(value)}, far above all that the weights have "
-        f"({len(tensors):,} tensors, {longest_list(tensors):,} layers in the longest list)"
-    )
+def value_in(data: Any, path: FieldPath) -> Any:
+    """Return the value of a field, or None if the JSON lacks it or has too short a list."""
+    try:
+        return value_at(data, path)
+    except IndexError:
+        return None
 
 
 def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusal:
@@ -242,6 +213,22 @@ def config_from(classes: Classes, data: Mapping[str, Any]) -> PreTrainedConfig:
     values = copy.deepcopy(_without_kernels(data))
     decode = getattr(classes.config, "_decode_special_floats", None)  # infinities in JSON
     return classes.config.from_dict(values if decode is None else decode(values))
+
+
+def every_default(classes: Classes, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config's JSON with every default; unchanged if the class refuses it."""
+    return as_json(classes, data, use_diff=False) or dict(data)
+
+
+def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[str, Any] | None:
+    """Return the config's JSON as the class writes it, or None if the class refuses the config.
+
+    ``use_diff``: leave defaults out.
+    """
+    try:
+        return config_json(config_from(classes, data), use_diff)
+    except Exception:  # a class may refuse with any exception
+        return None
 
 
 def _without_kernels(data: Any) -> Any:

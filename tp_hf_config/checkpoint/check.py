@@ -12,16 +12,18 @@ from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.surroundings import quiet_transformers
 from .assess import Assessment, assess
-from .building import Classes, classes_of, too_large, too_large_reason
+from .building import Classes, classes_of
 from .causes import field_causes, misplaced_causes, unsolved_causes
 from .folder import Config, Weights, check_exists, read_config, read_weights
 from .heads import undecided_heads
+from .large import too_large, too_large_reason
 from .loading import MAJOR
 from .reports import Cause, CheckReport
 from .rotary import for_transformers_4
 from .solving import Solution, Unsolved, learn, solve
 from .starting import Task
-from .ties import differing_tie
+from .structure import Structure, untie
+from .ties import differing_tie, not_untied
 from .words import and_more, short
 
 
@@ -86,7 +88,11 @@ def check_checkpoint(
         CheckpointError: the folder, its config.json or its weights do not exist or cannot be read,
             or the class is code in the folder and ``trust_remote_code`` is not set.
     """
-    read = read_folder(Path(folder), trust_remote_code)
+    return checked(read_folder(Path(folder), trust_remote_code))
+
+
+def checked(read: Folder) -> CheckReport:
+    """Return the report on a folder, with the head counts that no shape shows."""
     report = check_tensors(read)
     if not report.sound or isinstance(read.classes, Refusal):
         return report
@@ -122,7 +128,7 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
     if config.data is None or config.unsure is not None:
         refusal = Refusal(config.unsure or "config.json cannot be read")
         return Folder(path, config, weights, refusal)
-    if "quantization_config" in config.data:
+    if config.data.get("quantization_config") is not None:
         why = "the weights are quantised (quantization_config), and packed shapes say no widths"
         return Folder(path, config, weights, Refusal(why))
     try:
@@ -156,7 +162,7 @@ def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
     data, tensors = read.config.data or {}, read.weights.tensors
     if not read.weights.complete and not tensors:
         return replace(report, sound=False)
-    large = too_large(data, tensors)
+    large = too_large(classes, data, tensors)
     if large:
         solved = solve(Task(classes, data, tensors))
         if isinstance(solved, Solution):
@@ -200,15 +206,19 @@ def _with_ties(
 ) -> CheckReport:
     """Add a note or a cause to the report if tensors that the config ties hold different numbers.
 
-    Transformers 5 leaves such tensors apart, with a warning: the report gets a note. Transformers 4
-    drops one of them: the report gets a cause.
+    Transformers 5 leaves such tensors apart, with a warning: the report gets a note, which says
+    whether a setting unties them. Transformers 4 drops one of them: the report gets a cause.
     """
-    names = differing_tie(read.path, classes, assessment, read.weights.tensors)
+    data, tensors = read.config.data or {}, read.weights.tensors
+    names = differing_tie(read.path, classes, assessment, tensors)
     if names is None:
         return report
     text = f"the config ties {names[0]} and {names[1]}, which hold different numbers"
     if MAJOR < 5:
         return _unsound(report, Cause("field", text, tensors=names))
+    task = Task(classes, data, tensors, differing_tie=names)
+    if not untie(task, Structure(data, {}, assessment)).changes:
+        return _noted(report, f"{not_untied(names, classes)}: Transformers leaves them apart")
     return _noted(report, f"{text}: Transformers leaves them apart; repair says so in the config")
 
 

@@ -127,4 +127,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 if __name__ == "__main__":
+    # Python puts this script's folder first, where its modules would hide a user's of their names
+    own = Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != own]
     run(json.loads(Path(sys.argv[1]).read_text()))

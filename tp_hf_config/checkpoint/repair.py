@@ -14,17 +14,17 @@ from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.config_json import field_name
 from .assess import Assessment, assess
-from .building import too_large
 from .causes import unsolved_causes
-from .check import SolvableFolder, check_checkpoint, solvable_folder
-from .folder import CONFIG
-from .reports import CheckReport, RepairReport
+from .check import Folder, SolvableFolder, check_checkpoint, checked, solvable_folder
+from .folder import CONFIG, Config
+from .large import too_large
+from .reports import RepairReport
 from .rotary import for_transformers_4
-from .solving import Solution, Unsolved, solve
+from .solving import Unsolved, solve
 from .starting import Task
-from .ties import differing_tie
-from .words import printable, short
-from .writing import check_does_not_exist, locked, new_folder, replace_config
+from .ties import differing_tie, not_untied
+from .words import how_to_give, printable, short
+from .writing import check_target, locked, new_folder, replace_config
 
 _GENERATION = "generation_config.json"
 _MOST_BYTES = 2**20
@@ -56,15 +56,15 @@ def repair_checkpoint(
 
     Raises:
         CheckpointError: no config, or several, fit (``error.candidates``); the weights are damaged;
-            ``out`` exists; or the folder cannot be written or is being repaired already. The folder
-            is as it was.
+            ``out`` exists or is inside ``folder``; or the folder cannot be written or is being
+            repaired already. The folder is as it was.
     """
     path = Path(folder)
     target = None if out is None else Path(out)
     if target is not None and not dry_run:
-        check_does_not_exist(target)
+        check_target(path, target)
     if dry_run:
-        return _planned(path, given, trust_remote_code)[0]
+        return _unwritten(*_planned(path, given, trust_remote_code))
     try:
         if target is not None:
             return _into_new(path, target, given, trust_remote_code)
@@ -81,14 +81,17 @@ def repair_checkpoint(
 
 def _planned(
     path: Path, given: Mapping[str, int] | None, trust_remote_code: bool
-) -> tuple[RepairReport, bytes]:
-    """Return the report and the new config.json, proved; nothing is written.
+) -> tuple[SolvableFolder, RepairReport, bytes]:
+    """Return the folder, the report and the new config.json, proved; nothing is written.
+
+    The report lacks what the folder will be like.
 
     Raises:
         CheckpointError: the folder cannot be solved, or not exactly one config fits.
     """
     read = solvable_folder(path, trust_remote_code)
-    solved = solve(_task(read, given))
+    task = _task(read, given)
+    solved = solve(task)
     if isinstance(solved, Unsolved):
         raise CheckpointError(_unsolved(read, solved), solved.candidates)
     old = (path / CONFIG).read_bytes()
@@ -104,33 +107,40 @@ def _planned(
         _difference(old, new),
         undecided=solved.undecided,
         added={field_name(path): value for path, value in rotary.added.items()},
-        notes=(*_generation_notes(path, solved.data), *rotary.unwritable),
-        after=replace(_expected(read, solved), notes=rotary.unwritable),
+        notes=(
+            *_tie_notes(task, proof),
+            *_generation_notes(path, solved.data),
+            *rotary.unwritable,
+        ),
     )
-    return report, new
+    return read, report, new
+
+
+def _unwritten(read: SolvableFolder, report: RepairReport, new: bytes) -> RepairReport:
+    """Return the report on a folder that is not written, with what it would be like."""
+    after = checked(Folder(read.path, Config(json.loads(new)), read.weights, read.classes))
+    return replace(report, after=after)
 
 
 def _task(read: SolvableFolder, given: Mapping[str, int] | None) -> Task:
     """Return what is to be solved, with the names of two tied tensors whose data differ, if any."""
     tensors = read.weights.tensors
     names = None
-    absurd = bool(too_large(read.data, tensors))
+    absurd = bool(too_large(read.classes, read.data, tensors))
     assessment = Refusal("") if absurd else assess(read.classes, read.data, tensors)
     if isinstance(assessment, Assessment) and assessment.tied:
         names = differing_tie(read.path, read.classes, assessment, tensors)
     return Task(read.classes, read.data, tensors, given or {}, names)
 
 
-def _expected(read: SolvableFolder, solved: Solution) -> CheckReport:
-    """Return the report that checking the folder will give once the new config is written."""
-    return CheckReport(
-        str(read.path),
-        read.classes.model.__name__,
-        True,
-        undecided=solved.undecided,
-        files=read.weights.files,
-        tensors=len(read.weights.tensors),
-    )
+def _tie_notes(task: Task, assessment: Assessment) -> Iterator[str]:
+    """Yield a note if tensors whose data differ stay tied.
+
+    ``assessment``: how the tensors load with the new config.
+    """
+    first, second = task.differing_tie or ("", "")
+    if second in assessment.tied.get(first, frozenset()):
+        yield not_untied((first, second), task.classes)
 
 
 def _unsolved(read: SolvableFolder, unsolved: Unsolved) -> str:
@@ -145,8 +155,7 @@ def _unsolved(read: SolvableFolder, unsolved: Unsolved) -> str:
         return f"{read.path}: {listed} No config says that: prune these layers alike."
     if unsolved.candidates:
         name, value = next(iter(unsolved.candidates[0].items()))
-        option = f" or --head-dim {value}" if name == "head_dim" else ""
-        argument = f"given={{{name!r}: {value}}}{option}"
+        argument = how_to_give(name, value)
         return f"{text} Nothing tells which; say it: {argument}. Nothing was written."
     return f"{text} Nothing was written."
 
@@ -164,9 +173,9 @@ def _difference(old: bytes, new: bytes) -> str:
 
 def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
     """Repair a folder in place and check it again; the folder is locked."""
-    report, new = _planned(path, given, trust)
+    read, report, new = _planned(path, given, trust)
     if not report.difference:
-        return report
+        return _unwritten(read, report, new)
     backup = replace_config(path, new)
     after = check_checkpoint(path, trust_remote_code=trust)
     if not after.sound:
@@ -176,7 +185,7 @@ def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> Repai
 
 def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
     """Write the repaired folder as a new one; check it before it gets its name."""
-    report, new = _planned(path, given, trust)
+    _, report, new = _planned(path, given, trust)
     with new_folder(path, out, new) as (work, left_out):
         after = check_checkpoint(work, trust_remote_code=trust)
         if not after.sound:

@@ -10,15 +10,17 @@ from ..errors import TPHFConfigError
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
+from ..fieldmap.solve.candidates import hidden_counts
 from ..fieldmap.solve.integers import Conflict
 from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, value_at, with_values
 from ..model.shapes import Mismatch
 from .assess import Assessment, assess
-from .building import Classes, build
+from .building import Classes, as_json, build, every_default, value_in
 from .starting import Start, Task, companions, starts, undecided_field
-from .structure import Structure, as_json, describe, every_default, settle, untie
+from .structure import Structure, describe, settle, untie
+from .words import how_to_give
 
 
 @dataclass(frozen=True)
@@ -100,28 +102,40 @@ def _solve_from(task: Task, start: Start) -> Solution | Unsolved:
     if structure.assessment.misplaced:
         return Unsolved(_misplaced_reason(structure.assessment, classes), structure=changed)
     if structure.assessment.fits and not task.given and not start.replaced:
-        return Solution(structure.data, changed, ())
+        return Solution(structure.data, changed, _hidden_fields(task, structure))
     solved = _widths(task, start, structure)
     if isinstance(solved, Solution):
         return replace(solved, changed=(*changed, *solved.changed))
     return replace(solved, structure=changed)
 
 
+def _hidden_fields(task: Task, structure: Structure) -> tuple[str, ...]:
+    """Return the names of the fields that no shape shows, of a structure that fits."""
+    field_map = learn(task.classes, structure.data)
+    if isinstance(field_map, Refusal):
+        return ()
+    return tuple(sorted(map(field_name, hidden_counts(field_map))))
+
+
 def _structure_changes(task: Task, start: Start, structure: Structure) -> tuple[FieldChange, ...]:
     """Return the changes of layer counts and settings, with what config.json says of them."""
     full = every_default(task.classes, start.data)
     return tuple(
-        FieldChange(path, _config_value(task, path), value, value_at(full, path))
-        for path, value in structure.changes.items()
+        FieldChange(*_config_value(task, path), holds, value_in(full, path))
+        for path in structure.changes
+        if (holds := value_in(structure.data, path)) != _config_value(task, path)[1]
     )
 
 
-def _config_value(task: Task, path: FieldPath) -> Any:
-    """Return what config.json says of a field, under any of its names, or None if nothing."""
-    value = value_at(task.data, path)
+def _config_value(task: Task, path: FieldPath) -> tuple[FieldPath, Any]:
+    """Return the name under which config.json has a field, and its value there; None: not set.
+
+    Of a field that is there under its own name and under an alias, the class reads the alias.
+    """
     aliases: Any = getattr(task.classes.config, "attribute_map", {})
-    names = (alias for alias, own in aliases.items() if (own,) == path and alias in task.data)
-    return value if value is not None else next((task.data[name] for name in names), None)
+    names = ((alias,) for alias, own in aliases.items() if (own,) == path)
+    name = next((name for name in names if value_in(task.data, name) is not None), path)
+    return name, value_in(task.data, name)
 
 
 def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
@@ -147,8 +161,7 @@ def _widths(task: Task, start: Start, structure: Structure) -> Solution | Unsolv
         return given
     undecided = undecided_field(task, start, field_map, given)
     if undecided is not None:
-        name = field_name(undecided)
-        return Unsolved(f"no shape shows {name} alone: say it, given={{{name!r}: ...}}")
+        return Unsolved(_undecided_reason(field_map, undecided))
     target = structure.assessment.loaded.shapes
     empty = next((name for name, shape in target.items() if 0 in shape), None)
     if empty is not None:
@@ -165,12 +178,20 @@ def _widths(task: Task, start: Start, structure: Structure) -> Solution | Unsolv
     return _proved(task, start, structure, field_map, recovery)
 
 
+def _undecided_reason(field_map: FieldMap, path: FieldPath) -> str:
+    """Return why a field's value is not known, and where the user can say it."""
+    name = field_name(path)
+    if path in field_map.sizes:
+        return f"no shape shows {name} alone: say it, {how_to_give(name)}"
+    return f"nothing tells what {name} should be: correct it in config.json by hand"
+
+
 def _proved(
     task: Task, start: Start, structure: Structure, field_map: FieldMap, recovery: Recovery
 ) -> Solution | Unsolved:
     """Return the config in the first form that loads the weights, or Unsolved if none does."""
     fields = _field_changes(task, start, structure, field_map, recovery.data)
-    undecided = tuple(sorted(field_name(path) for path in recovery.undecided))
+    undecided = tuple(sorted(map(field_name, recovery.undecided)))
     for data in _forms(task, start, structure, field_map, recovery.data):
         proof = assess(task.classes, data, task.tensors)
         if not isinstance(proof, Refusal) and proof.fits:
@@ -202,10 +223,12 @@ def paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, i
         paths = [path for path in fields if field_name(path) in (name, own)]
         paths = paths or [path for path in fields if path[-1] in (name, own)]
         if len(paths) != 1 or paths[0] not in field_map.sizes:
-            listed = ", ".join(sorted(field_name(path) for path in (paths or field_map.sizes)))
+            names = sorted(field_name(path) for path in (paths or field_map.sizes))
             which = "several of that name" if len(paths) > 1 else f"no field {name} that sets sizes"
+            hint = f", as in {how_to_give(names[0], value)}" if len(paths) > 1 else ""
             return Unsolved(
-                f"{field_map.builder.config_class.__name__} has {which}: say one of {listed}"
+                f"{field_map.builder.config_class.__name__} has {which}: say one of "
+                f"{', '.join(names)}{hint}"
             )
         values[paths[0]] = value
     return values
@@ -220,7 +243,7 @@ def _unprovable_change(
         if recovery.values[path] != field_map.sizes.get(path):
             name = field_name(path)
             why = f"{name} cannot stay {field_map.sizes[path]}, and no shape shows what it is"
-            return f"{why}: say it, given={{{name!r}: ...}}"
+            return f"{why}: say it, {how_to_give(name)}"
     return None
 
 
@@ -258,14 +281,14 @@ def _field_changes(
     mismatched = structure.assessment.loaded.mismatched
     changed = []
     for path in sorted({*field_map.sizes, *start.replaced}, key=field_name):
-        was, now = value_at(field_map.data, path), value_at(new, path)
-        says = _config_value(task, path)
+        was, now = value_in(field_map.data, path), value_in(new, path)
+        name, says = _config_value(task, path)
         if now is None or says == now or (was == now and path not in start.replaced):
             continue
         names = tuple(m.name for m in mismatched if _sets_mismatch(field_map, m, path))
         names = names or tuple(m.name for m in mismatched)
         stands_for = None if start.replaced else field_map.sizes.get(path)
-        changed.append(FieldChange(path, says, now, stands_for, names))
+        changed.append(FieldChange(name, says, now, stands_for, names))
     return tuple(changed)
 
 
@@ -290,10 +313,10 @@ def _forms(
     """
     paths = {*field_map.sizes, *structure.changes, *start.replaced}
     changes = {
-        path: value_at(new, path)
+        path: value_in(new, path)
         for path in sorted(paths, key=field_name)
-        if value_at(new, path) is not None
-        and (value_at(new, path) != value_at(field_map.data, path) or path not in field_map.sizes)
+        if value_in(new, path) is not None
+        and (value_in(new, path) != value_in(field_map.data, path) or path not in field_map.sizes)
     }
     plain = with_changes(task.data, new, changes)
     forms = [plain]
@@ -316,13 +339,19 @@ def with_changes(
 
     Args:
         data: the config's JSON.
-        new: the JSON from which lists that ``data`` lacks are taken whole.
+        new: the JSON from which lists that ``data`` lacks, or has too short, are taken whole.
         changes: field -> value.
     """
     result = data
     for path, value in changes.items():
-        while isinstance(path[-1], int) and not isinstance(value_at(result, path[:-1]), list):
+        while isinstance(path[-1], int) and not _has_entry(result, path[:-1], path[-1]):
             path = path[:-1]
             value = value_at(new, path)
         result = with_values(result, {path: value})
     return result
+
+
+def _has_entry(data: Mapping[str, Any], path: FieldPath, index: int) -> bool:
+    """True if a config's JSON has a list with an entry of this number."""
+    entries = value_in(data, path)
+    return isinstance(entries, list) and index < len(entries)

@@ -18,13 +18,13 @@ from ..model.config_json import (
     FieldPath,
     field_name,
     plain_fields,
-    value_at,
     with_values,
     without_field,
 )
 from .assess import Assessment, assess
-from .building import Classes, build, longest_list, too_large, too_large_reason
+from .building import Classes, build, value_in
 from .headers import Stored
+from .large import longest_list, too_large, too_large_reason
 
 _MOST_TRIED = 400  # configs that are built
 _MOST_STARTS = 6  # configs near the folder's that solving may begin from
@@ -100,13 +100,13 @@ def companions(
         for path in start.replaced - given.keys()
         if path in field_map.sizes and not _sets_alone(field_map, path)
         for other in _joint_fields(field_map, path) - start.replaced
-        if type(value := value_at(task.data, other)) is int
+        if type(value := value_in(task.data, other)) is int
     }
 
 
 def _decides_tensors(task: Task, start: Start, path: FieldPath) -> bool:
     """True if a number decides which tensors there are: with one more or less they do not fit."""
-    value = value_at(start.data, path)
+    value = value_in(start.data, path)
     if type(value) is not int:
         return False
     for other in (value + 1, value - 1):
@@ -142,7 +142,7 @@ def starts(task: Task) -> Iterator[Start | Refusal]:
         reason, and then starts with configs near it.
     """
     classes, data, tensors = task.classes, task.data, task.tensors
-    large = too_large(data, tensors)
+    large = too_large(classes, data, tensors)
     if large:
         yield Refusal(too_large_reason(large, tensors))
         candidates = _with_smaller(data, large, tensors)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, config_json, field_name, value_at, with_values
+from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .assess import Assessment, assess, lists_of
-from .building import Classes, config_from, entries
+from .building import Classes, entries, every_default
 from .starting import Start, Task
 
 Changes = dict[FieldPath, Any]
@@ -108,22 +108,6 @@ def _outermost(best: list[tuple[Changes, Assessment]]) -> list[tuple[Changes, As
         if len(path) == least:
             by_field.setdefault(path, (change, outcome))
     return list(by_field.values())
-
-
-def every_default(classes: Classes, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config's JSON with every default; unchanged if the class refuses it."""
-    return as_json(classes, data, use_diff=False) or dict(data)
-
-
-def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[str, Any] | None:
-    """Return the config's JSON as the class writes it, or None if the class refuses the config.
-
-    ``use_diff``: leave defaults out.
-    """
-    try:
-        return config_json(config_from(classes, data), use_diff)
-    except Exception:  # a class may refuse with any exception
-        return None
 
 
 def _layer_counts(current: Structure, full: dict[str, Any], classes: Classes) -> Iterator[Changes]:

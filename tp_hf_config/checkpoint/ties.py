@@ -14,6 +14,15 @@ _PIECE = 4096  # bytes of a sample
 _PIECES = 16  # samples of a tensor
 
 
+def not_untied(names: tuple[str, str], classes: Classes) -> str:
+    """Return the sentence on two tensors that differ, and that the class ties in any config."""
+    first, second = names
+    return (
+        f"the config ties {first} and {second}, which hold different numbers, and no setting of "
+        f"{classes.config.__name__} unties them"
+    )
+
+
 def differing_tie(
     folder: Path, classes: Classes, assessment: Assessment, tensors: Mapping[str, Stored]
 ) -> tuple[str, str] | None:

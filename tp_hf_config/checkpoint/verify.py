@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -280,10 +281,9 @@ def _fresh_process(
         process = start_child(job_file, errors)
 
         def finished() -> list[_Run]:
-            if process.wait() != 0:
-                lines = [line for line in errors.read_text().splitlines() if line.strip()]
-                end = short(lines[-1] if lines else process.returncode)
-                return [_Run(error=f"the fresh process ended with: {end}") for _ in jobs]
+            code = process.wait()
+            if code != 0:
+                return [_Run(error=_end_of(code, errors.read_text())) for _ in jobs]
             results = torch.load(files["results"], weights_only=True)
             return [
                 _Run(each["outputs"], each["loading"], each["error"] and short(each["error"]))
@@ -297,6 +297,22 @@ def _fresh_process(
             process.wait()
 
 
+def _end_of(code: int, errors: str) -> str:
+    """Return how a fresh process ended that did not finish its job.
+
+    Args:
+        code: its exit status, negative for a signal.
+        errors: what it wrote to standard error.
+    """
+    lines = [line for line in errors.splitlines() if line.strip()]
+    if code == -signal.SIGKILL:
+        return "the fresh process was killed (SIGKILL), most often for want of memory"
+    last = short(lines[-1] if lines else code)
+    if code < 0:
+        return f"the fresh process was ended by signal {-code} ({signal.strsignal(-code)}): {last}"
+    return f"the fresh process ended with: {last}"
+
+
 def start_child(job_file: Path, errors: Path) -> subprocess.Popen[bytes]:
     """Start a fresh process that does a job.
 
@@ -307,7 +323,7 @@ def start_child(job_file: Path, errors: Path) -> subprocess.Popen[bytes]:
     with errors.open("w") as written:
         return subprocess.Popen(
             [sys.executable, child.__file__, str(job_file)],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=written,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if abs(value) < 10**18 else f"about 2**{abs(value).bit_length()}"
     return short(value)
+
+
+def how_to_give(name: str, value: int | None = None) -> str:
+    """Return how a user says a field's value, in Python and in the shell; None: any value."""
+    typed = shlex.quote(f"{name}={'N' if value is None else value}")
+    return f"given={{{name!r}: {'...' if value is None else value}}} or --given {typed}"
 
 
 def list_and_layer(name: str) -> tuple[str, int] | None:

@@ -167,6 +167,13 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         shutil.rmtree(work, ignore_errors=True)
 
 
+def check_target(source: Path, out: Path) -> None:
+    """Raise a CheckpointError if ``source`` cannot be copied to ``out``: it exists or is inside."""
+    check_does_not_exist(out)
+    if source.resolve() in out.resolve().parents:
+        raise CheckpointError(f"{out} is inside {source}, which is copied. Say a folder outside.")
+
+
 def check_does_not_exist(out: Path) -> None:
     """Raise a CheckpointError if ``out`` exists already, so that nothing is overwritten."""
     if os.path.lexists(out):

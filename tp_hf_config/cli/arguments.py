@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ..pipeline.source import Source
 
+_Value = TypeVar("_Value")
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -75,7 +77,8 @@ def add_widths(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--prune",
         metavar="FIELDS",
         type=names,
-        help="config fields to prune, with commas between; default: every width inside the model",
+        help="config fields to prune, with commas between; default: those that --ratios "
+        "names, else every width inside the model but heads, head dims and numbers of experts",
     )
     group.add_argument(
         "--ratios", metavar="FIELD=R,...", type=ratios, help="a share for each field"
@@ -157,6 +160,11 @@ def _contradiction(options: argparse.Namespace) -> str | None:
             "--layers differ says that widths may differ, not how much goes: add --pruning-ratio "
             "0.2, or leave it out"
         )
+    if names_no_width(options) and (of_widths := _of_widths(options)):
+        return (
+            f"{of_widths[0]} says how widths are pruned, not how much goes: add "
+            "--pruning-ratio 0.2, or leave it out"
+        )
     if ratio is not None and target is not None:
         return "--target-params finds the ratio by itself: leave --pruning-ratio out"
     if options.gqa is not None and heads is None and target is None:
@@ -170,6 +178,16 @@ def _contradiction(options: argparse.Namespace) -> str | None:
     if without and ratio is None and target is None:
         return f"which share of {', '.join(without)}? Add --pruning-ratio 0.2"
     return None
+
+
+def _of_widths(options: argparse.Namespace) -> list[str]:
+    """Return the arguments that were given and have an effect only where widths are pruned."""
+    given = {
+        "--steps": options.steps > 1,
+        "--round-to": options.round_to is not None,
+        "--max-pruning-ratio": options.max_pruning_ratio is not None,
+    }
+    return [name for name, is_given in given.items() if is_given]
 
 
 def names_no_width(options: argparse.Namespace) -> bool:
@@ -213,15 +231,31 @@ def names(text: str) -> tuple[str, ...]:
 
 def ratios(text: str) -> dict[str, float]:
     """Parse a share for each config field: ``hidden_size=0.1,intermediate_size=0.3``."""
-    shares: dict[str, float] = {}
+    return _by_field(text, share, "hidden_size=0.1,intermediate_size=0.3")
+
+
+def sizes(text: str) -> dict[str, int]:
+    """Parse a size for each config field: ``num_attention_heads=4,head_dim=64``."""
+    return _by_field(text, count, "num_attention_heads=4,head_dim=64")
+
+
+def _by_field(text: str, parse: Callable[[str], _Value], expected: str) -> dict[str, _Value]:
+    """Parse a value for each config field.
+
+    Args:
+        text: fields and values, with commas between them.
+        parse: parses a value.
+        expected: an example.
+    """
+    values: dict[str, _Value] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
-            raise _wrong(text, "hidden_size=0.1,intermediate_size=0.3")
-        if name.strip() in shares:
-            raise _wrong(text, f"one share for every field, found two for {name.strip()}")
-        shares[name.strip()] = share(value.strip())
-    return shares
+            raise _wrong(text, expected)
+        if name.strip() in values:
+            raise _wrong(text, f"one value for every field, found two for {name.strip()}")
+        values[name.strip()] = parse(value.strip())
+    return values
 
 
 def amount(text: str) -> float:
@@ -229,15 +263,17 @@ def amount(text: str) -> float:
     if text.endswith("%"):
         return share(text)
     unit = _UNITS.get(text[-1:].lower(), 1)
+    digits = text[:-1] if unit > 1 else text
     try:
-        number = float(text[:-1] if unit > 1 else text) * unit
+        rounded = float(digits) * unit
+        if not 0 < rounded < float("inf"):
+            raise _wrong(text, "a number above 0")
+        number = Fraction(digits) * unit
     except ValueError:
         raise _wrong(text, "a number of parameters (100M), or a share of them (0.8)") from None
-    if not 0 < number < float("inf"):
-        raise _wrong(text, "a number above 0")
     if number == 1 or (number > 1 and number % 1):
         raise _wrong(text, "a whole number of parameters (100M), or a share of them below 1 (0.8)")
-    return number
+    return float(number)
 
 
 def count(text: str) -> int:

@@ -13,6 +13,7 @@ HELP = "compare a folder's config.json with its weights, without loading them"
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_folder(parser)
+    parser.set_defaults(refused=UNKNOWN)  # what is refused is not judged
 
 
 def check(options: argparse.Namespace) -> None:

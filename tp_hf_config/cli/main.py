@@ -97,6 +97,7 @@ def parser_of() -> argparse.ArgumentParser:
             description=f"{module.HELP[:1].upper()}{module.HELP[1:]}.",
             allow_abbrev=False,
         )
+        command_parser.set_defaults(refused=FAILED)
         module.add(command_parser)
         command_parser.add_argument("--json", action="store_true", help="print JSON")
         command_parser.add_argument(
@@ -114,6 +115,8 @@ def _unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
     if not flags:
         names = [str(a.metavar or a.dest) for a in parser._actions if not a.option_strings]
         return f"found {shlex.join(unknown)}, expected nothing after {' and '.join(names)}"
+    if flags[0] in parser._option_string_actions:
+        return f"{flags[0]} is typed before the command: put it behind, {parser.prog} {flags[0]}"
     near = get_close_matches(flags[0], parser._option_string_actions, 1)
     hint = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists what it takes"
     return f"there is no option {flags[0]}: {hint}"
@@ -142,7 +145,7 @@ def _failed(options: argparse.Namespace, error: Exception) -> Outcome:
         return _wrong(options, error, UNKNOWN, str(error))
     if isinstance(error, TPHFConfigError):
         usage = not options.checked or isinstance(error, UnknownFieldError)
-        code = UNKNOWN if usage else FAILED
+        code = UNKNOWN if usage else options.refused
         return _wrong(options, error, code, str(error))
     text = f"{type(error).__name__}: {error}"
     if not options.debug:

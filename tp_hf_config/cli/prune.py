@@ -103,8 +103,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--stream",
         action=argparse.BooleanOptionalAction,
         help="read weights from the folder when they are used, one at a time, instead of loading "
-        "the model; default: with --importance magnitude or random, and where the model would take "
-        "more than half of the free memory",
+        "the model; default: where the model is run on no text (--importance magnitude or random; "
+        "of a causal language model with --no-compensate too), and where it would take more than "
+        "half of the free memory",
     )
     how.add_argument(
         "--resume",

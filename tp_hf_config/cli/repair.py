@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_folder, count, path
+from .arguments import add_folder, count, path, sizes
 from .outcome import DONE, Outcome
 
 HELP = "write the config.json that a folder's weights need, where there is exactly one"
@@ -26,16 +26,23 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the number of query heads, where no shape shows it",
     )
+    parser.add_argument(
+        "--given",
+        type=sizes,
+        metavar="FIELD=N,...",
+        default={},
+        help="what any config fields are, where no shape shows it: text_config.head_dim=64",
+    )
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise if the folder is not a model folder, or if the new folder exists already."""
+    """Raise if the folder is not a model folder, or if the new folder cannot be made."""
     from ..checkpoint.folder import check_model_folder
-    from ..checkpoint.writing import check_does_not_exist
+    from ..checkpoint.writing import check_target
 
     check_model_folder(options.folder)
     if options.out is not None and not options.dry_run:
-        check_does_not_exist(options.out)
+        check_target(options.folder, options.out)
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -47,7 +54,10 @@ def run(options: argparse.Namespace) -> Outcome:
         options.folder,
         out=options.out,
         dry_run=options.dry_run,
-        given={name: value for name, value in fields.items() if value is not None},
+        given={
+            **options.given,
+            **{name: value for name, value in fields.items() if value is not None},
+        },
         trust_remote_code=options.trust_remote_code,
     )
     return Outcome(DONE, str(report), report.to_dict())

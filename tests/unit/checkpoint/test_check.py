@@ -15,6 +15,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from tp_hf_config import CheckpointError, check_checkpoint
+from tp_hf_config.checkpoint.building import Classes
+from tp_hf_config.checkpoint.large import too_large
 from tp_hf_config.cli import check as command
 
 SOUND = (
@@ -318,6 +320,14 @@ def test_tied_tensors_that_differ_in_the_files(tmp_path: Path):
         assert [cause.text for cause in report.causes] == [text]
 
 
+def test_no_quantisation(tmp_path: Path):
+    """What is null in config.json is not there."""
+    folder = folders.saved("llama", tmp_path)
+    data = {**folders.config_of(folder), "quantization_config": None}
+    (folder / "config.json").write_text(json.dumps(data))
+    assert check_checkpoint(folder).sound is True
+
+
 def test_a_config_that_the_class_refuses(tmp_path: Path):
     folder = folders.edit(folders.saved("gpt2", tmp_path), n_head=3)
     assert causes(folder)[0].startswith("GPT2Config refuses config.json: `embed_dim` must be ")
@@ -376,6 +386,43 @@ def test_no_weights(tmp_path: Path):
 
 
 # Size does not matter
+
+
+def test_a_large_number_that_the_class_does_not_read(tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), num_train_tokens=15 * 10**9)
+    assert check_checkpoint(folder).sound is True
+    folders.edit(folder, intermediate_size=80)
+    assert causes(folder) == ["intermediate_size says 80, the weights of layers 0-1 hold 96"]
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "data", "read"),
+    [
+        (hf.GPT2Config, hf.GPT2Model, {"n_layer": 10**9}, [("n_layer",)]),
+        (hf.GPT2Config, hf.GPT2Model, {"num_hidden_layers": 10**9}, [("num_hidden_layers",)]),
+        (hf.GPT2Config, hf.GPT2Model, {"num_labels": 10**9}, [("num_labels",)]),
+        (hf.BloomConfig, hf.BloomModel, {"n_embed": 10**9}, [("n_embed",)]),  # no field, no alias
+        (hf.GPT2Config, hf.GPT2Model, {"seen": {"tokens": [10**9]}, "n_layer": 2}, []),
+        (hf.GPT2Config, hf.GPT2Model, {"seen": 10**9, "n_layer": 10**9}, [("n_layer",)]),
+        (hf.SwinConfig, hf.SwinModel, {"depths": [2, 10**9]}, [("depths", 1)]),
+        (
+            hf.GPT2Config,
+            hf.GPT2Model,
+            {"seen": [10**9] * 10**5},  # to ask of each would take too long
+            [("seen", n) for n in range(10**5)],
+        ),
+        (
+            hf.LlavaConfig,
+            hf.LlavaModel,
+            {"text_config": {"model_type": "llama", "seen": 10**9, "vocab_size": 10**9}},
+            [("text_config", "vocab_size")],
+        ),
+    ],
+)
+def test_large_numbers_that_a_class_reads(
+    config: Any, model: Any, data: dict[str, Any], read: list[Any]
+):
+    assert list(too_large(Classes(config, model, 100), data, {})) == read
 
 
 def test_a_70b_folder_of_holes(tmp_path: Path):

@@ -12,7 +12,9 @@ from typing import Any
 
 import folders
 import pytest
+import small
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from tp_hf_config import CheckpointError, check_checkpoint, repair_checkpoint
@@ -105,6 +107,75 @@ def test_tensors_that_are_not_tied_are_untied_in_the_config(tmp_path: Path):
     assert folders.notes(check_checkpoint(folder)) == ()
 
 
+@pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="there a setting unties them")
+def test_tensors_that_no_setting_unties(tmp_path: Path):
+    """T5's config says that they are tied whatever config.json says: nobody promises a repair."""
+    folder = folders.edit(folders.saved("t5", tmp_path), tie_word_embeddings=False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["shared.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    before = folders.files(folder)
+    text = (
+        "the config ties lm_head.weight and shared.weight, which hold different numbers, and no "
+        "setting of T5Config unties them"
+    )
+    found, report = check_checkpoint(folder), repair_checkpoint(folder)
+    assert found.sound is True
+    assert folders.notes(found) == (f"{text}: Transformers leaves them apart",)
+    assert (report.written, report.fields, report.notes) == (False, {}, (text,))
+    assert report.after == found
+    assert folders.files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "undecided"),
+    [
+        ("bert", {}, ("num_attention_heads",)),
+        ("bert", {"num_hidden_layers": 3}, ("num_attention_heads",)),
+        ("bert", {"intermediate_size": 80}, ("num_attention_heads",)),
+        ("llama", {}, ()),
+        ("llama", {"num_hidden_layers": 3}, ()),
+    ],
+)
+def test_a_dry_run_says_what_the_folder_will_be_like(
+    name: str, fields: dict[str, Any], undecided: tuple[str, ...], tmp_path: Path
+):
+    folder = folders.edit(folders.saved(name, tmp_path), **fields)
+    planned = repair_checkpoint(folder, dry_run=True)
+    done = repair_checkpoint(folder)
+    assert done.written is bool(fields)
+    assert planned.undecided == done.undecided == undecided
+    assert planned.after == done.after == check_checkpoint(folder)
+    assert done.after is not None
+    assert done.after.parameters > 0
+    assert any(note.startswith("no shape tells heads") for note in done.after.notes)
+
+
+def test_a_field_that_is_there_under_two_names(tmp_path: Path):
+    """The class reads the alias."""
+    folder = folders.edit(folders.saved("gpt2", tmp_path), hidden_size=32)
+    assert folders.config_of(folder)["n_embd"] == 64
+    assert not folders.loads(folder)
+    report = check_checkpoint(folder)
+    text = "hidden_size says 32, the weights of layers 0-1 hold 64"
+    assert [cause.text for cause in report.causes] == [text]
+    assert repair_checkpoint(folder).fields == {"hidden_size": (32, 64)}
+    assert folders.loads(folder)
+
+
+def test_a_list_that_is_too_short(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 16, 16, 16], "num_attention_heads": [1, 2, 2, 2]}
+    config = hf.SegformerConfig(**sizes, depths=[2, 2, 2, 3], decoder_hidden_size=16)
+    hf.SegformerForImageClassification(config).save_pretrained(tmp_path)
+    folders.edit(tmp_path, depths=[2, 2, 2])
+    report = check_checkpoint(tmp_path)
+    assert report.sound is False
+    assert report.causes[-1].text == "depths[3] is not set, the weights are those of 3"
+    assert repair_checkpoint(tmp_path).fields["depths"] == ([2, 2, 2], [2, 2, 2, 3])
+    assert folders.config_of(tmp_path)["depths"] == [2, 2, 2, 3]
+
+
 def test_layer_types_that_no_shape_shows_are_not_guessed(tmp_path: Path):
     folder = folders.saved("gemma3-deep", tmp_path)
     tensors = load_file(folder / "model.safetensors")
@@ -159,15 +230,44 @@ def test_heads_that_no_shape_decides_are_asked_for(tmp_path: Path):
         {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
     )
     assert str(error.value).endswith(
-        "Nothing tells which; say it: given={'head_dim': 16} or --head-dim 16. Nothing was written."
+        "Nothing tells which; say it: given={'head_dim': 16} or --given head_dim=16. Nothing was "
+        "written."
     )
     assert folders.files(folder) == before
 
 
 def test_a_head_count_is_not_made_up(tmp_path: Path):
     folder = folders.edit(folders.saved("gpt2", tmp_path), n_head=3)
-    with pytest.raises(CheckpointError, match=r"no shape shows .* given=\{'n_head': \.\.\.\}"):
+    said = r"no shape shows .* given=\{'n_head': \.\.\.\} or --given n_head=N\. Nothing"
+    with pytest.raises(CheckpointError, match=said):
         repair_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_act", "sliu"), ("dtype", "flaot32")])
+def test_what_is_no_size_is_to_be_corrected_by_hand(field: str, value: str, tmp_path: Path):
+    """``given`` would not take it."""
+    folder = folders.edit(folders.saved("llama", tmp_path), **{field: value})
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder)
+    by_hand = f"nothing tells what {field} should be: correct it in config.json by hand."
+    assert str(error.value).endswith(f"{by_hand} Nothing was written.")
+
+
+def test_a_field_of_a_config_inside_can_be_said_in_the_shell(tmp_path: Path):
+    folder = folders.saved("llava", tmp_path)
+    text = {**folders.config_of(folder)["text_config"], "num_attention_heads": 2}
+    folders.edit(folder, text_config=text)
+    with pytest.raises(CheckpointError, match=r" or --given text_config\.head_dim=16\. Nothing"):
+        repair_checkpoint(folder)
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder, given={"num_attention_heads": 4})
+    name = "text_config.num_attention_heads"
+    assert (
+        f"LlavaConfig has several of that name: say one of {name}, "
+        f"vision_config.num_attention_heads, as in given={{'{name}': 4}} or --given {name}=4."
+    ) in str(error.value)
+    outcome = command_of(str(folder), "--given", f"{name}=4")
+    assert outcome.data["fields"] == {name: {"old": 2, "new": 4}}
 
 
 def test_a_size_that_is_rounded_is_not_made_up(tmp_path: Path):
@@ -422,6 +522,21 @@ def test_a_new_folder_that_cannot_be_finished_leaves_nothing(
     with pytest.raises(CheckpointError, match="new cannot be written: No space left on device"):
         repair_checkpoint(folder, out=tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("inside", ["new", "deep/new"])
+def test_a_new_folder_inside_the_old_one(inside: str, tmp_path: Path):
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    before = folders.files(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder / inside, tmp_path / "link" / inside):
+        with pytest.raises(CheckpointError) as error:
+            repair_checkpoint(folder, out=out)
+        assert str(error.value) == (
+            f"{out} is inside {folder}, which is copied. Say a folder outside."
+        )
+    assert folders.files(folder) == before
+    assert not (folder / "deep").exists()
 
 
 def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path):

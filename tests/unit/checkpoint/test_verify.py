@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,74 @@ def test_a_class_of_another_module():
     model = OwnModel(hf.BertConfig(**tiny._SIZES)).eval()
     report = verify_roundtrip(model, tiny.inputs(model))
     assert (report.same, report.error, report.model) == (True, None, "OwnModel")
+
+
+class Killed(hf.BertModel):
+    """A class whose loading takes all memory that there is."""
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), cls.number)
+
+    number = signal.SIGKILL
+
+
+class Crashing(Killed):
+    number = signal.SIGABRT
+
+
+@pytest.mark.parametrize(
+    ("model_class", "said"),
+    [
+        (Killed, "the fresh process was killed (SIGKILL), most often for want of memory"),
+        (Crashing, "the fresh process was ended by signal 6 (Aborted): "),
+    ],
+)
+def test_a_process_that_a_signal_ends(model_class: Any, said: str):
+    model = model_class(hf.BertConfig(**tiny._SIZES)).eval()
+    report = verify_roundtrip(model, tiny.inputs(model))
+    assert not report.same
+    assert report.error is not None
+    assert report.error.startswith(said)
+
+
+def own_class(name: str, body: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A class in a module of this name, which a fresh process finds as this one does."""
+    lines = ["import os", "import transformers", "class Own(transformers.BertModel):"]
+    (place / f"{name}.py").write_text("\n    ".join(["\n".join(lines), *body.splitlines()]))
+    monkeypatch.syspath_prepend(place)
+    found = importlib.import_module(name).Own
+    monkeypatch.delitem(sys.modules, name)
+    return found
+
+
+ENDING = """
+@classmethod
+def from_pretrained(cls, *arguments, **options):
+    super().from_pretrained(*arguments, **options)
+    os._exit(3)
+"""
+
+
+@pytest.mark.usefixtures("started_as_for_users")
+def test_a_progress_bar_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model_class = own_class("ending", ENDING, tmp_path, monkeypatch)
+    model = model_class(hf.BertConfig(**tiny._SIZES)).eval()
+    report = verify_roundtrip(model, tiny.inputs(model))
+    assert report.error is not None
+    assert report.error.startswith("the fresh process ended with: ")
+    assert "it/s" not in report.error
+
+
+@pytest.mark.parametrize("start", ["started_as_for_users", "_start_at_once"])
+def test_a_module_that_has_the_name_of_one_of_the_library(
+    start: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    request.getfixturevalue(start)
+    model_class = own_class("heads", "pass", tmp_path, monkeypatch)
+    model = model_class(hf.BertConfig(**tiny._SIZES)).eval()
+    report = verify_roundtrip(model, tiny.inputs(model))
+    assert (report.same, report.error, report.model) == (True, None, "Own")
 
 
 def test_no_hugging_face_model():

@@ -24,6 +24,7 @@ import tp_hf_config
 from tp_hf_config.cli import completion, console, stopping
 from tp_hf_config.cli import main as main_module
 from tp_hf_config.cli import prune as prune_module
+from tp_hf_config.cli.arguments import amount
 from tp_hf_config.cli.main import main
 from tp_hf_config.errors import CalibrationWarning, PrunerSettingsWarning
 from tp_hf_config.model.build import Refusal
@@ -99,6 +100,19 @@ class TestLight:
             ("repair", "nowhere"): f"nowhere does not exist. {plain} config.json.",
             ("repair", "bare"): "bare has no weights (model.safetensors, ",
             ("repair", "whole", "--out", "nothing"): "nothing is there already. Say a folder that",
+            (
+                "repair",
+                "whole",
+                "--out",
+                "whole/new",
+            ): "whole/new is inside whole, which is copied. Say a folder outside.",
+            (
+                "repair",
+                "whole",
+                "--given",
+                "head_dim",
+            ): "'head_dim': expected num_attention_heads=4",
+            ("repair", "whole", "--given", "head_dim=x"): "'x': expected a whole number, 1 or more",
             ("repair", "whole", "--heads", "0"): "'0': expected a whole number, 1 or more",
             ("repair", "whole", "--head-dim", "-4"): "'-4': expected a whole number, 1 or more",
             ("verify", "nowhere"): f"nowhere does not exist. {plain} config.json.",
@@ -207,7 +221,22 @@ class TestUsage:
             ("plan x --target-params 1", "'1': expected a whole number of parameters (100M), or a"),
             ("plan x --target-params 1.5", "'1.5': expected a whole number of parameters (100M)"),
             ("plan x --target-params 120%", "'120%': expected a share between 0 and 1"),
-            ("plan x --ratios a=0.1,a=0.2", "expected one share for every field, found two for a"),
+            ("plan x --ratios a=0.1,a=0.2", "expected one value for every field, found two for a"),
+            ("plan x --target-params nan", "'nan': expected a number above 0"),
+            ("plan x --target-params infB", "'infB': expected a number above 0"),
+            ("plan x --target-params 1e999999999", "'1e999999999': expected a number above 0"),
+            ("plan x --target-params 1/2", "'1/2': expected a number of parameters (100M)"),
+            ("plan x --target-params 1.0005K", "'1.0005K': expected a whole number of parameters"),
+            (
+                "--json check x",
+                "--json is typed before the command: put it behind, tp-hf-config ch",
+            ),
+            (
+                "prune x --out y --drop-layers 2 --steps 4",
+                "--steps says how widths are pruned, not how much goes: add --pruning-ratio 0.2",
+            ),
+            ("prune x --out y --drop-layers 2 --round-to 8", "--round-to says how widths are"),
+            ("prune x --out y --drop-layers 2 --max-pruning-ratio 0.5", "--max-pruning-ratio says"),
             ("prune x --out y --max-shard-size big", "'big': expected a size such as 500MB or 5GB"),
             (
                 "prune x --out y --device moon",
@@ -226,6 +255,22 @@ class TestUsage:
         assert (code, out) == (2, "")
         assert errors.startswith("usage: tp-hf-config ")
         assert message in errors
+
+    @pytest.mark.parametrize(
+        ("typed", "meant"),
+        [
+            ("8.03B", 8_030_000_000),
+            ("4.1b", 4_100_000_000),
+            ("8.2B", 8_200_000_000),
+            ("16.1M", 16_100_000),
+            ("1.001k", 1001),
+            ("1e5", 100_000),
+            ("0.8", 0.8),
+            ("80%", 0.8),
+        ],
+    )
+    def test_ways_to_write_an_amount(self, typed: str, meant: float) -> None:
+        assert amount(typed) == meant
 
     def test_ways_to_write_a_share(self, capsys: Any, llama: Path) -> None:
         shares = ("0.25", "1/4", "25%")
@@ -434,6 +479,21 @@ class TestFaults:
         code, out, _ = shell(capsys, "prunable", folder, "--trust-remote-code")
         assert (code, out.splitlines()[0]) == (0, "Own")
         assert ran.exists()
+
+    def test_what_is_not_judged(
+        self, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Could not tell; what is refused by other commands is 1."""
+        monkeypatch.setattr(
+            "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache")
+        )
+        folder, ran = tmp_path / "own", tmp_path / "ran"
+        folders.with_code(folders.save("llama-gqa", folder), ran)
+        for command, expected in (("check", 2), ("repair", 1)):
+            code, out, errors = shell(capsys, command, folder)
+            assert (code, out) == (expected, "")
+            assert f"{folder}: its class is code in the folder" in errors
+        assert not ran.exists()
 
     def test_unforeseen(self, capsys: Any, vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*_: Any) -> None:
