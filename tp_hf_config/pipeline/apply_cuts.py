@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -15,11 +16,12 @@ from ..graph.cut_list import CutList
 from ..graph.rebuild import rebuilt
 from ..model.locate import check_followable, find_pretrained
 from .companions import copy_companions
-from .output import check_target, save_model
+from .output import check_savable, check_target, save_model
 from .record import record
 from .resumable import resumable_folder
 from .roundtrip import prove_roundtrip
 from .source import check_not_quantised, class_for, config_of, find_source, load_lazily
+from .streaming import why_not_read_lazily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,11 +95,15 @@ def apply_cuts(
     source = find_source(os.fspath(model_or_folder), trust_remote_code)
     target = Path(out)
     check_target(target, source=source.folder, overwrite=overwrite)
-    if source.folder is None or source.gguf is not None:
-        raise PipelineError(f"{source.name}: expected a folder with safetensors files")
+    reason = why_not_read_lazily(source)
+    if reason is not None:
+        raise PipelineError(f"{source.name}: {reason}")
     config = config_of(source)
     check_not_quantised(source, config)
-    whole, _ = load_lazily(source, config, class_for(source, config))
+    whole, notes = load_lazily(source, config, class_for(source, config), complete=True)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    check_savable(whole)
     recipe = map_of(whole, how=by_layers).recipe
     model = rebuilt(whole, cuts)
     settings = {"cuts": cuts.digest(), "max_shard_size": max_shard_size}
@@ -106,6 +112,6 @@ def apply_cuts(
     ) as work:
         work.decide(None)  # the cut list is there, so weight files are final
         save_model(model, work.model, max_shard_size)
-        copy_companions(source, model.config, work.model)
+        copy_companions(source, work.model)
         prove_roundtrip(model, work.model, recipe)
     return target

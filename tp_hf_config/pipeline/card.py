@@ -122,16 +122,19 @@ def base_model(source: Source) -> str:
 def _metadata(source: Source) -> dict[str, Any]:
     """Return the licence, language and task from the card of the unpruned model.
 
-    The result is empty if the model is not in a local folder or its card cannot be read.
+    The result is empty if the model is a GGUF file, or its card cannot be read.
     """
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
 
-    folder = source.folder
-    if folder is None or source.gguf is not None or not (folder / "README.md").is_file():
+    if source.gguf is not None:
         return {}
+    folder = source.folder
     try:
-        metadata = metadata_load(folder / "README.md") or {}
-    except Exception:  # the card's YAML may be invalid
+        path: Any = folder and folder / "README.md"
+        path = path or try_to_load_from_cache(source.place, "README.md")
+        metadata = metadata_load(path) or {}
+    except Exception:  # there is no card, or its YAML is invalid
         return {}
     return {key: metadata[key] for key in _KEPT if key in metadata}
 

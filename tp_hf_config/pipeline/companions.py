@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,9 +24,20 @@ _BELONG = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "audio_tokenizer_config.json",
     "vocab*",
     "merges.txt",
     "normalizer.json",
+    "bpe.codes",
+    "byte_maps.json",
+    "dict.txt",
+    "emoji.json",
+    "entity_vocab.json",
+    "prophetnet.tokenizer",
+    "target_vocab.json",
+    "*tekken*.json",
+    "word_pronunciation.json",
+    "word_shape.json",
     "*.model",
     "*.spm",
     "*.tiktoken",
@@ -36,6 +47,7 @@ _BELONG = (
     "additional_chat_templates/*",
     *LICENCES,
 )
+_CODE = "*.py"
 _SMALL = 2**20  # bytes; files with settings are smaller
 _WRITTEN_ANEW = ("config.json", "generation_config.json", "README.md", "*.index.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
@@ -55,14 +67,21 @@ class Copied:
 
 
 def copy_companions(
-    source: Source, config: PreTrainedConfig, out: Path, wanted: tuple[str, ...] = _BELONG
+    source: Source,
+    out: Path,
+    wanted: tuple[str, ...] = _BELONG,
+    without: Collection[str] = (),
 ) -> Copied:
     """Copy a model's tokenizer, processor, chat template, licence and trusted code into ``out``.
 
     Follow a link only if it leads into the model's folder or the Hub's cache. Of a GGUF file,
     write the tokenizer alone.  Do not overwrite files in ``out``.
 
-    ``wanted``: patterns of the files that belong to it.
+    Args:
+        source: the model.
+        out: the folder to copy to.
+        wanted: patterns of the files that belong to it; code goes with its tokenizer and processor.
+        without: names of files that do not go along.
     """
     if source.gguf is not None:
         if wanted == LICENCES:
@@ -71,8 +90,8 @@ def copy_companions(
             tuple(sorted(Path(f).name for f in tokenizer_of(source).save_pretrained(out)))
         )
     folder = source.folder or _snapshot(source)
-    if source.trust_remote_code and getattr(config, "auto_map", None):
-        wanted = (*wanted, "*.py")
+    if source.trust_remote_code and wanted != LICENCES:
+        wanted = (*wanted, _CODE)
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":  # the Hub's cache stores links to blobs
         roots.append((folder.parent.parent / "blobs").resolve())
@@ -84,7 +103,7 @@ def copy_companions(
         if (out / name).exists():  # the code of a generated class, saved with the model
             continue
         inside = any(path.resolve().is_relative_to(root) for root in roots)
-        if not inside or not _matches(name, wanted):
+        if not inside or name in without or not _matches(name, wanted):
             not_copied.append(name)
             continue
         (out / name).parent.mkdir(exist_ok=True)
@@ -93,9 +112,19 @@ def copy_companions(
     return Copied(tuple(copied), tuple(not_copied))
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """Return the files of a folder, not of those in it, that go with its model."""
-    return [path for path in sorted(folder.iterdir()) if _matches(path.name, _BELONG)]
+def companion_files(source: Source) -> list[Path]:
+    """Return the files of a model's folder, not of those in it, that go with the model."""
+    wanted = (*_BELONG, _CODE) if source.trust_remote_code else _BELONG
+    return [path for path in sorted(Path(source.place).iterdir()) if _matches(path.name, wanted)]
+
+
+def code_files(config: PreTrainedConfig) -> set[str]:
+    """Return the names of the Python files with the classes of a config and its model."""
+    return {
+        f"{reference.rpartition('--')[2].partition('.')[0]}.py"  # "us/model--file.Class"
+        for auto, reference in (getattr(config, "auto_map", None) or {}).items()
+        if auto.startswith(("AutoConfig", "AutoModel"))
+    }
 
 
 def notes_on_uncopied(
@@ -142,11 +171,20 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _snapshot(source: Source) -> Path:
-    """Download the small files of a Hub model, and return their folder in the Hub's cache."""
+    """Download the small files of a Hub model, and return their folder in the Hub's cache.
+
+    Settings and texts that are not copied are among them, for :class:`Copied` names them.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source.place, allow_patterns=[*_BELONG, "*.py", "README.md"]))
+        return Path(
+            snapshot_download(
+                source.place,
+                allow_patterns=[*_BELONG, _CODE, "README.md", "*.json", "*.txt"],
+                ignore_patterns=["*.index.json"],
+            )
+        )
     except Exception as error:  # from the network, the Hub or the cache
         raise PipelineError(
             f"{source.name}: its tokenizer and processor files cannot be fetched: {error}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,10 +17,18 @@ from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
 from . import decilm, gguf_export, padded
 from .card import card_of_export
-from .companions import LICENCES, Copied, copy_companions
+from .companions import LICENCES, Copied, code_files, copy_companions
 from .exported import FORMATS, Exported, Ready, Request
-from .output import check_target, new_folder
-from .source import check_not_quantised, check_reachable, class_for, config_of, find_source, load
+from .output import check_savable, check_target, new_folder
+from .source import (
+    check_not_quantised,
+    check_reachable,
+    check_rotary,
+    class_for,
+    config_of,
+    find_source,
+    load,
+)
 
 if TYPE_CHECKING:
     from .source import Source
@@ -88,6 +95,7 @@ def export(
         check_reachable(source)
         config = config_of(source)
         check_not_quantised(source, config)
+        check_rotary(source)
         model, notes = load(source, config, class_for(source, config))
     stock = stock_class(type(model)).__name__
     if to != "gguf" and not layer_lists(type(model)):
@@ -95,6 +103,8 @@ def export(
             f"to={to!r}: this {stock} is of a stock class already, which needs no export: "
             "save_pretrained writes it"
         )
+    if to != "gguf":
+        check_savable(model)
     ready = _WAYS[to](Request(model, source, multiple_of))
     if isinstance(ready, Refusal):
         raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {ready.reason}")
@@ -119,13 +129,12 @@ def export(
 
 
 def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -> Copied:
-    """Copy the tokenizer and other files of a model, but not its code, which has no use now."""
+    """Copy the tokenizer and other files of a model, but not its own code, which has no use now."""
     if source is None:
         return Copied(())
-    source = replace(source, trust_remote_code=False)
     if ready.holds_tokenizer:
-        return copy_companions(source, model.config, folder, LICENCES)
-    return copy_companions(source, model.config, folder)
+        return copy_companions(source, folder, LICENCES)
+    return copy_companions(source, folder, without=code_files(model.config))
 
 
 def check_request(to: str, multiple_of: int | None) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.verify import live_outputs
 from ..errors import in_one_line, listed
 from ..fieldmap.learn_field_map import map_of
 from ..model.build import Builder, Refusal, without_data
@@ -18,6 +20,8 @@ from .roundtrip import runnable_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
+
+    from ..forward.run_recipe import RunRecipe
 
 _NOT_SETTINGS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 _BIASES = ("attention_bias", "mlp_bias")
@@ -41,8 +45,10 @@ def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusa
     inputs = runnable_inputs(model, recipe)
     if isinstance(inputs, Refusal):
         return inputs
-    expected = outputs_of(in_float64(model, recipe), inputs, recipe)
-    same = compared(expected, outputs_of(in_float64(llama, recipe), inputs, recipe))
+    inputs = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    passes = [inputs, *_at_the_end(model, inputs, llama.config)]
+    expected = _outputs(model, passes, recipe)
+    same = compared(expected, _outputs(llama, passes, recipe))
     if not same.difference <= ROUNDING:
         return Refusal(
             f"a Llama with its weights computes something else: outputs are {same.difference:.0e} "
@@ -55,7 +61,7 @@ def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusa
         other = builder.build(with_values(data, {(key,): 1}), buffers=True)
         if not isinstance(other, Refusal):
             _give_weights(other, model.state_dict())
-            found = outputs_of(in_float64(other, recipe), inputs, recipe)  # type: ignore[arg-type]
+            found = _outputs(other, passes, recipe)
             if compared(expected, found).difference <= ROUNDING:
                 continue
         return Refusal(
@@ -63,6 +69,32 @@ def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusa
             f"Where it is to be given up, set config.{key} = None"
         )
     return llama.config, same
+
+
+def _at_the_end(
+    model: PreTrainedModel, inputs: Mapping[str, Any], config: LlamaConfig
+) -> Iterator[dict[str, Any]]:
+    """Yield inputs with the last positions that a config allows, if the model takes positions.
+
+    What depends on positions alone, such as queries that are scaled from one on, shows there.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or "position_ids" not in signature(model.forward).parameters:
+        return
+    first = max(config.max_position_embeddings - ids.shape[-1], 0)
+    positions = torch.arange(first, first + ids.shape[-1])
+    yield {**inputs, "position_ids": positions.expand_as(ids)}
+
+
+def _outputs(model: Any, passes: Sequence[dict[str, Any]], recipe: RunRecipe) -> list[Tensor]:
+    """Return the outputs of several passes of a model in float64, one after the other.
+
+    A plain pass goes first: frequencies that a class computes once and keeps (longrope) are float32
+    then, as those of a model that ran before are.
+    """
+    twin = in_float64(model, recipe)
+    live_outputs(twin, passes[0])
+    return [output for inputs in passes for output in outputs_of(twin, inputs, recipe)]
 
 
 def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -15,7 +16,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writing import flush, locked
-from ..errors import CheckpointError, PipelineError
+from ..errors import CheckpointError, PipelineError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
     """
     check_target(target, source=source, overwrite=overwrite)
     target = target.expanduser().resolve()
-    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+    work = _beside(target, _UNFINISHED)
     try:
         work.mkdir()
         with in_use(work):
@@ -80,8 +81,7 @@ def put_in_place(work: Path, target: Path, overwrite: bool) -> None:
     reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
     if reason is not None:
         raise PipelineError(reason)
-    token = secrets.token_hex(4)
-    _rename_into_place(work, target, target.with_name(f".{target.name}.{token}{_REPLACED}"))
+    _rename_into_place(work, target, _beside(target, _REPLACED))
 
 
 def abandoned(target: Path) -> list[str]:
@@ -104,10 +104,20 @@ def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -
     Raises:
         PipelineError: ``target`` cannot be written to, or something would be overwritten.
     """
-    target = target.expanduser().resolve()
-    reason = _why_unwritable(target, overwrite) or _why_source_is_inside(target, source)
+    try:
+        path = target.expanduser().resolve()
+        reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
+        if reason is None:
+            _beside(path, _UNFINISHED).exists()  # its name is the longer one
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
+        raise PipelineError(f"{target}: cannot be written: {error}") from error
     if reason is not None:
         raise PipelineError(reason)
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """Return the path of a hidden folder beside a folder, with a name that no other run takes."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{ending}")
 
 
 def _why_unwritable(target: Path, overwrite: bool) -> str | None:
@@ -174,6 +184,29 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
         for waited in waiting:
             signal.raise_signal(waited)
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Raise if :func:`save_model` would refuse a model's generation config, before it is pruned.
+
+    Transformers up to 5.0, for one, saves none whose fields contradict each other, as published
+    ones do.
+
+    Raises:
+        PipelineError: Transformers does not save it.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            generation.save_pretrained(folder)
+        except ValueError as error:
+            raise PipelineError(
+                f"{type(model).__name__}: its generation config (generation_config.json) is one "
+                "that the installed Transformers reads and does not save. Correct it: "
+                f"{in_one_line(error)}"
+            ) from error
 
 
 def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | None = None) -> None:

@@ -25,7 +25,7 @@ from .deciding import cut_again, decide, show
 from .job import Job, Pruned, changed, check_job
 from .layerwise import layerwise_of
 from .material import Run
-from .output import abandoned, new_folder, save_model
+from .output import abandoned, check_savable, new_folder, save_model
 from .progress import Progress, Silent
 from .record import record_of_job
 from .resumable import Work, resumable_folder
@@ -130,6 +130,7 @@ def _prune_and_write(
     else:
         progress.say(f"loading {job.source.name}")
         model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    check_savable(model)
     run = Run(job, model, choice, progress)
     if kept is None:
         cut = decide(run, plan)
@@ -182,7 +183,7 @@ def _write(
     """
     save_model(model, work, job.max_shard_size)
     notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
-    copied = copy_companions(job.source, model.config, work)
+    copied = copy_companions(job.source, work)
     progress.say("a fresh process loads what was written")
     return prove_roundtrip(model, work, recipe), copied, notes
 

@@ -50,15 +50,16 @@ def record(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
         "source": {
             "name": source.name,
             "trust_remote_code": source.trust_remote_code,
-            "files": dict(_files(Path(source.place))),
+            "files": dict(_files(source)),
         },
         "versions": versions(),
     }
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Any]]:
+def _files(source: Source) -> Iterator[tuple[str, Any]]:
     """Yield every file that a model is read from, and what tells it from another."""
-    others = [path.name for path in companion_files(folder)]
+    folder = Path(source.place)
+    others = [path.name for path in companion_files(source)]
     for name in (CONFIG, "generation_config.json", "README.md", *others):
         if (folder / name).is_file():
             yield name, _digest((folder / name).read_bytes())

@@ -96,6 +96,15 @@ def resumable(target: Path) -> Path:
     return target.with_name(f".{target.name}.resumable")
 
 
+def bytes_written(target: Path) -> int:
+    """Return the size of what an interrupted run has written of a result, in bytes.
+
+    A run that resumes keeps these files, or removes them before it writes.
+    """
+    files = (resumable(target) / _MODEL).glob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def check_not_unfinished(target: Path) -> None:
     """Raise if an interrupted run has left something that a run without ``--resume`` would ignore.
 

@@ -141,28 +141,23 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+    from ..checkpoint.building import own_reference
     from ..model.from_config import class_of
 
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
-    own = {
-        reference.rpartition(".")[2]: reference
-        for reference in (getattr(config, "auto_map", None) or {}).values()
-        if isinstance(reference, str)
-    }
-    reference = next((own[name] for name in named if name in own), None)
-    if reference is None:
+    reference = own_reference(
+        {"auto_map": getattr(config, "auto_map", None), "architectures": named}
+    )
+    is_stock = any(hasattr(transformers, name) for name in named)
+    goes_first = source.trust_remote_code and str(reference).rpartition(".")[2] in named
+    if reference is None or (is_stock and not goes_first):
         return class_of(config)
-    if source.trust_remote_code:
-        try:
-            own_class: type[PreTrainedModel] = get_class_from_dynamic_module(
-                reference, source.place
-            )
-            return own_class
-        except Exception as error:  # that code may raise anything
-            raise _cannot(source, f"its code ({reference}) cannot be loaded", error) from error
-    if any(hasattr(transformers, name) for name in named):
-        return class_of(config)
-    raise _untrusted(source, reference)
+    if not source.trust_remote_code:
+        raise _untrusted(source, reference)
+    try:
+        return get_class_from_dynamic_module(reference, source.place)  # type: ignore[no-any-return]
+    except Exception as error:  # that code may raise anything
+        raise _cannot(source, f"its code ({reference}) cannot be loaded", error) from error
 
 
 def load(
@@ -201,7 +196,7 @@ def load(
         raise _cannot(source, "its weights cannot be loaded", error) from error
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
-    return model, _missing(source, info)
+    return model, _notes(source, info)
 
 
 def load_lazily(
@@ -210,17 +205,22 @@ def load_lazily(
     model_class: type[PreTrainedModel],
     *,
     dtype: torch.dtype | None = None,
+    complete: bool = False,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return a model on the CPU whose weights are read from its files at each use, in eval mode.
 
-    ``source``: where the model is: a folder with safetensors files.
-    ``dtype``: the dtype of its weights; default: as they are stored.
+    Args:
+        source: where the model is: a folder with safetensors files.
+        config: its config.
+        model_class: its class.
+        dtype: the dtype of its weights; default: as they are stored.
+        complete: refuse a folder that lacks tensors of the class.
 
     Returns:
         The model, and notes for the user, such as tensors that are missing.
 
     Raises:
-        PipelineError: the weights cannot be loaded.
+        PipelineError: the weights cannot be loaded, or some are missing.
     """
     from ..checkpoint import lazy_weights
 
@@ -233,7 +233,10 @@ def load_lazily(
         raise PipelineError(str(error)) from error
     except Exception as error:  # reading weights may raise anything
         raise _cannot(source, "its weights cannot be loaded", error) from error
-    return model.eval(), _missing(source, info)
+    notes = _notes(source, info)
+    if complete and info["missing_keys"]:
+        raise PipelineError(f"{notes[0]}. The result would have them: add them to the folder first")
+    return model.eval(), notes
 
 
 def _generation_config(source: Source) -> Any:
@@ -248,16 +251,22 @@ def _generation_config(source: Source) -> Any:
         )
 
 
-def _missing(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a note on the tensors that a model's files lack, if there are some."""
-    missing = sorted(info["missing_keys"])
-    if not missing:
-        return ()
-    note = (
-        f"{len(missing)} tensors are not in {source.name} and are random: "
-        f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return notes on tensors that a model's files lack, and on those that its class does not read.
+
+    ``info``: what ``from_pretrained`` says of loading; tensors that a class is to ignore are not
+    in it.
+    """
+    kinds = {
+        "missing_keys": f"are not in {source.name} and are random",
+        "unexpected_keys": f"of {source.name} are not read by its class, so the result lacks them",
+    }
+    return tuple(
+        f"{len(info[kind])} tensors {what}: {', '.join(sorted(info[kind])[:3])}"
+        f"{', ...' if len(info[kind]) > 3 else ''}"
+        for kind, what in kinds.items()
+        if info[kind]
     )
-    return (note,)
 
 
 def check_not_quantised(source: Source, config: PreTrainedConfig) -> None:

@@ -7,6 +7,7 @@ from ..errors import CheckpointError, PipelineError
 from ..model.surroundings import free_memory
 from .choice import Choice
 from .job import Job
+from .source import Source
 
 _WITHOUT_RUNNING = ("magnitude", "random")
 
@@ -34,11 +35,9 @@ def streams(job: Job, choice: Choice) -> bool:
 
 def _why_not(job: Job, choice: Choice) -> str | None:
     """Return why a job needs its weights in memory; ``None`` if it does not."""
-    from ..checkpoint.loading import MAJOR
-
-    folder = job.source.folder
-    if folder is None or job.source.gguf:
-        return "expected a folder with safetensors files"
+    reason = why_not_read_lazily(job.source)
+    if reason is not None:
+        return reason
     if job.recover or choice.importance == "taylor":
         what = "--recover" if job.recover else "--importance taylor"
         return f"{what} trains the model, which takes its weights in memory. Leave it out"
@@ -46,10 +45,19 @@ def _why_not(job: Job, choice: Choice) -> str | None:
         return "a model that writes its own text reads all its weights for each token: use a FILE"
     if job.device != "cpu":
         return "weights are read to the CPU: leave --device out"
+    return None
+
+
+def why_not_read_lazily(source: Source) -> str | None:
+    """Return why a model's weights cannot be read one at a time; ``None`` if they can."""
+    from ..checkpoint.loading import MAJOR
+
+    if source.folder is None or source.gguf is not None:
+        return "expected a folder with safetensors files"
     if MAJOR < 5:
         return "it takes Transformers 5"
     try:
-        if ".safetensors" not in weights_file(folder):
+        if ".safetensors" not in weights_file(source.folder):
             return "the weights are no safetensors files: load and save the model once"
     except CheckpointError as error:
         return str(error)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from tp_hf_config.pipeline.companions import Copied, notes_on_uncopied
+import huggingface_hub
+import pytest
+import transformers
+from huggingface_hub.utils import filter_repo_objects
+
+from tp_hf_config.pipeline.card import _metadata
+from tp_hf_config.pipeline.companions import (
+    Copied,
+    code_files,
+    copy_companions,
+    notes_on_uncopied,
+)
 from tp_hf_config.pipeline.source import Source
 
 
@@ -20,3 +35,103 @@ def test_a_number_in_a_file_that_was_left_is_told(tmp_path: Path) -> None:
         "1_Pooling/config.json was not copied; its word_embedding_dimension says 64, as "
         "hidden_size did: where it goes along by hand and means the same, write 48",
     )
+
+
+def vocabulary_files() -> Iterator[str]:
+    """The files of every stock tokenizer, as the sources of Transformers name them."""
+    root = Path(transformers.__file__).parent
+    for path in [*root.glob("tokenization_*.py"), *root.glob("models/*/tokenization_*.py")]:
+        text = path.read_text(encoding="utf-8")
+        given = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assign)]
+        values = {ast.unparse(node.targets[0]): node.value for node in given}
+        for name in ("VOCAB_FILES_NAMES", "vocab_files_names"):
+            named = values.get(name)
+            for value in named.values if isinstance(named, ast.Dict) else ():
+                value = values.get(ast.unparse(value), value)
+                assert isinstance(value, ast.Constant), (path, ast.unparse(value))
+                yield str(value.value)
+
+
+def test_the_files_of_every_stock_tokenizer_go_along(tmp_path: Path) -> None:
+    names = {*vocabulary_files(), "tekken.json", "audio_tokenizer_config.json"}
+    assert {"bpe.codes", "vocab.json", "spiece.model"} <= names
+    for folder in ("model", "out"):
+        (tmp_path / folder).mkdir()
+    for name in names:
+        (tmp_path / "model" / name).write_text("")
+    copied = copy_companions(Source("model", str(tmp_path / "model")), tmp_path / "out")
+    assert copied == Copied(tuple(sorted(names)), ())
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_a_tokenizer_goes_along_where_it_is_trusted(trusted: bool, tmp_path: Path) -> None:
+    """The model's class is a stock one."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "tokenization_own.py").write_text("")
+    copied = copy_companions(Source("model", str(folder), trust_remote_code=trusted), out)
+    with_it = ("tokenization_own.py", "tokenizer_config.json")
+    assert copied.files == (with_it if trusted else with_it[1:])
+    assert copied.not_copied == (() if trusted else with_it[:1])
+
+
+def test_the_files_of_a_models_own_class() -> None:
+    """Those of its tokenizer and its processor are others."""
+    auto_map = {
+        "AutoConfig": "us/model--configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.Own",
+        "AutoProcessor": "processing_own.Own",
+        "AutoTokenizer": ["tokenization_own.Own", None],
+    }
+    config = transformers.LlamaConfig(auto_map=auto_map)
+    assert code_files(config) == {"configuration_own.py", "modeling_own.py"}
+    assert code_files(transformers.LlamaConfig()) == set()
+
+
+class TestOnTheHub:
+    @pytest.fixture
+    def fetched(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+        """A model of which everything that is asked for is fetched."""
+        snapshot = tmp_path / "hub" / "models--us--tiny" / "snapshots" / "abc"
+        (tmp_path / "hub" / "models--us--tiny" / "refs").mkdir(parents=True)
+        (tmp_path / "hub" / "models--us--tiny" / "refs" / "main").write_text("abc")
+        files = {
+            "model.safetensors": "weights",
+            "model.safetensors.index.json": "large",
+            "config.json": "{}",
+            "modules.json": "[]",
+            "1_Pooling/config.json": "{}",
+            "merges.txt": "",
+            "notes.txt": "",
+            "README.md": "---\nlicense: mit\nlanguage: en\ntags: [x]\n---\n# A\n",
+        }
+
+        def download(name: str, **patterns: Any) -> str:
+            assert name == "us/tiny"
+            for file in filter_repo_objects(files, **patterns):
+                (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+                (snapshot / file).write_text(files[file])
+            return str(snapshot)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        return Source("us/tiny", "us/tiny")
+
+    def test_what_is_not_copied_is_named(self, fetched: Source, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        copied = copy_companions(fetched, tmp_path / "out")
+        left = ("1_Pooling/config.json", "modules.json", "notes.txt")
+        assert copied == Copied(("merges.txt",), left)
+        names = {path.name for path in (tmp_path / "hub").rglob("*")}
+        assert not {"model.safetensors", "model.safetensors.index.json"} & names
+
+    def test_the_card_says_its_licence_and_language(self, fetched: Source, tmp_path: Path) -> None:
+        assert _metadata(fetched) == {}  # nothing is fetched yet
+        (tmp_path / "out").mkdir()
+        copy_companions(fetched, tmp_path / "out")
+        assert _metadata(fetched) == {"license": "mit", "language": "en"}
+        shutil.rmtree(tmp_path / "hub")
+        assert _metadata(fetched) == {}

@@ -19,6 +19,7 @@ from masked_original import eager
 from shell import shell
 
 from tp_hf_config import PipelineError, export, verify_checkpoint
+from tp_hf_config.checkpoint import loading
 from tp_hf_config.pipeline import padded as padded_module
 
 pytestmark = pytest.mark.skipif(
@@ -169,6 +170,18 @@ class TestPadded:
         assert "| intermediate_size | 48..72 | 72 |" in card
         assert "Load it with `AutoModelForCausalLM.from_pretrained(folder)`" in card
 
+    @pytest.mark.usefixtures("without_fresh_process")
+    def test_code_of_the_tokenizer_goes_along_and_that_of_the_class_does_not(
+        self, tmp_path: Path
+    ) -> None:
+        folder = saved("llama", tmp_path)
+        (code,) = (path.name for path in folder.glob("*.py"))
+        (folder / "tokenization_own.py").write_text("")
+        report = export(folder, tmp_path / "out", to="padded", trust_remote_code=True)
+        assert "tokenization_own.py" in report.copied.files
+        assert report.copied.not_copied == (code,)
+        assert [path.name for path in (tmp_path / "out").glob("*.py")] == ["tokenization_own.py"]
+
     def test_what_a_fresh_process_cannot_load_is_not_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -216,6 +229,28 @@ class TestRefused:
             export(model, tmp_path / "out", to="onnx")  # type: ignore[arg-type]
         with pytest.raises(PipelineError, match="multiple_of=0: expected a whole number above 0"):
             export(model, tmp_path / "out", to="padded", multiple_of=0)
+
+    def test_rotary_embeddings_that_transformers_4_would_not_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = folders.save("llama-gqa", tmp_path / "model")
+        data = json.loads((folder / "config.json").read_text())
+        data.pop("rope_theta", None)
+        data["rope_parameters"] = {"rope_theta": 500000.0, "rope_type": "default"}
+        (folder / "config.json").write_text(json.dumps(data))
+        monkeypatch.setattr(loading, "MAJOR", 4)
+        with pytest.raises(PipelineError, match="Transformers 5 wrote rope_theta into rope_param"):
+            export(folder, tmp_path / "out", to="padded")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("to", ["padded", "decilm"])
+    def test_a_generation_config_that_is_not_saved(self, to: Any, tmp_path: Path) -> None:
+        """It is said before the proof."""
+        model = differing.pruned("llama", ("intermediate_size",))
+        model.generation_config.temperature = 0.9
+        with pytest.raises(PipelineError, match=r"\(generation_config\.json\) is one .*`temp"):
+            export(model, tmp_path / "out", to=to)
+        assert not list(tmp_path.iterdir())
 
     def test_a_folder_that_is_not_empty_stays(self, tmp_path: Path) -> None:
         (tmp_path / "mine").write_text("mine")

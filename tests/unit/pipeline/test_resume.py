@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import model_folders as folders
@@ -24,10 +25,11 @@ from tp_hf_config.checkpoint.writing import locked, write_whole
 from tp_hf_config.errors import CheckpointError, PipelineError
 from tp_hf_config.graph import cut_list
 from tp_hf_config.pipeline import apply_cuts as cutting
-from tp_hf_config.pipeline import deciding, prune, resumable
+from tp_hf_config.pipeline import checks, deciding, prune, resumable
 from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.material import Run
 from tp_hf_config.pipeline.output import abandoned, new_folder
+from tp_hf_config.pipeline.record import record
 from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.pipeline.source import Source
 
@@ -283,6 +285,39 @@ class TestWhatIsLeft:
             assert work.is_dir()
 
 
+class TestRoomOnTheDisk:
+    """What an interrupted run has written of the result needs no room again."""
+
+    def free(self, size: int, monkeypatch: Patch) -> None:
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+
+    @pytest.mark.usefixtures("unproved")
+    def test_it_counts_as_free(self, kept: Job, at_once: Pruned, monkeypatch: Patch) -> None:
+        assert at_once.plan is not None
+        assert at_once.plan.after is not None
+        model = kept.out.with_name(KEPT) / "model"
+        written = sum(path.stat().st_size for path in model.iterdir())
+        needed = at_once.plan.after.bytes - written
+        assert 0 < needed < at_once.plan.after.bytes
+        self.free(needed - 1, monkeypatch)
+        with pytest.raises(
+            PipelineError, match=r"the pruned model takes [\d,]+ bytes, and [\d,]+ a"
+        ):
+            prune.prune_checkpoint(kept)
+        assert len(shards(model)) == 2
+        self.free(needed, monkeypatch)
+        assert prune.prune_checkpoint(kept).parameters == at_once.parameters
+
+    def test_nothing_is_there_at_first(
+        self, folder: Path, tmp_path: Path, at_once: Pruned, monkeypatch: Patch
+    ) -> None:
+        assert at_once.plan is not None
+        assert at_once.plan.after is not None
+        self.free(at_once.plan.after.bytes - 1, monkeypatch)
+        with pytest.raises(PipelineError, match="the pruned model takes"):
+            prune.prune_checkpoint(job(folder, tmp_path / "out"))
+
+
 class TestRefused:
     def test_a_run_without_resume(self, kept: Job) -> None:
         with pytest.raises(PipelineError) as refused:
@@ -328,6 +363,16 @@ class TestRefused:
         else:
             path.write_bytes(path.read_bytes() + b"\n")
         self.refused(kept, f"source files {name} was ")
+
+    def test_another_code(self, folder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+        """Code that is not trusted does not run, so it decides nothing."""
+        (folder / "modeling_own.py").write_text("")
+        again = job(folder, tmp_path / "out")
+        again = replace(again, source=replace(again.source, trust_remote_code=True))
+        interrupted(again, "between files", monkeypatch)
+        (folder / "modeling_own.py").write_text("changed = True")
+        self.refused(again, "source files modeling_own.py was ")
+        assert "modeling_own.py" not in record(job(folder, tmp_path).source, {})["source"]["files"]
 
     def test_another_version(self, kept: Job, monkeypatch: Patch) -> None:
         from tp_hf_config.pipeline import record

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch_pruning as tp
 import zoo
+from safetensors.torch import load_file, save_file
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, apply_cuts, pruner_kwargs
-from tp_hf_config.checkpoint import lazy_weights, scratch
+from tp_hf_config.checkpoint import lazy_weights, loading, scratch
 from tp_hf_config.errors import PipelineError, TPHFConfigError
 from tp_hf_config.model.lazy_tensor import LazyTensor
 from tp_hf_config.pipeline import prune, streaming
@@ -220,6 +221,51 @@ def test_a_cut_list_is_carried_out(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="starts from a config with"):
         apply_cuts(out, hook.cuts, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+class TestACutListOfOtherTensors:
+    @pytest.fixture
+    def cuts(self) -> Any:
+        model = zoo.build("llama")
+        hook = HFConfigSyncHook()
+        pruner = tp.pruner.MetaPruner(
+            model,
+            **pruner_kwargs(model, prune="intermediate_size", pruning_ratio=0.25),
+            importance=tp.importance.GroupMagnitudeImportance(),
+            hooks=[hook],
+        )
+        pruner.step()
+        return hook.cuts
+
+    def edited(self, folder: Path, gone: str | None = None, more: str | None = None) -> Path:
+        file = saved("llama", folder) / "model.safetensors"
+        tensors = {key: value for key, value in load_file(file).items() if key != gone}
+        save_file({**tensors, **({more: torch.ones(2)} if more else {})}, file, {"format": "pt"})
+        return folder
+
+    def test_tensors_that_are_missing(self, cuts: Any, tmp_path: Path) -> None:
+        """The result would be random there, whoever made the list."""
+        folder = self.edited(tmp_path / "model", gone="model.layers.0.mlp.up_proj.weight")
+        with pytest.raises(PipelineError) as refused:
+            apply_cuts(folder, cuts, tmp_path / "out")
+        assert str(refused.value) == (
+            f"1 tensors are not in {folder} and are random: model.layers.0.mlp.up_proj.weight. "
+            "The result would have them: add them to the folder first"
+        )
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    def test_tensors_that_are_left_out(self, cuts: Any, tmp_path: Path) -> None:
+        folder = self.edited(tmp_path / "model", more="v_head.summary.bias")
+        with pytest.warns(UserWarning, match=r"are not read by its class, so the result lacks th"):
+            apply_cuts(folder, cuts, tmp_path / "out")
+
+    def test_an_older_transformers(
+        self, cuts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = saved("llama", tmp_path / "model")
+        monkeypatch.setattr(loading, "MAJOR", 4)
+        with pytest.raises(PipelineError, match=r"model: it takes Transformers 5$"):
+            apply_cuts(folder, cuts, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "bert"])
