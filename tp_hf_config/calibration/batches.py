@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, CalibrationWarning
+from .inner_models import is_encoder_decoder, takes_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,7 +140,7 @@ def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
 def writes_text(model: Any) -> bool:
     """Return True if a model is a causal language model that takes token ids."""
     return (
-        getattr(model, "main_input_name", None) == "input_ids"
+        takes_token_ids(model)
         and bool(getattr(model, "can_generate", bool)())
         and not model.config.is_encoder_decoder
     )
@@ -158,6 +160,7 @@ def split_batches(
         CalibrationError: there is no batch, or one is neither a dict nor a tensor.
     """
     batches: list[Batch] = []
+    decodes = is_encoder_decoder(model)
     for given in data:
         if isinstance(given, Tensor):
             given = {_first_argument(model): given}
@@ -167,7 +170,7 @@ def split_batches(
                 "expected a dict of the forward pass's arguments (a tokenizer's or a processor's "
                 "output), a tensor, or texts with tokenizer="
             )
-        batches += unpadded(given)
+        batches += unpadded(given, decodes)
     if not batches and not may_be_empty:
         raise CalibrationError(
             "the calibration data has no batch: pass some (a list, a DataLoader)"
@@ -177,11 +180,17 @@ def split_batches(
     return train, [batches[place] for place in places]
 
 
-def unpadded(batch: Batch) -> Iterator[Batch]:
+def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
     """Yield a batch as it is or, where a mask says that some tokens are padding, row by row.
 
     A row loses the tokens in front of and behind those that its mask names, in every argument that
-    has as many.
+    has as many. A batch whose rows share out numbers in a way that only the model knows (patches
+    of all images in one tensor) stays as it is, and a warning says so.
+
+    Args:
+        batch: the batch.
+        decodes: True if the model is an encoder-decoder, whose ``labels`` are the decoder's tokens;
+            those of other models are cut as the tokens are.
     """
     masks = {
         key: value
@@ -192,6 +201,17 @@ def unpadded(batch: Batch) -> Iterator[Batch]:
         yield dict(batch)
         return
     rows = len(next(iter(masks.values())))
+    shared = _not_by_rows(batch, rows)
+    if shared is not None:
+        warnings.warn(
+            f"{shared} cannot be split into the rows of its batch, so padding is measured with the "
+            "tokens. Pass each row as a batch of its own, without padding",
+            CalibrationWarning,
+            stacklevel=5,
+        )
+        yield dict(batch)
+        return
+    of_decoder = ("decoder", "labels") if decodes else ("decoder",)
     for row in range(rows):
         single = {
             key: value[row : row + 1]
@@ -206,13 +226,22 @@ def unpadded(batch: Batch) -> Iterator[Batch]:
             tokens = slice(int(places[0]), int(places[-1]) + 1)
             decoder = name.startswith("decoder")
             for key, value in single.items():
-                if key.startswith(("decoder", "labels")) != decoder:
+                if key.startswith(of_decoder) != decoder:
                     continue  # of the other side of an encoder-decoder
                 shape = value.shape if isinstance(value, Tensor) else ()
                 if len(shape) > 1 and shape[1] == mask.shape[1]:
                     single[key] = value[:, tokens]
         else:
             yield single
+
+
+def _not_by_rows(batch: Batch, rows: int) -> str | None:
+    """Return an argument that does not have one entry for each of several rows; ``None``: none."""
+    for key, value in batch.items():
+        numbers = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+        if numbers and rows > 1 and len(value) not in (1, rows):
+            return key
+    return None
 
 
 def tokens_in(batches: Sequence[Batch]) -> int:
@@ -231,6 +260,8 @@ def on_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if value.is_inference():
+            value = value.clone()  # what inference_mode made does not tell whether it is changed
         return value.to(first.device, first.dtype if value.is_floating_point() else None)
 
     return {key: moved(value) for key, value in batch.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -14,6 +14,7 @@ from ..graph.standin import standin_behind, standin_of
 from ..model.locate import check_has_data, check_unwrapped
 from .batches import Batch, Text, own_text, shipped_text, split_batches, windows_of, writes_text
 from .importance import CalibratedImportance, Kind
+from .inner_models import runs_on_text, takes_token_ids
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
 from .over_ranks import agreed_ranks
 from .readings import TOKENS_PER_CHANNEL, Readings
@@ -79,12 +80,12 @@ def calibrate(
         model: any model: one of Transformers, or a plain module. Under FSDP2 every rank has to call
             this; it measures its own data, one gathered weight at a time, and all have the same
             sums afterwards.
-        data: batches (dicts of the forward pass's arguments, or tensors for its first one), or
-            texts. For a causal language model it may be left out: a small text that ships with the
-            package is taken then; ``"own"``: what the model writes itself, for languages and
-            domains that the shipped text does not know (it is worth less than real text). Every
-            eighth batch is held out, eight at most, to tell whether refits are any good. Tokens
-            that ``attention_mask`` names as padding are left out.
+        data: batches (dicts of the forward pass's arguments, or tensors for its first one), one
+            such dict, or texts. For a causal language model it may be left out: a small text that
+            ships with the package is taken then; ``"own"``: what the model writes itself, for
+            languages and domains that the shipped text does not know (it is worth less than real
+            text). Every eighth batch is held out, eight at most, to tell whether refits are any
+            good. Tokens that ``attention_mask`` names as padding are left out.
         tokenizer: for texts; default: that of the folder or the repository that the model came
             from.
         tokens: how many tokens of texts to take (default: 12,288), as far as the text goes; batches
@@ -147,7 +148,7 @@ def _batches_of(
     may_be_empty: bool,
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the batches to measure and those held out; see :func:`calibrate`."""
-    if isinstance(data, str) and data != "own":
+    if isinstance(data, Mapping) or (isinstance(data, str) and data != "own"):
         data = [data]
     if data is None or data == "own":
         _check_writes(model, data)
@@ -171,6 +172,11 @@ def _text_of(
 ) -> Text:
     if data == "own":
         return own_text(model, tokens + tokens // 7, seed)
+    if not takes_token_ids(model):
+        raise CalibrationError(
+            f"{type(model).__name__} takes no text: pass batches of what it takes, "
+            "calibrate(model, batches)"
+        )
     text = shipped_text() if data is None else "\n\n".join(data)
     return windows_of(text, tokenizer or _tokenizer_of(model), model)
 
@@ -193,9 +199,10 @@ def _check_writes(model: Any, data: Any) -> None:
     if writes_text(model):
         return
     what = "cannot write text of its own" if data == "own" else "is no causal language model"
+    texts = ", or texts and a tokenizer" if runs_on_text(model) else ""
     raise CalibrationError(
         f"{type(model).__name__} {what}, so it needs data: pass batches of what it takes, "
-        "calibrate(model, batches), or texts and a tokenizer"
+        f"calibrate(model, batches){texts}"
     )
 
 

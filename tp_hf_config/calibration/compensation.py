@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import listed
+from ..errors import CalibrationError, listed
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import Refit, RefitInPlace, RefitNotRecorded
 from ..model.lazy_tensor import LazyTensor
@@ -34,7 +34,8 @@ class Refitted:
         part: the number of the expert, if the parameter stacks several.
         cut: the squared error of the layer's output without a refit, relative to the output.
         refit: the same with it.
-        used: True if the weight is refitted: the refit is no worse than the plain cut.
+        used: True if the weight is refitted: the refit is no worse than the plain cut, and the
+            channels were cut.
     """
 
     weight: str
@@ -55,7 +56,8 @@ class Compensation:
         cut: the change by the plain cut; ``None`` if nothing is held out.
         refit: the change with refits. Both are foretold before the cut, by running the model as if
             it were cut; products of queries and keys of fewer dimensions are not in them.
-        after: the change that was measured after the cut; ``None`` also if the output is narrower.
+        after: the change that was measured after the cut; ``None`` also if the output is narrower,
+            or if the pruned model does not take the held-out data (a note says so).
         seconds: how long solving and trying took.
         notes: what the user should know.
     """
@@ -93,6 +95,9 @@ class AppliedRefits:
             weight is changed only if one group takes all channels that it loses.
         record: True if a cut list is to have the refits. Those of a model that is read from files
             are in files as they are, so it has them in any case.
+
+    Attributes:
+        done: whose weights were changed.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class AppliedRefits:
     ):
         self._whole, self._record = whole, record
         self._by_place: dict[tuple[int, str, int], list[tuple[Consumer, Refit]]] = {}
-        self._done: set[Consumer] = set()
+        self.done: set[Consumer] = set()
         names = {names[0]: names for names in parameter_names(model).values()}
         for consumer, refit in refits.items():
             for name in names[consumer.parameter]:
@@ -115,9 +120,9 @@ class AppliedRefits:
         """Change a parameter, the first time that one of its dimensions is cut; yield each edit."""
         for consumer, refit in self._by_place.pop((id(owner), key, dim), ()):
             partly = len(gone) != refit.size - len(refit.kept)
-            if consumer in self._done or (partly and not self._whole):
+            if consumer in self.done or (partly and not self._whole):
                 continue  # tied, and done under its other name; or not all of it goes
-            self._done.add(consumer)
+            self.done.add(consumer)
             edit = RefitInPlace(consumer.dim, consumer.part, refit)
             parameter: nn.Parameter = getattr(owner, key)
             if isinstance(parameter, LazyTensor):
@@ -170,16 +175,21 @@ class Compensating:
             return set()
         errors = layer_errors(step, outputs.note)
         using: set[Consumer] = set()
+        unjudged = 0
         for consumer in step.refits:
             sums = errors.get(consumer, Errors())
             scale = sums.output or 1.0
             used = sums.refit <= sums.cut
+            if not sums.output:  # an expert that no held-out token reaches
+                used = self._is_enough(consumer)
+                unjudged += not used
             result.layers.append(
                 Refitted(
                     consumer.parameter, consumer.part, sums.cut / scale, sums.refit / scale, used
                 )
             )
             using |= {consumer} if used else set()
+        self._note_unjudged(unjudged, "no held-out token reaches them to")
         changes: list[float] = []
         for some in (set[Consumer](), using):
             outputs.begin()
@@ -203,16 +213,23 @@ class Compensating:
         step, result = self._step, self.result
         using: set[Consumer] = set()
         for consumer in step.refits:
-            statistics = step.readings.of(consumer)
-            used = statistics is not None and statistics.is_enough
+            used = self._is_enough(consumer)
             using |= {consumer} if used else set()
             result.layers.append(Refitted(consumer.parameter, consumer.part, used=used))
-        if len(using) < len(step.refits):
-            result.notes.append(
-                f"{len(step.refits) - len(using)} weights are not refitted: nothing is held out to "
-                "judge their refits, and they got fewer than 8 tokens a channel. Pass more batches"
-            )
+        self._note_unjudged(len(step.refits) - len(using), "nothing is held out to")
         return using
+
+    def _is_enough(self, consumer: Consumer) -> bool:
+        """True if a consumer got enough tokens for a refit that nothing can judge."""
+        statistics = self._step.readings.of(consumer)
+        return statistics is not None and statistics.is_enough
+
+    def _note_unjudged(self, count: int, why: str) -> None:
+        if count:
+            self.result.notes.append(
+                f"{count} weights are not refitted: {why} judge their refits, and they got fewer "
+                "than 8 tokens a channel. Pass more batches"
+            )
 
     def _note_unfitted(self) -> None:
         """Note which weights lose channels and are cut as ever."""
@@ -230,10 +247,24 @@ class Compensating:
         if unseen:
             self.result.notes.append(f"not refitted, for it was not measured: {listed(unseen)}")
 
-    def measure_after(self) -> None:
+    def finished(self, synced: bool) -> Compensation:
+        """Return what the refits came to, once the step is over: those that no cut used are not.
+
+        ``synced``: True if a config describes what is left. It is run on held-out data then.
+        """
+        for layer, consumer in zip(self.result.layers, self._step.refits, strict=True):
+            layer.used &= consumer in self.applied.done
+        if synced and self.result.cut is not None:
+            self._measure_after()
+        return self.result
+
+    def _measure_after(self) -> None:
         """Measure how much the pruned model's outputs on held-out data have changed."""
-        if self.result.cut is not None:
-            self._outputs.begin()
+        self._outputs.begin()
+        try:
             run_held_out(self._step.calibration, self._outputs.compare)
-            after = self._outputs.mean()
-            self.result.after = None if math.isnan(after) else after
+        except CalibrationError as error:  # inputs as wide as what was pruned
+            self.result.notes.append(f"not measured after the cut: {error}")
+            return
+        after = self._outputs.mean()
+        self.result.after = None if math.isnan(after) else after

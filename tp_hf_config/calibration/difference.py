@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
+from ..forward.output_tensors import tensors_in
 from .over_ranks import ALONE, Ranks
 
 _RELATIVE = "squared error"
@@ -20,8 +21,8 @@ class Difference:
     ``ranks``: the ranks that compare, each on batches of its own.
 
     Attributes:
-        measure: what is computed: ``"KL"`` where the outputs have logits for every token, else
-            ``"squared error"``.
+        measure: what is computed: ``"KL"`` where the outputs have logits of several classes, for
+            each input or for each of its tokens, else ``"squared error"``.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
@@ -33,7 +34,7 @@ class Difference:
     def note(self, number: int, result: Any) -> None:
         """Keep the output for a batch, on the CPU."""
         output = _output_of(result)
-        if not _has_logits(result):
+        if not _has_classes(_logits_of(result)):
             self.measure = _RELATIVE
         self._outputs.append(output.detach().float().cpu())
 
@@ -66,16 +67,30 @@ class Difference:
         return total / max(1, batches)
 
 
-def _has_logits(result: Any) -> bool:
+def _logits_of(result: Any) -> Tensor | None:
     logits = result.get("logits") if isinstance(result, Mapping) else None
-    return isinstance(logits, Tensor) and logits.ndim >= 2
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _has_classes(logits: Tensor | None) -> bool:
+    """True if logits have several classes along the last axis; those of images have them along 1.
+
+    A single logit is the same after a softmax whatever it is.
+    """
+    return logits is not None and 2 <= logits.ndim <= 3 and logits.shape[-1] > 1
 
 
 def _output_of(result: Any) -> Tensor:
-    """Return a model's logits, or the first tensor that it returns."""
-    if _has_logits(result):
-        return torch.as_tensor(result["logits"])
-    if isinstance(result, Tensor):
-        return result
-    values = result.values() if isinstance(result, Mapping) else result
-    return next(value for value in values if isinstance(value, Tensor))
+    """Return a model's logits, or the first tensor that it returns.
+
+    Raises:
+        CalibrationError: it returns none.
+    """
+    logits = _logits_of(result)
+    output = next(tensors_in(result), None) if logits is None else logits
+    if output is None:
+        raise CalibrationError(
+            f"the model returns no tensor but a {type(result).__name__}, so its outputs on held-"
+            "out data cannot be compared. Let its forward pass return a tensor, a tuple or a dict"
+        )
+    return output

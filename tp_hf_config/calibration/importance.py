@@ -111,7 +111,8 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         leaders = [readings.leaders[reader.consumer] for reader in readers]
         if not all(map(readings.needs_gram, leaders)):
             return None
-        if len(self.calibration.require(leaders)) < len(leaders):
+        if not self.calibration.require_all(leaders):
+            _warn_of_memory(readers[0].consumer)
             return None
         parts: list[Part] = []
         for reader in readers:
@@ -153,6 +154,17 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             CalibrationWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_memory(reader: Consumer) -> None:
+    """Warn that a group is ranked by another kind than was asked for."""
+    warnings.warn(
+        f"{reader.parameter} and others read the channels of a group, and memory has no room for "
+        'all their Gram matrices together, so "obs" ranks the group as "wanda" does. Give '
+        "calibrate() a larger max_memory=",
+        CalibrationWarning,
+        stacklevel=5,
+    )
 
 
 def _read_by(dep: Any) -> tuple[nn.Parameter, int] | None:

@@ -34,7 +34,8 @@ def layer_influence(
         def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before, after = hidden_in(args, kwargs), hidden_out(output)
             if before is not None and after is not None and before.shape == after.shape:
-                cosines = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+                axis = _channel_axis(layer, before.shape)
+                cosines = torch.cosine_similarity(before.double(), after.double(), dim=axis)
                 sums[number] += float((1 - cosines).sum())
                 tokens[number] += cosines.numel()
 
@@ -59,3 +60,19 @@ def layer_influence(
             "drop_layers(model, layers=[...])"
         )
     return tuple(total / count for total, count in zip(sums, tokens, strict=True))
+
+
+def _channel_axis(layer: nn.Module, shape: torch.Size) -> int:
+    """Return the axis of the channels of a layer's hidden states.
+
+    It is the last but for images, ``(batch, channels, height, width)``, which are told from
+    ``(batch, height, width, channels)`` by the first parameter that is as long as one of the two.
+    """
+    if len(shape) != 4:
+        return -1
+    for parameter in layer.parameters():
+        if shape[1] in parameter.shape:
+            return 1
+        if shape[-1] in parameter.shape:
+            return -1
+    return 1

@@ -7,6 +7,7 @@ functions of torch. They are watched there, so no layer type and no layer name h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..graph.edits import matrix_of
+from .inner_models import models_in
+
+Select = Callable[..., Any]
+"""A function of torch that selects from its first argument."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,27 @@ class _Reads:
 class WatchedOps(TorchFunctionMode):
     """Hands every linear operation on a model's parameters to a function, while it is entered.
 
-    ``visit``: gets each :class:`LinearOp`, and returns what the operation is to return.
+    Args:
+        model: the model.
+        visit: gets each :class:`LinearOp`, and returns what the operation is to return.
+        selected: gets each selection that was made: the function, its arguments by position and by
+            name, and what it returned.
     """
 
-    def __init__(self, model: nn.Module, visit: Callable[[LinearOp], Any]):
+    def __init__(
+        self,
+        model: nn.Module,
+        visit: Callable[[LinearOp], Any],
+        selected: Callable[[Select, Sequence[Any], Mapping[str, Any], Any], None] | None = None,
+    ):
         super().__init__()
-        self.visit = visit
+        self.visit, self._selected = visit, selected
         self._tables: set[str] = set()
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
             self._by_storage.setdefault(_storage(parameter), []).append((name, parameter))
+        for table in _input_tables(model):  # no pass looks them up if it gets embeddings
+            self._note_table(table)
 
     def __torch_function__(
         self,
@@ -99,9 +115,12 @@ class WatchedOps(TorchFunctionMode):
         given = dict(kwargs or {})
         names = _ARGUMENTS.get(func)
         if func is F.embedding:
-            self._note_table(args, given)
+            self._note_table(args[1] if len(args) > 1 else given.get("weight"))
         if names is None:
-            return func(*args, **given)
+            result = func(*args, **given)
+            if func in _SELECTIONS and self._selected is not None:
+                self._selected(func, args, given, result)
+            return result
         values = [*args[: len(names)]]
         while len(values) < len(names) and names[len(values)] in given:
             values.append(given.pop(names[len(values)]))
@@ -121,11 +140,11 @@ class WatchedOps(TorchFunctionMode):
                 return self.visit(LinearOp(consumer, inputs, axis, run, table))
         return func(*values, *rest, **given)
 
-    def _note_table(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        table = args[1] if len(args) > 1 else kwargs.get("weight")
+    def _note_table(self, table: Any) -> None:
         if isinstance(table, Tensor):
-            same = self._by_storage.get(_storage(table), ())
-            self._tables |= {name for name, _ in same}
+            for name, parameter in self._by_storage.get(_storage(table), ()):
+                if _overlap(table, parameter):
+                    self._tables.add(name)
 
     def _consumer(self, weight: Any, axis: int) -> Consumer | None:
         """Return the parameter's dimension that an axis of a weight is; ``None``: of no parameter.
@@ -135,36 +154,77 @@ class WatchedOps(TorchFunctionMode):
         if not isinstance(weight, Tensor):
             return None
         for name, parameter in self._by_storage.get(_storage(weight), ()):
-            dims = _dims_of_view(weight, parameter)
-            dim = None if dims is None else dims[axis % weight.ndim]
-            if dims is None or dim is None or weight.shape[axis] != parameter.shape[dim]:
+            view = _view_of(weight, parameter)
+            dim = None if view is None else view.dims[axis % weight.ndim]
+            if view is None or dim is None or weight.shape[axis] != parameter.shape[dim]:
                 continue
-            stacked = [d for d, n in enumerate(parameter.shape) if n > 1 and d not in dims]
-            if len(stacked) > 1:
-                continue
-            offset = weight.storage_offset() - parameter.storage_offset()
-            part = offset // parameter.stride(stacked[0]) if stacked else None
-            return Consumer(name, dim, part)
+            stacked = [d for d, n in enumerate(parameter.shape) if n > 1 and d not in view.dims]
+            if len(stacked) <= 1:
+                return Consumer(name, dim, view.begins[stacked[0]] if stacked else None)
         return None
+
+
+def _input_tables(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tables with the embeddings of the tokens that models of Transformers take."""
+    for each in models_in(model):
+        with suppress(AttributeError, NotImplementedError):  # it takes no tokens
+            embeddings = each.get_input_embeddings()
+            if isinstance(embeddings, nn.Embedding):
+                yield embeddings.weight
 
 
 def _storage(values: Tensor) -> int:
     return values.untyped_storage().data_ptr()
 
 
-def _dims_of_view(view: Tensor, parameter: Tensor) -> list[int | None] | None:
-    """Return for each axis of a view the parameter's dimension that it runs along.
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """True if the memory between two tensors' first and last elements, in one storage, overlaps."""
+    (begin, end), (other_begin, other_end) = map(_span, (first, second))
+    return begin <= other_end and other_begin <= end
 
-    ``None`` for an axis of size 1, or as the result if an axis runs along no dimension.
+
+def _span(values: Tensor) -> tuple[int, int]:
+    """Return the places of the first and the last element in the storage."""
+    begin = int(values.storage_offset())
+    steps = zip(values.stride(), values.shape, strict=True)
+    return begin, begin + sum(int(stride) * (size - 1) for stride, size in steps)
+
+
+@dataclass(frozen=True)
+class _View:
+    """Where in a parameter a view of it lies.
+
+    Attributes:
+        dims: for each axis of the view, the parameter's dimension that it runs along; ``None`` for
+            an axis of size 1.
+        begins: for each dimension of the parameter, the place at which the view begins.
+    """
+
+    dims: tuple[int | None, ...]
+    begins: tuple[int, ...]
+
+
+def _view_of(view: Tensor, parameter: Tensor) -> _View | None:
+    """Return where a view lies in a parameter of the same storage; ``None``: not in this one.
+
+    Several parameters may share a storage, each in a place of its own.
     """
     by_stride = {parameter.stride(d): d for d in range(parameter.ndim) if parameter.shape[d] > 1}
+    sizes: dict[int, int] = {}
     dims: list[int | None] = []
-    for axis in range(view.ndim):
-        dim = by_stride.get(view.stride(axis)) if view.shape[axis] > 1 else None
-        if dim is None and view.shape[axis] > 1:
+    for stride, size in zip(view.stride(), view.shape, strict=True):
+        dims.append(by_stride.get(stride) if size > 1 else None)
+        if size > 1:
+            if stride not in by_stride:
+                return None  # it runs along no dimension
+            sizes[by_stride[stride]] = size
+    begins = [0] * parameter.ndim
+    offset = int(view.storage_offset()) - int(parameter.storage_offset())
+    for stride, dim in sorted(by_stride.items(), reverse=True):
+        begins[dim], offset = divmod(offset, stride) if stride else (0, offset)
+        if not 0 <= begins[dim] <= parameter.shape[dim] - sizes.get(dim, 1):
             return None
-        dims.append(dim)
-    return dims
+    return _View(tuple(dims), tuple(begins)) if offset == 0 else None
 
 
 _MATRIX_PRODUCTS = (
@@ -177,6 +237,7 @@ _MATRIX_PRODUCTS = (
 _ADDED_PRODUCTS = (torch.addmm, torch.Tensor.addmm)
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_SELECTIONS = (torch.Tensor.__getitem__, torch.Tensor.index_select, torch.index_select)
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight"),
     torch.einsum: ("equation", "first", "second"),

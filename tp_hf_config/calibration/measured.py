@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..graph.standin import versions_of
 from ..model.lazy_tensor import LazyTensor
 from ..notebook import short
 from .batches import Batch, tokens_in
@@ -88,7 +89,7 @@ class MeasuredModel:
         measured.readings = replace(
             readings, statistics={k: copy.copy(v) for k, v in readings.statistics.items()}
         )
-        measured._measured_at = _state_of(model)
+        measured._measured_at = versions_of(model)
         return measured
 
     def comparing_on(self, held_out: Sequence[Batch]) -> Self:
@@ -113,7 +114,7 @@ class MeasuredModel:
 
     def current(self) -> Readings:
         """Return what was measured; measure again first where the weights have changed."""
-        state = _state_of(self.model)
+        state = versions_of(self.model)
         if state != self._measured_at:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"
@@ -134,6 +135,16 @@ class MeasuredModel:
         if wanted and readings.statistics[wanted[0]].gram is None:
             add_grams(self.model, self.train, readings, wanted, self.max_memory, self.ranks)
         return [leader for leader in wanted if readings.statistics[leader].gram is not None]
+
+    def require_all(self, leaders: Collection[Consumer]) -> bool:
+        """True if all those leaders have their Gram matrices now, if need be after another pass.
+
+        False: memory has no room for all of them together.
+        """
+        statistics = self.current().statistics
+        missing = [leader for leader in leaders if statistics[leader].gram is None]
+        wanted = dict.fromkeys([*missing, *leaders])
+        return len(self.require(wanted)) == len(wanted)
 
     @property
     def tokens(self) -> int:
@@ -174,11 +185,3 @@ class MeasuredModel:
 
     def __repr__(self) -> str:
         return short(self, str(self))
-
-
-def _state_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return what changes once a model's weights do."""
-    return tuple(
-        (name, id(parameter), tuple(parameter.shape), parameter._version)
-        for name, parameter in model.named_parameters()
-    )

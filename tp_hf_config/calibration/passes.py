@@ -19,6 +19,7 @@ from ..model.live_objects import configs_of
 from ..model.ranks import smallest
 from ..model.surroundings import free_memory, same_random_state
 from .batches import Batch, on_device
+from .inner_models import models_in
 from .linear_ops import LinearOp, WatchedOps
 from .over_ranks import ALONE, Ranks, in_step
 from .sources import Sources
@@ -133,13 +134,14 @@ def watched_pass(
         CalibrationError: the model does not run on a batch, on this rank or on another.
     """
     after = after_batch or (lambda number, result: None)
+    selected = None if sources is None else sources.note_selection
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         if sources is not None:
             stack.enter_context(sources.watching())
         begin = stack.enter_context(in_step(model, ranks, what or "a pass over held-out data"))
         if together is None:
-            ops = nullcontext() if visit is None else WatchedOps(model, visit)
+            ops = nullcontext() if visit is None else WatchedOps(model, visit, selected)
             for number, batch in enumerate(_shown(batches, what)):
                 begin(number)
                 after(number, _run(model, number, batch, ops, sources))
@@ -158,7 +160,7 @@ def watched_pass(
             assert visit is not None
             return visit(op)
 
-        ops = nullcontext() if visit is None else WatchedOps(model, noted)
+        ops = nullcontext() if visit is None else WatchedOps(model, noted, selected)
         steps = iter(_shown(range(lockstep.steps * len(batches)), what))
         passes = [
             partial(_run, model, number, batch, ops, sources)
@@ -194,23 +196,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     A cache copies what some weights read (latent attention), so that no norm would be seen there.
     """
     training = {module: module.training for module in model.modules()}
-    experts = _experts_of(model)
-    caching = [config for config in configs_of(model) if getattr(config, "use_cache", False)]
+    models = models_in(model)
+    experts = [(each, how) for each in models if (how := _experts_of(each))]
+    holders: list[nn.Module] = [*models] or [model]
+    configs = (config for each in holders for config in configs_of(each))
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
     try:
         model.eval()
         for config in caching:
             config.use_cache = False
-        if experts:
-            model.set_experts_implementation("eager")  # type: ignore[operator]
-        with torch.no_grad(), same_random_state():
+        for each, _ in experts:
+            each.set_experts_implementation("eager")
+        with torch.inference_mode(False), torch.no_grad(), same_random_state():
             yield
     finally:
         for config in caching:
             config.use_cache = True
         for module, mode in training.items():
             module.training = mode
-        if experts:
-            model.set_experts_implementation(experts)  # type: ignore[operator]
+        for each, how in experts:
+            each.set_experts_implementation(how)
 
 
 def _experts_of(model: nn.Module) -> Any:

@@ -144,13 +144,16 @@ class _Products:
         self._copies: Copies = {}
         self._sources = step.sources(self._leaders)
         calibration = step.calibration
+        together = step.together(self._to_disk)
+        limit = sums_limit(calibration.model, calibration.max_memory, calibration.ranks)
+        self._limit = None if together is None else limit  # else all of them have room
         watched_pass(
             calibration.model,
             calibration.train,
             self._visit,
             self._sources,
             what="behind norms",
-            together=step.together(self._to_disk),
+            together=together,
             ranks=calibration.ranks,
         )
         if calibration.ranks.own_data:
@@ -177,12 +180,27 @@ class _Products:
             if rows is not None:
                 exact = torch.promote_types(rows.dtype, torch.float32)
                 rows, full = rows.to(exact), op.channels_last().to(exact)
+                kept, size = rows.shape[1], full.shape[1]
+                self._make_room(leader, exact.itemsize * kept * (kept + size))
                 for sums, product in ((self._own, rows.T @ rows), (self._cross, rows.T @ full)):
                     sums[leader] = sums[leader] + product if leader in sums else product
         return op.run()
 
+    def _make_room(self, leader: Consumer, size: int) -> None:
+        """Put what is in memory into temporary files if a leader's products have no room beside it.
+
+        One layer may have hundreds of experts.
+        """
+        own = self._own.get(leader)
+        if self._limit is None or (own is not None and not isinstance(own, LazyTensor)):
+            return
+        sums = (*self._own.values(), *self._cross.values())
+        used = sum(each.nbytes for each in sums if not isinstance(each, LazyTensor))
+        if used + size > self._limit:
+            self._to_disk()
+
     def _to_disk(self) -> None:
-        """Put the products of a layer that is done into temporary files."""
+        """Put products into temporary files, once a layer is done or where others need memory."""
         for sums in (self._own, self._cross):
             for leader, values in sums.items():
                 if not isinstance(values, LazyTensor):

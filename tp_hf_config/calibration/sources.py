@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +18,31 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
+from .linear_ops import Select
+
 _weak_ref: Any = reductions.StorageWeakRef
 _LONGEST = 3  # layers between a norm and the weight that reads it: dropout, an activation
 Chain = tuple[str, ...]
-"""The names of layers in the order in which they are run, the first a norm."""
+"""The names of layers in the order in which they are run, the first a norm.
+
+``SELECTION`` stands among them for a selection of rows.
+"""
+SELECTION = "[...]"
+"""In the place of a layer: some rows are selected of what the one before gave (experts do that)."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a layer: its name, positional and keyword arguments, and its result."""
+    """One call of a layer: its name, positional and keyword arguments, and its result.
+
+    ``select``: the function that was called, if it is a selection of rows.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Tensor
+    select: Select | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +54,13 @@ class _PastCall:
     kwargs: Mapping[str, Any]
     layout: tuple[torch.dtype, Any, torch.Size, tuple[int, ...]]
     in_use: Callable[[], bool]
+    select: Select | None = None
 
     def with_output(self, values: Tensor) -> _Call:
         """Return the call with its result, of any values in the same storage."""
         dtype, *layout = self.layout
         output = values.new_empty(0, dtype=dtype).set_(values.untyped_storage(), *layout)
-        return _Call(self.name, self.args, self.kwargs, output)
+        return _Call(self.name, self.args, self.kwargs, output, self.select)
 
 
 def use_of(values: Tensor) -> Callable[[], bool]:
@@ -116,7 +128,7 @@ class Sources:
         size = values.shape[axis]
         for number, call in enumerate(calls):
             try:
-                if _mixes(self.model.get_submodule(call.name), call, size):
+                if call.select is None and _mixes(self._layer(call), call, size):
                     return tuple(c.name for c in reversed(calls[: number + 1]))
             except Exception:  # it does not run with fewer channels: no norm that we know
                 return ()
@@ -142,14 +154,43 @@ class Sources:
             return None
         result: Tensor | None = None
         for call in reversed(calls):
+            if call.select is not None:
+                assert result is not None  # the first is a norm
+                result = result.reshape(*call.args[0].shape[:-1], len(kept))
+                result = call.select(result, *call.args[1:], **call.kwargs)
+                continue
             if call.name not in copies:
-                copies[call.name] = cut_copy(self.model.get_submodule(call.name), size, kept)
+                copies[call.name] = cut_copy(self._layer(call), size, kept)
             args, kwargs = _cut_arguments(call, size, kept)
             if result is not None:
                 args = (result, *args[1:])
             result = copies[call.name](*args, **kwargs)
         assert result is not None
         return result.movedim(_axis(calls[0].output, size), -1).flatten(0, -2)
+
+    def note_selection(
+        self, select: Select, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Remember that rows were selected of what a layer gave, with all of their channels.
+
+        Args:
+            select: a function of torch.
+            args: what it got by position.
+            kwargs: what it got by name.
+            output: what it returned.
+        """
+        values = args[0] if args else None
+        if not isinstance(values, Tensor) or not isinstance(output, Tensor):
+            return
+        before = self._calls_before(values)[:1]
+        if before and output.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
+            in_order = values.is_contiguous() and before[0].output.is_contiguous()
+            same = before[0].output.shape[-1:] == values.shape[-1:]
+            if in_order and same and _selects_rows(select, args, kwargs):
+                self._remember(_Call(SELECTION, (*args,), kwargs, output, select))
+
+    def _layer(self, call: _Call) -> nn.Module:
+        return self.model.get_submodule(call.name)
 
     def _calls_before(self, values: Tensor) -> list[_Call]:
         """Return the calls that gave these values, the last one first."""
@@ -168,12 +209,27 @@ class Sources:
                 return
             pointer = output.untyped_storage().data_ptr()
             if args[0].shape == output.shape and args[0].untyped_storage().data_ptr() != pointer:
-                self.forget_unused()
-                self._calls.pop(pointer, None)
-                layout = output.dtype, output.storage_offset(), output.shape, output.stride()
-                self._calls[pointer] = _PastCall(name, args, kwargs, layout, use_of(output))
+                self._remember(_Call(name, args, kwargs, output))
 
         return note
+
+    def _remember(self, call: _Call) -> None:
+        """Remember a call as long as something else holds its result."""
+        output = call.output
+        pointer = output.untyped_storage().data_ptr()
+        self.forget_unused()
+        self._calls.pop(pointer, None)
+        layout = output.dtype, output.storage_offset(), output.shape, output.stride()
+        self._calls[pointer] = _PastCall(
+            call.name, call.args, call.kwargs, layout, use_of(output), call.select
+        )
+
+
+def _selects_rows(select: Select, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """True if a selection leaves all channels, which are along the last axis, as they stand."""
+    channels = torch.arange(args[0].shape[-1], device=args[0].device)
+    found = select(channels.expand(args[0].shape), *args[1:], **kwargs)
+    return found.shape[-1:] == channels.shape and bool((found == channels).all())
 
 
 def cut_copy(layer: nn.Module, size: int, kept: Tensor) -> nn.Module:

@@ -6,7 +6,7 @@ class has one field for all layers, the generated class has one for each, with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +94,7 @@ class LayerFindings:
         """
         own = [field for field in finding.fields if field in self._layers.shared]
         if not own:
-            groups = tuple(group for group, _ in self._groups(finding, finding.fields))
+            groups = tuple(group for group, _ in self._groups(finding))
             yield replace(finding, groups=groups)
         elif len(own) < len(finding.fields):
             yield Finding(
@@ -102,7 +102,7 @@ class LayerFindings:
             )
         else:
             by_layer: dict[int | None, list[TinyGroup]] = {}
-            for group, layer in self._groups(finding, finding.fields):
+            for group, layer in self._groups(finding):
                 by_layer.setdefault(layer, []).append(group)
             for number in sorted(n for shared, n in self._own if shared == finding.fields[0]):
                 fields = tuple(self._own[shared, number] for shared in finding.fields)
@@ -113,9 +113,7 @@ class LayerFindings:
                 if groups or finding.reason is not None:
                     yield replace(finding, fields=fields, groups=groups)
 
-    def _groups(
-        self, finding: Finding, fields: Iterable[FieldPath]
-    ) -> Iterator[tuple[TinyGroup, int | None]]:
+    def _groups(self, finding: Finding) -> Iterator[tuple[TinyGroup, int | None]]:
         """Yield each group at full depth, and the layer that it lies in; ``None``: in several."""
         for group in finding.groups:
             sources = dict(zip(group.dims, group.sources, strict=True))

@@ -303,7 +303,7 @@ def handler_of(module: nn.Module, out: bool) -> Any:
 UNITS = UnitsPruner()
 
 
-def layer_side(layer: nn.Module, key: str, dim: int) -> bool | None:
+def layer_side(layer: nn.Module, dim: int) -> bool | None:
     """Return True if a dimension of a layer's parameter is its output side, False: its input side.
 
     ``None``: it is neither, or what Torch-Pruning would set is computed from others (weight norms).
@@ -342,7 +342,7 @@ def sides_of(
         if dim.layout not in tables:
             tables[dim.layout] = dim.layout.table(group.count.units)
         table = tables[dim.layout]
-        side_of_layer = layer_side(layer, key, dim.dim)
+        side_of_layer = layer_side(layer, dim.dim)
         module: nn.Module = layer
         if side_of_layer is None:
             module = views.setdefault(dim.place, ParameterView(layer, key, dim.dim))

@@ -46,7 +46,7 @@ class StandIn:
 
     def __init__(self, sharded: PreTrainedModel):
         self._sharded = weakref.ref(sharded)
-        self._versions = _versions_of(sharded)
+        self._versions = versions_of(sharded)
         self._turns: Turns | None = None
         self._numbers = {name: n for n, (name, _) in enumerate(sharded.named_parameters())}
         self.model: PreTrainedModel = empty_copy(sharded)
@@ -77,7 +77,7 @@ class StandIn:
         """Take over gradients, which parameters have one, and that weights have changed."""
         sharded = self.sharded
         reshard(sharded)
-        versions, self._versions = self._versions, _versions_of(sharded)
+        versions, self._versions = self._versions, versions_of(sharded)
         if versions != self._versions:
             increment_version(self.model.parameters())
         for name, parameter in self.model.named_parameters():
@@ -92,7 +92,7 @@ class StandIn:
         _standins.pop(self.sharded, None)
         _standins[sharded] = self
         self._sharded = weakref.ref(sharded)
-        self._versions = _versions_of(sharded)
+        self._versions = versions_of(sharded)
         lazy: Any
         for name, lazy in self.model.named_parameters():
             lazy.read, lazy.grad = partial(self._values, name), None
@@ -138,9 +138,12 @@ class StandIn:
         return whole(gradient).cpu()
 
 
-def _versions_of(model: nn.Module) -> list[tuple[int, int]]:
+def versions_of(model: nn.Module) -> tuple[Any, ...]:
     """Return what changes once a model's weights do."""
-    return [(id(parameter), parameter._version) for parameter in model.parameters()]
+    return tuple(
+        (name, id(parameter), tuple(parameter.shape), parameter._version)
+        for name, parameter in model.named_parameters()
+    )
 
 
 _standins: weakref.WeakKeyDictionary[nn.Module, StandIn] = weakref.WeakKeyDictionary()

@@ -350,11 +350,7 @@ class HFConfigSyncHook:
     def _compensation(self, synced: bool) -> Compensation | None:
         """Return what the refits of the step that ends came to; ``None`` if there are none."""
         compensating, self._compensating = self._compensating, None
-        if compensating is None:
-            return None
-        if synced:
-            compensating.measure_after()
-        return compensating.result
+        return None if compensating is None else compensating.finished(synced)
 
     def plot(self, path: str | PathLike[str]) -> Figure:
         """Draw the widths before the first step and after the last; return matplotlib's ``Figure``.

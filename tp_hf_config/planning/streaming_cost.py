@@ -140,7 +140,7 @@ class _Solved:
         input: the input.
         size: the number of its channels.
         kept: how many stay.
-        sums: the Gram matrix, or products with what stays.
+        sums: the Gram matrix, or products with what stays; behind norms, only of what loses.
         share: the refits.
         memory: what solving holds.
         scratch: the sums that are in temporary files.
@@ -157,7 +157,7 @@ class _Solved:
         )
         loses, plain = self.kept < self.size, each.sums == "gram"
         targets = self.size - self.kept if plain else self.size
-        self.sums = 4 * (self.size**2 if plain else self.kept * (self.kept + self.size))
+        self.sums = 4 * (self.size**2 if plain else self.kept * (self.kept + self.size) * loses)
         self.share = 4 * each.parts * self.kept * targets if loses else 0
         self.memory = self.sums + 24 * self.kept * (self.kept + targets)  # three copies, float64
         self.scratch = each.parts * self.sums if loses or plain else 0

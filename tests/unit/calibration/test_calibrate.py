@@ -10,6 +10,7 @@ import calibrated
 import pytest
 import small
 import torch
+import transformers as hf
 import zoo
 from accelerate import dispatch_model
 from torch import nn
@@ -131,11 +132,134 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
         "decoder_input_ids": torch.arange(10).view(2, 5),
         "decoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
     }
-    first, second = unpadded(batch)
+    first, second = unpadded(batch, decodes=True)
     assert first["input_ids"].tolist() == [[0, 1, 2]]
     assert first["decoder_input_ids"].tolist() == [[0, 1, 2, 3]]
     assert second["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert second["decoder_input_ids"].tolist() == [[6, 7, 8, 9]]
+
+
+def padded(width: int = 9) -> dict[str, torch.Tensor]:
+    """Two rows, the first padded behind, the second in front."""
+    ids = torch.randint(3, 80, (2, width), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    mask[1, :2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_labels_of_a_decoder_only_model_are_cut_as_its_tokens() -> None:
+    batch = padded()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    bert = zoo.build("bert")
+    tagger = hf.BertForTokenClassification(bert.config).eval()
+    cases = [(llama(), labels), (tagger, labels.clamp(max=4)), (bert, torch.tensor([1, 2]))]
+    for model, of_model in cases:
+        calibration = calibrate(model, [{**batch, "labels": of_model}] * 2)
+        assert calibration.tokens == 6 + 7 + 6  # the last row is held out
+
+
+def test_labels_of_an_encoder_decoder_are_its_decoder_s() -> None:
+    model = zoo.build("t5")
+    batch = {**padded(5), "labels": torch.arange(10).view(2, 5)}
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    batch["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    train, held_out = split_batches([batch], model)
+    assert train[0]["labels"].tolist() == [[0, 1, 2, 3]]
+    assert held_out[0]["labels"].tolist() == [[5, 6, 7, 8, 9]]
+
+
+def test_images_that_stand_in_one_tensor_for_all_rows_stay_together() -> None:
+    model = zoo.build("qwen2_vl")
+    batch = zoo.inputs(model)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 8:] = 0
+    message = "pixel_values cannot be split into the rows of its batch, so padding is measured"
+    with pytest.warns(CalibrationWarning, match=message) as record:
+        calibration = calibrate(model, [batch] * 2)
+    assert len(calibration.train) == len(calibration.held_out) == 1
+    assert calibration.train[0]["pixel_values"].shape == batch["pixel_values"].shape
+    assert next(one for one in record if "pixel_values" in str(one.message)).filename == __file__
+    alone = {key: value[:1] for key, value in batch.items()} | {
+        "pixel_values": batch["pixel_values"][:16]
+    }
+    train, _ = split_batches([alone], model)
+    assert train[0]["input_ids"].shape == (1, 8)
+
+
+def test_one_batch_may_be_passed_as_it_is() -> None:
+    model = llama()
+    batch = zoo.inputs(model)
+    for data in (batch, hf.BatchEncoding(batch), hf.BatchFeature(batch)):
+        calibration = calibrate(model, data)
+        assert [one.keys() for one in calibration.train] == [batch.keys()]
+        assert calibration.tokens == batch["input_ids"].numel()
+
+
+def test_weights_on_one_storage_are_told_apart() -> None:
+    """As ``from_pretrained`` leaves them, where a checkpoint has them in one tensor."""
+    apart, together = llama(), llama()
+    for layer in together.model.layers:
+        weights = [getattr(layer.self_attn, f"{one}_proj") for one in "qkv"]
+        fused = torch.cat([one.weight.detach() for one in weights])
+        for one, part in zip(weights, fused.split([64, 32, 32]), strict=True):
+            one.weight = nn.Parameter(part)
+    states = []
+    for model in (apart, together):
+        calibration = calibrate(model, calibrated.batches(model, 10))
+        hook = HFConfigSyncHook(compensate=calibration)
+        arguments = {"importance": calibration.importance(), "prune": "hidden_size"}
+        calibrated.pruner_of(model, hook, **arguments).step()
+        compensation = hook.reports[0].compensation
+        assert compensation is not None
+        states.append((model.state_dict(), [one.weight for one in compensation.layers]))
+    (first, weights), (second, others) = states
+    assert weights == others
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_changes_nothing(made_inside: bool) -> None:
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    for model, data in (
+        (llama(), calibrated.batches(llama(), 4)),
+        (plain, list(torch.rand(4, 5, 6))),
+    ):
+        expected = calibrate(model, data).readings.statistics
+        with torch.inference_mode():
+            given = copy.deepcopy(data) if made_inside else data
+            found = calibrate(model, given).readings.statistics
+        assert expected.keys() == found.keys()
+        for leader, statistics in expected.items():
+            assert torch.equal(statistics.squares, found[leader].squares)
+
+
+class Wrapped(nn.Module):
+    """A plain module around a model, as for a loss of one's own."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        result = self.inner(input_ids)
+        self.cached = result.past_key_values is not None
+        return result.logits
+
+
+@pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 has a module for each expert")
+def test_a_model_inside_a_plain_module_is_run_without_caches_and_kernels() -> None:
+    model = zoo.build("mixtral")
+    wrapped, data = Wrapped(model), calibrated.batches(model, 4)
+    how = model.get_experts_implementation()
+    alone = calibrate(model, data).readings
+    found = calibrate(wrapped, data).readings
+    assert {f"inner.{consumer.parameter}" for consumer in alone.leaders} == {
+        consumer.parameter for consumer in found.leaders
+    }
+    assert not wrapped.cached
+    assert model.config.use_cache
+    assert model.get_experts_implementation() == how != {"": "eager"}
 
 
 def test_more_passes_give_the_same() -> None:
@@ -223,6 +347,23 @@ def test_what_needs_data_says_so() -> None:
             calibrate(model)
     with pytest.raises(CalibrationError, match="cannot write text of its own, so it needs data"):
         calibrate(model, "own")
+
+
+@pytest.mark.parametrize(
+    ("name", "offered"), [("bert", True), ("t5", False), ("vit", False), ("clip", False)]
+)
+def test_texts_are_offered_where_they_are_enough(name: str, offered: bool) -> None:
+    if name == "clip" and small.TRANSFORMERS < (5,):
+        pytest.skip("Transformers 4 does not say that it takes images too")
+    with pytest.raises(CalibrationError, match=r"calibrate\(model, batches\)") as refused:
+        calibrate(zoo.build(name))
+    assert str(refused.value).endswith("or texts and a tokenizer") == offered
+
+
+def test_what_takes_no_text_refuses_it() -> None:
+    for model in (zoo.build("vit"), Wrapped(llama()), nn.Linear(2, 2)):
+        with pytest.raises(CalibrationError, match="takes no text: pass batches of what it takes"):
+            calibrate(model, ["a text"])
 
 
 def test_data_of_a_wrong_kind_is_refused() -> None:

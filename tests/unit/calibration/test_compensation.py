@@ -7,6 +7,7 @@ from typing import Any
 
 import calibrated
 import pytest
+import small
 import torch
 import torch_pruning as tp
 import zoo
@@ -150,6 +151,23 @@ def test_what_is_foretold_of_the_model_is_what_comes() -> None:
     assert hook.reports[0].to_dict()["compensation"]["layers"][0]["weight"]
 
 
+@pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 has a module for each expert")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_read_what_the_norm_gives_the_kept_channels_alone(name: str) -> None:
+    """They read some rows of it; what goes is loud, so the others get far more of the norm."""
+    model = calibrated.build(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 48:] *= 8
+    calibration = calibrate(model, calibrated.batches(model))
+    calibration.held_out = calibration.train[:8]
+    hook = HFConfigSyncHook(compensate=calibration)
+    calibrated.pruner_of(model, hook, prune="hidden_size", pruning_ratio=0.25).step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    assert any(layer.part is not None for layer in result.layers)
+    assert result.after == pytest.approx(result.refit, rel=1e-6)
+
+
 def test_what_the_plain_cut_would_come_to_is_foretold_too() -> None:
     model = calibrated.build("llama")
     calibration = calibrate(model, calibrated.batches(model, 16))
@@ -200,6 +218,29 @@ def test_without_held_out_data_a_refit_needs_eight_tokens_a_channel() -> None:
     assert used == [([False, False], [note]), ([True, True], [])]
 
 
+@pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 has a module for each expert")
+@pytest.mark.parametrize(("rows", "enough"), [(16, False), (80, True)])
+def test_an_expert_that_no_held_out_token_reaches_needs_eight_tokens_a_channel(
+    rows: int, enough: bool
+) -> None:
+    model = calibrated.build("mixtral")
+    ids = torch.randint(3, 80, (rows, 60), generator=torch.Generator().manual_seed(0))
+    calibration = calibrate(model, [{"input_ids": row[None]} for row in ids])
+    calibration.held_out = [{"input_ids": torch.tensor([[5]])}]
+    hook = HFConfigSyncHook(compensate=calibration)
+    calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    unreached = [layer for layer in result.layers if layer.cut == layer.refit == 0]
+    assert len(unreached) == 4  # a token goes to two of four experts
+    assert all(layer.used == enough for layer in unreached)
+    note = (
+        "4 weights are not refitted: no held-out token reaches them to judge their refits, and "
+        "they got fewer than 8 tokens a channel. Pass more batches"
+    )
+    assert (note in result.notes) == (not enough)
+
+
 def test_refits_that_make_the_whole_model_worse_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -236,6 +277,39 @@ def test_tied_heads_keep_their_embeddings() -> None:
     ]
 
 
+def embedded(model: Any, count: int = 10) -> list[dict[str, torch.Tensor]]:
+    """Batches of embeddings in the place of token ids."""
+    width = model.get_input_embeddings().weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    return [{"inputs_embeds": torch.rand(2, 7, width, generator=generator)} for _ in range(count)]
+
+
+def test_tied_heads_keep_embeddings_that_no_batch_looks_up() -> None:
+    model = zoo.build("gemma2")
+    embeddings = model.get_input_embeddings().weight.detach().clone()
+    calibration = calibrate(model, embedded(model))
+    assert calibration.readings.tables == {"model.embed_tokens.weight"}
+    hook = HFConfigSyncHook(compensate=calibration)
+    calibrated.pruner_of(model, hook, prune="hidden_size").step()
+    half = embeddings.shape[1] // 2
+    assert torch.equal(model.get_output_embeddings().weight, embeddings[:, :half])
+
+
+def test_held_out_data_that_the_pruned_model_does_not_take_costs_no_report() -> None:
+    model = llama()
+    hook = HFConfigSyncHook(compensate=calibrate(model, embedded(model)))
+    calibrated.pruner_of(model, hook, prune="hidden_size").step()
+    result = hook.reports[0].compensation
+    assert result is not None
+    assert model.config.hidden_size == 32
+    assert result.refit is not None
+    assert result.after is None
+    assert result.notes[-1].startswith(
+        "not measured after the cut: LlamaForCausalLM does not run on batch 1 of the calibration "
+        "data, {'inputs_embeds': [2, 7, 64]}: "
+    )
+
+
 def test_an_interactive_step_refits_the_groups_that_are_pruned() -> None:
     model, other = llama(), llama()
     for each in (model, other):
@@ -248,6 +322,34 @@ def test_an_interactive_step_refits_the_groups_that_are_pruned() -> None:
             group.prune()
     first, second = model.state_dict(), other.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_report_tells_of_the_refits_that_were_made(taken: int) -> None:
+    """One of two layers' weights is worth a refit; the user cuts one of the layers."""
+    model = llama()
+    before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
+    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
+    pruner = calibrated.pruner_of(model, hook, prune="intermediate_size")
+    with pytest.raises(ConfigSyncError, match="intermediate_size"):  # layers of two widths
+        _prune_group(pruner, taken)
+    assert hook.last_report is not None
+    result = hook.last_report.compensation
+    assert result is not None
+    changed = [
+        not torch.equal(layer.mlp.down_proj.weight, weight[:, : weight.shape[1] // 2])
+        and not torch.equal(layer.mlp.down_proj.weight, weight)
+        for layer, weight in zip(model.model.layers, before, strict=True)
+    ]
+    assert [layer.used for layer in result.layers] == changed
+    assert str(result).startswith(f"{sum(changed)} of 2 weights refitted in ")
+    assert sum(changed) == (taken == 0)
+
+
+def _prune_group(pruner: Any, taken: int) -> None:
+    for number, group in enumerate(pruner.step(interactive=True)):
+        if number == taken:
+            group.prune()
 
 
 def _prune_all_but_the_first(pruner: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import calibrated
@@ -122,6 +123,29 @@ def test_greedy_removal_with_a_refit_beats_others(name: str, settings: dict[str,
         assert result is not None
         errors[kind] = sum(layer.refit for layer in result.layers)
     assert errors["obs"] <= errors["wanda"] * 1.001
+
+
+@pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 has a module for each expert")
+@pytest.mark.parametrize("matrices", [4.2, 2])
+def test_greedy_removal_wants_what_all_readers_of_a_group_get(matrices: float) -> None:
+    """Two or three experts' Gram matrices are there: another pass measures all, if they fit."""
+    values = []
+    for memory in (None, int(matrices * 4 * 96 * 96)):
+        model = zoo.build("mixtral")
+        data = calibrated.batches(model, 10)
+        calibration = calibrate(model, data, max_memory=memory)
+        leader = Consumer("model.layers.0.mlp.experts.down_proj", 2, 0)
+        assert calibration.readings.statistics[leader].gram is not None
+        short = memory is not None and matrices < 4
+        message = r'experts.down_proj and others read .* "obs" ranks the group as "wanda" does'
+        warned = pytest.warns(CalibrationWarning, match=message)
+        importance = calibration.importance("obs", normalizer=None)
+        with warned if short else contextlib.nullcontext():
+            values.append(values_of(model, importance, prune="intermediate_size"))
+    if matrices < 4:
+        wanda = calibration.importance(normalizer=None)
+        values[0] = values_of(model, wanda, prune="intermediate_size")
+    assert all(map(torch.equal, *values))
 
 
 def test_groups_that_nothing_reads_are_ranked_by_magnitude() -> None:

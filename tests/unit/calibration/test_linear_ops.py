@@ -114,3 +114,51 @@ def test_a_table_of_embeddings_is_told_from_other_weights() -> None:
         F.linear(ROWS, model.table)
         F.linear(ROWS, model.square)
     assert tables == [False, True, False]
+
+
+def seen_by(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Consumer, bool]]:
+    """The weights that are used, and whether they are tables."""
+    seen: list[tuple[Consumer, bool]] = []
+
+    def visit(op: LinearOp) -> Any:
+        seen.append((op.consumer, op.is_table))
+        return op.run()
+
+    with torch.no_grad(), WatchedOps(model, visit):
+        run()
+    return seen
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_parameters_on_one_storage_are_told_apart(dim: int) -> None:
+    """Blocks of it along any dimension, also if one lies between numbers of the other."""
+    model = nn.Module()
+    size = [3, 6, 4]
+    size[dim] *= 2
+    first, second = torch.rand(size).chunk(2, dim)
+    model.first, model.second = nn.Parameter(first), nn.Parameter(second)
+    assert model.first.untyped_storage().data_ptr() == model.second.untyped_storage().data_ptr()
+
+    def run() -> None:
+        for name in ("second", "first"):
+            weight = getattr(model, name)
+            F.linear(ROWS, weight[1])
+            F.linear(ROWS[:, :, :3], weight[2, :5, :3])  # not all that there is along the axis
+            F.linear(ROWS, weight[2, 1:])
+
+    assert seen_by(model, run) == [
+        (Consumer(name, 2, part), False) for name in ("second", "first") for part in (1, 2)
+    ]
+
+
+def test_a_weight_on_the_storage_of_a_table_is_none() -> None:
+    model = nn.Module()
+    table, other = torch.rand(13, 4).split([9, 4])
+    model.table, model.other = nn.Parameter(table), nn.Parameter(other)
+
+    def run() -> None:
+        F.embedding(torch.tensor([1, 2]), model.table)
+        F.linear(ROWS, model.other)
+        F.linear(ROWS, model.table)
+
+    assert seen_by(model, run) == [(Consumer("other", 1), False), (Consumer("table", 1), True)]

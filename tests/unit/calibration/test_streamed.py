@@ -14,6 +14,7 @@ from typing import Any
 
 import calibrated
 import pytest
+import small
 import tiny
 import torch
 import zoo
@@ -120,6 +121,29 @@ def test_the_same_bits_as_in_memory(name: str, memory: int | None, tmp_path: Pat
         other_told.after,
     )
     assert any(layer.used for layer in told.layers)
+
+
+@pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 has a module for each expert")
+def test_products_of_a_layer_s_experts_take_no_more_memory_than_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the norm each expert has its own, as all others that read of the layer."""
+    _, lazy = models("mixtral", tmp_path)
+    most = 2 * 4 * 48 * (48 + 64)  # bytes: of two inputs
+    held: list[int] = []
+    make_room = refits_of_step._Products._make_room
+
+    def noted(products: Any, leader: Any, size: int) -> None:
+        make_room(products, leader, size)
+        sums = [*products._own.items(), *products._cross.items()]
+        before = [s.nbytes for of, s in sums if of != leader and not isinstance(s, LazyTensor)]
+        held.append(sum(before) + size)
+
+    monkeypatch.setattr(refits_of_step._Products, "_make_room", noted)
+    calibration = calibrate(lazy, calibrated.batches(lazy, COUNT), max_memory=most * 8 // 3)
+    pruned(lazy, calibration, prune="hidden_size")
+    assert len(set(calibration.readings.chains.values())) > 4
+    assert most // 2 < max(held) <= most
 
 
 @pytest.mark.parametrize("name", CLASSES)

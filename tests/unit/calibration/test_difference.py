@@ -1,0 +1,61 @@
+"""How much outputs change: what is compared, and along which axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BackboneOutput
+
+from tp_hf_config import CalibrationError
+from tp_hf_config.calibration.difference import Difference
+
+
+def change(before: Any, now: Any) -> tuple[str, float]:
+    """What is measured of two outputs, and what it comes to."""
+    difference = Difference()
+    difference.note(0, before)
+    difference.begin()
+    difference.compare(0, now)
+    return difference.measure, difference.mean()
+
+
+def squared(before: Tensor, now: Tensor) -> float:
+    return float((now - before).square().sum() / before.square().sum())
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 7, 5)])
+def test_logits_of_classes_are_compared_as_probabilities(shape: tuple[int, ...]) -> None:
+    before, now = torch.rand(2, *shape)
+    wanted, found = before.log_softmax(-1), now.log_softmax(-1)
+    expected = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert change({"logits": before}, {"logits": now}) == ("KL", pytest.approx(expected))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 7, 1), (2, 5, 6, 4), (3,)])
+def test_other_logits_are_compared_as_they_are(shape: tuple[int, ...]) -> None:
+    """A reward, the classes of an image's pixels: no softmax along the last axis tells of them."""
+    before, now = torch.rand(2, *shape)
+    result = change(
+        {"loss": torch.tensor(1.0), "logits": before}, {"loss": torch.tensor(2.0), "logits": now}
+    )
+    assert result == ("squared error", pytest.approx(squared(before, now)))
+
+
+def test_tensors_may_lie_deeper() -> None:
+    before, now = torch.rand(2, 2, 4, 3, 3)
+    outputs = [BackboneOutput(feature_maps=(one, one * 2)) for one in (before, now)]
+    assert change(*outputs) == ("squared error", pytest.approx(squared(before, now)))
+
+
+def test_an_output_without_tensors_is_refused() -> None:
+    class Result:
+        """What no one can look into."""
+
+    nothing: tuple[object | Mapping[str, Any], ...] = (Result(), {"caption": "a cat"})
+    for one in nothing:
+        with pytest.raises(CalibrationError, match="the model returns no tensor but a "):
+            Difference().note(0, one)
