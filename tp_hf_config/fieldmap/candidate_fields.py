@@ -14,6 +14,7 @@ from torch import nn
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, value_at
 from ..model.live_objects import config_nodes
+from ..model.surroundings import ONE_AT_A_TIME
 
 _FEW = 64
 """Entries up to which a dictionary in a config may hold widths."""
@@ -110,7 +111,6 @@ def _is_machinery(name: str) -> bool:
 def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
     """Record which attributes are read from configs of these classes, declared or not."""
     reads: dict[type, set[str]] = {cls: set() for cls in classes}
-    own = {cls: cls.__dict__.get("__getattribute__") for cls in classes}
 
     def recorder(cls: type, inherited: Any) -> Any:
         def __getattribute__(self: Any, key: str) -> Any:
@@ -120,13 +120,15 @@ def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
 
         return __getattribute__
 
-    try:
-        for cls in classes:
-            setattr(cls, "__getattribute__", recorder(cls, cls.__getattribute__))
-        yield reads
-    finally:
-        for cls, original in own.items():
-            if original is None:
-                delattr(cls, "__getattribute__")
-            else:
-                setattr(cls, "__getattribute__", original)
+    with ONE_AT_A_TIME:
+        own = {cls: cls.__dict__.get("__getattribute__") for cls in classes}
+        try:
+            for cls in classes:
+                setattr(cls, "__getattribute__", recorder(cls, cls.__getattribute__))
+            yield reads
+        finally:
+            for cls, original in own.items():
+                if original is None:
+                    delattr(cls, "__getattribute__")
+                else:
+                    setattr(cls, "__getattribute__", original)

@@ -23,6 +23,7 @@ from ..model.config_json import (
 )
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
+from ..model.shortage import note_shortage
 from .kept_layers import KeptLayers, facts_of
 from .layer_counts import (
     FEATURES,
@@ -197,8 +198,8 @@ class _Search:
         try:
             unset = without_field(with_values(self._data, counted), field)
             default = value_at(config_json(self._builder.config(unset), use_diff=False), field)
-        except Exception:  # a config class may refuse with any exception
-            pass
+        except Exception as error:  # a config class may refuse with any exception
+            note_shortage(error)
         if isinstance(default, list) and len(default) == len(self._keep):
             return True
         if isinstance(default, list) and len(default) == len(value):

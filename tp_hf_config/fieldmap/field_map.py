@@ -103,6 +103,11 @@ class FieldMap:
         return self.builder.shapes_at(self.config_at(values))
 
     @cached_property
+    def remembered(self) -> dict[Any, Any]:
+        """What experiments with this field map found, by its kind; it is gone when the map is."""
+        return {}
+
+    @cached_property
     def unpruned(self) -> nn.Module | Refusal:
         """The shallow model as it was learned, or the class's refusal."""
         return self.build_at({})

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..model.shapes import named_modules
+from ..model.shortage import note_shortage
 from .layer_counts import by_number, rises
 
 Key = tuple[str, str]
@@ -336,7 +337,8 @@ def is_identity(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             result = module(values.clone())
-    except Exception:  # a layer that takes other inputs may raise anything
+    except Exception as error:  # a layer that takes other inputs may raise anything
+        note_shortage(error)
         return False
     finally:
         module.training = training

@@ -21,7 +21,12 @@ from ..model.config_json import EntryOfKind, FieldPath, config_json
 from ..model.disk_cache import folder, load, store
 from ..model.layer_class import layer_lists
 from ..model.shapes import Mismatch, compare, shapes
-from ..model.surroundings import old_objects_aside, same_random_state
+from ..model.surroundings import (
+    ONE_AT_A_TIME,
+    old_objects_aside,
+    plain_autograd,
+    same_random_state,
+)
 from . import fit_expressions as lines
 from .candidate_fields import candidates
 from .completeness import build_live, missing_parts, notes_on_layer_order
@@ -63,12 +68,17 @@ def map_of(
     builder, full = live or build_live(model)
     full = whole_build(model, builder, full)
     field_map = _learned_once(builder, model.config, full, make_inputs, how or stored_or_learned)
-    if not field_map.values and not field_map.ratio_partners:
+    if not _says_widths(field_map):
         raise UnsupportedModelError(
             f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
             "no config can say what is pruned of it. Prune a class whose config holds its widths."
         )
     return field_map
+
+
+def _says_widths(field_map: FieldMap) -> bool:
+    """True if a field map says of some field that it sets a width."""
+    return bool(field_map.values or field_map.ratio_partners)
 
 
 def whole_build(model: PreTrainedModel, builder: Builder, built: nn.Module | Refusal) -> nn.Module:
@@ -120,12 +130,13 @@ def _learned_once(
     data = config.to_json_string(use_diff=False)
     # the map holds the function
     key = (builder.model_class, data, builder.dtype, options, id(make_inputs))
-    if key not in _learned:
-        with old_objects_aside(), same_random_state():
-            _learned[key] = how(builder, config, full, make_inputs)
-        while len(_learned) > _MOST_MAPS:
-            _learned.popitem(last=False)
-    return _learned[key]
+    with ONE_AT_A_TIME:
+        if key not in _learned:
+            with old_objects_aside(), same_random_state(), plain_autograd():
+                _learned[key] = how(builder, config, full, make_inputs)
+            while len(_learned) > _MOST_MAPS:
+                _learned.popitem(last=False)
+        return _learned[key]
 
 
 def stored_or_learned(
@@ -136,7 +147,8 @@ def stored_or_learned(
 ) -> FieldMap:
     """Return a field map from the cache on disk, or learn it and put it there.
 
-    A map learned with a user's function is not stored: in another process it may differ.
+    A map learned with a user's function is not stored: in another process it may differ. Nor is one
+    that says of no width what sets it.
     """
     cached = folder() is not None and make_inputs is None
     digest = class_digest(builder, full) if cached else None
@@ -148,7 +160,8 @@ def stored_or_learned(
     if state is not None:
         return from_state(builder, digest, {**state, "data": data})
     field_map = dataclasses.replace(learn(builder, config, full), digest=digest)
-    store(key, state_of(field_map))
+    if _says_widths(field_map):
+        store(key, state_of(field_map))
     return field_map
 
 

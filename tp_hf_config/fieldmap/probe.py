@@ -9,6 +9,7 @@ from functools import cache
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..forward.find_recipe import find_recipe
 from ..forward.head_splits import HeadSplits, counts_of, observe
 from ..forward.run_recipe import MakeInputs, RunRecipe
@@ -124,6 +125,9 @@ class Study:
         attributes: its modules' numeric attributes.
         split_weights: weights of the layers whose output is split into heads.
         vanishing: field -> whether a lower value of it made some count 0.
+
+    Raises:
+        UnsupportedModelError: the class does not build the shallow config.
     """
 
     def __init__(
@@ -141,7 +145,7 @@ class Study:
         self.data = with_values(depth.data, implied)
         model = self.build({})
         if isinstance(model, Refusal):
-            raise ValueError(f"the class does not build its own config: {model.reason}")
+            raise UnsupportedModelError(f"the class does not build its own config: {model.reason}")
         self.model = model
         self.shapes = shapes(model)
         self.recipe = find_recipe(model, make_inputs) if recipe is None else recipe

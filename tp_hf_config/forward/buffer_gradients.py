@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.shortage import note_shortage
 from ..model.tensors import owner, saved_buffers
 from .observed_pass import PassResult, outputs_in_float64
 from .run_recipe import RunRecipe
@@ -41,7 +42,8 @@ def followed_buffers(
             depending = [output.sum() for output in outputs if output.requires_grad]
             total = torch.stack(depending).sum()
             torch.autograd.grad(total, list(buffers.values()), allow_unused=True)
-    except RuntimeError:
+    except RuntimeError as error:
+        note_shortage(error)
         return frozenset()
     return frozenset(buffers)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError, in_one_line
 from ..model.build import Refusal
+from ..model.shortage import note_shortage
 from .encoder_states import encoder_states_in
 from .extra_methods import methods_beside, outputs_of
 from .given_inputs import function_name, given_inputs, shapes_in
@@ -177,6 +178,7 @@ def unreached_by(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = P
     try:
         grads = torch.autograd.grad(total, parameters, allow_unused=True)
     except RuntimeError as error:
+        note_shortage(error)
         reason = in_one_line(error)[:200]
         raise GradientsError(f"torch cannot compute its gradients: {reason}") from error
     return {name for name, grad in zip(names, grads, strict=True) if grad is None}
@@ -190,5 +192,6 @@ def forward_error(
         with torch.no_grad(), AllFloat64():
             outputs_of(model, inputs, recipe)
     except Exception as error:  # whatever a class's forward pass raises
+        note_shortage(error)
         return Refusal(in_one_line(error)[:200])
     return None

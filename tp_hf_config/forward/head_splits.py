@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..model.meta_run import NoValues, RealNumbers
+from ..model.shortage import note_shortage
 from .inputs import example_inputs, text_inputs
 from .run_recipe import PLAIN, RunRecipe
 
@@ -105,8 +106,8 @@ def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
         with torch.no_grad(), run, watch:
             watch.returned(model(**inputs))
             ended = True
-    except Exception:
-        pass  # a forward pass that needs values ends here; the layers before have run
+    except Exception as error:
+        note_shortage(error)  # else it needs values and ends here; the layers before have run
     finally:
         for handle in handles:
             handle.remove()

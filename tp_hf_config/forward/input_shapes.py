@@ -237,12 +237,12 @@ def _samples(config: Any, names: Collection[str]) -> list[Shape]:
     ]
 
 
-def _of(*names: str, length: int = 3) -> Choices:
-    """Give ``(1, length, size)``, if the config has a size by one of these names."""
+def _of(*names: str) -> Choices:
+    """Give ``(1, 3, size)``, if the config has a size by one of these names."""
 
     def choices(config: Any, arguments: Collection[str]) -> list[Shape]:
         size = size_of(config, *names)
-        return [Shape((1, length, size))] if size else []
+        return [Shape((1, 3, size))] if size else []
 
     return choices
 

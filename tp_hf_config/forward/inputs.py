@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..model.meta_run import NoValues
+from ..model.shortage import note_shortage
 from .encoder_states import ARGUMENTS, random_encoder_states
 from .given_inputs import given_inputs
 from .input_companions import COMPANIONS, DISPENSABLE
@@ -54,7 +55,7 @@ def example_inputs(
     return next(input_forms(model, recipe, config, length, recipe.form))
 
 
-def text_inputs(model: nn.Module, length: int = _TEXT_LENGTH) -> dict[str, Any] | None:
+def text_inputs(model: nn.Module) -> dict[str, Any] | None:
     """Return keyword arguments without images and sound, for a model that takes text beside them.
 
     None if the model takes no text, or nothing but text.
@@ -62,7 +63,7 @@ def text_inputs(model: nn.Module, length: int = _TEXT_LENGTH) -> dict[str, Any] 
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters or not _main(parameters, model.config):
         return None
-    ids = _texts(model, parameters, model.config, length)[0]
+    ids = _texts(model, parameters, model.config, _TEXT_LENGTH)[0]
     return {**ids, "use_cache": False} if "use_cache" in parameters else ids
 
 
@@ -268,6 +269,7 @@ def _expected_count(model: nn.Module, kind: str, inputs: Mapping[str, Any], conf
         with torch.no_grad(), NoValues():
             model(**{**inputs, "input_ids": with_one})
     except Exception as error:
+        note_shortage(error)
         said = re.search(r"value tensor of shape \[(\d+)", str(error))
         return int(said[1]) if said else 0
     return 0
@@ -284,6 +286,7 @@ def _feature_count(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int
                 features = method(**given)
             break
         except Exception as error:  # some count the text's tokens here and say what they expect
+            note_shortage(error)
             if expected := re.search(r"features:? (\d+)$", str(error)):
                 return int(expected[1])
     else:  # it takes something else; the forward pass will say so

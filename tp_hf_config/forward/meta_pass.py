@@ -12,6 +12,7 @@ from ..errors import in_one_line
 from ..model.build import Refusal
 from ..model.live_objects import configs_of
 from ..model.meta_run import NoValues, RealNumbers
+from ..model.shortage import note_shortage
 from ..model.surroundings import same_random_state
 from .inputs import example_inputs
 from .run_recipe import RunRecipe
@@ -46,5 +47,6 @@ def dry_pass(
             with NoValues(), watched or nullcontext():
                 model(**inputs)
     except Exception as error:  # whatever a class's forward pass raises
+        note_shortage(error)
         return Refusal(in_one_line(error)[:200])
     return DryPass(inputs, numbers.guessed)

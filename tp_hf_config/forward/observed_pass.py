@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..model.class_caches import without_caches
 from ..model.shapes import named_modules
+from ..model.shortage import note_shortage
 from .extra_methods import outputs_of
 from .output_tensors import largest_in, tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
@@ -61,16 +62,16 @@ class AllFloat64(TorchFunctionMode):
     """
 
     def __enter__(self) -> Any:
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
         self._uncached = without_caches()
         self._uncached.__enter__()
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._uncached.__exit__(*exception)
         torch.set_default_dtype(self._default)
+        self._uncached.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CASTS:
@@ -222,7 +223,8 @@ def watched_results(
     try:
         with watch.over(model):
             outputs_of(model, inputs, recipe)
-    except RuntimeError:  # a parameter is changed in place, where the class wants no gradients
+    except RuntimeError as error:  # a parameter is changed in place, where the class wants none
+        note_shortage(error)
         return ()
     consumed, read = _consumed(watch.results.values()), {_edge(tensor) for tensor in watch.read}
     first = {_edge(tensor): result for result, tensor in reversed(watch.results.items())}
@@ -260,7 +262,8 @@ class _Dependence:
             asked = [self._parameters[key] for key in self.reachable(result)]
             try:
                 without = _unobserved([unmasked(self.results[result])], asked) if asked else []
-            except RuntimeError:  # torch computes no gradients then (MiniMax-M3's scores)
+            except RuntimeError as error:  # torch computes no gradients then (MiniMax-M3's scores)
+                note_shortage(error)
                 without = asked
             self._observed[result] = set(map(id, asked)) - set(map(id, without))
         return self._observed[result]

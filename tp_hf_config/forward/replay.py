@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from ..model.shortage import note_shortage
 from ..model.surroundings import restore_attribute
 from .observed_pass import PassResult, outputs_in_float64
 from .run_recipe import RunRecipe
@@ -93,7 +94,8 @@ class Replay:
         try:
             with self.without(changed):
                 return outputs_in_float64(self._model, inputs, self._watched, recipe)
-        except Exception:  # a class may fail in any way
+        except Exception as error:  # a class may fail in any way
+            note_shortage(error)
             return None
 
     def _parts(self, changed: frozenset[int]) -> list[nn.Module]:

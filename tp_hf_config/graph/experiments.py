@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..model.disk_cache import load, store, suspended
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
 from ..model.surroundings import (
+    ONE_AT_A_TIME,
     memory_kept,
     old_objects_aside,
     one_thread,
@@ -74,9 +74,6 @@ class _Memory:
     by_fields: dict[_Fields, Experiments] = dataclasses.field(default_factory=dict)
 
 
-_experiments: weakref.WeakKeyDictionary[FieldMap, _Memory] = weakref.WeakKeyDictionary()
-
-
 def experiments_of(
     field_map: FieldMap, tiny: TinyModel | None = None, fields: _Fields = ()
 ) -> Experiments:
@@ -89,10 +86,19 @@ def experiments_of(
     Raises:
         UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
     """
-    memory = _experiments.setdefault(field_map, _Memory())
+    with ONE_AT_A_TIME:
+        result = _remembered(field_map, tiny, fields)
+    if isinstance(result.tiny, InputsRefusal):
+        raise UnsupportedModelError(result.tiny.reason)
+    return result
+
+
+def _remembered(field_map: FieldMap, tiny: TinyModel | None, fields: _Fields) -> Experiments:
+    """Return the experiments from memory or from the cache on disk, or run them."""
+    memory = field_map.remembered.setdefault(_Memory, _Memory())
     if layer_lists(field_map.builder.model_class):
         fields = ()
-    result = memory.by_fields.get(()) or memory.by_fields.get(fields)
+    result: Experiments | None = memory.by_fields.get(()) or memory.by_fields.get(fields)
     if result is None:
         cache = nullcontext() if tiny is None else suspended()
         with one_thread(), same_random_state(), plain_autograd(), cache:
@@ -101,8 +107,6 @@ def experiments_of(
                 with memory_kept(), old_objects_aside():
                     result = _experimented(field_map, memory, tiny, fields)
         memory.by_fields[result.fields] = result
-    if isinstance(result.tiny, InputsRefusal):
-        raise UnsupportedModelError(result.tiny.reason)
     return result
 
 

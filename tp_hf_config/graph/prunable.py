@@ -19,12 +19,13 @@ from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import VARIABLE
 from ..model.from_config import module_of
 from ..model.layer_entries import name_in_all_layers
-from ..model.surroundings import same_random_state
+from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, same_random_state
 from ..model.tensors import parameter_names, tensor
 from ..notebook import page, short, table
 from ..schema import dated
 from ..twin.find_groups import with_single_positions
 from ..twin.group import Finding
+from ..twin.layout import UnitLayout
 from ..twin.tiny.tiny_model import TinyModel
 from .experiments import experiments_of
 from .full_size import Group, expand
@@ -234,15 +235,16 @@ def widths_of(
     if isinstance(experiments.tiny, Refusal):
         return tuple(Width((field,), reason=experiments.tiny.reason) for field in field_map.values)
     names = tuple(map(tuple, parameter_names(model).values()))
-    if names not in experiments.widths:
-        with same_random_state():
-            widths = tuple(
-                _width(finding, experiments.tiny, field_map, model)
-                for finding in experiments.findings
-            )
-        experiments.widths[names] = widths + _only_in_proportion(field_map)
-    result: tuple[Width, ...] = experiments.widths[names]
-    return result
+    with ONE_AT_A_TIME:
+        if names not in experiments.widths:
+            with same_random_state(), plain_autograd():  # a layout may be looked for again
+                widths = tuple(
+                    _width(finding, experiments.tiny, field_map, model)
+                    for finding in experiments.findings
+                )
+            experiments.widths[names] = widths + _only_in_proportion(field_map)
+        result: tuple[Width, ...] = experiments.widths[names]
+        return result
 
 
 def _only_in_proportion(field_map: FieldMap) -> tuple[Width, ...]:
@@ -304,12 +306,13 @@ def note_on_states(names: Iterable[str]) -> str:
 def _parameters_per_unit(groups: Sequence[Group], model: nn.Module) -> int:
     """Return how many parameters one field unit holds in all groups; tied ones count once."""
     total = 0
-    counted: set[tuple[int, int]] = set()
+    counted: set[tuple[int, int, UnitLayout]] = set()
     for group in groups:
         for dim in group.dims:
             parameter = tensor(model, dim.name)
-            if (id(parameter), dim.dim) not in counted:
-                counted.add((id(parameter), dim.dim))
+            place = id(parameter), dim.dim, dim.layout  # fused q, k and v have a layout each
+            if place not in counted:
+                counted.add(place)
                 share = dim.layout.parts * dim.layout.run * group.count.per_field_unit
                 total += parameter.numel() // parameter.shape[dim.dim] * share
     return total

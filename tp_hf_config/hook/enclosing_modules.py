@@ -48,11 +48,15 @@ class EnclosingModules:
     Args:
         model: the Hugging Face model.
         pruned: the module that the pruner prunes.
-        holders: the outermost modules that hold the model.
+        holders: the outermost modules that hold the model, as far as the garbage collector finds
+            them: not those that ``gc.freeze()`` has put aside.
     """
 
     def __init__(self, model: nn.Module, pruned: nn.Module, holders: Sequence[nn.Module]):
-        self._holders = [weakref.ref(holder) for holder in holders if holder is not model]
+        held = [holder for holder in holders if holder is not model]
+        if pruned is not model and not any(pruned in holder.modules() for holder in held):
+            held.append(pruned)
+        self._holders = [weakref.ref(holder) for holder in held]
         self._model, self._pruned = model, pruned
 
     def numbers(self, changed: Mapping[FieldPath, tuple[Any, Any]]) -> list[Number]:

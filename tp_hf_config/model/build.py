@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,17 +19,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext, _device_constructors
 
 from ..errors import in_one_line
+from .class_caches import without_caches
 from .config_json import copied
 from .leaf_cache import copied_leaves
 from .meta_run import KnownShapes
 from .shapes import Shapes, named_modules, shapes
 from .sharded import plain_class
+from .shortage import note_shortage
+from .surroundings import ONE_AT_A_TIME, on_cpu
 from .versions import no_init_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_BUILD_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Builder:
                     _to_eval_mode(model)
                     return model
             except Exception as error:  # a class may refuse with any exception
+                note_shortage(error)
                 text = in_one_line(error)
             if "device" not in text:
                 break
@@ -122,6 +123,7 @@ class Builder:
             with _construction(self.dtype, torch.device("meta")):
                 _draw(self.model_class(self.config(data), **self.options))
         except Exception as error:  # as in build
+            note_shortage(error)
             return Refusal(in_one_line(error))
         return None
 
@@ -140,7 +142,8 @@ class Builder:
             with _construction(torch.float64, _EmptyOnMeta()):
                 model: nn.Module = self.model_class(self.config(data), **self.options)
                 model.double().train(False)
-        except Exception:  # as in build
+        except Exception as error:  # as in build
+            note_shortage(error)
             return self.build_real(data)
         return self.build_real(data) if _made_of_parameters(model) else model
 
@@ -151,6 +154,7 @@ class Builder:
                 model: nn.Module = self.model_class(self.config(data), **self.options)
                 return model.double().train(False)
         except Exception as error:  # as in build
+            note_shortage(error)
             return Refusal(in_one_line(error))
 
 
@@ -199,6 +203,7 @@ def without_data(
             model.train(False)
             return model
     except Exception as error:  # as in Builder.build
+        note_shortage(error)
         return Refusal(in_one_line(error))
 
 
@@ -209,14 +214,21 @@ class _OnMeta(DeviceContext):
         super().__init__(torch.device("meta"))
         self._constructors = _device_constructors()
 
+    def __enter__(self) -> Any:
+        # above another device, which the caller has set
+        return TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        TorchFunctionMode.__exit__(self, *exception)  # type: ignore[no-untyped-call]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.arange and all(type(arg) is int for arg in args):
+        if func is torch.arange and args and all(type(arg) is int for arg in args):
             options = {name: value for name, value in (kwargs or {}).items() if value is not None}
             start, end, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
-            if options.keys() <= {"dtype", "device"} and args and (end - start) * step >= 0:
+            if options.keys() <= {"dtype", "device"} and (end - start) * step >= 0:
                 options = {"dtype": torch.int64, "device": "meta", **options}
                 return torch.empty(-((start - end) // step), **options)
-        if func is torch.tensor and type(args[0]) is int and _is_whole(kwargs):
+        if func is torch.tensor and args and type(args[0]) is int and _is_whole(kwargs):
             return func(*args, **kwargs or {})  # a single number on the CPU works with any device
         if func in _FILLS and args[0].is_meta and not any(map(torch.is_tensor, args[1:])):
             return args[0]
@@ -255,13 +267,16 @@ class _EmptyOnMeta(TorchFunctionMode):
 def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
     """Construct as ``from_pretrained`` does: with a dtype, no initial values, no log lines.
 
+    Nothing that is computed while this is open stays in the caches of classes, and no tensor is one
+    of ``inference_mode``: layers are copied later.
+
     Args:
         dtype: torch's default dtype while open.
         place: the device or mode that says where tensors go. ``None``: everything is computed on
             the CPU, initial values too.
     """
     logger = logging.getLogger("transformers")
-    with _BUILD_LOCK:
+    with ONE_AT_A_TIME, torch.inference_mode(False), on_cpu(), without_caches():
         default, propagate, handlers = torch.get_default_dtype(), logger.propagate, logger.handlers
         rng = torch.random.get_rng_state()
         try:

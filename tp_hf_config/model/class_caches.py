@@ -1,10 +1,11 @@
-"""Keep experiments out of the caches of model classes.
+"""Keep experiments, and passes without data, out of the caches of model classes.
 
 Some classes cache what they compute from sizes alone (positions of patches, sinusoids) for all
 their models, by the dtype that is asked for. In an experiment the result is float64 whatever was
-asked for, and a live model with as many patches would read it. Transformers uses no cache while
-torch compiles (``pytorch_utils.compile_compatible_method_lru_cache``), so experiments tell it that
-torch does.
+asked for; in a pass without data it may have no numbers, or those of memory that was never
+written. A live model with as many patches would read it. Transformers uses no cache while torch
+compiles (``pytorch_utils.compile_compatible_method_lru_cache``), so these passes tell it that torch
+does.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import pytorch_utils
+from .surroundings import ONE_AT_A_TIME
 
-_ASKS: Any = pytorch_utils
 _IS_COMPILING = "is_torchdynamo_compiling"
 
 
 @contextmanager
 def without_caches() -> Iterator[None]:
     """While open, Transformers' classes compute what they would otherwise take from a cache."""
-    original = getattr(_ASKS, _IS_COMPILING)
-    setattr(_ASKS, _IS_COMPILING, lambda: True)
-    try:
-        yield
-    finally:
-        setattr(_ASKS, _IS_COMPILING, original)
+    from transformers import pytorch_utils
+
+    asks: Any = pytorch_utils
+    with ONE_AT_A_TIME:
+        original = getattr(asks, _IS_COMPILING)
+        setattr(asks, _IS_COMPILING, lambda: True)
+        try:
+            yield
+        finally:
+            setattr(asks, _IS_COMPILING, original)

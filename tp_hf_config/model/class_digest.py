@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -17,21 +17,24 @@ from ..schema import versions
 from .build import Builder
 from .config_json import OF_NO_EFFECT, without_names
 
-_VERSIONED = ("torch", "builtins", "collections", "typing", "abc")
+_VERSIONED = sys.stdlib_module_names | {"torch"}
 """Packages that their versions stand for."""
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
+"""Constants whose text is the same in every process."""
 
 
 def class_digest(builder: Builder, model: nn.Module) -> str | None:
     """Return a digest of a class with its options, but without its config and dtype.
 
-    It changes with the source of every class in the model, with functions that were put in their
-    place at run time (kernels from another library), and with the versions of this library, torch
-    and Transformers.
+    It changes with the source of every class in the model and of the functions that their modules
+    import, with functions that were put in their place at run time (kernels from another library),
+    and with the versions of this library, torch and Transformers.
 
     ``model``: the class built from its config, without data.
 
     Returns:
-        Hexadecimal digits; None if some class has no source file, as those typed into a shell.
+        Hexadecimal digits; None if some class or function has no source file, as those typed into
+        a shell.
     """
     classes = {type(module) for module in model.modules()}
     configs = {
@@ -41,10 +44,13 @@ def class_digest(builder: Builder, model: nn.Module) -> str | None:
     }
     families = {base for cls in (*classes, *configs, builder.config_class) for base in cls.__mro__}
     own = {cls.__module__ for cls in classes | configs}
+    defining = {cls.__module__ for cls in families}
+    for name in filter(_is_read, own & sys.modules.keys()):
+        # the module of a named tuple's functions, as of other made ones, is none
+        modules = {str(function.__module__) for _, function in _functions(sys.modules[name])}
+        defining |= modules & sys.modules.keys()
     sources = []
-    for name in sorted({cls.__module__ for cls in families}):
-        if name.partition(".")[0] in _VERSIONED:
-            continue
+    for name in filter(_is_read, sorted(defining)):
         module = sys.modules.get(name)
         state = None if module is None else _file_state(module)
         if module is None or state is None:
@@ -63,6 +69,11 @@ def class_digest(builder: Builder, model: nn.Module) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _is_read(name: str) -> bool:
+    """True if the source of a module counts, and no version stands for it."""
+    return name.partition(".")[0] not in _VERSIONED
+
+
 def _file_state(module: ModuleType) -> str | None:
     """Return what tells whether a module's file changed; None if it has none.
 
@@ -79,22 +90,39 @@ def _file_state(module: ModuleType) -> str | None:
 
 def _namespace(module: ModuleType) -> Iterator[str]:
     """Yield what a module's functions, and the methods of its classes, are now."""
+    for name, function in _functions(module):
+        text = f"{_text(function.__code__)}{_text(function.__defaults__ or ())}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        yield f"{name}={function.__module__}.{function.__qualname__}:{digest}"
+    for name, value in sorted(vars(module).items()):
+        if isinstance(value, type) and value.__module__ != module.__name__:
+            yield f"{name}={value.__module__}.{value.__qualname__}"
+
+
+def _functions(module: ModuleType) -> Iterator[tuple[str, FunctionType]]:
+    """Yield the functions that a module has or imports, and its classes' methods, by name."""
     for name, value in sorted(vars(module).items()):
         if isinstance(value, FunctionType):
-            yield f"{name}={_function(value)}"
+            yield name, value
         elif isinstance(value, type) and value.__module__ == module.__name__:
             for key, method in sorted(vars(value).items()):
                 method = getattr(method, "__func__", method)
                 if isinstance(method, FunctionType):
-                    yield f"{name}.{key}={_function(method)}"
-        elif isinstance(value, type):
-            yield f"{name}={value.__module__}.{value.__qualname__}"
+                    yield f"{name}.{key}", method
 
 
-def _function(function: Any) -> str:
-    """Return a function's full name, and a digest of its code."""
-    code = hashlib.sha256(function.__code__.co_code).hexdigest()[:16]
-    return f"{function.__module__}.{function.__qualname__}:{code}"
+def _text(value: Any) -> str:
+    """Return a text of code, or of a constant in it, that is the same in every process.
+
+    Of other objects (defaults of arguments) it is only the name of their class.
+    """
+    if isinstance(value, CodeType):
+        return f"{value.co_code.hex()} {value.co_names} {_text(value.co_consts)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, frozenset):
+        return f"{{{', '.join(sorted(map(_text, value)))}}}"
+    return repr(value) if isinstance(value, _PLAIN) else type(value).__qualname__
 
 
 @functools.cache

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .shortage import shortage_noted
+
 VARIABLE = "TP_HF_CONFIG_CACHE"
 """The environment variable that moves the cache to another folder, or switches it off."""
 _OFF = {"", "0", "off", "false", "no"}
@@ -80,13 +82,15 @@ def load(key: str) -> Any:
 def store(key: str, value: Any) -> None:
     """Store a value under a key; do nothing if it cannot be written.
 
+    Once a tensor did not fit into memory, nothing is stored: what was learned may be too little.
+
     Args:
         key: a file name.
         value: made of plain values and this package's dataclasses; a class that cannot be read
             back is not stored.
     """
     place = folder()
-    if place is None:
+    if place is None or shortage_noted():
         return
     try:
         data = pickle.dumps(value, protocol=4)

@@ -6,6 +6,7 @@ image's grid, positions) stay real on the CPU, so that sizes computed from them 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cache
 from math import prod
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .class_caches import without_caches
 from .versions import plain_on_meta
 
 _COPY = torch.ops.aten._to_copy.default
@@ -37,16 +39,20 @@ _VALUES = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch
 
 
 class NoValues(TorchFunctionMode):
-    """Answers questions about values, which masks ask, in a forward pass on the meta device."""
+    """Answers questions about values, which masks ask, in a forward pass on the meta device.
+
+    Nothing that is computed in this mode stays in the caches of classes.
+    """
 
     def __enter__(self) -> Any:
-        self._plain = plain_on_meta()
-        self._plain.__enter__()
+        self._around = ExitStack()
+        self._around.enter_context(plain_on_meta())
+        self._around.enter_context(without_caches())
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._plain.__exit__(*exception)
+        self._around.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _VALUES and args[0].is_meta:

@@ -16,6 +16,9 @@ from unittest.mock import patch
 
 import torch
 
+from .shortage import note_shortage
+from .surroundings import ONE_AT_A_TIME
+
 NAME, ARGUMENTS = "architecture", "model_args"
 _BUILD = "build_model_with_cfg"
 """timm's function that every architecture calls with its sizes (``timm/models/_builder.py``)."""
@@ -59,11 +62,12 @@ def _sizes_of(name: str, given: str) -> str:
             return build(made, *args, **options)
 
         with torch.device("meta"):
-            with patch.object(module, _BUILD, recorded):
+            with ONE_AT_A_TIME, patch.object(module, _BUILD, recorded):
                 named = timm.create_model(name, **arguments)
             sizes = {k: v for k, v in passed.items() if _is_setting(v) and k not in _ENDS}
             spelled = timm.create_model(name, **{**sizes, **arguments})
-    except Exception:  # an architecture may refuse with any exception
+    except Exception as error:  # an architecture may refuse with any exception
+        note_shortage(error)
         return "{}"
     in_blocks = any(isinstance(leaf, dict) for value in passed.values() for leaf in _leaves(value))
     return "{}" if in_blocks or str(spelled) != str(named) else json.dumps(sizes)

@@ -1,4 +1,4 @@
-"""Run experiments without a trace: on one thread, random numbers as before, nothing printed."""
+"""Run experiments without a trace: one at a time, random numbers as before, nothing printed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import ctypes
 import gc
 import logging
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
+ONE_AT_A_TIME = threading.RLock()
+"""Held by the thread that learns a class, experiments with it or builds it.
+
+While it does, it replaces what all threads share: torch's default dtype, methods of config classes,
+functions of torch and Transformers.
+"""
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _MMAP_MAX = -3, -1, -4
 """The numbers of parameters in glibc's malloc.h."""
 _LARGEST = 2**25
@@ -97,13 +104,23 @@ def plain_autograd() -> Iterator[None]:
     """While open, gradients are computed and nothing is cast, whatever the caller has switched.
 
     Experiments follow gradients in float64: ``no_grad``, ``inference_mode`` and ``autocast`` around
-    a call of this library would make all units look alike.
+    a call of this library would make all units look alike. New tensors are on the CPU.
     """
     import torch
 
     uncast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), uncast[0], uncast[1]:
+    with torch.inference_mode(False), torch.enable_grad(), uncast[0], uncast[1], on_cpu():
         yield
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """Return what puts new tensors on the CPU if the caller has set another default device.
+
+    Else it does nothing: torch asks a device that is set at every call.
+    """
+    import torch
+
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .surroundings import ONE_AT_A_TIME
+
 
 def no_init_weights() -> Any:
     """Return Transformers' context manager that constructs a class without initial values."""
@@ -26,15 +28,17 @@ def plain_on_meta() -> Iterator[None]:
     Transformers 4 switches autocast off around rotary embeddings, which raises on the meta device
     ("unsupported scalarType"). It also compiles parts of ModernBERT wherever Triton is installed.
     """
-    original: Any = torch.autocast
+    with ONE_AT_A_TIME:
+        original: Any = torch.autocast
 
-    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device_type == "meta" else original(device_type, *args, **kwargs)
+        def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+            on_meta = device_type == "meta"
+            return nullcontext() if on_meta else original(device_type, *args, **kwargs)
 
-    dynamo = sys.modules.get("torch._dynamo")  # imported only where something is to be compiled
-    try:
-        torch.autocast = autocast  # type: ignore[misc, assignment]
-        with nullcontext() if dynamo is None else dynamo.config.patch(disable=True):
-            yield
-    finally:
-        torch.autocast = original  # type: ignore[misc]
+        dynamo = sys.modules.get("torch._dynamo")  # imported only where something is to be compiled
+        try:
+            torch.autocast = autocast  # type: ignore[misc, assignment]
+            with nullcontext() if dynamo is None else dynamo.config.patch(disable=True):
+                yield
+        finally:
+            torch.autocast = original  # type: ignore[misc]

@@ -7,13 +7,14 @@ them do not matter. Units seem interchangeable there that are not in the layers 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..fieldmap.layer_kinds import ModuleFacts
 from ..model.config_json import FieldPath
-from ..model.shapes import shapes
+from ..model.shapes import named_modules
 from .layout import Places, TensorDim, UnitLayout, places_of
 
 
@@ -177,14 +178,10 @@ def _parts_of_same_list(model: nn.Module, part: str) -> list[str]:
     return [f"{above}.{key}" for key, _ in children]
 
 
-def _facts(model: nn.Module, part: str) -> list[object]:
-    """Return what is equal for parts that compute the same: shapes, module types and settings."""
-    plain = (bool, int, float, str, type(None))
-    facts: list[object] = [sorted(shapes(model.get_submodule(part)).items())]
-    for name, module in model.get_submodule(part).named_modules():
-        settings = {key: value for key, value in vars(module).items() if isinstance(value, plain)}
-        facts += [name, type(module), settings]
-    return facts
+def _facts(model: nn.Module, part: str) -> dict[str, dict[str, Hashable]]:
+    """Return what is equal for parts that compute the same, by the modules inside."""
+    facts = ModuleFacts()
+    return {name: facts.of(module) for name, module in named_modules(model.get_submodule(part))}
 
 
 def _as_in(

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ..forward.observed_pass import PassResult, outputs_in_float64
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Refusal
+from ..model.surroundings import ONE_AT_A_TIME
 from ..model.tensors import is_matrix_stack, saved_buffers
-from .pruned_pass import Kept, PrunedPass, pruned_pass, tensors_of
+from .pruned_pass import Kept, PrunedPass, tensors_of
 from .width_scalars import AsNarrow, CutDim, DualWidth, as_written, take_scales
 
 EXACT = 1e-9
@@ -35,36 +36,6 @@ _PROJECTIONS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 """Layers that are no norms, even if all of their parameters are vectors."""
 _LENGTHS, _DIRECTIONS = ".original0", ".original1"
 """How the names of torch's weight norm end (``torch.nn.utils.parametrizations``)."""
-
-
-def masked_difference(
-    original: nn.Module,
-    pruned: nn.Module,
-    reference_build: nn.Module,
-    inputs: Mapping[str, Any],
-    watched: Sequence[PassResult] = (),
-    recipe: RunRecipe = PLAIN,
-) -> Refusal | None:
-    """Return where a pruned model differs from the masked original, or None if nowhere.
-
-    Encoder states among the inputs lose the channels that the layer which reads them lost.
-
-    Args:
-        original: the model before pruning, every weight random, in float64 and eval mode.
-        pruned: the model after pruning.
-        reference_build: the class built anew from the pruned model's config. Its weights may have
-            any values; its scales count.
-        inputs: keyword arguments of one forward pass of the original.
-        watched: intermediate results that are compared like outputs.
-        recipe: how the class is run.
-    """
-    pruned_run = pruned_pass(original, pruned, inputs, watched, recipe)
-    if isinstance(pruned_run, Refusal):
-        return pruned_run
-    if reference_build is not pruned:
-        run_once(reference_build, pruned_run.inputs, recipe)
-    warmed_up = run_once(copy.deepcopy(original), inputs, recipe)
-    return difference_of_pass(pruned_run, warmed_up, reference_build, inputs, watched, recipe)
 
 
 def run_once(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -> nn.Module:
@@ -87,8 +58,14 @@ def difference_of_pass(
 ) -> Refusal | None:
     """Return where the pass of a pruned model differs from the masked original, or None.
 
-    ``original`` and ``reference_build`` ran before (:func:`run_once`). For the arguments see
-    :func:`masked_difference`.
+    Args:
+        pruned_run: what :func:`pruned_pass` returned for the arguments of the same names.
+        original: the model before pruning; it ran before (:func:`run_once`).
+        reference_build: the class built anew from the pruned model's config; it ran before too. Its
+            weights may have any values; its scales count.
+        inputs: as for the pruned pass.
+        watched: likewise.
+        recipe: likewise.
     """
     kept = pruned_run.kept
     parameters = original.named_parameters(remove_duplicate=False)
@@ -257,15 +234,16 @@ def _without_removed_experts(model: nn.Module, kept: Kept) -> Iterator[None]:
                     with torch.no_grad():
                         value.index_fill_(0, experts.removed, _NEVER)
                 removed_by_weight[value.data_ptr()] = experts.removed
-    plain = F.linear
 
     def linear(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
         out = plain(x, weight, *rest, **named)
         removed = removed_by_weight.get(weight.data_ptr()) if weight.ndim == 2 else None
         return out if removed is None else out.index_fill(-1, removed, _NEVER)
 
-    with patch.object(F, "linear", linear):
-        yield
+    with ONE_AT_A_TIME:
+        plain = F.linear
+        with patch.object(F, "linear", linear):
+            yield
 
 
 def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | Refusal:

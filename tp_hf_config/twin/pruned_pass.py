@@ -50,7 +50,14 @@ def pruned_pass(
 ) -> PrunedPass | Refusal:
     """Run a pruned model; the refusal says which tensor is no cut of the original's.
 
-    For the arguments see :func:`masked_difference`.
+    Encoder states among the inputs lose the channels that the layer which reads them lost.
+
+    Args:
+        original: the model before pruning, every weight random, in float64 and eval mode.
+        pruned: the model after pruning.
+        inputs: keyword arguments of one forward pass of the original.
+        watched: intermediate results that are compared like outputs.
+        recipe: how the class is run.
     """
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..fieldmap.unit_shares import units_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
+from ..model.shortage import note_shortage
 from ..model.tensors import compute_unsaved, parameter_names, put_parameter, saved_buffers, select
 from .masked_check import EXACT, difference_of_pass
 from .pruned_pass import pruned_pass
@@ -76,6 +77,7 @@ def _outputs(tiny: TinyModel, smaller: nn.Module) -> list[Tensor] | Refusal:
             return run
         return difference_of_pass(run, tiny.model, smaller, *given) or run.outputs
     except Exception as error:  # a class may stop with any exception
+        note_shortage(error)
         text = " ".join(str(error).split())
         return Refusal(f"it does not run then: {type(error).__name__}: {text}")
 

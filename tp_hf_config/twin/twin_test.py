@@ -31,6 +31,7 @@ _NO_GRADIENT = 1e-12
 """Smaller gradients count as none."""
 _ROUNDING = 1e-15
 """The share of the largest gradient that rounding alone may leave of another."""
+_PAIRS = 4  # of twins at most
 
 Proof = tuple[frozenset[TensorDim], tuple[int, ...], frozenset[int], tuple[PassResult, ...]]
 """A permutation and what is compared: the tensor dims, the order of the units, how long an output's
@@ -110,13 +111,12 @@ class TwinTest:
     def links(
         self,
         dims: Sequence[TensorDim],
-        pairs: int = 4,
         doubted: Collection[TensorDim] = (),
         still_doubted: Callable[[Links], Collection[TensorDim]] | None = None,
     ) -> Links:
         """Make two units twins and disturb one tensor dim after another; return what is linked.
 
-        A unit can be hidden for these inputs (a dead ReLU), so up to ``pairs`` pairs of units are
+        A unit can be hidden for these inputs (a dead ReLU), so up to ``_PAIRS`` pairs of units are
         tried until every tensor dim was observed. One disturbance mostly shows the whole group;
         those ``doubted`` are disturbed with every pair until they are one group; of what is linked
         after a pair, ``still_doubted`` returns those to go on with. Where twins are told apart,
@@ -125,7 +125,7 @@ class TwinTest:
         groups: list[set[TensorDim]] = []
         links = Links((), (), tuple(dims))
         hidden = unobserved = list(dims)
-        for first in range(0, min(2 * pairs, self.units - 1), 2):
+        for first in range(0, min(2 * _PAIRS, self.units - 1), 2):
             second = first + 1
             with self._edits.undone():
                 self._make_twins(dims, first, second)
@@ -204,7 +204,8 @@ class TwinTest:
         """Return how much the outputs change if the units stand in another order.
 
         It is the largest change of an output, relative to its largest value; infinity if its shape
-        changes, or other values are NaN. An output axis that holds the units may be reordered too.
+        changes, other values are NaN, or no output depends on parameters, so that none can change.
+        An output axis that holds the units may be reordered too.
         """
         moved = [place for place, unit in enumerate(order) if place != unit]
         with self._edits.undone(), torch.no_grad():
@@ -217,7 +218,7 @@ class TwinTest:
         axes = self._axes(dims)
         return max(
             (self._change(*pair, order, axes) for pair in zip(self.base, changed, strict=True)),
-            default=0.0,
+            default=torch.inf,
         )
 
     def proves(self, dims: Sequence[TensorDim], order: Sequence[int]) -> bool:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..model.surroundings import ONE_AT_A_TIME
+
 _ROUNDING = 1e-6
 """Largest relative difference that rounding to another precision makes."""
 
@@ -227,7 +229,7 @@ def as_written(model: nn.Module) -> Iterator[None]:
     Compiled functions read sizes past the modes above (Transformers 4: DeBERTa's
     ``scaled_size_sqrt``).
     """
-    with ExitStack() as stack:
+    with ONE_AT_A_TIME, ExitStack() as stack:
         for name in {type(module).__module__ for module in model.modules()}:
             source = sys.modules[name]
             for key, value in list(vars(source).items()):

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from transformers.utils import logging as hf_logging
 
+from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.fieldmap import (
     depth,
     fit_expressions,
@@ -443,7 +444,8 @@ def test_global_state_is_as_it_was_when_a_class_refuses():
 def test_a_study_of_what_cannot_be_built_says_so():
     model = small.llama()
     data = with_values(config_json(model.config), {("hidden_size",): 33})
-    with pytest.raises(ValueError, match="the class does not build its own config"):
+    said = r"the class does not build its own config: .*\(33\) is not a multiple of"
+    with pytest.raises(UnsupportedModelError, match=said):
         probe.Study(Builder(model), depth.Depth(data), {})
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_pruning as tp
 import transformers as hf
+from masked import masked_difference
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
@@ -21,7 +22,6 @@ from tp_hf_config.forward.inputs import example_inputs, second_sample
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal, without_data
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.twin.masked_check import masked_difference
 from tp_hf_config.twin.tiny.random_weights import randomise
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 

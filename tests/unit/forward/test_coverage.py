@@ -12,7 +12,8 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
-from tp_hf_config.forward.coverage import unreached_by, working_inputs
+from tp_hf_config.forward.coverage import forward_error, unreached_by, working_inputs
+from tp_hf_config.forward.head_splits import splits_with
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.twin.layout import TensorDim
 from tp_hf_config.twin.tiny.random_weights import randomise
@@ -25,6 +26,20 @@ _LAYER: dict[str, Any] = {
     "num_attention_heads": 2,
 }
 _TEXT = {**_LAYER, "vocab_size": 40, "max_position_embeddings": 64, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), TimeoutError("time is up")])
+def test_want_of_time_or_memory_is_no_error_of_the_class(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise error
+
+    model = small.bert()
+    monkeypatch.setattr(type(model), "forward", stopped)
+    for run in (forward_error, splits_with):
+        with pytest.raises(type(error)):
+            run(model, {})
 
 
 def _longformer() -> hf.PreTrainedModel:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 import transformers as hf
+from masked import masked_difference
 from torch import Tensor, nn
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 
@@ -27,7 +28,6 @@ from tp_hf_config.model.config_json import config_json
 from tp_hf_config.pipeline.trial import subject
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
 from tp_hf_config.twin.links import Links
-from tp_hf_config.twin.masked_check import masked_difference
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 from tp_hf_config.twin.twin_test import TwinTest
 

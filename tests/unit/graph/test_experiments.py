@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import torch_pruning as tp
 import transformers as hf
 import zoo
 from memories import forget
+from transformers import pytorch_utils
 from transformers.models.llama import modeling_llama
 
-from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, plan, prunable, pruner_kwargs
 from tp_hf_config.fieldmap import learn_field_map
 from tp_hf_config.fieldmap.depth import Depth
 from tp_hf_config.forward.run_recipe import RunRecipe
@@ -52,18 +56,90 @@ def without_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mode",
-    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
-    ids=["no_grad", "inference_mode", "autocast"],
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "device"],
 )
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_modes_around_a_call_change_nothing(
     name: str, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = zoo.build(name)
     forget(monkeypatch)
-    wanted = prunable(zoo.build(name)).to_dict()
+    wanted = prunable(model).to_dict()
     forget(monkeypatch)
     with mode():
-        assert prunable(zoo.build(name)).to_dict() == wanted
+        assert prunable(model).to_dict() == wanted
+
+
+def test_nor_do_they_for_the_experiments_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many heads of Mamba 2 share states is seen at another number than the tiny model's."""
+    forget(monkeypatch)
+    sizes = {"hidden_size": 128, "num_heads": 16, "head_dim": 16, "state_size": 16, "n_groups": 4}
+    config = hf.Mamba2Config(num_hidden_layers=1, vocab_size=60, chunk_size=8, **sizes)
+    with torch.no_grad():
+        widths = prunable(config, model_class=hf.Mamba2ForCausalLM).widths
+    (width,) = [width for width in widths if width.name == "head_dim + hidden_size"]
+    assert [group.count.channel_groups for group in width.groups] == [1, 8]
+
+
+def test_threads_learn_one_class_one_after_the_other(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = prunable(small.llama()).widths
+    forget(monkeypatch)
+    monkeypatch.setenv(VARIABLE, str(cache.with_name("other")))
+    own = torch.autocast, hf.LlamaConfig.__getattribute__, torch.get_default_dtype()
+    learned = []
+    learn = learn_field_map.learn
+    monkeypatch.setattr(
+        learn_field_map,
+        "learn",
+        lambda *given, **named: learned.append(learn(*given, **named)) or learned[-1],
+    )
+    configs = [small.llama(intermediate_size=64 + 8 * (n // 2)).config for n in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(
+            pool.map(lambda config: prunable(config, model_class=hf.LlamaForCausalLM), configs)
+        )
+    assert own == (torch.autocast, hf.LlamaConfig.__getattribute__, torch.get_default_dtype())
+    assert not pytorch_utils.is_torchdynamo_compiling()
+    assert found[0].widths == wanted
+    assert {width.reason for one in found for width in one.widths} == {
+        width.reason for width in wanted
+    }
+    assert len(learned) == 3
+    assert all(one.values for one in learned)
+
+
+def test_a_map_without_widths_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = learn_field_map.learn
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            learn_field_map,
+            "learn",
+            lambda *given: dataclasses.replace(learn(*given), values={}, ratio_partners={}),
+        )
+        with pytest.raises(UnsupportedModelError, match="no field of"):
+            prunable(small.llama())
+    forget(monkeypatch)
+    assert any(width.reason is None for width in prunable(small.llama()).widths)
+
+
+def test_what_experiments_found_goes_with_the_field_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+    field_map = learn_field_map.map_of(small.llama())
+    experiments.experiments_of(field_map)
+    learn_field_map._learned.clear()  # which keeps the last few, as the next one does
+    tiny_model._built.clear()
+    gone = weakref.ref(field_map)
+    del field_map
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "swin", "wav2vec2"])
@@ -137,7 +213,7 @@ def test_a_field_by_itself_has_the_groups_that_all_experiments_give_it(
     every = widths_of(model, learned)
     alone = 0
     for width in every:
-        monkeypatch.setattr(experiments, "_experiments", weakref.WeakKeyDictionary())
+        learned.remembered.clear()
         if len(width.fields) > 1:
             continue
         asked = widths_of(model, learned, fields=width.fields)
@@ -171,6 +247,7 @@ def test_a_field_as_wide_as_another_is_proved_without_the_rest(
         small.llama(hidden_size=32, intermediate_size=32, vocab_size=32)
     )
     every = experiments.experiments_of(learned).findings
+    learned.remembered.clear()
     forget(monkeypatch)
     monkeypatch.setattr(experiments, "find_groups", never)
     asked = experiments.experiments_of(learned, fields=(("intermediate_size",),))
@@ -361,6 +438,53 @@ class TestDigest:
         else:
             monkeypatch.setattr(modeling_llama, name, lambda q, k, *_: (q, k))
         assert self.digest(model) != before
+
+    @pytest.mark.parametrize(
+        "pair",
+        [
+            (lambda q, k, *_: (q.roll(0, -1), k), lambda q, k, *_: (q.roll(1, -1), k)),
+            (lambda q, k, *_: (q.abs(), k), lambda q, k, *_: (q.neg(), k)),
+            (lambda q, k, *_: [n in {1, 2} for n in q], lambda q, k, *_: [n in {1, 3} for n in q]),
+            (lambda q, k, *_: (lambda: q + 1)(), lambda q, k, *_: (lambda: q + 2)()),
+            (lambda q, k, step=1: (q.roll(step), k), lambda q, k, step=2: (q.roll(step), k)),
+        ],
+        ids=["constants", "names", "sets", "inner", "defaults"],
+    )
+    def test_it_is_another_for_code_that_differs_in_what_it_names(
+        self, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, digests = small.llama(), set()
+        for replaced in pair:
+            monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", replaced)
+            digests.add(self.digest(model))
+        assert len(digests - {None}) == 2
+
+    def test_it_reads_the_files_of_functions_that_are_imported(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "rolling_helpers.py"
+        monkeypatch.syspath_prepend(tmp_path)
+        code = "def _by(): return 0\ndef rolled(q, k, *_): return q.roll(_by()), k\n"
+        file.write_text(code)
+        helpers = importlib.import_module(file.stem)
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", helpers.rolled)
+        model = small.llama()
+        before = self.digest(model)
+        assert before is not None
+        file.write_text(code.replace("0", "1"))
+        assert self.digest(model) != before
+        file.unlink()
+        assert self.digest(model) is None
+
+    def test_it_is_the_same_in_every_process(self) -> None:
+        code = """
+            import transformers as hf
+            from tp_hf_config.model.build import Builder, without_data
+            from tp_hf_config.model.class_digest import class_digest
+            model = without_data(hf.LlamaForCausalLM, hf.LlamaConfig(num_hidden_layers=1))
+            print(class_digest(Builder(model), model))
+            """
+        assert len({small.python(code) for _ in range(2)}) == 1
 
     def test_a_class_that_was_typed_has_none(self) -> None:
         typed: dict[str, Any] = {"hf": hf, "__name__": "nowhere"}

@@ -423,3 +423,16 @@ def test_heads_stay_whole_where_their_dims_could_change_places() -> None:
     group = TinyGroup((heads,), dims, (heads, heads), 2, 1)
     tiny: Any = SimpleNamespace(field_map=known)
     assert _finest(tiny, group) is group
+
+
+def test_a_unit_s_parameters_are_what_the_model_loses_with_it() -> None:
+    """Queries, keys and values lie in one dimension of Phi-3's projection, each by a layout."""
+    config = hf.Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0)
+    model = hf.Phi3ForCausalLM(config)
+    (width,) = (w for w in prunable(model).widths if w.name.startswith("num_key_value_heads +"))
+    before = model.num_parameters()
+    given = pruner_kwargs(model, prune=(), gqa="group", head_pruning_ratio=0.5)
+    importance = tp.importance.MagnitudeImportance()
+    tp.pruner.MetaPruner(model, **given, importance=importance, hooks=[HFConfigSyncHook()]).step()
+    assert model.config.num_key_value_heads == width.units - 1 == 1
+    assert before - model.num_parameters() == width.parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def test_a_number_follows_where_a_holder_of_the_model_has_it_from_the_config() -
         assert report.attributes[-2:] == [f"{prefix}1.width", f"{prefix}1.both"]
         assert model[0].longest == 32
         assert report.notes == [outside(f"{prefix}0.longest", "Encoder", 32, 24)]
+
+
+def test_a_module_that_is_pruned_is_followed_though_it_was_frozen() -> None:
+    """``gc.freeze()``, as before a fork, hides what is alive from a search for modules."""
+    model = Embedder(small.bert())
+    gc.freeze()
+    try:
+        report = step(model, "hidden_size")
+    finally:
+        gc.unfreeze()
+    assert (model[1].width, model[1].both) == (24, 72)
+    assert report.attributes[-2:] == ["1.width", "1.both"]
 
 
 def test_widths_that_are_not_said_outside_leave_it_alone() -> None:

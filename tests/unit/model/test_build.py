@@ -60,6 +60,48 @@ def test_a_build_is_in_eval_mode() -> None:
     assert built.down[0].seen is False
 
 
+class Keywords(Numbered):
+    """Makes positions from keyword arguments alone, as RT-DETR makes anchors."""
+
+    def __init__(self, config: hf.LlamaConfig):
+        super().__init__(config)
+        positions = torch.arange(end=config.hidden_size, device="cpu")
+        self.register_buffer("scaled", positions * torch.tensor(data=2, device="cpu"))
+
+
+def test_positions_made_of_keywords_are_positions() -> None:
+    builder = Builder(Keywords(hf.LlamaConfig(hidden_size=8, num_attention_heads=2)))
+    built: Any = builder.build({"hidden_size": 20, "num_attention_heads": 2})
+    assert not isinstance(built, Refusal)
+    assert built.scaled.tolist() == list(range(0, 40, 2))
+
+
+def test_an_inference_mode_around_a_build_stays_outside() -> None:
+    builder = Builder(Numbered(hf.LlamaConfig(hidden_size=8, num_attention_heads=2)))
+    data = {"hidden_size": 20, "num_attention_heads": 2}
+    with torch.inference_mode():
+        builds = [
+            builder.build(data),
+            builder.build(data, buffers=True),
+            builder.build_real(data),
+            builder.build_unfilled(data),
+        ]
+    for built in builds:
+        assert not isinstance(built, Refusal)
+        assert not any(one.is_inference() for one in (*built.parameters(), *built.buffers()))
+
+
+def test_a_default_device_is_not_where_buffers_and_initial_values_go() -> None:
+    builder = Builder(Numbered(hf.LlamaConfig(hidden_size=8, num_attention_heads=2)))
+    data = {"hidden_size": 20, "num_attention_heads": 2}
+    with torch.device("meta"):
+        with_buffers: Any = builder.build(data, buffers=True)
+        real: Any = builder.build_real(data)
+    assert not with_buffers.decay.is_meta
+    assert not real.decay.is_meta
+    assert not real.up.weight.is_meta
+
+
 class WithTable(Numbered):
     """Keeps a table beside a layer: of random values, or made of the layer's weights."""
 

@@ -6,16 +6,26 @@ import hashlib
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
-from tp_hf_config.model import disk_cache
+from tp_hf_config.model import disk_cache, shortage
+from tp_hf_config.model.build import Builder, Refusal
+from tp_hf_config.model.config_json import config_json
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
 
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
 VALUE = {
     "dims": (TensorDim("a.weight", 1, UnitLayout(parts=2)),),
     "share": Fraction(2, 3),
@@ -93,6 +103,40 @@ def test_it_can_be_suspended(place: Path) -> None:
     with disk_cache.suspended():
         assert disk_cache.load("key") is None
     assert disk_cache.load("key") == VALUE
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "kept"),
+    [
+        (ValueError("no such width"), False, True),
+        (
+            RuntimeError(
+                "[..] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            False,
+            False,
+        ),
+        (MemoryError(), True, True),
+        (TimeoutError("time is up"), True, True),
+    ],
+)
+def test_want_of_time_or_memory_is_no_answer_to_keep(
+    error: Exception, raised: bool, kept: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shortage, "_noted", False)
+
+    def refuse(*_: Any) -> None:
+        raise error
+
+    model = hf.LlamaModel(hf.LlamaConfig(**{**SIZES, "vocab_size": 9}))
+    builder = Builder(model)
+    monkeypatch.setattr(hf.LlamaModel, "__init__", refuse)
+    with pytest.raises(type(error)) if raised else nullcontext():
+        refusal = builder.build(config_json(model.config))
+        assert isinstance(refusal, Refusal)
+        assert refusal.reason == str(error)
+    disk_cache.store("key", 2)
+    assert disk_cache.load("key") == (2 if kept else None)
 
 
 def test_it_lies_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from tp_hf_config.forward.head_splits import observe
 from tp_hf_config.model import meta_run
 from tp_hf_config.model.build import Refusal, without_data
+from tp_hf_config.model.class_caches import without_caches
 from tp_hf_config.model.meta_run import KnownShapes, NoValues, RealNumbers
 
 META = torch.device("meta")
@@ -177,6 +178,31 @@ class TestNoValues:
             assert not torch.tensor(False)
             assert 3 in torch.tensor([3])
             assert torch.tensor([2, 5]).tolist() == [2, 5]
+
+    @pytest.mark.parametrize("patches", [34, 40])
+    def test_nothing_stays_in_the_caches_of_classes(self, patches: int) -> None:
+        """BEiT keeps how far patches are apart; of so many a pass without data has no numbers."""
+        config = hf.BeitConfig(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=2 * patches,
+            patch_size=2,
+            use_relative_position_bias=True,
+        )
+        torch.manual_seed(0)
+        model = hf.BeitModel(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias_table"):
+                nn.init.normal_(parameter)
+        without = without_data(hf.BeitModel, config)
+        assert observe(without).ended
+        pixels = torch.randn(1, 3, 2 * patches, 2 * patches)
+        with torch.no_grad():
+            with without_caches():
+                expected = model(pixels).last_hidden_state
+            assert torch.equal(model(pixels).last_hidden_state, expected)
 
 
 def test_experts_that_the_router_chooses_are_all_seen() -> None:

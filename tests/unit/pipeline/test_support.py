@@ -15,6 +15,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 import zoo
+from masked import masked_difference
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -22,7 +23,6 @@ from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs,
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.pipeline.trial import reloaded, save
-from tp_hf_config.twin.masked_check import masked_difference
 
 # One type for each mechanism: grouped heads, fused layers, Conv1D, experts, latent attention,
 # relative positions, tied weights, heads with the hidden size, convolutions, images

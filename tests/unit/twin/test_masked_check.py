@@ -6,10 +6,9 @@ import copy
 from typing import Any
 
 import torch
+from masked import masked_difference
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-
-from tp_hf_config.twin.masked_check import masked_difference
 
 
 class FrozenBatchNorm(nn.Module):

@@ -10,6 +10,7 @@ import small
 import torch
 import torch_pruning as tp
 import transformers as hf
+from masked import masked_difference
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
@@ -22,7 +23,6 @@ from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.masked_check import masked_difference
 from tp_hf_config.twin.tiny.random_weights import randomise
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 

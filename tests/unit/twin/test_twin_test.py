@@ -535,6 +535,14 @@ def test_numbers_that_become_undefined_are_a_change():
     assert test._change(old, torch.tensor([torch.nan, 1.0, 2.0]), range(HIDDEN), {}) == torch.inf
 
 
+def test_nothing_is_proved_where_no_output_depends_on_parameters():
+    model = ready(Stream())
+    with torch.no_grad():
+        test = TwinTest(model, ids(), HIDDEN)
+    assert not test.base
+    assert not test.proves(stream_dims(), mixed(HIDDEN))
+
+
 def test_nothing_changes_in_the_same_order():
     test = TwinTest(ready(Stream()), ids(), INNER)
     assert test.permutation_error(ffn_dims(0), range(INNER)) == 0.0
