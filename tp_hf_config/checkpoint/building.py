@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_AUTO_MODELS = ("AutoModel", "AutoBackbone")  # how the names of what makes models begin
 _EXTRA_MODULES = 4096  # modules that every build may have
 _MODULES_PER_TENSOR = 8  # modules that it may have besides, per tensor of the weights
 _KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation")
@@ -137,13 +138,13 @@ def _config_class(
 def own_reference(data: Mapping[str, Any]) -> str | None:
     """Return where ``auto_map`` says that the model's class is in the folder's own code.
 
-    It is the class that ``architectures`` names, else the first that is no config.
+    It is the class that ``architectures`` names, else the first that is a model's.
     """
     remote = data.get("auto_map")
     references = [
         reference
         for auto, reference in (remote.items() if isinstance(remote, dict) else ())
-        if auto != "AutoConfig" and isinstance(reference, str)
+        if auto.startswith(_AUTO_MODELS) and isinstance(reference, str)
     ]
     named = data.get("architectures") or ()
     own = (one for one in references if one.rpartition(".")[2] in named)

@@ -15,7 +15,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from tp_hf_config import CheckpointError, check_checkpoint
-from tp_hf_config.checkpoint.building import Classes
+from tp_hf_config.checkpoint.building import Classes, own_reference
 from tp_hf_config.checkpoint.large import too_large
 from tp_hf_config.cli import check as command
 
@@ -479,3 +479,12 @@ def test_the_command(tmp_path: Path):
     folders.edit(folder, architectures=None)
     assert command_of(str(folder)).code == 2
     assert outcome.data["causes"][0]["holds"] == 96
+
+
+def test_the_class_of_a_folder_with_code_is_a_model() -> None:
+    """Not the processor's, which may stand first."""
+    code = {"AutoConfig": "a.Config", "AutoProcessor": "b.Processor", "AutoModel": "a.Model"}
+    assert own_reference({"auto_map": code}) == "a.Model"
+    code["AutoModelForCausalLM"] = "a.Writer"
+    assert own_reference({"auto_map": code, "architectures": ["Writer"]}) == "a.Writer"
+    assert own_reference({"auto_map": {"AutoProcessor": "b.Processor"}}) is None
