@@ -321,11 +321,15 @@ def test_tied_tensors_that_differ_in_the_files(tmp_path: Path):
 
 
 def test_no_quantisation(tmp_path: Path):
-    """What is null in config.json is not there."""
+    """What is null in config.json is not there; Transformers 4 does not load such a folder."""
     folder = folders.saved("llama", tmp_path)
     data = {**folders.config_of(folder), "quantization_config": None}
     (folder / "config.json").write_text(json.dumps(data))
-    assert check_checkpoint(folder).sound is True
+    report = check_checkpoint(folder)
+    if small.TRANSFORMERS >= (5,):
+        assert report.sound is True
+    else:
+        assert "LlamaConfig refuses config.json: 'NoneType' object has no" in str(report)
 
 
 def test_a_config_that_the_class_refuses(tmp_path: Path):
