@@ -6,9 +6,9 @@ layers, and loaded again in another, all with limits of time and memory.  ``--co
 totals in the README.
 
 A row says which state of the code it is of: of what a measurement runs, not the command line or
-exports.  Rows of this state, in the table or in ``.support/``
-where finished pairs lie, are not measured again, so a run may be stopped at any time, or after
-``--minutes``, and the next one goes on.  Rows of other states stay in the table until then.
+exports.  Rows of this state, in the table or in ``.support/`` where finished pairs lie, are not
+measured again, so a run may be stopped at any time, or after ``--minutes``, and the next one goes
+on.  Rows of other states stay in the table until then.
 
 With ``--longer``, pairs that do not end in ``--seconds`` are measured once more, with so many
 (those that did not end in the table either, at once).  Their rows tell what can be pruned; the

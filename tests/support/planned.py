@@ -1,4 +1,4 @@
-"""Plans that are carried out, and a class that takes no less than some width."""
+"""Plans that are carried out, what a step cuts, and a class that takes no less than some width."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import (
-    HFConfigSyncHook,
-    Plan,
-)
+from tp_hf_config import CutList, HFConfigSyncHook, Plan, pruner_kwargs
 
 SMOLLM2 = hf.LlamaConfig(
     vocab_size=49152,
@@ -42,6 +39,19 @@ def pruned(model: Any, plan: Plan) -> list[dict[str, Any]]:
         assert told == [line for line in plan.adjusted if line.startswith(f"step {number}: ")]
         after.append({name: getattr(model.config, name) for name in plan.values})
     return after
+
+
+def cuts_of(model: Any, **settings: Any) -> CutList:
+    """Prune a quarter of a model's widths, or what the settings say, at random; what was cut."""
+    hook = HFConfigSyncHook()
+    tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, **{"pruning_ratio": 0.25, **settings}),
+        importance=tp.importance.RandomImportance(),
+        hooks=[hook],
+    ).step()
+    assert hook.cuts is not None
+    return hook.cuts
 
 
 def steps(plan: Plan) -> list[dict[str, int]]:

@@ -120,11 +120,13 @@ def _hidden_fields(task: Task, structure: Structure) -> tuple[str, ...]:
 def _structure_changes(task: Task, start: Start, structure: Structure) -> tuple[FieldChange, ...]:
     """Return the changes of layer counts and settings, with what config.json says of them."""
     full = every_default(task.classes, start.data)
-    return tuple(
-        FieldChange(*_config_value(task, path), holds, value_in(full, path))
-        for path in structure.changes
-        if (holds := value_in(structure.data, path)) != _config_value(task, path)[1]
-    )
+    changes: list[FieldChange] = []
+    for path in structure.changes:
+        name, says = _config_value(task, path)
+        holds = value_in(structure.data, path)
+        if holds != says:
+            changes.append(FieldChange(name, says, holds, value_in(full, path)))
+    return tuple(changes)
 
 
 def _config_value(task: Task, path: FieldPath) -> tuple[FieldPath, Any]:

@@ -460,14 +460,18 @@ class TestFaults:
             assert errors.startswith(f"tp-hf-config prunable: {tmp_path / name}: {message}")
             assert "Traceback" not in errors
 
-    def test_code_runs_only_when_told_to(
-        self, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.fixture
+    def own_code(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+        """A folder whose class is code in it, and a file that is there once the code has run."""
         monkeypatch.setattr(
             "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache")
         )
         folder, ran = tmp_path / "own", tmp_path / "ran"
         folders.with_code(folders.save("llama-gqa", folder), ran)
+        return folder, ran
+
+    def test_code_runs_only_when_told_to(self, capsys: Any, own_code: tuple[Path, Path]) -> None:
+        folder, ran = own_code
         code, _, errors = shell(capsys, "prunable", folder)
         assert code == 1
         assert errors == (
@@ -480,15 +484,9 @@ class TestFaults:
         assert (code, out.splitlines()[0]) == (0, "Own")
         assert ran.exists()
 
-    def test_what_is_not_judged(
-        self, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_is_not_judged(self, capsys: Any, own_code: tuple[Path, Path]) -> None:
         """Could not tell; what is refused by other commands is 1."""
-        monkeypatch.setattr(
-            "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache")
-        )
-        folder, ran = tmp_path / "own", tmp_path / "ran"
-        folders.with_code(folders.save("llama-gqa", folder), ran)
+        folder, ran = own_code
         for command, expected in (("check", 2), ("repair", 1)):
             code, out, errors = shell(capsys, command, folder)
             assert (code, out) == (expected, "")

@@ -15,11 +15,11 @@ from typing import Any
 
 import model_folders as folders
 import pytest
-import torch_pruning as tp
 import zoo
+from planned import cuts_of
 from shell import shell
 
-from tp_hf_config import HFConfigSyncHook, apply_cuts, pruner_kwargs
+from tp_hf_config import apply_cuts
 from tp_hf_config.checkpoint import lazy_weights
 from tp_hf_config.checkpoint.writing import locked, write_whole
 from tp_hf_config.errors import CheckpointError, PipelineError
@@ -519,16 +519,7 @@ class TestFromTheShell:
 class TestApplyCuts:
     @pytest.fixture
     def cuts(self) -> Any:
-        model: Any = zoo.build("llama")
-        hook = HFConfigSyncHook()
-        pruner = tp.pruner.MetaPruner(
-            model,
-            **pruner_kwargs(model, pruning_ratio=0.25),
-            importance=tp.importance.RandomImportance(),
-            hooks=[hook],
-        )
-        pruner.step()
-        return hook.cuts
+        return cuts_of(zoo.build("llama"))
 
     def test_goes_on(self, cuts: Any, tmp_path: Path, monkeypatch: Patch) -> None:
         folder, out = tmp_path / "model", tmp_path / "out"

@@ -10,11 +10,11 @@ from typing import Any
 import model_folders as folders
 import pytest
 import torch
-import torch_pruning as tp
 import zoo
+from planned import cuts_of
 from safetensors.torch import load_file, save_file
 
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, apply_cuts, pruner_kwargs
+from tp_hf_config import UnsupportedModelError, apply_cuts
 from tp_hf_config.checkpoint import lazy_weights, loading, scratch
 from tp_hf_config.errors import PipelineError, TPHFConfigError
 from tp_hf_config.model.lazy_tensor import LazyTensor
@@ -204,38 +204,21 @@ def test_weights_that_are_no_safetensors_are_loaded_whole(
 def test_a_cut_list_is_carried_out(name: str, tmp_path: Path) -> None:
     folder = saved(name, tmp_path / "model", max_shard_size="200KB")
     model: Any = zoo.build(name)
-    hook = HFConfigSyncHook()
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model, pruning_ratio=0.25),
-        importance=tp.importance.RandomImportance(),
-        hooks=[hook],
-    )
-    pruner.step()
-    assert hook.cuts is not None
-    hook.cuts.save(tmp_path / "cuts.safetensors")
+    cuts = cuts_of(model)
+    cuts.save(tmp_path / "cuts.safetensors")
     out = apply_cuts(folder, tmp_path / "cuts.safetensors", tmp_path / "streamed")
     assert out == tmp_path / "streamed"
     model.save_pretrained(tmp_path / "whole")
     assert_same_bytes(tmp_path)
     with pytest.raises(UnsupportedModelError, match="starts from a config with"):
-        apply_cuts(out, hook.cuts, tmp_path / "again")
+        apply_cuts(out, cuts, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
 class TestACutListOfOtherTensors:
     @pytest.fixture
     def cuts(self) -> Any:
-        model = zoo.build("llama")
-        hook = HFConfigSyncHook()
-        pruner = tp.pruner.MetaPruner(
-            model,
-            **pruner_kwargs(model, prune="intermediate_size", pruning_ratio=0.25),
-            importance=tp.importance.GroupMagnitudeImportance(),
-            hooks=[hook],
-        )
-        pruner.step()
-        return hook.cuts
+        return cuts_of(zoo.build("llama"), prune="intermediate_size")
 
     def edited(self, folder: Path, gone: str | None = None, more: str | None = None) -> Path:
         file = saved("llama", folder) / "model.safetensors"
