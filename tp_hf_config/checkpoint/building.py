@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_AUTO_MODELS = ("AutoModel", "AutoBackbone")  # how the names of what makes models begin
+AUTO_MODELS = ("AutoModel", "AutoBackbone")
+"""How the keys of ``auto_map`` begin that name a model class."""
 _EXTRA_MODULES = 4096  # modules that every build may have
 _MODULES_PER_TENSOR = 8  # modules that it may have besides, per tensor of the weights
 _KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation")
@@ -144,7 +145,7 @@ def own_reference(data: Mapping[str, Any]) -> str | None:
     references = [
         reference
         for auto, reference in (remote.items() if isinstance(remote, dict) else ())
-        if auto.startswith(_AUTO_MODELS) and isinstance(reference, str)
+        if auto.startswith(AUTO_MODELS) and isinstance(reference, str)
     ]
     named = data.get("architectures") or ()
     own = (one for one in references if one.rpartition(".")[2] in named)

@@ -210,15 +210,18 @@ def path(text: str) -> Path:
 
 def share(text: str) -> float:
     """Parse a share above 0 and below 1: ``0.2``, ``1/5``, ``20%``."""
+    digits = text.removesuffix("%")
     try:
-        value = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        number = Fraction(digits) if "/" in digits else float(digits)
+        if 0 < number <= 100:  # Fraction writes 1e999999999 out, digit by digit
+            number = Fraction(digits) / (100 if text.endswith("%") else 1)
     except (ValueError, ZeroDivisionError):
         raise _wrong(text, "a share such as 0.2, 1/5 or 20%") from None
-    if value == 0:
+    if number == 0:
         raise argparse.ArgumentTypeError("0 prunes nothing: expected a share such as 0.2")
-    if not 0 < value < 1:
+    if not 0 < number < 1:
         raise _wrong(text, "a share between 0 and 1")
-    return float(value)
+    return float(number)
 
 
 def names(text: str) -> tuple[str, ...]:

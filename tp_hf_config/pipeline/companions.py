@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.building import entries
+from ..checkpoint.building import AUTO_MODELS, entries
 from ..errors import PipelineError
 from ..model.config_json import field_name
 from .source import Source, tokenizer_of
@@ -123,7 +123,7 @@ def code_files(config: PreTrainedConfig) -> set[str]:
     return {
         f"{reference.rpartition('--')[2].partition('.')[0]}.py"  # "us/model--file.Class"
         for auto, reference in (getattr(config, "auto_map", None) or {}).items()
-        if auto.startswith(("AutoConfig", "AutoModel"))
+        if auto.startswith(("AutoConfig", *AUTO_MODELS))
     }
 
 

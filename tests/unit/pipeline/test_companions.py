@@ -83,11 +83,12 @@ def test_the_files_of_a_models_own_class() -> None:
     auto_map = {
         "AutoConfig": "us/model--configuration_own.OwnConfig",
         "AutoModelForCausalLM": "modeling_own.Own",
+        "AutoBackbone": "backbone_own.Own",
         "AutoProcessor": "processing_own.Own",
         "AutoTokenizer": ["tokenization_own.Own", None],
     }
     config = transformers.LlamaConfig(auto_map=auto_map)
-    assert code_files(config) == {"configuration_own.py", "modeling_own.py"}
+    assert code_files(config) == {"configuration_own.py", "modeling_own.py", "backbone_own.py"}
     assert code_files(transformers.LlamaConfig()) == set()
 
 
