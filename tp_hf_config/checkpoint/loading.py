@@ -7,6 +7,7 @@ tensors, ties, keys that a class ignores), on tensors without data.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,9 +21,23 @@ from .headers import Stored
 from .words import short
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 MAJOR = int(version("transformers").partition(".")[0])
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that most of a model's weights have, with which it has to be loaded.
+
+    Transformers takes that of the first weight, which a class may keep in float32 (BLIP-2's
+    queries).
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            sizes[weight.dtype] += weight.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.get_default_dtype())
 
 
 @dataclass(frozen=True)

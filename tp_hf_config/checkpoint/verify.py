@@ -29,6 +29,7 @@ from ..model.meta_run import RealNumbers
 from . import child
 from .building import build, entries, own_reference
 from .check import SolvableFolder, check_tensors, read_folder, solvable_folder
+from .loading import main_dtype
 from .reports import Difference, RoundtripReport
 from .words import and_more, number, short
 
@@ -239,7 +240,7 @@ def _class_name(model_class: type) -> tuple[str, str]:
 
 def _options(model: PreTrainedModel) -> dict[str, Any]:
     """Return the ``from_pretrained`` options that give the live model's dtype and kernels."""
-    options: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
+    options: dict[str, Any] = {"dtype": str(main_dtype(model)).removeprefix("torch.")}
     attention = getattr(model.config, "_attn_implementation", None)
     experts = getattr(model.config, "_experts_implementation", None)
     options.update({"attn_implementation": attention} if isinstance(attention, str) else {})

@@ -20,7 +20,8 @@ from .output import check_savable, check_target, save_model
 from .record import record
 from .resumable import resumable_folder
 from .roundtrip import prove_roundtrip
-from .source import check_not_quantised, class_for, config_of, find_source, load_lazily
+from .source import class_for, config_of, find_source, load_lazily
+from .source_checks import check_source
 from .streaming import why_not_read_lazily
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def apply_cuts(
     if reason is not None:
         raise PipelineError(f"{source.name}: {reason}")
     config = config_of(source)
-    check_not_quantised(source, config)
+    check_source(source, config)
     whole, notes = load_lazily(source, config, class_for(source, config), complete=True)
     for note in notes:
         warnings.warn(note, stacklevel=2)

@@ -116,7 +116,13 @@ def base_model(source: Source) -> str:
     """Return the unpruned model's name, never a path: a Hub id, or a folder's or file's name."""
     if source.gguf is not None:
         return Path(source.gguf).stem
-    return source.place if source.folder is None else source.folder.resolve().name
+    if source.folder is None:
+        return source.place
+    folder = source.folder.resolve()
+    cached = folder.parent.parent.name  # models--owner--name/snapshots/commit
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _metadata(source: Source) -> dict[str, Any]:

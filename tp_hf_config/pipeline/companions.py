@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.building import AUTO_MODELS, entries
+from ..checkpoint.folder import CONFIG
 from ..errors import PipelineError
 from ..model.config_json import field_name
 from .source import Source, tokenizer_of
@@ -22,8 +23,17 @@ LICENCES = ("LICENSE*", "NOTICE*")
 """The files that go with a model in any form."""
 _BELONG = (
     "tokenizer*",
+    "*tokenizer/*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "alphabet.json",
+    "language_model/attrs.json",
+    "language_model/unigrams.txt",
+    "language_model/*.arpa",
+    "language_model/*.bin",
+    "speaker_embeddings*",
+    "speaker_embeddings/*",
+    "speaker_embeddings/*/*",
     "audio_tokenizer_config.json",
     "vocab*",
     "merges.txt",
@@ -60,10 +70,12 @@ class Copied:
     Attributes:
         files: the files that were copied.
         not_copied: the other files, without weights, hidden files and files that are written anew.
+        notes: what else the user should know.
     """
 
     files: tuple[str, ...]
     not_copied: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def copy_companions(
@@ -75,7 +87,8 @@ def copy_companions(
     """Copy a model's tokenizer, processor, chat template, licence and trusted code into ``out``.
 
     Follow a link only if it leads into the model's folder or the Hub's cache. Of a GGUF file,
-    write the tokenizer alone.  Do not overwrite files in ``out``.
+    write the tokenizer alone.  Do not overwrite files in ``out``, but for its config.json: code
+    that it names and that does not go along is named no more.
 
     Args:
         source: the model.
@@ -84,12 +97,8 @@ def copy_companions(
         without: names of files that do not go along.
     """
     if source.gguf is not None:
-        if wanted == LICENCES:
-            return Copied(())
-        return Copied(
-            tuple(sorted(Path(f).name for f in tokenizer_of(source).save_pretrained(out)))
-        )
-    folder = source.folder or _snapshot(source)
+        return Copied(()) if wanted == LICENCES else _tokenizer_in_file(source, out)
+    folder = (source.folder or _snapshot(source)).resolve()
     if source.trust_remote_code and wanted != LICENCES:
         wanted = (*wanted, _CODE)
     roots = [folder.resolve()]
@@ -106,16 +115,57 @@ def copy_companions(
         if not inside or name in without or not _matches(name, wanted):
             not_copied.append(name)
             continue
-        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / name)
         copied.append(name)
+    _forget_missing_code(out / CONFIG)
     return Copied(tuple(copied), tuple(not_copied))
 
 
-def companion_files(source: Source) -> list[Path]:
-    """Return the files of a model's folder, not of those in it, that go with the model."""
+def fetch_companions(source: Source) -> None:
+    """Download what :func:`copy_companions` copies of a Hub model, and do nothing for others.
+
+    Raises:
+        PipelineError: it cannot be downloaded.
+    """
+    if source.folder is None:
+        _snapshot(source)
+
+
+def companion_files(source: Source) -> list[str]:
+    """Return the names of the files in a model's folder that go with the model, with ``/``."""
     wanted = (*_BELONG, _CODE) if source.trust_remote_code else _BELONG
-    return [path for path in sorted(Path(source.place).iterdir()) if _matches(path.name, wanted)]
+    folder = Path(source.place)
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    return [name for name in names if _matches(name, wanted)]
+
+
+def _tokenizer_in_file(source: Source, out: Path) -> Copied:
+    """Write the tokenizer in a GGUF file into ``out``, where Transformers can read it."""
+    try:
+        files = tokenizer_of(source).save_pretrained(out)
+    except PipelineError as error:
+        return Copied((), notes=(f"the result has no tokenizer: {error}",))
+    return Copied(tuple(sorted(Path(file).name for file in files)))
+
+
+def _forget_missing_code(config: Path) -> None:
+    """Remove from a config.json's ``auto_map`` the classes whose code is not in its folder."""
+    data = json.loads(config.read_bytes()) if config.is_file() else {}
+    auto_map = data.get("auto_map") or {}
+    kept = {
+        auto: reference
+        for auto, reference in auto_map.items()
+        if not isinstance(reference, str)
+        or "--" in reference  # it is on the Hub
+        or (config.parent / f"{reference.partition('.')[0]}.py").is_file()
+    }
+    if kept != auto_map:
+        data["auto_map"] = kept
+        if not kept:
+            del data["auto_map"]
+        config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def code_files(config: PreTrainedConfig) -> set[str]:

@@ -20,15 +20,8 @@ from .card import card_of_export
 from .companions import LICENCES, Copied, code_files, copy_companions
 from .exported import FORMATS, Exported, Ready, Request
 from .output import check_savable, check_target, new_folder
-from .source import (
-    check_not_quantised,
-    check_reachable,
-    check_rotary,
-    class_for,
-    config_of,
-    find_source,
-    load,
-)
+from .source import check_reachable, class_for, config_of, find_source, load
+from .source_checks import check_source
 
 if TYPE_CHECKING:
     from .source import Source
@@ -94,8 +87,7 @@ def export(
         check_target(target, source=source.folder, overwrite=overwrite)
         check_reachable(source)
         config = config_of(source)
-        check_not_quantised(source, config)
-        check_rotary(source)
+        check_source(source, config)
         model, notes = load(source, config, class_for(source, config))
     stock = stock_class(type(model)).__name__
     if to != "gguf" and not layer_lists(type(model)):

@@ -27,6 +27,10 @@ Ranking = Literal["local", "global", "isomorphic"]
 Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "taylor", "random"]
 
 
+TEXTS = ("held-out text of the calibration file", "a second text, never calibrated on")
+"""The texts on which perplexity is measured, in words."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What to prune, how, and where to write the result.
@@ -96,11 +100,8 @@ class Job:
         return int(self.widths.get("iterative_steps", 1))
 
 
-def check_job(job: Job) -> str | None:
-    """Check everything about a job that needs no model, and read the calibration text.
-
-    Returns:
-        The text in the calibration file; ``None`` if the job has none.
+def check_job(job: Job) -> None:
+    """Check everything about a job that needs no model.
 
     Raises:
         PipelineError: the text cannot be read, the output folder cannot be written to, or an
@@ -109,17 +110,19 @@ def check_job(job: Job) -> str | None:
     check_target(job.out, source=job.source.folder, overwrite=job.overwrite)
     if not job.resume:
         check_not_unfinished(job.out)
-    if job.calibration is None or job.calibration == "own":
-        return None
-    return _read_text(job.calibration)
+    if isinstance(job.calibration, Path) and not job.calibration.expanduser().is_fifo():
+        calibration_text(job)  # a pipe can be read once
 
 
-def _read_text(path: Path) -> str:
-    """Return the calibration text in a file.
+def calibration_text(job: Job) -> str | None:
+    """Return the text in a job's calibration file; ``None`` if it has none.
 
     Raises:
         PipelineError: the file cannot be read, is not UTF-8 or is empty.
     """
+    path = job.calibration
+    if path is None or path == "own":
+        return None
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -182,11 +185,8 @@ class Pruned:
     @property
     def perplexities(self) -> dict[str, tuple[float, float]]:
         """Return a text in words -> the perplexity on it before and after, for those measured."""
-        measured = {
-            "held-out text of the calibration file": self.perplexity,
-            "a second text, never calibrated on": self.perplexity_second_text,
-        }
-        return {text: values for text, values in measured.items() if values is not None}
+        measured = zip(TEXTS, (self.perplexity, self.perplexity_second_text), strict=True)
+        return {text: values for text, values in measured if values is not None}
 
     def __str__(self) -> str:
         from ..hook.report import in_words  # with torch, which no check of a job needs

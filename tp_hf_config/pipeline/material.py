@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..calibration.batches import HELD_OUT, Text, own_text, second_text, windows_of
 from ..calibration.calibrate import TOKENS, Calibration, calibrate
-from ..errors import UnsupportedModelError
+from ..errors import TPHFConfigError, UnsupportedModelError, in_one_line
 from ..model.build import Refusal
+from ..model.shortage import note_shortage
 from .choice import Choice
 from .job import Job
 from .objective import Objective, batch_of, objective_of, shuffled
@@ -90,7 +91,16 @@ def gather(
             is not finite.
         UnsupportedModelError: the model has no logits, which the job needs.
     """
-    text = _windows(job, choice, model, progress)
+    try:
+        text = _windows(job, choice, model, progress)
+    except TPHFConfigError:
+        raise
+    except Exception as error:  # a class or a tokenizer for more than text may raise anything
+        note_shortage(error)
+        return Refusal(
+            f"{type(model).__name__} cannot be run on windows of text alone "
+            f"({type(error).__name__}: {in_one_line(error)})"
+        )
     objective = objective_of(model, choice.tokenizer, text.train[:1])
     if isinstance(objective, Refusal):
         return objective

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import secrets
 import shutil
@@ -15,6 +16,10 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.building import Classes
+from ..checkpoint.folder import CONFIG
+from ..checkpoint.loading import main_dtype
+from ..checkpoint.rotary import write_for_transformers_4
 from ..checkpoint.writing import flush, locked
 from ..errors import CheckpointError, PipelineError, in_one_line
 
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 _OF_A_MODEL = ("config.json", "model.gguf")
 """A folder with one of these files holds a model."""
+_BUSY = "is being written by another process. Wait for it, or choose another --out"
 _UNFINISHED, _REPLACED = ".unfinished", ".old"
 
 
@@ -61,8 +67,7 @@ def in_use(work: Path) -> AbstractContextManager[None]:
     Raises:
         CheckpointError: another process is writing it.
     """
-    busy = "is being written by another process. Wait for it, or choose another --out"
-    return locked(work, busy, needed=False)
+    return locked(work, _BUSY, needed=False)
 
 
 def put_in_place(work: Path, target: Path, overwrite: bool) -> None:
@@ -77,7 +82,9 @@ def put_in_place(work: Path, target: Path, overwrite: bool) -> None:
         PipelineError: something would be overwritten; it was not there at the start.
     """
     for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
-        flush(path)
+        # some file systems cannot flush a folder
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            flush(path)
     reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
     if reason is not None:
         raise PipelineError(reason)
@@ -89,7 +96,8 @@ def abandoned(target: Path) -> list[str]:
     target = target.expanduser().resolve()
     token, lines = "[0-9a-f]" * 8, []
     for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{token}{_UNFINISHED}")):
-        with suppress(CheckpointError), in_use(path):
+        # where there are no locks, nothing tells it from one that is being written
+        with suppress(CheckpointError), locked(path, _BUSY, needed=True):
             lines.append(f"left by a run that was killed, remove it: rm -r {quote(str(path))}")
     for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{token}{_REPLACED}")):
         lines.append(
@@ -126,6 +134,11 @@ def _why_unwritable(target: Path, overwrite: bool) -> str | None:
         return f"{target}: the folder it is to be in is not there. Make it first: {target.parent}"
     if target.exists() and not target.is_dir():
         return f"{target}: expected a new folder, found a file. Choose another name."
+    if target.is_mount():
+        return (
+            f"{target}: another disk is mounted here, and a complete folder gets its name at the "
+            f"end. Choose a folder inside: {target / 'pruned'}"
+        )
     if not target.exists() or not any(target.iterdir()):
         return None
     if not overwrite:
@@ -209,13 +222,20 @@ def check_savable(model: PreTrainedModel) -> None:
             ) from error
 
 
-def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | None = None) -> None:
+def save_model(
+    model: PreTrainedModel, folder: Path, max_shard_size: str | None = None
+) -> tuple[str, ...]:
     """Write a model's config and weights into a folder.
+
+    The config has the rotary fields that Transformers 4 reads too.
 
     Args:
         model: the model.
         folder: the folder; files of other names in it stay.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
+
+    Returns:
+        What the config cannot say to Transformers 4, and why, one sentence each.
 
     Raises:
         PipelineError: the weights cannot be written.
@@ -227,6 +247,17 @@ def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | None 
     one_by_one = written_one_by_one() if is_lazy(model) else nullcontext()
     with writing_weights(), one_by_one:
         model.save_pretrained(folder, **shards)
+    _correct_dtype(folder / CONFIG, str(main_dtype(model)).removeprefix("torch."))
+    return write_for_transformers_4(folder, Classes(type(model.config), type(model), 0))
+
+
+def _correct_dtype(config: Path, dtype: str) -> None:
+    """Write into a config.json with which dtype its model is to be loaded, if it says another."""
+    data = json.loads(config.read_bytes())
+    name = "torch_dtype" if "torch_dtype" in data else "dtype"  # Transformers 4 and 5
+    if data.get(name, dtype) != dtype:
+        data[name] = dtype
+        config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager

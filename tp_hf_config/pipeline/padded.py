@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.building import Classes
-from ..checkpoint.rotary import write_for_transformers_4
 from ..fieldmap.learn_field_map import map_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, with_values
@@ -39,7 +37,6 @@ def prepare(request: Request) -> Ready | Refusal:
     def write(folder: Path) -> None:
         stock: Any = padded.model
         save_model(stock, folder)
-        write_for_transformers_4(folder, Classes(type(stock.config), type(stock), 0))
         prove_roundtrip(stock, folder, recipe)
 
     stock_model = padded.model

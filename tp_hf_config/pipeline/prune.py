@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint.building import Classes
-from ..checkpoint.rotary import write_for_transformers_4
 from ..forward.run_recipe import RunRecipe
 from ..planning.plan import Plan
 from .card import card
 from .checks import check_device, dtype_of
 from .choice import Choice, choose
-from .companions import Copied, copy_companions, notes_on_uncopied
+from .companions import Copied, copy_companions, fetch_companions, notes_on_uncopied
 from .decided import decided_before
 from .deciding import cut_again, decide, show
-from .job import Job, Pruned, changed, check_job
+from .job import TEXTS, Job, Pruned, calibration_text, changed, check_job
 from .layerwise import layerwise_of
 from .material import Run
 from .output import abandoned, check_savable, new_folder, save_model
@@ -30,7 +28,8 @@ from .progress import Progress, Silent
 from .record import record_of_job
 from .resumable import Work, resumable_folder
 from .roundtrip import Proof, prove_roundtrip
-from .source import check_not_quantised, check_rotary, class_for, config_of, load, load_lazily
+from .source import class_for, config_of, load, load_lazily
+from .source_checks import check_source
 from .streaming import streams
 from .widths import planned
 
@@ -53,13 +52,14 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    text = check_job(job)
+    check_job(job)
+    text = calibration_text(job)
     for line in abandoned(job.out):
         progress.say(line)
     check_device(job.device)
     config = config_of(job.source)
-    check_not_quantised(job.source, config)
-    check_rotary(job.source)
+    check_source(job.source, config)
+    fetch_companions(job.source)
     config.dtype = dtype_of(job.dtype) or config.dtype
     model_class = class_for(job.source, config)
     plan = planned(job, config, model_class)
@@ -145,11 +145,13 @@ def _prune_and_write(
     del run  # free the unpruned model: the process that loads the pruned one needs room
     proof, copied, rotary_notes = _write(job, model, cut.recipe, work.model, progress)
     layerwise = layerwise_of(model)
-    held_out, second = map(_pair, made.before, made.after or (None, None))
+    after = made.after or (None, None)
+    held_out, second = map(_pair, made.before, after)
     notes = [*load_notes, *(widths.notes if isinstance(widths, Plan) else ()), *choice.notes]
     notes += made.dropped.notes if made.dropped else ()
     notes += [note for report in made.reports for note in report.notes]
-    notes += rotary_notes
+    notes += _lost_perplexities(made.before, after)
+    notes += [*rotary_notes, *copied.notes]
     notes += notes_on_uncopied(job.source, copied, changed(made.reports))
     if job.layers == "differ" and layerwise is None:
         notes.append("all layers have the same widths in the end: the class is the stock one")
@@ -181,11 +183,19 @@ def _write(
     Returns:
         The proof, the files that were copied, and notes.
     """
-    save_model(model, work, job.max_shard_size)
-    notes = write_for_transformers_4(work, Classes(type(model.config), type(model), 0))
+    notes = save_model(model, work, job.max_shard_size)
     copied = copy_companions(job.source, work)
     progress.say("a fresh process loads what was written")
     return prove_roundtrip(model, work, recipe), copied, notes
+
+
+def _lost_perplexities(
+    before: Sequence[float | None], after: Sequence[float | None]
+) -> Iterator[str]:
+    """Yield a note on each text of which the pruned model's perplexity is no finite number."""
+    for text, old, new in zip(TEXTS, before, after, strict=True):
+        if old is not None and new is None:
+            yield f"perplexity on {text} was {old:.1f}, and is not finite now: prune less"
 
 
 def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:

@@ -59,7 +59,7 @@ def record(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _files(source: Source) -> Iterator[tuple[str, Any]]:
     """Yield every file that a model is read from, and what tells it from another."""
     folder = Path(source.place)
-    others = [path.name for path in companion_files(source)]
+    others = companion_files(source)
     for name in (CONFIG, "generation_config.json", "README.md", *others):
         if (folder / name).is_file():
             yield name, _digest((folder / name).read_bytes())

@@ -42,7 +42,7 @@ def recover(
     ``what``: what to call it in the progress.
 
     Raises:
-        PipelineError: the loss is not finite.
+        PipelineError: the loss, or a weight afterwards, is not finite.
     """
     objective, teacher = material.objective, material.teacher
     assert teacher is not None  # only then does a job recover
@@ -57,13 +57,20 @@ def recover(
         guess = objective.logits(model, batch).float().log_softmax(-1)
         loss = kl_div(guess, target, log_target=True, reduction="batchmean")
         if not math.isfinite(loss.item()):
-            raise PipelineError(
-                f"{what}: the loss is {loss.item()}. Load the model in float32 (--dtype float32), "
-                "or prune less at a time (--steps)"
-            )
+            raise _diverged(what, f"the loss is {loss.item()}")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():  # by the last update, which no loss has seen
+            raise _diverged(what, f"{name} is not finite")
     model.zero_grad()
+
+
+def _diverged(what: str, how: str) -> PipelineError:
+    return PipelineError(
+        f"{what}: {how}. Load the model in float32 (--dtype float32), or prune less at a time "
+        "(--steps)"
+    )

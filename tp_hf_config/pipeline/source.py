@@ -46,8 +46,11 @@ class Source:
     @property
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments that every ``from_pretrained`` of this model needs."""
-        gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
-        return {"trust_remote_code": self.trust_remote_code, **gguf}
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf is not None:
+            # Transformers looks for a bare name in the working directory first
+            options["gguf_file"] = os.path.abspath(Path(self.place, self.gguf))
+        return options
 
 
 def find_source(name: str, trust_remote_code: bool = False) -> Source:
@@ -136,7 +139,7 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
 
     Raises:
         PipelineError: the class is code that is not trusted or cannot be loaded.
-        UnsupportedModelError: there is no class for this config.
+        UnsupportedModelError: there is no class for this config, or not the one that it names.
     """
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -150,6 +153,12 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
     )
     is_stock = any(hasattr(transformers, name) for name in named)
     goes_first = source.trust_remote_code and str(reference).rpartition(".")[2] in named
+    if named and not is_stock and reference is None:
+        raise UnsupportedModelError(
+            f"{source.name}: Transformers has no class {named[0]}, which config.json names "
+            "(architectures), so parts of the model would be random or lost. Name the class there "
+            "that the weights are for"
+        )
     if reference is None or (is_stock and not goes_first):
         return class_of(config)
     if not source.trust_remote_code:
@@ -267,42 +276,6 @@ def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
         for kind, what in kinds.items()
         if info[kind]
     )
-
-
-def check_not_quantised(source: Source, config: PreTrainedConfig) -> None:
-    """Raise if the weights are packed, before they are read.
-
-    Raises:
-        UnsupportedModelError: the config says that the weights are quantised.
-    """
-    packed = getattr(config, "quantization_config", None)
-    if packed is not None and source.gguf is None:
-        method = packed.get("quant_method") if isinstance(packed, dict) else None
-        raise UnsupportedModelError(
-            f"{source.name} is quantised ({method or 'method unknown'}): packed weights cannot be "
-            "pruned. Prune the float16, bfloat16 or float32 model that it was made of, and "
-            "quantise the result."
-        )
-
-
-def check_rotary(source: Source) -> None:
-    """Raise if the installed Transformers would ignore the rotary embeddings in a config.
-
-    Raises:
-        PipelineError: Transformers 5 wrote the config, and Transformers 4 is installed.
-    """
-    from ..checkpoint.loading import MAJOR
-    from ..checkpoint.rotary import unread_by_transformers_4
-
-    if MAJOR >= 5 or source.folder is None or source.gguf is not None:
-        return
-    unread = unread_by_transformers_4(read_config(source.folder).data or {})
-    if unread:
-        raise PipelineError(
-            f"{source.name}: Transformers 5 wrote {', '.join(unread)} into rope_parameters, where "
-            f"the installed Transformers {MAJOR} does not look. First: tp-hf-config repair "
-            f"{source.name}"
-        )
 
 
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -818,17 +819,38 @@ class TestRefused:
         assert "step 1/1: recovery: the loss is nan. Load the model in float32 (--dtype" in errors
         assert os.listdir(tmp_path) == []
 
+    def test_the_last_update_of_a_recovery(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        """No loss has seen what it does: Adam's smallest divisor is 0 in float16."""
+        typed = ("prune", models / "llama-gqa", "--out", tmp_path / "out", *QUARTER)
+        more = ("--calibration", models / "text.txt", "--recover", 1, "--dtype", "float16")
+        code, _, errors = shell(capsys, *typed, *more)
+        assert code == 1
+        assert "step 1/1: recovery: model.embed_tokens.weight is not finite. Load the mod" in errors
+        assert os.listdir(tmp_path) == []
+
+    def test_a_pipe_is_read_once(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        """What ``--calibration <(zcat text.gz)`` gives."""
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        text = (models / "text.txt").read_text()
+        writer = threading.Thread(target=pipe.write_text, args=(text,), daemon=True)
+        writer.start()
+        typed = ("prune", models / "llama-gqa", "--out", tmp_path / "out", *QUARTER)
+        code, out, _ = shell(capsys, *typed, "--calibration", pipe)
+        assert (code, "perplexity on held-out text of the calibration file: " in out) == (0, True)
+
     def test_another_model_than_the_one_that_was_pruned(
         self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The proof looks at what is on the disk: one bit there is enough."""
         save = prune.save_model
 
-        def flip(model: Any, folder: Path, shards: Any) -> None:
-            save(model, folder, shards)
+        def flip(model: Any, folder: Path, shards: Any) -> tuple[str, ...]:
+            notes = save(model, folder, shards)
             data = bytearray((folder / "model.safetensors").read_bytes())
             data[-1] ^= 1  # of a final norm's weight or of a head's
             (folder / "model.safetensors").write_bytes(data)
+            return notes
 
         monkeypatch.setattr(prune, "save_model", flip)
         code, _, errors = shell(

@@ -14,10 +14,11 @@ import pytest
 import transformers
 from huggingface_hub.utils import filter_repo_objects
 
-from tp_hf_config.pipeline.card import _metadata
+from tp_hf_config.pipeline.card import _metadata, base_model
 from tp_hf_config.pipeline.companions import (
     Copied,
     code_files,
+    companion_files,
     copy_companions,
     notes_on_uncopied,
 )
@@ -90,6 +91,70 @@ def test_the_files_of_a_models_own_class() -> None:
     config = transformers.LlamaConfig(auto_map=auto_map)
     assert code_files(config) == {"configuration_own.py", "modeling_own.py", "backbone_own.py"}
     assert code_files(transformers.LlamaConfig()) == set()
+
+
+def test_what_lies_in_folders_of_a_processor_goes_along(tmp_path: Path) -> None:
+    """InstructBLIP's second tokenizer, the language model of Wav2Vec 2, the voices of Bark."""
+    belong = (
+        "alphabet.json",
+        "language_model/attrs.json",
+        "language_model/lm.bin",
+        "language_model/unigrams.txt",
+        "qformer_tokenizer/tokenizer.json",
+        "qformer_tokenizer/vocab.txt",
+        "speaker_embeddings/v2/en_speaker_0.npy",
+        "speaker_embeddings_path.json",
+    )
+    left = ("language_model/model.safetensors", "vision/preprocessor_config.json")
+    for name in (*belong, *left):
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text("")
+    (tmp_path / "out").mkdir()
+    source = Source("model", str(tmp_path / "model"))
+    copied = copy_companions(source, tmp_path / "out")
+    assert copied == Copied(belong, left)
+    assert (tmp_path / "out" / belong[-2]).is_file()
+    assert companion_files(source) == sorted(belong)
+
+
+@pytest.mark.parametrize("way", ["path", "link", "inside"])
+def test_links_of_the_hubs_cache_are_followed(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever its folder is named; the card says which model it is."""
+    cached = tmp_path / "hub" / "models--us--tiny"
+    snapshot = cached / "snapshots" / "abc"
+    for folder in (snapshot, cached / "blobs", tmp_path / "out"):
+        folder.mkdir(parents=True)
+    (cached / "blobs" / "0f").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/0f")
+    (tmp_path / "link").symlink_to(snapshot)
+    monkeypatch.chdir(snapshot)
+    places = {"path": str(snapshot), "link": str(tmp_path / "link"), "inside": "."}
+    source = Source("model", places[way])
+    assert copy_companions(source, tmp_path / "out") == Copied(("tokenizer.json",), ())
+    assert base_model(source) == "us/tiny"
+
+
+def test_code_that_does_not_go_along_is_named_no_more(tmp_path: Path) -> None:
+    """The class is a stock one; whoever loads the result with its code would look for a file."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    for made in (folder, out):
+        made.mkdir()
+    (folder / "modeling_own.py").write_text("")
+    auto_map = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModel": "modeling_own.Own",
+        "AutoModelForCausalLM": "us/model--modeling_own.Own",
+    }
+    (out / "config.json").write_text(json.dumps({"auto_map": auto_map, "hidden_size": 4}))
+    copy_companions(Source("model", str(folder), trust_remote_code=True), out)
+    kept = {name: auto_map[name] for name in ("AutoModel", "AutoModelForCausalLM")}
+    assert json.loads((out / "config.json").read_text()) == {"auto_map": kept, "hidden_size": 4}
+    (out / "modeling_own.py").unlink()
+    (out / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling_own.Own"}}))
+    copy_companions(Source("model", str(folder)), out)
+    assert json.loads((out / "config.json").read_text()) == {}
 
 
 class TestOnTheHub:

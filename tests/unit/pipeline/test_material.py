@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -213,6 +214,23 @@ class TestObjective:
             f"{reason}: leave --calibration, --recover, --allocate and --drop-layers out, and use "
             "--importance magnitude or random"
         )
+
+
+@pytest.mark.parametrize(
+    ("model_class", "error"),
+    [("XLNetLMHeadModel", "RuntimeError"), ("CanineForTokenClassification", "NotImplementedError")],
+)
+def test_no_windows_can_be_cut(model_class: str, error: str, tokenizer: Any) -> None:
+    """XLNet says that it has -1 positions, Canine has no embeddings of tokens."""
+    sizes = {"d_model": 8, "n_head": 2, "d_inner": 8, "n_layer": 1, "vocab_size": 99}
+    if model_class.startswith("Canine"):
+        sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    cls: Any = getattr(transformers, model_class)
+    model = cls(cls.config_class(**sizes))
+    refusal = gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model, Said())
+    assert isinstance(refusal, Refusal)
+    start = f"{model_class} cannot be run on windows of text alone ({error}"
+    assert refusal.reason.startswith(start)
 
 
 def test_the_result_says_which_text_is_which() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import model_folders as folders
 import pytest
 import small
+import torch
+import transformers
+import zoo
 from transformers import GenerationConfig
 
+from tp_hf_config.checkpoint.loading import main_dtype
 from tp_hf_config.errors import PipelineError
-from tp_hf_config.pipeline import deciding, prune
+from tp_hf_config.pipeline import deciding, output, prune
 from tp_hf_config.pipeline.job import Job
-from tp_hf_config.pipeline.output import check_target
+from tp_hf_config.pipeline.output import abandoned, check_target, new_folder, save_model
 from tp_hf_config.pipeline.source import Source
 
 
@@ -41,8 +46,86 @@ class TestTarget:
         with pytest.raises(PipelineError, match=r": cannot be written: .*Permission denied"):
             check_target(tmp_path, overwrite=True)
 
+    def test_another_disk_is_mounted_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No folder can be renamed to it."""
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+        with pytest.raises(PipelineError) as refused:
+            check_target(tmp_path, overwrite=False)
+        assert str(refused.value) == (
+            f"{tmp_path}: another disk is mounted here, and a complete folder gets its name at the "
+            f"end. Choose a folder inside: {tmp_path}/pruned"
+        )
+
     def test_a_name_that_just_fits(self, tmp_path: Path) -> None:
         check_target(tmp_path / ("a" * 234), overwrite=False)
+
+
+class TestFileSystems:
+    """What some of them cannot do."""
+
+    def test_flush_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        flush = output.flush
+
+        def refused(path: Path) -> None:
+            if path.is_dir():
+                raise OSError(22, "Invalid argument")
+            flush(path)
+
+        monkeypatch.setattr(output, "flush", refused)
+        with new_folder(tmp_path / "out", overwrite=False) as work:
+            (work / "part").mkdir()
+            (work / "part" / "file").write_text("text")
+        assert (tmp_path / "out" / "part" / "file").read_text() == "text"
+
+    def test_lock_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing tells then what is being written from what was left."""
+        left = (
+            f"left by a run that was killed, remove it: rm -r {tmp_path}/.out.01234567.unfinished"
+        )
+        (tmp_path / ".out.01234567.unfinished").mkdir()
+        assert abandoned(tmp_path / "out") == [left]
+
+        def refused(*_: Any) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(fcntl, "flock", refused)
+        assert abandoned(tmp_path / "out") == []
+
+
+class TestSavedConfig:
+    def test_a_class_that_keeps_its_first_weight_in_float32(self, tmp_path: Path) -> None:
+        """It is to be loaded with the dtype of the others."""
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        sizes["num_attention_heads"] = 2
+        text = {**sizes, "ffn_dim": 32, "vocab_size": 40, "word_embed_proj_dim": 16}
+        config = transformers.Blip2Config(
+            vision_config={**sizes, "image_size": 8, "patch_size": 4},
+            qformer_config={**sizes, "encoder_hidden_size": 16, "cross_attention_frequency": 1},
+            text_config={"model_type": "opt", **text, "max_position_embeddings": 64},
+            num_query_tokens=4,
+            image_token_index=39,
+        )
+        transformers.Blip2ForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
+        model = transformers.Blip2ForConditionalGeneration.from_pretrained(
+            tmp_path / "whole", dtype=torch.float16
+        )
+        assert model.dtype == torch.float32
+        assert main_dtype(model) == torch.float16
+        assert save_model(model, tmp_path / "half") == ()
+        loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "half", dtype="auto"
+        )
+        kinds = {name: weight.dtype for name, weight in model.named_parameters()}
+        assert {name: weight.dtype for name, weight in loaded.named_parameters()} == kinds
+
+    @pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="an older one writes it by itself")
+    def test_rotary_fields_where_transformers_4_looks(self, tmp_path: Path) -> None:
+        model = zoo.build("llama")
+        assert save_model(model, tmp_path) == ()
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert saved["rope_theta"] == saved["rope_parameters"]["rope_theta"] == 10000.0
 
 
 class TestGenerationConfig:

@@ -14,7 +14,7 @@ import transformers as hf
 import zoo
 from safetensors.torch import load_file, save_file
 
-from tp_hf_config.errors import PipelineError
+from tp_hf_config.errors import PipelineError, UnsupportedModelError
 from tp_hf_config.pipeline.source import Source, class_for, config_of, load, load_lazily
 
 lazily = pytest.param(
@@ -60,6 +60,18 @@ class TestClass:
         source = Source("model", str(folder), trust_remote_code=trusted)
         assert class_for(source, config_of(source)) is hf.LlamaForCausalLM
         assert not (tmp_path / "ran").exists()
+
+    def test_a_class_that_transformers_lacks(self, folder: Path) -> None:
+        """Its parts would be lost, and others random."""
+        edit(folder, architectures=["LlamaForRewards"], auto_map=None)
+        source = Source("model", str(folder))
+        with pytest.raises(UnsupportedModelError) as refused:
+            class_for(source, config_of(source))
+        assert str(refused.value) == (
+            "model: Transformers has no class LlamaForRewards, which config.json names "
+            "(architectures), so parts of the model would be random or lost. Name the class there "
+            "that the weights are for"
+        )
 
 
 @pytest.mark.parametrize("loading", [load, lazily])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from tp_hf_config.model.lazy_tensor import LazyTensor
 from tp_hf_config.pipeline import prune, streaming
 from tp_hf_config.pipeline.choice import Choice
 from tp_hf_config.pipeline.job import Job, Pruned
+from tp_hf_config.pipeline.output import save_model
 from tp_hf_config.pipeline.source import Source
+from tp_hf_config.pipeline.streaming import why_not_read_lazily
 
 pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
 CLASSES = ("llama", "phi3", "gpt2", "mixtral", "gpt_oss", "t5", "convnext", "qwen2_vl")
@@ -208,11 +211,24 @@ def test_a_cut_list_is_carried_out(name: str, tmp_path: Path) -> None:
     cuts.save(tmp_path / "cuts.safetensors")
     out = apply_cuts(folder, tmp_path / "cuts.safetensors", tmp_path / "streamed")
     assert out == tmp_path / "streamed"
-    model.save_pretrained(tmp_path / "whole")
+    save_model(model, tmp_path / "whole")
     assert_same_bytes(tmp_path)
     with pytest.raises(UnsupportedModelError, match="starts from a config with"):
         apply_cuts(out, cuts, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_the_file_that_a_config_names_is_read(tmp_path: Path) -> None:
+    """It is not the one that others have their weights in."""
+    folder = saved("llama", tmp_path / "model")
+    assert why_not_read_lazily(Source("model", str(folder))) is None
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "transformers_weights": "other.safetensors"})
+    )
+    assert why_not_read_lazily(Source("model", str(folder))) == (
+        "its config names the file with its weights (transformers_weights): load and save it"
+    )
 
 
 class TestACutListOfOtherTensors:
