@@ -193,6 +193,12 @@ def value_in(data: Any, path: FieldPath) -> Any:
         return None
 
 
+def is_quantised(data: Mapping[str, Any]) -> bool:
+    """True if a config's JSON says that weights are quantised, of the whole model or of a part."""
+    parts = (part for part in data.values() if isinstance(part, dict))
+    return any(part.get("quantization_config") is not None for part in (data, *parts))
+
+
 def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusal:
     """Return the model built from a config's JSON on the meta device, or the class's refusal."""
     try:
