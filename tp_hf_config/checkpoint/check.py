@@ -90,7 +90,19 @@ def check_checkpoint(
         CheckpointError: the folder, its config.json or its weights do not exist or cannot be read,
             or the class is code in the folder and ``trust_remote_code`` is not set.
     """
-    return checked(read_folder(Path(folder), trust_remote_code))
+    return checked(read_folder(place(folder), trust_remote_code))
+
+
+def place(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder; a ``~`` in front is the user's home folder.
+
+    Raises:
+        CheckpointError: there is no such home folder.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{short(folder)}: there is no such home folder") from error
 
 
 def checked(read: Folder) -> CheckReport:

@@ -28,7 +28,7 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
 from . import child
 from .building import build, entries, own_reference
-from .check import SolvableFolder, check_tensors, read_folder, solvable_folder
+from .check import SolvableFolder, check_tensors, place, read_folder, solvable_folder
 from .compare import compared, not_finite
 from .reports import RoundtripReport
 from .words import and_more, number, short
@@ -156,8 +156,8 @@ def verify_checkpoint(
         CheckpointError: a folder or its weights do not exist, or nothing is known to run it on
             (its class is not known, or refuses the config).
     """
-    path = Path(folder)
-    paths = [path] if against is None else [path, Path(against)]
+    path = place(folder)
+    paths = [path] if against is None else [path, place(against)]
     for each in paths:
         report = check_tensors(read_folder(each, trust_remote_code))
         if report.sound is False:

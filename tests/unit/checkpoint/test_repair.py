@@ -17,7 +17,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from tp_hf_config import CheckpointError, check_checkpoint, repair_checkpoint
+from tp_hf_config import (
+    CheckpointError,
+    check_checkpoint,
+    repair_checkpoint,
+    verify_checkpoint,
+)
 from tp_hf_config.checkpoint import writing
 from tp_hf_config.cli import repair as command
 
@@ -656,6 +661,36 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path):
 
 
 # The command
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No shell writes it out behind ``--out=``, and none stands before the Python functions."""
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert command_of(str(folder), "--out=~/fixed").data["folder"] == str(tmp_path / "fixed")
+    assert check_checkpoint("~/fixed").folder == str(tmp_path / "fixed")
+    assert verify_checkpoint("~/fixed", "~/fixed").against == str(tmp_path / "fixed")
+    report = repair_checkpoint(Path("~/model"), out="~/again")
+    assert (report.folder, report.fields) == (
+        str(tmp_path / "again"),
+        {"intermediate_size": (80, 96)},
+    )
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_home_folder_that_nobody_has(tmp_path: Path):
+    folder, nobody = folders.saved("llama", tmp_path), "~nobody-of-this-name/x"
+    message = f"{nobody}: there is no such home folder"
+    for call in (
+        lambda: check_checkpoint(nobody),
+        lambda: repair_checkpoint(nobody),
+        lambda: repair_checkpoint(folder, out=nobody),
+        lambda: verify_checkpoint(folder, nobody),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            call()
+        assert str(error.value) == message
 
 
 def command_of(*argv: str) -> Any:

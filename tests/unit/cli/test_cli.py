@@ -256,6 +256,10 @@ class TestUsage:
             ("prune x --out y --importance best", "invalid choice: 'best'"),
             ("plan x", "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, "),
             ("plan x --pruning-ratio 0.2 --target-params 0.5", "leave --pruning-ratio out"),
+            (
+                "repair x --out=~nobody-of-this-name/y",
+                "'~nobody-of-this-name/y': expected a path; there is no such home folder",
+            ),
             ("plan x --pruning-ratio 0.2 --gqa group", "add --head-pruning-ratio 0.25"),
             ("plan x --pruning-ratio 0.2 --ratios a=0.1", "name them all in --prune"),
             ("plan x --prune a,b --ratios a=0.1", "which share of b? Add --pruning-ratio 0.2"),
