@@ -19,7 +19,7 @@ from ..model.shapes import Mismatch
 from .assess import Assessment, assess
 from .building import Classes, as_json, build, every_default, value_in
 from .forms import forms, place_in, takes_effect
-from .starting import Start, Task, companions, starts, undecided_field
+from .starting import Start, Task, companions, own_paths, starts, undecided_field
 from .structure import Structure, describe, settle, untie
 from .words import how_to_give
 
@@ -182,7 +182,7 @@ def _proved(
     task: Task, start: Start, structure: Structure, field_map: FieldMap, recovery: Recovery
 ) -> Solution | Unsolved:
     """Return the config in the best form that loads the weights, or Unsolved if none does."""
-    changes = _new_values(start, structure, field_map, recovery.data)
+    changes = _new_values(task, start, structure, field_map, recovery.data)
     data = _best_form(task, changes, recovery.data)
     if data is None:
         return Unsolved("the config that was found does not load these weights")
@@ -305,12 +305,13 @@ def _field_changes(
         written: the same in the form that is written.
     """
     mismatched = structure.assessment.loaded.mismatched
+    replaced = own_paths(task, start, field_map.data).keys()
     changed = []
-    for path in sorted({*field_map.sizes, *start.replaced}, key=field_name):
+    for path in sorted(field_map.sizes.keys() | replaced, key=field_name):
         was, now = value_in(field_map.data, path), value_in(new, path)
         name = place_in(task.classes, task.data, written, path)
         says = value_in(task.data, name)
-        if now is None or says == now or (was == now and path not in start.replaced):
+        if now is None or says == now or (was == now and path not in replaced):
             continue
         names = tuple(m.name for m in mismatched if _sets_mismatch(field_map, m, path))
         names = names or tuple(m.name for m in mismatched)
@@ -330,18 +331,22 @@ def _sets_mismatch(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> 
 
 
 def _new_values(
-    start: Start, structure: Structure, field_map: FieldMap, new: Mapping[str, Any]
+    task: Task,
+    start: Start,
+    structure: Structure,
+    field_map: FieldMap,
+    new: Mapping[str, Any],
 ) -> dict[FieldPath, Any]:
     """Return the fields whose value may not be what config.json says, each with its new value.
 
     ``new``: the new config's JSON.
     """
-    paths = {*field_map.sizes, *structure.changes, *start.replaced}
+    changed = {*structure.changes, *own_paths(task, start, field_map.data)}
     return {
         path: value_in(new, path)
-        for path in sorted(paths, key=field_name)
+        for path in sorted({*field_map.sizes, *changed}, key=field_name)
         if value_in(new, path) is not None
-        and (value_in(new, path) != value_in(field_map.data, path) or path not in field_map.sizes)
+        and (path in changed or value_in(new, path) != value_in(field_map.data, path))
     }
 
 

@@ -270,6 +270,45 @@ def test_a_field_that_is_there_under_another_name_alone(tmp_path: Path):
     assert folders.config_of(folder) == data
 
 
+def under_other_names(place: Path) -> Path:
+    """A GPT-2 whose config.json has the names that all configs have."""
+    folder = folders.saved("gpt2", place)
+    data = folders.config_of(folder)
+    for other, own in hf.GPT2Config.attribute_map.items():
+        if own in data and own != "n_positions":
+            data[other] = data.pop(own)
+    assert {"num_hidden_layers", "hidden_size", "num_attention_heads"} <= data.keys()
+    (folder / "config.json").write_text(json.dumps({**data, "own": {"a": 1}}, indent=2) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("make", [under_other_names, flat_folder])
+@pytest.mark.parametrize(
+    ("field", "wrong", "right"), [("num_attention_heads", 3, 4), ("num_hidden_layers", 10**9, 2)]
+)
+def test_a_refused_value_in_another_place_is_all_that_changes(
+    make: Any, field: str, wrong: int, right: int, tmp_path: Path
+):
+    folder = make(tmp_path)
+    before = folders.config_of(folder)
+    folders.edit(folder, **{field: wrong})
+    given = {field: right} if field == "num_attention_heads" else {}
+    assert repair_checkpoint(folder, given=given).fields == {field: (wrong, right)}
+    assert folders.config_of(folder) == before
+
+
+def test_a_head_count_under_another_name_is_not_made_up(tmp_path: Path):
+    folder = folders.edit(under_other_names(tmp_path), num_attention_heads=3)
+    before = folders.files(folder)
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder)
+    assert str(error.value).endswith(
+        "n_head cannot stay 3, and no shape shows what it is: say it, given={'n_head': ...} or "
+        "--given n_head=N. Nothing was written."
+    )
+    assert folders.files(folder) == before
+
+
 def test_a_given_field_that_no_shape_shows_takes_effect_under_its_alias(tmp_path: Path):
     folder = folders.edit(folders.saved("gpt2", tmp_path), num_attention_heads=2)
     repair_checkpoint(folder, given={"n_head": 4})
@@ -364,6 +403,12 @@ def test_what_is_no_size_is_to_be_corrected_by_hand(field: str, value: str, tmp_
         repair_checkpoint(folder)
     by_hand = f"nothing tells what {field} should be: correct it in config.json by hand."
     assert str(error.value).endswith(f"{by_hand} Nothing was written.")
+
+
+def test_what_is_to_be_corrected_by_hand_is_named_as_it_is_there(tmp_path: Path):
+    folder = folders.edit(flat_folder(tmp_path), hidden_act="sliu")
+    with pytest.raises(CheckpointError, match="nothing tells what hidden_act should be: correct"):
+        repair_checkpoint(folder)
 
 
 def test_a_field_of_a_config_inside_can_be_said_in_the_shell(tmp_path: Path):
