@@ -193,6 +193,16 @@ def value_in(data: Any, path: FieldPath) -> Any:
         return None
 
 
+def quantisation(data: Mapping[str, Any]) -> Any:
+    """Return what a config's JSON says of quantised weights, of the whole model or of a part.
+
+    It is ``None`` if the weights are plain.
+    """
+    parts = (part for part in data.values() if isinstance(part, dict))
+    packed = (part.get("quantization_config") for part in (data, *parts))
+    return next((settings for settings in packed if settings is not None), None)
+
+
 def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusal:
     """Return the model built from a config's JSON on the meta device, or the class's refusal."""
     try:

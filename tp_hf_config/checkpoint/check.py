@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.surroundings import quiet_transformers
 from .assess import Assessment, assess
-from .building import Classes, classes_of
+from .building import Classes, classes_of, quantisation
 from .causes import field_causes, misplaced_causes, unsolved_causes
 from .folder import Config, Weights, check_exists, read_config, read_weights
 from .heads import undecided_heads
@@ -25,6 +25,8 @@ from .starting import Task
 from .structure import Structure, untie
 from .ties import differing_tie, not_untied
 from .words import and_more, short
+
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,19 @@ def check_checkpoint(
         CheckpointError: the folder, its config.json or its weights do not exist or cannot be read,
             or the class is code in the folder and ``trust_remote_code`` is not set.
     """
-    return checked(read_folder(Path(folder), trust_remote_code))
+    return checked(read_folder(place(folder), trust_remote_code))
+
+
+def place(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder; a ``~`` in front is the user's home folder.
+
+    Raises:
+        CheckpointError: there is no such home folder.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{short(folder)}: there is no such home folder") from error
 
 
 def checked(read: Folder) -> CheckReport:
@@ -128,7 +142,7 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
     if config.data is None or config.unsure is not None:
         refusal = Refusal(config.unsure or "config.json cannot be read")
         return Folder(path, config, weights, refusal)
-    if config.data.get("quantization_config") is not None:
+    if quantisation(config.data) is not None:
         why = "the weights are quantised (quantization_config), and packed shapes say no widths"
         return Folder(path, config, weights, Refusal(why))
     try:
@@ -142,12 +156,18 @@ def _report(read: Folder) -> CheckReport:
     """Return a report without a verdict: the class, what the files hold, and their faults."""
     classes = read.classes if isinstance(read.classes, Classes) else None
     config = () if read.config.fault is None else (Cause("config", read.config.fault),)
+    notes = [classes.note] if classes and classes.note else []
+    if (read.path / _ADAPTER).is_file():
+        notes.append(
+            f"the folder holds an adapter ({_ADAPTER}), which from_pretrained adds where peft is "
+            "installed; it is not checked"
+        )
     return CheckReport(
         folder=str(read.path),
         model=classes.model.__name__ if classes else None,
         sound=None,
         causes=(*config, *(Cause("files", fault) for fault in read.weights.faults)),
-        notes=(classes.note,) if classes and classes.note else (),
+        notes=tuple(notes),
         files=read.weights.files,
         tensors=len(read.weights.tensors),
         parameters=sum(math.prod(tensor.shape) for tensor in read.weights.tensors.values()),

@@ -29,12 +29,17 @@ def too_large(
     for path, value in entries(data):
         name = str(path[-1])
         limit = _LONGEST if any(word in name for word in _LENGTHS) else _LARGEST
-        if type(value) is int and value > max(limit, largest) and "theta" not in name:
-            large[path] = value  # rotary bases (theta) are no counts
+        if type(value) is int and value > max(limit, largest) and not _is_rotary_base(name):
+            large[path] = value
     if len(large) > _MOST_ASKED:
         return large
     small = _without(data, large)
     return {path: value for path, value in large.items() if _is_read(classes, small, path)}
+
+
+def _is_rotary_base(name: str) -> bool:
+    """True if a field of this name is a base of rotary embeddings, which counts nothing."""
+    return "theta" in name or ("base" in name and ("rot" in name or "rope" in name))
 
 
 def _without(data: dict[str, Any], paths: Iterable[FieldPath]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..model.build import Refusal
 from ..model.config_json import field_name
 from .assess import Assessment, assess
 from .causes import unsolved_causes
-from .check import Folder, SolvableFolder, check_checkpoint, checked, solvable_folder
+from .check import Folder, SolvableFolder, check_checkpoint, checked, place, solvable_folder
 from .folder import CONFIG, Config
 from .large import too_large
 from .reports import RepairReport
@@ -59,8 +59,8 @@ def repair_checkpoint(
             ``out`` exists or is inside ``folder``; or the folder cannot be written or is being
             repaired already. The folder is as it was.
     """
-    path = Path(folder)
-    target = None if out is None else Path(out)
+    path = place(folder)
+    target = None if out is None else place(out)
     if target is not None and not dry_run:
         check_target(path, target)
     if dry_run:

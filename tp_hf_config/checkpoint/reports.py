@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -163,10 +164,12 @@ class Difference:
 
     Attributes:
         output: the name of the output.
-        elements: how many numbers differ; all of them if the shapes or dtypes differ.
+        elements: how many numbers differ; all of them if the shapes differ.
         of: how many numbers there are.
-        largest: the largest absolute difference; ``None``: shapes or dtypes differ.
-        relative: ``largest`` over the largest number in the reference output.
+        largest: the largest absolute difference, not finite if a number is NaN or infinite in one
+            of the outputs; ``None``: the shapes differ, or dtypes that are not floating.
+        relative: ``largest`` over the largest finite number in the reference output.
+        dtypes: the dtypes of the output and of the reference, where they differ and are floating.
     """
 
     output: str
@@ -174,14 +177,24 @@ class Difference:
     of: int
     largest: float | None = None
     relative: float | None = None
+    dtypes: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         if self.largest is None or self.relative is None:
             return f"{self.output}: another shape or type"
-        return (
-            f"{self.output}: {self.elements:,} of {self.of:,} numbers differ, "
-            f"by at most {self.largest:.3g} ({self.relative:.3g} of the largest)"
-        )
+        by = f"by at most {self.largest:.3g} ({self.relative:.3g} of the largest)"
+        if not math.isfinite(self.largest):
+            by = "some by NaN or infinity"
+        dtypes = "" if self.dtypes is None else f"; {self.dtypes[0]}, there {self.dtypes[1]}"
+        return f"{self.output}: {self.elements:,} of {self.of:,} numbers differ, {by}{dtypes}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the difference for ``json.dumps``: JSON has no NaN and no infinity."""
+        data = asdict(self)
+        for name in ("largest", "relative"):
+            if data[name] is not None and not math.isfinite(data[name]):
+                data[name] = None
+        return data
 
 
 @dataclass(frozen=True)
@@ -191,8 +204,9 @@ class RoundtripReport:
     Attributes:
         what: the folder, or the class that was saved.
         model: the name of the class.
-        same: True if it loads without a missing or mismatched weight and computes the same bits; if
-            there is nothing to compare with: if it loads and runs.
+        same: True if it loads without a missing or mismatched weight and computes the same bits, in
+            every output some finite number; if there is nothing to compare with: if it loads, runs
+            and computes finite numbers.
         loading: what was wrong with loading.
         outputs: the names of the outputs that were looked at.
         differences: the outputs that differ.
@@ -215,7 +229,9 @@ class RoundtripReport:
 
     def __str__(self) -> str:
         done = "loads and runs" if self.against is None else f"same outputs as {self.against}"
-        bad = "does not load or run" if self.against is None else f"not the same as {self.against}"
+        runs = self.error is None and not self.loading
+        bad = "computes nothing" if runs else "does not load or run"
+        bad = bad if self.against is None else f"not the same as {self.against}"
         lines = [f"{self.what}: {done if self.same else bad} ({self.model}, fresh process)"]
         lines += [f"  {problem}" for problem in (*self.loading, *self.differences)]
         if self.error is not None:
@@ -236,7 +252,7 @@ class RoundtripReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for ``json.dumps``."""
-        return dated(asdict(self))
+        return dated({**asdict(self), "differences": [one.to_dict() for one in self.differences]})
 
 
 def _row(cause: Cause) -> tuple[str, ...]:
@@ -249,4 +265,6 @@ def _row(cause: Cause) -> tuple[str, ...]:
 
 def _digits(value: float | None) -> str:
     """Return a difference with three digits, or what ``None`` stands for."""
-    return "another shape or type" if value is None else f"{value:.3g}"
+    if value is None:
+        return "another shape or type"
+    return f"{value:.3g}" if math.isfinite(value) else "NaN or infinity"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from ..fieldmap.solve.candidates import hidden_counts
 from ..fieldmap.solve.integers import Conflict
 from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name, value_at, with_values
+from ..model.config_json import FieldPath, field_name
 from ..model.shapes import Mismatch
 from .assess import Assessment, assess
 from .building import Classes, as_json, build, every_default, value_in
-from .starting import Start, Task, companions, starts, undecided_field
+from .forms import forms, place_in, takes_effect
+from .starting import Start, Task, companions, own_paths, starts, undecided_field
 from .structure import Structure, describe, settle, untie
 from .words import how_to_give
 
@@ -119,25 +120,14 @@ def _hidden_fields(task: Task, structure: Structure) -> tuple[str, ...]:
 
 def _structure_changes(task: Task, start: Start, structure: Structure) -> tuple[FieldChange, ...]:
     """Return the changes of layer counts and settings, with what config.json says of them."""
-    full = every_default(task.classes, start.data)
+    before, after = (every_default(task.classes, data) for data in (start.data, structure.data))
     changes: list[FieldChange] = []
     for path in structure.changes:
-        name, says = _config_value(task, path)
-        holds = value_in(structure.data, path)
+        name = place_in(task.classes, task.data, structure.data, path)
+        says, holds = value_in(task.data, name), value_in(after, path)
         if holds != says:
-            changes.append(FieldChange(name, says, holds, value_in(full, path)))
+            changes.append(FieldChange(name, says, holds, value_in(before, path)))
     return tuple(changes)
-
-
-def _config_value(task: Task, path: FieldPath) -> tuple[FieldPath, Any]:
-    """Return the name under which config.json has a field, and its value there; None: not set.
-
-    Of a field that is there under its own name and under an alias, the class reads the alias.
-    """
-    aliases: Any = getattr(task.classes.config, "attribute_map", {})
-    names = ((alias,) for alias, own in aliases.items() if (own,) == path)
-    name = next((name for name in names if value_in(task.data, name) is not None), path)
-    return name, value_in(task.data, name)
 
 
 def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
@@ -191,14 +181,37 @@ def _undecided_reason(field_map: FieldMap, path: FieldPath) -> str:
 def _proved(
     task: Task, start: Start, structure: Structure, field_map: FieldMap, recovery: Recovery
 ) -> Solution | Unsolved:
-    """Return the config in the first form that loads the weights, or Unsolved if none does."""
-    fields = _field_changes(task, start, structure, field_map, recovery.data)
-    undecided = tuple(sorted(map(field_name, recovery.undecided)))
-    for data in _forms(task, start, structure, field_map, recovery.data):
+    """Return the config in the best form that loads the weights, or Unsolved if none does."""
+    changes = _new_values(task, start, structure, field_map, recovery.data)
+    data = _best_form(task, changes, recovery.data)
+    if data is None:
+        return Unsolved("the config that was found does not load these weights")
+    fields = _field_changes(task, start, structure, field_map, recovery.data, data)
+    return Solution(data, fields, tuple(sorted(map(field_name, recovery.undecided))))
+
+
+def _best_form(
+    task: Task, changes: Mapping[FieldPath, Any], new: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Return the first form of the config that loads the weights and says all that changes.
+
+    A value that the class does not read out of a form may show in no shape. If there is no such
+    form, return the first that loads the weights, or None.
+
+    Args:
+        task: the folder's config.
+        changes: field -> value.
+        new: the new config's JSON.
+    """
+    loading = []
+    for data in _forms(task, changes, new):
         proof = assess(task.classes, data, task.tensors)
-        if not isinstance(proof, Refusal) and proof.fits:
-            return Solution(data, fields, undecided)
-    return Unsolved("the config that was found does not load these weights")
+        if isinstance(proof, Refusal) or not proof.fits:
+            continue
+        if takes_effect(task.classes, data, changes):
+            return data
+        loading.append(data)
+    return loading[0] if loading else None
 
 
 def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
@@ -274,18 +287,31 @@ def _unsolved_conflict(conflict: Conflict) -> Unsolved:
 
 
 def _field_changes(
-    task: Task, start: Start, structure: Structure, field_map: FieldMap, new: Mapping[str, Any]
+    task: Task,
+    start: Start,
+    structure: Structure,
+    field_map: FieldMap,
+    new: Mapping[str, Any],
+    written: Mapping[str, Any],
 ) -> tuple[FieldChange, ...]:
     """Return the fields whose value changes, each with the tensors that show it.
 
-    ``new``: the new config's JSON.
+    Args:
+        task: the folder's config.
+        start: where solving began.
+        structure: the settled structure.
+        field_map: the class, learned around it.
+        new: the new config's JSON, with every default.
+        written: the same in the form that is written.
     """
     mismatched = structure.assessment.loaded.mismatched
+    replaced = own_paths(task, start, field_map.data).keys()
     changed = []
-    for path in sorted({*field_map.sizes, *start.replaced}, key=field_name):
+    for path in sorted(field_map.sizes.keys() | replaced, key=field_name):
         was, now = value_in(field_map.data, path), value_in(new, path)
-        name, says = _config_value(task, path)
-        if now is None or says == now or (was == now and path not in start.replaced):
+        name = place_in(task.classes, task.data, written, path)
+        says = value_in(task.data, name)
+        if now is None or says == now or (was == now and path not in replaced):
             continue
         names = tuple(m.name for m in mismatched if _sets_mismatch(field_map, m, path))
         names = names or tuple(m.name for m in mismatched)
@@ -304,56 +330,37 @@ def _sets_mismatch(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> 
     )
 
 
-def _forms(
-    task: Task, start: Start, structure: Structure, field_map: FieldMap, new: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the JSON forms in which the config may be written, in the order to try them.
-
-    First only the changes; then also under other names that config.json uses; then all of it.
+def _new_values(
+    task: Task,
+    start: Start,
+    structure: Structure,
+    field_map: FieldMap,
+    new: Mapping[str, Any],
+) -> dict[FieldPath, Any]:
+    """Return the fields whose value may not be what config.json says, each with its new value.
 
     ``new``: the new config's JSON.
     """
-    paths = {*field_map.sizes, *structure.changes, *start.replaced}
-    changes = {
+    changed = {*structure.changes, *own_paths(task, start, field_map.data)}
+    return {
         path: value_in(new, path)
-        for path in sorted(paths, key=field_name)
+        for path in sorted({*field_map.sizes, *changed}, key=field_name)
         if value_in(new, path) is not None
-        and (value_in(new, path) != value_in(field_map.data, path) or path not in field_map.sizes)
+        and (path in changed or value_in(new, path) != value_in(field_map.data, path))
     }
-    plain = with_changes(task.data, new, changes)
-    forms = [plain]
-    aliases: Any = getattr(task.classes.config, "attribute_map", {})
-    under_alias: dict[FieldPath, Any] = {
-        (alias,): changes[(own,)]
-        for alias, own in aliases.items()
-        if (own,) in changes and alias in task.data
-    }
-    if under_alias:
-        forms.append(with_changes(plain, new, under_alias))
-    whole = as_json(task.classes, new, use_diff=True)
-    return forms if whole is None else [*forms, whole]
 
 
-def with_changes(
-    data: dict[str, Any], new: Mapping[str, Any], changes: Mapping[FieldPath, Any]
-) -> dict[str, Any]:
-    """Return a config's JSON with some fields at other values.
+def _forms(
+    task: Task, changes: Mapping[FieldPath, Any], new: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the JSON forms in which the config may be written: only the changes, then all of it.
 
     Args:
-        data: the config's JSON.
-        new: the JSON from which lists that ``data`` lacks, or has too short, are taken whole.
+        task: the folder's config.
         changes: field -> value.
+        new: the new config's JSON.
     """
-    result = data
-    for path, value in changes.items():
-        while isinstance(path[-1], int) and not _has_entry(result, path[:-1], path[-1]):
-            path = path[:-1]
-            value = value_at(new, path)
-        result = with_values(result, {path: value})
-    return result
-
-
-def _has_entry(data: Mapping[str, Any], path: FieldPath, index: int) -> bool:
-    """True if a config's JSON has a list with an entry of this number."""
-    entries = value_in(data, path)
-    return isinstance(entries, list) and index < len(entries)
+    yield from forms(task.classes, task.data, new, changes)
+    whole = as_json(task.classes, new, use_diff=True)
+    if whole is not None:
+        yield whole

@@ -22,7 +22,8 @@ from ..model.config_json import (
     without_field,
 )
 from .assess import Assessment, assess
-from .building import Classes, build, value_in
+from .building import Classes, build, entries, value_in
+from .forms import place_in
 from .headers import Stored
 from .large import longest_list, too_large, too_large_reason
 
@@ -70,21 +71,24 @@ def undecided_field(
 ) -> FieldPath | None:
     """Return a replaced field that nothing decides, or None if there is none.
 
+    One that sets no size is returned as config.json says it.
+
     A field is decided if it is given, if a shape shows it (alone or with a field that is decided),
     or if it decides which tensors there are (a layer count).
 
     ``given``: fields whose value the user gave.
     """
-    for path in start.replaced - given.keys():
+    replaced = own_paths(task, start, field_map.data)
+    for path in replaced.keys() - given.keys():
         if path in field_map.sizes:
             shown = _sets_alone(field_map, path) or bool(
                 _joint_fields(field_map, path)
-                & (given.keys() | field_map.sizes.keys() - start.replaced)
+                & (given.keys() | field_map.sizes.keys() - replaced.keys())
             )
         else:
-            shown = _decides_tensors(task, start, path)
+            shown = _decides_tensors(task, start, replaced[path])
         if not shown:
-            return path
+            return path if path in field_map.sizes else replaced[path]
     return None
 
 
@@ -95,13 +99,33 @@ def companions(
 
     ``given``: fields whose value the user gave.
     """
+    replaced = own_paths(task, start, field_map.data).keys()
     return {
         other: value
-        for path in start.replaced - given.keys()
+        for path in replaced - given.keys()
         if path in field_map.sizes and not _sets_alone(field_map, path)
-        for other in _joint_fields(field_map, path) - start.replaced
-        if type(value := value_in(task.data, other)) is int
+        for other in _joint_fields(field_map, path) - replaced
+        if type(value := _said_of(task, start, other)) is int
     }
+
+
+def own_paths(task: Task, start: Start, full: dict[str, Any]) -> dict[FieldPath, FieldPath]:
+    """Return the replaced fields as the class has them: field -> its place in config.json.
+
+    ``full``: the config's JSON with every default.
+    """
+    own = {
+        place: path
+        for path, value in (entries(full) if start.replaced else ())
+        for place in [place_in(task.classes, task.data, start.data, path)]
+        if value_in(start.data, place) in (None, value)
+    }
+    return {own.get(place, place): place for place in start.replaced}
+
+
+def _said_of(task: Task, start: Start, path: FieldPath) -> Any:
+    """Return what config.json says of a field, wherever it does; None: nothing."""
+    return value_in(task.data, place_in(task.classes, task.data, start.data, path))
 
 
 def _decides_tensors(task: Task, start: Start, path: FieldPath) -> bool:

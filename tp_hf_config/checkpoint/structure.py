@@ -15,6 +15,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .assess import Assessment, assess, lists_of
 from .building import Classes, entries, every_default
+from .forms import forms, takes_effect
 from .starting import Start, Task
 
 Changes = dict[FieldPath, Any]
@@ -66,7 +67,8 @@ def _best_change(task: Task, current: Structure) -> Structure | None:
     for kind in (_layer_counts(current, full, task.classes), _switches(full)):
         tried: list[tuple[int, Changes, Assessment]] = []
         for change in kind:
-            outcome = assess(task.classes, with_values(current.data, change), task.tensors)
+            data = _changed(task, current, full, change)
+            outcome = assess(task.classes, data, task.tensors)
             if isinstance(outcome, Refusal) or outcome.misplaced >= current.assessment.misplaced:
                 continue
             tried.append((outcome.misplaced, change, outcome))
@@ -75,7 +77,7 @@ def _best_change(task: Task, current: Structure) -> Structure | None:
         least = min(count for count, _, _ in tried)
         best = _outermost([(change, outcome) for count, change, outcome in tried if count == least])
         change, outcome = best[0]
-        data = with_values(current.data, change)
+        data = _changed(task, current, full, change)
         rivals = tuple(other for other, _ in best) if len(best) > 1 and not least else ()
         return Structure(data, {**current.changes, **change}, outcome, rivals)
     return None
@@ -89,14 +91,27 @@ def untie(task: Task, structure: Structure) -> Structure:
     if task.differing_tie is None or structure.assessment.misplaced:
         return structure
     first, second = task.differing_tie
-    for change in _switches(every_default(task.classes, structure.data)):
-        data = with_values(structure.data, change)
+    full = every_default(task.classes, structure.data)
+    for change in _switches(full):
+        data = _changed(task, structure, full, change)
         outcome = assess(task.classes, data, task.tensors)
         if isinstance(outcome, Refusal) or outcome.misplaced:
             continue
         if second not in outcome.tied.get(first, frozenset()):
             return Structure(data, {**structure.changes, **change}, outcome)
     return structure
+
+
+def _changed(
+    task: Task, current: Structure, full: dict[str, Any], change: Changes
+) -> dict[str, Any]:
+    """Return the config's JSON with some fields changed, in a form out of which the class reads it.
+
+    ``full``: the config's JSON with every default.
+    """
+    new = with_values(full, change)
+    tried = [*forms(task.classes, current.data, new, change), new]
+    return next((data for data in tried if takes_effect(task.classes, data, change)), tried[0])
 
 
 def _outermost(best: list[tuple[Changes, Assessment]]) -> list[tuple[Changes, Assessment]]:

@@ -28,9 +28,10 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
 from . import child
 from .building import build, entries, own_reference
-from .check import SolvableFolder, check_tensors, read_folder, solvable_folder
+from .check import SolvableFolder, check_tensors, place, read_folder, solvable_folder
+from .compare import compared, not_finite
 from .loading import main_dtype
-from .reports import Difference, RoundtripReport
+from .reports import RoundtripReport
 from .words import and_more, number, short
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def fresh_run(
         (run,) = finished()
         if run.error is not None:
             return RoundtripReport(name, name, False, error=run.error, against="the live model")
-        report = _compared(name, name, live, run.outputs, "the live model")
+        report = compared(name, name, live, run.outputs, "the live model")
         problems = tuple(_problems(run.loading))
         return replace(report, loading=problems, same=report.same and not problems)
 
@@ -149,14 +150,15 @@ def verify_checkpoint(
 
     Returns:
         A report; ``same`` is True if the folder loads with no weight missing or of another shape,
-        runs, and (with ``against``) gives the other folder's outputs bit for bit.
+        runs, gives finite numbers in every output, and (with ``against``) the other folder's
+        outputs bit for bit.
 
     Raises:
         CheckpointError: a folder or its weights do not exist, or nothing is known to run it on
             (its class is not known, or refuses the config).
     """
-    path = Path(folder)
-    paths = [path] if against is None else [path, Path(against)]
+    path = place(folder)
+    paths = [path] if against is None else [path, place(against)]
     for each in paths:
         report = check_tensors(read_folder(each, trust_remote_code))
         if report.sound is False:
@@ -169,16 +171,18 @@ def verify_checkpoint(
     problems = tuple(_problems(run.loading, _WEIGHTS_MISSING))
     notes = tuple(_problems(run.loading, ("unexpected_keys",)))
     if run.error is not None or not others:
-        same = run.error is None and not problems
-        outputs = tuple(run.outputs)
+        nothing = tuple(not_finite(run.outputs))
+        same = run.error is None and not problems and not nothing
+        notes, outputs = (*notes, *nothing), tuple(run.outputs)
         return RoundtripReport(str(path), name, same, problems, outputs, (), run.error, notes=notes)
     (other_run,), other = others, str(paths[1])
     if other_run.error is not None:
         error = f"{other} does not run on the inputs made for {path}: {other_run.error}"
         comparison = RoundtripReport(str(path), name, False, error=error, against=other)
     else:
-        comparison = _compared(str(path), name, other_run.outputs, run.outputs, other)
+        comparison = compared(str(path), name, other_run.outputs, run.outputs, other)
     problems += tuple(f"{other}: {line}" for line in _problems(other_run.loading, _WEIGHTS_MISSING))
+    notes += comparison.notes
     if not comparison.same:
         notes += tuple(_reasons_to_differ(*folders))
     return replace(comparison, loading=problems, notes=notes, same=comparison.same and not problems)
@@ -328,39 +332,6 @@ def start_child(job_file: Path, errors: Path) -> subprocess.Popen[bytes]:
             stdout=subprocess.DEVNULL,
             stderr=written,
         )
-
-
-def _compared(
-    what: str,
-    model: str,
-    reference: Mapping[str, torch.Tensor],
-    outputs: Mapping[str, torch.Tensor],
-    against: str,
-) -> RoundtripReport:
-    """Return the report on outputs, with their differences from reference outputs."""
-    names = tuple(dict.fromkeys((*reference, *outputs)))
-    differences = tuple(
-        difference
-        for name in names
-        for difference in _difference(name, reference.get(name), outputs.get(name))
-    )
-    same = bool(names) and not differences
-    numbers = sum(tensor.numel() for tensor in reference.values())
-    return RoundtripReport(what, model, same, (), names, differences, None, against, (), numbers)
-
-
-def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Iterator[Difference]:
-    """Yield how two tensors differ, if they do; ``None`` differs from any tensor."""
-    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
-        count = max(tensor.numel() for tensor in (a, b) if tensor is not None)
-        yield Difference(name, count, count)
-        return
-    unequal = (a != b) & ~((a != a) & (b != b))  # NaN equals NaN here
-    if bool(unequal.any()):
-        x, y = a.double(), b.double()
-        largest = float((x - y).abs()[unequal].max())
-        scale = float(x.abs().max()) or 1.0
-        yield Difference(name, int(unequal.sum()), a.numel(), largest, largest / scale)
 
 
 def _problems(

@@ -204,8 +204,11 @@ def place(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """Parse a path."""
-    return Path(place(text))
+    """Parse a path; shells do not write ``~`` out behind ``=``."""
+    try:
+        return Path(place(text)).expanduser()
+    except RuntimeError:
+        raise _wrong(text, "a path; there is no such home folder") from None
 
 
 def share(text: str) -> float:

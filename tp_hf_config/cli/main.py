@@ -1,7 +1,7 @@
 """``tp-hf-config``: find the command, run it, print its outcome and report errors.
 
-Exit codes: 0 done or sound; 1 refused or not sound; 2 wrong usage, or could not tell; 130 Ctrl-C;
-143 terminated; 141 nobody reads the output.
+Exit codes: 0 done or sound; 1 refused or not sound; 2 wrong usage, or could not tell; 129 hung up;
+130 Ctrl-C; 143 terminated; 141 nobody reads the output, or it cannot be written.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
 from .. import __version__
 from ..errors import CalibrationWarning, PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
@@ -26,11 +26,15 @@ from ..schema import dated
 from .arguments import UsageError
 from .console import show
 from .outcome import FAILED, UNKNOWN, Outcome
-from .stopping import Terminated, asked_to_stop, stoppable
+from .stopping import HungUp, Terminated, asked_to_stop, stoppable
 
 PROGRAM = "tp-hf-config"
 COMMANDS = ("check", "repair", "verify", "plan", "prunable", "prune", "export", "completion")
-INTERRUPTED, TERMINATED, UNREAD = (130, "interrupted"), (143, "terminated"), 141
+INTERRUPTED, UNREAD = (130, "interrupted"), 141
+STOPPED: dict[type[BaseException], tuple[int, str]] = {
+    HungUp: (129, "hung up"),
+    Terminated: (143, "terminated"),
+}
 
 
 def run() -> int:
@@ -43,10 +47,11 @@ def run() -> int:
         return main()
     except KeyboardInterrupt:  # before the command starts, or while its outcome is shown
         code, text = INTERRUPTED
-        print(f"{PROGRAM}: {text}", file=sys.stderr)
+        _say(f"{PROGRAM}: {text}")
         return code
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C must not change the exit code
+        _say("", end="")  # nor must what standard error could not take
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     typed = sys.argv[1:] if argv is None else argv
+    _open_closed_streams()
     try:
         options, unknown = parser_of().parse_known_args(typed)
         if unknown:
@@ -72,10 +78,34 @@ def main(argv: list[str] | None = None) -> int:
         else:
             show(outcome)
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest
+    except OSError as error:
+        _discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            _say(f"{PROGRAM} {options.command}: the output cannot be written: {error}")
         return UNREAD
     return outcome.code
+
+
+def _open_closed_streams() -> None:
+    """Send nowhere what goes to a standard stream that is closed (``>&-``)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8"))
+
+
+def _discard(stream: TextIO) -> None:
+    """Send nowhere what a stream could not write, and all that is still to come."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """Print a text on standard error, if that takes it."""
+    try:
+        print(text, file=sys.stderr, end=end, flush=True)
+    except OSError:  # a full disk, a terminal that is gone
+        _discard(sys.stderr)
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -133,7 +163,7 @@ def _run(options: argparse.Namespace) -> Outcome:
     except BaseException as error:
         stop = asked_to_stop(error)
         if stop is not None:
-            return _wrong(options, stop, *(TERMINATED if type(stop) is Terminated else INTERRUPTED))
+            return _wrong(options, stop, *STOPPED.get(type(stop), INTERRUPTED))
         if not isinstance(error, Exception):
             raise
         return _failed(options, error)
@@ -141,7 +171,7 @@ def _run(options: argparse.Namespace) -> Outcome:
 
 def _failed(options: argparse.Namespace, error: Exception) -> Outcome:
     if isinstance(error, UsageError):
-        sys.stderr.write(options.parser.format_usage())
+        _say(options.parser.format_usage(), end="")
         return _wrong(options, error, UNKNOWN, str(error))
     if isinstance(error, TPHFConfigError):
         usage = not options.checked or isinstance(error, UnknownFieldError)
@@ -155,8 +185,8 @@ def _failed(options: argparse.Namespace, error: Exception) -> Outcome:
 
 def _wrong(options: argparse.Namespace, error: BaseException, code: int, text: str) -> Outcome:
     if options.debug:
-        traceback.print_exception(error, file=sys.stderr)
-    print(f"{PROGRAM} {options.command}: {text}", file=sys.stderr)
+        _say("".join(traceback.format_exception(error)), end="")
+    _say(f"{PROGRAM} {options.command}: {text}")
     return Outcome(code, "", dated({"error": text, "type": type(error).__name__, "code": code}))
 
 

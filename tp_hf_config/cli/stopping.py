@@ -1,4 +1,4 @@
-"""Raise Ctrl-C and SIGTERM as exceptions, so that clean-up removes everything half-written.
+"""Raise requests to stop as exceptions, so that clean-up removes everything half-written.
 
 Libraries swallow what is raised while they are imported (a bare ``except`` around an optional
 import). So this module remembers a request to stop, and raises it again where that does no harm.
@@ -26,14 +26,19 @@ class Terminated(BaseException):
     """Somebody asked the process to end (SIGTERM)."""
 
 
+class HungUp(Terminated):
+    """The terminal is gone: its window was closed, or a connection dropped (SIGHUP)."""
+
+
 _requests: list[type[BaseException]] = []
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise Ctrl-C and SIGTERM as exceptions inside the block.
+    """Raise Ctrl-C, SIGTERM and SIGHUP as exceptions inside the block.
 
-    A Ctrl-C that is ignored, or handled by others, outside the block stays so.
+    A Ctrl-C or SIGHUP that is ignored (``nohup``), or handled by others, outside the block stays
+    so.
     """
     _requests.clear()
     if threading.current_thread() is not threading.main_thread():
@@ -42,6 +47,9 @@ def stoppable() -> Iterator[None]:
     kinds: dict[int, type[BaseException]] = {signal.SIGTERM: Terminated}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         kinds[signal.SIGINT] = Interrupted
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:
+        kinds[hang_up] = HungUp
 
     def stop(number: int, frame: FrameType | None) -> None:
         _requests.append(kinds[number])

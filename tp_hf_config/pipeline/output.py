@@ -180,7 +180,7 @@ def _rename_into_place(work: Path, target: Path, aside: Path) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM until the end of the block."""
+    """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
         return
@@ -189,7 +189,9 @@ def uninterrupted() -> Iterator[None]:
     def wait(number: int, frame: Any) -> None:
         waiting.append(number)
 
-    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, wait) for number in numbers}
     try:
         yield
     finally:

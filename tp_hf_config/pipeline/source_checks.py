@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.building import quantisation
 from ..checkpoint.folder import read_config
 from ..errors import PipelineError, UnsupportedModelError, listed
 from ..model.config_json import config_json
@@ -40,16 +41,14 @@ def check_source(source: Source, config: PreTrainedConfig) -> None:
 
 
 def _check_not_quantised(source: Source, config: PreTrainedConfig) -> None:
-    data = config_json(config)
-    parts = [data, *(part for part in data.values() if isinstance(part, dict))]
-    for packed in (part.get("quantization_config") for part in parts):
-        if packed is not None:
-            method = packed.get("quant_method") if isinstance(packed, dict) else None
-            raise UnsupportedModelError(
-                f"{source.name} is quantised ({method or 'method unknown'}): packed weights "
-                "cannot be pruned. Prune the float16, bfloat16 or float32 model that it was made "
-                "of, and quantise the result."
-            )
+    packed = quantisation(config_json(config))
+    if packed is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else None
+        raise UnsupportedModelError(
+            f"{source.name} is quantised ({method or 'method unknown'}): packed weights cannot be "
+            "pruned. Prune the float16, bfloat16 or float32 model that it was made of, and "
+            "quantise the result."
+        )
 
 
 def _check_rotary(source: Source) -> None:

@@ -332,6 +332,30 @@ def test_no_quantisation(tmp_path: Path):
         assert "LlamaConfig refuses config.json: 'NoneType' object has no" in str(report)
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_part_that_is_quantised(part: str, tmp_path: Path):
+    """Transformers reads it out of the text model's config too."""
+    folder = folders.saved("llava", tmp_path)
+    inner = folders.config_of(folder)[part]
+    folders.edit(folder, **{part: {**inner, "quantization_config": {"quant_method": "fp8"}}})
+    report = check_checkpoint(folder)
+    assert (report.sound, report.causes) == (None, ())
+    why = "the weights are quantised (quantization_config), and packed shapes say no widths"
+    assert report.why_not == why
+
+
+def test_an_adapter_beside_the_weights_is_noted(tmp_path: Path):
+    folder = folders.saved("llama", tmp_path)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    report = check_checkpoint(folder)
+    assert (report.sound, report.causes) == (True, ())
+    assert folders.notes(report) == (
+        "the folder holds an adapter (adapter_config.json), which from_pretrained adds where peft "
+        "is installed; it is not checked",
+    )
+
+
 def test_a_config_that_the_class_refuses(tmp_path: Path):
     folder = folders.edit(folders.saved("gpt2", tmp_path), n_head=3)
     assert causes(folder)[0].startswith("GPT2Config refuses config.json: `embed_dim` must be ")
@@ -399,6 +423,19 @@ def test_a_large_number_that_the_class_does_not_read(tmp_path: Path):
     assert causes(folder) == ["intermediate_size says 80, the weights of layers 0-1 hold 96"]
 
 
+def test_a_rotary_base_is_no_size(tmp_path: Path):
+    config = hf.GPTNeoXConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    hf.GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    data = folders.config_of(tmp_path)
+    data.pop("rope_parameters", None)
+    data |= {"rotary_emb_base": 5_000_000, "rotary_pct": 0.25}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    report = check_checkpoint(tmp_path)
+    assert (report.sound, report.why_not, report.causes) == (True, None, ())
+
+
 @pytest.mark.parametrize(
     ("config", "model", "data", "read"),
     [
@@ -409,6 +446,13 @@ def test_a_large_number_that_the_class_does_not_read(tmp_path: Path):
         (hf.GPT2Config, hf.GPT2Model, {"seen": {"tokens": [10**9]}, "n_layer": 2}, []),
         (hf.GPT2Config, hf.GPT2Model, {"seen": 10**9, "n_layer": 10**9}, [("n_layer",)]),
         (hf.SwinConfig, hf.SwinModel, {"depths": [2, 10**9]}, [("depths", 1)]),
+        (hf.GPTNeoXConfig, hf.GPTNeoXModel, {"rotary_emb_base": 10**9, "rope_theta": 10**9}, []),
+        (
+            hf.ChameleonVQVAEConfig,
+            hf.ChameleonVQVAE,
+            {"base_channels": 10**9},
+            [("base_channels",)],
+        ),
         (
             hf.GPT2Config,
             hf.GPT2Model,

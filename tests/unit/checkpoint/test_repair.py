@@ -17,7 +17,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from tp_hf_config import CheckpointError, check_checkpoint, repair_checkpoint
+from tp_hf_config import (
+    CheckpointError,
+    check_checkpoint,
+    repair_checkpoint,
+    verify_checkpoint,
+)
 from tp_hf_config.checkpoint import writing
 from tp_hf_config.cli import repair as command
 
@@ -163,6 +168,153 @@ def test_a_field_that_is_there_under_two_names(tmp_path: Path):
     assert folders.loads(folder)
 
 
+FLAT = [
+    ({"intermediate_size": 80}, {"intermediate_size": (80, 96)}),
+    ({"num_hidden_layers": 5}, {"num_hidden_layers": (5, 2)}),
+    (
+        {"num_hidden_layers": 5, "intermediate_size": 80, "vocab_size": 101},
+        {"num_hidden_layers": (5, 2), "intermediate_size": (80, 96), "vocab_size": (101, 99)},
+    ),
+]
+
+
+def flat_folder(place: Path) -> Path:
+    """A model of text and images whose config.json is in the form of the Hub's oldest ones.
+
+    What the class keeps in ``text_config`` stands at the top, with values that are no defaults.
+    """
+    folder = folders.saved("qwen2_vl", place)
+    data = folders.config_of(folder)
+    text = data.pop("text_config")
+    text |= {"rms_norm_eps": 0.001, "hidden_act": "gelu", "max_position_embeddings": 77}
+    data = {**text, **data, "model_type": "qwen2_vl"}
+    for derived in ("layer_types", "dtype", "tie_word_embeddings", "architectures"):
+        data.pop(derived, None)
+    data["architectures"] = ["Qwen2VLForConditionalGeneration"]
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(("fields", "changed"), FLAT)
+def test_fields_above_the_config_that_they_belong_in_stay_there(
+    fields: dict[str, int], changed: dict[str, tuple[int, int]], tmp_path: Path
+):
+    folder = flat_folder(tmp_path)
+    right = folders.config_of(folder)
+    read = hf.Qwen2VLConfig.from_pretrained(folder)
+    assert check_checkpoint(folder).sound is True
+    folders.edit(folder, **fields)
+    assert {cause.field for cause in check_checkpoint(folder).causes} == changed.keys()
+    assert repair_checkpoint(folder).fields == changed
+    assert folders.config_of(folder) == right
+    again = hf.Qwen2VLConfig.from_pretrained(folder)
+    assert again.to_dict() == read.to_dict()
+
+
+def test_a_config_inside_that_is_not_there_is_written_whole(tmp_path: Path):
+    """No field at the top stands for it: what it means by default goes along."""
+    folder = folders.saved("llava", tmp_path)
+    data = folders.config_of(folder)
+    vision = {**data["vision_config"], "image_size": 336, "patch_size": 84}
+    model = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig.from_dict({**data, "vision_config": vision})
+    )
+    model.save_pretrained(folder)
+    del data["vision_config"]
+    (folder / "config.json").write_text(json.dumps(data))
+    default = hf.LlavaConfig.from_pretrained(folder).vision_config.to_dict()
+    repair_checkpoint(folder, given={"vision_config.num_attention_heads": 4})
+    found = hf.LlavaConfig.from_pretrained(folder)
+    assert folders.loads(folder)
+    kept = ("hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range")
+    assert {name: found.vision_config.to_dict()[name] for name in kept} == {
+        name: default[name] for name in kept
+    }
+    assert folders.config_of(folder)["text_config"] == data["text_config"]
+
+
+TWO_NAMES = [
+    ({"encoder_layers": 4, "num_hidden_layers": 4}, {"num_hidden_layers": (4, 2)}),
+    ({"num_hidden_layers": 4}, {"num_hidden_layers": (4, 2)}),
+    (
+        {"encoder_layers": 4, "decoder_layers": 4, "num_hidden_layers": 4},
+        {"num_hidden_layers": (4, 2), "decoder_layers": (4, 2)},
+    ),
+]
+
+
+@pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="there these are two fields")
+@pytest.mark.parametrize("name", ["whisper", "bart"])
+@pytest.mark.parametrize(("fields", "changed"), TWO_NAMES)
+def test_a_layer_count_that_is_there_under_two_names(
+    name: str, fields: dict[str, int], changed: dict[str, tuple[int, int]], tmp_path: Path
+):
+    folder = folders.saved(name, tmp_path)
+    right = {**folders.config_of(folder), "num_hidden_layers": 2}
+    folders.edit(folder, **fields)
+    assert not folders.loads(folder)
+    assert repair_checkpoint(folder).fields == changed
+    assert folders.config_of(folder) == right
+    assert folders.loads(folder)
+
+
+def test_a_field_that_is_there_under_another_name_alone(tmp_path: Path):
+    folder = folders.saved("gpt2", tmp_path)
+    data = folders.config_of(folder)
+    for own, other in (("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size")):
+        data[other] = data.pop(own)
+    wrong = {**data, "num_hidden_layers": 5, "hidden_size": 32}
+    (folder / "config.json").write_text(json.dumps(wrong))
+    fields = repair_checkpoint(folder, given={"num_attention_heads": 4}).fields
+    assert fields == {"num_hidden_layers": (5, 2), "hidden_size": (32, 64)}
+    assert folders.config_of(folder) == data
+
+
+def under_other_names(place: Path) -> Path:
+    """A GPT-2 whose config.json has the names that all configs have."""
+    folder = folders.saved("gpt2", place)
+    data = folders.config_of(folder)
+    for other, own in hf.GPT2Config.attribute_map.items():
+        if own in data and own != "n_positions":
+            data[other] = data.pop(own)
+    assert {"num_hidden_layers", "hidden_size", "num_attention_heads"} <= data.keys()
+    (folder / "config.json").write_text(json.dumps({**data, "own": {"a": 1}}, indent=2) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("make", [under_other_names, flat_folder])
+@pytest.mark.parametrize(
+    ("field", "wrong", "right"), [("num_attention_heads", 3, 4), ("num_hidden_layers", 10**9, 2)]
+)
+def test_a_refused_value_in_another_place_is_all_that_changes(
+    make: Any, field: str, wrong: int, right: int, tmp_path: Path
+):
+    folder = make(tmp_path)
+    before = folders.config_of(folder)
+    folders.edit(folder, **{field: wrong})
+    given = {field: right} if field == "num_attention_heads" else {}
+    assert repair_checkpoint(folder, given=given).fields == {field: (wrong, right)}
+    assert folders.config_of(folder) == before
+
+
+def test_a_head_count_under_another_name_is_not_made_up(tmp_path: Path):
+    folder = folders.edit(under_other_names(tmp_path), num_attention_heads=3)
+    before = folders.files(folder)
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder)
+    assert str(error.value).endswith(
+        "n_head cannot stay 3, and no shape shows what it is: say it, given={'n_head': ...} or "
+        "--given n_head=N. Nothing was written."
+    )
+    assert folders.files(folder) == before
+
+
+def test_a_given_field_that_no_shape_shows_takes_effect_under_its_alias(tmp_path: Path):
+    folder = folders.edit(folders.saved("gpt2", tmp_path), num_attention_heads=2)
+    repair_checkpoint(folder, given={"n_head": 4})
+    assert hf.GPT2Config.from_pretrained(folder).n_head == 4
+
+
 def test_a_list_that_is_too_short(tmp_path: Path):
     torch.manual_seed(0)
     sizes = {"hidden_sizes": [8, 16, 16, 16], "num_attention_heads": [1, 2, 2, 2]}
@@ -251,6 +403,12 @@ def test_what_is_no_size_is_to_be_corrected_by_hand(field: str, value: str, tmp_
         repair_checkpoint(folder)
     by_hand = f"nothing tells what {field} should be: correct it in config.json by hand."
     assert str(error.value).endswith(f"{by_hand} Nothing was written.")
+
+
+def test_what_is_to_be_corrected_by_hand_is_named_as_it_is_there(tmp_path: Path):
+    folder = folders.edit(flat_folder(tmp_path), hidden_act="sliu")
+    with pytest.raises(CheckpointError, match="nothing tells what hidden_act should be: correct"):
+        repair_checkpoint(folder)
 
 
 def test_a_field_of_a_config_inside_can_be_said_in_the_shell(tmp_path: Path):
@@ -548,6 +706,36 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path):
 
 
 # The command
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No shell writes it out behind ``--out=``, and none stands before the Python functions."""
+    folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert command_of(str(folder), "--out=~/fixed").data["folder"] == str(tmp_path / "fixed")
+    assert check_checkpoint("~/fixed").folder == str(tmp_path / "fixed")
+    assert verify_checkpoint("~/fixed", "~/fixed").against == str(tmp_path / "fixed")
+    report = repair_checkpoint(Path("~/model"), out="~/again")
+    assert (report.folder, report.fields) == (
+        str(tmp_path / "again"),
+        {"intermediate_size": (80, 96)},
+    )
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_home_folder_that_nobody_has(tmp_path: Path):
+    folder, nobody = folders.saved("llama", tmp_path), "~nobody-of-this-name/x"
+    message = f"{nobody}: there is no such home folder"
+    for call in (
+        lambda: check_checkpoint(nobody),
+        lambda: repair_checkpoint(nobody),
+        lambda: repair_checkpoint(folder, out=nobody),
+        lambda: verify_checkpoint(folder, nobody),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            call()
+        assert str(error.value) == message
 
 
 def command_of(*argv: str) -> Any:

@@ -214,3 +214,107 @@ def test_what_two_folders_have_not_in_common_is_said(tmp_path: Path):
     report = verify_checkpoint(llama, bert)
     assert not report.same
     assert report.notes[0] == f"{bert} is of another class: BertForSequenceClassification"
+
+
+# What cannot be compared as it is
+
+
+def with_tensor(folder: Path, name: str, index: Any, value: float) -> Path:
+    """Put a value into a tensor of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][index] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def two_folders(place: Path) -> tuple[Path, Path]:
+    """The same Llama in two folders."""
+    (place / "b").mkdir()
+    return folders.saved("llama", place), folders.saved("llama", place / "b")
+
+
+def test_numbers_that_are_all_nan_prove_nothing(tmp_path: Path):
+    one, other = two_folders(tmp_path)
+    with_tensor(one, "model.norm.weight", slice(None), float("nan"))
+    outcome = command_of(str(one))
+    assert outcome.code == 1
+    assert outcome.text == (
+        f"{one}: computes nothing (LlamaForCausalLM, fresh process)\n"
+        "  note: every number of logits is NaN or infinite"
+    )
+    report = verify_checkpoint(one, one)
+    assert (report.same, report.differences) == (False, ())
+    assert report.notes == ("every number of logits is NaN or infinite",)
+    report = verify_checkpoint(other, one)
+    assert report.notes == (f"every number of logits is NaN or infinite in {one}",)
+    (difference,) = report.differences
+    assert str(difference) == "logits: 792 of 792 numbers differ, some by NaN or infinity"
+
+
+def test_a_live_model_of_which_every_number_is_nan():
+    model = tiny.build("qwen2")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    report = verify_roundtrip(model, tiny.inputs(model))
+    assert (report.same, report.error, report.differences) == (False, None, ())
+    assert report.notes == ("every number of logits is NaN or infinite",)
+
+
+def test_numbers_that_json_has_not(tmp_path: Path):
+    """One token is NaN in one folder: the others are compared, and the same."""
+    one, other = two_folders(tmp_path)
+    with_tensor(other, "lm_head.weight", 5, float("nan"))
+    report = verify_checkpoint(one, other)
+    assert (report.same, report.notes) == (False, ())
+    assert [str(one) for one in report.differences] == [
+        "logits: 8 of 792 numbers differ, some by NaN or infinity"
+    ]
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    (found,) = json.loads(text)["differences"]
+    assert found == {
+        "output": "logits",
+        "elements": 8,
+        "of": 792,
+        "largest": None,
+        "relative": None,
+        "dtypes": None,
+    }
+
+
+def test_nan_in_both_hides_no_distance(tmp_path: Path):
+    one, other = two_folders(tmp_path)
+    for folder in (one, other):
+        with_tensor(folder, "lm_head.weight", 5, float("nan"))
+    assert verify_checkpoint(one, other).same
+    with_tensor(other, "lm_head.weight", 6, 0.0)
+    (difference,) = verify_checkpoint(one, other).differences
+    assert difference.elements == 8
+    assert difference.largest is not None
+    assert difference.relative is not None
+    assert 0 < difference.relative < 2
+
+
+def test_how_far_apart_two_types_compute(tmp_path: Path):
+    one = folders.saved("llama", tmp_path)
+    model = hf.LlamaForCausalLM.from_pretrained(one).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "b")
+    report = verify_checkpoint(one, tmp_path / "b")
+    assert not report.same
+    (difference,) = report.differences
+    assert difference.dtypes == ("float32", "bfloat16")
+    assert difference.of == 792
+    assert 0 < difference.elements <= 792
+    assert difference.largest is not None
+    assert difference.relative is not None
+    assert 0 < difference.relative < 0.05
+    assert str(difference) == (
+        f"logits: {difference.elements:,} of 792 numbers differ, by at most "
+        f"{difference.largest:.3g} ({difference.relative:.3g} of the largest); "
+        "float32, there bfloat16"
+    )
+    assert json.loads(json.dumps(report.to_dict()))["differences"][0]["dtypes"] == [
+        "float32",
+        "bfloat16",
+    ]
+    (back,) = verify_checkpoint(tmp_path / "b", one).differences
+    assert back.dtypes == ("bfloat16", "float32")

@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -195,6 +196,36 @@ class TestLight:
         _, errors = process.communicate()
         assert (process.returncode, errors) == (141, b"")
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+    @pytest.mark.parametrize(
+        ("typed", "code", "said"),
+        [
+            ("completion bash > /dev/full", 141, "{}: [Errno 28] No space left on device"),
+            ("completion bash >&-", 0, ""),
+            ("completion bash 2>&-", 0, ""),
+            ("completion bash >&- 2>&-", 0, ""),
+            ("completion bash > /dev/full 2>&1", 141, ""),
+            ("check nowhere 2> /dev/full", 2, ""),
+            ("check nowhere 2>&-", 2, ""),
+        ],
+    )
+    def test_output_that_cannot_be_written(self, typed: str, code: int, said: str) -> None:
+        """1 would say that a folder is not sound."""
+        command = f"{shlex.quote(sys.executable)} -m tp_hf_config {typed}"
+        done = subprocess.run(
+            command, shell=True, cwd=small.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        said = said.format("tp-hf-config completion: the output cannot be written")
+        assert (done.returncode, done.stderr.decode()) == (code, f"{said}\n" if said else "")
+
+    def test_a_closed_stream_has_no_terminal(
+        self, capsys: Any, vit: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, None)
+        assert main(["check", str(vit)]) == 0
+        assert not console.rich_on(sys.stderr)
+
     def test_version(self, capsys: Any) -> None:
         code, out, _ = shell(capsys, "--version")
         assert (code, out) == (0, f"tp-hf-config {tp_hf_config.__version__}\n")
@@ -256,6 +287,10 @@ class TestUsage:
             ("prune x --out y --importance best", "invalid choice: 'best'"),
             ("plan x", "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, "),
             ("plan x --pruning-ratio 0.2 --target-params 0.5", "leave --pruning-ratio out"),
+            (
+                "repair x --out=~nobody-of-this-name/y",
+                "'~nobody-of-this-name/y': expected a path; there is no such home folder",
+            ),
             ("plan x --pruning-ratio 0.2 --gqa group", "add --head-pruning-ratio 0.25"),
             ("plan x --pruning-ratio 0.2 --ratios a=0.1", "name them all in --prune"),
             ("plan x --prune a,b --ratios a=0.1", "which share of b? Add --pruning-ratio 0.2"),
@@ -556,19 +591,37 @@ sys.argv = ["tp-hf-config", "prunable", "x"]
 sys.exit(main.run())
 """
 
+HANGING_UP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from tp_hf_config.cli import main, prunable
+def command(options):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    signal.raise_signal(signal.SIGHUP)
+prunable.check = command
+sys.argv = ["tp-hf-config", "prunable", sys.argv[1]]
+sys.exit(main.run())
+"""
+
 
 class TestStopping:
     """Ctrl-C as a terminal gives it; what runs in the background starts with it ignored."""
 
     @pytest.fixture(autouse=True)
-    def ctrl_c_as_in_a_shell(self) -> Iterator[None]:
+    def as_in_a_shell(self) -> Iterator[None]:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
         yield
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGHUP, hung_up)
 
     @pytest.mark.parametrize(
         ("number", "code", "said"),
-        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+        [
+            (signal.SIGINT, 130, "interrupted"),
+            (signal.SIGTERM, 143, "terminated"),
+            (signal.SIGHUP, 129, "hung up"),
+        ],
     )
     @pytest.mark.parametrize("turned_into", [None, ModuleNotFoundError, SystemExit])
     def test_a_library_turns_it_into_something_else(
@@ -589,10 +642,11 @@ class TestStopping:
                     raise turned_into("Could not import module") from None
                 stopping.stop_if_asked()
 
-        handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = [signal.getsignal(one) for one in signals]
         monkeypatch.setattr(source, "config_of", imports)
         assert shell(capsys, "prunable", vit) == (code, "", f"tp-hf-config prunable: {said}\n")
-        assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        assert handlers == [signal.getsignal(one) for one in signals]
 
     @pytest.mark.parametrize("shown", [console.Lines(), console.Bar(None)])
     def test_a_library_swallows_it(self, shown: Any) -> None:
@@ -605,11 +659,24 @@ class TestStopping:
         with stopping.stoppable():
             stopping.stop_if_asked()  # another command
 
-    def test_ignored_stays_ignored(self) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with stopping.stoppable():
-            signal.raise_signal(signal.SIGINT)
-            stopping.stop_if_asked()
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+    def test_ignored_stays_ignored(self, number: signal.Signals) -> None:
+        """As ``nohup`` ignores that the terminal is closed."""
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            with stopping.stoppable():
+                signal.raise_signal(number)
+                stopping.stop_if_asked()
+            assert signal.getsignal(number) is signal.SIG_IGN
+        finally:
+            signal.signal(number, before)
+
+    def test_a_terminal_that_is_gone_takes_no_more_text(self, vit: Path) -> None:
+        """What was asked for decides the exit code, not that nobody can be told."""
+        done = subprocess.run(
+            [sys.executable, "-c", HANGING_UP, str(vit)], cwd=small.ROOT, capture_output=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (129, b"", b"")
 
     def test_through_code_that_is_run_from_c(self) -> None:
         """Of a plain KeyboardInterrupt Python remembers that, and dies of the signal at its end."""

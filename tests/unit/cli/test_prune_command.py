@@ -1051,6 +1051,18 @@ class TestNewFolder:
             self.write(out)
         assert folders.content(out.parent) == {"out": b"", "out/config.json": b"new"}
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_other_signals_wait_too(self, number: signal.Signals) -> None:
+        arrived: list[int] = []
+        before = signal.signal(number, lambda number, _: arrived.append(number))
+        try:
+            with output.uninterrupted():
+                signal.raise_signal(number)
+                assert arrived == []
+            assert arrived == [number]
+        finally:
+            signal.signal(number, before)
+
     def test_ctrl_c_again_while_tidying_up(
         self, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
