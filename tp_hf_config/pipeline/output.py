@@ -16,10 +16,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.building import Classes
 from ..checkpoint.folder import CONFIG
-from ..checkpoint.loading import main_dtype
-from ..checkpoint.rotary import write_for_transformers_4
 from ..checkpoint.writing import flush, locked
 from ..errors import CheckpointError, PipelineError, in_one_line
 
@@ -242,7 +239,11 @@ def save_model(
     Raises:
         PipelineError: the weights cannot be written.
     """
+    # with torch, which no check of a job needs
+    from ..checkpoint.building import Classes
     from ..checkpoint.lazy_weights import written_one_by_one
+    from ..checkpoint.loading import main_dtype
+    from ..checkpoint.rotary import write_for_transformers_4
     from ..model.lazy_tensor import is_lazy
 
     shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
