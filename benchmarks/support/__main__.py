@@ -165,6 +165,7 @@ class Runner:
     def learn(self, pairs: list[Pair], minutes: float) -> None:
         """Measure how long learning and proving a field takes, for the rows without; so long."""
         waiting = [pair for pair in pairs if (row := self.row(pair)) and "field_seconds" not in row]
+        random.Random(0).shuffle(waiting)  # so that some of them stand for all
         end = time.monotonic() + min(60 * minutes, threading.TIMEOUT_MAX / 2)
         with self.context.Pool(self.jobs, maxtasksperchild=1) as pool, Progress() as progress:
             task = progress.add_task("learning", total=len(waiting))
