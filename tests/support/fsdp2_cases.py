@@ -46,6 +46,8 @@ class Case:
     own_data: bool = False
 
 
+FULL = ("config", "weights")
+"""What cannot be written: the disk is full."""
 OF_OWN_DATA = "llama, Taylor of own data"
 CASES = {
     "llama": Case("llama", steps=2),

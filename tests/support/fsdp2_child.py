@@ -6,6 +6,7 @@ Arguments: rank, number of ranks, a folder for the store and the results, names 
 from __future__ import annotations
 
 import datetime
+import errno
 import functools
 import gc
 import os
@@ -13,8 +14,11 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,6 +31,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from fsdp2_cases import (
     CASES,
+    FULL,
     OF_OWN_DATA,
     batch,
     cut_by,
@@ -93,6 +98,26 @@ def refusal(act: Any) -> str:
     return "nothing was raised"
 
 
+@contextmanager
+def full_disk(at: str) -> Iterator[None]:
+    """While open, the disk is full: for ``config`` at once, for ``weights`` at the third tensor."""
+    written: list[Path] = []
+    original = Path.open
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+        written.extend([path] if mode == "ab" else [])
+        return full() if len(written) > 3 else original(path, mode, **options)
+
+    patched = (hf.PretrainedConfig, "save_pretrained", full)
+    if at == "weights":
+        patched = (Path, "open", opened)
+    with mock.patch.object(*patched):
+        yield
+
+
 def of_case(name: str, rank: int, folder: Path) -> dict[str, Any]:
     model, optimizer, hook = run(CASES[name], shard, rank)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -130,6 +155,9 @@ def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
     (folder / "taken").mkdir(exist_ok=True)
     (folder / "taken" / "notes.txt").touch()
     results["taken"] = refusal(lambda: save_sharded(model, folder / "taken"))
+    for at in FULL:
+        with full_disk(at) if rank == 0 else nullcontext():
+            results[f"full at {at}"] = refusal(lambda: save_sharded(model, folder / "full"))
     results["other settings"] = refusal(lambda: calibrate(model, [batch(0)], ridge=0.1 * rank))
     results["no data"] = refusal(lambda: calibrate(model, []))
     parallel = zoo.build("llama")

@@ -101,8 +101,9 @@ def _held_out(count: int) -> list[int]:
 def window_size(model: PreTrainedModel) -> int:
     """Return how many tokens a window has: as many as the model's positions, 256 at most."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # RoBERTa's first two positions stand for no token
-    return min(WINDOW, (positions or WINDOW + 2) - 2)
+    if not isinstance(positions, int) or positions <= 2:  # XLNet says -1
+        return WINDOW
+    return min(WINDOW, positions - 2)  # RoBERTa's first two positions stand for no token
 
 
 def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:

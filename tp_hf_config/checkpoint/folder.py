@@ -101,7 +101,7 @@ def _json(path: Path, longest: int) -> Any:
     try:
         if path.stat().st_size > longest:
             return f"{name} has {path.stat().st_size:,} bytes; at most {longest:,} are read"
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes().decode("utf-8"))  # as Transformers reads it
     except OSError as error:
         return f"{name} cannot be read: {error.strerror or error}"
     except RecursionError:
@@ -140,21 +140,32 @@ def read_weights(folder: Path) -> Weights:
     """
     name = weights_file(folder)
     if not name.endswith(".index.json"):
-        return _joined([_header(folder / name)], (name,))
+        return _joined([_header(folder, name)], (name,))
     index = _shards(folder, name)
     if isinstance(index, str):
         return Weights({}, (index,), complete=False)
     shards, promised, faults = index
-    weights = _joined([_header(folder / shard) for shard in shards], shards)
+    weights = _joined([_header(folder, shard) for shard in shards], shards)
     return _with_index(weights, promised, faults)
 
 
 def weights_file(folder: Path) -> str:
     """Return the name of the file that ``from_pretrained`` would read first.
 
+    It is the one that config.json names (``transformers_weights``), where it names one.
+
     Raises:
         CheckpointError: there is none.
     """
+    named = (read_config(folder).data or {}).get("transformers_weights")
+    if named is not None:
+        if not _is_weights_file(folder, named):
+            raise CheckpointError(
+                f"{folder}: config.json says that its weights are in {short(named)} "
+                "(transformers_weights); expected a safetensors file, or an index of such files, "
+                "in the folder."
+            )
+        return str(named)
     name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
     if name is None:
         raise CheckpointError(_no_weights(folder))
@@ -173,12 +184,22 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} has no weights ({', '.join(_WEIGHTS)}).{hint}"
 
 
-def _header(path: Path) -> Header:
-    """Return the header of a weights file."""
+def _is_weights_file(folder: Path, name: Any) -> bool:
+    """True if config.json may give a weights file this name, and the file is there."""
+    if not isinstance(name, str) or not _inside(name.removesuffix(".index.json")):
+        return False
+    return name.endswith((".safetensors", ".safetensors.index.json")) and (folder / name).is_file()
+
+
+def _header(folder: Path, name: str) -> Header:
+    """Return the header of a weights file; its tensors say in which file of the folder they are."""
+    path = folder / name
     if not path.is_file():
         what = "is not a file" if path.exists() else "is missing"
-        return Header({}, (f"{path.name} {what}; the index names it",), complete=False)
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+        return Header({}, (f"{name} {what}; the index names it",), complete=False)
+    header = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    tensors = {key: replace(stored, file=name) for key, stored in header.tensors.items()}
+    return replace(header, tensors=tensors)
 
 
 def _joined(headers: list[Header], files: tuple[str, ...]) -> Weights:
@@ -208,6 +229,8 @@ def _shards(
         return f"{index} has no weight_map that says which tensor is in which file"
     if not all(isinstance(file, str) and file for file in promised.values()):
         return f"{index}: its weight_map should give a file's name for every tensor"
+    if not isinstance(data.get("metadata"), dict):
+        return f'{index} has no metadata, which Transformers reads. Add "metadata": {{}} to it'
     files = sorted(set(promised.values()))
     outside = [file for file in files if not _inside(file)]
     faults: tuple[str, ...] = ()

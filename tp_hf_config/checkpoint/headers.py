@@ -17,6 +17,8 @@ from typing import Any
 
 from .words import and_more, short
 
+_POINTS = b"version https://git-lfs"
+_POINTER = "is a pointer of Git LFS, not the weights. Fetch them: git lfs pull"
 _MOST = 100_000_000  # bytes of a header; safetensors allows no more
 _BITS = {  # per element, by the dtype in a safetensors header
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
@@ -77,10 +79,18 @@ def header_bytes(path: Path) -> bytes:
         return file.read(min(length, _MOST))
 
 
+def _is_pointer(path: Path) -> bool:
+    """True if a file is what Git has of a large file until it is fetched."""
+    with path.open("rb") as file:
+        return file.read(len(_POINTS)) == _POINTS
+
+
 def read_safetensors(path: Path) -> Header:
     """Return a safetensors file's header, checked against the file's size and against itself."""
     name = path.name
     try:
+        if _is_pointer(path):
+            return unreadable(f"{name} {_POINTER}")
         size = path.stat().st_size
         content = _header(path, size)
     except OSError as error:
@@ -222,6 +232,8 @@ def read_pickle(path: Path) -> Header:
         why = f"{name}: torch {torch.__version__} reads pickles unsafely; torch 2.6 or newer does"
         return Header({}, complete=False, unsure=f"{why} not. Save it as safetensors, or update.")
     try:
+        if _is_pointer(path):
+            return unreadable(f"{name} {_POINTER}")
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
                 start = file.read(2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,39 @@ def read_as_written(
     """Read what :func:`write_safetensors` reads, in its order, and write nothing."""
     for name in _in_order(tensors):
         values_of(tensors[name].detach())
+
+
+class WritesOrReads:
+    """Writes safetensors files; once one cannot be written, it reads what is left of all.
+
+    So other ranks, which read along, are not left waiting.
+
+    Attributes:
+        failure: why a file could not be written; ``None`` if none failed.
+        began: a file was begun.
+    """
+
+    def __init__(self) -> None:
+        self.failure: OSError | None = None
+        self.began = False
+
+    def __call__(
+        self,
+        tensors: Mapping[str, Tensor],
+        path: str | Path,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a file as :func:`write_safetensors` does, each tensor's bytes read in its turn."""
+        self.began = True
+        values = (_bytes_of(tensors[name]) for name in _in_order(tensors))
+        parts: Iterator[bytes | memoryview] = chain([_head(tensors, metadata)], values)
+        for part in parts:
+            if self.failure is None:
+                try:
+                    with Path(path).open("ab") as file:
+                        file.write(part)
+                except OSError as error:
+                    self.failure = error
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -45,7 +45,7 @@ def repair_checkpoint(
 
     Args:
         folder: a folder with config.json and weights.
-        out: a new folder to write to, with the weights linked or copied; ``folder`` is not touched.
+        out: a new folder to write to, with the weights copied; ``folder`` is not touched.
         dry_run: only report what would be written.
         given: fields whose value is known although no shape shows it: ``{"head_dim": 64}``.
         trust_remote_code: run the folder's own code if its class needs it.

@@ -16,6 +16,7 @@ from .folder import CONFIG
 _BACKUP = f"{CONFIG}.bak"
 _NEW = f".{CONFIG}.new"
 _OLD = f".{CONFIG}.old"
+_FICLONE = 0x40049409  # linux/fs.h
 
 
 _REPAIRED = "is being repaired by another process. Wait for it, then check again."
@@ -195,19 +196,30 @@ def _copy(source: Path, work: Path, top: bool = True) -> list[str]:
         elif entry.name == CONFIG and top:
             continue
         elif entry.is_file():
-            _link(path, work / entry.name)
+            _copy_file(path, work / entry.name)
         else:
             left_out.append(entry.name)
     return left_out
 
 
-def _link(source: Path, target: Path) -> None:
-    """Link a weights file where the file system allows it; copy any other file."""
-    if source.suffix in (".safetensors", ".bin"):  # never edited in place: a link is safe
-        try:
-            os.link(os.path.realpath(source), target)
-            return
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-    shutil.copy2(source, target)
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file; where the file system can, both share what is on the disk until one changes.
+
+    A hard link would not do: training may write into a file that is there (``torch.save``).
+    """
+    if _cloned(source, target):
+        shutil.copystat(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
+def _cloned(source: Path, target: Path) -> bool:
+    """True if the file system has made ``target`` a copy without room of its own (``FICLONE``)."""
+    try:
+        with source.open("rb") as read, target.open("wb") as written:
+            fcntl.ioctl(written, _FICLONE, read.fileno())
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        return False
+    return True

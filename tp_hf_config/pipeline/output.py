@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from shlex import quote
@@ -222,7 +222,10 @@ def check_savable(model: PreTrainedModel) -> None:
 
 
 def save_model(
-    model: PreTrainedModel, folder: Path, max_shard_size: str | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    max_shard_size: str | None = None,
+    write: Callable[..., None] | None = None,
 ) -> tuple[str, ...]:
     """Write a model's config and weights into a folder.
 
@@ -232,6 +235,7 @@ def save_model(
         model: the model.
         folder: the folder; files of other names in it stay.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
+        write: what writes a file of lazy tensors; ``None``: one tensor at a time.
 
     Returns:
         What the config cannot say to Transformers 4, and why, one sentence each.
@@ -247,7 +251,7 @@ def save_model(
     from ..model.lazy_tensor import is_lazy
 
     shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    one_by_one = written_one_by_one() if is_lazy(model) else nullcontext()
+    one_by_one = written_one_by_one(write) if is_lazy(model) else nullcontext()
     with writing_weights(), one_by_one:
         model.save_pretrained(folder, **shards)
     _correct_dtype(folder / CONFIG, str(main_dtype(model)).removeprefix("torch."))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..checkpoint.lazy_weights import read_as_written, written_one_by_one
+from ..checkpoint.lazy_weights import WritesOrReads, read_as_written, written_one_by_one
 from ..errors import PipelineError, in_one_line
 from ..graph.standin import standin_of
 from ..model.locate import find_pretrained
@@ -55,25 +57,53 @@ def save_sharded(
         failure = in_one_line(error)
     _agree("the start of save_sharded", failure)
     if writes:
-        with new_folder(target, overwrite=overwrite) as work:
-            save_model(standin, work, max_shard_size)
+        failure = _write(standin, target, overwrite, max_shard_size)
     else:
         _read_along(standin, max_shard_size)
-    _agree("the end of save_sharded")
+    _agree("the end of save_sharded", failure)
     return target
 
 
+def _write(standin: Any, target: Path, overwrite: bool, max_shard_size: str | None) -> str:
+    """Write the folder; return why it could not be, once all weights were gathered, or ``""``."""
+    write = WritesOrReads()
+    try:
+        with new_folder(target, overwrite=overwrite) as work:
+            save_model(standin, work, max_shard_size, write)
+            if write.failure is not None:
+                raise write.failure
+    except PipelineError as error:
+        if not write.began:
+            with suppress(OSError):  # the index, on the same disk
+                _read_along(standin, max_shard_size)
+        return in_one_line(error)
+    return ""
+
+
 def _read_along(standin: Any, max_shard_size: str | None) -> None:
-    """Gather what rank 0 writes, in its order, and write no weights."""
+    """Gather what rank 0 writes, in its order, and write neither weights nor configs."""
     shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     saves = {"should_save_on_this_rank": lambda is_main_process: True}  # Transformers: on rank 0
-    vars(standin).update(saves)
+    with ExitStack() as replaced:
+        replaced.enter_context(_with_attributes(standin, saves))
+        for config in (standin.config, getattr(standin, "generation_config", None)):
+            if config is not None:
+                unsaved = {"save_pretrained": lambda *_, **__: None}
+                replaced.enter_context(_with_attributes(config, unsaved))
+        work = replaced.enter_context(tempfile.TemporaryDirectory())
+        replaced.enter_context(written_one_by_one(read_as_written))
+        standin.save_pretrained(work, **shards)
+
+
+@contextmanager
+def _with_attributes(held: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Give an object these attributes, instead of those of its class, for the block."""
+    vars(held).update(attributes)
     try:
-        with tempfile.TemporaryDirectory() as work, written_one_by_one(read_as_written):
-            standin.save_pretrained(work, **shards)
+        yield
     finally:
-        for name in saves:
-            del vars(standin)[name]
+        for name in attributes:
+            del vars(held)[name]
 
 
 def _agree(when: str, failure: str = "") -> None:

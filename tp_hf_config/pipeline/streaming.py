@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..checkpoint.folder import read_config, read_weights, weights_file
+from ..checkpoint.folder import read_weights, weights_file
 from ..errors import CheckpointError, PipelineError
 from ..model.surroundings import free_memory
 from .choice import Choice
@@ -56,8 +56,6 @@ def why_not_read_lazily(source: Source) -> str | None:
         return "expected a folder with safetensors files"
     if MAJOR < 5:
         return "it takes Transformers 5"
-    if (read_config(source.folder).data or {}).get("transformers_weights"):
-        return "its config names the file with its weights (transformers_weights): load and save it"
     try:
         if ".safetensors" not in weights_file(source.folder):
             return "the weights are no safetensors files: load and save the model once"

@@ -263,6 +263,51 @@ def test_an_index_that_promises_what_is_not_there(sharded: Path):
     refused(sharded, "the index says that model.extra.weight is in ")
 
 
+def test_shards_in_a_folder_inside(sharded: Path):
+    """Transformers loads them from there."""
+    index = index_of(sharded)
+    (sharded / "parts").mkdir()
+    for shard in sharded.glob("*.safetensors"):
+        shard.rename(sharded / "parts" / shard.name)
+    index["weight_map"] = {name: f"parts/{file}" for name, file in index["weight_map"].items()}
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert check_checkpoint(sharded).sound is True
+    folders.edit(sharded, intermediate_size=80)
+    repair_checkpoint(sharded)
+    assert folders.config_of(sharded)["intermediate_size"] == 96
+    assert check_checkpoint(sharded).sound is True
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "other.safetensors.index.json"])
+def test_weights_that_the_config_names(name: str, sharded: Path):
+    """They are loaded, and not those under the usual name."""
+    (sharded / INDEX).rename(sharded / "other.safetensors.index.json")
+    save_file({"a": torch.ones(1)}, sharded / WEIGHTS, {"format": "pt"})
+    if name.endswith("safetensors"):
+        shards = sorted(sharded.glob("model-*.safetensors"))
+        tensors = {k: v for shard in shards for k, v in load_file(shard).items()}
+        save_file(tensors, sharded / name, {"format": "pt"})
+    assert check_checkpoint(sharded).sound is False
+    folders.edit(sharded, transformers_weights=name)
+    assert check_checkpoint(sharded).sound is True
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "../model.safetensors", "model.bin", 5])
+def test_weights_that_the_config_names_wrongly(name: Any, folder: Path, tmp_path: Path):
+    shutil.copy(folder / WEIGHTS, tmp_path / WEIGHTS)
+    shutil.copy(folder / WEIGHTS, folder / "model.bin")
+    folders.edit(folder, transformers_weights=name)
+    with pytest.raises(CheckpointError, match=r"says that its weights are in .*; expected a safe"):
+        check_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs(name: str, folder: Path):
+    (folder / WEIGHTS).unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(folder, f"{name} is a pointer of Git LFS, not the weights. Fetch them: git lfs pull")
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -271,11 +316,13 @@ def test_an_index_that_promises_what_is_not_there(sharded: Path):
         ('"x"', "model.safetensors.index.json holds a text; expected an object"),
         ('{"weight_map": {}}', "model.safetensors.index.json has no weight_map"),
         ('{"weight_map": {"a": 5}}', "its weight_map should give a file's name for every tensor"),
+        ('{"weight_map": {"a": "b.bin"}}', "json has no metadata, which Transformers reads. Add "),
+        ('\ufeff{"weight_map": {}}', "json is not JSON: Unexpected UTF-8 BOM (decode using utf-"),
         ("[" * 100_000, "model.safetensors.index.json is nested too deeply"),
     ],
 )
 def test_an_index_that_is_none(content: str, expected: str, sharded: Path):
-    (sharded / INDEX).write_text(content)
+    (sharded / INDEX).write_text(content, encoding="utf-8")
     refused(sharded, expected)
 
 
@@ -291,6 +338,8 @@ def test_an_index_that_is_none(content: str, expected: str, sharded: Path):
         ('"llama"', "config.json holds a text; expected an object"),
         ("[" * 100_000, "config.json is nested too deeply"),
         ('{"a": \xff}', "config.json is not JSON"),
+        ("\xef\xbb\xbf{}", "config.json is not JSON: Unexpected UTF-8 BOM"),
+        ("\xff\xfe{\0}\0", "config.json is not JSON: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_config_that_is_none(content: str, expected: str, folder: Path):

@@ -648,24 +648,33 @@ def test_a_new_folder_is_written_and_the_old_one_stays(tmp_path: Path):
         folder / "1_Pooling" / "config.json"
     ).read_bytes()
     assert not (out / "vocab.txt").is_symlink()
-    assert (out / "model.safetensors").samefile(folder / "model.safetensors")
+    assert not (out / "model.safetensors").samefile(folder / "model.safetensors")
     assert sorted(path.name for path in out.parent.iterdir()) == ["new"]
     assert check_checkpoint(out).sound is True
 
 
-def test_weights_are_copied_where_they_cannot_be_linked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("clones", [True, False])
+def test_what_is_written_into_the_copy_stays_there(
+    clones: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """Training into the new folder may write into a file that is there."""
     folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
+    before = folders.files(folder)
 
-    def refused(*_: Any) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
+    def clone(target: Any, what: int, source: int) -> None:
+        assert what == 0x40049409
+        if not clones:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        os.sendfile(target.fileno(), source, 0, os.fstat(source).st_size)
 
-    monkeypatch.setattr(writing.os, "link", refused)
+    monkeypatch.setattr(writing.fcntl, "ioctl", clone)
     repair_checkpoint(folder, out=tmp_path / "new")
-    one, other = (place / "model.safetensors" for place in (folder, tmp_path / "new"))
-    assert not one.samefile(other)
-    assert one.read_bytes() == other.read_bytes()
+    copy = tmp_path / "new" / "model.safetensors"
+    assert copy.read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert copy.stat().st_mtime_ns == (folder / "model.safetensors").stat().st_mtime_ns
+    with copy.open("r+b") as file:
+        file.write(b"other")
+    assert folders.files(folder) == before
 
 
 def test_a_new_folder_that_cannot_be_finished_leaves_nothing(

@@ -16,6 +16,7 @@ import warm_processes
 import zoo
 from fsdp2_cases import (
     CASES,
+    FULL,
     OF_OWN_DATA,
     batch,
     cut_by,
@@ -374,6 +375,17 @@ def test_a_folder_that_is_taken(ranks: list[dict[str, Any]], folder: Path) -> No
     )
     assert [results["refusals"]["taken"] for results in ranks] == [said] * RANKS
     assert [path.name for path in (folder / "taken").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("at", FULL)
+def test_a_disk_that_is_full(at: str, ranks: list[dict[str, Any]], folder: Path) -> None:
+    """Before the first weight, or in the middle of them: no rank is left waiting."""
+    said = (
+        f"PipelineError: rank 0 at the end of save_sharded: {folder / 'full'}: cannot be written: "
+        "[Errno 28] No space left on device"
+    )
+    assert [results["refusals"][f"full at {at}"] for results in ranks] == [said] * RANKS
+    assert not (folder / "full").exists()
 
 
 def test_a_rank_that_decides_otherwise(ranks: list[dict[str, Any]]) -> None:

@@ -24,9 +24,9 @@ from tp_hf_config.pipeline.choice import Choice
 from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.output import save_model
 from tp_hf_config.pipeline.source import Source
-from tp_hf_config.pipeline.streaming import why_not_read_lazily
 
 pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
+_FORMAT = {"format": "pt"}
 CLASSES = ("llama", "phi3", "gpt2", "mixtral", "gpt_oss", "t5", "convnext", "qwen2_vl")
 
 
@@ -218,17 +218,37 @@ def test_a_cut_list_is_carried_out(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
-def test_the_file_that_a_config_names_is_read(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unproved")
+def test_the_file_that_a_config_names_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is not the one that others have their weights in."""
     folder = saved("llama", tmp_path / "model")
-    assert why_not_read_lazily(Source("model", str(folder))) is None
+    file = folder / "model.safetensors"
+    save_file({k: v + 1 for k, v in load_file(file).items()}, folder / "w.safetensors", _FORMAT)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps({**config, "transformers_weights": "other.safetensors"})
+        json.dumps({**config, "transformers_weights": "w.safetensors"})
     )
-    assert why_not_read_lazily(Source("model", str(folder))) == (
-        "its config names the file with its weights (transformers_weights): load and save it"
-    )
+    both_ways(folder, tmp_path, monkeypatch, widths={"ratios": {"intermediate_size": 0.25}})
+    assert_same_bytes(tmp_path)
+    written = load_file(tmp_path / "streamed" / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert torch.equal(written[name], load_file(file)[name] + 1)
+
+
+@pytest.mark.usefixtures("unproved")
+def test_weights_in_a_folder_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved("llama", tmp_path / "model", max_shard_size="200KB")
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    (folder / "parts").mkdir()
+    for file in set(data["weight_map"].values()):
+        (folder / file).rename(folder / "parts" / file)
+    inside = {name: f"parts/{file}" for name, file in data["weight_map"].items()}
+    index.write_text(json.dumps({**data, "weight_map": inside}))
+    both_ways(folder, tmp_path, monkeypatch)
+    assert_same_bytes(tmp_path)
 
 
 class TestACutListOfOtherTensors:
