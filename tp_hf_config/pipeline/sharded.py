@@ -29,7 +29,8 @@ def save_sharded(
     """Write a model under FSDP2 into a folder that ``from_pretrained`` loads.
 
     Every rank has to call it; rank 0 writes. One whole weight is in memory at a time, and the files
-    are those that ``save_pretrained`` of the same model in one process writes. The folder appears
+    are those that ``save_pretrained`` of the same model in one process writes, the config with the
+    rotary fields that Transformers 4 reads. The folder appears
     whole or not at all.
 
     Args:

@@ -31,6 +31,7 @@ from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.calibration.batches import split_batches
 from tp_hf_config.calibration.calibrate import Calibration
 from tp_hf_config.calibration.measured import TEXT_RIDGE
+from tp_hf_config.pipeline.output import save_model
 
 RANKS = 2
 CHILD = small.ROOT / "tests" / "support" / "fsdp2_child.py"
@@ -104,7 +105,7 @@ def test_as_in_one_process(
     for results in ranks:
         assert_as_alone(name, results[name])
     model = alone(name)[0]
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (folder / name).iterdir()}
     loaded = type(model).from_pretrained(folder / name).eval()
