@@ -14,7 +14,7 @@ from ..model.surroundings import quiet_transformers
 from .assess import Assessment, assess
 from .building import Classes, classes_of, quantisation
 from .causes import field_causes, misplaced_causes, unsolved_causes
-from .folder import Config, Weights, check_exists, read_config, read_weights
+from .folder import ADAPTER, Config, Weights, check_exists, read_config, read_weights
 from .heads import undecided_heads
 from .large import too_large, too_large_reason
 from .loading import MAJOR
@@ -25,8 +25,6 @@ from .starting import Task
 from .structure import Structure, untie
 from .ties import differing_tie, not_untied
 from .words import and_more, short
-
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -157,9 +155,9 @@ def _report(read: Folder) -> CheckReport:
     classes = read.classes if isinstance(read.classes, Classes) else None
     config = () if read.config.fault is None else (Cause("config", read.config.fault),)
     notes = [classes.note] if classes and classes.note else []
-    if (read.path / _ADAPTER).is_file():
+    if (read.path / ADAPTER).is_file():
         notes.append(
-            f"the folder holds an adapter ({_ADAPTER}), which from_pretrained adds where peft is "
+            f"the folder holds an adapter ({ADAPTER}), which from_pretrained adds where peft is "
             "installed; it is not checked"
         )
     return CheckReport(

@@ -13,6 +13,8 @@ from .headers import Header, Stored, read_pickle, read_safetensors
 from .words import and_more, short
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+"""The file that says that PEFT adapters belong to a folder's weights."""
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",

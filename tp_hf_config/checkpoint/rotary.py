@@ -20,6 +20,7 @@ from .building import Classes, config_from
 from .folder import CONFIG
 from .loading import MAJOR
 from .words import number
+from .writing import write_config
 
 _ROPE = "rope_parameters"
 _OWN_FIELDS = ("rope_theta", "partial_rotary_factor")
@@ -94,8 +95,7 @@ def write_for_transformers_4(folder: Path, classes: Classes) -> tuple[str, ...]:
     """
     rotary = for_transformers_4(classes, json.loads((folder / CONFIG).read_bytes()))
     if rotary.added:
-        text = json.dumps(rotary.data, indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        write_config(folder, rotary.data)
     return rotary.unwritable
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 from .folder import CONFIG
@@ -130,6 +132,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     flush(part)
     os.replace(part, path)
     _flush_folder(path.parent)
+
+
+def write_config(folder: Path, data: dict[str, Any]) -> None:
+    """Write a config's JSON into a folder that is not complete yet, as Transformers formats it."""
+    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _remove(path: Path) -> None:

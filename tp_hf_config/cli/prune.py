@@ -121,11 +121,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raise if a path is unusable, arguments contradict each other, or there is no such model."""
-    from ..pipeline.job import check_job
+    from ..pipeline.job import calibration_text, check_job
     from ..pipeline.source import check_reachable
 
     job = _job(options)
     check_job(job)
+    if isinstance(job.calibration, Path) and not job.calibration.expanduser().is_fifo():
+        calibration_text(job)  # a pipe can be read once
     check_reachable(job.source)
 
 

@@ -13,7 +13,7 @@ from ..schema import versions
 from .exported import Exported
 from .job import Pruned
 from .layerwise import Layerwise
-from .source import Source
+from .source import Source, cached_model
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -119,9 +119,9 @@ def base_model(source: Source) -> str:
     if source.folder is None:
         return source.place
     folder = source.folder.resolve()
-    cached = folder.parent.parent.name  # models--owner--name/snapshots/commit
-    if folder.parent.name == "snapshots" and cached.startswith("models--"):
-        return cached.removeprefix("models--").replace("--", "/")
+    cached = cached_model(folder)
+    if cached is not None and cached.name.startswith("models--"):  # models--owner--name
+        return cached.name.removeprefix("models--").replace("--", "/")
     return folder.name
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.building import AUTO_MODELS, entries
 from ..checkpoint.folder import CONFIG
+from ..checkpoint.writing import write_config
 from ..errors import PipelineError
 from ..model.config_json import field_name
-from .source import Source, tokenizer_of
+from .source import Source, cached_model, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -102,8 +103,9 @@ def copy_companions(
     if source.trust_remote_code and wanted != LICENCES:
         wanted = (*wanted, _CODE)
     roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":  # the Hub's cache stores links to blobs
-        roots.append((folder.parent.parent / "blobs").resolve())
+    cached = cached_model(folder)
+    if cached is not None:  # the Hub's cache stores links to blobs
+        roots.append((cached / "blobs").resolve())
     copied, not_copied = [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -118,7 +120,7 @@ def copy_companions(
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / name)
         copied.append(name)
-    _forget_missing_code(out / CONFIG)
+    _forget_missing_code(out)
     return Copied(tuple(copied), tuple(not_copied))
 
 
@@ -150,8 +152,9 @@ def _tokenizer_in_file(source: Source, out: Path) -> Copied:
     return Copied(tuple(sorted(Path(file).name for file in files)))
 
 
-def _forget_missing_code(config: Path) -> None:
-    """Remove from a config.json's ``auto_map`` the classes whose code is not in its folder."""
+def _forget_missing_code(folder: Path) -> None:
+    """Remove from config.json's ``auto_map`` the classes whose code is not in the folder."""
+    config = folder / CONFIG
     data = json.loads(config.read_bytes()) if config.is_file() else {}
     auto_map = data.get("auto_map") or {}
     kept = {
@@ -159,13 +162,13 @@ def _forget_missing_code(config: Path) -> None:
         for auto, reference in auto_map.items()
         if not isinstance(reference, str)
         or "--" in reference  # it is on the Hub
-        or (config.parent / f"{reference.partition('.')[0]}.py").is_file()
+        or (folder / f"{reference.partition('.')[0]}.py").is_file()
     }
     if kept != auto_map:
         data["auto_map"] = kept
         if not kept:
             del data["auto_map"]
-        config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_config(folder, data)
 
 
 def code_files(config: PreTrainedConfig) -> set[str]:

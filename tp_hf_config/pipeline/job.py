@@ -101,17 +101,15 @@ class Job:
 
 
 def check_job(job: Job) -> None:
-    """Check everything about a job that needs no model.
+    """Raise if a job's result cannot be written where it is to be.
 
     Raises:
-        PipelineError: the text cannot be read, the output folder cannot be written to, or an
-            interrupted run of it can go on.
+        PipelineError: the output folder cannot be written to, or an interrupted run of it can go
+            on.
     """
     check_target(job.out, source=job.source.folder, overwrite=job.overwrite)
     if not job.resume:
         check_not_unfinished(job.out)
-    if isinstance(job.calibration, Path) and not job.calibration.expanduser().is_fifo():
-        calibration_text(job)  # a pipe can be read once
 
 
 def calibration_text(job: Job) -> str | None:

@@ -17,7 +17,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.folder import CONFIG
-from ..checkpoint.writing import flush, locked
+from ..checkpoint.writing import flush, locked, write_config
 from ..errors import CheckpointError, PipelineError, in_one_line
 
 if TYPE_CHECKING:
@@ -254,17 +254,17 @@ def save_model(
     one_by_one = written_one_by_one(write) if is_lazy(model) else nullcontext()
     with writing_weights(), one_by_one:
         model.save_pretrained(folder, **shards)
-    _correct_dtype(folder / CONFIG, str(main_dtype(model)).removeprefix("torch."))
+    _correct_dtype(folder, str(main_dtype(model)).removeprefix("torch."))
     return write_for_transformers_4(folder, Classes(type(model.config), type(model), 0))
 
 
-def _correct_dtype(config: Path, dtype: str) -> None:
-    """Write into a config.json with which dtype its model is to be loaded, if it says another."""
-    data = json.loads(config.read_bytes())
+def _correct_dtype(folder: Path, dtype: str) -> None:
+    """Write into config.json with which dtype the model is to be loaded, if it says another."""
+    data = json.loads((folder / CONFIG).read_bytes())
     name = "torch_dtype" if "torch_dtype" in data else "dtype"  # Transformers 4 and 5
     if data.get(name, dtype) != dtype:
         data[name] = dtype
-        config.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_config(folder, data)
 
 
 @contextmanager

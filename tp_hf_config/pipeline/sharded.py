@@ -30,8 +30,7 @@ def save_sharded(
 
     Every rank has to call it; rank 0 writes. One whole weight is in memory at a time, and the files
     are those that ``save_pretrained`` of the same model in one process writes, the config with the
-    rotary fields that Transformers 4 reads. The folder appears
-    whole or not at all.
+    rotary fields that Transformers 4 reads. The folder appears whole or not at all.
 
     Args:
         model: the model, as ``hook.rebuilt_model``.

@@ -89,6 +89,14 @@ def _source(name: str, trust_remote_code: bool) -> Source:
     return Source(name, name, None, trust_remote_code)
 
 
+def cached_model(folder: Path) -> Path | None:
+    """Return what the Hub's cache has of a model, if a folder is a snapshot in it; else ``None``.
+
+    ``folder``: its path, resolved.
+    """
+    return folder.parent.parent if folder.parent.name == "snapshots" else None
+
+
 def check_reachable(source: Source) -> None:
     """Raise if a model is not in a local folder, and the Hub and its cache have no config of it.
 

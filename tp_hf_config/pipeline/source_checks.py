@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.building import quantisation
-from ..checkpoint.folder import read_config
+from ..checkpoint.folder import ADAPTER, read_config
 from ..errors import PipelineError, UnsupportedModelError, listed
 from ..model.config_json import config_json
 from .source import Source
@@ -14,7 +14,6 @@ from .source import Source
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_ADAPTER = "adapter_config.json"
 _ROTARY_TENSORS = ("rope_freqs", "rope_factors")
 _SCALING = ".rope.scaling."
 _SCALES = "gpt-oss"  # the architecture whose scaling Transformers reads (5.24, and before)
@@ -33,9 +32,9 @@ def check_source(source: Source, config: PreTrainedConfig) -> None:
         return
     _check_not_quantised(source, config)
     _check_rotary(source)
-    if source.folder is not None and (source.folder / _ADAPTER).is_file():
+    if source.folder is not None and (source.folder / ADAPTER).is_file():
         raise UnsupportedModelError(
-            f"{source.name} holds an adapter ({_ADAPTER}), and adapters are not pruned. Merge it "
+            f"{source.name} holds an adapter ({ADAPTER}), and adapters are not pruned. Merge it "
             "first (model.merge_and_unload()), and save the merged model"
         )
 

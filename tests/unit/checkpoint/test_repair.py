@@ -49,6 +49,15 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, int]]] = [
 ]
 
 
+def refused(folder: Path) -> CheckpointError:
+    """Why a folder is not repaired; nothing in it changed."""
+    before = folders.files(folder)
+    with pytest.raises(CheckpointError) as error:
+        repair_checkpoint(folder)
+    assert folders.files(folder) == before
+    return error.value
+
+
 @pytest.mark.parametrize(("name", "fields", "given"), BROKEN)
 def test_the_right_config_comes_back(
     name: str, fields: dict[str, Any], given: dict[str, int], tmp_path: Path
@@ -299,14 +308,11 @@ def test_a_refused_value_in_another_place_is_all_that_changes(
 
 def test_a_head_count_under_another_name_is_not_made_up(tmp_path: Path):
     folder = folders.edit(under_other_names(tmp_path), num_attention_heads=3)
-    before = folders.files(folder)
-    with pytest.raises(CheckpointError) as error:
-        repair_checkpoint(folder)
-    assert str(error.value).endswith(
+    error = refused(folder)
+    assert str(error).endswith(
         "n_head cannot stay 3, and no shape shows what it is: say it, given={'n_head': ...} or "
         "--given n_head=N. Nothing was written."
     )
-    assert folders.files(folder) == before
 
 
 def test_a_given_field_that_no_shape_shows_takes_effect_under_its_alias(tmp_path: Path):
@@ -374,18 +380,15 @@ def test_tokens_of_the_generation_config_that_are_no_tokens(tmp_path: Path):
 
 def test_heads_that_no_shape_decides_are_asked_for(tmp_path: Path):
     folder = folders.edit(folders.saved("llama", tmp_path), num_attention_heads=2)
-    before = folders.files(folder)
-    with pytest.raises(CheckpointError) as error:
-        repair_checkpoint(folder)
-    assert error.value.candidates == (
+    error = refused(folder)
+    assert error.candidates == (
         {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2},
         {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
     )
-    assert str(error.value).endswith(
+    assert str(error).endswith(
         "Nothing tells which; say it: given={'head_dim': 16} or --given head_dim=16. Nothing was "
         "written."
     )
-    assert folders.files(folder) == before
 
 
 def test_a_head_count_is_not_made_up(tmp_path: Path):
