@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -55,16 +55,17 @@ def progress() -> Iterator[Progress]:
 
 
 class Lines:
-    """A progress display of plain lines."""
+    """A progress display of plain lines; it shows nothing where they cannot be written."""
 
     def say(self, what: object) -> None:
         """Print it as a line."""
         stop_if_asked()
-        print(what, file=sys.stderr, flush=True)
+        self.failed(str(what))
 
     def failed(self, what: str) -> None:
         """Print it as a line."""
-        print(what, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full disk, a reader that is gone: the work goes on
+            print(what, file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
         """Print one line, then yield the items."""

@@ -65,24 +65,30 @@ def main(argv: list[str] | None = None) -> int:
     typed = sys.argv[1:] if argv is None else argv
     _open_closed_streams()
     try:
+        code = _answer(typed)
+        sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            _say(f"{PROGRAM}: the output cannot be written: {error}")
+        return UNREAD
+    return code
+
+
+def _answer(typed: list[str]) -> int:
+    """Run one command, or show its help, and print what comes of it; return the exit code."""
+    try:
         options, unknown = parser_of().parse_known_args(typed)
         if unknown:
             options.parser.error(_unknown(options.parser, unknown))
     except SystemExit as ended:  # argparse has printed its message
         return ended.code if isinstance(ended.code, int) else UNKNOWN
     options.typed = shlex.join([PROGRAM, *typed])
-    try:
-        outcome = _run(options)
-        if options.json:
-            print(json.dumps(outcome.data, indent=2, default=str))
-        else:
-            show(outcome)
-        sys.stdout.flush()
-    except OSError as error:
-        _discard(sys.stdout)
-        if not isinstance(error, BrokenPipeError):
-            _say(f"{PROGRAM} {options.command}: the output cannot be written: {error}")
-        return UNREAD
+    outcome = _run(options)
+    if options.json:
+        print(json.dumps(outcome.data, indent=2, default=str))
+    else:
+        show(outcome)
     return outcome.code
 
 

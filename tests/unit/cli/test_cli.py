@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -201,6 +202,7 @@ class TestLight:
         ("typed", "code", "said"),
         [
             ("completion bash > /dev/full", 141, "{}: [Errno 28] No space left on device"),
+            ("--help > /dev/full", 141, "{}: [Errno 28] No space left on device"),
             ("completion bash >&-", 0, ""),
             ("completion bash 2>&-", 0, ""),
             ("completion bash >&- 2>&-", 0, ""),
@@ -211,11 +213,11 @@ class TestLight:
     )
     def test_output_that_cannot_be_written(self, typed: str, code: int, said: str) -> None:
         """1 would say that a folder is not sound."""
-        command = f"{shlex.quote(sys.executable)} -m tp_hf_config {typed}"
+        command = f"unset PYTHONUNBUFFERED; {shlex.quote(sys.executable)} -m tp_hf_config {typed}"
         done = subprocess.run(
             command, shell=True, cwd=small.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
-        said = said.format("tp-hf-config completion: the output cannot be written")
+        said = said.format("tp-hf-config: the output cannot be written")
         assert (done.returncode, done.stderr.decode()) == (code, f"{said}\n" if said else "")
 
     def test_a_closed_stream_has_no_terminal(
@@ -225,6 +227,19 @@ class TestLight:
             monkeypatch.setattr(sys, name, None)
         assert main(["check", str(vit)]) == 0
         assert not console.rich_on(sys.stderr)
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+    def test_progress_that_cannot_be_written_stops_no_work(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+        monkeypatch.setattr(sys, "stderr", full)
+        lines = console.Lines()
+        lines.say("step 1")
+        lines.failed("step 2")
+        assert list(lines.track([3, 4], 2, "measuring")) == [3, 4]
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
 
     def test_version(self, capsys: Any) -> None:
         code, out, _ = shell(capsys, "--version")
