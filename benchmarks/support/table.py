@@ -141,7 +141,7 @@ def _longer_total(built: list[Result]) -> list[tuple[str, str]]:
         return []
     ended = sum(r["stage"] == "done" for r in longer)
     seconds = " or ".join(map(str, sorted({r["longer"] for r in longer})))
-    return [(f"of those, pairs that ended within {seconds} s", f"{ended} of {len(longer)}")]
+    return [(f"of those, measured again with {seconds} s, and ended", f"{ended} of {len(longer)}")]
 
 
 def _time_totals(built: list[Result]) -> list[tuple[str, str]]:

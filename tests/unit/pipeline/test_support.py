@@ -97,7 +97,7 @@ def test_a_pair_that_ended_with_more_time_is_counted_as_late() -> None:
     rows.append({**row, "type": "d", **too_large})
     totals = dict(table.totals(rows, 3))
     assert totals["pairs that did not end within their time"] == "3 (170 s of processor time each)"
-    assert totals["of those, pairs that ended within 600 s"] == "1 of 3"
+    assert totals["of those, measured again with 600 s, and ended"] == "1 of 3"
     page = table.page(rows, {"date": "2026-11-30", "versions": {}, "seed": 0}, [])
     cells = [line.split(" | ")[-1] for line in page.splitlines() if "| `A` |" in line]
     assert cells == [
