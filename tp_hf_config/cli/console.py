@@ -60,10 +60,13 @@ class Lines:
     def say(self, what: object) -> None:
         """Print it as a line."""
         stop_if_asked()
-        self.failed(str(what))
+        self._print(what)
 
     def failed(self, what: str) -> None:
         """Print it as a line."""
+        self._print(what)
+
+    def _print(self, what: object) -> None:
         with suppress(OSError):  # a full disk, a reader that is gone: the work goes on
             print(what, file=sys.stderr, flush=True)
 
