@@ -1,8 +1,10 @@
 """Hunt with random legal configs: ``python benchmarks/hunt`` (``make hunt``).
 
-Draws options of every class's config, builds the class with random weights, prunes copies of it by
-defaults, by heads, by rounded and by single widths, and compares each with the full-size original
-with the removed units at zero, written without the library, and with what another process loads.
+Draws options of every class's config and builds the class with random weights. Half of the models
+it prunes by defaults, by heads, by rounded and by single widths. Of the other half it drops
+layers, and lets layers differ. Each result is compared with the full-size original with the
+removed units at zero and the dropped layers passed over, written without the library, and with
+what another process loads by the class and by every auto class.
 Configs that are done lie in ``.hunt/`` (with ``--write``, in ``docs/hunt.jsonl`` too) and are not
 tried again with the same versions and seed, but for those that were wrong with other code.
 """

@@ -35,9 +35,14 @@ def totals(rows: list[Row]) -> list[tuple[str, str]]:
         ("model types", str(len({row["type"] for row in ran}))),
         ("options drawn in each, on average", f"{options / max(1, len(ran)):.1f}"),
         ("versions of the code they ran with", str(len({row["code"] for row in ran}))),
+        ("with layers dropped, and with layers that differ", str(sum(map(_layered, ran)))),
         ("prunings", str(sum(outcomes.values()))),
         *((words, str(outcomes[key])) for key, words in OUTCOMES.items()),
     ]
+
+
+def _layered(row: Row) -> bool:
+    return bool(row.get("layered"))
 
 
 def listed(rows: list[Row], outcomes: tuple[str, ...]) -> list[str]:

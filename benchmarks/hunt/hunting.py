@@ -196,7 +196,7 @@ def _short(row: dict[str, Any], of: str) -> dict[str, Any]:
         {k: v for k, v in mode.items() if k in ("mode", "outcome") or (k == "why" and v)}
         for mode in row["modes"]
     ]
-    named = ("task", "type", "class", "number", "changed", "why", "cpu", "code")
+    named = ("task", "type", "class", "number", "layered", "changed", "why", "cpu", "code")
     return {"of": of, **{k: row[k] for k in named if k in row}, "modes": modes}
 
 

@@ -332,7 +332,7 @@ def _difference(expected: Sequence[Tensor], got: Sequence[Tensor], left: Left) -
     if len(expected) != len(got):
         return f"{len(got)} outputs, the original has {len(expected)}"
     for number, (full, value) in enumerate(zip(expected, got, strict=True)):
-        nearest = min((_error(one, value) for one in _cut_like(full, value, left)), default=None)
+        nearest = min((error_of(one, value) for one in _cut_like(full, value, left)), default=None)
         if nearest is None:
             return f"output {number} has shape {list(value.shape)}, {list(full.shape)} before"
         if not nearest <= ALLOWED:
@@ -340,7 +340,8 @@ def _difference(expected: Sequence[Tensor], got: Sequence[Tensor], left: Left) -
     return None
 
 
-def _error(one: Tensor, other: Tensor) -> float:
+def error_of(one: Tensor, other: Tensor) -> float:
+    """The relative difference of two tensors of one shape; what is no number in both is alike."""
     both = torch.isnan(one) & torch.isnan(other) | (one == other)
     one, other = one.masked_fill(both, 0.0), other.masked_fill(both, 0.0)
     scale = max(float(other.norm()), float(one.norm()), 1e-30)

@@ -17,29 +17,74 @@ from typing import Any
 import torch
 import transformers
 from generation import generated, outputs_of, prepare
+from transformers import dynamic_module_utils
+from transformers.models.auto import modeling_auto
 
 CASE = "case.pt"
 
 
 def compared(folder: Path) -> str | None:
-    """Load one folder and compare with what the live model computed."""
+    """Load one folder in every way there is, and compare with what the live model computed."""
     case = torch.load(folder / CASE, weights_only=True)
-    model_class = getattr(transformers, case["class"])
-    try:
-        model, info = model_class.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
-        )
-        said = {key: sorted(map(str, value)) for key, value in info.items() if value}
-        if said:
-            return f"loading reports {said}"[:300]
-        prepare(model)
-        if not same(outputs_of(model, case["inputs"]), case["outputs"]):
-            return "loaded again it computes other outputs"
-        for cache, live in zip((True, False), case["generated"], strict=True):
-            if not same(generated(model, case["inputs"], cache), live):
-                return f"loaded again it generates something else (use_cache={cache})"
-    except Exception as error:
-        return " ".join(f"it cannot be loaded: {type(error).__name__}: {error}".split())[:300]
+    with tempfile.TemporaryDirectory(prefix="modules-") as modules:
+        dynamic_module_utils.HF_MODULES_CACHE = modules  # where code from folders is copied to
+        for way in _ways(folder, case["class"]):
+            try:
+                why = _compared(way, folder, case)
+            except Exception as error:
+                why = f"it cannot be loaded: {type(error).__name__}: {error}"
+            if why is not None:
+                return " ".join(f"{way.__name__}: {why}".split())[:300]
+    return None
+
+
+def _ways(folder: Path, class_name: str) -> list[Any]:
+    """Every class that loads a folder: each auto class that knows its class, and what it names.
+
+    A folder without code of its own is also loaded by its class itself.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    own = getattr(transformers, class_name)
+    autos = {
+        name: auto
+        for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and hasattr(auto, "_model_mapping")
+    }
+    known = [name for name, auto in autos.items() if own in _classes(auto, own.config_class)]
+    named = config.get("auto_map", ())
+    ways = [autos[name] for name in autos if name in known or name in named]
+    return ways if named else [own, *ways]
+
+
+def _classes(auto: Any, config_class: Any) -> tuple[Any, ...]:
+    found = auto._model_mapping.get(config_class, None)
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def _compared(way: Any, folder: Path, case: dict[str, Any]) -> str | None:
+    """Load a folder in one way: all weights of it, and the same outputs where it is its class."""
+    model, info = way.from_pretrained(
+        folder,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        trust_remote_code=True,
+        output_loading_info=True,
+    )
+    said = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    if case["class"] not in [cls.__name__ for cls in type(model).__mro__]:
+        body = f"{model.base_model_prefix}."  # of another class only the head is another
+        wrong = [key for key in said.pop("missing_keys", []) if key.startswith(body)]
+        said.pop("unexpected_keys", None)
+        said.update({"missing_keys": wrong} if wrong else {})
+        return f"loading reports {said}" if said else None
+    if said:
+        return f"loading reports {said}"
+    prepare(model)
+    if not same(outputs_of(model, case["inputs"]), case["outputs"]):
+        return "loaded again it computes other outputs"
+    for cache, live in zip((True, False), case["generated"], strict=True):
+        if not same(generated(model, case["inputs"], cache), live):
+            return f"loaded again it generates something else (use_cache={cache})"
     return None
 
 

@@ -17,6 +17,7 @@ import torch
 from configs import base_of, drawn_from
 from feeding import fill, first_inputs, with_other_text
 from generation import generated, outputs_of, prepare
+from layered import check_dropped, copied_for, differing_settings, lists_of_layers, some_layers
 from oracle import WrongError, compare
 from pairs import Pair
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ _DRAWS = 3
 """So many configs are drawn at most until one loads as it was saved."""
 _ROUND = (2, 4, 8)
 _STEPS = (1, 1, 2, 3)
+_LAYERED = 0.5
+"""The share of configs whose layers are dropped, and made to differ."""
+_LISTS = 2
+"""The most lists of one model of which layers are dropped."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,24 @@ class Mode:
     Attributes:
         name: what is asked for.
         kwargs: of ``pruner_kwargs``.
-        settings: of the pruner.
+        settings: of the pruner; none: it is not pruned.
+        dropped: the layers that are dropped before, by the name of their list.
     """
 
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+
+    def said(self) -> dict[str, Any]:
+        """What is asked for, as text where it is no data."""
+        asked = {
+            **self.kwargs,
+            **self.settings,
+            **({"dropped": self.dropped} if self.dropped else {}),
+        }
+        ignored = asked.pop("ignored_layers", None)
+        return asked if ignored is None else {**asked, "ignored_layers": len(ignored)}
 
 
 class Row:
@@ -104,8 +121,10 @@ def _try(pair: Pair, number: int, seed: int, row: Row, base: Path) -> None:
             if not left:
                 raise
     row.note(parameters=sum(p.numel() for p in subject.model.parameters()), stage="prune")
-    for place, mode in enumerate(modes_of(rng, subject.model)):
-        started = {"mode": mode.name, "asked": {**mode.kwargs, **mode.settings}}
+    layered = Random(f"{seed} {pair.name} {number} layered").random() < _LAYERED
+    row.note(layered=layered)
+    for place, mode in enumerate((layered_modes if layered else modes_of)(rng, subject.model)):
+        started = {"mode": mode.name, "asked": mode.said()}
         row.said["modes"].append({**started, "outcome": "not run", "why": "it did not end"})
         row.note()
         row.said["modes"][-1] = {**started, **tried(subject, mode, row.folder / f"{place:02d}")}
@@ -188,6 +207,24 @@ def modes_of(rng: Random, model: nn.Module) -> Iterator[Mode]:
         yield Mode(f"width {width.name}", {"prune": width.names}, _settings(rng))
 
 
+def layered_modes(rng: Random, model: nn.Module) -> Iterator[Mode]:
+    """Layers that differ in widths and in heads, layers dropped, and one after the other."""
+    differ = {"layers": "differ"}
+    steps = rng.choice(_STEPS)
+    yield Mode("differ", differ, {**differing_settings(rng, model), "iterative_steps": steps})
+    heads = {**_settings(rng), "head_pruning_ratio": _ratio(rng), "global_pruning": True}
+    yield Mode("differ, heads", {**differ, "prune_num_heads": True}, heads)
+    lists = list(lists_of_layers(model).items())
+    chosen = {name: some_layers(rng, len(layers)) for name, layers in lists}
+    for name in rng.sample(list(chosen), min(_LISTS, len(chosen))):
+        yield Mode(f"dropped of {name}", dropped={name: chosen[name]})
+    if chosen:
+        name = rng.choice(list(chosen))
+        yield Mode("dropped and pruned", {}, _settings(rng), {name: chosen[name]})
+        settings = {**_settings(rng), "global_pruning": True}
+        yield Mode("dropped and differ", differ, settings, {name: chosen[name]})
+
+
 def _settings(rng: Random) -> dict[str, Any]:
     return {"pruning_ratio": _ratio(rng), "iterative_steps": rng.choice(_STEPS)}
 
@@ -198,34 +235,32 @@ def _ratio(rng: Random) -> float:
 
 def tried(subject: Subject, mode: Mode, folder: Path) -> dict[str, Any]:
     """What one mode came to: the outcome, why, and where the copy lies that is to be loaded."""
-    import torch_pruning as tp
+    from tp_hf_config import TPHFConfigError, drop_layers
 
-    from tp_hf_config import HFConfigSyncHook, TPHFConfigError, pruner_kwargs
-
-    model = copy.deepcopy(subject.model)
-    before = _state(model)
-    hook = HFConfigSyncHook()
+    model, settings = copied_for(subject.model, mode.settings)
+    before, fields, notes = _state(model), {}, list[str]()
     try:
-        pruner = tp.pruner.MetaPruner(
-            model,
-            **pruner_kwargs(model, **mode.kwargs),
-            importance=tp.importance.GroupMagnitudeImportance(),
-            hooks=[hook],
-            **mode.settings,
-        )
-        for _ in range(mode.settings["iterative_steps"]):
-            pruner.step()
+        for name, layers in mode.dropped.items():
+            fields |= drop_layers(model, layers, which=name).fields
+            check_dropped(subject.model, model, name, layers, subject.inputs)
+        base = copy.deepcopy(model) if mode.dropped else subject.model
+        if settings:
+            before = _state(model)
+            for report in _pruned(model, mode.kwargs, settings):
+                fields |= report.fields
+                notes = report.notes
+    except WrongError as error:
+        return {"outcome": "wrong", "why": _line(str(error))}
     except Exception as error:  # whatever it is: it says how far it went
         said = _line(f"{type(error).__name__}: {error}")
         if _state(model) != before:
             return {"outcome": "failed", "why": said}
         expected = isinstance(error, TPHFConfigError)
         return {"outcome": "refused" if expected else "crashed", "why": said}
-    if _state(model) == before:
-        return {"outcome": "nothing", "why": "; ".join(hook.last_report.notes)[:200]}  # type: ignore[union-attr]
-    fields = {k: v for report in hook.reports for k, v in report.fields.items()}
+    if _state(model) == before and not mode.dropped:
+        return {"outcome": "nothing", "why": "; ".join(notes)[:200]}
     try:
-        why = _checked(subject, model, folder)
+        why = _checked(base, subject, model, folder)
     except WrongError as error:
         why = str(error)
     except Exception as error:
@@ -235,26 +270,53 @@ def tried(subject: Subject, mode: Mode, folder: Path) -> dict[str, Any]:
     return {"outcome": "works", "why": "", "fields": fields, "folder": folder.name}
 
 
+def _pruned(model: Any, kwargs: dict[str, Any], settings: dict[str, Any]) -> list[Any]:
+    """Prune a model in all its steps; the reports of the steps."""
+    import torch_pruning as tp
+
+    from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+
+    hook = HFConfigSyncHook(layers=kwargs.get("layers", "uniform"))
+    pruner = tp.pruner.MetaPruner(
+        model,
+        **pruner_kwargs(model, **kwargs, **settings),
+        importance=tp.importance.GroupMagnitudeImportance(),
+        hooks=[hook],
+    )
+    for _ in range(settings["iterative_steps"]):
+        pruner.step()
+    return list(hook.reports)
+
+
 def _state(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     sizes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     return sizes, model.config.to_dict()
 
 
-def _checked(subject: Subject, model: Any, folder: Path) -> str | None:
-    """Compare with the masked original, save with what it computes; what is wrong, or ``None``."""
+def _checked(base: Any, subject: Subject, model: Any, folder: Path) -> str | None:
+    """Compare with the masked original, save with what it computes; what is wrong, or ``None``.
+
+    ``base``: the original, without the layers that were dropped before pruning.
+    """
     config = json.loads(model.config.to_json_string())
     fresh = built(type(model.config), type(model), config)
-    inputs = compare(subject.model, model, subject.inputs, fresh)
+    inputs = compare(base, model, subject.inputs, fresh)
     agrees = _same_with_cache(model, inputs)
     if subject.agrees and agrees is False:
         return "generating with a cache and without gives different scores, unpruned the same"
     prepare(model)
-    case: dict[str, Any] = {"inputs": inputs, "class": type(model).__name__}
+    case: dict[str, Any] = {"inputs": inputs, "class": _stock(model)}
     case["outputs"] = outputs_of(model, inputs)
     case["generated"] = [generated(model, inputs, cache) for cache in (True, False)]
     model.save_pretrained(folder)
     torch.save(case, folder / CASE)
     return None
+
+
+def _stock(model: Any) -> str:
+    """The name of the class of Transformers that a model is of, or is derived from."""
+    named = (cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+    return next(named).__name__
 
 
 def _same_with_cache(model: Any, inputs: Mapping[str, Any]) -> bool | None:

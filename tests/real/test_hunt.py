@@ -17,12 +17,13 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, drop_layers, pruner_kwargs
 from tp_hf_config.model.build import Builder
 
 pytestmark = pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="it hunts in the newest alone")
 FOLDERS = [str(small.ROOT / "benchmarks" / name) for name in ("hunt", "support")]
-NAMES = ("figures", "feeding", "trying", "oracle", "generation", "configs", "options", "hunting")
+NAMES = ("figures", "feeding", "trying", "oracle", "generation", "configs", "options")
+NAMES += ("hunting", "layered")
 BASE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -115,6 +116,47 @@ def test_what_is_wrong_is_seen(hunt: Any, tmp_path: Path) -> None:
     mlp.up_proj.weight.data = mixed.flip(0)
     with pytest.raises(oracle.WrongError, match=r"up_proj\.weight holds channels of mixed origin"):
         oracle.compare(one.model, model, one.inputs, fresh)
+
+
+def test_layers_dropped_and_made_to_differ_load_by_every_auto_class(
+    hunt: Any, tmp_path: Path
+) -> None:
+    one = subject(hunt, tmp_path, {**BASE, "num_hidden_layers": 4})
+    settings = {"pruning_ratio": 0.3, "iterative_steps": 1, "ignored_layers": []}
+    settings["ignored_layers"] = [one.model.model.layers[2]]
+    prune = {"prune": "intermediate_size", "layers": "differ"}
+    mode = hunt["trying"].Mode("both", prune, settings, {"model.layers": [1]})
+    said = hunt["trying"].tried(one, mode, tmp_path / "case")
+    assert (said["outcome"], said["why"]) == ("works", "")
+    assert said["fields"]["num_hidden_layers"] == (4, 3)
+    config = json.loads((tmp_path / "case" / "config.json").read_text())
+    widths = [layer["intermediate_size"] for layer in config["per_layer_config"].values()]
+    assert sorted(widths) == [28, 28, 40]
+    reloader = hunt["hunting"].Reloader(60)
+    folder = tmp_path / "case"
+    try:
+        assert reloader.ask([folder]) == {str(folder): None}
+        del config["auto_map"]["AutoModelForCausalLM"]
+        (folder / "config.json").write_text(json.dumps(config))
+        (why,) = reloader.ask([folder]).values()
+    finally:
+        reloader.close()
+    assert why is not None
+    assert why.startswith("AutoModelForCausalLM: ")
+
+
+def test_a_layer_that_stayed_with_other_values_is_seen(hunt: Any, tmp_path: Path) -> None:
+    one = subject(hunt, tmp_path, {**BASE, "num_hidden_layers": 4})
+    name, layers = "model.layers", [1, 2]
+    assert list(hunt["layered"].lists_of_layers(one.model)) == [name]
+    dropped = copy.deepcopy(one.model)
+    drop_layers(dropped, layers, which=name)
+    hunt["layered"].check_dropped(one.model, dropped, name, layers, one.inputs)
+    with pytest.raises(hunt["oracle"].WrongError, match="is not the tensor of the layer that"):
+        hunt["layered"].check_dropped(one.model, dropped, name, [0, 1], one.inputs)
+    dropped.model.layers[1].self_attn.scaling *= 1.5
+    with pytest.raises(hunt["oracle"].WrongError, match=r"output 0 is .* off where layers pass on"):
+        hunt["layered"].check_dropped(one.model, dropped, name, layers, one.inputs)
 
 
 def test_the_figures_stand_between_their_marks(hunt: Any, tmp_path: Path) -> None:
