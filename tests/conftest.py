@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
@@ -69,22 +70,20 @@ def _stands_for(line: str, name: str) -> bool:
 
 
 class Collector:
-    """Saves models, and has one fresh process reload all that wait when the first is asked for."""
+    """Saves models, and has a fresh process reload each."""
 
     def __init__(self, root: Path):
         self._root = root
-        self._folders: dict[str, Path] = {}
-        self._results: dict[str, dict[str, Any]] = {}
+        self._numbers = itertools.count()
 
-    def add(self, name: str, model: Any, inputs: dict[str, torch.Tensor]) -> None:
-        """Save a model, what goes in and what it computes now.
+    def reloaded(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What a fresh process found; see ``reload_child.reload`` for the keys.
 
         Args:
-            name: what to call it; to be given to :meth:`result`.
             model: a live model in eval mode.
             inputs: for its forward pass; ``input_ids`` is also what it generates from.
         """
-        folder = self._root / f"{len(self._folders):03d}"
+        folder = self._root / f"{next(self._numbers):03d}"
         model.save_pretrained(folder)
         case = {
             "class": type(model).__name__,
@@ -93,25 +92,14 @@ class Collector:
             "tokens": reload_child.tokens_of(model, inputs),
         }
         torch.save(case, folder / reload_child.CASE)
-        self._folders[name] = folder
-
-    def result(self, name: str) -> dict[str, Any]:
-        """What the fresh process found; see ``reload_child.reload`` for the keys."""
-        if name not in self._results:
-            self._run()
-        return self._results[name]
-
-    def _run(self) -> None:
-        waiting = {n: f for n, f in self._folders.items() if n not in self._results}
-        results = self._root / "results.json"
-        errors = self._root / "errors.txt"
+        results, errors = self._root / "results.json", self._root / "errors.txt"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        threads = str(torch.get_num_threads())
-        arguments = (threads, str(results), *map(str, waiting.values()))
+        arguments = (str(torch.get_num_threads()), str(results), str(folder))
         child = warm_processes.start(reload_child.__file__, arguments, environment, errors)
         assert child.wait() == 0, errors.read_text()
-        found = json.loads(results.read_text())
-        self._results |= {name: found[str(folder)] for name, folder in waiting.items()}
+        found: dict[str, Any] = json.loads(results.read_text())[str(folder)]
+        shutil.rmtree(folder)
+        return found
 
 
 @pytest.fixture(scope="session")

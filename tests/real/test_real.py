@@ -50,8 +50,7 @@ def test_smollm2_is_pruned_saved_and_loaded_elsewhere(smollm2: Any, collector: C
         "num_key_value_heads": (3, 2),
     }
     assert smollm2.lm_head.weight is smollm2.model.embed_tokens.weight
-    collector.add("smollm2", smollm2, {"input_ids": torch.arange(5, 21)[None]})
-    result = collector.result("smollm2")
+    result = collector.reloaded(smollm2, {"input_ids": torch.arange(5, 21)[None]})
     assert_reloaded(result)
     assert result["new_tokens"] == 4
 
