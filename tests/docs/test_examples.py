@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 
+@pytest.mark.full
 def test_two_processes_agree_and_one_saves(tmp_path: Path):
     done = subprocess.run(
         [

@@ -13,6 +13,7 @@ _SECTION = re.compile(r"^## (.+?)$(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _SECTIONS = _SECTION.findall(_PATH.read_text(encoding="utf-8"))
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("title", "text"), _SECTIONS, ids=[title for title, _ in _SECTIONS])
 def test_the_fault_is_still_there(title: str, text: str) -> None:

@@ -36,6 +36,7 @@ from tp_hf_config.pipeline.output import save_model
 RANKS = 2
 CHILD = small.ROOT / "tests" / "support" / "fsdp2_child.py"
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.skipif(small.TORCH < (2, 6), reason="fully_shard is not public"),
     pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
     pytest.mark.usefixtures("one_thread"),
