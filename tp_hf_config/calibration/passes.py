@@ -17,6 +17,7 @@ from ..graph.standin import standin_behind
 from ..model.lazy_tensor import is_lazy
 from ..model.live_objects import configs_of
 from ..model.ranks import smallest
+from ..model.shortage import is_out_of_memory
 from ..model.surroundings import free_memory, same_random_state
 from .batches import Batch, on_device
 from .inner_models import models_in
@@ -177,12 +178,19 @@ def _run(
     try:
         with ops:
             return model(**on_device(batch, model))
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, MemoryError) as error:
         shapes = {k: list(v.shape) for k, v in batch.items() if hasattr(v, "shape")}
+        what = f"batch {number + 1} of the calibration data, {shapes}: {type(error).__name__}: "
+        what += in_one_line(error).rstrip(".")
+        if is_out_of_memory(error):
+            raise CalibrationError(
+                f"{type(model).__name__} ran out of memory on {what}. Pass smaller batches, or "
+                "calibrate(..., max_memory=) less than the default, half of what is free, or "
+                "refits=False, which needs no Gram matrices for importances"
+            ) from error
         raise CalibrationError(
-            f"{type(model).__name__} does not run on batch {number + 1} of the calibration "
-            f"data, {shapes}: {type(error).__name__}: {in_one_line(error)}. Pass batches "
-            "that the model takes: model(**batch)"
+            f"{type(model).__name__} does not run on {what}. Pass batches that the model takes: "
+            "model(**batch)"
         ) from error
     finally:
         if sources is not None:
