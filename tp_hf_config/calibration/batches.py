@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, CalibrationWarning
+from ..model.surroundings import evaluating, same_random_state
 from .inner_models import is_encoder_decoder, takes_token_ids
 
 if TYPE_CHECKING:
@@ -119,8 +120,7 @@ def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
     embeddings: Any = model.get_input_embeddings()
     generate: Any = model.generate
     written: list[Tensor] = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with evaluating(model), same_random_state(seed), torch.no_grad():
         first = torch.randint(embeddings.weight.shape[0], (rows, 1))
         for prompt in torch.split(first, _AT_ONCE):
             ids = generate(

@@ -18,7 +18,7 @@ from ..model.lazy_tensor import is_lazy
 from ..model.live_objects import configs_of
 from ..model.ranks import smallest
 from ..model.shortage import is_out_of_memory
-from ..model.surroundings import free_memory, same_random_state
+from ..model.surroundings import evaluating, free_memory, same_random_state
 from .batches import Batch, on_device
 from .inner_models import models_in
 from .linear_ops import LinearOp, WatchedOps
@@ -203,25 +203,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     A cache copies what some weights read (latent attention), so that no norm would be seen there.
     """
-    training = {module: module.training for module in model.modules()}
     models = models_in(model)
     experts = [(each, how) for each in models if (how := _experts_of(each))]
     holders: list[nn.Module] = [*models] or [model]
     configs = (config for each in holders for config in configs_of(each))
     caching = [config for config in configs if getattr(config, "use_cache", False)]
     try:
-        model.eval()
         for config in caching:
             config.use_cache = False
         for each, _ in experts:
             each.set_experts_implementation("eager")
-        with torch.inference_mode(False), torch.no_grad(), same_random_state():
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(), same_random_state():
             yield
     finally:
         for config in caching:
             config.use_cache = True
-        for module, mode in training.items():
-            module.training = mode
         for each, how in experts:
             each.set_experts_implementation(how)
 

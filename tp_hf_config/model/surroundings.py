@@ -124,17 +124,47 @@ def on_cpu() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def same_random_state() -> Iterator[None]:
+def same_random_state(seed: int | None = None) -> Iterator[None]:
     """Let torch's random numbers go on afterwards as if none had been drawn while this is open.
 
-    What runs inside may seed the CPU's generator, but not that of a CUDA device not used before.
+    ``seed``: of all generators, while this is open. ``torch.manual_seed`` would seed devices that
+    are not in use too, whose state cannot be restored.
     """
+    generators = _generators_in_use()
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators if seed is not None else ():
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generators_in_use() -> list[Any]:
+    """Return torch's generators of the CPU and of devices in use."""
     import torch
 
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if used else ()
-    with torch.random.fork_rng(devices=devices):
+    generators: list[Any] = [torch.default_generator]
+    devices: tuple[Any, ...] = torch.cuda, torch.xpu
+    for device in devices:
+        if device.is_initialized():
+            generators += device.default_generators
+    if torch.backends.mps.is_available():
+        generators.append(torch.mps._get_default_mps_generator())
+    return generators
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout and the like off, and restore each module's training mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
         yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import nn
 import tp_hf_config
 from tp_hf_config import CalibrationError, CalibrationWarning, HFConfigSyncHook, calibrate
 from tp_hf_config.calibration import measured
-from tp_hf_config.calibration.batches import shipped_text, split_batches, unpadded
+from tp_hf_config.calibration.batches import own_text, shipped_text, split_batches, unpadded
 from tp_hf_config.calibration.linear_ops import Consumer
 from tp_hf_config.model.lazy_tensor import LazyTensor
 from tp_hf_config.model.tensors import state_of
@@ -397,6 +397,20 @@ def test_a_causal_language_model_needs_no_data() -> None:
     assert own.train[0]["input_ids"].shape == (1, 62)
     again = calibrate(model, "own", tokens=620)
     assert torch.equal(own.train[3]["input_ids"], again.train[3]["input_ids"])
+
+
+def test_own_text_is_written_without_dropout() -> None:
+    """The same text in both modes; each module keeps the mode that it has."""
+    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=99, n_positions=64)
+    model = hf.GPT2LMHeadModel(config)  # its dropout is 0.1
+    written = []
+    for mode in (False, True):
+        model.train(mode).transformer.h[0].eval()
+        modes = [module.training for module in model.modules()]
+        text = own_text(model, 200, seed=0)
+        assert [module.training for module in model.modules()] == modes
+        written.append(torch.cat([text.train, text.held_out]))
+    assert torch.equal(*written)
 
 
 def test_the_shipped_text_is_broad_and_long_enough() -> None:
