@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..calibration.batches import HELD_OUT, Text, own_text, second_text, windows_of
-from ..calibration.calibrate import TOKENS, Calibration, calibrate
+from ..calibration.batches import HELD_OUT, TOKENS, Text, own_text, second_text, windows_of
+from ..calibration.calibrate import Calibration, calibrate
 from ..errors import TPHFConfigError, UnsupportedModelError, in_one_line
 from ..model.build import Refusal
 from ..model.shortage import raise_shortage
