@@ -101,9 +101,8 @@ def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE)
     """
     if max_memory is not None:
         return max_memory
-    device = next(model.parameters()).device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return smallest(int(free) // 2) if ranks.count > 1 else int(free) // 2
+    half = free_memory(next(model.parameters()).device) // 2
+    return smallest(half) if ranks.count > 1 else half
 
 
 def watched_pass(

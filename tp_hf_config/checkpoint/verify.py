@@ -311,7 +311,7 @@ def _end_of(code: int, errors: str) -> str:
         errors: what it wrote to standard error.
     """
     lines = [line for line in errors.splitlines() if line.strip()]
-    if code == -signal.SIGKILL:
+    if code == -getattr(signal, "SIGKILL", 9):  # Windows has none
         return "the fresh process was killed (SIGKILL), most often for want of memory"
     last = short(lines[-1] if lines else code)
     if code < 0:

@@ -9,7 +9,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ONE_AT_A_TIME = threading.RLock()
 """Held by the thread that learns a class, experiments with it or builds it.
@@ -23,6 +26,8 @@ _LARGEST = 2**25
 """Bytes: the largest ``_MMAP_THRESHOLD`` that glibc chooses by itself; it trims at twice that."""
 _MAPPED = 2**16
 """How many blocks glibc maps at most, if nothing is said."""
+_UNKNOWN = 4 * 2**30
+"""Bytes that count as free where the system does not say how many are."""
 _keeps_memory = False
 _frozen_by_others = False
 """True once other code froze objects: to count them takes the longer the more there are."""
@@ -185,13 +190,29 @@ def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def free_memory() -> int:
-    """Return how many bytes this machine can give to a process; pages of files count as free."""
+def free_memory(device: torch.device | None = None) -> int:
+    """Return how many bytes are free on a device, or on this machine for devices that share them.
+
+    Linux (where pages of files count as free) and Windows say it. macOS says only how much memory
+    there is: half of it counts as free. Where nothing is said it is ``_UNKNOWN``.
+    """
+    if device is not None:
+        import torch
+
+        asked: Any = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+        if asked is not None:
+            return int(asked(device)[0])
     with suppress(OSError, StopIteration):
         with open("/proc/meminfo", encoding="ascii") as lines:
             line = next(line for line in lines if line.startswith("MemAvailable"))
         return 1024 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    windows: Any = getattr(ctypes, "windll", None)
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its size, memory, free memory, ...
+    if windows is not None and windows.kernel32.GlobalMemoryStatusEx(status):
+        return status[2]
+    with suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _UNKNOWN
 
 
 def restore_attribute(target: Any, name: str, own: Any) -> None:
