@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, CalibrationWarning
+from ..model.surroundings import evaluating, same_random_state
 from .inner_models import is_encoder_decoder, takes_token_ids
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 WINDOW = 256  # tokens
 _LEAST = 8  # tokens
+TOKENS = 12_288  # of texts, and of batches that come without a length
+ROWS = 512  # of batches that come without a length and are no tokens (images, sounds)
 HELD_OUT = 8  # one batch in so many is held out
 _MOST_HELD_OUT = 8  # batches
 _AT_ONCE = 8  # windows that the model writes side by side
@@ -119,8 +122,7 @@ def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
     embeddings: Any = model.get_input_embeddings()
     generate: Any = model.generate
     written: list[Tensor] = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with evaluating(model), same_random_state(seed), torch.no_grad():
         first = torch.randint(embeddings.weight.shape[0], (rows, 1))
         for prompt in torch.split(first, _AT_ONCE):
             ids = generate(
@@ -147,8 +149,42 @@ def writes_text(model: Any) -> bool:
     )
 
 
+def with_held_out(tokens: int) -> int:
+    """Return how many tokens there have to be so that this many are not held out."""
+    return tokens + tokens // (HELD_OUT - 1)
+
+
+def joined_texts(
+    texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, tokens: int | None
+) -> str:
+    """Return texts as one, read until they have so many tokens; ``None``: all of them.
+
+    Raises:
+        CalibrationError: something among them is no text.
+    """
+    read: list[str] = []
+    count = 0
+    for text in texts:
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"item {len(read) + 1} of the calibration data is a {type(text).__name__}, and "
+                "those before it are texts: pass texts alone, or batches alone"
+            )
+        read.append(text)
+        if tokens is not None:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            count += max(1, len(ids))
+            if count >= tokens:
+                break
+    return "\n\n".join(read)
+
+
 def split_batches(
-    data: Iterable[Any], model: nn.Module, may_be_empty: bool = False
+    data: Iterable[Any],
+    model: nn.Module,
+    may_be_empty: bool = False,
+    tokens: int | None = None,
+    whole: bool = True,
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the user's batches, those to measure and those held out, without padding.
 
@@ -156,12 +192,14 @@ def split_batches(
         data: dicts of a forward pass's keyword arguments, or tensors for its first one.
         model: the model.
         may_be_empty: True if there may be no batch, as on one rank of several.
+        tokens: how many tokens to measure; default: ``TOKENS``, or ``ROWS`` of other inputs.
+        whole: read all of the data instead.
 
     Raises:
         CalibrationError: there is no batch, or one is neither a dict nor a tensor.
     """
     batches: list[Batch] = []
-    decodes = is_encoder_decoder(model)
+    count, decodes = 0, is_encoder_decoder(model)
     for given in data:
         if isinstance(given, Tensor):
             given = {_first_argument(model): given}
@@ -171,7 +209,12 @@ def split_batches(
                 "expected a dict of the forward pass's arguments (a tokenizer's or a processor's "
                 "output), a tensor, or texts with tokenizer="
             )
-        batches += unpadded(given, decodes)
+        added = list(unpadded(given, decodes))
+        batches += added
+        count += max(1, tokens_in(added))
+        most = tokens or (ROWS if all(map(_is_in_rows, batches)) else TOKENS)
+        if not whole and count >= with_held_out(most) and len(batches) != 1:
+            break
     if not batches and not may_be_empty:
         raise CalibrationError(
             "the calibration data has no batch: pass some (a list, a DataLoader)"
@@ -247,11 +290,22 @@ def _not_by_rows(batch: Batch, rows: int) -> str | None:
 
 def tokens_in(batches: Sequence[Batch]) -> int:
     """Return how many tokens batches have; for other inputs, how many rows (images, sounds)."""
-    total = 0
-    for batch in batches:
-        ids = batch.get("input_ids", next(iter(batch.values())))
-        total += ids.numel() if not ids.is_floating_point() else len(ids)
-    return total
+    return sum(
+        len(_main_input(batch)) if _is_in_rows(batch) else _main_input(batch).numel()
+        for batch in batches
+    )
+
+
+def _main_input(batch: Batch) -> Tensor:
+    """Return a batch's token ids, or its first tensor; without one, an empty tensor."""
+    tensors = (value for value in batch.values() if isinstance(value, Tensor))
+    ids = batch.get("input_ids")
+    return ids if isinstance(ids, Tensor) else next(tensors, torch.empty(0))
+
+
+def _is_in_rows(batch: Batch) -> bool:
+    """True if what a batch holds is counted by rows: numbers, not tokens."""
+    return _main_input(batch).is_floating_point()
 
 
 def on_device(batch: Batch, model: nn.Module) -> dict[str, Any]:

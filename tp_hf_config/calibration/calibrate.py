@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -12,7 +13,19 @@ from ..errors import CalibrationError, CalibrationWarning, listed
 from ..graph.edits import stack_dim
 from ..graph.standin import standin_behind, standin_of
 from ..model.locate import check_has_data, check_unwrapped
-from .batches import Batch, Text, own_text, shipped_text, split_batches, windows_of, writes_text
+from .batches import (
+    TOKENS,
+    Batch,
+    Text,
+    joined_texts,
+    own_text,
+    shipped_text,
+    split_batches,
+    window_size,
+    windows_of,
+    with_held_out,
+    writes_text,
+)
 from .importance import CalibratedImportance, Kind
 from .inner_models import runs_on_text, takes_token_ids
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
@@ -22,7 +35,6 @@ from .readings import TOKENS_PER_CHANNEL, Readings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENS = 12_288
 Data = Iterable[Any] | str | Literal["own"] | None
 
 
@@ -66,7 +78,7 @@ def calibrate(
     data: Data = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     ridge: float | None = None,
     max_memory: int | None = None,
     seed: int = 0,
@@ -88,8 +100,10 @@ def calibrate(
             good. Tokens that ``attention_mask`` names as padding are left out.
         tokenizer: for texts; default: that of the folder or the repository that the model came
             from.
-        tokens: how many tokens of texts to take (default: 12,288), as far as the text goes; batches
-            are taken as they are.
+        tokens: how many tokens to measure, beside those held out; of images and sounds, how many
+            rows. Data is read no further, but for the batch that has the last of them, and a second
+            one to hold out. Default: 12,288 of texts; batches with a length (a list, a DataLoader)
+            whole; of those without (a generator, an ``IterableDataset``) 12,288, or 512 rows.
         ridge: how strongly refits stay with the plain cut, relative to what channels carry;
             default: 0.1 for causal language models, which meet other text than they were measured
             on, else 0.01.
@@ -143,42 +157,59 @@ def _batches_of(
     model: Any,
     data: Data,
     tokenizer: PreTrainedTokenizerBase | None,
-    tokens: int,
+    tokens: int | None,
     seed: int,
     may_be_empty: bool,
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the batches to measure and those held out; see :func:`calibrate`."""
     if isinstance(data, Mapping) or (isinstance(data, str) and data != "own"):
         data = [data]
-    if data is None or data == "own":
+    given: Any = data
+    sized, texts = _has_length(data), True
+    if data is None or isinstance(data, str):
         _check_writes(model, data)
-    texts = data is None or data == "own"
-    if not texts:
-        given = list(data)  # type: ignore[arg-type]
-        texts = bool(given) and all(isinstance(item, str) for item in given)
-        data = given
+    else:
+        items = iter(data)
+        first = list(islice(items, 1))
+        given, texts = chain(first, items), bool(first) and isinstance(first[0], str)
     if texts:
-        text = _text_of(model, data, tokenizer, tokens, seed)
-        wanted = max(1, tokens // text.train.shape[1])
+        text = _text_of(model, given, tokenizer, tokens or TOKENS, seed, sized)
+        wanted = max(1, (tokens or TOKENS) // text.train.shape[1])
         train: list[Batch] = [{"input_ids": row[None]} for row in text.train[:wanted]]
         held_out: list[Batch] = [{"input_ids": row[None]} for row in text.held_out]
     else:
-        train, held_out = split_batches(data, model, may_be_empty)  # type: ignore[arg-type]
+        whole = sized and tokens is None
+        train, held_out = split_batches(given, model, may_be_empty, tokens, whole)
     return train, held_out
 
 
+def _has_length(data: Any) -> bool:
+    """True if data says how many items it has, so it ends; a ``DataLoader`` may raise instead."""
+    try:
+        return len(data) >= 0
+    except TypeError:
+        return False
+
+
 def _text_of(
-    model: Any, data: Any, tokenizer: PreTrainedTokenizerBase | None, tokens: int, seed: int
+    model: Any,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tokens: int,
+    seed: int,
+    whole: bool,
 ) -> Text:
     if data == "own":
-        return own_text(model, tokens + tokens // 7, seed)
+        return own_text(model, with_held_out(tokens), seed)
     if not takes_token_ids(model):
         raise CalibrationError(
             f"{type(model).__name__} takes no text: pass batches of what it takes, "
             "calibrate(model, batches)"
         )
-    text = shipped_text() if data is None else "\n\n".join(data)
-    return windows_of(text, tokenizer or _tokenizer_of(model), model)
+    tokenizer = tokenizer or _tokenizer_of(model)
+    most = None if whole else with_held_out(tokens) + window_size(model)
+    text = shipped_text() if data is None else joined_texts(data, tokenizer, most)
+    return windows_of(text, tokenizer, model)
 
 
 def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:

@@ -107,7 +107,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
     def _greedy_scores(self, readers: list[_Reader], units: int, width: int) -> Tensor | None:
         """Return when each unit goes, or ``None`` where no refit follows from Gram matrices."""
-        readings = self.calibration.current()
+        readings = self.calibration.readings  # `_readers` has looked whether they hold
         leaders = [readings.leaders[reader.consumer] for reader in readers]
         if not all(map(readings.needs_gram, leaders)):
             return None

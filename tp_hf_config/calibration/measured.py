@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..graph.standin import versions_of
 from ..model.lazy_tensor import LazyTensor
+from ..model.tensors import state_of
 from ..notebook import short
 from .batches import Batch, tokens_in
 from .linear_ops import Consumer
@@ -89,7 +89,7 @@ class MeasuredModel:
         measured.readings = replace(
             readings, statistics={k: copy.copy(v) for k, v in readings.statistics.items()}
         )
-        measured._measured_at = versions_of(model)
+        measured._measured_at = state_of(model)
         return measured
 
     def comparing_on(self, held_out: Sequence[Batch]) -> Self:
@@ -114,7 +114,7 @@ class MeasuredModel:
 
     def current(self) -> Readings:
         """Return what was measured; measure again first where the weights have changed."""
-        state = versions_of(self.model)
+        state = state_of(self.model)
         if state != self._measured_at:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"

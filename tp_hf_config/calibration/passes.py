@@ -17,7 +17,8 @@ from ..graph.standin import standin_behind
 from ..model.lazy_tensor import is_lazy
 from ..model.live_objects import configs_of
 from ..model.ranks import smallest
-from ..model.surroundings import free_memory, same_random_state
+from ..model.shortage import is_out_of_memory
+from ..model.surroundings import evaluating, free_memory, same_random_state
 from .batches import Batch, on_device
 from .inner_models import models_in
 from .linear_ops import LinearOp, WatchedOps
@@ -100,9 +101,8 @@ def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE)
     """
     if max_memory is not None:
         return max_memory
-    device = next(model.parameters()).device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return smallest(int(free) // 2) if ranks.count > 1 else int(free) // 2
+    half = free_memory(next(model.parameters()).device) // 2
+    return smallest(half) if ranks.count > 1 else half
 
 
 def watched_pass(
@@ -177,12 +177,19 @@ def _run(
     try:
         with ops:
             return model(**on_device(batch, model))
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, MemoryError) as error:
         shapes = {k: list(v.shape) for k, v in batch.items() if hasattr(v, "shape")}
+        what = f"batch {number + 1} of the calibration data, {shapes}: {type(error).__name__}: "
+        what += in_one_line(error).rstrip(".")
+        if is_out_of_memory(error):
+            raise CalibrationError(
+                f"{type(model).__name__} ran out of memory on {what}. Pass smaller batches, or "
+                "calibrate(..., max_memory=) less than the default, half of what is free, or "
+                "refits=False, which needs no Gram matrices for importances"
+            ) from error
         raise CalibrationError(
-            f"{type(model).__name__} does not run on batch {number + 1} of the calibration "
-            f"data, {shapes}: {type(error).__name__}: {in_one_line(error)}. Pass batches "
-            "that the model takes: model(**batch)"
+            f"{type(model).__name__} does not run on {what}. Pass batches that the model takes: "
+            "model(**batch)"
         ) from error
     finally:
         if sources is not None:
@@ -195,25 +202,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     A cache copies what some weights read (latent attention), so that no norm would be seen there.
     """
-    training = {module: module.training for module in model.modules()}
     models = models_in(model)
     experts = [(each, how) for each in models if (how := _experts_of(each))]
     holders: list[nn.Module] = [*models] or [model]
     configs = (config for each in holders for config in configs_of(each))
     caching = [config for config in configs if getattr(config, "use_cache", False)]
     try:
-        model.eval()
         for config in caching:
             config.use_cache = False
         for each, _ in experts:
             each.set_experts_implementation("eager")
-        with torch.inference_mode(False), torch.no_grad(), same_random_state():
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(), same_random_state():
             yield
     finally:
         for config in caching:
             config.use_cache = True
-        for module, mode in training.items():
-            module.training = mode
         for each, how in experts:
             each.set_experts_implementation(how)
 

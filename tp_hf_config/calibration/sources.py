@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
+from ..model.shortage import raise_shortage
 from .linear_ops import Select
 
 _weak_ref: Any = reductions.StorageWeakRef
@@ -130,7 +131,8 @@ class Sources:
             try:
                 if call.select is None and _mixes(self._layer(call), call, size):
                     return tuple(c.name for c in reversed(calls[: number + 1]))
-            except Exception:  # it does not run with fewer channels: no norm that we know
+            except Exception as error:  # it does not run with fewer channels: no norm that we know
+                raise_shortage(error)
                 return ()
         return ()
 

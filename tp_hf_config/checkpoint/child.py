@@ -45,6 +45,7 @@ def _load_and_run(
         model = model.to(job["device"]).eval()
         if job["cast"]:
             inputs = {key: _cast(value, model.dtype) for key, value in inputs.items()}
+        torch.manual_seed(0)  # some forward passes draw random masks
         outputs = {key: value.cpu() for key, value in outputs_of(model, inputs).items()}
     except Exception as error:  # the process that made the job reports it
         text = " ".join(str(error).split())
@@ -85,8 +86,7 @@ def _problems(info: dict[str, Any]) -> dict[str, list[str]]:
 
 def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return every tensor that a forward pass returns, by name; caches are left out."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # some forward passes draw random masks
+    with torch.no_grad():
         result = model(**inputs)
     return dict(_tensors("", result))
 

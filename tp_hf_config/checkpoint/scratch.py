@@ -56,6 +56,7 @@ def _remove(path: Path) -> None:
 @cache
 def _folder() -> Path:
     """Return this process's folder; it goes when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="tp_hf_config-")
+    # Windows does not remove a file that is still mapped
+    folder = tempfile.TemporaryDirectory(prefix="tp_hf_config-", ignore_cleanup_errors=True)
     atexit.register(folder.cleanup)
     return Path(folder.name)

@@ -26,6 +26,7 @@ from ..model.layer_class import GENERATED
 from ..model.lazy_tensor import LazyTensor, is_lazy
 from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
+from ..model.surroundings import evaluating, same_random_state
 from . import child
 from .building import build, entries, own_reference
 from .check import SolvableFolder, check_tensors, place, read_folder, solvable_folder
@@ -96,7 +97,7 @@ def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
     for parameter in model.parameters():
         if not isinstance(parameter, LazyTensor) and parameter.data_ptr() % _ALIGNED:
             parameter.data = parameter.data.clone()
-    with _evaluating(model):
+    with evaluating(model), same_random_state(0):
         return child.outputs_of(model, dict(inputs))
 
 
@@ -310,7 +311,7 @@ def _end_of(code: int, errors: str) -> str:
         errors: what it wrote to standard error.
     """
     lines = [line for line in errors.splitlines() if line.strip()]
-    if code == -signal.SIGKILL:
+    if code == -getattr(signal, "SIGKILL", 9):  # Windows has none
         return "the fresh process was killed (SIGKILL), most often for want of memory"
     last = short(lines[-1] if lines else code)
     if code < 0:
@@ -347,15 +348,3 @@ def _problems(
         if kinds is None or kind in kinds:
             listed = ", ".join(map(short, keys[:_SHOWN])) + and_more(keys, _SHOWN)
             yield f"{kind.replace('_', ' ')}: {listed}"
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and restore each module's training mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -15,10 +14,18 @@ from typing import Any
 from ..errors import CheckpointError
 from .folder import CONFIG
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _BACKUP = f"{CONFIG}.bak"
 _NEW = f".{CONFIG}.new"
 _OLD = f".{CONFIG}.old"
 _FICLONE = 0x40049409  # linux/fs.h
+_ON_WINDOWS = os.name == "nt"
+_BINARY = getattr(os, "O_BINARY", 0)  # else Windows changes line ends
 
 
 _REPAIRED = "is being repaired by another process. Wait for it, then check again."
@@ -29,7 +36,8 @@ def locked(folder: Path, busy: str = _REPAIRED, needed: bool = True) -> Iterator
     """Lock a folder, so that no other process writes to it in the meantime.
 
     The lock is on the folder itself: there is no lock file that could be left behind, and the lock
-    ends with the process that holds it.
+    ends with the process that holds it. On Windows, which locks no folders, it is a file beside the
+    folder, which the system removes with the handle or the process that holds it.
 
     Args:
         folder: the folder.
@@ -39,18 +47,24 @@ def locked(folder: Path, busy: str = _REPAIRED, needed: bool = True) -> Iterator
     Raises:
         CheckpointError: another process holds the lock, or the folder cannot be locked.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if handle is None:
+                folder = folder.resolve()
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_TEMPORARY", 0)
+                handle = os.open(folder.with_name(f".{folder.name}.lock"), flags)
+            else:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EEXIST):
                 raise CheckpointError(f"{folder} {busy}") from None
             if needed:
                 raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def replace_config(folder: Path, text: bytes) -> Path:
@@ -95,7 +109,7 @@ def _free(folder: Path) -> Path:
 def _write(path: Path, data: bytes) -> None:
     """Write a file down to the disk; if a link has its name, replace the link, not its target."""
     _remove(path)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
     try:
         done = 0
         while done < len(data):
@@ -112,8 +126,16 @@ def _flush_folder(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or a folder to the disk.
+
+    Windows flushes only files that may be written; others it writes when it likes.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR if _ON_WINDOWS else os.O_RDONLY)
+    except PermissionError:
+        if _ON_WINDOWS:
+            return
+        raise
     try:
         os.fsync(handle)
     finally:
@@ -223,6 +245,8 @@ def _copy_file(source: Path, target: Path) -> None:
 
 def _cloned(source: Path, target: Path) -> bool:
     """True if the file system has made ``target`` a copy without room of its own (``FICLONE``)."""
+    if fcntl is None:
+        return False
     try:
         with source.open("rb") as read, target.open("wb") as written:
             fcntl.ioctl(written, _FICLONE, read.fileno())

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from .. import __version__
 from ..errors import CalibrationWarning, PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
+from ..model.shortage import is_out_of_memory
 from ..schema import dated
 from .arguments import UsageError
 from .console import show
@@ -184,7 +185,12 @@ def _failed(options: argparse.Namespace, error: Exception) -> Outcome:
         code = UNKNOWN if usage else options.refused
         return _wrong(options, error, code, str(error))
     text = f"{type(error).__name__}: {error}"
-    if not options.debug:
+    if is_out_of_memory(error):
+        text += (
+            "\nMemory ran out. Use a machine or a --device with more; prune --stream reads weights "
+            "only when they are needed."
+        )
+    elif not options.debug:
         text += "\nThis is not foreseen: --debug shows where it happened."
     return _wrong(options, error, UNKNOWN, text)
 

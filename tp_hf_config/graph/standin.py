@@ -24,6 +24,7 @@ from ..model.lazy_tensor import LazyTensor
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import shapes
 from ..model.sharded import is_sharded, plain_class, reshard, whole
+from ..model.tensors import state_of
 from .rebuild import empty_copy, fill
 from .taking_turns import InterruptedByRankError, Turns
 
@@ -46,7 +47,7 @@ class StandIn:
 
     def __init__(self, sharded: PreTrainedModel):
         self._sharded = weakref.ref(sharded)
-        self._versions = versions_of(sharded)
+        self._state = state_of(sharded)
         self._turns: Turns | None = None
         self._numbers = {name: n for n, (name, _) in enumerate(sharded.named_parameters())}
         self.model: PreTrainedModel = empty_copy(sharded)
@@ -77,8 +78,8 @@ class StandIn:
         """Take over gradients, which parameters have one, and that weights have changed."""
         sharded = self.sharded
         reshard(sharded)
-        versions, self._versions = self._versions, versions_of(sharded)
-        if versions != self._versions:
+        before, self._state = self._state, state_of(sharded)
+        if before != self._state:
             increment_version(self.model.parameters())
         for name, parameter in self.model.named_parameters():
             source = sharded.get_parameter(name)
@@ -92,7 +93,7 @@ class StandIn:
         _standins.pop(self.sharded, None)
         _standins[sharded] = self
         self._sharded = weakref.ref(sharded)
-        self._versions = versions_of(sharded)
+        self._state = state_of(sharded)
         lazy: Any
         for name, lazy in self.model.named_parameters():
             lazy.read, lazy.grad = partial(self._values, name), None
@@ -136,14 +137,6 @@ class StandIn:
         gradient = self.sharded.get_parameter(name).grad
         assert gradient is not None  # refresh saw one
         return whole(gradient).cpu()
-
-
-def versions_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return what changes once a model's weights do."""
-    return tuple(
-        (name, id(parameter), tuple(parameter.shape), parameter._version)
-        for name, parameter in model.named_parameters()
-    )
 
 
 _standins: weakref.WeakKeyDictionary[nn.Module, StandIn] = weakref.WeakKeyDictionary()

@@ -18,6 +18,7 @@ from ..forward.layer_passes import Argument, handed_on, without_layers
 from ..forward.observed_pass import AllFloat64
 from ..forward.output_tensors import unmasked
 from ..model.build import Refusal
+from ..model.shortage import raise_shortage
 from ..model.surroundings import quiet_transformers, same_random_state
 
 _TWO_TOKENS: dict[str, Any] = {
@@ -66,6 +67,7 @@ class OutputsWithout:
             with undisturbed(self._model), precision, without_layers(passing, handed) as impossible:
                 result = self._model(**self._inputs)
         except Exception as error:  # a class that the library cannot feed may raise anything
+            raise_shortage(error)
             return Refusal(in_one_line(error))
         if impossible:
             raise ConfigSyncError(
@@ -85,6 +87,7 @@ class OutputsWithout:
             with undisturbed(model), quiet_transformers(logging.CRITICAL):
                 model.generate(**given, **_TWO_TOKENS)
         except Exception as error:  # as in a forward pass
+            raise_shortage(error)
             return Refusal(in_one_line(error))
         return None
 
@@ -135,6 +138,7 @@ def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal
         with torch.no_grad(), same_random_state():
             return example_inputs(model, find_recipe(full))
     except Exception as error:  # it runs parts of the model
+        raise_shortage(error)
         return Refusal(in_one_line(error))
 
 

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-_TORCH_SAYS = "tried to allocate"
-"""What torch says of a tensor that does not fit, on every device."""
+_TORCH_SAYS = "out of memory", "tried to allocate", "alloc_failed"
+"""What torch says of a tensor that does not fit, on the CPU and on other devices."""
 _noted = False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an exception says that memory ran out, the process's or a device's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(said in text for said in _TORCH_SAYS)
+    )
+
+
+def raise_shortage(error: Exception) -> None:
+    """Raise an exception of a model at its own size again if it says nothing of the model.
+
+    Raises:
+        Exception: the exception, as it is: memory ran out, or time.
+    """
+    if isinstance(error, TimeoutError) or is_out_of_memory(error):
+        raise error
 
 
 def note_shortage(error: Exception) -> None:
@@ -21,7 +39,7 @@ def note_shortage(error: Exception) -> None:
     global _noted
     if isinstance(error, (MemoryError, TimeoutError)):
         raise error
-    _noted = _noted or _TORCH_SAYS in str(error).lower()
+    _noted = _noted or is_out_of_memory(error)
 
 
 def shortage_noted() -> bool:

@@ -9,7 +9,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ONE_AT_A_TIME = threading.RLock()
 """Held by the thread that learns a class, experiments with it or builds it.
@@ -23,6 +26,8 @@ _LARGEST = 2**25
 """Bytes: the largest ``_MMAP_THRESHOLD`` that glibc chooses by itself; it trims at twice that."""
 _MAPPED = 2**16
 """How many blocks glibc maps at most, if nothing is said."""
+_UNKNOWN = 4 * 2**30
+"""Bytes that count as free where the system does not say how many are."""
 _keeps_memory = False
 _frozen_by_others = False
 """True once other code froze objects: to count them takes the longer the more there are."""
@@ -124,17 +129,47 @@ def on_cpu() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def same_random_state() -> Iterator[None]:
+def same_random_state(seed: int | None = None) -> Iterator[None]:
     """Let torch's random numbers go on afterwards as if none had been drawn while this is open.
 
-    What runs inside may seed the CPU's generator, but not that of a CUDA device not used before.
+    ``seed``: of all generators, while this is open. ``torch.manual_seed`` would seed devices that
+    are not in use too, whose state cannot be restored.
     """
+    generators = _generators_in_use()
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators if seed is not None else ():
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generators_in_use() -> list[Any]:
+    """Return torch's generators of the CPU and of devices in use."""
     import torch
 
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if used else ()
-    with torch.random.fork_rng(devices=devices):
+    generators: list[Any] = [torch.default_generator]
+    devices: tuple[Any, ...] = torch.cuda, torch.xpu
+    for device in devices:
+        if device.is_initialized():
+            generators += device.default_generators
+    if torch.backends.mps.is_available():
+        generators.append(torch.mps._get_default_mps_generator())
+    return generators
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout and the like off, and restore each module's training mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
         yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -155,13 +190,29 @@ def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def free_memory() -> int:
-    """Return how many bytes this machine can give to a process; pages of files count as free."""
+def free_memory(device: torch.device | None = None) -> int:
+    """Return how many bytes are free on a device, or on this machine for devices that share them.
+
+    Linux (where pages of files count as free) and Windows say it. macOS says only how much memory
+    there is: half of it counts as free. Where nothing is said it is ``_UNKNOWN``.
+    """
+    if device is not None:
+        import torch
+
+        asked: Any = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+        if asked is not None:
+            return int(asked(device)[0])
     with suppress(OSError, StopIteration):
         with open("/proc/meminfo", encoding="ascii") as lines:
             line = next(line for line in lines if line.startswith("MemAvailable"))
         return 1024 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    windows: Any = getattr(ctypes, "windll", None)
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its size, memory, free memory, ...
+    if windows is not None and windows.kernel32.GlobalMemoryStatusEx(status):
+        return status[2]
+    with suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _UNKNOWN
 
 
 def restore_attribute(target: Any, name: str, own: Any) -> None:

@@ -18,6 +18,8 @@ from .lazy_tensor import LazyTensor
 from .recycled_memory import recycled_empty
 
 PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
+_COLUMNS = 1021
+"""Words are added up by their place modulo this prime, so a checksum depends on their order."""
 _OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> dtype
 
 
@@ -183,6 +185,33 @@ def ties_of(model: nn.Module) -> list[Tie]:
         for parameter, names in parameter_names(model).items()
         if len(names) > 1
     ]
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return what changes once a model's weights do: a checksum of each parameter's values.
+
+    What is written through ``.data`` (an adapter that is merged, a moving average) is in no version
+    counter. A parameter that is read from files, or gathered from shards, is not read: its version
+    counter has to do.
+    """
+    return tuple(
+        (name, parameter.dtype, tuple(parameter.shape), _checksum(parameter))
+        if type(parameter) is nn.Parameter and not parameter.is_meta
+        else (name, id(parameter), tuple(parameter.shape), parameter._version)
+        for name, parameter in model.named_parameters()
+    )
+
+
+def _checksum(values: torch.Tensor) -> int:
+    """Return a number that depends on every bit of a tensor: it is read once, at memory's speed."""
+    bits = values.detach().flatten().view(torch.uint8)
+    if len(bits) % 8 or bits.storage_offset() % 8:
+        bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)])
+    words = bits.view(torch.int64)
+    rows = len(words) // _COLUMNS
+    sums = words[: rows * _COLUMNS].view(rows, _COLUMNS).sum(0)
+    sums[: len(words) % _COLUMNS] += words[rows * _COLUMNS :]
+    return int((sums * torch.arange(1, 2 * _COLUMNS, 2, device=sums.device)).sum())
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

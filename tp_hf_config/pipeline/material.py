@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..calibration.batches import HELD_OUT, Text, own_text, second_text, windows_of
-from ..calibration.calibrate import TOKENS, Calibration, calibrate
+from ..calibration.batches import HELD_OUT, TOKENS, Text, own_text, second_text, windows_of
+from ..calibration.calibrate import Calibration, calibrate
 from ..errors import TPHFConfigError, UnsupportedModelError, in_one_line
 from ..model.build import Refusal
-from ..model.shortage import note_shortage
+from ..model.shortage import raise_shortage
 from .choice import Choice
 from .job import Job
 from .objective import Objective, batch_of, objective_of, shuffled
@@ -96,7 +96,7 @@ def gather(
     except TPHFConfigError:
         raise
     except Exception as error:  # a class or a tokenizer for more than text may raise anything
-        note_shortage(error)
+        raise_shortage(error)
         return Refusal(
             f"{type(model).__name__} cannot be run on windows of text alone "
             f"({type(error).__name__}: {in_one_line(error)})"

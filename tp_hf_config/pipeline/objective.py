@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from ..calibration.passes import run_all
 from ..errors import in_one_line
 from ..model.build import Refusal
+from ..model.shortage import raise_shortage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,6 +124,7 @@ def objective_of(
     try:
         logits = getattr(model(**given), "logits", None)
     except Exception as error:  # a class that needs an image too may raise anything
+        raise_shortage(error)
         return Refusal(
             f"{type(model).__name__} does not run on text alone ({type(error).__name__}: "
             f"{in_one_line(error)})"

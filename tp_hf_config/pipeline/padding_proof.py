@@ -24,6 +24,7 @@ from ..graph.sides import Side, is_output, sides_of
 from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.layer_entries import name_in_all_layers
+from ..model.surroundings import same_random_state
 from ..model.tensors import tensor
 from .padding import Padded
 from .roundtrip import runnable_inputs
@@ -71,7 +72,7 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -
         return value.cpu().double() if value.is_floating_point() else value.cpu()
 
     inputs = {key: on_cpu(value) for key, value in inputs.items()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), same_random_state():
         return outputs_in_float64(model, inputs, recipe=recipe)
 
 

@@ -14,6 +14,7 @@ from ..errors import PipelineError
 from ..forward.inputs import example_inputs, input_forms
 from ..forward.run_recipe import RunRecipe
 from ..model.build import Refusal
+from ..model.shortage import raise_shortage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,6 +84,7 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor
     try:
         return live_outputs(model, inputs)
     except Exception as error:  # a forward pass may raise anything
+        raise_shortage(error)
         return Refusal(f"{type(error).__name__}: {error}")
 
 

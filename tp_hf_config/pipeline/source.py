@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.folder import read_config
 from ..errors import CheckpointError, PipelineError, TPHFConfigError, UnsupportedModelError
+from ..model.shortage import raise_shortage
 
 if TYPE_CHECKING:
     import torch
@@ -210,6 +211,7 @@ def load(
         model, info = loaded
         model = model.eval().to(device)
     except Exception as error:  # reading weights may raise anything
+        raise_shortage(error)
         raise _cannot(source, "its weights cannot be loaded", error) from error
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
@@ -249,6 +251,7 @@ def load_lazily(
     except CheckpointError as error:
         raise PipelineError(str(error)) from error
     except Exception as error:  # reading weights may raise anything
+        raise_shortage(error)
         raise _cannot(source, "its weights cannot be loaded", error) from error
     notes = _notes(source, info)
     if complete and info["missing_keys"]:

@@ -9,8 +9,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from ..calibration.batches import WINDOW
-from ..calibration.calibrate import TOKENS
+from ..calibration.batches import TOKENS, WINDOW
 from ..calibration.forecast import Input, inputs_of
 from ..fieldmap.field_map import FieldMap
 from ..forward.lockstep import stages_of

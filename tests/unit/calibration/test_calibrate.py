@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import calibrated
@@ -18,8 +19,10 @@ from torch import nn
 import tp_hf_config
 from tp_hf_config import CalibrationError, CalibrationWarning, HFConfigSyncHook, calibrate
 from tp_hf_config.calibration import measured
-from tp_hf_config.calibration.batches import shipped_text, split_batches, unpadded
+from tp_hf_config.calibration.batches import own_text, shipped_text, split_batches, unpadded
 from tp_hf_config.calibration.linear_ops import Consumer
+from tp_hf_config.model.lazy_tensor import LazyTensor
+from tp_hf_config.model.tensors import state_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -396,6 +399,20 @@ def test_a_causal_language_model_needs_no_data() -> None:
     assert torch.equal(own.train[3]["input_ids"], again.train[3]["input_ids"])
 
 
+def test_own_text_is_written_without_dropout() -> None:
+    """The same text in both modes; each module keeps the mode that it has."""
+    config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=99, n_positions=64)
+    model = hf.GPT2LMHeadModel(config)  # its dropout is 0.1
+    written = []
+    for mode in (False, True):
+        model.train(mode).transformer.h[0].eval()
+        modes = [module.training for module in model.modules()]
+        text = own_text(model, 200, seed=0)
+        assert [module.training for module in model.modules()] == modes
+        written.append(torch.cat([text.train, text.held_out]))
+    assert torch.equal(*written)
+
+
 def test_the_shipped_text_is_broad_and_long_enough() -> None:
     text = shipped_text()
     assert len(text) > 50_000
@@ -424,6 +441,74 @@ def test_a_copy_needs_no_other_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         twin.lm_head.weight[0, 0] += 1
     with pytest.raises(CalibrationError, match="is no copy of the LlamaForCausalLM that was"):
         calibration.on_copy(twin)
+
+
+def _merge_adapter(weight: torch.Tensor) -> None:
+    """As PEFT's ``merge_and_unload`` adds an adapter's product."""
+    weight.data += 0.01 * torch.ones_like(weight)
+
+
+def _copy_average(weight: torch.Tensor) -> None:
+    """As an exponential moving average is put in the place of the weights."""
+    weight.data.copy_(0.9 * weight.detach())
+
+
+def _replace_data(weight: torch.Tensor) -> None:
+    weight.data = 0.9 * weight.detach()
+
+
+def _change_last(weight: torch.Tensor) -> None:
+    weight.data[-1, -1] += 1e-3
+
+
+def _swap_rows(weight: torch.Tensor) -> None:
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+
+
+def _swap_columns(weight: torch.Tensor) -> None:
+    weight.data[:, [3, 5]] = weight.data[:, [5, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [_merge_adapter, _copy_average, _replace_data, _change_last, _swap_rows, _swap_columns],
+)
+def test_weights_changed_without_a_trace_are_measured_again(
+    change: Callable[[torch.Tensor], None], dtype: torch.dtype
+) -> None:
+    """What is written through ``.data`` leaves a parameter's version counter as it was."""
+    model = nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 3)).to(dtype)
+    calibration = calibrate(model, list(torch.rand(4, 5, 7)))
+    before, version = calibration.readings, model[2].weight._version
+    assert calibration.current() is before
+    change(model[2].weight)
+    assert model[2].weight._version == version
+    again = calibration.current()
+    assert again is not before
+    assert calibration.current() is again
+
+
+def test_the_same_values_are_not_measured_again() -> None:
+    model = llama()
+    calibration = calibrate(model, calibrated.batches(model, 2))
+    before = calibration.readings
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    model.lm_head.weight.data = model.lm_head.weight.detach().clone()
+    assert calibration.current() is before
+
+
+def test_a_weight_that_is_read_from_a_file_is_not_read_to_look_for_changes() -> None:
+    read: list[int] = []
+
+    def values() -> torch.Tensor:
+        read.append(1)
+        return torch.ones(3, 4)
+
+    model = nn.Linear(4, 3)
+    model.weight = nn.Parameter(LazyTensor(torch.empty(3, 4, device="meta"), values))
+    assert state_of(model) == state_of(model)
+    assert read == []
 
 
 def test_what_is_only_held_is_measured_once_it_is_asked_for(
