@@ -224,12 +224,18 @@ def split_batches(
     return train, [batches[place] for place in places]
 
 
+_PADDING_MASKS = ("attention_mask", "features_mask", "padding_mask")
+_IGNORED = -100
+"""The label of no token, which an encoder-decoder reads as padding."""
+
+
 def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
     """Yield a batch as it is or, where a mask says that some tokens are padding, row by row.
 
-    A row loses the tokens in front of and behind those that its mask names, in every argument that
-    has as many. A batch whose rows share out numbers in a way that only the model knows (patches
-    of all images in one tensor) stays as it is, and a warning says so.
+    A row loses the tokens that its mask does not name, in every argument that has as many, and
+    those of the decoder whose ``labels`` are -100 if no mask names them. Frames that stand behind
+    other numbers stay. A batch whose rows share out numbers in a way that only the model knows
+    (patches of all images in one tensor) stays as it is, and a warning says so.
 
     Args:
         batch: the batch.
@@ -239,8 +245,12 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
     masks = {
         key: value
         for key, value in batch.items()
-        if key.endswith("attention_mask") and isinstance(value, Tensor) and value.ndim == 2
+        if key.endswith(_PADDING_MASKS) and isinstance(value, Tensor) and value.ndim == 2
+        if not key.startswith("global")  # Longformer's: tokens that attend to all
     }
+    labels = batch.get("labels")
+    if decodes and "decoder_attention_mask" not in masks and isinstance(labels, Tensor):
+        masks |= {"labels": labels != _IGNORED} if labels.ndim == 2 else {}
     if all(bool(mask.all()) for mask in masks.values()):
         yield dict(batch)
         return
@@ -267,14 +277,14 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
             places = mask[row].nonzero().flatten()
             if not len(places):
                 break  # a row of padding alone
-            tokens = slice(int(places[0]), int(places[-1]) + 1)
-            decoder = name.startswith("decoder")
-            for key, value in single.items():
-                if key.startswith(of_decoder) != decoder:
-                    continue  # of the other side of an encoder-decoder
-                shape = value.shape if isinstance(value, Tensor) else ()
-                if len(shape) > 1 and shape[1] == mask.shape[1]:
-                    single[key] = value[:, tokens]
+            cut = [
+                key
+                for key, value in single.items()
+                if key.startswith(of_decoder) == name.startswith(of_decoder)
+                if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == mask.shape[1]
+            ]
+            for key in cut if not all(key.endswith("mask") for key in cut) else ():
+                single[key] = single[key].index_select(1, places)
         else:
             yield single
 

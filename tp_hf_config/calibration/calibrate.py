@@ -97,7 +97,8 @@ def calibrate(
             ships with the package is taken then; ``"own"``: what the model writes itself, for
             languages and domains that the shipped text does not know (it is worth less than real
             text). Every eighth batch is held out, eight at most, to tell whether refits are any
-            good. Tokens that ``attention_mask`` names as padding are left out.
+            good. Padding is left out: what a padding mask does not name, and decoder tokens whose
+            ``labels`` are -100.
         tokenizer: for texts; default: that of the folder or the repository that the model came
             from.
         tokens: how many tokens to measure, beside those held out; of images and sounds, how many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -24,8 +25,15 @@ def models_in(module: nn.Module) -> list[PreTrainedModel]:
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:
-    """True if a module is, or contains, a model with an encoder and a decoder."""
-    return any(getattr(each.config, "is_encoder_decoder", False) for each in models_in(module))
+    """True if a module is, or contains, a model with an encoder and a decoder.
+
+    A class on the encoder alone (``T5ForTokenClassification``) may have the config of both.
+    """
+    return any(
+        any(name.startswith("decoder") for name in inspect.signature(each.forward).parameters)
+        for each in models_in(module)
+        if getattr(each.config, "is_encoder_decoder", False)
+    )
 
 
 def takes_token_ids(model: nn.Module) -> bool:

@@ -41,6 +41,11 @@ Change = dict[FieldPath, Any]
 _MOST_LISTS = 32
 """Combinations of lists that are tried for one setting that counts layers."""
 
+_MOST_RULES = 96
+"""Restatements of rules that are tried for one such setting; each is a build."""
+_MOST_KINDS = 4
+"""Kinds of layers of which a list may name any; each doubles the configs that are built."""
+
 
 def layer_lists_in(
     builder: Builder, data: dict[str, Any], model: nn.Module
@@ -103,8 +108,7 @@ class _Search:
         self._builder, self._data, self._model = builder, data, model
         self._name, self._keep = name, keep
         self._kept = KeptLayers(model, name, keep)
-        kinds = kinds_in(model)[name].first
-        self._kinds = [kinds[number] for number in keep]
+        self._kinds = kinds_in(model)[name]
         # changes that give the list its new length, or are refused, and where their setting stands
         self._bases: list[tuple[FieldPath, Change]] = []
         self._reason = ""
@@ -130,7 +134,7 @@ class _Search:
     def with_other_rules(self) -> Change | None:
         """Return a change that also restates a rule about layers by their numbers."""
         for node, counted in self._bases:
-            for rule in self._rules(node, counted):
+            for rule in islice(self._rules(node, counted), _MOST_RULES):
                 change = {**counted, **rule}
                 if self._try(None, change) is True:
                     return change
@@ -233,7 +237,7 @@ class _Search:
         """Yield restatements of rules: how many of the first or last layers, or an explicit list.
 
         A whole number may say that so many of the first layers are of one kind (or of the last), or
-        that every so many-th is; then a list that names layers can stand in for it.
+        that every so many-th is; then a list that names layers can stand in for it, or both hold.
         """
         values = value_at(self._data, node)
         if not isinstance(values, dict):
@@ -244,21 +248,32 @@ class _Search:
             if type(value) is int and 0 < value <= self._kept.length
             if (*node, key) not in counted and key not in of_every_config()
         }
-        for key, count in restated(values, self._kept.length, self._keep):
-            if key in numbers:
-                yield {(*node, key): count}
-        lists = [key for key, value in values.items() if value == [] or rises(value)]
-        named = [
-            [new for new, kind in enumerate(self._kinds) if kind == chosen]
-            for chosen in dict.fromkeys(self._kinds)
+        counts: list[Change] = [
+            {(*node, key): count}
+            for key, count in restated(values, self._kept.length, self._keep)
+            if key in numbers
         ]
-        for key in lists:
-            if key in of_every_config():
-                continue
-            for layers in named:
-                yield {(*node, key): layers}
-                for step in (step for step, value in numbers.items() if value > 1):
-                    yield {(*node, key): layers, (*node, step): 1}
+        yield from counts
+        off: list[Change] = [{(*node, step): 1} for step, value in numbers.items() if value > 1]
+        named: list[Change] = [
+            {(*node, key): layers}
+            for key, value in values.items()
+            if (value == [] or rises(value)) and key not in of_every_config()
+            for layers in self._named(key)
+        ]
+        for other in ({}, *off, *counts):
+            yield from ({**one, **other} for one in named)
+
+    def _named(self, setting: str) -> Iterator[list[int]]:
+        """Yield what a list of layers may name: those of no kind, of one, of several.
+
+        Kinds are told apart by all but what this list says of them.
+        """
+        first = self._kinds.without_settings({setting}).first
+        kinds = list(dict.fromkeys(first[number] for number in self._keep))[:_MOST_KINDS]
+        for count in range(len(kinds) + 1):
+            for chosen in combinations(kinds, count):
+                yield [new for new, number in enumerate(self._keep) if first[number] in chosen]
 
 
 def _counts(

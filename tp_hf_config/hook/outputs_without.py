@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..forward.layer_passes import Argument, handed_on, without_layers
 from ..forward.observed_pass import AllFloat64
 from ..forward.output_tensors import unmasked
 from ..model.build import Refusal
+from ..model.live_objects import config_nodes
 from ..model.shortage import raise_shortage
 from ..model.surroundings import quiet_transformers, same_random_state
 
@@ -47,12 +49,14 @@ class OutputsWithout:
     def __init__(
         self, model: nn.Module, full: nn.Module, layers: Sequence[nn.Module], dropped: Sequence[int]
     ):
-        self._model, self._total = model, len(layers)
+        self._model: Any = model
+        self._total = len(layers)
         self._inputs = _small_inputs(model, full)
         with handed_on(layers) as handed:
             self._whole = self._run()
         self._expected = self._run([layers[number] for number in dropped], handed)
         self._generated = self._cannot_generate() is None
+        self._ran = self._cannot_run() is None
 
     def _run(
         self, passing: Sequence[nn.Module] = (), handed: Mapping[int, Argument] | None = None
@@ -78,14 +82,28 @@ class OutputsWithout:
 
     def _cannot_generate(self) -> Refusal | None:
         """Return why the model generates no token with a cache; ``None`` if it does."""
-        model: Any = self._model
-        can_generate = getattr(model, "can_generate", bool)()
-        if isinstance(self._inputs, Refusal) or not can_generate:
+        if not getattr(self._model, "can_generate", bool)():
             return Refusal("it generates nothing")
-        given = {k: v for k, v in self._inputs.items() if not k.startswith(("decoder", "use_"))}
+        return self._error_of(functools.partial(self._model.generate, **_TWO_TOKENS), "decoder")
+
+    def _cannot_run(self) -> Refusal | None:
+        """Return why the model fails with the cache that it makes by default; ``None``: it runs."""
+        configs = [config for _, config in config_nodes(self._model.config)]
+        if not any(getattr(config, "use_cache", False) for config in configs):
+            return Refusal("it makes none")
+        return self._error_of(functools.partial(self._model, use_cache=True))
+
+    def _error_of(self, call: Callable[..., Any], *left_out: str) -> Refusal | None:
+        """Return why a call fails on the inputs that say nothing of a cache; ``None``: it works.
+
+        ``left_out``: beginnings of the names of other inputs that it does not take.
+        """
+        if isinstance(self._inputs, Refusal):
+            return self._inputs
+        given = {k: v for k, v in self._inputs.items() if not k.startswith((*left_out, "use_"))}
         try:
-            with undisturbed(model), quiet_transformers(logging.CRITICAL):
-                model.generate(**given, **_TWO_TOKENS)
+            with undisturbed(self._model), quiet_transformers(logging.CRITICAL):
+                call(**given)
         except Exception as error:  # as in a forward pass
             raise_shortage(error)
             return Refusal(in_one_line(error))
@@ -116,6 +134,13 @@ class OutputsWithout:
             raise ConfigSyncError(
                 f"{type(self._model).__name__} does not run without these layers of {layers}: "
                 f"{now.reason}. Nothing was changed."
+            )
+        failure = self._cannot_run() if self._ran else None
+        if failure is not None:
+            raise ConfigSyncError(
+                f"{type(self._model).__name__} without these layers of {layers} fails with the "
+                f"cache that it makes by default: {failure.reason.rstrip('.')}. Keep one layer of "
+                "each kind. Nothing was changed."
             )
         for key, value in expected.items():
             error = _relative_error(value, now.get(key))

@@ -8,6 +8,7 @@ Transformers: it is saved beside the weights, and loaded with ``trust_remote_cod
 from __future__ import annotations
 
 import atexit
+import copyreg
 import hashlib
 import importlib.util
 import shutil
@@ -16,7 +17,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .build import Refusal, without_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +40,13 @@ Written by tp_hf_config, which pruned this model. It needs only Transformers, 5.
 """
 
 import inspect
+import sys
 import threading
 from collections import Counter
 from contextlib import contextmanager
 from functools import wraps
 
+from transformers import conversion_mapping
 {imports}
 
 LISTS = {{
@@ -99,28 +107,54 @@ class _LayersWithOwnConfig:
 
     def _tell_layers(self, key):
         """Give the layers' own configs a value that the model's config has now."""
-        for name in LISTS:
+        modules = dict(self.base_model.named_modules())
+        for name in LISTS.keys() & modules.keys():
             around = name
-            while not hasattr(self.base_model.get_submodule(around), "config"):
+            while not hasattr(modules[around], "config"):
                 around = around.rpartition(".")[0]
-            config = self.base_model.get_submodule(around).config
-            for part in self.base_model.get_submodule(name).modules():
+            config = modules[around].config
+            for part in modules[name].modules():
                 if type(getattr(part, "config", None)) is type(config):
                     setattr(part.config, key, getattr(config, key, None))
-{classes}'''
 
-_CLASS = """
 
-class {name}(_LayersWithOwnConfig, {stock}):
-    _auto_class = "{auto}"  # save_pretrained copies this file
+def _layerwise(stock, name, *auto_classes):
+    """Derive the class of this name, which these auto classes load, from a stock class."""
 
-    @wraps({stock}.__init__)
-    def __init__(self, config, *args, **kwargs):
-        with _own_configs():
-            super().__init__(config, *args, **kwargs)
-        # building PeAudioVideoModel sets its text model's attention anew, after that is built
-        self._tell_layers("_attn_implementation_internal")
-"""
+    class Layerwise(_LayersWithOwnConfig, stock):
+        _auto_class = auto_classes[0]  # save_pretrained copies this file
+        loaded_by = auto_classes
+
+        @wraps(stock.__init__)
+        def __init__(self, config, *args, **kwargs):
+            with _own_configs():
+                super().__init__(config, *args, **kwargs)
+            # building PeAudioVideoModel sets its text model's attention anew, after that is built
+            self._tell_layers("_attn_implementation_internal")
+
+        # Transformers finds both in the source of a class's module
+        @classmethod
+        def _can_set_attn_implementation(cls):
+            return stock._can_set_attn_implementation()
+
+        @classmethod
+        def _can_set_experts_implementation(cls):
+            return stock._can_set_experts_implementation()
+
+    Layerwise.__name__ = Layerwise.__qualname__ = name
+    conversions = conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__)
+    if conversions is not None:  # how names in a file become names in the class
+        conversion_mapping.register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+    return Layerwise
+
+
+def __getattr__(name):
+    """Return what Transformers looks up in the module of a class, from that of the stock class."""
+    return getattr(sys.modules[{stock}.__module__], name)
+
+
+{classes}
+'''
 _PREFIX = "Layerwise"
 
 
@@ -154,32 +188,43 @@ def layerwise_class(
     """
     base: Any = model.base_model
     named = tuple((name, tuple(dict.fromkeys(classes))) for name, classes in lists.items())
-    classes: Any = (type(model), type(base), type(model.config))
-    generated: type[PreTrainedModel] = _generated(*classes, named)
-    return generated
+    key: Any = (type(model), type(base), type(model.config), named)
+    if key not in _generated:
+        _generated[key] = _generate(type(model), _loaded_classes(model, dict(named)), named)
+    return _generated[key]
 
 
-@cache
-def _generated(
-    stock: type, base: type, config_class: type, lists: tuple[tuple[str, tuple[type, ...]], ...]
+_generated: dict[Any, type[PreTrainedModel]] = {}
+
+
+def _generate(
+    stock: type, loaded: Mapping[str, type], lists: tuple[tuple[str, tuple[type, ...]], ...]
 ) -> Any:
-    auto = _auto_class(config_class, stock, base)
+    """Write and import the module of a stock class and of those beside it; return its class.
+
+    ``loaded``: the name of each auto class -> the stock class that it loads.
+    """
+    loaders: dict[type, list[str]] = {}
+    for auto, cls in loaded.items():
+        loaders.setdefault(cls, []).append(auto)
+    imported = (*loaders, *(cls for _, classes in lists for cls in classes))
     text = _SOURCE.format(
         stock=stock.__name__,
-        auto=auto,
-        imports="\n".join(_imports((stock, base, *(c for _, classes in lists for c in classes)))),
+        auto=loaders[stock][0],
+        imports="\n".join(_imports(imported)),
         lists="\n".join(
             f'    "{name}": ({", ".join(c.__name__ for c in classes)},),' for name, classes in lists
         ),
         mark=_MARK,
-        classes="".join(
-            _CLASS.format(name=_name(cls), stock=cls.__name__, auto=of_class)
-            for cls, of_class in {base: "AutoModel", stock: auto}.items()
+        classes="\n".join(
+            f"{_name(cls)} = _layerwise(\n    {cls.__name__},\n"
+            + "".join(f'    "{name}",\n' for name in (_name(cls), *autos))
+            + ")"
+            for cls, autos in loaders.items()
         ),
     )
     family = stock.__module__.rpartition(".")[2].removeprefix("modeling_")
-    module = _module(f"modeling_layerwise_{family}", text)
-    return getattr(module, _name(stock))
+    return getattr(_module(f"modeling_layerwise_{family}", text), _name(stock))
 
 
 def _name(stock: type) -> str:
@@ -191,44 +236,91 @@ def _name(stock: type) -> str:
     return f"{_PREFIX}{stock.__name__.replace('Tokenizer', 'Codec')}"
 
 
-def _auto_class(config_class: type, stock: type, base: type) -> str:
-    """Return the name of the auto class that loads a class: ``AutoModel`` if it has no head."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+def _loaded_classes(
+    model: PreTrainedModel, lists: Mapping[str, tuple[type, ...]]
+) -> dict[str, type]:
+    """Return each auto class that loads a model's class, or one beside it -> that class.
 
-    if stock is base and stock in _classes_of(MODEL_MAPPING, config_class):
-        return "AutoModel"
-    return auto_classes(config_class, stock)[0]
+    Beside it are classes of the same config with such layers in the same lists and no others.
+    ``AutoModel`` always loads one, as vLLM asks for it: the class without a head, if there is one.
+    """
+    stock: Any = type(model)
+    own = auto_classes(type(model.config), stock)
+    result: dict[str, Any] = {"AutoModel": type(model.base_model)}
+    fitting: dict[Any, bool] = {stock: True}
+    for auto, candidates in _mapped(type(model.config)).items():
+        candidate = candidates[0]
+        if auto not in own and candidate not in fitting:
+            fitting[candidate] = _has_layers_of(candidate, model, lists)
+        if auto in own or fitting[candidate]:
+            result[auto] = stock if auto in own else candidate
+    return dict.fromkeys(own, stock) | {a: cls for a, cls in result.items() if a not in own}
+
+
+def _has_layers_of(
+    candidate: Any, model: PreTrainedModel, lists: Mapping[str, tuple[type, ...]]
+) -> bool:
+    """True if a class builds layers of these classes from a model's config, in these lists only.
+
+    It has to find their weights too: ``LlamaForQuestionAnswering`` does not, for its prefix.
+    """
+    if getattr(candidate, "config_class", None) is not type(model.config):
+        return False
+    if candidate.base_model_prefix != model.base_model_prefix:
+        return False
+    built = without_data(candidate, model.config)
+    if isinstance(built, Refusal):
+        return False
+    classes = {cls for layers in lists.values() for cls in layers}
+    found = {
+        name: tuple(dict.fromkeys(type(layer) for layer in module))
+        for name, module in built.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and classes & {type(layer) for layer in module}
+    }
+    return bool(found) and found.items() <= lists.items()
 
 
 def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
     """Return the ``auto_map`` of a config whose model is of a generated class."""
-    members: dict[str, Any] = vars(sys.modules[model_class.__module__])
     file = model_class.__module__.rpartition(".")[2]
     return {
-        auto: f"{file}.{name}"
-        for name, cls in sorted(members.items())
-        if isinstance(cls, type) and layer_lists(cls)
-        if (auto := getattr(cls, "_auto_class", None)) is not None
+        auto: f"{file}.{cls.__name__}"
+        for cls in _generated_in(sys.modules[model_class.__module__])
+        for auto in cls.loaded_by
     }
 
 
-def auto_classes(config_class: type, stock: type) -> list[str]:
-    """Return the names of the auto classes that load a class, those for its task first."""
-    from transformers.models.auto import modeling_auto
+def _generated_in(module: ModuleType) -> list[Any]:
+    """Return the generated classes of a module."""
+    return [cls for cls in vars(module).values() if hasattr(cls, "loaded_by")]
 
-    names = [
-        name
-        for name, auto in vars(modeling_auto).items()
-        if name.startswith("AutoModelFor")
-        and hasattr(auto, "_model_mapping")
-        and stock in _classes_of(auto._model_mapping, config_class)
-    ]
+
+def auto_classes(config_class: type, stock: type) -> list[str]:
+    """Return the names of the auto classes that load a class, the one to name to users first."""
+    names = [auto for auto, classes in _mapped(config_class).items() if stock in classes]
     return names or ["AutoModel"]
 
 
-def _classes_of(mapping: Any, config_class: type) -> tuple[type, ...]:
-    found = mapping.get(config_class, None)
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+def _mapped(config_class: type) -> dict[str, tuple[Any, ...]]:
+    """Return the name of each auto class -> the classes that it loads for a config's class.
+
+    ``AutoModel`` comes first, then those for one task. ``AutoBackbone`` loads no folder on a disk
+    (transformers 5.24 asks the Hub for it).
+    """
+    from transformers.models.auto import modeling_auto
+
+    result: dict[str, tuple[Any, ...]] = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        found = (
+            mapping.get(config_class, None) if name.startswith("AutoModel") and mapping else None
+        )
+        if found:
+            result[name] = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    order = sorted(
+        result, key=lambda name: (name != "AutoModel", name == "AutoModelForPreTraining")
+    )
+    return {name: result[name] for name in order}
 
 
 def _imports(classes: Iterable[type]) -> Iterator[str]:
@@ -255,7 +347,23 @@ def _module(name: str, text: str) -> Any:
         module = importlib.util.module_from_spec(spec)
         sys.modules[full] = module
         spec.loader.exec_module(module)
+        for cls in _generated_in(module):
+            copyreg.pickle(cls, _reduced)
     return sys.modules[full]
+
+
+def _reduced(model: Any) -> tuple[Any, ...]:
+    """Reduce a model for pickle and ``copy``: its module is made again from its text."""
+    cls: Any = type(model)
+    text = Path(sys.modules[cls.__module__].__file__ or "").read_text(encoding="utf-8")
+    name = cls.__module__.rpartition(".")[2]
+    return _unfilled, (name, text, cls.__name__), *object.__reduce_ex__(model, 2)[2:]
+
+
+def _unfilled(module: str, text: str, name: str) -> Any:
+    """Return an object of a generated class without its state."""
+    cls: Any = getattr(_module(module, text), name)
+    return cls.__new__(cls)
 
 
 @cache

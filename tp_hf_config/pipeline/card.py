@@ -69,6 +69,10 @@ def _loading(layerwise: Layerwise, folder: str) -> list[str]:
         "code that `trust_remote_code=True` lets run. It imports nothing but Transformers (5.15 or "
         "newer). `tp-hf-config export` writes this model in forms that need no code.",
         "",
+        "Without `trust_remote_code=True` loading fails with "
+        "`AmbiguousGlobalPerLayerAttributeError`, or says that `ignore_mismatched_sizes` is "
+        "`False`, since the stock class knows one width for all layers. Do not change config.json.",
+        "",
         *_table(("by layer", ""), widths),
         "",
     ]

@@ -319,39 +319,62 @@ def save(
 def reloaded(model_class: Any, folder: Path) -> Refusal | None:
     """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``.
 
-    Code that was saved with it runs, as the auto class of its task lets it.
+    Code that was saved with it runs, as every auto class that it names lets it: those of the model
+    itself, and those of the classes beside it, which only have to have its layers.
     """
-    case = torch.load(folder / CASE, weights_only=True)
-    try:
-        recipe = RunRecipe(methods=tuple(case["methods"]))
-        auto = _auto_class(folder)
-        options = {**case["options"], **({"trust_remote_code": True} if auto else {})}
-        model, problems = load(auto or model_class, folder, options)
-        if problems:
-            return Refusal(_line(f"loading reports {problems}"))
-        for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
-            if getattr(module, "_can_set_experts_implementation", bool)():
-                module.set_experts_implementation("eager")
-        if layer_lists(type(model)):
-            model._tell_layers("_experts_implementation_internal")
-        with torch.no_grad():
-            watched = [PassResult(*result) for result in case["watched"]]
-            outputs = outputs_in_float64(model.double().eval(), case["inputs"], watched, recipe)
-    except Exception as error:
-        return Refusal(_line(f"it cannot be loaded: {type(error).__name__}: {error}"))
-    same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
-    return None if same else Refusal("loaded again it computes other outputs")
-
-
-def _auto_class(folder: Path) -> Any:
-    """Return the auto class that loads a folder's own code; ``None`` if it has none."""
-    import transformers
-
     config = json.loads((folder / "config.json").read_text())
     saved = config["architectures"][0]
-    auto_map = config.get("auto_map", {}).items()
-    name = next((auto for auto, cls in auto_map if cls.rpartition(".")[2] == saved), None)
-    return None if name is None else getattr(transformers, name)
+    own, beside = [model_class], []
+    if config.get("auto_map"):
+        places = config["auto_map"].items()
+        own = [_auto(name) for name, place in places if place.endswith(f".{saved}")]
+        beside = [_auto(name) for name, place in places if not place.endswith(f".{saved}")]
+    case = torch.load(folder / CASE, weights_only=True)
+    case["options"].update({"trust_remote_code": True} if config.get("auto_map") else {})
+    for loader in (*own, *beside):
+        try:
+            reason = _wrong_of(loader, folder, case) if loader in own else _lacks(loader, folder)
+        except Exception as error:
+            reason = f"it cannot be loaded: {type(error).__name__}: {error}"
+        if reason is not None:
+            by = f"{loader.__name__}: " if loader in beside else ""
+            return Refusal(_line(f"{by}{reason}"))
+    return None
+
+
+def _wrong_of(loader: Any, folder: Path, case: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a saved model that a class loads; ``None`` if it is the same."""
+    recipe = RunRecipe(methods=tuple(case["methods"]))
+    model, problems = load(loader, str(folder), case["options"])
+    if problems:
+        return f"loading reports {problems}"
+    for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
+        if getattr(module, "_can_set_experts_implementation", bool)():
+            module.set_experts_implementation("eager")
+    if layer_lists(type(model)):
+        model._tell_layers("_experts_implementation_internal")
+    with torch.no_grad():
+        watched = [PassResult(*result) for result in case["watched"]]
+        outputs = outputs_in_float64(model.double().eval(), case["inputs"], watched, recipe)
+    same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
+    return None if same else "loaded again it computes other outputs"
+
+
+def _lacks(loader: Any, folder: Path) -> str | None:
+    """Return which layers get no weights in a class beside the saved one; ``None`` if all do."""
+    options = {"trust_remote_code": True, "ignore_mismatched_sizes": True}  # of its own head
+    model, problems = load(loader, str(folder), options)
+    lists = tuple(f"{name}." for name in layer_lists(type(model)))
+    keys = (*problems.get("missing_keys", ()), *problems.get("mismatched_keys", ()))
+    lacking = [key for key in keys if any(name in key for name in lists)]
+    return f"no weights are loaded for {lacking}" if lacking else None
+
+
+def _auto(name: str) -> Any:
+    """Return the auto class of this name."""
+    import transformers
+
+    return getattr(transformers, name)
 
 
 @contextmanager

@@ -142,6 +142,68 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
     assert second["decoder_input_ids"].tolist() == [[6, 7, 8, 9]]
 
 
+def _measured(model: Any, data: list[Any], weight: str) -> Any:
+    statistics = calibrate(model, data).readings.of(Consumer(weight, 1))
+    assert statistics is not None
+    return statistics
+
+
+def test_padding_inside_a_row_is_left_out() -> None:
+    model = calibrated.build("llama")
+    ids = torch.randint(3, 80, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[0, 5] = mask[1, 3:5] = 0
+    other = {"input_ids": ids[:1]}  # held out
+    rows = [{"input_ids": ids[row : row + 1, mask[row].bool()]} for row in range(2)]
+    weight = "model.layers.1.mlp.down_proj.weight"
+    first = _measured(model, [{"input_ids": ids, "attention_mask": mask}, other], weight)
+    second = _measured(model, [*rows, other], weight)
+    assert first.tokens == second.tokens == 13
+    torch.testing.assert_close(first.gram, second.gram)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_labels_that_pad_are_no_tokens_of_the_decoder(name: str) -> None:
+    model = zoo.build(name)
+    ids = torch.randint(3, 80, (2, 6))
+    mask, labels = torch.ones_like(ids), torch.randint(3, 80, (2, 7))
+    mask[0, 4:], labels[0, 3:], labels[1, 6:] = 0, -100, -100
+    other = {"input_ids": ids[:1], "labels": labels[1:, :6]}  # held out
+    rows = [
+        {"input_ids": ids[:1, :4], "labels": labels[:1, :3]},
+        {"input_ids": ids[1:], "labels": labels[1:, :6]},
+    ]
+    for weight, tokens in {
+        "t5": {
+            "decoder.block.1.layer.2.DenseReluDense.wo.weight": 9,
+            "encoder.block.1.layer.1.DenseReluDense.wo.weight": 10,
+        },
+        "bart": {"model.decoder.layers.1.fc2.weight": 9, "model.encoder.layers.1.fc2.weight": 10},
+    }[name].items():
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        first = _measured(model, [batch, other], weight)
+        second = _measured(model, [*rows, other], weight)
+        assert first.tokens == second.tokens == tokens
+        torch.testing.assert_close(first.gram, second.gram)
+
+
+def test_masks_that_do_not_say_what_is_padding() -> None:
+    """Longformer's names tokens that attend to all; frames behind mel bins are all needed."""
+    ids = torch.arange(6).view(2, 3)
+    attends_to_all = {"input_ids": ids, "global_attention_mask": torch.tensor([[1, 0, 0]] * 2)}
+    assert list(unpadded(attends_to_all, decodes=False)) == [attends_to_all]
+    frames = {
+        "input_ids": ids,
+        "input_features": torch.rand(2, 4, 8),
+        "feature_attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3]),
+    }
+    for row, single in enumerate(unpadded(frames, decodes=False)):
+        assert {key: len(value) for key, value in single.items()} == dict.fromkeys(frames, 1)
+        assert all(torch.equal(single[key][0], value[row]) for key, value in frames.items())
+    by_frames = {**frames, "input_features": torch.rand(2, 8, 4)}
+    assert [len(one["input_features"][0]) for one in unpadded(by_frames, False)] == [8, 5]
+
+
 def padded(width: int = 9) -> dict[str, torch.Tensor]:
     """Two rows, the first padded behind, the second in front."""
     ids = torch.randint(3, 80, (2, width), generator=torch.Generator().manual_seed(0))

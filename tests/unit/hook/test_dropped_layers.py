@@ -148,6 +148,35 @@ class TestConfig:
         }
         assert_same_as_passing_on(original, model, report)
 
+    @pytest.mark.parametrize(
+        ("dense", "dropped", "named"), [([1], 0, [0, 1]), ([0], 0, [1]), ([1], 2, [0, 1])]
+    )
+    def test_a_rule_and_a_list_become_one_list(
+        self, dense: list[int], dropped: int, named: list[int]
+    ) -> None:
+        """Every second layer has experts, but for those that the list names."""
+        model = deep_zoo.build("qwen3_moe", mlp_only_layers=dense, decoder_sparse_step=2)
+        original = copy.deepcopy(model)
+        report = drop_layers(model, [dropped])
+        assert (model.config.decoder_sparse_step, model.config.mlp_only_layers) == (1, named)
+        assert_same_as_passing_on(original, model, report)
+
+    def test_a_list_names_layers_of_several_kinds(self) -> None:
+        """The dense layers are of two kinds, as every second layer has a window."""
+        model = deep_zoo.build(
+            "qwen3_moe",
+            num_hidden_layers=5,
+            mlp_only_layers=[1],
+            decoder_sparse_step=2,
+            use_sliding_window=True,
+            sliding_window=4,
+            max_window_layers=2,
+        )
+        original = copy.deepcopy(model)
+        report = drop_layers(model, [0])
+        assert (model.config.decoder_sparse_step, model.config.mlp_only_layers) == (1, [0, 1, 3])
+        assert_same_as_passing_on(original, model, report)
+
     def test_a_rule_that_stays_true_stays(self) -> None:
         model = deep_zoo.build("qwen3_moe", mlp_only_layers=[], decoder_sparse_step=2)
         assert drop_layers(model, [0, 1]).fields == {"num_hidden_layers": (4, 2)}
@@ -277,6 +306,36 @@ def _differing() -> Any:
     return model
 
 
+_HYBRID: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+}
+
+
+def lfm2() -> Any:
+    kinds = ["conv", "full_attention", "conv"]
+    config = hf.Lfm2Config(**_HYBRID, intermediate_size=48, block_multiple_of=8, layer_types=kinds)
+    return hf.Lfm2ForCausalLM(config).eval()
+
+
+def granite() -> Any:
+    config = hf.GraniteMoeHybridConfig(
+        **_HYBRID,
+        shared_intermediate_size=48,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+    )
+    return hf.GraniteMoeHybridForCausalLM(config).eval()
+
+
 class TestCache:
     def test_a_cache_for_another_number_of_layers_is_told(self) -> None:
         """T5 of Transformers 5 makes its cache for the encoder's layers."""
@@ -290,6 +349,18 @@ class TestCache:
         else:
             assert report.notes == ()
         assert model.generate(**inputs, **settings, use_cache=False) is not None
+
+    @pytest.mark.parametrize("build", [lfm2, granite])
+    def test_the_last_layer_that_a_cache_asks_has_to_stay(self, build: Any) -> None:
+        """Hybrids ask their attention layers how many tokens the cache has."""
+        model = build()
+        before = small.state_of(model)
+        message = r"fails with the cache that it makes by default: .*\. Keep one layer of each kind"
+        with pytest.raises(ConfigSyncError, match=message):
+            drop_layers(model, [1])
+        small.assert_same(before, small.state_of(model))
+        assert drop_layers(model, [2]).notes == ()
+        assert model(torch.arange(3, 9)[None]).past_key_values is not None
 
     def test_generation_is_not_touched(self) -> None:
         model = deep_zoo.build("gemma2")

@@ -12,7 +12,6 @@ from typing import Any
 
 import layer_zoo
 import pytest
-import small
 import torch
 import transformers as hf
 import zoo
@@ -153,23 +152,6 @@ def test_names() -> None:
     assert name_in_all_layers(joint) == "a.n + a.m"
     data = {"n": 4, "per_layer_config": {"0": {"n": 3}, "1": {"n": 2}}, "auto_map": {}}
     assert uniform_json(data) == {"n": 3}
-
-
-@pytest.mark.parametrize(
-    ("build", "auto_classes"),
-    [
-        (small.bert, {"AutoModel": "BertModel"}),
-        (small.llama, {"AutoModel": "LlamaModel", "AutoModelForCausalLM": "LlamaForCausalLM"}),
-    ],
-)
-def test_the_auto_classes_that_load_it(build: Any, auto_classes: dict[str, str]) -> None:
-    """A model without a head is loaded by ``AutoModel``."""
-    model = build()
-    with layers_listed(model):
-        loads = {
-            auto: place.rpartition(".Layerwise")[2] for auto, place in model.config.auto_map.items()
-        }
-    assert loads == auto_classes
 
 
 def test_a_group_in_the_tenth_layer_is_in_one_layer() -> None:
