@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .surroundings import ONE_AT_A_TIME
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -155,7 +157,8 @@ def layerwise_class(
     base: Any = model.base_model
     named = tuple((name, tuple(dict.fromkeys(classes))) for name, classes in lists.items())
     classes: Any = (type(model), type(base), type(model.config))
-    generated: type[PreTrainedModel] = _generated(*classes, named)
+    with ONE_AT_A_TIME:
+        generated: type[PreTrainedModel] = _generated(*classes, named)
     return generated
 
 
@@ -246,7 +249,7 @@ def _module(name: str, text: str) -> Any:
     full = f"{GENERATED}.{digest}.{name}"
     if full not in sys.modules:
         folder = _folder() / digest
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # the system may have cleaned up since
         path = folder / f"{name}.py"
         path.write_text(text, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(full, path)
@@ -254,7 +257,11 @@ def _module(name: str, text: str) -> Any:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[full] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[full]  # the next one to ask would get what was defined so far
+            raise
     return sys.modules[full]
 
 
