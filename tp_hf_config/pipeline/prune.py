@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..forward.run_recipe import RunRecipe
+from ..model.surroundings import same_random_state
 from ..planning.plan import Plan
 from .card import card
 from .checks import check_device, dtype_of
@@ -101,11 +102,16 @@ def _work(job: Job, text: str | None, streamed: bool, progress: Progress) -> Ite
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch and ``random`` for the block; restore the caller's CPU random state afterwards."""
+    """Seed torch and ``random`` for the block; restore the caller's random state afterwards.
+
+    ``torch.manual_seed`` would seed a CUDA device for good that is used only later.
+    """
     state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with same_random_state():
+            torch.default_generator.manual_seed(seed)
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.manual_seed_all(seed)
             random.seed(seed)  # Torch-Pruning 1.5 shuffles with it
             yield
     finally:
