@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import wraps
 from typing import Any
@@ -139,31 +139,31 @@ def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator
     """
     with ONE_AT_A_TIME:
         own, original = vars(owner).get(name), getattr(owner, name)
-        by_thread = (_class_by_thread if isinstance(original, type) else _by_thread)(
-            original, replacement, threading.get_ident()
-        )
-        setattr(owner, name, by_thread)
+        threads = {threading.get_ident()}
+        by_thread = _class_by_thread if isinstance(original, type) else _by_thread
+        setattr(owner, name, by_thread(original, replacement, threads))
         try:
             yield
         finally:
+            threads.clear()  # a module that was imported meanwhile may keep the function
             if own is None:
                 delattr(owner, name)
             else:
                 setattr(owner, name, own)
 
 
-def _by_thread(original: Any, replacement: Callable[..., Any], thread: int) -> Any:
+def _by_thread(original: Any, replacement: Callable[..., Any], threads: Set[int]) -> Any:
     @wraps(original)
     def by_thread(*args: Any, **kwargs: Any) -> Any:
-        function = replacement if threading.get_ident() == thread else original
+        function = replacement if threading.get_ident() in threads else original
         return function(*args, **kwargs)
 
     return by_thread
 
 
-def _class_by_thread(original: Any, replacement: Callable[..., Any], thread: int) -> Any:
+def _class_by_thread(original: Any, replacement: Callable[..., Any], threads: Set[int]) -> Any:
     def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        own = threading.get_ident() == thread
+        own = threading.get_ident() in threads
         return replacement(*args, **kwargs) if own else original.__new__(cls)
 
     # a subclass: other threads may ask isinstance, or derive from it

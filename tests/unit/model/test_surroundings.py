@@ -23,6 +23,7 @@ from torch import nn
 from transformers import pytorch_utils
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs, supports
+from tp_hf_config.model.default_dtype import DefaultDtype
 from tp_hf_config.model.surroundings import no_log_lines, one_thread, replaced
 
 LOGGER = logging.getLogger("transformers")
@@ -155,6 +156,48 @@ def test_another_thread_sees_nothing_of_what_is_learned(
     assert lines.texts.count("seen") == len(asked)
 
 
+MADE: list[Callable[[], torch.Tensor]] = [
+    *(lambda name=name: getattr(torch, name)(2) for name in ("empty", "zeros", "ones", "rand")),
+    lambda: nn.Linear(2, 2).weight,
+    lambda: torch.tensor([[0.1, 1], [2, 3]]),
+    lambda: torch.tensor([1, 2]),
+    lambda: torch.tensor(True),
+    lambda: torch.zeros(2, dtype=torch.float32),
+    lambda: torch.zeros(2, dtype=torch.float32) / 3,
+    lambda: torch.stack([torch.zeros(2, dtype=torch.float32)]),
+    lambda: torch.full((2,), 0.5),
+    lambda: torch.full((2,), 5),
+    lambda: torch.full((2,), torch.finfo(torch.float64).min, dtype=torch.float64),
+    lambda: torch.arange(3),
+    lambda: torch.arange(0, 1, 0.25),
+    lambda: torch.linspace(0, 1, 5),
+    lambda: torch.arange(3) / 2,
+    lambda: torch.arange(3).float() / 2,
+    lambda: torch.arange(3).to(torch.float32),
+    lambda: torch.arange(3) ** -0.5,
+    lambda: torch.arange(3).bool() * 1.5,
+    lambda: torch.arange(3).sin(),
+    lambda: torch.arange(3).sum(),
+    lambda: torch.where(torch.tensor([True, False]), 1.0, 0.0),
+    lambda: torch.fft.fftfreq(4),
+    lambda: torch.hann_window(4),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("number", range(len(MADE)))
+def test_a_default_dtype_for_one_thread_is_torchs_own(number: int, dtype: torch.dtype) -> None:
+    with DefaultDtype(dtype):
+        made = MADE[number]()
+        assert in_another_thread(lambda: torch.ones(1).dtype) is torch.float32
+    torch.set_default_dtype(dtype)
+    try:
+        wanted = MADE[number]()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape)
+
+
 def test_log_lines_of_one_thread_are_dropped(lines: Lines) -> None:
     logger = logging.getLogger("transformers.models")
     with no_log_lines(logging.ERROR):
@@ -171,6 +214,8 @@ def test_a_function_is_replaced_for_one_thread() -> None:
     with replaced(hf.LlamaConfig, "__getattribute__", lambda config, key: f"the {key}"):
         assert config.hidden_size == "the hidden_size"
         assert in_another_thread(lambda: config.hidden_size) == 4096
+        kept = hf.LlamaConfig.__getattribute__
+    assert kept(config, "hidden_size") == 4096
     assert config.hidden_size == 4096
     assert vars(hf.LlamaConfig).get("__getattribute__") is own
 
@@ -185,7 +230,9 @@ def test_a_class_is_replaced_for_one_thread() -> None:
     with replaced(torch, "autocast", lambda *given: contextlib.nullcontext()):
         assert isinstance(torch.autocast("meta"), contextlib.nullcontext)
         assert in_another_thread(other) == (autocast, "cpu")
+        kept = torch.autocast
     assert torch.autocast is autocast
+    assert isinstance(kept("cpu"), autocast)
 
 
 def test_another_thread_computes_on_as_many_cores() -> None:
