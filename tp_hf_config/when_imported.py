@@ -42,9 +42,9 @@ class _Watch(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
             import_module(self.names[1])
+            if self in sys.meta_path:  # else the import failed, and another one is to come
+                sys.meta_path.remove(self)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

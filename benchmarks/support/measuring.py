@@ -41,8 +41,6 @@ def measure(
         memory: in bytes, of this process.
     """
     _surroundings(seconds, memory)
-    from tp_hf_config.model.surroundings import memory_kept
-
     result = read_result(folder) or {"stage": "class", "why": LATE, "widths": []}
     layers: dict[str, Any] = {"why": LATE}
 
@@ -60,8 +58,7 @@ def measure(
     try:
         made = _prepared(pair, seed, note if "widths" in parts else _ignored)
         if "widths" in parts:
-            with memory_kept():
-                _widths(made, folder, note)
+            _widths(made, folder, note)
             note(stage="done", why="", processor_seconds=round(time.process_time()))
     except BaseException as error:  # the child must say what happened, whatever it was
         note_part(why=_reason(error))
@@ -70,8 +67,7 @@ def measure(
     _limit(time.process_time() + seconds if "widths" in parts else seconds)
     try:
         note_layers()
-        with memory_kept():
-            _layers(made, folder, note_layers)
+        _layers(made, folder, note_layers)
         note_layers(why="")
     except BaseException as error:
         note_layers(why=_reason(error))

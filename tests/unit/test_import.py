@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module, invalidate_caches
+from pathlib import Path
+
 import pytest
 import small
+
+from tp_hf_config.when_imported import when_imported
 
 
 def loaded(code: str) -> list[str]:
@@ -99,3 +105,23 @@ def test_import_twice_changes_nothing():
         """
     )
     assert printed == "True\nTrue"
+
+
+def test_a_follower_that_could_not_be_imported_is_imported_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "followed_module.py").write_text("")
+    (tmp_path / "following_module.py").write_text("import no_such_module_here")
+    monkeypatch.syspath_prepend(tmp_path)
+    finders = list(sys.meta_path)
+    when_imported("followed_module", "following_module")
+    with pytest.raises(ImportError):
+        import_module("followed_module")
+    assert not {"followed_module", "following_module"} & sys.modules.keys()
+    (tmp_path / "following_module.py").write_text("at_last = True")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    invalidate_caches()
+    import_module("followed_module")
+    assert sys.modules.pop("following_module").at_last
+    assert sys.modules.pop("followed_module")
+    assert sys.meta_path == finders

@@ -263,7 +263,9 @@ def _limit_modules(max_modules: int) -> Iterator[None]:
 
     def counted(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         nonlocal count
-        count += threading.get_ident() == own
+        if threading.get_ident() != own:
+            return
+        count += 1
         if count > max_modules:
             more = f"more than {max_modules:,} modules"
             raise ValueError(f"it asks for {more}, far more than the weights")

@@ -6,7 +6,7 @@ Fields that are read but not declared are included (``getattr(config, "head_dim"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, value_at
 from ..model.live_objects import config_nodes
-from ..model.surroundings import ONE_AT_A_TIME
+from ..model.surroundings import replaced
 
 _FEW = 64
 """Entries up to which a dictionary in a config may hold widths."""
@@ -109,7 +109,10 @@ def _is_machinery(name: str) -> bool:
 
 @contextmanager
 def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
-    """Record which attributes are read from configs of these classes, declared or not."""
+    """Record which attributes this thread reads from configs of these classes, declared or not.
+
+    A config is read while it is made, too, so that no object but the class can record.
+    """
     reads: dict[type, set[str]] = {cls: set() for cls in classes}
 
     def recorder(cls: type, inherited: Any) -> Any:
@@ -120,15 +123,8 @@ def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
 
         return __getattribute__
 
-    with ONE_AT_A_TIME:
-        own = {cls: cls.__dict__.get("__getattribute__") for cls in classes}
-        try:
-            for cls in classes:
-                setattr(cls, "__getattribute__", recorder(cls, cls.__getattribute__))
-            yield reads
-        finally:
-            for cls, original in own.items():
-                if original is None:
-                    delattr(cls, "__getattribute__")
-                else:
-                    setattr(cls, "__getattribute__", original)
+    with ExitStack() as stack:
+        for cls in classes:
+            recording = recorder(cls, cls.__getattribute__)
+            stack.enter_context(replaced(cls, "__getattribute__", recording))
+        yield reads

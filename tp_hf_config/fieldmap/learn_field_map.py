@@ -21,12 +21,7 @@ from ..model.config_json import EntryOfKind, FieldPath, config_json
 from ..model.disk_cache import folder, load, store
 from ..model.layer_class import layer_lists
 from ..model.shapes import Mismatch, compare, shapes
-from ..model.surroundings import (
-    ONE_AT_A_TIME,
-    old_objects_aside,
-    plain_autograd,
-    same_random_state,
-)
+from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, same_random_state
 from . import fit_expressions as lines
 from .candidate_fields import candidates
 from .completeness import build_live, missing_parts, notes_on_layer_order
@@ -132,7 +127,7 @@ def _learned_once(
     key = (builder.model_class, data, builder.dtype, options, id(make_inputs))
     with ONE_AT_A_TIME:
         if key not in _learned:
-            with old_objects_aside(), same_random_state(), plain_autograd():
+            with same_random_state(), plain_autograd():
                 _learned[key] = how(builder, config, full, make_inputs)
             while len(_learned) > _MOST_MAPS:
                 _learned.popitem(last=False)

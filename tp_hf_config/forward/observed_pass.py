@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..model.class_caches import without_caches
+from ..model.default_dtype import DefaultDtype
 from ..model.shapes import named_modules
 from ..model.shortage import note_shortage
 from .extra_methods import outputs_of
@@ -54,23 +54,23 @@ class PassResult(NamedTuple):
     number: int
 
 
-class AllFloat64(TorchFunctionMode):
+class AllFloat64(DefaultDtype):
     """Turns casts to lower precision into float64: float32 norms would hide small differences.
 
     Constants are float64 too: Transformers 4 fills a mask of the default dtype with float64's least
     number. Nothing that is computed in this mode stays in the caches of classes.
     """
 
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+
     def __enter__(self) -> Any:
         self._uncached = without_caches()
         self._uncached.__enter__()
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        torch.set_default_dtype(self._default)
         self._uncached.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +87,7 @@ class AllFloat64(TorchFunctionMode):
         if func is F.embedding:  # the padding row has a gradient like any other
             args = (*args[:2], None, *args[3:])
             kwargs.pop("padding_idx", None)
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class _ResultWatch(AllFloat64):

@@ -67,7 +67,6 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         super().__init__()
         self.make_inputs = make_inputs
         self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
-        self.awaited = False  # True while a constructor runs that takes this graph
         self.replaced: dict[str, Any] = {}  # a pruner's attributes before it took this graph
         self.register_customized_layer(Units, UNITS)
         self.cuts = Cuts()

@@ -21,14 +21,7 @@ from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import load, store, suspended
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
-from ..model.surroundings import (
-    ONE_AT_A_TIME,
-    memory_kept,
-    old_objects_aside,
-    one_thread,
-    plain_autograd,
-    same_random_state,
-)
+from ..model.surroundings import ONE_AT_A_TIME, one_thread, plain_autograd, same_random_state
 from ..twin.find_groups import find_alone, find_groups, may_be_unobserved
 from ..twin.group import Finding
 from ..twin.tiny.tiny_model import (
@@ -104,8 +97,7 @@ def _remembered(field_map: FieldMap, tiny: TinyModel | None, fields: _Fields) ->
         with one_thread(), same_random_state(), plain_autograd(), cache:
             result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
             if result is None:
-                with memory_kept(), old_objects_aside():
-                    result = _experimented(field_map, memory, tiny, fields)
+                result = _experimented(field_map, memory, tiny, fields)
         memory.by_fields[result.fields] = result
     return result
 

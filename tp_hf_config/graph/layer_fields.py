@@ -54,13 +54,13 @@ def layers_listed(module: nn.Module, layers: str = "differ") -> Iterator[None]:
         yield
         return
     listed = ListedLayers(model, _keys(model))
-    _listed.add(model)
     listed.open()
+    _listed.add(model)
     try:
         yield
     finally:
-        listed.close()
         _listed.discard(model)
+        listed.close()
 
 
 def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:

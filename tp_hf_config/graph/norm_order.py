@@ -9,6 +9,7 @@ they were trained for.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,34 +21,38 @@ from torch_pruning.pruner import function
 _PRUNER: Any = function.PrunerBox[ops.OPTYPE.LN]
 _CUT = "_prune_parameter_and_grad"
 _lock = threading.Lock()
-_inside = 0
+_inside: Counter[int] = Counter()
+"""Thread -> how many blocks it has open."""
 
 
 @contextmanager
 def channels_in_order() -> Iterator[None]:
-    """Keep the channels of layer norms that Torch-Pruning cuts in order, inside ``with``.
+    """Keep the channels of layer norms that this thread cuts in order, inside ``with``.
 
     Blocks may overlap and end in any order: an interactive step lasts as long as its user wants.
     """
-    _count(+1)
+    thread = threading.get_ident()
+    _count(thread, +1)
     try:
         yield
     finally:
-        _count(-1)
+        _count(thread, -1)
 
 
-def _count(change: int) -> None:
+def _count(thread: int, change: int) -> None:
     """Count the open blocks: the first one patches the pruner, the last one restores it."""
-    global _inside
     with _lock:
-        _inside += change
-        if _inside:
+        _inside[thread] += change
+        if _inside.total():
             setattr(_PRUNER, _CUT, _cut_in_order)
         else:
             delattr(_PRUNER, _CUT)
+            _inside.clear()
 
 
 def _cut_in_order(weight: nn.Parameter, keep_idxs: Any, pruning_dim: int) -> Any:
-    """Cut as Torch-Pruning does, after sorting the positions to keep."""
+    """Cut as Torch-Pruning does; in a thread with an open block, sort the positions to keep."""
     cut = getattr(type(_PRUNER), _CUT)  # looked up now: others patch it to record cuts
-    return cut(_PRUNER, weight, keep_idxs.sort().values, pruning_dim)
+    if _inside[threading.get_ident()]:
+        keep_idxs = keep_idxs.sort().values
+    return cut(_PRUNER, weight, keep_idxs, pruning_dim)

@@ -6,6 +6,7 @@ one's shape (an optimizer) needs to know what became of it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Lineage:
         return Origin(parameter, {}) if origin is None else origin
 
 
+_lock = threading.Lock()
 _recording: list[Lineage] = []
 _cut = BasePruningFunc._prune_parameter_and_grad
 
@@ -85,15 +87,17 @@ def recording_origins() -> Iterator[Lineage]:
     overlap, and end in any order.
     """
     lineage = Lineage()
-    if not _recording:
-        BasePruningFunc._prune_parameter_and_grad = _noting(_cut)
-    _recording.append(lineage)
+    with _lock:
+        if not _recording:
+            BasePruningFunc._prune_parameter_and_grad = _noting(_cut)
+        _recording.append(lineage)
     try:
         yield lineage
     finally:
-        _recording.remove(lineage)
-        if not _recording:
-            BasePruningFunc._prune_parameter_and_grad = _cut
+        with _lock:
+            _recording.remove(lineage)
+            if not _recording:
+                BasePruningFunc._prune_parameter_and_grad = _cut
 
 
 def _noting(cut: Any) -> Any:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch_pruning.pruner.algorithms.base_pruner as tp_base
 
 from ..model.build import Refusal
 from .config_graph import ConfigGraph
+from .pruner_classes import BasePruner, constructing_with, with_awaited_graph
 
 _KEPT = (
     "model",
@@ -52,19 +49,6 @@ class GraphInputs(dict[str, Any]):
         super().__init__(inputs)
         self.graph, self.why = graph, why
         self.needed: dict[str, Any] = {}
-
-
-@contextmanager
-def constructing_with(graph: ConfigGraph) -> Iterator[None]:
-    """Make a pruner that is constructed inside ``with`` take ``graph`` as its dependency graph."""
-    original = tp_base.dependency
-    try:
-        tp_base.dependency = SimpleNamespace(DependencyGraph=lambda: graph)
-        graph.awaited = True
-        yield
-    finally:
-        tp_base.dependency = original
-        graph.awaited = False
 
 
 def given_ratios(pruner: Any, group: Any) -> tuple[str, Sequence[float]] | None:
@@ -169,9 +153,8 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
 
     try:
         with constructing_with(graph):
-            tp_base.BasePruner.__init__(
-                pruner, **{**arguments, "iterative_pruning_ratio_scheduler": planned}
-            )
+            construct = with_awaited_graph(BasePruner.__init__)
+            construct(pruner, **{**arguments, "iterative_pruning_ratio_scheduler": planned})
             vars(pruner).update({name: before[name] for name in _SCHEDULE})
             if hasattr(pruner, "update_regularizer"):  # GroupNormPruner and its like keep groups
                 pruner.update_regularizer()

@@ -141,7 +141,7 @@ class HFConfigSyncHook:
     def constructing(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Surround a pruner's constructor: check the model, and install the graph."""
         from ..graph.layer_fields import layers_listed
-        from ..graph.pruner_access import constructing_with
+        from ..graph.pruner_classes import constructing_with
         from ..graph.standin import on_standin
         from .installed_graph import graph_for
 

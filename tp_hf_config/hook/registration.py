@@ -16,8 +16,10 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from torch_pruning import DependencyGraph
+
 from ..graph.norm_order import channels_in_order
-from ..graph.pruner_classes import BasePruner, family
+from ..graph.pruner_classes import BasePruner, awaited_graph, family, with_awaited_graph
 
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
 _constructing = threading.local()
@@ -283,12 +285,12 @@ def _construct_base(
     if construction is None:
         given = dict(zip(list(signature.parameters)[1:], args, strict=False))
         _check_awaited(given | kwargs)
-        original(pruner, *args, **kwargs)
+        with_awaited_graph(original)(pruner, *args, **kwargs)
         return
     arguments = _with_own_dicts(signature, pruner, args, kwargs)
     construction.begin(pruner, arguments)
     _check_awaited(arguments)
-    original(pruner, **arguments)
+    with_awaited_graph(original)(pruner, **arguments)
 
 
 def _check_awaited(arguments: Mapping[str, Any]) -> None:
@@ -298,7 +300,7 @@ def _check_awaited(arguments: Mapping[str, Any]) -> None:
         ValueError: Torch-Pruning would trace the model, and nothing proves its groups.
     """
     graph = getattr(arguments.get("example_inputs"), "graph", None)
-    if graph is not None and not getattr(graph, "awaited", True):
+    if isinstance(graph, DependencyGraph) and graph is not awaited_graph():
         raise ValueError(
             "pruner_kwargs(model) made these arguments for a pruner with a hook, which puts in the "
             "graph that is made from the config. Without it Torch-Pruning would trace the model, "

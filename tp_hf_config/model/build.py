@@ -9,25 +9,23 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import DeviceContext, _device_constructors
+from torch.utils._device import DeviceContext
 
 from ..errors import in_one_line
 from .class_caches import without_caches
 from .config_json import copied
-from .leaf_cache import copied_leaves
-from .meta_run import KnownShapes
+from .default_dtype import DefaultDtype
 from .shapes import Shapes, named_modules, shapes
 from .sharded import plain_class
 from .shortage import note_shortage
-from .surroundings import ONE_AT_A_TIME, on_cpu
-from .versions import no_init_weights
+from .surroundings import ONE_AT_A_TIME, no_log_lines, on_cpu, replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -97,15 +95,17 @@ class Builder:
             The model in eval mode, or a refusal in the class's own words.
         """
         text = ""
-        for place in (_EmptyOnMeta(),) if buffers else (_OnMeta(), torch.device("meta")):
+        places = (_EmptyOnMeta(),) if buffers else (_OnMeta(), _AllOnMeta())
+        for place in places:
             try:
-                with _construction(self.dtype, place):
+                # buffers are computed as a reload computes them, to the last bit
+                dtype = _default_dtype(self.dtype) if buffers else DefaultDtype(self.dtype)
+                with _construction(dtype, place):
                     config = self.config(data)
                     if hasattr(type(config), "_experts_implementation"):
                         config._experts_implementation = "batched_mm"  # its shapes need no routing
                     model: nn.Module = self.model_class(config, **self.options)
-                    _to_eval_mode(model)
-                    return model
+                    return model.train(False)
             except Exception as error:  # a class may refuse with any exception
                 note_shortage(error)
                 text = in_one_line(error)
@@ -120,7 +120,7 @@ class Builder:
         weights that it has.
         """
         try:
-            with _construction(self.dtype, torch.device("meta")):
+            with _construction(_AllOnMeta()):
                 _draw(self.model_class(self.config(data), **self.options))
         except Exception as error:  # as in build
             note_shortage(error)
@@ -139,7 +139,7 @@ class Builder:
         Where the class makes something of its parameters, it has initial weights.
         """
         try:
-            with _construction(torch.float64, _EmptyOnMeta()):
+            with _construction(DefaultDtype(torch.float64), _EmptyOnMeta()):
                 model: nn.Module = self.model_class(self.config(data), **self.options)
                 model.double().train(False)
         except Exception as error:  # as in build
@@ -150,7 +150,7 @@ class Builder:
     def build_real(self, data: dict[str, Any]) -> nn.Module | Refusal:
         """Build the class with its initial weights in float64 on the CPU, or return its refusal."""
         try:
-            with _construction(torch.float64, None):
+            with _construction(DefaultDtype(torch.float64), initial_values=True):
                 model: nn.Module = self.model_class(self.config(data), **self.options)
                 return model.double().train(False)
         except Exception as error:  # as in build
@@ -163,17 +163,6 @@ def _made_of_parameters(model: nn.Module) -> bool:
     kept = (value for _, module in named_modules(model) for value in vars(module).values())
     held = (*model.buffers(), *(value for value in kept if isinstance(value, torch.Tensor)))
     return any(value.is_meta for value in held)
-
-
-def _to_eval_mode(model: nn.Module) -> None:
-    """Do what ``model.eval()`` does; setting an attribute of thousands of modules is slow."""
-    from transformers import PreTrainedModel
-
-    for _, module in named_modules(model):
-        if type(module).train in (nn.Module.train, PreTrainedModel.train):
-            vars(module)["training"] = False
-        else:
-            module.eval()
 
 
 def _draw(model: Any) -> None:
@@ -197,7 +186,7 @@ def without_data(
     wanted = getattr(config, "dtype", None)
     dtype = wanted if isinstance(wanted, torch.dtype) else torch.float32
     try:
-        with _construction(dtype, torch.device("meta")):
+        with _construction(DefaultDtype(dtype), _AllOnMeta()):
             model: PreTrainedModel = model_class(copy.deepcopy(config))
             model.tie_weights()  # construction without initial values skips it
             model.train(False)
@@ -207,12 +196,11 @@ def without_data(
         return Refusal(in_one_line(error))
 
 
-class _OnMeta(DeviceContext):
-    """The meta device with shortcuts; torch computes most result shapes there in slow Python."""
+class _AllOnMeta(DeviceContext):
+    """The meta device for this thread's new tensors; ``torch.device`` tells all threads of it."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("meta"))
-        self._constructors = _device_constructors()
 
     def __enter__(self) -> Any:
         # above another device, which the caller has set
@@ -221,30 +209,14 @@ class _OnMeta(DeviceContext):
     def __exit__(self, *exception: Any) -> None:
         TorchFunctionMode.__exit__(self, *exception)  # type: ignore[no-untyped-call]
 
+
+class _OnMeta(_AllOnMeta):
+    """The meta device, but for single whole numbers: those on the CPU work with any device."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.arange and args and all(type(arg) is int for arg in args):
-            options = {name: value for name, value in (kwargs or {}).items() if value is not None}
-            start, end, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
-            if options.keys() <= {"dtype", "device"} and (end - start) * step >= 0:
-                options = {"dtype": torch.int64, "device": "meta", **options}
-                return torch.empty(-((start - end) // step), **options)
         if func is torch.tensor and args and type(args[0]) is int and _is_whole(kwargs):
-            return func(*args, **kwargs or {})  # a single number on the CPU works with any device
-        if func in _FILLS and args[0].is_meta and not any(map(torch.is_tensor, args[1:])):
-            return args[0]
-        if func not in self._constructors and getattr(func, "__name__", "") not in _CHEAP:
-            with KnownShapes():  # type: ignore[no-untyped-call]
-                return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+            return func(*args, **kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-
-
-_FILLS = {
-    getattr(torch.Tensor, f"{name}_")
-    for name in ("add", "clamp", "clip", "div", "erfinv", "fill", "mul", "normal", "sub", "uniform")
-}
-"""Functions that set values in place (timm's initial weights) and change no shape."""
-_CHEAP = {"__get__", "__set__", "_set_grad_enabled", "detach", "dim", "requires_grad_", "size"}
-"""Names of functions that compute no shape."""
 
 
 def _is_whole(options: Any) -> bool:
@@ -264,48 +236,44 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def _construction(dtype: torch.dtype, place: Any) -> Iterator[None]:
-    """Construct as ``from_pretrained`` does: with a dtype, no initial values, no log lines.
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set torch's default dtype for all threads, if it is another, as ``from_pretrained`` does.
 
-    Nothing that is computed while this is open stays in the caches of classes, and no tensor is one
-    of ``inference_mode``: layers are copied later.
-
-    Args:
-        dtype: torch's default dtype while open.
-        place: the device or mode that says where tensors go. ``None``: everything is computed on
-            the CPU, initial values too.
+    Results in half precision depend on where torch rounds; only torch itself rounds alike.
     """
-    logger = logging.getLogger("transformers")
-    with ONE_AT_A_TIME, torch.inference_mode(False), on_cpu(), without_caches():
-        default, propagate, handlers = torch.get_default_dtype(), logger.propagate, logger.handlers
-        rng = torch.random.get_rng_state()
+    with ONE_AT_A_TIME:
+        before = torch.get_default_dtype()
         try:
-            # a level would empty the caches of a thousand loggers, in each of hundreds of builds
-            logger.propagate, logger.handlers = False, [logging.NullHandler()]
             torch.set_default_dtype(dtype)
-            if place is None:
-                yield
-                return
-            leaves = copied_leaves() if isinstance(place, _OnMeta) else nullcontext()
-            with torch.no_grad(), no_init_weights(), _short_configs(), leaves, place:
-                yield
+            yield
         finally:
-            torch.set_default_dtype(default)
-            torch.random.set_rng_state(rng)
-            logger.propagate, logger.handlers = propagate, handlers
+            torch.set_default_dtype(before)
 
 
 @contextmanager
-def _short_configs() -> Iterator[None]:
-    """While open, a config prints as its class name: log lines that nobody sees spell it out."""
-    from transformers import GenerationConfig, PretrainedConfig
+def _construction(
+    *places: AbstractContextManager[Any], initial_values: bool = False
+) -> Iterator[None]:
+    """Construct as ``from_pretrained`` does: without initial values or log lines.
 
-    classes: tuple[Any, ...] = (GenerationConfig, PretrainedConfig)
-    spelled_out = [config_class.__repr__ for config_class in classes]
-    try:
-        for config_class in classes:
-            config_class.__repr__ = lambda self: type(self).__name__
+    Nothing that is computed while this is open stays in the caches of classes, and no tensor is one
+    of ``inference_mode``.
+
+    Args:
+        places: modes that say where tensors go, and of which dtype they are.
+        initial_values: draw them, and let gradients be computed.
+    """
+    from transformers import PreTrainedModel
+
+    rng = torch.random.get_rng_state()
+    with ExitStack() as stack:
+        stack.callback(torch.random.set_rng_state, rng)
+        surroundings = [torch.inference_mode(False), on_cpu(), without_caches()]
+        surroundings.append(no_log_lines(logging.CRITICAL + 1))
+        if not initial_values:
+            # it would tie weights too; models inside of models draw theirs, so that it is the class
+            nothing = replaced(PreTrainedModel, "init_weights", lambda model: None)
+            surroundings += [torch.no_grad(), nothing]
+        for surrounding in (*surroundings, *places):
+            stack.enter_context(surrounding)
         yield
-    finally:
-        for config_class, own in zip(classes, spelled_out, strict=True):
-            config_class.__repr__ = own

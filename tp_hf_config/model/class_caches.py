@@ -10,25 +10,16 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
 
-from .surroundings import ONE_AT_A_TIME
-
-_IS_COMPILING = "is_torchdynamo_compiling"
+from .surroundings import replaced
 
 
-@contextmanager
-def without_caches() -> Iterator[None]:
-    """While open, Transformers' classes compute what they would otherwise take from a cache."""
+def without_caches() -> AbstractContextManager[None]:
+    """While open, Transformers' classes compute what they would otherwise take from a cache.
+
+    There is no other way: the caches of functions are shared by all models of a class.
+    """
     from transformers import pytorch_utils
 
-    asks: Any = pytorch_utils
-    with ONE_AT_A_TIME:
-        original = getattr(asks, _IS_COMPILING)
-        setattr(asks, _IS_COMPILING, lambda: True)
-        try:
-            yield
-        finally:
-            setattr(asks, _IS_COMPILING, original)
+    return replaced(pytorch_utils, "is_torchdynamo_compiling", lambda: True)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .build import Refusal, without_data
+from .surroundings import ONE_AT_A_TIME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -189,8 +190,10 @@ def layerwise_class(
     base: Any = model.base_model
     named = tuple((name, tuple(dict.fromkeys(classes))) for name, classes in lists.items())
     key: Any = (type(model), type(base), type(model.config), named)
-    if key not in _generated:
-        _generated[key] = _generate(type(model), _loaded_classes(model, dict(named)), named)
+    with ONE_AT_A_TIME:
+        if key not in _generated:
+            loaded = _loaded_classes(model, dict(named))
+            _generated[key] = _generate(type(model), loaded, named)
     return _generated[key]
 
 
@@ -338,7 +341,7 @@ def _module(name: str, text: str) -> Any:
     full = f"{GENERATED}.{digest}.{name}"
     if full not in sys.modules:
         folder = _folder() / digest
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # the system may have cleaned up since
         path = folder / f"{name}.py"
         path.write_text(text, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(full, path)
@@ -346,7 +349,11 @@ def _module(name: str, text: str) -> Any:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[full] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[full]  # the next one to ask would get what was defined so far
+            raise
         for cls in _generated_in(module):
             copyreg.pickle(cls, _reduced)
     return sys.modules[full]

@@ -188,19 +188,31 @@ class ListedLayers:
         self.stock = stock_class(type(model))
 
     def open(self) -> None:
-        """Give every layer its entries, and the model the class that builds them so."""
-        model = self.model
-        nodes = dict(config_nodes(model.config))
-        for path, defaults in self.keys.items():
-            config: Any = nodes[path]
-            entries = entries_of(config)
-            vars(config)[GLOBAL_READS] = True
-            numbers = range(config.num_hidden_layers)
-            set_entries(config, {n: {**defaults, **entries.get(n, {})} for n in numbers})
-        if not layer_lists(type(model)):
+        """Give every layer its entries, and the model the class that builds them so, or raise.
+
+        If it raises, the model and its config are as they were.
+        """
+        model, listed_class = self.model, type(self.model)
+        if not layer_lists(listed_class):
             lists = {found.name: found.classes for found in self.lists}
-            model.__class__ = layerwise_class(model, lists)
-            model.config.auto_map = auto_map(type(model))
+            listed_class = layerwise_class(model, lists)  # it writes a file, which may fail
+        nodes = dict(config_nodes(model.config))
+        before = [(vars(node), dict(vars(node))) for node in nodes.values()]
+        try:
+            for path, defaults in self.keys.items():
+                config: Any = nodes[path]
+                entries = entries_of(config)
+                vars(config)[GLOBAL_READS] = True
+                numbers = range(config.num_hidden_layers)
+                set_entries(config, {n: {**defaults, **entries.get(n, {})} for n in numbers})
+        except BaseException:
+            for values, own in before:
+                values.clear()
+                values.update(own)
+            raise
+        if listed_class is not type(model):
+            model.__class__ = listed_class
+            model.config.auto_map = auto_map(listed_class)
         with_own_configs(model, self.lists)
 
     def close(self) -> None:

@@ -12,12 +12,11 @@ import json
 import sys
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from .shortage import note_shortage
-from .surroundings import ONE_AT_A_TIME
+from .surroundings import replaced
 
 NAME, ARGUMENTS = "architecture", "model_args"
 _BUILD = "build_model_with_cfg"
@@ -62,7 +61,7 @@ def _sizes_of(name: str, given: str) -> str:
             return build(made, *args, **options)
 
         with torch.device("meta"):
-            with ONE_AT_A_TIME, patch.object(module, _BUILD, recorded):
+            with replaced(module, _BUILD, recorded):
                 named = timm.create_model(name, **arguments)
             sizes = {k: v for k, v in passed.items() if _is_setting(v) and k not in _ENDS}
             spelled = timm.create_model(name, **{**sizes, **arguments})

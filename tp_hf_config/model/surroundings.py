@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,91 +17,33 @@ if TYPE_CHECKING:
 ONE_AT_A_TIME = threading.RLock()
 """Held by the thread that learns a class, experiments with it or builds it.
 
-While it does, it replaces what all threads share: torch's default dtype, methods of config classes,
-functions of torch and Transformers.
+What was learned is kept for all threads, and :func:`replaced` functions are looked up by all.
 """
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _MMAP_MAX = -3, -1, -4
-"""The numbers of parameters in glibc's malloc.h."""
-_LARGEST = 2**25
-"""Bytes: the largest ``_MMAP_THRESHOLD`` that glibc chooses by itself; it trims at twice that."""
-_MAPPED = 2**16
-"""How many blocks glibc maps at most, if nothing is said."""
 _UNKNOWN = 4 * 2**30
 """Bytes that count as free where the system does not say how many are."""
-_keeps_memory = False
-_frozen_by_others = False
-"""True once other code froze objects: to count them takes the longer the more there are."""
-_frozen_here = False
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """While open, torch uses one thread: on tiny tensors, several only wait for each other."""
+    """While open, torch computes on one core for this thread; tiny tensors gain nothing by more.
+
+    Torch's setting is that of the thread that sets it, and that with which new threads begin. So
+    another thread sets the second one as it was.
+    """
     import torch  # the shell asks for the other one before it needs torch
 
     threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    as_before = threading.Thread(target=torch.set_num_threads, args=(threads,))
     try:
         torch.set_num_threads(1)
+        as_before.start()
+        as_before.join()
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def memory_kept() -> Iterator[None]:
-    """While open, glibc keeps memory that was freed, for the next pass of an experiment.
-
-    It would give large blocks back to the system, and clearing their pages anew takes as long as
-    what is computed in them (Aria). Other C libraries go on as they do, and so does glibc if the
-    environment sets its parameters.
-    """
-    global _keeps_memory
-    set_by_user = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    libc = None if set_by_user or _keeps_memory else _glibc()
-    if libc is None:
-        yield
-        return
-    _keeps_memory = True
-    libc.mallopt(_MMAP_MAX, 0)
-    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(_MMAP_MAX, _MAPPED)
-        libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
-        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
-        libc.malloc_trim(0)
-        _keeps_memory = False
-
-
-def _glibc() -> Any:
-    """Return the C library if it is glibc, else None."""
-    with suppress(OSError, AttributeError, TypeError):  # Windows, macOS, musl
-        libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version, libc.mallopt, libc.malloc_trim  # noqa: B018
-        return libc
-    return None
-
-
-@contextmanager
-def old_objects_aside() -> Iterator[None]:
-    """While open, the garbage collector skips objects that there were before.
-
-    Hundreds of builds and passes trigger it, and it would look at all of them each time.
-    """
-    global _frozen_by_others, _frozen_here
-    if not _frozen_here:
-        _frozen_by_others = _frozen_by_others or gc.get_freeze_count() > 0
-    if _frozen_here or _frozen_by_others:
-        yield
-        return
-    gc.freeze()
-    _frozen_here = True
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        _frozen_here = False
 
 
 @contextmanager
@@ -172,22 +114,96 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
+class _FromOtherThreads(logging.Filter):
+    """Lets log lines of the thread that made it pass only from a level on; all those of others."""
+
+    def __init__(self, level: int):
+        super().__init__()
+        self._level, self._thread = level, threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= self._level or threading.get_ident() != self._thread
+
+
+@contextmanager
+def no_log_lines(level: int) -> Iterator[None]:
+    """While open, Transformers shows this thread's log lines only from ``level`` up.
+
+    A level would hold for all threads, and it would empty the caches of a thousand loggers.
+    """
+    logger: logging.Logger | None = logging.getLogger("transformers")
+    handlers: list[logging.Handler] = []
+    while logger is not None:
+        handlers += logger.handlers
+        logger = logger.parent if logger.propagate else None
+    own = _FromOtherThreads(level)
+    for handler in handlers:
+        handler.addFilter(own)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(own)
+
+
 @contextmanager
 def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
-    """While open, Transformers shows no progress bars, and only log lines from ``level`` up."""
+    """While open, Transformers shows no progress bars, and only log lines from ``level`` up.
+
+    Log lines of other threads appear as before. Of progress bars it has one switch for all threads.
+    """
     from transformers.utils import logging as untyped
 
     bars: Any = untyped
-    logger = logging.getLogger("transformers")
-    before, shown = logger.level, bars.is_progress_bar_enabled()
-    try:
-        logger.setLevel(level)
-        bars.disable_progress_bar()
-        yield
-    finally:
-        logger.setLevel(before)
-        if shown:
-            bars.enable_progress_bar()
+    with no_log_lines(level):
+        shown = bars.is_progress_bar_enabled()
+        try:
+            bars.disable_progress_bar()
+            yield
+        finally:
+            if shown:
+                bars.enable_progress_bar()
+
+
+@contextmanager
+def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """While open, another library's function is ``replacement`` for calls from this thread.
+
+    Calls from other threads go to the function that there was. This is for what torch and
+    Transformers give no other way to: they look the function up in a module or class, which all
+    threads share.
+    """
+    with ONE_AT_A_TIME:
+        own, original = vars(owner).get(name), getattr(owner, name)
+        threads = {threading.get_ident()}
+        by_thread = _class_by_thread if isinstance(original, type) else _by_thread
+        setattr(owner, name, by_thread(original, replacement, threads))
+        try:
+            yield
+        finally:
+            threads.clear()  # a module that was imported meanwhile may keep the function
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+
+def _by_thread(original: Any, replacement: Callable[..., Any], threads: Set[int]) -> Any:
+    @wraps(original)
+    def by_thread(*args: Any, **kwargs: Any) -> Any:
+        function = replacement if threading.get_ident() in threads else original
+        return function(*args, **kwargs)
+
+    return by_thread
+
+
+def _class_by_thread(original: Any, replacement: Callable[..., Any], threads: Set[int]) -> Any:
+    def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        own = threading.get_ident() in threads
+        return replacement(*args, **kwargs) if own else original.__new__(cls)
+
+    # a subclass: other threads may ask isinstance, or derive from it
+    return type(original.__name__, (original,), {"__new__": __new__})
 
 
 def free_memory(device: torch.device | None = None) -> int:

@@ -9,36 +9,23 @@ from typing import Any
 
 import torch
 
-from .surroundings import ONE_AT_A_TIME
-
-
-def no_init_weights() -> Any:
-    """Return Transformers' context manager that constructs a class without initial values."""
-    try:
-        from transformers import initialization as place
-    except ImportError:  # transformers 4
-        from transformers import modeling_utils as place  # type: ignore[no-redef]
-    return place.no_init_weights()
+from .surroundings import replaced
 
 
 @contextmanager
 def plain_on_meta() -> Iterator[None]:
     """While open, forward passes on the meta device do not switch autocast and do not compile.
 
-    Transformers 4 switches autocast off around rotary embeddings, which raises on the meta device
-    ("unsupported scalarType"). It also compiles parts of ModernBERT wherever Triton is installed.
+    Transformers 4, and code from the Hub, switch autocast off around rotary embeddings, which
+    raises on the meta device. ModernBERT's parts are compiled there wherever Triton is installed.
     """
-    with ONE_AT_A_TIME:
-        original: Any = torch.autocast
+    original: Any = torch.autocast
 
-        def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-            on_meta = device_type == "meta"
-            return nullcontext() if on_meta else original(device_type, *args, **kwargs)
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        on_meta = device_type == "meta"
+        return nullcontext() if on_meta else original(device_type, *args, **kwargs)
 
-        dynamo = sys.modules.get("torch._dynamo")  # imported only where something is to be compiled
-        try:
-            torch.autocast = autocast  # type: ignore[misc, assignment]
-            with nullcontext() if dynamo is None else dynamo.config.patch(disable=True):
-                yield
-        finally:
-            torch.autocast = original  # type: ignore[misc]
+    dynamo = sys.modules.get("torch._dynamo")  # imported only where something is to be compiled
+    uncompiled = nullcontext() if dynamo is None else dynamo.config.patch(disable=True)
+    with replaced(torch, "autocast", autocast), uncompiled:
+        yield

@@ -18,7 +18,6 @@ from ..model.disk_cache import suspended
 from ..model.from_config import module_of
 from ..model.locate import check_followable, find_pretrained
 from ..model.surroundings import (
-    memory_kept,
     one_thread,
     plain_autograd,
     quiet_transformers,
@@ -136,7 +135,6 @@ def supports(
         one_thread(),
         plain_autograd(),
         same_random_state(),
-        memory_kept(),
         quiet_transformers(),
         suspended(),
     ):

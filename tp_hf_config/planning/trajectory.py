@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice, product
 from math import lcm
@@ -96,7 +95,7 @@ class Trajectory:
         round_to: the pruner's ``round_to``; ``None`` or 0: nothing is rounded.
         max_ratio: the pruner's ``max_pruning_ratio``.
         patience: limits the search for what the class accepts. Once it was asked about
-            ``patience * (_PATIENT + steps)`` new sets of values, no step searches on. With 0, each
+            ``patience * (_PATIENT + steps)`` sets of values, no step searches on. With 0, each
             step takes its first candidate unasked.
     """
 
@@ -106,9 +105,9 @@ class Trajectory:
     round_to: int | None = 1
     max_ratio: float = 1.0
     patience: int = 4
-    _refusals: dict[frozenset[tuple[FieldPath, int]], Refusal | None] = dataclasses.field(
-        default_factory=dict, compare=False, repr=False
-    )
+    _refusals: dict[object, Refusal | None] = field(default_factory=dict, compare=False, repr=False)
+    # counts questions with a known answer too: a search must not depend on what was asked before
+    _asked: set[object] = field(default_factory=set, init=False, compare=False, repr=False)
 
     @cached_property
     def ratios(self) -> dict[tuple[FieldPath, ...], tuple[float, ...]]:
@@ -137,7 +136,7 @@ class Trajectory:
         """Return, for each step, what the rounded ratios alone leave, and what the step leaves."""
         now = self.start
         steps = max(map(len, self.ratios.values()), default=0)
-        before = len(self._refusals)
+        self._asked.clear()
         result: list[tuple[UnitsLeft, UnitsLeft]] = []
         for step in range(steps):
             rounded = {
@@ -156,8 +155,7 @@ class Trajectory:
                 ]
                 now = {**rounded, **heads}
                 for state in self._candidates(now, rounded, shrinking, step):
-                    questions = len(self._refusals) - before
-                    if self.patience and questions >= self.patience * (_PATIENT + steps):
+                    if self.patience and len(self._asked) >= self.patience * (_PATIENT + steps):
                         break
                     if not self.patience or self.refusal_of(self.values_of(state)) is None:
                         now = state
@@ -334,7 +332,7 @@ class Trajectory:
     def refusal_of(self, values: Mapping[FieldPath, int]) -> Refusal | None:
         """Return the refusal of these values, or ``None``; each set of values is tried once."""
         changed = self._changed(values)
-        key = frozenset(changed.items())
+        self._asked.add(key := frozenset(changed.items()))
         if key not in self._refusals:
             self._refusals[key] = self._ask(changed) if changed else None
         return self._refusals[key]

@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..forward.observed_pass import PassResult, outputs_in_float64
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Refusal
-from ..model.surroundings import ONE_AT_A_TIME
 from ..model.tensors import is_matrix_stack, saved_buffers
 from .pruned_pass import Kept, PrunedPass, tensors_of
 from .width_scalars import AsNarrow, CutDim, DualWidth, as_written, take_scales
@@ -235,15 +234,24 @@ def _without_removed_experts(model: nn.Module, kept: Kept) -> Iterator[None]:
                         value.index_fill_(0, experts.removed, _NEVER)
                 removed_by_weight[value.data_ptr()] = experts.removed
 
-    def linear(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
-        out = plain(x, weight, *rest, **named)
-        removed = removed_by_weight.get(weight.data_ptr()) if weight.ndim == 2 else None
-        return out if removed is None else out.index_fill(-1, removed, _NEVER)
+    with _Routers(removed_by_weight):
+        yield
 
-    with ONE_AT_A_TIME:
-        plain = F.linear
-        with patch.object(F, "linear", linear):
-            yield
+
+class _Routers(TorchFunctionMode):
+    """Gives ``_NEVER`` as the scores of removed experts, by the address of a router's weight."""
+
+    def __init__(self, removed_by_weight: Mapping[int, Tensor]):
+        super().__init__()
+        self._removed = removed_by_weight
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not F.linear:
+            return out
+        weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+        removed = self._removed.get(weight.data_ptr()) if weight.ndim == 2 else None
+        return out if removed is None else out.index_fill(-1, removed, _NEVER)
 
 
 def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | Refusal:

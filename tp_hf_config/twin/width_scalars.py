@@ -13,14 +13,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..model.surroundings import ONE_AT_A_TIME
+from ..model.surroundings import replaced
 
 _ROUNDING = 1e-6
 """Largest relative difference that rounding to another precision makes."""
@@ -229,13 +228,13 @@ def as_written(model: nn.Module) -> Iterator[None]:
     Compiled functions read sizes past the modes above (Transformers 4: DeBERTa's
     ``scaled_size_sqrt``).
     """
-    with ONE_AT_A_TIME, ExitStack() as stack:
+    with ExitStack() as stack:
         for name in {type(module).__module__ for module in model.modules()}:
             source = sys.modules[name]
             for key, value in list(vars(source).items()):
                 plain = getattr(value, "_torchdynamo_inline", None)
                 if isinstance(value, torch.jit.ScriptFunction) and plain is not None:
-                    stack.enter_context(patch.object(source, key, plain))
+                    stack.enter_context(replaced(source, key, plain))
         yield
 
 

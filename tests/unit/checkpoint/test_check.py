@@ -12,10 +12,12 @@ import pytest
 import small
 import torch
 import transformers as hf
+from other_thread import in_another_thread
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tp_hf_config import CheckpointError, check_checkpoint
-from tp_hf_config.checkpoint.building import Classes, own_reference
+from tp_hf_config.checkpoint.building import Classes, _limit_modules, own_reference
 from tp_hf_config.checkpoint.large import too_large
 from tp_hf_config.cli import check as command
 
@@ -536,3 +538,11 @@ def test_the_class_of_a_folder_with_code_is_a_model() -> None:
     code["AutoModelForCausalLM"] = "a.Writer"
     assert own_reference({"auto_map": code, "architectures": ["Writer"]}) == "a.Writer"
     assert own_reference({"auto_map": {"AutoProcessor": "b.Processor"}}) is None
+
+
+def test_the_most_modules_are_those_of_one_thread() -> None:
+    with _limit_modules(1):
+        nn.Sequential(nn.ReLU())
+        with pytest.raises(ValueError, match="more than 1 modules"):
+            nn.Sequential(nn.ReLU())
+        assert len(in_another_thread(lambda: nn.Sequential(nn.ReLU(), nn.ReLU()))) == 2

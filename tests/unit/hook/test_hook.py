@@ -644,7 +644,7 @@ def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
     hook = HFConfigSyncHook()
 
     def fails(ratio: float, steps: int) -> Any:
-        assert tp_base.dependency is not before["dependency"]
+        assert tp_base.dependency is before["dependency"]
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from tp_hf_config import UnsupportedModelError, pruner_kwargs
 from tp_hf_config.graph.layer_fields import _in_single_layer, layers_listed
+from tp_hf_config.model import layer_class, layer_entries
 from tp_hf_config.model.layer_class import layer_lists, stock_class
 from tp_hf_config.model.layer_entries import (
     entries_of,
@@ -83,6 +86,56 @@ def test_an_error_inside_leaves_a_model_as_it_was() -> None:
         raise RuntimeError("inside")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.config.to_json_string(use_diff=False) == text
+
+
+def _disk_full(path: Path, text: str, encoding: str) -> None:
+    path.write_bytes(text[:1000].encode())
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _not_importable(path: Path, text: str, encoding: str) -> None:
+    path.write_bytes(f"{text}\nraise RuntimeError('in the module')".encode())
+
+
+@pytest.mark.parametrize(
+    ("write", "error"), [(_disk_full, OSError), (_not_importable, RuntimeError)]
+)
+def test_a_class_that_cannot_be_written_is_written_the_next_time(
+    monkeypatch: pytest.MonkeyPatch, write: Any, error: type[Exception]
+) -> None:
+    model: Any = layer_zoo.build("llama")
+    text = model.config.to_json_string(use_diff=False)
+    layer_class._generated.cache_clear()
+    generated = [name for name in sys.modules if name.startswith(layer_class.GENERATED)]
+    for name in generated:
+        monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", write)
+        with pytest.raises(error), layers_listed(model):
+            pass
+    assert [name for name in sys.modules if name.startswith(layer_class.GENERATED)] == []
+    assert type(model) is hf.LlamaForCausalLM
+    assert model.config.to_json_string(use_diff=False) == text
+    shutil.rmtree(layer_class._folder())  # a system that cleans up
+    with layers_listed(model):
+        assert type(model).__name__ == "LayerwiseLlamaForCausalLM"
+        assert entries_of(model.config)[1]["intermediate_size"] == model.config.intermediate_size
+    layer_class._generated.cache_clear()
+
+
+def test_entries_that_cannot_be_set_leave_a_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = layer_zoo.build("llama")
+    before = dict(vars(model.config))
+    with monkeypatch.context() as patched:
+        patched.setattr(layer_entries, "set_entries", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError), layers_listed(model):
+            pass
+    assert type(model) is hf.LlamaForCausalLM
+    assert vars(model.config) == before
+    with layers_listed(model):
+        assert layer_lists(type(model)) == ("layers",)
 
 
 def test_attention_set_on_the_model_reaches_the_layers(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config.forward.head_splits import observe
-from tp_hf_config.model import meta_run
 from tp_hf_config.model.build import Refusal, without_data
 from tp_hf_config.model.class_caches import without_caches
-from tp_hf_config.model.meta_run import KnownShapes, NoValues, RealNumbers
+from tp_hf_config.model.meta_run import NoValues, RealNumbers
 
 META = torch.device("meta")
 
@@ -148,19 +147,6 @@ class TestRealNumbers:
 
     def test_without_it_nothing_is_real(self) -> None:
         assert torch.arange(4, device=META).device == META
-
-
-class TestKnownShapes:
-    def test_an_operation_is_shaped_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(meta_run, "_result_shapes", {})
-        with KnownShapes():
-            first, second = (torch.empty(4, 3, device=META).log() for _ in range(2))
-            real = torch.ones(2).exp()
-        assert (first.shape, second.shape) == ((4, 3), (4, 3))
-        assert first is not second
-        assert second.is_meta
-        assert real.tolist() == torch.ones(2).exp().tolist()
-        assert len(meta_run._result_shapes) == 1
 
 
 class TestNoValues:

@@ -24,6 +24,7 @@ from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.material import Material, Run, gather
 from tp_hf_config.pipeline.objective import Objective, batch_of, objective_of
 from tp_hf_config.pipeline.progress import Silent
+from tp_hf_config.pipeline.prune import _seeded
 from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.pipeline.source import Source
 from tp_hf_config.planning.model_size import Size
@@ -254,3 +255,16 @@ def test_the_result_says_which_text_is_which() -> None:
     data = result.to_dict()
     assert data["perplexity"] is None
     assert data["perplexity_second_text"] == {"before": 3.0, "after": 4.2}
+
+
+def test_a_seed_is_that_of_a_job_and_of_no_device_that_it_does_not_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.random.get_rng_state()
+    with _seeded(3):
+        drawn = torch.rand(2)
+    assert drawn.equal(torch.rand(2, generator=torch.Generator().manual_seed(3)))
+    assert torch.random.get_rng_state().equal(before)
+    assert seeded == []

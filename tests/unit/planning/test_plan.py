@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.from_config import class_of
 from tp_hf_config.model.meta_run import NoValues
 from tp_hf_config.planning.model_size import flops_of
-from tp_hf_config.planning.trajectory import Trajectory
+from tp_hf_config.planning.trajectory import MovingWidth, Trajectory
 
 LLAMA_70B = hf.LlamaConfig(
     vocab_size=128256,
@@ -795,3 +796,24 @@ class TestKwargs:
         before = small.state_of(model)
         plan(model, target_params=0.7, prune_num_heads=True)
         small.assert_same(before, small.state_of(model))
+
+
+def test_a_search_does_not_depend_on_what_was_asked_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The class takes no width above 450, which is further from 500 than the search goes."""
+
+    def refused(self: Trajectory, values: dict[Any, int]) -> Refusal | None:
+        return None if values["width",] <= 450 else Refusal("too wide")
+
+    monkeypatch.setattr(Trajectory, "_ask", refused)
+    field_map: Any = SimpleNamespace(values={("width",): 1000})
+    moving = MovingWidth((("width",),), (UnitCount(1000),), 0.5)
+    alone = Trajectory(field_map, (moving,), lambda ratio: [0.0, ratio], patience=1)
+    assert alone.steps() == [{("width",): 500}]
+    for size in range(440, 500):
+        alone.refusal_of({("width",): size})
+    again = alone.at({})
+    assert again.steps() == [{("width",): 500}]
+    assert not again.accepted()
+    assert alone.at({}, patience=2).steps() == [{("width",): 450}]
