@@ -50,33 +50,41 @@ def advice_before(
         f"change the model's answers by KL {expected:.3g} on held-out data: {in_words(expected)}; "
         f"under {NOTICEABLE} is hardly noticeable."
     ]
-    try:  # as the steps before have left it
-        view = view_of(view.model, view.field_map.recipe.make_inputs)
-        widths = inner_widths_of(view)
-    except UnsupportedModelError:  # a cut that no config describes yet
-        widths = ()
-    fields = {group.graph_group.fields for group in groups}
-    if not fields <= {width.fields for width in widths} and not is_lazy(view.model):
-        share = gone / (sum(width.parameters * width.units for width in widths) or math.inf)
-        if 0 < share <= _MOST:
-            other = compensating.expected_of([*_lowest(view, calibration, widths, share)])
-            if other < expected:
-                names = ", ".join(
-                    f'"{name}"'
-                    for name in dict.fromkeys(
-                        name_in_all_layers(name) for width in widths for name in width.names
-                    )
-                )
-                parts.append(
-                    f"As many parameters cost KL {other:.3g} where they are taken from the inner "
-                    f"widths alone: prune=({names},), pruning_ratio={share:.2f}."
-                )
+    if not is_lazy(view.model):
+        parts += _from_inner_widths(view, calibration, compensating, groups, gone)
     parts.append(
         f"{_spread(compensating)}allocate(model, calibration, target_params={after}) takes most "
         "from the layers that miss it least (in the shell: --allocate --target-params "
         f"{after / sum(before.values()):.2f})"
     )
     return " ".join(parts)
+
+
+def _from_inner_widths(
+    view: ModelView,
+    calibration: Calibration,
+    compensating: Compensating,
+    groups: Sequence[ConfigGroup],
+    gone: int,
+) -> Iterator[str]:
+    """Yield what as many parameters cost where inner widths lose them, if that is less."""
+    try:  # as the steps before have left it
+        view = view_of(view.model, view.field_map.recipe.make_inputs)
+        widths = inner_widths_of(view)
+    except UnsupportedModelError:  # a cut that no config describes yet
+        return
+    share = gone / (sum(width.parameters * width.units for width in widths) or math.inf)
+    others = {group.graph_group.fields for group in groups} - {width.fields for width in widths}
+    if not others or not 0 < share <= _MOST:
+        return
+    cost = compensating.expected_of([*_lowest(view, calibration, widths, share)])
+    if cost < (compensating.result.expected or 0.0):
+        named = dict.fromkeys(name_in_all_layers(name) for w in widths for name in w.names)
+        fields = ", ".join(f'"{name}"' for name in named)
+        yield (
+            f"As many parameters cost KL {cost:.3g} where they are taken from the inner widths "
+            f"alone: prune=({fields},), pruning_ratio={share:.2f}."
+        )
 
 
 def _lowest(
