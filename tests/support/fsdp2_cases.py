@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import small
 import torch
 import torch_pruning as tp
 import transformers as hf
@@ -161,7 +162,9 @@ def of_measurement(calibration: Any) -> dict[Any, Any]:
 def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, Any]:
     """Prune by what was measured, and return what it comes to."""
     settings = {"importance": calibration.importance("obs"), "pruning_ratio": 0.5, "hooks": [hook]}
-    tp.pruner.MetaPruner(model, **pruner_kwargs(model), **settings).step()
+    tp.pruner.MetaPruner(
+        model, **pruner_kwargs(model, prune=small.inside(model)), **settings
+    ).step()
     report = hook.last_report
     return {
         "measurement": of_measurement(calibration),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import small
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -85,7 +86,11 @@ def sharded(name: str = "llama") -> Any:
 def pruner_of(model: Any, hook: HFConfigSyncHook, importance: Any = None) -> Any:
     importance = importance or tp.importance.GroupMagnitudeImportance()
     return tp.pruner.MetaPruner(
-        model, **pruner_kwargs(model), importance=importance, pruning_ratio=0.5, hooks=[hook]
+        model,
+        **pruner_kwargs(model, prune=small.inside(model)),
+        importance=importance,
+        pruning_ratio=0.5,
+        hooks=[hook],
     )
 
 

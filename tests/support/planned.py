@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import small
 import torch
 import torch_pruning as tp
 import transformers as hf
@@ -46,7 +47,7 @@ def cuts_of(model: Any, **settings: Any) -> CutList:
     hook = HFConfigSyncHook()
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, **{"pruning_ratio": 0.25, **settings}),
+        **pruner_kwargs(model, **{"pruning_ratio": 0.25, "prune": small.inside(model), **settings}),
         importance=tp.importance.RandomImportance(),
         hooks=[hook],
     ).step()

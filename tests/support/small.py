@@ -25,10 +25,22 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from tp_hf_config.fieldmap.model_view import view_of
+from tp_hf_config.graph.standin import standin_of
+from tp_hf_config.planning.selection import Wanted, _inside, _sharing_nothing
+
 TRANSFORMERS = tuple(int(part) for part in hf.__version__.split(".")[:2])
 TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 TORCH_PRUNING = tuple(int(part) for part in version("torch-pruning").split(".")[:2])
 """Versions, for what differs: ``TRANSFORMERS >= (5,)``."""
+
+
+def inside(model: nn.Module) -> tuple[str, ...]:
+    """Fields of all proved widths inside a model, the hidden size too; none share a dimension."""
+    view = view_of(standin_of(model), weights=False)
+    proved = [width for width in _inside(view, Wanted()) if width.reason is None]
+    return tuple(name for width in _sharing_nothing(proved, ())[0] for name in width.names)
+
 
 ROOT = Path(__file__).resolve().parents[2]
 

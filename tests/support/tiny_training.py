@@ -38,7 +38,7 @@ def pruner_of(model: Any, **settings: Any) -> Any:
     defaults = {"importance": tp.importance.GroupMagnitudeImportance(), "pruning_ratio": 0.25}
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **pruner_kwargs(model, prune=small.inside(model)),
         hooks=[HFConfigSyncHook()],
         **{**defaults, **settings},
     )

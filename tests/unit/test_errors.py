@@ -24,6 +24,8 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 SYNC_LATER = "Nothing was written; go on pruning and sync again."
 
 

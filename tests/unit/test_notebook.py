@@ -27,6 +27,8 @@ from tp_hf_config.hook.report import SyncReport
 from tp_hf_config.pipeline.support import Support
 from tp_hf_config.pipeline.trial import WidthSupport
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 CELLS = (
     """
     import torch_pruning as tp

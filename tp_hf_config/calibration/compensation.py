@@ -22,6 +22,8 @@ from .measured import MeasuredModel
 from .refits_of_step import StepRefits
 from .trial import Errors, layer_errors, run_as_cut, run_held_out
 
+NOTICEABLE, TOO_MUCH = 0.1, 0.5
+"""KL divergences on held-out data, in nats: under the first, over the second (`in_words`)."""
 _LARGE = 1 << 20  # bytes: larger refits of a cut list are not held in memory
 
 
@@ -78,11 +80,27 @@ class Compensation:
             text += " refitted"
         if self.after is not None:
             text += f", {self.after:.3g} measured after the cut"
-        return "\n    ".join([text, *self.notes])
+        expected = self.expected
+        meaning = [] if expected is None else [f"KL {expected:.3g}: {in_words(expected)}"]
+        return "\n    ".join([text, *meaning, *self.notes])
+
+    @property
+    def expected(self) -> float | None:
+        """The KL divergence by the cut with its refits; ``None``: it is not known."""
+        return self.refit if self.measure == "KL" else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for ``json.dumps``."""
         return asdict(self)
+
+
+def in_words(change: float) -> str:
+    """Return what a KL divergence on held-out data means for whoever uses the model."""
+    if change < NOTICEABLE:
+        return f"hardly noticeable (under {NOTICEABLE})"
+    if change <= TOO_MUCH:
+        return "noticeable, some training helps"
+    return f"do not expect good answers without training (over {TOO_MUCH})"
 
 
 class AppliedRefits:
@@ -191,9 +209,9 @@ class Compensating:
             using |= {consumer} if used else set()
         self._note_unjudged(unjudged, "no held-out token reaches them to")
         changes: list[float] = []
-        for some in (set[Consumer](), using):
+        for some, how in ((set[Consumer](), "cut"), (using, "refitted")):
             outputs.begin()
-            run_as_cut(step, some, outputs.compare)
+            run_as_cut(step, some, outputs.compare, f"held-out data, {how}")
             changes.append(outputs.mean())
         result.measure, (result.cut, result.refit) = outputs.measure, changes
         if result.refit <= result.cut:
@@ -247,6 +265,13 @@ class Compensating:
         if unseen:
             self.result.notes.append(f"not refitted, for it was not measured: {listed(unseen)}")
 
+    def expected_of(self, groups: Sequence[ConfigGroup]) -> float:
+        """Return the change of the model by other groups with their refits; they are not pruned."""
+        other = StepRefits(self._step.calibration, groups)
+        self._outputs.begin()
+        run_as_cut(other, set(other.refits), self._outputs.compare, "held-out data, another cut")
+        return self._outputs.mean()
+
     def finished(self, synced: bool) -> Compensation:
         """Return what the refits came to, once the step is over: those that no cut used are not.
 
@@ -262,7 +287,7 @@ class Compensating:
         """Measure how much the pruned model's outputs on held-out data have changed."""
         self._outputs.begin()
         try:
-            run_held_out(self._step.calibration, self._outputs.compare)
+            run_held_out(self._step.calibration, self._outputs.compare, "held-out data, pruned")
         except CalibrationError as error:  # inputs as wide as what was pruned
             self.result.notes.append(f"not measured after the cut: {error}")
             return

@@ -13,6 +13,7 @@ from ..forward.output_tensors import tensors_in
 from .over_ranks import ALONE, Ranks
 
 _RELATIVE = "squared error"
+_AT_ONCE = 16  # tokens: no float32 copy of all logits is made
 
 
 class Difference:
@@ -32,11 +33,10 @@ class Difference:
         self._sums: list[float] = []
 
     def note(self, number: int, result: Any) -> None:
-        """Keep the output for a batch, on the CPU."""
-        output = _output_of(result)
+        """Keep the output for a batch, on the CPU, in the model's own dtype."""
         if not _has_classes(_logits_of(result)):
             self.measure = _RELATIVE
-        self._outputs.append(output.detach().float().cpu())
+        self._outputs.append(_output_of(result).detach().cpu())
 
     def begin(self) -> None:
         """Forget what was compared."""
@@ -44,15 +44,14 @@ class Difference:
 
     def compare(self, number: int, result: Any) -> None:
         """Compare the output for a batch with the one that was kept."""
-        before, now = self._outputs[number], _output_of(result).detach().float().cpu()
+        before, now = self._outputs[number], _output_of(result).detach().cpu()
         if before.shape != now.shape:
             self._sums.append(math.nan)  # an output as wide as what is pruned
             return
         if self.measure == "KL":
-            wanted, found = before.log_softmax(-1), now.log_softmax(-1)
-            per_token = (wanted.exp() * (wanted - found)).sum(-1)
-            self._sums.append(float(per_token.mean()))
+            self._sums.append(_divergence(before.flatten(0, -2), now.flatten(0, -2)))
         else:
+            before, now = before.float(), now.float()
             scale = float(before.square().sum()) or 1.0
             self._sums.append(float((now - before).square().sum()) / scale)
 
@@ -65,6 +64,15 @@ class Difference:
             self.measure = _RELATIVE  # a rank without batches does not know
         total, batches = self._ranks.sums([sum(self._sums), len(self._sums)])
         return total / max(1, batches)
+
+
+def _divergence(before: Tensor, now: Tensor) -> float:
+    """Return the mean KL divergence of logits, ``(tokens, classes)``; some tokens at a time."""
+    total = 0.0
+    for some, same in zip(before.split(_AT_ONCE), now.split(_AT_ONCE), strict=True):
+        wanted, found = some.float().log_softmax(-1), same.float().log_softmax(-1)
+        total += float((wanted.exp() * (wanted - found)).sum())
+    return total / max(1, len(before))
 
 
 def _logits_of(result: Any) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -26,6 +27,10 @@ from .over_ranks import ALONE, Ranks, in_step
 from .sources import Sources
 
 _Item = TypeVar("_Item")
+Track = Callable[[Sequence[Any], int, str, str], Iterator[Any]]
+"""Yields items, so many of them, and shows how far they are: under a title, in a unit."""
+_track: ContextVar[Track | None] = ContextVar("track", default=None)
+_SHORT = 2  # seconds: what takes less is not shown
 _SUMS = 3, 8  # of the memory, where weights and batches that wait take some too
 
 
@@ -142,7 +147,7 @@ def watched_pass(
         begin = stack.enter_context(in_step(model, ranks, what or "a pass over held-out data"))
         if together is None:
             ops = nullcontext() if visit is None else WatchedOps(model, visit, selected)
-            for number, batch in enumerate(_shown(batches, what)):
+            for number, batch in enumerate(shown(batches, what)):
                 begin(number)
                 after(number, _run(model, number, batch, ops, sources))
             return True
@@ -161,7 +166,7 @@ def watched_pass(
             return visit(op)
 
         ops = nullcontext() if visit is None else WatchedOps(model, noted, selected)
-        steps = iter(_shown(range(lockstep.steps * len(batches)), what))
+        steps = iter(shown(range(lockstep.steps * len(batches)), what))
         passes = [
             partial(_run, model, number, batch, ops, sources)
             for number, batch in enumerate(batches)
@@ -230,11 +235,26 @@ def _experts_of(model: nn.Module) -> Any:
     return current if any(value not in (None, "eager") for value in current.values()) else None
 
 
-def _shown(items: Sequence[_Item], what: str) -> Iterator[_Item]:
+@contextmanager
+def shown_by(track: Track) -> Iterator[None]:
+    """Show inside the block how far passes are by this function instead of Transformers' bars."""
+    token = _track.set(track)
+    try:
+        yield
+    finally:
+        _track.reset(token)
+
+
+def shown(items: Sequence[_Item], what: str, unit: str = "windows") -> Iterator[_Item]:
     """Yield items under a progress bar of Transformers, which its users can switch off."""
-    if not what:
-        yield from items
-        return
     from transformers.utils import logging
 
-    yield from logging.tqdm(items, desc=what, leave=False)  # type: ignore[no-untyped-call]
+    track = _track.get()
+    if not what:
+        yield from items
+    elif track is not None:
+        yield from track(items, len(items), what, unit)
+    else:
+        yield from logging.tqdm(  # type: ignore[no-untyped-call]
+            items, desc=what, leave=False, delay=_SHORT
+        )

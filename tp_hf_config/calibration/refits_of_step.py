@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.scratch import free_on_disk, on_disk
+from ..checkpoint.scratch import free_on_disk
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
-from ..model.lazy_tensor import LazyTensor, is_lazy, values_of
+from ..model.lazy_tensor import is_lazy, values_of
 from ..model.tensors import tensor
+from .batches import Batch
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
-from .over_ranks import Ranks
-from .passes import Together, is_streamed, sums_limit, together_on, watched_pass
+from .passes import Together, is_streamed, shown, sums_limit, together_on, watched_pass
 from .readings import Readings
 from .refit import refit_from_gram, refit_from_products
 from .sources import Sources
+from .sums import Sums
 
 Copies = dict[Consumer, dict[str, nn.Module]]
 """Leader -> layer -> its copy with the kept channels alone."""
@@ -35,6 +37,7 @@ class StepRefits:
     Attributes:
         kept: consumer -> the channels that stay, for all consumers that lose some.
         refits: consumer -> its refit, where there is one.
+        alike: consumer -> the first that reads the same values and has the same refit.
         unseen: parameters that lose inputs, and that no measured operation multiplied.
     """
 
@@ -44,6 +47,7 @@ class StepRefits:
         self.readings = calibration.current()
         self.kept = _kept_channels(calibration.model, groups, self.readings)
         self.refits: dict[Consumer, Refit] = {}
+        self.alike: dict[Consumer, Consumer] = {}
         self.unseen = _unseen(calibration.model, groups, {c.parameter for c in self.kept})
         behind_norms: dict[Consumer, list[Consumer]] = {}
         plain: dict[Consumer, list[Consumer]] = {}
@@ -53,9 +57,10 @@ class StepRefits:
                 some = behind_norms if leader in self.readings.chains else plain
                 some.setdefault(leader, []).append(consumer)
         self._solve_plain(plain)
-        for leaders in self._of_one_pass(behind_norms):
+        sizes = {of: self._bytes_behind_norm(some[0]) for of, some in behind_norms.items()}
+        for leaders in self.of_one_pass(sizes):
             products = _Products(self, leaders)
-            for leader in leaders:
+            for leader in shown(leaders, "solving refits", "inputs"):
                 self._add(behind_norms[leader], partial(products.refit, leader))
 
     def _solve_plain(self, consumers: dict[Consumer, list[Consumer]]) -> None:
@@ -63,7 +68,7 @@ class StepRefits:
         remaining = list(consumers)
         while remaining:
             ready = self.calibration.require(remaining)
-            for leader in ready:
+            for leader in shown(ready, "solving refits", "inputs"):
                 gram = self.readings.statistics[leader].gram
                 assert gram is not None  # require() returns those that have one
                 ridge = self.calibration.ridge
@@ -71,39 +76,47 @@ class StepRefits:
                 self._add(consumers[leader], solve)
             remaining = [leader for leader in remaining if leader not in ready] if ready else []
 
-    def _of_one_pass(
-        self, consumers: Mapping[Consumer, Sequence[Consumer]]
-    ) -> Iterator[list[Consumer]]:
-        """Yield leaders behind norms, as many at a time as there is room for their products."""
-        calibration = self.calibration
-        model = calibration.model
-        limit = sums_limit(model, calibration.max_memory, calibration.ranks)
+    def of_one_pass(self, sizes: Mapping[Consumer, int]) -> Iterator[list[Consumer]]:
+        """Yield consumers, as many at a time as memory has room for.
+
+        ``sizes``: consumer -> how many bytes its sums take.
+        """
+        model, limit = self.calibration.model, self._limit
         if self.readings.in_lockstep and is_streamed(model):
             limit = max(limit, free_on_disk() // 2)  # those of one layer are in memory
-        leaders: list[Consumer] = []
+        some: list[Consumer] = []
         used = 0
-        for leader, (consumer, *_) in consumers.items():
-            kept, size = len(self.kept[consumer]), len(self.readings.statistics[leader].total)
-            needed = 4 * kept * (kept + size)
-            if leaders and used + needed > limit:
-                yield leaders
-                leaders, used = [], 0
-            leaders.append(leader)
+        for consumer, needed in sizes.items():
+            if some and used + needed > limit:
+                yield some
+                some, used = [], 0
+            some.append(consumer)
             used += needed
-        if leaders:
-            yield leaders
+        if some:
+            yield some
+
+    @property
+    def _limit(self) -> int:
+        calibration = self.calibration
+        return sums_limit(calibration.model, calibration.max_memory, calibration.ranks)
+
+    def sums(self) -> Sums:
+        """Return what adds up products in a pass of consumers that have room together."""
+        return Sums(None if self.together() is None else self._limit)
+
+    def _bytes_behind_norm(self, consumer: Consumer) -> int:
+        kept, leader = len(self.kept[consumer]), self.readings.leaders[consumer]
+        return 4 * kept * (kept + len(self.readings.statistics[leader].total))
 
     def _add(self, consumers: Sequence[Consumer], solve: Callable[[Tensor], Refit | None]) -> None:
         """Add the refits of consumers that read the same values."""
-        solved: dict[tuple[int, ...], Refit | None] = {}
+        first_with: dict[tuple[int, ...], Consumer] = {}
         for consumer in consumers:
-            key = tuple(self.kept[consumer].tolist())
-            if key not in solved:
-                refit = solve(self.kept[consumer])
-                solved[key] = refit.on_disk() if refit is not None and self._lazy else refit
-            refit = solved[key]
+            first = first_with.setdefault(tuple(self.kept[consumer].tolist()), consumer)
+            refit = solve(self.kept[consumer]) if first == consumer else self.refits.get(first)
             if refit is not None:
-                self.refits[consumer] = refit
+                self.refits[consumer] = refit.on_disk() if self._lazy else refit
+                self.alike[consumer] = first
 
     def together(self, stage_done: Callable[[], None] = lambda: None) -> Together | None:
         """Return how batches go through the model together; ``None``: one after the other."""
@@ -137,82 +150,60 @@ class StepRefits:
 class _Products:
     """Products of what norms give with and without the channels that go, by another pass."""
 
-    def __init__(self, step: StepRefits, leaders: Iterable[Consumer]):
+    def __init__(self, step: StepRefits, leaders: Sequence[Consumer]):
         self._step, self._leaders = step, dict.fromkeys(leaders)
-        self._own: dict[Consumer, Tensor] = {}
-        self._cross: dict[Consumer, Tensor] = {}
         self._copies: Copies = {}
         self._sources = step.sources(self._leaders)
         calibration = step.calibration
-        together = step.together(self._to_disk)
-        limit = sums_limit(calibration.model, calibration.max_memory, calibration.ranks)
-        self._limit = None if together is None else limit  # else all of them have room
+        self._sums = step.sums()
         watched_pass(
             calibration.model,
-            calibration.train,
+            _without_logits(calibration.model, calibration.train, step.readings.tables),
             self._visit,
             self._sources,
-            what="behind norms",
-            together=together,
+            what="refits behind norms",
+            together=step.together(self._sums.to_disk),
             ranks=calibration.ranks,
         )
         if calibration.ranks.own_data:
-            self._add_up(calibration.ranks)
+            self._sums.over_ranks(calibration.ranks, {of: self._shapes(of) for of in leaders})
 
-    def _add_up(self, ranks: Ranks) -> None:
-        """Add up the products of all ranks."""
-        seen = ranks.gathered({leader: own.dtype for leader, own in self._own.items()})
-        for leader in self._leaders:
-            dtypes = [dtypes[leader] for dtypes in seen if leader in dtypes]
-            if not dtypes:
-                continue
-            kept = len(self._step.kept[leader])
-            size = len(self._step.readings.statistics[leader].total)
-            for sums, length in ((self._own, kept), (self._cross, size)):
-                if leader not in sums:
-                    sums[leader] = torch.zeros(kept, length, dtype=dtypes[0], device=ranks.device)
-                sums[leader] = ranks.summed(sums[leader])
+    def _shapes(self, leader: Consumer) -> list[tuple[int, int]]:
+        kept = len(self._step.kept[leader])
+        return [(kept, kept), (kept, len(self._step.readings.statistics[leader].total))]
 
     def _visit(self, op: LinearOp) -> Any:
-        leader = op.consumer
-        if leader in self._leaders:
+        if op.consumer in self._leaders:
             rows = self._step.after_cut(op, self._sources, self._copies)
             if rows is not None:
                 exact = torch.promote_types(rows.dtype, torch.float32)
                 rows, full = rows.to(exact), op.channels_last().to(exact)
-                kept, size = rows.shape[1], full.shape[1]
-                self._make_room(leader, exact.itemsize * kept * (kept + size))
-                for sums, product in ((self._own, rows.T @ rows), (self._cross, rows.T @ full)):
-                    sums[leader] = sums[leader] + product if leader in sums else product
+                self._sums.add(op.consumer, (rows.T @ rows, rows.T @ full))
         return op.run()
-
-    def _make_room(self, leader: Consumer, size: int) -> None:
-        """Put what is in memory into temporary files if a leader's products have no room beside it.
-
-        One layer may have hundreds of experts.
-        """
-        own = self._own.get(leader)
-        if self._limit is None or (own is not None and not isinstance(own, LazyTensor)):
-            return
-        sums = (*self._own.values(), *self._cross.values())
-        used = sum(each.nbytes for each in sums if not isinstance(each, LazyTensor))
-        if used + size > self._limit:
-            self._to_disk()
-
-    def _to_disk(self) -> None:
-        """Put products into temporary files, once a layer is done or where others need memory."""
-        for sums in (self._own, self._cross):
-            for leader, values in sums.items():
-                if not isinstance(values, LazyTensor):
-                    sums[leader] = on_disk(values)
 
     def refit(self, leader: Consumer, kept: Tensor) -> Refit | None:
         """Return the refit of what a leader reads; ``None``: it was not read as before."""
-        own = self._own.get(leader)
-        if own is None or len(own) != len(kept):
+        sums = self._sums.of(leader)
+        if sums is None or len(sums[0]) != len(kept):
             return None
-        cross, ridge = self._cross[leader], self._step.calibration.ridge
-        return refit_from_products(values_of(own), values_of(cross), kept, ridge)
+        return refit_from_products(*sums, kept, self._step.calibration.ridge)
+
+
+def _without_logits(
+    model: nn.Module, batches: Sequence[Batch], tables: Collection[str]
+) -> Sequence[Batch]:
+    """Return batches of which a model computes the last token's logits alone, where it can.
+
+    A head that is no table of embeddings reads as many tokens as the others, so it is run.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if head is None or names.get(id(getattr(head, "weight", None))) not in tables:
+        return batches
+    taken = inspect.signature(model.forward).parameters
+    if "logits_to_keep" not in taken or any("labels" in batch for batch in batches):
+        return batches
+    return [{"logits_to_keep": 1, **batch} for batch in batches]
 
 
 def _kept_channels(

@@ -78,7 +78,8 @@ def add_widths(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="FIELDS",
         type=names,
         help="config fields to prune, with commas between; default: those that --ratios "
-        "names, else every width inside the model but heads, head dims and numbers of experts",
+        "names, else the inner widths of feed-forward layers and experts; of a class without them, "
+        "every width inside the model except heads, head dims and numbers of experts",
     )
     group.add_argument(
         "--ratios", metavar="FIELD=R,...", type=ratios, help="a share for each field"

@@ -70,9 +70,11 @@ class Lines:
         with suppress(OSError):  # a full disk, a reader that is gone: the work goes on
             print(what, file=sys.stderr, flush=True)
 
-    def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], total: int, what: str, unit: str = "windows"
+    ) -> Iterator[T]:
         """Print one line, then yield the items."""
-        self.say(f"{what}: {total} windows")
+        self.say(f"{what}: {total} {unit}")
         yield from items
 
 
@@ -95,7 +97,9 @@ class Bar:
 
         self._bars.console.print(Text(what))
 
-    def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], total: int, what: str, unit: str = "windows"
+    ) -> Iterator[T]:
         """Yield the items; show a bar, and remove it at the end."""
         task = self._bars.add_task(what, total=total)
         try:

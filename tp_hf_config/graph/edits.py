@@ -58,6 +58,21 @@ class Refit:
         full.index_add_(1, self.targets.to(rows.device), rows @ share)
         return full
 
+    def errors(self, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far the targets are from what they were, by the plain cut and estimated.
+
+        Args:
+            rows: the kept channels after the cut, shape ``(tokens, kept)``.
+            whole: all channels before, ``(tokens, size)``; for both results ``(tokens, targets)``.
+        """
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        rows, whole = rows.to(exact), whole.to(exact)
+        if len(self.targets) == self.size:  # behind a norm, the kept ones change too
+            cut = whole - plain_cut(rows, self.kept, self.size)
+        else:
+            cut = whole.index_select(1, self.targets.to(whole.device))
+        return cut, cut - rows @ self.share.to(rows)
+
     def of(self, weight: Tensor, dim: int) -> Tensor:
         """Return a weight that reads the kept channels alone.
 

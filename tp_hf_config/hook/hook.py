@@ -262,11 +262,21 @@ class HFConfigSyncHook:
     def _refit(self, pruner: Any, groups: Sequence[Any], whole: bool) -> None:
         """Solve refits for the groups that a step chose; the cut applies them."""
         from ..calibration.compensation import Compensating
+        from ..planning.pruner_arguments import warn
+        from .cheaper import advice_before
+        from .step_preflight import shapes_left
 
         assert self.compensate is not None  # only then is it called
         self._compensating = Compensating(self.compensate, groups, whole, self.record_refits)
         self._agreement.on_refits(pruner, self._compensating.result)
         pruner.DG.cuts.apply_refit = self._compensating.applied.apply
+        remaining = shapes_left(pruner, self.compensate.model, groups) if whole else None
+        if remaining is not None:
+            assert self._follower is not None  # only an attached hook refits
+            view = self._follower.view
+            told = advice_before(view, self.compensate, self._compensating, groups, remaining)
+            if told is not None:
+                warn(told, CalibrationWarning)
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:

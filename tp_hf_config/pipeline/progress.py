@@ -19,7 +19,9 @@ class Progress(Protocol):
         """Show what is left of a job that failed; raise nothing."""
         ...
 
-    def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], total: int, what: str, unit: str = "windows"
+    ) -> Iterator[T]:
         """Yield the items, ``total`` of them, and show how many are done."""
         ...
 
@@ -33,6 +35,8 @@ class Silent:
     def failed(self, what: str) -> None:
         """Do nothing."""
 
-    def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], total: int, what: str, unit: str = "windows"
+    ) -> Iterator[T]:
         """Yield the items."""
         yield from items

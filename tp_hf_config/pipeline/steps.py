@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch_pruning as tp
 
+from ..calibration.passes import shown_by
 from ..errors import CalibrationWarning
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
@@ -53,7 +54,8 @@ def run_steps(run: Run, widths: Plan | Allocation | None) -> tuple[SyncReport, .
         name = f"step {step}/{steps}"
         if material is not None and choice.importance == "taylor":
             accumulate_gradients(model, material, progress, f"{name}: gradients")
-        pruner.step()
+        with shown_by(progress.track):
+            pruner.step()
         progress.say(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
         if material is not None and material.teacher is not None and updates:

@@ -31,6 +31,7 @@ from .streaming_cost import Cut, calibrated_cost, streaming_cost
 from .target import target_missed, trajectory_to
 from .trajectory import MovingWidth, Trajectory
 from .unit_counts import multiples_of, unit_counts_of
+from .working_time import working_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,8 +68,9 @@ def plan(
         pruning_ratio: the ratio of every pruned width that ``ratios`` does not name; default: 0.5.
         ratios: config field -> ratio.
         prune: config fields to prune. Default: the fields that ``ratios`` names; without
-            ``ratios``, every width inside the model except attention heads, head dims and numbers
-            of experts; if the model is inside another module, also except the width of what it
+            ``ratios``, the inner widths of feed-forward layers and experts. Of a class without them
+            it is every width inside the model except attention heads, head dims and numbers of
+            experts; if the model is inside another module, also except the width of what it
             returns. Of widths that share a dimension, only the one that holds most of the model is
             pruned.
         head_pruning_ratio: the share of the attention heads to prune as well.
@@ -220,6 +222,8 @@ def _plan(
         fields = [width.fields for width in chosen.widths]
         steps = settings.iterative_steps
         cut = Cut(field_map, full, full_after, fields, steps, after.bytes)
+    not_chosen = "not chosen" if settings.prune else "pruned only where it is named"
+    tokens = "input_ids" in inspect.signature(view.model.forward).parameters
     has_weights = isinstance(source, nn.Module) and view.model.device.type != "meta"
     return Plan(
         model=type(view.model).__name__,
@@ -229,7 +233,7 @@ def _plan(
             for width, moving in zip(chosen.widths, trajectory.moving_widths, strict=True)
         ),
         kept={
-            w.name: w.reason or chosen.left_out.get(w.name, "not chosen")
+            w.name: w.reason or chosen.left_out.get(w.name, not_chosen)
             for w in every_width
             if w.name not in names
         },
@@ -241,7 +245,8 @@ def _plan(
         why_not_exactly=None if missed is None else missed.reason,
         streaming=None if cut is None else streaming_cost(cut),
         streaming_calibrated=None if cut is None else calibrated_cost(cut),
-        tokens="input_ids" in inspect.signature(view.model.forward).parameters,
+        time=None if cut is None or not tokens else working_time(cut, before.flops),
+        tokens=tokens,
         notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _live=weakref.ref(source) if has_weights else lambda: None,
         _fields=dict(field_map.values),

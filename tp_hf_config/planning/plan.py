@@ -24,6 +24,7 @@ from .pruner_kwargs import pruner_kwargs
 from .refusals import PlannedRefusal, refusal_lines
 from .settings import PruneSettings
 from .streaming_cost import StreamingCost
+from .working_time import WorkingTime
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Plan:
             refused.
         streaming_calibrated: the same by what channels carry on a text, with refits; ``None`` also
             if the class does not run at tiny widths.
+        time: how long calibrating and a step with refits take in memory; ``None`` also if its
+            inputs are not counted in tokens.
     """
 
     model: str
@@ -119,6 +122,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     streaming: StreamingCost | None = None
     streaming_calibrated: StreamingCost | None = None
+    time: WorkingTime | None = None
     _live: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
@@ -193,6 +197,7 @@ class Plan:
         for name in ("streaming", "streaming_calibrated"):
             cost = getattr(self, name)
             data[name] = None if cost is None else cost.to_dict()
+        data["time"] = None if self.time is None else self.time.to_dict()
         return dated(data)
 
 
@@ -274,6 +279,8 @@ def footnotes(plan: Plan) -> list[str]:
     for how, cost in costs.items():
         if cost is not None:
             lines.append(f"from folder to folder, {how}: {cost}")
+    if plan.time is not None:
+        lines.append(f"in memory, on two CPU cores, estimated: {plan.time}")
     return lines + [f"note: {note}" for note in plan.notes]
 
 

@@ -20,7 +20,7 @@ from ..graph.standin import on_standin, standin_of
 from ..model.config_json import field_name
 from ..model.surroundings import same_random_state
 from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
-from .requested import staying, wanted_by
+from .requested import staying, wanted_by, with_ratios
 from .selection import Chosen, Wanted, choose
 from .selection import check_ratios as check_field_ratios
 from .settings import Gqa, Graph, Layers, PruneSettings, check_graph, check_share
@@ -50,10 +50,12 @@ def pruner_kwargs(
         model: a ``PreTrainedModel``, or a module that contains exactly one. A model under FSDP2 is
             read by every rank at the same time, for a hook with ``rebuild=``.
         prune: config fields to prune (``"intermediate_size"``, or several). Default: the fields
-            that ``ratios`` names; without ``ratios``, every width inside the model except attention
-            heads, head dims and numbers of experts; if the model is inside another module, also
-            except the width of what it returns. Of widths that share a dimension, only the one that
-            holds most of the model is pruned; the first report's notes name the others.
+            that ``ratios`` names; without ``ratios``, what costs least: the inner widths of
+            feed-forward layers and experts, and what ``pruning_ratio_dict`` names a layer of. Of a
+            class without inner widths it is every width inside the model except attention heads,
+            head dims and numbers of experts; if the model is inside another module, also except the
+            width of what it returns. Of widths that share a dimension, only the one that holds most
+            of the model is pruned; the first report's notes name the others.
         ratios: config field -> ratio. Fields of ``prune`` that are not here get the pruner's
             ``pruning_ratio``.
         graph: ``"config"`` or ``"auto"``, which mean the same: groups made from the config and
@@ -155,6 +157,9 @@ def _on_config_graph(
     ``ratios``: config field -> ratio.
     ``given``: the pruner's own arguments that the user gave.
     """
+    if wanted.fields is None:
+        rooted = bool(given.get("root_module_types"))
+        wanted = replace(wanted, with_ratio=with_ratios(view, given), rooted=rooted)
     chosen = choose(view, replace(wanted, stays=staying(view, given)))
     for message in chosen.staying:
         warn(message)

@@ -72,6 +72,27 @@ def staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPa
     return result
 
 
+def with_ratios(view: ModelView, arguments: Mapping[str, Any]) -> list[tuple[FieldPath, ...]]:
+    """Return the fields of the widths that layers in ``pruning_ratio_dict`` have as their outputs.
+
+    A module with parts names none of them: it reads and writes the residual stream too.
+    """
+    keys = arguments.get("pruning_ratio_dict") or {}
+    named = {layer for key in keys for layer in (key if isinstance(key, tuple) else (key,))}
+    if not named:
+        return []
+    offered = [w for w in widths_of(view.model, view.field_map) if w.reason is None]
+    graph = ConfigGraph(view.model, [group for width in offered for group in width.groups])
+    graph.build_dependency(view.model)
+    return list(
+        dict.fromkeys(
+            group.fields
+            for group in graph.graph_groups
+            if named & {*graph.outputs_of(group).values()}
+        )
+    )
+
+
 def _why_heads_stay(
     view: ModelView, width: Width, layers: list[dict[str, nn.Module]], arguments: Mapping[str, Any]
 ) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import UnknownFieldError, UnsupportedModelError, closest
 from ..fieldmap.model_view import ModelView
@@ -12,6 +12,7 @@ from ..graph.experiments import experiments_of
 from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
+from .inner_width import inner_widths_of
 from .settings import Gqa
 
 
@@ -20,12 +21,15 @@ class Wanted:
     """What the user asks to prune.
 
     Attributes:
-        fields: names of config fields; ``None``: every width inside the model.
+        fields: names of config fields; ``None``: inner widths; where there are none, every width
+            inside the model.
         heads: prune whole attention heads, by Torch-Pruning's head ratios.
         gqa: how grouped-query heads are pruned; ``None``: as it suits the model.
         head_dims: also prune the same number of dimensions of every head.
         wrapped: another module reads the model's outputs, so their width stays by default.
         stays: the fields of a width -> why the pruner's arguments keep it.
+        with_ratio: the fields of widths that a ratio of the pruner's arguments is for.
+        rooted: the pruner's arguments name the types of layers to prune.
     """
 
     fields: tuple[str, ...] | None = None
@@ -34,6 +38,8 @@ class Wanted:
     head_dims: bool = False
     wrapped: bool = False
     stays: Mapping[tuple[FieldPath, ...], str] = dataclasses.field(default_factory=dict)
+    with_ratio: Collection[tuple[FieldPath, ...]] = ()
+    rooted: bool = False
 
     def free(self, widths: Iterable[Width]) -> list[Width]:
         """Return the widths that the pruner's arguments do not keep."""
@@ -70,7 +76,7 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
     if wanted.fields == () and not wanted.heads and not wanted.head_dims:
         raise ValueError(
             "prune=() names no field, and no heads are pruned either, so nothing would be. Name a "
-            "field, or leave prune= out: every width inside the model"
+            "field, or leave prune= out: feed-forward widths and those of experts"
         )
     asked = _asked_alone(view, wanted)
     _check_tried(view, asked)
@@ -126,12 +132,13 @@ def _staying(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterat
         return
     going = {field for width in chosen for field in width.fields}
     counts, dims = view.field_map.count_fields(), view.head_fields() - view.field_map.count_fields()
-    inner, named = view.inner_widths(), set(wanted.fields or ())
+    named = set(wanted.fields or ())
+    would_go = [] if wanted.fields is not None else _default(view, replace(wanted, stays={}), False)
     for width in _widths(view):
         fields = set(width.fields)
         if width.fields not in wanted.stays or fields <= going:
             continue
-        default = wanted.fields is None and inner >= fields
+        default = width in would_go
         heads = wanted.heads and fields & counts
         if default or heads or (wanted.head_dims and fields & dims) or named & set(width.names):
             values = " + ".join(str(view.field_map.values[field]) for field in width.fields)
@@ -182,22 +189,33 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
 
 
 def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
-    """Return every proved width inside the model.
+    """Return the proved widths that are pruned where none is named: those that cost least.
+
+    They are the inner widths, and those with a ratio of their own; of a class without inner widths,
+    or if the pruner's root types rule them out, all inside the model.
 
     ``alone``: no heads or head dims are pruned, so some width has to be proved.
 
     Raises:
         UnsupportedModelError: ``alone``, and no width is proved.
     """
-    inner = view.inner_widths()
-    default = [width for width in _widths(view) if inner >= set(width.fields)]
-    if wanted.wrapped:
-        default = [w for w in default if not (w.outward or w.encoder_states)]
+    default = _inside(view, wanted)
     proved = [width for width in default if width.reason is None]
-    if proved or not alone:
-        return _disjoint(wanted.free(proved))
-    reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
-    raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
+    if not proved and alone:
+        reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
+        raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
+    inner = inner_widths_of(view)
+    cheap = [width for width in proved if width in inner]
+    if cheap and (wanted.free(cheap) or not wanted.rooted):
+        proved = [w for w in proved if w in cheap or w.fields in wanted.with_ratio]
+    return _disjoint(wanted.free(proved))
+
+
+def _inside(view: ModelView, wanted: Wanted) -> list[Width]:
+    """Return the widths inside the model, without heads and numbers of experts."""
+    inner = view.inner_widths()
+    widths = [width for width in _widths(view) if inner >= set(width.fields)]
+    return [w for w in widths if not (wanted.wrapped and (w.outward or w.encoder_states))]
 
 
 def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> list[Width]:

@@ -28,7 +28,8 @@ class PruneSettings:
     """What a user asks of pruning: the arguments of ``plan`` of the same names.
 
     Attributes:
-        prune: names of config fields; ``None``: every width inside the model.
+        prune: names of config fields; ``None``: inner widths; where there are none, every width
+            inside the model.
         ratios: config field -> its own ratio.
         prune_num_heads: whether attention heads are pruned.
         layers: whether layers may get widths of their own.

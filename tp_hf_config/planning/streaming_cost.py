@@ -106,9 +106,7 @@ def calibrated_cost(cut: Cut) -> StreamingCost | None:
     inputs = inputs_of(cut.field_map, cut.full)
     if inputs is None:
         return None
-    steps = [
-        [_Solved(cut, each, step) for each in inputs if each.sums] for step in range(cut.steps)
-    ]
+    steps = [[Solved(cut, each, step) for each in inputs if each.sums] for step in range(cut.steps)]
     losing = [each for each in steps[0] if each.kept < each.size]
     behind_norms = any(each.input.sums == "products" for each in losing)
     shares = [sum(each.share for each in step) for step in steps]  # weights go on to need them
@@ -132,7 +130,7 @@ def calibrated_cost(cut: Cut) -> StreamingCost | None:
     )
 
 
-class _Solved:
+class Solved:
     """What the refit of one input takes in one step, in bytes.
 
     Attributes:
@@ -162,7 +160,7 @@ class _Solved:
         self.scratch = each.parts * self.sums if loses or plain else 0
 
 
-def _memory_of_pass(full: nn.Module, solved: Iterable[_Solved]) -> int:
+def _memory_of_pass(full: nn.Module, solved: Iterable[Solved]) -> int:
     """Return the most that passes hold: weights and sums of a layer, hidden states, activations."""
     stages = stages_of(full, sum(parameter.nbytes for parameter in full.parameters()))
     stages_with: dict[int, list[nn.Module]] = {}

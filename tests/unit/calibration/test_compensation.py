@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import calibrated
@@ -15,6 +16,7 @@ from reloading import assert_reloaded
 
 from tp_hf_config import (
     CalibrationError,
+    CalibrationWarning,
     ConfigSyncError,
     HFConfigSyncHook,
     UnsupportedModelError,
@@ -22,6 +24,7 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 from tp_hf_config.calibration import difference
+from tp_hf_config.calibration.compensation import Compensation
 from tp_hf_config.calibration.linear_ops import Consumer
 
 pytestmark = [
@@ -137,6 +140,53 @@ def test_what_is_foretold_of_the_model_is_what_comes() -> None:
     assert result.refit < result.cut
     assert str(result).startswith(f"{sum(layer.used for layer in result.layers)} of 13 weights")
     assert hook.reports[0].to_dict()["compensation"]["layers"][0]["weight"]
+
+
+def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
+    model = calibrated.build("llama")
+    before = model.num_parameters()
+    calibration = calibrate(model, calibrated.batches(model))
+    hook = HFConfigSyncHook(compensate=calibration)
+    pruner = calibrated.pruner_of(model, hook, prune="hidden_size", pruning_ratio=0.25)
+    with pytest.warns(CalibrationWarning, match="this step removes ") as warned:
+        pruner.step()
+    result, after = hook.reports[0].compensation, model.num_parameters()
+    text = str(warned[0].message)
+    assert text.startswith(
+        f"this step removes {before - after:,} of {before:,} parameters, and is expected to change "
+        f"the model's answers by KL {result.refit:.3g} on held-out data: do not expect good "
+        "answers without training (over 0.5); under 0.1 is hardly noticeable. As many parameters "
+        "cost KL "
+    )
+    other = float(text.partition("As many parameters cost KL ")[2].split()[0])
+    ratio = (before - after) / (2 * 3 * 64 * 96)
+    assert f'prune=("intermediate_size",), pruning_ratio={ratio:.2f}. Outputs change by ' in text
+    assert f"allocate(model, calibration, target_params={after}) takes most from" in text
+    assert f"KL {result.refit:.3g}: do not expect good answers without" in str(result)
+    fresh = calibrated.build("llama")
+    hook = HFConfigSyncHook(compensate=calibrate(fresh, calibrated.batches(fresh)))
+    importance = hook.compensate.importance()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CalibrationWarning)  # it costs little, so nothing is said
+        calibrated.pruner_of(
+            fresh,
+            hook,
+            prune="intermediate_size",
+            pruning_ratio=int(ratio * 96) / 96,
+            importance=importance,
+        ).step()
+    assert hook.reports[0].compensation.refit == pytest.approx(other, rel=0.02)
+    assert other < result.refit
+
+
+@pytest.mark.parametrize(
+    ("change", "meaning"),
+    [(0.09, "hardly noticeable"), (0.3, "noticeable, some training helps"), (0.6, "do not expect")],
+)
+def test_a_report_says_what_a_change_means(change: float, meaning: str) -> None:
+    told = str(Compensation(measure="KL", cut=1.0, refit=change)).splitlines()
+    assert told[1].strip().startswith(f"KL {change}: {meaning}")
+    assert len(str(Compensation(measure="squared error", cut=1.0, refit=change)).splitlines()) == 1
 
 
 @pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 has a module for each expert")
@@ -430,7 +480,7 @@ def test_any_importance_of_torch_pruning_can_be_refitted() -> None:
     calibration = calibrate(model, calibrated.batches(model, 10))
     hook = HFConfigSyncHook(compensate=calibration)
     importance = tp.importance.GroupMagnitudeImportance()
-    arguments = pruner_kwargs(model, pruning_ratio=0.25)
+    arguments = pruner_kwargs(model, prune=small.inside(model), pruning_ratio=0.25)
     tp.pruner.MetaPruner(model, **arguments, importance=importance, hooks=[hook]).step()
     result = hook.reports[0].compensation
     assert result is not None

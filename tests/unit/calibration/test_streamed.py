@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertModel
 
 from tp_hf_config import HFConfigSyncHook, calibrate
-from tp_hf_config.calibration import measure, refits_of_step
+from tp_hf_config.calibration import measure, refits_of_step, sums
 from tp_hf_config.calibration.measured import MeasuredModel
 from tp_hf_config.checkpoint import lazy_weights, scratch
 from tp_hf_config.errors import CalibrationError, CheckpointError
@@ -131,15 +131,15 @@ def test_products_of_a_layer_s_experts_take_no_more_memory_than_there_is(
     _, lazy = models("mixtral", tmp_path)
     most = 2 * 4 * 48 * (48 + 64)  # bytes: of two inputs
     held: list[int] = []
-    make_room = refits_of_step._Products._make_room
+    make_room = sums.Sums._make_room
 
-    def noted(products: Any, leader: Any, size: int) -> None:
-        make_room(products, leader, size)
-        sums = [*products._own.items(), *products._cross.items()]
-        before = [s.nbytes for of, s in sums if of != leader and not isinstance(s, LazyTensor)]
+    def noted(found: Any, leader: Any, size: int) -> None:
+        make_room(found, leader, size)
+        each = [(of, s) for of, matrices in found._matrices.items() for s in matrices]
+        before = [s.nbytes for of, s in each if of != leader and not isinstance(s, LazyTensor)]
         held.append(sum(before) + size)
 
-    monkeypatch.setattr(refits_of_step._Products, "_make_room", noted)
+    monkeypatch.setattr(sums.Sums, "_make_room", noted)
     calibration = calibrate(lazy, calibrated.batches(lazy, COUNT), max_memory=most * 8 // 3)
     pruned(lazy, calibration, prune="hidden_size")
     assert len(set(calibration.readings.chains.values())) > 4

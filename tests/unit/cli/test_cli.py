@@ -34,6 +34,8 @@ from tp_hf_config.pipeline import source
 from tp_hf_config.pipeline.job import Importance
 from tp_hf_config.planning.trajectory import Trajectory
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -32,7 +32,7 @@ from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import deciding, output, prune, recovery
 from tp_hf_config.planning.trajectory import Trajectory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "every_width")
 QUARTER = ("--pruning-ratio", "0.25")
 
 

@@ -27,6 +27,8 @@ from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.given_inputs import given_inputs
 from tp_hf_config.model.disk_cache import VARIABLE
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 STEPS = 5
 PROVED = {"hidden_size": 32, "n_inner": 96, "n_head + hidden_size": 4}
 

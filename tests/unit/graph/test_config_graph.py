@@ -51,6 +51,8 @@ from tp_hf_config import (
 )
 from tp_hf_config.graph.config_graph import ConfigGraph, Units
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 # --- construction -------------------------------------------------------------------------------
 
 

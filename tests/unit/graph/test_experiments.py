@@ -33,6 +33,8 @@ from tp_hf_config.model.disk_cache import VARIABLE
 from tp_hf_config.pipeline.trial import subject
 from tp_hf_config.twin.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 NAMES = ("llama", "gpt2", "bert", "t5", "whisper", "vit", "deepseek_v3", "mixtral", "qwen2_vl")
 
 

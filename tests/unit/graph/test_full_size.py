@@ -18,6 +18,8 @@ from torch import nn
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
 from tp_hf_config.twin import channel_groups
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 
 def pruned(
     model: Any, inputs: dict[str, torch.Tensor], tmp_path: Path, steps: int = 1, **asked: Any

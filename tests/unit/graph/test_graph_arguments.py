@@ -20,6 +20,8 @@ from tp_hf_config import (
 )
 from tp_hf_config.graph.sides import is_vector
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 DEFAULT = [ops.TORCH_CONV, ops.TORCH_LINEAR, ops.TORCH_LSTM]
 
 

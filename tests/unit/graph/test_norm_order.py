@@ -17,6 +17,8 @@ from torch_pruning.pruner import function
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 from tp_hf_config.graph.norm_order import _PRUNER, channels_in_order
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 FEW = 0.7
 """So much goes that a set of what is left is in no order."""
 

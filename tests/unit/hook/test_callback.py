@@ -22,7 +22,7 @@ STEPS = 10
 DEEP = {"num_hidden_layers": 11, "num_attention_heads": 4, "num_key_value_heads": 1}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "every_width")
 
 
 def trained(

@@ -26,6 +26,8 @@ from tp_hf_config import (
 )
 from tp_hf_config.schema import SCHEMA_VERSION
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 
 def attached(model: nn.Module, hooks: Any = (), **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
     hook = HFConfigSyncHook()

@@ -14,6 +14,8 @@ from tp_hf_config import HFConfigSyncHook, SyncReport, pruner_kwargs
 from tp_hf_config.hook.history import PrunedGroup, PrunedLayer
 from tp_hf_config.hook.plots import Change, field_changes, layer_changes, plot_history, plot_widths
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 
 @pytest.fixture(scope="module")
 def hook() -> HFConfigSyncHook:

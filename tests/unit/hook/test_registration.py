@@ -27,6 +27,8 @@ from tp_hf_config import (
 from tp_hf_config.graph.config_graph import ConfigGraph
 from tp_hf_config.graph.config_group import ConfigGroup
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 CLASSES = {
     name: getattr(tp.pruner, name)
     for name in (

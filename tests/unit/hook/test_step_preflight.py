@@ -21,6 +21,8 @@ from tp_hf_config.hook import follow, step_preflight
 from tp_hf_config.hook.step_preflight import shapes_left
 from tp_hf_config.model.shapes import shapes
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 
 def pruner_of(model: Any, hooks: Any, *, kwargs: dict[str, Any], **settings: Any) -> Any:
     importance = tp.importance.MagnitudeImportance()

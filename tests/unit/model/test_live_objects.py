@@ -17,6 +17,8 @@ from torch import nn
 from tp_hf_config import ConfigSyncError, HFConfigSyncHook, PrunerSettingsWarning, pruner_kwargs
 from tp_hf_config.model import live_objects
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 
 def attach(model: nn.Module, **hook: Any) -> Any:
     return tp.pruner.MetaPruner(

@@ -36,6 +36,8 @@ from tp_hf_config.model.meta_run import NoValues
 from tp_hf_config.planning.model_size import flops_of
 from tp_hf_config.planning.trajectory import MovingWidth, Trajectory
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 LLAMA_70B = hf.LlamaConfig(
     vocab_size=128256,
     hidden_size=8192,

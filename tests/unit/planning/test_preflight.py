@@ -23,6 +23,8 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 FFN = ("intermediate_size",)
 
 

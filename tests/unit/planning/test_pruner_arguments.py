@@ -22,6 +22,8 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 
+pytestmark = pytest.mark.usefixtures("every_width")
+
 BERT = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 BOTH = {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
 

@@ -13,9 +13,17 @@ import tiny
 import torch
 import torch_pruning as tp
 import transformers as hf
+import zoo
 from masked_original import assert_same_as_masked
 
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, Width, plan, pruner_kwargs
+from tp_hf_config import (
+    HFConfigSyncHook,
+    PrunerSettingsWarning,
+    UnsupportedModelError,
+    Width,
+    plan,
+    pruner_kwargs,
+)
 from tp_hf_config.graph.prunable import widths_of
 
 pytestmark = pytest.mark.skipif(
@@ -89,18 +97,12 @@ def stays(dim: str, field: str, other: str) -> str:
 CASES = {
     "mamba": Case(
         mamba,
-        {"hidden_size": 16, "intermediate_size": 24, "state_size": 4},
-        {"time_step_rank": stays("backbone.layers.0.mixer.x_proj", "state_size", "time_step_rank")},
+        {"intermediate_size": 24},
+        {},
     ),
     "deepseek_v2": Case(
         deepseek,
-        {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "kv_lora_rank": 12,
-            "moe_intermediate_size": 20,
-            "q_lora_rank": 12,
-        },
+        {"intermediate_size": 24, "moe_intermediate_size": 20},
         {
             "n_shared_experts": stays(
                 "model.layers.1.mlp.shared_experts.gate_proj",
@@ -183,3 +185,42 @@ def test_a_width_that_is_named_is_never_left() -> None:
         "dinov2.encoder.layer.0.mlp.fc1.weight. Prune them one after the other, each with a pruner "
         "of its own."
     )
+
+
+INNER = {
+    "gpt2": ["n_inner"],
+    "deepseek_v3": ["intermediate_size", "moe_intermediate_size"],
+    "mamba2": ["num_heads", "hidden_size"],  # no inner width: all that is inside
+    "bert": ["intermediate_size"],
+    "t5": ["d_ff"],
+    "siglip": ["text_config.intermediate_size", "vision_config.intermediate_size"],
+    "swin": ["embed_dim"],
+    "wav2vec2": ["intermediate_size"],
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_where_nothing_is_named_inner_widths_go_alone(name: str) -> None:
+    planned = plan(zoo.build(name), pruning_ratio=0.25)
+    assert [*planned.values] == INNER[name]
+
+
+def test_what_is_named_otherwise_goes_too() -> None:
+    """A ratio for a layer of the residual stream, and the types of layers to begin with."""
+    model = small.llama()
+    names = [*small.inside(model)]
+    assert names == ["hidden_size", "intermediate_size"]
+    assert plan(model).kept["hidden_size"] == "pruned only where it is named"
+
+    def fields(**arguments: Any) -> set[str]:
+        graph = pruner_kwargs(model, **arguments)["example_inputs"].graph
+        return {name for fields in graph.fields for (name,) in fields}
+
+    first = model.model.layers[0]
+    assert fields() == {"intermediate_size"}
+    assert fields(root_module_types=[torch.nn.Linear]) == {"intermediate_size"}
+    assert fields(pruning_ratio_dict={first.mlp: 0.1}) == {"intermediate_size"}
+    assert fields(pruning_ratio_dict={first.mlp.down_proj: 0.1}) == set(names)
+    assert fields(root_module_types=[torch.nn.Embedding]) == {"hidden_size"}
+    with pytest.warns(PrunerSettingsWarning, match="intermediate_size stays at "):
+        assert fields(ignored_layers=[first.mlp.up_proj]) == set()
