@@ -34,7 +34,7 @@ def test_the_first_example_runs_in_a_fresh_folder(
     names: dict[str, Any] = {}
     doc_blocks.run_python(RUN[0], names)
     pruned = names["model"].eval()
-    assert (pruned.config.hidden_size, pruned.config.intermediate_size) == (48, 102)
+    assert (pruned.config.hidden_size, pruned.config.intermediate_size) == (64, 112)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["HuggingFaceTB", "smaller"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
     ids = AutoTokenizer.from_pretrained(tmp_path / "smaller")("w1 w2", return_tensors="pt")

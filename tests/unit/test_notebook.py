@@ -99,19 +99,17 @@ def test_a_notebook_shows_tables(tmp_path: Path) -> None:
     ]
     assert [row[:3] for row in planned] == [
         ["config field", "now", "planned"],
-        ["hidden_size", "64", "48"],
         ["intermediate_size", "128", "96"],
     ]
-    assert sizes[1] == ["parameters", "86,720", "55,824", "64.4%"]
+    assert sizes[1] == ["parameters", "86,720", "74,432", "85.8%"]
     assert fields == [
         ["config field", "old", "new"],
-        ["hidden_size", "64", "48"],
         ["intermediate_size", "128", "96"],
     ]
     assert "pruned: sound" in page
     last = cells[-1].outputs[-1]["data"]
     assert set(last) == {"text/plain"}  # a tuple: the short form of each
-    assert "Width(hidden_size: 48 units in 1 group, proved)" in last["text/plain"]
+    assert "Width(intermediate_size: 96 units in 2 groups, proved)" in last["text/plain"]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +118,7 @@ def step() -> Any:
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **pruner_kwargs(model, prune=("hidden_size", "intermediate_size")),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         hooks=[hook],

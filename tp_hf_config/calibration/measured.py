@@ -118,6 +118,7 @@ class MeasuredModel:
         if state != self._measured_at:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"
+            self.readings = Readings()  # so that old Gram matrices make room for new ones
             self.readings = measure(
                 self.model, self.train, self.max_memory, again, self.ranks, self.refits
             )

@@ -120,7 +120,13 @@ def calibrated_cost(cut: Cut) -> StreamingCost | None:
     # passes read a tied table at each of its places
     named = cut.full.named_parameters(remove_duplicate=False)
     read_in_pass = sum(parameter.nbytes for _, parameter in named)
-    read = passes * read_in_pass + cut.steps * ranked + 2 * whole + cut.bytes_after
+    judged = {
+        each.parameter: cut.full.get_parameter(each.parameter).nbytes  # for its errors, by products
+        for each in inputs
+        if len({m.get_parameter(each.parameter).shape[each.dim] for m in (cut.full, cut.after)}) > 1
+    }
+    read = passes * read_in_pass + cut.steps * (ranked + sum(judged.values()))
+    read += 2 * whole + cut.bytes_after
     solving = max((each.memory for each in losing), default=0)
     return StreamingCost(
         read,
@@ -157,7 +163,9 @@ class Solved:
         self.sums = 4 * (self.size**2 if plain else self.kept * (self.kept + self.size) * loses)
         self.share = 4 * each.parts * self.kept * targets if loses else 0
         self.memory = self.sums + 24 * self.kept * (self.kept + targets)  # three copies, float64
-        self.scratch = each.parts * self.sums if loses or plain else 0
+        errors = 8 * targets**2 * loses  # products of them, by the cut and with the refit
+        sums = self.sums + errors if plain else max(self.sums, errors)
+        self.scratch = each.parts * sums
 
 
 def _memory_of_pass(full: nn.Module, solved: Iterable[Solved]) -> int:
