@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, CalibrationWarning
+from ..errors import CalibrationError, CalibrationWarning, warn
 from .inner_models import is_encoder_decoder, takes_token_ids
 
 if TYPE_CHECKING:
@@ -204,11 +203,10 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
     rows = len(next(iter(masks.values())))
     shared = _not_by_rows(batch, rows)
     if shared is not None:
-        warnings.warn(
+        warn(
             f"{shared} cannot be split into the rows of its batch, so padding is measured with the "
             "tokens. Pass each row as a batch of its own, without padding",
             CalibrationWarning,
-            stacklevel=5,
         )
         yield dict(batch)
         return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from ..errors import CalibrationError, CalibrationWarning, listed
+from ..arguments import Count, check_arguments
+from ..errors import CalibrationError, CalibrationWarning, listed, warn
 from ..graph.edits import stack_dim
 from ..graph.standin import standin_behind, standin_of
 from ..model.locate import check_has_data, check_unwrapped
@@ -33,6 +33,7 @@ class Calibration(MeasuredModel):
     pruning step, after training).
     """
 
+    @check_arguments
     def importance(
         self, kind: Kind = "wanda", normalizer: str | None = "mean"
     ) -> CalibratedImportance:
@@ -61,14 +62,15 @@ class Calibration(MeasuredModel):
         _warn_of_experts(self.model, readings)
 
 
+@check_arguments
 def calibrate(
     model: nn.Module,
     data: Data = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    tokens: int = TOKENS,
+    tokens: Count = TOKENS,
     ridge: float | None = None,
-    max_memory: int | None = None,
+    max_memory: Count | None = None,
     seed: int = 0,
     measure: bool = True,
     refits: bool = True,
@@ -217,11 +219,10 @@ def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
         missing = [part for part in range(parts) if part not in reached]
         if not missing:
             continue
-        warnings.warn(
+        warn(
             f"{name}: no token reached {listed(missing)} of {parts} experts, so "
             "they are cut without a refit. Pass more data, or data that reaches them",
             CalibrationWarning,
-            stacklevel=4,
         )
         return
 
@@ -235,10 +236,9 @@ def _warn_of_few_tokens(readings: Readings) -> None:
     ]
     if thin:
         leader, statistics = min(thin, key=lambda pair: pair[1].tokens / len(pair[1].total))
-        warnings.warn(
+        warn(
             f"{leader.parameter} reads {len(statistics.total):,} channels and got "
             f"{statistics.tokens:,} tokens: refits want {TOKENS_PER_CHANNEL} a channel or more "
             f"({len(thin)} inputs have fewer). Pass more data, or tokens=",
             CalibrationWarning,
-            stacklevel=4,
         )

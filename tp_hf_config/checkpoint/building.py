@@ -74,7 +74,7 @@ def classes_of(
     if not trust_remote_code:
         raise CheckpointError(
             f"{folder}: its class is code in the folder (auto_map in config.json), which is not "
-            "run. Read it, then say trust_remote_code=True (--trust-remote-code)."
+            "run. Read it, then say trust_remote_code=True."
         )
     return _remote_classes(data, folder, max_modules)
 

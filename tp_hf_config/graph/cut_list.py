@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_arguments
 from ..checkpoint.lazy_weights import lazy_weights_of, write_safetensors
 from ..errors import CheckpointError, in_one_line
 from ..model.config_json import changed_values, field_name
@@ -111,6 +112,7 @@ class CutList:
                 total[dim] = total[dim][kept] if dim in total else kept
         return total
 
+    @check_arguments
     def then(self, other: CutList) -> CutList:
         """Return this cut list followed by that of the next step.
 
@@ -125,6 +127,7 @@ class CutList:
         }
         return CutList(self.model, self.before, other.after, edits)
 
+    @check_arguments
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cut list as one safetensors file; its header says what is what, in JSON.
 
@@ -155,6 +158,7 @@ class CutList:
                 for name, edits in self.edits.items()
             },
         }
+    @check_arguments
         return table, tensors
 
     @classmethod

@@ -16,9 +16,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from ..arguments import check_arguments
 from ..graph.norm_order import channels_in_order
 from ..graph.pruner_classes import BasePruner, family
 
+Pruner = Any
+"""Any pruner of Torch-Pruning, which has no types."""
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
 _constructing = threading.local()
 _lock = threading.RLock()
@@ -68,14 +71,15 @@ class Handle:
         self.remove()
 
 
-def register(pruner: Any, hook: PrunerHook) -> Handle:
+@check_arguments
+def register(pruner: Pruner, hook: PrunerHook) -> Handle:
     """Attach a hook to an existing pruner.
 
     Returns:
         A handle that takes the hook off again.
 
     Raises:
-        TypeError: ``hook`` has no ``after_step``.
+        TypeError: ``hook`` has no ``after_step``, or ``pruner`` is none.
     """
     _check(hook)
     _call(hook, "attach", pruner)

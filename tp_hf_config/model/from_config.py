@@ -32,17 +32,9 @@ def module_of(
 
     Raises:
         UnsupportedModelError: no class belongs to the config, or the class refuses it.
-        TypeError: ``source`` is neither a module nor a config.
     """
     if isinstance(source, nn.Module):
         return source
-    from transformers import PretrainedConfig
-
-    if not isinstance(source, PretrainedConfig):
-        raise TypeError(
-            f"{type(source).__name__}: expected a Hugging Face model, a module that contains one, "
-            "or a config (AutoConfig.from_pretrained(folder))"
-        )
     target = class_of(source) if model_class is None else model_class
     built = without_data(target, source)
     if isinstance(built, Refusal):

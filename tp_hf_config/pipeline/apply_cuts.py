@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from torch import nn
 
-from ..errors import PipelineError
+from ..arguments import check_arguments
+from ..errors import PipelineError, warn
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..graph.cut_list import CutList
@@ -47,6 +47,7 @@ def apply_cuts(
 ) -> Path: ...
 
 
+@check_arguments
 def apply_cuts(
     model_or_folder: nn.Module | str | os.PathLike[str],
     cuts: CutList | str | os.PathLike[str],
@@ -103,7 +104,7 @@ def apply_cuts(
     check_source(source, config)
     whole, notes = load_lazily(source, config, class_for(source, config), complete=True)
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warn(note, UserWarning)
     check_savable(whole)
     recipe = map_of(whole, how=by_layers).recipe
     model = rebuilt(whole, cuts)

@@ -318,5 +318,5 @@ def _cannot(source: Source, what: str, error: Exception) -> TPHFConfigError:
 def _untrusted(source: Source, what: str) -> PipelineError:
     return PipelineError(
         f"{source.name}: {what} is code that comes with the model, and it is not run unless you "
-        "say so. Look at its .py files, then add --trust-remote-code"
+        "say so. Look at its .py files, then add trust_remote_code=True"
     )

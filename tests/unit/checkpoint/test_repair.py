@@ -542,7 +542,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         repair_checkpoint(folder)
     assert str(error.value) == (
         f"{folder} cannot be written: No space left on device. {folder} is as it was. Write to "
-        "another folder: out= (--out)."
+        "another folder: out=."
     )
 
 
