@@ -11,10 +11,10 @@ from ..arguments import Count, check_arguments
 from ..errors import CalibrationError, CalibrationWarning, listed, warn
 from ..graph.edits import stack_dim
 from ..graph.standin import standin_behind, standin_of
-from ..model.locate import check_has_data, check_unwrapped
+from ..model.locate import check_has_data, check_plain, check_unwrapped
 from .batches import Batch, Text, own_text, shipped_text, split_batches, windows_of, writes_text
 from .importance import CalibratedImportance, Kind
-from .inner_models import runs_on_text, takes_token_ids
+from .inner_models import models_in, runs_on_text, takes_token_ids
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
 from .over_ranks import agreed_ranks
 from .readings import TOKENS_PER_CHANNEL, Readings
@@ -124,6 +124,8 @@ def calibrate(
     check_unwrapped(model)
     model = standin_of(model)
     check_has_data(model)
+    for inner in models_in(model):
+        check_plain(inner)
     if ridge is None:
         ridge = TEXT_RIDGE if writes_text(model) else RIDGE
     train, held_out = list[Batch](), list[Batch]()
