@@ -133,6 +133,12 @@ def config_of(source: Source) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    from ..model.from_config import too_many_layers
+
+    data = None if source.gguf or source.folder is None else read_config(source.folder).data
+    reason = too_many_layers(data or {})  # making a list with an entry for each would not end
+    if reason is not None:
+        raise PipelineError(f"{source.name}: {reason}. Correct config.json, or repair the folder")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **source.options)
         return config
