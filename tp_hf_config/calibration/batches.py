@@ -160,8 +160,9 @@ def split_batches(
         CalibrationError: there is no batch, or one is neither a dict nor a tensor.
     """
     batches: list[Batch] = []
+    count = 0
     decodes = is_encoder_decoder(model)
-    for given in data:
+    for count, given in enumerate(data, 1):  # noqa: B007
         if isinstance(given, Tensor):
             given = {_first_argument(model): given}
         if not isinstance(given, Mapping):
@@ -171,6 +172,11 @@ def split_batches(
                 "output), a tensor, or texts with tokenizer="
             )
         batches += unpadded(given, decodes)
+    if count and not batches:
+        raise CalibrationError(
+            f"all rows of the {count} batches are padding: attention_mask is 0 everywhere. Pass "
+            "the mask that the tokenizer makes, or leave it out"
+        )
     if not batches and not may_be_empty:
         raise CalibrationError(
             "the calibration data has no batch: pass some (a list, a DataLoader)"
