@@ -6,6 +6,8 @@ do next.  Inner functions return reasons; only functions at the edges of the lib
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -113,3 +115,16 @@ class CalibrationWarning(UserWarning):
 
 class PrunerSettingsWarning(UserWarning):
     """A pruner's settings do something else than they seem to do; nothing is pruned yet."""
+
+
+def warn(message: str, category: type[UserWarning] = PrunerSettingsWarning) -> None:
+    """Warn the first caller outside this package and Torch-Pruning."""
+    package, depth, frame = __name__.partition(".")[0], 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        package,
+        "contextlib",
+        "functools",
+        "torch_pruning",
+    ):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=depth)

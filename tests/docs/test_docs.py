@@ -110,7 +110,7 @@ class TestErrors:
         """The finder follows names, helpers and what they return; else a row could be missed."""
         found = {message.fragment for message in messages.messages()}
         assert {
-            "is not empty. Choose another folder, or add --overwrite to replace it",  # by a name
+            "is not empty. Choose another folder, or add overwrite=True to replace it",  # by a name
             "a share such as 0.2, 1/5 or 20%",  # a helper's argument
             "Nothing tells which; say it",  # what a helper returns
             "and its config disagree before any pruning",

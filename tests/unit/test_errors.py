@@ -21,7 +21,11 @@ from tp_hf_config import (
     TPHFConfigError,
     UnsupportedModelError,
     calibrate,
+    drop_layers,
+    plan,
+    prunable,
     pruner_kwargs,
+    supports,
 )
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -99,8 +103,8 @@ def test_two_side_by_side():
 
 
 PACKED = (
-    ": its weights are packed and cannot be pruned. Load it in float16, bfloat16 or float32, "
-    "prune, and quantise the result."
+    ": its weights are packed and cannot be pruned. Load the model in float16, bfloat16 or "
+    "float32, prune, and quantise the result."
 )
 
 
@@ -135,26 +139,56 @@ def test_quantised_without_a_method():
     assert refused(model) == "BertModel is quantised (method unknown)" + PACKED
 
 
-def test_quantised_by_name_only():
-    """As after loading a GGUF file; what the message advises works."""
+def read_from_gguf() -> Any:
+    """A model as Transformers leaves it that has unpacked the weights of a GGUF file."""
 
     class Quantizer:
         def remove_quantization_config(self, model: Any) -> None:
             del model.hf_quantizer, model.config.quantization_config
+            model.is_quantized = False
 
-    model = small.bert()
-    model.hf_quantizer = Quantizer()
+    model = small.llama()
+    model.hf_quantizer, model.is_quantized = Quantizer(), True
     model.config.quantization_config = {"quant_method": "gguf"}
-    message = refused(model)
-    assert message == (
-        "BertModel is quantised (gguf), although its weights are plain tensors by now (as after "
-        "loading a GGUF file), and save_pretrained would refuse it. Say so first: "
-        "model.hf_quantizer.remove_quantization_config(model)"
+    return model
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        prunable,
+        lambda model: plan(model, pruning_ratio=0.25),
+        pruner_kwargs,
+        lambda model: calibrate(model, [{"input_ids": torch.arange(8)[None]}] * 2),
+        lambda model: drop_layers(model, [0]),
+        supports,
+    ],
+    ids=["prunable", "plan", "pruner_kwargs", "calibrate", "drop_layers", "supports"],
+)
+@pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
+def test_weights_that_were_quantised_in_their_file(use: Any, tmp_path: Path):
+    model = read_from_gguf()
+    with pytest.warns(UserWarning, match="was read from quantised weights") as warned:
+        use(model)
+    assert str(warned[0].message) == (
+        "LlamaForCausalLM was read from quantised weights (gguf), which are plain tensors now: its "
+        "quantization_config was removed, so save_pretrained writes it as it is"
     )
-    model.hf_quantizer.remove_quantization_config(model)
-    hook, pruner = attached(model)
+    assert Path(warned[0].filename).name == "test_errors.py"
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    hook, pruner = attached(model, pruning_ratio=0.5)
     pruner.step()
-    assert hook.last_report.fields["hidden_size"] == (32, 24)
+    assert hook.last_report.fields["intermediate_size"] == (64, 32)
+
+
+def test_calibrate_refuses_packed_weights_before_it_runs():
+    model = packed_bert()
+    model.hf_quantizer = object()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UnsupportedModelError) as raised:
+        calibrate(model, [{"input_ids": torch.arange(8)[None]}])
+    assert str(raised.value) == "BertModel is quantised (gptq)" + PACKED
 
 
 def test_meta_device():

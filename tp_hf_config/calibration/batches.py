@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, CalibrationWarning
+from ..errors import CalibrationError, CalibrationWarning, warn
 from ..model.surroundings import evaluating, same_random_state
 from .inner_models import is_encoder_decoder, takes_token_ids
 
@@ -200,7 +199,8 @@ def split_batches(
     """
     batches: list[Batch] = []
     count, decodes = 0, is_encoder_decoder(model)
-    for given in data:
+    number = 0
+    for number, given in enumerate(data, 1):  # noqa: B007
         if isinstance(given, Tensor):
             given = {_first_argument(model): given}
         if not isinstance(given, Mapping):
@@ -215,6 +215,11 @@ def split_batches(
         most = tokens or (ROWS if all(map(_is_in_rows, batches)) else TOKENS)
         if not whole and count >= with_held_out(most) and len(batches) != 1:
             break
+    if number and not batches:
+        raise CalibrationError(
+            f"all rows of the {number} batches are padding: attention_mask is 0 everywhere. Pass "
+            "the mask that the tokenizer makes, or leave it out"
+        )
     if not batches and not may_be_empty:
         raise CalibrationError(
             "the calibration data has no batch: pass some (a list, a DataLoader)"
@@ -257,11 +262,10 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
     rows = len(next(iter(masks.values())))
     shared = _not_by_rows(batch, rows)
     if shared is not None:
-        warnings.warn(
+        warn(
             f"{shared} cannot be split into the rows of its batch, so padding is measured with the "
             "tokens. Pass each row as a batch of its own, without padding",
             CalibrationWarning,
-            stacklevel=5,
         )
         yield dict(batch)
         return

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from ..errors import CalibrationError, CalibrationWarning, listed
+from ..arguments import Count, check_arguments
+from ..errors import CalibrationError, CalibrationWarning, listed, warn
 from ..graph.edits import stack_dim
 from ..graph.standin import standin_behind, standin_of
-from ..model.locate import check_has_data, check_unwrapped
+from ..model.locate import check_has_data, check_plain, check_unwrapped
 from .batches import (
     TOKENS,
     Batch,
@@ -27,7 +27,7 @@ from .batches import (
     writes_text,
 )
 from .importance import CalibratedImportance, Kind
-from .inner_models import runs_on_text, takes_token_ids
+from .inner_models import models_in, runs_on_text, takes_token_ids
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
 from .over_ranks import agreed_ranks
 from .readings import TOKENS_PER_CHANNEL, Readings
@@ -45,6 +45,7 @@ class Calibration(MeasuredModel):
     pruning step, after training).
     """
 
+    @check_arguments
     def importance(
         self, kind: Kind = "wanda", normalizer: str | None = "mean"
     ) -> CalibratedImportance:
@@ -73,14 +74,15 @@ class Calibration(MeasuredModel):
         _warn_of_experts(self.model, readings)
 
 
+@check_arguments
 def calibrate(
     model: nn.Module,
     data: Data = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    tokens: int | None = None,
+    tokens: Count | None = None,
     ridge: float | None = None,
-    max_memory: int | None = None,
+    max_memory: Count | None = None,
     seed: int = 0,
     measure: bool = True,
     refits: bool = True,
@@ -137,6 +139,8 @@ def calibrate(
     check_unwrapped(model)
     model = standin_of(model)
     check_has_data(model)
+    for inner in models_in(model):
+        check_plain(inner)
     if ridge is None:
         ridge = TEXT_RIDGE if writes_text(model) else RIDGE
     train, held_out = list[Batch](), list[Batch]()
@@ -249,11 +253,10 @@ def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
         missing = [part for part in range(parts) if part not in reached]
         if not missing:
             continue
-        warnings.warn(
+        warn(
             f"{name}: no token reached {listed(missing)} of {parts} experts, so "
             "they are cut without a refit. Pass more data, or data that reaches them",
             CalibrationWarning,
-            stacklevel=4,
         )
         return
 
@@ -267,10 +270,9 @@ def _warn_of_few_tokens(readings: Readings) -> None:
     ]
     if thin:
         leader, statistics = min(thin, key=lambda pair: pair[1].tokens / len(pair[1].total))
-        warnings.warn(
+        warn(
             f"{leader.parameter} reads {len(statistics.total):,} channels and got "
             f"{statistics.tokens:,} tokens: refits want {TOKENS_PER_CHANNEL} a channel or more "
             f"({len(thin)} inputs have fewer). Pass more data, or tokens=",
             CalibrationWarning,
-            stacklevel=4,
         )

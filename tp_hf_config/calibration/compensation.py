@@ -217,7 +217,10 @@ class Compensating:
         if result.refit <= result.cut:
             return using
         result.notes.append(
-            "no weight is refitted: on held-out data the whole model changes more with refits "
+            "no weight is refitted: without these channels the model's output on held-out data is "
+            "NaN. Prune less, or load the model in float32"
+            if math.isnan(result.refit)
+            else "no weight is refitted: on held-out data the whole model changes more with refits "
             f"({result.measure} {result.refit:.3g}) than without ({result.cut:.3g}). More "
             "calibration data may help"
         )

@@ -33,10 +33,21 @@ class Difference:
         self._sums: list[float] = []
 
     def note(self, number: int, result: Any) -> None:
-        """Keep the output for a batch, on the CPU, in the model's own dtype."""
+        """Keep the output for a batch, on the CPU, in the model's own dtype.
+
+        Raises:
+            CalibrationError: it has numbers that are NaN or infinite.
+        """
+        output = _output_of(result)
+        if not bool((output < math.inf).all()):  # NaN is not; -inf may be a class ruled out
+            raise CalibrationError(
+                f"the model's output on held-out batch {number + 1} of the calibration data is NaN "
+                "or infinite. Load the model in float32 or bfloat16, and check that it runs on "
+                "this data"
+            )
         if not _has_classes(_logits_of(result)):
             self.measure = _RELATIVE
-        self._outputs.append(_output_of(result).detach().cpu())
+        self._outputs.append(output.detach().cpu())
 
     def begin(self) -> None:
         """Forget what was compared."""

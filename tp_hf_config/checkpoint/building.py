@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import CheckpointError, in_one_line
 from ..model.build import Refusal, without_data
@@ -19,7 +16,6 @@ from ..model.config_json import FieldPath, config_json, value_at
 from .words import number, short
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 AUTO_MODELS = ("AutoModel", "AutoBackbone")
@@ -74,7 +70,7 @@ def classes_of(
     if not trust_remote_code:
         raise CheckpointError(
             f"{folder}: its class is code in the folder (auto_map in config.json), which is not "
-            "run. Read it, then say trust_remote_code=True (--trust-remote-code)."
+            "run. Read it, then say trust_remote_code=True."
         )
     return _remote_classes(data, folder, max_modules)
 
@@ -215,8 +211,7 @@ def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusa
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         return Refusal(f"dtype says {number(dtype)}, which is no type that torch has")
-    with _limit_modules(classes.max_modules):
-        built = without_data(classes.model, config)
+    built = without_data(classes.model, config, classes.max_modules, than="the weights")
     return Refusal(_one_line(built.reason)) if isinstance(built, Refusal) else built
 
 
@@ -253,25 +248,3 @@ def _without_kernels(data: Any) -> Any:
 def _one_line(reason: str) -> str:
     """Return a class's refusal as one line, without the prefix of the config's validators."""
     return short(reason.removeprefix("Class validation error for validator ")).rstrip(".")
-
-
-@contextmanager
-def _limit_modules(max_modules: int) -> Iterator[None]:
-    """Raise a ValueError once this thread has put more than so many modules into others."""
-    count = 0
-    own = threading.get_ident()
-
-    def counted(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-        nonlocal count
-        if threading.get_ident() != own:
-            return
-        count += 1
-        if count > max_modules:
-            more = f"more than {max_modules:,} modules"
-            raise ValueError(f"it asks for {more}, far more than the weights")
-
-    handle = register_module_module_registration_hook(counted)
-    try:
-        yield
-    finally:
-        handle.remove()

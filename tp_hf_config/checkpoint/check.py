@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..arguments import check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.surroundings import quiet_transformers
@@ -67,6 +68,7 @@ class SolvableFolder:
     classes: Classes
 
 
+@check_arguments
 def check_checkpoint(
     folder: str | os.PathLike[str], *, trust_remote_code: bool = False
 ) -> CheckReport:

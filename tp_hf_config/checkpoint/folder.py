@@ -21,6 +21,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_ENTRIES = "per_layer_config"
 _MOST_CONFIG_BYTES = 32 * 2**20
 _MOST_INDEX_BYTES = 256 * 2**20
 _LONGEST_NAME = 200
@@ -89,7 +90,23 @@ def read_config(folder: Path) -> Config:
         return Config(None, fault=data)
     if not isinstance(data, dict):
         return Config(None, fault=f"{CONFIG} holds a {type(data).__name__}; expected an object")
-    return Config(data, unsure=_too_much(data))
+    unsure = _too_much(data)
+    return Config(data, fault=None if unsure else _wrong_entries(data), unsure=unsure)
+
+
+def _wrong_entries(data: dict[str, Any]) -> str | None:
+    """Return what is wrong with the form of entries for single layers, anywhere in a config."""
+    for _, part in _values(data):
+        entries = part.get(_ENTRIES) if isinstance(part, dict) else None
+        if entries is None:
+            continue
+        numbered = isinstance(entries, dict) and all(number.isdecimal() for number in entries)
+        if not numbered or not all(isinstance(entry, dict) for entry in entries.values()):
+            return (
+                f"{_ENTRIES} says {short(json.dumps(entries))}; expected layer -> its values: "
+                f'"{_ENTRIES}": {{"3": {{"intermediate_size": 64}}}}'
+            )
+    return None
 
 
 def _json(path: Path, longest: int) -> Any:

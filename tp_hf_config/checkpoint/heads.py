@@ -37,9 +37,8 @@ class UndecidedHeads:
         says = "says" if len(self.values) == 1 else "say"
         others = " or ".join(_numbers(other) for other in self.others)
         return (
-            f"no shape tells heads from their size: {', '.join(self.names)} {says} "
-            f"{_numbers(self.values)}; {others} would load the same tensors and compute something "
-            "else"
+            f"taken as config.json says: {', '.join(self.names)} {says} "
+            f"{_numbers(self.values)}; {others} have the same shapes"
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..arguments import Count, check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.config_json import field_name
@@ -30,12 +31,13 @@ _GENERATION = "generation_config.json"
 _MOST_BYTES = 2**20
 
 
+@check_arguments
 def repair_checkpoint(
     folder: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
-    given: Mapping[str, int] | None = None,
+    given: Mapping[str, Count] | None = None,
     trust_remote_code: bool = False,
 ) -> RepairReport:
     """Write the config whose shapes the weights have, if there is exactly one.
@@ -75,7 +77,7 @@ def repair_checkpoint(
         where = target or path
         raise CheckpointError(
             f"{where} cannot be written: {error.strerror or error}. {path} is as it was. Write to "
-            "another folder: out= (--out)."
+            "another folder: out=."
         ) from error
 
 

@@ -48,8 +48,8 @@ class Rotary:
             return None
         names = ", ".join(f"{field_name(path)} {number(self.added[path])}" for path in self.added)
         return (
-            f"{names}: in {_ROPE} alone, where readers that stand on Transformers 4 do not look; "
-            "they take a default (mostly 10,000) without a word. repair writes it beside that"
+            f"{names}: in {_ROPE} alone, as Transformers 5 writes it. repair writes it beside that "
+            "too, for programs that read configs as Transformers 4 did"
         )
 
 

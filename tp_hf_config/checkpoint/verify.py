@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..arguments import check_arguments
 from ..errors import CheckpointError
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
@@ -59,6 +60,7 @@ class _Run:
     error: str | None = None
 
 
+@check_arguments
 def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripReport:
     """Save a model to a temporary folder, load and run it in a fresh process, compare the outputs.
 
@@ -136,6 +138,7 @@ def fresh_run(
         yield compared_with
 
 
+@check_arguments
 def verify_checkpoint(
     folder: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -195,7 +196,17 @@ def _failed(options: argparse.Namespace, error: Exception) -> Outcome:
     return _wrong(options, error, UNKNOWN, text)
 
 
+def _as_typed(text: str, parser: argparse.ArgumentParser) -> str:
+    """Return a message with the command's options in the place of Python's arguments."""
+    for action in parser._actions:
+        if action.option_strings and "--no-" not in action.option_strings[-1]:
+            argument = rf"\b{action.dest}=(True\b|(?=[\s,:;)]|\.?$|\.\s))"
+            text = re.sub(argument, action.option_strings[-1], text)
+    return text
+
+
 def _wrong(options: argparse.Namespace, error: BaseException, code: int, text: str) -> Outcome:
+    text = _as_typed(text, options.parser)
     if options.debug:
         _say("".join(traceback.format_exception(error)), end="")
     _say(f"{PROGRAM} {options.command}: {text}")

@@ -1,7 +1,7 @@
 """What a step of a pruner comes to: which positions of every parameter stay, and the configs.
 
-A cut list is made from a live model, or from one without weights, and carried out by whoever holds
-the weights: on a folder, on another copy, on shards (:func:`~tp_hf_config.apply_cuts`).
+A cut list is made from a live model, or from one without weights.  Whoever holds the weights makes
+the pruned model, or the pruned folder, of them by it (:func:`~tp_hf_config.apply_cuts`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_arguments
 from ..checkpoint.lazy_weights import lazy_weights_of, write_safetensors
 from ..errors import CheckpointError, in_one_line
 from ..model.config_json import changed_values, field_name
@@ -35,7 +36,7 @@ from .edits import (
 )
 
 FORMAT = "tp_hf_config cut list 1"
-_TABLE = "cut_list"
+_TABLE, _CHECKSUM = "cut_list", "sha256"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class CutList:
                 total[dim] = total[dim][kept] if dim in total else kept
         return total
 
+    @check_arguments
     def then(self, other: CutList) -> CutList:
         """Return this cut list followed by that of the next step.
 
@@ -125,6 +127,7 @@ class CutList:
         }
         return CutList(self.model, self.before, other.after, edits)
 
+    @check_arguments
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cut list as one safetensors file; its header says what is what, in JSON.
 
@@ -132,15 +135,12 @@ class CutList:
             ValueError: see :meth:`check_complete`.
         """
         table, tensors = self._stored()
-        write_safetensors(tensors, Path(path), {"format": FORMAT, _TABLE: json.dumps(table)})
+        head = {"format": FORMAT, _TABLE: json.dumps(table), _CHECKSUM: _digest(table, tensors)}
+        write_safetensors(tensors, Path(path), head)
 
     def digest(self) -> str:
         """Return a SHA-256 in hexadecimal; equal cut lists have the same, saved or not."""
-        table, tensors = self._stored()
-        total = hashlib.sha256(json.dumps(table).encode())
-        for values in tensors.values():
-            total.update(values_of(values).contiguous().view(-1).view(torch.uint8).numpy().data)
-        return total.hexdigest()
+        return _digest(*self._stored())
 
     def _stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what is what, as JSON, and the tensors that it names."""
@@ -158,15 +158,16 @@ class CutList:
         return table, tensors
 
     @classmethod
+    @check_arguments
     def load(cls, path: str | PathLike[str]) -> CutList:
-        """Read a cut list that :meth:`save` wrote; no code is run.
+        """Read a cut list that :meth:`save` wrote, and check all of it; no code is run.
 
         Refits stay in the file until they are needed.
 
         Raises:
-            CheckpointError: the file cannot be read, or is no cut list.
+            CheckpointError: the file cannot be read, is no cut list, or is not as it was saved.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt") as file:
@@ -174,17 +175,120 @@ class CutList:
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path}: expected a cut list ({FORMAT})")
             tensors: dict[str, Tensor] = dict(lazy_weights_of(Path(path)))
-            tensors.update({key: values_of(t) for key, t in tensors.items() if t.ndim == 1})
-            table = json.loads(metadata[_TABLE])
-            edits = {
-                name: tuple(_edit_of(entry, tensors) for entry in entries)
-                for name, entries in table["edits"].items()
-            }
-            return cls(table["model"], table["before"], table["after"], edits)
-        except CheckpointError:
-            raise
-        except Exception as error:  # a damaged file leads to any exception
+            table = json.loads(metadata.get(_TABLE, "null"))
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {in_one_line(error)}") from error
+        tensors.update({key: values_of(t) for key, t in tensors.items() if t.ndim == 1})
+        fault = _not_as_saved(table, tensors, metadata.get(_CHECKSUM)) or _fault(table, tensors)
+        if fault is not None:
+            raise CheckpointError(f"{path}: {fault}. Save it anew: hook.cuts.save(path)")
+        edits = {
+            name: tuple(_edit_of(entry, tensors) for entry in entries)
+            for name, entries in table["edits"].items()
+        }
+        return cls(table["model"], table["before"], table["after"], edits)
+
+    def misfit(self, shapes: Shapes) -> str | None:
+        """Return why it cannot be carried out on tensors of these shapes; ``None``: it can."""
+        for name, edits in self.edits.items():
+            if name not in shapes:
+                return f"it cuts {name}, which the model does not have"
+            sizes = list(shapes[name])
+            for edit in edits:
+                if isinstance(edit, RefitInPlace):
+                    needed = {edit.dim: edit.refit.size}
+                else:
+                    positions = edit.positions if isinstance(edit, Selection) else {}
+                    needed = {dim: int(kept[-1]) + 1 for dim, kept in positions.items()}
+                for dim, size in needed.items():
+                    if dim >= len(sizes) or size > sizes[dim]:
+                        return f"it needs {size} positions along dimension {dim} of {name}: {sizes}"
+                for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
+                    sizes[dim] = len(kept)
+        return None
+
+
+def _digest(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of what is what, as canonical JSON, and of the tensors in their order."""
+    plain = json.loads(json.dumps(table))  # keys are texts
+    total = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for name in sorted(tensors, key=lambda key: (len(key), key)):
+        values = values_of(tensors[name]).contiguous()
+        total.update(values.view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _not_as_saved(table: Any, tensors: Mapping[str, Tensor], checksum: str | None) -> str | None:
+    """Return why a file is not as :meth:`CutList.save` wrote it; ``None``: it is."""
+    if checksum is None:
+        return f"it has no checksum ({_CHECKSUM}), which every cut list is saved with"
+    found = _digest(table, tensors)
+    if found != checksum:
+        return (
+            f"it was changed after it was saved: its {_CHECKSUM} is {found[:12]}..., and it says "
+            f"{checksum[:12]}..."
+        )
+    return None
+
+
+def _fault(table: Any, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return what is wrong with a cut list's JSON or with the tensors it names; ``None``: none."""
+    kinds = {"model": str, "before": dict, "after": dict, "edits": dict}
+    if not _has(table, kinds):
+        return f"expected an object of {', '.join(kinds)}"
+    for name, entries in table["edits"].items():
+        if not isinstance(entries, list):
+            return f"{name}: expected a list of what is done to it"
+        for entry in entries:
+            fault = _fault_of(entry, tensors)
+            if fault is not None:
+                return f"{name}: {fault}"
+    return None
+
+
+def _fault_of(entry: Any, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return what is wrong with the JSON of one edit."""
+    if _has(entry, {"keep": dict}):
+        positions = entry["keep"]
+        if not positions or not all(dim.isdecimal() for dim in positions):
+            return "expected the dimensions of which positions are kept"
+        return next(filter(None, (_not_rising(key, tensors) for key in positions.values())), None)
+    kinds = {"dim": int, "part": (int, type(None)), "size": int}
+    if not _has(entry, {"refit": dict}) or not _has(
+        entry["refit"], {**kinds, "kept": str, "targets": str, "share": str}
+    ):
+        return "expected what is kept, or a refit"
+    data = entry["refit"]
+    wrong = _not_rising(data["kept"], tensors) or _not_rising(data["targets"], tensors)
+    share = tensors.get(data["share"])
+    if wrong is None and (data["dim"] < 0 or (data["part"] or 0) < 0):
+        return "a dimension or a part is below 0"
+    if wrong is None:
+        kept, targets = tensors[data["kept"]], tensors[data["targets"]]
+        if max(int(kept[-1]), int(targets[-1])) >= data["size"]:
+            return f"positions are not below {data['size']}"
+        if share is None or share.shape != (len(kept), len(targets)):
+            return f"expected shares of shape {[len(kept), len(targets)]}"
+    return wrong
+
+
+def _has(data: Any, kinds: Mapping[str, Any]) -> bool:
+    """True if data is an object of these keys with values of these types; a bool is no number."""
+    return (
+        isinstance(data, dict)
+        and data.keys() == kinds.keys()
+        and all(isinstance(data[k], kinds[k]) and data[k] is not True for k in kinds)
+    )
+
+
+def _not_rising(key: Any, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return why a tensor does not hold positions: whole numbers from 0 on, each once, rising."""
+    values = tensors.get(key) if isinstance(key, str) else None
+    if values is None or values.ndim != 1 or values.dtype != torch.int64 or not len(values):
+        return "expected positions, a list of whole numbers"
+    if int(values[0]) < 0 or not bool((values.diff() > 0).all()):
+        return "positions have to rise from 0 on, each there once"
+    return None
 
 
 def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..arguments import check_arguments
 from ..errors import listed
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
@@ -179,6 +180,7 @@ class Prunable:
         return dated({"model": self.model, "cached": self.cached, "widths": widths})
 
 
+@check_arguments
 def prunable(
     model_or_config: nn.Module | PreTrainedConfig,
     *,

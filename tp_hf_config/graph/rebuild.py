@@ -120,6 +120,10 @@ def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
                 f"the cut list starts from a config with {field_name(field)} "
                 f"{value_at(cuts.before, field)}, and this {name} has {value_at(config, field)}"
             )
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    misfit = cuts.misfit({name: tuple(tensor.shape) for name, tensor in named})
+    if misfit is not None:
+        raise UnsupportedModelError(f"the cut list does not fit this {name}: {misfit}")
 
 
 def _empty(model: PreTrainedModel, cuts: CutList) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..arguments import Count, check_arguments
 from ..calibration.influence import layer_influence
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import build_live, notes_on_options
@@ -33,11 +35,12 @@ if TYPE_CHECKING:
     from ..calibration.calibrate import Calibration
 
 
+@check_arguments
 def drop_layers(
     model: nn.Module,
     layers: Sequence[int] | None = None,
     *,
-    count: int | None = None,
+    count: Count | None = None,
     calibration: Calibration | None = None,
     which: str | None = None,
 ) -> DroppedLayers:
@@ -125,6 +128,11 @@ def _check_arguments(
 def _sorted(layers: Sequence[int], dropping: _Dropping) -> tuple[int, ...]:
     """Return numbers of layers, each once and rising; raise if a layer is not there."""
     total = len(dropping.modules)
+    twice = [number for number, times in Counter(layers).items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"layers={list(layers)} names layer {listed(twice)} twice: name every layer once"
+        )
     wrong = [number for number in layers if not 0 <= number < total]
     chosen = tuple(sorted(set(layers)))
     if wrong or not 0 < len(chosen) < total:

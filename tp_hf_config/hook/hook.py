@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import CalibrationWarning, ConfigSyncError
-from ..planning.settings import Graph, Layers, check_graph, check_layers
+from ..arguments import check_arguments
+from ..errors import CalibrationWarning, ConfigSyncError, warn
+from ..planning.settings import Graph, Layers, check_graph
 from . import registration
 from .history import Recorder
 from .report import SyncReport
@@ -71,6 +72,7 @@ class HFConfigSyncHook:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
     """
 
+    @check_arguments
     def __init__(
         self,
         graph: Graph = "auto",
@@ -83,7 +85,6 @@ class HFConfigSyncHook:
         distributed: bool = False,
     ) -> None:
         check_graph(graph)
-        check_layers(layers)
         self.layers, self.strict, self.make_inputs = layers, strict, make_inputs
         self.compensate, self.record_refits = compensate, record_refits
         self._compensating: Compensating | None = None
@@ -189,7 +190,6 @@ class HFConfigSyncHook:
         from ..graph.config_graph import ConfigGraph
         from ..graph.pruner_access import restore_trace
         from ..planning.preflight import check_config_is_own, preflight
-        from ..planning.pruner_arguments import warn
         from .follow import Follower
         from .installed_graph import replace_trace
         from .steering import UnitSteering
@@ -362,6 +362,7 @@ class HFConfigSyncHook:
         compensating, self._compensating = self._compensating, None
         return None if compensating is None else compensating.finished(synced)
 
+    @check_arguments
     def plot(self, path: str | PathLike[str]) -> Figure:
         """Draw the widths before the first step and after the last; return matplotlib's ``Figure``.
 
@@ -376,6 +377,7 @@ class HFConfigSyncHook:
 
         return plot_widths(self.reports, path)
 
+    @check_arguments
     def plot_history(
         self, path: str | PathLike[str], metrics: Mapping[str, Sequence[float]] | None = None
     ) -> Figure:

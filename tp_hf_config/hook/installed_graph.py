@@ -10,7 +10,7 @@ from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_access import GraphInputs, arguments_of, cannot_replace_trace, replace_graph
-from ..planning.pruner_arguments import adapt_arguments, check_needed, check_ratios
+from ..planning.pruner_arguments import adapt_arguments, check_needed, check_values
 from ..planning.pruner_kwargs import default_pruner_kwargs
 from .registration import constructor_of
 
@@ -30,7 +30,7 @@ def graph_for(arguments: dict[str, Any], make_inputs: MakeInputs | None) -> tupl
     inputs: Any = arguments.get("example_inputs")
     prepared = isinstance(inputs, GraphInputs)
     view = view_of(model, inputs.graph.make_inputs if prepared else make_inputs)
-    check_ratios(arguments)
+    check_values(arguments)
     if not prepared:
         arguments |= default_pruner_kwargs(model, view, arguments)
         inputs = arguments["example_inputs"]

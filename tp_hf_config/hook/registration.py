@@ -18,9 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch_pruning import DependencyGraph
 
+from ..arguments import check_arguments
 from ..graph.norm_order import channels_in_order
 from ..graph.pruner_classes import BasePruner, awaited_graph, family, with_awaited_graph
 
+Pruner = Any
+"""Any pruner of Torch-Pruning, which has no types."""
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
 _constructing = threading.local()
 _lock = threading.RLock()
@@ -70,14 +73,15 @@ class Handle:
         self.remove()
 
 
-def register(pruner: Any, hook: PrunerHook) -> Handle:
+@check_arguments
+def register(pruner: Pruner, hook: PrunerHook) -> Handle:
     """Attach a hook to an existing pruner.
 
     Returns:
         A handle that takes the hook off again.
 
     Raises:
-        TypeError: ``hook`` has no ``after_step``.
+        TypeError: ``hook`` has no ``after_step``, or ``pruner`` is none.
     """
     _check(hook)
     _call(hook, "attach", pruner)

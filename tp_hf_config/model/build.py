@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
@@ -29,6 +31,9 @@ from .surroundings import ONE_AT_A_TIME, no_log_lines, on_cpu, replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+_MOST_MODULES = 150_000  # the largest models have 120,000, with 384 experts in 60 layers
 
 
 @dataclass(frozen=True)
@@ -176,9 +181,15 @@ def _draw(model: Any) -> None:
 
 
 def without_data(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    max_modules: int = _MOST_MODULES,
+    than: str = "any model has",
 ) -> PreTrainedModel | Refusal:
     """Build a model class from a config on the meta device, in the config's dtype.
+
+    ``max_modules``: how many modules it may have; building one with 10^9 layers would not end.
+    ``than``: what that is far more than.
 
     Returns:
         The model in eval mode, or a refusal in the class's own words.
@@ -186,7 +197,8 @@ def without_data(
     wanted = getattr(config, "dtype", None)
     dtype = wanted if isinstance(wanted, torch.dtype) else torch.float32
     try:
-        with _construction(DefaultDtype(dtype), _AllOnMeta()):
+        limit = _limited(max_modules, f"far more than {than}")
+        with _construction(DefaultDtype(dtype), _AllOnMeta()), limit:
             model: PreTrainedModel = model_class(copy.deepcopy(config))
             model.tie_weights()  # construction without initial values skips it
             model.train(False)
@@ -194,6 +206,25 @@ def without_data(
     except Exception as error:  # as in Builder.build
         note_shortage(error)
         return Refusal(in_one_line(error))
+
+
+@contextmanager
+def _limited(max_modules: int, why: str) -> Iterator[None]:
+    """Raise a ValueError once this thread has put more than so many modules into others."""
+    count = 0
+    own = threading.get_ident()
+
+    def counted(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        nonlocal count
+        count += threading.get_ident() == own
+        if count > max_modules:
+            raise ValueError(f"it asks for more than {max_modules:,} modules, {why}")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _AllOnMeta(DeviceContext):

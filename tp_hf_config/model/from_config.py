@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from .build import Refusal, without_data
+from .config_json import FieldPath, field_name
+from .shapes import shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_MOST_LAYERS = 10_000
+_LARGEST = 2**28  # a dimension of a parameter; experiments count its units one by one
 _KINDS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
@@ -32,25 +37,35 @@ def module_of(
 
     Raises:
         UnsupportedModelError: no class belongs to the config, or the class refuses it.
-        TypeError: ``source`` is neither a module nor a config.
     """
     if isinstance(source, nn.Module):
         return source
-    from transformers import PretrainedConfig
-
-    if not isinstance(source, PretrainedConfig):
-        raise TypeError(
-            f"{type(source).__name__}: expected a Hugging Face model, a module that contains one, "
-            "or a config (AutoConfig.from_pretrained(folder))"
-        )
     target = class_of(source) if model_class is None else model_class
-    built = without_data(target, source)
+    reason = too_many_layers(source.to_dict())
+    built = without_data(target, source) if reason is None else Refusal(reason)
+    for name, shape in () if isinstance(built, Refusal) else shapes(built).items():
+        if max(shape, default=0) > _LARGEST:
+            built = Refusal(f"{name} would be {list(shape)}, larger than in any model")
+            break
     if isinstance(built, Refusal):
         raise UnsupportedModelError(
             f"{target.__name__} cannot be built from this {type(source).__name__}: "
             f"{built.reason.rstrip('.')}. Mend the config, or say which class: model_class=."
         )
     return built
+
+
+def too_many_layers(data: Mapping[str, Any], path: FieldPath = ()) -> str | None:
+    """Return why a config, as JSON, has more layers than any model; ``None``: it has not."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            reason = too_many_layers(value, (*path, key))
+            if reason is not None:
+                return reason
+        elif key == "num_hidden_layers" and isinstance(value, int) and value > _MOST_LAYERS:
+            name = field_name((*path, key))
+            return f"{name} says {value:,}, and no model has more than {_MOST_LAYERS:,} layers"
+    return None
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModelError
+from ..arguments import check
+from ..errors import UnsupportedModelError, warn
 from .sharded import is_dtensor, plain_class, sharded_parameters
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -23,11 +24,9 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
             DistributedDataParallel.
         TypeError: ``model`` is no module.
     """
-    from torch import nn
     from transformers import PreTrainedModel
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(_no_module(model))
+    check("model", model, "nn.Module")
     check_unwrapped(model)
     models: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
@@ -81,24 +80,6 @@ def check_has_data(model: nn.Module) -> None:
             )
 
 
-def _no_module(given: object) -> str:
-    """Return the message of the TypeError: what to pass instead of this object."""
-    from torch import nn
-
-    held = [
-        name
-        for name, value in getattr(given, "__dict__", {}).items()
-        if isinstance(value, nn.Module)
-    ]
-    if held:
-        instead = f"Pass what it holds: its .{held[0]}"
-    elif isinstance(given, (str, PathLike)):
-        instead = "Load it first, with from_pretrained of its class (AutoModelForCausalLM, ...)"
-    else:
-        instead = "Pass a Hugging Face model, or a module that contains one"
-    return f"{type(given).__name__} given where a model was expected. {instead}."
-
-
 def check_followable(model: PreTrainedModel, weights: bool = True, sharded: bool = False) -> None:
     """Raise if the model's weights are not plain, whole tensors in memory.
 
@@ -110,17 +91,8 @@ def check_followable(model: PreTrainedModel, weights: bool = True, sharded: bool
     Raises:
         UnsupportedModelError: the weights are quantised, on the meta device, offloaded or sharded.
     """
+    check_plain(model)
     name = plain_class(type(model)).__name__
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise UnsupportedModelError(_quantised(model))
-    for layer_name, layer in model.named_modules():
-        weight = getattr(layer, "weight", None)
-        if callable(weight) and not hasattr(weight, "parameters"):  # a method that unpacks
-            raise UnsupportedModelError(
-                f"{name}: {layer_name} ({type(layer).__module__}.{type(layer).__name__}) holds "
-                "packed weights, a quantised storage format. Load the model in float16, bfloat16 "
-                "or float32, prune, and quantise the result."
-            )
     if weights:
         check_has_data(model)
     by_fsdp = sharded_parameters(model)
@@ -129,11 +101,47 @@ def check_followable(model: PreTrainedModel, weights: bool = True, sharded: bool
         if divided and not (sharded and parameter in by_fsdp):
             what = f"{name}: {parameter_name}"
             raise UnsupportedModelError(_sharded(what, parameter in by_fsdp))
-        whole = not (parameter.is_floating_point() or parameter.is_complex())
-        if whole or parameter.element_size() == 1:  # float8
+
+
+def check_plain(model: PreTrainedModel) -> None:
+    """Raise if a model's weights are quantised.
+
+    If they are plain tensors that were quantised in their file (GGUF), the model forgets that it
+    was quantised, so that ``save_pretrained`` writes it; a warning says so.
+
+    Raises:
+        UnsupportedModelError: they are quantised.
+    """
+    name = plain_class(type(model)).__name__
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        method = _method(model)
+        if not _is_unpacked(model):
+            raise UnsupportedModelError(
+                f"{name} is quantised ({method}): its weights are packed and cannot be pruned. "
+                f"{_INSTEAD}"
+            )
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(model)
+        setattr(model, "is_quantized", False)
+        vars(model.config).pop("quantization_config", None)
+        warn(
+            f"{name} was read from quantised weights ({method}), which are plain tensors now: its "
+            "quantization_config was removed, so save_pretrained writes it as it is",
+            UserWarning,
+        )
+    for layer_name, layer in model.named_modules():
+        weight = getattr(layer, "weight", None)
+        if callable(weight) and not hasattr(weight, "parameters"):  # a method that unpacks
+            raise UnsupportedModelError(
+                f"{name}: {layer_name} ({type(layer).__module__}.{type(layer).__name__}) holds "
+                f"packed weights, a quantised storage format. {_INSTEAD}"
+            )
+    for parameter_name, parameter in model.named_parameters():
+        if not _is_float(parameter):
             raise UnsupportedModelError(
                 f"{name}: {parameter_name} holds {parameter.dtype}, a quantised storage format. "
-                "Load the model in float16, bfloat16 or float32, prune, and quantise the result."
+                f"{_INSTEAD}"
             )
 
 
@@ -153,21 +161,27 @@ def _sharded(what: str, by_fsdp: bool) -> str:
     )
 
 
-def _quantised(model: PreTrainedModel) -> str:
-    """Return why a quantised model is refused, and what to do."""
+def _method(model: PreTrainedModel) -> str:
+    """Return how a model was quantised, as its config says it."""
     config = getattr(model.config, "quantization_config", None)
     method = config.get("quant_method") if isinstance(config, dict) else None
     method = method or getattr(config, "quant_method", None) or "method unknown"
-    head = f"{type(model).__name__} is quantised ({getattr(method, 'value', method)})"
-    linear = [module for module in model.modules() if "Linear" in type(module).__name__]
-    plain = all(type(module).__module__.startswith("torch.nn") for module in linear)
-    if linear and plain and all(weight.is_floating_point() for weight in model.parameters()):
-        return (
-            f"{head}, although its weights are plain tensors by now (as after loading a GGUF "
-            "file), and save_pretrained would refuse it. Say so first: "
-            "model.hf_quantizer.remove_quantization_config(model)"
-        )
-    return (
-        f"{head}: its weights are packed and cannot be pruned. Load it in float16, bfloat16 or "
-        "float32, prune, and quantise the result."
-    )
+    return str(getattr(method, "value", method))
+
+
+def _is_unpacked(model: PreTrainedModel) -> bool:
+    """True if all weights of a model that was quantised are plain tensors by now."""
+    import torch
+
+    linear = [type(module) for module in model.modules() if "Linear" in type(module).__name__]
+    plain = all(cls.__module__.startswith(("torch.nn.", "transformers.models.")) for cls in linear)
+    tensors = [parameter.data for parameter in model.parameters()]
+    return plain and all(_is_float(tensor) and type(tensor) is torch.Tensor for tensor in tensors)
+
+
+def _is_float(tensor: torch.Tensor) -> bool:
+    """True if a tensor has a floating point dtype that can be computed with: no float8."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.element_size() > 1
+
+
+_INSTEAD = "Load the model in float16, bfloat16 or float32, prune, and quantise the result."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from torch import nn
 
-from ..errors import PipelineError
+from ..arguments import check_arguments
+from ..errors import PipelineError, warn
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..graph.cut_list import CutList
@@ -47,6 +47,7 @@ def apply_cuts(
 ) -> Path: ...
 
 
+@check_arguments
 def apply_cuts(
     model_or_folder: nn.Module | str | os.PathLike[str],
     cuts: CutList | str | os.PathLike[str],
@@ -57,15 +58,15 @@ def apply_cuts(
     trust_remote_code: bool = False,
     resume: bool = False,
 ) -> PreTrainedModel | Path:
-    """Carry out what a pruner cut: on a copy of the model, or from folder to folder.
+    """Make the pruned model of an unpruned one by a cut list, or the pruned folder of a folder.
 
-    ``hook.cuts`` holds what a pruner cut, ``hook.cuts.save(path)`` writes it.  The result has the
-    bits that pruning the weights in place gives.  From folder to folder one tensor is in memory at
-    a time, so a model that fits nowhere can be cut by a list that was made from its config, from
-    another copy, or on another machine.
+    ``hook.cuts`` holds what a pruner cut, ``hook.cuts.save(path)`` writes it.  The model that is
+    passed stays as it is; the pruned one is returned, with the bits that pruning in place gives.
+    From folder to folder one tensor is in memory at a time, so a model that fits nowhere can be cut
+    by a list that was made from its config, from another copy, or on another machine.
 
     Args:
-        model_or_folder: a model, which stays as it is; or a folder with safetensors files.
+        model_or_folder: an unpruned model; or a folder with safetensors files.
         cuts: a cut list, or the file that it was saved to.
         out: the folder to write, for a folder.
         overwrite: replace a model folder that is at ``out``.
@@ -75,7 +76,7 @@ def apply_cuts(
             if it is interrupted, beside ``out``.
 
     Returns:
-        The pruned model, built from the new config; or the folder that was written, once a fresh
+        A new model, built from the new config; or the folder that was written, once a fresh
         process has read it and computes the same.
 
     Raises:
@@ -103,7 +104,7 @@ def apply_cuts(
     check_source(source, config)
     whole, notes = load_lazily(source, config, class_for(source, config), complete=True)
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warn(note, UserWarning)
     check_savable(whole)
     recipe = map_of(whole, how=by_layers).recipe
     model = rebuilt(whole, cuts)

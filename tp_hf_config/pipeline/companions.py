@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.building import AUTO_MODELS, entries
-from ..checkpoint.folder import CONFIG
+from ..checkpoint.folder import CONFIG, read_weights
 from ..checkpoint.writing import write_config
-from ..errors import PipelineError
+from ..errors import CheckpointError, PipelineError
 from ..model.config_json import field_name
 from .source import Source, cached_model, tokenizer_of
 
@@ -107,9 +107,11 @@ def copy_companions(
     if cached is not None:  # the Hub's cache stores links to blobs
         roots.append((cached / "blobs").resolve())
     copied, not_copied = [], []
+    weights = _weights_of(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name.startswith(".") or _matches(name, _WRITTEN_ANEW + _WEIGHTS):
+        passed_over = name in weights or _matches(name, _WRITTEN_ANEW + _WEIGHTS)
+        if not path.is_file() or name.startswith(".") or passed_over:
             continue
         if (out / name).exists():  # the code of a generated class, saved with the model
             continue
@@ -122,6 +124,14 @@ def copy_companions(
         copied.append(name)
     _forget_missing_code(out)
     return Copied(tuple(copied), tuple(not_copied))
+
+
+def _weights_of(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that a folder's weights are read from, in subfolders too."""
+    try:
+        return read_weights(folder).files
+    except CheckpointError:  # only the small files of a Hub model are there
+        return ()
 
 
 def fetch_companions(source: Source) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from ..arguments import Count, check_arguments
 from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
@@ -18,7 +19,7 @@ from ..model.locate import find_pretrained
 from . import decilm, gguf_export, padded
 from .card import card_of_export
 from .companions import LICENCES, Copied, code_files, copy_companions
-from .exported import FORMATS, Exported, Ready, Request
+from .exported import Exported, Ready, Request
 from .output import check_savable, check_target, new_folder
 from .source import check_reachable, class_for, config_of, find_source, load
 from .source_checks import check_source
@@ -34,12 +35,13 @@ _WAYS: dict[str, Callable[[Request], Ready | Refusal]] = {
 }
 
 
+@check_arguments
 def export(
     model_or_folder: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     to: Format,
-    multiple_of: int | None = None,
+    multiple_of: Count | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Exported:
@@ -75,7 +77,8 @@ def export(
         UnsupportedModelError: there is not exactly one Hugging Face model, or it is quantised.
     """
     started = time.perf_counter()
-    check_request(to, multiple_of)
+    if to == "gguf" and find_spec("gguf") is None:
+        raise PipelineError("to='gguf' needs gguf: pip install 'tp-hf-config[gguf]'")
     target = Path(out)
     source: Source | None = None
     notes: tuple[str, ...] = ()
@@ -127,17 +130,3 @@ def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -
     if ready.holds_tokenizer:
         return copy_companions(source, folder, LICENCES)
     return copy_companions(source, folder, without=code_files(model.config))
-
-
-def check_request(to: str, multiple_of: int | None) -> None:
-    """Raise if there is no such format, its package is not installed, or the multiple is none.
-
-    Raises:
-        PipelineError: as above.
-    """
-    if to not in _WAYS:
-        raise PipelineError(f"to={to!r}: models are exported to {' or '.join(map(repr, FORMATS))}")
-    if multiple_of is not None and multiple_of < 1:
-        raise PipelineError(f"multiple_of={multiple_of}: expected a whole number above 0")
-    if to == "gguf" and find_spec("gguf") is None:
-        raise PipelineError("to='gguf' needs gguf: pip install 'tp-hf-config[gguf]'")

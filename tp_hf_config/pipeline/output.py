@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _OF_A_MODEL = ("config.json", "model.gguf")
 """A folder with one of these files holds a model."""
-_BUSY = "is being written by another process. Wait for it, or choose another --out"
+_BUSY = "is being written by another process. Wait for it, or choose another folder"
 _UNFINISHED, _REPLACED = ".unfinished", ".old"
 
 
@@ -139,11 +139,13 @@ def _why_unwritable(target: Path, overwrite: bool) -> str | None:
     if not target.exists() or not any(target.iterdir()):
         return None
     if not overwrite:
-        return f"{target}: is not empty. Choose another folder, or add --overwrite to replace it."
+        return (
+            f"{target}: is not empty. Choose another folder, or add overwrite=True to replace it."
+        )
     if not any((target / name).is_file() for name in _OF_A_MODEL):
         return (
-            f"{target}: is not empty and holds no {' or '.join(_OF_A_MODEL)}; --overwrite replaces "
-            "models only."
+            f"{target}: is not empty and holds no {' or '.join(_OF_A_MODEL)}; "
+            "overwrite=True replaces models only."
         )
     return None
 

@@ -80,8 +80,8 @@ class Work:
             return decision, CutList.load(cuts) if cuts.is_file() else None
         except Exception as error:  # a damaged file leads to any exception
             raise PipelineError(
-                f"--resume: what the interrupted run decided cannot be read: {in_one_line(error)}. "
-                f"{_start_anew(self.folder)}"
+                "resume=True: what the interrupted run decided cannot be read: "
+                f"{in_one_line(error)}. {_start_anew(self.folder)}"
             ) from error
 
 
@@ -118,7 +118,7 @@ def check_not_unfinished(target: Path) -> None:
     with in_use(folder):
         raise PipelineError(
             f"{target}: a run that was interrupted has decided what to cut, and keeps it in "
-            f"{folder}. Add --resume (resume=True) to go on with it. {_start_anew(folder)}"
+            f"{folder}. Add resume=True to go on with it. {_start_anew(folder)}"
         )
 
 
@@ -213,14 +213,15 @@ def _check_same(folder: Path, record: Mapping[str, Any]) -> None:
         other = json.loads((folder / _RECORD).read_bytes())
     except (OSError, ValueError) as error:
         raise PipelineError(
-            f"--resume: the interrupted run's record cannot be read: {in_one_line(error)}. "
+            f"resume=True: the interrupted run's record cannot be read: {in_one_line(error)}. "
             f"{_start_anew(folder)}"
         ) from error
     differing = list(_differing(other, record))
     if differing:
         raise PipelineError(
-            f"--resume: the interrupted run had other settings, another source or other versions: "
-            f"{listed(differing, '; ')}. Say what it was given, or leave it. {_start_anew(folder)}"
+            "resume=True: the interrupted run had other settings, another source or other "
+            f"versions: {listed(differing, '; ')}. Say what it was given, or leave it. "
+            f"{_start_anew(folder)}"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import check_arguments
 from ..checkpoint.lazy_weights import WritesOrReads, read_as_written, written_one_by_one
 from ..errors import PipelineError, in_one_line
 from ..graph.standin import standin_of
@@ -19,6 +20,7 @@ from ..model.ranks import Decision, differing
 from .output import check_target, new_folder, save_model
 
 
+@check_arguments
 def save_sharded(
     model: nn.Module,
     folder: str | os.PathLike[str],

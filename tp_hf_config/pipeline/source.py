@@ -134,6 +134,12 @@ def config_of(source: Source) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    from ..model.from_config import too_many_layers
+
+    data = None if source.gguf or source.folder is None else read_config(source.folder).data
+    reason = too_many_layers(data or {})  # making a list with an entry for each would not end
+    if reason is not None:
+        raise PipelineError(f"{source.name}: {reason}. Correct config.json, or repair the folder")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **source.options)
         return config
@@ -321,5 +327,5 @@ def _cannot(source: Source, what: str, error: Exception) -> TPHFConfigError:
 def _untrusted(source: Source, what: str) -> PipelineError:
     return PipelineError(
         f"{source.name}: {what} is code that comes with the model, and it is not run unless you "
-        "say so. Look at its .py files, then add --trust-remote-code"
+        "say so. Look at its .py files, then add trust_remote_code=True"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..arguments import check_arguments
 from ..errors import UnsupportedModelError
 from ..fieldmap.learn_field_map import map_of
 from ..forward.coverage import InputsRefusal
@@ -94,6 +95,7 @@ class Support:
         return dated(data)
 
 
+@check_arguments
 def supports(
     source: nn.Module | PreTrainedConfig,
     *,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..arguments import Count, Positive, Share, check_arguments
 from ..calibration.calibrate import Calibration
 from ..calibration.difference import Difference
 from ..calibration.importance import Kind
@@ -66,7 +67,8 @@ class Allocation:
         left = ((name, (self.widths[name] + 1e-6) / self._before[name]) for name in self.widths)
         return {name: 1 - share for name, share in left if share < 1}
 
-    def at(self, target_params: int, round_to: int = 1) -> Allocation:
+    @check_arguments
+    def at(self, target_params: Count, round_to: Count = 1) -> Allocation:
         """Return the allocation for another number of parameters, from the same measurements.
 
         Args:
@@ -121,6 +123,7 @@ class Allocation:
         }
         return dated(data)
 
+    @check_arguments
     def plot(self, path: str | PathLike[str]) -> Figure:
         """Draw each layer's width, and how much the model misses a layer's share.
 
@@ -138,16 +141,17 @@ class Allocation:
         return plot_allocation(self.curves, self.widths, self.measure, path)
 
 
+@check_arguments
 def allocate(
     model: nn.Module,
     calibration: Calibration,
     *,
-    target_params: float,
+    target_params: Positive,
     prune: str | Iterable[str] | None = None,
     importance: Kind = "wanda",
-    shares: Sequence[float] = SHARES,
-    batches: int = 4,
-    round_to: int = 1,
+    shares: Sequence[Share] = SHARES,
+    batches: Count = 4,
+    round_to: Count = 1,
 ) -> Allocation:
     """Find a width for every layer, so that a model of some size misses as little as it can.
 
@@ -288,8 +292,7 @@ def _lagrangian(
         raise ValueError(
             f"target_params={target:,}: {parameters:,} parameters are left when every layer loses "
             "the largest of shares=. Allow larger shares, name more fields in prune=, or take a "
-            "larger target (in the shell: more fields in --prune, a larger --target-params, or "
-            "layers less, --drop-layers)"
+            "larger target"
         )
     return left, parameters
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
+from ..arguments import Count, Positive, Share, check_arguments
 from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.model_view import ModelView, view_of
@@ -40,20 +41,21 @@ if TYPE_CHECKING:
 _KERNELS, _RANKS, _ASKED = (64, 128, 256), (2, 4, 8), 64
 
 
+@check_arguments
 def plan(
     model_or_config: nn.Module | PreTrainedConfig,
     *,
-    pruning_ratio: float | None = None,
-    ratios: Mapping[str, float] | None = None,
+    pruning_ratio: Share | None = None,
+    ratios: Mapping[str, Share] | None = None,
     prune: str | Iterable[str] | None = None,
-    head_pruning_ratio: float = 0.0,
+    head_pruning_ratio: Share = 0.0,
     prune_num_heads: bool | None = None,
     gqa: Gqa | None = None,
-    iterative_steps: int = 1,
-    round_to: int | None = None,
-    max_pruning_ratio: float = 1.0,
+    iterative_steps: Count = 1,
+    round_to: Count | None = None,
+    max_pruning_ratio: Share = 1.0,
     iterative_pruning_ratio_scheduler: Scheduler | None = None,
-    target_params: float | None = None,
+    target_params: Positive | None = None,
     layers: Layers = "uniform",
     model_class: type[PreTrainedModel] | None = None,
     make_inputs: MakeInputs | None = None,

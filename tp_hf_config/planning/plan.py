@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .. import notebook
+from ..arguments import check_arguments
 from ..errors import ConfigSyncError, UnsupportedModelError
 from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
@@ -132,6 +133,7 @@ class Plan:
         """Return field -> value in the end, for every field that is pruned."""
         return {name: value for width in self.widths for name, value in width.after.items()}
 
+    @check_arguments
     def pruner_kwargs(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return arguments for a Torch-Pruning pruner that carries the plan out.
 

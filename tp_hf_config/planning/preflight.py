@@ -13,7 +13,7 @@ from typing import Any
 
 from torch_pruning import ops
 
-from ..errors import ConfigSyncError, listed
+from ..errors import ConfigSyncError, listed, warn
 from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_access import given_ratios
@@ -21,7 +21,6 @@ from ..graph.sides import GraphGroup
 from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
-from .pruner_arguments import warn
 from .refusals import adjusted_line, planned_refusal, refusal_lines, shortfalls
 from .trajectory import MovingWidth, Trajectory
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import PrunerSettingsWarning, closest, listed
+from ..arguments import check
+from ..errors import closest, listed, warn
 from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_classes import family
 from ..graph.sides import ParameterView, channels_of, is_output
 from ..model.config_json import field_name
 from .requested import largest_head_ratio
-from .settings import check_share
 
 _WITHOUT_EFFECT = {
     "customized_pruners": "it cuts the parameters of every layer by itself, and what a layer "
@@ -42,34 +40,31 @@ MERGED = (
 """The arguments of a pruner that the model has a say in."""
 NEEDED = ("prune_num_heads", "pruning_ratio_dict")
 """The arguments without which a pruner does not do what ``pruner_kwargs`` was asked for."""
-_RATIOS = ("pruning_ratio", "head_pruning_ratio", "max_pruning_ratio", "ch_sparsity")
 _BY_LAYER = ("pruning_ratio_dict", "head_pruning_ratio_dict", "ch_sparsity_dict")
+_VALUES = {
+    **dict.fromkeys(("pruning_ratio", "head_pruning_ratio", "ch_sparsity"), "Share | None"),
+    **dict.fromkeys(("max_pruning_ratio", "max_ch_sparsity"), "Share | None"),
+    **dict.fromkeys(_BY_LAYER, "Mapping[Any, Share] | None"),
+    **dict.fromkeys(("num_heads", *_CONSTRAINTS), "Mapping[Any, Count] | None"),
+    **dict.fromkeys(("ignored_layers", "root_module_types"), "Iterable[Any] | None"),
+    **dict.fromkeys(("global_pruning", "prune_num_heads", "prune_head_dims"), "bool"),
+    "iterative_steps": "Count",
+    "round_to": "Count | None",
+    "importance": "Callable",
+}
+"""What the values of a pruner's arguments are, as annotations."""
 
 
-def warn(message: str, category: type[UserWarning] = PrunerSettingsWarning) -> None:
-    """Warn the first caller outside this package and Torch-Pruning."""
-    package, depth, frame = __name__.partition(".")[0], 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        package,
-        "contextlib",
-        "functools",
-        "torch_pruning",
-    ):
-        depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=depth)
-
-
-def check_ratios(arguments: Mapping[str, Any]) -> None:
-    """Raise if one of a pruner's ratios is not from 0 to 1.
+def check_values(arguments: Mapping[str, Any]) -> None:
+    """Raise if one of a pruner's arguments has a value that no pruner takes.
 
     Raises:
-        ValueError: one is not.
+        TypeError: it is of another type.
+        ValueError: it is a ratio that is not from 0 to 1, or a number that is too small.
     """
-    for name in _RATIOS:
-        check_share(name, arguments.get(name))
-    for name in _BY_LAYER:
-        for ratio in (arguments.get(name) or {}).values():
-            check_share(name, ratio)
+    for name, value in arguments.items():
+        if name in _VALUES:
+            check(name, value, _VALUES[name])
 
 
 def check_names(arguments: Iterable[str]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
+from ..arguments import Count, Share, check_arguments
+from ..errors import UnsupportedModelError, warn
 from ..fieldmap.model_view import ModelView, view_of
 from ..forward.inputs import example_inputs
 from ..forward.run_recipe import MakeInputs
@@ -19,24 +20,24 @@ from ..graph.pruner_access import GraphInputs
 from ..graph.standin import on_standin, standin_of
 from ..model.config_json import field_name
 from ..model.surroundings import same_random_state
-from .pruner_arguments import MERGED, NEEDED, check_names, check_ratios, warn
+from .pruner_arguments import MERGED, NEEDED, check_names, check_values
 from .requested import staying, wanted_by, with_ratios
-from .selection import Chosen, Wanted, choose
-from .selection import check_ratios as check_field_ratios
-from .settings import Gqa, Graph, Layers, PruneSettings, check_graph, check_share
+from .selection import Chosen, Wanted, check_ratios, choose
+from .settings import Gqa, Graph, Layers, PruneSettings, check_graph
 from .unit_counts import multiples_of
 
 
+@check_arguments
 def pruner_kwargs(
     model: nn.Module,
     *,
     prune: str | Iterable[str] | None = None,
-    ratios: Mapping[str, float] | None = None,
+    ratios: Mapping[str, Share] | None = None,
     graph: Graph = "auto",
     prune_num_heads: bool | None = None,
     gqa: Gqa | None = None,
     prune_head_dims: bool | None = None,
-    round_to: int | None = None,
+    round_to: Count | None = None,
     make_inputs: MakeInputs | None = None,
     layers: Layers = "uniform",
     **arguments: Any,
@@ -91,9 +92,7 @@ def pruner_kwargs(
     check_graph(graph)
     model, arguments = standin_of(model), on_standin(model, arguments)
     check_names(arguments)
-    check_ratios(arguments)
-    for name, ratio in (ratios or {}).items():
-        check_share(f"ratios: {name}", ratio)
+    check_values(arguments)
     settings = PruneSettings.of(prune, ratios or None, prune_num_heads, gqa, layers=layers)
     heads = settings.prune_num_heads
     given = {**arguments, "round_to": round_to, "prune_num_heads": heads}
@@ -170,7 +169,7 @@ def _on_config_graph(
     why += f"; heads: {chosen.how}" if chosen.how else ""
     by_module: dict[Any, float] = {}
     names = {field_name(field): field for fields in graph.fields for field in fields}
-    check_field_ratios(chosen, ratios)
+    check_ratios(chosen, ratios)
     for name, ratio in ratios.items():
         by_module.update(dict.fromkeys(graph.roots_of(names[name]), ratio))
     by_module |= given.get("pruning_ratio_dict") or {}

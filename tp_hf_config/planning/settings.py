@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -35,8 +34,7 @@ class PruneSettings:
         layers: whether layers may get widths of their own.
 
     Raises:
-        ValueError: ``gqa`` is unknown, a ratio is not from 0 to 1, or heads are ruled out although
-            ``gqa`` or ``head_pruning_ratio`` is set.
+        ValueError: heads are ruled out although ``gqa`` or ``head_pruning_ratio`` is set.
     """
 
     prune: tuple[str, ...] | None = None
@@ -52,9 +50,6 @@ class PruneSettings:
     layers: Layers = "uniform"
 
     def __post_init__(self) -> None:
-        check_layers(self.layers)
-        if self.gqa is not None and self.gqa not in get_args(Gqa):
-            raise ValueError(f"gqa={self.gqa!r}: expected 'query' or 'group'")
         ratio = self.head_pruning_ratio
         if not self.prune_num_heads and (self.gqa or ratio):
             how = f"gqa={self.gqa!r}" if self.gqa else f"head_pruning_ratio={ratio:g}"
@@ -62,10 +57,6 @@ class PruneSettings:
                 f"{how} says how attention heads go, and prune_num_heads=False that none goes: "
                 "leave one of them out"
             )
-        shares = {"pruning_ratio": self.pruning_ratio, "head_pruning_ratio": ratio}
-        shares |= {"max_pruning_ratio": self.max_pruning_ratio, **self.ratios}
-        for name, share in shares.items():
-            check_share(name, share)
 
     @classmethod
     def of(
@@ -138,29 +129,3 @@ def check_graph(graph: object) -> None:
         )
     if graph not in get_args(Graph):
         raise ValueError(f"graph={graph!r}: expected 'config' or 'auto', which mean the same")
-
-
-def check_layers(layers: str) -> None:
-    """Raise ``ValueError`` unless ``layers`` is ``"uniform"`` or ``"differ"``."""
-    if layers not in get_args(Layers):
-        raise ValueError(f"layers={layers!r}: expected 'uniform' or 'differ'")
-
-
-def check_share(name: str, value: Any) -> None:
-    """Raise if ``value`` is not a ratio; ``None`` counts as 0.
-
-    Args:
-        name: what the message calls the value.
-        value: what the user gave.
-
-    Raises:
-        ValueError: ``value`` is not a number from 0 to 1.
-    """
-    try:
-        share = 0.0 if value is None else float(value)
-    except (TypeError, ValueError):
-        share = math.nan
-    if 0 <= share <= 1:
-        return
-    meant = f" ({share:g} % is {share / 100:g})" if 1 < share <= 100 else ""
-    raise ValueError(f"{name}={value}: expected a share between 0 and 1{meant}")

@@ -437,6 +437,10 @@ def test_data_of_a_wrong_kind_is_refused() -> None:
         calibrate(model, [])
     with pytest.raises(CalibrationError, match="batch 1 of the calibration data is a int"):
         calibrate(model, [3])
+    ids = torch.arange(8).view(2, 4)
+    padding = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    with pytest.raises(CalibrationError, match=r"^all rows of the 3 batches are padding"):
+        calibrate(model, [padding] * 3)
     with pytest.raises(CalibrationError, match="where there is no tokenizer: pass calibrate"):
         calibrate(model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,14 @@ def test_logits_of_classes_are_compared_as_probabilities(shape: tuple[int, ...])
     wanted, found = before.log_softmax(-1), now.log_softmax(-1)
     expected = float((wanted.exp() * (wanted - found)).sum(-1).mean())
     assert change({"logits": before}, {"logits": now}) == ("KL", pytest.approx(expected))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_are_said(value: float) -> None:
+    logits = torch.rand(2, 7, 5)
+    logits[0, 3, 1] = value
+    with pytest.raises(CalibrationError, match=r"output on held-out batch 1 .* is NaN or infinite"):
+        change({"logits": logits}, {"logits": logits})
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 7, 1), (2, 5, 6, 4), (3,)])

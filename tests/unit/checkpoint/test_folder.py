@@ -340,6 +340,15 @@ def test_an_index_that_is_none(content: str, expected: str, sharded: Path):
         ('{"a": \xff}', "config.json is not JSON"),
         ("\xef\xbb\xbf{}", "config.json is not JSON: Unexpected UTF-8 BOM"),
         ("\xff\xfe{\0}\0", "config.json is not JSON: 'utf-8' codec can't decode byte 0xff"),
+        (
+            '{"per_layer_config": [{"a": 3}]}',
+            'per_layer_config says [{"a": 3}]; expected layer -> ',
+        ),
+        ('{"b": {"per_layer_config": {"0": 5}}}', 'per_layer_config says {"0": 5}; expected layer'),
+        (
+            '{"per_layer_config": {"x": {"a": 3}}}',
+            'per_layer_config says {"x": {"a": 3}}; expected',
+        ),
     ],
 )
 def test_a_config_that_is_none(content: str, expected: str, folder: Path):
@@ -433,7 +442,7 @@ def test_code_of_the_folder_is_only_run_when_it_is_trusted(
             call(folder)
         assert str(error.value) == (
             f"{folder}: its class is code in the folder (auto_map in config.json), which is not "
-            "run. Read it, then say trust_remote_code=True (--trust-remote-code)."
+            "run. Read it, then say trust_remote_code=True."
         )
     assert not mark.exists()
     report = check_checkpoint(folder, trust_remote_code=True)

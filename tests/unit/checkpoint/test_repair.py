@@ -162,7 +162,7 @@ def test_a_dry_run_says_what_the_folder_will_be_like(
     assert planned.after == done.after == check_checkpoint(folder)
     assert done.after is not None
     assert done.after.parameters > 0
-    assert any(note.startswith("no shape tells heads") for note in done.after.notes)
+    assert any(note.startswith("taken as config.json says") for note in done.after.notes)
 
 
 def test_a_field_that_is_there_under_two_names(tmp_path: Path):
@@ -542,7 +542,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         repair_checkpoint(folder)
     assert str(error.value) == (
         f"{folder} cannot be written: No space left on device. {folder} is as it was. Write to "
-        "another folder: out= (--out)."
+        "another folder: out=."
     )
 
 

@@ -27,8 +27,8 @@ LLAMA3 = {
 }
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
 DEFAULT = (
-    "in rope_parameters alone, where readers that stand on Transformers 4 do not look; they take a "
-    "default (mostly 10,000) without a word. repair writes it beside that"
+    "in rope_parameters alone, as Transformers 5 writes it. repair writes it beside that too, for "
+    "programs that read configs as Transformers 4 did"
 )
 ONLY_5 = pytest.mark.skipif(
     small.TRANSFORMERS < (5,), reason="Transformers 4 has no rope_parameters to compare with"

@@ -330,9 +330,8 @@ class TestAllocated:
                 "llama",
                 "--target-params 0.3",
                 "--allocate: target_params=40,838: 91,584 parameters are left when every layer "
-                "loses the largest of shares=. Allow larger shares, name more fields in prune=, or "
-                "take a larger target (in the shell: more fields in --prune, a larger "
-                "--target-params, or layers less, --drop-layers)",
+                "loses the largest of shares=. Allow larger shares, name more fields in --prune, "
+                "or take a larger target",
             ),
         ],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import small
 import torch
 import torch_pruning as tp
 import zoo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tp_hf_config import (
     CheckpointError,
@@ -23,7 +26,7 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 from tp_hf_config.calibration import compensation
-from tp_hf_config.graph import edits
+from tp_hf_config.graph import cut_list, edits
 from tp_hf_config.graph.edits import RefitInPlace, Selection
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.model.lazy_tensor import LazyTensor
@@ -194,6 +197,103 @@ class TestTheList:
             CutList.load(tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match="cannot be read"):
             CutList.load(tmp_path / "config.json")
+
+    def rewritten(self, file: Path, change: Any, checksum: bool = True) -> None:
+        """Change the table and the tensors of a saved cut list; with the checksum of the result."""
+        with safe_open(file, framework="pt") as opened:
+            head = opened.metadata()
+        tensors, table = load_file(file), json.loads(head["cut_list"])
+        change(table, tensors)
+        if checksum:
+            head["sha256"] = cut_list._digest(table, tensors)
+        save_file(tensors, file, {**head, "cut_list": json.dumps(table)})
+
+    def test_a_file_that_was_changed_is_refused(self, cuts: CutList, tmp_path: Path) -> None:
+        def other_epsilon(table: Any, tensors: Any) -> None:
+            table["after"]["rms_norm_eps"] = 0.5
+
+        def other_positions(table: Any, tensors: Any) -> None:
+            tensors["0"] += 1
+
+        file = tmp_path / "cuts.safetensors"
+        for change in (other_epsilon, other_positions):
+            cuts.save(file)
+            self.rewritten(file, change, checksum=False)
+            with pytest.raises(CheckpointError, match="it was changed after it was saved: its sha"):
+                CutList.load(file)
+            with pytest.raises(CheckpointError, match=r"Save it anew: hook\.cuts\.save\(path\)$"):
+                apply_cuts(small.llama(), file)
+
+    def test_a_file_without_a_checksum_is_refused(self, cuts: CutList, tmp_path: Path) -> None:
+        file = tmp_path / "cuts.safetensors"
+        cuts.save(file)
+        with safe_open(file, framework="pt") as opened:
+            head = opened.metadata()
+        del head["sha256"]
+        save_file(load_file(file), file, head)
+        with pytest.raises(CheckpointError, match=r"it has no checksum \(sha256\), which every cu"):
+            CutList.load(file)
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (
+                lambda t, _: t.pop("after"),
+                "expected an object of model, before, after, edi",
+            ),
+            (lambda t, _: t.update(edits=[]), "expected an object of model, before, after"),
+            (
+                lambda t, _: t["edits"].update(a=5),
+                "a: expected a list of what is done to it",
+            ),
+            (
+                lambda t, _: t["edits"].update(a=[{}]),
+                "a: expected what is kept, or a refit",
+            ),
+            (
+                lambda t, _: t["edits"].update(a=[{"keep": {"x": "0"}}]),
+                "a: expected the di",
+            ),
+            (
+                lambda t, _: t["edits"].update(a=[{"keep": {"0": "9"}}]),
+                "a: expected positi",
+            ),
+            (
+                lambda _, p: p["0"].fill_(3),
+                "positions have to rise from 0 on, each the",
+            ),
+            (
+                lambda _, p: p["0"].sub_(99),
+                "positions have to rise from 0 on, each the",
+            ),
+            (
+                lambda _, p: p.update({"0": p["0"].float()}),
+                "expected positions, a ",
+            ),
+            (
+                lambda _, p: p.update({"0": p["0"][:0]}),
+                "expected positions, a list",
+            ),
+            (lambda _, p: p["0"].add_(50), "it needs .* positions along dimension"),
+            (
+                lambda t, _: t["edits"].update(a=[{"keep": {"0": "0"}}]),
+                "it cuts a, which the",
+            ),
+            (
+                lambda t, _: t["edits"].update({"lm_head.weight": [{"keep": {"7": "0"}}]}),
+                "it needs .* along dimension 7 of lm_head.weight",
+            ),
+        ],
+    )
+    def test_what_is_no_cut_list_of_the_model_is_refused(
+        self, change: Any, expected: str, cuts: CutList, tmp_path: Path
+    ) -> None:
+        file, model = tmp_path / "cuts.safetensors", small.llama()
+        cuts.save(file)
+        self.rewritten(file, change)
+        with pytest.raises((CheckpointError, UnsupportedModelError), match=expected):
+            apply_cuts(model, file)
+        assert_same(small.llama(), model)
 
     def test_nothing_pruned_is_no_list(self) -> None:
         hook = HFConfigSyncHook()

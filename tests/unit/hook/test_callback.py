@@ -205,6 +205,54 @@ class TestTrainer:
         assert model.config.hidden_size == 16
         assert inner.param_groups[0]["params"] == list(model.parameters())
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"pruning_ratio": 0.6},
+                "pruning_ratio=0.5, and this one has pruning_ratio=0.6. Resume with the settings",
+            ),
+            (
+                {"max_pruning_ratio": 0.9, "round_to": 4},
+                "max_pruning_ratio=1.0, round_to=1, and this one has max_pruning_ratio=0.9, "
+                "round_to=4. Resume",
+            ),
+            (
+                {"ratios": {"intermediate_size": 0.75}},
+                "pruning_ratio_dict[model.layers.0.mlp.gate_proj]=None, ",
+            ),
+        ],
+        ids=["ratio", "several", "field"],
+    )
+    def test_resuming_with_other_settings_is_refused(
+        self, settings: dict[str, Any], message: str
+    ) -> None:
+        model, own = small.llama(), {"pruning_ratio": 0.5, "iterative_steps": 2}
+        own["prune"] = ("intermediate_size",)
+        callback = PruningCallback(at=(1, 2), **own)
+        state, control = hf.TrainerState(max_steps=2), hf.TrainerControl()
+        arguments = hf.TrainingArguments("unused", report_to="none", use_cpu=True)
+        given = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+        callback.on_train_begin(arguments, state, control, **given)
+        gradients(model)
+        callback.on_optimizer_step(arguments, state, control, **given)
+        saved = {"PruningCallback": json.loads(json.dumps(callback.state()))}
+        for others in ({}, settings):
+            other = small.llama(intermediate_size=48)
+            before = small.state_of(other)
+            state = hf.TrainerState(global_step=1, max_steps=2)
+            state.stateful_callbacks = json.loads(json.dumps(saved))
+            again = PruningCallback(at=(1, 2), **{**own, **others})
+            optimizer = torch.optim.AdamW(other.parameters())
+            given = {"model": other, "optimizer": optimizer}
+            if not others:
+                again.on_train_begin(arguments, state, control, **given)
+                continue
+            with pytest.raises(TrainingError) as raised:
+                again.on_train_begin(arguments, state, control, **given)
+            assert str(raised.value).startswith(f"the checkpoint's run pruned with {message}")
+            small.assert_same(before, small.state_of(other))
+
     def test_resuming_with_a_model_that_is_not_the_checkpoints_is_refused(self):
         model = small.llama()
         callback = PruningCallback(at=(1, 2), pruning_ratio=0.5, iterative_steps=2)

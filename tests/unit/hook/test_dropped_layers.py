@@ -77,14 +77,13 @@ class TestArguments:
             drop_layers(model, **arguments)
         small.assert_same(before, small.state_of(model))
 
-    @pytest.mark.parametrize("count", [0, 4])
-    def test_a_count_has_to_leave_a_layer(self, count: int) -> None:
+    def test_a_count_has_to_leave_a_layer(self) -> None:
         model = deep_zoo.build("llama")
-        with pytest.raises(ValueError, match=f"count={count}: model.layers has 4 layers"):
-            drop_layers(model, count=count, calibration=calibrate(model, batches()))
+        with pytest.raises(ValueError, match=r"count=4: model\.layers has 4 layers"):
+            drop_layers(model, count=4, calibration=calibrate(model, batches()))
 
-    def test_numbers_come_in_any_order_and_once_or_twice(self) -> None:
-        assert drop_layers(deep_zoo.build("llama"), [2, 0, 2]).dropped == (0, 2)
+    def test_numbers_come_in_any_order(self) -> None:
+        assert drop_layers(deep_zoo.build("llama"), [2, 0]).dropped == (0, 2)
 
     def test_a_model_with_several_lists_is_asked_which(self) -> None:
         model = deep_zoo.build("bart")

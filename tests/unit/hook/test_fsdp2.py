@@ -373,7 +373,7 @@ def test_a_rank_that_dies(ranks: list[dict[str, Any]]) -> None:
 def test_a_folder_that_is_taken(ranks: list[dict[str, Any]], folder: Path) -> None:
     said = (
         f"PipelineError: rank 0 at the start of save_sharded: {folder / 'taken'}: is not empty. "
-        "Choose another folder, or add --overwrite to replace it."
+        "Choose another folder, or add overwrite=True to replace it."
     )
     assert [results["refusals"]["taken"] for results in ranks] == [said] * RANKS
     assert [path.name for path in (folder / "taken").iterdir()] == ["notes.txt"]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+import zoo
 from torch import nn
 
-from tp_hf_config.model.build import Builder, Refusal
+from tp_hf_config.model.build import Builder, Refusal, without_data
 
 
 class Numbered(hf.PreTrainedModel):
@@ -126,3 +127,10 @@ def test_a_build_without_initial_weights_has_all_buffers(
     assert not built.table.is_meta
     if own:
         assert built.table.equal(2 * built.up.weight)
+
+
+def test_a_build_that_would_not_end_is_refused() -> None:
+    config = zoo.build("bart").config
+    config.decoder_layers = 10**9
+    built = without_data(type(zoo.build("bart")), config, max_modules=200)
+    assert built == Refusal("it asks for more than 200 modules, far more than any model has")

@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import small
 import transformers
 from huggingface_hub.utils import filter_repo_objects
 
@@ -36,6 +37,23 @@ def test_a_number_in_a_file_that_was_left_is_told(tmp_path: Path) -> None:
         "1_Pooling/config.json was not copied; its word_embedding_dimension says 64, as "
         "hidden_size did: where it goes along by hand and means the same, write 48",
     )
+
+
+def test_weights_in_a_subfolder_are_weights(tmp_path: Path) -> None:
+    """They are written anew; those that nothing reads are named as what is not copied."""
+    small.bert().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    for part in ("parts", "other"):
+        (tmp_path / "model" / part).mkdir()
+    for shard in set(data["weight_map"].values()):
+        (tmp_path / "model" / shard).rename(tmp_path / "model" / "parts" / shard)
+    data["weight_map"] = {name: f"parts/{shard}" for name, shard in data["weight_map"].items()}
+    index.write_text(json.dumps(data))
+    (tmp_path / "model" / "other" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "out").mkdir()
+    copied = copy_companions(Source("model", str(tmp_path / "model")), tmp_path / "out")
+    assert (copied.files, copied.not_copied) == ((), ("other/model.safetensors",))
 
 
 def vocabulary_files() -> Iterator[str]:

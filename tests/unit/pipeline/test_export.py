@@ -223,13 +223,6 @@ class TestRefused:
             export(layer_zoo.build("llama"), tmp_path / "out", to="padded")
         assert not list(tmp_path.iterdir())
 
-    def test_another_format_and_another_multiple(self, tmp_path: Path) -> None:
-        model = layer_zoo.build("llama")
-        with pytest.raises(PipelineError, match=r"to='onnx': models are exported to 'padded'"):
-            export(model, tmp_path / "out", to="onnx")  # type: ignore[arg-type]
-        with pytest.raises(PipelineError, match="multiple_of=0: expected a whole number above 0"):
-            export(model, tmp_path / "out", to="padded", multiple_of=0)
-
     def test_rotary_embeddings_that_transformers_4_would_not_read(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

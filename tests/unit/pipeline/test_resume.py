@@ -386,7 +386,9 @@ class TestRefused:
         before = folders.content(folder)
         with pytest.raises(PipelineError) as refused:
             prune.prune_checkpoint(again)
-        start = "--resume: the interrupted run had other settings, another source or other versions"
+        start = (
+            "resume=True: the interrupted run had other settings, another source or other versions"
+        )
         assert str(refused.value).startswith(f"{start}: {what}")
         assert str(refused.value).endswith(f"To start anew, first: rm -r {folder}")
         assert folders.content(folder) == before

@@ -306,7 +306,7 @@ def test_what_does_not_run_says_why() -> None:
 
 
 def test_no_model_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="dict: expected a Hugging Face model"):
+    with pytest.raises(TypeError, match=r"^source={}: expected a Hugging Face model"):
         supports({})  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match="no class of transformers"):
         supports(hf.PretrainedConfig())

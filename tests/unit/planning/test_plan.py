@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from types import SimpleNamespace
@@ -819,3 +820,26 @@ def test_a_search_does_not_depend_on_what_was_asked_before(
     assert again.steps() == [{("width",): 500}]
     assert not again.accepted()
     assert alone.at({}, patience=2).steps() == [{("width",): 450}]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        (
+            "num_hidden_layers",
+            10**9,
+            "says 1,000,000,000, and no model has more than 10,000 layers.",
+        ),
+        ("hidden_size", 10**12, "would be [40, 1000000000000], larger than in any model. Mend"),
+        ("vocab_size", 10**12, "would be [1000000000000, 32], larger than in any model. Mend the "),
+        ("intermediate_size", 10**12, "would be [1000000000000, 32], larger than in any model. Me"),
+        ("intermediate_size", -3, "Trying to create tensor with negative dimension -3"),
+    ],
+)
+@pytest.mark.parametrize("ask", [prunable, lambda config: plan(config, pruning_ratio=0.2)])
+def test_absurd_numbers_end_at_once(field: str, value: int, expected: str, ask: Any) -> None:
+    config = copy.deepcopy(small.llama().config)
+    setattr(config, field, value)
+    with pytest.raises(UnsupportedModelError) as raised:
+        ask(config)
+    assert expected in str(raised.value)

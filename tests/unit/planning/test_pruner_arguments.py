@@ -181,7 +181,7 @@ class TestNames:
     @pytest.mark.parametrize("ratio", [30, -0.5])
     def test_ratios_of_fields(self, ratio: float) -> None:
         for ask in (pruner_kwargs, plan):
-            with pytest.raises(ValueError, match=f"intermediate_size={ratio}: expected a share"):
+            with pytest.raises(ValueError, match=rf"'\]={ratio}: expected a share"):
                 ask(small.llama(), ratios={"intermediate_size": ratio})
 
 
@@ -207,14 +207,6 @@ class TestNothing:
 
 
 class TestNoModel:
-    def test_a_path(self) -> None:
-        with pytest.raises(TypeError) as raised:
-            pruner_kwargs("some/folder")  # type: ignore[arg-type]
-        assert str(raised.value) == (
-            "str given where a model was expected. Load it first, with from_pretrained of its "
-            "class (AutoModelForCausalLM, ...)."
-        )
-
     def test_what_holds_a_model(self) -> None:
         class Pipeline:
             def __init__(self) -> None:
@@ -223,7 +215,8 @@ class TestNoModel:
         with pytest.raises(TypeError) as raised:
             pruner_kwargs(Pipeline())  # type: ignore[arg-type]
         assert str(raised.value) == (
-            "Pipeline given where a model was expected. Pass what it holds: its .model."
+            "model=a Pipeline: expected a Hugging Face model (or a module that contains one). Pass "
+            "what it holds: its .model"
         )
 
     def test_packed_weights(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch_pruning as tp
@@ -13,10 +14,12 @@ from transformers.trainer_callback import (
     TrainerState,
 )
 
+from ...arguments import check_arguments, taken_by
 from ...errors import TrainingError
 from ...graph.origins import Origin
 from ...model.config_json import with_values
 from ...model.sharded import is_sharded, reshard
+from ...planning.pruner_arguments import check_names, check_values
 from ...planning.pruner_kwargs import pruner_kwargs
 from ..hook import HFConfigSyncHook
 from .optimizer import cannot_follow, optimizer_follows, replace, unwrapped
@@ -63,6 +66,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             step, if the optimizer's state cannot follow.
     """
 
+    @check_arguments
     def __init__(
         self,
         build: Callable[[Any], Any] | None = None,
@@ -84,7 +88,11 @@ class PruningCallback(TrainerCallback, ExportableState):
                 f"PruningCallback: {', '.join(settings)}: the function given makes the pruner, so "
                 "give them there"
             )
-        self._build, self._settings = build, settings
+        self._build, self._settings = build, taken_by(pruner_kwargs, settings)
+        others = signature(pruner_kwargs).parameters
+        own = {name: value for name, value in settings.items() if name not in others}
+        check_names(own)
+        check_values(own)
         self._every, self._at = every, tuple(at)
         self._unpruned: dict[str, Any] = {}
         self._checked = False

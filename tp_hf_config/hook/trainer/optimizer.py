@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ...arguments import check_arguments
 from ...errors import TrainingError
 from ...graph.origins import Lineage, Origin, recording_origins
 from ...model.build import Refusal
@@ -19,6 +20,7 @@ from ...model.tensors import select
 _PLAIN = (bool, int, float, str, type(None))
 
 
+@check_arguments
 @contextmanager
 def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Make the optimizer follow a pruning step: it goes on with the pruned parameters.

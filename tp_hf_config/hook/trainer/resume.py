@@ -8,13 +8,13 @@ history records; then the weights are put back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import TrainingError
+from ...errors import TrainingError, listed
 from ...fieldmap.completeness import build_live
 from ...graph.layer_fields import layers_listed
 from ...model.build import Refusal
@@ -25,6 +25,11 @@ from ...planning.settings import Layers
 from ..apply import Changes, all_or_nothing, difference, write
 from ..hook import HFConfigSyncHook
 from ..registration import hooks_of
+
+_SETTINGS = (
+    *("pruning_ratio", "head_pruning_ratio", "max_pruning_ratio", "iterative_steps", "round_to"),
+    *("global_pruning", "isomorphic", "prune_num_heads", "prune_head_dims"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Progress:
         fields: the config fields that pruning changed, with their values before the first step.
         scopes: ranking scope -> the channels that the pruner counted in it at its first step.
         layers: whether layers may have widths of their own.
+        settings: the pruner's own numbers and switches, which a resumed run has to have too.
     """
 
     step: int
@@ -44,6 +50,7 @@ class Progress:
     fields: list[tuple[FieldPath, Any]]
     scopes: dict[str, int]
     layers: Layers = "uniform"
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the progress for ``json.dumps``."""
@@ -53,8 +60,8 @@ class Progress:
     def from_dict(cls, data: Mapping[str, Any]) -> Progress:
         """Return the progress from the JSON of :meth:`to_dict`."""
         fields = [(tuple(field), value) for field, value in data["fields"]]
-        layers = data.get("layers", "uniform")
-        return cls(data["step"], data["history"], fields, data["scopes"], layers)
+        layers, settings = data.get("layers", "uniform"), data.get("settings", {})
+        return cls(data["step"], data["history"], fields, data["scopes"], layers, settings)
 
 
 def full_config(model: nn.Module, layers: Layers) -> dict[str, Any]:
@@ -80,7 +87,19 @@ def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
         if field_name(field) in pruned  # saving a model sets other fields too
     ]
     scopes = dict(pruner._scope_initial_channels)
-    return Progress(pruner.current_step, history, fields, scopes, hook.layers)
+    settings = settings_of(pruner)
+    return Progress(pruner.current_step, history, fields, scopes, hook.layers, settings)
+
+
+def settings_of(pruner: Any) -> dict[str, Any]:
+    """Return the settings of a pruner that say how much it prunes, as plain data."""
+    names = {layer: name for name, layer in pruner.model.named_modules()}
+    settings = {name: getattr(pruner, name) for name in _SETTINGS if hasattr(pruner, name)}
+    for key in ("pruning_ratio_dict", "head_pruning_ratio_dict"):
+        for layer, ratios in getattr(pruner, key).items():
+            if layer in names:
+                settings[f"{key}[{names[layer]}]"] = float(list(ratios)[-1])
+    return settings
 
 
 def sync_hook_of(pruner: Any) -> HFConfigSyncHook:
@@ -119,6 +138,7 @@ def pruner_at(
         _widen(changes, pretrained, progress)
         pruner = build(model)
         hook = sync_hook_of(pruner)
+        _check_settings(progress.settings, settings_of(pruner))
         pruner.load_pruning_history(list(progress.history))
         pruner.current_step = progress.step
         pruner._scope_initial_channels.update(progress.scopes)
@@ -130,6 +150,23 @@ def pruner_at(
             module._buffers[key] = buffer
         hook.sync()  # makes tied weights one Parameter again, and proves the result
     return pruner, {old: pretrained.get_parameter(name) for name, old in names.items()}
+
+
+def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise if a pruner would go on with other settings than the checkpoint's run began with.
+
+    Raises:
+        TrainingError: it would; the run could be neither the old one nor a new one.
+    """
+    names = dict.fromkeys((*saved, *now)) if saved else {}
+    other = [f"{n}={now.get(n)}" for n in names if saved.get(n) != now.get(n)]
+    if other:
+        old = [f"{n}={saved.get(n)}" for n in names if saved.get(n) != now.get(n)]
+        raise TrainingError(
+            f"the checkpoint's run pruned with {listed(old)}, and this one has {listed(other)}. "
+            "Resume with the settings that it had. For others, start a new run from the model: "
+            "train() without resume_from_checkpoint="
+        )
 
 
 def _widen(changes: Changes, model: Any, progress: Progress) -> None:

@@ -1,0 +1,325 @@
+"""Check the arguments of public functions by their annotations, before anything is done with them.
+
+A wrong argument ends in one line: what was found, what was expected, what to type.  Numbers of
+NumPy and torch become Python's, lists become tuples.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from numbers import Integral, Real
+from os import PathLike
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+
+Count = int
+"""A whole number, 1 or more."""
+Share = float
+"""A number from 0 to 1."""
+Positive = float
+"""A number above 0."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_SHOWN = 60  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class _Wrong:
+    """A value that is not what was expected.
+
+    Attributes:
+        found: the value.
+        expected: what it should be.
+        error: ``ValueError`` if only its type is right.
+        place: where it is in the argument: ``"[0]"``.
+    """
+
+    found: Any
+    expected: str
+    error: type[Exception] = TypeError
+    place: str = ""
+
+
+_Kind = Callable[[Any], Any]
+"""Takes a value, and returns the one to go on with, or :class:`_Wrong`."""
+
+
+def check_arguments(function: _Function) -> _Function:
+    """Decorate a public function: its arguments are checked by their annotations.
+
+    A call raises ``TypeError`` if an argument has another type, ``ValueError`` if it has a value
+    that is not allowed.
+    """
+    parameters = inspect.signature(function).parameters
+    kinds = {
+        name: _kind_of(ast.parse(parameter.annotation, mode="eval").body, function)
+        for name, parameter in parameters.items()
+        if isinstance(parameter.annotation, str) and parameter.kind is not parameter.VAR_KEYWORD
+    }
+
+    @wraps(function)
+    def with_checks(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(parameters, args, strict=False))
+        taken = taken_by(with_checks, {**given, **kwargs})
+        args = (*(taken[name] for name in given), *args[len(given) :])
+        return function(*args, **{name: taken[name] for name in kwargs})
+
+    with_checks.kinds = kinds  # type: ignore[attr-defined]
+    return cast(_Function, with_checks)
+
+
+def taken_by(function: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as a :func:`check_arguments` function takes them, or raise as it would.
+
+    Those that it does not have are returned as they are.
+    """
+    kinds = function.kinds
+    return {
+        name: _taken(name, value, kinds[name]) if name in kinds else value
+        for name, value in arguments.items()
+    }
+
+
+def check(name: str, value: Any, annotation: str) -> None:
+    """Raise as a :func:`check_arguments` function does if a value is not what an annotation says.
+
+    ``name``: what the message calls the value.
+    """
+    _taken(name, value, _kind_of(ast.parse(annotation, mode="eval").body))
+
+
+def _taken(name: str, value: Any, kind: _Kind) -> Any:
+    result = kind(value)
+    if isinstance(result, _Wrong):
+        found = f"{name}{result.place}={_shown(result.found)}"
+        raise result.error(f"{found}: expected {result.expected}{_advice(result)}")
+    return result
+
+
+def _kind_of(node: ast.expr, function: Any = None) -> _Kind:
+    """Return the kind that an annotation stands for; any value is of one that is not known."""
+    if isinstance(node, ast.BinOp):
+        kinds = [_kind_of(part, function) for part in _alternatives(node)]
+        return lambda value: _one_of(kinds, value)
+    if isinstance(node, ast.Constant):
+        return lambda value: None if value is None else _Wrong(value, "None")
+    whole = node.value if isinstance(node, ast.Subscript) else node
+    name = ast.unparse(whole).rpartition(".")[2]
+    if name in ("Mapping", "Sequence", "Iterable") and isinstance(node, ast.Subscript):
+        inside = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        example = _EXAMPLES.get(ast.unparse(inside[-1]), "...")
+        first, last = _kind_of(inside[0]), _kind_of(inside[-1])
+        return _dict_of(first, last, example) if name == "Mapping" else _list_of(last, example)
+    choices = getattr(function, "__globals__", {}).get(name)
+    if get_origin(choices) is Literal and name != "Graph":  # check_graph has more to say
+        return _word_of(get_args(choices))
+    return _KINDS.get(name, lambda value: value)
+
+
+def _alternatives(node: ast.expr) -> list[ast.expr]:
+    """Return the parts of a union; a text that stands beside a path is one."""
+    if not isinstance(node, ast.BinOp):
+        return [node]
+    parts = [*_alternatives(node.left), *_alternatives(node.right)]
+    texts = ast.unparse(node)
+    return [part for part in parts if "PathLike" not in texts or ast.unparse(part) != "str"]
+
+
+def _one_of(kinds: Sequence[_Kind], value: Any) -> Any:
+    wrong = []
+    for kind in kinds:
+        result = kind(value)
+        if not isinstance(result, _Wrong):
+            return result
+        wrong.append(result)
+    for result in wrong:
+        if result.place:
+            return result
+    error = ValueError if ValueError in {result.error for result in wrong} else TypeError
+    return _Wrong(value, " or ".join(result.expected for result in wrong), error)
+
+
+def _dict_of(keys: _Kind, values: _Kind, example: str) -> _Kind:
+    def take(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return _Wrong(value, f"a dict such as {{'name': {example}}}")
+        taken = {key: values(given) for key, given in value.items()}
+        for key, result in taken.items():
+            if isinstance(keys(key), _Wrong):
+                return replace(keys(key), place=" (a key)")
+            if isinstance(result, _Wrong):
+                return replace(result, place=f"[{_shown(key)}]{result.place}")
+        return value if example == "..." else taken
+
+    return take
+
+
+def _list_of(kind: _Kind, example: str) -> _Kind:
+    def take(value: Any) -> Any:
+        single = isinstance(value, (str, bytes, Mapping, type)) or getattr(value, "ndim", 1) == 0
+        if single or not isinstance(value, Iterable):
+            return _Wrong(value, f"a list such as [{example}]")
+        if example == "...":
+            return value
+        items = tuple(map(kind, value))
+        wrong = [n for n, item in enumerate(items) if isinstance(item, _Wrong)]
+        return replace(items[wrong[0]], place=f"[{wrong[0]}]") if wrong else items
+
+    return take
+
+
+def _word_of(words: tuple[str, ...]) -> _Kind:
+    expected = " or ".join(map(repr, words))
+    return lambda value: value if value in words else _Wrong(value, expected, ValueError)
+
+
+def _scalar(value: Any) -> Any:
+    """Return a number of NumPy or torch as Python's; anything else as it is."""
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar else value
+
+
+def _number(expected: str, least: float | None, most: float | None = None) -> _Kind:
+    """Return the kind of numbers in a range; of whole ones if ``expected`` says so."""
+    kind: Any = Integral if "whole" in expected else Real
+
+    def take(given: Any) -> Any:
+        value = _scalar(given)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return _Wrong(given, expected)
+        finite = isinstance(value, Integral) or math.isfinite(value)
+        fits = finite and (least is None or value >= least) and (most is None or value <= most)
+        return value if fits else _Wrong(given, expected, ValueError)
+
+    return take
+
+
+def _bool(given: Any) -> Any:
+    value = _scalar(given)
+    return value if isinstance(value, bool) else _Wrong(given, "True or False")
+
+
+def _is_a(cls: Any, *names: str) -> bool:
+    """True if a class or a base of it has one of these names; nothing is imported to know it."""
+    return any(base.__name__ in names for base in cls.__mro__)
+
+
+def _instance(expected: str, *names: str) -> _Kind:
+    return lambda value: value if _is_a(type(value), *names) else _Wrong(value, expected)
+
+
+def _function(expected: str) -> _Kind:
+    def take(value: Any) -> Any:
+        other = isinstance(value, type) or _is_a(type(value), "Module")
+        return value if callable(value) and not other else _Wrong(value, expected)
+
+    return take
+
+
+def _model_class(value: Any) -> Any:
+    fits = isinstance(value, type) and _is_a(value, "PreTrainedModel")
+    return value if fits else _Wrong(value, "a class such as transformers.LlamaForCausalLM")
+
+
+def _data(value: Any) -> Any:
+    other = isinstance(value, (bytes, type)) or _is_a(type(value), "Module")
+    fits = isinstance(value, Iterable) and not other
+    return value if fits or value is None else _Wrong(value, _BATCHES)
+
+
+def _optimizer(value: Any) -> Any:
+    fits = _is_a(type(value), "Optimizer") or hasattr(value, "optimizer")  # a wrapper of one
+    return value if fits else _Wrong(value, "an optimizer of torch")
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, (str, PathLike)):
+        return _Wrong(value, _PATH)
+    return value if str(value) else _Wrong(value, _PATH, ValueError)
+
+
+def _text(value: Any) -> Any:
+    return value if isinstance(value, str) else _Wrong(value, _TEXT)
+
+
+_TEXT, _PATH = "a text", "the path of a folder or a file"
+_MODEL = "a Hugging Face model (or a module that contains one)"
+_BATCHES = "batches (a list, a DataLoader) or texts"
+_SMALLEST = math.ulp(0.0)
+_KINDS: dict[str, _Kind] = {
+    "bool": _bool,
+    "int": _number("a whole number", None),
+    "Count": _number("a whole number, 1 or more", 1),
+    "float": _number("a number", None),
+    "Share": _number("a share between 0 and 1", 0, 1),
+    "Positive": _number("a number above 0", _SMALLEST),
+    "str": _text,
+    "PathLike": _path,
+    "Module": _instance(_MODEL, "Module"),
+    "PreTrainedConfig": _instance("a config", "PreTrainedConfig", "PretrainedConfig"),
+    "type": _model_class,
+    "Calibration": _instance("what calibrate(model) returns", "Calibration"),
+    "CutList": _instance("a CutList (hook.cuts)", "CutList"),
+    "Optimizer": _optimizer,
+    "Pruner": _instance("a pruner of Torch-Pruning", "BasePruner"),
+    "PreTrainedTokenizerBase": _function("a tokenizer (AutoTokenizer.from_pretrained(folder))"),
+    "MakeInputs": _function("a function of a config that returns a dict of inputs"),
+    "Scheduler": _function("a function of the final ratio and the number of steps"),
+    "Rebuild": _function("a function of a module, which makes your fully_shard calls"),
+    "Callable": _function("a function"),
+    "Data": _data,
+}
+"""What is known of annotations, by the last part of their names."""
+_EXAMPLES = {"int": "2", "Count": "2", "Share": "0.2", "str": "'hidden_size'"}
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it: a model would fill pages."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    plain = isinstance(value, (str, bytes, Real, PathLike, type(None), list, tuple, dict))
+    text = repr(value) if plain or hasattr(value, "ndim") else ""
+    return text if 0 < len(text) <= _SHOWN else f"a {type(value).__name__}"
+
+
+def _advice(wrong: _Wrong) -> str:
+    """Return what to type instead, to append to a message; empty: that says it all."""
+    value, expected = _scalar(wrong.found), wrong.expected
+    if expected.startswith(_MODEL):
+        held = [name for name, part in _parts_of(value) if _is_a(type(part), "Module")]
+        if isinstance(value, type):
+            return f". Load one: {value.__name__}.from_pretrained(folder)"
+        if held:
+            return f". Pass what it holds: its .{held[0]}"
+        if isinstance(value, (str, PathLike)):
+            return ". Load it first, with from_pretrained of its class (AutoModelForCausalLM, ...)"
+    elif isinstance(value, type):
+        return f". Pass an object: {value.__name__}(...)"
+    elif expected.startswith(_PATH) and _is_a(type(value), "Module"):
+        return ". Save it first: model.save_pretrained(folder)"
+    elif expected.startswith("a list") and isinstance(value, Integral):
+        return f". Write [{value}]"
+    elif expected.startswith(("a number", "a whole number", "a share")):
+        if isinstance(value, str) and _reads_as_number(value):
+            return f". Write {value}, without quotes"
+        if "share" in expected and isinstance(value, (int, float)) and 1 < value <= 100:
+            return f" ({value:g} % is {value / 100:g})"
+        if isinstance(value, float) and value.is_integer() and wrong.error is TypeError:
+            return f". Write {value:.0f}"
+    return ""
+
+
+def _parts_of(value: Any) -> list[tuple[str, Any]]:
+    return [] if isinstance(value, type) else list(getattr(value, "__dict__", {}).items())
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
