@@ -12,6 +12,7 @@ import torch_pruning as tp
 import transformers as hf
 from accelerate import cpu_offload, disk_offload
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import tp_hf_config
 import tp_hf_config.hook.apply
@@ -21,6 +22,8 @@ from tp_hf_config import (
     TPHFConfigError,
     UnsupportedModelError,
     calibrate,
+    plan,
+    prunable,
     pruner_kwargs,
 )
 
@@ -543,6 +546,41 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.head(self.backbone(input_ids, **kwargs).last_hidden_state[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [(torch.compile, "_orig_mod"), (nn.DataParallel, "module"), (AveragedModel, "module")],
+)
+def test_a_wrapper_of_torch_is_refused_at_once(wrap: Any, name: str):
+    """It returns what the model returns, whose width would stay for its sake, without a word."""
+    model = wrap(small.bert())
+    message = (
+        f"{type(model).__name__} is a wrapper of torch around BertModel. Pass the model inside, "
+        f"its .{name}, and wrap the pruned model anew after the last step. (To compile, "
+        "model.compile() needs no wrapper.)"
+    )
+    importance = tp.importance.MagnitudeImportance()
+    for refused in (
+        lambda: tp.pruner.MetaPruner(model, None, importance, hooks=[HFConfigSyncHook()]),
+        lambda: pruner_kwargs(model),
+        lambda: prunable(model),
+        lambda: plan(model, pruning_ratio=0.5),
+        lambda: calibrate(model, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]),
+    ):
+        with pytest.raises(UnsupportedModelError) as raised:
+            refused()
+        assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda model: nn.ModuleDict({"inner": model})])
+def test_a_container_of_torch_is_no_wrapper(wrap: Any):
+    model = small.llama()
+    hook = HFConfigSyncHook()
+    importance = tp.importance.MagnitudeImportance()
+    pruner = tp.pruner.MetaPruner(wrap(model), None, importance, hooks=[hook])
+    pruner.step()
+    assert model.config.intermediate_size == 32
 
 
 def test_a_wrapper_works_end_to_end(tmp_path: Any):
