@@ -119,7 +119,9 @@ def pruner_at(
         _widen(changes, pretrained, progress)
         pruner = build(model)
         hook = sync_hook_of(pruner)
-        pruner.load_pruning_history(list(progress.history))
+        with pruner.DG.recorded.held():
+            pruner.load_pruning_history(list(progress.history))
+            hook.sync()
         pruner.current_step = progress.step
         pruner._scope_initial_channels.update(progress.scopes)
         _check_narrow(pretrained, {**names, **buffers})
@@ -128,7 +130,6 @@ def pruner_at(
         for name, buffer in buffers.items():
             module, key = owner(pretrained, name)
             module._buffers[key] = buffer
-        hook.sync()  # makes tied weights one Parameter again, and proves the result
     return pruner, {old: pretrained.get_parameter(name) for name, old in names.items()}
 
 
