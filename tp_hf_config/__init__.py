@@ -135,5 +135,9 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 # Pruners accept hooks= once both packages are imported, in either order.
 when_imported("torch_pruning", f"{__name__}.hook.registration")

@@ -168,7 +168,7 @@ def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, An
     report = hook.last_report
     return {
         "measurement": of_measurement(calibration),
-        "kept": {name: report.cuts.kept(name) for name in report.cuts.edits},
+        "kept": {name: hook.cuts.kept(name) for name in hook.cuts.edits},
         "refits": report.compensation.to_dict() | {"seconds": 0.0},
         "tensors": snapshot(hook.rebuilt_model or model),
     }

@@ -171,6 +171,14 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert torch.equal(value, after["values"][name]), name
 
 
+def assert_equal_weights(model: nn.Module, other: nn.Module) -> None:
+    """Two models have the same parameters and saved buffers, bit for bit."""
+    first, second = model.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
 def python(code: str, timeout: float = 120) -> str:
     """Run code in a fresh interpreter that can import the library; its standard output."""
     done = subprocess.run(

@@ -30,8 +30,11 @@ def test_import_loads_no_modelling_code():
     assert [name for name in modules if name.startswith("transformers")] == []
 
 
-def test_import_alone_loads_no_torch():
-    modules = loaded("import tp_hf_config, tp_hf_config.errors")
+def test_import_alone_loads_no_torch_and_lists_every_public_name():
+    modules = loaded(
+        "import tp_hf_config, tp_hf_config.errors;"
+        "assert set(tp_hf_config.__all__) <= set(dir(tp_hf_config))"
+    )
     assert not {"torch", "torch_pruning", "transformers"} & set(modules)
 
 

@@ -109,8 +109,6 @@ class AppliedRefits:
     Args:
         model: the model.
         refits: the refits that are used.
-        whole: True if all groups that they were solved for are pruned for certain; otherwise a
-            weight is changed only if one group takes all channels that it loses.
         record: True if a cut list is to have the refits. Those of a model that is read from files
             are in files as they are, so it has them in any case.
 
@@ -118,10 +116,8 @@ class AppliedRefits:
         done: whose weights were changed.
     """
 
-    def __init__(
-        self, model: nn.Module, refits: Mapping[Consumer, Refit], whole: bool, record: bool
-    ):
-        self._whole, self._record = whole, record
+    def __init__(self, model: nn.Module, refits: Mapping[Consumer, Refit], record: bool):
+        self._record = record
         self._by_place: dict[tuple[int, str, int], list[tuple[Consumer, Refit]]] = {}
         self.done: set[Consumer] = set()
         names = {names[0]: names for names in parameter_names(model).values()}
@@ -137,9 +133,8 @@ class AppliedRefits:
     ) -> Iterator[RefitInPlace | RefitNotRecorded]:
         """Change a parameter, the first time that one of its dimensions is cut; yield each edit."""
         for consumer, refit in self._by_place.pop((id(owner), key, dim), ()):
-            partly = len(gone) != refit.size - len(refit.kept)
-            if consumer in self.done or (partly and not self._whole):
-                continue  # tied, and done under its other name; or not all of it goes
+            if consumer in self.done:
+                continue  # tied, and done under its other name
             self.done.add(consumer)
             edit = RefitInPlace(consumer.dim, consumer.part, refit)
             parameter: nn.Parameter = getattr(owner, key)
@@ -161,7 +156,6 @@ class Compensating:
     Args:
         calibration: the measured model.
         groups: the groups that the step prunes; nothing of them is cut yet.
-        whole: True if all of them are pruned for certain.
         record: True if a cut list is to have the refits.
 
     Attributes:
@@ -170,11 +164,7 @@ class Compensating:
     """
 
     def __init__(
-        self,
-        calibration: MeasuredModel,
-        groups: Sequence[ConfigGroup],
-        whole: bool,
-        record: bool = False,
+        self, calibration: MeasuredModel, groups: Sequence[ConfigGroup], record: bool = False
     ):
         started = time.perf_counter()
         self._step = StepRefits(calibration, groups)
@@ -183,7 +173,7 @@ class Compensating:
         using = self._worth_it() if calibration.holds_out() else self._told_enough()
         self._note_unfitted()
         used = {consumer: self._step.refits[consumer] for consumer in using}
-        self.applied = AppliedRefits(calibration.model, used, whole, record)
+        self.applied = AppliedRefits(calibration.model, used, record)
         self.result.seconds = time.perf_counter() - started
 
     def _worth_it(self) -> set[Consumer]:

@@ -24,6 +24,7 @@ from ..model.tensors import tensor
 from .config_group import ConfigGroup, Watch
 from .cut import Cuts
 from .full_size import Group
+from .recorded_prunes import RecordedPrunes
 from .sides import (
     UNITS,
     GraphGroup,
@@ -69,7 +70,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
         self.replaced: dict[str, Any] = {}  # a pruner's attributes before it took this graph
         self.register_customized_layer(Units, UNITS)
-        self.cuts = Cuts()
+        self.cuts, self.recorded = Cuts(), RecordedPrunes(self)
         self.watchers: list[Watch] = []
         self._views: dict[tuple[str, int], ParameterView] = {}
         self.graph_groups = [
@@ -125,7 +126,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         """Return the pruning group of some units, with its root first."""
         root = graph_group.root
         module, out = (graph_group.units, True) if root is None else (root.module, root.out)
-        return self._group(graph_group, list(units), module, out)
+        return self.group_from(graph_group, list(units), module, out)
 
     def groups_to_prune(
         self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
@@ -208,14 +209,14 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         out = self.is_out_channel_pruning_fn(pruning_fn)
         for graph_group in self.graph_groups:
             if graph_group.units is module:
-                return self._group(graph_group, channels, module, True)
+                return self.group_from(graph_group, channels, module, True)
         both = out and self.is_in_channel_pruning_fn(pruning_fn)  # norms: one function for both
         for graph_group, side in self._sides_of.get(module, ()):
             reported = self.side_of(side.module, side.out) if side.module is not module else None
             fits = both or (side.out if reported is None else reported[1]) is out
             units = units_of(side, channels) if fits else None
             if units is not None:
-                return self._group(graph_group, units, side.module, side.out)
+                return self.group_from(graph_group, units, side.module, side.out)
         name = self._module2name.get(module, type(module).__name__)
         raise ValueError(
             f"{name}: these {'output' if out else 'input'} channels are no whole units of a group "
@@ -243,12 +244,14 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def load_pruning_history(self, pruning_history: Any) -> None:
         """Prune again what a history says; it may name views by ``parameter#dimension``."""
-        self._pruning_history = pruning_history
         named = {self.history_name(view): view for view in self._views.values()}
-        for name, is_out, idxs in pruning_history:
-            module = named[name] if name in named else self.model.get_submodule(name)
-            handler = handler_of(module, is_out)
-            self.get_pruning_group(module, handler, idxs).prune(record_history=False)
+        with self.recorded.held():
+            for name, is_out, idxs in pruning_history:
+                module = named[name] if name in named else self.model.get_submodule(name)
+                channels = self.recorded.numbered_now(module, is_out, idxs)
+                group = self.get_pruning_group(module, handler_of(module, is_out), channels)
+                group.prune(record_history=False)
+            self._pruning_history = pruning_history
 
     def side_of(self, module: nn.Module, out: bool) -> tuple[str, bool] | None:
         """Return a side's name in reports and True if it is an output; None for :class:`Units`."""
@@ -299,7 +302,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._fill(group, [root, *rest], lambda n: first + torch.arange(n) * width // n)
         return group
 
-    def _group(
+    def group_from(
         self, graph_group: GraphGroup, units: Sequence[int], root: nn.Module, out: bool
     ) -> ConfigGroup:
         """Return the pruning group of some units, with the root's side first."""

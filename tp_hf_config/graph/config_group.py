@@ -31,11 +31,18 @@ class ConfigGroup(dependency.Group):  # type: ignore[misc]
         self.units = list(units)
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
-        """Cut the group's units, or those of the root's channels ``idxs``, from every layer."""
+        """Prune the group's units, or those of the root's channels ``idxs``, in every layer.
+
+        A graph without a hook cuts them now; with one, as soon as a config describes what is left.
+        """
+        group = self
         if idxs is not None:
             root = self[0].dep
-            self._DG.get_pruning_group(root.target.module, root.handler, idxs).prune()
-            return
+            group = self._DG.get_pruning_group(root.target.module, root.handler, idxs)
+        self._DG.recorded.add(group, record_history)
+
+    def cut(self, record_history: bool = True) -> None:
+        """Cut the group's units from every layer."""
         settle(self.graph_group.sides, self._DG.cuts)
         record = min(self._group, key=lambda item: self._DG.history_rank(item.dep.target.module))
         entry = [

@@ -121,8 +121,12 @@ class CutList:
         """
         if other.model != self.model or list(changed_values(self.after, other.before)):
             raise ValueError(f"{other} does not start where {self} ends")
+        return self.followed_by(other)
+
+    def followed_by(self, other: CutList) -> CutList:
+        """Return this cut list followed by one of the same model, which is not asked."""
         edits = {
-            name: (*self.edits.get(name, ()), *other.edits.get(name, ()))
+            name: _joined(self.edits.get(name, ()), other.edits.get(name, ()))
             for name in dict.fromkeys((*self.edits, *other.edits))
         }
         return CutList(self.model, self.before, other.after, edits)
@@ -289,6 +293,17 @@ def _not_rising(key: Any, tensors: Mapping[str, Tensor]) -> str | None:
     if int(values[0]) < 0 or not bool((values.diff() > 0).all()):
         return "positions have to rise from 0 on, each there once"
     return None
+
+
+def _joined(first: tuple[Edit, ...], second: tuple[Edit, ...]) -> tuple[Edit, ...]:
+    """Return edits one after the other; selections of positions become one."""
+    edits: list[Edit] = []
+    for edit in (*first, *second):
+        if edits and isinstance(edit, Selection) and isinstance(edits[-1], Selection):
+            edits[-1] = edits[-1].then(edit)
+        elif not isinstance(edit, RefitNotRecorded) or edit not in edits:
+            edits.append(edit)
+    return tuple(edits)
 
 
 def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -28,6 +28,13 @@ class Selection:
         """Return a copy of a parameter's values with only what stays."""
         return select(values, self.positions)
 
+    def then(self, other: Selection) -> Selection:
+        """Return what stays after this and another selection, of what this one leaves."""
+        positions = dict(self.positions)
+        for dim, kept in other.positions.items():
+            positions[dim] = positions[dim][kept] if dim in positions else kept
+        return Selection(positions)
+
 
 @dataclass(frozen=True)
 class Refit:

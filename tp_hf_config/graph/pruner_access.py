@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from ..model.build import Refusal
 from .config_graph import ConfigGraph
 from .pruner_classes import BasePruner, constructing_with, with_awaited_graph
@@ -49,6 +51,27 @@ class GraphInputs(dict[str, Any]):
         super().__init__(inputs)
         self.graph, self.why = graph, why
         self.needed: dict[str, Any] = {}
+
+
+class GraphCarrier(nn.Module):
+    """A key of ``in_channel_groups`` that carries :class:`GraphInputs`.
+
+    Nobody writes that argument by hand, while ``example_inputs`` may be given anew: the choice of
+    what to prune must not depend on it.
+    """
+
+    def __init__(self, inputs: GraphInputs):
+        super().__init__()
+        self.inputs = inputs
+
+
+def carried_inputs(arguments: Mapping[str, Any]) -> GraphInputs | None:
+    """Return what ``pruner_kwargs`` made for these arguments of a pruner; None if it made none."""
+    given = arguments.get("example_inputs")
+    if isinstance(given, GraphInputs):
+        return given
+    keys = arguments.get("in_channel_groups") or ()
+    return next((key.inputs for key in keys if isinstance(key, GraphCarrier)), None)
 
 
 def given_ratios(pruner: Any, group: Any) -> tuple[str, Sequence[float]] | None:

@@ -13,7 +13,7 @@ from ..model.ranks import Decision, differing
 
 if TYPE_CHECKING:
     from ..calibration.compensation import Compensation
-    from .history import PrunedGroup
+    from .history import GroupCut
 
 _Parts = Iterable[tuple[str, str]]
 
@@ -45,14 +45,14 @@ class Agreement:
         self.on(f"the start of {step(pruner, 1)}", [("the settings", repr(what))])
 
     def on_groups(
-        self, pruner: Any, groups: Iterable[PrunedGroup], failure: Exception | None = None
+        self, pruner: Any, groups: Iterable[GroupCut], failure: Exception | None = None
     ) -> None:
         """Compare the channels that are pruned.
 
         ``failure``: why this rank cannot; all ranks raise then, this one its own error.
         """
         parts = (
-            (group.root.name, _digest([vars(layer) for layer in group.layers]))
+            (group.layers[0].name, _digest([vars(layer) for layer in group.layers]))
             for group in groups
             if group.layers
         )

@@ -1,8 +1,8 @@
-"""Turn what a graph cut between two syncs into a cut list."""
+"""Turn what a graph cut between two syncs into a cut list, and keep one of all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,31 +29,33 @@ class _State:
 
 
 class CutLog:
-    """What was cut from a model, from one sync to the next.
+    """What a hook's pruners cut from one model.
 
-    ``cuts``: what its graph cuts.
+    Attributes:
+        total: everything; ``None``: nothing yet, or not all of it is known.
     """
 
-    def __init__(self, model: Any, cuts: Cuts):
-        self._model, self._cuts = model, cuts
-        self._before = _State.of(model)
+    def __init__(self, model: Any):
+        self.model = weakref.ref(model)
+        self.total: CutList | None = None
+        self._known = True
+
+    def begin(self, cuts: Cuts) -> None:
+        """Follow a graph, from now on; ``cuts`` is what it cuts."""
+        self._cuts, self._before = cuts, _State.of(self.model())
         cuts.log.clear()
 
     def take(self) -> CutList | None:
         """Return what was cut since the last call; ``None``: nothing, or not all of it is known."""
-        before, self._before = self._before, _State.of(self._model)
-        edits = edits_by_name(self._model, self._cuts.log)
+        model: Any = self.model()
+        before, self._before = self._before, _State.of(model)
+        edits = edits_by_name(model, self._cuts.log)
         self._cuts.log.clear()
-        if not edits or not explained(self._model, edits, before.shapes, self._before.shapes):
+        self._known &= explained(model, edits, before.shapes, self._before.shapes)
+        if not self._known:
+            self.total = None
+        if not self._known or not edits:
             return None
-        return CutList(before.model, before.config, self._before.config, edits)
-
-
-def joined(lists: Sequence[CutList | None]) -> CutList | None:
-    """Return the cut lists of several steps as one; ``None``: there is none, or one is missing."""
-    total: CutList | None = None
-    for cuts in lists:
-        if cuts is None:
-            return None
-        total = cuts if total is None else total.then(cuts)
-    return total
+        step = CutList(before.model, before.config, self._before.config, edits)
+        self.total = step if self.total is None else self.total.followed_by(step)
+        return step

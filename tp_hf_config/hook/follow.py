@@ -34,9 +34,9 @@ from ..model.config_json import FieldPath, changed_values, config_json, field_na
 from ..model.live_objects import surroundings_of
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
-from .apply import all_or_nothing, difference, unfilled_buffers, write, write_ties
+from .apply import Changes, all_or_nothing, difference, unfilled_buffers, write, write_ties
 from .enclosing_modules import EnclosingModules
-from .history import PrunedGroup
+from .history import GroupCut
 from .mirrored_fields import with_mirrored_fields
 from .report import SyncReport
 
@@ -99,10 +99,12 @@ class Follower:
                     "the model as it is now. Nothing was pruned by this step."
                 )
 
-    def follow(self, report: SyncReport) -> SyncReport:
+    def follow(self, report: SyncReport, groups: Sequence[GroupCut]) -> SyncReport:
         """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
 
-        ``report``: a report with the groups that were pruned since the last time.
+        Args:
+            report: the report to complete.
+            groups: what was cut since the last time.
 
         Returns:
             The report with what was written, and notes on it.
@@ -110,21 +112,14 @@ class Follower:
         Raises:
             ConfigSyncError: no config describes the weights.
         """
-        self._follow_inputs(report.groups)
-        self._count_heads(report.groups)
-        live = self._live_shapes(report.groups)
+        self._follow_inputs(groups)
+        self._count_heads(groups)
+        live = self._live_shapes(groups)
         values, data, built, mirror_notes = self._proved(live)
-        change = difference(self.model, self.reference, built)
         old = config_json(self.model.config, use_diff=False)
-        changed = {
-            field: (value_at(old, field), new) for name, field, new in change.fields if not name
-        }
-        numbers = self.enclosing.numbers(changed)
         with all_or_nothing() as changes:
-            attributes, buffers = write(changes, self.model, change)
+            attributes, buffers, outside = self._write(changes, data, built)
             ties = write_ties(changes, self.model, self.ties)
-            self._check_written(data, built)
-            written, outside = self.enclosing.follow(changes, numbers, changed)
         new = config_json(self.model.config, use_diff=False)
         self.reference, self.values = built, values
         self._set_head_counts()
@@ -136,7 +131,7 @@ class Follower:
                 field_name(field): (value_at(old, field), value)
                 for field, value in changed_values(old, new)
             },
-            attributes=[*attributes, *written],
+            attributes=attributes,
             buffers=buffers,
             ties=ties,
             proof=f"proved: {len(live)} tensors are as {name} builds them from the new config.json",
@@ -145,26 +140,44 @@ class Follower:
         )
 
     def check_shapes_after(
-        self, groups: Sequence[PrunedGroup], shapes_after: Mapping[str, tuple[int, ...]]
+        self, groups: Sequence[GroupCut], shapes_after: Mapping[str, tuple[int, ...]]
     ) -> None:
-        """Raise if no config could describe what a step is going to leave.
+        """Raise if no config could describe what a step is going to leave, or it takes no write.
 
         ``shapes_after``: tensor name -> its shape after the step, tied ones under all names.
 
         Raises:
-            ConfigSyncError: no config could.
+            ConfigSyncError: no config could. A setter of the user's may raise anything else.
         """
         splits, retied = dict(self.splits), dict(shapes_after)
         try:
             self._count_heads(groups)
             for tie in self.ties:
                 retied.update(self._tied_shapes_after(tie, groups, shapes_after))
-            self._proved(retied)
+            _, data, built, _ = self._proved(retied)
+            with all_or_nothing() as changes:
+                self._write(changes, data, built)
+                changes.roll_back()
         finally:
             self.splits = splits
 
+    def _write(
+        self, changes: Changes, data: dict[str, Any], built: nn.Module
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Write what a proved config changes, but ties; return attributes, buffers and notes."""
+        change = difference(self.model, self.reference, built)
+        old = config_json(self.model.config, use_diff=False)
+        changed = {
+            field: (value_at(old, field), new) for name, field, new in change.fields if not name
+        }
+        numbers = self.enclosing.numbers(changed)
+        attributes, buffers = write(changes, self.model, change)
+        self._check_written(data, built)
+        written, outside = self.enclosing.follow(changes, numbers, changed)
+        return [*attributes, *written], buffers, outside
+
     def _tied_shapes_after(
-        self, tie: Tie, groups: Sequence[PrunedGroup], shapes_after: Mapping[str, tuple[int, ...]]
+        self, tie: Tie, groups: Sequence[GroupCut], shapes_after: Mapping[str, tuple[int, ...]]
     ) -> dict[str, tuple[int, ...]]:
         """Return a tied weight's shape after a step, by name; raise if the names disagree."""
         lost = self._lost(groups)
@@ -201,7 +214,7 @@ class Follower:
         self._proof = asked, (values, data, built, mirror_notes)
         return self._proof[1]
 
-    def _follow_inputs(self, groups: Sequence[PrunedGroup]) -> None:
+    def _follow_inputs(self, groups: Sequence[GroupCut]) -> None:
         """Record which channels of the encoder states are still read."""
         read = encoder_states_of(self.model, self.field_map.recipe.encoder_states)
         for layer in (layer for group in groups for layer in group.layers):
@@ -212,7 +225,7 @@ class Follower:
                     channel for index, channel in enumerate(remaining) if index not in removed
                 )
 
-    def _count_heads(self, groups: Sequence[PrunedGroup]) -> None:
+    def _count_heads(self, groups: Sequence[GroupCut]) -> None:
         """Update the head splits from the channels that were pruned."""
         for group in groups:
             lost: dict[str, set[int]] = {}  # a fused layer occurs once for each piece
@@ -242,7 +255,7 @@ class Follower:
         inside = name.startswith(f"{prefix}.")
         return name.removeprefix(f"{prefix}.") if inside else None
 
-    def _live_shapes(self, groups: Sequence[PrunedGroup]) -> dict[str, tuple[int, ...]]:
+    def _live_shapes(self, groups: Sequence[GroupCut]) -> dict[str, tuple[int, ...]]:
         """Return the shapes with each tied weight made one again; raise if it cannot be."""
         live = shapes(self.model)
         lost = self._lost(groups)
@@ -255,7 +268,7 @@ class Follower:
             live.update(dict.fromkeys(tie.names, live[tie.keeper(self.model)]))
         return live
 
-    def _lost(self, groups: Sequence[PrunedGroup]) -> dict[str | None, list[tuple[int, ...]]]:
+    def _lost(self, groups: Sequence[GroupCut]) -> dict[str | None, list[tuple[int, ...]]]:
         """Return layer -> its lost channels in each group; None: layers outside the model."""
         lost: dict[str | None, list[tuple[int, ...]]] = {}
         for layer in (layer for group in groups for layer in group.layers):

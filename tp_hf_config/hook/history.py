@@ -16,18 +16,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """One side of one layer in a pruned group, and the channels that it lost.
+    """One side of one layer in a pruned group, and how many channels it lost.
+
+    Which ones says the hook's cut list.
 
     Attributes:
         name: the layer's name in the model that the pruner prunes.
         out: True if output channels were pruned, False if input channels.
-        removed: the pruned channels, as they were numbered before this prune.
+        removed: the number of pruned channels.
         before: the number of channels before this prune.
     """
 
     name: str
     out: bool
-    removed: tuple[int, ...]
+    removed: int
     before: int
 
     def __repr__(self) -> str:
@@ -35,7 +37,7 @@ class PrunedLayer:
 
     def __str__(self) -> str:
         side = "output" if self.out else "input"
-        return f"{len(self.removed):,} of {self.before:,} {side} channels of {self.name}"
+        return f"{self.removed:,} of {self.before:,} {side} channels of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,45 @@ class PrunedGroup:
         return self.layers[0]
 
 
+@dataclass(frozen=True)
+class LayerCut:
+    """One side of one layer in a group that is cut, and the channels that it loses.
+
+    Attributes:
+        name: the layer's name in the model that the pruner prunes.
+        out: True if it loses output channels, False if input channels.
+        removed: the channels, as they are numbered before this cut.
+        before: the number of channels before this cut.
+    """
+
+    name: str
+    out: bool
+    removed: tuple[int, ...]
+    before: int
+
+
+@dataclass(frozen=True)
+class GroupCut:
+    """A dependency group whose layers lose channels together; its first layer is the root."""
+
+    layers: tuple[LayerCut, ...]
+
+    def counted(self) -> PrunedGroup:
+        """Return it for a report, which keeps numbers of channels only."""
+        return PrunedGroup(
+            tuple(
+                PrunedLayer(layer.name, layer.out, len(layer.removed), layer.before)
+                for layer in self.layers
+            )
+        )
+
+
 class Recorder:
     """Records each group of one ``ConfigGraph`` at the moment it is pruned."""
 
     def __init__(self, graph: ConfigGraph):
         self._graph = graph
-        self._groups: list[PrunedGroup] = []
+        self._groups: list[GroupCut] = []
 
     def attach(self) -> None:
         """Start to record."""
@@ -69,17 +104,17 @@ class Recorder:
         """Stop recording."""
         self._graph.watchers.remove(self._watch)
 
-    def drain(self) -> list[PrunedGroup]:
+    def drain(self) -> list[GroupCut]:
         """Return the groups pruned since the last call."""
         groups, self._groups = self._groups, []
         return groups
 
     def _watch(self, group: ConfigGroup) -> Callable[[], None]:
         """Return a function that records a group which is about to be pruned, as it is now."""
-        return partial(self._groups.append, PrunedGroup(tuple(layers_of(self._graph, group))))
+        return partial(self._groups.append, GroupCut(tuple(layers_of(self._graph, group))))
 
 
-def layers_of(graph: Any, group: Any) -> Iterator[PrunedLayer]:
+def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:
     """Yield the layers of a group with the channels that the group removes from each."""
     for dep, idxs in group:
         module, out = dep.target.module, graph.is_out_channel_pruning_fn(dep.handler)
@@ -88,4 +123,4 @@ def layers_of(graph: Any, group: Any) -> Iterator[PrunedLayer]:
             continue
         size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
         name, is_output = side
-        yield PrunedLayer(name, is_output, tuple(map(int, idxs)), size or 0)
+        yield LayerCut(name, is_output, tuple(map(int, idxs)), size or 0)

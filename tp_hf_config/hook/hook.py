@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +22,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..calibration.calibrate import Calibration
-    from ..calibration.compensation import Compensating, Compensation
     from ..forward.run_recipe import MakeInputs
     from ..graph.cut_list import CutList
     from .agreement import Agreement
     from .cut_log import CutLog
     from .follow import Follower
+    from .pending_prunes import PendingPrunes
     from .rebuilding import Rebuild, Rebuilding
+    from .refits import StepRefits
     from .steering import UnitSteering
 
 
@@ -61,8 +60,8 @@ class HFConfigSyncHook:
         compensate: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before
             every cut the weights that read pruned channels are refitted by least squares, where
             held-out data says that it helps. The report says by how much.
-        record_refits: keep what was refitted for ``report.cuts``, in temporary files where it is
-            large; without, the cut list of a compensated step cannot be saved or carried out.
+        record_refits: keep what was refitted for ``cuts``, in temporary files where it is large;
+            without, the cut list of a compensated step cannot be saved or carried out.
         rebuild: for a model under FSDP2: a function that wraps the pruned model, whose parameters
             are on the meta device then, as your own code wrapped the model (``fully_shard``).
         distributed: every process of a run prunes a copy of the model (DistributedDataParallel):
@@ -71,6 +70,8 @@ class HFConfigSyncHook:
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
     """
+
+    carries_out = True  # so that other hooks see the model after the step
 
     @check_arguments
     def __init__(
@@ -87,7 +88,6 @@ class HFConfigSyncHook:
         check_graph(graph)
         self.layers, self.strict, self.make_inputs = layers, strict, make_inputs
         self.compensate, self.record_refits = compensate, record_refits
-        self._compensating: Compensating | None = None
         self.rebuild, self.distributed = rebuild, distributed
         self.reports: list[SyncReport] = []
         self._graph_reason, self._parameters = "", 0
@@ -96,18 +96,25 @@ class HFConfigSyncHook:
         self._steering: UnitSteering | None = None
         self._cut_log: CutLog | None = None
         self._rebuilding: Rebuilding | None = None
-        self._agreement: Agreement  # from the time on when the hook is attached
-        self._step_refused = False
-        self._model: Callable[[], Any] = lambda: None  # a weak reference
+        self._agreement: Agreement  # this and the next: once the hook is attached
+        self._refits: StepRefits
+        self._pending: PendingPrunes | None = None
         self._first = 0  # the first report on this model
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Return what is missing until pruned groups are cut: groups to prune, or a reason.
+
+        Empty: nothing waits. ``group.prune()`` outside of a step, and in a loop over an interactive
+        one, records what to prune; model and config stay as they were until a config describes all
+        that is recorded, and the loop has ended.
+        """
+        return () if self._pending is None else self._pending.missing
 
     @property
     def cuts(self) -> CutList | None:
         """Return what all steps have cut (``None``: nothing, or other code changed layers)."""
-        from .cut_log import joined
-
-        synced = [report for report in self.reports[self._first :] if report.error is None]
-        return joined([report.cuts for report in synced if report.groups or report.cuts])
+        return None if self._cut_log is None else self._cut_log.total
 
     @property
     def rebuilt_model(self) -> nn.Module | None:
@@ -167,7 +174,6 @@ class HFConfigSyncHook:
         from ..graph.layer_fields import layers_listed
         from ..graph.standin import standin_behind
         from .agreement import Agreement
-        from .cut_log import CutLog
         from .rebuilding import Rebuilding
 
         if self._follower is not None:
@@ -177,21 +183,24 @@ class HFConfigSyncHook:
             )
         standin = standin_behind(pruner.model)
         self._agreement = Agreement(standin is not None, self.distributed)
-        self._rebuilding = self._compensating = None
+        self._rebuilding = None
         if standin is not None:
             self._rebuilding = Rebuilding(standin, self.rebuild, self._agreement)
         with layers_listed(pruner.model, self.layers):
-            follower = self._attach(pruner)
-        self._cut_log = CutLog(follower.model, pruner.DG.cuts)
+            cut_log = self._attach(pruner)
+        cut_log.begin(pruner.DG.cuts)
 
-    def _attach(self, pruner: Any) -> Follower:
+    def _attach(self, pruner: Any) -> CutLog:
         """Attach to a pruner while its model's layers have entries of their own, where they may."""
         from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
         from ..graph.pruner_access import restore_trace
         from ..planning.preflight import check_config_is_own, preflight
+        from .cut_log import CutLog
         from .follow import Follower
         from .installed_graph import replace_trace
+        from .pending_prunes import PendingPrunes
+        from .refits import StepRefits
         from .steering import UnitSteering
 
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
@@ -209,13 +218,18 @@ class HFConfigSyncHook:
             undo.callback(steering.detach)
             steering.preflight = preflight(pruner, follower.view, self.strict)
             undo.pop_all()
-        if self._model() is not follower.model:
-            self._model, self._first = weakref.ref(follower.model), len(self.reports)
+        if self._cut_log is None or self._cut_log.model() is not follower.model:
+            self._cut_log, self._first = CutLog(follower.model), len(self.reports)
         self._follower, self._recorder = follower, Recorder(pruner.DG)
         self._steering = steering
+        self._refits = StepRefits(self, follower, self._agreement)
+        self._pending = PendingPrunes(
+            pruner, follower, self._agreement, self.layers, self._refits, self._sync
+        )
+        pruner.DG.recorded.settle = self._pending.settle
         self._parameters = follower.model.num_parameters()
         self._recorder.attach()
-        return follower
+        return self._cut_log
 
     def detach(self, pruner: Any) -> None:
         """Stop following; called when the handle is removed.
@@ -224,118 +238,98 @@ class HFConfigSyncHook:
         """
         from ..graph.pruner_access import restore_trace
 
+        if self._pending is not None:
+            self._pending.release()
         for part in (self._recorder, self._steering):
             if part is not None:
                 part.detach()
-        self._follower = self._recorder = self._steering = None
-        if not any(isinstance(hook, HFConfigSyncHook) for hook in registration.hooks_of(pruner)):
+        self._follower = self._recorder = self._steering = self._pending = None
+        others = [h for h in registration.hooks_of(pruner) if isinstance(h, HFConfigSyncHook)]
+        recorded = pruner.DG.recorded
+        recorded.settle = recorded.cut
+        for pending in (hook._pending for hook in others if hook._pending is not None):
+            recorded.settle = pending.settle
+        if not others:
             restore_trace(pruner)
 
     @contextmanager
     def stepping(self, pruner: Any) -> Iterator[None]:
-        """Surround a step: prove first what it leaves, and copy every parameter only once.
+        """Surround a step, which records what is to be cut.
 
         Raises:
             UnsupportedModelError: the model gained or lost parts since the hook was attached.
-            ConfigSyncError: no config could describe what the step leaves.
             TrainingError: another rank does something else.
         """
-        from ..graph.layer_fields import layers_listed
-        from .steering import cutting_together
-        from .step_preflight import check_step, prove_before_cutting
-
         assert self._follower is not None  # only an attached hook is called
-        with self._refusing():
+        assert self._pending is not None
+        with self._pending.step():
             self._follower.check_parts()
             if self._rebuilding is not None:
                 self._rebuilding.before_step()
             self._agreement.on_settings(pruner)
-        prepare = None if self.compensate is None else partial(self._refit, pruner)
-        prove = partial(check_step, self._follower, self._agreement, pruner)
-        with (
-            layers_listed(pruner.model, self.layers),
-            cutting_together(pruner),
-            prove_before_cutting(pruner, self._refusing, prove, prepare),
-        ):
             yield
 
-    def _refit(self, pruner: Any, groups: Sequence[Any], whole: bool) -> None:
-        """Solve refits for the groups that a step chose; the cut applies them."""
-        from ..calibration.compensation import Compensating
-        from ..planning.pruner_arguments import warn
-        from .cheaper import advice_before
-        from .step_preflight import shapes_left
-
-        assert self.compensate is not None  # only then is it called
-        self._compensating = Compensating(self.compensate, groups, whole, self.record_refits)
-        self._agreement.on_refits(pruner, self._compensating.result)
-        pruner.DG.cuts.apply_refit = self._compensating.applied.apply
-        remaining = shapes_left(pruner, self.compensate.model, groups) if whole else None
-        if remaining is not None:
-            assert self._follower is not None  # only an attached hook refits
-            view = self._follower.view
-            told = advice_before(view, self.compensate, self._compensating, groups, remaining)
-            if told is not None:
-                warn(told, CalibrationWarning)
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Note that a step cuts nothing, if the block raises: nothing is synced after it."""
-        try:
-            yield
-        except BaseException:
-            self._step_refused = True
-            raise
+    def looping(self, pruner: Any) -> AbstractContextManager[None]:
+        """Surround the user's loop over the groups of an interactive step."""
+        assert self._pending is not None  # only an attached hook is called
+        return self._pending.loop()
 
     def after_step(self, pruner: Any) -> None:
-        """Sync after a step of the pruner; after a refused step there is nothing to do."""
-        refused, self._step_refused = self._step_refused, False
-        pruner.DG.cuts.apply_refit = None
-        if not refused:
-            self._sync(stepped=True)
-        self._compensating = None
+        """Carry out what a step or a loop recorded; after a refused step there is nothing to do.
+
+        Raises:
+            ConfigSyncError: no config could describe what the step leaves; nothing of it is pruned.
+            TrainingError: another rank would cut something else.
+        """
+        if self._pending is not None:
+            self._pending.finish()
 
     def sync(self) -> SyncReport:
         """Bring the config in step with the weights, now.
 
-        The hook does it after every step. Call it yourself after ``group.prune()``,
-        ``pruner.manual_prune_width(...)`` or ``load_pruning_history(...)``.
+        The hook does it after every step, and after ``group.prune()``,
+        ``pruner.manual_prune_width(...)`` or ``load_pruning_history(...)`` as soon as a config
+        describes what they leave. Call it yourself after code of yours has cut layers.
 
         Returns:
             The report of this sync, which is also the last of ``reports``.
 
         Raises:
-            ConfigSyncError: no config of this class describes the weights. Nothing is written then;
-                pruning can go on and sync later.
+            ConfigSyncError: no config of this class describes the weights, or what is recorded
+                (see ``pending``). Nothing is cut or written then; pruning can go on.
             TrainingError: another rank of a sharded model did something else; it is as it was.
             ValueError: the hook is attached to no pruner.
         """
-        return self._sync(stepped=False)
-
-    def _sync(self, stepped: bool) -> SyncReport:
-        """Sync; after a step that pruned nothing, the report says why."""
-        if self._follower is None or self._recorder is None:
+        if self._pending is None:
             raise ValueError(
                 "this HFConfigSyncHook is attached to no pruner: pass it as hooks=[hook] or call "
                 "hook.register(pruner)"
             )
+        return self._pending.sync()
+
+    def _sync(self, stepped: bool, failure: ConfigSyncError | None = None) -> SyncReport:
+        """Sync; after a step that pruned nothing, the report says why.
+
+        ``failure``: why what is recorded cannot be carried out, which the report says then.
+        """
         from ..graph.layer_fields import layers_listed
 
+        assert self._follower is not None  # only an attached hook is called
+        assert self._recorder is not None
+        assert self._pending is not None
         started = time.perf_counter()
-        groups = self._recorder.drain()
-        report = SyncReport(len(self.reports) + 1, self._graph_reason, groups, notes=[])
-        failure: ConfigSyncError | None = None
+        groups = self._recorder.drain() if failure is None else self._pending.groups()
+        report = SyncReport(
+            len(self.reports) + 1, self._graph_reason, [group.counted() for group in groups]
+        )
         try:
+            if failure is not None:
+                raise failure
             with layers_listed(self._follower.pruner.model, self.layers):
-                report = self._follower.follow(report)
+                report = self._follower.follow(report, groups)
             notes = list(report.notes)
             if stepped and self._steering is not None:
                 notes += self._steering.notes(bool(report.groups))
-            if stepped and report.groups and self.compensate and self._compensating is None:
-                notes.append(
-                    "no weight is refitted: the step of this pruner cannot be gone through before "
-                    "its cuts (it is not Torch-Pruning's own, or its importance is told of them)"
-                )
             first = len(self.reports) == self._first
             graph_notes = self._follower.pruner.DG.notes if first else []
             report = replace(report, notes=[*graph_notes, *self._follower.notes, *notes])
@@ -347,27 +341,37 @@ class HFConfigSyncHook:
             parameters=(before, self._parameters),
             seconds=time.perf_counter() - started,
             error=None if failure is None else str(failure),
-            compensation=self._compensation(failure is None),
-            cuts=self._cut_log.take() if failure is None and self._cut_log else None,
+            compensation=self._refits.taken(synced=failure is None),
         )
         self.reports.append(report)
+        cuts = self._cut_log.take() if failure is None and self._cut_log else None
         if self._rebuilding is not None:
-            self._rebuilding.carry_out(self._follower.pruner, report, failure)
+            self._rebuilding.carry_out(self._follower.pruner, groups, cuts, failure)
         elif failure is not None:
             raise failure
         return report
 
-    def _compensation(self, synced: bool) -> Compensation | None:
-        """Return what the refits of the step that ends came to; ``None`` if there are none."""
-        compensating, self._compensating = self._compensating, None
-        return None if compensating is None else compensating.finished(synced)
+    def __repr__(self) -> str:
+        names = ("strict", "layers", "compensate", "record_refits", "make_inputs", "rebuild")
+        given = {name: getattr(self, name) for name in (*names, "distributed")}
+        settings = ", ".join(
+            f"{name}={value if isinstance(value, (bool, str)) else '...'}"
+            for name, value in given.items()
+            if value not in (None, False, "uniform")
+        )
+        state = "attached to no pruner"
+        if self._follower is not None:
+            pruner, name = self._follower.pruner, type(self._follower.model).__name__
+            state = f"{type(pruner).__name__} of {name}, step {pruner.current_step} of "
+            state += f"{pruner.iterative_steps}"
+        waiting = ", groups recorded and not cut (hook.pending)" if self.pending else ""
+        return f"HFConfigSyncHook({settings}): {state}, {len(self.reports)} reports{waiting}"
 
     @check_arguments
     def plot(self, path: str | PathLike[str]) -> Figure:
         """Draw the widths before the first step and after the last; return matplotlib's ``Figure``.
 
-        Args:
-            path: the file to write; its suffix sets the format, PNG without one.
+        ``path``: the file to write; its suffix sets the format, PNG without one.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -384,13 +388,12 @@ class HFConfigSyncHook:
         """Draw parameters after each step, and metrics below them; return matplotlib's ``Figure``.
 
         Args:
-            path: the file to write; its suffix sets the format, PNG without one.
+            path: as for :meth:`plot`.
             metrics: name (``"perplexity"``) -> one value per report, or one more: the first is then
                 that of the model before the first step.
 
         Raises:
-            ImportError: matplotlib is missing.
-            ValueError: there is no report yet, or a metric has another number of values.
+            ImportError, ValueError: as there; or a metric has another number of values.
         """
         from .plots import plot_history
 

@@ -9,7 +9,12 @@ from torch import nn
 from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
-from ..graph.pruner_access import GraphInputs, arguments_of, cannot_replace_trace, replace_graph
+from ..graph.pruner_access import (
+    arguments_of,
+    cannot_replace_trace,
+    carried_inputs,
+    replace_graph,
+)
 from ..planning.pruner_arguments import adapt_arguments, check_needed, check_values
 from ..planning.pruner_kwargs import default_pruner_kwargs
 from .registration import constructor_of
@@ -27,13 +32,13 @@ def graph_for(arguments: dict[str, Any], make_inputs: MakeInputs | None) -> tupl
         ValueError: a ratio is outside 0 to 1, or the arguments were made for other heads.
     """
     model: nn.Module = arguments["model"]
-    inputs: Any = arguments.get("example_inputs")
-    prepared = isinstance(inputs, GraphInputs)
-    view = view_of(model, inputs.graph.make_inputs if prepared else make_inputs)
+    inputs = carried_inputs(arguments)
+    view = view_of(model, make_inputs if inputs is None else inputs.graph.make_inputs)
     check_values(arguments)
-    if not prepared:
+    if inputs is None:
         arguments |= default_pruner_kwargs(model, view, arguments)
-        inputs = arguments["example_inputs"]
+        inputs = carried_inputs(arguments)
+        assert inputs is not None  # just made
     check_needed(inputs.needed, arguments)
     graph: ConfigGraph = inputs.graph
     adapt_arguments(view, graph, arguments)

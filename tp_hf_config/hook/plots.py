@@ -206,15 +206,15 @@ def _sides(group: PrunedGroup) -> Iterator[tuple[str, int, int]]:
 
     A fused layer is in the group once for each of its pieces; what they lose is counted together.
     """
-    removed: dict[str, set[int]] = {}
+    removed: dict[str, int] = {}
     before: dict[str, int] = {}
     for layer in group.layers:
         name, _, dim = layer.name.partition("#")  # a bare parameter is named "name#dim"
         name += f" dim {dim}" if dim else " out" if layer.out else " in"
-        removed.setdefault(name, set()).update(layer.removed)
+        removed[name] = removed.get(name, 0) + layer.removed
         before[name] = layer.before
-    for name, channels in removed.items():
-        yield name, before[name], before[name] - len(channels)
+    for name, count in removed.items():
+        yield name, before[name], before[name] - count
 
 
 def _check_any(reports: Sequence[_Drawn]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from .apply import all_or_nothing, write_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .report import SyncReport
+    from .history import GroupCut
 
 Rebuild = Callable[[Any], nn.Module | None]
 
@@ -63,24 +63,31 @@ class Rebuilding:
         with all_or_nothing() as changes:
             write_fields(changes, standin, [("", field, value) for field, value in changed])
 
-    def carry_out(self, pruner: Any, report: SyncReport, failure: Exception | None) -> None:
+    def carry_out(
+        self,
+        pruner: Any,
+        groups: Sequence[GroupCut],
+        cuts: CutList | None,
+        failure: Exception | None,
+    ) -> None:
         """Build the pruned model from the stand-in's config, and fill it parameter by parameter.
 
         Args:
             pruner: the pruner.
-            report: what it has pruned of the stand-in; without a cut list no optimizer can follow.
+            groups: what it has pruned of the stand-in.
+            cuts: which positions are left of every tensor; without, no optimizer can follow.
             failure: why the stand-in's config does not follow; nothing is carried out then.
 
         Raises:
             TrainingError: the ranks pruned different things, or one could not build or wrap.
         """
         try:
-            self._agreement.on_groups(pruner, report.groups, failure)
-            if not report.groups:
+            self._agreement.on_groups(pruner, groups, failure)
+            if not groups:
                 return
             reshard(self._standin.sharded)
             new, wrapped = self._wrapped(pruner)
-            self._fill(new, report.cuts)
+            self._fill(new, cuts)
         except BaseException as error:
             if error is not failure:
                 self._standin.forget()

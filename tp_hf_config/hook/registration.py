@@ -40,7 +40,12 @@ class PrunerHook(Protocol):
       is the model); the hook may change them before the constructor gets them.
     - ``stepping(pruner)`` returns a context manager that surrounds each call of ``step()``.  The
       groups of an interactive step come after it has ended.
+    - ``looping(pruner)`` returns a context manager that surrounds the user's loop over the groups
+      of an interactive step.
     - ``attach(pruner)`` and ``detach(pruner)`` are called when the hook is registered and removed.
+
+    A hook with a true attribute ``carries_out`` is one that cuts what a step recorded: its
+    ``after_step`` is called before those of all other hooks.
     """
 
     def after_step(self, pruner: Any) -> None:
@@ -149,7 +154,8 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
 def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
     """Yield an interactive step's groups; call the hooks when they, or the user's loop, end."""
     try:
-        with channels_in_order():
+        with channels_in_order(), ExitStack() as stack:
+            _enter(stack, hooks_of(pruner), "looping", pruner)
             yield from groups
     except BaseException:  # GeneratorExit on break, or the user's own exception
         _fire(pruner, quietly=True)
@@ -158,18 +164,22 @@ def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
 
 
 def _fire(pruner: Any, quietly: bool = False) -> None:
-    """Call ``after_step`` of every hook.
+    """Call ``after_step`` of every hook, whatever others raise; the first exception surfaces.
 
     ``quietly``: another exception is raised meanwhile. That one must surface, so a hook's own
     becomes a warning.
     """
-    for hook in list(hooks_of(pruner)):
+    first: Exception | None = None
+    for hook in sorted(hooks_of(pruner), key=lambda hook: not getattr(hook, "carries_out", False)):
         try:
             hook.after_step(pruner)
         except Exception as error:
-            if not quietly:
-                raise
+            if not quietly and first is None:
+                first = error
+                continue
             warnings.warn(f"{type(hook).__name__} after an interrupted step: {error}", stacklevel=2)
+    if first is not None:
+        raise first
 
 
 def enable() -> None:

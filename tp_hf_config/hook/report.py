@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..calibration.compensation import Compensation
-    from ..graph.cut_list import CutList
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class SyncReport:
     Attributes:
         step: the number of this sync; the hook's first is 1.
         graph: the dependency graph that the groups come from, and why that one.
-        groups: the groups pruned since the last sync.
+        groups: the groups pruned since the last sync; which channels went says ``hook.cuts``.
         fields: config field -> (old value, new value); ``None`` stands for unset.
         attributes: the module attributes that were refreshed.
         buffers: the unsaved buffers that were refreshed.
@@ -41,10 +40,6 @@ class SyncReport:
         inputs: an input for encoder states, which an encoder outside the model makes -> the
             channels that the model still reads, as numbered when the hook was attached.
         compensation: what the refits of ``HFConfigSyncHook(compensate=)`` come to.
-        cuts: what was cut, to be saved and carried out elsewhere (``report.cuts.save(path)``; of a
-            compensated step that takes ``HFConfigSyncHook(record_refits=True)``); ``None``:
-            nothing was pruned, no config fits, or a layer was changed by other code than
-            Torch-Pruning's and ours.
     """
 
     step: int
@@ -61,7 +56,6 @@ class SyncReport:
     error: str | None = None
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     compensation: Compensation | None = None
-    cuts: CutList | None = None
 
     def __str__(self) -> str:
         graph = f" ({self.graph.split(':')[0]})" if self.graph else ""
@@ -125,7 +119,7 @@ class SyncReport:
                 {
                     "root": group.root.name,
                     "side": "out" if group.root.out else "in",
-                    "removed": len(group.root.removed),
+                    "removed": group.root.removed,
                     "of": group.root.before,
                     "layers": len(group.layers),
                 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +15,6 @@ from .chunked_importance import in_pieces, takes_pieces
 
 if TYPE_CHECKING:
     from ..planning.preflight import Preflight
-
-
-def cutting_together(pruner: Any) -> AbstractContextManager[None]:
-    """Return a context manager for one step that cuts at its end and copies each parameter once.
-
-    It does nothing where the step is not Torch-Pruning's own.
-    """
-    if is_unmodified(pruner):
-        together: AbstractContextManager[None] = pruner.DG.cuts.together()
-        return together
-    return nullcontext()
 
 
 def is_unmodified(pruner: Any) -> bool:

@@ -48,12 +48,15 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raise if a model is handed in as what wraps it for training on several processes.
+    """Raise if a model is handed in inside a wrapper of torch (``torch.compile``, data parallel).
+
+    Such a wrapper returns what the model does, so the width of that would be kept for its sake.
 
     Raises:
-        UnsupportedModelError: it is a DistributedDataParallel.
+        UnsupportedModelError: it is.
     """
     from torch.nn.parallel import DistributedDataParallel
+    from transformers import PreTrainedModel
 
     if isinstance(model, DistributedDataParallel):
         raise UnsupportedModelError(
@@ -61,6 +64,15 @@ def check_unwrapped(model: nn.Module) -> None:
             f"train pruned ones. Pass the {type(model.module).__name__} inside, the .module of "
             "that, on every rank, with distributed=True (HFConfigSyncHook, calibrate). After the "
             "step let go of the wrapper, and wrap the pruned model anew"
+        )
+    children, module = [*getattr(model, "_modules", {}).items()], type(model).__module__
+    of_torch = module.startswith("torch.") and not module.startswith("torch.nn.modules.")
+    if of_torch and len(children) == 1 and isinstance(children[0][1], PreTrainedModel):
+        ((name, inner),) = children
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a wrapper of torch around {type(inner).__name__}. Pass the "
+            f"model inside, its .{name}, and wrap the pruned model anew after the last step. (To "
+            "compile, model.compile() needs no wrapper.)"
         )
 
 

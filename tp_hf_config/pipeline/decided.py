@@ -7,7 +7,6 @@ from typing import Any
 
 from ..calibration.compensation import Compensation, Refitted
 from ..graph.cut_list import CutList
-from ..hook.cut_log import joined
 from ..hook.dropped_layers import DroppedLayers
 from ..hook.history import PrunedGroup, PrunedLayer
 from ..hook.report import SyncReport
@@ -30,6 +29,7 @@ class Decided:
         allocation: the widths that were allocated.
         reports: one for each step.
         after: the perplexities afterwards; ``None``: not measured yet.
+        cuts: what all steps have cut; ``None``: nothing, or it is not known, or it is kept already.
     """
 
     without_text: str
@@ -39,6 +39,7 @@ class Decided:
     allocation: Allocation | None
     reports: tuple[SyncReport, ...]
     after: Perplexities | None = None
+    cuts: CutList | None = None
 
     def keep(self, work: Work) -> bool:
         """Keep this and the cut list of all steps, so that a later run can go on from here.
@@ -46,22 +47,17 @@ class Decided:
         Returns:
             False if it cannot be: some step has no cut list.
         """
-        pruned = [report for report in self.reports if report.groups]
-        cuts = joined([report.cuts for report in pruned])
-        if pruned and cuts is None:
+        if self.cuts is None and any(report.groups for report in self.reports):
             return False
-        work.decide(self._without_cuts(), cuts)
+        work.decide(replace(self, cuts=None), self.cuts)
         return True
 
     def measured(self, after: Perplexities, work: Work) -> Decided:
         """Return this with the perplexities afterwards; keep them where this is kept."""
         measured = replace(self, after=after)
         if work.is_decided:
-            work.decide(measured._without_cuts())
+            work.decide(replace(measured, cuts=None))
         return measured
-
-    def _without_cuts(self) -> Decided:
-        return replace(self, reports=tuple(replace(r, cuts=None) for r in self.reports))
 
 
 _CLASSES: list[Any] = [

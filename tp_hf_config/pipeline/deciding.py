@@ -57,9 +57,9 @@ def decide(run: Run, plan: Plan | None) -> Cut:
         widths = decided(run, parameters)
         show(widths, job, run.progress)
     recipe = map_of(model, how=by_layers).recipe
-    reports = run_steps(run, widths)
+    reports, cuts = run_steps(run, widths)
     allocation = widths if isinstance(widths, Allocation) else None
-    made = Decided(without_text, parameters, before, dropped, allocation, reports)
+    made = Decided(without_text, parameters, before, dropped, allocation, reports, cuts=cuts)
     return Cut(recipe, widths, made)
 
 

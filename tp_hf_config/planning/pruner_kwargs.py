@@ -16,7 +16,7 @@ from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
 from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import note_on_states, note_on_unobserved
-from ..graph.pruner_access import GraphInputs
+from ..graph.pruner_access import GraphCarrier, GraphInputs
 from ..graph.standin import on_standin, standin_of
 from ..model.config_json import field_name
 from ..model.surroundings import same_random_state
@@ -182,7 +182,7 @@ def _on_config_graph(
         **given,
         "example_inputs": inputs,
         "num_heads": {**heads, **(given.get("num_heads") or {})},
-        "in_channel_groups": dict(given.get("in_channel_groups") or {}),
+        "in_channel_groups": {**(given.get("in_channel_groups") or {}), GraphCarrier(inputs): 1},
         "out_channel_groups": dict(given.get("out_channel_groups") or {}),
         "ignored_layers": list({id(layer): layer for layer in ignored}.values()),
         **({"pruning_ratio_dict": by_module} if by_module else {}),

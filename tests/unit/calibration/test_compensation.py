@@ -17,7 +17,6 @@ from reloading import assert_reloaded
 from tp_hf_config import (
     CalibrationError,
     CalibrationWarning,
-    ConfigSyncError,
     HFConfigSyncHook,
     UnsupportedModelError,
     calibrate,
@@ -362,48 +361,22 @@ def test_an_interactive_step_refits_the_groups_that_are_pruned() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("taken", [0, 1])
-def test_a_report_tells_of_the_refits_that_were_made(taken: int) -> None:
-    """One of two layers' weights is worth a refit; the user cuts one of the layers."""
-    model = llama()
-    before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
-    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
-    pruner = calibrated.pruner_of(model, hook, prune="intermediate_size")
-    with pytest.raises(ConfigSyncError, match="intermediate_size"):  # layers of two widths
-        _prune_group(pruner, taken)
-    assert hook.last_report is not None
-    result = hook.last_report.compensation
-    assert result is not None
-    changed = [
-        not torch.equal(layer.mlp.down_proj.weight, weight[:, : weight.shape[1] // 2])
-        and not torch.equal(layer.mlp.down_proj.weight, weight)
-        for layer, weight in zip(model.model.layers, before, strict=True)
-    ]
-    assert [layer.used for layer in result.layers] == changed
-    assert str(result).startswith(f"{sum(changed)} of 2 weights refitted in ")
-    assert sum(changed) == (taken == 0)
-
-
-def _prune_group(pruner: Any, taken: int) -> None:
-    for number, group in enumerate(pruner.step(interactive=True)):
-        if number == taken:
-            group.prune()
-
-
-def _prune_all_but_the_first(pruner: Any) -> None:
-    for number, group in enumerate(pruner.step(interactive=True)):
-        if number:
-            group.prune()
-
-
 def test_a_group_that_the_user_leaves_keeps_its_weights() -> None:
+    """Of two fields, the user cuts one: what reads the other is not refitted."""
     model = llama()
     weight = model.model.layers[0].mlp.down_proj.weight.detach().clone()
     hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
-    pruner = calibrated.pruner_of(model, hook, prune="intermediate_size")
-    with pytest.raises(ConfigSyncError, match="intermediate_size"):  # layers of two widths
-        _prune_all_but_the_first(pruner)
-    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
+    pruner = calibrated.pruner_of(model, hook, prune=("intermediate_size", "hidden_size"))
+    for group in pruner.step(interactive=True):
+        if group.graph_group.fields == (("hidden_size",),):
+            group.prune()
+    left = model.config.hidden_size
+    assert left == len(weight) // 2
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight[:left])
+    result = hook.reports[0].compensation
+    assert result is not None
+    readers = {layer.weight.split(".")[-2] for layer in result.layers}
+    assert readers == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 
 
 def test_the_next_step_is_measured_anew() -> None:
@@ -448,24 +421,22 @@ def test_weights_that_were_not_measured_are_named() -> None:
     assert [layer.weight for layer in result.layers] == [name.replace("0", "1")]
 
 
-def test_a_step_that_cannot_be_gone_through_beforehand_says_so() -> None:
+def test_a_step_of_somebody_s_own_is_refitted_too() -> None:
     class Own(tp.pruner.MetaPruner):
         """A pruner with a step of its own."""
 
         def step(self, interactive: bool = False) -> Any:
             return super().step(interactive)
 
-    model = llama()
-    calibration = calibrate(model, calibrated.batches(model, 10))
-    hook = HFConfigSyncHook(compensate=calibration)
-    arguments = pruner_kwargs(model, pruning_ratio=0.25)
-    Own(model, **arguments, importance=calibration.importance(), hooks=[hook]).step()
-    report = hook.reports[0]
-    assert report.compensation is None
-    assert report.notes[-1] == (
-        "no weight is refitted: the step of this pruner cannot be gone through before its cuts (it "
-        "is not Torch-Pruning's own, or its importance is told of them)"
-    )
+    model, other = llama(), llama()
+    for each, kind in ((model, Own), (other, tp.pruner.MetaPruner)):
+        calibration = calibrate(each, calibrated.batches(each, 10))
+        hook = HFConfigSyncHook(compensate=calibration)
+        arguments = pruner_kwargs(each, prune="intermediate_size", pruning_ratio=0.25)
+        kind(each, **arguments, importance=calibration.importance(), hooks=[hook]).step()
+        assert hook.reports[0].compensation is not None
+    first, second = model.state_dict(), other.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_another_model_s_calibration_is_refused() -> None:

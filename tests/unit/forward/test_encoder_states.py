@@ -213,18 +213,15 @@ class TestInputs:
 
 
 def assert_reported(hook: HFConfigSyncHook, original: nn.Module, pruned: nn.Module) -> None:
-    """What the reports say of linear layers, step after step, is what their values say."""
-    kept: dict[tuple[str, bool], list[int]] = {}
-    for layer in (la for report in hook.reports for group in report.groups for la in group.layers):
-        left = kept.setdefault((layer.name, layer.out), list(range(layer.before)))
-        assert layer.before == len(left)
-        kept[layer.name, layer.out] = [c for i, c in enumerate(left) if i not in layer.removed]
-    linear = {name for name, module in original.named_modules() if isinstance(module, nn.Linear)}
-    sides = kept.keys() & {(name, out) for name in linear for out in (True, False)}
-    assert sides
-    for name, out in sides:
+    """What the cut list says of linear layers, of all steps, is what their values say."""
+    assert hook.cuts is not None
+    linear = [name for name, module in original.named_modules() if isinstance(module, nn.Linear)]
+    cut = [name for name in linear if hook.cuts.kept(f"{name}.weight")]
+    assert cut
+    for name in cut:
         before, after = (each.get_submodule(name).weight for each in (original, pruned))
-        assert kept[name, out] == kept_channels(before, after)[0 if out else 1].tolist()
+        for dim, kept in hook.cuts.kept(f"{name}.weight").items():
+            assert kept.tolist() == kept_channels(before, after)[dim].tolist()
 
 
 class TestPruned:

@@ -158,9 +158,8 @@ class TestTheList:
     def cuts(self) -> CutList:
         hook = HFConfigSyncHook()
         prune(small.llama(), hook, prune=("intermediate_size",), pruning_ratio=0.5)
-        assert hook.last_report is not None
-        assert hook.last_report.cuts is not None
-        return hook.last_report.cuts
+        assert hook.cuts is not None
+        return hook.cuts
 
     def test_says_what_is_cut(self, cuts: CutList) -> None:
         assert str(cuts) == "LlamaForCausalLM: intermediate_size 64 -> 32; 6 tensors are cut"
@@ -311,8 +310,10 @@ class TestTheList:
         for layer in model.model.layers:
             mlp = layer.mlp
             for linear in (mlp.gate_proj, mlp.up_proj):
-                linear.weight = torch.nn.Parameter(linear.weight[:32].detach().clone())
-                linear.out_features = 32
-            mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :32].detach().clone())
-            mlp.down_proj.in_features = 32
-        assert hook.sync().cuts is None
+                linear.weight = torch.nn.Parameter(linear.weight[:16].detach().clone())
+                linear.out_features = 16
+            mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :16].detach().clone())
+            mlp.down_proj.in_features = 16
+        assert hook.cuts is not None
+        assert hook.sync().fields == {"intermediate_size": (32, 16)}
+        assert hook.cuts is None

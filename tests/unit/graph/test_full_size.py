@@ -296,8 +296,7 @@ def test_two_groups_of_one_width_in_one_dimension(tmp_path: Path) -> None:
         for layer in group.layers
         if (layer.name, layer.out) == ("backbone.layers.0.mixer.in_proj", True)
     ]
-    assert [(layer.before, len(layer.removed)) for layer in lost] == [(160, 64), (96, 8)]
-    assert all(max(layer.removed) < layer.before for layer in lost)
+    assert [(layer.before, layer.removed) for layer in lost] == [(160, 64), (96, 8)]
 
 
 def test_an_experiment_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -29,15 +31,19 @@ from tp_hf_config.schema import SCHEMA_VERSION
 pytestmark = pytest.mark.usefixtures("every_width")
 
 
-def attached(model: nn.Module, hooks: Any = (), **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
-    hook = HFConfigSyncHook()
+def pruner_with(model: nn.Module, hooks: Any, **kwargs: Any) -> Any:
     arguments = {
         **pruner_kwargs(model),
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.25,
         **kwargs,
     }
-    return hook, tp.pruner.MetaPruner(model, **arguments, hooks=[hook, *hooks])
+    return tp.pruner.MetaPruner(model, **arguments, hooks=hooks)
+
+
+def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
+    hook = HFConfigSyncHook()
+    return hook, pruner_with(model, [hook], **kwargs)
 
 
 def self_traced(model: Any, **kwargs: Any) -> Any:
@@ -161,13 +167,20 @@ def test_an_exception_thrown_into_the_generator():
 def test_leaving_the_loop_where_no_config_fits_warns():
     model = small.llama()
     hook, pruner = attached(model)
+    before = small.state_of(model)
     groups = pruner.step(interactive=True)
     next(groups)
     next(groups).prune()  # one layer's FFN of two
-    with pytest.warns(UserWarning, match="HFConfigSyncHook after an interrupted step: no LlamaC"):
+    with pytest.warns(PrunerSettingsWarning) as told:
         groups.close()
-    assert widths(model) == (32, 64)
-    assert hook.last_report.error is not None
+    assert [str(one.message) for one in told] == [
+        "pruned groups are recorded, and not cut yet: a config describes them only together with "
+        "intermediate_size in model.layers.1.mlp.gate_proj (hook.pending). The model and its "
+        "config stay as they were until then."
+    ]
+    assert hook.pending == ("intermediate_size in model.layers.1.mlp.gate_proj",)
+    assert hook.reports == []
+    small.assert_same(before, small.state_of(model))
 
 
 def test_the_users_exception_surfaces_where_no_config_fits():
@@ -185,9 +198,10 @@ def test_the_users_exception_surfaces_where_no_config_fits():
             loop()
 
     # the traceback keeps the generator; it is closed when that goes
-    with pytest.warns(UserWarning, match="HFConfigSyncHook after an interrupted step: no LlamaC"):
+    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
         caught()
-    assert hook.last_report.error is not None
+    assert len(hook.pending) == 1
+    assert true(model)
 
 
 def test_the_users_exception_surfaces_whatever_a_hook_raises():
@@ -211,38 +225,73 @@ def test_an_exception_inside_torch_prunings_step():
     model = small.llama()
 
     hook, pruner = attached(model)
-    pruned: list[Any] = []
+    choose = pruner.DG.get_pruning_group
 
-    def watch(group: Any) -> Any:
-        if pruned:  # the hidden size is cut, the first layer's FFN is next
+    def fails(module: Any, *args: Any) -> Any:
+        if pruner.DG.recorded:  # the hidden size is, the first layer's FFN is next
             raise RuntimeError("Torch-Pruning's own")
-        return lambda: pruned.append(group)
+        return choose(module, *args)
 
-    pruner.DG.watchers.append(watch)
+    pruner.DG.get_pruning_group = fails
     with pytest.raises(RuntimeError, match="Torch-Pruning's own"):
         pruner.step()
-    assert widths(model) == (24, 64)
-    assert len(hook.reports) == 1
+    assert widths(model) == (32, 64)
+    assert (hook.reports, hook.pending, pruner.current_step) == ([], (), 0)
     assert true(model)
 
 
-def test_a_first_hook_that_fails_does_not_keep_the_config_from_following():
-    class Broken:
-        def after_step(self, pruner: Any) -> None:
-            raise RuntimeError("a bug in the hook")
+class Broken:
+    """A hook that fails, in one of its methods, after it has looked at the model."""
 
-    model = small.llama()
-    kwargs = pruner_kwargs(model)
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **kwargs,
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.25,
-        hooks=[HFConfigSyncHook(), Broken()],
-    )
+    def __init__(self, method: str, error: BaseException):
+        self.error, self.seen = error, list[Any]()
+        setattr(self, method, self.fail if method == "after_step" else self.failing)
+
+    def after_step(self, pruner: Any) -> None: ...
+
+    def fail(self, pruner: Any) -> None:
+        self.seen.append((widths(pruner.model), true(pruner.model)))
+        raise self.error
+
+    @contextmanager
+    def failing(self, pruner: Any) -> Any:
+        yield
+        self.fail(pruner)
+
+
+def step_through(pruner: Any, interactive: bool) -> None:
+    for group in pruner.step(interactive=interactive) or ():
+        group.prune()
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("interactive", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("a bug in the hook"), KeyboardInterrupt()])
+def test_another_hook_that_fails_sees_and_leaves_a_whole_step(
+    first: bool, interactive: bool, error: BaseException
+):
+    model, hook, other = small.llama(), HFConfigSyncHook(), Broken("after_step", error)
+    pruner = pruner_with(model, [other, hook] if first else [hook, other])
+    with pytest.raises(type(error)):
+        step_through(pruner, interactive)
+    assert other.seen == [((24, 48), True)]
+    assert (widths(model), true(model)) == ((24, 48), True)
+    assert len(hook.reports) == 1
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_another_hook_that_fails_around_a_step_undoes_it(first: bool):
+    model, hook = small.llama(), HFConfigSyncHook()
+    other = Broken("stepping", RuntimeError("a bug in the hook"))
+    before = small.state_of(model)
+    pruner = pruner_with(model, [other, hook] if first else [hook, other])
     with pytest.raises(RuntimeError, match="a bug in the hook"):
         pruner.step()
-    assert widths(model) == (24, 48)
+    if first:  # ours has ended by then
+        assert (widths(model), true(model)) == ((24, 48), True)
+    else:
+        small.assert_same(before, small.state_of(model))
+        assert (hook.reports, pruner.current_step) == ([], 0)
 
 
 def test_groups_that_are_listed_and_not_pruned():
@@ -264,10 +313,19 @@ def test_groups_that_are_listed_and_not_pruned():
         "  nothing else refreshed; proved: "
     )
     small.assert_same(before, small.state_of(model))
-    for group in groups:  # and later, by hand
-        group.prune()
-    assert len(hook.sync().groups) == 3
-    assert widths(model) == (24, 48)
+    groups[0].prune()  # and later, by hand
+    assert (widths(model), true(model), hook.pending) == ((24, 64), True, ())
+    with pytest.warns(
+        PrunerSettingsWarning, match=r"only together with intermediate_size in model"
+    ):
+        groups[1].prune()
+    assert (widths(model), true(model), len(hook.pending)) == ((24, 64), True, 1)
+    groups[2].prune()
+    assert (widths(model), true(model), hook.pending) == ((24, 48), True, ())
+    assert [len(report.groups) for report in hook.reports] == [0, 1, 2]
+    twin = small.llama()
+    attached(twin)[1].step()
+    small.assert_equal_weights(model, twin)
 
 
 def test_a_step_of_which_nothing_is_pruned_does_not_tell_of_nearest_numbers():
@@ -280,6 +338,7 @@ def test_a_step_of_which_nothing_is_pruned_does_not_tell_of_nearest_numbers():
     assert note.startswith("nothing was pruned: ")
 
 
+@pytest.mark.filterwarnings("ignore:pruned groups are recorded")
 def test_what_was_cut_is_told_though_a_sync_failed_meanwhile():
     model = small.llama()
     hook, pruner = attached(model)
@@ -292,10 +351,107 @@ def test_what_was_cut_is_told_though_a_sync_failed_meanwhile():
         hook.sync()
     for group in others:
         group.prune()
-    hook.sync()
     assert [report.error is None for report in hook.reports] == [False, True]
     assert hook.cuts is not None
     assert hook.cuts.changes() == [(("intermediate_size",), 64, 48)]
+
+
+MODELS = {"llama": small.llama, "bert": small.bert}
+
+
+@pytest.mark.filterwarnings("ignore:pruned groups are recorded")
+@pytest.mark.parametrize("make", [small.llama, small.bert])
+def test_groups_pruned_after_their_loop_are_cut_as_soon_as_a_config_describes_them(make: Any):
+    model, twin = make(), make()
+    steps = {"pruning_ratio": 0.5, "iterative_steps": 2}
+    hook, pruner = attached(model, **steps)
+    _, other = attached(twin, **steps)
+    for _ in range(2):
+        for group in list(pruner.step(interactive=True)):
+            group.prune()
+            assert true(model)
+        other.step()
+        assert hook.pending == ()
+        assert model.config.to_dict() == twin.config.to_dict()
+        small.assert_equal_weights(model, twin)
+    assert widths(model) == (16, 32)
+    assert pruner.pruning_history() == other.pruning_history()
+
+
+ENDINGS: dict[str, Any] = {
+    "closed": lambda groups, hook, pruner: groups.pop().close(),
+    "let go of": lambda groups, hook, pruner: groups.clear(),
+    "synced": lambda groups, hook, pruner: hook.sync(),
+    "another step": lambda groups, hook, pruner: pruner.step(),
+    "another loop": lambda groups, hook, pruner: list(pruner.step(interactive=True)),
+}
+
+
+@pytest.mark.parametrize("make", [small.llama, small.bert])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_iterator_that_is_kept_leaves_a_model_as_it_was(make: Any, ending: str):
+    """Until the loop ends; then the model is what a step makes of it."""
+    model, twin = make(), make()
+    steps = {"pruning_ratio": 0.5, "iterative_steps": 2}
+    hook, pruner = attached(model, **steps)
+    before = small.state_of(model)
+    groups = [pruner.step(interactive=True)]
+    for count, group in enumerate(groups[0], 1):
+        group.prune()
+        if count == len(pruner.DG.graph_groups):
+            break
+    small.assert_same(before, small.state_of(model))
+    assert hook.pending == ("the end of the loop over step(interactive=True)",)
+    del group
+    ENDINGS[ending](groups, hook, pruner)
+    _, other = attached(twin, **steps)
+    other.step()
+    if ending == "another step":
+        other.step()
+    assert model.config.to_dict() == twin.config.to_dict()
+    small.assert_equal_weights(model, twin)
+    assert hook.pending == ()
+    reports = len(hook.reports)
+    groups.clear()
+    assert len(hook.reports) == reports
+
+
+def test_what_never_was_complete_is_dropped_by_the_next_step():
+    model, twin = small.llama(), small.llama()
+    hook, pruner = attached(model, iterative_steps=2)
+    groups = list(pruner.step(interactive=True))
+    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
+        groups[1].prune()
+    with pytest.raises(
+        ValueError, match=r"^unit \d+ of intermediate_size in model.layers.0.mlp.gate"
+    ):
+        groups[1].prune()
+    with pytest.warns(PrunerSettingsWarning) as told:
+        pruner.step()
+    assert [str(one.message) for one in told] == [
+        "groups that were pruned before are dropped, because they never were complete: "
+        "intermediate_size in model.layers.1.mlp.gate_proj was missing. The model and its config "
+        "are as they were before them."
+    ]
+    _, other = attached(twin, iterative_steps=2)
+    list(other.step(interactive=True))
+    other.step()
+    small.assert_equal_weights(model, twin)
+    assert (hook.pending, true(model)) == ((), True)
+
+
+def test_a_hook_that_is_removed_takes_what_it_recorded_with_it():
+    model, hook = small.bert(), HFConfigSyncHook()
+    pruner = self_traced(model)
+    before = small.state_of(model)
+    handle = hook.register(pruner)
+    group = list(pruner.step(interactive=True))[-1]
+    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
+        group.prune()
+    with pytest.warns(PrunerSettingsWarning, match="never were complete"):
+        handle.remove()
+    assert hook.pending == ()
+    small.assert_same(before, small.state_of(model))
 
 
 def test_a_hook_that_is_used_again_starts_anew():
@@ -307,7 +463,10 @@ def test_a_hook_that_is_used_again_starts_anew():
             pruner.DG.notes = ["of the graph"]
             pruner.step()
             assert hook.last_report.notes == ["of the graph"]
-            assert hook.cuts is hook.last_report.cuts is not None
+            assert hook.cuts.changes() == [
+                (("hidden_size",), 32, 28),
+                (("intermediate_size",), 64, 56),
+            ]
             pruner.step()
         assert hook.last_report.notes == []
         assert hook.cuts.before["intermediate_size"] == 64
@@ -328,12 +487,11 @@ def test_sync_after_a_group_by_hand():
     group = pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [1, 5, 9, 31])
     assert pruner.DG.check_pruning_group(group)
     group.prune()
-    assert widths(model) == (32, 64)
-    report = hook.sync()
-    assert report is hook.last_report
+    assert widths(model) == (28, 64)
+    report = hook.last_report
     assert report.fields == {"hidden_size": (32, 28)}
     assert [(g.root.name, g.root.out, g.root.removed, g.root.before) for g in report.groups] == [
-        ("model.layers.0.mlp.down_proj", True, (1, 5, 9, 31), 32)
+        ("model.layers.0.mlp.down_proj", True, 4, 32)
     ]
     assert true(model)
 
@@ -344,7 +502,11 @@ def test_sync_after_a_group_pruned_with_other_indices():
     for group in pruner.step(interactive=True):
         group.prune(idxs=[0, 2, 4, 6])
     (hidden, *ffn) = hook.last_report.groups
-    assert [group.root.removed for group in (hidden, *ffn)] == [(0, 2, 4, 6)] * 3
+    assert [group.root.removed for group in (hidden, *ffn)] == [4] * 3
+    kept = [c for c in range(64) if c not in (0, 2, 4, 6)]
+    for name, kinds in hook.cuts.edits.items():
+        for positions in hook.cuts.kept(name).values():
+            assert positions.tolist() == kept[: len(positions)], (name, kinds)
     assert widths(model) == (28, 60)
     assert true(model)
 
@@ -358,21 +520,22 @@ def test_sync_after_calling_a_group():
     assert len(hook.last_report.groups) == 3
 
 
+@pytest.mark.filterwarnings("ignore:pruned groups are recorded")
 def test_sync_after_manual_prune_width():
     model = small.llama()
     hook, pruner = attached(model)
     for layer in model.model.layers:
         pruner.manual_prune_width(layer.mlp.up_proj, tp.prune_linear_out_channels, 0.5)
-    report = hook.sync()
+    report = hook.last_report
     assert report.fields == {"intermediate_size": (64, 32)}
-    assert [len(group.root.removed) for group in report.groups] == [32, 32]
+    assert [group.root.removed for group in report.groups] == [32, 32]
     if small.TORCH_PRUNING < (1, 6):  # it takes ratios alone: another name is never set
         with pytest.raises(UnboundLocalError, match="pruning_idxs"):
             pruner.manual_prune_width(layer.mlp.up_proj, tp.prune_linear_out_channels, [0, 1])
         return
     for layer in model.model.layers:
         pruner.manual_prune_width(layer.mlp.up_proj, tp.prune_linear_out_channels, [0, 1])
-    assert hook.sync().fields == {"intermediate_size": (32, 30)}
+    assert hook.last_report.fields == {"intermediate_size": (32, 30)}
 
 
 @pytest.mark.parametrize("heads", [False, True])
@@ -391,8 +554,7 @@ def test_sync_after_loading_a_pruning_history(heads: bool):
     pruners[0].step()
     history = copy.deepcopy(pruners[0].pruning_history())
     pruners[1].load_pruning_history(history)
-    assert widths(again) == (32, 64)
-    report = hooks[1].sync()
+    report = hooks[1].last_report
     assert again.config.to_dict() == first.config.to_dict()
     assert again.config.num_attention_heads == (2 if heads else 4)
     assert report.fields == hooks[0].last_report.fields
@@ -484,6 +646,7 @@ def test_report_to_json():
     assert SCHEMA_VERSION == 1
 
 
+@pytest.mark.filterwarnings("ignore:pruned groups are recorded")
 def test_a_group_asked_for_by_its_inputs():
     model = small.llama()
     hook, pruner = attached(model)
@@ -491,7 +654,7 @@ def test_a_group_asked_for_by_its_inputs():
         pruner.DG.get_pruning_group(
             layer.mlp.down_proj, tp.prune_linear_in_channels, [3, 4]
         ).prune()
-    (first, _) = hook.sync().to_dict()["groups"]
+    (first, _) = hook.last_report.to_dict()["groups"]
     assert first == {
         "root": "model.layers.0.mlp.down_proj",
         "side": "in",
@@ -501,6 +664,7 @@ def test_a_group_asked_for_by_its_inputs():
     }
 
 
+@pytest.mark.filterwarnings("ignore:pruned groups are recorded")
 def test_report_of_a_failed_sync_to_json():
     model = small.llama()
     hook, pruner = attached(model)
@@ -702,3 +866,48 @@ def test_the_model_still_trains_after_a_step():
     assert losses == sorted(losses, reverse=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(p.grad is not None for p in model.parameters())
+
+
+def integers(value: Any) -> int:
+    """How many whole numbers are kept in an object, all it holds included."""
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    if isinstance(value, dict):
+        return sum(map(integers, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(integers, value))
+    if is_dataclass(value):
+        return integers(vars(value))
+    return int(type(value) is int)
+
+
+@pytest.mark.parametrize("width", [128, 512])
+def test_what_a_hook_keeps_does_not_grow_with_widths_nor_its_cut_list_with_steps(width: int):
+    model = small.llama(num_hidden_layers=3, intermediate_size=width)
+    before = sum(map(sum, (p.shape for p in model.parameters())))
+    hook, pruner = attached(
+        model, **pruner_kwargs(model, prune="intermediate_size"), iterative_steps=30
+    )
+    for _ in range(30):
+        pruner.step()
+    assert len(hook.reports) == 30
+    assert model.config.intermediate_size == width * 3 // 4
+    for report in hook.reports:
+        assert integers(report) == 2 * 3 * 3 + 5  # two a side of each layer, and of the report
+        assert len(json.dumps(report.to_dict())) < 2000
+    assert hook.cuts is not None
+    assert integers(dict(hook.cuts.edits)) == 9 * model.config.intermediate_size < before
+
+
+def test_repr_says_settings_and_state():
+    hook = HFConfigSyncHook(strict=True, layers="differ", make_inputs=lambda config: {})
+    settings = "HFConfigSyncHook(strict=True, layers=differ, make_inputs=...)"
+    assert repr(hook) == f"{settings}: attached to no pruner, 0 reports"
+    hook, pruner = attached(small.llama(), iterative_steps=2)
+    groups = list(pruner.step(interactive=True))
+    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
+        groups[1].prune()
+    assert repr(hook) == (
+        "HFConfigSyncHook(): BasePruner of LlamaForCausalLM, step 1 of 2, 1 reports, groups "
+        "recorded and not cut (hook.pending)"
+    )

@@ -96,12 +96,12 @@ class TestWidths:
         assert "<svg" in (tmp_path / "run.svg").read_text()
 
     def test_layers_that_differ_have_rows_of_their_own(self):
-        def layer(name: str, removed: tuple[int, ...], out: bool = True) -> PrunedLayer:
+        def layer(name: str, removed: int, out: bool = True) -> PrunedLayer:
             return PrunedLayer(name, out, removed, 8)
 
-        fused = (layer("h.0.qkv", (0, 1)), layer("h.0.qkv", (1, 4)))
-        group = PrunedGroup((*fused, layer("h.1.qkv", (0,)), layer("h.1.qkv", (3,), False)))
-        again = PrunedGroup((PrunedLayer("h.1.qkv", True, (2,), 7),))
+        fused = (layer("h.0.qkv", 2), layer("h.0.qkv", 1))
+        group = PrunedGroup((*fused, layer("h.1.qkv", 1), layer("h.1.qkv", 1, False)))
+        again = PrunedGroup((PrunedLayer("h.1.qkv", True, 1, 7),))
         reports = [SyncReport(1, groups=[group]), SyncReport(2, groups=[again])]
         assert layer_changes(reports) == [
             Change("h.*.qkv out", 8, 5),

@@ -9,16 +9,18 @@ import small
 import torch
 import torch_pruning as tp
 import zoo
+from torch import nn
 
 from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
+    PrunerSettingsWarning,
     UnsupportedModelError,
     drop_layers,
     pruner_kwargs,
 )
-from tp_hf_config.hook import follow, step_preflight
-from tp_hf_config.hook.step_preflight import shapes_left
+from tp_hf_config.hook import follow, pending_prunes
+from tp_hf_config.hook.pending_prunes import shapes_left
 from tp_hf_config.model.shapes import shapes
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -45,8 +47,9 @@ def test_shapes_known_before_are_those_of_after(name: str, monkeypatch: pytest.M
         return seen[-1]
 
     before = small.state_of(model)
-    pruner = pruner_of(model, [HFConfigSyncHook()], kwargs={}, pruning_ratio=0.3)
-    monkeypatch.setattr(step_preflight, "shapes_left", noting)
+    hook = HFConfigSyncHook()
+    pruner = pruner_of(model, [hook], kwargs={}, pruning_ratio=0.3)
+    monkeypatch.setattr(pending_prunes, "shapes_left", noting)
     was = shapes(model)
     pruner.step()
     assert seen == [shapes(model)]
@@ -107,7 +110,6 @@ def test_a_step_is_proved_once_before_it_cuts(monkeypatch: pytest.MonkeyPatch) -
     pruner.DG.get_pruning_group(
         model.model.embed_tokens, tp.prune_embedding_out_channels, [0, 1, 2, 3]
     ).prune()
-    hook.sync()
     assert built == [32, 24, 16]
     assert model.config.hidden_size == 12
     hook.sync()  # the config is another one now, so this is proved anew
@@ -146,17 +148,62 @@ def test_a_layer_that_is_gone_is_told_and_nothing_else(recwarn: pytest.WarningsR
 
 
 def test_groups_that_the_user_is_handed_are_the_users() -> None:
-    """Only the first of two layers is pruned by hand: an error then, and what is left stays."""
+    """Only the first of two layers is pruned in the loop: nothing is, until the second is too."""
     model, hook = small.llama(), HFConfigSyncHook()
     pruner = pruner_of(model, [hook], kwargs={"prune": ("intermediate_size",)})
+    before = small.state_of(model)
     groups = pruner.step(interactive=True)
     next(groups).prune()
-    with pytest.raises(ConfigSyncError, match="Nothing was written; go on pruning and sync again"):
+    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
         list(groups)
-    layers = model.model.layers
-    assert [layer.mlp.gate_proj.out_features for layer in layers] == [32, 64]
-    assert model.config.intermediate_size == 64
-    pruner.DG.get_pruning_group(
-        layers[1].mlp.gate_proj, tp.prune_linear_out_channels, list(range(32))
-    ).prune()
-    assert hook.sync().fields == {"intermediate_size": (64, 32)}
+    with pytest.raises(ConfigSyncError, match="Nothing was written; go on pruning and sync again"):
+        hook.sync()
+    small.assert_same(before, small.state_of(model))
+    gate = model.model.layers[1].mlp.gate_proj
+    pruner.DG.get_pruning_group(gate, tp.prune_linear_out_channels, list(range(32))).prune()
+    assert hook.last_report.fields == {"intermediate_size": (64, 32)}  # type: ignore[union-attr]
+    assert gate.out_features == model.config.intermediate_size == 32
+
+
+@pytest.mark.parametrize("kind", ["layer", "pruner", "importance"])
+def test_nothing_switches_the_proof_off(kind: str) -> None:
+    """A layer whose own code fails without data, a step and an importance of somebody's own."""
+
+    class Own(nn.Linear):
+        @property
+        def out_features(self) -> int:
+            if self.weight.is_meta:
+                raise RuntimeError("needs data")
+            return self.weight.shape[0]
+
+        @out_features.setter
+        def out_features(self, size: int) -> None: ...
+
+    class Pruner(tp.pruner.BasePruner):  # type: ignore[misc, name-defined]
+        def step(self, interactive: bool = False) -> Any:
+            return super().step(interactive)
+
+    class Told(tp.importance.MagnitudeImportance):  # type: ignore[misc]
+        def adjust_fisher(self, *args: Any) -> None: ...
+
+    model, hook = small.llama(), HFConfigSyncHook()
+    if kind == "layer":
+        vars(model.model.layers[0].mlp.up_proj).pop("out_features")
+        model.model.layers[0].mlp.up_proj.__class__ = Own
+    settings = {"importance": Told()} if kind == "importance" else {}
+    cls = Pruner if kind == "pruner" else tp.pruner.BasePruner
+    arguments = {
+        **pruner_kwargs(model, prune=("hidden_size",)),
+        "importance": tp.importance.MagnitudeImportance(),
+        "pruning_ratio": 0.26,
+        **settings,
+    }
+    pruner = cls(model, **arguments, hooks=[hook])
+    before = small.state_of(model)
+    pruner.round_to = None  # 23 channels stay, no multiple of 4 heads
+    with pytest.raises(
+        ConfigSyncError, match="step 1 would end in this, and nothing of it is pruned"
+    ):
+        pruner.step()
+    small.assert_same(before, small.state_of(model))
+    assert (pruner.current_step, hook.pending) == (0, ())

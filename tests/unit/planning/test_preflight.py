@@ -303,7 +303,7 @@ class TestCarriedOut:
         pruner = pruner_of(model, hook, prune=("hidden_size",), pruning_ratio=0.5)
         group = next(iter(pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers)))
         group.prune(idxs=[0, 1, 2, 3])
-        assert hook.sync().fields == {"hidden_size": (32, 28)}
+        assert hook.last_report.fields == {"hidden_size": (32, 28)}
         pruner.step()
         assert model.config.hidden_size == 12
 

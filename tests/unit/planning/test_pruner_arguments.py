@@ -64,6 +64,16 @@ class TestMerged:
         assert report.fields == {"intermediate_size": (64, 24)}
         assert report.notes[0].startswith("hidden_size stays at 32")
 
+    def test_example_inputs_of_one_s_own_change_no_choice(self) -> None:
+        """What to prune was said to ``pruner_kwargs``, whoever makes the inputs."""
+        model = small.llama()
+        kwargs = pruner_kwargs(model, prune="intermediate_size")
+        _, report = step(
+            model, {**kwargs, "example_inputs": {"input_ids": torch.ones(1, 4).long()}}
+        )
+        assert report.fields == {"intermediate_size": (64, 32)}
+        assert report.graph.startswith("config graph: 2 groups")
+
     def test_layers_around_the_model_stay_ignored(self) -> None:
         model = nn.Sequential(small.bert(), nn.Linear(32, 2))
         bert = model[0]

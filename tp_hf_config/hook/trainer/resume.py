@@ -139,7 +139,9 @@ def pruner_at(
         pruner = build(model)
         hook = sync_hook_of(pruner)
         _check_settings(progress.settings, settings_of(pruner))
-        pruner.load_pruning_history(list(progress.history))
+        with pruner.DG.recorded.held():
+            pruner.load_pruning_history(list(progress.history))
+            hook.sync()
         pruner.current_step = progress.step
         pruner._scope_initial_channels.update(progress.scopes)
         _check_narrow(pretrained, {**names, **buffers})
@@ -148,7 +150,6 @@ def pruner_at(
         for name, buffer in buffers.items():
             module, key = owner(pretrained, name)
             module._buffers[key] = buffer
-        hook.sync()  # makes tied weights one Parameter again, and proves the result
     return pruner, {old: pretrained.get_parameter(name) for name, old in names.items()}
 
 

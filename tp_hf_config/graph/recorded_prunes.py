@@ -1,0 +1,155 @@
+"""Prunes that were asked for and are not cut yet: the model is as it was before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..model.config_json import field_name
+from .norm_order import channels_in_order
+from .sides import GraphGroup, channels_of, is_output
+
+if TYPE_CHECKING:
+    from .config_group import ConfigGroup
+
+
+@dataclass
+class _Prune:
+    """What is to be cut from one dependency group.
+
+    Attributes:
+        graph_group: the dependency group.
+        root: the layer at which it was asked for.
+        out: True if outputs of the root were asked for.
+        units: the units, as they are numbered now.
+        in_history: True if Torch-Pruning's history is to have it.
+    """
+
+    graph_group: GraphGroup
+    root: nn.Module
+    out: bool
+    units: list[int]
+    in_history: bool
+
+
+class RecordedPrunes:
+    """What is to be cut, by dependency group, until ``settle`` has it cut.
+
+    Attributes:
+        settle: called after every prune, to cut what can be cut. By default everything is.
+    """
+
+    def __init__(self, graph: Any):
+        self._graph = graph
+        self._prunes: dict[int, _Prune] = {}  # by the id of the dependency group
+        self._holding = 0
+        self.settle: Callable[[], None] = self.cut
+
+    def __bool__(self) -> bool:
+        return bool(self._prunes)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Settle at the end of ``with``, not inside: what is recorded there is cut together."""
+        self._holding += 1
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            self._holding -= 1
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._prunes and not self._holding:
+            self.settle()
+
+    def add(self, group: ConfigGroup, in_history: bool) -> None:
+        """Record that a group is to be pruned, and settle.
+
+        Raises:
+            ValueError: some of its units are recorded already.
+        """
+        if not group.units:
+            return
+        dep, graph_group = group[0].dep, group.graph_group
+        root = dep.target.module, self._graph.is_out_channel_pruning_fn(dep.handler)
+        prune = self._prunes.get(id(graph_group)) or _Prune(graph_group, *root, [], in_history)
+        again = sorted(set(prune.units).intersection(group.units))
+        if again:
+            raise ValueError(
+                f"unit {again[0]} of {_name(graph_group)} is recorded already, and not cut yet: "
+                "until it is cut, channels are numbered as the model is now. Prune other units, or "
+                "first what hook.pending names"
+            )
+        prune.units += group.units
+        self._prunes[id(graph_group)] = prune
+        self._settle()
+
+    def groups(self) -> list[ConfigGroup]:
+        """Return a group for each dependency group that is to be pruned, as numbered now."""
+        return [self._group(prune) for prune in self._prunes.values()]
+
+    def clear(self) -> None:
+        """Forget what is recorded."""
+        self._prunes.clear()
+
+    def cut(self) -> None:
+        """Cut what is recorded; every parameter is copied once."""
+        prunes, self._prunes = [*self._prunes.values()], {}
+        with channels_in_order(), self._graph.cuts.together():
+            for prune in prunes:
+                self._group(prune).cut(prune.in_history)
+
+    def numbered_now(self, module: nn.Module, out: bool, channels: Sequence[int]) -> list[int]:
+        """Return channels of a layer's side that are numbered as after all that is recorded."""
+        sides = [
+            (side, prune.units)
+            for prune in self._prunes.values()
+            for side in prune.graph_group.sides
+            if side.module is module and side.out is out
+        ]
+        if not sides:
+            return [*channels]
+        stays = torch.ones(channels_of(sides[0][0]), dtype=torch.bool)
+        for side, units in sides:
+            stays[side.table[units].flatten()] = False
+        kept: list[int] = stays.nonzero().flatten()[list(channels)].tolist()
+        return kept
+
+    def missing(self) -> list[str]:
+        """Return the groups that lose a smaller share than another group of the same fields."""
+        largest: dict[Any, Fraction] = {}
+        for prune in self._prunes.values():
+            fields = prune.graph_group.fields
+            largest[fields] = max(largest.get(fields, Fraction(0)), self._share(prune.graph_group))
+        return [
+            _name(graph_group)
+            for graph_group in self._graph.graph_groups
+            if self._share(graph_group) < largest.get(graph_group.fields, 0)
+        ]
+
+    def _share(self, graph_group: GraphGroup) -> Fraction:
+        """Return which share of its units a dependency group loses."""
+        prune = self._prunes.get(id(graph_group))
+        return Fraction(0 if prune is None else len(prune.units), graph_group.units.count)
+
+    def _group(self, prune: _Prune) -> ConfigGroup:
+        group: ConfigGroup = self._graph.group_from(
+            prune.graph_group, prune.units, prune.root, prune.out
+        )
+        return group
+
+
+def _name(graph_group: GraphGroup) -> str:
+    """Return a dependency group's fields, and the first layer whose outputs it cuts."""
+    fields = " + ".join(map(field_name, graph_group.fields))
+    sides = graph_group.sides
+    return f"{fields} in {next(filter(is_output, sides), sides[0]).layer}"

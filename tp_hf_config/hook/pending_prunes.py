@@ -1,0 +1,263 @@
+"""Carry out what a pruner's graph recorded, together, once a config describes what it leaves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigSyncError, listed
+from ..fieldmap.solve.explain import AGAIN
+from ..graph.config_group import ConfigGroup
+from ..graph.layer_fields import layers_listed
+from ..model.shapes import Shapes, shapes
+from ..planning.pruner_arguments import warn
+from ..planning.settings import Layers
+from .agreement import Agreement
+from .follow import Follower
+from .history import GroupCut, layers_of
+from .refits import StepRefits
+from .report import SyncReport
+from .steering import is_unmodified
+
+_STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")
+"""The dicts that ``BasePruner._prune`` changes while it chooses (base_pruner.py, 1.6.1)."""
+
+
+class PendingPrunes:
+    """What is recorded: proved, refitted, cut and synced together, or not touched.
+
+    A step and a loop over an interactive step are carried out when they end. A step that is not
+    Torch-Pruning's own may read weights at any time: what it prunes is carried out as soon as a
+    config describes it, like what is pruned outside of a step.
+
+    Args:
+        pruner: the pruner.
+        follower: proves that a config describes what is left.
+        agreement: compares what the ranks are about to cut.
+        layers: whether layers may get widths of their own.
+        refits: refits what a step cuts.
+        sync: makes the config follow a cut, and reports; gets True for a step, and why what is
+            recorded cannot be carried out.
+    """
+
+    def __init__(
+        self,
+        pruner: Any,
+        follower: Follower,
+        agreement: Agreement,
+        layers: Layers,
+        refits: StepRefits,
+        sync: Callable[[bool, ConfigSyncError | None], SyncReport],
+    ):
+        self._pruner, self._follower, self._agreement = pruner, follower, agreement
+        self._layers, self._refits, self._sync = layers, refits, sync
+        self.recorded = pruner.DG.recorded
+        self._undo_choice: Callable[[], None] = lambda: None
+        self._reason = ""
+        self._stepping = self._own_step = False
+        self._loop: object | None = None  # the one that runs
+        self._refused = False  # the step that runs
+        self._told = False  # that what is recorded now has to wait
+        self._synced = False  # something of the step that runs, or ran last, has a report
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What is missing until what is recorded is carried out; empty if nothing is recorded."""
+        if not self.recorded:
+            return ()
+        names = self.recorded.missing()
+        if self._loop is not None:
+            names.append("the end of the loop over step(interactive=True)")
+        return tuple(names) or (self._reason,)
+
+    def groups(self) -> list[GroupCut]:
+        """Return what is recorded, for reports."""
+        graph = self._pruner.DG
+        return [GroupCut(tuple(layers_of(graph, group))) for group in self.recorded.groups()]
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Surround a call of ``step()``; if it raises, nothing that it recorded is cut."""
+        self._refused = True
+        self.release()
+        self._undo_choice = _undoing_choice(self._pruner)
+        self._stepping, self._synced = True, False
+        self._own_step = not is_unmodified(self._pruner)
+        try:
+            yield
+        except BaseException:
+            self._take_back()
+            raise
+        finally:
+            self._stepping = False
+        self._refused = False
+
+    @contextmanager
+    def loop(self) -> Iterator[None]:
+        """Surround a loop over the groups of an interactive step; another step ends it."""
+        self._loop = this = object()
+        try:
+            yield
+        finally:
+            self._refused = self._loop is not this
+
+    def finish(self) -> None:
+        """Carry out what a step or loop recorded; of a step that pruned nothing, say why.
+
+        Raises:
+            ConfigSyncError: no config describes what a step would leave; the step does not count.
+            TrainingError: another rank would cut something else.
+        """
+        refused, self._refused = self._refused, False
+        if refused:
+            return
+        looping, self._loop = self._loop is not None, None
+        if not self.recorded:
+            told, self._synced = self._synced, True
+            if not told:
+                self._sync(True, None)
+            return
+        try:
+            result = self._carry_out(in_step=True, may_wait=looping)
+        except BaseException:
+            if not looping:
+                self._take_back()
+            raise
+        if isinstance(result, ConfigSyncError):
+            self._wait(result)
+
+    def settle(self) -> None:
+        """Carry out what is recorded if a config describes it; else wait, and say so once."""
+        if self._loop is not None or (self._stepping and not self._own_step):
+            return  # its end comes
+        result = self._carry_out(in_step=self._stepping, may_wait=True)
+        if isinstance(result, ConfigSyncError):
+            self._wait(result)
+
+    def sync(self) -> SyncReport:
+        """Carry out what is recorded, and sync.
+
+        Raises:
+            ConfigSyncError: no config describes it; it stays recorded.
+        """
+        if not self.recorded:
+            return self._sync(False, None)
+        result = self._carry_out(in_step=self._loop is not None, may_wait=True)
+        return self._sync(False, result) if isinstance(result, ConfigSyncError) else result
+
+    def release(self) -> None:
+        """Carry out what is recorded, or drop it and say so: a step begins, or the hook goes."""
+        looping, self._loop = self._loop is not None, None
+        if not self.recorded:
+            return
+        failure = self._carry_out(in_step=looping, may_wait=True)
+        if isinstance(failure, ConfigSyncError):
+            missing = self.recorded.missing()
+            what = f"{listed(missing)} was missing" if missing else str(failure).rstrip(". ")
+            self.recorded.clear()
+            self._told = False
+            warn(
+                "groups that were pruned before are dropped, because they never were complete: "
+                f"{what}. The model and its config are as they were before them."
+            )
+
+    def _carry_out(self, in_step: bool, may_wait: bool) -> SyncReport | ConfigSyncError:
+        """Prove, refit, cut and sync what is recorded; return why it has to wait, if it may."""
+        with layers_listed(self._pruner.model, self._layers):
+            groups, pruned = self.recorded.groups(), self.groups()
+            remaining = shapes_left(self._follower.model, groups)
+            failure = self._failure(pruned, remaining)
+            if failure is not None:
+                if may_wait:
+                    return failure
+                failure = self._of_step(failure)
+            self._agreement.on_groups(self._pruner, pruned, failure)
+            if in_step:
+                self._refits.solve(groups, remaining)
+        self._told, self._synced = False, True
+        try:
+            self.recorded.cut()
+            return self._sync(in_step, None)
+        except BaseException:
+            self._sync_quietly()
+            raise
+
+    def _failure(self, pruned: Sequence[GroupCut], remaining: Shapes) -> ConfigSyncError | None:
+        """Return why no config describes what these groups leave, or None if one does."""
+        try:
+            self._follower.check_shapes_after(pruned, remaining)
+        except ConfigSyncError as error:
+            return error
+        return None
+
+    def _of_step(self, failure: ConfigSyncError) -> ConfigSyncError:
+        """Return the error for a step that is not carried out."""
+        more = " more" if self._synced else ""
+        return ConfigSyncError(
+            f"{type(self._pruner).__name__}: step {self._pruner.current_step} would end in this, "
+            f"and nothing{more} of it is pruned: {str(failure).removesuffix(AGAIN).rstrip()}",
+            failure.conflicts,
+        )
+
+    def _wait(self, failure: ConfigSyncError) -> None:
+        """Note why what is recorded has to wait, and say so, once."""
+        self._reason = str(failure).removesuffix(AGAIN).rstrip()
+        if self._told or self._stepping:
+            return
+        self._told = True
+        missing = self.recorded.missing()
+        why = (
+            f"a config describes them only together with {listed(missing)} (hook.pending)"
+            if missing
+            else self._reason.rstrip(".")
+        )
+        warn(
+            f"pruned groups are recorded, and not cut yet: {why}. The model and its config stay as "
+            "they were until then."
+        )
+
+    def _take_back(self) -> None:
+        """Forget what a step recorded; the step does not count if nothing of it was carried out."""
+        self.recorded.clear()
+        self._told = False
+        if not self._synced:
+            self._undo_choice()
+
+    def _sync_quietly(self) -> None:
+        """Sync while another exception is raised: that one must surface, a failure here warns."""
+        try:
+            self._sync(True, None)
+        except Exception as error:
+            warnings.warn(f"HFConfigSyncHook after an interrupted step: {error}", stacklevel=2)
+
+
+def _undoing_choice(pruner: Any) -> Callable[[], None]:
+    """Return a function that undoes what a step changes of the pruner before it prunes."""
+    step = pruner.current_step
+    dicts = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
+
+    def undo() -> None:
+        pruner.current_step = step
+        for current, before in dicts:
+            current.clear()
+            current.update(before)
+
+    return undo
+
+
+def shapes_left(model: nn.Module, groups: Sequence[ConfigGroup]) -> Shapes:
+    """Return the shape of every parameter and saved buffer of a model once these groups are cut."""
+    gone: dict[tuple[str, int], set[int]] = {}
+    for group in groups:
+        for side in group.graph_group.sides:
+            positions = side.table[group.units].flatten().tolist()
+            for place in side.dims:
+                gone.setdefault(place.place, set()).update(positions)
+    left = {name: list(shape) for name, shape in shapes(model).items()}
+    for (name, dim), lost in gone.items():
+        left[name][dim] -= len(lost)
+    return {name: tuple(shape) for name, shape in left.items()}
