@@ -323,14 +323,13 @@ def reloaded(model_class: Any, folder: Path) -> Refusal | None:
     itself, and those of the classes beside it, which only have to have its layers.
     """
     config = json.loads((folder / "config.json").read_text())
-    saved = config["architectures"][0]
-    own, beside = [model_class], []
-    if config.get("auto_map"):
-        places = config["auto_map"].items()
-        own = [_auto(name) for name, place in places if place.endswith(f".{saved}")]
-        beside = [_auto(name) for name, place in places if not place.endswith(f".{saved}")]
+    places = (config.get("auto_map") or {}).items()
+    models = {_auto(name): place for name, place in places if name.startswith("AutoModel")}
+    saved = f".{config['architectures'][0]}"
+    own = [auto for auto, place in models.items() if place.endswith(saved)] or [model_class]
+    beside = [auto for auto in models if auto not in own]
     case = torch.load(folder / CASE, weights_only=True)
-    case["options"].update({"trust_remote_code": True} if config.get("auto_map") else {})
+    case["options"].update({"trust_remote_code": True} if models else {})
     for loader in (*own, *beside):
         try:
             reason = _wrong_of(loader, folder, case) if loader in own else _lacks(loader, folder)
