@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigSyncError, listed
+from ..errors import ConfigSyncError, listed, warn
 from ..fieldmap.solve.explain import AGAIN
 from ..graph.config_group import ConfigGroup
 from ..graph.layer_fields import layers_listed
 from ..model.shapes import Shapes, shapes
-from ..planning.pruner_arguments import warn
 from ..planning.settings import Layers
 from .agreement import Agreement
 from .follow import Follower

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..calibration.batches import WINDOW
-from ..calibration.calibrate import TOKENS
+from ..calibration.batches import TOKENS, WINDOW
 from ..calibration.forecast import inputs_of
 from .streaming_cost import Cut, Solved
 
@@ -50,7 +49,7 @@ def working_time(cut: Cut, flops: int | None, tokens: int = TOKENS) -> WorkingTi
         return None
     solved = [Solved(cut, each, 0) for each in inputs if each.sums]
     grams = sum(2 * _UPPER * each.size**2 for each in solved if each.input.sums == "gram")
-    step = _PASSES * min(_HELD_OUT, tokens) * flops
+    step: float = _PASSES * min(_HELD_OUT, tokens) * flops
     losing = [each for each in solved if each.kept < each.size]
     behind = [each for each in losing if each.input.sums == "products"]
     if behind:
