@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
@@ -69,7 +70,7 @@ class Difference:
 def _divergence(before: Tensor, now: Tensor) -> float:
     """Return the mean KL divergence of logits, ``(tokens, classes)``; some tokens at a time."""
     total = 0.0
-    for some, same in zip(before.split(_AT_ONCE), now.split(_AT_ONCE), strict=True):
+    for some, same in zip(*(torch.split(each, _AT_ONCE) for each in (before, now)), strict=True):
         wanted, found = some.float().log_softmax(-1), same.float().log_softmax(-1)
         total += float((wanted.exp() * (wanted - found)).sum())
     return total / max(1, len(before))

@@ -186,7 +186,8 @@ class _Products:
         sums = self._sums.of(leader)
         if sums is None or len(sums[0]) != len(kept):
             return None
-        return refit_from_products(*sums, kept, self._step.calibration.ridge)
+        own, cross = sums
+        return refit_from_products(own, cross, kept, self._step.calibration.ridge)
 
 
 def _without_logits(

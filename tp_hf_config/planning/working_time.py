@@ -50,7 +50,7 @@ def working_time(cut: Cut, flops: int | None, tokens: int = TOKENS) -> WorkingTi
         return None
     solved = [Solved(cut, each, 0) for each in inputs if each.sums]
     grams = sum(2 * _UPPER * each.size**2 for each in solved if each.input.sums == "gram")
-    step = _PASSES * min(_HELD_OUT, tokens) * flops
+    step: float = _PASSES * min(_HELD_OUT, tokens) * flops
     losing = [each for each in solved if each.kept < each.size]
     behind = [each for each in losing if each.input.sums == "products"]
     if behind:
