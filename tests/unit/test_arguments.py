@@ -174,7 +174,7 @@ def test_scalars_of_numpy_and_torch_do_as_well() -> None:
 @pytest.mark.parametrize(
     "layers",
     [[1, 2], (2, 1), range(1, 3), {1, 2}, np.array([1, 2]), torch.tensor([1, 2]), iter([1, 2])],
-    ids=str,
+    ids=lambda layers: type(layers).__name__,
 )
 def test_layers_by_any_list_of_whole_numbers(layers: Any) -> None:
     model = small.llama(num_hidden_layers=4)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tp_hf_config import CheckpointError, check_checkpoint
-from tp_hf_config.checkpoint.building import Classes, _limit_modules, own_reference
+from tp_hf_config.checkpoint.building import Classes, own_reference
 from tp_hf_config.checkpoint.large import too_large
 from tp_hf_config.cli import check as command
+from tp_hf_config.model.build import _limited
 
 SOUND = (
     "llama",
@@ -540,7 +541,7 @@ def test_the_class_of_a_folder_with_code_is_a_model() -> None:
 
 
 def test_the_most_modules_are_those_of_one_thread() -> None:
-    with _limit_modules(1):
+    with _limited(1, "more than the weights"):
         nn.Sequential(nn.ReLU())
         with pytest.raises(ValueError, match="more than 1 modules"):
             nn.Sequential(nn.ReLU())
