@@ -216,7 +216,9 @@ def _limited(max_modules: int, why: str) -> Iterator[None]:
 
     def counted(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         nonlocal count
-        count += threading.get_ident() == own
+        if threading.get_ident() != own:
+            return
+        count += 1
         if count > max_modules:
             raise ValueError(f"it asks for more than {max_modules:,} modules, {why}")
 
