@@ -24,14 +24,14 @@ def largest_head_ratio(arguments: Mapping[str, Any]) -> float:
 def wanted_by(arguments: Mapping[str, Any], wrapped: bool) -> Wanted:
     """Return what a pruner's arguments ask for when no field is named.
 
-    As in Torch-Pruning, heads are pruned if there is a ratio for them, and head dims if
+    As in Torch-Pruning, every width inside the model is pruned, heads are pruned if there is a ratio for them, and head dims if
     ``num_heads=`` names layers.
 
     ``wrapped``: another module reads the model's outputs.
     """
     heads = bool(arguments.get("prune_num_heads")) and largest_head_ratio(arguments) > 0
     dims = bool(arguments.get("prune_head_dims") and arguments.get("num_heads"))
-    return Wanted(heads=heads, head_dims=dims, wrapped=wrapped)
+    return Wanted(heads=heads, head_dims=dims, wrapped=wrapped, cheapest=False)
 
 
 def staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPath, ...], str]:

@@ -21,8 +21,7 @@ class Wanted:
     """What the user asks to prune.
 
     Attributes:
-        fields: names of config fields; ``None``: inner widths; where there are none, every width
-            inside the model.
+        fields: names of config fields; ``None``: what costs least, see ``cheapest``.
         heads: prune whole attention heads, by Torch-Pruning's head ratios.
         gqa: how grouped-query heads are pruned; ``None``: as it suits the model.
         head_dims: also prune the same number of dimensions of every head.
@@ -30,6 +29,8 @@ class Wanted:
         stays: the fields of a width -> why the pruner's arguments keep it.
         with_ratio: the fields of widths that a ratio of the pruner's arguments is for.
         rooted: the pruner's arguments name the types of layers to prune.
+        cheapest: where no field is named, prune inner widths alone, if there are any; False: every
+            width inside the model, which is what Torch-Pruning's own arguments mean.
     """
 
     fields: tuple[str, ...] | None = None
@@ -40,6 +41,7 @@ class Wanted:
     stays: Mapping[tuple[FieldPath, ...], str] = dataclasses.field(default_factory=dict)
     with_ratio: Collection[tuple[FieldPath, ...]] = ()
     rooted: bool = False
+    cheapest: bool = True
 
     def free(self, widths: Iterable[Width]) -> list[Width]:
         """Return the widths that the pruner's arguments do not keep."""
@@ -189,10 +191,10 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
 
 
 def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
-    """Return the proved widths that are pruned where none is named: those that cost least.
+    """Return the proved widths that are pruned where none is named.
 
-    They are the inner widths, and those with a ratio of their own; of a class without inner widths,
-    or if the pruner's root types rule them out, all inside the model.
+    Those that cost least are the inner widths, and those with a ratio of their own; of a class
+    without inner widths, or if the pruner's root types rule them out, all inside the model.
 
     ``alone``: no heads or head dims are pruned, so some width has to be proved.
 
@@ -204,7 +206,7 @@ def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
     if not proved and alone:
         reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
         raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
-    inner = inner_widths_of(view)
+    inner = inner_widths_of(view) if wanted.cheapest else ()
     cheap = [width for width in proved if width in inner]
     if cheap and (wanted.free(cheap) or not wanted.rooted):
         proved = [w for w in proved if w in cheap or w.fields in wanted.with_ratio]
