@@ -58,7 +58,7 @@ def reload(folder: Path) -> dict[str, Any]:
     cls = getattr(transformers, case["class"], None)
     if cls is None:  # code in the folder
         references = transformers.AutoConfig.from_pretrained(folder).auto_map.values()
-        (reference,) = (r for r in references if r.endswith(f".{case['class']}"))
+        (reference,) = {r for r in references if r.endswith(f".{case['class']}")}
         cls = get_class_from_dynamic_module(reference, folder)
     model, info = cls.from_pretrained(folder, output_loading_info=True)
     model.eval()
