@@ -116,9 +116,10 @@ def run(
         distributed=shard is None and rank is not None,
     )
     ignored = [model.get_submodule(case.ignored)] if case.ignored else []
+    wanted = {"prune": small.inside(model), "ignored_layers": ignored, **case.settings}
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, ignored_layers=ignored, layers=case.layers, **case.settings),
+        **pruner_kwargs(model, layers=case.layers, **wanted),
         global_pruning=case.layers == "differ",
         importance=case.importance() if case.importance else calibration.importance(),
         pruning_ratio=0.5,
@@ -204,7 +205,8 @@ def trained_by_trainer(
         logging_strategy="no",
         **{"gradient_checkpointing": True, **settings},
     )
-    callback = PruningCallback(every=2, pruning_ratio=0.5, iterative_steps=2)
+    wanted = ("hidden_size", "intermediate_size")
+    callback = PruningCallback(every=2, prune=wanted, pruning_ratio=0.5, iterative_steps=2)
     data = [{"input_ids": row, "labels": row} for row in rows]
     model = zoo.build("llama")
     if resume is not None:

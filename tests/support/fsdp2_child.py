@@ -152,7 +152,8 @@ def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     model = sharded()
     results["prunable"] = str(prunable(model)).splitlines()[0]
-    results["plan"] = plan(model, pruning_ratio=0.5).after.parameters
+    fields = small.inside(model)
+    results["plan"] = plan(model, prune=fields, pruning_ratio=0.5).after.parameters
     results["no rebuild"] = refusal(lambda: pruner_of(model, HFConfigSyncHook()))
     results["drop_layers"] = refusal(lambda: drop_layers(model, [0]))
     inside = nn.ModuleDict({"inner": model})

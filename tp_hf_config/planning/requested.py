@@ -24,8 +24,8 @@ def largest_head_ratio(arguments: Mapping[str, Any]) -> float:
 def wanted_by(arguments: Mapping[str, Any], wrapped: bool) -> Wanted:
     """Return what a pruner's arguments ask for when no field is named.
 
-    As in Torch-Pruning, every width inside the model is pruned, heads are pruned if there is a ratio for them, and head dims if
-    ``num_heads=`` names layers.
+    As in Torch-Pruning, every width inside the model is pruned, heads if there is a ratio for them,
+    and head dims if ``num_heads=`` names layers.
 
     ``wrapped``: another module reads the model's outputs.
     """

@@ -80,7 +80,7 @@ def test_images_count_as_rows() -> None:
 
 def test_batches_of_padding_end_too() -> None:
     stream = Endless({"input_ids": _row(0), "attention_mask": 0 * _row(0)})
-    with pytest.raises(CalibrationError, match="the calibration data has no batch"):
+    with pytest.raises(CalibrationError, match="all rows of the 22 batches are padding"):
         calibrate(zoo.build("llama"), iter(stream), tokens=20)
     assert stream.read == 22
 

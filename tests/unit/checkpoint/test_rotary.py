@@ -188,7 +188,8 @@ def test_prune_writes_it(capsys: Any, tmp_path: Path):
     source = model_folders.save("llama-gqa", tmp_path / "source")
     folders.edit(source, rope_theta=500000.0, rope_parameters=None)
     out = tmp_path / "out"
-    code, _, errors = shell(capsys, "prune", source, "--out", out, "--pruning-ratio", "0.25")
+    typed = ("--out", out, "--prune", "hidden_size", "--pruning-ratio", "0.25")
+    code, _, errors = shell(capsys, "prune", source, *typed)
     assert code == 0, errors
     data = folders.config_of(out)
     assert (data["hidden_size"], data["rope_theta"]) == (48, 500000.0)
