@@ -270,7 +270,7 @@ class TestWhatIsWritten:
         assert done.returncode == 0, done.stderr
         assert "copied: tokenizer.json, tokenizer_config.json" in done.stdout.splitlines()
         assert metadata_load(tmp_path / "out" / "README.md")["base_model"] == "us/tiny"
-        assert hf.AutoConfig.from_pretrained(tmp_path / "out").hidden_size == 48
+        assert hf.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 96
 
     def test_gguf(self, capsys: Any, tmp_path: Path) -> None:
         out = tmp_path / "out"
