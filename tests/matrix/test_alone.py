@@ -557,9 +557,7 @@ class TestArguments:
         with pytest.raises(ValueError, match=r"between 0 and 1 or None \(30 % is 0\.3\)$"):
             prune(small.llama(), example_inputs=None, pruning_ratio=30)
         model = small.llama()
-        with pytest.raises(
-            ValueError, match=r"^pruning_ratio_dict\[a Linear\]=30: expected"
-        ):
+        with pytest.raises(ValueError, match=r"^pruning_ratio_dict\[a Linear\]=30: expected"):
             prune(model, example_inputs=None, pruning_ratio_dict={model.lm_head: 30})
 
     def test_a_model_inside_another_module(self) -> None:

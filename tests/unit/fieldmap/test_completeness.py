@@ -21,6 +21,7 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 
+pytestmark = pytest.mark.usefixtures("every_width")
 IDS = torch.tensor([[3, 5, 7, 11]])
 RANDOM = "which the model does not have, so a reload would add {} with random values. "
 DISAGREE = " and its config disagree before any pruning: "

@@ -31,7 +31,9 @@ def hooked_pruner(model: Any, meanwhile: Any) -> Any:
 
     return tp.pruner.MetaPruner(
         model,
-        **{**pruner_kwargs(model), "iterative_pruning_ratio_scheduler": schedule},
+        **pruner_kwargs(
+            model, prune=small.inside(model), iterative_pruning_ratio_scheduler=schedule
+        ),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[HFConfigSyncHook()],
