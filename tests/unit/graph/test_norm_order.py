@@ -86,10 +86,12 @@ def test_an_interactive_step() -> None:
 def test_a_group_that_is_pruned_by_hand() -> None:
     model = numbered(convnext())
     pruner = pruner_of(model, pruner_kwargs(model))
-    norm = model.encoder.stages[3].layers[0].layernorm
     gone = [channel for channel in range(40) if channel not in (2, 9, 35, 37)]
-    handler = tp.prune_layernorm_out_channels
-    pruner.DG.get_pruning_group(norm, handler, gone).prune()
+    for layer in model.encoder.stages[3].layers:  # the config has one number for both widths
+        inner = layer.pwconv1, tp.prune_linear_out_channels
+        pruner.DG.get_pruning_group(*inner, gone).prune()
+    norm = model.encoder.stages[3].layers[0].layernorm
+    pruner.DG.get_pruning_group(norm, tp.prune_layernorm_out_channels, gone).prune()
     assert_in_order(model)
 
 
