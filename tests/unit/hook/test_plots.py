@@ -24,7 +24,7 @@ def hook() -> HFConfigSyncHook:
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        **pruner_kwargs(model, prune=small.inside(model)),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         iterative_steps=2,
