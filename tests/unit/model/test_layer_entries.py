@@ -105,7 +105,7 @@ def test_a_class_that_cannot_be_written_is_written_the_next_time(
 ) -> None:
     model: Any = layer_zoo.build("llama")
     text = model.config.to_json_string(use_diff=False)
-    layer_class._generated.cache_clear()
+    layer_class._generated.clear()
     generated = [name for name in sys.modules if name.startswith(layer_class.GENERATED)]
     for name in generated:
         monkeypatch.delitem(sys.modules, name)
@@ -120,7 +120,7 @@ def test_a_class_that_cannot_be_written_is_written_the_next_time(
     with layers_listed(model):
         assert type(model).__name__ == "LayerwiseLlamaForCausalLM"
         assert entries_of(model.config)[1]["intermediate_size"] == model.config.intermediate_size
-    layer_class._generated.cache_clear()
+    layer_class._generated.clear()
 
 
 def test_entries_that_cannot_be_set_leave_a_model_as_it_was(
