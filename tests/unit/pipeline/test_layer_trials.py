@@ -50,7 +50,7 @@ def dropped(name: str, folder: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("name", "how", "auto"),
     [
-        ("llama", "global", "AutoModelForCausalLM"),
+        ("gpt_oss", "global", "AutoModelForCausalLM"),
         ("bert", "firsts-kept", "AutoModelForSequenceClassification"),
     ],
 )
