@@ -146,7 +146,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: PruningCallback(M, every=1), "build=a LlamaForCausalLM: expected a function or None"),
     (lambda: PruningCallback(every=1, pruning_ratio="a"), f"pruning_ratio='a'{SHARE}"),
     (lambda: PruningCallback(every=1, ratios=[0.2]), "ratios=[0.2]: expected a dict such as"),
-    (lambda: PruningCallback(every=1, ratio=0.2), "pruner_kwargs: no pruner takes ratio="),
+    (lambda: PruningCallback(every=1, prunning_ratio=0.2), "pruner_kwargs: no pruner takes prunni"),
 ]  # fmt: skip
 
 
