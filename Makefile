@@ -32,7 +32,7 @@ $(VENV)/.dev: $(VENV)/.demo
 set-up: $(VENV)/.dev
 set-up-oldest: $(OLDEST)/.test
 
-# The main job, on real weights: prune, refit, save, reload, compare, in four minutes on two cores.
+# The main job, on real weights: prune, refit, save, reload, compare.
 demo: $(VENV)/.demo
 	$(BIN)/python examples/prune_smollm2.py
 	$(BIN)/python examples/prune_minilm.py
