@@ -112,8 +112,7 @@ def subject(tiny: TinyModel, seed: int) -> Subject:
     The weights are not the tiny model's own, so that trials expose what experiments with those
     found by chance.
     """
-    with same_random_state():
-        torch.default_generator.manual_seed(seed + 1)
+    with same_random_state(seed + 1):
         model = tiny.field_map.builder.build_real(tiny.field_map.data)
         if isinstance(model, Refusal):  # the tiny model itself was built from the same config
             raise RuntimeError(model.reason)

@@ -13,7 +13,6 @@ from fractions import Fraction
 from itertools import product
 from math import gcd
 
-import torch
 from torch import nn
 
 from ..forward.coverage import forward_error
@@ -125,8 +124,7 @@ def _channel_group_count(
 
 def _rebuilt(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | None:
     """Return the tiny model at other values, with random weights; None: it does not run."""
-    with same_random_state():
-        torch.default_generator.manual_seed(0)
+    with same_random_state(0):
         model = tiny.field_map.builder.build_real(tiny.field_map.config_at(values))
         if isinstance(model, Refusal):
             return None

@@ -248,8 +248,7 @@ def _run_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Re
         return full
     recipe = with_smaller_inputs(full, field_map.recipe)
     run_map = field_map if recipe == field_map.recipe else replace(field_map, recipe=recipe)
-    with same_random_state():
-        torch.default_generator.manual_seed(0)
+    with same_random_state(0):
         model = builder.build_real(data)
         if isinstance(model, Refusal):
             return model
