@@ -15,7 +15,6 @@ from ..arguments import check_arguments
 from ..errors import CalibrationWarning, ConfigSyncError, warn
 from ..planning.settings import Graph, Layers, check_graph
 from . import registration
-from .history import Recorder
 from .report import SyncReport
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from .agreement import Agreement
     from .cut_log import CutLog
     from .follow import Follower
-    from .pending_prunes import PendingPrunes
+    from .pending_prunes import Done, PendingPrunes
     from .rebuilding import Rebuild, Rebuilding
     from .refits import StepRefits
     from .steering import UnitSteering
@@ -92,7 +91,6 @@ class HFConfigSyncHook:
         self.reports: list[SyncReport] = []
         self._graph_reason, self._parameters = "", 0
         self._follower: Follower | None = None
-        self._recorder: Recorder | None = None
         self._steering: UnitSteering | None = None
         self._cut_log: CutLog | None = None
         self._rebuilding: Rebuilding | None = None
@@ -188,7 +186,7 @@ class HFConfigSyncHook:
             self._rebuilding = Rebuilding(standin, self.rebuild, self._agreement)
         with layers_listed(pruner.model, self.layers):
             cut_log = self._attach(pruner)
-        cut_log.begin(pruner.DG.cuts)
+        cut_log.begin()
 
     def _attach(self, pruner: Any) -> CutLog:
         """Attach to a pruner while its model's layers have entries of their own, where they may."""
@@ -220,7 +218,7 @@ class HFConfigSyncHook:
             undo.pop_all()
         if self._cut_log is None or self._cut_log.model() is not follower.model:
             self._cut_log, self._first = CutLog(follower.model), len(self.reports)
-        self._follower, self._recorder = follower, Recorder(pruner.DG)
+        self._follower = follower
         self._steering = steering
         self._refits = StepRefits(self, follower, self._agreement)
         self._pending = PendingPrunes(
@@ -228,7 +226,6 @@ class HFConfigSyncHook:
         )
         pruner.DG.recorded.settle = self._pending.settle
         self._parameters = follower.model.num_parameters()
-        self._recorder.attach()
         return self._cut_log
 
     def detach(self, pruner: Any) -> None:
@@ -240,13 +237,12 @@ class HFConfigSyncHook:
 
         if self._pending is not None:
             self._pending.release()
-        for part in (self._recorder, self._steering):
-            if part is not None:
-                part.detach()
-        self._follower = self._recorder = self._steering = self._pending = None
+        if self._steering is not None:
+            self._steering.detach()
+        self._follower = self._steering = self._pending = None
         others = [h for h in registration.hooks_of(pruner) if isinstance(h, HFConfigSyncHook)]
         recorded = pruner.DG.recorded
-        recorded.settle = recorded.cut
+        recorded.settle = recorded.refuse
         for pending in (hook._pending for hook in others if hook._pending is not None):
             recorded.settle = pending.settle
         if not others:
@@ -307,26 +303,26 @@ class HFConfigSyncHook:
             )
         return self._pending.sync()
 
-    def _sync(self, stepped: bool, failure: ConfigSyncError | None = None) -> SyncReport:
+    def _sync(self, stepped: bool, done: Done, failure: ConfigSyncError | None) -> SyncReport:
         """Sync; after a step that pruned nothing, the report says why.
 
-        ``failure``: why what is recorded cannot be carried out, which the report says then.
+        Args:
+            stepped: True after a step.
+            done: what was cut.
+            failure: why it cannot be cut, which the report says then.
         """
         from ..graph.layer_fields import layers_listed
 
         assert self._follower is not None  # only an attached hook is called
-        assert self._recorder is not None
-        assert self._pending is not None
         started = time.perf_counter()
-        groups = self._recorder.drain() if failure is None else self._pending.groups()
         report = SyncReport(
-            len(self.reports) + 1, self._graph_reason, [group.counted() for group in groups]
+            len(self.reports) + 1, self._graph_reason, [group.counted() for group in done.groups]
         )
         try:
             if failure is not None:
                 raise failure
             with layers_listed(self._follower.pruner.model, self.layers):
-                report = self._follower.follow(report, groups)
+                report = self._follower.follow(report, done.groups)
             notes = list(report.notes)
             if stepped and self._steering is not None:
                 notes += self._steering.notes(bool(report.groups))
@@ -344,9 +340,11 @@ class HFConfigSyncHook:
             compensation=self._refits.taken(synced=failure is None),
         )
         self.reports.append(report)
-        cuts = self._cut_log.take() if failure is None and self._cut_log else None
+        cuts = None
+        if failure is None and self._cut_log is not None:
+            cuts = self._cut_log.take(done.edits, self.record_refits)
         if self._rebuilding is not None:
-            self._rebuilding.carry_out(self._follower.pruner, groups, cuts, failure)
+            self._rebuilding.carry_out(self._follower.pruner, done.groups, cuts, failure)
         elif failure is not None:
             raise failure
         return report

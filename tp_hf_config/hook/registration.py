@@ -19,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 from torch_pruning import DependencyGraph
 
 from ..arguments import check_arguments
-from ..graph.norm_order import channels_in_order
 from ..graph.pruner_classes import BasePruner, awaited_graph, family, with_awaited_graph
 
 Pruner = Any
@@ -135,7 +134,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
     @functools.wraps(step)
     def stepping(*args: Any, **kwargs: Any) -> Any:
         try:
-            with channels_in_order(), ExitStack() as stack:
+            with ExitStack() as stack:
                 _enter(stack, hooks_of(pruner), "stepping", pruner)
                 result = step(*args, **kwargs)
         except BaseException:
@@ -154,7 +153,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
 def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
     """Yield an interactive step's groups; call the hooks when they, or the user's loop, end."""
     try:
-        with channels_in_order(), ExitStack() as stack:
+        with ExitStack() as stack:
             _enter(stack, hooks_of(pruner), "looping", pruner)
             yield from groups
     except BaseException:  # GeneratorExit on break, or the user's own exception

@@ -22,6 +22,7 @@ from graph_cases import (
     assert_equal,
     backward,
     bert,
+    cut_alone,
     cuts,
     every_model,
     every_width,
@@ -228,7 +229,7 @@ def test_a_conv1d_is_asked_for_by_itself(out: bool):
     prune = handler.prune_out_channels if out else handler.prune_in_channels
     group = pruner.DG.get_pruning_group(layer, prune, [5])
     assert group.graph_group.fields == ((("n_inner",),) if out else (("n_embd",),))
-    group.cut()
+    cut_alone(group)
     assert layer.weight.shape == ((32, 127) if out else (31, 128))
 
 
@@ -267,9 +268,8 @@ def test_pruned_units_are_the_ones_that_were_named():
     pruner, _ = pruner_of(model, HEADS)
     attention = model.model.layers[1].self_attn
     q, o = attention.q_proj.weight.detach().clone(), attention.o_proj.weight.detach().clone()
-    pruner.DG.get_pruning_group(
-        attention.o_proj, tp.prune_linear_in_channels, [*range(8, 16), *range(24, 32)]
-    ).cut()
+    lost = [*range(8, 16), *range(24, 32)]
+    cut_alone(pruner.DG.get_pruning_group(attention.o_proj, tp.prune_linear_in_channels, lost))
     kept = [*range(8), *range(16, 24)]
     assert torch.equal(attention.q_proj.weight, q[kept])
     assert torch.equal(attention.o_proj.weight, o[:, kept])
@@ -280,10 +280,11 @@ def test_fused_gate_and_up_lose_the_same_units():
     pruner, _ = pruner_of(model, ("intermediate_size",))
     mlp = model.model.layers[0].mlp
     fused = mlp.gate_up_proj.weight.detach().clone()
-    pruner.DG.get_pruning_group(mlp.down_proj, tp.prune_linear_in_channels, [1, 5]).cut()
+    cut_alone(pruner.DG.get_pruning_group(mlp.down_proj, tp.prune_linear_in_channels, [1, 5]))
     kept = [unit for unit in range(64) if unit not in (1, 5)]
     assert torch.equal(mlp.gate_up_proj.weight, fused[kept + [64 + unit for unit in kept]])
-    pruner.DG.get_pruning_group(mlp.gate_up_proj, tp.prune_linear_out_channels, [0, 62]).cut()
+    fused_side = mlp.gate_up_proj, tp.prune_linear_out_channels
+    cut_alone(pruner.DG.get_pruning_group(*fused_side, [0, 62]))
     assert torch.equal(mlp.gate_up_proj.weight, fused[kept[1:] + [64 + unit for unit in kept[1:]]])
 
 
@@ -322,9 +323,9 @@ def test_history_can_be_left_unrecorded():
     pruner, _ = pruner_of(fresh(llama), ("intermediate_size",))
     layer = pruner.model.model.layers[0].mlp.up_proj
     group = pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0])
-    group.cut(record_history=False)
+    cut_alone(group, in_history=False)
     assert pruner.pruning_history() == []
-    pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]).cut()
+    cut_alone(pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]))
     assert pruner.pruning_history() == [["model.layers.0.mlp.up_proj", True, [0]]]
 
 
