@@ -70,6 +70,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.replaced: dict[str, Any] = {}  # a pruner's attributes before it took this graph
         self.register_customized_layer(Units, UNITS)
         self.recorded = RecordedPrunes(self)
+        self.choose: Callable[[], Any] = self.recorded.refuse  # a hook's choice of units
         self._views: dict[tuple[str, int], ParameterView] = {}
         self.graph_groups = [
             GraphGroup(
@@ -298,7 +299,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _channel_group(self, graph_group: GraphGroup, root: Side) -> ConfigGroup:
         """Return a group in which every channel of the root's units counts by itself."""
-        group = ConfigGroup(self, graph_group, range(graph_group.units.count))
+        group = ConfigGroup(self, graph_group, range(graph_group.units.count), by_channel=True)
         width = root.table.shape[1]
         first = torch.tensor(group.units)[:, None] * width
         rest = [side for side in graph_group.sides if side is not root]

@@ -17,10 +17,14 @@ class ConfigGroup(dependency.Group):  # type: ignore[misc]
         graph: the ``ConfigGraph`` that makes it.
         graph_group: the dependency group.
         units: the units to cut.
+        by_channel: every channel of the root counts by itself, for importances.
     """
 
-    def __init__(self, graph: Any, graph_group: GraphGroup, units: Sequence[int]):
+    def __init__(
+        self, graph: Any, graph_group: GraphGroup, units: Sequence[int], by_channel: bool = False
+    ):
         super().__init__()
+        self.by_channel = by_channel
         self._DG = graph
         self.graph_group = graph_group
         self.units = list(units)

@@ -24,7 +24,7 @@ from .follow import Follower
 from .history import GroupCut, layers_of
 from .refits import StepRefits
 from .report import SyncReport
-from .steering import is_unmodified
+from .unit_choice import is_unmodified
 
 _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")
 """The dicts that ``BasePruner._prune`` changes while it chooses (base_pruner.py, 1.6.1)."""

@@ -939,29 +939,19 @@ def test_frozen_parameters_stay_frozen(make: Make, fields: tuple[str, ...]):
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
 
 
-@pytest.mark.parametrize("cls", [tp.pruner.BasePruner, tp.pruner.GroupNormPruner])
-def test_taking_the_hook_off_leaves_the_pruner_as_it_was(cls: Any):
+def test_without_its_hook_a_pruner_prunes_nothing():
     model = fresh(llama)
-    first, hook = pruner_of(model, HEADS, cls)
-    attached = set(vars(first))
-    hook_off = HFConfigSyncHook()
-    [own] = [h for h in first.step.hooks if h is hook]
-    own_handle = hook_off  # a second hook comes and goes, and the first stays in force
-    with own_handle.register(first):
-        assert set(vars(first)) == attached
-    assert set(vars(first)) == attached
-    group = groups_of(first)[0]
-    assert first.estimate_importance(group).shape == (4,)
-    own.detach(first)
-    assert "estimate_importance" not in vars(first)
-    assert "_get_channel_groups" not in vars(first)
-    assert "get_pruning_group" not in vars(first.DG)
-
-
-def test_an_importance_method_of_the_users_own_comes_back():
-    model = fresh(llama)
-    pruner, hook = pruner_of(model, HEADS)
+    pruner, hook = pruner_of(model)
     hook.detach(pruner)
+    with pytest.raises(UnsupportedModelError, match=r"hook\.register\(pruner\)"):
+        tp.pruner.BasePruner.step(pruner)
+    with pytest.raises(UnsupportedModelError, match="Nothing was pruned"):
+        groups_of(pruner)[0].prune()
+    assert_equal(model, template(llama))
+
+
+def test_an_importance_method_of_the_users_own_is_asked():
+    pruner, _ = pruner_of(fresh(llama), HEADS)
     calls: list[Any] = []
 
     def mine(group: Any) -> Any:
@@ -969,28 +959,9 @@ def test_an_importance_method_of_the_users_own_comes_back():
         return pruner.importance(group)
 
     pruner.estimate_importance = mine
-    with (
-        HFConfigSyncHook().register(pruner)
-        if not hasattr(pruner.step, "hooks")
-        else _attached(pruner)
-    ):
-        values = pruner.estimate_importance(groups_of(pruner)[0])
-    assert values.shape == (4,)
-    assert len(calls) == 1
+    pruner.step()
+    assert len(calls) == len(groups_of(pruner))
     assert pruner.estimate_importance is mine
-
-
-class _attached:  # noqa: N801
-    """Attach a hook by its own interface, and take it off."""
-
-    def __init__(self, pruner: Any):
-        self.pruner, self.hook = pruner, HFConfigSyncHook()
-
-    def __enter__(self) -> None:
-        self.hook.attach(self.pruner)
-
-    def __exit__(self, *exception: object) -> None:
-        self.hook.detach(self.pruner)
 
 
 def test_constructing_leaves_torch_pruning_as_it_was():
