@@ -19,7 +19,7 @@ class PrunedLayer:
         name: the layer's name in the model that the pruner prunes.
         out: True if output channels were pruned, False if input channels.
         removed: the number of pruned channels.
-        before: the number of channels before this prune.
+        before: the number of channels before this step.
     """
 
     name: str
@@ -59,7 +59,7 @@ class LayerCut:
         name: the layer's name in the model that the pruner prunes.
         out: True if it loses output channels, False if input channels.
         removed: the channels, as they are numbered before this cut.
-        before: the number of channels before this cut.
+        before: the number of channels before this step.
     """
 
     name: str
