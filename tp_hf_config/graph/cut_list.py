@@ -335,24 +335,23 @@ def _edit_of(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
     return RefitInPlace(data["dim"], data["part"], Refit(kept, targets, share, data["size"]))
 
 
-def edits_by_name(
-    model: nn.Module, log: Iterable[tuple[nn.Module, str, Edit]]
+def edits_of(
+    model: nn.Module,
+    refits: Mapping[str, Iterable[RefitInPlace]],
+    kept: Mapping[tuple[str, int], Tensor],
 ) -> dict[str, tuple[Edit, ...]]:
-    """Return what was done to each parameter and saved buffer of a model, by its first name.
+    """Return what is done to each parameter and saved buffer of a model, by its first name.
 
     Args:
         model: the model.
-        log: layer, the tensor's name in it, edit (:attr:`Cuts.log`); other models' are left out.
+        refits: the refits of parameters, by their first names.
+        kept: name and dimension -> the positions that stay; tied names lose the same.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    edits: dict[str, list[Edit]] = {}
-    for owner, key, edit in log:
-        if id(owner) in names:
-            edits.setdefault(f"{names[id(owner)]}.{key}".lstrip("."), []).append(edit)
-    for first, *others in parameter_names(model).values():
-        tied = [edits.pop(name, []) for name in (first, *others)]
-        edits[first] = max(tied, key=len)  # one name has the refit, each the cut
-    return {name: tuple(done) for name, done in edits.items() if done}
+    first = {alias: names[0] for names in parameter_names(model).values() for alias in names}
+    positions: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), stays in kept.items():
+        positions.setdefault(first.get(name, name), {})[dim] = stays
+    return {name: (*refits.get(name, ()), Selection(dims)) for name, dims in positions.items()}
 
 
 def explained(

@@ -127,10 +127,8 @@ class RefitInPlace:
         if isinstance(values, LazyTensor):
             if self.part is not None and values.parts is not None:
                 return self._of_part(values, values.parts)
-            return LazyTensor(values.like, lambda: self.of(values_of(values)))
-        changed = values.clone()
-        self.apply(changed)
-        return changed
+            return LazyTensor(values.like, lambda: edited(values_of(values), [self]))
+        return edited(values, [self])
 
     def _of_part(self, values: Tensor, parts: Parts) -> Tensor:
         """Return a stack that is read part by part, one of its matrices changed."""
@@ -161,8 +159,14 @@ Edit = Selection | RefitInPlace | RefitNotRecorded
 
 def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:
     """Return a parameter's values after all edits, in order; of a lazy tensor, a lazy one."""
+    own = False  # a stack is copied once for all of its matrices
     for edit in edits:
-        values = edit.of(values)
+        if isinstance(edit, RefitInPlace) and not isinstance(values, LazyTensor):
+            values = values if own else values.clone()
+            edit.apply(values)
+        else:
+            values = edit.of(values)
+        own = True
     return values
 
 

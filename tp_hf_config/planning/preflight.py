@@ -16,7 +16,7 @@ from torch_pruning import ops
 from ..errors import ConfigSyncError, listed, warn
 from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
-from ..graph.pruner_access import given_ratios
+from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
@@ -295,33 +295,11 @@ def _pruned_groups(pruner: Any) -> Iterator[_PrunedGroup]:
             size = graph.get_out_channels(layer) if out else graph.get_in_channels(layer)
             if size is not None:
                 layers.add((size, channels[key]))
-        scope, ratios = _scope(pruner, group)
+        scope, ratios = scope_of(pruner, group)
         yield _PrunedGroup(
             graph_group,
             graph._module2name.get(group[-1].dep.target.module, ""),
             scope,
-            ratios,
+            ratios[1:],
             replace(graph_group.count, units=graph_group.units.count, layers=tuple(sorted(layers))),
         )
-
-
-def _scope(pruner: Any, group: Any) -> tuple[str, tuple[float, ...]]:
-    """Return the name of a group's ranking scope, and its ratios after each step.
-
-    As ``BasePruner._prune`` finds them (1.6.1).
-    """
-    graph = pruner.DG
-    given = given_ratios(pruner, group)
-    if given is not None:
-        return given[0], tuple(min(ratio, pruner.max_pruning_ratio) for ratio in given[1][1:])
-    ratios = tuple(pruner.per_step_pruning_ratio[1:])
-    if pruner.isomorphic:
-        kinds = (
-            f"{type(item.dep.source.module).__name__} {type(item.dep.target.module).__name__} "
-            f"{graph.is_out_channel_pruning_fn(item.dep.handler)}"
-            for item in group
-        )
-        return "isomorphic: " + ", ".join(kinds), ratios
-    if pruner.global_pruning:
-        return "global", ratios
-    return graph._module2name[group[0].dep.source.module], ratios

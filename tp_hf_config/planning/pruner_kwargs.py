@@ -186,7 +186,7 @@ def _on_config_graph(
         "out_channel_groups": dict(given.get("out_channel_groups") or {}),
         "ignored_layers": list({id(layer): layer for layer in ignored}.values()),
         **({"pruning_ratio_dict": by_module} if by_module else {}),
-        # hook.steering rounds each group to what the class accepts
+        # hook.unit_choice rounds each group to what the class accepts
         "round_to": given.get("round_to") or 1,
     }
     inputs.needed = {name: arguments[name] for name in NEEDED if name in arguments}

@@ -22,6 +22,7 @@ from graph_cases import (
     assert_equal,
     backward,
     bert,
+    cut_alone,
     cuts,
     every_model,
     every_width,
@@ -228,7 +229,7 @@ def test_a_conv1d_is_asked_for_by_itself(out: bool):
     prune = handler.prune_out_channels if out else handler.prune_in_channels
     group = pruner.DG.get_pruning_group(layer, prune, [5])
     assert group.graph_group.fields == ((("n_inner",),) if out else (("n_embd",),))
-    group.cut()
+    cut_alone(group)
     assert layer.weight.shape == ((32, 127) if out else (31, 128))
 
 
@@ -267,9 +268,8 @@ def test_pruned_units_are_the_ones_that_were_named():
     pruner, _ = pruner_of(model, HEADS)
     attention = model.model.layers[1].self_attn
     q, o = attention.q_proj.weight.detach().clone(), attention.o_proj.weight.detach().clone()
-    pruner.DG.get_pruning_group(
-        attention.o_proj, tp.prune_linear_in_channels, [*range(8, 16), *range(24, 32)]
-    ).cut()
+    lost = [*range(8, 16), *range(24, 32)]
+    cut_alone(pruner.DG.get_pruning_group(attention.o_proj, tp.prune_linear_in_channels, lost))
     kept = [*range(8), *range(16, 24)]
     assert torch.equal(attention.q_proj.weight, q[kept])
     assert torch.equal(attention.o_proj.weight, o[:, kept])
@@ -280,10 +280,11 @@ def test_fused_gate_and_up_lose_the_same_units():
     pruner, _ = pruner_of(model, ("intermediate_size",))
     mlp = model.model.layers[0].mlp
     fused = mlp.gate_up_proj.weight.detach().clone()
-    pruner.DG.get_pruning_group(mlp.down_proj, tp.prune_linear_in_channels, [1, 5]).cut()
+    cut_alone(pruner.DG.get_pruning_group(mlp.down_proj, tp.prune_linear_in_channels, [1, 5]))
     kept = [unit for unit in range(64) if unit not in (1, 5)]
     assert torch.equal(mlp.gate_up_proj.weight, fused[kept + [64 + unit for unit in kept]])
-    pruner.DG.get_pruning_group(mlp.gate_up_proj, tp.prune_linear_out_channels, [0, 62]).cut()
+    fused_side = mlp.gate_up_proj, tp.prune_linear_out_channels
+    cut_alone(pruner.DG.get_pruning_group(*fused_side, [0, 62]))
     assert torch.equal(mlp.gate_up_proj.weight, fused[kept[1:] + [64 + unit for unit in kept[1:]]])
 
 
@@ -322,9 +323,9 @@ def test_history_can_be_left_unrecorded():
     pruner, _ = pruner_of(fresh(llama), ("intermediate_size",))
     layer = pruner.model.model.layers[0].mlp.up_proj
     group = pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0])
-    group.cut(record_history=False)
+    cut_alone(group, in_history=False)
     assert pruner.pruning_history() == []
-    pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]).cut()
+    cut_alone(pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]))
     assert pruner.pruning_history() == [["model.layers.0.mlp.up_proj", True, [0]]]
 
 
@@ -938,29 +939,19 @@ def test_frozen_parameters_stay_frozen(make: Make, fields: tuple[str, ...]):
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
 
 
-@pytest.mark.parametrize("cls", [tp.pruner.BasePruner, tp.pruner.GroupNormPruner])
-def test_taking_the_hook_off_leaves_the_pruner_as_it_was(cls: Any):
+def test_without_its_hook_a_pruner_prunes_nothing():
     model = fresh(llama)
-    first, hook = pruner_of(model, HEADS, cls)
-    attached = set(vars(first))
-    hook_off = HFConfigSyncHook()
-    [own] = [h for h in first.step.hooks if h is hook]
-    own_handle = hook_off  # a second hook comes and goes, and the first stays in force
-    with own_handle.register(first):
-        assert set(vars(first)) == attached
-    assert set(vars(first)) == attached
-    group = groups_of(first)[0]
-    assert first.estimate_importance(group).shape == (4,)
-    own.detach(first)
-    assert "estimate_importance" not in vars(first)
-    assert "_get_channel_groups" not in vars(first)
-    assert "get_pruning_group" not in vars(first.DG)
-
-
-def test_an_importance_method_of_the_users_own_comes_back():
-    model = fresh(llama)
-    pruner, hook = pruner_of(model, HEADS)
+    pruner, hook = pruner_of(model)
     hook.detach(pruner)
+    with pytest.raises(UnsupportedModelError, match=r"hook\.register\(pruner\)"):
+        tp.pruner.BasePruner.step(pruner)
+    with pytest.raises(UnsupportedModelError, match="Nothing was pruned"):
+        groups_of(pruner)[0].prune()
+    assert_equal(model, template(llama))
+
+
+def test_an_importance_method_of_the_users_own_is_asked():
+    pruner, _ = pruner_of(fresh(llama), HEADS)
     calls: list[Any] = []
 
     def mine(group: Any) -> Any:
@@ -968,28 +959,9 @@ def test_an_importance_method_of_the_users_own_comes_back():
         return pruner.importance(group)
 
     pruner.estimate_importance = mine
-    with (
-        HFConfigSyncHook().register(pruner)
-        if not hasattr(pruner.step, "hooks")
-        else _attached(pruner)
-    ):
-        values = pruner.estimate_importance(groups_of(pruner)[0])
-    assert values.shape == (4,)
-    assert len(calls) == 1
+    pruner.step()
+    assert len(calls) == len(groups_of(pruner))
     assert pruner.estimate_importance is mine
-
-
-class _attached:  # noqa: N801
-    """Attach a hook by its own interface, and take it off."""
-
-    def __init__(self, pruner: Any):
-        self.pruner, self.hook = pruner, HFConfigSyncHook()
-
-    def __enter__(self) -> None:
-        self.hook.attach(self.pruner)
-
-    def __exit__(self, *exception: object) -> None:
-        self.hook.detach(self.pruner)
 
 
 def test_constructing_leaves_torch_pruning_as_it_was():

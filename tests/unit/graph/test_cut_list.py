@@ -25,9 +25,9 @@ from tp_hf_config import (
     calibrate,
     pruner_kwargs,
 )
-from tp_hf_config.calibration import compensation
 from tp_hf_config.graph import cut_list, edits
 from tp_hf_config.graph.edits import RefitInPlace, Selection
+from tp_hf_config.hook import cut_log
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.model.lazy_tensor import LazyTensor
 
@@ -119,7 +119,7 @@ class TestCarriedOut:
 
     @pytest.mark.parametrize("name", ["llama", "mixtral"])
     def test_with_refits(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(compensation, "_LARGE", 1_000)  # larger refits are in files
+        monkeypatch.setattr(cut_log, "_LARGE", 1_000)  # larger refits are in files
         model = zoo.build(name)
         before = copy.deepcopy(model)
         cuts = refitted(model, iterative_steps=2, record_refits=True)
@@ -133,7 +133,7 @@ class TestCarriedOut:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """They are in no file, and a cut list without them is neither saved nor carried out."""
-        monkeypatch.setattr(compensation, "_LARGE", 1)
+        monkeypatch.setattr(cut_log, "_LARGE", 1)
         monkeypatch.setattr(edits, "on_disk", None)
         model = zoo.build("llama")
         before = copy.deepcopy(model)

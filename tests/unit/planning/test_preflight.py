@@ -193,6 +193,8 @@ class TestNotTold:
             pruning_ratio=0.2,
             hooks=[hook],
         )
+        hook.detach(pruner)
+        pruner.step.hooks.clear()
         pruner.current_step, pruner.global_pruning = 1, True
         HFConfigSyncHook(strict=True).register(pruner)
 

@@ -16,8 +16,8 @@ from transformers.trainer_callback import (
 
 from ...arguments import check_arguments, taken_by
 from ...errors import TrainingError
-from ...graph.origins import Origin
 from ...model.config_json import with_values
+from ...model.fill import Origin
 from ...planning.pruner_arguments import check_names, check_values
 from ...planning.pruner_kwargs import pruner_kwargs
 from ..hook import HFConfigSyncHook
