@@ -138,16 +138,6 @@ class CutList:
         Raises:
             ValueError: see :meth:`check_complete`.
         """
-        table, tensors = self._stored()
-        head = {"format": FORMAT, _TABLE: json.dumps(table), _CHECKSUM: _digest(table, tensors)}
-        write_safetensors(tensors, Path(path), head)
-
-    def digest(self) -> str:
-        """Return a SHA-256 in hexadecimal; equal cut lists have the same, saved or not."""
-        return _digest(*self._stored())
-
-    def _stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what is what, as JSON, and the tensors that it names."""
         self.check_complete()
         tensors: dict[str, Tensor] = {}
         table = {
@@ -159,7 +149,8 @@ class CutList:
                 for name, edits in self.edits.items()
             },
         }
-        return table, tensors
+        head = {"format": FORMAT, _TABLE: json.dumps(table), _CHECKSUM: _digest(table, tensors)}
+        write_safetensors(tensors, Path(path), head)
 
     @classmethod
     @check_arguments

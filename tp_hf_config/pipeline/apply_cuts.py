@@ -16,9 +16,7 @@ from ..graph.cut_list import CutList
 from ..graph.rebuild import rebuilt
 from ..model.locate import check_followable, find_pretrained
 from .companions import copy_companions
-from .output import check_savable, check_target, save_model
-from .record import record
-from .resumable import resumable_folder
+from .output import check_savable, check_target, new_folder, save_model
 from .roundtrip import prove_roundtrip
 from .source import class_for, config_of, find_source, load_lazily
 from .source_checks import check_source
@@ -43,7 +41,6 @@ def apply_cuts(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
-    resume: bool = False,
 ) -> Path: ...
 
 
@@ -56,7 +53,6 @@ def apply_cuts(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
-    resume: bool = False,
 ) -> PreTrainedModel | Path:
     """Make the pruned model of an unpruned one by a cut list, or the pruned folder of a folder.
 
@@ -72,8 +68,6 @@ def apply_cuts(
         overwrite: replace a model folder that is at ``out``.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
         trust_remote_code: run the Python files that come with the folder's model.
-        resume: go on with what an interrupted call has written, and keep what this one has written
-            if it is interrupted, beside ``out``.
 
     Returns:
         A new model, built from the new config; or the folder that was written, once a fresh
@@ -84,8 +78,7 @@ def apply_cuts(
         UnsupportedModelError: it was made for another class or config.
         ValueError: weights were refitted, and their refits are not in it.
         ConfigSyncError: the class does not build what it leaves.
-        PipelineError: the folder cannot be read or written, or an interrupted call was to do
-            something else; nothing is at ``out``.
+        PipelineError: the folder cannot be read or written; nothing is at ``out``.
     """
     cuts = cuts if isinstance(cuts, CutList) else CutList.load(cuts)
     if isinstance(model_or_folder, nn.Module):
@@ -108,12 +101,8 @@ def apply_cuts(
     check_savable(whole)
     recipe = map_of(whole, how=by_layers).recipe
     model = rebuilt(whole, cuts)
-    settings = {"cuts": cuts.digest(), "max_shard_size": max_shard_size}
-    with resumable_folder(
-        target, record(source, settings), source=source.folder, overwrite=overwrite, resume=resume
-    ) as work:
-        work.decide(None)  # the cut list is there, so weight files are final
-        save_model(model, work.model, max_shard_size)
-        copy_companions(source, work.model)
-        prove_roundtrip(model, work.model, recipe)
+    with new_folder(target, source=source.folder, overwrite=overwrite) as work:
+        save_model(model, work, max_shard_size)
+        copy_companions(source, work)
+        prove_roundtrip(model, work, recipe)
     return target

@@ -75,7 +75,7 @@ class Run:
 
 
 def gather(
-    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress, calibrates: bool = True
+    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
 ) -> Material | Refusal:
     """Return what a job runs its model on, or why the model does not run on text alone.
 
@@ -84,7 +84,6 @@ def gather(
         choice: what it does; it has a text.
         model: the unpruned model.
         progress: where to show how far this is.
-        calibrates: False: nothing is measured for importances and refits, they are there already.
 
     Raises:
         CalibrationError: the text or the tokenizer does not fit the model, or what its layers give
@@ -112,12 +111,11 @@ def gather(
     second = text.held_out[:0]
     if objective.task == "next token" and choice.tokenizer is not None:
         second = _all(windows_of(second_text(), choice.tokenizer, model))
-    calibrates = calibrates and choice.calibrates
     return Material(
         objective,
         shuffled(text.train, job.seed),
         copy.deepcopy(model) if job.recover else None,
-        _calibration(job, model, text.train, progress) if calibrates else None,
+        _calibration(job, model, text.train, progress) if choice.calibrates else None,
         text.held_out,
         second,
     )

@@ -16,8 +16,7 @@ def streams(job: Job, choice: Choice) -> bool:
     """Return True if weights are to be read when they are used, and not held in memory.
 
     By default they are where the model is not run for its importances (the result is the same, byte
-    for byte), and where they would take more than half of the memory that is free.  A job that goes
-    on after an interrupt always does.
+    for byte), and where they would take more than half of the memory that is free.
 
     ``choice``: what it does with a model of this class.
 
@@ -25,12 +24,12 @@ def streams(job: Job, choice: Choice) -> bool:
         PipelineError: the user asked for it, and it cannot be.
     """
     reason = _why_not(job, choice)
-    if (job.stream or job.resume) and reason is not None:
-        raise PipelineError(f"{'--stream' if job.stream else '--resume'}: {reason}")
+    if job.stream and reason is not None:
+        raise PipelineError(f"--stream: {reason}")
     if reason is not None or job.stream is False:
         return False
     without_running = choice.origin is None and choice.importance in _WITHOUT_RUNNING
-    return bool(job.stream) or job.resume or without_running or _is_large(job)
+    return bool(job.stream) or without_running or _is_large(job)
 
 
 def _why_not(job: Job, choice: Choice) -> str | None:
