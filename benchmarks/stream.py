@@ -188,10 +188,7 @@ def prune_folder(source: Path, out: Path, threads: int) -> dict[str, Any]:
         importance="magnitude",
         compensate=False,
     )
-    pruned = prune_checkpoint(job)
-    assert pruned.plan is not None
-    assert pruned.plan.streaming is not None
-    return {"text": str(pruned), "foretold": pruned.plan.streaming.to_dict()}
+    return {"text": str(prune_checkpoint(job))}
 
 
 def make_cut_list(source: Path, out: Path) -> dict[str, Any]:
@@ -215,11 +212,9 @@ def make_cut_list(source: Path, out: Path) -> dict[str, Any]:
     )
     pruner.step()
     assert hook.cuts is not None
-    assert planned.streaming is not None
     hook.cuts.save(out)
     return {
         "text": str(hook.cuts),
-        "foretold": planned.streaming.to_dict(),
         "file": out.stat().st_size,
         "parameters": planned.before.parameters,
         "tensors": len(lazy_weights(source)),
@@ -252,20 +247,14 @@ def _stream(folder: Path, options: argparse.Namespace) -> None:
     console.print(result["text"], markup=False)
     plain = read_and_write(source, out, folder / "plain")
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    foretold = result["foretold"]
-    table = Table("folder to folder, by magnitude", "measured", "foretold")
-    table.add_row("weights", f"{size / 1e9:.1f} GB", "")
-    table.add_row(
-        "most memory of a process",
-        f"{result['memory'] / GIB:.2f} GiB",
-        f"{foretold['memory'] / GIB:.2f} GiB",
-    )
-    table.add_row("read", "", f"{foretold['read'] / 1e9:.1f} GB")
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    table.add_row("written", f"{written / 1e9:.1f} GB", f"{foretold['written'] / 1e9:.1f} GB")
-    table.add_row("seconds", f"{result['seconds']:.0f}", "")
-    table.add_row("read twice, written once, by itself", f"{plain:.0f}", "")
-    table.add_row("ratio", f"{result['seconds'] / plain:.2f}", "")
+    table = Table("folder to folder, by magnitude", "measured")
+    table.add_row("weights", f"{size / 1e9:.1f} GB")
+    table.add_row("written", f"{written / 1e9:.1f} GB")
+    table.add_row("most memory of a process", f"{result['memory'] / GIB:.2f} GiB")
+    table.add_row("seconds", f"{result['seconds']:.0f}")
+    table.add_row("read twice, written once, by itself", f"{plain:.0f}")
+    table.add_row("ratio", f"{result['seconds'] / plain:.2f}")
     console.print(table)
     check_memory(result)
     shutil.rmtree(source)
@@ -273,7 +262,7 @@ def _stream(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _cut_lists(folder: Path) -> None:
-    columns = ("parameters", "tensors", "seconds", "memory", "file", "would read", "would write")
+    columns = ("parameters", "tensors", "seconds", "memory", "file")
     table = Table("cut list", *columns)
     for name, model in (("Llama 70B", llama(**LLAMA_70B)), ("DeepSeek-V3", deepseek_v3())):
         source = folder / name
@@ -288,8 +277,6 @@ def _cut_lists(folder: Path) -> None:
             f"{result['seconds']:.0f}",
             f"{result['memory'] / GIB:.2f} GiB",
             f"{result['file'] / 1e6:.1f} MB",
-            f"{result['foretold']['read'] / 1e9:,.0f} GB",
-            f"{result['foretold']['written'] / 1e9:,.0f} GB",
         )
         check_memory(result)
         shutil.rmtree(source)
