@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..errors import CalibrationError, listed
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import Refit, RefitInPlace, RefitNotRecorded
 from ..model.lazy_tensor import LazyTensor
+from ..model.paging import in_file, is_paged
 from ..model.tensors import parameter_names
 from .difference import Difference
 from .linear_ops import Consumer
@@ -24,7 +25,6 @@ from .trial import Errors, layer_errors, run_as_cut, run_held_out
 
 NOTICEABLE, TOO_MUCH = 0.1, 0.5
 """KL divergences on held-out data, in nats: under the first, over the second (`in_words`)."""
-_LARGE = 1 << 20  # bytes: larger refits of a cut list are not held in memory
 
 
 @dataclass
@@ -109,8 +109,8 @@ class AppliedRefits:
     Args:
         model: the model.
         refits: the refits that are used.
-        record: True if a cut list is to have the refits. Those of a model that is read from files
-            are in files as they are, so it has them in any case.
+        record: True if a cut list is to have the refits. Those of weights that are gathered from
+            shards are held anyway, so it has them in any case.
 
     Attributes:
         done: whose weights were changed.
@@ -142,12 +142,11 @@ class AppliedRefits:
                 changed = edit.of(parameter.detach())
                 owner._parameters[key] = nn.Parameter(changed, parameter.requires_grad)
             else:
+                if is_paged():  # writing to a mapped file of the model would copy its pages
+                    parameter.data = in_file(parameter.data)
                 edit.apply(parameter.data)
-            if not self._record and not isinstance(refit.share, LazyTensor):
-                yield RefitNotRecorded()
-                continue
-            large = refit.share.nbytes >= _LARGE
-            yield replace(edit, refit=refit.on_disk()) if large else edit
+            held = self._record or isinstance(parameter, LazyTensor)
+            yield edit if held else RefitNotRecorded()
 
 
 class Compensating:

@@ -101,10 +101,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
-        help="read weights from the folder when they are used, one at a time, instead of loading "
-        "the model; default: where the model is run on no text (--importance magnitude or random; "
-        "of a causal language model with --no-compensate too), and where it would take more than "
-        "half of the free memory",
+        help="put weights that are cut into mapped files beside --out, which the system pages; "
+        "default: where the model would take more than half of the free memory",
     )
     how.add_argument("--seed", metavar="N", type=natural, default=0, help="of all that is random")
     how.add_argument(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.scratch import on_disk
-from ..model.lazy_parts import Parts
 from ..model.lazy_tensor import LazyTensor, values_of
 from ..model.tensors import select
 
@@ -51,12 +49,6 @@ class Refit:
     targets: Tensor
     share: Tensor
     size: int
-
-    def on_disk(self) -> Refit:
-        """Return the refit with its shares in a temporary file, not in memory."""
-        if isinstance(self.share, LazyTensor):
-            return self
-        return replace(self, share=on_disk(self.share.cpu()))
 
     def estimate(self, rows: Tensor) -> Tensor:
         """Return all channels, made of the kept ones: ``(tokens, kept)`` -> ``(tokens, size)``."""
@@ -125,22 +117,10 @@ class RefitInPlace:
     def of(self, values: Tensor) -> Tensor:
         """Return a changed copy of a parameter's values."""
         if isinstance(values, LazyTensor):
-            if self.part is not None and values.parts is not None:
-                return self._of_part(values, values.parts)
             return LazyTensor(values.like, lambda: self.of(values_of(values)))
         changed = values.clone()
         self.apply(changed)
         return changed
-
-    def _of_part(self, values: Tensor, parts: Parts) -> Tensor:
-        """Return a stack that is read part by part, one of its matrices changed."""
-        assert self.part is not None  # of() looked
-        dim = stack_dim(values, self.dim)
-        stacked = parts.stacked and parts.dim == dim
-        matrices = [*(parts.tensors if stacked else values.unbind(dim))]
-        alone = replace(self, dim=self.dim - (dim < self.dim), part=None)
-        matrices[self.part] = alone.of(matrices[self.part])
-        return torch.stack(matrices, dim)
 
 
 @dataclass(frozen=True)

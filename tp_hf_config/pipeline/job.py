@@ -53,8 +53,8 @@ class Job:
         overwrite: replace a model that is in ``out``.
         drop_layers: how many layers to drop before widths are pruned: those of least influence.
         drop_from: the list of layers that they are dropped from, where a model has several.
-        stream: read weights from the folder when they are used, one at a time, instead of loading
-            them; ``None``: where that changes nothing, or the model is too large.
+        stream: put weights that are cut into mapped files beside ``out``, which the system pages;
+            ``None``: if the model would take more than half of the free memory.
         ranking: which units are ranked together: those of each layer alone, of all layers
             (Torch-Pruning's ``global_pruning``) or of layers of one structure (``isomorphic``).
         allocate: every layer gets the width that the model misses least, for the target in

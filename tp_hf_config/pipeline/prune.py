@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..forward.run_recipe import RunRecipe
+from ..model.paging import is_paged, paged
 from ..model.surroundings import same_random_state
 from ..planning.allocate import Allocation
 from ..planning.plan import Plan
@@ -25,7 +26,7 @@ from .material import Run
 from .output import abandoned, check_savable, new_folder, save_model
 from .progress import Progress, Silent
 from .roundtrip import Proof, prove_roundtrip
-from .source import class_for, config_of, load, load_lazily
+from .source import class_for, config_of, load
 from .source_checks import check_source
 from .streaming import streams
 from .widths import planned
@@ -61,14 +62,11 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     model_class = class_for(job.source, config)
     plan = planned(job, config, model_class)
     choice = choose(job, text, config, model_class)
-    streamed = streams(job, choice)
     with new_folder(job.out, source=job.source.folder, overwrite=job.overwrite) as work:
         if plan is not None:
             show(plan, job, progress)
-        with _seeded(job.seed):
-            result = _prune_and_write(
-                job, config, model_class, plan, choice, streamed, work, progress
-            )
+        with _seeded(job.seed), paged(work if streams(job) else None):
+            result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -90,18 +88,13 @@ def _prune_and_write(
     model_class: type[PreTrainedModel],
     plan: Plan | None,
     choice: Choice,
-    streamed: bool,
     work: Path,
     progress: Progress,
 ) -> Pruned:
     """Load, prune and prove the model, and write everything into the unfinished folder."""
     dtype = dtype_of(job.dtype)
-    if streamed:
-        progress.say(f"{job.source.name}: tensors are read when they are needed")
-        model, load_notes = load_lazily(job.source, config, model_class, dtype=dtype)
-    else:
-        progress.say(f"loading {job.source.name}")
-        model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    progress.say(f"{'mapping' if is_paged() else 'loading'} {job.source.name}")
+    model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
     check_savable(model)
     run = Run(job, model, choice, progress)
     cut = decide(run, plan)
