@@ -59,6 +59,7 @@ from tp_hf_config import (
     save_sharded,
 )
 from tp_hf_config.graph import standin, taking_turns
+from tp_hf_config.pipeline import sharded as save
 
 
 @functools.cache
@@ -104,20 +105,14 @@ def refusal(act: Any) -> str:
 
 @contextmanager
 def full_disk(at: str) -> Iterator[None]:
-    """While open, the disk is full: for ``config`` at once, for ``weights`` at the third tensor."""
-    written: list[Path] = []
-    original = Path.open
+    """While open, the disk is full, for the ``config`` or for the ``weights``."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
-        written.extend([path] if mode == "ab" else [])
-        return full() if len(written) > 3 else original(path, mode, **options)
-
     patched = (hf.PretrainedConfig, "save_pretrained", full)
     if at == "weights":
-        patched = (Path, "open", opened)
+        patched = (save, "save_file", full)
     with mock.patch.object(*patched):
         yield
 

@@ -60,13 +60,6 @@ class Lines:
     def say(self, what: object) -> None:
         """Print it as a line."""
         stop_if_asked()
-        self._print(what)
-
-    def failed(self, what: str) -> None:
-        """Print it as a line."""
-        self._print(what)
-
-    def _print(self, what: object) -> None:
         with suppress(OSError):  # a full disk, a reader that is gone: the work goes on
             print(what, file=sys.stderr, flush=True)
 
@@ -90,12 +83,6 @@ class Bar:
 
         stop_if_asked()
         self._bars.console.print(Text(what) if isinstance(what, str) else what)
-
-    def failed(self, what: str) -> None:
-        """Print it as it is."""
-        from rich.text import Text
-
-        self._bars.console.print(Text(what))
 
     def track(
         self, items: Iterable[T], total: int, what: str, unit: str = "windows"

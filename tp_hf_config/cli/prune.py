@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -102,16 +101,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
-        help="read weights from the folder when they are used, one at a time, instead of loading "
-        "the model; default: where the model is run on no text (--importance magnitude or random; "
-        "of a causal language model with --no-compensate too), and where it would take more than "
-        "half of the free memory",
-    )
-    how.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with an interrupted run of the same command, and keep what is done if this one "
-        "is interrupted; from folder to folder, as with --stream",
+        help="put weights that are cut into mapped files beside --out, which the system pages; "
+        "default: where the model would take more than half of the free memory",
     )
     how.add_argument("--seed", metavar="N", type=natural, default=0, help="of all that is random")
     how.add_argument(
@@ -154,16 +145,13 @@ def _job(options: argparse.Namespace) -> Job:
     same = {part.name for part in fields(Job)} & vars(options).keys()
     given = {name: getattr(options, name) for name in same}
     given["drop_from"], given["drop_layers"] = options.drop_layers or (None, 0)
-    typed = (word for word in shlex.split(options.typed) if word != "--resume")
     source = find_source(options.model, options.trust_remote_code)
-    return Job(**{**given, "source": source, "widths": widths, "command": shlex.join(typed)})
+    return Job(**{**given, "source": source, "widths": widths, "command": options.typed})
 
 
 def _contradiction(options: argparse.Namespace) -> str | None:
     """Return why the arguments do not fit together, or ``None``."""
     target, ranking = options.target_params, options.ranking
-    if options.resume and options.stream is False:
-        return "--resume goes on from folder to folder: leave --no-stream out"
     if options.allocate:
         decided = {
             "--pruning-ratio": options.pruning_ratio,

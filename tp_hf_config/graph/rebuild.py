@@ -15,6 +15,7 @@ from ..model.config_json import OF_NO_EFFECT, changed_values, config_json, field
 from ..model.fill import fill
 from ..model.layer_class import layer_lists, layerwise_class, stock_class
 from ..model.layer_entries import KEY, layer_lists_of
+from ..model.paging import in_file
 from ..model.tensors import owner
 from .cut_list import CutList
 
@@ -28,8 +29,7 @@ _CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}
 def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     """Return the pruned model that a cut list makes of a model, which stays as it is.
 
-    No parameter is in memory twice but the one that is being cut; of lazy parameters, the new ones
-    are lazy too.
+    No parameter is in memory twice but the one that is being cut.
 
     Args:
         model: a model of the cut list's class, with the config that it starts from.
@@ -45,7 +45,7 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     new: Any = _empty(model, cuts)
 
     def values_of(name: str, old: Tensor) -> Tensor:
-        return cuts.of(name, old) if name in cuts.edits else old.clone()
+        return in_file(cuts.of(name, old) if name in cuts.edits else old.clone())
 
     with torch.no_grad():
         fill(new, model, values_of)

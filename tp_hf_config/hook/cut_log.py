@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..graph.cut_list import CutList, explained
@@ -13,9 +13,6 @@ from ..model.config_json import config_json
 from ..model.layer_class import stock_class
 from ..model.lazy_tensor import LazyTensor
 from ..model.shapes import Shapes, shapes
-
-_LARGE = 1 << 20
-"""Bytes; larger refits of a cut list are not held in memory."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +60,15 @@ class CutLog:
             self.total = None
         if not self._known or not edits:
             return None
-        kept = {name: tuple(_recorded(done, record_refits)) for name, done in edits.items()}
+        # the refits of weights that are gathered from shards are held in any case
+        refits = record_refits or any(isinstance(p, LazyTensor) for p in model.parameters())
+        kept = {name: tuple(_recorded(done, refits)) for name, done in edits.items()}
         step = CutList(before.model, before.config, self._before.config, kept)
         self.total = step if self.total is None else self.total.followed_by(step)
         return step
 
 
 def _recorded(edits: tuple[Edit, ...], refits: bool) -> Iterator[Edit]:
-    """Yield edits as a cut list keeps them; refits that are read from files always are kept."""
+    """Yield edits as a cut list keeps them, with or without how weights were refitted."""
     for edit in edits:
-        if not isinstance(edit, RefitInPlace):
-            yield edit
-        elif not refits and not isinstance(edit.refit.share, LazyTensor):
-            yield RefitNotRecorded()
-        else:
-            large = edit.refit.share.nbytes >= _LARGE
-            yield replace(edit, refit=edit.refit.on_disk()) if large else edit
+        yield edit if refits or not isinstance(edit, RefitInPlace) else RefitNotRecorded()
