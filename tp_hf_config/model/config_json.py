@@ -41,7 +41,7 @@ class EntryOfKind(int):
         return key
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how to make the key again: it is kept on disk."""
+        """Return how to copy the key."""
         return EntryOfKind, (int(self), self.places)
 
     def __str__(self) -> str:

@@ -348,7 +348,7 @@ def _module(name: str, text: str) -> Any:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        module.SOURCE = text  # for pickles; a system that cleans up may take the file
+        vars(module)["SOURCE"] = text  # for pickles; a system that cleans up may take the file
         sys.modules[full] = module
         try:
             spec.loader.exec_module(module)
