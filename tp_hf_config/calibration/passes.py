@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, in_one_line
 from ..forward.lockstep import Lockstep
 from ..graph.standin import standin_behind
+from ..model.config_json import configs_of
 from ..model.lazy_tensor import is_lazy
-from ..model.live_objects import configs_of
 from ..model.ranks import smallest
 from ..model.shortage import is_out_of_memory
 from ..model.surroundings import evaluating, free_memory, same_random_state

@@ -172,3 +172,22 @@ def changed_values(old: Any, new: Any, field: FieldPath = ()) -> list[tuple[Fiel
                 changed += changed_values(old.get(key), value, (*field, key))
         return changed
     return [(field, new)] if old != new else []
+
+
+def configs_of(module: nn.Module) -> Iterator[Any]:
+    """Yield the config objects that a module holds, those nested in its config included."""
+    from transformers import PretrainedConfig
+
+    config = vars(module).get("config")
+    if isinstance(config, PretrainedConfig):
+        yield from (node for _, node in config_nodes(config))
+
+
+def config_nodes(config: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+    """Yield a config and all configs in it, each with the keys that lead to it."""
+    from transformers import PretrainedConfig
+
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from config_nodes(value, (*path, name))
