@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arguments import check_arguments
 from ..errors import CalibrationWarning, ConfigSyncError, warn
-from ..planning.settings import Graph, Layers, check_graph
+from ..planning.settings import Layers
 from . import registration
 from .history import Recorder
 from .report import SyncReport
@@ -40,10 +40,6 @@ class HFConfigSyncHook:
     pruner, ``HFConfigSyncHook().register(pruner)``. One hook follows one pruner.
 
     Args:
-        graph: ``"auto"`` or ``"config"``, which mean the same: the dependency graph is made from
-            the config, every group is proved, nothing is traced. It is the one of
-            ``pruner_kwargs``, or, without ``pruner_kwargs``, one for what the pruner's own
-            arguments ask for.
         strict: do exactly what the settings ask for, or raise when the hook is attached, where the
             class does not accept it. By default the hook does the nearest that the class accepts
             and says so in the report. Settings that no config could describe raise in either case,
@@ -75,7 +71,7 @@ class HFConfigSyncHook:
     @check_arguments
     def __init__(
         self,
-        graph: Graph = "auto",
+        *,
         strict: bool = False,
         make_inputs: MakeInputs | None = None,
         compensate: Calibration | None = None,
@@ -84,7 +80,6 @@ class HFConfigSyncHook:
         record_refits: bool = False,
         distributed: bool = False,
     ) -> None:
-        check_graph(graph)
         self.layers, self.strict, self.make_inputs = layers, strict, make_inputs
         self.compensate, self.record_refits = compensate, record_refits
         self.rebuild, self.distributed = rebuild, distributed
