@@ -13,8 +13,8 @@ from ..errors import listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json, field_name, is_own, is_plain
 from ..model.shapes import Shapes, compare, named_modules, shapes
+from .fewer_layers import settings_of_left
 from .layer_kinds import lists_of
-from .lower_depth import layer_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,15 +92,16 @@ def missing_parts(
     return Refusal(
         f"the config builds {listed(parts)}, which the model does not have, so a reload would add "
         f"{'it' if len(parts) == 1 else 'them'} with random values. "
-        + _advice(model, builder, live)
+        + _advice(model, builder, built, live)
     )
 
 
-def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
+def _advice(model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes) -> str:
     """Return what to do so that the config no longer builds what the model does not have."""
     from transformers import PreTrainedModel
 
-    changes = layer_settings(builder, config_json(model.config, use_diff=False), live)
+    data = config_json(model.config, use_diff=False)
+    changes = settings_of_left(builder, data, built, live)
     if changes:
         settings = [
             f"config.{field_name(field)} "
