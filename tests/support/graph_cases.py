@@ -117,7 +117,6 @@ def pruner_of(
     model: Any,
     fields: Sequence[str] | None = None,
     cls: Any = tp.pruner.BasePruner,
-    graph: Any = "config",
     ratios: dict[str, float] | None = None,
     **changes: Any,
 ) -> tuple[Any, HFConfigSyncHook]:
@@ -125,7 +124,7 @@ def pruner_of(
     arguments = {
         "importance": Importance(),
         "pruning_ratio": 0.5,
-        **pruner_kwargs(model, prune=fields, graph=graph, ratios=ratios),
+        **pruner_kwargs(model, prune=fields, ratios=ratios),
         **changes,
     }
     return cls(model, hooks=[hook], **arguments), hook

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError, in_one_line
-from ..model.live_objects import configs_of
+from ..model.config_json import configs_of
 from ..model.ranks import smallest
 from ..model.shortage import is_out_of_memory
 from ..model.surroundings import evaluating, free_memory, same_random_state

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arguments import check_arguments
 from ..errors import CalibrationWarning, ConfigSyncError, warn
-from ..planning.settings import Graph, Layers, check_graph
+from ..planning.settings import Layers
 from . import registration
 from .report import SyncReport
 
@@ -39,15 +39,10 @@ class HFConfigSyncHook:
     pruner, ``HFConfigSyncHook().register(pruner)``. One hook follows one pruner.
 
     Args:
-        graph: ``"auto"`` or ``"config"``, which mean the same: the dependency graph is made from
-            the config, every group is proved, nothing is traced. It is the one of
-            ``pruner_kwargs``, or, without ``pruner_kwargs``, one for what the pruner's own
-            arguments ask for.
-        strict: do exactly what the settings ask for, or raise when the hook is attached: where the
-            class does not accept it, or where another live model holds the same config object. By
-            default the hook does the nearest that the class accepts and says so in the report; for
-            a shared config it warns (:class:`~tp_hf_config.PrunerSettingsWarning`). Settings that
-            no config could describe raise in either case, before any weight is touched.
+        strict: do exactly what the settings ask for, or raise when the hook is attached, where the
+            class does not accept it. By default the hook does the nearest that the class accepts
+            and says so in the report. Settings that no config could describe raise in either case,
+            before any weight is touched.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
             Needed only without ``pruner_kwargs(make_inputs=)``.
@@ -75,7 +70,7 @@ class HFConfigSyncHook:
     @check_arguments
     def __init__(
         self,
-        graph: Graph = "auto",
+        *,
         strict: bool = False,
         make_inputs: MakeInputs | None = None,
         compensate: Calibration | None = None,
@@ -84,7 +79,6 @@ class HFConfigSyncHook:
         record_refits: bool = False,
         distributed: bool = False,
     ) -> None:
-        check_graph(graph)
         self.layers, self.strict, self.make_inputs = layers, strict, make_inputs
         self.compensate, self.record_refits = compensate, record_refits
         self.rebuild, self.distributed = rebuild, distributed
@@ -198,7 +192,7 @@ class HFConfigSyncHook:
         from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
         from ..graph.pruner_access import restore_trace
-        from ..planning.preflight import check_config_is_own, preflight
+        from ..planning.preflight import preflight
         from .cut_log import CutLog
         from .follow import Follower
         from .installed_graph import replace_trace
@@ -207,7 +201,6 @@ class HFConfigSyncHook:
         from .unit_choice import UnitChoice
 
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
-        check_config_is_own(pruner, follower.model, follower.sharers, self.strict)
         if self.compensate is not None:
             self.compensate.check_measures(follower.model)
         elif (better := advice(pruner.importance, follower.model)) is not None:

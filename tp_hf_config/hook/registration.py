@@ -31,7 +31,6 @@ Pruner = Any
 """Any pruner of Torch-Pruning, which has no types."""
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
 _constructing = threading.local()
-_lock = threading.RLock()
 
 
 @runtime_checkable
@@ -187,36 +186,6 @@ def _fire(pruner: Any, quietly: bool = False) -> None:
         raise first
 
 
-def enable() -> None:
-    """Make every pruner's constructor accept ``hooks=``; ``import tp_hf_config`` does it.
-
-    A pruner whose graph is made from a config asks it for units (``_DOORS``).
-    """
-    with _lock:
-        for name, door in _DOORS.items():
-            setattr(BasePruner, name, door)
-        for cls in family():
-            _wrap_init(cls)
-        if "__init_subclass__" not in vars(BasePruner):
-            BasePruner.__init_subclass__ = classmethod(_wrap_subclass)
-
-
-def disable() -> None:
-    """Undo :func:`enable`: give every class Torch-Pruning's own constructor back."""
-    with _lock:
-        for name, own in _own.items():
-            setattr(BasePruner, name, own)
-        for cls in family():
-            own_init = vars(cls).get("__init__")
-            if _is_ours(own_init):
-                if own_init.inherited:
-                    del cls.__init__
-                else:
-                    cls.__init__ = own_init.original
-        if "__init_subclass__" in vars(BasePruner):
-            del BasePruner.__init_subclass__
-
-
 def _prune(self: Any) -> Iterator[Any]:
     """Yield the groups that a step prunes; a graph that is made from a config chooses them."""
     choose = getattr(self.DG, "choose", None)
@@ -277,7 +246,6 @@ def _wrap_init(cls: Any) -> None:
 
     marked: Any = __init__
     marked.wrapper, marked.original = __init__, original
-    marked.inherited = "__init__" not in vars(cls)
     cls.__init__ = __init__
 
 
@@ -371,4 +339,8 @@ def _with_own_dicts(
     }
 
 
-enable()
+for _cls in family():
+    _wrap_init(_cls)
+BasePruner.__init_subclass__ = classmethod(_wrap_subclass)
+for _name, _door in _DOORS.items():
+    setattr(BasePruner, _name, _door)

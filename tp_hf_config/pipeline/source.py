@@ -139,7 +139,7 @@ def config_of(source: Source) -> PreTrainedConfig:
     data = None if source.gguf or source.folder is None else read_config(source.folder).data
     reason = too_many_layers(data or {})  # making a list with an entry for each would not end
     if reason is not None:
-        raise PipelineError(f"{source.name}: {reason}. Correct config.json, or repair the folder")
+        raise PipelineError(f"{source.name}: {reason}. Correct config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **source.options)
         return config

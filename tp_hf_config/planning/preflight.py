@@ -13,7 +13,7 @@ from typing import Any
 
 from torch_pruning import ops
 
-from ..errors import ConfigSyncError, listed, warn
+from ..errors import ConfigSyncError, listed
 from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
 from ..graph.pruner_access import scope_of
@@ -94,28 +94,6 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
         f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
         "tp_hf_config.plan(model, ...) shows what settings give."
     )
-
-
-def check_config_is_own(pruner: Any, model: Any, sharers: Sequence[str], strict: bool) -> None:
-    """Warn or raise if the config that will change also belongs to another live model.
-
-    ``sharers``: the classes of the other models; see ``model.live_objects.Surroundings``.
-    ``strict``: raise instead of warning.
-
-    Raises:
-        ConfigSyncError: there are other models, and ``strict`` is set.
-    """
-    if not sharers:
-        return
-    message = (
-        f"{type(pruner).__name__} of {type(model).__name__}: another model that is alive "
-        f"({listed(sharers)}) holds the same config object, so its config would change too, and "
-        "its weights not. Build the other one from copy.deepcopy(config), or prune "
-        "copy.deepcopy(model). Nothing is pruned yet."
-    )
-    if strict:
-        raise ConfigSyncError(message)
-    warn(message)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def test_the_models_grad_mode_and_random_numbers_are_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    pruner_kwargs(model, graph="config")
+    pruner_kwargs(model)
     assert torch.equal(torch.rand(3), expected)
     assert torch.is_grad_enabled()
 
@@ -720,9 +720,7 @@ def test_ratios_of_heads():
 
 def test_ratios_of_a_field_that_is_not_pruned():
     with pytest.raises(UnsupportedModelError, match="hidden_size"):
-        pruner_kwargs(
-            fresh(llama), prune=("intermediate_size",), ratios={"hidden_size": 0.1}, graph="config"
-        )
+        pruner_kwargs(fresh(llama), prune=("intermediate_size",), ratios={"hidden_size": 0.1})
 
 
 @pytest.mark.parametrize("make", [llama, bert, mixtral])
@@ -766,7 +764,7 @@ def test_round_to():
     assert model.config.intermediate_size == 32
     hook = HFConfigSyncHook()
     model = fresh(llama)
-    arguments = pruner_kwargs(model, prune=("intermediate_size",), round_to=8, graph="config")
+    arguments = pruner_kwargs(model, prune=("intermediate_size",), round_to=8)
     tp.pruner.MetaPruner(
         model, importance=Importance(), pruning_ratio=0.3, hooks=[hook], **arguments
     ).step()
@@ -991,9 +989,9 @@ def test_two_pruners_share_nothing():
 
 
 @every_model
-def test_auto_takes_the_config_graph_and_says_so(make: Make):
+def test_the_report_says_which_graph(make: Make):
     model = fresh(make)
-    pruner, hook = pruner_of(model, graph="auto")
+    pruner, hook = pruner_of(model)
     assert isinstance(pruner.DG, ConfigGraph)
     pruner.step()
     assert hook.last_report is not None
@@ -1002,12 +1000,11 @@ def test_auto_takes_the_config_graph_and_says_so(make: Make):
     assert hook.last_report.to_dict()["graph"] == hook.last_report.graph
 
 
-@pytest.mark.parametrize("graph", ["auto", "config"])
-def test_head_ratios_are_for_heads_and_the_others_for_the_rest(graph: Any):
+def test_head_ratios_are_for_heads_and_the_others_for_the_rest():
     """BERT's heads can only go with the hidden size; the FFN follows ``pruning_ratio``."""
     model = fresh(bert)
     hook = HFConfigSyncHook()
-    arguments = pruner_kwargs(model, graph=graph, prune_num_heads=True)
+    arguments = pruner_kwargs(model, prune_num_heads=True)
     pruner = tp.pruner.MetaPruner(
         model,
         **arguments,
@@ -1047,13 +1044,12 @@ def neox() -> Any:
     ).eval()
 
 
-@pytest.mark.parametrize("graph", ["auto", "config"])
-def test_hidden_size_goes_with_whole_heads_where_head_dims_rotate(graph: Any):
+def test_hidden_size_goes_with_whole_heads_where_head_dims_rotate():
     """GPT-NeoX's head dim is hidden / heads, and its dims are rotated: not interchangeable."""
     widths = {width.name: width.reason for width in prunable(fresh(neox)).widths}
     assert str(widths["hidden_size"]).startswith("units are not interchangeable in gpt_neox.layers")
     model = fresh(neox)
-    pruner, hook = pruner_of(model, fields=("hidden_size",), graph=graph)
+    pruner, hook = pruner_of(model, fields=("hidden_size",))
     pruner.step()
     assert hook.last_report is not None
     assert hook.last_report.fields == {"hidden_size": (32, 16), "num_attention_heads": (4, 2)}
@@ -1061,7 +1057,7 @@ def test_hidden_size_goes_with_whole_heads_where_head_dims_rotate(graph: Any):
 
 def test_what_can_be_pruned_is_pruned_where_another_width_cannot():
     model = fresh(neox)
-    pruner, hook = pruner_of(model, graph="auto")
+    pruner, hook = pruner_of(model)
     pruner.step()
     assert hook.last_report is not None
     assert hook.last_report.graph.startswith("config graph")
@@ -1070,27 +1066,12 @@ def test_what_can_be_pruned_is_pruned_where_another_width_cannot():
 
 def test_unknown_fields_are_refused():
     with pytest.raises(UnsupportedModelError, match="no_such_field"):
-        pruner_kwargs(fresh(llama), prune=("no_such_field",), graph="config")
+        pruner_kwargs(fresh(llama), prune=("no_such_field",))
 
 
-@pytest.mark.parametrize("graph", ["trace", "traced", "", None, "Config", True])
-def test_a_graph_that_does_not_exist(graph: Any):
-    words = f"graph={graph!r}: expected 'config' or 'auto', which mean the same"
-    if graph == "trace":
-        words = (
-            "graph='trace': no model is pruned by Torch-Pruning's trace, only by groups that "
-            "experiments prove. Leave graph= out; tp_hf_config.prunable(model) lists what can be "
-            "pruned"
-        )
-    for ask in (HFConfigSyncHook, lambda graph: pruner_kwargs(fresh(llama), graph=graph)):
-        with pytest.raises(ValueError, match="graph") as raised:
-            ask(graph=graph)
-        assert str(raised.value) == words
-
-
-def test_a_hook_that_wants_the_config_graph_needs_no_kwargs():
+def test_a_hook_needs_no_kwargs():
     model = fresh(llama)
-    hook = HFConfigSyncHook(graph="config")
+    hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
         {"input_ids": tokens()},

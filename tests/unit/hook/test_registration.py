@@ -15,17 +15,16 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-import tp_hf_config
 from tp_hf_config import (
     ConfigSyncError,
     Handle,
     HFConfigSyncHook,
     PrunerHook,
     pruner_kwargs,
-    register,
 )
 from tp_hf_config.graph.config_graph import ConfigGraph
 from tp_hf_config.graph.config_group import ConfigGroup
+from tp_hf_config.hook.registration import register
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
@@ -294,110 +293,6 @@ def test_classes_defined_before_the_import():
         """
     )
     assert printed == "[1, 1, 1, 1, 1, 0]\nTrue"
-
-
-def test_disable_restores_the_very_functions_and_enable_works_again():
-    printed = small.python(
-        """
-        import torch, torch_pruning as tp
-        from torch import nn
-        Base = tp.pruner.BasePruner
-        class Mixin:
-            def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
-        class Mixed(Mixin, Base): pass
-        class Plain(Base): pass
-        classes = [Base, tp.pruner.GroupNormPruner, tp.pruner.BNScalePruner,
-                   tp.pruner.GrowingRegPruner, Mixed, Plain]
-        before = [dict(vars(cls)) for cls in classes]
-
-        import tp_hf_config
-        class After(Base):
-            def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
-        class AfterMixed(Mixin, Base): pass
-        print(Base.__init__ is before[0]["__init__"], "__init_subclass__" in vars(Base))
-
-        class Spy:
-            calls = 0
-            def after_step(self, pruner): self.calls += 1
-        def make(cls, **kwargs):
-            model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-            return cls(model, torch.rand(1, 4), tp.importance.MagnitudeImportance(), **kwargs)
-
-        for _ in range(2):
-            tp_hf_config.disable()
-        def differs(cls, old):
-            new = vars(cls)
-            keys = [k for k in new if k not in ("__doc__",)]
-            return new.keys() != old.keys() or any(new[k] is not old[k] for k in keys)
-        print([differs(cls, old) for cls, old in zip(classes, before)])
-        print("__init__" in vars(AfterMixed), hasattr(After.__init__, "_tp_hf_config"))
-        for cls in [*classes, After, AfterMixed]:
-            try:
-                make(cls, hooks=[Spy()])
-            except TypeError as error:
-                print(str(error).partition(".")[2])
-        class Between(Base): pass
-        print("__init__" in vars(Between))
-
-        for _ in range(3):
-            tp_hf_config.enable()
-        for cls in [*classes, After, AfterMixed, Between]:
-            spy = Spy()
-            pruner = make(cls, hooks=[spy])
-            pruner.step()
-            print(spy.calls, end=" ")
-        tp_hf_config.disable()
-        print()
-        print([differs(cls, old) for cls, old in zip(classes, before)])
-        """
-    )
-    refused = "__init__() got an unexpected keyword argument 'hooks'"
-    assert printed.splitlines() == [
-        "False True",
-        "[False, False, False, False, False, False]",
-        "False False",
-        *[refused] * 8,
-        "False",
-        "1 1 1 1 1 1 1 1 1 ",
-        "[False, False, False, False, False, False]",
-    ]
-
-
-def test_enable_twice_is_once():
-    spy = Spy()
-    init, hook = vars(Base)["__init__"], vars(Base)["__init_subclass__"]
-    tp_hf_config.enable()
-    assert vars(Base)["__init__"] is init
-    assert vars(Base)["__init_subclass__"] is hook
-    pruner = small.pruner_of(small.mlp(), hooks=[spy])
-    pruner.step()
-    assert spy.log == ["spy"]
-
-
-def test_disable_gives_back_a_constructor_that_wraps_torch_prunings():
-    class Decorated(Base):
-        @functools.wraps(Base.__init__)
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.mine = True
-
-    try:
-        tp_hf_config.disable()
-        assert small.pruner_of(small.mlp(), Decorated).mine
-    finally:
-        tp_hf_config.enable()
-    assert small.pruner_of(small.mlp(), Decorated).mine
-
-
-def test_a_pruner_with_hooks_survives_disable():
-    spy = Spy()
-    pruner = small.pruner_of(small.mlp(), hooks=[spy])
-    try:
-        tp_hf_config.disable()
-        pruner.step()
-    finally:
-        tp_hf_config.enable()
-    assert spy.log == ["spy"]
 
 
 def test_without_hooks_nothing_is_different():
@@ -894,18 +789,6 @@ def test_a_pruner_with_a_constructor_of_its_own_is_refused():
     hook = HFConfigSyncHook()
     hf_pruner(Own, hooks=[hook]).step()
     assert hook.last_report.fields["hidden_size"] == (32, 24)
-
-
-def test_register_while_the_constructors_are_torch_prunings():
-    hook = HFConfigSyncHook()
-    try:
-        tp_hf_config.disable()
-        pruner = hf_pruner()
-        hook.register(pruner)
-    finally:
-        tp_hf_config.enable()
-    pruner.step()
-    assert hook.last_report.fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
 
 
 def test_channel_groups_of_other_pruners_are_not_this_ones():
