@@ -112,9 +112,6 @@ def calibrate(
             on, else 0.01.
         max_memory: how many bytes Gram matrices may take together (4 x channels x channels for
             every input); what does not fit takes further passes. Default: half of what is free.
-            For a model whose weights are read from files, the limit covers a layer's weights, its
-            Gram matrices (then in temporary files) and the batches that wait at the layer; what
-            does not fit is read again.
         seed: of what the model writes itself.
         measure: False: hold the data only. What weights read is measured once something asks for
             it, which ``drop_layers(model, count=...)`` does not.

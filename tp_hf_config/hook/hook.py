@@ -54,8 +54,8 @@ class HFConfigSyncHook:
         compensate: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before
             every cut the weights that read pruned channels are refitted by least squares, where
             held-out data says that it helps. The report says by how much.
-        record_refits: keep what was refitted for ``cuts``;
-            without, the cut list of a compensated step cannot be saved or carried out.
+        record_refits: keep what was refitted for ``cuts``; without, the cut list of a compensated
+            step cannot be saved or carried out.
         rebuild: for a model under FSDP2: a function that wraps the pruned model, whose parameters
             are on the meta device then, as your own code wrapped the model (``fully_shard``).
         distributed: every process of a run prunes a copy of the model (DistributedDataParallel):
