@@ -111,7 +111,7 @@ def _decoded(value: Any) -> Any:
     ours = module.startswith(f"{_PACKAGE}.")
     made: Any = getattr(importlib.import_module(module), name) if ours else None
     if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
-        raise ValueError(f"{kind} is no part of an entry")
+        raise LookupError(kind)
     return made(**_decoded(content))
 
 
