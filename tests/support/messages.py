@@ -17,9 +17,10 @@ OWN = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and value.__module__ == errors.__name__
 }
-RAISED = OWN | {"UsageError", "ArgumentTypeError", "ValueError", "TypeError", "Unknown"}
+RAISED = OWN | {"UsageError", "BadParameter", "ValueError", "TypeError", "Unknown"}
 REASONS = {"Refusal", "Unsolved", "Cause", "unreadable"}  # said by another module than makes them
 REASONING = (
+    "cli/values.py",
     "checkpoint/*.py",
     "planning/preflight.py",
     "planning/refusals.py",

@@ -161,19 +161,6 @@ class Prunable:
         """Return a line that says so, if the experiments were not run now."""
         return [_FROM_CACHE] if self.cached else []
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        head, *rows = self._rows()
-        table = Table(title=self.model, caption="".join(self._source()) or None)
-        for name in head:
-            left = name in (head[0], head[-1])
-            table.add_column(name, justify="left" if left else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        return table
-
     def to_dict(self) -> dict[str, Any]:
         """Return the table as a dict for ``json.dumps``, with schema and package versions."""
         widths = [width.to_dict() for width in self.widths]

@@ -66,8 +66,6 @@ class DroppedLayers:
         rows = [(name, old, new) for name, (old, new) in self.fields.items()]
         return notebook.report(str(self), notebook.table(("config field", "old", "new"), rows))
 
-    __rich__ = __str__
-
     def to_dict(self) -> dict[str, Any]:
         """Return the report for ``json.dumps``, with the versions that made it."""
         data = {

@@ -92,8 +92,6 @@ class SyncReport:
         rows = [(name, old, new) for name, (old, new) in self.fields.items()]
         return notebook.report(str(self), notebook.table(("config field", "old", "new"), rows))
 
-    __rich__ = __str__  # rich's own view prints every index of every layer
-
     def plot(self, path: str | PathLike[str]) -> Figure:
         """Draw the widths of fields and layers before and after.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import as_range
 from ..schema import dated
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .padding_proof import SameOutputs
     from .source import Source
 
-FORMATS = ("padded", "decilm", "gguf")
+Format = Literal["padded", "decilm", "gguf"]
 """What a model can be exported to."""
 GGUF_FILE = "model.gguf"
 """The file in the folder of an export to ``"gguf"``."""

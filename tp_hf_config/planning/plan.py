@@ -84,7 +84,7 @@ class PlannedWidth:
 
 @dataclass(frozen=True)
 class Plan:
-    """What pruning with some settings gives; ``print`` it, or print it with rich.
+    """What pruning with some settings gives; ``print`` it.
 
     Attributes:
         model: the name of the class.
@@ -177,9 +177,6 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return html(self)
-
-    def __rich__(self) -> Any:
-        return table(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a dict for ``json.dumps``, with the versions of the libraries."""
@@ -308,23 +305,6 @@ def text(plan: Plan) -> str:
     for name, old, new, share in size_rows(plan):
         lines.append(f"{name}: {old} -> {new}" + (f" ({share})" if share else ""))
     return "\n".join([*lines, *footnotes(plan)])
-
-
-def table(plan: Plan) -> Any:
-    """Return the plan as something that rich can print."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    widths = Table(title=plan.model)
-    for name in _HEAD:
-        widths.add_column(name, justify="left" if name in ("config field", "can be") else "right")
-    for row in rows(plan):
-        widths.add_row(*map(Text, row))
-    sizes = Table(*_SIZES)
-    for size in size_rows(plan):
-        sizes.add_row(*size)
-    return Group(widths, sizes, *map(Text, footnotes(plan)))
 
 
 def html(plan: Plan) -> str:
