@@ -19,7 +19,7 @@ FLOORS = (
     {"forward"},
     {"model"},
 )
-ROOT = {"__init__", "__main__", "arguments", "errors", "notebook", "schema", "when_imported"}
+ROOT = {"__init__", "__main__", "arguments", "errors", "reports", "schema", "when_imported"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

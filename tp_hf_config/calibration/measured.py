@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..model.lazy_tensor import LazyTensor
 from ..model.tensors import state_of
-from ..notebook import short
+from ..reports import short
 from .batches import Batch, tokens_in
 from .linear_ops import Consumer
 from .measure import add_grams, measure

@@ -24,7 +24,7 @@ from ..model.config_json import changed_values, field_name
 from ..model.lazy_tensor import LazyTensor, values_of
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names
-from ..notebook import short
+from ..reports import short
 from .edits import (
     NOT_RECORDED,
     Edit,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..notebook import short
+from ..reports import short
 
 if TYPE_CHECKING:
     from ..graph.config_graph import ConfigGraph

@@ -21,8 +21,8 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 def card(source: Source, pruned: Pruned) -> str:
     """Return the text of the model card, with front matter for the Hub."""
     lines = [f"Round trip: {pruned.proof}."]
-    if pruned.dropped is not None:
-        lines.append(f"{pruned.dropped.in_one_line}.")
+    if pruned.dropped_layers is not None:
+        lines.append(f"{pruned.dropped_layers.title()}.")
     for text, (old, new) in pruned.perplexities.items():
         lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after.")
     lines += [f"{note}." for note in pruned.notes]
@@ -41,7 +41,11 @@ def card(source: Source, pruned: Pruned) -> str:
             "",
             *(f"- {line}" for line in lines),
             "",
-            *([] if pruned.layerwise is None else _loading(pruned.layerwise, pruned.out.name)),
+            *(
+                []
+                if pruned.layers_differ is None
+                else _loading(pruned.layers_differ, pruned.out.name)
+            ),
             "## How",
             "",
             *_table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()]),

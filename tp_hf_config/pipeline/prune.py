@@ -165,9 +165,9 @@ def _prune_and_write(
         second,
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
-        dropped=made.dropped,
+        dropped_layers=made.dropped,
         allocation=made.allocation,
-        layerwise=layerwise,
+        layers_differ=layerwise,
     )
     (work.model / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result

@@ -385,7 +385,7 @@ class TestTables:
         assert widths(*fields, "--round-to", "32") == {"hidden_size": 32, "intermediate_size": 64}
         _, out, _ = shell(capsys, "plan", llama, "--target-params", "60K", "--json")
         found = json.loads(out)
-        assert found["target_parameters"] == 60_000
+        assert found["target"] == 60_000
         assert 50_000 < found["after"]["parameters"] <= 60_000
 
     def test_a_target_out_of_reach(self, capsys: Any, llama: Path) -> None:

@@ -691,10 +691,10 @@ class TestOutput:
             "values": {"hidden_size": 16, "intermediate_size": 16},
             "reason": "hidden_size: at least 24 are needed",
             "nearest": [
-                {
-                    "ratios": {"hidden_size": 0.25, "intermediate_size": 0.5},
-                    "values": {"hidden_size": 24, "intermediate_size": 16},
-                }
+                [
+                    {"hidden_size": 0.25, "intermediate_size": 0.5},
+                    {"hidden_size": 24, "intermediate_size": 16},
+                ]
             ],
         }
         assert read["before"]["parameters"] == numbers_of(narrow())[0]
