@@ -96,7 +96,7 @@ class SyncReport(Report):
         Raises:
             ImportError: matplotlib is missing.
         """
-        from .plots import plot_widths
+        from ..plots import plot_widths
 
         return plot_widths([self], path)
 

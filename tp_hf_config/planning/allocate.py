@@ -119,9 +119,12 @@ class Allocation(Report):
         Raises:
             ImportError: matplotlib is missing.
         """
-        from .allocation_plot import plot_allocation
+        from ..plots import plot_allocation
 
-        return plot_allocation(self.curves, self.widths, self.measure, path)
+        curves: dict[str, list[LayerCurve]] = {}
+        for curve in self.curves:
+            curves.setdefault(name_in_all_layers(curve.field), []).append(curve)
+        return plot_allocation(curves, self.widths, self.measure, path)
 
 
 @check_arguments
