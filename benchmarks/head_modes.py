@@ -87,7 +87,7 @@ def tried(model: Any, **wanted: Any) -> Tried:
     model = copy.deepcopy(model)
     hook = HFConfigSyncHook(strict=True)
     try:
-        kwargs = pruner_kwargs(model, graph="config", **{"prune": (), **wanted})
+        kwargs = pruner_kwargs(model, **{"prune": (), **wanted})
     except UnsupportedModelError as error:
         return Tried(reason=_short(str(error)))
     pruner = tp.pruner.MetaPruner(

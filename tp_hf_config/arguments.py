@@ -115,7 +115,7 @@ def _kind_of(node: ast.expr, function: Any = None) -> _Kind:
         first, last = _kind_of(inside[0]), _kind_of(inside[-1])
         return _dict_of(first, last, example) if name == "Mapping" else _list_of(last, example)
     choices = getattr(function, "__globals__", {}).get(name)
-    if get_origin(choices) is Literal and name != "Graph":  # check_graph has more to say
+    if get_origin(choices) is Literal:
         return _word_of(get_args(choices))
     return _KINDS.get(name, lambda value: value)
 

@@ -57,10 +57,6 @@ class UnknownFieldError(UnsupportedModelError):
     """No width of the model has a field of this name; on the command line that is wrong usage."""
 
 
-class TracingError(TPHFConfigError):
-    """Nothing raises this: no model is traced. It stays for code that catches it."""
-
-
 class PipelineError(TPHFConfigError):
     """The pipeline could not read, prune or write a model folder; nothing was written."""
 

@@ -23,10 +23,9 @@ from tp_hf_config.graph.experiments import experiments_of
 from tp_hf_config.hook.drop_layers import drop_layers
 from tp_hf_config.hook.outputs_without import tensors_by_name
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.model.config_json import config_json
+from tp_hf_config.model.config_json import config_json, config_nodes
 from tp_hf_config.model.layer_class import layer_lists
 from tp_hf_config.model.layer_entries import layer_lists_of
-from tp_hf_config.model.live_objects import config_nodes
 from tp_hf_config.pipeline.trial import Outcome, Subject, attempt, save
 from tp_hf_config.twin.masked_check import EXACT
 

@@ -584,7 +584,7 @@ class TestArguments:
 
     def test_the_hook_says_which_graph(self) -> None:
         model = small.llama()
-        hook = HFConfigSyncHook(graph="config")
+        hook = HFConfigSyncHook()
         tp.pruner.MetaPruner(model, None, L2, pruning_ratio=0.5, hooks=[hook]).step()
         assert hook.last_report is not None
         assert hook.last_report.graph.startswith("config graph: 3 groups")

@@ -128,7 +128,7 @@ def heads_pruner(
 ) -> tuple[Any, HFConfigSyncHook]:
     """A pruner of heads and nothing else, unless ``kwargs`` of ``pruner_kwargs`` say otherwise."""
     hook = HFConfigSyncHook()
-    wanted = {"prune_num_heads": True, "gqa": gqa, "graph": "config", **(kwargs or {})}
+    wanted = {"prune_num_heads": True, "gqa": gqa, **(kwargs or {})}
     arguments = {
         **pruner_kwargs(model, **wanted),
         "importance": tp.importance.GroupMagnitudeImportance(),
@@ -195,7 +195,7 @@ def test_refused_in_these_words_and_nothing_is_touched(case: Case) -> None:
     model = copy.deepcopy(original_of(case.model, case.shape))
     before = small.state_of(model)
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(model, prune_num_heads=True, graph="config")
+        pruner_kwargs(model, prune_num_heads=True)
     assert str(raised.value) == case.expected
     small.assert_same(before, small.state_of(model))
 
@@ -559,7 +559,7 @@ def test_dims_of_every_head(name: str, field: str) -> None:
 def test_value_dims_of_latent_attention() -> None:
     """Value dims stand behind key dims in every head: one at a time."""
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(zoo.build("deepseek_v3"), prune=(), prune_head_dims=True, graph="config")
+        pruner_kwargs(zoo.build("deepseek_v3"), prune=(), prune_head_dims=True)
     assert str(raised.value) == (
         "DeepseekV3ForCausalLM: qk_nope_head_dim and v_head_dim both set dimension 0 of "
         "model.layers.0.self_attn.kv_b_proj.weight. Prune them one after the other, each with a "
@@ -588,15 +588,14 @@ def test_a_class_without_heads() -> None:
     )
 
 
-@pytest.mark.parametrize("graph", ["config", "auto"])
-def test_heads_of_every_stage_go_with_the_width(graph: Any) -> None:
+def test_heads_of_every_stage_go_with_the_width() -> None:
     """Swin's stages have other numbers of heads, and its width doubles from one to the next."""
     original = zoo.build("swin")
     model = copy.deepcopy(original)
     hook = HFConfigSyncHook()
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune_num_heads=True, graph=graph),
+        **pruner_kwargs(model, prune_num_heads=True),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         head_pruning_ratio=0.5,
@@ -611,7 +610,7 @@ def test_heads_of_every_stage_go_with_the_width(graph: Any) -> None:
 def test_without_groups_every_mode_is_the_same(name: str) -> None:
     model = head_zoo.build(name, Shape(8))
     ways = [
-        pruner_kwargs(model, prune_num_heads=True, gqa=gqa, graph="config")["example_inputs"].why
+        pruner_kwargs(model, prune_num_heads=True, gqa=gqa)["example_inputs"].why
         for gqa in ("query", "group", None)
     ]
     assert len(set(ways)) == 1

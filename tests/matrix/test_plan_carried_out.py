@@ -106,7 +106,7 @@ def test_what_is_planned_is_what_pruning_gives(
         "iterative_steps": number,
         "max_pruning_ratio": max_ratio,
     }
-    kwargs_or_error = _result_of(pruner_kwargs, model, graph="config", **chosen_by)
+    kwargs_or_error = _result_of(pruner_kwargs, model, **chosen_by)
     result = _result_of(plan, model, **chosen_by, **asked)
     if isinstance(result, str):
         event("cannot be pruned")

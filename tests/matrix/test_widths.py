@@ -91,10 +91,10 @@ def run_of(case: Case) -> Run:
     """Prune a case's model; once, for all tests that ask about it."""
     model = zoo.build(case.model)
     original = copy.deepcopy(model)
-    hook = HFConfigSyncHook(graph="config")
+    hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=case.field.split(" + "), graph="config"),
+        **pruner_kwargs(model, prune=case.field.split(" + ")),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         iterative_steps=case.steps,
@@ -138,7 +138,7 @@ def test_a_refused_width_raises_before_pruning(name: str) -> None:
         names = field.split(" + ")
         if not any(one in width.split(" + ") for width in offered for one in names):
             with pytest.raises(UnsupportedModelError) as caught:
-                pruner_kwargs(model, prune=names[:1], graph="config")
+                pruner_kwargs(model, prune=names[:1])
             assert fragment in str(caught.value)
 
 
@@ -185,11 +185,11 @@ def test_several_widths_at_once(name: str, fields: tuple[str, ...]) -> None:
     original = copy.deepcopy(model)
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=fields, graph="config"),
+        **pruner_kwargs(model, prune=fields),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         iterative_steps=2,
-        hooks=[HFConfigSyncHook(graph="config")],
+        hooks=[HFConfigSyncHook()],
     )
     pruner.step()
     pruner.step()
@@ -212,7 +212,7 @@ def test_a_part_that_the_model_was_built_without_is_no_group() -> None:
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         head_pruning_ratio=0.25,
-        hooks=[hook := HFConfigSyncHook(graph="config")],
+        hooks=[hook := HFConfigSyncHook()],
     )
     pruner.step()
     assert hook.last_report.fields == {
@@ -249,4 +249,4 @@ def test_the_masked_comparison_can_fail() -> None:
 )
 def test_two_widths_of_one_dimension_are_refused(name: str, fields: tuple[str, ...]) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{fields[0]} and {fields[1]} both set"):
-        pruner_kwargs(zoo.build(name), prune=fields, graph="config")
+        pruner_kwargs(zoo.build(name), prune=fields)

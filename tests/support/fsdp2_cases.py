@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import small
 import torch
 import torch_pruning as tp
-import transformers as hf
 import zoo
 
 from tp_hf_config import (
     HFConfigSyncHook,
-    PruningCallback,
     calibrate,
     optimizer_follows,
     pruner_kwargs,
@@ -173,49 +170,6 @@ def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, An
         "refits": report.compensation.to_dict() | {"seconds": 0.0},
         "tensors": snapshot(hook.rebuilt_model or model),
     }
-
-
-def trained_by_trainer(
-    folder: Path, ranks: int, resume: Path | None = None, layers: Any = None, **settings: Any
-) -> tuple[Any, Any]:
-    """Train with two pruning steps; what each update sees is the same for one and two ranks.
-
-    Args:
-        folder: where to write.
-        ranks: how many ranks there are.
-        resume: a checkpoint to go on from.
-        layers: gets the layers of the unpruned model.
-        settings: of the training.
-
-    Returns:
-        The ``Trainer`` and its callback.
-    """
-    rows = torch.randint(zoo.VOCAB, (24, 8), generator=torch.Generator().manual_seed(0))
-    arguments = hf.TrainingArguments(
-        str(folder),
-        max_steps=6,
-        save_steps=3,
-        per_device_train_batch_size=4 // ranks,
-        learning_rate=1e-2,
-        adam_epsilon=1e-2,  # small gradients are rounding errors
-        max_grad_norm=1.0,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-        **{"gradient_checkpointing": True, **settings},
-    )
-    wanted = ("hidden_size", "intermediate_size")
-    callback = PruningCallback(every=2, prune=wanted, pruning_ratio=0.5, iterative_steps=2)
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    model = zoo.build("llama")
-    if resume is not None:
-        model = type(model).from_pretrained(resume)
-    if layers is not None:
-        layers.update(model.model.layers)
-    trainer = hf.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return trainer, callback
 
 
 def whole(tensor: Any) -> torch.Tensor:

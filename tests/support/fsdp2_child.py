@@ -40,7 +40,6 @@ from fsdp2_cases import (
     of_measurement,
     run,
     snapshot,
-    trained_by_trainer,
 )
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -60,6 +59,7 @@ from tp_hf_config import (
     save_sharded,
 )
 from tp_hf_config.graph import standin, taking_turns
+from tp_hf_config.pipeline import sharded as save
 
 
 @functools.cache
@@ -105,20 +105,14 @@ def refusal(act: Any) -> str:
 
 @contextmanager
 def full_disk(at: str) -> Iterator[None]:
-    """While open, the disk is full: for ``config`` at once, for ``weights`` at the third tensor."""
-    written: list[Path] = []
-    original = Path.open
+    """While open, the disk is full, for the ``config`` or for the ``weights``."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
-        written.extend([path] if mode == "ab" else [])
-        return full() if len(written) > 3 else original(path, mode, **options)
-
     patched = (hf.PretrainedConfig, "save_pretrained", full)
     if at == "weights":
-        patched = (Path, "open", opened)
+        patched = (save, "save_file", full)
     with mock.patch.object(*patched):
         yield
 
@@ -255,43 +249,6 @@ def accelerated(rank: int) -> dict[str, Any]:
     return results
 
 
-def by_trainer(folder: Path) -> dict[str, Any]:
-    """A Trainer trains under FSDP2."""
-    first = int(hf.__version__.partition(".")[0])
-    config = {
-        "fsdp_version": 2,
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-        "state_dict_type": "FULL_STATE_DICT",
-    }
-    settings = {"fsdp": True if first > 4 else "full_shard auto_wrap", "fsdp_config": config}
-    layers = weakref.WeakSet[nn.Module]()
-    trainer, callback = trained_by_trainer(folder / "trained", 2, layers=layers, **settings)
-    model = trainer.model
-    gc.collect()
-    unsharded = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
-    state.AcceleratorState._reset_state(True)
-    return {
-        "tensors": snapshot(model),
-        "fields": [report.fields for report in callback.hook.reports],
-        "unsharded": unsharded,
-        "old layers": len(layers),
-        "checkpointing": [layer.gradient_checkpointing for layer in model.model.layers],
-        "activation checkpointing": refusal(
-            lambda: trained_by_trainer(
-                folder / "again",
-                2,
-                gradient_checkpointing=False,
-                **{**settings, "fsdp_config": {**config, "activation_checkpointing": True}},
-            )
-        ),
-        "resumed": refusal(
-            lambda: trained_by_trainer(
-                folder / "again", 2, resume=folder / "trained" / "checkpoint-3", **settings
-            )
-        ),
-    }
-
-
 def failing(rank: int) -> dict[str, Any]:
     """One rank does something else than the others: all raise, and the model is as it was."""
     results: dict[str, Any] = {}
@@ -396,7 +353,6 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
         accelerate_shards_on_the_cpu()
         results["accelerate"] = accelerated(rank)
-        results["Trainer"] = by_trainer(folder)
         dist.destroy_process_group()
         start(rank, size, folder / "other store", 4)
         results["absent"] = absent(rank, folder)

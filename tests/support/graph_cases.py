@@ -19,6 +19,9 @@ from tp_hf_config import (
     pruner_kwargs,
 )
 from tp_hf_config.graph.config_graph import ParameterView, Units
+from tp_hf_config.graph.cut_list import CutList, edits_of
+from tp_hf_config.graph.recorded_prunes import kept_positions
+from tp_hf_config.model.fill import LiveCut
 
 Make = Callable[[], Any]
 
@@ -114,7 +117,6 @@ def pruner_of(
     model: Any,
     fields: Sequence[str] | None = None,
     cls: Any = tp.pruner.BasePruner,
-    graph: Any = "config",
     ratios: dict[str, float] | None = None,
     **changes: Any,
 ) -> tuple[Any, HFConfigSyncHook]:
@@ -122,7 +124,7 @@ def pruner_of(
     arguments = {
         "importance": Importance(),
         "pruning_ratio": 0.5,
-        **pruner_kwargs(model, prune=fields, graph=graph, ratios=ratios),
+        **pruner_kwargs(model, prune=fields, ratios=ratios),
         **changes,
     }
     return cls(model, hooks=[hook], **arguments), hook
@@ -194,3 +196,15 @@ def assert_consistent(model: Any, fields: dict[str, Any]) -> None:
     assert shapes(type(model)(model.config)) == shapes(model)
     assert fields
     assert torch.isfinite(run(model)).all()
+
+
+def cut_alone(group: Any, in_history: bool = True) -> None:
+    """Cut the weights of one group, whether or not a config describes what is left."""
+    graph = group._DG
+    model, settle = graph.pretrained, graph.recorded.settle
+    edits = edits_of(model, {}, kept_positions(model, [group]))
+    graph.recorded.settle = lambda: None
+    group.prune(record_history=in_history)
+    graph.recorded.settle = settle
+    assert len(list(graph.recorded.take())) == 1
+    LiveCut(model, CutList("", {}, {}, edits)).carry_out()

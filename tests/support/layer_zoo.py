@@ -9,8 +9,8 @@ import tiny
 import transformers as hf
 import zoo
 
+from tp_hf_config.model.config_json import config_nodes
 from tp_hf_config.model.layer_entries import entries_of, entries_supported
-from tp_hf_config.model.live_objects import config_nodes
 
 ENTRIES = entries_supported()
 _MORE: dict[str, Any] = {

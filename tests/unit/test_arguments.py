@@ -33,7 +33,6 @@ from tp_hf_config import (
     plan,
     prunable,
     pruner_kwargs,
-    register,
     repair_checkpoint,
     save_sharded,
     supports,
@@ -64,7 +63,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: HFConfigSyncHook(make_inputs={"input_ids": 1}), "make_inputs={'input_ids': 1}: expec"),
     (lambda: HFConfigSyncHook(rebuild=M), "rebuild=a LlamaForCausalLM: expected a function of"),
     (lambda: HFConfigSyncHook().register(M), "pruner=a LlamaForCausalLM: expected a pruner of"),
-    (lambda: register(M, HFConfigSyncHook()), "pruner=a LlamaForCausalLM: expected a pruner of"),
+    (lambda: HFConfigSyncHook().register(M), "pruner=a LlamaForCausalLM: expected a pruner of"),
     # widths and ratios
     (lambda: pruner_kwargs(M, ratios=[0.2]), "ratios=[0.2]: expected a dict such as {'name': 0"),
     (lambda: plan(M, ratios=[("hidden_size", 0.2)]), "ratios=[('hidden_size', 0.2)]: expected a"),
@@ -244,4 +243,4 @@ def test_every_public_function_checks_its_arguments() -> None:
         if inspect.isfunction(getattr(tp_hf_config, name))
     }
     unchecked = [name for name, function in functions.items() if not hasattr(function, "kinds")]
-    assert unchecked == ["disable", "enable"]  # which take none
+    assert unchecked == []

@@ -70,7 +70,7 @@ def test_the_version_is_not_the_packages():
 
 
 def test_round_to_counts_one_heads_channels_against_all():
-    """BasePruner._round_to (base_pruner.py): ``hook.steering.UnitSteering._round_to``.
+    """BasePruner._round_to (base_pruner.py): ``hook.unit_choice.UnitChoice._rounded``.
 
     Of 12 heads of 32 channels, 4 of every head go: 336 are left, a multiple of 12, so nothing is
     to be rounded. Torch-Pruning takes the 4 from all 384 and rounds 380 down to 372: 12 of 32.

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from ..errors import CalibrationError, listed
 from ..graph.config_group import ConfigGroup
-from ..graph.edits import Refit, RefitInPlace, RefitNotRecorded
-from ..model.lazy_tensor import LazyTensor
-from ..model.tensors import parameter_names
+from ..graph.edits import RefitInPlace
 from .difference import Difference
 from .linear_ops import Consumer
 from .measured import MeasuredModel
@@ -24,7 +19,6 @@ from .trial import Errors, layer_errors, run_as_cut, run_held_out
 
 NOTICEABLE, TOO_MUCH = 0.1, 0.5
 """KL divergences on held-out data, in nats: under the first, over the second (`in_words`)."""
-_LARGE = 1 << 20  # bytes: larger refits of a cut list are not held in memory
 
 
 @dataclass
@@ -36,8 +30,7 @@ class Refitted:
         part: the number of the expert, if the parameter stacks several.
         cut: the squared error of the layer's output without a refit, relative to the output.
         refit: the same with it.
-        used: True if the weight is refitted: the refit is no worse than the plain cut, and the
-            channels were cut.
+        used: True if the weight is refitted: the refit is no worse than the plain cut.
     """
 
     weight: str
@@ -103,77 +96,30 @@ def in_words(change: float) -> str:
     return f"do not expect good answers without training (over {TOO_MUCH})"
 
 
-class AppliedRefits:
-    """Changes weights in place, each once, right before it loses channels.
-
-    Args:
-        model: the model.
-        refits: the refits that are used.
-        record: True if a cut list is to have the refits. Those of a model that is read from files
-            are in files as they are, so it has them in any case.
-
-    Attributes:
-        done: whose weights were changed.
-    """
-
-    def __init__(self, model: nn.Module, refits: Mapping[Consumer, Refit], record: bool):
-        self._record = record
-        self._by_place: dict[tuple[int, str, int], list[tuple[Consumer, Refit]]] = {}
-        self.done: set[Consumer] = set()
-        names = {names[0]: names for names in parameter_names(model).values()}
-        for consumer, refit in refits.items():
-            for name in names[consumer.parameter]:
-                layer, _, key = name.rpartition(".")
-                place = id(model.get_submodule(layer)), key, consumer.dim
-                self._by_place.setdefault(place, []).append((consumer, refit))
-
-    @torch.no_grad()
-    def apply(
-        self, owner: nn.Module, key: str, dim: int, gone: Tensor
-    ) -> Iterator[RefitInPlace | RefitNotRecorded]:
-        """Change a parameter, the first time that one of its dimensions is cut; yield each edit."""
-        for consumer, refit in self._by_place.pop((id(owner), key, dim), ()):
-            if consumer in self.done:
-                continue  # tied, and done under its other name
-            self.done.add(consumer)
-            edit = RefitInPlace(consumer.dim, consumer.part, refit)
-            parameter: nn.Parameter = getattr(owner, key)
-            if isinstance(parameter, LazyTensor):
-                changed = edit.of(parameter.detach())
-                owner._parameters[key] = nn.Parameter(changed, parameter.requires_grad)
-            else:
-                edit.apply(parameter.data)
-            if not self._record and not isinstance(refit.share, LazyTensor):
-                yield RefitNotRecorded()
-                continue
-            large = refit.share.nbytes >= _LARGE
-            yield replace(edit, refit=refit.on_disk()) if large else edit
-
-
 class Compensating:
     """Refits one step of a pruner: solve and try now, apply in the cut, measure afterwards.
 
     Args:
         calibration: the measured model.
         groups: the groups that the step prunes; nothing of them is cut yet.
-        record: True if a cut list is to have the refits.
 
     Attributes:
         result: what the refits come to.
-        applied: changes the weights; for the cut.
+        edits: the refits of each weight, by the first of its names; for the cut.
     """
 
-    def __init__(
-        self, calibration: MeasuredModel, groups: Sequence[ConfigGroup], record: bool = False
-    ):
+    def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
         started = time.perf_counter()
         self._step = StepRefits(calibration, groups)
         self._outputs = Difference(calibration.ranks)
         self.result = Compensation()
         using = self._worth_it() if calibration.holds_out() else self._told_enough()
         self._note_unfitted()
-        used = {consumer: self._step.refits[consumer] for consumer in using}
-        self.applied = AppliedRefits(calibration.model, used, record)
+        self.edits: dict[str, list[RefitInPlace]] = {}
+        for consumer, refit in self._step.refits.items():
+            if consumer in using:
+                edit = RefitInPlace(consumer.dim, consumer.part, refit)
+                self.edits.setdefault(consumer.parameter, []).append(edit)
         self.result.seconds = time.perf_counter() - started
 
     def _worth_it(self) -> set[Consumer]:
@@ -266,12 +212,10 @@ class Compensating:
         return self._outputs.mean()
 
     def finished(self, synced: bool) -> Compensation:
-        """Return what the refits came to, once the step is over: those that no cut used are not.
+        """Return what the refits came to, once the step is over.
 
         ``synced``: True if a config describes what is left. It is run on held-out data then.
         """
-        for layer, consumer in zip(self.result.layers, self._step.refits, strict=True):
-            layer.used &= consumer in self.applied.done
         if synced and self.result.cut is not None:
             self._measure_after()
         return self.result

@@ -13,8 +13,7 @@ from ..fieldmap.field_map import FieldMap
 from ..graph.edits import stack_dim
 from ..graph.experiments import experiments_of
 from ..model.build import Refusal
-from ..model.class_digest import entry_key
-from ..model.disk_cache import load, store
+from ..model.disk_cache import entry_key, load, store
 from .linear_ops import Consumer
 from .measure import measure
 from .readings import Readings

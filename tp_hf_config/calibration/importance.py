@@ -14,7 +14,6 @@ from torch_pruning.pruner import function
 
 from ..errors import CalibrationWarning
 from ..graph.sides import ParameterView
-from ..model.lazy_tensor import values_of
 from .batches import writes_text
 from .greedy import Part, elimination_order
 from .linear_ops import Consumer
@@ -118,7 +117,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
                 return None  # some units are wider than others
             assert reader.statistics.gram is not None
             table = reader.channels[order].view(units, -1)
-            parts.append(Part(values_of(reader.statistics.gram), reader.weight, table))
+            parts.append(Part(reader.statistics.gram, reader.weight, table))
         order = elimination_order(parts)
         scores = torch.empty(units)
         scores[order] = torch.arange(1, units + 1, dtype=torch.float32)

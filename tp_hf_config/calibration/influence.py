@@ -12,7 +12,7 @@ from ..errors import CalibrationError
 from ..forward.layer_passes import hidden_in, hidden_out
 from .batches import Batch
 from .over_ranks import ALONE, Ranks
-from .passes import together_on, watched_pass
+from .passes import watched_pass
 
 
 def layer_influence(
@@ -46,8 +46,7 @@ def layer_influence(
         for number, layer in enumerate(layers)
     ]
     try:
-        together, what = together_on(model, None), "influence of layers"
-        watched_pass(model, batches, what=what, together=together, ranks=ranks)
+        watched_pass(model, batches, what="influence of layers", ranks=ranks)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint.scratch import free_on_disk
 from ..errors import CalibrationError
 from .add_up import added_up
 from .batches import Batch
 from .linear_ops import Consumer, LinearOp
 from .over_ranks import ALONE, Ranks
-from .passes import is_streamed, sums_limit, together_on, watched_pass
+from .passes import memory_limit, watched_pass
 from .readings import InputStatistics, Readings
 from .sources import Sources, use_of
 
@@ -33,17 +30,13 @@ class Measuring:
         sources: finds the norms in front of weights.
         limit: how many bytes the Gram matrices may take together.
         only: the leaders whose Gram matrices are wanted; ``None``: of all that need one.
-        disk: how many bytes of them :meth:`to_disk` may put into temporary files.
     """
 
-    def __init__(
-        self, sources: Sources, limit: int, only: Collection[Consumer] | None = None, disk: int = 0
-    ):
+    def __init__(self, sources: Sources, limit: int, only: Collection[Consumer] | None = None):
         self.readings = Readings()
-        self._sources, self._limit, self._only, self._disk = sources, limit, only, disk
-        self._in_memory: dict[Consumer, int] = {}  # the bytes of Gram matrices
-        self._on_disk: dict[Consumer, int] = {}
-        self._of_thread = threading.local()
+        self._sources, self._limit, self._only = sources, limit, only
+        self._grams: dict[Consumer, int] = {}  # their bytes
+        self._recent: deque[_Read] = deque(maxlen=_REMEMBERED)
         self._apart: set[Consumer] = set()
 
     def visit(self, op: LinearOp) -> Any:
@@ -55,21 +48,8 @@ class Measuring:
         if leader == op.consumer:
             if leader not in readings.statistics:
                 self._begin(op)
-            elif leader in self._on_disk and leader not in self._in_memory:
-                self._to_memory(leader)
-            readings.statistics[leader].add(op.channels_last(), leader in self._in_memory)
+            readings.statistics[leader].add(op.channels_last(), leader in self._grams)
         return op.run()
-
-    def to_disk(self) -> None:
-        """Put Gram matrices into temporary files, as many as there is room for."""
-        for consumer, size in [*self._in_memory.items()]:
-            if consumer not in self._on_disk:
-                if size > self._disk:
-                    continue
-                self._disk -= size
-                self._on_disk[consumer] = size
-            self.readings.statistics[consumer].to_disk()
-            del self._in_memory[consumer]
 
     def complete(self, ranks: Ranks) -> Readings:
         """Return what was measured, by all ranks."""
@@ -91,31 +71,18 @@ class Measuring:
             readings.tables.add(consumer.parameter)
         size = 4 * op.inputs.shape[op.axis] ** 2
         wanted = readings.needs_gram(consumer) if self._only is None else consumer in self._only
-        if wanted and self._has_room(size):
-            self._in_memory[consumer] = size
-
-    def _has_room(self, size: int) -> bool:
-        """True if memory has room for another Gram matrix, or has none yet."""
-        return not self._in_memory or sum(self._in_memory.values()) + size <= self._limit
-
-    def _to_memory(self, consumer: Consumer) -> None:
-        """Read the Gram matrix of a consumer that has more tokens, in the place of others."""
-        size = self._on_disk[consumer]
-        if not self._has_room(size):
-            self.to_disk()
-        self.readings.statistics[consumer].to_memory()
-        self._in_memory[consumer] = size
+        if wanted and (not self._grams or sum(self._grams.values()) + size <= self._limit):
+            self._grams[consumer] = size
 
     def _leader(self, op: LinearOp) -> Consumer:
         """Return the consumer that has just read the same values, or the operation's own."""
         inputs = op.inputs
         storage = inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs._version
         place = (*storage, inputs.numel(), inputs.shape[op.axis])  # equal for views of one tensor
-        recent: deque[_Read] = vars(self._of_thread).setdefault("recent", deque(maxlen=_REMEMBERED))
-        for other, in_use, leader in recent:
+        for other, in_use, leader in self._recent:
             if other == place and in_use():  # else other values are there now
                 return leader
-        recent.append((place, use_of(inputs), op.consumer))
+        self._recent.append((place, use_of(inputs), op.consumer))
         return op.consumer
 
 
@@ -133,9 +100,7 @@ def measure(
         model: the model.
         batches: the data.
         max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
-            Those that do not fit are measured in further passes, once they are needed. Of a model
-            whose weights are read from files: for the Gram matrices of one layer (they go to
-            temporary files then), its weights, and the batches that wait for each other.
+            Those that do not fit are measured in further passes, once they are needed.
         what: the title of the progress bar.
         ranks: the ranks that measure, each on batches of its own.
         grams: False: no Gram matrix is measured; :func:`add_grams` does it later.
@@ -145,8 +110,6 @@ def measure(
     """
     only = None if grams else ()
     readings = _measured(model, batches, max_memory, what, ranks, only)
-    if not readings.in_lockstep:  # sums in another order differ in their last bits
-        readings = _measured(model, batches, max_memory, what, ranks, only, in_lockstep=False)
     if not readings.statistics:
         raise CalibrationError(
             f"{type(model).__name__} has no layer whose inputs can be measured (linear layers, "
@@ -171,9 +134,9 @@ def add_grams(
     for statistics in readings.statistics.values():
         statistics.gram = None
     if ranks.count > 1:  # chosen now, for ranks meet experts in orders of their own
-        leaders = _that_fit(readings, leaders, sums_limit(model, max_memory, ranks))
+        leaders = _that_fit(readings, leaders, memory_limit(model, max_memory, ranks))
     what = "calibrate, another pass"
-    again = _measured(model, batches, max_memory, what, ranks, leaders, readings.in_lockstep)
+    again = _measured(model, batches, max_memory, what, ranks, leaders)
     for leader, measured in again.statistics.items():
         if leader in readings.statistics:
             readings.statistics[leader].gram = measured.gram
@@ -197,18 +160,12 @@ def _measured(
     what: str,
     ranks: Ranks,
     only: Collection[Consumer] | None = None,
-    in_lockstep: bool = True,
 ) -> Readings:
     """Return what is measured in one pass."""
-    sources, limit = Sources(model), sums_limit(model, max_memory, ranks)
-    disk = free_on_disk() // 2 if is_streamed(model) else 0
-    measuring = Measuring(sources, limit, only, disk)
-    visit, stage_done = measuring.visit, measuring.to_disk
-    together = together_on(model, max_memory, (), stage_done) if in_lockstep else None
-    ordered = watched_pass(
-        model, batches, visit, sources, what=what, together=together, ranks=ranks
-    )
-    return replace(measuring.complete(ranks), in_lockstep=in_lockstep and ordered)
+    sources = Sources(model)
+    measuring = Measuring(sources, memory_limit(model, max_memory, ranks), only)
+    watched_pass(model, batches, measuring.visit, sources, what=what, ranks=ranks)
+    return measuring.complete(ranks)
 
 
 def _check_finite(readings: Readings) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CalibrationError
-from ..model.lazy_tensor import LazyTensor
 from ..model.tensors import state_of
 from ..reports import short
 from .batches import Batch, tokens_in
@@ -40,8 +39,7 @@ class MeasuredModel:
         train: the batches that are measured.
         held_out: the batches that tell whether a refit is any good.
         ridge: how strongly a refit stays with the plain cut.
-        max_memory: how many bytes Gram matrices may take together, and weights where they are read
-            from files; ``None``: half of what is free.
+        max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
         refits: False: Gram matrices, which refits need, are measured once something asks for them.
         readings: what was measured.
         ranks: the ranks that measure; ``train`` and ``held_out`` are this rank's.
@@ -158,17 +156,9 @@ class MeasuredModel:
 
     @property
     def memory(self) -> int:
-        """The bytes that Gram matrices take in memory."""
-        return sum(gram.nbytes for gram in self._grams() if not isinstance(gram, LazyTensor))
-
-    @property
-    def scratch(self) -> int:
-        """The bytes that Gram matrices take in temporary files."""
-        return sum(gram.nbytes for gram in self._grams() if isinstance(gram, LazyTensor))
-
-    def _grams(self) -> Iterator[Tensor]:
+        """The bytes that Gram matrices take."""
         found = (one.gram for one in self.readings.statistics.values())
-        return (gram for gram in found if gram is not None)
+        return sum(gram.nbytes for gram in found if gram is not None)
 
     def __str__(self) -> str:
         inputs = len(self.readings.statistics)
@@ -177,11 +167,10 @@ class MeasuredModel:
             what += f" (of {self.ranks.count} ranks, this one)"
         if not self._measured_at:
             return f"{what}: not measured yet"
-        files = f"{self.scratch / 2**20:,.0f} MiB in temporary files, " if self.scratch else ""
         return (
             f"{what}: what {inputs} inputs of "
             f"{len(self.readings.leaders)} weights carry; {self.memory / 2**20:,.0f} MiB, "
-            f"{files}{self.seconds:.1f} s"
+            f"{self.seconds:.1f} s"
         )
 
     def __repr__(self) -> str:

@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CalibrationError, in_one_line
-from ..forward.lockstep import Lockstep
-from ..graph.standin import standin_behind
-from ..model.lazy_tensor import is_lazy
-from ..model.live_objects import configs_of
+from ..model.config_json import configs_of
 from ..model.ranks import smallest
 from ..model.shortage import is_out_of_memory
 from ..model.surroundings import evaluating, free_memory, same_random_state
@@ -31,72 +26,6 @@ Track = Callable[[Sequence[Any], int, str, str], Iterator[Any]]
 """Yields items, so many of them, and shows how far they are: under a title, in a unit."""
 _track: ContextVar[Track | None] = ContextVar("track", default=None)
 _SHORT = 2  # seconds: what takes less is not shown
-_SUMS = 3, 8  # of the memory, where weights and batches that wait take some too
-
-
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Together:
-    """How batches go through a model together whose weights are read from files.
-
-    Attributes:
-        memory: the bytes for weights in memory and for batches that wait.
-        used: lazy tensors that are used beside the model's parameters.
-        stage_done: called whenever all batches have gone through a layer.
-    """
-
-    memory: int
-    used: Sequence[Tensor] = ()
-    stage_done: Callable[[], None] = _nothing
-
-
-def run_all(model: nn.Module, passes: Sequence[Callable[[], _Item]]) -> list[_Item]:
-    """Return the results of functions that run a model; they run together if it is streamed."""
-    if not is_streamed(model):
-        return [each() for each in passes]
-    results: list[_Item] = []
-    lockstep = Lockstep(model, memory_limit(model, None))
-    lockstep.run(passes, lambda number, result: results.append(result))
-    return results
-
-
-def together_on(
-    model: nn.Module,
-    max_memory: int | None,
-    used: Sequence[Tensor] = (),
-    stage_done: Callable[[], None] = _nothing,
-) -> Together | None:
-    """Return how batches go through a model together; ``None``: its weights are in memory.
-
-    Args:
-        model: the model.
-        max_memory: how many bytes it may take, with sums; ``None``: half of what is free.
-        used: see :class:`Together`.
-        stage_done: likewise.
-    """
-    if not is_streamed(model):
-        return None
-    limit = memory_limit(model, max_memory)
-    return Together(limit - _for_sums(limit), used, stage_done)
-
-
-def sums_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE) -> int:
-    """Return how many bytes sums over batches may take in memory."""
-    limit = memory_limit(model, max_memory, ranks)
-    return _for_sums(limit) if is_streamed(model) else limit
-
-
-def _for_sums(limit: int) -> int:
-    part, whole = _SUMS
-    return limit * part // whole
-
-
-def is_streamed(model: nn.Module) -> bool:
-    """True if a model's weights are read from files when they are used."""
-    return is_lazy(model) and standin_behind(model) is None
 
 
 def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE) -> int:
@@ -117,9 +46,8 @@ def watched_pass(
     sources: Sources | None = None,
     after_batch: Callable[[int, Any], None] | None = None,
     what: str = "",
-    together: Together | None = None,
     ranks: Ranks = ALONE,
-) -> bool:
+) -> None:
     """Run a model over batches while every linear operation on its parameters is watched.
 
     Args:
@@ -129,11 +57,7 @@ def watched_pass(
         sources: watches the layers in front of weights.
         after_batch: gets the number of each batch and the model's result.
         what: the title of the progress bar; empty: there is none.
-        together: how batches go through the model together; ``None``: one after the other.
         ranks: the ranks that run the model, each over batches of its own.
-
-    Returns:
-        True if ``visit`` got each weight's operations in the order of the batches.
 
     Raises:
         CalibrationError: the model does not run on a batch, on this rank or on another.
@@ -145,34 +69,10 @@ def watched_pass(
         if sources is not None:
             stack.enter_context(sources.watching())
         begin = stack.enter_context(in_step(model, ranks, what or "a pass over held-out data"))
-        if together is None:
-            ops = nullcontext() if visit is None else WatchedOps(model, visit, selected)
-            for number, batch in enumerate(shown(batches, what)):
-                begin(number)
-                after(number, _run(model, number, batch, ops, sources))
-            return True
-        lockstep = Lockstep(
-            model,
-            together.memory,
-            together.used,
-            stage_done=together.stage_done,
-            about_to_wait=_nothing if sources is None else sources.forget_unused,
-            advance=lambda: next(steps, None),
-        )
-
-        def noted(op: LinearOp) -> Any:
-            lockstep.note_use(op.consumer)
-            assert visit is not None
-            return visit(op)
-
-        ops = nullcontext() if visit is None else WatchedOps(model, noted, selected)
-        steps = iter(shown(range(lockstep.steps * len(batches)), what))
-        passes = [
-            partial(_run, model, number, batch, ops, sources)
-            for number, batch in enumerate(batches)
-        ]
-        lockstep.run(passes, after)
-        return lockstep.in_order
+        ops = nullcontext() if visit is None else WatchedOps(model, visit, selected)
+        for number, batch in enumerate(shown(batches, what)):
+            begin(number)
+            after(number, _run(model, number, batch, ops, sources))
 
 
 def _run(

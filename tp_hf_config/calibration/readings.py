@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.scratch import on_disk
-from ..model.lazy_tensor import LazyTensor, values_of
 from .linear_ops import Consumer
 from .sources import Chain
 
@@ -56,28 +53,21 @@ class InputStatistics:
             # a copy, for what is read may be changed in place
             self._waiting.append(rows.clone())
             if sum(map(len, self._waiting)) >= _TOGETHER:
-                self.gram, self._waiting = _sum(self.gram, self._waiting), []
-
-    def to_disk(self) -> None:
-        """Put the Gram matrix into a temporary file, from which it is read when it is used."""
-        if self.gram is not None and not isinstance(self.gram, LazyTensor):
-            self.gram = on_disk(self.gram)
-            self._waiting = [on_disk(torch.cat(self._waiting))] if self._waiting else []
-
-    def to_memory(self) -> None:
-        """Read the Gram matrix from its temporary file, to be added to."""
-        if self.gram is not None:
-            self.gram, self._waiting = values_of(self.gram), [*map(values_of, self._waiting)]
+                self._add_waiting(self.gram)
 
     def complete(self) -> None:
         """Fill in the lower triangle of the Gram matrix; nothing can be added afterwards."""
         if self.gram is None:
             return
-        gram, waiting, self._waiting = self.gram, self._waiting, []
-        if isinstance(gram, LazyTensor):
-            self.gram = LazyTensor(gram.like, lambda: _whole(_sum(gram, waiting)))
-        else:
-            self.gram = _whole(_sum(gram, waiting))
+        self._add_waiting(self.gram)
+        lower = self.gram.triu_().T.tril(-1)
+        self.gram.add_(lower)
+
+    def _add_waiting(self, gram: Tensor) -> None:
+        """Add tokens that waited to the upper triangle of the Gram matrix."""
+        if self._waiting:
+            _add_upper(gram, torch.cat(self._waiting))
+            self._waiting = []
 
     @property
     def is_enough(self) -> bool:
@@ -94,20 +84,6 @@ class InputStatistics:
         """Each channel's variance over the tokens (its fluctuation, FLAP), ``(channels,)``."""
         mean = self.total / max(1, self.tokens)
         return (self.squares / max(1, self.tokens) - mean.square()).clamp_min(0)
-
-
-def _sum(gram: Tensor, waiting: Sequence[Tensor]) -> Tensor:
-    """Return the upper triangle of a Gram matrix once tokens that waited are added."""
-    gram = values_of(gram)
-    if waiting:
-        _add_upper(gram, torch.cat([*map(values_of, waiting)]))
-    return gram
-
-
-def _whole(gram: Tensor) -> Tensor:
-    """Make a Gram matrix of its upper triangle, in place; return it."""
-    lower = gram.triu_().T.tril(-1)
-    return gram.add_(lower)
 
 
 def _add_upper(gram: Tensor, rows: Tensor) -> None:
@@ -128,15 +104,12 @@ class Readings:
         leaders: consumer -> its leader.
         chains: leader -> the layers from a norm to what it reads; leaders behind none are not here.
         tables: parameters that are tables of embeddings too (tied heads).
-        in_lockstep: False if batches that go through the model layer by layer would be added up in
-            another order than one after the other.
     """
 
     statistics: dict[Consumer, InputStatistics] = field(default_factory=dict)
     leaders: dict[Consumer, Consumer] = field(default_factory=dict)
     chains: dict[Consumer, Chain] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
-    in_lockstep: bool = True
 
     def of(self, consumer: Consumer) -> InputStatistics | None:
         """Return what a consumer reads; ``None`` if it read nothing."""

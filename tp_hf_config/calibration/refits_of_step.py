@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.scratch import free_on_disk
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
-from ..model.lazy_tensor import is_lazy, values_of
+from ..model.paging import in_file
 from ..model.tensors import tensor
 from .batches import Batch
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
-from .passes import Together, is_streamed, shown, sums_limit, together_on, watched_pass
+from .passes import memory_limit, shown, watched_pass
 from .readings import Readings
 from .refit import refit_from_gram, refit_from_products
 from .sources import Sources
@@ -43,7 +43,6 @@ class StepRefits:
 
     def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
         self.calibration = calibration
-        self._lazy = is_lazy(calibration.model)  # then refits are not in memory either
         self.readings = calibration.current()
         self.kept = _kept_channels(calibration.model, groups, self.readings)
         self.refits: dict[Consumer, Refit] = {}
@@ -72,7 +71,7 @@ class StepRefits:
                 gram = self.readings.statistics[leader].gram
                 assert gram is not None  # require() returns those that have one
                 ridge = self.calibration.ridge
-                solve = partial(refit_from_gram, values_of(gram), ridge=ridge)
+                solve = partial(refit_from_gram, gram, ridge=ridge)
                 self._add(consumers[leader], solve)
             remaining = [leader for leader in remaining if leader not in ready] if ready else []
 
@@ -81,9 +80,8 @@ class StepRefits:
 
         ``sizes``: consumer -> how many bytes its sums take.
         """
-        model, limit = self.calibration.model, self._limit
-        if self.readings.in_lockstep and is_streamed(model):
-            limit = max(limit, free_on_disk() // 2)  # those of one layer are in memory
+        calibration = self.calibration
+        limit = memory_limit(calibration.model, calibration.max_memory, calibration.ranks)
         some: list[Consumer] = []
         used = 0
         for consumer, needed in sizes.items():
@@ -95,15 +93,6 @@ class StepRefits:
         if some:
             yield some
 
-    @property
-    def _limit(self) -> int:
-        calibration = self.calibration
-        return sums_limit(calibration.model, calibration.max_memory, calibration.ranks)
-
-    def sums(self) -> Sums:
-        """Return what adds up products in a pass of consumers that have room together."""
-        return Sums(None if self.together() is None else self._limit)
-
     def _bytes_behind_norm(self, consumer: Consumer) -> int:
         kept, leader = len(self.kept[consumer]), self.readings.leaders[consumer]
         return 4 * kept * (kept + len(self.readings.statistics[leader].total))
@@ -113,17 +102,13 @@ class StepRefits:
         first_with: dict[tuple[int, ...], Consumer] = {}
         for consumer in consumers:
             first = first_with.setdefault(tuple(self.kept[consumer].tolist()), consumer)
-            refit = solve(self.kept[consumer]) if first == consumer else self.refits.get(first)
+            refit = self.refits.get(first)
+            if first == consumer:
+                refit = solve(self.kept[consumer])
+                refit = None if refit is None else replace(refit, share=in_file(refit.share))
             if refit is not None:
-                self.refits[consumer] = refit.on_disk() if self._lazy else refit
+                self.refits[consumer] = refit
                 self.alike[consumer] = first
-
-    def together(self, stage_done: Callable[[], None] = lambda: None) -> Together | None:
-        """Return how batches go through the model together; ``None``: one after the other."""
-        if not self.readings.in_lockstep:
-            return None
-        used = [refit.share for refit in self.refits.values()]
-        return together_on(self.calibration.model, self.calibration.max_memory, used, stage_done)
 
     def sources(self, leaders: Iterable[Consumer]) -> Sources:
         """Return what watches the layers from norms to leaders."""
@@ -155,14 +140,13 @@ class _Products:
         self._copies: Copies = {}
         self._sources = step.sources(self._leaders)
         calibration = step.calibration
-        self._sums = step.sums()
+        self._sums = Sums()
         watched_pass(
             calibration.model,
             _without_logits(calibration.model, calibration.train, step.readings.tables),
             self._visit,
             self._sources,
             what="refits behind norms",
-            together=step.together(self._sums.to_disk),
             ranks=calibration.ranks,
         )
         if calibration.ranks.own_data:

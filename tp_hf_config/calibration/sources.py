@@ -8,7 +8,6 @@ values than the layer gives these channels.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ def use_of(values: Tensor) -> Callable[[], bool]:
 
 
 class Sources:
-    """Remembers what layers without parts gave in the forward pass that a thread runs.
+    """Remembers what layers without parts gave in the forward pass that runs.
 
     ``names``: the layers to watch; default: all that have no parts.
     """
@@ -82,13 +81,7 @@ class Sources:
     def __init__(self, model: nn.Module, names: set[str] | None = None):
         self.model = model
         self.names = names
-        self._of_thread = threading.local()
-
-    @property
-    def _calls(self) -> dict[int, _PastCall]:
-        """What can be read later of the calls of this thread's pass, by the result's place."""
-        calls: dict[int, _PastCall] = vars(self._of_thread).setdefault("calls", {})
-        return calls
+        self._calls: dict[int, _PastCall] = {}  # by the result's place
 
     @contextmanager
     def watching(self) -> Iterator[None]:

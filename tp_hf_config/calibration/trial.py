@@ -15,9 +15,10 @@ from ..graph.edits import plain_cut
 from ..model.lazy_tensor import values_of
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
-from .passes import Together, together_on, watched_pass
+from .passes import watched_pass
 from .refits_of_step import Copies, StepRefits
 from .sources import Sources
+from .sums import Sums
 
 
 @dataclass
@@ -68,7 +69,7 @@ def run_as_cut(
             latest = alike, values, _cut(op, rows, step) if refit is None else refit.estimate(rows)
         return op.run(op.shaped(latest[2]))
 
-    _held_out_pass(step.calibration, visit, sources, after_batch, step.together(), what)
+    _held_out_pass(step.calibration, visit, sources, after_batch, what)
 
 
 def layer_errors(
@@ -98,7 +99,7 @@ def _add_errors(
 ) -> None:
     """Add the errors of all weights that read what some consumers read, in one pass."""
     model = step.calibration.model
-    sources, copies, sums = step.sources(_leaders(step)), Copies(), step.sums()
+    sources, copies, sums = step.sources(_leaders(step)), Copies(), Sums()
     with_kernel = {c for c in step.refits if _has_kernel(model, c)}
     read: set[Consumer] = set()
 
@@ -121,8 +122,7 @@ def _add_errors(
         return whole
 
     what = "held-out data, unpruned"
-    together = step.together(sums.to_disk)
-    _held_out_pass(step.calibration, visit, sources, after_batch, together, what)
+    _held_out_pass(step.calibration, visit, sources, after_batch, what)
     for consumer in step.refits:
         if step.alike[consumer] in firsts and consumer not in with_kernel:
             values, at = consumer.matrix_of(model.get_parameter(consumer.parameter).detach())
@@ -145,8 +145,7 @@ def run_held_out(
     calibration: MeasuredModel, after_batch: Callable[[int, Any], None], what: str = ""
 ) -> None:
     """Run a measured model as it is now on its held-out data."""
-    together = together_on(calibration.model, calibration.max_memory)
-    _held_out_pass(calibration, lambda op: op.run(), None, after_batch, together, what)
+    _held_out_pass(calibration, lambda op: op.run(), None, after_batch, what)
 
 
 def _held_out_pass(
@@ -154,12 +153,11 @@ def _held_out_pass(
     visit: Callable[[LinearOp], Any],
     sources: Sources | None,
     after_batch: Callable[[int, Any], None],
-    together: Together | None,
     what: str,
 ) -> None:
     """Run a measured model on its held-out data; see :func:`watched_pass`."""
     model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
-    watched_pass(model, batches, visit, sources, after_batch, what, together, ranks)
+    watched_pass(model, batches, visit, sources, after_batch, what, ranks)
 
 
 def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:

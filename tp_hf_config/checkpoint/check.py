@@ -22,8 +22,7 @@ from .loading import MAJOR
 from .reports import Cause, CheckReport
 from .rotary import for_transformers_4
 from .solving import Solution, Unsolved, learn, solve
-from .starting import Task
-from .structure import Structure, untie
+from .structure import Structure, Task, untie
 from .ties import differing_tie, not_untied
 from .words import and_more, short
 
@@ -112,12 +111,10 @@ def checked(read: Folder) -> CheckReport:
         return report
     with quiet_transformers():
         field_map = learn(read.classes, read.config.data or {})
-        open_heads = () if isinstance(field_map, Refusal) else tuple(undecided_heads(field_map))
-    return replace(
-        report,
-        undecided=tuple(name for heads in open_heads for name in heads.names),
-        notes=(*report.notes, *map(str, open_heads)),
-    )
+    heads = {} if isinstance(field_map, Refusal) else undecided_heads(field_map)
+    said = ", ".join(f"{name}={value}" for name, value in heads.items())
+    note = f"taken as config.json says, because shapes do not tell: {said}"
+    return replace(report, undecided=tuple(heads), notes=(*report.notes, *[note] * bool(heads)))
 
 
 def check_tensors(read: Folder) -> CheckReport:
@@ -184,9 +181,6 @@ def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
         return replace(report, sound=False)
     large = too_large(classes, data, tensors)
     if large:
-        solved = solve(Task(classes, data, tensors))
-        if isinstance(solved, Solution):
-            return _unsound(report, *field_causes(solved.changed))
         reason = f"{too_large_reason(large, tensors)}: not built"
         return replace(report, sound=False if report.causes else None, why_not=reason)
     assessment = assess(classes, data, tensors)

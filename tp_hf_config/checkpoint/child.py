@@ -1,6 +1,6 @@
 """Load and run folders in a process that has Transformers but nothing of this library.
 
-Only a model that may be larger than memory takes this library's lazy tensors.
+Only a model that may be larger than memory takes this library's :mod:`~tp_hf_config.model.paging`.
 
 Usage: ``python child.py JOB``; JOB is a JSON file with the keys of :func:`run`.
 """
@@ -10,10 +10,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+
+ALIGNED = 64  # bytes
 
 
 def run(job: dict[str, Any]) -> None:
@@ -21,9 +25,9 @@ def run(job: dict[str, Any]) -> None:
 
     ``job``: ``folders``: for each its ``folder`` (a path), its ``class`` (module and name; for code
     in the folder ``""`` and the reference in ``auto_map``), ``options`` for ``from_pretrained`` and
-    perhaps ``lazy`` (see :func:`load_lazily`); ``inputs``, ``results``: files; ``threads``,
-    ``device``, ``path`` (of modules): where it runs; ``cast``: True if inputs take the model's
-    dtype.
+    perhaps ``paged``: True for a model that may be larger than memory; ``inputs``, ``results``:
+    files; ``threads``, ``device``, ``path`` (of modules): where it runs; ``cast``: True if inputs
+    take the model's dtype.
     """
     torch.set_num_threads(job["threads"])
     sys.path += [folder for folder in job["path"] if folder not in sys.path]
@@ -40,13 +44,15 @@ def _load_and_run(
     """
     try:
         options = {**entry["options"], "local_files_only": True}
-        load_as = load_lazily if entry.get("lazy") else load
-        model, loading = load_as(_class(entry), entry["folder"], options)
+        paged = bool(entry.get("paged"))
+        with _paged(entry["folder"]) if paged else nullcontext():
+            model, loading = load(_class(entry), entry["folder"], options)
         model = model.to(job["device"]).eval()
         if job["cast"]:
             inputs = {key: _cast(value, model.dtype) for key, value in inputs.items()}
         torch.manual_seed(0)  # some forward passes draw random masks
-        outputs = {key: value.cpu() for key, value in outputs_of(model, inputs).items()}
+        with aligned(model, in_turn=paged):
+            outputs = {key: value.cpu() for key, value in outputs_of(model, inputs).items()}
     except Exception as error:  # the process that made the job reports it
         text = " ".join(str(error).split())
         return {"outputs": {}, "loading": {}, "error": f"{type(error).__name__}: {text}"}
@@ -58,30 +64,74 @@ def load(
 ) -> tuple[Any, dict[str, list[str]]]:
     """Load a folder; return the model, and the keys that Transformers reports, by kind.
 
-    The weights are aligned in memory as torch does it, not as they are in the file.
-
     ``options``: for ``from_pretrained``.
     """
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
+
+
+@contextmanager
+def _paged(folder: str) -> Iterator[None]:
+    """Put weights that are converted while the block runs into files without names."""
+    from tp_hf_config.model import paging
+
+    with paging.paged(Path(folder)), paging.conversions_in_files():
+        yield
+
+
+@contextmanager
+def aligned(model: torch.nn.Module, in_turn: bool) -> Iterator[None]:
+    """Align weights in memory as torch does it, on which the order of sums can depend.
+
+    In mapped files they are aligned otherwise.
+
+    ``in_turn``: align the weights of layers that stand in lists only while they run: all of them
+    may be larger than memory.
+    """
+    handles: list[Any] = []
+    layers = list(_listed(model)) if in_turn else []
+    later = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model, _problems(info)
+        if id(parameter) not in later:
+            parameter.data = _aligned(parameter.data)
+    for layer in layers:
+        handles += _aligned_while_it_runs(layer)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def load_lazily(
-    model_class: Any, folder: str | Path, options: dict[str, Any]
-) -> tuple[Any, dict[str, list[str]]]:
-    """Load a folder like :func:`load`, with weights that are read from its files at each use."""
-    from tp_hf_config.checkpoint import lazy_weights
-
-    config = model_class.config_class.from_pretrained(folder)
-    model, info = lazy_weights.load_lazily(model_class, Path(folder), config, **options)
-    return model, _problems(info)
+def _aligned(values: torch.Tensor) -> torch.Tensor:
+    misaligned = values.data_ptr() % ALIGNED if type(values) is torch.Tensor else 0
+    return values.clone() if misaligned else values
 
 
-def _problems(info: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the keys that Transformers reports of loading, by kind."""
-    return {key: sorted(map(str, value)) for key, value in info.items() if value}
+def _aligned_while_it_runs(layer: torch.nn.Module) -> list[Any]:
+    """Return the handles of two hooks."""
+    mapped: list[tuple[Any, torch.Tensor]] = []
+
+    def enter(*_: Any) -> None:
+        for parameter in layer.parameters():
+            mapped.append((parameter, parameter.data))
+            parameter.data = _aligned(parameter.data)
+
+    def leave(*_: Any) -> None:
+        while mapped:
+            parameter, values = mapped.pop()
+            parameter.data = values
+
+    return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+
+
+def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield the modules that stand in lists, such as decoder layers; none inside another."""
+    for child in module.children():
+        if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
+            yield child
+        else:
+            yield from _listed(child)
 
 
 def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:

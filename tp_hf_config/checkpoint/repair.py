@@ -22,7 +22,7 @@ from .large import too_large
 from .reports import RepairReport
 from .rotary import for_transformers_4
 from .solving import Unsolved, solve
-from .starting import Task
+from .structure import Task
 from .ties import differing_tie, not_untied
 from .words import how_to_give, printable, short
 from .writing import check_target, locked, new_folder, replace_config

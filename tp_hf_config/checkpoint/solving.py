@@ -14,13 +14,13 @@ from ..fieldmap.solve.candidates import hidden_counts
 from ..fieldmap.solve.integers import Conflict
 from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name
+from ..model.config_json import FieldPath, field_name, plain_fields, with_values
 from ..model.shapes import Mismatch
 from .assess import Assessment, assess
 from .building import Classes, as_json, build, every_default, value_in
 from .forms import forms, place_in, takes_effect
-from .starting import Start, Task, companions, own_paths, starts, undecided_field
-from .structure import Structure, describe, settle, untie
+from .large import too_large, too_large_reason
+from .structure import Structure, Task, describe, settle, untie
 from .words import how_to_give
 
 
@@ -76,38 +76,46 @@ class Unsolved:
 
 
 def solve(task: Task) -> Solution | Unsolved:
-    """Return the one config of a class that builds these tensors, proved, or why there is none."""
-    refusal: str | None = None
-    first: Unsolved | None = None
-    for start in starts(task):
-        if isinstance(start, Refusal):
-            refusal = start.reason
-            continue
-        outcome = _solve_from(task, start)
-        if isinstance(outcome, Solution):
-            return outcome
-        first = first or outcome
-    if first is None:
-        return Unsolved(refusal or "the class was not built")
-    return first if refusal is None else replace(first, reason=f"{refusal}; {first.reason}")
+    """Return the one config of a class that builds these tensors, proved, or why there is none.
 
-
-def _solve_from(task: Task, start: Start) -> Solution | Unsolved:
-    """Solve from one start: settle the structure, then the widths."""
-    classes = task.classes
-    structure = untie(task, settle(task, start))
-    changed = _structure_changes(task, start, structure)
+    Layer counts and ties are settled first, then the widths.
+    """
+    classes, tensors = task.classes, task.tensors
+    large = too_large(classes, task.data, tensors)
+    if large:
+        return Unsolved(too_large_reason(large, tensors))
+    data, assessment = task.data, assess(classes, task.data, tensors)
+    if isinstance(assessment, Refusal) and task.given:
+        data = _with_given(task)
+        assessment = assess(classes, data, tensors)
+    if isinstance(assessment, Refusal):
+        return Unsolved(assessment.reason)
+    structure = untie(task, settle(task, Structure(data, {}, assessment)))
+    changed = _structure_changes(task, data, structure)
     if structure.rivals:
         several = " or ".join(describe(rival) for rival in structure.rivals)
         return Unsolved(f"the tensors that there are fit {several}", structure=changed)
     if structure.assessment.misplaced:
         return Unsolved(_misplaced_reason(structure.assessment, classes), structure=changed)
-    if structure.assessment.fits and not task.given and not start.replaced:
+    if structure.assessment.fits and not task.given:
         return Solution(structure.data, changed, _hidden_fields(task, structure))
-    solved = _widths(task, start, structure)
+    solved = _widths(task, structure)
     if isinstance(solved, Solution):
         return replace(solved, changed=(*changed, *solved.changed))
     return replace(solved, structure=changed)
+
+
+def _with_given(task: Task) -> dict[str, Any]:
+    """Return config.json with the values that the user gave, where it has fields of these names."""
+    aliases: Any = getattr(task.classes.config, "attribute_map", {})
+    own = {aliases.get(name, name): value for name, value in task.given.items()}
+    values = {
+        path: own[name]
+        for path, _ in plain_fields(task.data)
+        for name in (field_name(path), str(path[-1]), aliases.get(path[-1]))
+        if name in own
+    }
+    return with_values(task.data, values)
 
 
 def _hidden_fields(task: Task, structure: Structure) -> tuple[str, ...]:
@@ -118,9 +126,11 @@ def _hidden_fields(task: Task, structure: Structure) -> tuple[str, ...]:
     return tuple(sorted(map(field_name, hidden_counts(field_map))))
 
 
-def _structure_changes(task: Task, start: Start, structure: Structure) -> tuple[FieldChange, ...]:
+def _structure_changes(
+    task: Task, start: dict[str, Any], structure: Structure
+) -> tuple[FieldChange, ...]:
     """Return the changes of layer counts and settings, with what config.json says of them."""
-    before, after = (every_default(task.classes, data) for data in (start.data, structure.data))
+    before, after = (every_default(task.classes, data) for data in (start, structure.data))
     changes: list[FieldChange] = []
     for path in structure.changes:
         name = place_in(task.classes, task.data, structure.data, path)
@@ -143,7 +153,7 @@ def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
     return f"{loaded.missing[0]} is missing, in any layout of {classes.model.__name__} tried"
 
 
-def _widths(task: Task, start: Start, structure: Structure) -> Solution | Unsolved:
+def _widths(task: Task, structure: Structure) -> Solution | Unsolved:
     """Find the widths of a config whose structure is settled."""
     field_map = learn(task.classes, structure.data)
     if isinstance(field_map, Refusal):
@@ -151,15 +161,11 @@ def _widths(task: Task, start: Start, structure: Structure) -> Solution | Unsolv
     given = paths_of(field_map, task.given)
     if isinstance(given, Unsolved):
         return given
-    undecided = undecided_field(task, start, field_map, given)
-    if undecided is not None:
-        return Unsolved(_undecided_reason(field_map, undecided))
     target = structure.assessment.loaded.shapes
     empty = next((name for name, shape in target.items() if 0 in shape), None)
     if empty is not None:
         return Unsolved(f"{empty} is empty, and no width is 0")
-    fixed = {**companions(task, start, field_map, given), **given}
-    recovery = recover(field_map, target, fixed)
+    recovery = recover(field_map, target, given)
     if isinstance(recovery, Refusal):
         return Unsolved(recovery.reason)
     if isinstance(recovery, Conflict):
@@ -167,26 +173,18 @@ def _widths(task: Task, start: Start, structure: Structure) -> Solution | Unsolv
     unprovable = _unprovable_change(field_map, recovery, given)
     if unprovable is not None:
         return Unsolved(unprovable)
-    return _proved(task, start, structure, field_map, recovery)
-
-
-def _undecided_reason(field_map: FieldMap, path: FieldPath) -> str:
-    """Return why a field's value is not known, and where the user can say it."""
-    name = field_name(path)
-    if path in field_map.sizes:
-        return f"no shape shows {name} alone: say it, {how_to_give(name)}"
-    return f"nothing tells what {name} should be: correct it in config.json by hand"
+    return _proved(task, structure, field_map, recovery)
 
 
 def _proved(
-    task: Task, start: Start, structure: Structure, field_map: FieldMap, recovery: Recovery
+    task: Task, structure: Structure, field_map: FieldMap, recovery: Recovery
 ) -> Solution | Unsolved:
     """Return the config in the best form that loads the weights, or Unsolved if none does."""
-    changes = _new_values(task, start, structure, field_map, recovery.data)
+    changes = _new_values(task, structure, field_map, recovery.data)
     data = _best_form(task, changes, recovery.data)
     if data is None:
         return Unsolved("the config that was found does not load these weights")
-    fields = _field_changes(task, start, structure, field_map, recovery.data, data)
+    fields = _field_changes(task, structure, field_map, recovery.data, data)
     return Solution(data, fields, tuple(sorted(map(field_name, recovery.undecided))))
 
 
@@ -288,7 +286,6 @@ def _unsolved_conflict(conflict: Conflict) -> Unsolved:
 
 def _field_changes(
     task: Task,
-    start: Start,
     structure: Structure,
     field_map: FieldMap,
     new: Mapping[str, Any],
@@ -298,25 +295,22 @@ def _field_changes(
 
     Args:
         task: the folder's config.
-        start: where solving began.
         structure: the settled structure.
         field_map: the class, learned around it.
         new: the new config's JSON, with every default.
         written: the same in the form that is written.
     """
     mismatched = structure.assessment.loaded.mismatched
-    replaced = own_paths(task, start, field_map.data).keys()
     changed = []
-    for path in sorted(field_map.sizes.keys() | replaced, key=field_name):
+    for path in sorted(field_map.sizes, key=field_name):
         was, now = value_in(field_map.data, path), value_in(new, path)
         name = place_in(task.classes, task.data, written, path)
         says = value_in(task.data, name)
-        if now is None or says == now or (was == now and path not in replaced):
+        if now is None or says == now or (was == now and says is None):
             continue
         names = tuple(m.name for m in mismatched if _sets_mismatch(field_map, m, path))
         names = names or tuple(m.name for m in mismatched)
-        stands_for = None if start.replaced else field_map.sizes.get(path)
-        changed.append(FieldChange(name, says, now, stands_for, names))
+        changed.append(FieldChange(name, says, now, field_map.sizes.get(path), names))
     return tuple(changed)
 
 
@@ -332,7 +326,6 @@ def _sets_mismatch(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> 
 
 def _new_values(
     task: Task,
-    start: Start,
     structure: Structure,
     field_map: FieldMap,
     new: Mapping[str, Any],
@@ -341,13 +334,17 @@ def _new_values(
 
     ``new``: the new config's JSON.
     """
-    changed = {*structure.changes, *own_paths(task, start, field_map.data)}
-    return {
-        path: value_in(new, path)
-        for path in sorted({*field_map.sizes, *changed}, key=field_name)
-        if value_in(new, path) is not None
-        and (path in changed or value_in(new, path) != value_in(field_map.data, path))
-    }
+    values = {}
+    for path in sorted({*field_map.sizes, *structure.changes}, key=field_name):
+        place = place_in(task.classes, task.data, structure.data, path)
+        now, was, says = (
+            value_in(new, path),
+            value_in(field_map.data, path),
+            value_in(task.data, place),
+        )
+        if now is not None and (path in structure.changes or now != was or says not in (None, now)):
+            values[path] = now
+    return values
 
 
 def _forms(

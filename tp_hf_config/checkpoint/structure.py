@@ -1,26 +1,46 @@
-"""Fit a config to the tensors that there are: layer counts, and settings that are true or false.
+"""Fit a config to the tensors that there are: fewer layers, and settings that tie weights.
 
-No field is known by name. Every number that equals the length of a list of layers, and every
-setting that is true or false, is tried at the value that the weights would need.
+No count of layers is known by name. Settings that may count the layers of a list are set to the
+number that the weights have, and the class is built with each.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..fieldmap.layer_counts import changes
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .assess import Assessment, assess, lists_of
 from .building import Classes, entries, every_default
 from .forms import forms, takes_effect
-from .starting import Start, Task
+from .headers import Stored
 
 Changes = dict[FieldPath, Any]
 _MOST_STEPS = 6
-_MOST_SWITCHES = 64
+"""Changes that are made one after the other."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be solved.
+
+    Attributes:
+        classes: the classes of the folder.
+        data: config.json.
+        tensors: the checkpoint's tensors.
+        given: fields whose value is known, by name (``text_config.head_dim``).
+        differing_tie: two tensors that the config ties and that differ in the files, if any.
+    """
+
+    classes: Classes
+    data: dict[str, Any]
+    tensors: Mapping[str, Stored]
+    given: Mapping[str, int] = field(default_factory=dict)
+    differing_tie: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,13 +61,12 @@ class Structure:
     rivals: tuple[Changes, ...] = ()
 
 
-def settle(task: Task, start: Start) -> Structure:
-    """Change layer counts and settings for as long as that leaves fewer tensors out of place.
+def settle(task: Task, structure: Structure) -> Structure:
+    """Change settings for as long as that leaves fewer tensors out of place.
 
     Returns:
         The structure reached; some tensors may still be out of place.
     """
-    structure = Structure(start.data, {}, start.assessment)
     for _ in range(_MOST_STEPS):
         if structure.rivals or not structure.assessment.misplaced:
             break
@@ -59,12 +78,9 @@ def settle(task: Task, start: Start) -> Structure:
 
 
 def _best_change(task: Task, current: Structure) -> Structure | None:
-    """Return the structure after the one change that leaves the fewest tensors out of place.
-
-    Layer counts are tried before settings. The result is None if no change helps.
-    """
+    """Return the structure after the one change that leaves the fewest tensors out of place."""
     full = every_default(task.classes, current.data)
-    for kind in (_layer_counts(current, full, task.classes), _switches(full)):
+    for kind in (_layer_counts(current, full, task.classes), _ties(full)):
         tried: list[tuple[int, Changes, Assessment]] = []
         for change in kind:
             data = _changed(task, current, full, change)
@@ -92,7 +108,7 @@ def untie(task: Task, structure: Structure) -> Structure:
         return structure
     first, second = task.differing_tie
     full = every_default(task.classes, structure.data)
-    for change in _switches(full):
+    for change in _ties(full):
         data = _changed(task, structure, full, change)
         outcome = assess(task.classes, data, task.tensors)
         if isinstance(outcome, Refusal) or outcome.misplaced:
@@ -126,54 +142,36 @@ def _outermost(best: list[tuple[Changes, Assessment]]) -> list[tuple[Changes, As
 
 
 def _layer_counts(current: Structure, full: dict[str, Any], classes: Classes) -> Iterator[Changes]:
-    """Yield changes that set layer counts to the numbers of layers that the tensors have."""
+    """Yield changes that set layer counts to the numbers of layers that the tensors have.
+
+    A list whose entries differ stays: no shape shows which layers are gone.
+    """
     prefix = getattr(classes.model, "base_model_prefix", "")
     layers_in_list: dict[str, set[int]] = {}
     for name in (*current.assessment.loaded.shapes, *current.assessment.lost):
         for where, layer in lists_of(name, current.assessment.lists, prefix):
             layers_in_list.setdefault(where, set()).add(layer)
-    tried = []
-    for name, numbers in layers_in_list.items():
-        length, wanted = current.assessment.lists[name], len(numbers)
-        whole = max(numbers) + 1 == wanted
-        if whole and wanted != length and (length, wanted) not in tried:
-            tried.append((length, wanted))
-            yield from _count_changes(full, length, wanted)
+    counts = {
+        (current.assessment.lists[name], len(numbers))
+        for name, numbers in layers_in_list.items()
+        if max(numbers) + 1 == len(numbers) < current.assessment.lists[name]
+    }
+    for length, wanted in sorted(counts):
+        for change in changes(full, length, tuple(range(wanted)), frozenset()):
+            if all(map(_is_uniform, (value_at(full, path) for path in change))):
+                yield change
 
 
-def _count_changes(full: dict[str, Any], length: int, wanted: int) -> Iterator[Changes]:
-    """Yield the changes to another layer count: a field, alone or with lists of equal entries.
+def _is_uniform(value: Any) -> bool:
+    """True if a value is a number, or a list of equal entries."""
+    return type(value) is int or (isinstance(value, list) and value == value[:1] * len(value))
 
-    A list whose entries differ stays: it says something about each layer that no shape shows.
 
-    Args:
-        full: the config's JSON with every default.
-        length: the layer count that the config says.
-        wanted: the layer count that the tensors have.
-    """
+def _ties(full: dict[str, Any]) -> Iterator[Changes]:
+    """Yield one change for each setting that ties weights: its other value."""
     for path, value in entries(full):
-        if type(value) is int and value == length:
-            yield {path: wanted}
-            node = value_at(full, path[:-1])
-            lists: Changes = {
-                (*path[:-1], key): other[:1] * wanted
-                for key, other in (node.items() if isinstance(node, dict) else ())
-                if key != "architectures" and _is_uniform(other, length)
-            }
-            if lists:
-                yield {path: wanted, **lists}
-
-
-def _is_uniform(value: Any, length: int) -> bool:
-    """True if a value is a list of this length whose entries are equal."""
-    return isinstance(value, list) and len(value) == length and all(v == value[0] for v in value)
-
-
-def _switches(full: dict[str, Any]) -> Iterator[Changes]:
-    """Yield one change for each setting that is true or false: its other value."""
-    paths = [path for path, value in entries(full) if isinstance(value, bool)]
-    for path in sorted(paths, key=len)[:_MOST_SWITCHES]:
-        yield {path: not value_at(full, path)}
+        if isinstance(value, bool) and str(path[-1]).startswith("tie_"):
+            yield {path: not value}
 
 
 def describe(changes: Mapping[FieldPath, Any]) -> str:

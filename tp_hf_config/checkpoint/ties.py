@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from .assess import Assessment
 from .building import Classes
 from .headers import Stored
 
-_PIECE = 4096  # bytes of a sample
-_PIECES = 16  # samples of a tensor
+_SAMPLES = 16  # rows of a tensor
 
 
 def not_untied(names: tuple[str, str], classes: Classes) -> str:
@@ -28,7 +31,7 @@ def differing_tie(
 ) -> tuple[str, str] | None:
     """Return two names that the model ties and whose data differ in the files, or None.
 
-    Only samples of the data are compared.
+    Only some rows are compared.
 
     ``assessment``: how the tensors load, with the names that the model ties.
     """
@@ -36,40 +39,34 @@ def differing_tie(
     for group in dict.fromkeys(assessment.tied.values()):
         names = sorted(name for name in group if name in assessment.loaded.shapes)
         stored = [(name, _stored(name, tensors, prefix)) for name in names]
-        located = [
-            (name, tensor)
-            for name, tensor in stored
-            if tensor is not None and tensor.start is not None
-        ]
+        located = [(name, key) for name, key in stored if key is not None]
         for (first, a), (second, b) in itertools.pairwise(located):
-            if (a.dtype, a.shape) != (b.dtype, b.shape) or _differ(folder, a, b):
+            if _differ(folder, {a: tensors[a], b: tensors[b]}):
                 return first, second
     return None
 
 
-def _stored(name: str, tensors: Mapping[str, Stored], prefix: str) -> Stored | None:
-    """Return the stored tensor of a name, with or without the base model's prefix, or None."""
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if candidate in tensors:
-            return tensors[candidate]
-    return None
+def _stored(name: str, tensors: Mapping[str, Stored], prefix: str) -> str | None:
+    """Return the name in the files, with or without the base model's prefix, or None."""
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((candidate for candidate in candidates if candidate in tensors), None)
 
 
-def _differ(folder: Path, a: Stored, b: Stored) -> bool:
-    """True if samples of two tensors of one size differ; samples come from everywhere in them."""
-    last = max(a.bytes - _PIECE, 0)
-    starts = sorted({last * part // (_PIECES - 1) for part in range(_PIECES)})
-    try:
-        with (
-            (folder / a.file).open("rb") as first_file,
-            (folder / b.file).open("rb") as second_file,
-        ):
-            for start in starts:
-                length = min(_PIECE, a.bytes - start)
-                first_file.seek((a.start or 0) + start)
-                second_file.seek((b.start or 0) + start)
-                if first_file.read(length) != second_file.read(length):
-                    return True
-    except OSError:
+def _differ(folder: Path, pair: Mapping[str, Stored]) -> bool:
+    """True if two tensors of safetensors files differ in some of their rows, or in their shape."""
+    if not all(stored.file.endswith(".safetensors") for stored in pair.values()):
         return False
-    return False
+    first, *others = ((stored.dtype, stored.shape) for stored in pair.values())
+    if any(other != first for other in others):
+        return True
+    rows = first[1][0] if first[1] else 0
+    wanted = sorted({(rows - 1) * part // (_SAMPLES - 1) for part in range(_SAMPLES) if rows})
+    try:
+        with ExitStack() as stack:
+            parts = [
+                stack.enter_context(safe_open(folder / stored.file, framework="pt")).get_slice(name)
+                for name, stored in pair.items()
+            ]
+            return any(not torch.equal(*(part[row : row + 1] for part in parts)) for row in wanted)
+    except (OSError, RuntimeError, SafetensorError):  # as for a file that is too large to map
+        return False

@@ -24,9 +24,9 @@ from ..forward.inputs import example_inputs
 from ..model.build import Refusal
 from ..model.config_json import ORIGIN, field_name
 from ..model.layer_class import GENERATED
-from ..model.lazy_tensor import LazyTensor, is_lazy
 from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
+from ..model.paging import is_paged
 from ..model.surroundings import evaluating, same_random_state
 from . import child
 from .building import build, entries, own_reference
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHOWN = 4
-_ALIGNED = 64
 _OF_FOLDERS = ("transformers_modules", GENERATED)  # packages of code that folders hold
 _WEIGHTS_MISSING = ("missing_keys", "mismatched_keys")
 
@@ -96,10 +95,7 @@ def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
 
     ``model``: the model; it is in the same mode afterwards.
     """
-    for parameter in model.parameters():
-        if not isinstance(parameter, LazyTensor) and parameter.data_ptr() % _ALIGNED:
-            parameter.data = parameter.data.clone()
-    with evaluating(model), same_random_state(0):
+    with child.aligned(model, in_turn=is_paged()), evaluating(model), same_random_state(0):
         return child.outputs_of(model, dict(inputs))
 
 
@@ -122,7 +118,7 @@ def fresh_run(
         job["options"].update(options)
     else:
         job = _job(folder, class_name, options)
-    job["lazy"] = is_lazy(model)
+    job["paged"] = is_paged()
     name = type(model).__name__
 
     def compared_with(outputs: Mapping[str, torch.Tensor]) -> RoundtripReport:

@@ -100,8 +100,8 @@ Dtypes = Literal["float32", "float16", "bfloat16", "float64"]
 Stream = Annotated[
     bool | None,
     Option(
-        help="read each weight when it is used instead of loading the model; default: where the "
-        "model is run on no text, or would take more than half of the free memory",
+        help="put weights that are cut into mapped files beside --out; default: where the model "
+        "would take more than half of the free memory",
     ),
 ]
 Shards = Annotated[str | None, _value("of weight files, such as 5GB", "S", values.file_size)]

@@ -38,8 +38,6 @@ class Shown:
             tqdm.write(str(what), file=sys.stderr)
             sys.stderr.flush()
 
-    failed = say
-
     def track(
         self, items: Iterable[T], total: int, what: str, unit: str = "windows"
     ) -> Iterator[T]:

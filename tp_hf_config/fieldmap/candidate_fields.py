@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..model.build import Builder, Refusal
-from ..model.config_json import FieldPath, value_at
-from ..model.live_objects import config_nodes
+from ..model.config_json import FieldPath, config_nodes, value_at
 from ..model.surroundings import replaced
 
 _FEW = 64

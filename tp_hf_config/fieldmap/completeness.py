@@ -12,9 +12,9 @@ from torch import nn
 from ..errors import listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json, field_name, is_own, is_plain
-from ..model.shapes import Shapes, compare, named_modules, shapes
+from ..model.shapes import Shapes, compare, shapes
+from .fewer_layers import settings_of_left
 from .layer_kinds import lists_of
-from .lower_depth import layer_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,15 +92,16 @@ def missing_parts(
     return Refusal(
         f"the config builds {listed(parts)}, which the model does not have, so a reload would add "
         f"{'it' if len(parts) == 1 else 'them'} with random values. "
-        + _advice(model, builder, live)
+        + _advice(model, builder, built, live)
     )
 
 
-def _advice(model: PreTrainedModel, builder: Builder, live: Shapes) -> str:
+def _advice(model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes) -> str:
     """Return what to do so that the config no longer builds what the model does not have."""
     from transformers import PreTrainedModel
 
-    changes = layer_settings(builder, config_json(model.config, use_diff=False), live)
+    data = config_json(model.config, use_diff=False)
+    changes = settings_of_left(builder, data, built, live)
     if changes:
         settings = [
             f"config.{field_name(field)} "
@@ -128,7 +129,7 @@ def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refu
     stands now, the config has to build the same kind (a sliding window or none).
     """
     notes: list[str] = []
-    live = dict(named_modules(model))
+    live = dict(model.named_modules(remove_duplicate=False))
     for name, layers in lists_of(built).items():
         names = [f"{name}.{place}" for place in range(len(layers))]
         live_layers = [live[one] for one in names if one in live]
@@ -171,7 +172,7 @@ def _numbers(layer: nn.Module) -> dict[tuple[str, str], int]:
     """Return a layer's whole-number attributes: (module inside it, attribute) -> number."""
     return {
         (name, key): value
-        for name, module in named_modules(layer)
+        for name, module in layer.named_modules(remove_duplicate=False)
         for key, value in vars(module).items()
         if type(value) is int and is_own(key)
     }
@@ -183,7 +184,7 @@ def _facts(layer: nn.Module) -> dict[tuple[str, str], Any]:
     Floats are left out: they may be rates that are scheduled by depth.
     """
     facts: dict[tuple[str, str], Any] = {}
-    for name, module in named_modules(layer):
+    for name, module in layer.named_modules(remove_duplicate=False):
         facts[name, "class"] = type(module).__name__
         for key, value in vars(module).items():
             if is_own(key) and is_plain(value) and not isinstance(value, float):

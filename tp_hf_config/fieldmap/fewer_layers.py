@@ -22,7 +22,7 @@ from ..model.config_json import (
     without_field,
 )
 from ..model.layer_class import layer_lists
-from ..model.shapes import shapes
+from ..model.shapes import Shapes, shapes
 from ..model.shortage import note_shortage
 from .kept_layers import KeptLayers, facts_of
 from .layer_counts import (
@@ -92,6 +92,27 @@ def config_without(
     """
     search = _Search(builder, data, model, name, tuple(keep))
     return search.in_step() or search.with_other_rules() or search.refusal()
+
+
+def settings_of_left(
+    builder: Builder, data: dict[str, Any], model: nn.Module, live: Shapes
+) -> Change:
+    """Return the settings with which a class builds a model that lost layers; empty: none do.
+
+    ``model`` is what the class builds from the config, ``live`` are the shapes of what is left.
+    """
+    settings: Change = {}
+    for name in lists_of(model):
+        before, left = (_layers_in(all_shapes, name) for all_shapes in (shapes(model), live))
+        change = config_without(builder, data, model, name, range(left)) if left < before else {}
+        settings |= {} if isinstance(change, Refusal) else change
+    return settings if builder.shapes_at(with_values(data, settings)) == live else {}
+
+
+def _layers_in(all_shapes: Shapes, name: str) -> int:
+    """Return how many layers of a list have tensors."""
+    rest = [key.removeprefix(f"{name}.") for key in all_shapes if key.startswith(f"{name}.")]
+    return len({key.partition(".")[0] for key in rest})
 
 
 class _Search:

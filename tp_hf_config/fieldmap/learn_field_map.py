@@ -16,9 +16,8 @@ from torch import nn
 from ..errors import UnsupportedModelError, listed
 from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
-from ..model.class_digest import class_digest, entry_key
 from ..model.config_json import EntryOfKind, FieldPath, config_json
-from ..model.disk_cache import folder, load, store
+from ..model.disk_cache import class_digest, entry_key, folder, load, store
 from ..model.layer_class import layer_lists
 from ..model.shapes import Mismatch, compare, shapes
 from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, same_random_state

@@ -279,27 +279,6 @@ def _represented(kinds: Sequence[int], remaining: Sequence[int]) -> Iterator[int
         yield same_kind[min(remaining[:number].count(kind), len(same_kind) - 1)]
 
 
-def layer_settings(builder: Builder, data: dict[str, Any], live: Shapes) -> dict[FieldPath, Any]:
-    """Return the settings with which the class builds a model that lost layers, by their fields.
-
-    A setting is a number of layers, or a list with an entry for each. Empty: there are none.
-    """
-    settings: dict[FieldPath, Any] = {}
-    built = builder.build(data)
-    if isinstance(built, Refusal):
-        return {}
-    now: Shapes = shapes(built)
-    for name, layers in lists_of(built).items():
-        length, keep = len(layers), _layers_in(live, name)
-        for change in changes(data, length, tuple(range(keep)), set()) if keep < length else ():
-            if _layers_in(now, name) == keep or not all(holds(data, field) for field in change):
-                continue
-            after = builder.shapes_at(with_values(data, {**settings, **change}))
-            if isinstance(after, Mapping) and live.items() <= after.items() < now.items():
-                settings, now = {**settings, **change}, after
-    return settings if now == live else {}
-
-
 def _without_coincidence(
     builder: Builder, data: dict[str, Any], change: dict[FieldPath, Any], lowered: Shapes
 ) -> dict[str, Any]:
@@ -319,12 +298,6 @@ def _without_coincidence(
 def _without_numbers(change: Mapping[FieldPath, Any]) -> dict[FieldPath, Any]:
     """Return a change without the whole numbers in it."""
     return {field: value for field, value in change.items() if type(value) is not int}
-
-
-def _layers_in(all_shapes: Shapes, name: str) -> int:
-    """Return how many layers of a list have tensors."""
-    rest = [key.removeprefix(f"{name}.") for key in all_shapes if key.startswith(f"{name}.")]
-    return len({key.partition(".")[0] for key in rest})
 
 
 def kinds_of_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:

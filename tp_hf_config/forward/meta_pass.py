@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import in_one_line
 from ..model.build import Refusal
-from ..model.live_objects import configs_of
+from ..model.config_json import configs_of
 from ..model.meta_run import NoValues, RealNumbers
 from ..model.shortage import note_shortage
 from ..model.surroundings import same_random_state

@@ -21,8 +21,7 @@ from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.tensors import tensor
-from .config_group import ConfigGroup, Watch
-from .cut import Cuts
+from .config_group import ConfigGroup
 from .full_size import Group
 from .recorded_prunes import RecordedPrunes
 from .sides import (
@@ -70,8 +69,8 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
         self.replaced: dict[str, Any] = {}  # a pruner's attributes before it took this graph
         self.register_customized_layer(Units, UNITS)
-        self.cuts, self.recorded = Cuts(), RecordedPrunes(self)
-        self.watchers: list[Watch] = []
+        self.recorded = RecordedPrunes(self)
+        self.choose: Callable[[], Any] = self.recorded.refuse  # a hook's choice of units
         self._views: dict[tuple[str, int], ParameterView] = {}
         self.graph_groups = [
             GraphGroup(
@@ -263,12 +262,17 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             return self._module2name[module], module.dim == 1  # a transposed linear layer
         return self.history_name(module), True
 
-    def history_rank(self, module: nn.Module) -> int:
-        """Return 0 for a layer, 1 for a view, 2 for units: a history names the lowest in a group.
+    def note_in_history(self, group: ConfigGroup) -> None:
+        """Add a group to Torch-Pruning's history, which names one of its layers.
 
-        Plain Torch-Pruning cannot replay views.
+        That is a layer rather than a view, which plain Torch-Pruning cannot replay, and a view
+        rather than :class:`Units`.
         """
-        return 2 if isinstance(module, Units) else int(isinstance(module, ParameterView))
+        item = min(group, key=lambda item: _history_rank(item.dep.target.module))
+        out = self.is_out_channel_pruning_fn(item.dep.handler)
+        self._pruning_history.append(
+            [self.history_name(item.dep.target.module), out, list(item.idxs)]
+        )
 
     def history_name(self, module: nn.Module) -> str:
         """Return the name of a layer or a view in a history."""
@@ -295,7 +299,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _channel_group(self, graph_group: GraphGroup, root: Side) -> ConfigGroup:
         """Return a group in which every channel of the root's units counts by itself."""
-        group = ConfigGroup(self, graph_group, range(graph_group.units.count))
+        group = ConfigGroup(self, graph_group, range(graph_group.units.count), by_channel=True)
         width = root.table.shape[1]
         first = torch.tensor(group.units)[:, None] * width
         rest = [side for side in graph_group.sides if side is not root]
@@ -352,3 +356,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _view_of(self, module: nn.Module) -> ParameterView | None:
         return next((v for v in self._views.values() if v.owner is module), None)
+
+
+def _history_rank(module: nn.Module) -> int:
+    return 2 if isinstance(module, Units) else int(isinstance(module, ParameterView))

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..arguments import check_arguments
-from ..checkpoint.lazy_weights import lazy_weights_of, write_safetensors
+from ..checkpoint.writing import write_whole
 from ..errors import CheckpointError, in_one_line
 from ..model.config_json import changed_values, field_name
-from ..model.lazy_tensor import LazyTensor, values_of
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names
 from ..reports import short
@@ -96,8 +97,7 @@ class CutList:
 
         Args:
             name: the name of a parameter or saved buffer.
-            values: its values before, all of them. If it is read from a file when it is used, the
-                returned tensor is so too.
+            values: its values before, all of them.
         """
         return edited(values, self.edits.get(name, ()))
 
@@ -138,16 +138,6 @@ class CutList:
         Raises:
             ValueError: see :meth:`check_complete`.
         """
-        table, tensors = self._stored()
-        head = {"format": FORMAT, _TABLE: json.dumps(table), _CHECKSUM: _digest(table, tensors)}
-        write_safetensors(tensors, Path(path), head)
-
-    def digest(self) -> str:
-        """Return a SHA-256 in hexadecimal; equal cut lists have the same, saved or not."""
-        return _digest(*self._stored())
-
-    def _stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what is what, as JSON, and the tensors that it names."""
         self.check_complete()
         tensors: dict[str, Tensor] = {}
         table = {
@@ -159,30 +149,28 @@ class CutList:
                 for name, edits in self.edits.items()
             },
         }
-        return table, tensors
+        head = {"format": FORMAT, _TABLE: json.dumps(table), _CHECKSUM: _digest(table, tensors)}
+        write_whole(Path(path), lambda part: save_file(tensors, part, head))
 
     @classmethod
     @check_arguments
     def load(cls, path: str | PathLike[str]) -> CutList:
         """Read a cut list that :meth:`save` wrote, and check all of it; no code is run.
 
-        Refits stay in the file until they are needed.
+        The file is mapped: the system reads refits when they are used.
 
         Raises:
             CheckpointError: the file cannot be read, is no cut list, or is not as it was saved.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: expected a cut list ({FORMAT})")
-            tensors: dict[str, Tensor] = dict(lazy_weights_of(Path(path)))
+                if metadata.get("format") != FORMAT:
+                    raise CheckpointError(f"{path}: expected a cut list ({FORMAT})")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             table = json.loads(metadata.get(_TABLE, "null"))
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {in_one_line(error)}") from error
-        tensors.update({key: values_of(t) for key, t in tensors.items() if t.ndim == 1})
         fault = _not_as_saved(table, tensors, metadata.get(_CHECKSUM)) or _fault(table, tensors)
         if fault is not None:
             raise CheckpointError(f"{path}: {fault}. Save it anew: hook.cuts.save(path)")
@@ -217,7 +205,7 @@ def _digest(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     plain = json.loads(json.dumps(table))  # keys are texts
     total = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name in sorted(tensors, key=lambda key: (len(key), key)):
-        values = values_of(tensors[name]).contiguous()
+        values = tensors[name].contiguous()
         total.update(values.view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
@@ -310,8 +298,7 @@ def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return an edit as JSON; its tensors are added to ``tensors``, equal positions once."""
 
     def stored(values: Tensor) -> str:
-        if not isinstance(values, LazyTensor):
-            values = values.detach().cpu()
+        values = values.detach().cpu().contiguous()
         for name, other in tensors.items() if values.ndim == 1 else ():
             if other.ndim == 1 and torch.equal(other, values):
                 return name
@@ -335,24 +322,23 @@ def _edit_of(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
     return RefitInPlace(data["dim"], data["part"], Refit(kept, targets, share, data["size"]))
 
 
-def edits_by_name(
-    model: nn.Module, log: Iterable[tuple[nn.Module, str, Edit]]
+def edits_of(
+    model: nn.Module,
+    refits: Mapping[str, Iterable[RefitInPlace]],
+    kept: Mapping[tuple[str, int], Tensor],
 ) -> dict[str, tuple[Edit, ...]]:
-    """Return what was done to each parameter and saved buffer of a model, by its first name.
+    """Return what is done to each parameter and saved buffer of a model, by its first name.
 
     Args:
         model: the model.
-        log: layer, the tensor's name in it, edit (:attr:`Cuts.log`); other models' are left out.
+        refits: the refits of parameters, by their first names.
+        kept: name and dimension -> the positions that stay; tied names lose the same.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    edits: dict[str, list[Edit]] = {}
-    for owner, key, edit in log:
-        if id(owner) in names:
-            edits.setdefault(f"{names[id(owner)]}.{key}".lstrip("."), []).append(edit)
-    for first, *others in parameter_names(model).values():
-        tied = [edits.pop(name, []) for name in (first, *others)]
-        edits[first] = max(tied, key=len)  # one name has the refit, each the cut
-    return {name: tuple(done) for name, done in edits.items() if done}
+    first = {alias: names[0] for names in parameter_names(model).values() for alias in names}
+    positions: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), stays in kept.items():
+        positions.setdefault(first.get(name, name), {})[dim] = stays
+    return {name: (*refits.get(name, ()), Selection(dims)) for name, dims in positions.items()}
 
 
 def explained(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.scratch import on_disk
-from ..model.lazy_parts import Parts
 from ..model.lazy_tensor import LazyTensor, values_of
+from ..model.paging import in_file
 from ..model.tensors import select
 
 
@@ -51,12 +50,6 @@ class Refit:
     targets: Tensor
     share: Tensor
     size: int
-
-    def on_disk(self) -> Refit:
-        """Return the refit with its shares in a temporary file, not in memory."""
-        if isinstance(self.share, LazyTensor):
-            return self
-        return replace(self, share=on_disk(self.share.cpu()))
 
     def estimate(self, rows: Tensor) -> Tensor:
         """Return all channels, made of the kept ones: ``(tokens, kept)`` -> ``(tokens, size)``."""
@@ -125,22 +118,8 @@ class RefitInPlace:
     def of(self, values: Tensor) -> Tensor:
         """Return a changed copy of a parameter's values."""
         if isinstance(values, LazyTensor):
-            if self.part is not None and values.parts is not None:
-                return self._of_part(values, values.parts)
-            return LazyTensor(values.like, lambda: self.of(values_of(values)))
-        changed = values.clone()
-        self.apply(changed)
-        return changed
-
-    def _of_part(self, values: Tensor, parts: Parts) -> Tensor:
-        """Return a stack that is read part by part, one of its matrices changed."""
-        assert self.part is not None  # of() looked
-        dim = stack_dim(values, self.dim)
-        stacked = parts.stacked and parts.dim == dim
-        matrices = [*(parts.tensors if stacked else values.unbind(dim))]
-        alone = replace(self, dim=self.dim - (dim < self.dim), part=None)
-        matrices[self.part] = alone.of(matrices[self.part])
-        return torch.stack(matrices, dim)
+            return LazyTensor(values.like, lambda: edited(values_of(values), [self]))
+        return edited(values, [self])
 
 
 @dataclass(frozen=True)
@@ -161,9 +140,21 @@ Edit = Selection | RefitInPlace | RefitNotRecorded
 
 def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:
     """Return a parameter's values after all edits, in order; of a lazy tensor, a lazy one."""
+    own = False  # a stack is copied once for all of its matrices
     for edit in edits:
-        values = edit.of(values)
+        if isinstance(edit, RefitInPlace) and not isinstance(values, LazyTensor):
+            values = values if own else _copy(values)
+            edit.apply(values)
+        else:
+            values = edit.of(values)
+        own = True
     return values
+
+
+def _copy(values: Tensor) -> Tensor:
+    """Return a copy of a parameter's values; while files are paged, in a file."""
+    paged = in_file(values)
+    return values.clone() if paged is values else paged
 
 
 def matrix_of(values: Tensor, dim: int, part: int | None) -> tuple[Tensor, int]:

@@ -16,9 +16,8 @@ from ..fieldmap.legal_values import count_at_zero, ungrouped_change
 from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal
-from ..model.class_digest import entry_key
 from ..model.config_json import FieldPath, field_name
-from ..model.disk_cache import load, store, suspended
+from ..model.disk_cache import entry_key, load, store, suspended
 from ..model.layer_class import layer_lists
 from ..model.shapes import shapes
 from ..model.surroundings import ONE_AT_A_TIME, one_thread, plain_autograd, same_random_state

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..model.build import Refusal
 from .config_graph import ConfigGraph
+from .config_group import ConfigGroup
 from .pruner_classes import BasePruner, constructing_with, with_awaited_graph
 
 _KEPT = (
@@ -74,19 +75,46 @@ def carried_inputs(arguments: Mapping[str, Any]) -> GraphInputs | None:
     return next((key.inputs for key in keys if isinstance(key, GraphCarrier)), None)
 
 
-def given_ratios(pruner: Any, group: Any) -> tuple[str, Sequence[float]] | None:
-    """Return the scope and the ratio of each step that a pruner was given for a layer of a group.
+def scope_of(pruner: Any, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:
+    """Return the name of a group's ranking scope, and its ratios from step 0 on.
 
-    They are looked up as ``BasePruner._prune`` does (base_pruner.py, 1.6.1). ``None``: no layer of
-    the group has any.
+    As ``BasePruner._prune`` finds them (base_pruner.py, 1.6.1). A group of whole heads has a scope
+    of its own, and the head ratio.
     """
+    graph_group = group.graph_group
+    if graph_group.heads:
+        return f"heads {pruner.DG.graph_groups.index(graph_group)}", _head_ratios(pruner, group)
     for dep, _ in group:
         for node, function in ((dep.source, dep.trigger), (dep.target, dep.handler)):
             scope = pruner._layer_to_scope.get(node.module)
             if scope is not None and pruner.DG.is_out_channel_pruning_fn(function):
-                ratios = pruner.pruning_ratio_dict.get(node.module, pruner.per_step_pruning_ratio)
-                return scope[0], ratios
-    return None
+                given = pruner.pruning_ratio_dict.get(node.module, pruner.per_step_pruning_ratio)
+                return scope[0], _at_most(given, pruner.max_pruning_ratio)
+    ratios = tuple(pruner.per_step_pruning_ratio)
+    if pruner.isomorphic:
+        kinds = (
+            f"{type(item.dep.source.module).__name__} {type(item.dep.target.module).__name__} "
+            f"{pruner.DG.is_out_channel_pruning_fn(item.dep.handler)}"
+            for item in group
+        )
+        return "isomorphic: " + ", ".join(kinds), ratios
+    if pruner.global_pruning:
+        return "global", ratios
+    return pruner.DG._module2name[group[0].dep.source.module], ratios
+
+
+def _head_ratios(pruner: Any, group: ConfigGroup) -> tuple[float, ...]:
+    """Return a group's head ratio at each step; ``head_pruning_ratio_dict`` comes first."""
+    if not pruner.prune_num_heads:
+        return (0.0,) * len(pruner.per_step_head_pruning_ratio)
+    by_module = pruner.head_pruning_ratio_dict
+    modules = (side.module for side in group.graph_group.sides)
+    own = next((by_module[m] for m in modules if m in by_module), None)
+    return _at_most(own or pruner.per_step_head_pruning_ratio, pruner.max_pruning_ratio)
+
+
+def _at_most(ratios: Sequence[float], most: float) -> tuple[float, ...]:
+    return tuple(min(ratio, most) for ratio in ratios)
 
 
 class _PlannedRatio(float):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +12,11 @@ from ..fieldmap.completeness import build_live
 from ..fieldmap.learn_field_map import whole_build
 from ..model.build import Builder, Refusal
 from ..model.config_json import OF_NO_EFFECT, changed_values, config_json, field_name, value_at
+from ..model.fill import fill
 from ..model.layer_class import layer_lists, layerwise_class, stock_class
 from ..model.layer_entries import KEY, layer_lists_of
-from ..model.tensors import owner, parameter_names
+from ..model.paging import in_file
+from ..model.tensors import owner
 from .cut_list import CutList
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ _CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}
 def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     """Return the pruned model that a cut list makes of a model, which stays as it is.
 
-    No parameter is in memory twice but the one that is being cut; of lazy parameters, the new ones
-    are lazy too.
+    No parameter is in memory twice but the one that is being cut.
 
     Args:
         model: a model of the cut list's class, with the config that it starts from.
@@ -45,7 +45,7 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     new: Any = _empty(model, cuts)
 
     def values_of(name: str, old: Tensor) -> Tensor:
-        return cuts.of(name, old) if name in cuts.edits else old.clone()
+        return in_file(cuts.of(name, old) if name in cuts.edits else old.clone())
 
     with torch.no_grad():
         fill(new, model, values_of)
@@ -79,24 +79,6 @@ def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
         _put_buffer(new, name, buffer, unchanged)
     _take_over(new, model)
     return new  # type: ignore[no-any-return]
-
-
-def fill(new: nn.Module, model: nn.Module, values_of: Callable[[str, Tensor], Tensor]) -> None:
-    """Give a model the parameters that are made of another one's; tied ones stay tied.
-
-    Args:
-        new: the model to fill.
-        model: the model whose names, ties and ``requires_grad`` count.
-        values_of: gets the first name of each parameter and its values, returns the new values.
-
-    Raises:
-        ConfigSyncError: the class builds another shape.
-    """
-    for parameter, names in parameter_names(model).items():
-        values = values_of(names[0], parameter.detach())
-        made = nn.Parameter(values, parameter.requires_grad)
-        for name in names:
-            _put(new, name, made)
 
 
 def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
@@ -145,18 +127,6 @@ def _of_class_for(model: PreTrainedModel, cuts: CutList, builder: Builder) -> Bu
         if value_at(cuts.after, (*layers.config_path, KEY))
     }
     return builder.of_class(layerwise_class(model, lists)) if lists else builder
-
-
-def _put(new: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter into the new model; raise if its shape is not that of the new config."""
-    module, key = owner(new, name)
-    built = module._parameters[key]
-    if built is None or built.shape != parameter.shape:
-        shape = None if built is None else list(built.shape)
-        raise ConfigSyncError(
-            f"{name} has shape {list(parameter.shape)} after the cuts, and the class builds {shape}"
-        )
-    module._parameters[key] = parameter
 
 
 def _put_buffer(new: nn.Module, name: str, old: Tensor, cuts: CutList) -> None:

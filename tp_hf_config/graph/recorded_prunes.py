@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
 from ..model.config_json import field_name
-from .norm_order import channels_in_order
+from ..model.tensors import tensor
 from .sides import GraphGroup, channels_of, is_output
 
 if TYPE_CHECKING:
     from .config_group import ConfigGroup
+
+Place = tuple[str, int]
+"""The name of a parameter or buffer, and one of its dimensions."""
 
 
 @dataclass
@@ -39,17 +43,17 @@ class _Prune:
 
 
 class RecordedPrunes:
-    """What is to be cut, by dependency group, until ``settle`` has it cut.
+    """What is to be cut, by dependency group, until it is taken.
 
     Attributes:
-        settle: called after every prune, to cut what can be cut. By default everything is.
+        settle: called after every prune, to carry out what can be carried out: a hook's.
     """
 
     def __init__(self, graph: Any):
         self._graph = graph
         self._prunes: dict[int, _Prune] = {}  # by the id of the dependency group
         self._holding = 0
-        self.settle: Callable[[], None] = self.cut
+        self.settle: Callable[[], None] = self.refuse
 
     def __bool__(self) -> bool:
         return bool(self._prunes)
@@ -66,6 +70,18 @@ class RecordedPrunes:
         finally:
             self._holding -= 1
         self._settle()
+
+    def refuse(self) -> None:
+        """Forget what is recorded, and raise: without a hook, no config is updated.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        self.clear()
+        raise UnsupportedModelError(
+            "this pruner's groups are those of a config, and no HFConfigSyncHook is attached that "
+            "would update it: hook.register(pruner). Nothing was pruned."
+        )
 
     def _settle(self) -> None:
         if self._prunes and not self._holding:
@@ -101,12 +117,39 @@ class RecordedPrunes:
         """Forget what is recorded."""
         self._prunes.clear()
 
-    def cut(self) -> None:
-        """Cut what is recorded; every parameter is copied once."""
+    def take(self) -> Iterator[ConfigGroup]:
+        """Yield each group that is to be pruned, numbered as after those before it.
+
+        Then its units are gone from the graph. The history has it; the model is not touched.
+        """
         prunes, self._prunes = [*self._prunes.values()], {}
-        with channels_in_order(), self._graph.cuts.together():
-            for prune in prunes:
-                self._group(prune).cut(prune.in_history)
+        sizes: dict[Place, int] = {}
+        for prune in prunes:
+            group = self._group(prune)
+            if prune.in_history:
+                self._graph.note_in_history(group)
+            yield group
+            self._renumber(prune, sizes)
+
+    def _renumber(self, prune: _Prune, sizes: dict[Place, int]) -> None:
+        """Take the units of one group from the tables of its sides and of those beside them.
+
+        ``sizes``: the size of each place that lost something already; it is updated.
+        """
+        tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        graph_group, lost = prune.graph_group, prune.units
+        for side in graph_group.sides:
+            place, table = side.dims[0].place, side.table
+            size = sizes.get(place) or _size(self._graph.pretrained, place)
+            if (id(table), size) not in tables:  # most sides share a table, whose id stays taken
+                kept = _others(table[lost], size)
+                units = _others(torch.tensor(lost), len(table))
+                tables[id(table), size] = torch.searchsorted(kept, table[units]), kept, table
+            side.table, kept, _ = tables[id(table), size]
+            sizes[place] = len(kept)
+            for other in self._graph.other_sides_of(side):
+                other.table = torch.searchsorted(kept, other.table)
+        graph_group.units.count -= len(lost)
 
     def numbered_now(self, module: nn.Module, out: bool, channels: Sequence[int]) -> list[int]:
         """Return channels of a layer's side that are numbered as after all that is recorded."""
@@ -153,3 +196,36 @@ def _name(graph_group: GraphGroup) -> str:
     fields = " + ".join(map(field_name, graph_group.fields))
     sides = graph_group.sides
     return f"{fields} in {next(filter(is_output, sides), sides[0]).layer}"
+
+
+def kept_positions(model: nn.Module, groups: Iterable[ConfigGroup]) -> dict[Place, Tensor]:
+    """Return which positions stay of every dimension that these groups cut, 1-D.
+
+    ``groups``: all numbered as the model is now. Dimensions that lose the same share one tensor.
+    """
+    tables: dict[Place, dict[tuple[int, int], Tensor]] = {}
+    for group in groups:
+        for side in group.graph_group.sides:
+            for dim in side.dims:
+                lost = tables.setdefault(dim.place, {})
+                lost[id(group), id(side.table)] = side.table[group.units]
+    kept: dict[Any, Tensor] = {}
+    result: dict[Place, Tensor] = {}
+    for place, lost in tables.items():
+        size = _size(model, place)
+        key = (*sorted(lost), size)
+        if key not in kept:
+            kept[key] = _others(torch.cat([table.flatten() for table in lost.values()]), size)
+        result[place] = kept[key]
+    return result
+
+
+def _size(model: nn.Module, place: Place) -> int:
+    return tensor(model, place[0]).shape[place[1]]
+
+
+def _others(positions: Tensor, size: int) -> Tensor:
+    """Return the positions of a dimension but for some, rising."""
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[positions.flatten()] = False
+    return stays.nonzero().flatten()

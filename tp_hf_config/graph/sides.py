@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,18 +14,10 @@ from torch_pruning.pruner import function
 
 from ..model.tensors import tensor
 from ..twin.layout import TensorDim, UnitLayout
-from .cut import Cuts
-from .edits import Selection
 from .full_size import Group
 from .unit_count import UnitCount
 
 _BATCHNORM = nn.modules.batchnorm._BatchNorm
-# the weight's dimension and the layer's attribute with its size: output side, input side
-_PLAIN: dict[type, tuple[tuple[int, str], ...]] = {
-    nn.Linear: ((0, "out_features"), (1, "in_features")),
-    nn.Embedding: ((1, "embedding_dim"),),
-    nn.LayerNorm: ((0, "normalized_shape"),),
-}
 
 
 @dataclass
@@ -203,81 +195,6 @@ def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:
             channels = values.reshape(len(values), -1).float().square().sum(1).cpu()
             squares += channels[side.table.cpu()].sum(1)
     return squares.sqrt()
-
-
-class Leaving:
-    """Units that leave a group; computes what stays of a table once for all its sides."""
-
-    def __init__(self, units: Sequence[int]):
-        self.units = list(units)
-        self._computed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
-
-    def of(self, table: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-        """Return which positions of a dimension go and which stay, and its tables of units.
-
-        A table has the positions of each unit, shape ``(units, positions per unit)``. First comes
-        the one of the units that stay, renumbered, then the old one. ``size`` is that of the
-        dimension.
-        """
-        if (id(table), size) not in self._computed:  # holding the old table keeps its id unique
-            gone = table[self.units].flatten()
-            stays = torch.ones(size, dtype=torch.bool)
-            stays[gone] = False
-            kept = stays.nonzero().flatten()
-            renumbered = torch.searchsorted(kept, table[stays[table[:, 0]]])
-            self._computed[id(table), size] = gone, kept, renumbered, table
-        return self._computed[id(table), size]
-
-
-def settle(sides: Iterable[Side], cuts: Cuts) -> None:
-    """Apply the pending cuts if one is along a dimension of these sides, which are cut next."""
-    for side in sides:
-        for owner, key, dim, _ in tensors_to_cut(side.module, side.out):
-            cuts.settle(owner, key, dim)
-
-
-def cut(side: Side, leaving: Leaving, cuts: Cuts, beside: Iterable[Side]) -> None:
-    """Cut units from one side of one layer, and renumber the side's table.
-
-    The parameters of a plain layer go to ``cuts``, which may copy them later, together with what
-    other sides lose; any other layer is cut now, by Torch-Pruning's own pruner. The tables of the
-    sides ``beside``, other channels of the same side in other groups, are renumbered too.
-    """
-    module = side.module
-    tensors = tensors_to_cut(module, side.out)
-    gone, kept, table, _ = leaving.of(side.table, channels_of(side))
-    layer = owner_of(module)
-    for place in side.dims:
-        cuts.refit(layer, place.name.rpartition(".")[2], place.dim, gone)
-    for owner, key, dim, size in tensors:
-        cuts.keep(owner, key, dim, kept, size)
-    if not tensors:
-        handler_of(module, side.out)(module, gone.tolist())
-        for place in side.dims:
-            selection = Selection({place.dim: kept})
-            cuts.log.append((layer, place.name.rpartition(".")[2], selection))
-    side.table = table
-    for other in beside:
-        other.table = torch.searchsorted(kept, other.table)
-
-
-def tensors_to_cut(module: nn.Module, out: bool) -> list[tuple[nn.Module, str, int, str | None]]:
-    """Return the layer, name, dimension and size attribute of each tensor that a side cuts.
-
-    There are none if the layer is not plain: subclasses and parametrized layers may need more done
-    than cutting their parameters.
-    """
-    if isinstance(module, ParameterView):
-        return [(module.owner, module.key, module.dim, None)]
-    if type(module) not in _PLAIN or module._parameters.get("weight") is None:
-        return []
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
-        return []
-    dim, size = _PLAIN[type(module)][0 if out else -1]
-    tensors: list[tuple[nn.Module, str, int, str | None]] = [(module, "weight", dim, size)]
-    if dim == 0 and module._parameters.get("bias") is not None:
-        tensors.append((module, "bias", 0, None))
-    return tensors
 
 
 def channels_of(side: Side) -> int:

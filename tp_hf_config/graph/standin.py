@@ -20,12 +20,13 @@ from torch.autograd.graph import increment_version
 
 from ..errors import UnsupportedModelError
 from ..model.config_json import config_json
+from ..model.fill import fill
 from ..model.lazy_tensor import LazyTensor
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import shapes
 from ..model.sharded import is_sharded, plain_class, reshard, whole
 from ..model.tensors import state_of
-from .rebuild import empty_copy, fill
+from .rebuild import empty_copy
 from .taking_turns import InterruptedByRankError, Turns
 
 if TYPE_CHECKING:

@@ -263,13 +263,18 @@ def _config_part(changes: Changes, live: nn.Module, module_name: str, path: Fiel
 def write_attributes(
     changes: Changes, live: nn.Module, attributes: Sequence[Attribute]
 ) -> list[str]:
-    """Write plain attributes; return the names of those that had another value."""
+    """Write plain attributes; return the names of those that had another value.
+
+    The sizes of torch's own layers (``out_features``) are written, and not named: they say no more
+    than the shapes of the weights.
+    """
     written: list[str] = []
     for item in attributes:
         module = live.get_submodule(item.module)
         if getattr(module, item.key, _MISSING) != item.value:
             changes.set(module, item.key, item.value)
-            written.append(f"{item.module}.{item.key}".lstrip("."))
+            if not type(module).__module__.startswith("torch.nn."):
+                written.append(f"{item.module}.{item.key}".lstrip("."))
     return written
 
 

@@ -1,15 +1,17 @@
-"""Turn what a graph cut between two syncs into a cut list, and keep one of all."""
+"""Keep a cut list of all that a hook's pruners cut."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..graph.cut import Cuts
-from ..graph.cut_list import CutList, edits_by_name, explained
+from ..graph.cut_list import CutList, explained
+from ..graph.edits import Edit, RefitInPlace, RefitNotRecorded
 from ..model.config_json import config_json
 from ..model.layer_class import stock_class
+from ..model.lazy_tensor import LazyTensor
 from ..model.shapes import Shapes, shapes
 
 
@@ -40,22 +42,33 @@ class CutLog:
         self.total: CutList | None = None
         self._known = True
 
-    def begin(self, cuts: Cuts) -> None:
-        """Follow a graph, from now on; ``cuts`` is what it cuts."""
-        self._cuts, self._before = cuts, _State.of(self.model())
-        cuts.log.clear()
+    def begin(self) -> None:
+        """Follow the model from now on."""
+        self._before = _State.of(self.model())
 
-    def take(self) -> CutList | None:
-        """Return what was cut since the last call; ``None``: nothing, or not all of it is known."""
+    def take(self, edits: Mapping[str, tuple[Edit, ...]], record_refits: bool) -> CutList | None:
+        """Add what was cut since the last call, and return it; ``None``: nothing, or not all.
+
+        Args:
+            edits: what was done to each tensor.
+            record_refits: keep how weights were refitted.
+        """
         model: Any = self.model()
         before, self._before = self._before, _State.of(model)
-        edits = edits_by_name(model, self._cuts.log)
-        self._cuts.log.clear()
         self._known &= explained(model, edits, before.shapes, self._before.shapes)
         if not self._known:
             self.total = None
         if not self._known or not edits:
             return None
-        step = CutList(before.model, before.config, self._before.config, edits)
+        # the refits of weights that are gathered from shards are held in any case
+        refits = record_refits or any(isinstance(p, LazyTensor) for p in model.parameters())
+        kept = {name: tuple(_recorded(done, refits)) for name, done in edits.items()}
+        step = CutList(before.model, before.config, self._before.config, kept)
         self.total = step if self.total is None else self.total.followed_by(step)
         return step
+
+
+def _recorded(edits: tuple[Edit, ...], refits: bool) -> Iterator[Edit]:
+    """Yield edits as a cut list keeps them, with or without how weights were refitted."""
+    for edit in edits:
+        yield edit if refits or not isinstance(edit, RefitInPlace) else RefitNotRecorded()

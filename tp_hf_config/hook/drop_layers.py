@@ -19,9 +19,15 @@ from ..fieldmap.layer_kinds import lists_of
 from ..fieldmap.learn_field_map import whole_build
 from ..graph.layer_fields import layers_listed
 from ..model.build import Builder, Refusal
-from ..model.config_json import changed_values, config_json, field_name, value_at, with_values
+from ..model.config_json import (
+    changed_values,
+    config_json,
+    config_nodes,
+    field_name,
+    value_at,
+    with_values,
+)
 from ..model.layer_entries import KEY, entries_of
-from ..model.live_objects import config_nodes, surroundings_of
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import compare, shapes
 from .apply import Changes, all_or_nothing, difference, write
@@ -73,7 +79,6 @@ def drop_layers(
     _check_arguments(layers, count, calibration)
     live: Any = find_pretrained(model)[1]
     check_followable(live)
-    _check_config_is_own(live)
     if calibration is not None:
         calibration.check_measures(live)
     before = config_json(live.config, use_diff=False)
@@ -96,17 +101,6 @@ def drop_layers(
         if KEY not in field  # whose layers the report names
     }
     return replace(report, fields=fields, influence=influence)
-
-
-def _check_config_is_own(live: PreTrainedModel) -> None:
-    """Raise if the config that is going to change also belongs to another live model."""
-    sharers = surroundings_of(live).sharers
-    if sharers:
-        raise ConfigSyncError(
-            f"drop_layers of {type(live).__name__}: another model that is alive ({listed(sharers)})"
-            " holds the same config object, so its config would change too, and its layers not. "
-            "Build the other one from copy.deepcopy(config). Nothing was changed."
-        )
 
 
 def _check_arguments(

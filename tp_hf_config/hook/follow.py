@@ -31,11 +31,10 @@ from ..forward.head_splits import counts_of, heads_of, splits_after
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, changed_values, config_json, field_name, value_at
-from ..model.live_objects import surroundings_of
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
 from .apply import Changes, all_or_nothing, difference, unfilled_buffers, write, write_ties
-from .enclosing_modules import EnclosingModules
+from .enclosing_modules import write_around
 from .history import GroupCut
 from .mirrored_fields import with_mirrored_fields
 from .report import SyncReport
@@ -54,7 +53,6 @@ class Follower:
         reference: the reference build of the config that was proved last; ``values``: its fields.
         splits: layer -> its head splits; ``None`` if its heads lost different numbers.
         inputs: an input for encoder states -> its channels that the model still reads.
-        sharers: the classes of other live models that hold the config.
 
     Raises:
         UnsupportedModelError: the model cannot be followed, or its config does not build it.
@@ -70,9 +68,6 @@ class Follower:
             *notes_on_options(self.model, self.field_map.builder),
             *([] if isinstance(order, Refusal) else order),
         ]
-        live_objects = surroundings_of(self.model)
-        self.sharers = live_objects.sharers
-        self.enclosing = EnclosingModules(self.model, pruner.model, live_objects.holders)
         self.ties = ties_of(self.model)
         self.tensors = shapes(self.model).keys()
         self.values = dict(self.field_map.values)
@@ -170,10 +165,9 @@ class Follower:
         changed = {
             field: (value_at(old, field), new) for name, field, new in change.fields if not name
         }
-        numbers = self.enclosing.numbers(changed)
         attributes, buffers = write(changes, self.model, change)
         self._check_written(data, built)
-        written, outside = self.enclosing.follow(changes, numbers, changed)
+        written, outside = write_around(changes, self.model, self.pruner.model, changed)
         return [*attributes, *written], buffers, outside
 
     def _tied_shapes_after(

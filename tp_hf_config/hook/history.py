@@ -1,17 +1,12 @@
-"""Record what a pruner prunes, group by group, as it happens."""
+"""What was pruned, group by group, for reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..reports import short
-
-if TYPE_CHECKING:
-    from ..graph.config_graph import ConfigGraph
-    from ..graph.config_group import ConfigGroup
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,7 @@ class PrunedLayer:
         name: the layer's name in the model that the pruner prunes.
         out: True if output channels were pruned, False if input channels.
         removed: the number of pruned channels.
-        before: the number of channels before this prune.
+        before: the number of channels before this step.
     """
 
     name: str
@@ -64,7 +59,7 @@ class LayerCut:
         name: the layer's name in the model that the pruner prunes.
         out: True if it loses output channels, False if input channels.
         removed: the channels, as they are numbered before this cut.
-        before: the number of channels before this cut.
+        before: the number of channels before this step.
     """
 
     name: str
@@ -87,31 +82,6 @@ class GroupCut:
                 for layer in self.layers
             )
         )
-
-
-class Recorder:
-    """Records each group of one ``ConfigGraph`` at the moment it is pruned."""
-
-    def __init__(self, graph: ConfigGraph):
-        self._graph = graph
-        self._groups: list[GroupCut] = []
-
-    def attach(self) -> None:
-        """Start to record."""
-        self._graph.watchers.append(self._watch)
-
-    def detach(self) -> None:
-        """Stop recording."""
-        self._graph.watchers.remove(self._watch)
-
-    def drain(self) -> list[GroupCut]:
-        """Return the groups pruned since the last call."""
-        groups, self._groups = self._groups, []
-        return groups
-
-    def _watch(self, group: ConfigGroup) -> Callable[[], None]:
-        """Return a function that records a group which is about to be pruned, as it is now."""
-        return partial(self._groups.append, GroupCut(tuple(layers_of(self._graph, group))))
 
 
 def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:

@@ -13,9 +13,8 @@ from torch import nn
 
 from ..arguments import check_arguments
 from ..errors import CalibrationWarning, ConfigSyncError, warn
-from ..planning.settings import Graph, Layers, check_graph
+from ..planning.settings import Layers
 from . import registration
-from .history import Recorder
 from .report import SyncReport
 
 if TYPE_CHECKING:
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
     from .agreement import Agreement
     from .cut_log import CutLog
     from .follow import Follower
-    from .pending_prunes import PendingPrunes
+    from .pending_prunes import Done, PendingPrunes
     from .rebuilding import Rebuild, Rebuilding
     from .refits import StepRefits
-    from .steering import UnitSteering
+    from .unit_choice import UnitChoice
 
 
 class HFConfigSyncHook:
@@ -40,15 +39,10 @@ class HFConfigSyncHook:
     pruner, ``HFConfigSyncHook().register(pruner)``. One hook follows one pruner.
 
     Args:
-        graph: ``"auto"`` or ``"config"``, which mean the same: the dependency graph is made from
-            the config, every group is proved, nothing is traced. It is the one of
-            ``pruner_kwargs``, or, without ``pruner_kwargs``, one for what the pruner's own
-            arguments ask for.
-        strict: do exactly what the settings ask for, or raise when the hook is attached: where the
-            class does not accept it, or where another live model holds the same config object. By
-            default the hook does the nearest that the class accepts and says so in the report; for
-            a shared config it warns (:class:`~tp_hf_config.PrunerSettingsWarning`). Settings that
-            no config could describe raise in either case, before any weight is touched.
+        strict: do exactly what the settings ask for, or raise when the hook is attached, where the
+            class does not accept it. By default the hook does the nearest that the class accepts
+            and says so in the report. Settings that no config could describe raise in either case,
+            before any weight is touched.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
             Needed only without ``pruner_kwargs(make_inputs=)``.
@@ -60,7 +54,7 @@ class HFConfigSyncHook:
         compensate: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before
             every cut the weights that read pruned channels are refitted by least squares, where
             held-out data says that it helps. The report says by how much.
-        record_refits: keep what was refitted for ``cuts``, in temporary files where it is large;
+        record_refits: keep what was refitted for ``cuts``;
             without, the cut list of a compensated step cannot be saved or carried out.
         rebuild: for a model under FSDP2: a function that wraps the pruned model, whose parameters
             are on the meta device then, as your own code wrapped the model (``fully_shard``).
@@ -76,7 +70,7 @@ class HFConfigSyncHook:
     @check_arguments
     def __init__(
         self,
-        graph: Graph = "auto",
+        *,
         strict: bool = False,
         make_inputs: MakeInputs | None = None,
         compensate: Calibration | None = None,
@@ -85,15 +79,13 @@ class HFConfigSyncHook:
         record_refits: bool = False,
         distributed: bool = False,
     ) -> None:
-        check_graph(graph)
         self.layers, self.strict, self.make_inputs = layers, strict, make_inputs
         self.compensate, self.record_refits = compensate, record_refits
         self.rebuild, self.distributed = rebuild, distributed
         self.reports: list[SyncReport] = []
         self._graph_reason, self._parameters = "", 0
         self._follower: Follower | None = None
-        self._recorder: Recorder | None = None
-        self._steering: UnitSteering | None = None
+        self._choice: UnitChoice | None = None
         self._cut_log: CutLog | None = None
         self._rebuilding: Rebuilding | None = None
         self._agreement: Agreement  # this and the next: once the hook is attached
@@ -168,8 +160,8 @@ class HFConfigSyncHook:
                 ``strict``, also if that is not what they ask for, or if another live model holds
                 the config.
             UnsupportedModelError: the model cannot be followed, or not pruned.
-            ValueError: this hook follows another pruner already, or the pruner's trace cannot be
-                replaced.
+            ValueError: this hook follows another pruner already, the pruner has another
+                HFConfigSyncHook, or its trace cannot be replaced.
         """
         from ..graph.layer_fields import layers_listed
         from ..graph.standin import standin_behind
@@ -181,6 +173,11 @@ class HFConfigSyncHook:
                 "this HFConfigSyncHook follows another pruner already: give every pruner a hook "
                 "of its own, or remove() the handle of the other one first"
             )
+        if any(isinstance(hook, HFConfigSyncHook) for hook in registration.hooks_of(pruner)):
+            raise ValueError(
+                f"this {type(pruner).__name__} has an HFConfigSyncHook already, and one is enough. "
+                "To put this one in its place, remove() the handle of the other first"
+            )
         standin = standin_behind(pruner.model)
         self._agreement = Agreement(standin is not None, self.distributed)
         self._rebuilding = None
@@ -188,23 +185,22 @@ class HFConfigSyncHook:
             self._rebuilding = Rebuilding(standin, self.rebuild, self._agreement)
         with layers_listed(pruner.model, self.layers):
             cut_log = self._attach(pruner)
-        cut_log.begin(pruner.DG.cuts)
+        cut_log.begin()
 
     def _attach(self, pruner: Any) -> CutLog:
         """Attach to a pruner while its model's layers have entries of their own, where they may."""
         from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
         from ..graph.pruner_access import restore_trace
-        from ..planning.preflight import check_config_is_own, preflight
+        from ..planning.preflight import preflight
         from .cut_log import CutLog
         from .follow import Follower
         from .installed_graph import replace_trace
         from .pending_prunes import PendingPrunes
         from .refits import StepRefits
-        from .steering import UnitSteering
+        from .unit_choice import UnitChoice
 
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
-        check_config_is_own(pruner, follower.model, follower.sharers, self.strict)
         if self.compensate is not None:
             self.compensate.check_measures(follower.model)
         elif (better := advice(pruner.importance, follower.model)) is not None:
@@ -213,44 +209,34 @@ class HFConfigSyncHook:
             if not isinstance(pruner.DG, ConfigGraph):
                 self._graph_reason = replace_trace(pruner, self.make_inputs)
                 undo.callback(restore_trace, pruner)
-            steering = UnitSteering(pruner)
-            steering.attach()
-            undo.callback(steering.detach)
-            steering.preflight = preflight(pruner, follower.view, self.strict)
+            choice = UnitChoice(pruner)
+            choice.preflight = preflight(pruner, follower.view, self.strict)
             undo.pop_all()
         if self._cut_log is None or self._cut_log.model() is not follower.model:
             self._cut_log, self._first = CutLog(follower.model), len(self.reports)
-        self._follower, self._recorder = follower, Recorder(pruner.DG)
-        self._steering = steering
+        self._follower = follower
+        self._choice, pruner.DG.choose = choice, choice.groups
         self._refits = StepRefits(self, follower, self._agreement)
         self._pending = PendingPrunes(
             pruner, follower, self._agreement, self.layers, self._refits, self._sync
         )
         pruner.DG.recorded.settle = self._pending.settle
         self._parameters = follower.model.num_parameters()
-        self._recorder.attach()
         return self._cut_log
 
     def detach(self, pruner: Any) -> None:
         """Stop following; called when the handle is removed.
 
-        The last hook to go gives a pruner back the trace that was replaced, if nothing is pruned.
+        The pruner gets the trace that was replaced back, if nothing is pruned.
         """
         from ..graph.pruner_access import restore_trace
 
         if self._pending is not None:
             self._pending.release()
-        for part in (self._recorder, self._steering):
-            if part is not None:
-                part.detach()
-        self._follower = self._recorder = self._steering = self._pending = None
-        others = [h for h in registration.hooks_of(pruner) if isinstance(h, HFConfigSyncHook)]
-        recorded = pruner.DG.recorded
-        recorded.settle = recorded.cut
-        for pending in (hook._pending for hook in others if hook._pending is not None):
-            recorded.settle = pending.settle
-        if not others:
-            restore_trace(pruner)
+        self._follower = self._choice = self._pending = None
+        graph = pruner.DG
+        graph.choose = graph.recorded.settle = graph.recorded.refuse
+        restore_trace(pruner)
 
     @contextmanager
     def stepping(self, pruner: Any) -> Iterator[None]:
@@ -307,29 +293,29 @@ class HFConfigSyncHook:
             )
         return self._pending.sync()
 
-    def _sync(self, stepped: bool, failure: ConfigSyncError | None = None) -> SyncReport:
+    def _sync(self, stepped: bool, done: Done, failure: ConfigSyncError | None) -> SyncReport:
         """Sync; after a step that pruned nothing, the report says why.
 
-        ``failure``: why what is recorded cannot be carried out, which the report says then.
+        Args:
+            stepped: True after a step.
+            done: what was cut.
+            failure: why it cannot be cut, which the report says then.
         """
         from ..graph.layer_fields import layers_listed
 
         assert self._follower is not None  # only an attached hook is called
-        assert self._recorder is not None
-        assert self._pending is not None
         started = time.perf_counter()
-        groups = self._recorder.drain() if failure is None else self._pending.groups()
         report = SyncReport(
-            len(self.reports) + 1, self._graph_reason, [group.counted() for group in groups]
+            len(self.reports) + 1, self._graph_reason, [group.counted() for group in done.groups]
         )
         try:
             if failure is not None:
                 raise failure
             with layers_listed(self._follower.pruner.model, self.layers):
-                report = self._follower.follow(report, groups)
+                report = self._follower.follow(report, done.groups)
             notes = list(report.notes)
-            if stepped and self._steering is not None:
-                notes += self._steering.notes(bool(report.groups))
+            if stepped and self._choice is not None:
+                notes += self._choice.notes(bool(report.groups))
             first = len(self.reports) == self._first
             graph_notes = self._follower.pruner.DG.notes if first else []
             report = replace(report, notes=[*graph_notes, *self._follower.notes, *notes])
@@ -344,9 +330,11 @@ class HFConfigSyncHook:
             compensation=self._refits.taken(synced=failure is None),
         )
         self.reports.append(report)
-        cuts = self._cut_log.take() if failure is None and self._cut_log else None
+        cuts = None
+        if failure is None and self._cut_log is not None:
+            cuts = self._cut_log.take(done.edits, self.record_refits)
         if self._rebuilding is not None:
-            self._rebuilding.carry_out(self._follower.pruner, groups, cuts, failure)
+            self._rebuilding.carry_out(self._follower.pruner, done.groups, cuts, failure)
         elif failure is not None:
             raise failure
         return report

@@ -19,7 +19,7 @@ from ..forward.layer_passes import Argument, handed_on, without_layers
 from ..forward.observed_pass import AllFloat64
 from ..forward.output_tensors import unmasked
 from ..model.build import Refusal
-from ..model.live_objects import config_nodes
+from ..model.config_json import config_nodes
 from ..model.shortage import raise_shortage
 from ..model.surroundings import quiet_transformers, same_random_state
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import ConfigSyncError, listed, warn
+from ..errors import ConfigSyncError, in_one_line, listed, warn
 from ..fieldmap.solve.explain import AGAIN
-from ..graph.config_group import ConfigGroup
+from ..graph.cut_list import CutList, edits_of
+from ..graph.edits import Edit
 from ..graph.layer_fields import layers_listed
+from ..graph.recorded_prunes import Place, kept_positions
+from ..model.fill import LiveCut
 from ..model.shapes import Shapes, shapes
 from ..planning.settings import Layers
 from .agreement import Agreement
@@ -20,10 +24,23 @@ from .follow import Follower
 from .history import GroupCut, layers_of
 from .refits import StepRefits
 from .report import SyncReport
-from .steering import is_unmodified
+from .unit_choice import is_unmodified
 
 _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")
 """The dicts that ``BasePruner._prune`` changes while it chooses (base_pruner.py, 1.6.1)."""
+
+
+@dataclass
+class Done:
+    """What is cut, or was cut last.
+
+    Attributes:
+        groups: the groups, as they were numbered before.
+        edits: what is done to each tensor.
+    """
+
+    groups: list[GroupCut] = field(default_factory=list)
+    edits: dict[str, tuple[Edit, ...]] = field(default_factory=dict)
 
 
 class PendingPrunes:
@@ -39,8 +56,8 @@ class PendingPrunes:
         agreement: compares what the ranks are about to cut.
         layers: whether layers may get widths of their own.
         refits: refits what a step cuts.
-        sync: makes the config follow a cut, and reports; gets True for a step, and why what is
-            recorded cannot be carried out.
+        sync: makes the config follow a cut, and reports; gets True for a step, what was cut, and
+            why what is recorded cannot be carried out.
     """
 
     def __init__(
@@ -50,7 +67,7 @@ class PendingPrunes:
         agreement: Agreement,
         layers: Layers,
         refits: StepRefits,
-        sync: Callable[[bool, ConfigSyncError | None], SyncReport],
+        sync: Callable[[bool, Done, ConfigSyncError | None], SyncReport],
     ):
         self._pruner, self._follower, self._agreement = pruner, follower, agreement
         self._layers, self._refits, self._sync = layers, refits, sync
@@ -62,6 +79,8 @@ class PendingPrunes:
         self._refused = False  # the step that runs
         self._told = False  # that what is recorded now has to wait
         self._synced = False  # something of the step that runs, or ran last, has a report
+        self._unfinished: LiveCut | None = None  # a cut that was interrupted twice
+        self._done = Done()  # what is cut and has no report yet
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -118,7 +137,7 @@ class PendingPrunes:
         if not self.recorded:
             told, self._synced = self._synced, True
             if not told:
-                self._sync(True, None)
+                self._sync(True, Done(), None)
             return
         try:
             result = self._carry_out(in_step=True, may_wait=looping)
@@ -143,14 +162,20 @@ class PendingPrunes:
         Raises:
             ConfigSyncError: no config describes it; it stays recorded.
         """
+        if self._unfinished is not None:
+            return self._cut(in_step=False)
         if not self.recorded:
-            return self._sync(False, None)
+            return self._sync(False, Done(), None)
         result = self._carry_out(in_step=self._loop is not None, may_wait=True)
-        return self._sync(False, result) if isinstance(result, ConfigSyncError) else result
+        if isinstance(result, ConfigSyncError):
+            return self._sync(False, Done(self.groups()), result)
+        return result
 
     def release(self) -> None:
         """Carry out what is recorded, or drop it and say so: a step begins, or the hook goes."""
         looping, self._loop = self._loop is not None, None
+        if self._unfinished is not None:
+            self._cut(in_step=False)
         if not self.recorded:
             return
         failure = self._carry_out(in_step=looping, may_wait=True)
@@ -168,22 +193,40 @@ class PendingPrunes:
         """Prove, refit, cut and sync what is recorded; return why it has to wait, if it may."""
         with layers_listed(self._pruner.model, self._layers):
             groups, pruned = self.recorded.groups(), self.groups()
-            remaining = shapes_left(self._follower.model, groups)
+            kept = kept_positions(self._follower.model, groups)
+            remaining = shapes_left(self._follower.model, kept)
             failure = self._failure(pruned, remaining)
             if failure is not None:
                 if may_wait:
                     return failure
                 failure = self._of_step(failure)
             self._agreement.on_groups(self._pruner, pruned, failure)
-            if in_step:
-                self._refits.solve(groups, remaining)
+            refits = self._refits.solve(groups, remaining) if in_step else {}
+            edits = edits_of(self._follower.model, refits, kept)
         self._told, self._synced = False, True
+        graph = self._pruner.DG
+        taken = [GroupCut(tuple(layers_of(graph, group))) for group in self.recorded.take()]
+        self._done = Done(taken, edits)
+        self._unfinished = LiveCut(self._follower.model, CutList("", {}, {}, edits))
+        return self._cut(in_step)
+
+    def _cut(self, in_step: bool) -> SyncReport:
+        """Cut the weights, also those that an interrupted cut has left, and sync."""
+        assert self._unfinished is not None  # the callers looked
         try:
-            self.recorded.cut()
-            return self._sync(in_step, None)
-        except BaseException:
-            self._sync_quietly()
+            self._unfinished.carry_out()
+        except BaseException as error:
+            if self._unfinished.remaining:
+                warn(
+                    f"the cut was interrupted ({in_one_line(error)}): {self._unfinished.remaining} "
+                    "weights are still as they were, and so is the config. hook.sync() finishes it"
+                )
+            else:
+                self._unfinished = None
+                self._sync_quietly()
             raise
+        self._unfinished = None
+        return self._sync(in_step, self._done, None)
 
     def _failure(self, pruned: Sequence[GroupCut], remaining: Shapes) -> ConfigSyncError | None:
         """Return why no config describes what these groups leave, or None if one does."""
@@ -229,7 +272,7 @@ class PendingPrunes:
     def _sync_quietly(self) -> None:
         """Sync while another exception is raised: that one must surface, a failure here warns."""
         try:
-            self._sync(True, None)
+            self._sync(True, self._done, None)
         except Exception as error:
             warnings.warn(f"HFConfigSyncHook after an interrupted step: {error}", stacklevel=2)
 
@@ -248,15 +291,9 @@ def _undoing_choice(pruner: Any) -> Callable[[], None]:
     return undo
 
 
-def shapes_left(model: nn.Module, groups: Sequence[ConfigGroup]) -> Shapes:
-    """Return the shape of every parameter and saved buffer of a model once these groups are cut."""
-    gone: dict[tuple[str, int], set[int]] = {}
-    for group in groups:
-        for side in group.graph_group.sides:
-            positions = side.table[group.units].flatten().tolist()
-            for place in side.dims:
-                gone.setdefault(place.place, set()).update(positions)
-    left = {name: list(shape) for name, shape in shapes(model).items()}
-    for (name, dim), lost in gone.items():
-        left[name][dim] -= len(lost)
-    return {name: tuple(shape) for name, shape in left.items()}
+def shapes_left(model: nn.Module, kept: Mapping[Place, Tensor]) -> Shapes:
+    """Return the shape of every parameter and saved buffer of a model with these positions kept."""
+    return {
+        name: tuple(len(kept.get((name, dim), range(size))) for dim, size in enumerate(shape))
+        for name, shape in shapes(model).items()
+    }

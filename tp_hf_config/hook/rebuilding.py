@@ -10,10 +10,10 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..graph.cut_list import CutList
-from ..graph.origins import note, note_successor
 from ..graph.rebuild import empty_copy, take_modes
 from ..graph.standin import StandIn
 from ..model.config_json import changed_values, config_json
+from ..model.fill import note, note_successor
 from ..model.lazy_tensor import values_of
 from ..model.sharded import divided_like, reshard
 from ..model.tensors import owner

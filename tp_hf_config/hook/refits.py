@@ -9,6 +9,7 @@ from ..calibration.calibrate import Calibration
 from ..calibration.compensation import Compensating, Compensation
 from ..errors import CalibrationWarning, warn
 from ..graph.config_group import ConfigGroup
+from ..graph.edits import RefitInPlace
 from ..model.shapes import Shapes
 from .agreement import Agreement
 from .cheaper import advice_before
@@ -36,22 +37,24 @@ class StepRefits:
         self._pruner = follower.pruner
         self._compensating: Compensating | None = None
 
-    def solve(self, groups: Sequence[ConfigGroup], remaining: Shapes) -> None:
-        """Solve refits for the groups of a step, if they are wanted; the cut applies them.
+    def solve(
+        self, groups: Sequence[ConfigGroup], remaining: Shapes
+    ) -> dict[str, list[RefitInPlace]]:
+        """Return the refits of each weight for the groups of a step, if they are wanted.
 
         ``remaining``: the shapes that the step leaves.
         """
         if self._settings.compensate is None:
-            return
-        compensating = Compensating(self._settings.compensate, groups, self._settings.record_refits)
+            return {}
+        compensating = Compensating(self._settings.compensate, groups)
         self._agreement.on_refits(self._pruner, compensating.result)
         self._compensating = compensating
-        self._pruner.DG.cuts.apply_refit = compensating.applied.apply
         told = advice_before(
             self._follower.view, self._settings.compensate, compensating, groups, remaining
         )
         if told is not None:
             warn(told, CalibrationWarning)
+        return compensating.edits
 
     def taken(self, synced: bool) -> Compensation | None:
         """Return what the refits of the step that ends came to; ``None`` if there are none.
@@ -59,5 +62,4 @@ class StepRefits:
         ``synced``: True if a config describes what is left.
         """
         compensating, self._compensating = self._compensating, None
-        self._pruner.DG.cuts.apply_refit = None
         return None if compensating is None else compensating.finished(synced)

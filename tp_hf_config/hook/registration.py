@@ -19,14 +19,18 @@ from typing import Any, Protocol, runtime_checkable
 from torch_pruning import DependencyGraph
 
 from ..arguments import check_arguments
-from ..graph.norm_order import channels_in_order
-from ..graph.pruner_classes import BasePruner, awaited_graph, family, with_awaited_graph
+from ..graph.config_group import ConfigGroup
+from ..graph.pruner_classes import (
+    BasePruner,
+    awaited_graph,
+    family,
+    with_awaited_graph,
+)
 
 Pruner = Any
 """Any pruner of Torch-Pruning, which has no types."""
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
 _constructing = threading.local()
-_lock = threading.RLock()
 
 
 @runtime_checkable
@@ -135,7 +139,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
     @functools.wraps(step)
     def stepping(*args: Any, **kwargs: Any) -> Any:
         try:
-            with channels_in_order(), ExitStack() as stack:
+            with ExitStack() as stack:
                 _enter(stack, hooks_of(pruner), "stepping", pruner)
                 result = step(*args, **kwargs)
         except BaseException:
@@ -154,7 +158,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
 def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
     """Yield an interactive step's groups; call the hooks when they, or the user's loop, end."""
     try:
-        with channels_in_order(), ExitStack() as stack:
+        with ExitStack() as stack:
             _enter(stack, hooks_of(pruner), "looping", pruner)
             yield from groups
     except BaseException:  # GeneratorExit on break, or the user's own exception
@@ -182,27 +186,23 @@ def _fire(pruner: Any, quietly: bool = False) -> None:
         raise first
 
 
-def enable() -> None:
-    """Make every pruner's constructor accept ``hooks=``; ``import tp_hf_config`` does it."""
-    with _lock:
-        for cls in family():
-            _wrap_init(cls)
-        if "__init_subclass__" not in vars(BasePruner):
-            BasePruner.__init_subclass__ = classmethod(_wrap_subclass)
+def _prune(self: Any) -> Iterator[Any]:
+    """Yield the groups that a step prunes; a graph that is made from a config chooses them."""
+    choose = getattr(self.DG, "choose", None)
+    return _own["_prune"](self) if choose is None else choose()  # type: ignore[no-any-return]
 
 
-def disable() -> None:
-    """Undo :func:`enable`: give every class Torch-Pruning's own constructor back."""
-    with _lock:
-        for cls in family():
-            own_init = vars(cls).get("__init__")
-            if _is_ours(own_init):
-                if own_init.inherited:
-                    del cls.__init__
-                else:
-                    cls.__init__ = own_init.original
-        if "__init_subclass__" in vars(BasePruner):
-            del BasePruner.__init_subclass__
+def _estimate_importance(self: Any, group: Any) -> Any:
+    """Return the importance of a group; of a group of units, one number for each unit."""
+    estimate = functools.partial(_own["estimate_importance"], self)
+    if not isinstance(group, ConfigGroup) or group.by_channel:
+        return estimate(group)
+    return self.DG.importance_of(group, estimate)
+
+
+_DOORS: dict[str, Any] = {"_prune": _prune, "estimate_importance": _estimate_importance}
+"""Methods of ``BasePruner`` that ask the graph; with any other graph they are Torch-Pruning's."""
+_own: dict[str, Any] = {name: getattr(BasePruner, name) for name in _DOORS}
 
 
 def _wrap_subclass(cls: Any, /, **kwargs: Any) -> None:
@@ -246,7 +246,6 @@ def _wrap_init(cls: Any) -> None:
 
     marked: Any = __init__
     marked.wrapper, marked.original = __init__, original
-    marked.inherited = "__init__" not in vars(cls)
     cls.__init__ = __init__
 
 
@@ -340,4 +339,8 @@ def _with_own_dicts(
     }
 
 
-enable()
+for _cls in family():
+    _wrap_init(_cls)
+BasePruner.__init_subclass__ = classmethod(_wrap_subclass)
+for _name, _door in _DOORS.items():
+    setattr(BasePruner, _name, _door)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ class EntryOfKind(int):
         return key
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how to make the key again: it is kept on disk."""
+        """Return how to copy the key."""
         return EntryOfKind, (int(self), self.places)
 
     def __str__(self) -> str:
@@ -88,20 +89,9 @@ def without_names(data: Any, names: Collection[str]) -> Any:
     return [without_names(item, names) for item in data] if isinstance(data, list) else data
 
 
-def copied(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of JSON; ``copy.deepcopy`` takes five times as long, in hundreds of builds."""
-    return {key: _copied(value) for key, value in data.items()}
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return copied(value)
-    return [_copied(item) for item in value] if isinstance(value, list) else value
-
-
 def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[str, Any]:
     """Return a copy of a config's JSON with some fields set; missing parents are created."""
-    result = copied(data)
+    result = copy.deepcopy(data)
     for path, value in values.items():
         node: Any = result
         for key in path[:-1]:
@@ -153,7 +143,7 @@ def plain_fields(data: Mapping[str, Any], field: FieldPath = ()) -> Iterator[tup
 
 def without_field(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
     """Return a copy of a config's JSON without one field."""
-    result = copied(data)
+    result = copy.deepcopy(data)
     parent = value_at(result, path[:-1])
     if isinstance(parent, dict):
         parent.pop(path[-1], None)
@@ -172,3 +162,22 @@ def changed_values(old: Any, new: Any, field: FieldPath = ()) -> list[tuple[Fiel
                 changed += changed_values(old.get(key), value, (*field, key))
         return changed
     return [(field, new)] if old != new else []
+
+
+def configs_of(module: nn.Module) -> Iterator[Any]:
+    """Yield the config objects that a module holds, those nested in its config included."""
+    from transformers import PretrainedConfig
+
+    config = vars(module).get("config")
+    if isinstance(config, PretrainedConfig):
+        yield from (node for _, node in config_nodes(config))
+
+
+def config_nodes(config: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+    """Yield a config and all configs in it, each with the keys that lead to it."""
+    from transformers import PretrainedConfig
+
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from config_nodes(value, (*path, name))

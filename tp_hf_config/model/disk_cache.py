@@ -1,37 +1,39 @@
 """Keep what was learned and proved of a class on disk, so that another process need not ask again.
 
-Entries lie in the user's cache folder, or where ``TP_HF_CONFIG_CACHE`` says; ``off`` switches the
-cache off. An entry is written whole or not at all, so several processes may share the folder. A
-damaged entry counts as missing, and is removed.
+Entries are JSON files in the user's cache folder, written whole or not at all, so several processes
+may share it. An entry that cannot be read counts as missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import io
+import importlib
+import json
 import os
-import pickle
-import tempfile
+import sys
+import uuid
 from collections.abc import Iterator
 from contextvars import ContextVar
 from fractions import Fraction
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
-import torch
+from torch import nn
 
+from ..schema import versions
+from .build import Builder
+from .config_json import OF_NO_EFFECT, EntryOfKind, without_names
 from .shortage import shortage_noted
 
 VARIABLE = "TP_HF_CONFIG_CACHE"
 """The environment variable that moves the cache to another folder, or switches it off."""
-_OFF = {"", "0", "off", "false", "no"}
-_MOST = 2000
-"""Entries; of more, the oldest quarter is removed."""
-_DIGEST = 32
-"""Bytes of the checksum in front of an entry's data."""
-_BUILTINS = {"frozenset", "set", "complex", "range", "slice"}
-
+_PACKAGE = __name__.partition(".")[0]
+_VERSIONED = sys.stdlib_module_names | {"torch"}
+"""Packages whose version is in the key instead of their files."""
+_SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 
 _suspended: ContextVar[bool] = ContextVar("_suspended", default=False)
 
@@ -48,101 +50,100 @@ def suspended() -> Iterator[None]:
 
 def folder() -> Path | None:
     """Return the folder of the cache, which need not exist; None if the cache is switched off."""
-    if _suspended.get():
-        return None
-    given = os.environ.get(VARIABLE)
-    if given is not None:
-        return None if given.strip().lower() in _OFF else Path(given)
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # there is no home folder
-        return None
-    return Path(base) / "tp_hf_config"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    usual = os.path.join(base, _PACKAGE) if os.path.isabs(base) else "off"  # no home folder
+    given = os.environ.get(VARIABLE, usual)
+    return None if _suspended.get() or given.lower() in ("off", "") else Path(given)
 
 
 def load(key: str) -> Any:
-    """Return what was stored under a key; None if nothing was, or if it is damaged."""
+    """Return what was stored under a key; None if nothing was, or if it cannot be read."""
     place = folder()
-    if place is None:
-        return None
-    path = place / key
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
-            return _Reader(io.BytesIO(data[_DIGEST:])).load()
-    except FileNotFoundError:
-        return None
-    except Exception:  # whatever a damaged or foreign entry makes pickle raise
-        pass
-    with contextlib.suppress(OSError):
-        path.unlink()
-    return None
+    with contextlib.suppress(Exception):  # damaged, or of another library
+        return None if place is None else _decoded(json.loads((place / key).read_text()))
 
 
 def store(key: str, value: Any) -> None:
-    """Store a value under a key; do nothing if it cannot be written.
-
-    Once a tensor did not fit into memory, nothing is stored: what was learned may be too little.
-
-    Args:
-        key: a file name.
-        value: made of plain values and this package's dataclasses; a class that cannot be read
-            back is not stored.
-    """
+    """Store plain values and this package's dataclasses under a key, if they can be written."""
     place = folder()
-    if place is None or shortage_noted():
+    if place is None or shortage_noted():  # short of memory, too little may have been learned
         return
-    try:
-        data = pickle.dumps(value, protocol=4)
-        _Reader(io.BytesIO(data)).load()
-        place.mkdir(parents=True, exist_ok=True)
-        _write(place / key, hashlib.sha256(data).digest() + data)
-        _trim(place)
-    except (OSError, pickle.PicklingError, pickle.UnpicklingError, TypeError, AttributeError):
-        return
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: under another name first."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
+    new = place / f".new-{uuid.uuid4()}"
+    with contextlib.suppress(OSError, TypeError):  # a full disk; a value of another kind
         try:
-            file.write(data)
-            file.close()
-            os.replace(file.name, path)
-        except OSError:
-            file.close()
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+            place.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(_encoded(value)))
+            new.replace(place / key)
+        finally:
+            new.unlink(missing_ok=True)
 
 
-def _trim(place: Path) -> None:
-    """Remove the oldest entries of a folder that has too many; also what was never finished."""
-    entries = [path for path in place.iterdir() if path.is_file()]
-    if len(entries) <= _MOST:
-        return
-    for path in sorted(entries, key=lambda path: path.stat().st_mtime)[: _MOST // 4]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+def _encoded(value: Any) -> Any:
+    """Return a value as JSON; what JSON has no form for becomes ``{kind: content}``."""
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if kind in _SEQUENCES.values():
+        return {kind.__name__: [*map(_encoded, value)]}
+    if kind is dict:
+        return {"dict": [[_encoded(key), _encoded(item)] for key, item in value.items()]}
+    if kind is Fraction:
+        return {"Fraction": str(value)}
+    if kind is EntryOfKind:
+        return {"EntryOfKind": _encoded([int(value), value.places])}
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {f"{kind.__module__}:{kind.__name__}": _encoded(fields)}
 
 
-class _Reader(pickle.Unpickler):
-    """Reads plain values and this package's own classes; refuses whatever else an entry names."""
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind](map(_decoded, content))
+    if kind == "dict":
+        return {_decoded(key): _decoded(item) for key, item in content}
+    if kind == "Fraction":
+        return Fraction(content)
+    if kind == "EntryOfKind":
+        return EntryOfKind(*_decoded(content))
+    module, _, name = kind.partition(":")
+    ours = module.startswith(f"{_PACKAGE}.")
+    made: Any = getattr(importlib.import_module(module), name) if ours else None
+    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
+        raise ValueError(f"{kind} is no part of an entry")
+    return made(**_decoded(content))
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a class that entries may hold.
 
-        Raises:
-            pickle.UnpicklingError: it is another one.
-        """
-        if module == "builtins" and name in _BUILTINS:
-            return super().find_class(module, name)
-        if (module, name) == ("fractions", "Fraction"):
-            return Fraction
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.partition(".")[0] == __name__.partition(".")[0]:
-            value = super().find_class(module, name)
-            if isinstance(value, type) and value.__module__ == module:
-                return value
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of an entry")
+def class_digest(builder: Builder, model: nn.Module) -> str | None:
+    """Return a digest of the code of a class and its config class, with the class's options.
+
+    It covers the files of all classes in ``model`` (the class built from its config) and of all
+    functions and classes in these files, also of those put there at run time (kernels of another
+    library). None: one has no file, because it was typed into a shell.
+    """
+    kinds: set[type] = {type(module) for module in model.modules()}
+    kinds |= {type(vars(module).get("config")) for module in model.modules()}
+    classes = {base for kind in kinds | {builder.config_class} for base in kind.__mro__}
+    names = {cls.__module__ for cls in classes}
+    spaces = [vars(sys.modules[name]) for name in names & sys.modules.keys()]
+    parts = [part for space in (*spaces, *map(vars, classes)) for part in list(space.values())]
+    imported = {str(part.__module__) for part in parts if isinstance(part, (FunctionType, type))}
+    files: dict[str, str] = {}
+    for name in sorted(names | imported & sys.modules.keys()):
+        if name.partition(".")[0] in _VERSIONED:
+            continue
+        file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        if not file.is_file():
+            return None
+        files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    # this package's files change while its version does not
+    own = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
+    key = [versions(), sys.version_info[:2], files, builder.model_class, builder.options.items()]
+    return hashlib.sha256(own + repr(key).encode()).hexdigest()
+
+
+def entry_key(digest: str, *parts: Any) -> str:
+    """Return the key of an entry: a digest, and configs without what has no effect (names)."""
+    values = without_names([digest, *parts], OF_NO_EFFECT)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

@@ -348,7 +348,7 @@ def _module(name: str, text: str) -> Any:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        module.SOURCE = text  # for pickles; a system that cleans up may take the file
+        vars(module)["SOURCE"] = text  # for pickles; a system that cleans up may take the file
         sys.modules[full] = module
         try:
             spec.loader.exec_module(module)
@@ -363,7 +363,7 @@ def _module(name: str, text: str) -> Any:
 def _reduced(model: Any) -> tuple[Any, ...]:
     """Reduce a model for pickle and ``copy``: its module is made again from its text."""
     cls: Any = type(model)
-    text = sys.modules[cls.__module__].SOURCE
+    text = vars(sys.modules[cls.__module__])["SOURCE"]
     name = cls.__module__.rpartition(".")[2]
     return _unfilled, (name, text, cls.__name__), *object.__reduce_ex__(model, 2)[2:]
 

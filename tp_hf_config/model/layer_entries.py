@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .build import Builder, Refusal
-from .config_json import FieldPath, config_json
+from .config_json import FieldPath, config_json, config_nodes
 from .layer_class import auto_map, layer_lists, layerwise_class, stock_class
-from .live_objects import config_nodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,13 +1,13 @@
-"""Tensors that are read when they are computed with, and freed again: models larger than memory.
+"""Tensors that are gathered from shards when they are computed with, and freed again.
 
-A :class:`LazyTensor` has a shape, a dtype, strides, and a function that reads its values, from a
-file for instance.  What only moves values (selecting channels, stacking experts, casting) gives
-another lazy tensor and reads nothing; anything else reads the values, computes, and forgets them.
+A :class:`LazyTensor` has a shape, a dtype, strides, and a function that reads its values.  What
+only moves values (selecting channels, casting) gives another lazy tensor and reads nothing;
+anything else reads the values, computes, and forgets them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -15,8 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-
-from .lazy_parts import Parts, parts_of
 
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
@@ -70,12 +68,10 @@ class LazyTensor(Tensor):
     Attributes:
         like: as given.
         read: as given.
-        parts: the tensors that it is made of; ``None``: it is no stack.
     """
 
     like: Tensor
     read: Callable[[], Tensor]
-    parts: Parts | None
     _storage: _Storage
 
     @staticmethod
@@ -96,7 +92,7 @@ class LazyTensor(Tensor):
     def __init__(
         self, like: Tensor, read: Callable[[], Tensor], storage: _Storage | None = None
     ) -> None:
-        self.like, self.read, self.parts = like, read, None
+        self.like, self.read = like, read
         self._storage = storage or _Storage(like.nbytes)
 
     @classmethod
@@ -152,58 +148,24 @@ class _Storage:
 
 def _same(source: LazyTensor, storage: _Storage | None = None) -> LazyTensor:
     """Return another lazy tensor of the same values."""
-    same = LazyTensor(source.like, source.read, storage or source._storage)
-    same.parts = source.parts
-    return same
+    return LazyTensor(source.like, source.read, storage or source._storage)
 
 
 def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return the lazy result, or results, of an operation that only moves values."""
-    parts = args[0].parts if isinstance(args[0], LazyTensor) else None
-    taken = None if parts is None else parts.of(func, _counted_from_front(args), kwargs)
     plain = {key: value for key, value in kwargs.items() if key != "device"}
     results = func(*tree_map(_shape_of, args), **plain)
-    if taken is not None:
-        return _as_view(taken, results, args[0]) if func in _VIEWS else taken
 
     def read() -> Any:
         return func(*tree_map(_values, args), **kwargs)
 
     storage = args[0]._storage if func in _VIEWS and isinstance(args[0], LazyTensor) else None
     if isinstance(results, Tensor):
-        result = LazyTensor(results, read, storage)
-        result.parts = parts_of(func, args, results.ndim)
-        return result
+        return LazyTensor(results, read, storage)
     return [
         LazyTensor(result, partial(_item, read, number), storage)
         for number, result in enumerate(results)
     ]
-
-
-def _counted_from_front(args: Sequence[Any]) -> list[Any]:
-    """Return arguments with a dimension that is counted from the end counted from the front."""
-    counted = list(args)
-    for place in (1, 2):
-        if place < len(args) and type(args[place]) is int and args[place] < 0:
-            counted[place] += args[0].ndim
-    return counted
-
-
-def _as_view(taken: Any, like: Any, source: LazyTensor) -> Any:
-    """Return what was taken of a tensor's parts, with the strides and the storage of a view.
-
-    Args:
-        taken: lazy tensors.
-        like: what the operation gives on the meta device.
-        source: the whole.
-    """
-    if not isinstance(taken, Tensor):
-        return [_as_view(*pair, source) for pair in zip(taken, like, strict=True)]
-    if not isinstance(taken, LazyTensor):
-        return taken
-    view = LazyTensor(like, taken.read, source._storage)
-    view.parts = taken.parts
-    return view
 
 
 def _item(read: Callable[[], Sequence[Tensor]], number: int) -> Tensor:
@@ -219,9 +181,7 @@ def _shape_of(value: Any) -> Any:
 
 def _values(value: Any) -> Any:
     """Return the values of a lazy tensor; any other value as it is."""
-    if not isinstance(value, LazyTensor):
-        return value
-    return value.read() if _held is None else _held.of(value)
+    return value.read() if isinstance(value, LazyTensor) else value
 
 
 def values_of(tensor: Tensor) -> Tensor:
@@ -238,70 +198,14 @@ def _check_not_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
         alias = argument.alias_info
         if alias is not None and alias.is_write and isinstance(value, LazyTensor):
             raise RuntimeError(
-                f"{func}: these weights are read from files or shards when they are used, and "
-                "cannot be changed in place. Load the model into memory to train it"
+                f"{func}: these weights are gathered from shards when they are used, and cannot be "
+                "changed in place. Train the sharded model"
             )
 
 
 def is_lazy(model: nn.Module) -> bool:
-    """True if some of a model's parameters are read when they are used."""
+    """True if some of a model's parameters are gathered when they are used."""
     return any(isinstance(parameter, LazyTensor) for parameter in model.parameters())
-
-
-class HeldValues:
-    """Keeps the values of lazy tensors from one use to the next, as many as there is room for.
-
-    Args:
-        tensors: the tensors, such as a model's parameters; only lazy ones count.
-        limit: how many bytes are kept.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor], limit: int):
-        reads = (whole.read for tensor in tensors for whole in _read_whole(tensor))
-        self._reads = {id(read): read for read in reads}
-        self._values: dict[int, Tensor] = {}
-        self._room = self._limit = limit
-
-    def of(self, tensor: LazyTensor) -> Tensor:
-        """Return a tensor's values; they are read if they are not kept."""
-        key = id(tensor.read)
-        if key in self._values:
-            return self._values[key]
-        values = tensor.read()
-        if key in self._reads and values.nbytes <= self._room:
-            self._values[key] = values
-            self._room -= values.nbytes
-        return values
-
-    def forget(self) -> None:
-        """Free the values."""
-        self._values.clear()
-        self._room = self._limit
-
-
-_held: HeldValues | None = None
-
-
-@contextmanager
-def holding(tensors: Iterable[Tensor], limit: int) -> Iterator[HeldValues]:
-    """Keep the values of lazy tensors while the block runs; see :class:`HeldValues`."""
-    global _held
-    before, _held = _held, HeldValues(tensors, limit)
-    try:
-        yield _held
-    finally:
-        _held = before
-
-
-def _read_whole(tensor: Tensor) -> Iterator[LazyTensor]:
-    """Yield a lazy tensor, or the parts that it is made of: what is taken of it is read of them."""
-    if not isinstance(tensor, LazyTensor):
-        return
-    if tensor.parts is None:
-        yield tensor
-    else:
-        for part in tensor.parts.tensors:
-            yield from _read_whole(part)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 
 from .build import Refusal
 from .lazy_tensor import LazyTensor
-from .recycled_memory import recycled_empty
+from .paging import in_file, is_paged
 
 PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
 _COLUMNS = 1021
@@ -23,9 +23,7 @@ _COLUMNS = 1021
 _OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> dtype
 
 
-def select(
-    tensor: torch.Tensor, positions: Mapping[int, torch.Tensor], recycled: bool = False
-) -> torch.Tensor:
+def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Return one copy of a tensor with only some positions of some dimensions.
 
     The copy is filled a few rows at a time. Selecting one whole dimension after the other would
@@ -34,15 +32,14 @@ def select(
     Args:
         tensor: the tensor, of any shape.
         positions: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
-        recycled: the copy is used once and freed (see :func:`recycled_empty`).
     """
     if isinstance(tensor, LazyTensor):
         return _select_lazily(tensor, positions)
     (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
     shape = _shape_of(tensor, positions)
-    result = recycled_empty(shape, tensor.dtype) if recycled else tensor.new_empty(shape)
+    result = tensor.new_empty(shape)
     if not others:
-        return _select_along(tensor, dim, index, result)
+        return in_file(_select_along(tensor, dim, index, result))
     last, last_index = others[-1]
     rows = max(1, PIECE * tensor.shape[dim] // max(1, tensor.nbytes))
     for start in range(0, len(index), rows):
@@ -50,7 +47,7 @@ def select(
         for other, other_index in others[:-1]:
             piece = piece.index_select(other, other_index)
         _select_along(piece, last, last_index, result.narrow(dim, start, piece.shape[dim]))
-    return result
+    return in_file(result)
 
 
 def _select_along(
@@ -76,12 +73,8 @@ def _shape_of(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> li
 
 def _select_lazily(tensor: LazyTensor, positions: Mapping[int, torch.Tensor]) -> LazyTensor:
     """Return the selection as a lazy tensor; nothing is read yet."""
-    if tensor.parts is not None:
-        for dim, index in positions.items():
-            tensor = tensor.index_select(dim, index)  # type: ignore[assignment]
-        return tensor
     like = torch.empty(_shape_of(tensor, positions), dtype=tensor.dtype, device="meta")
-    return LazyTensor(like, lambda: select(tensor.read(), positions, recycled=True))
+    return LazyTensor(like, lambda: select(tensor.read(), positions))
 
 
 @dataclass(frozen=True)
@@ -191,12 +184,12 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
     """Return what changes once a model's weights do: a checksum of each parameter's values.
 
     What is written through ``.data`` (an adapter that is merged, a moving average) is in no version
-    counter. A parameter that is read from files, or gathered from shards, is not read: its version
-    counter has to do.
+    counter. A parameter that is gathered from shards, or of a model that is paged, is not read: its
+    version counter has to do.
     """
     return tuple(
         (name, parameter.dtype, tuple(parameter.shape), _checksum(parameter))
-        if type(parameter) is nn.Parameter and not parameter.is_meta
+        if type(parameter) is nn.Parameter and not parameter.is_meta and not is_paged()
         else (name, id(parameter), tuple(parameter.shape), parameter._version)
         for name, parameter in model.named_parameters()
     )

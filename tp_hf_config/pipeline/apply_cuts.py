@@ -15,14 +15,13 @@ from ..fieldmap.learn_field_map import map_of
 from ..graph.cut_list import CutList
 from ..graph.rebuild import rebuilt
 from ..model.locate import check_followable, find_pretrained
+from ..model.paging import paged
 from .companions import copy_companions
-from .output import check_savable, check_target, save_model
-from .record import record
-from .resumable import resumable_folder
+from .output import check_savable, check_target, new_folder, save_model
 from .roundtrip import prove_roundtrip
-from .source import class_for, config_of, find_source, load_lazily
+from .source import class_for, config_of, find_source, load
 from .source_checks import check_source
-from .streaming import why_not_read_lazily
+from .streaming import is_large
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +42,6 @@ def apply_cuts(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
-    resume: bool = False,
 ) -> Path: ...
 
 
@@ -56,24 +54,21 @@ def apply_cuts(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
-    resume: bool = False,
 ) -> PreTrainedModel | Path:
     """Make the pruned model of an unpruned one by a cut list, or the pruned folder of a folder.
 
     ``hook.cuts`` holds what a pruner cut, ``hook.cuts.save(path)`` writes it.  The model that is
     passed stays as it is; the pruned one is returned, with the bits that pruning in place gives.
-    From folder to folder one tensor is in memory at a time, so a model that fits nowhere can be cut
-    by a list that was made from its config, from another copy, or on another machine.
+    From folder to folder the system pages, so a model that fits nowhere can be cut by a list that
+    was made from its config, from another copy, or on another machine.
 
     Args:
-        model_or_folder: an unpruned model; or a folder with safetensors files.
+        model_or_folder: an unpruned model; or a folder.
         cuts: a cut list, or the file that it was saved to.
         out: the folder to write, for a folder.
         overwrite: replace a model folder that is at ``out``.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
         trust_remote_code: run the Python files that come with the folder's model.
-        resume: go on with what an interrupted call has written, and keep what this one has written
-            if it is interrupted, beside ``out``.
 
     Returns:
         A new model, built from the new config; or the folder that was written, once a fresh
@@ -84,8 +79,7 @@ def apply_cuts(
         UnsupportedModelError: it was made for another class or config.
         ValueError: weights were refitted, and their refits are not in it.
         ConfigSyncError: the class does not build what it leaves.
-        PipelineError: the folder cannot be read or written, or an interrupted call was to do
-            something else; nothing is at ``out``.
+        PipelineError: the folder cannot be read or written; nothing is at ``out``.
     """
     cuts = cuts if isinstance(cuts, CutList) else CutList.load(cuts)
     if isinstance(model_or_folder, nn.Module):
@@ -97,23 +91,19 @@ def apply_cuts(
     source = find_source(os.fspath(model_or_folder), trust_remote_code)
     target = Path(out)
     check_target(target, source=source.folder, overwrite=overwrite)
-    reason = why_not_read_lazily(source)
-    if reason is not None:
-        raise PipelineError(f"{source.name}: {reason}")
     config = config_of(source)
     check_source(source, config)
-    whole, notes = load_lazily(source, config, class_for(source, config), complete=True)
-    for note in notes:
-        warn(note, UserWarning)
-    check_savable(whole)
-    recipe = map_of(whole, how=by_layers).recipe
-    model = rebuilt(whole, cuts)
-    settings = {"cuts": cuts.digest(), "max_shard_size": max_shard_size}
-    with resumable_folder(
-        target, record(source, settings), source=source.folder, overwrite=overwrite, resume=resume
-    ) as work:
-        work.decide(None)  # the cut list is there, so weight files are final
-        save_model(model, work.model, max_shard_size)
-        copy_companions(source, work.model)
-        prove_roundtrip(model, work.model, recipe)
+    with (
+        new_folder(target, source=source.folder, overwrite=overwrite) as work,
+        paged(work if is_large(source) else None),
+    ):
+        whole, notes = load(source, config, class_for(source, config), complete=True)
+        for note in notes:
+            warn(note, UserWarning)
+        check_savable(whole)
+        recipe = map_of(whole, how=by_layers).recipe
+        model = rebuilt(whole, cuts)
+        save_model(model, work, max_shard_size)
+        copy_companions(source, work)
+        prove_roundtrip(model, work, recipe)
     return target

@@ -11,7 +11,6 @@ from ..planning.make_plan import plan
 from ..planning.plan import Plan
 from ..planning.refusals import PlannedRefusal
 from .job import Job
-from .resumable import bytes_written
 from .source import Source
 
 if TYPE_CHECKING:
@@ -86,8 +85,6 @@ def check_plan(plan: Plan, job: Job) -> None:
         why = "; ".join(plan.adjusted) or "Ask for more"
         raise PipelineError(f"these ratios prune nothing ({steps}). {why}")
     free = shutil.disk_usage(job.out.expanduser().resolve().parent).free
-    if job.resume:
-        free += bytes_written(job.out)
     if plan.after is not None and plan.after.bytes > free:
         raise PipelineError(
             f"{job.out}: the pruned model takes {plan.after.bytes:,} bytes, and {free:,} are free"

@@ -1,4 +1,4 @@
-"""Decide what a job cuts, and cut it; or do again what an interrupted run has decided."""
+"""Decide what a job cuts, and cut it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from ..errors import PipelineError, UnsupportedModelError
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..forward.run_recipe import RunRecipe
-from ..graph.cut_list import CutList
-from ..graph.rebuild import rebuilt
 from ..hook.drop_layers import drop_layers
 from ..hook.dropped_layers import DroppedLayers
+from ..hook.report import SyncReport
 from ..model.build import Refusal
 from ..planning.allocate import Allocation
 from ..planning.plan import Plan
-from .decided import Decided
 from .job import Job
 from .material import Run, gather, measure
 from .progress import Progress
@@ -30,12 +28,18 @@ class Cut:
     Attributes:
         recipe: how its class was run before it was pruned.
         widths: the widths that it was pruned to; ``None``: only layers were dropped.
-        decided: what was decided.
+        parameters: how many parameters it had.
+        perplexities: the perplexities that it had.
+        dropped: the layers that were dropped.
+        reports: one for each step.
     """
 
     recipe: RunRecipe
     widths: Plan | Allocation | None
-    decided: Decided
+    parameters: int
+    perplexities: tuple[float | None, float | None]
+    dropped: DroppedLayers | None
+    reports: tuple[SyncReport, ...]
 
 
 def decide(run: Run, plan: Plan | None) -> Cut:
@@ -46,7 +50,7 @@ def decide(run: Run, plan: Plan | None) -> Cut:
     job, model = run.job, run.model
     if plan is not None and job.ranking != "local":
         check_ranking(run, plan)
-    without_text = _gather(run)
+    _gather(run)
     parameters, before = model.num_parameters(), run.perplexities()
     dropped = _drop(run)
     widths: Plan | Allocation | None = plan
@@ -57,32 +61,7 @@ def decide(run: Run, plan: Plan | None) -> Cut:
         widths = decided(run, parameters)
         show(widths, job, run.progress)
     recipe = map_of(model, how=by_layers).recipe
-    reports, cuts = run_steps(run, widths)
-    allocation = widths if isinstance(widths, Allocation) else None
-    made = Decided(without_text, parameters, before, dropped, allocation, reports, cuts=cuts)
-    return Cut(recipe, widths, made)
-
-
-def cut_again(run: Run, plan: Plan | None, kept: tuple[Decided, CutList | None]) -> Cut:
-    """Carry out what an interrupted run of the same job has decided; the model is replaced.
-
-    ``kept``: what was decided, and the cut list of all steps.
-    """
-    made, cuts = kept
-    run.progress.say("going on: what goes is decided, and not measured again")
-    if made.without_text:
-        run.choice = run.choice.without_text(made.without_text)
-    elif made.after is None:
-        _gather(run, calibrates=False)
-    if made.dropped is not None:
-        drop_layers(run.model, made.dropped.dropped, which=made.dropped.layers)
-    widths: Plan | Allocation | None = plan or made.allocation
-    if run.job.widths and widths is None:
-        widths = decided(run, made.parameters)
-    recipe = map_of(run.model, how=by_layers).recipe
-    if cuts is not None:
-        run.model = rebuilt(run.model, cuts)
-    return Cut(recipe, widths, made)
+    return Cut(recipe, widths, parameters, before, dropped, run_steps(run, widths))
 
 
 def show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
@@ -95,26 +74,25 @@ def show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
         )
 
 
-def _gather(run: Run, calibrates: bool = True) -> str:
-    """Gather what the model is run on; return why it is run on nothing after all, or ``""``.
+def _gather(run: Run) -> None:
+    """Gather what the model is run on, if anything.
 
     Raises:
         UnsupportedModelError: the model does not run on text alone, and the user asked for that.
     """
     choice = run.choice
     if choice.origin is None:
-        return ""
-    material = gather(run.job, choice, run.model, run.progress, calibrates)
+        return
+    material = gather(run.job, choice, run.model, run.progress)
     if not isinstance(material, Refusal):
         run.material = material
-        return ""
+        return
     if choice.asked:
         raise UnsupportedModelError(
             f"{material.reason}: leave --calibration, --recover, --allocate and --drop-layers out, "
             "and use --importance magnitude or random"
         )
     run.choice = choice.without_text(material.reason)
-    return material.reason
 
 
 def _drop(run: Run) -> DroppedLayers | None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import PipelineError
 from ..reports import Report, old_and_new
 from .output import check_target
-from .resumable import check_not_unfinished
 from .source import Source
 
 if TYPE_CHECKING:
@@ -54,10 +53,8 @@ class Job:
         overwrite: replace a model that is in ``out``.
         drop_layers: how many layers to drop before widths are pruned: those of least influence.
         drop_from: the list of layers that they are dropped from, where a model has several.
-        stream: read weights from the folder when they are used, one at a time, instead of loading
-            them; ``None``: where that changes nothing, or the model is too large.
-        resume: go on with what an interrupted run of this job has done, and keep what this one has
-            done if it is interrupted; the weights are streamed then.
+        stream: put weights that are cut into mapped files beside ``out``, which the system pages;
+            ``None``: if the model would take more than half of the free memory.
         ranking: which units are ranked together: those of each layer alone, of all layers
             (Torch-Pruning's ``global_pruning``) or of layers of one structure (``isomorphic``).
         allocate: every layer gets the width that the model misses least, for the target in
@@ -82,7 +79,6 @@ class Job:
     drop_layers: int = 0
     drop_from: str | None = None
     stream: bool | None = None
-    resume: bool = False
     ranking: Ranking = "local"
     allocate: bool = False
     tokens: int | None = None
@@ -104,12 +100,9 @@ def check_job(job: Job) -> None:
     """Raise if a job's result cannot be written where it is to be.
 
     Raises:
-        PipelineError: the output folder cannot be written to, or an interrupted run of it can go
-            on.
+        PipelineError: the output folder cannot be written to.
     """
     check_target(job.out, source=job.source.folder, overwrite=job.overwrite)
-    if not job.resume:
-        check_not_unfinished(job.out)
 
 
 def calibration_text(job: Job) -> str | None:

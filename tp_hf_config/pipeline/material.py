@@ -19,9 +19,12 @@ from .choice import Choice
 from .job import Job
 from .objective import Objective, batch_of, objective_of, shuffled
 from .progress import Progress
+from .streaming import is_large
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_TOGETHER = 8  # windows, if a model may be larger than memory: its files are read for each batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Material:
             are dropped it is not measured yet: they go before.
         held_out: windows ``(windows, tokens)`` of the calibration file that decide nothing.
         second: windows of the second text; none if the model is no causal language model.
+        together: how many windows go through the model at a time.
     """
 
     objective: Objective
@@ -44,11 +48,13 @@ class Material:
     calibration: Calibration | None
     held_out: Tensor
     second: Tensor
+    together: int = 1
 
     def perplexities(self, model: PreTrainedModel) -> tuple[float | None, float | None]:
         """Return the perplexity on the held-out windows, and that on the second text."""
-        held_out = self.objective.perplexity(model, self.held_out)
-        return held_out, self.objective.perplexity(model, self.second)
+        texts = self.held_out, self.second
+        held_out, second = (self.objective.perplexity(model, t, self.together) for t in texts)
+        return held_out, second
 
 
 @dataclass
@@ -75,7 +81,7 @@ class Run:
 
 
 def gather(
-    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress, calibrates: bool = True
+    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
 ) -> Material | Refusal:
     """Return what a job runs its model on, or why the model does not run on text alone.
 
@@ -84,7 +90,6 @@ def gather(
         choice: what it does; it has a text.
         model: the unpruned model.
         progress: where to show how far this is.
-        calibrates: False: nothing is measured for importances and refits, they are there already.
 
     Raises:
         CalibrationError: the text or the tokenizer does not fit the model, or what its layers give
@@ -112,14 +117,15 @@ def gather(
     second = text.held_out[:0]
     if objective.task == "next token" and choice.tokenizer is not None:
         second = _all(windows_of(second_text(), choice.tokenizer, model))
-    calibrates = calibrates and choice.calibrates
+    together = _TOGETHER if is_large(job.source) else 1
     return Material(
         objective,
         shuffled(text.train, job.seed),
         copy.deepcopy(model) if job.recover else None,
-        _calibration(job, model, text.train, progress) if calibrates else None,
+        _calibration(job, model, text.train, progress, together) if choice.calibrates else None,
         text.held_out,
         second,
+        together,
     )
 
 
@@ -141,7 +147,7 @@ def _all(text: Text) -> Tensor:
 
 
 def _calibration(
-    job: Job, model: PreTrainedModel, windows: Tensor, progress: Progress
+    job: Job, model: PreTrainedModel, windows: Tensor, progress: Progress, together: int
 ) -> Calibration:
     """Measure a model on the first of the windows ``(windows, tokens)``; as many as the job says.
 
@@ -149,7 +155,7 @@ def _calibration(
     """
     measured = max(1, (job.tokens or TOKENS) // windows.shape[1])
     chosen = windows[: measured * HELD_OUT // (HELD_OUT - 1)]
-    batches = [batch_of(model, row[None]) for row in chosen]
+    batches = [batch_of(model, rows) for rows in torch.split(chosen, together)]
     calibration = calibrate(model, batches, measure=False, refits=job.compensate)
     if not job.drop_layers:
         measure(calibration, progress)

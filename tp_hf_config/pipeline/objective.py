@@ -6,14 +6,12 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..calibration.passes import run_all
 from ..errors import in_one_line
 from ..model.build import Refusal
 from ..model.shortage import raise_shortage
@@ -71,16 +69,20 @@ class Objective:
         return cross_entropy(logits, text[:, 1:].flatten())
 
     @torch.no_grad()
-    def perplexity(self, model: PreTrainedModel, windows: Tensor) -> float | None:
+    def perplexity(
+        self, model: PreTrainedModel, windows: Tensor, together: int = 1
+    ) -> float | None:
         """Return exp of the mean loss over the windows ``(windows, tokens)``.
+
+        ``together``: so many windows go through the model at a time.
 
         Return ``None`` if there are no windows, if no answer is right or wrong (``own answer``,
         ``nothing``), or if the result is not finite.
         """
         if not len(windows) or self.task in ("own answer", "nothing"):
             return None
-        losses = run_all(model, [partial(self.loss, model, row[None]) for row in windows])
-        value = float(torch.stack(losses).mean().exp())
+        losses = [self.loss(model, rows) * len(rows) for rows in torch.split(windows, together)]
+        value = float((torch.stack(losses).sum() / len(windows)).exp())
         return value if math.isfinite(value) else None
 
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from shlex import quote
@@ -224,10 +224,7 @@ def check_savable(model: PreTrainedModel) -> None:
 
 
 def save_model(
-    model: PreTrainedModel,
-    folder: Path,
-    max_shard_size: str | None = None,
-    write: Callable[..., None] | None = None,
+    model: PreTrainedModel, folder: Path, max_shard_size: str | None = None
 ) -> tuple[str, ...]:
     """Write a model's config and weights into a folder.
 
@@ -237,7 +234,6 @@ def save_model(
         model: the model.
         folder: the folder; files of other names in it stay.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
-        write: what writes a file of lazy tensors; ``None``: one tensor at a time.
 
     Returns:
         What the config cannot say to Transformers 4, and why, one sentence each.
@@ -247,14 +243,12 @@ def save_model(
     """
     # with torch, which no check of a job needs
     from ..checkpoint.building import Classes
-    from ..checkpoint.lazy_weights import written_one_by_one
     from ..checkpoint.loading import main_dtype
     from ..checkpoint.rotary import write_for_transformers_4
-    from ..model.lazy_tensor import is_lazy
+    from ..model.paging import conversions_in_files
 
     shards: Any = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    one_by_one = written_one_by_one(write) if is_lazy(model) else nullcontext()
-    with writing_weights(), one_by_one:
+    with writing_weights(), conversions_in_files():
         model.save_pretrained(folder, **shards)
     _correct_dtype(folder, str(main_dtype(model)).removeprefix("torch."))
     return write_for_transformers_4(folder, Classes(type(model.config), type(model), 0))

@@ -15,10 +15,6 @@ class Progress(Protocol):
         """Show that something was done or found."""
         ...
 
-    def failed(self, what: str) -> None:
-        """Show what is left of a job that failed; raise nothing."""
-        ...
-
     def track(
         self, items: Iterable[T], total: int, what: str, unit: str = "windows"
     ) -> Iterator[T]:
@@ -30,9 +26,6 @@ class Silent:
     """A progress display that shows nothing."""
 
     def say(self, what: object) -> None:
-        """Do nothing."""
-
-    def failed(self, what: str) -> None:
         """Do nothing."""
 
     def track(

@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..forward.run_recipe import RunRecipe
+from ..model.paging import is_paged, paged
 from ..model.surroundings import same_random_state
+from ..planning.allocate import Allocation
 from ..planning.plan import Plan
 from .card import card
 from .checks import check_device, dtype_of
 from .choice import Choice, choose
 from .companions import Copied, copy_companions, fetch_companions, notes_on_uncopied
-from .decided import decided_before
-from .deciding import cut_again, decide, show
+from .deciding import decide, show
 from .job import TEXTS, Job, Pruned, calibration_text, changed, check_job
 from .layerwise import layerwise_of
 from .material import Run
 from .output import abandoned, check_savable, new_folder, save_model
 from .progress import Progress, Silent
-from .record import record_of_job
-from .resumable import Work, resumable_folder
 from .roundtrip import Proof, prove_roundtrip
-from .source import class_for, config_of, load, load_lazily
+from .source import class_for, config_of, load
 from .source_checks import check_source
 from .streaming import streams
 from .widths import planned
@@ -63,39 +62,12 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     model_class = class_for(job.source, config)
     plan = planned(job, config, model_class)
     choice = choose(job, text, config, model_class)
-    streamed = streams(job, choice)
-    with _work(job, text, streamed, progress) as work:
+    with new_folder(job.out, source=job.source.folder, overwrite=job.overwrite) as work:
         if plan is not None:
             show(plan, job, progress)
-        with _seeded(job.seed):
-            result = _prune_and_write(
-                job, config, model_class, plan, choice, streamed, work, progress
-            )
+        with _seeded(job.seed), paged(work if streams(job) else None):
+            result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
-
-
-@contextmanager
-def _work(job: Job, text: str | None, streamed: bool, progress: Progress) -> Iterator[Work]:
-    """Yield where to write; where weights are streamed, with what an interrupted run has done."""
-    if not streamed:
-        with new_folder(job.out, source=job.source.folder, overwrite=job.overwrite) as folder:
-            yield Work(folder)
-        return
-    work: Work | None = None
-    try:
-        with resumable_folder(
-            job.out,
-            record_of_job(job, text),
-            source=job.source.folder,
-            overwrite=job.overwrite,
-            resume=job.resume,
-        ) as work:
-            yield work
-    except BaseException:
-        if work is not None and work.kept:
-            again = f"{job.command} --resume" if job.command else "the same job, resume=True"
-            progress.failed(f"what is done is kept in {work.folder}. To go on: {again}")
-        raise
 
 
 @contextmanager
@@ -116,60 +88,46 @@ def _prune_and_write(
     model_class: type[PreTrainedModel],
     plan: Plan | None,
     choice: Choice,
-    streamed: bool,
-    work: Work,
+    work: Path,
     progress: Progress,
 ) -> Pruned:
     """Load, prune and prove the model, and write everything into the unfinished folder."""
-    dtype, kept = dtype_of(job.dtype), decided_before(work)
-    if streamed:
-        progress.say(f"{job.source.name}: tensors are read when they are needed")
-        model, load_notes = load_lazily(job.source, config, model_class, dtype=dtype)
-    else:
-        progress.say(f"loading {job.source.name}")
-        model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
+    dtype = dtype_of(job.dtype)
+    progress.say(f"{'mapping' if is_paged() else 'loading'} {job.source.name}")
+    model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
     check_savable(model)
     run = Run(job, model, choice, progress)
-    if kept is None:
-        cut = decide(run, plan)
-        if not cut.decided.keep(work) and job.resume:
-            progress.say("what goes cannot be kept: an interrupted run would start anew")
-    else:
-        cut = cut_again(run, plan, kept)
-    widths, made = cut.widths, cut.decided
-    if made.after is None:
-        made = made.measured(run.perplexities(), work)
-    model, choice = run.model, run.choice
+    cut = decide(run, plan)
+    after, choice, widths = run.perplexities(), run.choice, cut.widths
     del run  # free the unpruned model: the process that loads the pruned one needs room
-    proof, copied, rotary_notes = _write(job, model, cut.recipe, work.model, progress)
+    proof, copied, rotary_notes = _write(job, model, cut.recipe, work, progress)
     layerwise = layerwise_of(model)
-    after = made.after or (None, None)
-    held_out, second = map(_pair, made.before, after)
+    held_out, second = map(_pair, cut.perplexities, after)
     notes = [*load_notes, *(widths.notes if isinstance(widths, Plan) else ()), *choice.notes]
-    notes += made.dropped.notes if made.dropped else ()
-    notes += [note for report in made.reports for note in report.notes]
-    notes += _lost_perplexities(made.before, after)
+    notes += cut.dropped.notes if cut.dropped else ()
+    notes += [note for report in cut.reports for note in report.notes]
+    notes += _lost_perplexities(cut.perplexities, after)
     notes += [*rotary_notes, *copied.notes]
-    notes += notes_on_uncopied(job.source, copied, changed(made.reports))
+    notes += notes_on_uncopied(job.source, copied, changed(cut.reports))
     if job.layers == "differ" and layerwise is None:
         notes.append("all layers have the same widths in the end: the class is the stock one")
     result = Pruned(
         type(model).__name__,
         job.out,
         widths if isinstance(widths, Plan) else None,
-        made.reports,
-        (made.parameters, model.num_parameters()),
+        cut.reports,
+        (cut.parameters, model.num_parameters()),
         proof,
         copied,
         held_out,
         second,
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
-        dropped_layers=made.dropped,
-        allocation=made.allocation,
+        dropped_layers=cut.dropped,
+        allocation=widths if isinstance(widths, Allocation) else None,
         layers_differ=layerwise,
     )
-    (work.model / "README.md").write_text(card(job.source, result), encoding="utf-8")
+    (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result
 
 

@@ -8,13 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
+from transformers import modeling_utils
 
 from ..arguments import check_arguments
-from ..checkpoint.lazy_weights import WritesOrReads, read_as_written, written_one_by_one
 from ..errors import PipelineError, in_one_line
 from ..graph.standin import standin_of
+from ..model.lazy_tensor import values_of
 from ..model.locate import find_pretrained
 from ..model.ranks import Decision, differing
 from .output import check_target, new_folder, save_model
@@ -30,7 +34,7 @@ def save_sharded(
 ) -> Path:
     """Write a model under FSDP2 into a folder that ``from_pretrained`` loads.
 
-    Every rank has to call it; rank 0 writes. One whole weight is in memory at a time, and the files
+    Every rank has to call it; rank 0 writes. One file's weights are in memory at a time. The files
     are those that ``save_pretrained`` of the same model in one process writes, the config with the
     rotary fields that Transformers 4 reads. The folder appears whole or not at all.
 
@@ -68,12 +72,13 @@ def save_sharded(
 
 def _write(standin: Any, target: Path, overwrite: bool, max_shard_size: str | None) -> str:
     """Write the folder; return why it could not be, once all weights were gathered, or ``""``."""
-    write = WritesOrReads()
+    write = _Writer()
     try:
         with new_folder(target, overwrite=overwrite) as work:
-            save_model(standin, work, max_shard_size, write)
+            with patch.object(modeling_utils, "safe_save_file", write):
+                save_model(standin, work, max_shard_size)
             if write.failure is not None:
-                raise write.failure
+                raise PipelineError(f"{target}: cannot be written: {write.failure}")
     except PipelineError as error:
         if not write.began:
             with suppress(OSError):  # the index, on the same disk
@@ -93,8 +98,39 @@ def _read_along(standin: Any, max_shard_size: str | None) -> None:
                 unsaved = {"save_pretrained": lambda *_, **__: None}
                 replaced.enter_context(_with_attributes(config, unsaved))
         work = replaced.enter_context(tempfile.TemporaryDirectory())
-        replaced.enter_context(written_one_by_one(read_as_written))
+        replaced.enter_context(patch.object(modeling_utils, "safe_save_file", _gather))
         standin.save_pretrained(work, **shards)
+
+
+class _Writer:
+    """Writes safetensors files whose tensors are gathered; once one cannot be written, it gathers.
+
+    So other ranks, which gather too, are not left waiting.
+
+    Attributes:
+        failure: why a file could not be written; ``None`` if none failed.
+        began: a file was begun.
+    """
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.began = False
+
+    def __call__(self, tensors: Any, path: Any, metadata: Any = None) -> None:
+        """Write a file, as ``safetensors.torch.save_file`` does."""
+        self.began = True
+        whole = {name: values_of(tensors[name]).contiguous() for name in sorted(tensors)}
+        if self.failure is None:
+            try:
+                save_file(whole, path, metadata)
+            except (OSError, SafetensorError) as error:
+                self.failure = error
+
+
+def _gather(tensors: Any, path: Any, metadata: Any = None) -> None:
+    """Gather what :class:`_Writer` gathers, in its order, and write nothing."""
+    for name in sorted(tensors):
+        values_of(tensors[name])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.folder import read_config
-from ..errors import CheckpointError, PipelineError, TPHFConfigError, UnsupportedModelError
+from ..errors import PipelineError, TPHFConfigError, UnsupportedModelError
 from ..model.shortage import raise_shortage
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def config_of(source: Source) -> PreTrainedConfig:
     data = None if source.gguf or source.folder is None else read_config(source.folder).data
     reason = too_many_layers(data or {})  # making a list with an entry for each would not end
     if reason is not None:
-        raise PipelineError(f"{source.name}: {reason}. Correct config.json, or repair the folder")
+        raise PipelineError(f"{source.name}: {reason}. Correct config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **source.options)
         return config
@@ -191,54 +191,16 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load the whole model into memory, in eval mode.
-
-    ``dtype``: the dtype of its weights; default: as they are stored, float32 from a GGUF file.
-    ``device``: torch's name of the device to put it on.
-
-    Returns:
-        The model, and notes for the user, such as tensors that are missing.
-
-    Raises:
-        PipelineError: the weights cannot be loaded.
-    """
-    import torch
-
-    stored: Any = torch.float32 if source.gguf else "auto"
-    try:
-        loaded: Any = model_class.from_pretrained(
-            source.place,
-            config=config,
-            dtype=dtype or stored,
-            output_loading_info=True,
-            **source.options,
-        )
-        model, info = loaded
-        model = model.eval().to(device)
-    except Exception as error:  # reading weights may raise anything
-        raise_shortage(error)
-        raise _cannot(source, "its weights cannot be loaded", error) from error
-    if source.gguf and getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
-    return model, _notes(source, info)
-
-
-def load_lazily(
-    source: Source,
-    config: PreTrainedConfig,
-    model_class: type[PreTrainedModel],
-    *,
-    dtype: torch.dtype | None = None,
     complete: bool = False,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return a model on the CPU whose weights are read from its files at each use, in eval mode.
+    """Load a model, in eval mode; on the CPU, weights are mapped that are used as they are stored.
 
     Args:
-        source: where the model is: a folder with safetensors files.
+        source: where the model is.
         config: its config.
         model_class: its class.
-        dtype: the dtype of its weights; default: as they are stored.
+        dtype: the dtype of its weights; default: as they are stored, float32 from a GGUF file.
+        device: torch's name of the device to put it on.
         complete: refuse a folder that lacks tensors of the class.
 
     Returns:
@@ -247,34 +209,31 @@ def load_lazily(
     Raises:
         PipelineError: the weights cannot be loaded, or some are missing.
     """
-    from ..checkpoint import lazy_weights
+    import torch
 
-    folder, stored = Path(source.place), dtype or "auto"
+    from ..model.paging import conversions_in_files
+
+    stored: Any = torch.float32 if source.gguf else "auto"
     try:
-        model, info = lazy_weights.load_lazily(model_class, folder, config, dtype=stored)
-        if model.can_generate():
-            model.generation_config = _generation_config(source)
-    except CheckpointError as error:
-        raise PipelineError(str(error)) from error
+        with conversions_in_files():
+            loaded: Any = model_class.from_pretrained(
+                source.place,
+                config=config,
+                dtype=dtype or stored,
+                output_loading_info=True,
+                **source.options,
+            )
+        model, info = loaded
+        model = model.eval().to(device)
     except Exception as error:  # reading weights may raise anything
         raise_shortage(error)
         raise _cannot(source, "its weights cannot be loaded", error) from error
+    if source.gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
     notes = _notes(source, info)
     if complete and info["missing_keys"]:
         raise PipelineError(f"{notes[0]}. The result would have them: add them to the folder first")
-    return model.eval(), notes
-
-
-def _generation_config(source: Source) -> Any:
-    """Return a folder's generation config, as ``from_pretrained`` gives it to a model."""
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(source.place)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            source.place, config_file_name="config.json", _from_model_config=True
-        )
+    return model, notes
 
 
 def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ import torch_pruning as tp
 
 from ..calibration.passes import shown_by
 from ..errors import CalibrationWarning
-from ..graph.cut_list import CutList
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
 from ..planning.allocate import Allocation
@@ -34,10 +33,8 @@ _RANKINGS = {
 }
 
 
-def run_steps(
-    run: Run, widths: Plan | Allocation | None
-) -> tuple[tuple[SyncReport, ...], CutList | None]:
-    """Run all steps; return one report per step, and what all have cut.
+def run_steps(run: Run, widths: Plan | Allocation | None) -> tuple[SyncReport, ...]:
+    """Run all steps; return one report per step.
 
     Without widths there is none, but the model recovers.
     """
@@ -46,7 +43,7 @@ def run_steps(
     if widths is None:
         if material is not None and material.teacher is not None:
             recover(model, material, job.recover, progress, "recovery")
-        return (), None
+        return ()
     calibration = None if material is None else material.calibration
     hook = HFConfigSyncHook(
         compensate=calibration if choice.compensate else None, layers=job.layers
@@ -64,7 +61,7 @@ def run_steps(
         if material is not None and material.teacher is not None and updates:
             recover(model, material, updates, progress, f"{name}: recovery")
     model.zero_grad()
-    return tuple(hook.reports), hook.cuts
+    return tuple(hook.reports)
 
 
 def check_ranking(run: Run, plan: Plan) -> None:

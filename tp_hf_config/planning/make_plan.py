@@ -28,7 +28,6 @@ from .plan import Plan, PlannedWidth
 from .refusals import adjusted_line, by_name, planned_refusal, shortfalls
 from .selection import Chosen, Wanted, check_ratios, choose
 from .settings import Gqa, Layers, PruneSettings, Scheduler
-from .streaming_cost import Cut, calibrated_cost, streaming_cost
 from .target import target_missed, trajectory_to
 from .trajectory import MovingWidth, Trajectory
 from .unit_counts import multiples_of, unit_counts_of
@@ -219,13 +218,11 @@ def _plan(
     full_after, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
     every_width = widths_of(view.model, field_map)
-    cut = None
-    if full_after is not None and after is not None:
-        fields = [width.fields for width in chosen.widths]
-        steps = settings.iterative_steps
-        cut = Cut(field_map, full, full_after, fields, steps, after.bytes)
     not_chosen = "not chosen" if settings.prune else "pruned only where it is named"
     tokens = "input_ids" in inspect.signature(view.model.forward).parameters
+    time = None
+    if full_after is not None and tokens:
+        time = working_time(field_map, full, full_after, settings.iterative_steps, before.flops)
     has_weights = isinstance(source, nn.Module) and view.model.device.type != "meta"
     return Plan(
         model=type(view.model).__name__,
@@ -245,9 +242,7 @@ def _plan(
         adjusted=(*map(adjusted_line, trajectory.adjusted), *shortfalls(trajectory)),
         target=target,
         why_not_exactly=None if missed is None else missed.reason,
-        streaming=None if cut is None else streaming_cost(cut),
-        streaming_calibrated=None if cut is None else calibrated_cost(cut),
-        time=None if cut is None or not tokens else working_time(cut, before.flops),
+        time=time,
         tokens=tokens,
         notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _live=weakref.ref(source) if has_weights else lambda: None,

@@ -22,7 +22,6 @@ from .model_size import Size
 from .pruner_kwargs import pruner_kwargs
 from .refusals import PlannedRefusal, refusal_lines
 from .settings import PruneSettings
-from .streaming_cost import StreamingCost
 from .working_time import WorkingTime
 
 
@@ -89,12 +88,8 @@ class Plan(Report):
             for.
         tokens: FLOPs are counted for each token; else for each input (an image, a recording).
         notes: what else the user should know.
-        streaming: what carrying it out from folder to folder takes, by magnitude; ``None`` if it is
-            refused.
-        streaming_calibrated: the same by what channels carry on a text, with refits; ``None`` also
-            if the class does not run at tiny widths.
-        time: how long calibrating and a step with refits take in memory; ``None`` also if its
-            inputs are not counted in tokens.
+        time: how long calibrating and a step with refits take in memory; ``None`` if the class
+            refuses the widths, does not run at tiny ones, or takes no tokens.
     """
 
     model: str
@@ -109,8 +104,6 @@ class Plan(Report):
     why_not_exactly: str | None = None
     tokens: bool = True
     notes: tuple[str, ...] = ()
-    streaming: StreamingCost | None = None
-    streaming_calibrated: StreamingCost | None = None
     time: WorkingTime | None = None
     _live: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
@@ -234,13 +227,6 @@ def _footnotes(plan: Plan) -> list[str]:
     for (name, reason), number in layers.items():
         where = f" (of {number} layers)" if number > 1 else ""
         lines.append(f"stays: {name}{where}: {reason}")
-    costs = {
-        "by magnitude": plan.streaming,
-        "by what channels carry, with refits": plan.streaming_calibrated,
-    }
-    for how, cost in costs.items():
-        if cost is not None:
-            lines.append(f"from folder to folder, {how}: {cost}")
     if plan.time is not None:
         lines.append(f"in memory, on two CPU cores, estimated: {plan.time}")
     return lines + [f"note: {note}" for note in plan.notes]

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch_pruning import ops
 
-from ..errors import ConfigSyncError, listed, warn
+from ..errors import ConfigSyncError, listed
 from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
-from ..graph.pruner_access import given_ratios
+from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
@@ -94,28 +94,6 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
         f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
         "tp_hf_config.plan(model, ...) shows what settings give."
     )
-
-
-def check_config_is_own(pruner: Any, model: Any, sharers: Sequence[str], strict: bool) -> None:
-    """Warn or raise if the config that will change also belongs to another live model.
-
-    ``sharers``: the classes of the other models; see ``model.live_objects.Surroundings``.
-    ``strict``: raise instead of warning.
-
-    Raises:
-        ConfigSyncError: there are other models, and ``strict`` is set.
-    """
-    if not sharers:
-        return
-    message = (
-        f"{type(pruner).__name__} of {type(model).__name__}: another model that is alive "
-        f"({listed(sharers)}) holds the same config object, so its config would change too, and "
-        "its weights not. Build the other one from copy.deepcopy(config), or prune "
-        "copy.deepcopy(model). Nothing is pruned yet."
-    )
-    if strict:
-        raise ConfigSyncError(message)
-    warn(message)
 
 
 @dataclass(frozen=True)
@@ -295,33 +273,11 @@ def _pruned_groups(pruner: Any) -> Iterator[_PrunedGroup]:
             size = graph.get_out_channels(layer) if out else graph.get_in_channels(layer)
             if size is not None:
                 layers.add((size, channels[key]))
-        scope, ratios = _scope(pruner, group)
+        scope, ratios = scope_of(pruner, group)
         yield _PrunedGroup(
             graph_group,
             graph._module2name.get(group[-1].dep.target.module, ""),
             scope,
-            ratios,
+            ratios[1:],
             replace(graph_group.count, units=graph_group.units.count, layers=tuple(sorted(layers))),
         )
-
-
-def _scope(pruner: Any, group: Any) -> tuple[str, tuple[float, ...]]:
-    """Return the name of a group's ranking scope, and its ratios after each step.
-
-    As ``BasePruner._prune`` finds them (1.6.1).
-    """
-    graph = pruner.DG
-    given = given_ratios(pruner, group)
-    if given is not None:
-        return given[0], tuple(min(ratio, pruner.max_pruning_ratio) for ratio in given[1][1:])
-    ratios = tuple(pruner.per_step_pruning_ratio[1:])
-    if pruner.isomorphic:
-        kinds = (
-            f"{type(item.dep.source.module).__name__} {type(item.dep.target.module).__name__} "
-            f"{graph.is_out_channel_pruning_fn(item.dep.handler)}"
-            for item in group
-        )
-        return "isomorphic: " + ", ".join(kinds), ratios
-    if pruner.global_pruning:
-        return "global", ratios
-    return graph._module2name[group[0].dep.source.module], ratios

@@ -23,7 +23,7 @@ from ..model.surroundings import same_random_state
 from .pruner_arguments import MERGED, NEEDED, check_names, check_values
 from .requested import staying, wanted_by, with_ratios
 from .selection import Chosen, Wanted, check_ratios, choose
-from .settings import Gqa, Graph, Layers, PruneSettings, check_graph
+from .settings import Gqa, Layers, PruneSettings
 from .unit_counts import multiples_of
 
 
@@ -33,7 +33,6 @@ def pruner_kwargs(
     *,
     prune: str | Iterable[str] | None = None,
     ratios: Mapping[str, Share] | None = None,
-    graph: Graph = "auto",
     prune_num_heads: bool | None = None,
     gqa: Gqa | None = None,
     prune_head_dims: bool | None = None,
@@ -59,8 +58,6 @@ def pruner_kwargs(
             of the model is pruned; the first report's notes name the others.
         ratios: config field -> ratio. Fields of ``prune`` that are not here get the pruner's
             ``pruning_ratio``.
-        graph: ``"config"`` or ``"auto"``, which mean the same: groups made from the config and
-            proved by experiment, without tracing.
         prune_num_heads: also prune whole attention heads, by the pruner's ``head_pruning_ratio``;
             default: if ``gqa`` is given.
         gqa: how grouped-query heads are pruned then. ``"query"``: the same number of query heads
@@ -85,11 +82,10 @@ def pruner_kwargs(
         UnsupportedModelError: there is not exactly one Hugging Face model that can be followed, a
             field or heads cannot be pruned (the message has the reason and the fields that can), or
             ``make_inputs`` raises or returns what the class does not run with.
-        ValueError: ``graph``, ``layers`` or ``gqa`` is unknown, ``gqa`` is given but heads are not
+        ValueError: ``layers`` or ``gqa`` is unknown, ``gqa`` is given but heads are not
             pruned, a ratio is outside 0 to 1, or ``prune`` is empty and no heads are pruned.
         TypeError: not a model, or an argument that no pruner has.
     """
-    check_graph(graph)
     model, arguments = standin_of(model), on_standin(model, arguments)
     check_names(arguments)
     check_values(arguments)
@@ -186,7 +182,7 @@ def _on_config_graph(
         "out_channel_groups": dict(given.get("out_channel_groups") or {}),
         "ignored_layers": list({id(layer): layer for layer in ignored}.values()),
         **({"pruning_ratio_dict": by_module} if by_module else {}),
-        # hook.steering rounds each group to what the class accepts
+        # hook.unit_choice rounds each group to what the class accepts
         "round_to": given.get("round_to") or 1,
     }
     inputs.needed = {name: arguments[name] for name in NEEDED if name in arguments}

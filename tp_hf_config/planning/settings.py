@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
-
-Graph = Literal["auto", "config"]
-"""The dependency graph to prune by: both words mean the one that is made from the config."""
+from typing import Any, Literal
 
 Gqa = Literal["query", "group"]
 """How grouped-query heads are pruned.
@@ -113,19 +110,3 @@ class PruneSettings:
         values = {**vars(self), "prune": None if self.prune is None else list(self.prune)}
         del values["iterative_pruning_ratio_scheduler"]
         return values
-
-
-def check_graph(graph: object) -> None:
-    """Raise if ``graph`` is not one of the known words.
-
-    Raises:
-        ValueError: ``graph`` is neither ``"auto"`` nor ``"config"``.
-    """
-    if graph == "trace":
-        raise ValueError(
-            "graph='trace': no model is pruned by Torch-Pruning's trace, only by groups that "
-            "experiments prove. Leave graph= out; tp_hf_config.prunable(model) lists what can be "
-            "pruned"
-        )
-    if graph not in get_args(Graph):
-        raise ValueError(f"graph={graph!r}: expected 'config' or 'auto', which mean the same")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from ..calibration.batches import TOKENS, WINDOW
 from ..calibration.forecast import inputs_of
-from .streaming_cost import Cut, Solved
+from ..fieldmap.field_map import FieldMap
 
 RATE = 140e9
 """Operations in float32 in a second, on two CPU cores (`benchmarks/working_time.py`)."""
@@ -32,29 +34,37 @@ class WorkingTime:
         return f"{_said(self.calibrate)} to calibrate, {_said(self.step)} for a step with refits"
 
 
-def working_time(cut: Cut, flops: int | None, tokens: int = TOKENS) -> WorkingTime | None:
+def working_time(
+    field_map: FieldMap, full: nn.Module, after: nn.Module, steps: int, flops: int | None
+) -> WorkingTime | None:
     """Return how long it takes; ``None``: what weights read is not known, or no FLOPs are.
 
     Args:
-        cut: what a plan comes to.
+        field_map: the field map of the class.
+        full: the class with all layers, on the meta device.
+        after: the same in the end.
+        steps: the number of steps.
         flops: FLOPs of a forward pass for a token.
-        tokens: how many are measured.
     """
-    inputs = inputs_of(cut.field_map, cut.full)
+    inputs = inputs_of(field_map, full)
     if inputs is None or flops is None:
         return None
-    solved = [Solved(cut, each, 0) for each in inputs if each.sums]
-    grams = sum(2 * _UPPER * each.size**2 for each in solved if each.input.sums == "gram")
-    step: float = _PASSES * min(_HELD_OUT, tokens) * flops
-    losing = [each for each in solved if each.kept < each.size]
-    behind = [each for each in losing if each.input.sums == "products"]
-    if behind:
-        step += tokens * (flops + sum(2 * each.kept * (each.kept + each.size) for each in behind))
-    for each in losing:
-        targets = each.size if each in behind else each.size - each.kept
-        solving = each.kept**3 / 3 + 2 * each.kept**2 * targets
-        step += _DOUBLE * each.input.parts * solving
-    return WorkingTime(tokens * (flops + grams) / RATE, step / RATE)
+    grams, products = 0.0, 0
+    step: float = _PASSES * _HELD_OUT * flops
+    for each in (each for each in inputs if each.sums):
+        size, end = (m.get_parameter(each.parameter).shape[each.dim] for m in (full, after))
+        kept = size - (size - end) // steps
+        if each.sums == "gram":
+            grams += 2 * _UPPER * size**2
+        if kept == size:
+            continue
+        if each.sums == "products":
+            products += 2 * kept * (kept + size)
+        targets = size if each.sums == "products" else size - kept
+        step += _DOUBLE * each.parts * (kept**3 / 3 + 2 * kept**2 * targets)
+    if products:
+        step += TOKENS * (flops + products)
+    return WorkingTime(TOKENS * (flops + grams) / RATE, step / RATE)
 
 
 def _said(seconds: float) -> str:

@@ -14,7 +14,6 @@ from torch import nn
 
 from ..fieldmap.layer_kinds import ModuleFacts
 from ..model.config_json import FieldPath
-from ..model.shapes import named_modules
 from .layout import Places, TensorDim, UnitLayout, places_of
 
 
@@ -181,7 +180,8 @@ def _parts_of_same_list(model: nn.Module, part: str) -> list[str]:
 def _facts(model: nn.Module, part: str) -> dict[str, dict[str, Hashable]]:
     """Return what is equal for parts that compute the same, by the modules inside."""
     facts = ModuleFacts()
-    return {name: facts.of(module) for name, module in named_modules(model.get_submodule(part))}
+    modules = model.get_submodule(part).named_modules(remove_duplicate=False)
+    return {name: facts.of(module) for name, module in modules}
 
 
 def _as_in(

@@ -888,7 +888,7 @@ def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., A
 
 
 STEPS = {
-    "loading": (prune, "load_lazily"),
+    "loading": (prune, "load"),
     "pruning": (deciding, "run_steps"),
     "saving": (prune, "save_model"),
     "copying": (prune, "copy_companions"),

@@ -129,7 +129,7 @@ def test_layers_of_two_stacks() -> None:
     assert refused(model) == (
         "T5ForConditionalGeneration" + DISAGREE + "the config builds encoder.block.1, "
         "encoder.block.2, decoder.block.2 and 1 more, " + RANDOM.format("them")
-        + "Set config.num_decoder_layers = 2 and config.num_layers = 1."
+        + "Set config.num_layers = 1 and config.num_decoder_layers = 2."
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def inputs_of(model: hf.PreTrainedModel, name: str, width: int) -> dict[str, tor
 
 
 def half(model: hf.PreTrainedModel, hook: HFConfigSyncHook, steps: int = 1, **kwargs: Any) -> None:
-    told = ("prune", "ratios", "prune_num_heads", "graph")
+    told = ("prune", "ratios", "prune_num_heads")
     chosen = {key: kwargs.pop(key) for key in told if key in kwargs}
     pruner = tp.pruner.MetaPruner(
         model,

@@ -22,6 +22,7 @@ from graph_cases import (
     assert_equal,
     backward,
     bert,
+    cut_alone,
     cuts,
     every_model,
     every_width,
@@ -89,7 +90,7 @@ def test_the_models_grad_mode_and_random_numbers_are_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    pruner_kwargs(model, graph="config")
+    pruner_kwargs(model)
     assert torch.equal(torch.rand(3), expected)
     assert torch.is_grad_enabled()
 
@@ -228,7 +229,7 @@ def test_a_conv1d_is_asked_for_by_itself(out: bool):
     prune = handler.prune_out_channels if out else handler.prune_in_channels
     group = pruner.DG.get_pruning_group(layer, prune, [5])
     assert group.graph_group.fields == ((("n_inner",),) if out else (("n_embd",),))
-    group.cut()
+    cut_alone(group)
     assert layer.weight.shape == ((32, 127) if out else (31, 128))
 
 
@@ -267,9 +268,8 @@ def test_pruned_units_are_the_ones_that_were_named():
     pruner, _ = pruner_of(model, HEADS)
     attention = model.model.layers[1].self_attn
     q, o = attention.q_proj.weight.detach().clone(), attention.o_proj.weight.detach().clone()
-    pruner.DG.get_pruning_group(
-        attention.o_proj, tp.prune_linear_in_channels, [*range(8, 16), *range(24, 32)]
-    ).cut()
+    lost = [*range(8, 16), *range(24, 32)]
+    cut_alone(pruner.DG.get_pruning_group(attention.o_proj, tp.prune_linear_in_channels, lost))
     kept = [*range(8), *range(16, 24)]
     assert torch.equal(attention.q_proj.weight, q[kept])
     assert torch.equal(attention.o_proj.weight, o[:, kept])
@@ -280,10 +280,11 @@ def test_fused_gate_and_up_lose_the_same_units():
     pruner, _ = pruner_of(model, ("intermediate_size",))
     mlp = model.model.layers[0].mlp
     fused = mlp.gate_up_proj.weight.detach().clone()
-    pruner.DG.get_pruning_group(mlp.down_proj, tp.prune_linear_in_channels, [1, 5]).cut()
+    cut_alone(pruner.DG.get_pruning_group(mlp.down_proj, tp.prune_linear_in_channels, [1, 5]))
     kept = [unit for unit in range(64) if unit not in (1, 5)]
     assert torch.equal(mlp.gate_up_proj.weight, fused[kept + [64 + unit for unit in kept]])
-    pruner.DG.get_pruning_group(mlp.gate_up_proj, tp.prune_linear_out_channels, [0, 62]).cut()
+    fused_side = mlp.gate_up_proj, tp.prune_linear_out_channels
+    cut_alone(pruner.DG.get_pruning_group(*fused_side, [0, 62]))
     assert torch.equal(mlp.gate_up_proj.weight, fused[kept[1:] + [64 + unit for unit in kept[1:]]])
 
 
@@ -322,9 +323,9 @@ def test_history_can_be_left_unrecorded():
     pruner, _ = pruner_of(fresh(llama), ("intermediate_size",))
     layer = pruner.model.model.layers[0].mlp.up_proj
     group = pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0])
-    group.cut(record_history=False)
+    cut_alone(group, in_history=False)
     assert pruner.pruning_history() == []
-    pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]).cut()
+    cut_alone(pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, [0]))
     assert pruner.pruning_history() == [["model.layers.0.mlp.up_proj", True, [0]]]
 
 
@@ -719,9 +720,7 @@ def test_ratios_of_heads():
 
 def test_ratios_of_a_field_that_is_not_pruned():
     with pytest.raises(UnsupportedModelError, match="hidden_size"):
-        pruner_kwargs(
-            fresh(llama), prune=("intermediate_size",), ratios={"hidden_size": 0.1}, graph="config"
-        )
+        pruner_kwargs(fresh(llama), prune=("intermediate_size",), ratios={"hidden_size": 0.1})
 
 
 @pytest.mark.parametrize("make", [llama, bert, mixtral])
@@ -765,7 +764,7 @@ def test_round_to():
     assert model.config.intermediate_size == 32
     hook = HFConfigSyncHook()
     model = fresh(llama)
-    arguments = pruner_kwargs(model, prune=("intermediate_size",), round_to=8, graph="config")
+    arguments = pruner_kwargs(model, prune=("intermediate_size",), round_to=8)
     tp.pruner.MetaPruner(
         model, importance=Importance(), pruning_ratio=0.3, hooks=[hook], **arguments
     ).step()
@@ -938,29 +937,19 @@ def test_frozen_parameters_stay_frozen(make: Make, fields: tuple[str, ...]):
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
 
 
-@pytest.mark.parametrize("cls", [tp.pruner.BasePruner, tp.pruner.GroupNormPruner])
-def test_taking_the_hook_off_leaves_the_pruner_as_it_was(cls: Any):
+def test_without_its_hook_a_pruner_prunes_nothing():
     model = fresh(llama)
-    first, hook = pruner_of(model, HEADS, cls)
-    attached = set(vars(first))
-    hook_off = HFConfigSyncHook()
-    [own] = [h for h in first.step.hooks if h is hook]
-    own_handle = hook_off  # a second hook comes and goes, and the first stays in force
-    with own_handle.register(first):
-        assert set(vars(first)) == attached
-    assert set(vars(first)) == attached
-    group = groups_of(first)[0]
-    assert first.estimate_importance(group).shape == (4,)
-    own.detach(first)
-    assert "estimate_importance" not in vars(first)
-    assert "_get_channel_groups" not in vars(first)
-    assert "get_pruning_group" not in vars(first.DG)
-
-
-def test_an_importance_method_of_the_users_own_comes_back():
-    model = fresh(llama)
-    pruner, hook = pruner_of(model, HEADS)
+    pruner, hook = pruner_of(model)
     hook.detach(pruner)
+    with pytest.raises(UnsupportedModelError, match=r"hook\.register\(pruner\)"):
+        tp.pruner.BasePruner.step(pruner)
+    with pytest.raises(UnsupportedModelError, match="Nothing was pruned"):
+        groups_of(pruner)[0].prune()
+    assert_equal(model, template(llama))
+
+
+def test_an_importance_method_of_the_users_own_is_asked():
+    pruner, _ = pruner_of(fresh(llama), HEADS)
     calls: list[Any] = []
 
     def mine(group: Any) -> Any:
@@ -968,28 +957,9 @@ def test_an_importance_method_of_the_users_own_comes_back():
         return pruner.importance(group)
 
     pruner.estimate_importance = mine
-    with (
-        HFConfigSyncHook().register(pruner)
-        if not hasattr(pruner.step, "hooks")
-        else _attached(pruner)
-    ):
-        values = pruner.estimate_importance(groups_of(pruner)[0])
-    assert values.shape == (4,)
-    assert len(calls) == 1
+    pruner.step()
+    assert len(calls) == len(groups_of(pruner))
     assert pruner.estimate_importance is mine
-
-
-class _attached:  # noqa: N801
-    """Attach a hook by its own interface, and take it off."""
-
-    def __init__(self, pruner: Any):
-        self.pruner, self.hook = pruner, HFConfigSyncHook()
-
-    def __enter__(self) -> None:
-        self.hook.attach(self.pruner)
-
-    def __exit__(self, *exception: object) -> None:
-        self.hook.detach(self.pruner)
 
 
 def test_constructing_leaves_torch_pruning_as_it_was():
@@ -1019,9 +989,9 @@ def test_two_pruners_share_nothing():
 
 
 @every_model
-def test_auto_takes_the_config_graph_and_says_so(make: Make):
+def test_the_report_says_which_graph(make: Make):
     model = fresh(make)
-    pruner, hook = pruner_of(model, graph="auto")
+    pruner, hook = pruner_of(model)
     assert isinstance(pruner.DG, ConfigGraph)
     pruner.step()
     assert hook.last_report is not None
@@ -1030,12 +1000,11 @@ def test_auto_takes_the_config_graph_and_says_so(make: Make):
     assert hook.last_report.to_dict()["graph"] == hook.last_report.graph
 
 
-@pytest.mark.parametrize("graph", ["auto", "config"])
-def test_head_ratios_are_for_heads_and_the_others_for_the_rest(graph: Any):
+def test_head_ratios_are_for_heads_and_the_others_for_the_rest():
     """BERT's heads can only go with the hidden size; the FFN follows ``pruning_ratio``."""
     model = fresh(bert)
     hook = HFConfigSyncHook()
-    arguments = pruner_kwargs(model, graph=graph, prune_num_heads=True)
+    arguments = pruner_kwargs(model, prune_num_heads=True)
     pruner = tp.pruner.MetaPruner(
         model,
         **arguments,
@@ -1075,13 +1044,12 @@ def neox() -> Any:
     ).eval()
 
 
-@pytest.mark.parametrize("graph", ["auto", "config"])
-def test_hidden_size_goes_with_whole_heads_where_head_dims_rotate(graph: Any):
+def test_hidden_size_goes_with_whole_heads_where_head_dims_rotate():
     """GPT-NeoX's head dim is hidden / heads, and its dims are rotated: not interchangeable."""
     widths = {width.name: width.reason for width in prunable(fresh(neox)).widths}
     assert str(widths["hidden_size"]).startswith("units are not interchangeable in gpt_neox.layers")
     model = fresh(neox)
-    pruner, hook = pruner_of(model, fields=("hidden_size",), graph=graph)
+    pruner, hook = pruner_of(model, fields=("hidden_size",))
     pruner.step()
     assert hook.last_report is not None
     assert hook.last_report.fields == {"hidden_size": (32, 16), "num_attention_heads": (4, 2)}
@@ -1089,7 +1057,7 @@ def test_hidden_size_goes_with_whole_heads_where_head_dims_rotate(graph: Any):
 
 def test_what_can_be_pruned_is_pruned_where_another_width_cannot():
     model = fresh(neox)
-    pruner, hook = pruner_of(model, graph="auto")
+    pruner, hook = pruner_of(model)
     pruner.step()
     assert hook.last_report is not None
     assert hook.last_report.graph.startswith("config graph")
@@ -1098,27 +1066,12 @@ def test_what_can_be_pruned_is_pruned_where_another_width_cannot():
 
 def test_unknown_fields_are_refused():
     with pytest.raises(UnsupportedModelError, match="no_such_field"):
-        pruner_kwargs(fresh(llama), prune=("no_such_field",), graph="config")
+        pruner_kwargs(fresh(llama), prune=("no_such_field",))
 
 
-@pytest.mark.parametrize("graph", ["trace", "traced", "", None, "Config", True])
-def test_a_graph_that_does_not_exist(graph: Any):
-    words = f"graph={graph!r}: expected 'config' or 'auto', which mean the same"
-    if graph == "trace":
-        words = (
-            "graph='trace': no model is pruned by Torch-Pruning's trace, only by groups that "
-            "experiments prove. Leave graph= out; tp_hf_config.prunable(model) lists what can be "
-            "pruned"
-        )
-    for ask in (HFConfigSyncHook, lambda graph: pruner_kwargs(fresh(llama), graph=graph)):
-        with pytest.raises(ValueError, match="graph") as raised:
-            ask(graph=graph)
-        assert str(raised.value) == words
-
-
-def test_a_hook_that_wants_the_config_graph_needs_no_kwargs():
+def test_a_hook_needs_no_kwargs():
     model = fresh(llama)
-    hook = HFConfigSyncHook(graph="config")
+    hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
         {"input_ids": tokens()},

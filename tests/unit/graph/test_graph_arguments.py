@@ -27,7 +27,7 @@ DEFAULT = [ops.TORCH_CONV, ops.TORCH_LINEAR, ops.TORCH_LSTM]
 
 def pruner_of(model: nn.Module, prune: Any = None, **changes: Any) -> tuple[Any, HFConfigSyncHook]:
     hook = HFConfigSyncHook()
-    arguments = {**pruner_kwargs(model, prune=prune, graph="config"), **changes}
+    arguments = {**pruner_kwargs(model, prune=prune), **changes}
     pruner = tp.pruner.MetaPruner(
         model,
         importance=tp.importance.GroupMagnitudeImportance(),

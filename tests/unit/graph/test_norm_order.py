@@ -9,13 +9,9 @@ import small
 import torch
 import torch_pruning as tp
 import transformers as hf
-from other_thread import in_another_thread
 from torch import nn
-from torch_pruning import ops
-from torch_pruning.pruner import function
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.graph.norm_order import _PRUNER, channels_in_order
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
@@ -93,24 +89,3 @@ def test_a_group_that_is_pruned_by_hand() -> None:
     norm = model.encoder.stages[3].layers[0].layernorm
     pruner.DG.get_pruning_group(norm, tp.prune_layernorm_out_channels, gone).prune()
     assert_in_order(model)
-
-
-def test_torch_pruning_alone_is_as_before() -> None:
-    model = numbered(bert())
-    pruner_of(model, pruner_kwargs(model)).step()
-    assert "_prune_parameter_and_grad" not in vars(function.PrunerBox[ops.OPTYPE.LN])
-    norm = nn.LayerNorm(40)
-    norm.weight.data = torch.arange(40.0)
-    tp.prune_layernorm_out_channels(norm, [i for i in range(40) if i not in (2, 9, 35, 37)])
-    assert norm.weight.tolist() != [2, 9, 35, 37], "upstream has mended it: norm_order can go"
-
-
-def test_a_norm_that_another_thread_cuts_is_cut_by_torch_pruning_alone() -> None:
-    def kept_in_given_order() -> list[float]:
-        weight = nn.Parameter(torch.arange(4.0))
-        return _PRUNER._prune_parameter_and_grad(weight, torch.tensor([3, 0]), 0).tolist()
-
-    with channels_in_order():
-        assert in_another_thread(kept_in_given_order) == [3.0, 0.0]
-        assert kept_in_given_order() == [0.0, 3.0]
-    assert kept_in_given_order() == [3.0, 0.0]

@@ -54,7 +54,7 @@ def norms_of(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
 
 def pruner_of(model: nn.Module, **kwargs: Any) -> tuple[Any, HFConfigSyncHook]:
     hook = HFConfigSyncHook()
-    arguments = {**pruner_kwargs(model, graph="config"), "pruning_ratio": 0.25, **kwargs}
+    arguments = {**pruner_kwargs(model), "pruning_ratio": 0.25, **kwargs}
     pruner = tp.pruner.BNScalePruner(
         model, importance=tp.importance.BNScaleImportance(), hooks=[hook], **arguments
     )

@@ -314,7 +314,7 @@ RUN = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fsdp": ["full_shard"]}, "the first version of FSDP keeps Parameters in pieces of its"),
+        ({"fsdp": ["full_shard"]}, "the Trainer holds the sharded model in variables"),
         ({"deepspeed": {"a": 1}}, "DeepSpeed keeps Parameters in pieces of its own, which cannot"),
         ({"world_size": 2}, "2 processes: the Trainer's DistributedDataParallel would go on with"),
         ({"n_gpu": 2}, "2 GPUs in one process: give it one (CUDA_VISIBLE_DEVICES=0)"),

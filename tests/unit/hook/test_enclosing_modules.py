@@ -1,8 +1,7 @@
-"""What stands beside the model and says what its config says: followed where proved, else told."""
+"""What stands around the model and says what its config says: pooling is updated, others told."""
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -41,138 +40,68 @@ def outside(name: str, kind: str, old: int, new: int, field: str = "hidden_size"
 # Modules around the model
 
 
-class Encoder(nn.Module):
-    """Holds a model and says how wide it is, by its config."""
+class Embedder(nn.Module):
+    """Keeps how wide the model in it is."""
 
     def __init__(self, body: Any):
         super().__init__()
-        self.body, self.longest = body, body.config.hidden_size
-
-    def get_width(self) -> int:
-        return self.body.config.hidden_size
+        self.body, self.width = body, body.config.hidden_size
 
 
-class Pool(nn.Module):
-    """Says how wide the encoder is, by a number of its own."""
-
-    def __init__(self, width: int, modes: tuple[str, ...] = ("mean", "max", "last")):
-        super().__init__()
-        self.width, self.modes, self.both = width, modes, len(modes) * width
-
-
-class Embedder(nn.Sequential):
-    def __init__(self, body: Any):
-        super().__init__(Encoder(body), Pool(body.config.hidden_size))
-
-
-def test_a_number_follows_where_a_holder_of_the_model_has_it_from_the_config() -> None:
-    for prefix, inside in (("", False), ("Embedder.", True)):
-        model = Embedder(small.bert())
-        report = step(model[0].body if inside else model, "hidden_size")
-        assert (model[1].width, model[1].both, model[1].modes) == (24, 72, ("mean", "max", "last"))
-        assert report.attributes[-2:] == [f"{prefix}1.width", f"{prefix}1.both"]
-        assert model[0].longest == 32
-        assert report.notes == [outside(f"{prefix}0.longest", "Encoder", 32, 24)]
-
-
-def test_a_module_that_is_pruned_is_followed_though_it_was_frozen() -> None:
-    """``gc.freeze()``, as before a fork, hides what is alive from a search for modules."""
+def test_a_number_around_the_model_is_told() -> None:
     model = Embedder(small.bert())
-    gc.freeze()
-    try:
+    report = step(model, "hidden_size")
+    assert model.width == 32
+    assert report.notes == [outside("width", "Embedder", 32, 24)]
+
+
+def test_only_what_was_passed_is_looked_at() -> None:
+    model = Embedder(small.bert())
+    assert step(model.body, "hidden_size").notes == []
+    assert step(Embedder(small.bert()), "intermediate_size").notes == []
+
+
+class TestSentenceTransformers:
+    @pytest.fixture
+    def model(self, tmp_path: Path) -> Any:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.models import Pooling, Transformer
+        from transformers import BertTokenizerFast
+
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+        (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+        BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+        small.bert().save_pretrained(tmp_path)
+        modules = [Transformer(str(tmp_path)), Pooling(32, pooling_mode="mean")]
+        return SentenceTransformer(modules=modules, device="cpu")
+
+    def test_pooling_is_updated(self, model: Any, tmp_path: Path) -> None:
+        from sentence_transformers import SentenceTransformer
+
         report = step(model, "hidden_size")
-    finally:
-        gc.unfreeze()
-    assert (model[1].width, model[1].both) == (24, 72)
-    assert report.attributes[-2:] == ["1.width", "1.both"]
+        assert report.fields == {"hidden_size": (32, 24)}
+        assert "1.pooling_output_dimension" in report.attributes
+        assert model[1].pooling_output_dimension == 24
+        model.save(str(tmp_path / "pruned"))
+        again = SentenceTransformer(str(tmp_path / "pruned"), device="cpu")
+        assert again[1].pooling_output_dimension == 24
+        assert again.encode("a b").shape == (24,)
+        assert (again.encode("a b") == model.encode("a b")).all()
 
+    def test_it_is_taken_back_where_a_write_fails(self, model: Any, monkeypatch: Any) -> None:
+        inner = next(one for one in model.modules() if isinstance(one, hf.PreTrainedModel))
+        before, pooling = small.state_of(inner), type(model[1])
 
-def test_widths_that_are_not_said_outside_leave_it_alone() -> None:
-    model = Embedder(small.bert())
-    report = step(model, "intermediate_size")
-    assert (model[1].width, model[0].longest, report.notes) == (32, 32, [])
+        def broken(module: Any, key: str, value: Any) -> None:
+            if (key, value) == ("pooling_output_dimension", 24):
+                raise RuntimeError("no")
+            nn.Module.__setattr__(module, key, value)
 
-
-def test_a_holder_without_a_length_and_one_that_is_gone() -> None:
-    class Compiled(nn.Module):
-        """As torch.compile wraps a model."""
-
-        def __init__(self, body: Any):
-            super().__init__()
-            self.body, self.width = body, 32
-
-        def __len__(self) -> int:
-            raise TypeError("no length")
-
-    model = small.bert()
-    holder, gone = Compiled(model), Compiled(model)
-    hook = HFConfigSyncHook()
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model, prune=("hidden_size",)),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.25,
-        hooks=[hook],
-    )
-    del gone
-    pruner.step()
-    assert hook.last_report is not None
-    assert hook.last_report.notes == [outside("Compiled.width", "Compiled", 32, 24)]
-    assert holder.width == 32
-
-
-def test_what_is_followed_is_taken_back_where_a_write_fails(monkeypatch: Any) -> None:
-    model = Embedder(small.bert())
-    hook = HFConfigSyncHook()
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model, prune=("hidden_size",)),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.25,
-        hooks=[hook],
-    )
-    before = small.state_of(model[0].body)
-
-    def broken(module: Any, key: str, value: Any) -> None:
-        if (key, value) == ("width", 24):
-            raise RuntimeError("no")
-        nn.Module.__setattr__(module, key, value)
-
-    monkeypatch.setattr(Pool, "__setattr__", broken)
-    with pytest.raises(RuntimeError, match="no"):
-        pruner.step()
-    assert (model[1].width, model[1].both) == (32, 96)
-    small.assert_same(before, small.state_of(model[0].body))
-
-
-def test_a_layer_around_the_model_that_reads_it_is_told() -> None:
-    model = small.llama()
-    report = step(model.model, "hidden_size")
-    assert report.notes == [
-        outside("LlamaForCausalLM.lm_head.in_features", "Linear", 32, 24),
-    ]
-
-
-def test_sentence_transformers_pooling(tmp_path: Path) -> None:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
-    from transformers import BertTokenizerFast
-
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    small.bert().save_pretrained(tmp_path)
-    encoder = Transformer(str(tmp_path))
-    model = SentenceTransformer(modules=[encoder, Pooling(32)], device="cpu")
-    inner = next(one for one in model.modules() if isinstance(one, hf.PreTrainedModel))
-    report = step(inner, "hidden_size")
-    assert report.fields == {"hidden_size": (32, 24)}
-    assert model[1].pooling_output_dimension == 24
-    model.save(str(tmp_path / "pruned"))
-    again = SentenceTransformer(str(tmp_path / "pruned"), device="cpu")
-    assert again[1].pooling_output_dimension == 24
-    assert again.encode("a b").shape == (24,)
-    assert (again.encode("a b") == model.encode("a b")).all()
+        monkeypatch.setattr(pooling, "__setattr__", broken)
+        with pytest.raises(RuntimeError, match="no"):
+            step(model, "hidden_size")
+        assert {v for k, v in vars(model[1]).items() if k.endswith("dimension")} == {32}
+        small.assert_same(before, small.state_of(inner))
 
 
 def test_numbers_in_files_that_a_pruned_folder_leaves_behind_are_told(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from fsdp2_cases import (
     of_measurement,
     run,
     snapshot,
-    trained_by_trainer,
 )
 
 from tp_hf_config import HFConfigSyncHook
@@ -308,7 +307,7 @@ class TestCopies:
 
 
 class TestAccelerate:
-    """Accelerate shards, in a loop of one's own and in a ``Trainer``."""
+    """Accelerate shards."""
 
     def test_a_loop_of_ones_own(self, ranks: list[dict[str, Any]]) -> None:
         for results in ranks:
@@ -320,39 +319,6 @@ class TestAccelerate:
             ]
             norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
             assert result["norm"] == pytest.approx(float(norm), rel=1e-5)
-
-    def test_a_trainer(self, ranks: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-        trainer, callback = trained_by_trainer(tmp_path, 1)
-        alone = snapshot(trainer.model)
-        first, second = (results["Trainer"] for results in ranks)
-        assert first["fields"] == [report.fields for report in callback.hook.reports]
-        assert first["unsharded"] == []
-        assert not first["old layers"]
-        assert first["checkpointing"] == [True, True]
-        assert differing(first["tensors"], second["tensors"]) == []
-        for name, tensor in alone.items():
-            assert_close((first["tensors"][name],), (tensor,))
-        for step, width in ((3, 48), (6, 32)):
-            loaded, info = type(trainer.model).from_pretrained(
-                folder / "trained" / f"checkpoint-{step}", output_loading_info=True
-            )
-            assert not any(info.values()), info
-            assert loaded.config.hidden_size == width
-        assert differing(snapshot(loaded), first["tensors"]) == []
-
-    def test_refusals_of_the_trainer(self, ranks: list[dict[str, Any]]) -> None:
-        for results in ranks:
-            assert results["Trainer"]["resumed"] == (
-                "TrainingError: PruningCallback: under FSDP2 a run cannot be resumed in the middle "
-                "of pruning. Begin a new one from the checkpoint, "
-                "Trainer(from_pretrained(checkpoint), ...).train(), with a callback for what is "
-                "left to prune"
-            )
-            assert results["Trainer"]["activation checkpointing"] == (
-                "TrainingError: PruningCallback: fsdp_config={'activation_checkpointing': True} "
-                "puts modules of its own around layers, and no config describes those. Take "
-                "TrainingArguments(gradient_checkpointing=True)"
-            )
 
 
 def _as_lists(value: Any) -> Any:

@@ -170,13 +170,6 @@ class TestOptimizer:
         assert optimizer.param_groups[0]["params"] == list(model.parameters())
         assert set(optimizer.state) == set(model.parameters())
 
-    def test_nothing_is_patched_afterwards(self):
-        own = tp.pruner.function.BasePruningFunc._prune_parameter_and_grad
-        model = small.llama()
-        with optimizer_follows(model, torch.optim.SGD(model.parameters(), 0.1)):
-            assert tp.pruner.function.BasePruningFunc._prune_parameter_and_grad is not own
-        assert tp.pruner.function.BasePruningFunc._prune_parameter_and_grad is own
-
     def refused(self, model: Any, optimizer: Any) -> str:
         before = small.state_of(model)
         with pytest.raises(TrainingError) as raised, optimizer_follows(model, optimizer):

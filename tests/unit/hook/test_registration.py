@@ -15,17 +15,16 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-import tp_hf_config
 from tp_hf_config import (
     ConfigSyncError,
     Handle,
     HFConfigSyncHook,
     PrunerHook,
     pruner_kwargs,
-    register,
 )
 from tp_hf_config.graph.config_graph import ConfigGraph
 from tp_hf_config.graph.config_group import ConfigGroup
+from tp_hf_config.hook.registration import register
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
@@ -294,110 +293,6 @@ def test_classes_defined_before_the_import():
         """
     )
     assert printed == "[1, 1, 1, 1, 1, 0]\nTrue"
-
-
-def test_disable_restores_the_very_functions_and_enable_works_again():
-    printed = small.python(
-        """
-        import torch, torch_pruning as tp
-        from torch import nn
-        Base = tp.pruner.BasePruner
-        class Mixin:
-            def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
-        class Mixed(Mixin, Base): pass
-        class Plain(Base): pass
-        classes = [Base, tp.pruner.GroupNormPruner, tp.pruner.BNScalePruner,
-                   tp.pruner.GrowingRegPruner, Mixed, Plain]
-        before = [dict(vars(cls)) for cls in classes]
-
-        import tp_hf_config
-        class After(Base):
-            def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
-        class AfterMixed(Mixin, Base): pass
-        print(Base.__init__ is before[0]["__init__"], "__init_subclass__" in vars(Base))
-
-        class Spy:
-            calls = 0
-            def after_step(self, pruner): self.calls += 1
-        def make(cls, **kwargs):
-            model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-            return cls(model, torch.rand(1, 4), tp.importance.MagnitudeImportance(), **kwargs)
-
-        for _ in range(2):
-            tp_hf_config.disable()
-        def differs(cls, old):
-            new = vars(cls)
-            keys = [k for k in new if k not in ("__doc__",)]
-            return new.keys() != old.keys() or any(new[k] is not old[k] for k in keys)
-        print([differs(cls, old) for cls, old in zip(classes, before)])
-        print("__init__" in vars(AfterMixed), hasattr(After.__init__, "_tp_hf_config"))
-        for cls in [*classes, After, AfterMixed]:
-            try:
-                make(cls, hooks=[Spy()])
-            except TypeError as error:
-                print(str(error).partition(".")[2])
-        class Between(Base): pass
-        print("__init__" in vars(Between))
-
-        for _ in range(3):
-            tp_hf_config.enable()
-        for cls in [*classes, After, AfterMixed, Between]:
-            spy = Spy()
-            pruner = make(cls, hooks=[spy])
-            pruner.step()
-            print(spy.calls, end=" ")
-        tp_hf_config.disable()
-        print()
-        print([differs(cls, old) for cls, old in zip(classes, before)])
-        """
-    )
-    refused = "__init__() got an unexpected keyword argument 'hooks'"
-    assert printed.splitlines() == [
-        "False True",
-        "[False, False, False, False, False, False]",
-        "False False",
-        *[refused] * 8,
-        "False",
-        "1 1 1 1 1 1 1 1 1 ",
-        "[False, False, False, False, False, False]",
-    ]
-
-
-def test_enable_twice_is_once():
-    spy = Spy()
-    init, hook = vars(Base)["__init__"], vars(Base)["__init_subclass__"]
-    tp_hf_config.enable()
-    assert vars(Base)["__init__"] is init
-    assert vars(Base)["__init_subclass__"] is hook
-    pruner = small.pruner_of(small.mlp(), hooks=[spy])
-    pruner.step()
-    assert spy.log == ["spy"]
-
-
-def test_disable_gives_back_a_constructor_that_wraps_torch_prunings():
-    class Decorated(Base):
-        @functools.wraps(Base.__init__)
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.mine = True
-
-    try:
-        tp_hf_config.disable()
-        assert small.pruner_of(small.mlp(), Decorated).mine
-    finally:
-        tp_hf_config.enable()
-    assert small.pruner_of(small.mlp(), Decorated).mine
-
-
-def test_a_pruner_with_hooks_survives_disable():
-    spy = Spy()
-    pruner = small.pruner_of(small.mlp(), hooks=[spy])
-    try:
-        tp_hf_config.disable()
-        pruner.step()
-    finally:
-        tp_hf_config.enable()
-    assert spy.log == ["spy"]
 
 
 def test_without_hooks_nothing_is_different():
@@ -716,31 +611,14 @@ def test_a_get_pruning_group_that_the_user_put_on_the_graph_comes_back():
     assert vars(pruner.DG).get("get_pruning_group") is mine
 
 
-def test_two_config_hooks_on_one_pruner_come_off_in_any_order():
-    for first in (0, 1):
-        pruner = hf_pruner()
-        hooks = HFConfigSyncHook(), HFConfigSyncHook()
-        handles = [hook.register(pruner) for hook in hooks]
-        handles[first].remove()
-        pruner.step()
-        left = hooks[1 - first]
-        assert [len(hook.reports) for hook in (hooks[first], left)] == [0, 1]
-        assert len(left.last_report.groups) == 8
-        handles[1 - first].remove()
-        assert isinstance(pruner.DG, ConfigGraph)  # a trace of other widths does not come back
-        assert "get_pruning_group" not in vars(pruner.DG)
-
-
-def test_the_last_of_two_hooks_gives_the_trace_back():
-    for first in (0, 1):
-        pruner = hf_pruner()
-        trace, graph = pruner.DG, everything(pruner.DG)
-        handles = [HFConfigSyncHook().register(pruner) for _ in range(2)]
-        handles[first].remove()
-        assert isinstance(pruner.DG, ConfigGraph)
-        handles[1 - first].remove()
-        assert pruner.DG is trace
-        assert same(everything(pruner.DG), graph)
+def test_a_hook_gives_the_trace_back():
+    pruner = hf_pruner()
+    trace, graph = pruner.DG, everything(pruner.DG)
+    handle = HFConfigSyncHook().register(pruner)
+    assert isinstance(pruner.DG, ConfigGraph)
+    handle.remove()
+    assert pruner.DG is trace
+    assert same(everything(pruner.DG), graph)
 
 
 # Pruners that have traced their model
@@ -913,18 +791,6 @@ def test_a_pruner_with_a_constructor_of_its_own_is_refused():
     assert hook.last_report.fields["hidden_size"] == (32, 24)
 
 
-def test_register_while_the_constructors_are_torch_prunings():
-    hook = HFConfigSyncHook()
-    try:
-        tp_hf_config.disable()
-        pruner = hf_pruner()
-        hook.register(pruner)
-    finally:
-        tp_hf_config.enable()
-    pruner.step()
-    assert hook.last_report.fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
-
-
 def test_channel_groups_of_other_pruners_are_not_this_ones():
     """Torch-Pruning's default dicts carry over from one pruner to the next."""
     other = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1))
@@ -935,15 +801,16 @@ def test_channel_groups_of_other_pruners_are_not_this_ones():
     assert other[1] not in pruner.out_channel_groups
 
 
-def test_two_config_hooks_on_one_pruner_report_the_same():
-    hooks = HFConfigSyncHook(), HFConfigSyncHook()
-    pruner = hf_pruner(hooks=hooks)
+def test_two_config_hooks_on_one_pruner():
+    message = "has an HFConfigSyncHook already, and one is enough"
+    with pytest.raises(ValueError, match=message):
+        hf_pruner(hooks=(HFConfigSyncHook(), HFConfigSyncHook()))
+    first = HFConfigSyncHook()
+    pruner = hf_pruner(hooks=[first])
+    with pytest.raises(ValueError, match=message):
+        HFConfigSyncHook().register(pruner)
     pruner.step()
-    first, second = (hook.last_report for hook in hooks)
-    assert len(first.groups) == 8
-    assert first.groups == second.groups
-    assert first.fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
-    assert second.fields == {}  # the first has written them
+    assert first.last_report.fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
 
 
 def test_one_hook_on_two_pruners():

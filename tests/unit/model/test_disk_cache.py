@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import pickle
+import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from fractions import Fraction
@@ -12,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers as hf
 
 from tp_hf_config.model import disk_cache, shortage
 from tp_hf_config.model.build import Builder, Refusal
-from tp_hf_config.model.config_json import config_json
+from tp_hf_config.model.config_json import EntryOfKind, config_json
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
 
 SIZES = {
@@ -29,7 +26,8 @@ SIZES = {
 VALUE = {
     "dims": (TensorDim("a.weight", 1, UnitLayout(parts=2)),),
     "share": Fraction(2, 3),
-    "dtype": torch.bfloat16,
+    "entry": EntryOfKind(1, {2: (0, 1)}),
+    "names": [{"a", None}, 1.5, True],
     "fields": frozenset({("text_config", "hidden_size"), ("sizes", 0)}),
 }
 
@@ -40,55 +38,47 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def entry(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest() + data
-
-
 def test_what_was_stored_is_read(place: Path) -> None:
     assert disk_cache.load("key") is None
     disk_cache.store("key", VALUE)
     assert disk_cache.load("key") == VALUE
+    assert disk_cache.load("key")["entry"].places == {2: (0, 1)}
     assert [path.name for path in place.iterdir()] == ["key"]
     disk_cache.store("key", 2)
     assert disk_cache.load("key") == 2
 
 
 @pytest.mark.parametrize("length", [0, 1, 40, -1])
-def test_a_damaged_entry_is_removed(place: Path, length: int) -> None:
+def test_a_damaged_entry_counts_as_missing(place: Path, length: int) -> None:
     disk_cache.store("key", VALUE)
     data = (place / "key").read_bytes()
     (place / "key").write_bytes(data[:length])
     assert disk_cache.load("key") is None
-    assert not (place / "key").exists()
-
-
-def test_one_changed_bit_is_noticed(place: Path) -> None:
     disk_cache.store("key", VALUE)
-    data = bytearray((place / "key").read_bytes())
-    data[-20] ^= 1
-    (place / "key").write_bytes(data)
-    assert disk_cache.load("key") is None
+    assert disk_cache.load("key") == VALUE
 
 
-class Evil:
-    def __reduce__(self) -> Any:
-        return os.mkdir, ("made-by-an-entry",)
-
-
-@pytest.mark.parametrize("value", [Evil(), os.system, torch.nn.Linear, disk_cache.load])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"os:mkdir": {"dict": [["path", "made-by-an-entry"]]}},
+        {"tp_hf_config.model.disk_cache:Path": {"dict": []}},
+        {"tp_hf_config.model.disk_cache:store": {"dict": [["key", "a"], ["value", 1]]}},
+        {"one": 1, "two": 2},
+    ],
+)
 def test_an_entry_of_anything_else_is_not_run(
-    place: Path, value: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    place: Path, entry: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     place.mkdir()
-    (place / "key").write_bytes(entry(pickle.dumps(value)))
+    (place / "key").write_text(json.dumps(entry))
     assert disk_cache.load("key") is None
+    assert [path.name for path in place.iterdir()] == ["key"]
     assert not (tmp_path / "made-by-an-entry").exists()
-    disk_cache.store("other", value)
-    assert not (place / "other").exists()
 
 
-@pytest.mark.parametrize("word", ["off", "OFF", "0", "", "no"])
+@pytest.mark.parametrize("word", ["off", "OFF", ""])
 def test_it_can_be_switched_off(place: Path, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     disk_cache.store("key", VALUE)
     monkeypatch.setenv(disk_cache.VARIABLE, word)
@@ -151,9 +141,10 @@ def test_what_cannot_be_written_is_left(place: Path, monkeypatch: pytest.MonkeyP
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(disk_cache.os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     disk_cache.store("key", 2)
     assert disk_cache.load("key") == VALUE
+    assert disk_cache.load("key")["entry"].places == {2: (0, 1)}
     assert [path.name for path in place.iterdir()] == ["key"]
     monkeypatch.setenv(disk_cache.VARIABLE, str(place / "key"))  # a file stands there
     disk_cache.store("key", 2)
@@ -171,11 +162,3 @@ def test_several_at_once_read_whole_entries(place: Path) -> None:
         read = set().union(*pool.map(work, range(4)))
     assert read <= {(number,) * 1000 for number in range(4)}
     assert [path.name for path in place.iterdir()] == ["key"]
-
-
-def test_of_too_many_entries_the_oldest_go(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_cache, "_MOST", 8)
-    for number in range(9):
-        disk_cache.store(f"key{number}", number)
-        os.utime(place / f"key{number}", (number, number))
-    assert sorted(path.name for path in place.iterdir()) == [f"key{n}" for n in range(2, 9)]

@@ -19,6 +19,7 @@ import transformers as hf
 import zoo
 from auto_classes_child import CASE, outputs_of, weights_of
 
+from tp_hf_config.model.config_json import config_nodes
 from tp_hf_config.model.layer_class import (
     auto_classes,
     auto_map,
@@ -27,7 +28,6 @@ from tp_hf_config.model.layer_class import (
     stock_class,
 )
 from tp_hf_config.model.layer_entries import GLOBAL_READS, layer_lists_of, set_entries
-from tp_hf_config.model.live_objects import config_nodes
 
 pytestmark = pytest.mark.skipif(
     not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"

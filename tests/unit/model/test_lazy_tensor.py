@@ -75,51 +75,6 @@ def test_whatever_computes_reads_and_forgets() -> None:
         assert reader.reads == reads
 
 
-def experts(readers: list[Reader]) -> Tensor:
-    """Two matrices of every expert in one parameter: ``(experts, 8, 6)``."""
-    half = len(readers) // 2
-    first, second = (
-        torch.stack(list(map(lazy, some))) for some in (readers[:half], readers[half:])
-    )
-    return torch.cat([first, second], dim=1)
-
-
-TAKES: list[tuple[Callable[[Tensor], Tensor], int]] = [
-    (lambda t: t[1], 2),
-    (lambda t: t[1, 2], 1),
-    (lambda t: t[2, 5:], 1),
-    (lambda t: t[:, 1:3], 3),
-    (lambda t: t[:, 2:6], 6),
-    (lambda t: t[-1:], 2),
-    (lambda t: t.chunk(2, dim=1)[0], 3),
-    (lambda t: t.chunk(2, dim=-2)[1][1], 1),
-    (lambda t: t.unbind(0)[2], 2),
-    (lambda t: t.split(2)[0], 4),
-    (lambda t: t.to(torch.bfloat16)[0], 2),
-    (lambda t: t.index_select(0, torch.tensor([2, 0]))[1], 2),
-    (lambda t: t.index_select(1, torch.tensor([0, 3, 4, 7]))[1, :2], 1),
-    (lambda t: t.index_select(1, torch.tensor([7, 0]))[1], 6),
-    (lambda t: t.index_select(2, torch.tensor([5, 1]))[1, :4], 1),
-    (lambda t: select(t, {0: torch.tensor([1, 2]), 1: torch.tensor([0, 1, 4, 5])})[0, :2], 1),
-    (lambda t: t.detach()[0].T, 2),
-]
-
-
-@pytest.mark.parametrize(("take", "reads"), TAKES)
-def test_only_the_parts_that_are_taken_are_read(
-    take: Callable[[Tensor], Tensor], reads: int
-) -> None:
-    readers = [Reader(VALUES + 100 * number) for number in range(6)]
-    values = [reader.values for reader in readers]
-    whole = torch.cat([torch.stack(values[:3]), torch.stack(values[3:])], dim=1)
-    taken = take(experts(readers))
-    assert isinstance(taken, LazyTensor)
-    assert taken.shape == take(whole).shape
-    assert taken.storage_offset() == take(whole).storage_offset()
-    assert torch.equal(values_of(taken), take(whole))
-    assert sum(reader.reads for reader in readers) == reads
-
-
 def test_shapes_alone_read_nothing() -> None:
     reader = Reader()
     weight = lazy(reader)
@@ -167,5 +122,5 @@ def test_views_have_the_storage_of_what_they_view() -> None:
     ],
 )
 def test_it_is_not_written_to(write: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(RuntimeError, match="read from files or shards when they are used"):
+    with pytest.raises(RuntimeError, match="gathered from shards when they are used"):
         write(lazy(Reader()))

@@ -24,8 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.
 
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64, torch.complex128], ids=str)
-@pytest.mark.parametrize("recycled", [False, True])
-def test_select(dims: tuple[int, ...], dtype: torch.dtype, recycled: bool) -> None:
+def test_select(dims: tuple[int, ...], dtype: torch.dtype) -> None:
     bits = torch.randint(0, 2, (*SHAPE, dtype.itemsize), dtype=torch.uint8)
     tensor = bits.view(dtype)[..., 0]
     positions = {dim: torch.tensor([0, 2, SHAPE[dim] - 1, 2]) for dim in dims}
@@ -33,7 +32,7 @@ def test_select(dims: tuple[int, ...], dtype: torch.dtype, recycled: bool) -> No
     for dim, index in positions.items():
         expected = expected.index_select(dim, index)
     for given in (tensor, tensor.transpose(0, 2).contiguous().transpose(0, 2)):
-        selected = select(given, positions, recycled)
+        selected = select(given, positions)
         assert selected.dtype == dtype
         assert selected.is_contiguous()
         assert torch.equal(selected.view(torch.uint8), expected.contiguous().view(torch.uint8))

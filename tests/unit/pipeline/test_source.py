@@ -8,19 +8,13 @@ from typing import Any
 
 import model_folders as folders
 import pytest
-import small
 import torch
 import transformers as hf
 import zoo
 from safetensors.torch import load_file, save_file
 
 from tp_hf_config.errors import PipelineError, UnsupportedModelError
-from tp_hf_config.pipeline.source import Source, class_for, config_of, load, load_lazily
-
-lazily = pytest.param(
-    load_lazily,
-    marks=pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="it takes Transformers 5"),
-)
+from tp_hf_config.pipeline.source import Source, class_for, config_of, load
 
 
 def edit(folder: Path, **fields: Any) -> None:
@@ -74,27 +68,23 @@ class TestClass:
         )
 
 
-@pytest.mark.parametrize("loading", [load, lazily])
 class TestNotes:
-    def noted(
-        self, name: str, loading: Any, folder: Path, more: dict[str, torch.Tensor]
-    ) -> tuple[str, ...]:
+    def noted(self, name: str, folder: Path, more: dict[str, torch.Tensor]) -> tuple[str, ...]:
         """What is said of a model's folder with these tensors beside its own."""
         model = zoo.build(name)
         model.save_pretrained(folder)
         file = folder / "model.safetensors"
         save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
         source = Source("model", str(folder))
-        notes: tuple[str, ...] = loading(source, config_of(source), type(model))[1]
-        return notes
+        return load(source, config_of(source), type(model))[1]
 
-    def test_tensors_that_the_class_does_not_read(self, loading: Any, tmp_path: Path) -> None:
+    def test_tensors_that_the_class_does_not_read(self, tmp_path: Path) -> None:
         head = {f"v_head.summary.{kind}": torch.ones(1, 64) for kind in ("weight", "bias")}
-        assert self.noted("llama", loading, tmp_path, head) == (
+        assert self.noted("llama", tmp_path, head) == (
             "2 tensors of model are not read by its class, so the result lacks them: "
             "v_head.summary.bias, v_head.summary.weight",
         )
 
-    def test_not_those_that_it_says_to_ignore(self, loading: Any, tmp_path: Path) -> None:
+    def test_not_those_that_it_says_to_ignore(self, tmp_path: Path) -> None:
         old = {"transformer.h.0.attn.bias": torch.ones(1)}
-        assert self.noted("gpt2", loading, tmp_path, old) == ()
+        assert self.noted("gpt2", tmp_path, old) == ()

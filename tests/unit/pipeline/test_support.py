@@ -335,10 +335,10 @@ def _halved(model: nn.Module, field: str) -> Any:
     model = copy.deepcopy(model)
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=[field], graph="config"),
+        **pruner_kwargs(model, prune=[field]),
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook(graph="config")],
+        hooks=[HFConfigSyncHook()],
     ).step()
     return model
 

@@ -251,9 +251,7 @@ class TestWhatIsPlanned:
         with pytest.raises(UnsupportedModelError, match="can only be pruned together"):
             plan(small.bert(), prune=["num_attention_heads"], ratios=together)
         with pytest.raises(UnsupportedModelError, match="follows head_pruning_ratio here"):
-            pruner_kwargs(
-                model, ratios={"num_attention_heads": 0.5}, prune_num_heads=True, graph="config"
-            )
+            pruner_kwargs(model, ratios={"num_attention_heads": 0.5}, prune_num_heads=True)
 
 
 NOT_A_MULTIPLE = (

@@ -193,6 +193,8 @@ class TestNotTold:
             pruning_ratio=0.2,
             hooks=[hook],
         )
+        hook.detach(pruner)
+        pruner.step.hooks.clear()
         pruner.current_step, pruner.global_pruning = 1, True
         HFConfigSyncHook(strict=True).register(pruner)
 
@@ -202,7 +204,7 @@ class TestNotTold:
         model = zoo.build(name)
         tp.pruner.BasePruner(
             model,
-            **pruner_kwargs(model, graph="config"),
+            **pruner_kwargs(model),
             importance=tp.importance.MagnitudeImportance(),
             pruning_ratio=0.3,
             iterative_steps=3,
@@ -325,7 +327,7 @@ class TestGlobalRanking:
 
     def test_heads_are_ranked_by_themselves(self) -> None:
         model = small.llama(num_key_value_heads=2)
-        kwargs = pruner_kwargs(model, prune=("hidden_size",), prune_num_heads=True, graph="config")
+        kwargs = pruner_kwargs(model, prune=("hidden_size",), prune_num_heads=True)
         tp.pruner.BasePruner(
             model,
             **kwargs,

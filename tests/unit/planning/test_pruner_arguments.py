@@ -160,10 +160,9 @@ class TestHeads:
 
 
 class TestNames:
-    @pytest.mark.parametrize("graph", ["auto", "config"])
-    def test_one_field_may_stand_alone(self, graph: Any) -> None:
+    def test_one_field_may_stand_alone(self) -> None:
         model = small.llama()
-        _, report = step(model, pruner_kwargs(model, prune="intermediate_size", graph=graph))
+        _, report = step(model, pruner_kwargs(model, prune="intermediate_size"))
         assert report.fields == {"intermediate_size": (64, 32)}
 
     def test_in_a_plan(self) -> None:

@@ -126,7 +126,7 @@ def test_the_default_takes_what_goes_together_and_says_what_it_leaves(name: str)
     tiny.randomise(model)
     original = copy.deepcopy(model)
     planned = plan(model)
-    hook = HFConfigSyncHook(graph="config", strict=True)
+    hook = HFConfigSyncHook(strict=True)
     pruner = tp.pruner.MetaPruner(
         model,
         **pruner_kwargs(model),

@@ -16,15 +16,13 @@ from transformers.trainer_callback import (
 
 from ...arguments import check_arguments, taken_by
 from ...errors import TrainingError
-from ...graph.origins import Origin
 from ...model.config_json import with_values
-from ...model.sharded import is_sharded, reshard
+from ...model.fill import Origin
 from ...planning.pruner_arguments import check_names, check_values
 from ...planning.pruner_kwargs import pruner_kwargs
 from ..hook import HFConfigSyncHook
 from .optimizer import cannot_follow, optimizer_follows, replace, unwrapped
 from .resume import Progress, full_config, progress_of, pruner_at, sync_hook_of
-from .sharded import cannot_prune_sharded, take_over, wrap_as_trainer
 
 
 class PruningCallback(TrainerCallback, ExportableState):
@@ -111,12 +109,10 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the pruner; on resuming, in the state that the checkpoint records."""
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
-        reason = _unsupported_run(args, is_sharded(model))
-        saved = _saved_progress(state, type(self).__name__)
-        if reason is None and is_sharded(model):
-            reason = cannot_prune_sharded(saved is not None)
+        reason = _unsupported_run(args)
         if reason is not None:
             raise TrainingError(f"PruningCallback: {reason}")
+        saved = _saved_progress(state, type(self).__name__)
         self._checked = False
         if saved is None:
             self.pruner = self._make_pruner(model)
@@ -138,7 +134,6 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Run a step of the pruner if one is due."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if not self._checked:  # an optimizer has no state before its first step
-            reshard(model)
             refusal = cannot_follow(model, unwrapped(optimizer))
             if refusal is not None:
                 raise TrainingError(f"PruningCallback: {refusal.reason}")
@@ -147,29 +142,17 @@ class PruningCallback(TrainerCallback, ExportableState):
             return
         done = self.pruner.current_step
         if done < self.pruner.iterative_steps and state.global_step + 1 >= self._due(done):
-            hook = sync_hook_of(self.pruner)
-            with optimizer_follows(hook.rebuilt_model or model, optimizer):
+            with optimizer_follows(model, optimizer):
                 self.pruner.step()
-            if hook.rebuilt_model is not None:
-                take_over(model, hook.rebuilt_model)
-
-    @staticmethod
-    def wrap(module: Any) -> Any:
-        """Wrap a module as the running ``Trainer`` wrapped its model under FSDP2.
-
-        It is for a ``build`` of your own: ``HFConfigSyncHook(rebuild=PruningCallback.wrap)``.
-        """
-        return wrap_as_trainer(module)
 
     def _make_pruner(self, model: Any) -> Any:
         """Return a pruner of the model: from ``build``, or the default one."""
         if self._build is not None:
             return self._build(model)
-        rebuild = self.wrap if is_sharded(model) else None
         layers = self._settings.get("layers", "uniform")
         defaults = {
             "importance": tp.importance.GroupTaylorImportance(),
-            "hooks": [HFConfigSyncHook(layers=layers, rebuild=rebuild)],
+            "hooks": [HFConfigSyncHook(layers=layers)],
         }
         return tp.pruner.MetaPruner(model, **pruner_kwargs(model, **(defaults | self._settings)))
 
@@ -213,22 +196,20 @@ def _saved_progress(state: TrainerState, name: str) -> Progress | None:
     return None if progress is None else Progress.from_dict(progress)
 
 
-def _unsupported_run(args: Any, sharded: bool) -> str | None:
-    """Return why a model cannot be pruned in a run with these arguments, or None if it can.
-
-    ``sharded``: True if the model is under FSDP2.
-    """
+def _unsupported_run(args: Any) -> str | None:
+    """Return why a model cannot be pruned in a run with these arguments, or None if it can."""
     if getattr(args, "deepspeed", None):
         return (
-            "DeepSpeed keeps Parameters in pieces of its own, which cannot be pruned. Train under "
-            "FSDP2, or prune the folder first: tp-hf-config prune FOLDER"
+            "DeepSpeed keeps Parameters in pieces of its own, which cannot be pruned. Prune the "
+            "folder first: tp-hf-config prune FOLDER"
         )
-    if getattr(args, "fsdp", None) and not sharded:
+    if getattr(args, "fsdp", None):
         return (
-            "the first version of FSDP keeps Parameters in pieces of its own, which cannot be "
-            "pruned. Take the second: TrainingArguments(fsdp_config={'fsdp_version': 2, ...})"
+            "the Trainer holds the sharded model in variables that no callback reaches, so it "
+            "would go on with the unpruned one. Prune in a loop of your own: "
+            "examples/fsdp2_prune_and_recover.py"
         )
-    if args.world_size > 1 and not sharded:
+    if args.world_size > 1:
         return (
             f"{args.world_size} processes: the Trainer's DistributedDataParallel would go on with "
             "the unpruned Parameters. Train in one process, or in a loop of your own that wraps "

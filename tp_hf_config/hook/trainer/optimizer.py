@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from ...arguments import check_arguments
 from ...errors import TrainingError
-from ...graph.origins import Lineage, Origin, recording_origins
 from ...model.build import Refusal
+from ...model.fill import Lineage, Origin, recording_origins
 from ...model.sharded import divided_like, is_dtensor, reshard, whole
 from ...model.tensors import select
 

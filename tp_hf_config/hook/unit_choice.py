@@ -1,0 +1,216 @@
+"""Choose the units that a step of a pruner removes, as Torch-Pruning chooses channels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch_pruning.pruner.importance import OBDCImportance
+
+from ..graph.config_group import ConfigGroup
+from ..graph.pruner_access import scope_of
+from ..graph.pruner_classes import BasePruner
+from ..graph.sides import GraphGroup
+from .chunked_importance import in_pieces, takes_pieces
+
+if TYPE_CHECKING:
+    from ..planning.preflight import Preflight
+
+
+def is_unmodified(pruner: Any) -> bool:
+    """True if a pruner's step is Torch-Pruning's own.
+
+    Torch-Pruning's step asks for every importance before it prunes the first group, and reads no
+    weight afterwards.  Any other step may read weights at any time.
+    """
+    step = vars(pruner).get("step")
+    own = getattr(step, "replaced", None) is None and "_prune" not in vars(pruner)
+    return own and all(
+        getattr(type(pruner), name) is getattr(BasePruner, name) for name in ("step", "_prune")
+    )
+
+
+@dataclass
+class _Ranked:
+    """One group whose units are ranked.
+
+    Attributes:
+        group: the group, with all of its units.
+        parts: into how many equal runs the units are divided, each of which loses the same places.
+        ratio: the share of the units that is to be gone after this step.
+        values: the importance of each place, averaged over the runs, on the CPU.
+    """
+
+    group: ConfigGroup
+    parts: int
+    ratio: float
+    values: Tensor
+
+
+class UnitChoice:
+    """The choice of one pruner's units, as of ``BasePruner._prune`` (base_pruner.py, 1.6.1).
+
+    Units are ranked where Torch-Pruning ranks channels: scopes, thresholds and amounts are the
+    same. What the class accepts rounds the amounts, in units of one channel group; Torch-Pruning
+    compares them with the channels of all. Groups of whole heads are ranked on their own, at the
+    pruner's head ratios; where every key/value group has to lose the same number of heads, each
+    loses its own least important ones.
+
+    Attributes:
+        preflight: what the preflight says that each step leaves; ``None`` where it is not known.
+        valued: True once the importance has given some group a value.
+    """
+
+    def __init__(self, pruner: Any):
+        self.pruner = pruner
+        self.preflight: Preflight | None = None
+        self.valued = False
+
+    @torch.no_grad()
+    def groups(self) -> Iterator[ConfigGroup]:
+        """Yield the groups that the pruner's current step prunes.
+
+        Raises:
+            ValueError: the importance fails, and no parameter has a gradient.
+        """
+        if self.pruner.current_step > self.pruner.iterative_steps:
+            warnings.warn(
+                "Pruning exceed the maximum iterative steps, no pruning will be performed.",
+                stacklevel=2,
+            )
+            return
+        for name, members in self._scopes().items():
+            yield from self._of_scope(name, members)
+
+    def _scopes(self) -> dict[str, list[_Ranked]]:
+        """Return the groups that are ranked together, by the names of their scopes."""
+        pruner, graph = self.pruner, self.pruner.DG
+        scopes: dict[str, list[_Ranked]] = {}
+        for graph_group in graph.groups_to_prune(pruner.ignored_layers, pruner.root_module_types):
+            group = graph.group_at(graph_group, range(graph_group.units.count))
+            if not pruner._check_pruning_ratio(group):
+                continue
+            values = self._importance_of(group)
+            if values is None:
+                continue
+            parts = graph_group.count.channel_groups
+            if self._ranks_each_part(graph_group):
+                values, parts = _ranks(values, parts), 1
+            values = values.view(parts, -1).mean(dim=0).cpu() if parts > 1 else values.cpu()
+            name, ratios = scope_of(pruner, group)
+            ranked = _Ranked(group, parts, ratios[pruner.current_step], values)
+            scopes.setdefault(name, []).append(ranked)
+        return scopes
+
+    def _of_scope(self, name: str, members: list[_Ranked]) -> Iterator[ConfigGroup]:
+        """Yield the groups of the units that rank lowest in one scope."""
+        pruner, graph = self.pruner, self.pruner.DG
+        together = torch.cat([ranked.values for ranked in members])
+        initial = pruner._scope_initial_channels.setdefault(name, len(together))
+        lost = len(together) - int(initial * (1 - members[0].ratio))
+        if lost <= 0:
+            return
+        lowest = torch.topk(together, k=lost, largest=False)
+        for ranked in members:
+            if len(members) > 1 or pruner.global_pruning:
+                places = (ranked.values <= lowest.values[-1]).nonzero().flatten()
+            else:
+                places = lowest.indices
+            if len(places) and pruner.round_to:
+                count = self._rounded(ranked.group.graph_group, ranked.parts, len(places))
+                places = torch.argsort(ranked.values)[:count]
+            size = len(ranked.values)
+            units = torch.cat([places + part * size for part in range(ranked.parts)]).sort().values
+            chosen = graph.group_at(ranked.group.graph_group, units.tolist())
+            if isinstance(pruner.importance, OBDCImportance):
+                pruner.importance.adjust_fisher(ranked.group, chosen[0].idxs)
+            if graph.check_pruning_group(chosen):
+                yield chosen
+
+    def _rounded(self, graph_group: GraphGroup, parts: int, lost: int) -> int:
+        """Return how many of ``lost`` places go once what is left is what the class accepts."""
+        count, now = graph_group.count, graph_group.units.count
+        of_place = parts if self._ranks_each_part(graph_group) else count.channel_groups
+        units = None
+        if self.preflight is not None:
+            units = self.preflight.units_left(graph_group, self.pruner.current_step)
+        if units is None:
+            per_part = (now // of_place - lost) * of_place // count.channel_groups
+            units = count.rounded(per_part * count.channel_groups, now, self.pruner.round_to)
+        return max(0, (now - units) // of_place)
+
+    def _ranks_each_part(self, graph_group: GraphGroup) -> bool:
+        """True if each channel group loses its own least important units.
+
+        If not, all channel groups lose units at the same places.  Torch-Pruning ranks places of
+        grouped channels by their mean over the channel groups, but grouped-query heads inside each
+        key/value group.
+        """
+        pruner = self.pruner
+        alone = graph_group.heads or not (pruner.global_pruning or pruner.isomorphic)
+        return (
+            graph_group.count.channel_groups > 1
+            and graph_group.root is None
+            and alone
+            and bool(pruner.round_to)
+        )
+
+    def _importance_of(self, group: ConfigGroup) -> Tensor | None:
+        """Return the importance of a group's units, shape ``(units,)``; ``None`` if it has none."""
+        try:
+            values: Tensor | None = self.pruner.DG.importance_of(group, self._estimate)
+        except (AttributeError, TypeError) as error:  # the importance reads a gradient that is None
+            if any(parameter.grad is not None for parameter in self.pruner.model.parameters()):
+                raise
+            raise ValueError(
+                f"{type(self.pruner.importance).__name__} fails ({type(error).__name__}: {error}), "
+                "and no parameter has a gradient, which importances such as Taylor's are made of. "
+                "Run loss.backward() on some data before pruner.step(). Nothing is pruned yet."
+            ) from error
+        self.valued |= values is not None
+        return values
+
+    def _estimate(self, group: ConfigGroup) -> Any:
+        pruner = self.pruner
+        own = type(pruner).estimate_importance is BasePruner.estimate_importance
+        if own and "estimate_importance" not in vars(pruner) and takes_pieces(pruner.importance):
+            return in_pieces(pruner.importance, group)
+        return pruner.estimate_importance(group)
+
+    def notes(self, pruned: bool) -> list[str]:
+        """Return what a step did instead of what the ratios ask for, or why it pruned nothing.
+
+        ``pruned``: whether it pruned any group.
+        """
+        step, lines = self.pruner.current_step, list[str]()
+        if self.preflight is not None and (pruned or not self.preflight.changes(step)):
+            lines = self.preflight.notes(step)
+        return lines if pruned or lines else [f"nothing was pruned: {self._why_nothing()}"]
+
+    def _why_nothing(self) -> str:
+        """Return the reason why a step pruned no group."""
+        pruner, step = self.pruner, self.pruner.current_step
+        if step > pruner.iterative_steps:
+            return f"all steps of the pruner were taken (iterative_steps={pruner.iterative_steps})"
+        groups = pruner.DG.groups_to_prune(pruner.ignored_layers, pruner.root_module_types)
+        if not any(True for _ in groups):
+            return "no group takes part (prune=, ignored_layers=, root_module_types=)"
+        if not self.valued:
+            name = type(pruner.importance).__name__
+            return f"{name} gave no value to any group (it may need gradients, or batch norms)"
+        ratios = (pruner.per_step_pruning_ratio, *pruner.pruning_ratio_dict.values())
+        if not any(by_step[step] for by_step in (*ratios, pruner.per_step_head_pruning_ratio)):
+            return "all ratios are 0"
+        return "less than one unit of each was to go, or no group that the step gave was pruned"
+
+
+def _ranks(values: Tensor, parts: int) -> Tensor:
+    """Return each unit's rank in its part, 0 for the least important: shape ``(units,)``.
+
+    Ranked this way, the least important units of all parts go first.
+    """
+    return values.view(parts, -1).argsort(1).argsort(1).to(values.dtype).flatten()
