@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import doctest
+import inspect
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ import torch
 import zoo
 
 import tp_hf_config
-from tp_hf_config.cli.main import parser_of
+from tp_hf_config.cli.commands import app
 
 DOCS = small.ROOT / "docs"
 PAGES = [  # upstream.md: test_upstream_doc.py
@@ -136,14 +136,12 @@ class TestReference:
         hook = _module("command_line")
         page = hook.on_page_markdown(path.read_text(encoding="utf-8"))
         sections = dict(re.findall(r"^## (\S+)$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
-        (commands,) = (
-            action.choices
-            for action in parser_of()._actions
-            if isinstance(action, argparse._SubParsersAction)
-        )
         assert hook.MARK not in page
-        for name, parser in commands.items():
-            for action in parser._actions[1:]:  # the first is --help
-                shown = action.option_strings[-1:] or [action.metavar or action.dest]
-                assert f"`{shown[0]}" in sections[name], (name, shown)
-                assert str(action.help) in sections[name]
+        for command in app.registered_commands:
+            function: Any = command.callback
+            options = [name for name in inspect.signature(function).parameters if name != "ctx"]
+            for option in options:
+                shown = option.replace("_", "-")
+                assert f"`--{shown}" in sections[function.__name__] or (
+                    f"`{option.upper()}" in sections[function.__name__]
+                ), (function, option)

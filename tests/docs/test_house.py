@@ -19,7 +19,16 @@ FLOORS = (
     {"forward"},
     {"model"},
 )
-ROOT = {"__init__", "__main__", "arguments", "errors", "notebook", "schema", "when_imported"}
+ROOT = {
+    "__init__",
+    "__main__",
+    "arguments",
+    "errors",
+    "plots",
+    "reports",
+    "schema",
+    "when_imported",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

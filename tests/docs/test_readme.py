@@ -15,9 +15,11 @@ import small
 import torch
 from planned import SMOLLM2
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
 
 from tp_hf_config import plan, prunable
-from tp_hf_config.cli.main import PROGRAM, parser_of
+from tp_hf_config.cli.commands import app
+from tp_hf_config.cli.output import PROGRAM
 
 README = (small.ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = [block for block in doc_blocks.blocks(README, "README.md") if block.language == "python"]
@@ -64,9 +66,11 @@ def test_what_is_shown_of_smollm2_is_what_comes(block: doc_blocks.Block) -> None
 def test_its_commands_are_commands() -> None:
     """What begins a line with the program's name is parsed; nothing of it is run."""
     typed = re.findall(rf"^{PROGRAM} (.*)$", README, re.MULTILINE)
-    parsed = [parser_of().parse_args(shlex.split(line, comments=True)) for line in typed]
     commands = ["prune", "check", "repair", "verify", "verify", "prune", "plan"]
-    assert [options.command for options in parsed] == commands
+    for line, name in zip(typed, commands, strict=True):
+        command, *arguments = shlex.split(line, comments=True)
+        assert command == name
+        get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
 
 
 def test_no_block_of_code_is_passed_over() -> None:

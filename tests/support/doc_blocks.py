@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tp_hf_config.cli.main import PROGRAM, main
+from tp_hf_config.cli.main import main
+from tp_hf_config.cli.output import PROGRAM
 
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",

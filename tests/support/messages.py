@@ -17,9 +17,10 @@ OWN = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and value.__module__ == errors.__name__
 }
-RAISED = OWN | {"UsageError", "ArgumentTypeError", "ValueError", "TypeError", "Unknown"}
+RAISED = OWN | {"UsageError", "BadParameter", "ValueError", "TypeError", "Unknown"}
 REASONS = {"Refusal", "Unsolved", "Cause", "unreadable"}  # said by another module than makes them
 REASONING = (
+    "cli/values.py",
     "checkpoint/*.py",
     "planning/preflight.py",
     "planning/refusals.py",
@@ -106,6 +107,8 @@ class _Module:
 
 def _gives_reasons(function: _Function) -> bool:
     """Whether a text that it gives says why there is nothing else, or is one of several faults."""
+    if function.name == "lines":  # of a report
+        return False
     gives = "" if function.returns is None else ast.unparse(function.returns)
     return gives.startswith(("str | None", "Iterator[str]")) or gives.endswith("| str")
 

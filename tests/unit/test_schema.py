@@ -56,7 +56,6 @@ def test_the_tables_of_the_documentation(name: str) -> None:
 def test_what_the_shell_prints(capsys: Any, tmp_path: Path) -> None:
     folder = folders.save("llama-gqa", tmp_path / "llama")
     for code, *typed in (
-        (0, "completion", "bash"),
         (0, "check", folder),
         (0, "repair", folder, "--dry-run"),
         (0, "prunable", folder),

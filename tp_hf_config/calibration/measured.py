@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import CalibrationError
 from ..model.tensors import state_of
-from ..notebook import short
+from ..reports import short
 from .batches import Batch, tokens_in
 from .linear_ops import Consumer
 from .measure import add_grams, measure

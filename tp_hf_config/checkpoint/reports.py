@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .. import notebook
-from ..schema import dated
+from ..reports import Report, short
 from .words import number, printable
 
 Kind = Literal["files", "config", "field", "tensors"]
@@ -36,11 +36,11 @@ class Cause:
     tensors: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return notebook.short(self, self.text)
+        return short(self, self.text)
 
 
-@dataclass(frozen=True)
-class CheckReport:
+@dataclass(frozen=True, repr=False)
+class CheckReport(Report):
     """How a folder's config compares with its weights.
 
     Attributes:
@@ -70,33 +70,24 @@ class CheckReport:
     tensors: int = 0
     parameters: int = 0
 
-    def __str__(self) -> str:
+    def title(self) -> str:
+        """Return the folder with the verdict."""
         verdict = {True: "sound", False: "not sound", None: "could not tell"}[self.sound]
+        return printable(f"{self.folder}: {verdict}")
+
+    def lines(self) -> Iterator[str]:
+        """Yield what is in the folder, what is wrong with it, and notes."""
         size = f"{self.tensors:,} tensors, {self.parameters:,} parameters, "
         count = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
-        lines = [f"{self.folder}: {verdict}", f"  {self.model or 'no class'}: {size}{count}"]
+        yield printable(f"  {self.model or 'no class'}: {size}{count}")
         if self.why_not is not None:
-            lines.append(f"  {self.why_not}")
-        lines += [f"  {cause.text}" for cause in self.causes]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(map(printable, lines))
-
-    def __repr__(self) -> str:
-        return notebook.short(self, str(self))
-
-    def _repr_html_(self) -> str:
-        head = ("config field", "config says", "weights hold", "cause")
-        return notebook.report(
-            str(replace(self, causes=())), notebook.table(head, list(map(_row, self.causes)))
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report for ``json.dumps``."""
-        return dated(asdict(self))
+            yield printable(f"  {self.why_not}")
+        yield from (printable(f"  {cause.text}") for cause in self.causes)
+        yield from (printable(f"  note: {note}") for note in self.notes)
 
 
-@dataclass(frozen=True)
-class RepairReport:
+@dataclass(frozen=True, repr=False)
+class RepairReport(Report):
     """What repairing a folder's config did.
 
     Attributes:
@@ -121,41 +112,28 @@ class RepairReport:
     after: CheckReport | None = None
     added: dict[str, Any] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def title(self) -> str:
+        """Return the folder with what was done."""
+        done = "repaired" if self.written else "not written (dry run)"
         if not self.difference:
-            head = "config.json says what the weights are; nothing to repair"
-        else:
-            head = "repaired" if self.written else "not written (dry run)"
-        lines = [f"{self.folder}: {head}"]
-        lines += [
-            f"  {printable(name)}: {number(old)} -> {number(new)}"
-            for name, (old, new) in self.fields.items()
-        ]
-        lines += [
-            f"  {printable(name)}: {number(value)}, for readers that stand on Transformers 4"
-            for name, value in self.added.items()
-        ]
+            done = "config.json says what the weights are; nothing to repair"
+        return f"{self.folder}: {done}"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the fields that change, notes, and the difference of the two files."""
+        for name, (old, new) in self.fields.items():
+            yield f"  {printable(name)}: {number(old)} -> {number(new)}"
+        for name, value in self.added.items():
+            yield (
+                f"  {printable(name)}: {number(value)}, for readers that stand on Transformers 4"
+            )
         if self.backup is not None:
-            lines.append(f"  the old config is in {self.backup}")
+            yield f"  the old config is in {self.backup}"
         if self.undecided and self.difference:
-            lines.append(f"  no shape shows {', '.join(self.undecided)}: left as it is")
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines + ([self.difference] if self.difference else []))
-
-    def __repr__(self) -> str:
-        return notebook.short(self, str(self))
-
-    def _repr_html_(self) -> str:
-        rows = [(name, number(old), number(new)) for name, (old, new) in self.fields.items()]
-        fields = notebook.table(("config field", "old", "new"), rows)
-        rest = str(replace(self, fields={})).removesuffix(self.difference)
-        return notebook.report(rest, fields) + notebook.verbatim(self.difference)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report for ``json.dumps``."""
-        report = asdict(self)
-        report["fields"] = {n: {"old": old, "new": new} for n, (old, new) in self.fields.items()}
-        return dated(report)
+            yield f"  no shape shows {', '.join(self.undecided)}: left as it is"
+        yield from (f"  note: {note}" for note in self.notes)
+        if self.difference:
+            yield self.difference
 
 
 @dataclass(frozen=True)
@@ -188,17 +166,9 @@ class Difference:
         dtypes = "" if self.dtypes is None else f"; {self.dtypes[0]}, there {self.dtypes[1]}"
         return f"{self.output}: {self.elements:,} of {self.of:,} numbers differ, {by}{dtypes}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the difference for ``json.dumps``: JSON has no NaN and no infinity."""
-        data = asdict(self)
-        for name in ("largest", "relative"):
-            if data[name] is not None and not math.isfinite(data[name]):
-                data[name] = None
-        return data
 
-
-@dataclass(frozen=True)
-class RoundtripReport:
+@dataclass(frozen=True, repr=False)
+class RoundtripReport(Report):
     """What loading and running a saved model or a folder in a fresh process showed.
 
     Attributes:
@@ -227,44 +197,17 @@ class RoundtripReport:
     notes: tuple[str, ...] = ()
     numbers: int = 0
 
-    def __str__(self) -> str:
+    def title(self) -> str:
+        """Return what was run, with the verdict."""
         done = "loads and runs" if self.against is None else f"same outputs as {self.against}"
         runs = self.error is None and not self.loading
         bad = "computes nothing" if runs else "does not load or run"
         bad = bad if self.against is None else f"not the same as {self.against}"
-        lines = [f"{self.what}: {done if self.same else bad} ({self.model}, fresh process)"]
-        lines += [f"  {problem}" for problem in (*self.loading, *self.differences)]
+        return f"{self.what}: {done if self.same else bad} ({self.model}, fresh process)"
+
+    def lines(self) -> Iterator[str]:
+        """Yield what is wrong, and notes."""
+        yield from (f"  {problem}" for problem in (*self.loading, *self.differences))
         if self.error is not None:
-            lines.append(f"  {self.error}")
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return notebook.short(self, str(self))
-
-    def _repr_html_(self) -> str:
-        head = ("output", "numbers that differ", "of", "by at most", "of the largest")
-        rows = [
-            (d.output, f"{d.elements:,}", f"{d.of:,}", _digits(d.largest), _digits(d.relative))
-            for d in self.differences
-        ]
-        return notebook.report(str(replace(self, differences=())), notebook.table(head, rows))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report for ``json.dumps``."""
-        return dated({**asdict(self), "differences": [one.to_dict() for one in self.differences]})
-
-
-def _row(cause: Cause) -> tuple[str, ...]:
-    """Return a cause as a row of the table of causes."""
-    if cause.field is None:
-        return "", "", "", printable(cause.text)
-    holds = "" if cause.holds is None else number(cause.holds)
-    return printable(cause.field), number(cause.says), holds, printable(cause.text)
-
-
-def _digits(value: float | None) -> str:
-    """Return a difference with three digits, or what ``None`` stands for."""
-    if value is None:
-        return "another shape or type"
-    return f"{value:.3g}" if math.isfinite(value) else "NaN or infinity"
+            yield f"  {self.error}"
+        yield from (f"  note: {note}" for note in self.notes)

@@ -25,7 +25,7 @@ from ..errors import CheckpointError, in_one_line
 from ..model.config_json import changed_values, field_name
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names
-from ..notebook import short
+from ..reports import short
 from .edits import (
     NOT_RECORDED,
     Edit,

@@ -14,7 +14,7 @@ from ..forward.head_splits import splits_after
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import parameter_names, saved_buffers
-from ..notebook import short
+from ..reports import short
 from ..twin.group import Finding, TinyGroup
 from ..twin.layout import TensorDim, UnitLayout, places_of, share_positions
 from ..twin.tiny.tiny_model import TinyModel

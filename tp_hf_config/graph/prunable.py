@@ -22,8 +22,7 @@ from ..model.from_config import module_of
 from ..model.layer_entries import name_in_all_layers
 from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, same_random_state
 from ..model.tensors import parameter_names, tensor
-from ..notebook import page, short, table
-from ..schema import dated
+from ..reports import Report, Rows, html_table, short
 from ..twin.find_groups import with_single_positions
 from ..twin.group import Finding
 from ..twin.layout import UnitLayout
@@ -83,7 +82,7 @@ class Width:
         return short(self, f"{self.name}: {self.reason or proved}")
 
     def _repr_html_(self) -> str:
-        return table(_HEAD, [_row(self)])
+        return html_table([_HEAD, _row(self)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the width as a dict for ``json.dumps``."""
@@ -117,8 +116,8 @@ def _row_of(name: str, widths: Sequence[Width]) -> tuple[str, ...]:
     return (f"{name} (of {len(rows)} layers)", *numbers, rows[0][5])
 
 
-@dataclass(frozen=True)
-class Prunable:
+@dataclass(frozen=True, repr=False)
+class Prunable(Report):
     """The widths of one model; prints as a table.
 
     Attributes:
@@ -131,53 +130,24 @@ class Prunable:
     widths: tuple[Width, ...]
     cached: bool = False
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        """Return the head of the table and a row for each width; layers' own share one."""
+    def title(self) -> str:
+        """Return the name of the class."""
+        return self.model
+
+    def rows(self) -> Rows:
+        """Return a row for each width; layers' own share one."""
         alike: dict[tuple[Any, ...], list[Width]] = {}
         for width in self.widths:
             alike.setdefault((name_in_all_layers(width.name), width.reason), []).append(width)
         return [_HEAD, *(_row_of(name, widths) for (name, _), widths in alike.items())]
 
-    def __repr__(self) -> str:
-        proved = sum(width.reason is None for width in self.widths)
-        return short(self, f"{self.model}: {proved} of {len(self.widths)} widths proved")
-
-    def _repr_html_(self) -> str:
-        head, *rows = self._rows()
-        return page(self.model, table(head, rows))
-
-    def __str__(self) -> str:
-        rows = self._rows()
-        sizes = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(sizes[0]), *(row[i].rjust(sizes[i]) for i in range(1, 5)), row[5]]
-            )
-            for row in rows
-        ]
-        return "\n".join([self.model, *lines, *self._source()])
-
-    def _source(self) -> list[str]:
+    def lines(self) -> list[str]:
         """Return a line that says so, if the experiments were not run now."""
         return [_FROM_CACHE] if self.cached else []
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        head, *rows = self._rows()
-        table = Table(title=self.model, caption="".join(self._source()) or None)
-        for name in head:
-            left = name in (head[0], head[-1])
-            table.add_column(name, justify="left" if left else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        return table
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the table as a dict for ``json.dumps``, with schema and package versions."""
-        widths = [width.to_dict() for width in self.widths]
-        return dated({"model": self.model, "cached": self.cached, "widths": widths})
+    def __repr__(self) -> str:
+        proved = sum(width.reason is None for width in self.widths)
+        return short(self, f"{self.model}: {proved} of {len(self.widths)} widths proved")
 
 
 @check_arguments

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..notebook import short
+from ..reports import short
 
 
 @dataclass(frozen=True)

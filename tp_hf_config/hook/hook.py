@@ -365,7 +365,7 @@ class HFConfigSyncHook:
             ImportError: matplotlib is missing.
             ValueError: there is no report yet.
         """
-        from .plots import plot_widths
+        from ..plots import plot_widths
 
         return plot_widths(self.reports, path)
 
@@ -383,6 +383,6 @@ class HFConfigSyncHook:
         Raises:
             ImportError, ValueError: as there; or a metric has another number of values.
         """
-        from .plots import plot_history
+        from ..plots import plot_history
 
         return plot_history(self.reports, path, metrics)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .. import notebook
 from ..errors import as_range
 from ..model.layer_entries import name_in_all_layers
-from ..notebook import short
-from ..schema import dated
+from ..reports import Report
 from .history import PrunedGroup
 
 if TYPE_CHECKING:
@@ -20,8 +18,8 @@ if TYPE_CHECKING:
     from ..calibration.compensation import Compensation
 
 
-@dataclass(frozen=True)
-class SyncReport:
+@dataclass(frozen=True, repr=False)
+class SyncReport(Report):
     """One sync of a model's config with its weights.
 
     Attributes:
@@ -57,12 +55,19 @@ class SyncReport:
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     compensation: Compensation | None = None
 
-    def __str__(self) -> str:
+    def title(self) -> str:
+        """Return what was pruned, and what the config says now."""
         graph = f" ({self.graph.split(':')[0]})" if self.graph else ""
         head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned{graph}"
         if self.error is not None:
             return f"{head}; the config does not follow: {self.error}"
         changes = ", ".join(f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
+        return f"{head}; {changes or 'no config field changes'}"
+
+    def lines(self) -> Iterator[str]:
+        """Yield what else was done, and notes."""
+        if self.error is not None:
+            return
         refreshed = ", ".join(
             _count(len(items), word)
             for items, word in (
@@ -72,27 +77,12 @@ class SyncReport:
             )
             if items
         )
-        lines = [f"{head}; {changes or 'no config field changes'}"]
-        lines.append(
-            f"  {refreshed or 'nothing else'} refreshed; {self.proof}; {self.seconds:.2f} s"
-        )
-        lines += [
-            f"  {name}: give it {len(channels)} channels now, report.inputs says which"
-            for name, channels in self.inputs.items()
-        ]
+        yield f"  {refreshed or 'nothing else'} refreshed; {self.proof}; {self.seconds:.2f} s"
+        for name, channels in self.inputs.items():
+            yield f"  {name}: give it {len(channels)} channels now, report.inputs says which"
         if self.compensation is not None:
-            lines.append(f"  {self.compensation}")
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return short(self, str(self), most=200)
-
-    def _repr_html_(self) -> str:
-        rows = [(name, old, new) for name, (old, new) in self.fields.items()]
-        return notebook.report(str(self), notebook.table(("config field", "old", "new"), rows))
-
-    __rich__ = __str__  # rich's own view prints every index of every layer
+            yield f"  {self.compensation}"
+        yield from (f"  note: {note}" for note in self.notes)
 
     def plot(self, path: str | PathLike[str]) -> Figure:
         """Draw the widths of fields and layers before and after.
@@ -106,39 +96,24 @@ class SyncReport:
         Raises:
             ImportError: matplotlib is missing.
         """
-        from .plots import plot_widths
+        from ..plots import plot_widths
 
         return plot_widths([self], path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report for ``json.dumps``, with the versions that made it."""
-        data = {
-            "step": self.step,
-            "graph": self.graph,
-            "groups": [
-                {
-                    "root": group.root.name,
-                    "side": "out" if group.root.out else "in",
-                    "removed": group.root.removed,
-                    "of": group.root.before,
-                    "layers": len(group.layers),
-                }
-                for group in self.groups
-                if group.layers
-            ],
-            "fields": {name: {"old": old, "new": new} for name, (old, new) in self.fields.items()},
-            "attributes": list(self.attributes),
-            "buffers": list(self.buffers),
-            "ties": list(self.ties),
-            "inputs": {name: list(channels) for name, channels in self.inputs.items()},
-            "proof": self.proof,
-            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
-            "seconds": self.seconds,
-            "notes": list(self.notes),
-            "error": self.error,
-            "compensation": None if self.compensation is None else self.compensation.to_dict(),
-        }
-        return dated(data)
+        """Return the report for ``json.dumps``; of groups only their first layers."""
+        groups = [
+            {
+                "root": group.root.name,
+                "side": "out" if group.root.out else "in",
+                "removed": group.root.removed,
+                "of": group.root.before,
+                "layers": len(group.layers),
+            }
+            for group in self.groups
+            if group.layers
+        ]
+        return {**super().to_dict(), "groups": groups}
 
 
 def in_words(fields: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str]]:

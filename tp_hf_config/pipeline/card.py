@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData, try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
 
 from ..hook.report import in_words
 from ..schema import versions
@@ -20,62 +23,56 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 def card(source: Source, pruned: Pruned) -> str:
     """Return the text of the model card, with front matter for the Hub."""
-    lines = [f"Round trip: {pruned.proof}."]
-    if pruned.dropped is not None:
-        lines.append(f"{pruned.dropped.in_one_line}.")
-    for text, (old, new) in pruned.perplexities.items():
-        lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after.")
-    lines += [f"{note}." for note in pruned.notes]
     name = base_model(source)
     before, after = pruned.parameters
     rows = [(field, old, new) for field, (old, new) in in_words(pruned.fields).items()]
     rows.append(("parameters", f"{before:,}", f"{after:,} ({after / before:.1%})"))
-    return "\n".join(
-        [
-            *_front_matter(source, name),
-            f"# {name.rpartition('/')[2]}, pruned",
-            "",
-            f"`{name}` (`{pruned.model}`), pruned with Torch-Pruning and tp-hf-config.",
-            "",
-            *_table(("", "before", "after"), rows),
-            "",
-            *(f"- {line}" for line in lines),
-            "",
-            *([] if pruned.layerwise is None else _loading(pruned.layerwise, pruned.out.name)),
-            "## How",
-            "",
-            *_table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()]),
-            "",
-            *_table(("version", ""), [("python", platform.python_version()), *versions().items()]),
-            "",
-        ]
-    )
+    lines = [f"Round trip: {pruned.proof}"]
+    if pruned.dropped_layers is not None:
+        lines.append(pruned.dropped_layers.title())
+    for text, (old, new) in pruned.perplexities.items():
+        lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after")
+    differ = pruned.layers_differ
+    return f"""{_front_matter(source)}
+# {name.rpartition("/")[2]}, pruned
+
+`{name}` (`{pruned.model}`), pruned with Torch-Pruning and tp-hf-config.
+
+{_table(("", "before", "after"), rows)}
+
+{_bullets([*lines, *pruned.notes])}
+
+{"" if differ is None else _loading(differ, pruned.out.name)}## How
+
+{_table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()])}
+
+{_versions()}
+"""
 
 
-def _loading(layerwise: Layerwise, folder: str) -> list[str]:
+def _loading(layerwise: Layerwise, folder: str) -> str:
     """Return the section on a model whose layers differ: how it is loaded, and its widths."""
     widths = [(name, " ".join(map(str, values))) for name, values in layerwise.widths.items()]
-    return [
-        "## Loading",
-        "",
-        "```python",
-        f"from transformers import {layerwise.auto_class}",
-        "",
-        f"model = {layerwise.loading(folder)}",
-        "```",
-        "",
-        "Each layer has widths of its own, and the classes of Transformers build all layers alike. "
-        f"`{layerwise.file}`, which tp-hf-config wrote, builds each by its own: that file is the "
-        "code that `trust_remote_code=True` lets run. It imports nothing but Transformers (5.15 or "
-        "newer). `tp-hf-config export` writes this model in forms that need no code.",
-        "",
-        "Without `trust_remote_code=True` loading fails with "
-        "`AmbiguousGlobalPerLayerAttributeError`, or says that `ignore_mismatched_sizes` is "
-        "`False`, since the stock class knows one width for all layers. Do not change config.json.",
-        "",
-        *_table(("by layer", ""), widths),
-        "",
-    ]
+    return f"""## Loading
+
+```python
+from transformers import {layerwise.auto_class}
+
+model = {layerwise.loading(folder)}
+```
+
+Each layer has widths of its own, and the classes of Transformers build all layers alike. \
+`{layerwise.file}`, which tp-hf-config wrote, builds each by its own: that file is the code that \
+`trust_remote_code=True` lets run. It imports nothing but Transformers (5.15 or newer). \
+`tp-hf-config export` writes this model in forms that need no code.
+
+Without `trust_remote_code=True` loading fails with `AmbiguousGlobalPerLayerAttributeError`, or \
+says that `ignore_mismatched_sizes` is `False`, since the stock class knows one width for all \
+layers. Do not change config.json.
+
+{_table(("by layer", ""), widths)}
+
+"""
 
 
 def card_of_export(source: Source | None, exported: Exported) -> str:
@@ -88,32 +85,30 @@ def card_of_export(source: Source | None, exported: Exported) -> str:
     rows = [(field, old, new) for field, (old, new) in exported.widths.items()]
     rows.append(("parameters", f"{before:,}", f"{after:,}"))
     differing = " with layers that differ" if exported.fields else ""
-    return "\n".join(
-        [
-            *([] if source is None else _front_matter(source, name)),
-            f"# {name.rpartition('/')[2]}, {exported.to}",
-            "",
-            f"`{name}` (`{exported.model}`{differing}), exported by tp-hf-config to "
-            f"`{exported.to}`. It computes the same: {exported.proof}.",
-            "",
-            f"Load it with `{exported.loading}`.",
-            "",
-            *_table(("by layer", "before", "here"), rows),
-            "",
-            *(f"- {note}." for note in exported.notes),
-            *_table(("version", ""), [("python", platform.python_version()), *versions().items()]),
-            "",
-        ]
-    )
+    return f"""{"" if source is None else _front_matter(source)}
+# {name.rpartition("/")[2]}, {exported.to}
+
+`{name}` (`{exported.model}`{differing}), exported by tp-hf-config to `{exported.to}`. \
+It computes the same: {exported.proof}.
+
+Load it with `{exported.loading}`.
+
+{_table(("by layer", "before", "here"), rows)}
+
+{_bullets(exported.notes)}
+
+{_versions()}
+""".lstrip()
 
 
-def _front_matter(source: Source, name: str) -> list[str]:
-    from huggingface_hub import ModelCardData
-
+def _front_matter(source: Source) -> str:
     data = ModelCardData(
-        base_model=name, library_name="transformers", tags=["pruned"], **_metadata(source)
+        base_model=base_model(source),
+        library_name="transformers",
+        tags=["pruned"],
+        **_metadata(source),
     )
-    return ["---", data.to_yaml(), "---", ""]
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def base_model(source: Source) -> str:
@@ -130,18 +125,11 @@ def base_model(source: Source) -> str:
 
 
 def _metadata(source: Source) -> dict[str, Any]:
-    """Return the licence, language and task from the card of the unpruned model.
-
-    The result is empty if the model is a GGUF file, or its card cannot be read.
-    """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.repocard import metadata_load
-
+    """Return the licence, language and task from the card of the unpruned model, if it has one."""
     if source.gguf is not None:
         return {}
-    folder = source.folder
     try:
-        path: Any = folder and folder / "README.md"
+        path: Any = source.folder and source.folder / "README.md"
         path = path or try_to_load_from_cache(source.place, "README.md")
         metadata = metadata_load(path) or {}
     except Exception:  # there is no card, or its YAML is invalid
@@ -149,6 +137,14 @@ def _metadata(source: Source) -> dict[str, Any]:
     return {key: metadata[key] for key in _KEPT if key in metadata}
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}." for line in lines)
+
+
+def _versions() -> str:
+    return _table(("version", ""), [("python", platform.python_version()), *versions().items()])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     clean = [[re.sub(r"[|\n]", " ", cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *clean)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *clean))

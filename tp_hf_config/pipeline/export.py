@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from ..model.locate import find_pretrained
 from . import decilm, gguf_export, padded
 from .card import card_of_export
 from .companions import LICENCES, Copied, code_files, copy_companions
-from .exported import Exported, Ready, Request
+from .exported import Exported, Format, Ready, Request
 from .output import check_savable, check_target, new_folder
 from .source import check_reachable, class_for, config_of, find_source, load
 from .source_checks import check_source
@@ -27,7 +27,6 @@ from .source_checks import check_source
 if TYPE_CHECKING:
     from .source import Source
 
-Format = Literal["padded", "decilm", "gguf"]
 _WAYS: dict[str, Callable[[Request], Ready | Refusal]] = {
     "padded": padded.prepare,
     "decilm": decilm.prepare,

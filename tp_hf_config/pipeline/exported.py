@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import as_range
-from ..schema import dated
+from ..reports import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .padding_proof import SameOutputs
     from .source import Source
 
-FORMATS = ("padded", "decilm", "gguf")
+Format = Literal["padded", "decilm", "gguf"]
 """What a model can be exported to."""
 GGUF_FILE = "model.gguf"
 """The file in the folder of an export to ``"gguf"``."""
@@ -63,8 +63,8 @@ class Ready:
     holds_tokenizer: bool = False
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(Report):
     """The result of an export; ``str`` gives a few lines of text.
 
     Attributes:
@@ -96,35 +96,17 @@ class Exported:
         """Return config field -> its values before and after, as text: ``768..1536``."""
         return {name: (as_range(old), as_range(new)) for name, (old, new) in self.fields.items()}
 
-    def __str__(self) -> str:
-        before, after = self.parameters
+    def title(self) -> str:
+        """Return the class and the format, with the widths that changed."""
         widths = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.widths.items())
-        lines = [
-            f"{self.model}, {self.to}: {widths or 'all layers alike'}",
-            f"parameters: {before:,} -> {after:,}",
-            f"proof: {self.proof}",
-        ]
-        if self.copied.files:
-            lines.append(f"copied: {', '.join(self.copied.files)}")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, f"written: {self.out} ({self.seconds:.0f} s)"])
+        return f"{self.model}, {self.to}: {widths or 'all layers alike'}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as data for ``json.dumps``, with the package versions."""
-        data = {
-            "model": self.model,
-            "to": self.to,
-            "out": str(self.out),
-            "fields": {
-                name: {"before": list(old), "after": list(new)}
-                for name, (old, new) in self.fields.items()
-            },
-            "parameters": dict(zip(("before", "after"), self.parameters, strict=True)),
-            "proof": {"numbers": self.proof.numbers, "difference": self.proof.difference},
-            "copied": list(self.copied.files),
-            "not_copied": list(self.copied.not_copied),
-            "loading": self.loading,
-            "notes": list(self.notes),
-            "seconds": self.seconds,
-        }
-        return dated(data)
+    def lines(self) -> Iterator[str]:
+        """Yield what it came to, and where it was written."""
+        before, after = self.parameters
+        yield f"parameters: {before:,} -> {after:,}"
+        yield f"proof: {self.proof}"
+        if self.copied.files:
+            yield f"copied: {', '.join(self.copied.files)}"
+        yield from (f"note: {note}" for note in self.notes)
+        yield f"written: {self.out} ({self.seconds:.0f} s)"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import PipelineError
-from ..schema import dated
+from ..reports import Report, old_and_new
 from .output import check_target
 from .source import Source
 
@@ -127,15 +127,15 @@ def calibration_text(job: Job) -> str | None:
     return text
 
 
-@dataclass(frozen=True)
-class Pruned:
+@dataclass(frozen=True, repr=False)
+class Pruned(Report):
     """The result of a job; ``str`` gives a few lines of text.
 
     Attributes:
         model: the name of the class.
         out: the folder that was written.
         plan: the plan that was carried out; ``None`` if only layers were dropped.
-        reports: one report for each step.
+        steps: one report for each step.
         parameters: the number of parameters before and after.
         proof: the proof of the round trip.
         copied: the files that were copied, and those that were not.
@@ -146,15 +146,15 @@ class Pruned:
         notes: what else the user should know.
         seconds: wall-clock time.
         settings: what was done, by name.
-        dropped: the layers that were dropped; ``None`` if none were.
+        dropped_layers: the layers that were dropped; ``None`` if none were.
         allocation: the widths by layer that were carried out; ``None`` if there was a plan.
-        layerwise: how a model whose layers differ is loaded; ``None`` if they do not differ.
+        layers_differ: how a model whose layers differ is loaded; ``None`` if they do not differ.
     """
 
     model: str
     out: Path
     plan: Plan | None
-    reports: tuple[SyncReport, ...]
+    steps: tuple[SyncReport, ...]
     parameters: tuple[int, int]
     proof: Proof
     copied: Copied
@@ -163,15 +163,15 @@ class Pruned:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
-    dropped: DroppedLayers | None = None
+    dropped_layers: DroppedLayers | None = None
     allocation: Allocation | None = None
-    layerwise: Layerwise | None = None
+    layers_differ: Layerwise | None = None
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """Return config field -> (value at first, value after the last step)."""
-        by_depth = {} if self.dropped is None else self.dropped.fields
-        return {**by_depth, **changed(self.reports)}
+        by_depth = {} if self.dropped_layers is None else self.dropped_layers.fields
+        return {**by_depth, **changed(self.steps)}
 
     @property
     def perplexities(self) -> dict[str, tuple[float, float]]:
@@ -179,49 +179,34 @@ class Pruned:
         measured = zip(TEXTS, (self.perplexity, self.perplexity_second_text), strict=True)
         return {text: values for text, values in measured if values is not None}
 
-    def __str__(self) -> str:
+    def title(self) -> str:
+        """Return the class, with the fields that changed."""
         from ..hook.report import in_words  # with torch, which no check of a job needs
 
-        before, after = self.parameters
         changes = (f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
-        lines = [f"{self.model}: {', '.join(changes)}"]
-        if self.dropped is not None:
-            lines.append(self.dropped.in_one_line)
-        lines.append(f"parameters: {before:,} -> {after:,} ({after / before:.1%})")
+        return f"{self.model}: {', '.join(changes)}"
+
+    def lines(self) -> Iterator[str]:
+        """Yield what it came to, and where it was written."""
+        before, after = self.parameters
+        if self.dropped_layers is not None:
+            yield self.dropped_layers.title()
+        yield f"parameters: {before:,} -> {after:,} ({after / before:.1%})"
         for text, (old, new) in self.perplexities.items():
-            lines.append(f"perplexity on {text}: {old:.1f} -> {new:.1f}")
-        lines.append(f"proof: {self.proof}")
+            yield f"perplexity on {text}: {old:.1f} -> {new:.1f}"
+        yield f"proof: {self.proof}"
         if self.copied.files:
-            lines.append(f"copied: {', '.join(self.copied.files)}")
+            yield f"copied: {', '.join(self.copied.files)}"
         if self.copied.not_copied:
-            lines.append(f"not copied: {', '.join(self.copied.not_copied)}")
-        lines += [f"note: {note}" for note in self.notes]
-        if self.layerwise is not None:
-            lines.append(self.layerwise.in_one_line(str(self.out)))
-        return "\n".join([*lines, f"written: {self.out} ({self.seconds:.0f} s)"])
+            yield f"not copied: {', '.join(self.copied.not_copied)}"
+        yield from (f"note: {note}" for note in self.notes)
+        if self.layers_differ is not None:
+            yield self.layers_differ.in_one_line(str(self.out))
+        yield f"written: {self.out} ({self.seconds:.0f} s)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as data for ``json.dumps``, with the package versions."""
-        data = {
-            "model": self.model,
-            "out": str(self.out),
-            "settings": dict(self.settings),
-            "fields": {name: {"old": old, "new": new} for name, (old, new) in self.fields.items()},
-            "parameters": _pair(self.parameters),
-            "perplexity": _pair(self.perplexity),
-            "perplexity_second_text": _pair(self.perplexity_second_text),
-            "proof": {"tensors": self.proof.tensors, "numbers": self.proof.numbers},
-            "copied": list(self.copied.files),
-            "not_copied": list(self.copied.not_copied),
-            "notes": list(self.notes),
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "allocation": None if self.allocation is None else self.allocation.to_dict(),
-            "layers_differ": None if self.layerwise is None else self.layerwise.to_dict(),
-            "dropped_layers": None if self.dropped is None else self.dropped.to_dict(),
-            "steps": [report.to_dict() for report in self.reports],
-            "seconds": self.seconds,
-        }
-        return dated(data)
+        """Return the result for ``json.dumps``, with the fields that changed."""
+        return {**super().to_dict(), "fields": old_and_new(self.fields)}
 
 
 def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
@@ -231,7 +216,3 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
         for name, (old, new) in report.fields.items():
             changes[name] = (changes.get(name, (old,))[0], new)
     return changes
-
-
-def _pair(values: tuple[float, float] | None) -> dict[str, float] | None:
-    return None if values is None else dict(zip(("before", "after"), values, strict=True))

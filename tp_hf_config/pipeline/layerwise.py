@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..model.config_json import field_name
@@ -39,10 +39,6 @@ class Layerwise:
             "which builds each layer by its own widths; tp-hf-config export gives forms without "
             "code"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as data for ``json.dumps``."""
-        return {**asdict(self), "widths": {name: list(v) for name, v in self.widths.items()}}
 
 
 def layerwise_of(model: PreTrainedModel) -> Layerwise | None:

@@ -123,9 +123,9 @@ def _prune_and_write(
         second,
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
-        dropped=cut.dropped,
+        dropped_layers=cut.dropped,
         allocation=widths if isinstance(widths, Allocation) else None,
-        layerwise=layerwise,
+        layers_differ=layerwise,
     )
     (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result

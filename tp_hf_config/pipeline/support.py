@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -24,8 +24,8 @@ from ..model.surroundings import (
     quiet_transformers,
     same_random_state,
 )
-from ..notebook import page, short, table
-from ..schema import dated, versions
+from ..reports import Report, Rows, short
+from ..schema import versions
 from ..twin.tiny.tiny_model import tiny_model
 from .trial import Outcome, Subject, Trial, WidthSupport, reloaded, subject, trials
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Support:
+@dataclass(frozen=True, repr=False)
+class Support(Report):
     """Which widths of one class can be pruned; ``str`` gives a table.
 
     Attributes:
@@ -63,36 +63,23 @@ class Support:
         ranked: tuple[Outcome, ...] = ("failed", "works", "refused")
         return next((outcome for outcome in ranked if outcome in outcomes), None)
 
-    def __str__(self) -> str:
+    def title(self) -> str:
+        """Return the class, and why nothing can be tried."""
         if self.why_not is not None:
             return f"{self.model}: nothing can be tried: {self.why_not}"
-        size = max((len(width.name) for width in self.widths), default=0)
-        lines = [f"{w.name:<{size}}  {w.outcome:<7}  {w.why}".rstrip() for w in self.widths]
-        suffix = " (seen on text alone)" if self.partial else ""
-        return "\n".join([f"{self.model}{suffix}", *lines])
+        return f"{self.model} (seen on text alone)" if self.partial else self.model
+
+    def rows(self) -> Rows:
+        """Return a row for each width."""
+        rows = [(width.name, width.outcome, width.why) for width in self.widths]
+        return [("config field", "outcome", "why"), *rows] if rows else ()
 
     def __repr__(self) -> str:
         if self.why_not is not None:
-            return short(self, str(self))
+            return super().__repr__()
         works = sum(width.outcome == "works" for width in self.widths)
         verb = "works" if works == 1 else "work"
         return short(self, f"{self.model}: {works} of {len(self.widths)} widths {verb}")
-
-    def _repr_html_(self) -> str:
-        rows = [(width.name, width.outcome, width.why) for width in self.widths]
-        return page(str(self).split("\n", 1)[0], table(("config field", "outcome", "why"), rows))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as data for ``json.dumps``."""
-        data = {
-            "model": self.model,
-            "widths": [width.to_dict() for width in self.widths],
-            "why_not": self.why_not,
-            "partial": self.partial,
-            "seed": self.seed,
-            "versions": self.versions,
-        }
-        return dated(data)
 
 
 @check_arguments

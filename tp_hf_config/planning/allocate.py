@@ -29,8 +29,7 @@ from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import Width, widths_of
 from ..model.config_json import field_name
 from ..model.layer_entries import layer_number, name_in_all_layers
-from ..notebook import short
-from ..schema import dated
+from ..reports import Report
 from .layer_curve import LayerCurve
 from .pruner_kwargs import pruner_kwargs
 from .unit_counts import multiples_of, unit_counts_of
@@ -42,8 +41,8 @@ SHARES = (0.2, 0.4, 0.6)
 """The shares of each layer's units that are tried."""
 
 
-@dataclass(frozen=True)
-class Allocation:
+@dataclass(frozen=True, repr=False)
+class Allocation(Report):
     """Widths for every layer; ``print`` it, ``plot`` it, carry it out with ``pruner_kwargs``.
 
     Attributes:
@@ -92,36 +91,20 @@ class Allocation:
         ratios = self.ratios
         return pruner_kwargs(model, prune=list(ratios), ratios=ratios, layers="differ", **arguments)
 
-    def __str__(self) -> str:
+    def title(self) -> str:
+        """Return the class, with its parameters before and after."""
         old, new = self.parameters
-        lines = [f"{self.model}: {old:,} -> {new:,} parameters ({new / old:.1%})"]
+        return f"{self.model}: {old:,} -> {new:,} parameters ({new / old:.1%})"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the widths of each field by layer."""
         by_name: dict[str, list[str]] = {}
         for own in self.widths:
             by_name.setdefault(name_in_all_layers(own), []).append(own)
         for name, fields in by_name.items():
             before = [f"{self._before[field]:,}" for field in fields]
             was = f"{before[0]} in each layer" if len(set(before)) == 1 else " ".join(before)
-            widths = " ".join(f"{self.widths[field]:,}" for field in fields)
-            lines.append(f"{name}, {was} -> {widths}")
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return short(self, str(self).split("\n")[0])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict for ``json.dumps``, with the versions of the libraries."""
-        curves = [
-            {**vars(curve), "changes": {str(s): c for s, c in curve.changes.items()}}
-            for curve in self.curves
-        ]
-        data = {
-            "model": self.model,
-            "measure": self.measure,
-            "curves": curves,
-            "widths": dict(self.widths),
-            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
-        }
-        return dated(data)
+            yield f"{name}, {was} -> {' '.join(f'{self.widths[field]:,}' for field in fields)}"
 
     @check_arguments
     def plot(self, path: str | PathLike[str]) -> Figure:
@@ -136,9 +119,12 @@ class Allocation:
         Raises:
             ImportError: matplotlib is missing.
         """
-        from .allocation_plot import plot_allocation
+        from ..plots import plot_allocation
 
-        return plot_allocation(self.curves, self.widths, self.measure, path)
+        curves: dict[str, list[LayerCurve]] = {}
+        for curve in self.curves:
+            curves.setdefault(name_in_all_layers(curve.field), []).append(curve)
+        return plot_allocation(curves, self.widths, self.measure, path)
 
 
 @check_arguments

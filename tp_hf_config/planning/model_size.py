@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -36,10 +36,6 @@ class Size:
     bytes: int
     flops: int | None
     gram_bytes: int | None
-
-    def to_dict(self) -> dict[str, int | None]:
-        """Return the size as a dict for ``json.dumps``."""
-        return asdict(self)
 
 
 def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[Size, str | None]:

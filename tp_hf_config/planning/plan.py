@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from .. import notebook
 from ..arguments import check_arguments
 from ..errors import ConfigSyncError, UnsupportedModelError
 from ..fieldmap.model_view import view_of
@@ -18,8 +17,7 @@ from ..graph.layer_fields import layers_listed
 from ..graph.standin import standin_of
 from ..model.config_json import FieldPath
 from ..model.layer_entries import name_in_all_layers
-from ..notebook import short
-from ..schema import dated
+from ..reports import Report, Rows, fields_as_json, short
 from .model_size import Size
 from .pruner_kwargs import pruner_kwargs
 from .refusals import PlannedRefusal, refusal_lines
@@ -66,24 +64,14 @@ class PlannedWidth:
         return self.steps[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the width as a dict for ``json.dumps``."""
-        return {
-            "name": self.name,
-            "before": self.before,
-            "after": self.after,
-            "steps": list(self.steps),
-            "asked_ratio": self.asked,
-            "reached_ratio": self.reached,
-            "reachable": described(self.reachable),
-            "multiples_of": list(self.multiples),
-            "tensor_parallel_ranks": list(self.ranks),
-            "parameters_per_unit": self.parameters,
-        }
+        """Return the width for ``json.dumps``."""
+        reachable = described(self.reachable)
+        return {**fields_as_json(self), "after": self.after, "reachable": reachable}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What pruning with some settings gives; ``print`` it, or print it with rich.
+@dataclass(frozen=True, repr=False)
+class Plan(Report):
+    """What pruning with some settings gives; ``print`` it.
 
     Attributes:
         model: the name of the class.
@@ -160,40 +148,24 @@ class Plan:
             )
         return pruner_kwargs(model, make_inputs=self._make_inputs, **self.settings.arguments())
 
-    def __str__(self) -> str:
-        return text(self)
+    def title(self) -> str:
+        """Return the name of the class."""
+        return self.model
+
+    def rows(self) -> Rows:
+        """Return a row for each width."""
+        return [_HEAD, *map(_row, self.widths)]
+
+    def lines(self) -> list[str]:
+        """Return the sizes before and after, and what else there is to say."""
+        return [*_sizes(self), *_footnotes(self)]
 
     def __repr__(self) -> str:
         after = "refused" if self.after is None else f"{self.after.parameters:,} parameters"
         widths = f"{len(self.widths)} width{'' if len(self.widths) == 1 else 's'}"
         return short(self, f"{self.model}: {widths}, {self.before.parameters:,} -> {after}")
 
-    def _repr_html_(self) -> str:
-        return html(self)
 
-    def __rich__(self) -> Any:
-        return table(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a dict for ``json.dumps``, with the versions of the libraries."""
-        data = {
-            "model": self.model,
-            "settings": self.settings.to_dict(),
-            "widths": [width.to_dict() for width in self.widths],
-            "kept": self.kept,
-            "before": self.before.to_dict(),
-            "after": None if self.after is None else self.after.to_dict(),
-            "refusal": None if self.refusal is None else self.refusal.to_dict(),
-            "adjusted": list(self.adjusted),
-            "target_parameters": self.target,
-            "why_not_exactly": self.why_not_exactly,
-            "notes": list(self.notes),
-        }
-        data["time"] = None if self.time is None else self.time.to_dict()
-        return dated(data)
-
-
-_SIZES = ("", "now", "planned", "left")
 _HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple of", "ranks")
 
 
@@ -213,11 +185,6 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if number % 100 in (11, 12, 13) else ending}"
 
 
-def rows(plan: Plan) -> list[tuple[str, ...]]:
-    """Return one row of text for each width, as ``_HEAD`` names the columns."""
-    return [_row(width) for width in plan.widths]
-
-
 def _row(width: PlannedWidth) -> tuple[str, ...]:
     """Return the row of one width."""
     ways = [" -> ".join(f"{step[name]:,}" for step in width.steps) for name in width.before]
@@ -232,25 +199,21 @@ def _row(width: PlannedWidth) -> tuple[str, ...]:
     )
 
 
-def size_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """Return rows for parameters, bytes and FLOPs: name, now, planned, share that is left."""
-    per = "FLOPs a token" if plan.tokens else "FLOPs an input"
-    names = {
+def _sizes(plan: Plan) -> Iterator[str]:
+    """Yield a line for parameters, bytes and FLOPs, now and in the end."""
+    for key, name in {
         "parameters": "parameters",
         "bytes": "bytes",
-        "flops": per,
+        "flops": "FLOPs a token" if plan.tokens else "FLOPs an input",
         "gram_bytes": "bytes to calibrate",
-    }
-    after = plan.after
-    result: list[tuple[str, ...]] = []
-    for key, name in names.items():
-        old, new = getattr(plan.before, key), getattr(after, key, None)
-        share = f"{new / old:.1%}" if old and new is not None else ""
-        result.append((name, *("?" if n is None else f"{n:,}" for n in (old, new)), share))
-    return result
+    }.items():
+        old, new = getattr(plan.before, key), getattr(plan.after, key, None)
+        share = f" ({new / old:.1%})" if old and new is not None else ""
+        now, then = ("?" if number is None else f"{number:,}" for number in (old, new))
+        yield f"{name}: {now} -> {then}{share}"
 
 
-def footnotes(plan: Plan) -> list[str]:
+def _footnotes(plan: Plan) -> list[str]:
     """Return the lines under the tables."""
     lines = [] if plan.refusal is None else refusal_lines(plan.refusal)
     if plan.target is not None and plan.after is not None:
@@ -278,40 +241,3 @@ def _ratios(plan: Plan) -> Iterator[str]:
     if settings.head_pruning_ratio in asked - {settings.pruning_ratio}:
         yield f"a head ratio of {settings.head_pruning_ratio:g}"
     yield from (f"{name} {ratio:g}" for name, ratio in settings.ratios.items())
-
-
-def text(plan: Plan) -> str:
-    """Return the plan as plain lines."""
-    table = [_HEAD, *rows(plan)]
-    sizes = [max(len(row[i]) for row in table) for i in range(len(_HEAD))]
-    lines = [plan.model]
-    lines += [
-        "  ".join(c.ljust(n) for c, n in zip(row, sizes, strict=True)).rstrip() for row in table
-    ]
-    for name, old, new, share in size_rows(plan):
-        lines.append(f"{name}: {old} -> {new}" + (f" ({share})" if share else ""))
-    return "\n".join([*lines, *footnotes(plan)])
-
-
-def table(plan: Plan) -> Any:
-    """Return the plan as something that rich can print."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    widths = Table(title=plan.model)
-    for name in _HEAD:
-        widths.add_column(name, justify="left" if name in ("config field", "can be") else "right")
-    for row in rows(plan):
-        widths.add_row(*map(Text, row))
-    sizes = Table(*_SIZES)
-    for size in size_rows(plan):
-        sizes.add_row(*size)
-    return Group(widths, sizes, *map(Text, footnotes(plan)))
-
-
-def html(plan: Plan) -> str:
-    """Return the plan as HTML for a notebook."""
-    widths = notebook.table(_HEAD, rows(plan))
-    sizes = notebook.table(_SIZES, size_rows(plan))
-    return notebook.page(plan.model, widths, sizes, notebook.lines(footnotes(plan)))

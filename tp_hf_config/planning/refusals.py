@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..model.config_json import FieldPath, field_name
 from .trajectory import Adjusted, MovingWidth, Trajectory
@@ -25,13 +24,6 @@ class PlannedRefusal:
     values: dict[str, int]
     reason: str
     nearest: tuple[tuple[dict[str, float], dict[str, int]], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the refusal as a dict for ``json.dumps``."""
-        return {
-            **vars(self),
-            "nearest": [{"ratios": ratios, "values": values} for ratios, values in self.nearest],
-        }
 
 
 def refusal_lines(refusal: PlannedRefusal) -> list[str]:

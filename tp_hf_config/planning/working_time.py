@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -32,10 +32,6 @@ class WorkingTime:
 
     def __str__(self) -> str:
         return f"{_said(self.calibrate)} to calibrate, {_said(self.step)} for a step with refits"
-
-    def to_dict(self) -> dict[str, float]:
-        """Return the times as a dict for ``json.dumps``."""
-        return asdict(self)
 
 
 def working_time(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import torch
 import transformers as hf
 from other_thread import in_another_thread
 from safetensors.torch import load_file, save_file
+from shell import shell
 from torch import nn
 
 from tp_hf_config import CheckpointError, check_checkpoint
 from tp_hf_config.checkpoint.building import Classes, own_reference
 from tp_hf_config.checkpoint.large import too_large
-from tp_hf_config.cli import check as command
 from tp_hf_config.model.build import _limited
 
 SOUND = (
@@ -482,23 +481,18 @@ def test_a_70b_folder_of_holes(tmp_path: Path):
 # The command
 
 
-def command_of(*argv: str) -> Any:
-    parser = argparse.ArgumentParser()
-    command.add(parser)
-    return command.run(parser.parse_args(argv))
-
-
-def test_the_command(tmp_path: Path):
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = folders.saved("llama", tmp_path)
-    outcome = command_of(str(folder))
-    assert (outcome.code, outcome.data["sound"]) == (0, True)
+    code, out, _ = shell(capsys, "check", folder, "--json")
+    assert (code, json.loads(out)["sound"]) == (0, True)
     folders.edit(folder, intermediate_size=80)
-    outcome = command_of(str(folder))
-    assert outcome.code == 1
-    assert outcome.text.endswith("intermediate_size says 80, the weights of layers 0-1 hold 96")
+    code, out, _ = shell(capsys, "check", folder)
+    assert code == 1
+    assert out.endswith("intermediate_size says 80, the weights of layers 0-1 hold 96\n")
+    _, out, _ = shell(capsys, "check", folder, "--json")
+    assert json.loads(out)["causes"][0]["holds"] == 96
     folders.edit(folder, architectures=None)
-    assert command_of(str(folder)).code == 2
-    assert outcome.data["causes"][0]["holds"] == 96
+    assert shell(capsys, "check", folder)[0] == 2
 
 
 def test_the_class_of_a_folder_with_code_is_a_model() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -16,6 +15,7 @@ import small
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from shell import shell
 
 from tp_hf_config import (
     CheckpointError,
@@ -24,7 +24,6 @@ from tp_hf_config import (
     verify_checkpoint,
 )
 from tp_hf_config.checkpoint import writing
-from tp_hf_config.cli import repair as command
 
 BROKEN: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("llama", {"intermediate_size": 80}, {}),
@@ -383,7 +382,9 @@ def test_what_the_class_refuses_is_to_be_corrected_by_hand(
     assert str(error).endswith("Nothing was written.")
 
 
-def test_a_field_of_a_config_inside_can_be_said_in_the_shell(tmp_path: Path):
+def test_a_field_of_a_config_inside_can_be_said_in_the_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     folder = folders.saved("llava", tmp_path)
     text = {**folders.config_of(folder)["text_config"], "num_attention_heads": 2}
     folders.edit(folder, text_config=text)
@@ -396,8 +397,8 @@ def test_a_field_of_a_config_inside_can_be_said_in_the_shell(tmp_path: Path):
         f"LlavaConfig has several of that name: say one of {name}, "
         f"vision_config.num_attention_heads, as in given={{'{name}': 4}} or --given {name}=4."
     ) in str(error.value)
-    outcome = command_of(str(folder), "--given", f"{name}=4")
-    assert outcome.data["fields"] == {name: {"old": 2, "new": 4}}
+    _, out, _ = shell(capsys, "repair", folder, "--given", f"{name}=4", "--json")
+    assert json.loads(out)["fields"] == {name: {"old": 2, "new": 4}}
 
 
 def test_a_size_that_is_rounded_is_not_made_up(tmp_path: Path):
@@ -689,12 +690,15 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path):
 # The command
 
 
-def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """No shell writes it out behind ``--out=``, and none stands before the Python functions."""
     folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert command_of(str(folder), "--out=~/fixed").data["folder"] == str(tmp_path / "fixed")
+    _, out, _ = shell(capsys, "repair", folder, "--out=~/fixed", "--json")
+    assert json.loads(out)["folder"] == str(tmp_path / "fixed")
     assert check_checkpoint("~/fixed").folder == str(tmp_path / "fixed")
     assert verify_checkpoint("~/fixed", "~/fixed").against == str(tmp_path / "fixed")
     report = repair_checkpoint(Path("~/model"), out="~/again")
@@ -719,18 +723,12 @@ def test_a_home_folder_that_nobody_has(tmp_path: Path):
         assert str(error.value) == message
 
 
-def command_of(*argv: str) -> Any:
-    parser = argparse.ArgumentParser()
-    command.add(parser)
-    return command.run(parser.parse_args(argv))
-
-
-def test_the_command(tmp_path: Path):
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = folders.edit(folders.saved("llama", tmp_path), num_attention_heads=2)
-    outcome = command_of(str(folder), "--head-dim", "16", "--dry-run")
-    assert (outcome.code, outcome.data["written"]) == (0, False)
-    outcome = command_of(str(folder), "--heads", "4", "--out", str(tmp_path / "new"))
-    assert (outcome.code, outcome.data["written"]) == (0, True)
+    code, out, _ = shell(capsys, "repair", folder, "--head-dim", 16, "--dry-run", "--json")
+    assert (code, json.loads(out)["written"]) == (0, False)
+    code, out, _ = shell(capsys, "repair", folder, "--heads", 4, "--out", tmp_path / "new")
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 'new'}: repaired\n  num_attention_heads: 2 -> 4")
     assert folders.config_of(folder)["num_attention_heads"] == 2
     assert folders.config_of(tmp_path / "new")["num_attention_heads"] == 4
-    assert outcome.text.startswith(f"{tmp_path / 'new'}: repaired\n  num_attention_heads: 2 -> 4")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -18,6 +17,7 @@ import tiny
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from shell import shell
 from torch import nn
 
 from tp_hf_config import (
@@ -26,7 +26,6 @@ from tp_hf_config import (
     verify_checkpoint,
     verify_roundtrip,
 )
-from tp_hf_config.cli import verify as command
 
 
 @pytest.mark.usefixtures("started_as_for_users")
@@ -173,27 +172,21 @@ def test_a_folder_of_which_nothing_can_be_told(tmp_path: Path):
         verify_checkpoint(folder)
 
 
-def command_of(*argv: str) -> Any:
-    parser = argparse.ArgumentParser()
-    command.add(parser)
-    return command.run(parser.parse_args(argv))
-
-
-def test_the_command_against_itself_and_against_another_folder(tmp_path: Path):
+def test_the_command_against_itself_and_against_another_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one, other = folders.saved("vit", tmp_path / "a"), folders.saved("vit", tmp_path / "b")
-    outcome = command_of(str(one), str(other))
-    assert outcome.code == 0
-    assert outcome.text == (
-        f"{one}: same outputs as {other} (ViTForImageClassification, fresh process)"
-    )
+    code, out, _ = shell(capsys, "verify", one, other)
+    assert code == 0
+    assert out == f"{one}: same outputs as {other} (ViTForImageClassification, fresh process)\n"
     tensors = load_file(other / "model.safetensors")
     tensors["classifier.bias"] += 1.0
     save_file(tensors, other / "model.safetensors")
-    outcome = command_of(str(one), "--against", str(other))
-    assert outcome.code == 1
-    head, line = outcome.text.splitlines()
+    code, out, _ = shell(capsys, "verify", one, "--against", other)
+    assert code == 1
+    head, line = out.splitlines()
     assert head == f"{one}: not the same as {other} (ViTForImageClassification, fresh process)"
     assert line.startswith("  logits: 5 of 5 numbers differ, by at most 1 (")
 
@@ -233,14 +226,13 @@ def two_folders(place: Path) -> tuple[Path, Path]:
     return folders.saved("llama", place), folders.saved("llama", place / "b")
 
 
-def test_numbers_that_are_all_nan_prove_nothing(tmp_path: Path):
+def test_numbers_that_are_all_nan_prove_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     one, other = two_folders(tmp_path)
     with_tensor(one, "model.norm.weight", slice(None), float("nan"))
-    outcome = command_of(str(one))
-    assert outcome.code == 1
-    assert outcome.text == (
+    assert shell(capsys, "verify", one)[:2] == (
+        1,
         f"{one}: computes nothing (LlamaForCausalLM, fresh process)\n"
-        "  note: every number of logits is NaN or infinite"
+        "  note: every number of logits is NaN or infinite\n",
     )
     report = verify_checkpoint(one, one)
     assert (report.same, report.differences) == (False, ())

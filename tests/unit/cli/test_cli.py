@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
-import contextlib
+import io
 import json
 import os
 import shlex
@@ -14,27 +13,151 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import model_folders as folders
 import pytest
 import small
-from shell import Terminal, shell
+from shell import shell
 from transformers import AutoConfig
+from typer import BadParameter
 
 import tp_hf_config
-from tp_hf_config.cli import completion, console, stopping
 from tp_hf_config.cli import main as main_module
-from tp_hf_config.cli import prune as prune_module
-from tp_hf_config.cli.arguments import amount
+from tp_hf_config.cli import values
+from tp_hf_config.cli.command import _few_warnings
 from tp_hf_config.cli.main import main
+from tp_hf_config.cli.output import Shown
 from tp_hf_config.errors import CalibrationWarning, PrunerSettingsWarning
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import source
-from tp_hf_config.pipeline.job import Importance
+from tp_hf_config.pipeline.source import config_of
 from tp_hf_config.planning.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("every_width")
+COMMANDS = ("check", "repair", "verify", "plan", "prunable", "prune", "export")
+RATIO = "--pruning-ratio 0.2"
+NEW = f"--out new {RATIO}"
+PLAIN = "Say the folder that holds"
+WRONG = {
+    "": "Missing command.",
+    "prone x": "No such command 'prone'.",
+    "--json check x": "--json",
+    "check": "Missing argument 'FOLDER'.",
+    "check whole --fast": "--fast",
+    "check whole bare": "(bare)",
+    "check ''": "'': expected a folder, a file or a name",
+    "check nowhere": f"nowhere does not exist. {PLAIN} config.json.",
+    "check text": f"text is not a folder. {PLAIN} config.json.",
+    "check nothing": f"nothing has no config.json. {PLAIN} it.",
+    "check bare": "bare has no weights (model.safetensors, ",
+    f"check {'x' * 300}": "cannot be read: ",
+    "repair nowhere": f"nowhere does not exist. {PLAIN} config.json.",
+    "repair bare": "bare has no weights (model.safetensors, ",
+    "repair whole --out nothing": "nothing is there already. Say a folder that",
+    "repair whole --out whole/new": "whole/new is inside whole, which is copied. Say a folder out",
+    "repair x --out=~nobody-of-this-name/y": "'~nobody-of-this-name/y': expected a path; there is",
+    "repair whole --given head_dim": "'head_dim': expected num_attention_heads=4",
+    "repair whole --given head_dim=x": "'x': expected a whole number, 1 or more",
+    "repair whole --heads 0": "Invalid value for '--heads'",
+    "repair whole --heads 4 --given num_attention_heads=2": "num_attention_heads is given twice",
+    "verify nowhere": f"nowhere does not exist. {PLAIN} config.json.",
+    "verify whole nowhere": f"nowhere does not exist. {PLAIN} config.json.",
+    "verify whole --against bare": "bare has no weights (model.safetensors, ",
+    "verify whole whole --against whole": "say it once: verify whole whole",
+    "prunable no/such/place": "no/such/place: there is no such file or folder",
+    "prunable nothing": "nothing: no config.json in this folder; expected what save_",
+    "prunable broken": "broken: config.json is not JSON: ",
+    "prunable nowhere": "nowhere: no such file or folder here, and as a model on the",
+    "prunable us/nowhere": "us/nowhere: no such file or folder here, and as a model",
+    f"prunable {'x' * 300}/y": "cannot be read: ",
+    "plan": "Missing argument 'MODEL'.",
+    "plan x": "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, ",
+    f"plan '' {RATIO}": "'': expected a folder, a file or a name",
+    f"plan nowhere {RATIO}": "nowhere: no such file or folder here, and as a model on",
+    f"plan text.bin {RATIO}": "expected a folder with a config.json, a GGUF file or a",
+    f"plan x {RATIO} --target-params 0.5": "leave --pruning-ratio out",
+    f"plan x {RATIO} --gqa group": "add --head-pruning-ratio 0.25",
+    f"plan x {RATIO} --ratios a=0.1": "name all in --prune",
+    "plan x --prune a,b --ratios a=0.1": "which share of b? Add --pruning-ratio 0.2",
+    "plan x --steps 0": "Invalid value for '--steps'",
+    "prune nowhere --out new": "say how much to prune",
+    f"prune x {RATIO}": "Missing option '--out'",
+    f"prune nowhere {NEW}": "nowhere: no such file or folder here, and as a model on t",
+    f"prune broken {NEW}": "broken: config.json is not JSON: ",
+    f"prune whole --out no/such {RATIO}": "Make it first: ",
+    f"prune whole --out text {RATIO}": "expected a new folder, found a file. C",
+    f"prune whole --out whole {RATIO}": "is not empty. Choose another folder, or",
+    f"prune whole {NEW} --calibration ''": "'': expected a folder, a file or a name",
+    f"prune whole {NEW} --calibration ./own": "own: calibration text cannot be read: No such fi",
+    f"prune whole {NEW} --calibration text": "text: expected plain text in UTF-8, found other b",
+    f"prune whole {NEW} --dtype flaot32": "'flaot32' is not one of 'float32', ",
+    f"prune whole {NEW} --importance best": "'best' is not one of 'wanda', 'activation', 'flap'",
+    f"prune whole {NEW} --pruning-ration 0.2": "--max-pruning-ratio",
+    f"prune whole {NEW} --max-shard-size 5": "'5': expected a size such as 500MB or 5GB",
+    "prune x --out y --drop-layers 0": "'0': expected a whole number, 1 or more",
+    "prune x --out y --drop-layers 2 --steps 4": "say how much to prune: --pruning-ratio 0.2, ",
+    "prune x --out y --drop-layers 2 --round-to 8": "; or leave --round-to out",
+    "prune x --out y --drop-layers 1 --layers differ": "; or leave --layers out",
+    "prune x --out y --drop-layers 1 --ranking isomorphic": "; or leave --ranking out",
+    "prune x --out y --ranking global --target-params 0.8": "--ranking gives each layer a ",
+    "prune x --out y --allocate": "--allocate finds widths for a size: add --target-params 0.8",
+    **{
+        f"prune x --out y --allocate --target-params 0.8 {more}": f"leave {more.split()[0]} out"
+        for more in (
+            "--pruning-ratio 0.2",
+            "--ratios intermediate_size=0.2",
+            "--head-pruning-ratio 0.5",
+            "--gqa query",
+            "--max-pruning-ratio 0.5",
+            "--ranking global",
+            "--layers uniform",
+            "--no-compensate",
+        )
+    },
+    "export whole --out new --to onnx": "'onnx' is not one of 'padded', 'decilm', 'gguf'",
+}
+"""What is typed -> what is said: everything that is seen before torch is imported."""
+VALUES = {
+    values.amount: {
+        "8.03B": 8_030_000_000,
+        "4.1b": 4_100_000_000,
+        "16.1M": 16_100_000,
+        "1.001k": 1001,
+        "1e5": 100_000,
+        "0.8": 0.8,
+        "80%": 0.8,
+    },
+    values.share: {"0.25": 0.25, "1/4": 0.25, "25%": 0.25, "33.3%": 0.333},
+    values.names: {"a, b": ("a", "b")},
+    values.ratios: {"a=1/2,b=0.1": {"a": 0.5, "b": 0.1}},
+    values.sizes: {"head_dim=64": {"head_dim": 64}},
+    values.layers: {"2": (None, 2), "decoder=2": ("decoder", 2)},
+    values.file_size: {"5gb": "5GB"},
+    values.calibration: {"own": "own", "./own": Path("own"), "a/text.txt": Path("a/text.txt")},
+}
+"""A parser -> what is typed -> its value."""
+NO_AMOUNT = ("lots", "inf", "1", "1.5", "0", "nan", "infB", "1e999999999", "1/2", "1.0005K")
+NO_SHARE = ("0", "0.0", "1.5", "-0.1", "nan", "1e-999999999")
+REFUSED = {
+    values.amount: {
+        **dict.fromkeys(NO_AMOUNT, "a whole number of parameters (100M), or a share of them (0.8)"),
+        "120%": "a share between 0 and 1",
+    },
+    values.share: {
+        **dict.fromkeys(NO_SHARE, "a share between 0 and 1"),
+        **dict.fromkeys(
+            ("1/0", "x", "", "1e999999999", "1e9999999%"), "a share such as 0.2, 1/5 or 20%"
+        ),
+    },
+    values.names: {"a,": "config fields with commas between: hidden_size,intermediate_size"},
+    values.ratios: {
+        "a": "hidden_size=0.1,intermediate_size=0.3",
+        "a=0.1,a=0.2": "one value for every field, found two for a",
+    },
+    values.count: dict.fromkeys(("0", "-4", "x", "²"), "a whole number, 1 or more"),
+    values.file_size: {"5": "a size such as 500MB or 5GB"},
+}
+"""A parser -> what is typed -> what it expects."""
 
 
 @pytest.fixture(scope="module")
@@ -47,188 +170,154 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders.save("vit", tmp_path_factory.mktemp("models") / "vit")
 
 
-class TestLight:
-    @pytest.mark.parametrize(
-        ("typed", "code", "printed"),
-        [
-            ("--help", 0, "prune a model and write it, once it is proved to load again"),
-            ("prune x --out y --pruning-ratio 2", 2, ""),
-            ("prune x --out y", 2, ""),
-            ("prune no/such/model --out y --pruning-ratio 0.2", 2, ""),
-        ],
+def test_help_and_wrong_usage_load_no_torch(llama: Path, tmp_path: Path) -> None:
+    """All in one process, offline; each mistake ends with 2 and what to type next."""
+    config = (llama / "config.json").read_bytes()
+    for name, files in {
+        "nothing": {},
+        "broken": {"config.json": b"{", "model.safetensors": b""},
+        "bare": {"config.json": config},
+        "whole": {"config.json": config, "model.safetensors": b"cut off"},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+    (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "text.bin").write_bytes(b"")
+    out = small.python(
+        f"""
+        import contextlib, io, os, shlex, sys
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from tp_hf_config.cli.main import main
+        os.chdir({str(tmp_path)!r})
+        for command in {COMMANDS!r}:
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                assert main([command, "--help"]) == 0
+            assert "--json" in said.getvalue(), command
+        for typed in {list(WRONG)!r}:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                print(main(shlex.split(typed)), repr(said.getvalue()))
+        print(*sys.modules)
+        """
     )
-    def test_help_and_wrong_usage_load_no_torch(self, typed: str, code: int, printed: str) -> None:
-        """As ``python -m tp_hf_config`` does it."""
-        out = small.python(
-            f"""
-            import runpy, sys
-            sys.argv[1:] = {typed.split()!r}
-            try:
-                runpy.run_module("tp_hf_config", run_name="__main__", alter_sys=True)
-            except SystemExit as ended:
-                print("ended", ended.code)
-            print(*sys.modules)
-            """
-        )
-        *lines, loaded = out.splitlines()
-        assert lines[-1] == f"ended {code}"
-        assert printed in out
-        assert "tp_hf_config.cli.prune" in loaded.split()
-        heavy = {"torch", "transformers", "torch_pruning", "rich", "shtab", "numpy"}
-        assert not heavy & set(loaded.split())
+    *lines, loaded = out.splitlines()
+    for (typed, message), line in zip(WRONG.items(), lines, strict=True):
+        assert line.startswith("2 "), (typed, line)
+        said = ast.literal_eval(line[2:])
+        assert message in said, (typed, said)
+        assert said.splitlines()[-1].startswith("tp-hf-config"), (typed, said)
+        assert "Traceback" not in said
+    heavy = {"torch", "transformers", "torch_pruning", "numpy"}
+    assert not heavy & set(loaded.split())
+    assert not (tmp_path / "new").exists()
 
-    def test_wrong_paths_and_arguments_load_no_torch(self, llama: Path, tmp_path: Path) -> None:
-        """Every command, in one process, offline; each ends with 2 and what to type next."""
-        config = (llama / "config.json").read_bytes()
-        for name, files in {
-            "nothing": {},
-            "broken": {"config.json": b"{", "model.safetensors": b""},
-            "bare": {"config.json": config},
-            "whole": {"config.json": config, "model.safetensors": b"cut off"},
-        }.items():
-            (tmp_path / name).mkdir()
-            for file, content in files.items():
-                (tmp_path / name / file).write_bytes(content)
-        (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
-        (tmp_path / "text.bin").write_bytes(b"")
-        plain = "Say the folder that holds"
-        ratio = ("--pruning-ratio", "0.2")
-        new = ("--out", "new", *ratio)
-        prune = ("prune", "whole", *new)
-        cases = {
-            ("check", "nowhere"): f"nowhere does not exist. {plain} config.json.",
-            ("check", "text"): f"text is not a folder. {plain} config.json.",
-            ("check", "nothing"): f"nothing has no config.json. {plain} it.",
-            ("check", "bare"): "bare has no weights (model.safetensors, ",
-            ("check", "x" * 300): "cannot be read: ",
-            ("repair", "nowhere"): f"nowhere does not exist. {plain} config.json.",
-            ("repair", "bare"): "bare has no weights (model.safetensors, ",
-            ("repair", "whole", "--out", "nothing"): "nothing is there already. Say a folder that",
-            (
-                "repair",
-                "whole",
-                "--out",
-                "whole/new",
-            ): "whole/new is inside whole, which is copied. Say a folder outside.",
-            (
-                "repair",
-                "whole",
-                "--given",
-                "head_dim",
-            ): "'head_dim': expected num_attention_heads=4",
-            ("repair", "whole", "--given", "head_dim=x"): "'x': expected a whole number, 1 or more",
-            ("repair", "whole", "--heads", "0"): "'0': expected a whole number, 1 or more",
-            ("repair", "whole", "--head-dim", "-4"): "'-4': expected a whole number, 1 or more",
-            (
-                "repair",
-                "whole",
-                "--heads",
-                "4",
-                "--given",
-                "num_attention_heads=2",
-            ): "num_attention_heads: --heads says 4, --given says 2. Leave one of them out",
-            ("verify", "nowhere"): f"nowhere does not exist. {plain} config.json.",
-            ("verify", "whole", "nowhere"): f"nowhere does not exist. {plain} config.json.",
-            ("verify", "whole", "--against", "bare"): "bare has no weights (model.safetensors, ",
-            ("verify", "whole", "whole", "--against", "whole"): "say it once: verify whole whole",
-            ("prunable", "no/such/place"): "no/such/place: there is no such file or folder",
-            ("prunable", "nothing"): "nothing: no config.json in this folder; expected what save_",
-            ("prunable", "broken"): "broken: config.json is not JSON: ",
-            ("prunable", "nowhere"): "nowhere: no such file or folder here, and as a model on the",
-            ("prunable", "us/nowhere"): "us/nowhere: no such file or folder here, and as a model",
-            ("prunable", "x" * 300 + "/y"): "cannot be read: ",
-            ("plan", "nowhere", *ratio): "nowhere: no such file or folder here, and as a model on",
-            ("plan", "text.bin", *ratio): "expected a folder with a config.json, a GGUF file or a",
-            ("prune", "nowhere", *new): "nowhere: no such file or folder here, and as a model on t",
-            ("prune", "broken", *new): "broken: config.json is not JSON: ",
-            ("prune", "whole", "--out", "no/such", *ratio): "Make it first: ",
-            (
-                "prune",
-                "whole",
-                "--out",
-                "text",
-                *ratio,
-            ): "expected a new folder, found a file. C",
-            ("prune", "whole", "--out", "whole", *ratio): "is not empty. Choose another folder, or",
-            (*prune, "--calibration", ""): "'': expected a folder, a file or a name",
-            (*prune, "--calibration", "./own"): "own: calibration text cannot be read: No such fi",
-            (*prune, "--calibration", "none"): "none: calibration text cannot be read: No such fi",
-            (*prune, "--calibration", "text"): "text: expected plain text in UTF-8, found other b",
-            (*prune, "--dtype", "flaot32"): "invalid choice: 'flaot32' (choose from 'float32', ",
-            (
-                *prune,
-                "--pruning-ration",
-                "0.2",
-            ): "there is no option --pruning-ration: did you mean --pruning-ratio?",
-            ("check", "whole", "--fast"): "there is no option --fast: tp-hf-config check --help ",
-            ("check", "whole", "bare"): "found bare, expected nothing after FOLDER",
-            ("check", ""): "'': expected a folder, a file or a name",
-            ("plan", "", *ratio): "'': expected a folder, a file or a name",
-            ("completion", "bsh"): "invalid choice: 'bsh'",
-        }
-        out = small.python(
-            f"""
-            import contextlib, io, os, sys
-            os.environ["HF_HUB_OFFLINE"] = "1"
-            from tp_hf_config.cli.main import main
-            os.chdir({str(tmp_path)!r})
-            for typed in {list(cases)!r}:
-                with contextlib.redirect_stderr(io.StringIO()) as said:
-                    print(main([*typed]), repr(said.getvalue()))
-            print(*sys.modules)
-            """
-        )
-        *lines, loaded = out.splitlines()
-        for (typed, message), line in zip(cases.items(), lines, strict=True):
-            assert line.startswith("2 "), (typed, line)
-            assert message in ast.literal_eval(line[2:]), (typed, line)
-            assert "Traceback" not in line
-        assert "huggingface_hub" in loaded.split()
-        assert not {"torch", "transformers", "torch_pruning", "rich", "numpy"} & {*loaded.split()}
-        assert not (tmp_path / "new").exists()
 
-    def test_nobody_reads_the_output(self) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tp_hf_config", "completion", "bash"],
-            cwd=small.ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        process.stdout.close()
-        _, errors = process.communicate()
-        assert (process.returncode, errors) == (141, b"")
+def test_values() -> None:
+    for parse, cases in VALUES.items():
+        for typed, value in cases.items():
+            assert parse(typed) == value, typed  # type: ignore[operator]
+    for parse, refused in REFUSED.items():
+        for typed, expected in refused.items():
+            with pytest.raises(BadParameter) as error:
+                parse(typed)
+            assert error.value.message == f"{typed!r}: expected {expected}"
 
+
+@pytest.mark.parametrize(
+    ("typed", "settings"),
+    [
+        ("", {"importance": None, "calibration": None, "compensate": True, "stream": None}),
+        ("--importance obs --no-stream", {"importance": "obs", "stream": False}),
+        ("--calibration own", {"calibration": "own"}),
+        ("--no-compensate --recover 8", {"compensate": False, "recover": 8}),
+        ("--drop-layers decoder=2", {"drop_layers": 2, "drop_from": "decoder"}),
+        ("--steps 3 --round-to 8", {"steps": 3}),
+    ],
+)
+def test_what_the_arguments_of_prune_mean(
+    capsys: Any,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: str,
+    settings: dict[str, Any],
+) -> None:
+    jobs: list[Any] = []
+
+    def prune(job: Any, shown: Any) -> Any:
+        jobs.append(job)
+        return tp_hf_config.CheckReport("folder", None, None)
+
+    monkeypatch.setattr("tp_hf_config.pipeline.prune.prune_checkpoint", prune)
+    common = ("prune", llama, "--out", "no-such-folder", "--pruning-ratio", "1/4")
+    assert shell(capsys, *common, *typed.split())[0] == 0
+    (job,) = jobs
+    assert {name: getattr(job, name) for name in settings} == settings
+    assert job.widths["pruning_ratio"] == 0.25
+    assert job.command == shlex.join(["tp-hf-config", *map(str, common), *typed.split()])
+
+
+def test_version(capsys: Any) -> None:
+    expected = f"tp-hf-config {tp_hf_config.__version__}\n"
+    assert shell(capsys, "--version") == (0, expected, "")
+
+
+def test_without_typer(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main_module, "find_spec", lambda name: None)
+    said = "tp-hf-config needs typer: pip install 'tp-hf-config[cli]'\n"
+    assert shell(capsys, "check", "x") == (2, "", said)
+
+
+def test_the_shell_completes_options() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tp_hf_config"],
+        cwd=small.ROOT,
+        env={
+            **os.environ,
+            "_TP_HF_CONFIG_COMPLETE": "complete_bash",
+            "COMP_WORDS": "tp-hf-config prune --imp",
+            "COMP_CWORD": "2",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("--importance\n", "")
+
+
+class TestStreams:
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
     @pytest.mark.parametrize(
         ("typed", "code", "said"),
         [
-            ("completion bash > /dev/full", 141, "{}: [Errno 28] No space left on device"),
-            ("--help > /dev/full", 141, "{}: [Errno 28] No space left on device"),
-            ("completion bash >&-", 0, ""),
-            ("completion bash 2>&-", 0, ""),
-            ("completion bash >&- 2>&-", 0, ""),
-            ("completion bash > /dev/full 2>&1", 141, ""),
+            ("prunable {} > /dev/full", 141, "output cannot be written: [Errno 28] No space left"),
+            ("--help > /dev/full", 141, "output cannot be written: [Errno 28] No space left"),
+            ("--version >&- 2>&-", 0, ""),
             ("check nowhere 2> /dev/full", 2, ""),
             ("check nowhere 2>&-", 2, ""),
         ],
     )
-    def test_output_that_cannot_be_written(self, typed: str, code: int, said: str) -> None:
-        """1 would say that a folder is not sound."""
-        command = f"unset PYTHONUNBUFFERED; {shlex.quote(sys.executable)} -m tp_hf_config {typed}"
-        done = subprocess.run(
-            command, shell=True, cwd=small.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-        )
-        said = said.format("tp-hf-config: the output cannot be written")
-        assert (done.returncode, done.stderr.decode()) == (code, f"{said}\n" if said else "")
-
-    def test_a_closed_stream_has_no_terminal(
-        self, capsys: Any, vit: Path, monkeypatch: pytest.MonkeyPatch
+    def test_output_that_cannot_be_written(
+        self, vit: Path, typed: str, code: int, said: str
     ) -> None:
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, None)
-        assert main(["check", str(vit)]) == 0
-        assert not console.rich_on(sys.stderr)
+        """1 would say that a folder is not sound."""
+        command = f"{shlex.quote(sys.executable)} -m tp_hf_config {typed.format(vit)}"
+        done = subprocess.run(
+            f"unset PYTHONUNBUFFERED; {command}",
+            shell=True,
+            cwd=small.ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        assert done.returncode == code
+        assert said in done.stderr if said else not done.stderr
+
+    def test_nobody_reads_the_output(self, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w"))
+        assert main(["check", "nowhere", "--json"]) == 141
+        assert "the output" not in capsys.readouterr().err
+        sys.stdout.close()
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
     def test_progress_that_cannot_be_written_stops_no_work(
@@ -236,147 +325,29 @@ class TestLight:
     ) -> None:
         full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
         monkeypatch.setattr(sys, "stderr", full)
-        lines = console.Lines()
-        lines.say("step 1")
-        lines.failed("step 2")
-        assert list(lines.track([3, 4], 2, "measuring")) == [3, 4]
+        Shown().say("step 1")
+        assert list(Shown().track([3, 4], 2, "measuring")) == [3, 4]
         with pytest.raises(OSError, match="No space left"):
             full.close()
 
-    def test_version(self, capsys: Any) -> None:
-        code, out, _ = shell(capsys, "--version")
-        assert (code, out) == (0, f"tp-hf-config {tp_hf_config.__version__}\n")
+    def test_progress(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Lines, and on a terminal a bar that is removed at the end."""
+        for terminal in (False, True):
+            monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+            monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+            assert list(Shown().track([3, 4], 2, "measuring")) == [3, 4]
+            assert stream.getvalue().startswith("measuring: 2 windows\n")
+            assert ("0/2" in stream.getvalue()) is terminal
 
-    def test_every_command_has_help_and_json(self, capsys: Any) -> None:
-        for command in ("check", "repair", "verify", "plan", "prunable", "prune", "completion"):
-            code, out, _ = shell(capsys, command, "--help")
-            assert code == 0
-            assert "--json" in out
-
-
-class TestUsage:
-    @pytest.mark.parametrize(
-        ("typed", "message"),
-        [
-            ("", "the following arguments are required: COMMAND"),
-            ("prone x", "invalid choice: 'prone'"),
-            ("plan", "the following arguments are required: MODEL"),
-            ("prune x --pruning-ratio 0.2", "the following arguments are required: --out"),
-            ("plan x --pruning-ratio 0", "0 prunes nothing: expected a share such as 0.2"),
-            ("plan x --pruning-ratio 0.0", "0 prunes nothing: expected a share such as 0.2"),
-            ("plan x --pruning-ratio 1.5", "'1.5': expected a share between 0 and 1"),
-            ("plan x --pruning-ratio -0.1", "'-0.1': expected a share between 0 and 1"),
-            ("plan x --pruning-ratio 1/0", "'1/0': expected a share such as 0.2, 1/5 or 20%"),
-            ("plan x --pruning-ratio nan", "'nan': expected a share between 0 and 1"),
-            ("plan x --pruning-ratio 1e999999999", "'1e999999999': expected a share between 0 "),
-            ("plan x --pruning-ratio 1e-999999999", "0 prunes nothing: expected a share such as"),
-            ("plan x --pruning-ratio 1e999999999%", "'1e999999999%': expected a share between"),
-            ("plan x --prune a,", "'a,': expected config fields with commas between"),
-            ("plan x --ratios a", "'a': expected hidden_size=0.1,intermediate_size=0.3"),
-            ("plan x --ratios a=2", "'2': expected a share between 0 and 1"),
-            ("plan x --steps 0", "'0': expected a whole number, 1 or more"),
-            ("plan x --target-params lots", "'lots': expected a number of parameters (100M)"),
-            ("plan x --target-params inf", "'inf': expected a number above 0"),
-            ("plan x --target-params 1", "'1': expected a whole number of parameters (100M), or a"),
-            ("plan x --target-params 1.5", "'1.5': expected a whole number of parameters (100M)"),
-            ("plan x --target-params 120%", "'120%': expected a share between 0 and 1"),
-            ("plan x --ratios a=0.1,a=0.2", "expected one value for every field, found two for a"),
-            ("plan x --target-params nan", "'nan': expected a number above 0"),
-            ("plan x --target-params infB", "'infB': expected a number above 0"),
-            ("plan x --target-params 1e999999999", "'1e999999999': expected a number above 0"),
-            ("plan x --target-params 1/2", "'1/2': expected a number of parameters (100M)"),
-            ("plan x --target-params 1.0005K", "'1.0005K': expected a whole number of parameters"),
-            (
-                "--json check x",
-                "--json is typed before the command: put it behind, tp-hf-config ch",
-            ),
-            (
-                "prune x --out y --drop-layers 2 --steps 4",
-                "--steps says how widths are pruned, not how much goes: add --pruning-ratio 0.2",
-            ),
-            ("prune x --out y --drop-layers 2 --round-to 8", "--round-to says how widths are"),
-            ("prune x --out y --drop-layers 2 --max-pruning-ratio 0.5", "--max-pruning-ratio says"),
-            ("prune x --out y --max-shard-size big", "'big': expected a size such as 500MB or 5GB"),
-            (
-                "prune x --out y --device moon",
-                "'moon': expected a device such as cpu, cuda or cuda:1",
-            ),
-            ("prune x --out y --importance best", "invalid choice: 'best'"),
-            ("plan x", "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, "),
-            ("plan x --pruning-ratio 0.2 --target-params 0.5", "leave --pruning-ratio out"),
-            (
-                "repair x --out=~nobody-of-this-name/y",
-                "'~nobody-of-this-name/y': expected a path; there is no such home folder",
-            ),
-            ("plan x --pruning-ratio 0.2 --gqa group", "add --head-pruning-ratio 0.25"),
-            ("plan x --pruning-ratio 0.2 --ratios a=0.1", "name them all in --prune"),
-            ("plan x --prune a,b --ratios a=0.1", "which share of b? Add --pruning-ratio 0.2"),
-        ],
-    )
-    def test_wrong(self, capsys: Any, typed: str, message: str) -> None:
-        code, out, errors = shell(capsys, *typed.split())
-        assert (code, out) == (2, "")
-        assert errors.startswith("usage: tp-hf-config ")
-        assert message in errors
-
-    @pytest.mark.parametrize(
-        ("typed", "meant"),
-        [
-            ("8.03B", 8_030_000_000),
-            ("4.1b", 4_100_000_000),
-            ("8.2B", 8_200_000_000),
-            ("16.1M", 16_100_000),
-            ("1.001k", 1001),
-            ("1e5", 100_000),
-            ("0.8", 0.8),
-            ("80%", 0.8),
-        ],
-    )
-    def test_ways_to_write_an_amount(self, typed: str, meant: float) -> None:
-        assert amount(typed) == meant
-
-    def test_ways_to_write_a_share(self, capsys: Any, llama: Path) -> None:
-        shares = ("0.25", "1/4", "25%")
-        plans = [shell(capsys, "plan", llama, "--pruning-ratio", one)[1] for one in shares]
-        assert plans[0] == plans[1] == plans[2]
-        assert "64   48" in plans[0]
-
-
-class TestJob:
-    """What the arguments of ``prune`` mean."""
-
-    @pytest.mark.parametrize(
-        ("typed", "settings"),
-        [
-            ("", {}),
-            ("--importance obs", {"importance": "obs"}),
-            ("--calibration own", {"calibration": "own"}),
-            ("--calibration ./own", {"calibration": Path("own")}),
-            ("--calibration a/text.txt", {"calibration": Path("a/text.txt")}),
-            ("--no-compensate --recover 8", {"compensate": False, "recover": 8}),
-        ],
-    )
-    def test_how(self, llama: Path, typed: str, settings: dict[str, Any]) -> None:
-        common = ["prune", str(llama), "--out", "out", "--pruning-ratio", "0.25"]
-        options = main_module.parser_of().parse_args([*common, *typed.split()])
-        options.typed = typed
-        expected: dict[str, Any] = {
-            "importance": None,
-            "calibration": None,
-            "compensate": True,
-            "recover": 0,
-        }
-        job = prune_module._job(options)
-        assert {name: getattr(job, name) for name in expected} == expected | settings
-
-    def test_all_importances_are_choices(self) -> None:
-        (commands,) = (
-            action.choices
-            for action in main_module.parser_of()._actions
-            if isinstance(action, argparse._SubParsersAction)
-        )
-        (action,) = (one for one in commands["prune"]._actions if one.dest == "importance")
-        assert action.choices == get_args(Importance)
+    def test_warnings_are_lines(self, capsys: Any) -> None:
+        """A layer that is ranked twice is told of once; the warnings of others are not shown."""
+        with _few_warnings():
+            for _ in range(2):
+                warnings.warn("few tokens", CalibrationWarning, stacklevel=1)
+                warnings.warn("no effect", PrunerSettingsWarning, stacklevel=1)
+                warnings.warn("another's", UserWarning, stacklevel=1)
+        lines = ["few tokens", "no effect", "no effect"]
+        assert capsys.readouterr().err == "".join(f"warning: {line}\n" for line in lines)
 
 
 class TestTables:
@@ -414,7 +385,7 @@ class TestTables:
         assert widths(*fields, "--round-to", "32") == {"hidden_size": 32, "intermediate_size": 64}
         _, out, _ = shell(capsys, "plan", llama, "--target-params", "60K", "--json")
         found = json.loads(out)
-        assert found["target_parameters"] == 60_000
+        assert found["target"] == 60_000
         assert 50_000 < found["after"]["parameters"] <= 60_000
 
     def test_a_target_out_of_reach(self, capsys: Any, llama: Path) -> None:
@@ -448,31 +419,6 @@ class TestTables:
             tables.append([line for line in lines if "TP_HF_CONFIG_CACHE" not in line])
         assert tables[0] == tables[1]
         assert len(tables[0]) > 5
-
-    def test_drawn_on_a_terminal(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("COLUMNS", "140")
-        for command in (["prunable", str(llama)], ["plan", str(llama), "--pruning-ratio", "0.5"]):
-            monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-            assert main(command) == 0
-            assert "┏━" in terminal.getvalue()
-            assert "intermediate_size" in terminal.getvalue()
-
-    def test_plain_without_rich(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(console, "find_spec", lambda name: None)
-        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-        assert main(["prunable", str(llama)]) == 0
-        assert terminal.getvalue().startswith("LlamaForCausalLM\nconfig field ")
-
-
-def test_warnings_are_lines(capsys: Any) -> None:
-    """A layer that is ranked twice is told of once; the warnings of others are not shown."""
-    with main_module._few_warnings():
-        for _ in range(2):
-            warnings.warn("few tokens", CalibrationWarning, stacklevel=1)
-            warnings.warn("no effect", PrunerSettingsWarning, stacklevel=1)
-            warnings.warn("another's", UserWarning, stacklevel=1)
-    lines = ["few tokens", "no effect", "no effect"]
-    assert capsys.readouterr().err == "".join(f"warning: {line}\n" for line in lines)
 
 
 class TestFaults:
@@ -560,7 +506,7 @@ class TestFaults:
         def broken(*_: Any) -> None:
             raise ZeroDivisionError("by zero")
 
-        monkeypatch.setattr(source, "config_of", broken)
+        monkeypatch.setattr("tp_hf_config.cli.commands.config_of", broken)
         code, out, errors = shell(capsys, "prunable", vit)
         assert (code, out) == (2, "")
         assert errors == (
@@ -570,18 +516,18 @@ class TestFaults:
         code, _, errors = shell(capsys, "prunable", vit, "--debug")
         assert code == 2
         assert errors.startswith("Traceback (most recent call last):")
-        assert errors.endswith("tp-hf-config prunable: ZeroDivisionError: by zero\n")
+        assert "\ntp-hf-config prunable: ZeroDivisionError: by zero\n" in errors
 
     def test_what_libraries_print_is_no_part_of_the_json(
         self, capsys: Any, vit: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        read = source.config_of
+        read = config_of
 
         def talking(*arguments: Any) -> Any:
             print("chatter")
             return read(*arguments)
 
-        monkeypatch.setattr(source, "config_of", talking)
+        monkeypatch.setattr("tp_hf_config.cli.commands.config_of", talking)
         code, out, errors = shell(capsys, "prunable", vit, "--json")
         assert (code, errors) == (0, "chatter\n")
         assert json.loads(out)["model"] == "ViTForImageClassification"
@@ -590,151 +536,46 @@ class TestFaults:
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(source, "config_of", interrupted)
+        monkeypatch.setattr("tp_hf_config.cli.commands.config_of", interrupted)
         assert shell(capsys, "prunable", vit) == (130, "", "tp-hf-config prunable: interrupted\n")
 
 
-RUN_FROM_C = """
-import ctypes, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from tp_hf_config.cli import main, prunable
-run = ctypes.pythonapi.PyRun_String
-run.restype = ctypes.py_object
-run.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object]
-def command(options):
-    run(b"import signal; signal.raise_signal(signal.SIGINT)", 257, {}, {})
-prunable.check = command
-sys.argv = ["tp-hf-config", "prunable", "x"]
-sys.exit(main.run())
-"""
-
-HANGING_UP = """
-import os, signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-from tp_hf_config.cli import main, prunable
-def command(options):
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
-    signal.raise_signal(signal.SIGHUP)
-prunable.check = command
-sys.argv = ["tp-hf-config", "prunable", sys.argv[1]]
-sys.exit(main.run())
-"""
-
-
 class TestStopping:
-    """Ctrl-C as a terminal gives it; what runs in the background starts with it ignored."""
-
     @pytest.fixture(autouse=True)
     def as_in_a_shell(self) -> Iterator[None]:
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        """What runs in the background starts with Ctrl-C ignored."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in numbers}
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         yield
-        signal.signal(signal.SIGINT, before)
-        signal.signal(signal.SIGHUP, hung_up)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    @pytest.mark.parametrize(
-        ("number", "code", "said"),
-        [
-            (signal.SIGINT, 130, "interrupted"),
-            (signal.SIGTERM, 143, "terminated"),
-            (signal.SIGHUP, 129, "hung up"),
-        ],
-    )
-    @pytest.mark.parametrize("turned_into", [None, ModuleNotFoundError, SystemExit])
-    def test_a_library_turns_it_into_something_else(
-        self,
-        capsys: Any,
-        vit: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        number: signal.Signals,
-        code: int,
-        said: str,
-        turned_into: type[BaseException] | None,
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_other_signals_end_the_process_as_an_exception(
+        self, vit: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
     ) -> None:
-        def imports(*_: Any) -> None:
-            try:
-                signal.raise_signal(number)
-            except BaseException:
-                if turned_into is not None:
-                    raise turned_into("Could not import module") from None
-                stopping.stop_if_asked()
+        """So that what is half-written is removed."""
+        monkeypatch.setattr(sys, "argv", ["tp-hf-config", "prunable", str(vit)])
+        monkeypatch.setattr(
+            "tp_hf_config.cli.commands.config_of", lambda _: signal.raise_signal(number)
+        )
+        with pytest.raises(SystemExit) as ended:
+            main_module.run()
+        assert ended.value.code == 128 + number
 
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        handlers = [signal.getsignal(one) for one in signals]
-        monkeypatch.setattr(source, "config_of", imports)
-        assert shell(capsys, "prunable", vit) == (code, "", f"tp-hf-config prunable: {said}\n")
-        assert handlers == [signal.getsignal(one) for one in signals]
-
-    @pytest.mark.parametrize("shown", [console.Lines(), console.Bar(None)])
-    def test_a_library_swallows_it(self, shown: Any) -> None:
-        """The next thing that is said is the end: nothing more is done."""
-        with stopping.stoppable():
-            with contextlib.suppress(BaseException):
-                signal.raise_signal(signal.SIGINT)
-            with pytest.raises(stopping.Interrupted):
-                shown.say("loading")
-        with stopping.stoppable():
-            stopping.stop_if_asked()  # another command
-
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-    def test_ignored_stays_ignored(self, number: signal.Signals) -> None:
+    def test_ignored_stays_ignored(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As ``nohup`` ignores that the terminal is closed."""
-        before = signal.signal(number, signal.SIG_IGN)
-        try:
-            with stopping.stoppable():
-                signal.raise_signal(number)
-                stopping.stop_if_asked()
-            assert signal.getsignal(number) is signal.SIG_IGN
-        finally:
-            signal.signal(number, before)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        monkeypatch.setattr(sys, "argv", ["tp-hf-config", "--version"])
+        assert main_module.run() == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
-    def test_a_terminal_that_is_gone_takes_no_more_text(self, vit: Path) -> None:
-        """What was asked for decides the exit code, not that nobody can be told."""
-        done = subprocess.run(
-            [sys.executable, "-c", HANGING_UP, str(vit)], cwd=small.ROOT, capture_output=True
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (129, b"", b"")
-
-    def test_through_code_that_is_run_from_c(self) -> None:
-        """Of a plain KeyboardInterrupt Python remembers that, and dies of the signal at its end."""
-        done = subprocess.run(
-            [sys.executable, "-c", RUN_FROM_C], cwd=small.ROOT, capture_output=True, text=True
-        )
-        assert (done.returncode, done.stderr) == (130, "tp-hf-config prunable: interrupted\n")
-
-    def test_while_the_outcome_is_shown(self, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        def shown(_: Any) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-        monkeypatch.setattr(main_module, "show", shown)
-        monkeypatch.setattr(sys, "argv", ["tp-hf-config", "completion", "bash"])
+    def test_ctrl_c_before_the_command_starts(
+        self, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(main_module, "main", lambda: signal.raise_signal(signal.SIGINT))
         assert main_module.run() == 130
         assert capsys.readouterr().err == "tp-hf-config: interrupted\n"
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # the process is at its end
-
-
-class TestCompletion:
-    @pytest.mark.parametrize("name", ["bash", "zsh", "fish", "tcsh"])
-    def test_the_script_knows_the_commands(self, capsys: Any, name: str) -> None:
-        code, out, _ = shell(capsys, "completion", name)
-        assert code == 0
-        assert all(word in out for word in ("prunable", "pruning-ratio", "head-pruning-ratio"))
-
-    def test_bash_takes_it(self, capsys: Any, tmp_path: Path) -> None:
-        (tmp_path / "script").write_text(shell(capsys, "completion", "bash")[1])
-        asked = "COMP_WORDS=(tp-hf-config prune --imp); COMP_CWORD=2; _shtab_tp_hf_config"
-        done = subprocess.run(
-            ["bash", "-c", f"source ./script; {asked}; echo ${{COMPREPLY[@]}}"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.stdout == "--importance\n"
-
-    def test_without_shtab(self, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(completion, "find_spec", lambda name: None)
-        code, out, errors = shell(capsys, "completion", "bash")
-        assert (code, out) == (1, "")
-        assert errors == (
-            "tp-hf-config completion: completion needs shtab: pip install 'tp-hf-config[cli]'\n"
-        )

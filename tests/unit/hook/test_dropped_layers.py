@@ -481,7 +481,7 @@ class TestReport:
         assert lines[1] == "  num_hidden_layers 4 -> 2"
         assert lines[2].startswith("  parameters 136,128 -> 74,432 (54.7%); proved: 21 tensors are")
         assert repr(report).startswith("DroppedLayers(model.layers: 2 of 4")
-        assert "<td" in report._repr_html_()
+        assert "<p>num_hidden_layers 4 -&gt; 2</p>" in report._repr_html_()
 
     def test_it_says_if_no_output_depends_on_the_layer(self) -> None:
         config = hf.Dinov2Config(**{**zoo._VISION, "num_hidden_layers": 6}, out_indices=[1, 2])

@@ -12,7 +12,7 @@ import torch_pruning as tp
 
 from tp_hf_config import HFConfigSyncHook, SyncReport, pruner_kwargs
 from tp_hf_config.hook.history import PrunedGroup, PrunedLayer
-from tp_hf_config.hook.plots import Change, field_changes, layer_changes, plot_history, plot_widths
+from tp_hf_config.plots import field_changes, layer_changes, plot_history, plot_widths
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
@@ -104,15 +104,15 @@ class TestWidths:
         again = PrunedGroup((PrunedLayer("h.1.qkv", True, 1, 7),))
         reports = [SyncReport(1, groups=[group]), SyncReport(2, groups=[again])]
         assert layer_changes(reports) == [
-            Change("h.*.qkv out", 8, 5),
-            Change("h.*.qkv out", 8, 6),
-            Change("h.*.qkv in", 8, 7),
+            ("h.*.qkv out", 8, 5),
+            ("h.*.qkv out", 8, 6),
+            ("h.*.qkv in", 8, 7),
         ]
 
     def test_lists_are_drawn_entry_by_entry_and_unset_values_not(self):
         fields = {"sizes": ([8, 16], [8, 12]), "head_dim": (None, 4), "kind": ("a", "b")}
         reports = [SyncReport(1, fields=fields), SyncReport(2, fields={"sizes": ([8, 12], [4, 6])})]
-        assert field_changes(reports) == [Change("sizes[0]", 8, 4), Change("sizes[1]", 16, 6)]
+        assert field_changes(reports) == [("sizes[0]", 8, 4), ("sizes[1]", 16, 6)]
 
     def test_a_report_of_no_change_says_so(self, tmp_path: Path):
         fields, layers = SyncReport(1).plot(tmp_path / "none.png").axes

@@ -120,11 +120,9 @@ def test_a_norm_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_shell_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tp_hf_config.cli.check.check", lambda options: None)
-    monkeypatch.setattr("tp_hf_config.cli.check.run", _on_cuda)
+    monkeypatch.setattr("tp_hf_config.cli.commands.check_model_folder", _on_cuda)
     assert main.main(["check", "."]) == 2
     assert capsys.readouterr().err == (
         f"tp-hf-config check: OutOfMemoryError: {CUDA}\n"
-        "Memory ran out. Use a machine or a --device with more; prune --stream reads weights only "
-        "when they are needed.\n"
+        "Memory ran out. Use a machine or a --device with more, or prune --stream.\n"
     )

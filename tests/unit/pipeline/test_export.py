@@ -268,10 +268,10 @@ class TestCommand:
         found = json.loads(printed)
         assert code == 0, errors
         assert found["fields"] == {
-            "intermediate_size": {"before": [72, 48], "after": [128, 128]},
-            "num_attention_heads": {"before": [4, 2], "after": [4, 4]},
+            "intermediate_size": {"old": [72, 48], "new": [128, 128]},
+            "num_attention_heads": {"old": [4, 2], "new": [4, 4]},
         }
-        assert found["copied"] == ["tokenizer.json", "tokenizer_config.json"]
+        assert found["copied"]["files"] == ["tokenizer.json", "tokenizer_config.json"]
         assert sorted(folders.content(out)) == [
             "README.md",
             "config.json",

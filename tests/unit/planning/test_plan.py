@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ import torch_pruning as tp
 import transformers as hf
 import zoo
 from planned import SMOLLM2, narrow, numbers_of, pruned, steps
-from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from tp_hf_config import (
@@ -691,10 +689,10 @@ class TestOutput:
             "values": {"hidden_size": 16, "intermediate_size": 16},
             "reason": "hidden_size: at least 24 are needed",
             "nearest": [
-                {
-                    "ratios": {"hidden_size": 0.25, "intermediate_size": 0.5},
-                    "values": {"hidden_size": 24, "intermediate_size": 16},
-                }
+                [
+                    {"hidden_size": 0.25, "intermediate_size": 0.5},
+                    {"hidden_size": 24, "intermediate_size": 16},
+                ]
             ],
         }
         assert read["before"]["parameters"] == numbers_of(narrow())[0]
@@ -724,16 +722,6 @@ class TestOutput:
         assert "0.333 of 0.2" in lines[2]
         assert result.adjusted[0] in lines
 
-    def test_rich(self) -> None:
-        console = Console(file=io.StringIO(), width=160)
-        console.print(plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2))
-        shown = console.file.getvalue()  # type: ignore[attr-defined]
-        assert "every 9th from 9 to 576" in shown
-        assert "step 1: the ratios ask for num_attention_heads 7.2, hidden_size 459" in shown
-        console.print(plan(narrow(), pruning_ratio=0.5))
-        shown = console.file.getvalue()  # type: ignore[attr-defined]
-        assert "refused at step 1" in shown
-
 
 class TestPrunable:
     def test_a_config_or_a_model_without_weights_shows_the_same(self) -> None:
@@ -746,13 +734,6 @@ class TestPrunable:
         ]
         for source in (model.config, small.bert().to("meta")):
             assert prunable(source, model_class=hf.BertModel) == shown
-
-    def test_rich(self) -> None:
-        console = Console(file=io.StringIO(), width=160)
-        console.print(prunable(small.bert()))
-        shown = console.file.getvalue()  # type: ignore[attr-defined]
-        assert "num_attention_heads + hidden_size" in shown
-        assert shown.count("units permuted: same outputs") == 3
 
 
 class TestKwargs:

@@ -1,0 +1,314 @@
+"""The commands: each is a function whose signature is its arguments.
+
+A command imports torch and Transformers inside its function, after what can be checked without.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Context, Exit, Option, Typer, echo
+
+from .. import __version__
+from ..checkpoint.folder import check_model_folder
+from ..checkpoint.writing import check_target as check_new_folder
+from ..model.surroundings import quiet_transformers
+from ..pipeline.exported import Format
+from ..pipeline.job import Importance, Job, Ranking, calibration_text, check_job
+from ..pipeline.output import check_target
+from ..pipeline.source import Source, check_reachable, class_for, config_of, find_source
+from ..planning.settings import Gqa, Layers
+from . import values
+from .command import Command, UsageError, could_not_tell
+from .output import DONE, FAILED, PROGRAM, UNKNOWN, Shown
+
+app = Typer(
+    epilog="Exit codes: 0 done or sound, 1 refused or not sound, 2 wrong usage or could not tell",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its boxes cut the names of options off
+    pretty_exceptions_enable=False,
+)
+command = partial(app.command, cls=Command)
+Answer = tuple[Any, int]
+"""A report, and the exit code."""
+
+
+def _value(help: str, metavar: str, parser: Any) -> Any:
+    return Option(metavar=metavar, parser=parser, help=help)
+
+
+def _number(help: str, least: int = 1) -> Any:
+    return Option(metavar="N", min=least, help=help)
+
+
+def _place(help: str, metavar: str, parser: Any = values.path) -> Any:
+    return Argument(metavar=metavar, parser=parser, help=help)
+
+
+Folder = Annotated[Path, _place("holds config.json and the weights", "FOLDER")]
+Other = Annotated[Path | None, _place("a folder to compare it with", "OTHER")]
+Model = Annotated[str, _place("a folder, a GGUF file or a Hub id", "MODEL", values.place)]
+Layered = Annotated[str, _place("a model whose layers differ", "FOLDER", values.place)]
+Out = Annotated[Path, _value("the folder to write", "DIR", values.path)]
+NewFolder = Annotated[Path | None, _value("write a new folder instead", "DIR", values.path)]
+Against = Annotated[Path | None, _value("the same as OTHER", "OTHER", values.path)]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace a model that is there, in the end")]
+Trust = Annotated[bool, Option("--trust-remote-code", help="run Python files of the model")]
+AsJson = Annotated[bool, Option("--json", help="print JSON")]
+Debug = Annotated[bool, Option("--debug", help="show the trace of an error")]
+
+Ratio = Annotated[float | None, _value("the share of every width to prune", "R", values.share)]
+Fields = Annotated[
+    Any, _value("config fields to prune: a,b; default: inner widths", "FIELDS", values.names)
+]
+Ratios = Annotated[Any, _value("a share for each field", "FIELD=R,...", values.ratios)]
+HeadRatio = Annotated[float | None, _value("the share of heads to prune", "R", values.share)]
+OfHeads = Annotated[Gqa | None, Option(help="query heads of every key/value group, or groups")]
+OfLayers = Annotated[Layers | None, Option(help="differ: each layer may get widths of its own")]
+Target = Annotated[
+    float | None, _value("parameters to keep (100M), or a share (0.8)", "N", values.amount)
+]
+Steps = Annotated[int, _number("pruning steps")]
+RoundTo = Annotated[int | None, _number("keep widths multiples of this (64)")]
+MaxRatio = Annotated[float | None, _value("the most that any layer may lose", "R", values.share)]
+
+Together = Annotated[
+    Ranking, Option(help="rank units of one, of all or of similar layers together")
+]
+Allocate = Annotated[bool, Option("--allocate", help="find each layer's width for --target-params")]
+Drop = Annotated[
+    Any, _value("first drop the N layers that change least, or LIST=N", "N", values.layers)
+]
+First = Annotated[
+    Importance | None, Option(help="how units are ranked; default: wanda on a text, else magnitude")
+]
+Text = Annotated[
+    Any,
+    _value(
+        "plain text to run the model on, or what a causal language model writes itself (own); "
+        "default for those: a text that comes with tp-hf-config",
+        "FILE|own",
+        values.calibration,
+    ),
+]
+OnlyCut = Annotated[bool, Option("--no-compensate", help="do not refit the remaining weights")]
+Dtypes = Literal["float32", "float16", "bfloat16", "float64"]
+Stream = Annotated[
+    bool | None,
+    Option(
+        help="put weights that are cut into mapped files beside --out; default: where the model "
+        "would take more than half of the free memory",
+    ),
+]
+Shards = Annotated[str | None, _value("of weight files, such as 5GB", "S", values.file_size)]
+
+Given = Annotated[Any, _value("any field: text_config.head_dim=64", "FIELD=N,...", values.sizes)]
+To = Annotated[
+    Format, Option(help="padded: the stock class, with zeros; decilm: vLLM; gguf: llama.cpp")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        echo(f"{PROGRAM} {__version__}")
+        raise Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Prune Hugging Face models, and keep their configs true to their weights."""
+
+
+@command()
+def check(
+    folder: Folder, trust_remote_code: Trust = False, json: AsJson = False, debug: Debug = False
+) -> Answer:
+    """Compare a folder's config.json with its weights, without loading them."""
+    _check_folders(folder)
+    from ..checkpoint.check import check_checkpoint
+
+    with could_not_tell():
+        report = check_checkpoint(folder, trust_remote_code=trust_remote_code)
+    return report, {True: DONE, False: FAILED, None: UNKNOWN}[report.sound]
+
+
+@command()
+def repair(
+    folder: Folder,
+    out: NewFolder = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="only show what would be written")] = False,
+    head_dim: Annotated[int | None, _number("size of a head, if no shape shows it")] = None,
+    heads: Annotated[int | None, _number("query heads, if no shape shows them")] = None,
+    given: Given = None,
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> Answer:
+    """Write the config.json that a folder's weights need, where there is exactly one."""
+    own = {"head_dim": head_dim, "num_attention_heads": heads}
+    sizes = {field: size for field, size in own.items() if size is not None}
+    for field in sizes.keys() & (given or {}).keys():
+        raise UsageError(f"{field} is given twice: leave it out of --given")
+    _check_folders(folder)
+    with could_not_tell():
+        if out is not None and not dry_run:
+            check_new_folder(folder, out)
+    from ..checkpoint.repair import repair_checkpoint
+
+    sizes |= given or {}
+    trust = {"trust_remote_code": trust_remote_code}
+    return repair_checkpoint(folder, out=out, dry_run=dry_run, given=sizes, **trust), DONE
+
+
+@command()
+def verify(
+    folder: Folder,
+    other: Other = None,
+    against: Against = None,
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> Answer:
+    """Load and run a folder in a fresh process, and compare it with another."""
+    if other is not None and against is not None:
+        raise UsageError(f"OTHER and --against name the same: say it once: verify {folder} {other}")
+    other = other or against
+    _check_folders(folder, *([] if other is None else [other]))
+    from ..checkpoint.verify import verify_checkpoint
+
+    report = verify_checkpoint(folder, other, trust_remote_code=trust_remote_code)
+    return report, DONE if report.same else FAILED
+
+
+@command()
+def plan(
+    ctx: Context,
+    model: Model,
+    pruning_ratio: Ratio = None,
+    prune: Fields = None,
+    ratios: Ratios = None,
+    head_pruning_ratio: HeadRatio = None,
+    gqa: OfHeads = None,
+    layers: OfLayers = None,
+    target_params: Target = None,
+    steps: Steps = 1,
+    round_to: RoundTo = None,
+    max_pruning_ratio: MaxRatio = None,
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> Answer:
+    """Say what pruning will give, from the config alone."""
+    widths = values.widths_of(ctx.params)
+    source = _found(model, trust_remote_code)
+    from ..pipeline.checks import plan_for
+
+    with quiet_transformers():
+        config = config_of(source)
+        planned = plan_for(source, config, class_for(source, config), widths)
+    return planned, DONE if planned.refusal is None else FAILED
+
+
+@command()
+def prunable(
+    model: Model, trust_remote_code: Trust = False, json: AsJson = False, debug: Debug = False
+) -> Answer:
+    """List what can be pruned, and the proof of it."""
+    source = _found(model, trust_remote_code)
+    from ..graph.prunable import prunable
+
+    with quiet_transformers():
+        config = config_of(source)
+        return prunable(config, model_class=class_for(source, config)), DONE
+
+
+@command()
+def prune(
+    ctx: Context,
+    model: Model,
+    out: Out,
+    overwrite: Overwrite = False,
+    pruning_ratio: Ratio = None,
+    prune: Fields = None,
+    ratios: Ratios = None,
+    head_pruning_ratio: HeadRatio = None,
+    gqa: OfHeads = None,
+    layers: OfLayers = None,
+    target_params: Target = None,
+    steps: Steps = 1,
+    round_to: RoundTo = None,
+    max_pruning_ratio: MaxRatio = None,
+    ranking: Together = "local",
+    allocate: Allocate = False,
+    drop_layers: Drop = None,
+    importance: First = None,
+    calibration: Text = None,
+    tokens: Annotated[int | None, _number("how many of that text; default: 12,288")] = None,
+    no_compensate: OnlyCut = False,
+    recover: Annotated[int, _number("updates of distillation from the unpruned model", 0)] = 0,
+    device: Annotated[str, Option(metavar="D", help="where to compute (cpu, cuda)")] = "cpu",
+    dtype: Annotated[Dtypes | None, Option(help="of the weights; default: as stored")] = None,
+    stream: Stream = None,
+    seed: Annotated[int, _number("of all that is random", 0)] = 0,
+    max_shard_size: Shards = None,
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> Answer:
+    """Prune a model and write it, once it is proved to load again."""
+    given = {part.name: ctx.params[part.name] for part in fields(Job) if part.name in ctx.params}
+    drop_from, dropped = drop_layers or (None, 0)
+    given |= {"drop_layers": dropped, "drop_from": drop_from, "compensate": not no_compensate}
+    given |= {"widths": values.widths_of(ctx.params), "command": shlex.join([PROGRAM, *ctx.obj])}
+    job = Job(source=_found(model, trust_remote_code), **given)
+    with could_not_tell():
+        check_job(job)
+        if isinstance(calibration, Path) and not calibration.is_fifo():
+            calibration_text(job)  # a pipe can be read once
+    from ..pipeline.prune import prune_checkpoint
+
+    with quiet_transformers():  # its progress bars and ours would overwrite each other
+        return prune_checkpoint(job, Shown()), DONE
+
+
+@command()
+def export(
+    folder: Layered,
+    to: To,
+    out: Out,
+    overwrite: Overwrite = False,
+    multiple_of: Annotated[int | None, _number("pad to multiples; 256 for decilm engines")] = None,
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> Answer:
+    """Write a model whose layers differ in a form that needs no code of its own."""
+    source = _found(folder, trust_remote_code)
+    with could_not_tell():
+        check_target(out, source=source.folder, overwrite=overwrite)
+    from ..pipeline.export import export
+
+    may = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    with quiet_transformers():
+        return export(folder, out, to=to, multiple_of=multiple_of, **may), DONE
+
+
+def _check_folders(*places: Path) -> None:
+    with could_not_tell():
+        for folder in places:
+            check_model_folder(folder)
+
+
+def _found(model: str, trust_remote_code: bool) -> Source:
+    with could_not_tell():
+        source = find_source(model, trust_remote_code)
+        check_reachable(source)
+    return source

@@ -1,0 +1,206 @@
+"""Plots of reports and allocations, with matplotlib's object interface: no window, no global state.
+
+A report is anything with ``fields``, ``groups``, ``parameters`` and ``compensation``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Change = tuple[str, int, int]
+"""A config field, or a layer with its side, and its width before and after."""
+_BEFORE, _AFTER = "#c7d3df", "#1f5a91"
+_COLOURS = (_AFTER, "#c0603a", "#5b8c5a", "#7d5ba6")
+_ROW = 0.28  # height of a row in inches
+
+
+def plot_widths(reports: Sequence[Any], path: str | PathLike[str]) -> Figure:
+    """Draw the widths of config fields and of layers, before the first report and after the last.
+
+    Where weights were refitted, a panel more draws the error of each layer's output with and
+    without, in the last report that has them.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is no report.
+    """
+    _check_any(reports)
+    panels = {"config fields": field_changes(reports), "layers": layer_changes(reports)}
+    heights = [max(len(changes), 1) for changes in panels.values()]
+    refits = [r.compensation for r in reports if r.compensation and r.compensation.layers]
+    heights += [8] * bool(refits)
+    figure = _figure((9, _ROW * sum(heights) + 2))
+    axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights})
+    for ax, (title, changes) in zip(axes, panels.items(), strict=False):
+        _bars(ax, title, changes)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    axes[1].set_xlabel("width")
+    if refits:
+        for name, colour in (("cut", _BEFORE), ("refit", _AFTER)):
+            errors = [getattr(layer, name) for layer in refits[-1].layers]
+            axes[2].plot(errors, ".", c=colour, label=name)
+        axes[2].set_yscale("log")
+        axes[2].set_title("error of each refitted weight's output on held-out data", loc="left")
+        axes[2].set_xlabel("weights, in the model's order")
+        axes[2].legend()
+    figure.savefig(path)
+    return figure
+
+
+def plot_history(
+    reports: Sequence[Any],
+    path: str | PathLike[str],
+    metrics: Mapping[str, Sequence[float]] | None = None,
+) -> Figure:
+    """Draw the parameter count after each report, and below it metrics.
+
+    ``metrics``: name -> one value per report, or one more, first that of the unpruned model.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is no report, or a metric has another number of values.
+    """
+    _check_any(reports)
+    steps = len(reports)
+    series: dict[str, list[float]] = {
+        "parameters": [reports[0].parameters[0], *(r.parameters[1] for r in reports)],
+        **{name: list(values) for name, values in (metrics or {}).items()},
+    }
+    for name, values in series.items():
+        if len(values) not in (steps, steps + 1):
+            raise ValueError(
+                f"{name} has {len(values)} values for {steps} pruning steps: give one for each, or "
+                f"{steps + 1}, first that of the unpruned model"
+            )
+    figure = _figure((7, 2.2 * len(series) + 0.6))
+    axes = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (name, values) in zip(axes, series.items(), strict=True):
+        ax.plot(range(steps + 1 - len(values), steps + 1), values, "o-", c=_AFTER)
+        ax.set_ylabel(name)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylim(0, 1.1 * max(series["parameters"]) or 1)
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes[-1].set_xlabel("pruning steps")
+    axes[-1].set_xticks(range(steps + 1))
+    figure.savefig(path)
+    return figure
+
+
+def plot_allocation(
+    curves: Mapping[str, Sequence[Any]],
+    left: Mapping[str, int],
+    measure: str,
+    path: str | PathLike[str],
+) -> Figure:
+    """Draw widths by layer above, and the changes of the model's output by layer below.
+
+    Args:
+        curves: field -> what was measured of each layer.
+        left: each layer's own field -> its width in the end.
+        measure: what changes are.
+        path: the file to write; its suffix sets the format, PNG without one.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _figure((8, 5))
+    above, below = figure.subplots(2, 1, sharex=True)
+    for (name, own), colour in zip(curves.items(), _COLOURS * len(curves), strict=False):
+        layers = range(len(own))
+        above.step(layers, [c.units for c in own], where="mid", c=colour, ls=":", alpha=0.6)
+        above.step(layers, [left[c.field] for c in own], where="mid", c=colour, label=name)
+        for share in sorted(own[0].changes):
+            changes, alpha = [c.changes[share] for c in own], 0.3 + 0.6 * share
+            below.plot(layers, changes, ".-", c=colour, alpha=alpha, label=f"{share:.0%}")
+    above.set_ylabel("width (dotted: before)")
+    above.set_ylim(bottom=0)
+    above.legend()
+    below.set_yscale("log")
+    below.set_ylabel(f"{measure}, that layer alone")
+    below.set_xlabel("layer")
+    below.legend(title="of it pruned", ncols=3)
+    figure.savefig(path)
+    return figure
+
+
+def field_changes(reports: Iterable[Any]) -> list[Change]:
+    """Return the changes of config fields over all reports; a list gives one for each entry."""
+    return list(_over_all((name, *both) for r in reports for name, both in _numbers(r.fields)))
+
+
+def layer_changes(reports: Iterable[Any]) -> list[Change]:
+    """Return the changes of the layer sides that lost channels; layers that are alike share one."""
+    sides = _over_all(side for r in reports for group in r.groups for side in _sides(group))
+    alike = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), before, after) for name, before, after in sides
+    )
+    return [
+        (name if count == 1 else f"{name} (x{count})", before, after)
+        for (name, before, after), count in alike.items()
+    ]
+
+
+def _over_all(changes: Iterable[Change]) -> Iterator[Change]:
+    """Yield the changes from the first to the last of a name."""
+    widths: dict[str, tuple[int, int]] = {}
+    for name, before, after in changes:
+        widths[name] = widths.get(name, (before,))[0], after
+    yield from ((name, *both) for name, both in widths.items())
+
+
+def _numbers(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield each whole number in the fields' values; an unset value has no width to draw."""
+    for name, (old, new) in fields.items():
+        if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
+            entries = zip(old, new, strict=False)
+            yield from _numbers({f"{name}[{n}]": both for n, both in enumerate(entries)})
+        elif type(old) is int and type(new) is int:
+            yield name, (old, new)
+
+
+def _sides(group: Any) -> Iterator[Change]:
+    """Yield each side of a group's layers; what the pieces of a fused layer lose is summed up."""
+    removed: Counter[str] = Counter()
+    before: dict[str, int] = {}
+    for layer in group.layers:
+        name, _, dim = layer.name.partition("#")  # a bare parameter is named "name#dim"
+        name += f" dim {dim}" if dim else " out" if layer.out else " in"
+        removed[name] += layer.removed
+        before[name] = layer.before
+    yield from ((name, before[name], before[name] - count) for name, count in removed.items())
+
+
+def _bars(ax: Axes, title: str, changes: Sequence[Change]) -> None:
+    """Draw one panel: for each change a bar before and a bar after."""
+    rows = range(len(changes))
+    ax.barh(rows, [before for _, before, _ in changes], color=_BEFORE, label="before")
+    ax.barh(rows, [after for *_, after in changes], color=_AFTER, height=0.45, label="after")
+    for row, (_, before, after) in enumerate(changes):
+        text = f"{before:,} \N{RIGHTWARDS ARROW} {after:,}"
+        ax.annotate(text, (before, row), (4, 0), textcoords="offset points", va="center")
+    ax.set_yticks(rows, [name for name, *_ in changes])
+    ax.set_ylim(max(len(changes), 1) - 0.5, -0.5)  # the first row at the top
+    ax.margins(x=0.25)
+    ax.set_title(title if changes else f"{title}: nothing changed", loc="left")
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of this width and height, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'tp-hf-config[plot]'") from error
+    return Figure(figsize=size, layout="constrained", dpi=120)
+
+
+def _check_any(reports: Sequence[Any]) -> None:
+    if not reports:
+        raise ValueError("nothing to draw: no report yet. Call pruner.step() first")

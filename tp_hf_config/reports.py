@@ -1,0 +1,120 @@
+"""The base class of reports: text, HTML for notebooks and JSON from fields, rows and lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .schema import dated
+
+Rows = Sequence[Sequence[object]]
+_LEFT = ' style="text-align: left"'  # notebooks align cells to the right
+_SHOWN = 200  # characters of a ``repr``
+_PAIRS = ("parameters", "perplexity", "perplexity_second_text")
+"""Fields that hold a value before and after."""
+
+
+class Report:
+    """A dataclass that is printed as a title, a table and lines.
+
+    ``to_dict`` has its public fields, for ``json.dumps``.
+    """
+
+    def title(self) -> str:
+        """Return the first line."""
+        raise NotImplementedError
+
+    def rows(self) -> Rows:
+        """Return a table, with its head as the first row; empty: it has none."""
+        return ()
+
+    def lines(self) -> Iterable[str]:
+        """Return the lines below the table."""
+        return ()
+
+    def __str__(self) -> str:
+        return "\n".join([self.title(), *aligned(self.rows()), *self.lines()])
+
+    def __repr__(self) -> str:
+        return short(self, self.title())
+
+    def _repr_html_(self) -> str:
+        below = (
+            f"<pre>{escape(line)}</pre>" if "\n" in line else f"<p>{escape(line.strip())}</p>"
+            for line in self.lines()
+        )
+        return f"<p><b>{escape(self.title())}</b></p>{html_table(self.rows())}{''.join(below)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for ``json.dumps``, with the versions that made it."""
+        return dated(fields_as_json(self))
+
+
+def short(shown: object, text: str) -> str:
+    """Return a ``repr``: the class of ``shown`` with the first line of ``text`` in parentheses."""
+    line = text.split("\n", 1)[0]
+    line = line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
+    return f"{type(shown).__name__}({line})"
+
+
+def aligned(rows: Rows) -> list[str]:
+    """Return the rows of a table as lines of columns; columns of numbers are set to the right."""
+    columns = [[str(cell) for cell in column] for column in zip(*rows, strict=True)]
+    for column in columns:
+        is_number = all(set(cell) <= set("0123456789,.") for cell in column[1:])
+        width = max(map(len, column))
+        column[:] = (cell.rjust(width) if is_number else cell.ljust(width) for cell in column)
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+
+
+def html_table(rows: Rows) -> str:
+    """Return an HTML table whose first row is its head; an empty text if there are no others."""
+    if len(rows) < 2:
+        return ""
+    head, *body = (
+        "".join(f"<{tag}{_LEFT}>{escape(str(cell))}</{tag}>" for cell in row)
+        for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
+    )
+    below = "".join(f"<tr>{row}</tr>" for row in body)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{below}</tbody></table>"
+
+
+def fields_as_json(value: Any) -> dict[str, Any]:
+    """Return the public fields of a dataclass for ``json.dumps``."""
+    names = (part.name for part in fields(value) if not part.name.startswith("_"))
+    return {name: _field(name, getattr(value, name)) for name in names}
+
+
+def as_json(value: Any) -> Any:
+    """Return what ``json.dumps`` takes."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if is_dataclass(value):
+        return fields_as_json(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [as_json(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN and no infinity
+    return str(value) if isinstance(value, Path) else value
+
+
+def _field(name: str, value: Any) -> Any:
+    """Return a field's JSON; values before and after say which is which."""
+    if name == "fields" and isinstance(value, Mapping):
+        return old_and_new(value)
+    if name in _PAIRS and isinstance(value, tuple):
+        return dict(zip(("before", "after"), value, strict=True))
+    return as_json(value)
+
+
+def old_and_new(changes: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
+    """Return name -> (old, new) for ``json.dumps``."""
+    return {
+        name: {"old": as_json(old), "new": as_json(new)} for name, (old, new) in changes.items()
+    }
