@@ -115,7 +115,7 @@ class TestErrors:
             "Nothing tells which; say it",  # what a helper returns
             "and its config disagree before any pruning",
             "no inputs were found that it runs with",
-            "has a header that is nested too deeply",  # a reason that another module says
+            "is nested too deeply",  # a reason that another module says
             "and one config field cannot say that. Ignore a layer of every group, or of none "
             "(prune= of pruner_kwargs leaves a field out",  # a reason that a helper returns
         } <= found

@@ -100,3 +100,34 @@ def test_there_are_no_circles() -> None:
 def test_modules_are_short() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     assert {path: count for path, count in lines.items() if count > 400} == {}
+
+
+LINES = {
+    "model": (3_406, 1_800),
+    "forward": (2_788, 2_200),
+    "fieldmap": (4_808, 3_400),
+    "twin": (4_666, 3_400),
+    "graph": (3_660, 2_200),
+    "planning": (3_361, 2_200),
+    "hook": (4_142, 2_300),
+    "calibration": (3_485, 2_300),
+    "checkpoint": (3_714, 2_000),
+    "pipeline": (5_298, 2_300),
+    "cli": (700, 700),
+    "": (999, 400),
+}
+"""Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
+
+The first number only ever goes down, to what is there; it is raised where a feature was deleted for
+it, never by itself.
+"""
+
+
+def test_folders_keep_their_budgets() -> None:
+    lines = dict.fromkeys(LINES, 0)
+    for path in FILES:
+        module = module_of(path)
+        inside = module[:1] if len(path.relative_to(PACKAGE).parts) > 1 else ("",)
+        lines[inside[0]] += len(path.read_text().splitlines())
+    assert {name: count for name, count in lines.items() if count > LINES[name][0]} == {}
+    assert len(FILES) <= 248  # the budget is 115
