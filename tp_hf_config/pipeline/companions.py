@@ -144,15 +144,6 @@ def fetch_companions(source: Source) -> None:
         _snapshot(source)
 
 
-def companion_files(source: Source) -> list[str]:
-    """Return the names of the files in a model's folder that go with the model, with ``/``."""
-    wanted = (*_BELONG, _CODE) if source.trust_remote_code else _BELONG
-    folder = Path(source.place)
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    names = (path.relative_to(folder).as_posix() for path in paths)
-    return [name for name in names if _matches(name, wanted)]
-
-
 def _tokenizer_in_file(source: Source, out: Path) -> Copied:
     """Write the tokenizer in a GGUF file into ``out``, where Transformers can read it."""
     try:
