@@ -1,4 +1,4 @@
-"""Ask about several fields in one build: which matter, and which head counts they show."""
+"""Probe several fields in one build where their effects do not mix: builds are what costs time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,33 @@ from fractions import Fraction
 from itertools import permutations
 from typing import TYPE_CHECKING, TypeVar
 
+from ..model.build import Refusal
 from ..model.config_json import FieldPath
 
 if TYPE_CHECKING:
     from .expressions import Quantity
-    from .probe import Probe, Study
+    from .probe import Probe, Sizes, Study
 
 _Fields = TypeVar("_Fields")
+
+
+def without_effect(study: Study, values: Mapping[FieldPath, int]) -> set[FieldPath]:
+    """Return the fields that change nothing at these values, or cannot be a number (bisection).
+
+    A name that cannot be a number in one config cannot be one in the configs inside it either.
+    """
+    no_numbers: set[str | int] = set()
+
+    def changes_nothing(paths: Sequence[FieldPath]) -> bool:
+        """True if these fields change nothing, all set in one build."""
+        numbers = [field for field in paths if field[-1] not in no_numbers]
+        outcome = not numbers or study.changes_nothing({field: values[field] for field in numbers})
+        if len(numbers) == 1 and isinstance(outcome, Refusal) and "'int' object" in outcome.reason:
+            no_numbers.add(numbers[0][-1])  # Python's message: the field is no number
+        return outcome is True
+
+    matter = set(may_matter(list(values), changes_nothing))
+    return {field for field in values if field not in matter or field[-1] in no_numbers}
 
 
 def may_matter(
@@ -31,6 +51,54 @@ def may_matter(
     half = len(fields) // 2
     yield from may_matter(fields[:half], changes_nothing)
     yield from may_matter(fields[half:], changes_nothing)
+
+
+def each_of(
+    study: Study, values: Mapping[FieldPath, int], moved: Mapping[FieldPath, Sizes]
+) -> Iterator[tuple[FieldPath, int, Sizes]]:
+    """Yield each field with its value and the sizes that it changes there.
+
+    Fields that changed no quantity in common at other values (``moved``) share one build. A field
+    that needs a build alone is omitted.
+    """
+    groups: list[list[FieldPath]] = []
+    for field in values:
+        for group in groups:
+            if all(moved[field].keys().isdisjoint(moved[other]) for other in group):
+                group.append(field)
+                break
+        else:
+            groups.append([field])
+    for group in groups:
+        yield from _separated(study, group, values, moved)
+
+
+def _separated(
+    study: Study,
+    group: Sequence[FieldPath],
+    values: Mapping[FieldPath, int],
+    moved: Mapping[FieldPath, Sizes],
+) -> Iterator[tuple[FieldPath, int, Sizes]]:
+    """Yield each field of a group with the sizes that it changes, from one build of all of them.
+
+    A group whose build fails or changes anything else is halved; a single field yields nothing.
+    """
+    if len(group) < 2:
+        return
+    heads = any(isinstance(which, str) for field in group for _, which in moved[field])
+    sizes = study.at({field: values[field] for field in group}, watch=heads)
+    expected = {key for field in group for key in moved[field]}
+    if not isinstance(sizes, dict) or any(
+        size and key not in expected for key, size in sizes.items()
+    ):
+        half = len(group) // 2
+        yield from _separated(study, group[:half], values, moved)
+        yield from _separated(study, group[half:], values, moved)
+        return
+    for field in group:
+        own_sizes = {key: size for key, size in sizes.items() if key in moved[field]}
+        if own_sizes:
+            yield field, values[field], own_sizes
 
 
 def show_heads(

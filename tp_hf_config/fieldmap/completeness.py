@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import config_json, field_name, is_own, is_plain
-from ..model.shapes import Shapes, compare, shapes
+from ..model.shapes import Shapes, compare, named_modules, shapes
 from .fewer_layers import settings_of_left
 from .layer_kinds import lists_of
 
@@ -129,7 +129,7 @@ def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refu
     stands now, the config has to build the same kind (a sliding window or none).
     """
     notes: list[str] = []
-    live = dict(model.named_modules(remove_duplicate=False))
+    live = dict(named_modules(model))
     for name, layers in lists_of(built).items():
         names = [f"{name}.{place}" for place in range(len(layers))]
         live_layers = [live[one] for one in names if one in live]
@@ -172,7 +172,7 @@ def _numbers(layer: nn.Module) -> dict[tuple[str, str], int]:
     """Return a layer's whole-number attributes: (module inside it, attribute) -> number."""
     return {
         (name, key): value
-        for name, module in layer.named_modules(remove_duplicate=False)
+        for name, module in named_modules(layer)
         for key, value in vars(module).items()
         if type(value) is int and is_own(key)
     }
@@ -184,7 +184,7 @@ def _facts(layer: nn.Module) -> dict[tuple[str, str], Any]:
     Floats are left out: they may be rates that are scheduled by depth.
     """
     facts: dict[tuple[str, str], Any] = {}
-    for name, module in layer.named_modules(remove_duplicate=False):
+    for name, module in named_modules(layer):
         facts[name, "class"] = type(module).__name__
         for key, value in vars(module).items():
             if is_own(key) and is_plain(value) and not isinstance(value, float):

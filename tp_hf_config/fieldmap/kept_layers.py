@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import nn
 
-from ..model.shapes import shapes
+from ..model.shapes import named_modules, shapes
 from .layer_kinds import CLASS, ConfigText, ModuleFacts, Number, class_name, lists_of
 
 Key = tuple[str, str]
@@ -92,7 +92,7 @@ def facts_of(model: nn.Module) -> dict[Key, Hashable]:
     module_facts = ModuleFacts()
     return {
         (inside, key): value
-        for inside, module in model.named_modules(remove_duplicate=False)
+        for inside, module in named_modules(model)
         for key, value in module_facts.of(module).items()
         if not isinstance(value, ConfigText)
     }
@@ -101,7 +101,7 @@ def facts_of(model: nn.Module) -> dict[Key, Hashable]:
 def _around(model: nn.Module, name: str) -> dict[str, Hashable]:
     """Return the class of every module outside a list, and the shape of every tensor there."""
     layers = model.get_submodule(name)
-    modules = list(model.named_modules(remove_duplicate=False))
+    modules = list(named_modules(model))
     inside = tuple(f"{alias}." for alias, module in modules if module is layers)
     classes: dict[str, Hashable] = {key: class_name(type(module)) for key, module in modules}
     tensors: dict[str, Hashable] = dict(shapes(model).items())

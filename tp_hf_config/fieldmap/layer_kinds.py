@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.shapes import named_modules
 from ..model.shortage import note_shortage
 from .layer_counts import by_number, rises
 
@@ -119,7 +120,7 @@ def lists_of(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
     """Return every list of layers that is not empty, by its name."""
     return {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in named_modules(model)
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
     }
 
@@ -231,8 +232,7 @@ def facts_in(
     configs: dict[ConfigText, int] = {}
     for number, layer in enumerate(layers):
         facts: Facts = {(_CONFIG, key): lookup(number) for key, lookup in lookups.items()}
-        parts = () if layer is None else layer.named_modules(remove_duplicate=False)
-        for inside, module in parts:
+        for inside, module in named_modules(layer) if layer is not None else ():
             for key, value in module_facts.of(module).items():
                 if isinstance(value, ConfigText):
                     value = Number(configs.setdefault(value, len(configs)))

@@ -15,7 +15,7 @@ from ..forward.head_splits import HeadSplits, counts_of, observe
 from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, value_at, with_values
-from ..model.shapes import Shapes, shapes, vanished_counts
+from ..model.shapes import Shapes, named_modules, shapes, vanished_counts
 from .depth import Depth
 from .expressions import Power, Quantity, followed
 
@@ -214,6 +214,17 @@ class Study:
         """
         return self._repeating[field] > 1
 
+    def changes_nothing(self, values: Mapping[FieldPath, int]) -> bool | Refusal:
+        """True if the class builds the same shapes at these values and splits into as many heads.
+
+        Returns the refusal if the class refuses them.
+        """
+        model = self.build(values)
+        if isinstance(model, Refusal):
+            return model
+        changed = _changed(self.attributes, _numbers(model))
+        return shapes(model) == self.shapes and not self._around_splits(changed)
+
     def _sizes(self, built: Shapes, splits: HeadSplits) -> Sizes:
         """Return the quantities of a built model, for the first layer of each kind."""
         sizes: Sizes = {
@@ -263,7 +274,7 @@ def _numbers(model: nn.Module) -> dict[str, dict[str, float]]:
     """Return the numeric attributes of every module: module -> attribute -> number."""
     return {
         name: {key: value for key, value in vars(module).items() if type(value) in (int, float)}
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in named_modules(model)
     }
 
 

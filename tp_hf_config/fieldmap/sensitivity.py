@@ -10,7 +10,7 @@ from ..forward.head_splits import observe
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes, vanished_counts
-from .batched_probes import may_matter, show_heads
+from .batched_probes import each_of, may_matter, show_heads, without_effect
 from .candidate_fields import is_in_every_config
 from .probe import (
     UNSET_PROBES,
@@ -25,7 +25,8 @@ from .probe import (
 
 def all_implied(study: Study, unset: Sequence[FieldPath]) -> dict[FieldPath, int]:
     """Return the unset fields that set a quantity, with the values that they stand for."""
-    implied = {field: _implied(study, field) for field in unset}
+    ineffective = without_effect(study, dict.fromkeys(unset, UNSET_PROBES[0]))
+    implied = {field: _implied(study, field) for field in unset if field not in ineffective}
     return {field: value for field, value in implied.items() if value is not None}
 
 
@@ -158,10 +159,21 @@ def _partners(
 def _add_second(
     study: Study, values: Mapping[FieldPath, int], probes: dict[FieldPath, list[Probe]]
 ) -> None:
-    """Add a second probe of each field."""
+    """Add a second probe of each field; fields whose effects do not mix share one build."""
+    first = {field: field_probes[0] for field, field_probes in probes.items()}
+    second_values = {
+        field: next(value for value in probe_values(values[field]) if value != probe.value)
+        for field, probe in first.items()
+    }
+    first_sizes = {field: probe.sizes for field, probe in first.items()}
+    for field, value, sizes in each_of(study, second_values, first_sizes):
+        second = Probe(value, sizes)
+        if on_a_line(study.base, values[field], first[field], second):
+            probes[field].append(second)  # else another field of that build may have a part in it
     for field, field_probes in probes.items():
-        extended = study.alone(field, values[field], field_probes)
-        probes[field] = extended if isinstance(extended, list) else field_probes
+        if len(field_probes) == 1:
+            extended = study.alone(field, values[field], field_probes)
+            probes[field] = extended if isinstance(extended, list) else field_probes
         if len(probes[field]) == 2 and all(breaks_off(probe.sizes) for probe in probes[field]):
             _replace_second(study, field, values[field], probes[field])
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..model.class_caches import without_caches
 from ..model.default_dtype import DefaultDtype
+from ..model.shapes import named_modules
 from ..model.shortage import note_shortage
 from .extra_methods import outputs_of
 from .output_tensors import largest_in, tensors_in, unmasked
@@ -120,7 +121,7 @@ class _ResultWatch(AllFloat64):
             around = {"": ""}  # module -> itself, or for a list of modules what runs them
             first: dict[nn.Module, str] = {}
             followed: set[nn.Module] = set()
-            for name, module in model.named_modules(remove_duplicate=False):
+            for name, module in named_modules(model):
                 first.setdefault(module, name)
                 holder = name.rpartition(".")[0]
                 around[name] = around[holder] if isinstance(module, _LISTS) else name

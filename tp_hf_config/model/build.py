@@ -22,8 +22,9 @@ from torch.utils._device import DeviceContext
 
 from ..errors import in_one_line
 from .class_caches import without_caches
+from .config_json import copied
 from .default_dtype import DefaultDtype
-from .shapes import Shapes, shapes
+from .shapes import Shapes, named_modules, shapes
 from .sharded import plain_class
 from .shortage import note_shortage
 from .surroundings import ONE_AT_A_TIME, no_log_lines, on_cpu, replaced
@@ -81,7 +82,7 @@ class Builder:
         Exceptions of the config class pass through.
         """
         decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
-        values = copy.deepcopy(data)
+        values = copied(data)
         config = self.config_class.from_dict(decode(values) if decode is not None else values)
         config._attn_implementation = self.attention
         if hasattr(type(config), "_experts_implementation"):
@@ -164,7 +165,7 @@ class Builder:
 
 def _made_of_parameters(model: nn.Module) -> bool:
     """True if a build holds other tensors without data than its parameters."""
-    kept = (value for module in model.modules() for value in vars(module).values())
+    kept = (value for _, module in named_modules(model) for value in vars(module).values())
     held = (*model.buffers(), *(value for value in kept if isinstance(value, torch.Tensor)))
     return any(value.is_meta for value in held)
 

@@ -24,6 +24,7 @@ _PUT = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _NONZERO = torch.ops.aten.nonzero.default
 _META = torch.device("meta")
 _FEW = 8  # positions that are chosen along a long row
+_MOST_RESULTS = 100_000  # operations in the cache before it is emptied
 _WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
 _LARGE = 2**21
 """A tensor of more numbers than this holds no sizes."""
@@ -113,7 +114,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 args = (args[0], _positions(args[1]), *args[2:])
             if func in _INDEX or False in places:
                 args, kwargs = _without_data((args, kwargs))
-        output = _on_meta(func, args, kwargs) if on_meta else _real(func, args, kwargs, tensors)
+        output = _cached(func, args, kwargs) if on_meta else _real(func, args, kwargs, tensors)
         if isinstance(output, torch.Tensor):
             self.numbers += output.numel()
         return output
@@ -138,7 +139,7 @@ def _real(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tens
     new = _makes_new(func)
     pointwise = new and torch.Tag.pointwise in func.tags
     if pointwise and prod(tensor.numel() for tensor in tensors) > _LARGE:
-        shape = _on_meta(func, *_without_data((args, kwargs)))
+        shape = _cached(func, *_without_data((args, kwargs)))
         if _is_large(shape):  # LightGlue multiplies every position by every other
             return shape
     output = func(*args, **kwargs)
@@ -163,11 +164,38 @@ def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return tensors
 
 
-def _on_meta(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the meta device, where torch takes padding that it refuses with data."""
-    if func is _CONVOLUTION and min(args[_PADDING], default=0) < 0:
-        raise RuntimeError("negative padding is not supported")  # as with data
-    return func(*args, **kwargs)
+_result_shapes: dict[Any, tuple[Any, ...]] = {}
+"""What each operation returns for which argument shapes.
+
+On the meta device most operations compute that in Python, which is slow.
+"""
+
+
+def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return an operation's result on the meta device; run it only once for equal shapes."""
+    if not _makes_new(func):
+        return func(*args, **kwargs)
+    described = [_signature(value) for value in args]
+    if kwargs:
+        described += [*kwargs, *map(_signature, kwargs.values())]
+    key = (func, torch.get_default_dtype(), *described)
+    try:
+        cached = _result_shapes.get(key)
+    except TypeError:  # an argument that cannot be hashed
+        return func(*args, **kwargs)
+    if cached is None:
+        if func is _CONVOLUTION and min(args[_PADDING], default=0) < 0:
+            raise RuntimeError("negative padding is not supported")  # as with data
+        output = func(*args, **kwargs)
+        outputs = output if isinstance(output, tuple) else (output,)
+        if all(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in outputs):
+            if len(_result_shapes) >= _MOST_RESULTS:
+                _result_shapes.clear()
+            _result_shapes[key] = tuple(map(_signature, outputs))
+        return output
+    empty = torch.empty_strided
+    copies = [empty(shape, stride, dtype=dtype, device=_META) for shape, stride, dtype in cached]
+    return copies[0] if len(copies) == 1 else tuple(copies)
 
 
 @cache
@@ -177,6 +205,15 @@ def _makes_new(func: Any) -> bool:
     single = all(str(result.type) == "Tensor" for result in schema.returns)
     values = (*schema.arguments, *schema.returns)
     return single and all(value.alias_info is None for value in values)
+
+
+def _signature(value: Any) -> Any:
+    """Return what of an argument decides the shapes of results, as part of a cache key."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_signature, value))
+    return (type(value), value)
 
 
 def _too_few(values: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> bool:

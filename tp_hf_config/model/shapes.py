@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,7 +21,7 @@ def shapes(
     result: dict[str, tuple[int, ...]] = {}
     buffers: dict[str, tuple[int, ...]] = {}
     visited: set[int] = set()
-    for module_name, module in model.named_modules(remove_duplicate=False):
+    for module_name, module in named_modules(model):
         prefix = f"{module_name}." if module_name else ""
         module = (instead or {}).get(id(module), module)
         for name, parameter in module._parameters.items():
@@ -33,6 +33,20 @@ def shapes(
                 buffers[prefix + name] = tuple(buffer.shape)
         visited.add(id(module))
     return result | buffers
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module under each of its names, in torch's order but several times as fast."""
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        yield name, module
+        children = [
+            (f"{name}.{key}" if name else key, child)
+            for key, child in module._modules.items()
+            if child is not None
+        ]
+        waiting += reversed(children)
 
 
 def vanished_counts(old: nn.Module, new: nn.Module) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..fieldmap.layer_kinds import ModuleFacts
 from ..model.config_json import FieldPath
+from ..model.shapes import named_modules
 from .layout import Places, TensorDim, UnitLayout, places_of
 
 
@@ -180,8 +181,7 @@ def _parts_of_same_list(model: nn.Module, part: str) -> list[str]:
 def _facts(model: nn.Module, part: str) -> dict[str, dict[str, Hashable]]:
     """Return what is equal for parts that compute the same, by the modules inside."""
     facts = ModuleFacts()
-    modules = model.get_submodule(part).named_modules(remove_duplicate=False)
-    return {name: facts.of(module) for name, module in modules}
+    return {name: facts.of(module) for name, module in named_modules(model.get_submodule(part))}
 
 
 def _as_in(

@@ -29,7 +29,7 @@ from tp_hf_config.fieldmap.solve.integers import Conflict, Problem, solve
 from tp_hf_config.forward.head_splits import heads_of, observe
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json, with_values
-from tp_hf_config.model.shapes import shapes
+from tp_hf_config.model.shapes import named_modules, shapes
 
 Values = dict[tuple[str | int, ...], int]
 SEEDS = range(10)
@@ -633,8 +633,9 @@ def test_weights_filled_in_place_have_their_shapes():
     assert built.table.shape == (3, model.config.hidden_size)
 
 
-def test_shapes_of_tied_tensors_stand_under_all_names():
+def test_modules_are_named_as_torch_names_them():
     model = hf.T5ForConditionalGeneration(hf.T5Config(num_layers=1, d_model=8, d_kv=2, d_ff=8))
+    assert list(named_modules(model)) == list(model.named_modules(remove_duplicate=False))
     tied = model.named_parameters(remove_duplicate=False)
     assert shapes(model) == {name: tuple(one.shape) for name, one in tied}
 
