@@ -571,17 +571,6 @@ class TestArguments:
         assert told == []
         assert report.fields == {"intermediate_size": (64, 32)}
 
-    def test_two_hooks(self) -> None:
-        model, hooks = small.llama(), [HFConfigSyncHook(), HFConfigSyncHook()]
-        pruner = tp.pruner.MetaPruner(model, text(), L2, pruning_ratio=0.5, hooks=hooks)
-        pruner.step()
-        first, second = (hook.last_report for hook in hooks)
-        assert first is not None
-        assert second is not None
-        assert first.fields == {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
-        assert second.fields == {}  # the first has written them
-        assert (first.groups, first.graph) == (second.groups, second.graph)
-
     def test_the_hook_says_which_graph(self) -> None:
         model = small.llama()
         hook = HFConfigSyncHook()

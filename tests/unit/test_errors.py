@@ -516,15 +516,22 @@ def test_ties_coupled_by_the_hook_do_not_conflict():
 
 
 def test_ties_are_made_again():
-    """Torch-Pruning's own functions cut layers of unknown classes, which unties their weights."""
+    """Torch-Pruning's own functions, called by a user, untie weights."""
     model = small.llama(tie_word_embeddings=True)
-    model.model.embed_tokens.__class__ = type("Own", (nn.Embedding,), {})
     hook, pruner = attached(model)
-    cut(pruner, model.model.layers[0].mlp.down_proj, [0, 1, 2, 3])
-    report = hook.last_report
-    assert report.ties == ["model.embed_tokens.weight = lm_head.weight"] or report.ties == [
-        "lm_head.weight = model.embed_tokens.weight"
-    ]
+    lost = [0, 1, 2, 3]
+    group = pruner.DG.get_pruning_group(
+        model.model.layers[0].mlp.down_proj, tp.prune_linear_out_channels, lost
+    )
+    for dep, idxs in group:
+        dep.handler(dep.target.module, idxs) if not hasattr(dep.target.module, "owner") else None
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    for name, parameter in model.named_parameters():
+        if parameter.shape == (32,):
+            module = model.get_submodule(name.rpartition(".")[0])
+            module.weight = nn.Parameter(parameter[4:])
+    report = hook.sync()
+    assert report.ties == ["model.embed_tokens.weight = lm_head.weight"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

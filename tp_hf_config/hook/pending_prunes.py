@@ -215,8 +215,11 @@ class PendingPrunes:
         assert self._unfinished is not None  # the callers looked
         try:
             self._unfinished.carry_out()
+            self._unfinished = None
+            done, self._done = self._done, Done(edits=self._done.edits)  # heads are counted once
+            return self._sync(in_step, done, None)
         except BaseException as error:
-            if self._unfinished.remaining:
+            if self._unfinished is not None and self._unfinished.remaining:
                 warn(
                     f"the cut was interrupted ({in_one_line(error)}): {self._unfinished.remaining} "
                     "weights are still as they were, and so is the config. hook.sync() finishes it"
@@ -225,8 +228,6 @@ class PendingPrunes:
                 self._unfinished = None
                 self._sync_quietly()
             raise
-        self._unfinished = None
-        return self._sync(in_step, self._done, None)
 
     def _failure(self, pruned: Sequence[GroupCut], remaining: Shapes) -> ConfigSyncError | None:
         """Return why no config describes what these groups leave, or None if one does."""

@@ -19,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 from torch_pruning import DependencyGraph
 
 from ..arguments import check_arguments
-from ..graph.config_group import ConfigGroup
 from ..graph.pruner_classes import (
     BasePruner,
     awaited_graph,
@@ -195,9 +194,8 @@ def _prune(self: Any) -> Iterator[Any]:
 def _estimate_importance(self: Any, group: Any) -> Any:
     """Return the importance of a group; of a group of units, one number for each unit."""
     estimate = functools.partial(_own["estimate_importance"], self)
-    if not isinstance(group, ConfigGroup) or group.by_channel:
-        return estimate(group)
-    return self.DG.importance_of(group, estimate)
+    by_unit = not getattr(group, "by_channel", True)  # a ConfigGroup; its module is slow to import
+    return self.DG.importance_of(group, estimate) if by_unit else estimate(group)
 
 
 _DOORS: dict[str, Any] = {"_prune": _prune, "estimate_importance": _estimate_importance}

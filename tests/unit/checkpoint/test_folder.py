@@ -363,14 +363,7 @@ def test_a_config_that_is_a_folder(folder: Path):
         ({"hidden_size": float("nan")}, "LlamaConfig refuses config.json: "),
         ({"hidden_size": -64}, "LlamaConfig refuses config.json: "),
         ({"hidden_size": 0}, ""),
-        (
-            {"hidden_size": 10**30},
-            "hidden_size says about 2**100, the weights of layers 0-1 hold 64",
-        ),
-        ({"intermediate_size": 2**40}, "intermediate_size says 1,099,511,627,776, the weights of"),
         ({"num_hidden_layers": 5000}, "it asks for more than 4,264 modules, far more than the"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers says 1,000,000,000, the weights are"),
-        ({"num_hidden_layers": 10**30}, "num_hidden_layers says about 2**100, the weights are"),
         ({"rope_parameters": 7}, "LlamaConfig refuses config.json: "),
         ({"dtype": False}, "dtype says false, which is no type that torch has"),
     ],
@@ -384,6 +377,9 @@ def test_absurd_values(fields: dict[str, Any], expected: str, folder: Path):
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
+        ({"hidden_size": 10**30}, "hidden_size says about 2**100, far above all that the weights"),
+        ({"intermediate_size": 2**40}, "intermediate_size says 1,099,511,627,776, far above all"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers says 1,000,000,000, far above all"),
         ({f"field{n}": n for n in range(5000)}, "config.json has 5,0"),
         ({"own": list(range(600_000))}, "config.json has more values, or nests them deeper"),
         ({"own": json.loads("[" * 80 + "]" * 80)}, "config.json has more values, or nests them"),

@@ -122,13 +122,6 @@ class TestArguments:
         with pytest.raises(UnsupportedModelError, match="disagree before any pruning"):
             drop_layers(model, [0])
 
-    def test_a_shared_config_is_refused(self) -> None:
-        model = deep_zoo.build("llama")
-        other = hf.LlamaForCausalLM(model.config)
-        with pytest.raises(ConfigSyncError, match=r"that is alive \(LlamaForCausalLM"):
-            drop_layers(model, [0])
-        assert len(other.model.layers) == len(model.model.layers) == 4
-
     def test_a_model_inside_a_module_is_found(self) -> None:
         model = deep_zoo.build("llama")
         assert drop_layers(torch.nn.Sequential(model), [1]).layers == "model.layers"

@@ -221,19 +221,17 @@ def test_the_users_exception_surfaces_whatever_a_hook_raises():
             pruner.step()
 
 
-def test_an_exception_inside_torch_prunings_step():
+def test_an_exception_inside_the_choice_of_units():
     model = small.llama()
-
     hook, pruner = attached(model)
-    choose = pruner.DG.get_pruning_group
 
-    def fails(module: Any, *args: Any) -> Any:
+    def fails(group: Any) -> bool:
         if pruner.DG.recorded:  # the hidden size is, the first layer's FFN is next
-            raise RuntimeError("Torch-Pruning's own")
-        return choose(module, *args)
+            raise RuntimeError("in the graph")
+        return True
 
-    pruner.DG.get_pruning_group = fails
-    with pytest.raises(RuntimeError, match="Torch-Pruning's own"):
+    pruner.DG.check_pruning_group = fails
+    with pytest.raises(RuntimeError, match="in the graph"):
         pruner.step()
     assert widths(model) == (32, 64)
     assert (hook.reports, hook.pending, pruner.current_step) == ([], (), 0)

@@ -124,7 +124,7 @@ class TestTheSameBytes:
         assert all(
             report.compensation is not None
             and any(layer.used for layer in report.compensation.layers)
-            for report in streamed.reports
+            for report in streamed.steps
         )
 
     @pytest.mark.usefixtures("in_files")

@@ -308,8 +308,7 @@ class TestSteps:
         pruner, report = step(model, pruner_kwargs(model))
         assert report.fields == BOTH
         assert not [note for note in report.notes if "nothing" in note]
-        hook = HFConfigSyncHook()
-        hook.register(pruner)
+        [hook] = pruner.step.hooks
         with pytest.warns(UserWarning, match="exceed the maximum"):
             pruner.step()
         assert hook.last_report is not None
