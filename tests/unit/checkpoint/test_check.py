@@ -200,10 +200,10 @@ def test_linked_files_as_in_the_hub_cache_are_read(tmp_path: Path):
         ),
         (
             "mixtral",
-            {"num_local_experts": 2},
-            ["num_local_experts says 2, the weights of layers 0-1 hold 4"]
+            {"num_local_experts": 8},
+            ["num_local_experts says 8, the weights of layers 0-1 hold 4"]
             if small.TRANSFORMERS >= (5,)  # one tensor of all experts; before a list of modules
-            else ["num_local_experts says 2, the weights are those of 4"],
+            else ["num_local_experts says 8, the weights are those of 4"],
         ),
         (
             "t5",
