@@ -83,7 +83,7 @@ def scope_of(pruner: Any, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:
     """
     graph_group = group.graph_group
     if graph_group.heads:
-        return f"heads {pruner.DG.graph_groups.index(graph_group)}", _head_ratios(pruner, group)
+        return f"heads: {pruner.DG._module2name[graph_group.units]}", _head_ratios(pruner, group)
     for dep, _ in group:
         for node, function in ((dep.source, dep.trigger), (dep.target, dep.handler)):
             scope = pruner._layer_to_scope.get(node.module)

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextvars import ContextVar
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -137,10 +138,14 @@ def class_digest(builder: Builder, model: nn.Module) -> str | None:
         if not file.is_file():
             return None
         files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    # this package's files change while its version does not
-    own = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     key = [versions(), sys.version_info[:2], files, builder.model_class, builder.options.items()]
-    return hashlib.sha256(own + repr(key).encode()).hexdigest()
+    return hashlib.sha256(_own_code() + repr(key).encode()).hexdigest()
+
+
+@cache
+def _own_code() -> bytes:
+    """Return this package's files, which change while its version does not."""
+    return b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
 
 
 def entry_key(digest: str, *parts: Any) -> str:
