@@ -24,7 +24,7 @@ from tp_hf_config import (
     supports,
 )
 from tp_hf_config.fieldmap.learn_field_map import map_of
-from tp_hf_config.forward.given_inputs import given_inputs
+from tp_hf_config.forward.inputs import given_inputs
 from tp_hf_config.model.disk_cache import VARIABLE
 
 pytestmark = pytest.mark.usefixtures("every_width")

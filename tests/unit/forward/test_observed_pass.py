@@ -106,24 +106,6 @@ def test_where_the_outputs_show_everything_nothing_is_watched() -> None:
     assert watched_results(ready(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), {"input": x4()}) == ()
 
 
-def test_the_graph_says_what_a_result_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backward pass is made for that, nor for one that shows no more than others do."""
-
-    class Busy(Pooled):
-        def forward(self, x: Tensor) -> Tensor:
-            for _ in range(50):
-                x = x + (self.body(x) > 0)
-                self.pool(x[:, 0]).tanh()
-            self.inner(self.pool(x[:, 0]))
-            return self.out(x + self.body(x))
-
-    asked = []
-    grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: asked.append(1) or grad(*a, **k))
-    assert watched_results(ready(Busy()), states()) == (PassResult("inner", "linear", 0),)
-    assert len(asked) == 2
-
-
 def x4() -> Tensor:
     return torch.ones(2, 4, dtype=torch.float64)
 
