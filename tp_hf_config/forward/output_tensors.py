@@ -55,8 +55,7 @@ def _tensors_put_back(model: nn.Module) -> Iterator[None]:
         (holder, dict(holder))
         for module in model.modules()
         if not type(module).__module__.startswith("torch.nn.")
-        for own in [vars(module)]
-        for holder in (own, own["_buffers"], *(v for k, v in own.items() if _is_kept_in(k, v)))
+        for holder in _holders(vars(module))
     ]
     try:
         yield
@@ -72,8 +71,10 @@ def _tensors_put_back(model: nn.Module) -> Iterator[None]:
                     del holder[key]
 
 
-def _is_kept_in(key: str, value: Any) -> bool:
-    return type(value) is dict and is_own(key)
+def _holders(attributes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the dictionaries of a module that may get tensors; the first is its attributes."""
+    own = [value for key, value in attributes.items() if type(value) is dict and is_own(key)]
+    return [attributes, attributes["_buffers"], *own]
 
 
 def methods_beside(model: nn.Module, inputs: Inputs) -> Iterator[str]:

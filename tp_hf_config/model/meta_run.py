@@ -194,10 +194,7 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return an operation's result on the meta device; run it only once for equal shapes."""
     if not _makes_new(func):
         return func(*args, **kwargs)
-    described = [_signature(value) for value in args]
-    if kwargs:
-        described += [*kwargs, *map(_signature, kwargs.values())]
-    key = (func, torch.get_default_dtype(), *described)
+    key = (func, torch.get_default_dtype(), _signature(args), _signature(tuple(kwargs.items())))
     try:
         cached = _result_shapes.get(key)
     except TypeError:  # an argument that cannot be hashed
@@ -212,8 +209,7 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 _result_shapes.clear()
             _result_shapes[key] = tuple(map(_signature, outputs))
         return output
-    empty = torch.empty_strided
-    copies = [empty(shape, stride, dtype=dtype, device=_META) for shape, stride, dtype in cached]
+    copies = [torch.empty_strided(*size, dtype=dtype, device=_META) for *size, dtype in cached]
     return copies[0] if len(copies) == 1 else tuple(copies)
 
 
