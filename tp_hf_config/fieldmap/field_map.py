@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..forward.find_recipe import dry_pass
 from ..forward.head_splits import HeadSplits
-from ..forward.meta_pass import dry_pass
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, with_values

@@ -7,7 +7,7 @@ from math import lcm
 
 from torch import nn
 
-from ..forward.meta_pass import dry_pass
+from ..forward.find_recipe import dry_pass
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes, vanished_counts

@@ -6,24 +6,30 @@ beside the image, arguments that a class can do without, methods beside the forw
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, in_one_line
 from ..model.build import Refusal
 from ..model.shortage import note_shortage
-from .encoder_states import encoder_states_in
-from .extra_methods import methods_beside, outputs_of
-from .given_inputs import function_name, given_inputs, shapes_in
-from .inputs import example_inputs, input_forms, second_sample, text_inputs, video_forms
+from .input_companions import optional_arguments
+from .inputs import (
+    example_inputs,
+    function_name,
+    given_inputs,
+    input_forms,
+    second_sample,
+    text_inputs,
+    video_forms,
+)
 from .observed_pass import AllFloat64
-from .optional_inputs import optional_arguments, with_optional
-from .output_tensors import tensors_in
-from .run_recipe import PLAIN, MakeInputs, RunRecipe
+from .output_tensors import methods_beside, outputs_of, tensors_in
+from .run_recipe import PLAIN, MakeInputs, RunRecipe, encoder_states_in
 
 _LONG_TEXT = 32
 
@@ -85,7 +91,6 @@ def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> WorkingInputs
 def _users_inputs(
     model: nn.Module, recipe: RunRecipe, make_inputs: MakeInputs
 ) -> WorkingInputs | Refusal:
-    """Return the inputs that the user's function makes, and methods that reach more layers."""
     try:
         inputs = given_inputs(model, make_inputs)
     except UnsupportedModelError as error:
@@ -95,7 +100,7 @@ def _users_inputs(
         return InputsRefusal(
             f"{type(model).__name__} does not run with what make_inputs="
             f"{function_name(make_inputs)} returned for a small {type(model.config).__name__}, "
-            f"{shapes_in(inputs)}: {stopped.reason.rstrip('.')}. Take every size from the "
+            f"{_shapes_in(inputs)}: {stopped.reason.rstrip('.')}. Take every size from the "
             "config that the function is given, and return all that model(**inputs) needs."
         )
     try:
@@ -103,6 +108,13 @@ def _users_inputs(
     except GradientsError as error:
         return Refusal(f"the tiny model does not run: {error}")
     return WorkingInputs(inputs, False, replace(recipe, methods=methods))
+
+
+def _shapes_in(inputs: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name
+        for name, value in inputs.items()
+    )
 
 
 def _with_more_reached(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
@@ -120,8 +132,8 @@ def _with_more_reached(model: nn.Module, working: WorkingInputs) -> WorkingInput
             inputs, unreached = _better(model, longer, inputs, unreached, by_chance=True)
     for form in video_forms(model, recipe) if unreached else ():
         inputs, unreached = _better(model, second_sample(form), inputs, unreached)
-    for argument in optional_arguments(model, inputs) if unreached else ():
-        extended = with_optional(model, inputs, argument)
+    for make in optional_arguments(model, inputs) if unreached else ():
+        extended = {**inputs, **make(model, inputs)}
         inputs, unreached = _better(model, extended, inputs, unreached)
     methods = _methods_reaching(model, inputs, unreached)
     return WorkingInputs(inputs, working.partial, replace(recipe, methods=methods))
@@ -130,7 +142,6 @@ def _with_more_reached(model: nn.Module, working: WorkingInputs) -> WorkingInput
 def _methods_reaching(
     model: nn.Module, inputs: dict[str, Any], unreached: set[str]
 ) -> tuple[str, ...]:
-    """Return the names of methods that reach parameters which the inputs do not reach."""
     chosen = PLAIN
     for name in methods_beside(model, inputs) if unreached else ():
         trial = RunRecipe(methods=(*chosen.methods, name))

@@ -1,18 +1,68 @@
-"""Find out without data how a class is run with one config."""
+"""Run a class without data: find out how it is run with a config, and whether it runs."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import count
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..model.meta_run import RealNumbers
-from .encoder_states import ARGUMENTS, arguments_for_states, find_encoder_states
+from ..errors import in_one_line
+from ..model.build import Refusal
+from ..model.config_json import configs_of
+from ..model.meta_run import NoValues, RealNumbers
+from ..model.shortage import note_shortage
+from ..model.surroundings import same_random_state
 from .head_splits import splits_with
 from .inputs import example_inputs, input_forms
-from .run_recipe import MakeInputs, RunRecipe
+from .run_recipe import (
+    STATES,
+    EncoderStates,
+    MakeInputs,
+    RunRecipe,
+    in_all_layers,
+    random_states,
+)
+
+
+class DryPass(NamedTuple):
+    """A forward pass without data that ran to its end.
+
+    Attributes:
+        inputs: the keyword arguments of the pass; only whole numbers and masks have data.
+        guessed: True if values of tensors without data decide what is computed.
+    """
+
+    inputs: dict[str, Any]
+    guessed: bool
+
+
+def dry_pass(
+    model: nn.Module, recipe: RunRecipe, watched: AbstractContextManager[Any] | None = None
+) -> DryPass | Refusal:
+    """Run a model on the meta device, inside ``watched``; return the pass, or the class's error.
+
+    Its experts switch to an implementation without routing.
+    """
+    for config in configs_of(model):
+        if hasattr(type(config), "_experts_implementation"):
+            config._experts_implementation = "batched_mm"  # its shapes depend on no routing
+    numbers = RealNumbers()
+    try:
+        with torch.no_grad(), same_random_state(), numbers:
+            inputs = example_inputs(model, recipe)
+            with NoValues(), watched or nullcontext():
+                model(**inputs)
+    except Exception as error:  # whatever a class's forward pass raises
+        note_shortage(error)
+        return Refusal(in_one_line(error)[:200])
+    return DryPass(inputs, numbers.guessed)
 
 
 def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunRecipe:
@@ -25,29 +75,20 @@ def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunR
     with torch.no_grad(), RealNumbers():
         inputs = example_inputs(model, recipe)
     if make_inputs is not None:
-        if not any(name in inputs for name in ARGUMENTS):
+        if not any(name in inputs for name in STATES):
             return recipe
-        inputs = {name: value for name, value in inputs.items() if name not in ARGUMENTS}
-    if not arguments_for_states(model):
-        return recipe
-    idle = splits_with(model, inputs).idle
-    encoder_states = find_encoder_states(
-        model, inputs, idle, lambda given: splits_with(model, given).ended
-    )
-    return replace(recipe, encoder_states=encoder_states)
+        inputs = {name: value for name, value in inputs.items() if name not in STATES}
+    offered = [name for name in STATES if name in inspect.signature(model.forward).parameters]
+    idle = splits_with(model, inputs).idle if offered else ()
+    return replace(recipe, encoder_states=_find_states(model, inputs, offered) if idle else None)
 
 
 def _best_form(model: nn.Module) -> int:
     """Return the index of the input form with which the forward pass goes furthest."""
     calls: list[str] = []
-    handles = [
-        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
-        for module in model.modules()
-        if any(True for _ in module.parameters(recurse=False))
-    ]
     best, most = 0, -1
     forms = input_forms(model)
-    try:
+    with _hooked(model, nn.Module.register_forward_hook, lambda name, *_: calls.append(name)):
         for number in count():
             with torch.no_grad(), RealNumbers():  # around the run too it would lose whole numbers
                 inputs = next(forms, None)
@@ -58,7 +99,72 @@ def _best_form(model: nn.Module) -> int:
                 return number
             if len(calls) > most:
                 best, most = number, len(calls)
-    finally:
-        for handle in handles:
-            handle.remove()
     return best
+
+
+def _find_states(
+    model: nn.Module, inputs: Mapping[str, Any], offered: Iterable[str]
+) -> EncoderStates | None:
+    """Return the encoder states with which layers run that are idle without; None if none do.
+
+    A model that contains an encoder skips it when it is given states: it does not need them. The
+    first run finds the layer that reads the states, and so how wide they are.
+    """
+    without = _run_watched(model, inputs)
+    for argument in offered:
+        narrow = random_states(next(model.parameters()), 1)
+        read = _run_watched(model, {**inputs, argument: narrow}, narrow).read
+        if read is None:
+            continue
+        name, dim = read
+        parameter = model.get_parameter(name)
+        states = random_states(parameter, parameter.shape[dim])
+        with_states = _run_watched(model, {**inputs, argument: states})
+        if with_states.called > without.called and with_states.ended >= without.ended:
+            return EncoderStates(argument, in_all_layers(name), dim)
+    return None
+
+
+class _Pass(NamedTuple):
+    """The layers that were called, whether the pass ended, and the first weight to read states."""
+
+    called: set[str]
+    ended: bool
+    read: tuple[str, int] | None
+
+
+def _run_watched(
+    model: nn.Module, inputs: Mapping[str, Any], states: Tensor | None = None
+) -> _Pass:
+    called: set[str] = set()
+    read: list[tuple[str, int]] = []
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        called.add(name)
+        dim = _input_dim(module)
+        if states is not None and args and args[0] is states and dim is not None:
+            read.append((f"{name}.weight", dim))
+
+    with _hooked(model, nn.Module.register_forward_pre_hook, note):
+        ended = splits_with(model, inputs).ended
+    return _Pass(called, ended, next(iter(read), None))
+
+
+def _input_dim(module: nn.Module) -> int | None:
+    """Return the dimension of a layer's weight that is as long as its input is wide, or None."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim > 2:
+        return None
+    return 1 if isinstance(module, nn.Linear) else 0  # the weight of Conv1D is transposed
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, register: Callable[..., Any], hook: Callable[..., None]
+) -> Iterator[None]:
+    """While open, every module with parameters of its own has a hook that is told its name."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                stack.enter_context(register(module, partial(hook, name)))
+        yield

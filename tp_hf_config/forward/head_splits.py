@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,19 +60,6 @@ class HeadSplits:
     idle: frozenset[str] = frozenset()
     alone: int = 0
 
-    def joined(self, other: HeadSplits) -> HeadSplits:
-        """Return the splits of this run and another one together; ``ended`` is that of this run."""
-        return HeadSplits(
-            {**self.heads, **other.heads},
-            {**self.pieces, **other.pieces},
-            self.outputs | other.outputs,
-            self.steps + other.steps,
-            self.ended,
-            self.numbers + other.numbers,
-            self.idle & other.idle,
-            self.alone + other.alone,
-        )
-
 
 def observe(model: nn.Module, recipe: RunRecipe = PLAIN, text_alone: bool = True) -> HeadSplits:
     """Run ``model`` (on the meta device) and return how its projections' outputs are split.
@@ -88,7 +76,19 @@ def observe(model: nn.Module, recipe: RunRecipe = PLAIN, text_alone: bool = True
     except UnsupportedModelError:  # the user's function does not take this config
         return HeadSplits()
     splits = splits_with(model, inputs)
-    return splits if splits.ended or text is None else splits.joined(splits_with(model, text))
+    if splits.ended or text is None:
+        return splits
+    of_text = splits_with(model, text)
+    return HeadSplits(
+        splits.heads | of_text.heads,
+        splits.pieces | of_text.pieces,
+        splits.outputs | of_text.outputs,
+        splits.steps + of_text.steps,
+        splits.ended,
+        splits.numbers + of_text.numbers,
+        splits.idle & of_text.idle,
+        splits.alone + of_text.alone,
+    )
 
 
 def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
@@ -101,16 +101,14 @@ def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
         for name, module in model.named_modules()
         if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
     }
-    handles = [module.register_forward_hook(watch.hook(name)) for name, module in layers.items()]
     try:
-        with torch.no_grad(), run, watch:
+        with ExitStack() as stack, torch.no_grad(), run, watch:
+            for name, module in layers.items():
+                stack.enter_context(module.register_forward_hook(watch.hook(name)))
             watch.returned(model(**inputs))
             ended = True
     except Exception as error:
         note_shortage(error)  # else it needs values and ends here; the layers before have run
-    finally:
-        for handle in handles:
-            handle.remove()
     return HeadSplits(
         heads=watch.complete_heads(),
         pieces={name: tuple(sizes) for name, sizes in watch.pieces.items()},
@@ -214,28 +212,28 @@ class _SplitWatch(NoValues):
         """Return layer -> splits, if the whole output or every piece of it is split into heads."""
         result: dict[str, tuple[tuple[int, ...], ...]] = {}
         for name in dict.fromkeys(name for name, _ in self._splits):
+            whole = self._splits.get((name, -1))
             if name in self._per_head:
                 result[name] = (self._splits[(name, -1)],)
-            elif (name, -1) in self._splits:
-                result[name] = _by_piece(self._splits[(name, -1)])
-            else:
-                result |= self._by_pieces(name)
+            elif whole is not None:
+                result[name] = _by_piece(whole)
+            elif all(complete := self._of_pieces(name)):
+                result[name] = tuple(split for split in complete if split)
         return result
 
-    def _by_pieces(self, name: str) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Return layer -> how every piece is split; empty if some piece is not split.
+    def _of_pieces(self, name: str) -> list[tuple[int, ...] | None]:
+        """Return how every piece of a layer's output is split; None: it is not.
 
         A piece as long as one head of the others is a single head: GPT-BigCode's one key and value
         for all heads are cut but not split.
         """
         sizes = self.pieces[name]
-        splits = {piece: self._splits.get((name, piece)) for piece in range(len(sizes))}
-        dims = {split[-1] for split in splits.values() if split is not None and split[0] > 1}
-        complete = [
+        splits = [self._splits.get((name, piece)) for piece in range(len(sizes))]
+        dims = {split[-1] for split in splits if split is not None and split[0] > 1}
+        return [
             split or ((1, size) if {size} == dims else None)
-            for split, size in zip(splits.values(), sizes, strict=True)
+            for split, size in zip(splits, sizes, strict=True)
         ]
-        return {name: tuple(split for split in complete if split)} if all(complete) else {}
 
     def returned(self, outputs: Any) -> None:
         """Record the projections whose output is among the model's outputs."""
@@ -300,7 +298,6 @@ class _SplitWatch(NoValues):
             self._source[id(output)] = (name, piece, output)  # only scaled or normalised
 
     def _cut(self, name: str, part: torch.Tensor) -> None:
-        """Record one more piece of a layer's output; pieces are cut in order."""
         pieces = self.pieces.setdefault(name, [])
         self._source[id(part)] = (name, len(pieces), part)
         pieces.append(part.shape[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,11 @@ PIXELS = 64
 IMAGE_SIZES = ("image_size", "img_size", "max_img_size", "resolution", "crop_size")
 """Names of the config field for the side of an image."""
 _NESTED = ("text_config", "vision_config", "audio_config")
+_BINS = (
+    *("feature_projection_input_dim", "num_mel_bins", "n_mel_bins", "n_mels", "feature_size"),
+    *("input_feat_per_channel", "input_feat_size", "input_dim", "mel_dim", "input_size"),
+)
+"""Names of the config field for how wide the features of a sound are."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,12 @@ class Shape:
         device = torch.device("cpu") if parameter.is_meta else parameter.device
         if self.what == "values":
             return torch.tensor(self.values, device=device).view(self.size)
-        if self.what == "no padding":
-            return torch.zeros(self.size, device=device, dtype=torch.bool)
-        dtype = torch.bool if self.what == "mask" else torch.long
-        return torch.ones(self.size, device=device, dtype=dtype)
+        value, dtype = {
+            "mask": (True, torch.bool),
+            "no padding": (False, torch.bool),
+            "ids": (1, torch.long),
+        }[self.what]
+        return torch.full(self.size, value, device=device, dtype=dtype)
 
 
 Choices = Callable[[Any, Collection[str]], list[Shape]]
@@ -69,24 +76,19 @@ def size_of(config: Any, *names: str, default: int = 0) -> int:
 def setting(config: Any, *names: str) -> Any:
     """Return a setting by any of its names, from the config or one that is nested in it.
 
-    None if there is no such setting.
+    Configs for text, vision and audio come first. None if there is no such setting.
     """
-    for part in _parts(config):
-        for name in names:
-            value = getattr(part, name, None)
-            if value is not None:
-                return value
-    return None
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    """Yield the config and the configs nested in it; those for text, vision and audio first."""
-    yield config
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
     held = held_by(config)
     others = [key for key, value in held.items() if hasattr(value, "to_json_string")]
-    for key in (*_NESTED, *(key for key in others if key not in _NESTED)):
-        if held.get(key) is not None:
-            yield from _parts(held[key])
+    for key in dict.fromkeys((*_NESTED, *others)):
+        value = None if held.get(key) is None else setting(held[key], *names)
+        if value is not None:
+            return value
+    return None
 
 
 def held_by(config: Any) -> dict[str, Any]:
@@ -99,7 +101,8 @@ def held_by(config: Any) -> dict[str, Any]:
 
 def _vision(config: Any) -> Any:
     """Return the part of the config for vision, or the config itself."""
-    return next(p for p in (getattr(config, "vision_config", None), config) if p is not None)
+    part = getattr(config, "vision_config", None)
+    return config if part is None else part
 
 
 def channels_of(config: Any) -> int:
@@ -147,7 +150,6 @@ def crops_of(config: Any) -> tuple[int, tuple[int, int]] | None:
 
 
 def _pixels(config: Any, names: Collection[str]) -> list[Shape]:
-    """Return the shapes of images, films or rows of patches, likely ones first."""
     own = side_of(config)
     sides = [own] if own else [(PIXELS, PIXELS), (224, 224)]
     channels = channels_of(config)
@@ -165,16 +167,15 @@ def _pixels(config: Any, names: Collection[str]) -> list[Shape]:
     rows = [Shape((1, number, width)), Shape((1, *squares))]
     whole = size_of(_vision(config), "num_position_embeddings")
     films += [Shape((1, whole, width))] if whole else []
-    merged = [
-        Shape((number, grid_of(config) // 2 * patch[0], grid_of(config) // 2 * patch[1], channels))
-    ]
+    half = grid_of(config) // 2
+    merged = [Shape((number, half * patch[0], half * patch[1], channels))]
     cubes = [Shape((number, times, *patch, channels))]
     least, most = min(sides[0]), max(sides[0])
     others = [Shape((1, channels, side, side)) for side in (least, 2 * PIXELS, 512, 4 * most)]
     single = [Shape((1, 1, *shape.size[2:])) for shape in plain]
     if "grid_thw" in names or "image_grid_thw" in names:
         return [*patches, *rows, *merged, *films]
-    if {"target_sizes", "tgt_sizes"} & set(names):
+    if "target_sizes" in names:
         return [Shape((1, channels, patch[0], number * patch[1])), *films]
     if {"spatial_shapes", "pixel_position_ids", "image_position_ids"} & set(names):
         return [*rows, *patches, *films]
@@ -182,7 +183,6 @@ def _pixels(config: Any, names: Collection[str]) -> list[Shape]:
 
 
 def _crop_and_whole(config: Any, names: Collection[str]) -> list[Shape]:
-    """Return the shape of one crop of an image behind the whole image."""
     return [Shape((1, 2, channels_of(config), *(side_of(config) or (PIXELS, PIXELS))))]
 
 
@@ -196,19 +196,7 @@ def _flattened(config: Any, names: Collection[str]) -> list[Shape]:
 
 def _features(config: Any, names: Collection[str]) -> list[Shape]:
     audio = getattr(config, "audio_config", None) or config
-    width = (
-        "feature_projection_input_dim",
-        "num_mel_bins",
-        "n_mel_bins",
-        "n_mels",
-        "feature_size",
-        "input_feat_per_channel",
-        "input_feat_size",
-        "input_dim",
-        "mel_dim",
-        "input_size",
-    )
-    bins = size_of(audio, *width) or size_of(config, *width, default=80)
+    bins = size_of(audio, *_BINS) or size_of(config, *_BINS, default=80)
     frames = 2 * size_of(audio, "max_source_positions")  # all frames: some classes count them
     counted = [Shape((1, bins, frames), steps=frames)] if frames else []
     few = 2 * size_of(audio, "n_window") or _FRAMES
@@ -239,12 +227,7 @@ def _samples(config: Any, names: Collection[str]) -> list[Shape]:
 
 def _of(*names: str) -> Choices:
     """Give ``(1, 3, size)``, if the config has a size by one of these names."""
-
-    def choices(config: Any, arguments: Collection[str]) -> list[Shape]:
-        size = size_of(config, *names)
-        return [Shape((1, 3, size))] if size else []
-
-    return choices
+    return lambda config, _: [Shape((1, 3, size))] if (size := size_of(config, *names)) else []
 
 
 def _film(config: Any, names: Collection[str]) -> list[Shape]:
@@ -255,7 +238,6 @@ def _film(config: Any, names: Collection[str]) -> list[Shape]:
 
 
 def _rows(config: Any, names: Collection[str]) -> list[Shape]:
-    """Return the shapes of what goes into a tower that has no embedding of its own."""
     times, height, width = patch_of(config)
     patches = Shape((grid_of(config) ** 2, channels_of(config) * times * height * width))
     inner = size_of(config, "hidden_size", "d_model")

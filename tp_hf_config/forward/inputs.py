@@ -13,30 +13,25 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from ..errors import UnsupportedModelError, in_one_line
 from ..model.meta_run import NoValues
 from ..model.shortage import note_shortage
-from .encoder_states import ARGUMENTS, random_encoder_states
-from .given_inputs import given_inputs
 from .input_companions import COMPANIONS, DISPENSABLE
 from .input_shapes import MAIN, REQUIRED, TOWERS, Shape, held_by, size_of
 from .output_tensors import tensors_in
-from .run_recipe import PLAIN, RunRecipe
+from .run_recipe import PLAIN, STATES, MakeInputs, RunRecipe, random_encoder_states
 
 _TEXT_LENGTH = 8
 _TEXT = ("input_ids", "decoder_input_ids")
 _VIDEOS = "pixel_values_videos"
 _MODALITIES = ("image", "video", "audio")
-_DOCUMENT = "document"
-_PER_TOKEN = {"bbox": 4, "image_attention_mask": 1}
-_PACKED = ("target_sizes", "tgt_sizes")
 _OWN_COUNT = "feature_attention_mask"
 _QUERIES = "image_embeds_position_mask"
-_TOWER_PARTS = ("vision_config", "audio_config")
 _MOST_FORMS = 16
-_REVERSED = (*_TEXT, *MAIN, *ARGUMENTS)
-_TYPES = "token_type_ids"
+_REVERSED = (*_TEXT, *MAIN, *STATES)
 
 
 def example_inputs(
@@ -53,6 +48,50 @@ def example_inputs(
     (for a module that wraps a Hugging Face model).
     """
     return next(input_forms(model, recipe, config, length, recipe.form))
+
+
+def given_inputs(model: nn.Module, make_inputs: MakeInputs, config: Any = None) -> dict[str, Any]:
+    """Return what the user's function makes for a config, as the model can take it.
+
+    Floating point tensors get the model's dtype and device, and have no data on the meta device.
+    Whole numbers and masks stay real there, on the CPU: sizes are computed from them.
+
+    Raises:
+        UnsupportedModelError: the function raises, or returns something else than a dict.
+    """
+    config = model.config if config is None else config
+    name, kind = function_name(make_inputs), type(config).__name__
+    try:
+        inputs = make_inputs(config)
+    except Exception as error:  # whatever the user's function raises
+        message = in_one_line(error).rstrip(".")
+        raise UnsupportedModelError(
+            f"make_inputs={name} raised {type(error).__name__} for a {kind}: {message}. "
+            "It is called with small configs of this class too: take every size from the config "
+            "that it is given."
+        ) from error
+    if not isinstance(inputs, Mapping):
+        raise UnsupportedModelError(
+            f"make_inputs={name} returned a {type(inputs).__name__} for a {kind}. Return a dict of "
+            f"what {type(model).__name__}'s forward pass takes, as {{'input_ids': ids}}."
+        )
+    parameter = next(model.parameters())
+
+    def converted(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return value.cpu() if parameter.is_meta else value.to(parameter.device)
+        if parameter.is_meta:
+            return torch.empty(value.shape, dtype=parameter.dtype, device="meta")
+        return value.to(parameter.device, parameter.dtype)
+
+    return {argument: tree_map(converted, value) for argument, value in inputs.items()}
+
+
+def function_name(make_inputs: MakeInputs) -> str:
+    """Return the name of a user's function; of another callable, the name of its class."""
+    return getattr(make_inputs, "__name__", type(make_inputs).__name__)
 
 
 def text_inputs(model: nn.Module) -> dict[str, Any] | None:
@@ -109,9 +148,12 @@ def _forms(
 ) -> Iterator[dict[str, Shape]]:
     """Yield forms: the shape of every argument that is given, text aside."""
     main = _main(parameters, config, also)
-    forms = [dict(zip(main, chosen, strict=True)) for chosen in _combinations(main.values())]
-    for form in forms:
-        complete = _with_companions(form, parameters, config)
+    for chosen in _combinations([*main.values()]):
+        form = complete = dict(zip(main, chosen, strict=True))
+        for name, make in COMPANIONS.items() if form else ():
+            shape = make(config, form) if name in parameters else None
+            if shape is not None:
+                complete = {**complete, name: shape}
         yield complete
         if any(name in complete for name in DISPENSABLE):
             yield {name: shape for name, shape in complete.items() if name not in DISPENSABLE}
@@ -120,7 +162,6 @@ def _forms(
 def _main(
     parameters: Mapping[str, Any], config: Any, also: Collection[str] = ()
 ) -> dict[str, list[Shape]]:
-    """Return the possible shapes of the main arguments, which decide the shapes of all others."""
     held = held_by(config)
     names = [
         name
@@ -136,23 +177,12 @@ def _main(
     return {name: shapes for name, shapes in options.items() if shapes}
 
 
-def _with_companions(
-    form: dict[str, Shape], parameters: Mapping[str, Any], config: Any
-) -> dict[str, Shape]:
-    """Return the form with the arguments that go beside those in it."""
-    companions = {
-        name: make(config, form) for name, make in COMPANIONS.items() if name in parameters and form
-    }
-    return {**form, **{name: shape for name, shape in companions.items() if shape is not None}}
-
-
-def _combinations(choices: Any) -> Iterator[tuple[Shape, ...]]:
+def _combinations(choices: list[list[Shape]]) -> Iterator[tuple[Shape, ...]]:
     """Yield combinations of one option each, those of the first options first.
 
     Then come other options for one argument at a time. If several arguments have a choice, all
     second options follow, all third ones and so on; an argument with fewer keeps its last one.
     """
-    choices = list(choices)
     first = [options[0] for options in choices]
     yield tuple(first)
     for place, options in enumerate(choices):
@@ -165,7 +195,7 @@ def _combinations(choices: Any) -> Iterator[tuple[Shape, ...]]:
 
 def _texts(
     model: nn.Module, parameters: Mapping[str, Any], config: Any, length: int
-) -> list[dict[str, torch.Tensor]]:
+) -> list[dict[str, Tensor]]:
     """Return possible texts; for sound in codebooks also one row or column of ids per codebook.
 
     The last one is of two texts that belong together, for a class that chooses between them.
@@ -173,21 +203,18 @@ def _texts(
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     ids = torch.arange(1, 1 + length, device=device)[None] % max(2, size_of(config, "vocab_size"))
-    special = (_token(config, kind) for kind in (*_MODALITIES, _DOCUMENT))
-    for token in (token for token in special if token is not None):
-        ids = ids.masked_fill(ids == token, 1 if token != 1 else 2)
+    for token in [_token(config, kind) for kind in (*_MODALITIES, "document")]:
+        if token is not None:
+            ids = ids.masked_fill(ids == token, 1 if token != 1 else 2)
     names = [name for name in _TEXT if name in parameters]
     texts = [dict.fromkeys(names, ids)]
     books = size_of(config, "num_codebooks") or size_of(
         getattr(config, "decoder_config", None), "num_channels"
     )
     if books and names:
-        for several in (
-            ids.repeat(books, 1),
-            ids[..., None].repeat(1, 1, books),
-            ids[..., None].repeat(1, 1, books + 1),
-        ):
-            texts.append({**texts[0], names[-1]: several})
+        columns = (ids[..., None].repeat(1, 1, count) for count in (books, books + 1))
+        several = (ids.repeat(books, 1), *columns)
+        texts += [{**texts[0], names[-1]: books_of_ids} for books_of_ids in several]
     if names:  # of several texts one is chosen
         texts.append(dict.fromkeys(names, torch.stack([ids, ids.roll(1, -1)], 1)))
     return texts
@@ -195,7 +222,7 @@ def _texts(
 
 def _token(config: Any, kind: str) -> int | None:
     """Return the token that stands for an image, a video or a sound, or None if there is none."""
-    for part in (config, *map(held_by(config).get, _TOWER_PARTS)):
+    for part in (config, *map(held_by(config).get, ("vision_config", "audio_config"))):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(part, name, None)
             if isinstance(token, int):
@@ -220,11 +247,11 @@ def _with_placeholders(
     result = {**inputs, "input_ids": ids}
     if _QUERIES in parameters:
         result[_QUERIES] = torch.arange(ids.shape[1], device=ids.device)[None] < queries
-    for name, width in _PER_TOKEN.items():
-        films = getattr(inputs.get("pixel_values"), "ndim", 0) == 5
-        if name in parameters and (films or name != "image_attention_mask"):
-            make = torch.zeros if name == "bbox" else torch.ones
-            result[name] = make((*ids.shape, width), dtype=ids.dtype, device=ids.device)
+    if "bbox" in parameters:
+        result["bbox"] = ids.new_zeros((*ids.shape, 4))
+    films = getattr(inputs.get("pixel_values"), "ndim", 0) == 5
+    if "image_attention_mask" in parameters and films:
+        result["image_attention_mask"] = ids.new_ones((*ids.shape, 1))
     if not any(counts.values()):
         return result
     if _expands_placeholder(model, inputs) and "attention_mask" in parameters:
@@ -306,13 +333,12 @@ def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
     Tokens, main inputs and encoder states of the second are reversed along their last axis; all
     other arguments are equal to the first's.
     """
-    packed = any(name in inputs for name in _PACKED)  # the patches of all images in one row
-    return {
-        name: torch.cat(
-            [value, value.flip(-1) if name in _REVERSED or name.endswith(_TYPES) else value],
-            dim=-1 if packed and name == "pixel_values" else 0,
-        )
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in inputs.items()
-    }
+    packed = "target_sizes" in inputs  # the patches of all images in one row
+    result = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            turned = name in _REVERSED or name.endswith("token_type_ids")
+            second = value.flip(-1) if turned else value
+            dim = -1 if packed and name == "pixel_values" else 0
+            result[name] = torch.cat([value, second], dim)
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,17 +53,14 @@ def handed_on(layers: Sequence[nn.Module]) -> Iterator[dict[int, Argument]]:
         places.update({id(v): n for n, v in enumerate(outputs) if isinstance(v, Tensor)})
         alive[:] = outputs
 
-    handles = [layer.register_forward_pre_hook(receive, with_kwargs=True) for layer in layers]
-    handles += [layer.register_forward_hook(give) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(receive, with_kwargs=True))
+            stack.enter_context(layer.register_forward_hook(give))
         yield handed
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _same_shape(value: Any, result: Any) -> Any:
-    """Return a tensor in the place of a result of the same shape; otherwise that result."""
     both = isinstance(value, Tensor) and isinstance(result, Tensor)
     return value if both and value.shape == result.shape else result
 
@@ -99,9 +96,7 @@ def without_layers(
             (before, *(_same_shape(given.get(n), value) for n, value in enumerate(output[1:], 1)))
         )
 
-    handles = [layer.register_forward_hook(pass_on, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_hook(pass_on, with_kwargs=True))
         yield impossible
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -10,21 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, reduce
-from heapq import heapify, heappop, heappush
-from operator import or_
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.class_caches import without_caches
-from ..model.default_dtype import DefaultDtype
+from ..model.build import DefaultDtype
 from ..model.shapes import named_modules
 from ..model.shortage import note_shortage
-from .extra_methods import outputs_of
-from .output_tensors import largest_in, tensors_in, unmasked
+from ..model.surroundings import without_caches
+from ..model.tensors import owner, saved_buffers
+from .output_tensors import largest_in, outputs_of, tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
 
 _NONE = 1e-12  # a smaller gradient is none
@@ -129,11 +127,9 @@ class _ResultWatch(AllFloat64):
                 if not counted or module in followed:
                     continue
                 followed.add(module)
-                for handle in (
-                    module.register_forward_pre_hook(partial(self._enter, first[module])),
-                    module.register_forward_hook(self._leave, always_call=True),
-                ):
-                    stack.callback(handle.remove)
+                enter = partial(self._enter, first[module])
+                stack.enter_context(module.register_forward_pre_hook(enter))
+                stack.enter_context(module.register_forward_hook(self._leave, always_call=True))
             yield
 
     def _counts(self, module: str) -> bool:
@@ -168,7 +164,6 @@ class _ResultWatch(AllFloat64):
         return output
 
     def _keep(self, tensor: Tensor, function: str) -> None:
-        """Number a result of the running module, and keep it if it is wanted."""
         place = (self._running[-1], function)
         result = PassResult(*place, self._numbers[place])
         self._numbers[place] += 1
@@ -239,48 +234,31 @@ def watched_results(
 
 
 class _Dependence:
-    """Tells which of some parameters each result of a pass depends on.
-
-    The autograd graph tells which ones it can depend on. Where that is enough, no backward pass
-    runs: LightGlue has hundreds of results.
-    """
+    """Tells which of some parameters each result of a pass depends on."""
 
     def __init__(self, parameters: Sequence[Tensor], results: dict[PassResult, Tensor]):
         self.results = results
-        self._parameters = {id(parameter): parameter for parameter in parameters}
-        self._reach = _reach(self._parameters, results.values())
+        self._parameters = parameters
         self._observed: dict[PassResult, set[int]] = {}
-
-    def reachable(self, result: PassResult) -> set[int]:
-        """Return the parameters, by ``id``, that a result is computed from."""
-        reached = self._reach.get(self.results[result].grad_fn, 0)
-        return {key for bit, key in enumerate(self._parameters) if reached >> bit & 1}
 
     def on(self, result: PassResult) -> set[int]:
         """Return the parameters, by ``id``, of a result; none if it was changed in place since."""
         if result not in self._observed:
-            asked = [self._parameters[key] for key in self.reachable(result)]
+            tensor, without = self.results[result], self._parameters
             try:
-                without = _unobserved([unmasked(self.results[result])], asked) if asked else []
+                if tensor.requires_grad:
+                    without = _unobserved([unmasked(tensor)], without)
             except RuntimeError as error:  # torch computes no gradients then (MiniMax-M3's scores)
                 note_shortage(error)
-                without = asked
-            self._observed[result] = set(map(id, asked)) - set(map(id, without))
+            self._observed[result] = set(map(id, self._parameters)) - set(map(id, without))
         return self._observed[result]
 
     def fewest(self, results: Iterable[PassResult]) -> set[PassResult]:
         """Return as few results as depend on all the parameters that any do, largest sets first."""
-        waiting = [(-len(self.reachable(result)), result, False) for result in results]
-        heapify(waiting)
         needed: set[PassResult] = set()
         observed: set[int] = set()
-        while waiting:
-            _, result, exact = heappop(waiting)
-            if self.reachable(result) <= observed:
-                continue
-            if not exact:
-                heappush(waiting, (-len(self.on(result)), result, True))
-            elif not self.on(result) <= observed:
+        for result in sorted(results, key=lambda result: (-len(self.on(result)), result)):
+            if not self.on(result) <= observed:
                 needed.add(result)
                 observed |= self.on(result)
         return needed
@@ -311,7 +289,6 @@ _Edge = tuple[Any, int]
 
 
 def _edge(tensor: Tensor) -> _Edge:
-    """Return where a tensor stands in the autograd graph: its node and output number."""
     return tensor.grad_fn, tensor.output_nr
 
 
@@ -328,23 +305,6 @@ def _consumed(tensors: Iterable[Tensor]) -> set[_Edge]:
                     visited.add(node)
                     waiting.append(node)
     return consumed
-
-
-def _reach(parameters: Collection[int], tensors: Iterable[Tensor]) -> dict[Any, int]:
-    """Return node of the autograd graph -> the parameters it is computed from, a bit for each."""
-    bits = {parameter: 1 << bit for bit, parameter in enumerate(parameters)}
-    reached: dict[Any, int] = {}
-    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    while waiting:
-        before = [node for node, _ in waiting[-1].next_functions if node is not None]
-        later = [node for node in before if node not in reached]
-        if later:
-            waiting += later
-            continue
-        step = waiting.pop()
-        own = bits.get(id(getattr(step, "variable", None)), 0)
-        reached[step] = reduce(or_, (reached[node] for node in before), own)
-    return reached
 
 
 def _unobserved(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -364,3 +324,52 @@ def _unobserved(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list
         for parameter, grad in zip(parameters, grads, strict=True)
         if grad is None or largest_in(grad) < _NONE
     ]
+
+
+def followed_buffers(
+    model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[PassResult], recipe: RunRecipe
+) -> frozenset[str]:
+    """Return the names of the saved buffers of norms whose gradients a pass can compute.
+
+    Tables of other modules stay out: the outputs may depend on some of them alone (MiniMax's decays
+    of a text of one block), or have no gradient behind a choice (EnCodec's codebooks). Torch
+    computes no gradients of its own batch norms' statistics. There are none at all if a pass fails
+    with them: a class may write to a buffer.
+    """
+    buffers = {
+        name: buffer
+        for name, buffer in saved_buffers(model).items()
+        if _is_norm(owner(model, name)[0])
+    }
+    if not buffers:
+        return frozenset()
+    try:
+        with following(buffers.values()):
+            outputs = outputs_in_float64(model, inputs, watched, recipe)
+            depending = [output.sum() for output in outputs if output.requires_grad]
+            total = torch.stack(depending).sum()
+            torch.autograd.grad(total, list(buffers.values()), allow_unused=True)
+    except RuntimeError as error:
+        note_shortage(error)
+        return frozenset()
+    return frozenset(buffers)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """True if a module's own tensors are all vectors, and it is none of torch's batch norms."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    of_torch = isinstance(module, nn.modules.batchnorm._NormBase)
+    return not of_torch and all(tensor.ndim <= 1 for tensor in own)
+
+
+@contextmanager
+def following(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """While open, autograd follows these tensors."""
+    followed = [tensor for tensor in tensors if not tensor.requires_grad]
+    try:
+        for tensor in followed:
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for tensor in followed:
+            tensor.requires_grad_(False)

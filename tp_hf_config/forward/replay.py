@@ -10,40 +10,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from ..model.shortage import note_shortage
-from ..model.surroundings import restore_attribute
 from .observed_pass import PassResult, outputs_in_float64
 from .run_recipe import RunRecipe
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module: what went in and what came out, without gradients.
-
-    ``passed_on``: place among the leaves of the result -> place among those of what went in.
-    """
+class _Call(NamedTuple):
+    """One call of a module: what went in and what came out, without gradients."""
 
     given: Any
     result: Any
-    passed_on: dict[int, int]
-
-    def replayed(self, given: Any) -> Any:
-        """Return the result again, for equal values that go in."""
-        leaves, spec = tree_flatten(_copied(self.result))
-        inputs = tree_leaves(given) if self.passed_on else []
-        for place, source in self.passed_on.items():
-            leaves[place] = inputs[source]
-        return tree_unflatten(leaves, spec)
 
 
 class Replay:
@@ -51,11 +36,9 @@ class Replay:
 
     A part is replayed if none of its parameters and buffers is changed or asked for its gradient,
     and if its inputs have no gradient and are equal to those of the call that was recorded. Calls
-    that draw random numbers, change their inputs or return views of them, or take or return more
-    than tensors and plain values are never replayed, but the parts inside of them may be; parts
-    that compute a watched result are not.
-    An input that a call returns as it is (``nn.Identity``) is returned again: what follows may
-    change it in place.
+    that draw random numbers, change their inputs, return them or views of them, or take or return
+    more than tensors and plain values are never replayed, but the parts inside of them may be;
+    parts that compute a watched result are not.
 
     Args:
         model: the model, whose parameters have their usual values outside of experiments.
@@ -78,7 +61,7 @@ class Replay:
             for module in self._parts(frozenset(map(id, changed))):
                 forward = module.forward
                 own = vars(module).get("forward")
-                stack.callback(restore_attribute, module, "forward", own)
+                stack.callback(_restore_forward, module, own)
                 run = partial(self._run, module, forward, numbers)
                 module.forward = update_wrapper(run, forward)  # callers may ask for its parameters
             yield
@@ -99,7 +82,6 @@ class Replay:
             return None
 
     def _parts(self, changed: frozenset[int]) -> list[nn.Module]:
-        """Return the parts that may be replayed; lists of modules never run."""
         if changed not in self._outermost:
             self._outermost[changed] = list(self._parts_without(self._model, changed))
         return self._outermost[changed]
@@ -107,8 +89,8 @@ class Replay:
     def _parts_without(self, module: nn.Module, changed: frozenset[int]) -> Iterator[nn.Module]:
         """Yield the outermost modules inside a module that hold no changed tensor, and no hook.
 
-        A hook inside would miss the call: Transformers collects attentions and hidden states by
-        hooks.
+        Lists of modules never run. A hook inside would miss the call: Transformers collects
+        attentions and hidden states by hooks.
         """
         for child in module.children():
             inside = set(child.modules())
@@ -135,51 +117,40 @@ class Replay:
         if key in self._calls:
             call = self._calls[key]
             same = _are_equal(given, call.given)
-            return call.replayed(given) if same else forward(*args, **kwargs)
+            return _copied(call.result) if same else forward(*args, **kwargs)
         if any(getattr(leaf, "requires_grad", False) for leaf in tree_leaves(given)):
             return forward(*args, **kwargs)
         before, random = _copied(given), torch.default_generator.get_state()
         result = forward(*args, **kwargs)
         pure = _is_plain(given) and _is_plain(result) and _are_equal(given, before)
         pure = pure and bool((torch.default_generator.get_state() == random).all())
-        passed_on = _passed_on(given, result) if pure else None
-        if passed_on is None:
+        if not pure or _storages(given) & _storages(result):
             self._impure.add(module)
             self._outermost.clear()
             return result
-        self._calls[key] = call = _Call(before, _copied(result), passed_on)
-        return call.replayed(given)  # no gradients for what is behind
+        self._calls[key] = _Call(before, _copied(result))
+        return _copied(result)  # no gradients for what is behind
+
+
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    """Give a module its own ``forward`` back; without one, its class's applies again."""
+    vars(module).pop("forward")
+    if own is not None:
+        vars(module)["forward"] = own
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """True if something watches the calls of a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_plain(value: Any) -> bool:
-    """True if a value holds nothing but tensors and plain values."""
     return all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in tree_leaves(value))
 
 
-def _passed_on(given: Any, result: Any) -> dict[int, int] | None:
-    """Return which leaves of a result are which leaves of what went in; see :class:`_Call`.
-
-    ``None``: a leaf of the result is a view of one that went in.
-    """
-    places = {id(leaf): place for place, leaf in enumerate(tree_leaves(given))}
-    storages = {_storage(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)} - {0}
-    passed_on: dict[int, int] = {}
-    for place, leaf in enumerate(tree_leaves(result)):
-        if isinstance(leaf, Tensor) and _storage(leaf) in storages:
-            if id(leaf) not in places:
-                return None
-            passed_on[place] = places[id(leaf)]
-    return passed_on
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return where a tensor keeps its numbers; 0 if it has none."""
-    return tensor.untyped_storage().data_ptr()
+def _storages(value: Any) -> set[int]:
+    """Return where the tensors in a value keep their numbers."""
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}
 
 
 def _are_equal(value: Any, other: Any) -> bool:
@@ -197,5 +168,4 @@ def _is_same(leaf: Any, other: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """Return a value with copies of its tensors, without gradients."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), value)

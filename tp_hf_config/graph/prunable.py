@@ -15,10 +15,9 @@ from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import view_of
 from ..forward.run_recipe import MakeInputs
-from ..model.build import Refusal
+from ..model.build import Refusal, module_of
 from ..model.config_json import FieldPath, field_name
 from ..model.disk_cache import VARIABLE
-from ..model.from_config import module_of
 from ..model.layer_entries import name_in_all_layers
 from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, same_random_state
 from ..model.tensors import parameter_names, tensor

@@ -26,9 +26,8 @@ from ..fieldmap.solve.explain import (
 )
 from ..fieldmap.solve.fit import build_with_shapes, fit
 from ..fieldmap.solve.integers import Conflict
-from ..forward.encoder_states import encoder_states_of
 from ..forward.head_splits import counts_of, heads_of, splits_after
-from ..forward.run_recipe import MakeInputs
+from ..forward.run_recipe import MakeInputs, encoder_states_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, changed_values, config_json, field_name, value_at
 from ..model.shapes import shapes, vanished_counts

@@ -9,31 +9,41 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from ..errors import in_one_line
-from .class_caches import without_caches
-from .config_json import copied
-from .default_dtype import DefaultDtype
+from ..errors import UnsupportedModelError, in_one_line
+from .config_json import FieldPath, field_name
 from .shapes import Shapes, named_modules, shapes
 from .sharded import plain_class
 from .shortage import note_shortage
-from .surroundings import ONE_AT_A_TIME, no_log_lines, on_cpu, replaced
+from .surroundings import ONE_AT_A_TIME, no_log_lines, on_cpu, replaced, without_caches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+_Made = TypeVar("_Made")
 _MOST_MODULES = 150_000  # the largest models have 120,000, with 384 experts in 60 layers
+_MOST_LAYERS = 10_000
+_LARGEST = 2**28  # a dimension of a parameter; experiments count its units one by one
+_KINDS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_MAPPING",
+)
+"""Mappings from config class to model class, in the order in which they are asked."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Builder:
         Exceptions of the config class pass through.
         """
         decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
-        values = copied(data)
+        values = copy.deepcopy(data)
         config = self.config_class.from_dict(decode(values) if decode is not None else values)
         config._attn_implementation = self.attention
         if hasattr(type(config), "_experts_implementation"):
@@ -99,24 +109,20 @@ class Builder:
         Returns:
             The model in eval mode, or a refusal in the class's own words.
         """
-        text = ""
-        places = (_EmptyOnMeta(),) if buffers else (_OnMeta(), _AllOnMeta())
-        for place in places:
-            try:
-                # buffers are computed as a reload computes them, to the last bit
-                dtype = _default_dtype(self.dtype) if buffers else DefaultDtype(self.dtype)
-                with _construction(dtype, place):
-                    config = self.config(data)
-                    if hasattr(type(config), "_experts_implementation"):
-                        config._experts_implementation = "batched_mm"  # its shapes need no routing
-                    model: nn.Module = self.model_class(config, **self.options)
-                    return model.train(False)
-            except Exception as error:  # a class may refuse with any exception
-                note_shortage(error)
-                text = in_one_line(error)
-            if "device" not in text:
-                break
-        return Refusal(text.removeprefix("Class validation error for validator "))
+
+        def make() -> nn.Module:
+            config = self.config(data)
+            if hasattr(type(config), "_experts_implementation"):
+                config._experts_implementation = "batched_mm"  # its shapes need no routing
+            model: nn.Module = self.model_class(config, **self.options)
+            return model.train(False)
+
+        if buffers:  # computed as a reload computes them, to the last bit
+            return _constructed(make, _default_dtype(self.dtype), _EmptyOnMeta())
+        built = _constructed(make, DefaultDtype(self.dtype), _OnMeta())
+        if isinstance(built, Refusal) and "device" in built.reason:
+            built = _constructed(make, DefaultDtype(self.dtype), _AllOnMeta())
+        return built
 
     def initialised(self, data: dict[str, Any]) -> Refusal | None:
         """Return the refusal of a class to draw initial weights for a config's JSON, or ``None``.
@@ -124,13 +130,7 @@ class Builder:
         They are drawn on the meta device. Loading a folder runs the same code, and keeps the
         weights that it has.
         """
-        try:
-            with _construction(_AllOnMeta()):
-                _draw(self.model_class(self.config(data), **self.options))
-        except Exception as error:  # as in build
-            note_shortage(error)
-            return Refusal(in_one_line(error))
-        return None
+        return _constructed(lambda: _draw(self._plain(data)), _AllOnMeta())
 
     def shapes_at(self, data: dict[str, Any]) -> Shapes | Refusal:
         """Return the shapes that the class builds from a config's JSON, or its refusal."""
@@ -143,30 +143,38 @@ class Builder:
         Parameters may have no data (a vision tower takes seconds to draw them), all buffers have.
         Where the class makes something of its parameters, it has initial weights.
         """
-        try:
-            with _construction(DefaultDtype(torch.float64), _EmptyOnMeta()):
-                model: nn.Module = self.model_class(self.config(data), **self.options)
-                model.double().train(False)
-        except Exception as error:  # as in build
-            note_shortage(error)
-            return self.build_real(data)
-        return self.build_real(data) if _made_of_parameters(model) else model
+        model = _constructed(
+            lambda: self._plain(data).double(), DefaultDtype(torch.float64), _EmptyOnMeta()
+        )
+        unfit = isinstance(model, Refusal) or _made_of_parameters(model)
+        return self.build_real(data) if unfit else model
 
     def build_real(self, data: dict[str, Any]) -> nn.Module | Refusal:
         """Build the class with its initial weights in float64 on the CPU, or return its refusal."""
-        try:
-            with _construction(DefaultDtype(torch.float64), initial_values=True):
-                model: nn.Module = self.model_class(self.config(data), **self.options)
-                return model.double().train(False)
-        except Exception as error:  # as in build
-            note_shortage(error)
-            return Refusal(in_one_line(error))
+        return _constructed(
+            lambda: self._plain(data).double(), DefaultDtype(torch.float64), initial_values=True
+        )
+
+    def _plain(self, data: dict[str, Any]) -> nn.Module:
+        model: nn.Module = self.model_class(self.config(data), **self.options)
+        return model.train(False)
+
+
+def _constructed(
+    make: Callable[[], _Made], *places: AbstractContextManager[Any], initial_values: bool = False
+) -> _Made | Refusal:
+    """Return what is made while :func:`_construction` is open, or the class's refusal."""
+    try:
+        with _construction(*places, initial_values=initial_values):
+            return make()
+    except Exception as error:  # a class may refuse with any exception
+        note_shortage(error)
+        return Refusal(in_one_line(error).removeprefix("Class validation error for validator "))
 
 
 def _made_of_parameters(model: nn.Module) -> bool:
-    """True if a build holds other tensors without data than its parameters."""
     kept = (value for _, module in named_modules(model) for value in vars(module).values())
-    held = (*model.buffers(), *(value for value in kept if isinstance(value, torch.Tensor)))
+    held = (*model.buffers(), *(value for value in kept if isinstance(value, Tensor)))
     return any(value.is_meta for value in held)
 
 
@@ -196,21 +204,82 @@ def without_data(
     """
     wanted = getattr(config, "dtype", None)
     dtype = wanted if isinstance(wanted, torch.dtype) else torch.float32
-    try:
-        limit = _limited(max_modules, f"far more than {than}")
-        with _construction(DefaultDtype(dtype), _AllOnMeta()), limit:
-            model: PreTrainedModel = model_class(copy.deepcopy(config))
-            model.tie_weights()  # construction without initial values skips it
-            model.train(False)
-            return model
-    except Exception as error:  # as in Builder.build
-        note_shortage(error)
-        return Refusal(in_one_line(error))
+
+    def make() -> PreTrainedModel:
+        model: PreTrainedModel = model_class(copy.deepcopy(config))
+        model.tie_weights()  # construction without initial values skips it
+        model.train(False)
+        return model
+
+    limit = _limited(max_modules, f"far more than {than}")
+    return _constructed(make, DefaultDtype(dtype), _AllOnMeta(), limit)
+
+
+def module_of(
+    source: nn.Module | PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
+) -> nn.Module:
+    """Return a module as it is, or a config's class built without weights.
+
+    ``model_class``: the class to build from a config; None for the one it belongs to.
+
+    Raises:
+        UnsupportedModelError: no class belongs to the config, or the class refuses it.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    target = class_of(source) if model_class is None else model_class
+    reason = too_many_layers(source.to_dict())
+    built = without_data(target, source) if reason is None else Refusal(reason)
+    for name, shape in () if isinstance(built, Refusal) else shapes(built).items():
+        if max(shape, default=0) > _LARGEST:
+            built = Refusal(f"{name} would be {list(shape)}, larger than in any model")
+            break
+    if isinstance(built, Refusal):
+        raise UnsupportedModelError(
+            f"{target.__name__} cannot be built from this {type(source).__name__}: "
+            f"{built.reason.rstrip('.')}. Mend the config, or say which class: model_class=."
+        )
+    return built
+
+
+def too_many_layers(data: Mapping[str, Any], path: FieldPath = ()) -> str | None:
+    """Return why a config, as JSON, has more layers than any model; ``None``: it has not."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            reason = too_many_layers(value, (*path, key))
+            if reason is not None:
+                return reason
+        elif key == "num_hidden_layers" and isinstance(value, int) and value > _MOST_LAYERS:
+            name = field_name((*path, key))
+            return f"{name} says {value:,}, and no model has more than {_MOST_LAYERS:,} layers"
+    return None
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class that a config belongs to: the one it names, or the auto classes' choice.
+
+    Raises:
+        UnsupportedModelError: no class of the installed Transformers belongs to the config.
+    """
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type):
+            return named
+    for kind in _KINDS:
+        mapping: Any = getattr(transformers, kind)
+        if type(config) in mapping:
+            entry: Any = mapping[type(config)]
+            return entry[0] if isinstance(entry, (list, tuple)) else entry  # type: ignore[no-any-return]
+    raise UnsupportedModelError(
+        f"no class of transformers {transformers.__version__} belongs to {type(config).__name__} "
+        f"(architectures: {getattr(config, 'architectures', None)}). Say which: model_class=."
+    )
 
 
 @contextmanager
 def _limited(max_modules: int, why: str) -> Iterator[None]:
-    """Raise a ValueError once this thread has put more than so many modules into others."""
     count = 0
     own = threading.get_ident()
 
@@ -222,11 +291,69 @@ def _limited(max_modules: int, why: str) -> Iterator[None]:
         if count > max_modules:
             raise ValueError(f"it asks for more than {max_modules:,} modules, {why}")
 
-    handle = register_module_module_registration_hook(counted)
-    try:
+    with register_module_module_registration_hook(counted):
         yield
-    finally:
-        handle.remove()
+
+
+_OF_FLOATS = {
+    getattr(torch, name)
+    for name in (
+        *("empty", "empty_strided", "empty_permuted", "zeros", "ones", "rand", "randn", "eye"),
+        *("linspace", "logspace", "bartlett_window", "blackman_window", "hamming_window"),
+        *("hann_window", "kaiser_window"),
+    )
+} | {torch.fft.fftfreq, torch.fft.rfftfreq}
+"""Functions whose results are of the default dtype, where no other is asked for."""
+_BY_VALUES = {
+    getattr(torch, name)
+    for name in ("arange", "as_tensor", "asarray", "full", "range", "scalar_tensor", "tensor")
+}
+"""Functions whose results are of the default dtype if an argument is a ``float``."""
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double}
+
+
+class DefaultDtype(TorchFunctionMode):
+    """While open, ``dtype`` is what this thread's new floating point tensors are of by default.
+
+    What torch computes of whole numbers alone (their quotient) is computed in torch's own default
+    dtype, and then converted.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs) if kwargs else {}
+        given = (*args, *kwargs.values())
+        if func in _OF_FLOATS or (func in _BY_VALUES and _holds(given, _is_float)):
+            if kwargs.get("dtype") is None and kwargs.get("out") is None:
+                kwargs["dtype"] = self.dtype
+            return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        default = torch.get_default_dtype()
+        if default is self.dtype or not isinstance(output, Tensor) or output.dtype is not default:
+            return output
+        asked_for = func in _CASTS or _holds(given, _says_dtype)
+        return output if asked_for else output.to(self.dtype)
+
+
+def _holds(values: Iterable[Any], wanted: Callable[[Any], bool]) -> bool:
+    return any(
+        _holds(value, wanted) if isinstance(value, (list, tuple)) else wanted(value)
+        for value in values
+    )
+
+
+def _is_float(value: Any) -> bool:
+    return type(value) is float
+
+
+def _says_dtype(value: Any) -> bool:
+    """True for a dtype, and for a tensor that has one which is no kind of whole number."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return isinstance(value, torch.dtype)
 
 
 class _AllOnMeta(DeviceContext):
@@ -253,7 +380,6 @@ class _OnMeta(_AllOnMeta):
 
 
 def _is_whole(options: Any) -> bool:
-    """True if the keyword arguments ask for no floating point dtype."""
     dtype = (options or {}).get("dtype")
     return dtype is None or not dtype.is_floating_point
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from .named_architecture import spelled_out
+from .shortage import note_shortage
+from .surroundings import replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,6 +25,12 @@ ORIGIN = ("transformers_version", "_name_or_path", "architectures")
 """Config fields that say where a model comes from; saving it writes them."""
 OF_NO_EFFECT = (*ORIGIN, "dtype", "torch_dtype")
 """Config fields that set no shape, and nothing that a pass in float64 computes."""
+
+_NAME, _ARGUMENTS = "architecture", "model_args"
+_BUILD = "build_model_with_cfg"
+"""timm's function that every architecture calls with its sizes (``timm/models/_builder.py``)."""
+_ENDS = ("in_chans", "num_classes")
+"""Arguments that say what goes in and comes out; the second one Transformers gives itself."""
 
 
 class EntryOfKind(int):
@@ -80,6 +91,69 @@ def config_json(config: PreTrainedConfig, use_diff: bool = True) -> dict[str, An
     return spelled_out(result)
 
 
+def spelled_out(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's JSON with the sizes that names of architectures stand for.
+
+    Transformers builds timm's models by ``architecture``, with ``model_args`` in place of the sizes
+    that the name stands for (``transformers/models/timm_wrapper/configuration_timm_wrapper.py``).
+    With all of them written out, they are fields like others. What the config gives itself comes
+    first. An architecture stays as it is if timm is not installed, does not have it, or takes its
+    sizes as descriptions of blocks (EfficientNet).
+    """
+    result = {k: spelled_out(v) if isinstance(v, dict) else v for k, v in data.items()}
+    name, given = data.get(_NAME), data.get(_ARGUMENTS)
+    if _ARGUMENTS in data and isinstance(name, str) and isinstance(given, (dict, type(None))):
+        sizes = json.loads(_sizes_of(name, json.dumps(given or {})))
+        result[_ARGUMENTS] = {**sizes, **given} if given else sizes or given
+    return result
+
+
+@functools.cache
+def _sizes_of(name: str, given: str) -> str:
+    """Return the arguments that an architecture gives its class, as JSON; ``{}``: none can be told.
+
+    ``given``: the arguments that a config has for it, as JSON.
+    """
+    arguments = json.loads(given)
+    try:
+        import timm
+
+        module = sys.modules[timm.models.model_entrypoint(name).__module__]
+        build = getattr(module, _BUILD)
+        passed: dict[str, Any] = {}
+
+        def recorded(model_class: Any, *args: Any, **options: Any) -> Any:
+            def made(**values: Any) -> Any:
+                passed.update(values)
+                return model_class(**values)
+
+            return build(made, *args, **options)
+
+        with torch.device("meta"):
+            with replaced(module, _BUILD, recorded):
+                named = timm.create_model(name, **arguments)
+            sizes = {k: v for k, v in passed.items() if _is_setting(v) and k not in _ENDS}
+            spelled = timm.create_model(name, **{**sizes, **arguments})
+    except Exception as error:  # an architecture may refuse with any exception
+        note_shortage(error)
+        return "{}"
+    in_blocks = any(isinstance(leaf, dict) for value in passed.values() for leaf in _leaves(value))
+    return "{}" if in_blocks or str(spelled) != str(named) else json.dumps(sizes)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _leaves(entry)
+    else:
+        yield value
+
+
+def _is_setting(value: Any) -> bool:
+    """True for a number or a name, and for a list of those; ``None`` sets nothing."""
+    return all(isinstance(leaf, (bool, int, float, str)) for leaf in _leaves(value))
+
+
 def without_names(data: Any, names: Collection[str]) -> Any:
     """Return a config's JSON without the fields of these names, in nested configs too."""
     if isinstance(data, dict):
@@ -88,20 +162,9 @@ def without_names(data: Any, names: Collection[str]) -> Any:
     return [without_names(item, names) for item in data] if isinstance(data, list) else data
 
 
-def copied(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of JSON; ``copy.deepcopy`` takes five times as long, in hundreds of builds."""
-    return {key: _copied(value) for key, value in data.items()}
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return copied(value)
-    return [_copied(item) for item in value] if isinstance(value, list) else value
-
-
 def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[str, Any]:
     """Return a copy of a config's JSON with some fields set; missing parents are created."""
-    result = copied(data)
+    result = copy.deepcopy(data)
     for path, value in values.items():
         node: Any = result
         for key in path[:-1]:
@@ -153,7 +216,7 @@ def plain_fields(data: Mapping[str, Any], field: FieldPath = ()) -> Iterator[tup
 
 def without_field(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
     """Return a copy of a config's JSON without one field."""
-    result = copied(data)
+    result = copy.deepcopy(data)
     parent = value_at(result, path[:-1])
     if isinstance(parent, dict):
         parent.pop(path[-1], None)

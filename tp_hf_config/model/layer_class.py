@@ -294,7 +294,6 @@ def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
 
 
 def _generated_in(module: ModuleType) -> list[Any]:
-    """Return the generated classes of a module."""
     return [cls for cls in vars(module).values() if hasattr(cls, "loaded_by")]
 
 
@@ -327,7 +326,6 @@ def _mapped(config_class: type) -> dict[str, tuple[Any, ...]]:
 
 
 def _imports(classes: Iterable[type]) -> Iterator[str]:
-    """Yield a line of imports for each module of some classes."""
     by_module: dict[str, set[str]] = {}
     for cls in classes:
         by_module.setdefault(cls.__module__, set()).add(cls.__name__)
@@ -336,7 +334,6 @@ def _imports(classes: Iterable[type]) -> Iterator[str]:
 
 
 def _module(name: str, text: str) -> Any:
-    """Return the module of this name and text; imported once for each text."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     full = f"{GENERATED}.{digest}.{name}"
     if full not in sys.modules:
@@ -369,7 +366,6 @@ def _reduced(model: Any) -> tuple[Any, ...]:
 
 
 def _unfilled(module: str, text: str, name: str) -> Any:
-    """Return an object of a generated class without its state."""
     cls: Any = getattr(_module(module, text), name)
     return cls.__new__(cls)
 

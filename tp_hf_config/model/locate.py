@@ -158,7 +158,6 @@ def check_plain(model: PreTrainedModel) -> None:
 
 
 def _sharded(what: str, by_fsdp: bool) -> str:
-    """Return why a model on several processes is refused, and what to do."""
     if by_fsdp:
         return (
             f"{what} is sharded by fully_shard (FSDP2). A pruner that is constructed with "
@@ -174,7 +173,6 @@ def _sharded(what: str, by_fsdp: bool) -> str:
 
 
 def _method(model: PreTrainedModel) -> str:
-    """Return how a model was quantised, as its config says it."""
     config = getattr(model.config, "quantization_config", None)
     method = config.get("quant_method") if isinstance(config, dict) else None
     method = method or getattr(config, "quant_method", None) or "method unknown"
@@ -182,7 +180,6 @@ def _method(model: PreTrainedModel) -> str:
 
 
 def _is_unpacked(model: PreTrainedModel) -> bool:
-    """True if all weights of a model that was quantised are plain tensors by now."""
     import torch
 
     linear = [type(module) for module in model.modules() if "Linear" in type(module).__name__]

@@ -6,7 +6,9 @@ image's grid, positions) stay real on the CPU, so that sizes computed from them 
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from math import prod
 from typing import Any
@@ -15,8 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .class_caches import without_caches
-from .versions import plain_on_meta
+from .surroundings import replaced, without_caches
 
 _COPY = torch.ops.aten._to_copy.default
 _INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
@@ -38,6 +39,25 @@ _CHOOSING = (_NONZERO, _ITEM, _COPY, _SCATTER, *_PUT, *_INDEX)
 _VALUES = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__index__)
 
 
+@contextmanager
+def _plain_on_meta() -> Iterator[None]:
+    """While open, forward passes on the meta device do not switch autocast and do not compile.
+
+    Transformers 4, and code from the Hub, switch autocast off around rotary embeddings, which
+    raises on the meta device. ModernBERT's parts are compiled there wherever Triton is installed.
+    """
+    original: Any = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        on_meta = device_type == "meta"
+        return nullcontext() if on_meta else original(device_type, *args, **kwargs)
+
+    dynamo = sys.modules.get("torch._dynamo")  # imported only where something is to be compiled
+    uncompiled = nullcontext() if dynamo is None else dynamo.config.patch(disable=True)
+    with replaced(torch, "autocast", autocast), uncompiled:
+        yield
+
+
 class NoValues(TorchFunctionMode):
     """Answers questions about values, which masks ask, in a forward pass on the meta device.
 
@@ -46,7 +66,7 @@ class NoValues(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         self._around = ExitStack()
-        self._around.enter_context(plain_on_meta())
+        self._around.enter_context(_plain_on_meta())
         self._around.enter_context(without_caches())
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -154,7 +174,6 @@ def _is_large(output: Any) -> bool:
 
 
 def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Return the tensors among an operation's arguments, and in lists among these."""
     tensors: list[torch.Tensor] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, torch.Tensor):
@@ -175,10 +194,7 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return an operation's result on the meta device; run it only once for equal shapes."""
     if not _makes_new(func):
         return func(*args, **kwargs)
-    described = [_signature(value) for value in args]
-    if kwargs:
-        described += [*kwargs, *map(_signature, kwargs.values())]
-    key = (func, torch.get_default_dtype(), *described)
+    key = (func, torch.get_default_dtype(), _signature(args), _signature(tuple(kwargs.items())))
     try:
         cached = _result_shapes.get(key)
     except TypeError:  # an argument that cannot be hashed
@@ -193,8 +209,7 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 _result_shapes.clear()
             _result_shapes[key] = tuple(map(_signature, outputs))
         return output
-    empty = torch.empty_strided
-    copies = [empty(shape, stride, dtype=dtype, device=_META) for shape, stride, dtype in cached]
+    copies = [torch.empty_strided(*size, dtype=dtype, device=_META) for *size, dtype in cached]
     return copies[0] if len(copies) == 1 else tuple(copies)
 
 

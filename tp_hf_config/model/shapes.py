@@ -11,19 +11,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> its shape."""
 
 
-def shapes(
-    model: nn.Module, instead: Mapping[int, nn.Module] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all parameters (tied ones under each name) and saved buffers.
-
-    ``instead``: the ``id`` of a module -> one of the same tensors in other shapes, in its place.
-    """
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all parameters (tied ones under each name) and saved buffers."""
     result: dict[str, tuple[int, ...]] = {}
     buffers: dict[str, tuple[int, ...]] = {}
     visited: set[int] = set()
     for module_name, module in named_modules(model):
         prefix = f"{module_name}." if module_name else ""
-        module = (instead or {}).get(id(module), module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 result[prefix + name] = tuple(parameter.shape)
@@ -36,17 +30,9 @@ def shapes(
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module under each of its names, in torch's order but several times as fast."""
-    waiting = [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        yield name, module
-        children = [
-            (f"{name}.{key}" if name else key, child)
-            for key, child in module._modules.items()
-            if child is not None
-        ]
-        waiting += reversed(children)
+    """Yield every module under each of its names."""
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=False)
+    return modules
 
 
 def vanished_counts(old: nn.Module, new: nn.Module) -> list[str]:

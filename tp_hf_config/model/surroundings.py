@@ -89,7 +89,6 @@ def same_random_state(seed: int | None = None) -> Iterator[None]:
 
 
 def _generators_in_use() -> list[Any]:
-    """Return torch's generators of the CPU and of devices in use."""
     import torch
 
     generators: list[Any] = [torch.default_generator]
@@ -206,6 +205,21 @@ def _class_by_thread(original: Any, replacement: Callable[..., Any], threads: Se
     return type(original.__name__, (original,), {"__new__": __new__})
 
 
+def without_caches() -> AbstractContextManager[None]:
+    """While open, Transformers' classes compute what they would otherwise take from a cache.
+
+    Some classes cache what they compute from sizes alone (positions of patches, sinusoids) for all
+    their models, by the dtype that is asked for. In an experiment the result is float64 whatever
+    was asked for; in a pass without data it may have no numbers. A live model with as many patches
+    would read it. Transformers uses no cache while torch compiles
+    (``pytorch_utils.compile_compatible_method_lru_cache``), so these passes tell it that torch
+    does. There is no other way.
+    """
+    from transformers import pytorch_utils
+
+    return replaced(pytorch_utils, "is_torchdynamo_compiling", lambda: True)
+
+
 def free_memory(device: torch.device | None = None) -> int:
     """Return how many bytes are free on a device, or on this machine for devices that share them.
 
@@ -229,10 +243,3 @@ def free_memory(device: torch.device | None = None) -> int:
     with suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return _UNKNOWN
-
-
-def restore_attribute(target: Any, name: str, own: Any) -> None:
-    """Give an object its own attribute back; without one (``None``), its class's applies again."""
-    vars(target).pop(name, None)
-    if own is not None:
-        setattr(target, name, own)

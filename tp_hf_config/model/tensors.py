@@ -67,12 +67,10 @@ def _select_along(
 
 
 def _shape_of(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> list[int]:
-    """Return the shape of what is selected."""
     return [len(positions[d]) if d in positions else size for d, size in enumerate(tensor.shape)]
 
 
 def _select_lazily(tensor: LazyTensor, positions: Mapping[int, torch.Tensor]) -> LazyTensor:
-    """Return the selection as a lazy tensor; nothing is read yet."""
     like = torch.empty(_shape_of(tensor, positions), dtype=tensor.dtype, device="meta")
     return LazyTensor(like, lambda: select(tensor.read(), positions))
 

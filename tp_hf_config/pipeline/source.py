@@ -134,7 +134,7 @@ def config_of(source: Source) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    from ..model.from_config import too_many_layers
+    from ..model.build import too_many_layers
 
     data = None if source.gguf or source.folder is None else read_config(source.folder).data
     reason = too_many_layers(data or {})  # making a list with an entry for each would not end
@@ -160,7 +160,7 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     from ..checkpoint.building import own_reference
-    from ..model.from_config import class_of
+    from ..model.build import class_of
 
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     reference = own_reference(

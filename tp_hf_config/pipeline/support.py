@@ -14,9 +14,8 @@ from ..errors import UnsupportedModelError
 from ..fieldmap.learn_field_map import map_of
 from ..forward.coverage import InputsRefusal
 from ..forward.run_recipe import MakeInputs
-from ..model.build import Refusal
+from ..model.build import Refusal, module_of
 from ..model.disk_cache import suspended
-from ..model.from_config import module_of
 from ..model.locate import check_followable, find_pretrained
 from ..model.surroundings import (
     one_thread,

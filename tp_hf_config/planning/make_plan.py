@@ -20,9 +20,8 @@ from ..forward.run_recipe import MakeInputs
 from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import Width, widths_of
 from ..graph.standin import standin_of
-from ..model.build import Refusal
+from ..model.build import Refusal, module_of
 from ..model.config_json import FieldPath, field_name
-from ..model.from_config import module_of
 from .model_size import ParameterCount, Size, size_of
 from .plan import Plan, PlannedWidth
 from .refusals import adjusted_line, by_name, planned_refusal, shortfalls

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..calibration.forecast import gram_bytes
 from ..fieldmap.field_map import FieldMap
-from ..forward.meta_pass import dry_pass
+from ..forward.find_recipe import dry_pass
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 

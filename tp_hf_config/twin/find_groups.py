@@ -18,7 +18,7 @@ from torch import nn
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.unit_shares import Shares, shares_of, strides_in, units_of
 from ..forward.coverage import forward_error
-from ..forward.encoder_states import AXIS, encoder_states_of
+from ..forward.run_recipe import AXIS, encoder_states_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, with_values
 from ..model.tensors import is_matrix_stack, saved_buffers

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forward.encoder_states import AXIS, encoder_states_in, encoder_states_of
 from ..forward.observed_pass import PassResult, outputs_in_float64
-from ..forward.run_recipe import PLAIN, RunRecipe
+from ..forward.run_recipe import AXIS, PLAIN, RunRecipe, encoder_states_in, encoder_states_of
 from ..model.build import Refusal
 from ..model.tensors import saved_buffers
 from .width_scalars import CutDim, SizesRead, as_written

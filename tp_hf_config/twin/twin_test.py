@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..forward.buffer_gradients import following
-from ..forward.encoder_states import encoder_states_in
-from ..forward.observed_pass import PassResult, outputs_in_float64
+from ..forward.observed_pass import PassResult, following, outputs_in_float64
 from ..forward.output_tensors import largest_by_name, largest_in
 from ..forward.replay import Replay
-from ..forward.run_recipe import PLAIN, RunRecipe
+from ..forward.run_recipe import PLAIN, RunRecipe, encoder_states_in
 from .edits import Edits
 from .layout import TensorDim, UnitLayout, positions_of
 from .links import Links, merged

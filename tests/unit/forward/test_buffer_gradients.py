@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tp_hf_config.forward.buffer_gradients import followed_buffers, following
+from tp_hf_config.forward.observed_pass import followed_buffers, following
 from tp_hf_config.forward.run_recipe import PLAIN
 
 INPUTS = {"x": torch.ones(2, 3, dtype=torch.float64)}

@@ -25,7 +25,6 @@ from tp_hf_config import (
 )
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward import coverage
-from tp_hf_config.forward.encoder_states import find_encoder_states
 from tp_hf_config.forward.find_recipe import find_recipe
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.forward.run_recipe import PLAIN, RunRecipe
@@ -166,16 +165,6 @@ class TestInputs:
         assert example_inputs(model, recipe).keys() - {"use_cache"} == {"input_ids"}
         inputs = example_inputs(model, RunRecipe(encoder_states=seen))
         assert inputs.keys() - {"use_cache"} == {"input_ids"}
-
-    @pytest.mark.parametrize(("idle", "runs"), [((), 0), (("cls.unused",), 2)])
-    def test_states_are_tried_only_where_layers_do_not_run(
-        self, idle: tuple[str, ...], runs: int
-    ) -> None:
-        model = without_data(hf.BertLMHeadModel, bert().config)
-        assert isinstance(model, hf.PreTrainedModel)
-        ran: list[Any] = []
-        assert find_encoder_states(model, {}, idle, lambda given: bool(ran.append(1))) is None
-        assert len(ran) == runs  # without states, and with some
 
     def test_where_the_tiny_copy_does_not_run_with_states_it_is_given_none(
         self, monkeypatch: pytest.MonkeyPatch

@@ -154,7 +154,9 @@ def test_patches_that_are_pooled_by_their_numbers() -> None:
 @pytest.mark.skipif(not hasattr(hf, "Molmo2Model"), reason="this Transformers has no Molmo 2")
 def test_the_token_of_an_image_by_another_name() -> None:
     """It is small in the tiny model, as all are: the vocabulary is."""
-    model = without_data(hf.Molmo2Model, hf.Molmo2Config())
+    config = _molmo2().config
+    config.image_patch_id, config.image_end_token_id = 60, 61
+    model = without_data(hf.Molmo2Model, config)
     assert not isinstance(model, Refusal)
     data = small_tokens(map_of(model))
     assert (data["image_patch_id"], data["image_end_token_id"]) == (4, 3)
@@ -249,17 +251,14 @@ def test_as_many_tokens_as_the_forward_pass_says() -> None:
     assert [n for n in unreached_by(model, inputs) if not any(one in n for one in never)] == []
 
 
-def test_what_is_as_large_as_a_list_by_chance_counts_no_layers() -> None:
-    """Of eight steps of sound three convolutions make one: eight modules in a row."""
-    model = without_data(hf.Phi4MultimodalForCausalLM, _phi4())
+def test_the_tokens_and_lists_of_several_parts_of_a_config() -> None:
+    config = _phi4()
+    config.vision_config.image_token_id, config.audio_config.audio_token_id = 30, 31
+    model = without_data(hf.Phi4MultimodalForCausalLM, config)
     assert not isinstance(model, Refusal)
-    data = map_of(model).depth.data
-    assert data["audio_config"]["time_reduction"] == 8
-
-
-def test_tokens_in_parts_of_a_config_are_each_another() -> None:
-    model = without_data(hf.Phi4MultimodalForCausalLM, hf.Phi4MultimodalConfig())
-    assert not isinstance(model, Refusal)
-    data = small_tokens(map_of(model))
+    field_map = map_of(model)
+    # of eight steps of sound three convolutions make one: eight modules in a row are no layers
+    assert field_map.depth.data["audio_config"]["time_reduction"] == 8
+    data = small_tokens(field_map)
     tokens = (data["audio_config"]["audio_token_id"], data["vision_config"]["image_token_id"])
     assert (sorted(tokens), data["bos_token_id"]) == ([3, 4], 1)

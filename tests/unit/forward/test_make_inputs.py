@@ -24,7 +24,7 @@ from tp_hf_config import (
     supports,
 )
 from tp_hf_config.fieldmap.learn_field_map import map_of
-from tp_hf_config.forward.given_inputs import given_inputs
+from tp_hf_config.forward.inputs import given_inputs
 from tp_hf_config.model.disk_cache import VARIABLE
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -223,25 +223,26 @@ EDGES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("edge", EDGES)
+NO_DICT = (
+    r"^make_inputs=listed returned a list for a DecisionTransformerConfig\. Return a dict "
+    r"of what DecisionTransformerModel's forward pass takes, as \{'input_ids': ids\}\.$"
+)
+STOPS = (
+    r"^DecisionTransformerModel does not run with what make_inputs=short returned for a "
+    r"small DecisionTransformerConfig, states \(2, 5, \d+\), actions: .+\. Take every size "
+    r"from the config that the function is given, and return all that model\(\*\*inputs\) "
+    r"needs\.$"
+)
+
+
 @pytest.mark.parametrize(
-    ("make_inputs", "message"),
+    ("edge", "make_inputs", "message"),
     [
-        (raising, re.escape(RAISES) + "$"),
-        (
-            listed,
-            r"^make_inputs=listed returned a list for a DecisionTransformerConfig\. Return a dict "
-            r"of what DecisionTransformerModel's forward pass takes, as \{'input_ids': ids\}\.$",
-        ),
-        (
-            short,
-            r"^DecisionTransformerModel does not run with what make_inputs=short returned for a "
-            r"small DecisionTransformerConfig, states \(2, 5, \d+\), actions: .+\. Take every size "
-            r"from the config that the function is given, and return all that model\(\*\*inputs\) "
-            r"needs\.$",
-        ),
+        *((edge, raising, re.escape(RAISES) + "$") for edge in EDGES),
+        ("prunable", listed, NO_DICT),
+        ("prunable", short, STOPS),
+        ("supports", short, STOPS),  # it finds the refusal by itself
     ],
-    ids=["it raises", "no dict", "it does not run"],
 )
 def test_what_is_wrong_with_it_is_said(edge: str, make_inputs: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):

@@ -49,7 +49,6 @@ CLASSES: dict[str, tuple[str, set[str]]] = {
     "llama": ("intermediate_size", {"", "SequenceClassification", "TokenClassification"}),
     "gpt2": ("n_inner", {"", "SequenceClassification", "TokenClassification"}),
     "mixtral": ("intermediate_size", {"", "SequenceClassification", "TokenClassification"}),
-    "qwen3_moe": ("moe_intermediate_size", {"", "SequenceClassification"}),
     "bert": ("intermediate_size", {"", "MaskedLM", "TokenClassification", "QuestionAnswering"}),
     "bert_body": ("intermediate_size", {"MaskedLM", "SequenceClassification"}),
     "roberta": ("intermediate_size", {"", "SequenceClassification", "CausalLM"}),

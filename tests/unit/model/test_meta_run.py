@@ -9,8 +9,8 @@ from torch import nn
 
 from tp_hf_config.forward.head_splits import observe
 from tp_hf_config.model.build import Refusal, without_data
-from tp_hf_config.model.class_caches import without_caches
 from tp_hf_config.model.meta_run import NoValues, RealNumbers
+from tp_hf_config.model.surroundings import without_caches
 
 META = torch.device("meta")
 

@@ -13,8 +13,7 @@ import transformers as hf
 import zoo
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.model.config_json import config_json
-from tp_hf_config.model.named_architecture import _sizes_of, spelled_out
+from tp_hf_config.model.config_json import _sizes_of, config_json, spelled_out
 
 VIT = {"architecture": "vit_tiny_patch16_224"}
 OF_VIT = {

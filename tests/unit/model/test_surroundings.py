@@ -23,7 +23,7 @@ from torch import nn
 from transformers import pytorch_utils
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs, supports
-from tp_hf_config.model.default_dtype import DefaultDtype
+from tp_hf_config.model.build import DefaultDtype
 from tp_hf_config.model.surroundings import no_log_lines, one_thread, replaced
 
 LOGGER = logging.getLogger("transformers")

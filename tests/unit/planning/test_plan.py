@@ -29,8 +29,7 @@ from tp_hf_config import (
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.graph.unit_count import UnitCount
-from tp_hf_config.model.build import Refusal
-from tp_hf_config.model.from_config import class_of
+from tp_hf_config.model.build import Refusal, class_of
 from tp_hf_config.model.meta_run import NoValues
 from tp_hf_config.planning.model_size import flops_of
 from tp_hf_config.planning.trajectory import MovingWidth, Trajectory

@@ -19,9 +19,8 @@ from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.graph.full_size import Group, _uneven_heads
 from tp_hf_config.graph.prunable import Width, widths_of
 from tp_hf_config.graph.unit_count import UnitCount
-from tp_hf_config.model.build import Builder, Refusal
+from tp_hf_config.model.build import Builder, Refusal, module_of
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.model.from_config import module_of
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
 from tp_hf_config.twin.tiny.random_weights import randomise
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model

@@ -17,14 +17,17 @@ from torch import nn
 from ...fieldmap.field_map import FieldMap
 from ...fieldmap.layer_counts import is_whole_number_list, may_name_layers
 from ...fieldmap.learn_field_map import learn
-from ...forward.buffer_gradients import followed_buffers
 from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
-from ...forward.encoder_states import encoder_states_in
-from ...forward.extra_methods import outputs_of
-from ...forward.observed_pass import AllFloat64, PassResult, outputs_in_float64, watched_results
-from ...forward.output_tensors import tensors_in
+from ...forward.observed_pass import (
+    AllFloat64,
+    PassResult,
+    followed_buffers,
+    outputs_in_float64,
+    watched_results,
+)
+from ...forward.output_tensors import outputs_of, tensors_in
 from ...forward.replay import Replay
-from ...forward.run_recipe import RunRecipe
+from ...forward.run_recipe import RunRecipe, encoder_states_in
 from ...model.build import Refusal
 from ...model.config_json import OF_NO_EFFECT, FieldPath, with_values, without_names
 from ...model.shapes import shapes
