@@ -8,18 +8,17 @@ with them.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..model.config_json import FieldPath, field_name, value_at, with_values
+from ..model.config_json import FieldPath, copied, field_name, value_at, with_values
 from .building import Classes, config_from
 from .folder import CONFIG
 from .loading import MAJOR
-from .words import number
+from .reports import number
 from .writing import write_config
 
 _ROPE = "rope_parameters"
@@ -40,17 +39,6 @@ class Rotary:
     data: dict[str, Any]
     added: dict[FieldPath, Any] = field(default_factory=dict)
     unwritable: tuple[str, ...] = ()
-
-    @property
-    def note(self) -> str | None:
-        """Return what readers miss without the added fields, or None if none were added."""
-        if not self.added:
-            return None
-        names = ", ".join(f"{field_name(path)} {number(self.added[path])}" for path in self.added)
-        return (
-            f"{names}: in {_ROPE} alone, as Transformers 5 writes it. repair writes it beside that "
-            "too, for programs that read configs as Transformers 4 did"
-        )
 
 
 def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
@@ -148,15 +136,12 @@ def _separate_fields(node: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_field(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]:
     """Return a copy of the config's JSON with one more field, right after ``rope_parameters``."""
-    result = copy.deepcopy(data)
+    result = copied(data)
     node = value_at(result, path[:-1])
-    items = list(node.items())
+    items = [item for item in node.items() if item[0] != path[-1]]
+    place = [name for name, _ in items].index(_ROPE) + 1
     node.clear()
-    for name, other in items:
-        if name != path[-1]:
-            node[name] = other
-        if name == _ROPE:
-            node[path[-1]] = value
+    node.update([*items[:place], (path[-1], value), *items[place:]])
     return result
 
 

@@ -31,10 +31,8 @@ from ..model.surroundings import evaluating, same_random_state
 from . import child
 from .building import build, entries, own_reference
 from .check import SolvableFolder, check_tensors, place, read_folder, solvable_folder
-from .compare import compared, not_finite
 from .loading import main_dtype
-from .reports import RoundtripReport
-from .words import and_more, number, short
+from .reports import Difference, RoundtripReport, and_more, number, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,7 +124,7 @@ def fresh_run(
         (run,) = finished()
         if run.error is not None:
             return RoundtripReport(name, name, False, error=run.error, against="the live model")
-        report = compared(name, name, live, run.outputs, "the live model")
+        report = _compared(name, name, live, run.outputs, "the live model")
         problems = tuple(_problems(run.loading))
         return replace(report, loading=problems, same=report.same and not problems)
 
@@ -171,7 +169,7 @@ def verify_checkpoint(
     problems = tuple(_problems(run.loading, _WEIGHTS_MISSING))
     notes = tuple(_problems(run.loading, ("unexpected_keys",)))
     if run.error is not None or not others:
-        nothing = tuple(not_finite(run.outputs))
+        nothing = tuple(_not_finite(run.outputs))
         same = run.error is None and not problems and not nothing
         notes, outputs = (*notes, *nothing), tuple(run.outputs)
         return RoundtripReport(str(path), name, same, problems, outputs, (), run.error, notes=notes)
@@ -180,7 +178,7 @@ def verify_checkpoint(
         error = f"{other} does not run on the inputs made for {path}: {other_run.error}"
         comparison = RoundtripReport(str(path), name, False, error=error, against=other)
     else:
-        comparison = compared(str(path), name, other_run.outputs, run.outputs, other)
+        comparison = _compared(str(path), name, other_run.outputs, run.outputs, other)
     problems += tuple(f"{other}: {line}" for line in _problems(other_run.loading, _WEIGHTS_MISSING))
     notes += comparison.notes
     if not comparison.same:
@@ -347,3 +345,73 @@ def _problems(
         if kinds is None or kind in kinds:
             listed = ", ".join(map(short, keys[:_SHOWN])) + and_more(keys, _SHOWN)
             yield f"{kind.replace('_', ' ')}: {listed}"
+
+
+# What two runs computed
+
+
+def _compared(
+    what: str,
+    model: str,
+    reference: Mapping[str, torch.Tensor],
+    outputs: Mapping[str, torch.Tensor],
+    against: str,
+) -> RoundtripReport:
+    """Return the report on outputs, with their differences from reference outputs.
+
+    Outputs without one finite number are not taken for the same.
+    """
+    names = tuple(dict.fromkeys((*reference, *outputs)))
+    differences = tuple(
+        difference
+        for name in names
+        for difference in _difference(name, reference.get(name), outputs.get(name))
+    )
+    ours = tuple(_not_finite(outputs))
+    theirs = (line for line in _not_finite(reference) if line not in ours)
+    notes = (*ours, *(f"{line} in {against}" for line in theirs))
+    same = bool(names) and not differences and not notes
+    numbers = sum(tensor.numel() for tensor in reference.values())
+    return RoundtripReport(what, model, same, (), names, differences, None, against, notes, numbers)
+
+
+def _not_finite(outputs: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Yield a line for each output that has numbers of which none is finite."""
+    for name, tensor in outputs.items():
+        if tensor.numel() and not bool(tensor.isfinite().any()):
+            yield f"every number of {name} is NaN or infinite"
+
+
+def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Iterator[Difference]:
+    """Yield how two tensors differ, if they do; ``None`` differs from any tensor.
+
+    Of floating types that differ, the numbers are compared.
+
+    ``a``: the reference.
+    """
+    if a is None or b is None or not _comparable(a, b):
+        count = max(tensor.numel() for tensor in (a, b) if tensor is not None)
+        yield Difference(name, count, count)
+        return
+    dtypes = None
+    if a.dtype != b.dtype:
+        dtypes = str(b.dtype).removeprefix("torch."), str(a.dtype).removeprefix("torch.")
+        a, b = a.double(), b.double()
+    unequal = (a != b) & ~((a != a) & (b != b))  # NaN equals NaN here
+    if dtypes is not None or bool(unequal.any()):
+        x, y = a.double(), b.double()
+        largest = _largest((x - y)[unequal])
+        scale = _largest(x[x.isfinite()]) or 1.0
+        count = int(unequal.sum())
+        yield Difference(name, count, a.numel(), largest, largest / scale, dtypes)
+
+
+def _comparable(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if two tensors are of one shape, and of one type or floating types."""
+    floating = a.is_floating_point() and b.is_floating_point()
+    return a.shape == b.shape and (a.dtype == b.dtype or floating)
+
+
+def _largest(numbers: torch.Tensor) -> float:
+    """Return the largest absolute value; 0 if there is none."""
+    return float(numbers.abs().max()) if numbers.numel() else 0.0
