@@ -143,14 +143,7 @@ def retied(
     for path in sorted(ties, key=len):
         changes = {path: not value_in(full, path)}
         new = with_values(full, changes)
-        changed = next(
-            (
-                form
-                for form in _forms(task.classes, data, changes, new)
-                if _takes_effect(task.classes, form, changes)
-            ),
-            new,
-        )
+        changed = _changed(task.classes, data, changes, new)
         outcome = assess(task.classes, changed, task.tensors)
         if not isinstance(outcome, Refusal) and _better_tied(task, assessment, outcome):
             flipped, data, assessment, full = [*flipped, path], changed, outcome, new
@@ -289,10 +282,7 @@ def _solution(
     shown_by: Sequence[tuple[str, frozenset[FieldPath]]],
     undecided: Iterable[FieldPath],
 ) -> Solution | Unsolved:
-    """Return the config in the first form that loads the weights and says all that changes.
-
-    A value that the class does not read out of a form may show in no shape. If there is no such
-    form, the first that loads the weights is taken.
+    """Return the config with all that changes, proved; Unsolved if it does not load the weights.
 
     Args:
         task: the folder's config and tensors.
@@ -309,16 +299,10 @@ def _solution(
         says = value_in(task.data, _places(task.classes, task.data, path)[0])
         if now is not None and (now != value_in(before, path) or says not in (None, now)):
             changes[path] = now
-    loading = []
-    for form in _forms(task.classes, task.data, changes, new):
-        proof = assess(task.classes, form, task.tensors)
-        if not isinstance(proof, Refusal) and proof.fits:
-            loading.append(form)
-            if _takes_effect(task.classes, form, changes):
-                break
-    if not loading:
+    data = _changed(task.classes, task.data, changes, new)
+    proof = assess(task.classes, data, task.tensors)
+    if isinstance(proof, Refusal) or not proof.fits:
         return Unsolved("the config that was found does not load these weights")
-    data = loading[-1] if _takes_effect(task.classes, loading[-1], changes) else loading[0]
     causes = []
     for path, holds in changes.items():
         place = _places(task.classes, task.data, path)[0]
@@ -346,10 +330,12 @@ def _places(classes: Classes, data: Mapping[str, Any], path: FieldPath) -> list[
     return named or [path if is_entry else (*above, path[-1])]
 
 
-def _forms(
+def _changed(
     classes: Classes, data: dict[str, Any], changes: Mapping[FieldPath, Any], new: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Yield the forms in which fields of a config's JSON may be changed: in place, then all of it.
+) -> dict[str, Any]:
+    """Return a config's JSON with fields changed in place, if the class reads them there.
+
+    Else all of the config is written anew.
 
     ``new``: the new config's JSON, with every default; lists are taken from it whole.
     """
@@ -359,18 +345,11 @@ def _forms(
             path = path[: next(at for at, key in enumerate(path) if isinstance(key, int))]
             value = value_in(new, path)
         values |= dict.fromkeys(_places(classes, data, path), value)
-    yield with_values(data, values)
-    whole = as_json(classes, new, use_diff=True)
-    if whole is not None:
-        yield whole
-
-
-def _takes_effect(
-    classes: Classes, data: Mapping[str, Any], changes: Mapping[FieldPath, Any]
-) -> bool:
-    """True if the class reads the new values of all changed fields out of a config's JSON."""
-    full = as_json(classes, data)
-    return full is not None and all(value_in(full, path) == new for path, new in changes.items())
+    in_place = with_values(data, values)
+    full = as_json(classes, in_place)
+    if full is not None and all(value_in(full, path) == now for path, now in changes.items()):
+        return in_place
+    return as_json(classes, new, use_diff=True) or in_place
 
 
 # Causes: one for all tensors that share it

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -42,19 +42,12 @@ _OF_FOLDERS = ("transformers_modules", GENERATED)  # packages of code that folde
 _WEIGHTS_MISSING = ("missing_keys", "mismatched_keys")
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a fresh process reports of one folder.
+class _Run(TypedDict):
+    """What a fresh process reports of one folder: see :mod:`child`."""
 
-    Attributes:
-        outputs: output name -> tensor.
-        loading: kind of problem (``missing_keys``) -> the keys that Transformers reports.
-        error: why the folder does not load or run; ``None`` if it does.
-    """
-
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    loading: dict[str, list[str]] = field(default_factory=dict)
-    error: str | None = None
+    outputs: dict[str, torch.Tensor]
+    loading: dict[str, list[str]]
+    error: str | None
 
 
 @check_arguments
@@ -122,10 +115,10 @@ def fresh_run(
     def compared_with(outputs: Mapping[str, torch.Tensor]) -> RoundtripReport:
         live = {key: value.cpu() for key, value in outputs.items()}
         (run,) = finished()
-        if run.error is not None:
-            return RoundtripReport(name, name, False, error=run.error, against="the live model")
-        report = _compared(name, name, live, run.outputs, "the live model")
-        problems = tuple(_problems(run.loading))
+        if run["error"] is not None:
+            return RoundtripReport(name, name, False, error=run["error"], against="the live model")
+        report = _compared(name, name, live, run["outputs"], "the live model")
+        problems = tuple(_problems(run["loading"]))
         return replace(report, loading=problems, same=report.same and not problems)
 
     with _fresh_process([job], dict(inputs), str(model.device)) as finished:
@@ -166,20 +159,24 @@ def verify_checkpoint(
     name, inputs = _example(folders[0])
     with _fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True) as finished:
         run, *others = finished()
-    problems = tuple(_problems(run.loading, _WEIGHTS_MISSING))
-    notes = tuple(_problems(run.loading, ("unexpected_keys",)))
-    if run.error is not None or not others:
-        nothing = tuple(_not_finite(run.outputs))
-        same = run.error is None and not problems and not nothing
-        notes, outputs = (*notes, *nothing), tuple(run.outputs)
-        return RoundtripReport(str(path), name, same, problems, outputs, (), run.error, notes=notes)
+    problems = tuple(_problems(run["loading"], _WEIGHTS_MISSING))
+    notes = tuple(_problems(run["loading"], ("unexpected_keys",)))
+    if run["error"] is not None or not others:
+        nothing = tuple(_not_finite(run["outputs"]))
+        same = run["error"] is None and not problems and not nothing
+        notes, outputs = (*notes, *nothing), tuple(run["outputs"])
+        return RoundtripReport(
+            str(path), name, same, problems, outputs, (), run["error"], notes=notes
+        )
     (other_run,), other = others, str(paths[1])
-    if other_run.error is not None:
-        error = f"{other} does not run on the inputs made for {path}: {other_run.error}"
+    if other_run["error"] is not None:
+        error = f"{other} does not run on the inputs made for {path}: {other_run['error']}"
         comparison = RoundtripReport(str(path), name, False, error=error, against=other)
     else:
-        comparison = _compared(str(path), name, other_run.outputs, run.outputs, other)
-    problems += tuple(f"{other}: {line}" for line in _problems(other_run.loading, _WEIGHTS_MISSING))
+        comparison = _compared(str(path), name, other_run["outputs"], run["outputs"], other)
+    problems += tuple(
+        f"{other}: {line}" for line in _problems(other_run["loading"], _WEIGHTS_MISSING)
+    )
     notes += comparison.notes
     if not comparison.same:
         notes += tuple(_reasons_to_differ(*folders))
@@ -286,12 +283,10 @@ def _fresh_process(
         def finished() -> list[_Run]:
             code = process.wait()
             if code != 0:
-                return [_Run(error=_end_of(code, errors.read_text())) for _ in jobs]
-            results = torch.load(files["results"], weights_only=True)
-            return [
-                _Run(each["outputs"], each["loading"], each["error"] and short(each["error"]))
-                for each in results
-            ]
+                ended = _end_of(code, errors.read_text())
+                return [_Run(outputs={}, loading={}, error=ended) for _ in jobs]
+            runs: list[_Run] = torch.load(files["results"], weights_only=True)
+            return [_Run(**{**run, "error": run["error"] and short(run["error"])}) for run in runs]
 
         try:
             yield finished
@@ -308,12 +303,12 @@ def _end_of(code: int, errors: str) -> str:
         errors: what it wrote to standard error.
     """
     lines = [line for line in errors.splitlines() if line.strip()]
+    last = short(lines[-1] if lines else code)
+    if code >= 0:
+        return f"the fresh process ended with: {last}"
     if code == -getattr(signal, "SIGKILL", 9):  # Windows has none
         return "the fresh process was killed (SIGKILL), most often for want of memory"
-    last = short(lines[-1] if lines else code)
-    if code < 0:
-        return f"the fresh process was ended by signal {-code} ({signal.strsignal(-code)}): {last}"
-    return f"the fresh process ended with: {last}"
+    return f"the fresh process was ended by signal {-code} ({signal.strsignal(-code)}): {last}"
 
 
 def start_child(job_file: Path, errors: Path) -> subprocess.Popen[bytes]:
