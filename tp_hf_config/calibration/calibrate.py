@@ -18,18 +18,20 @@ from .batches import (
     Batch,
     Text,
     joined_texts,
+    models_in,
     own_text,
+    runs_on_text,
     shipped_text,
     split_batches,
+    takes_token_ids,
     window_size,
     windows_of,
     with_held_out,
     writes_text,
 )
 from .importance import CalibratedImportance, Kind
-from .inner_models import models_in, runs_on_text, takes_token_ids
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
-from .over_ranks import agreed_ranks
+from .passes import agreed_ranks
 from .readings import TOKENS_PER_CHANNEL, Readings
 
 if TYPE_CHECKING:

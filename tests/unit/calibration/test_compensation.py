@@ -22,7 +22,7 @@ from tp_hf_config import (
     calibrate,
     pruner_kwargs,
 )
-from tp_hf_config.calibration import difference
+from tp_hf_config.calibration import compensation
 from tp_hf_config.calibration.compensation import Compensation
 from tp_hf_config.calibration.linear_ops import Consumer
 
@@ -282,7 +282,7 @@ def test_refits_that_make_the_whole_model_worse_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = iter([0.1, 0.2, 0.1])  # cut, refitted, after the cut
-    monkeypatch.setattr(difference.Difference, "mean", lambda self: next(changes))
+    monkeypatch.setattr(compensation.Difference, "mean", lambda self: next(changes))
     model = calibrated.build("llama")
     down = [layer.mlp.down_proj.weight[:, :48].clone() for layer in model.model.layers]
     hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model)))
