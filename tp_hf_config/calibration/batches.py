@@ -347,7 +347,6 @@ def tokens_in(batches: Sequence[Batch]) -> int:
 
 
 def _main_input(batch: Batch) -> Tensor:
-    """Return a batch's token ids, or its first tensor; without one, an empty tensor."""
     tensors = (value for value in batch.values() if isinstance(value, Tensor))
     ids = batch.get("input_ids")
     return ids if isinstance(ids, Tensor) else next(tensors, torch.empty(0))
@@ -373,7 +372,6 @@ def on_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
 
 
 def _first_argument(model: nn.Module) -> str:
-    """Return the name of the forward pass's first argument."""
     name = getattr(model, "main_input_name", None)
     if isinstance(name, str):
         return name

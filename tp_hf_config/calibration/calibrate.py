@@ -165,7 +165,6 @@ def _batches_of(
     seed: int,
     may_be_empty: bool,
 ) -> tuple[list[Batch], list[Batch]]:
-    """Return the batches to measure and those held out; see :func:`calibrate`."""
     if isinstance(data, Mapping) or (isinstance(data, str) and data != "own"):
         data = [data]
     given: Any = data
@@ -230,7 +229,6 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
 
 
 def _check_writes(model: Any, data: Any) -> None:
-    """Raise if a model cannot be measured without data: it is no causal language model."""
     if writes_text(model):
         return
     what = "cannot write text of its own" if data == "own" else "is no causal language model"
@@ -261,7 +259,6 @@ def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
 
 
 def _warn_of_few_tokens(readings: Readings) -> None:
-    """Warn of inputs that too few tokens tell too little about."""
     thin = [
         (leader, statistics)
         for leader, statistics in readings.statistics.items()

@@ -264,7 +264,6 @@ def _held_out_pass(
     after_batch: Callable[[int, Any], None],
     what: str,
 ) -> None:
-    """Run a measured model on its held-out data; see :func:`watched_pass`."""
     model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
     watched_pass(model, batches, visit, sources, after_batch, what, ranks)
 
@@ -455,7 +454,6 @@ class Compensating:
         return using
 
     def _is_enough(self, consumer: Consumer) -> bool:
-        """True if a consumer got enough tokens for a refit that nothing can judge."""
         statistics = self._step.readings.of(consumer)
         return statistics is not None and statistics.is_enough
 
@@ -499,7 +497,6 @@ class Compensating:
         return self.result
 
     def _measure_after(self) -> None:
-        """Measure how much the pruned model's outputs on held-out data have changed."""
         self._outputs.begin()
         try:
             run_held_out(self._step.calibration, self._outputs.compare, "held-out data, pruned")

@@ -128,7 +128,6 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         return scores
 
     def _readers(self, group: Any) -> Iterator[_Reader]:
-        """Yield the consumers of a group that were measured."""
         readings = self.calibration.current()
         names = {id(p): name for name, p in self.calibration.model.named_parameters()}
         places = readings.by_place()
@@ -157,7 +156,6 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
 
 def _warn_of_memory(reader: Consumer) -> None:
-    """Warn that a group is ranked by another kind than was asked for."""
     warnings.warn(
         f"{reader.parameter} and others read the channels of a group, and memory has no room for "
         'all their Gram matrices together, so "obs" ranks the group as "wanda" does. Give '

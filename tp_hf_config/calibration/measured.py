@@ -177,7 +177,6 @@ def _measured(
     ranks: Ranks,
     only: Collection[Consumer] | None = None,
 ) -> Readings:
-    """Return what is measured in one pass."""
     sources = Sources(model)
     measuring = Measuring(sources, memory_limit(model, max_memory, ranks), only)
     watched_pass(model, batches, measuring.visit, sources, what=what, ranks=ranks)

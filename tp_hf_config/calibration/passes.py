@@ -134,7 +134,6 @@ def in_step(model: nn.Module, ranks: Ranks, when: str) -> Iterator[Callable[[int
 
 
 def _agree(mine: Decision, failure: BaseException | None = None) -> None:
-    """Raise unless all ranks can go on and do the same."""
     text = "" if failure is None else in_one_line(failure)
     refusal = differing(replace(mine, failure=text))
     if failure is not None:
@@ -205,7 +204,6 @@ def watched_pass(
 def _run(
     model: nn.Module, number: int, batch: Batch, ops: AbstractContextManager[Any], sources: Any
 ) -> Any:
-    """Return what a model makes of a batch."""
     try:
         with ops:
             return model(**on_device(batch, model))

@@ -116,7 +116,6 @@ def _suggestion(kind: Any) -> str:
 def _config_class(
     data: Mapping[str, Any], model: type[PreTrainedModel]
 ) -> type[PreTrainedConfig] | Refusal:
-    """Return the config class; or why ``model_type`` does not fit the model class."""
     from transformers import CONFIG_MAPPING
 
     own: Any = getattr(model, "config_class", None)

@@ -142,7 +142,6 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
 
 
 def _report(read: Folder) -> CheckReport:
-    """Return a report without a verdict: the class, what the files hold, and their faults."""
     classes = read.classes if isinstance(read.classes, Classes) else None
     config = () if read.config.fault is None else (Cause("config", read.config.fault),)
     notes = [classes.note] if classes and classes.note else []

@@ -265,7 +265,6 @@ def _index_fault(name: str, data: Any) -> str | None:
 
 
 def _joined(folder: Path, files: list[str]) -> Weights:
-    """Read several files of a folder as one."""
     parts = [_read(folder / file, file) for file in files]
     return Weights(
         {name: tensor for part in parts for name, tensor in part.tensors.items()},

@@ -130,7 +130,6 @@ _Outcome = tuple[set[str], set[str], dict[str, tuple[int, ...]], dict[str, str],
 
 
 def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
-    """Return how Transformers 5 loads the tensors: see :data:`_Outcome`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig

@@ -121,7 +121,6 @@ def _planned(
 
 
 def _unsolved(path: Path, unsolved: Unsolved) -> str:
-    """Return why there is no single config, and what the user can say next."""
     text = f"{path}: {printable(unsolved.reason)}."
     if unsolved.candidates:
         name, value = next(iter(unsolved.candidates[0].items()))
@@ -131,7 +130,6 @@ def _unsolved(path: Path, unsolved: Unsolved) -> str:
 
 
 def _difference(old: bytes, new: bytes) -> str:
-    """Return the unified diff of two files, the old one formatted as the new; empty if equal."""
     if old == new:
         return ""
     before = json.dumps(json.loads(old), indent=2) + "\n"

@@ -108,7 +108,6 @@ def _rope_parts(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, di
 
 
 def _by_layer_type(rope: Mapping[str, Any]) -> bool:
-    """True if ``rope_parameters`` has one entry per type of layer."""
     return any(isinstance(value, dict) for value in rope.values())
 
 

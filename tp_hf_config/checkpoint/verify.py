@@ -43,8 +43,6 @@ _WEIGHTS_MISSING = ("missing_keys", "mismatched_keys")
 
 
 class _Run(TypedDict):
-    """What a fresh process reports of one folder: see :mod:`child`."""
-
     outputs: dict[str, torch.Tensor]
     loading: dict[str, list[str]]
     error: str | None
@@ -218,7 +216,6 @@ def _example(read: SolvableFolder) -> tuple[str, dict[str, Any]]:
 
 
 def _job_of(read: SolvableFolder) -> dict[str, Any]:
-    """Return the job entry for a folder (see :func:`_job`)."""
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
     class_name = _class_name(read.classes.model)
     if class_name[0].startswith(_OF_FOLDERS):
@@ -228,7 +225,6 @@ def _job_of(read: SolvableFolder) -> dict[str, Any]:
 
 
 def _class_name(model_class: type) -> tuple[str, str]:
-    """Return the module and the name by which a fresh process imports a class."""
     import transformers
 
     name = model_class.__name__
@@ -408,5 +404,4 @@ def _comparable(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _largest(numbers: torch.Tensor) -> float:
-    """Return the largest absolute value; 0 if there is none."""
     return float(numbers.abs().max()) if numbers.numel() else 0.0
