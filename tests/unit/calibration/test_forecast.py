@@ -22,7 +22,7 @@ NAMES = ["llama", "gpt2", "qwen3_moe", "deepseek_v3", "bert", "t5", "vit", "mamb
 EXPERTS = [n for n in NAMES if n in ("qwen3_moe", "deepseek_v3")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", calibrated.others_full(NAMES, [*EXPERTS, "t5", "mamba2"]))
 def test_what_a_plan_foretells_is_what_calibrating_takes(name: str) -> None:
     if name in EXPERTS and small.TRANSFORMERS < (5,):
         pytest.skip("an expert that gets no tokens is not there in Transformers 4")
