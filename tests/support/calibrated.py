@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import pytest
 import small
 import torch
 import torch_pruning as tp
@@ -87,3 +88,10 @@ def chosen(pruner: Any) -> list[Any]:
     groups = list(pruner.step(interactive=True))
     pruner.current_step -= 1
     return groups
+
+
+def others_full(names: Iterable[str], chosen: Collection[str]) -> list[Any]:
+    """Names to test with; ``make test`` runs the chosen ones alone."""
+    return [
+        name if name in chosen else pytest.param(name, marks=pytest.mark.full) for name in names
+    ]

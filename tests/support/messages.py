@@ -18,7 +18,14 @@ OWN = {
     if isinstance(value, type) and value.__module__ == errors.__name__
 }
 RAISED = OWN | {"UsageError", "BadParameter", "ValueError", "TypeError", "Unknown"}
-REASONS = {"Refusal", "Unsolved", "Cause", "unreadable"}  # said by another module than makes them
+REASONS = {
+    "Refusal",
+    "Unsolved",
+    "Cause",
+    "Config",
+    "_unreadable",
+    "_no_width",
+}  # said by another module than makes them
 REASONING = (
     "cli/values.py",
     "checkpoint/*.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, CalibrationWarning, warn
 from ..model.surroundings import evaluating, same_random_state
-from .inner_models import is_encoder_decoder, takes_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 WINDOW = 256  # tokens
 _LEAST = 8  # tokens
@@ -25,6 +26,46 @@ HELD_OUT = 8  # one batch in so many is held out
 _MOST_HELD_OUT = 8  # batches
 _AT_ONCE = 8  # windows that the model writes side by side
 Batch = Mapping[str, Any]
+_PADDING_MASKS = ("attention_mask", "features_mask", "padding_mask")
+_IGNORED = -100
+"""The label of no token, which an encoder-decoder reads as padding."""
+
+
+def models_in(module: nn.Module) -> list[PreTrainedModel]:
+    """Return the outermost models of Transformers in a module; the module alone if it is one."""
+    from transformers import PreTrainedModel
+
+    found: list[PreTrainedModel] = []
+    inside: set[nn.Module] = set()
+    for each in module.modules():  # a module comes before its parts
+        if isinstance(each, PreTrainedModel) and each not in inside:
+            found.append(each)
+            inside.update(each.modules())
+    return found
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """True if a module is, or contains, a model with an encoder and a decoder.
+
+    A class on the encoder alone (``T5ForTokenClassification``) may have the config of both.
+    """
+    return any(
+        any(name.startswith("decoder") for name in inspect.signature(each.forward).parameters)
+        for each in models_in(module)
+        if getattr(each.config, "is_encoder_decoder", False)
+    )
+
+
+def takes_token_ids(model: nn.Module) -> bool:
+    """True if the main input of a model of Transformers is token ids; False for other modules."""
+    return getattr(model, "main_input_name", None) == "input_ids"
+
+
+def runs_on_text(model: nn.Module) -> bool:
+    """True if a model needs nothing but the token ids of a text: no images, no decoder's ids."""
+    kinds = getattr(model, "input_modalities", "text")
+    alone = kinds == "text" or tuple(kinds) == ("text",)
+    return takes_token_ids(model) and alone and not is_encoder_decoder(model)
 
 
 @dataclass(frozen=True)
@@ -229,11 +270,6 @@ def split_batches(
     return train, [batches[place] for place in places]
 
 
-_PADDING_MASKS = ("attention_mask", "features_mask", "padding_mask")
-_IGNORED = -100
-"""The label of no token, which an encoder-decoder reads as padding."""
-
-
 def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
     """Yield a batch as it is or, where a mask says that some tokens are padding, row by row.
 
@@ -311,7 +347,6 @@ def tokens_in(batches: Sequence[Batch]) -> int:
 
 
 def _main_input(batch: Batch) -> Tensor:
-    """Return a batch's token ids, or its first tensor; without one, an empty tensor."""
     tensors = (value for value in batch.values() if isinstance(value, Tensor))
     ids = batch.get("input_ids")
     return ids if isinstance(ids, Tensor) else next(tensors, torch.empty(0))
@@ -337,7 +372,6 @@ def on_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
 
 
 def _first_argument(model: nn.Module) -> str:
-    """Return the name of the forward pass's first argument."""
     name = getattr(model, "main_input_name", None)
     if isinstance(name, str):
         return name

@@ -18,18 +18,20 @@ from .batches import (
     Batch,
     Text,
     joined_texts,
+    models_in,
     own_text,
+    runs_on_text,
     shipped_text,
     split_batches,
+    takes_token_ids,
     window_size,
     windows_of,
     with_held_out,
     writes_text,
 )
 from .importance import CalibratedImportance, Kind
-from .inner_models import models_in, runs_on_text, takes_token_ids
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
-from .over_ranks import agreed_ranks
+from .passes import agreed_ranks
 from .readings import TOKENS_PER_CHANNEL, Readings
 
 if TYPE_CHECKING:
@@ -163,7 +165,6 @@ def _batches_of(
     seed: int,
     may_be_empty: bool,
 ) -> tuple[list[Batch], list[Batch]]:
-    """Return the batches to measure and those held out; see :func:`calibrate`."""
     if isinstance(data, Mapping) or (isinstance(data, str) and data != "own"):
         data = [data]
     given: Any = data
@@ -228,7 +229,6 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
 
 
 def _check_writes(model: Any, data: Any) -> None:
-    """Raise if a model cannot be measured without data: it is no causal language model."""
     if writes_text(model):
         return
     what = "cannot write text of its own" if data == "own" else "is no causal language model"
@@ -259,7 +259,6 @@ def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
 
 
 def _warn_of_few_tokens(readings: Readings) -> None:
-    """Warn of inputs that too few tokens tell too little about."""
     thin = [
         (leader, statistics)
         for leader, statistics in readings.statistics.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,18 +12,22 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.pruner import function
 
-from ..errors import CalibrationWarning
+from ..errors import CalibrationError, CalibrationWarning
+from ..forward.layer_passes import hidden_in, hidden_out
 from ..graph.sides import ParameterView
-from .batches import writes_text
-from .greedy import Part, elimination_order
+from .batches import Batch, writes_text
 from .linear_ops import Consumer
+from .passes import ALONE, Ranks, watched_pass
 from .readings import InputStatistics
 
 if TYPE_CHECKING:
     from .measured import MeasuredModel
 
+
 Kind = Literal["wanda", "activation", "flap", "obs"]
 _READS = (function.prune_linear_in_channels, function.prune_conv_in_channels)
+_RIDGE = 1e-2  # of channels that others can replace, the cost must not depend on rounding
+_AT_ONCE = 16  # channels that go between two updates; fewer gain nothing (design notes)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,6 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         return scores
 
     def _readers(self, group: Any) -> Iterator[_Reader]:
-        """Yield the consumers of a group that were measured."""
         readings = self.calibration.current()
         names = {id(p): name for name, p in self.calibration.model.named_parameters()}
         places = readings.by_place()
@@ -153,7 +156,6 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
 
 def _warn_of_memory(reader: Consumer) -> None:
-    """Warn that a group is ranked by another kind than was asked for."""
     warnings.warn(
         f"{reader.parameter} and others read the channels of a group, and memory has no room for "
         'all their Gram matrices together, so "obs" ranks the group as "wanda" does. Give '
@@ -185,3 +187,140 @@ def advice(importance: Any, model: Any) -> str | None:
         "calibration = tp_hf_config.calibrate(model), importance=calibration.importance(), "
         "hooks=[HFConfigSyncHook(compensate=calibration)]"
     )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one consumer reads of the units, and with which weight.
+
+    Attributes:
+        gram: the products of its channels, shape ``(channels, channels)``.
+        weight: shape ``(outputs, channels)``.
+        table: each unit's channels, shape ``(units, channels of a unit)``.
+    """
+
+    gram: Tensor
+    weight: Tensor
+    table: Tensor
+
+
+class _Remaining:
+    """A part while units leave it: its inverse Gram matrix and its weight, refitted so far."""
+
+    def __init__(self, part: Part, ridge: float):
+        gram = part.gram.double()
+        mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        self.inverse = torch.linalg.inv(gram + max(ridge, 1e-8) * mean * eye)
+        self.weight = part.weight.to(gram)
+        self.table = part.table.to(gram.device)
+
+    def costs(self, units: Tensor) -> Tensor:
+        """Return what losing each of some units costs in squared error, shape ``(units,)``."""
+        table = self.table[units]
+        if table.shape[1] == 1:
+            channels = table[:, 0]
+            squares: Tensor = self.weight[:, channels].square().sum(0)
+            cost: Tensor = squares / self.inverse.diagonal()[channels]
+            return cost
+        blocks = self.inverse[table[:, :, None], table[:, None, :]]
+        weights = self.weight[:, table].permute(1, 0, 2)
+        solved: Tensor = torch.linalg.solve(blocks, weights.mT)
+        return (weights.mT * solved).sum((1, 2))
+
+    def remove(self, units: Tensor) -> None:
+        """Let units go: refit the weight, and update the inverse."""
+        gone = self.table[units].flatten()
+        block = self.inverse[gone][:, gone]
+        rows = torch.linalg.solve(block, self.inverse[gone])
+        self.weight = self.weight - self.weight[:, gone] @ rows
+        self.inverse = self.inverse - self.inverse[:, gone] @ rows
+
+
+def elimination_order(parts: Sequence[Part], ridge: float = _RIDGE) -> Tensor:
+    """Return the order in which units go, shape ``(units,)``: those first that cost least.
+
+    The cost of a unit is the squared error of all parts' outputs on the calibration data, once the
+    weights of those that stay are refitted. Some units go at a time, then costs are computed anew.
+
+    Args:
+        parts: the consumers of the units, all with the same units.
+        ridge: added to the diagonal, relative to its mean.
+    """
+    remaining = [_Remaining(part, ridge) for part in parts]
+    width = max(part.table.shape[1] for part in parts)
+    at_once = max(1, _AT_ONCE // width)
+    units = torch.arange(len(parts[0].table))
+    order: list[Tensor] = []
+    while len(units):
+        costs = torch.stack([part.costs(units).cpu() for part in remaining]).sum(0)
+        leaving = costs.argsort()[: min(at_once, len(units))]
+        order.append(units[leaving])
+        for part in remaining:
+            part.remove(units[leaving])
+        stays = torch.ones(len(units), dtype=torch.bool)
+        stays[leaving] = False
+        units = units[stays]
+    return torch.cat(order)
+
+
+def layer_influence(
+    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], ranks: Ranks = ALONE
+) -> tuple[float, ...]:
+    """Return each layer's block influence: 1 - the cosine of what goes in and what comes out.
+
+    It is the mean over all tokens (ShortGPT, arXiv 2403.03853). A layer of 0 changes nothing.
+
+    ``layers``: the layers, in their order.
+    ``ranks``: the ranks that run it, each on batches of its own.
+
+    Raises:
+        CalibrationError: a layer does not run on the data, or changes the shape of what goes in.
+    """
+    sums, tokens = [0.0] * len(layers), [0.0] * len(layers)
+
+    def watch(number: int) -> Any:
+        def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before, after = hidden_in(args, kwargs), hidden_out(output)
+            if before is not None and after is not None and before.shape == after.shape:
+                axis = _channel_axis(layer, before.shape)
+                cosines = torch.cosine_similarity(before.double(), after.double(), dim=axis)
+                sums[number] += float((1 - cosines).sum())
+                tokens[number] += cosines.numel()
+
+        return note
+
+    handles = [
+        layer.register_forward_hook(watch(number), with_kwargs=True)
+        for number, layer in enumerate(layers)
+    ]
+    try:
+        watched_pass(model, batches, what="influence of layers", ranks=ranks)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sums, tokens = ranks.sums(sums), ranks.sums(tokens)
+    unseen = [number for number, count in enumerate(tokens) if count == 0]
+    if unseen:
+        raise CalibrationError(
+            f"{type(layers[unseen[0]]).__name__} {unseen[0]} passes no hidden states on for the "
+            "calibration data, so its influence cannot be measured. Say which layers to drop: "
+            "drop_layers(model, layers=[...])"
+        )
+    return tuple(total / count for total, count in zip(sums, tokens, strict=True))
+
+
+def _channel_axis(layer: nn.Module, shape: torch.Size) -> int:
+    """Return the axis of the channels of a layer's hidden states.
+
+    It is the last but for images, ``(batch, channels, height, width)``, which are told from
+    ``(batch, height, width, channels)`` by the first parameter that is as long as one of the two.
+    """
+    if len(shape) != 4:
+        return -1
+    for parameter in layer.parameters():
+        if shape[1] in parameter.shape:
+            return 1
+        if shape[-1] in parameter.shape:
+            return -1
+    return 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..graph.edits import matrix_of
-from .inner_models import models_in
+from .batches import models_in
 
 Select = Callable[..., Any]
 """A function of torch that selects from its first argument."""

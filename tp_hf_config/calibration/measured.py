@@ -1,24 +1,30 @@
-"""A measured model: its data, what its weights read of it, and whether that still holds."""
+"""Measure what every weight of a model reads, now or again once the weights have changed."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from ..errors import CalibrationError
+from ..fieldmap.field_map import FieldMap
+from ..graph.edits import stack_dim
+from ..graph.experiments import experiments_of
+from ..model.build import Refusal
+from ..model.disk_cache import entry_key, load, store
 from ..model.tensors import state_of
 from ..reports import short
 from .batches import Batch, tokens_in
-from .linear_ops import Consumer
-from .measure import add_grams, measure
-from .over_ranks import ALONE, Ranks
-from .readings import Readings
+from .linear_ops import Consumer, LinearOp
+from .passes import ALONE, Ranks, memory_limit, watched_pass
+from .readings import InputStatistics, Readings, added_up
+from .sources import Sources, use_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +32,164 @@ if TYPE_CHECKING:
 RIDGE = 1e-2
 TEXT_RIDGE = 1e-1
 """Of what writes text: it meets other text than it was measured on (`docs/quality.md`)."""
+_REMEMBERED = 4  # inputs: the weights that read the same values do so one right after the other
+_Read = tuple[tuple[Any, ...], Callable[[], bool], Consumer]
+"""Where values lay that a weight read, whether they still do, and that weight's leader."""
+_Need = Literal["gram", "products", ""]
+_Place = tuple[str, int, bool, _Need]
+
+
+class Measuring:
+    """Adds up what consumers read, in one pass over a model.
+
+    Args:
+        sources: finds the norms in front of weights.
+        limit: how many bytes the Gram matrices may take together.
+        only: the leaders whose Gram matrices are wanted; ``None``: of all that need one.
+    """
+
+    def __init__(self, sources: Sources, limit: int, only: Collection[Consumer] | None = None):
+        self.readings = Readings()
+        self._sources, self._limit, self._only = sources, limit, only
+        self._grams: dict[Consumer, int] = {}  # their bytes
+        self._recent: deque[_Read] = deque(maxlen=_REMEMBERED)
+        self._apart: set[Consumer] = set()
+
+    def visit(self, op: LinearOp) -> Any:
+        """Add what an operation reads."""
+        leader = self._leader(op)
+        readings = self.readings
+        if readings.leaders.setdefault(op.consumer, leader) != leader:
+            self._apart.add(op.consumer)  # it reads now with these, now with those
+        if leader == op.consumer:
+            if leader not in readings.statistics:
+                self._begin(op)
+            readings.statistics[leader].add(op.channels_last(), leader in self._grams)
+        return op.run()
+
+    def complete(self, ranks: Ranks) -> Readings:
+        """Return what was measured, by all ranks."""
+        readings = self.readings
+        for consumer in self._apart:
+            readings.leaders.pop(consumer, None)
+        for statistics in readings.statistics.values():
+            statistics.complete()
+        return added_up(readings, self._apart, ranks, self._limit) if ranks.own_data else readings
+
+    def _begin(self, op: LinearOp) -> None:
+        """Look at what is in front of a consumer that is seen for the first time."""
+        readings, consumer = self.readings, op.consumer
+        readings.statistics[consumer] = InputStatistics()
+        chain = self._sources.chain_of(op.inputs, op.axis)
+        if chain:
+            readings.chains[consumer] = chain
+        if op.is_table:
+            readings.tables.add(consumer.parameter)
+        size = 4 * op.inputs.shape[op.axis] ** 2
+        wanted = readings.needs_gram(consumer) if self._only is None else consumer in self._only
+        if wanted and (not self._grams or sum(self._grams.values()) + size <= self._limit):
+            self._grams[consumer] = size
+
+    def _leader(self, op: LinearOp) -> Consumer:
+        """Return the consumer that has just read the same values, or the operation's own."""
+        inputs = op.inputs
+        storage = inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs._version
+        place = (*storage, inputs.numel(), inputs.shape[op.axis])  # equal for views of one tensor
+        for other, in_use, leader in self._recent:
+            if other == place and in_use():  # else other values are there now
+                return leader
+        self._recent.append((place, use_of(inputs), op.consumer))
+        return op.consumer
+
+
+def measure(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    max_memory: int | None,
+    what: str,
+    ranks: Ranks = ALONE,
+    grams: bool = True,
+) -> Readings:
+    """Return what every weight of a model reads, measured in one pass.
+
+    Args:
+        model: the model.
+        batches: the data.
+        max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
+            Those that do not fit are measured in further passes, once they are needed.
+        what: the title of the progress bar.
+        ranks: the ranks that measure, each on batches of its own.
+        grams: False: no Gram matrix is measured; :func:`add_grams` does it later.
+
+    Raises:
+        CalibrationError: the model does not run on the data, or gives numbers that are not finite.
+    """
+    only = None if grams else ()
+    readings = _measured(model, batches, max_memory, what, ranks, only)
+    if not readings.statistics:
+        raise CalibrationError(
+            f"{type(model).__name__} has no layer whose inputs can be measured (linear layers, "
+            "convolutions, experts)"
+        )
+    _check_finite(readings)
+    return readings
+
+
+def add_grams(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    readings: Readings,
+    leaders: Collection[Consumer],
+    max_memory: int | None,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Measure Gram matrices in another pass, in the place of those that there were.
+
+    As many of the leaders get theirs as ``max_memory`` allows, at least the first.
+    """
+    for statistics in readings.statistics.values():
+        statistics.gram = None
+    if ranks.count > 1:  # chosen now, for ranks meet experts in orders of their own
+        leaders = _that_fit(readings, leaders, memory_limit(model, max_memory, ranks))
+    what = "calibrate, another pass"
+    again = _measured(model, batches, max_memory, what, ranks, leaders)
+    for leader, measured in again.statistics.items():
+        if leader in readings.statistics:
+            readings.statistics[leader].gram = measured.gram
+
+
+def _that_fit(readings: Readings, leaders: Collection[Consumer], limit: int) -> list[Consumer]:
+    """Return leaders whose Gram matrices memory has room for, one at least."""
+    chosen: list[Consumer] = []
+    for leader in leaders:
+        size = 4 * len(readings.statistics[leader].total) ** 2
+        if size <= limit or not chosen:
+            chosen.append(leader)
+            limit -= size
+    return chosen
+
+
+def _measured(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    max_memory: int | None,
+    what: str,
+    ranks: Ranks,
+    only: Collection[Consumer] | None = None,
+) -> Readings:
+    sources = Sources(model)
+    measuring = Measuring(sources, memory_limit(model, max_memory, ranks), only)
+    watched_pass(model, batches, measuring.visit, sources, what=what, ranks=ranks)
+    return measuring.complete(ranks)
+
+
+def _check_finite(readings: Readings) -> None:
+    for consumer, statistics in readings.statistics.items():
+        if not torch.isfinite(statistics.squares).all():
+            raise CalibrationError(
+                f"{consumer.parameter} reads values that are not finite on the calibration data. "
+                "Load the model in float32 or bfloat16, and check that it runs on this data"
+            )
 
 
 class MeasuredModel:
@@ -175,3 +339,101 @@ class MeasuredModel:
 
     def __repr__(self) -> str:
         return short(self, str(self))
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a weight reads, at full size.
+
+    Attributes:
+        parameter: the weight's name.
+        dim: its dimension of channels.
+        parts: how many matrices it stacks (experts); 1: it is no stack.
+        sums: what a refit needs of it: ``"gram"``: the Gram matrix; ``"products"``: behind a norm,
+            products with what stays; ``""``: nothing, others read the same, or it is a table of
+            embeddings too.
+    """
+
+    parameter: str
+    dim: int
+    parts: int
+    sums: _Need
+
+
+def gram_bytes(field_map: FieldMap, full: nn.Module) -> int | None:
+    """Return how many bytes the Gram matrices of all weights of a model take.
+
+    Args:
+        field_map: the field map of the model's class and config.
+        full: the class with all layers, on any device.
+
+    Returns:
+        The bytes that ``calibrate(model).memory`` gives, if each Gram matrix fits in its memory
+        and every expert gets tokens; ``None``: the tiny model does not run.
+    """
+    inputs = inputs_of(field_map, full)
+    if inputs is None:
+        return None
+    return sum(
+        4 * each.parts * int(full.get_parameter(each.parameter).shape[each.dim]) ** 2
+        for each in inputs
+        if each.sums == "gram"
+    )
+
+
+def inputs_of(field_map: FieldMap, full: nn.Module) -> list[Input] | None:
+    """Return what every weight of a model reads; ``None``: the tiny model does not run.
+
+    It is seen in a pass of the class's tiny model, and kept on disk.
+
+    Args:
+        field_map: the field map of the model's class and config.
+        full: the class with all layers, on any device.
+    """
+    key = None
+    if field_map.digest is not None:
+        key = entry_key(field_map.digest, "what weights read", field_map.data)
+    places: list[_Place] | None = None if key is None else load(key)
+    if places is None:
+        places = _places(field_map)
+        if key is not None and places is not None:
+            store(key, places)
+    return None if places is None else [*_at_full_size(field_map, full, places)]
+
+
+def _places(field_map: FieldMap) -> list[_Place] | None:
+    """Return what weights of the tiny model read, by names of the shallow model."""
+    tiny = experiments_of(field_map).tiny
+    if isinstance(tiny, Refusal):
+        return None
+    try:
+        readings = measure(tiny.model, [tiny.inputs], None, what="")
+    except CalibrationError:
+        return None
+    first = field_map.depth.first
+    return sorted(
+        {
+            (first(c.parameter), c.dim, c.part is not None, _sums_of(c, readings))
+            for c in readings.leaders
+        }
+    )
+
+
+def _sums_of(consumer: Consumer, readings: Readings) -> _Need:
+    """Return what a refit needs of what a consumer reads."""
+    if readings.leaders[consumer] != consumer or consumer.parameter in readings.tables:
+        return ""
+    return "gram" if readings.needs_gram(consumer) else "products"
+
+
+def _at_full_size(
+    field_map: FieldMap, full: nn.Module, places: Iterable[_Place]
+) -> Iterator[Input]:
+    """Yield what the weights of a model with all layers read."""
+    by_name: dict[str, list[_Place]] = {}
+    for place in places:
+        by_name.setdefault(place[0], []).append(place)
+    for name, parameter in full.named_parameters():
+        for _, dim, stacked, sums in by_name.get(field_map.depth.canonical(name), ()):
+            parts = parameter.shape[stack_dim(parameter, dim)] if stacked else 1
+            yield Input(name, dim, parts, sums)

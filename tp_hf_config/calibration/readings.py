@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .linear_ops import Consumer
+from .passes import Ranks
 from .sources import Chain
 
 TOKENS_PER_CHANNEL = 8  # fewer tell too little for a refit (12,288 tokens for 1,536 channels do)
@@ -129,3 +131,115 @@ class Readings:
         Behind a norm it needs another pass instead, and a table of embeddings stays as it is.
         """
         return leader not in self.chains and leader.parameter not in self.tables
+
+
+class Sums:
+    """Adds up matrices by consumer."""
+
+    def __init__(self) -> None:
+        self._matrices: dict[Consumer, list[Tensor]] = {}
+
+    def add(self, consumer: Consumer, products: Sequence[Tensor]) -> None:
+        """Add a consumer's products of one batch."""
+        before = self._matrices.get(consumer)
+        pairs = zip(products, before or products, strict=True)
+        self._matrices[consumer] = [a if before is None else b + a for a, b in pairs]
+
+    def of(self, consumer: Consumer) -> list[Tensor] | None:
+        """Return a consumer's sums; ``None``: there was nothing to add."""
+        return self._matrices.get(consumer)
+
+    def over_ranks(
+        self, ranks: Ranks, shapes: Mapping[Consumer, Iterable[tuple[int, int]]]
+    ) -> None:
+        """Add up the sums of all ranks, in the order of ``shapes``."""
+        seen = ranks.gathered({of: sums[0].dtype for of, sums in self._matrices.items()})
+        for consumer, sizes in shapes.items():
+            dtypes = [dtypes[consumer] for dtypes in seen if consumer in dtypes]
+            if dtypes:
+                zeros = (torch.zeros(size, dtype=dtypes[0], device=ranks.device) for size in sizes)
+                own = self._matrices.get(consumer) or [*zeros]
+                self._matrices[consumer] = [*map(ranks.summed, own)]
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What a rank has measured, without its sums.
+
+    Attributes:
+        readings: what was measured, without sums.
+        apart: consumers that read now with one leader, now with another.
+        channels: leader -> how many channels it reads.
+        grams: leader -> the dtype of its Gram matrix, where there is one.
+    """
+
+    readings: Readings
+    apart: Set[Consumer]
+    channels: Mapping[Consumer, int]
+    grams: Mapping[Consumer, torch.dtype]
+
+
+def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> Readings:
+    """Return the readings of all ranks' data, in the order of the ranks.
+
+    Args:
+        own: the readings of this rank; their sums are used up.
+        apart: the consumers of this rank that read now with one leader, now with another.
+        ranks: the ranks; all have to call this.
+        limit: how many bytes the Gram matrices may take together. Those that do not fit, or that a
+            rank had no memory for, are left to another pass.
+    """
+    outlines = ranks.gathered(_outline_of(own, apart))
+    merged, channels = _merged(outlines)
+    for leader, size in channels.items():
+        seen_by = [outline for outline in outlines if leader in outline.channels]
+        dtype = seen_by[0].grams.get(leader)
+        has_any = any(statistics.gram is not None for statistics in merged.statistics.values())
+        needed = 4 * size**2
+        if any(leader not in o.grams for o in seen_by) or (needed > limit and has_any):
+            dtype = None
+        limit -= 0 if dtype is None else needed
+        statistics = own.statistics.pop(leader, None) or InputStatistics.none_of(size)
+        merged.statistics[leader] = _summed(statistics, dtype, ranks)
+    return merged
+
+
+def _outline_of(own: Readings, apart: Set[Consumer]) -> _Outline:
+    channels = {leader: len(statistics.total) for leader, statistics in own.statistics.items()}
+    grams = {
+        leader: statistics.gram.dtype
+        for leader, statistics in own.statistics.items()
+        if statistics.gram is not None
+    }
+    return _Outline(replace(own, statistics={}), apart, channels, grams)
+
+
+def _merged(outlines: Sequence[_Outline]) -> tuple[Readings, dict[Consumer, int]]:
+    """Return readings without sums, and leader -> its channels; the first rank's word counts."""
+    merged, channels = Readings(), dict[Consumer, int]()
+    apart: set[Consumer] = set()
+    for outline in outlines:
+        apart |= outline.apart
+        merged.tables |= outline.readings.tables
+        for consumer, leader in outline.readings.leaders.items():
+            if merged.leaders.setdefault(consumer, leader) != leader:
+                apart.add(consumer)
+        for leader, size in outline.channels.items():
+            if leader not in channels and leader in outline.readings.chains:
+                merged.chains[leader] = outline.readings.chains[leader]
+            channels.setdefault(leader, size)
+    for consumer in apart:
+        merged.leaders.pop(consumer, None)
+    return merged, channels
+
+
+def _summed(own: InputStatistics, dtype: torch.dtype | None, ranks: Ranks) -> InputStatistics:
+    """Return one input's sums over all ranks, with a Gram matrix if a dtype is given."""
+    size = len(own.total)
+    tokens = torch.tensor([own.tokens], dtype=torch.float64)
+    sums = ranks.summed(torch.cat([own.total, own.squares, tokens]))
+    gram = None
+    if dtype is not None:
+        gram = torch.zeros(size, size, dtype=dtype, device=ranks.device)
+        gram = ranks.summed(gram if own.gram is None else own.gram)
+    return InputStatistics(int(sums[-1]), sums[:size].clone(), sums[size:-1].clone(), gram)

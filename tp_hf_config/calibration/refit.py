@@ -4,14 +4,31 @@ With X what a weight W reads (tokens x channels), K the channels that stay and S
 among all channels, the refitted weight is ``W (S + B)ᵀ`` with ``B = (XKᵀXK + r)⁻¹ XKᵀ(X - XK S)``:
 least squares for what the plain cut ``W Sᵀ`` loses, with a ridge r that stays with the plain cut.
 (The grounds: FLAP, arXiv 2312.11983; OSSCAR, arXiv 2403.12983; GRAIL, arXiv 2602.23795.)
+A step's refits are solved before anything is cut.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from ..graph.config_group import ConfigGroup
 from ..graph.edits import Refit
+from ..graph.sides import ParameterView, Side
+from ..model.paging import in_file
+from ..model.tensors import tensor
+from .batches import Batch
+from .linear_ops import Consumer, LinearOp
+from .measured import MeasuredModel
+from .passes import memory_limit, shown, watched_pass
+from .readings import Readings, Sums
+from .sources import Sources
 
 _TRIES = 12  # the ridge grows tenfold until the solve succeeds
 
@@ -70,3 +87,209 @@ def _solve(own: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
             if torch.isfinite(solved).all():
                 return solved
     return None
+
+
+Copies = dict[Consumer, dict[str, nn.Module]]
+"""Leader -> layer -> its copy with the kept channels alone."""
+
+
+class StepRefits:
+    """The refits of one step.
+
+    ``groups``: the groups that the step prunes; nothing of them is cut yet.
+
+    Attributes:
+        kept: consumer -> the channels that stay, for all consumers that lose some.
+        refits: consumer -> its refit, where there is one.
+        alike: consumer -> the first that reads the same values and has the same refit.
+        unseen: parameters that lose inputs, and that no measured operation multiplied.
+    """
+
+    def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
+        self.calibration = calibration
+        self.readings = calibration.current()
+        self.kept = _kept_channels(calibration.model, groups, self.readings)
+        self.refits: dict[Consumer, Refit] = {}
+        self.alike: dict[Consumer, Consumer] = {}
+        self.unseen = _unseen(calibration.model, groups, {c.parameter for c in self.kept})
+        behind_norms: dict[Consumer, list[Consumer]] = {}
+        plain: dict[Consumer, list[Consumer]] = {}
+        for consumer in self.kept:
+            if consumer.parameter not in self.readings.tables:
+                leader = self.readings.leaders[consumer]
+                some = behind_norms if leader in self.readings.chains else plain
+                some.setdefault(leader, []).append(consumer)
+        self._solve_plain(plain)
+        sizes = {of: self._bytes_behind_norm(some[0]) for of, some in behind_norms.items()}
+        for leaders in self.of_one_pass(sizes):
+            products = _Products(self, leaders)
+            for leader in shown(leaders, "solving refits", "inputs"):
+                self._add(behind_norms[leader], partial(products.refit, leader))
+
+    def _solve_plain(self, consumers: dict[Consumer, list[Consumer]]) -> None:
+        """Solve those without a norm in front, as many at a time as have their Gram matrices."""
+        remaining = list(consumers)
+        while remaining:
+            ready = self.calibration.require(remaining)
+            for leader in shown(ready, "solving refits", "inputs"):
+                gram = self.readings.statistics[leader].gram
+                assert gram is not None  # require() returns those that have one
+                ridge = self.calibration.ridge
+                solve = partial(refit_from_gram, gram, ridge=ridge)
+                self._add(consumers[leader], solve)
+            remaining = [leader for leader in remaining if leader not in ready] if ready else []
+
+    def of_one_pass(self, sizes: Mapping[Consumer, int]) -> Iterator[list[Consumer]]:
+        """Yield consumers, as many at a time as memory has room for.
+
+        ``sizes``: consumer -> how many bytes its sums take.
+        """
+        calibration = self.calibration
+        limit = memory_limit(calibration.model, calibration.max_memory, calibration.ranks)
+        some: list[Consumer] = []
+        used = 0
+        for consumer, needed in sizes.items():
+            if some and used + needed > limit:
+                yield some
+                some, used = [], 0
+            some.append(consumer)
+            used += needed
+        if some:
+            yield some
+
+    def _bytes_behind_norm(self, consumer: Consumer) -> int:
+        kept, leader = len(self.kept[consumer]), self.readings.leaders[consumer]
+        return 4 * kept * (kept + len(self.readings.statistics[leader].total))
+
+    def _add(self, consumers: Sequence[Consumer], solve: Callable[[Tensor], Refit | None]) -> None:
+        """Add the refits of consumers that read the same values."""
+        first_with: dict[tuple[int, ...], Consumer] = {}
+        for consumer in consumers:
+            first = first_with.setdefault(tuple(self.kept[consumer].tolist()), consumer)
+            refit = self.refits.get(first)
+            if first == consumer:
+                refit = solve(self.kept[consumer])
+                refit = None if refit is None else replace(refit, share=in_file(refit.share))
+            if refit is not None:
+                self.refits[consumer] = refit
+                self.alike[consumer] = first
+
+    def sources(self, leaders: Iterable[Consumer]) -> Sources:
+        """Return what watches the layers from norms to leaders."""
+        chains = self.readings.chains
+        names = {name for leader in leaders for name in chains.get(leader, ())}
+        return Sources(self.calibration.model, names)
+
+    def after_cut(self, op: LinearOp, sources: Sources, copies: Copies) -> Tensor | None:
+        """Return what an operation reads once channels are cut, shape ``(tokens, kept)``.
+
+        ``None``: it loses no channels, or other layers than measured are in front of it this time.
+        """
+        kept = self.kept.get(op.consumer)
+        if kept is None:
+            return None
+        leader = self.readings.leaders[op.consumer]
+        chain = self.readings.chains.get(leader)
+        if chain is None:
+            return op.channels_last().index_select(1, kept.to(op.inputs.device))
+        size = op.inputs.shape[op.axis]
+        return sources.after_cut(op.inputs, size, chain, kept, copies.setdefault(leader, {}))
+
+
+class _Products:
+    """Products of what norms give with and without the channels that go, by another pass."""
+
+    def __init__(self, step: StepRefits, leaders: Sequence[Consumer]):
+        self._step, self._leaders = step, dict.fromkeys(leaders)
+        self._copies: Copies = {}
+        self._sources = step.sources(self._leaders)
+        calibration = step.calibration
+        self._sums = Sums()
+        watched_pass(
+            calibration.model,
+            _without_logits(calibration.model, calibration.train, step.readings.tables),
+            self._visit,
+            self._sources,
+            what="refits behind norms",
+            ranks=calibration.ranks,
+        )
+        if calibration.ranks.own_data:
+            self._sums.over_ranks(calibration.ranks, {of: self._shapes(of) for of in leaders})
+
+    def _shapes(self, leader: Consumer) -> list[tuple[int, int]]:
+        kept = len(self._step.kept[leader])
+        return [(kept, kept), (kept, len(self._step.readings.statistics[leader].total))]
+
+    def _visit(self, op: LinearOp) -> Any:
+        if op.consumer in self._leaders:
+            rows = self._step.after_cut(op, self._sources, self._copies)
+            if rows is not None:
+                exact = torch.promote_types(rows.dtype, torch.float32)
+                rows, full = rows.to(exact), op.channels_last().to(exact)
+                self._sums.add(op.consumer, (rows.T @ rows, rows.T @ full))
+        return op.run()
+
+    def refit(self, leader: Consumer, kept: Tensor) -> Refit | None:
+        """Return the refit of what a leader reads; ``None``: it was not read as before."""
+        sums = self._sums.of(leader)
+        if sums is None or len(sums[0]) != len(kept):
+            return None
+        own, cross = sums
+        return refit_from_products(own, cross, kept, self._step.calibration.ridge)
+
+
+def _without_logits(
+    model: nn.Module, batches: Sequence[Batch], tables: Collection[str]
+) -> Sequence[Batch]:
+    """Return batches of which a model computes the last token's logits alone, where it can.
+
+    A head that is no table of embeddings reads as many tokens as the others, so it is run.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if head is None or names.get(id(getattr(head, "weight", None))) not in tables:
+        return batches
+    taken = inspect.signature(model.forward).parameters
+    if "logits_to_keep" not in taken or any("labels" in batch for batch in batches):
+        return batches
+    return [{"logits_to_keep": 1, **batch} for batch in batches]
+
+
+def _kept_channels(
+    model: nn.Module, groups: Iterable[ConfigGroup], readings: Readings
+) -> dict[Consumer, Tensor]:
+    """Return the channels that stay of every consumer that loses some, 1-D."""
+    gone: dict[tuple[str, int], set[int]] = {}
+    for group, side, name, dim in _places(model, groups):
+        gone.setdefault((name, dim), set()).update(side.table[group.units].flatten().tolist())
+    kept: dict[Consumer, Tensor] = {}
+    places = readings.by_place()
+    for place, lost in gone.items():
+        for consumer in places.get(place, ()):
+            size = len(readings.statistics[readings.leaders[consumer]].total)
+            stays = torch.ones(size, dtype=torch.bool)
+            stays[list(lost)] = False
+            kept[consumer] = stays.nonzero().flatten()
+    return kept
+
+
+def _unseen(model: nn.Module, groups: Iterable[ConfigGroup], seen: set[str]) -> list[str]:
+    """Return the parameters of layers that lose inputs, but for those that were seen."""
+    names = {
+        name
+        for _, side, name, _ in _places(model, groups)
+        if not side.out and not isinstance(side.module, ParameterView)
+    }
+    return sorted(names - seen)
+
+
+def _places(
+    model: nn.Module, groups: Iterable[ConfigGroup]
+) -> Iterator[tuple[ConfigGroup, Side, str, int]]:
+    """Yield each tensor dim of groups: its group and side, the parameter's first name, the dim."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        for side in group.graph_group.sides:
+            for dim in side.dims:
+                parameter = tensor(group._DG.pretrained, dim.name)
+                yield group, side, first.get(id(parameter), dim.name), dim.dim

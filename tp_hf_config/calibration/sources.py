@@ -188,7 +188,6 @@ class Sources:
         return self.model.get_submodule(call.name)
 
     def _calls_before(self, values: Tensor) -> list[_Call]:
-        """Return the calls that gave these values, the last one first."""
         calls: list[_Call] = []
         while len(calls) < _LONGEST:
             call = self._calls.get(values.untyped_storage().data_ptr())
@@ -253,7 +252,6 @@ def cut_copy(layer: nn.Module, size: int, kept: Tensor) -> nn.Module:
 
 
 def _select(values: Tensor, size: int, kept: Tensor) -> Any:
-    """Return the kept channels of a tensor's dimensions that have ``size`` of them."""
     result = values.detach()
     for dim, length in enumerate(values.shape):
         if length == size:

@@ -12,8 +12,9 @@ import torch
 
 from ..errors import CheckpointError, in_one_line
 from ..model.build import Refusal, without_data
-from ..model.config_json import FieldPath, config_json, value_at
-from .words import number, short
+from ..model.config_json import FieldPath, config_json, field_name, value_at
+from .folder import Stored
+from .reports import number, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,6 +24,10 @@ AUTO_MODELS = ("AutoModel", "AutoBackbone")
 _EXTRA_MODULES = 4096  # modules that every build may have
 _MODULES_PER_TENSOR = 8  # modules that it may have besides, per tensor of the weights
 _KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation")
+"""Fields that choose kernels, on which no shape depends."""
+_LARGEST = 2**20  # the largest value that a field may have, unless a tensor is larger
+_LONGEST = 2**24  # the same for fields of lengths (see _LENGTHS)
+_LENGTHS = ("position", "length", "window", "seq")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,6 @@ def classes_of(
 
 
 def _transformers_class(data: Mapping[str, Any]) -> type[PreTrainedModel] | Refusal:
-    """Return the class of transformers that ``architectures`` names, or why there is none."""
     import transformers
 
     inner = (part.get("architectures") for part in data.values() if isinstance(part, dict))
@@ -99,7 +103,7 @@ def _transformers_class(data: Mapping[str, Any]) -> type[PreTrainedModel] | Refu
 
 
 def _suggestion(kind: Any) -> str:
-    """Return the name of a class that messages suggest for a model type, in quotes."""
+    """Return the name of a class for a model type, in quotes."""
     from transformers.models.auto import modeling_auto
 
     for mapping in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION"):
@@ -112,7 +116,6 @@ def _suggestion(kind: Any) -> str:
 def _config_class(
     data: Mapping[str, Any], model: type[PreTrainedModel]
 ) -> type[PreTrainedConfig] | Refusal:
-    """Return the config class of a model class, or why ``model_type`` does not fit it."""
     from transformers import CONFIG_MAPPING
 
     own: Any = getattr(model, "config_class", None)
@@ -207,12 +210,12 @@ def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusa
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
     except Exception as error:  # a class may refuse with any exception
-        return Refusal(_one_line(in_one_line(error)))
+        return _refused(in_one_line(error))
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         return Refusal(f"dtype says {number(dtype)}, which is no type that torch has")
     built = without_data(classes.model, config, classes.max_modules, than="the weights")
-    return Refusal(_one_line(built.reason)) if isinstance(built, Refusal) else built
+    return _refused(built.reason) if isinstance(built, Refusal) else built
 
 
 def config_from(classes: Classes, data: Mapping[str, Any]) -> PreTrainedConfig:
@@ -222,12 +225,9 @@ def config_from(classes: Classes, data: Mapping[str, Any]) -> PreTrainedConfig:
     return classes.config.from_dict(values if decode is None else decode(values))
 
 
-def every_default(classes: Classes, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config's JSON with every default; unchanged if the class refuses it."""
-    return as_json(classes, data, use_diff=False) or dict(data)
-
-
-def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[str, Any] | None:
+def as_json(
+    classes: Classes, data: Mapping[str, Any], use_diff: bool = False
+) -> dict[str, Any] | None:
     """Return the config's JSON as the class writes it, or None if the class refuses the config.
 
     ``use_diff``: leave defaults out.
@@ -239,12 +239,49 @@ def as_json(classes: Classes, data: Mapping[str, Any], use_diff: bool) -> dict[s
 
 
 def _without_kernels(data: Any) -> Any:
-    """Return the config's JSON without the choice of kernels, on which no shape depends."""
     if isinstance(data, Mapping):
         return {key: _without_kernels(value) for key, value in data.items() if key not in _KERNELS}
     return data
 
 
-def _one_line(reason: str) -> str:
-    """Return a class's refusal as one line, without the prefix of the config's validators."""
-    return short(reason.removeprefix("Class validation error for validator ")).rstrip(".")
+def _refused(reason: str) -> Refusal:
+    return Refusal(short(reason.removeprefix("Class validation error for validator ")).rstrip("."))
+
+
+def too_large(
+    classes: Classes, data: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> str | None:
+    """Return a sentence on a number with which building the class might not end, or None.
+
+    It is far above every size in the weights, and in a field that the class reads.
+    """
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    large: dict[str | int, tuple[FieldPath, int]] = {}
+    for path, value in entries(data):
+        name = str(path[-1])
+        limit = _LONGEST if any(word in name for word in _LENGTHS) else _LARGEST
+        if type(value) is int and value > max(limit, largest) and not _is_rotary_base(name):
+            large.setdefault(path[0], (path, value))
+    small = {key: value for key, value in data.items() if key not in large}
+    for key, (path, value) in large.items():
+        if _is_read(classes, small, str(key)):
+            return (
+                f"{field_name(path)} says {number(value)}, far above all that the weights have "
+                f"({len(tensors):,} tensors; none is longer than {largest:,})"
+            )
+    return None
+
+
+def _is_rotary_base(name: str) -> bool:
+    return "theta" in name or ("base" in name and ("rot" in name or "rope" in name))
+
+
+def _is_read(classes: Classes, data: dict[str, Any], key: str) -> bool:
+    """True if the class has a field, or makes another field of it; else it only keeps the value.
+
+    ``data``: the config's JSON without the field.
+    """
+    full = as_json(classes, data)
+    if full is None or key in full:
+        return True
+    return any(as_json(classes, {**data, key: n}) != {**full, key: n} for n in (1, 2))

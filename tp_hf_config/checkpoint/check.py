@@ -12,19 +12,11 @@ from ..arguments import check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.surroundings import quiet_transformers
-from .assess import Assessment, assess
-from .building import Classes, classes_of, quantisation
-from .causes import field_causes, misplaced_causes, unsolved_causes
+from .building import Classes, classes_of, quantisation, too_large
 from .folder import ADAPTER, Config, Weights, check_exists, read_config, read_weights
-from .heads import undecided_heads
-from .large import too_large, too_large_reason
-from .loading import MAJOR
-from .reports import Cause, CheckReport
-from .rotary import for_transformers_4
-from .solving import Solution, Unsolved, learn, solve
-from .structure import Structure, Task, untie
-from .ties import differing_tie, not_untied
-from .words import and_more, short
+from .loading import MAJOR, Assessment, assess, differing_tie
+from .reports import Cause, CheckReport, and_more, short
+from .solving import Solution, Task, learn, retied, solve, undecided_heads
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,6 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
 
 
 def _report(read: Folder) -> CheckReport:
-    """Return a report without a verdict: the class, what the files hold, and their faults."""
     classes = read.classes if isinstance(read.classes, Classes) else None
     config = () if read.config.fault is None else (Cause("config", read.config.fault),)
     notes = [classes.note] if classes and classes.note else []
@@ -180,39 +171,35 @@ def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
     if not read.weights.complete and not tensors:
         return replace(report, sound=False)
     large = too_large(classes, data, tensors)
-    if large:
-        reason = f"{too_large_reason(large, tensors)}: not built"
-        return replace(report, sound=False if report.causes else None, why_not=reason)
+    if large is not None:
+        return replace(
+            report, sound=False if report.causes else None, why_not=f"{large}: not built"
+        )
     assessment = assess(classes, data, tensors)
-    if isinstance(assessment, Assessment) and assessment.unused:
+    if isinstance(assessment, Refusal):
+        name = classes.config.__name__ if read.weights.complete else "the class"
+        return _unsound(report, Cause("config", f"{name} refuses config.json: {assessment.reason}"))
+    if assessment.unused:
         listed = f"{short(assessment.unused[0])}{and_more(assessment.unused)}"
         report = _noted(report, f"not used by this class: {listed}")
-    if isinstance(assessment, Assessment) and assessment.fits:
+    if assessment.fits:
         report = _with_ties(report, read, assessment, classes)
-        rotary = for_transformers_4(classes, data)
-        alone = () if rotary.note is None else (rotary.note,)
-        return replace(_noted(report, *alone, *rotary.unwritable), sound=not report.causes)
-    if read.weights.complete:
-        solved = solve(Task(classes, data, tensors))
-        return _explained(report, assessment, solved, classes)
-    if isinstance(assessment, Refusal):
-        return _unsound(report, _refused("the class", assessment))
-    return _unsound(report)
+        return replace(report, sound=not report.causes)
+    if not read.weights.complete:
+        return _unsound(report)
+    solved = solve(Task(classes, data, tensors))
+    if isinstance(solved, Solution):
+        return _unsound(replace(report, undecided=solved.undecided), *solved.changes)
+    report = replace(report, candidates=solved.candidates)
+    return _unsound(report, *(solved.causes or [Cause("config", solved.reason)]))
 
 
-def _noted(report: CheckReport, *notes: str) -> CheckReport:
-    """Return the report with more notes."""
-    return replace(report, notes=(*report.notes, *notes))
+def _noted(report: CheckReport, note: str) -> CheckReport:
+    return replace(report, notes=(*report.notes, note))
 
 
 def _unsound(report: CheckReport, *causes: Cause) -> CheckReport:
-    """Return the report with the verdict that the folder is not sound, and more causes."""
     return replace(report, sound=False, causes=(*report.causes, *causes))
-
-
-def _refused(name: str, refusal: Refusal) -> Cause:
-    """Return the cause for a config that its class refuses."""
-    return Cause("config", f"{name} refuses config.json: {refusal.reason}")
 
 
 def _with_ties(
@@ -231,33 +218,18 @@ def _with_ties(
     if MAJOR < 5:
         return _unsound(report, Cause("field", text, tensors=names))
     task = Task(classes, data, tensors, differing_tie=names)
-    if not untie(task, Structure(data, {}, assessment)).changes:
+    flipped, _, _ = retied(task, data, assessment)
+    if not flipped:
         return _noted(report, f"{not_untied(names, classes)}: Transformers leaves them apart")
     return _noted(report, f"{text}: Transformers leaves them apart; repair says so in the config")
 
 
-def _explained(
-    report: CheckReport,
-    assessment: Assessment | Refusal,
-    solved: Solution | Unsolved,
-    classes: Classes,
-) -> CheckReport:
-    """Return the report on a config that does not fit, with the causes that solving found.
-
-    ``assessment``: how the tensors load with the folder's own config, or the class's refusal of it.
-    ``solved``: the config that fits the weights, or why none is known.
-    """
-    if isinstance(assessment, Refusal):
-        report = _unsound(report, _refused(classes.config.__name__, assessment))
-    if isinstance(solved, Solution):
-        report = replace(report, undecided=solved.undecided)
-        return _unsound(report, *field_causes(solved.changed))
-    report = replace(report, candidates=solved.candidates)
-    if isinstance(assessment, Refusal):
-        return report
-    causes = list(unsolved_causes(solved, assessment, classes))
-    causes = causes or list(misplaced_causes(assessment, classes))
-    return _unsound(report, *(causes or [Cause("config", solved.reason)]))
+def not_untied(names: tuple[str, str], classes: Classes) -> str:
+    """Return the sentence on two tensors that differ, and that the class ties in any config."""
+    return (
+        f"the config ties {names[0]} and {names[1]}, which hold different numbers, and no setting "
+        f"of {classes.config.__name__} unties them"
+    )
 
 
 def solvable_folder(folder: Path, trust_remote_code: bool) -> SolvableFolder:

@@ -109,7 +109,6 @@ def _aligned(values: torch.Tensor) -> torch.Tensor:
 
 
 def _aligned_while_it_runs(layer: torch.nn.Module) -> list[Any]:
-    """Return the handles of two hooks."""
     mapped: list[tuple[Any, torch.Tensor]] = []
 
     def enter(*_: Any) -> None:
@@ -158,7 +157,6 @@ def _tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def _class(entry: dict[str, Any]) -> Any:
-    """Return the class of an entry of ``folders``, imported or from the folder's own code."""
     module, name = entry["class"]
     if not module:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -171,7 +169,6 @@ def _class(entry: dict[str, Any]) -> Any:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Return a floating-point tensor in another dtype, and any other value unchanged."""
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.to(dtype) if floating else value
 

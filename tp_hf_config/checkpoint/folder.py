@@ -1,16 +1,18 @@
-"""Read a folder's config and weights files as they are; nothing in them is trusted yet."""
+"""Read a folder's config.json and the headers of its weights; nothing in them is trusted yet."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import pickle
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import CheckpointError
-from .headers import Header, Stored, read_pickle, read_safetensors
-from .words import and_more, short
+from .reports import and_more, short
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -25,20 +27,44 @@ _ENTRIES = "per_layer_config"
 _MOST_CONFIG_BYTES = 32 * 2**20
 _MOST_INDEX_BYTES = 256 * 2**20
 _LONGEST_NAME = 200
-_MOST_FIELDS = 4096
 _MOST_VALUES = 500_000
+"""Values of a config.json; more are no model's, and all of them would be copied many times."""
 _DEEPEST = 64
-_MOST_TENSORS = 500_000
+"""Objects and lists inside each other; functions here follow them by recursion."""
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
-class Weights(Header):
-    """The headers of all weights files of a folder, as one.
+class Stored:
+    """One tensor of a weights file.
 
     Attributes:
+        dtype: as the file calls it (``BF16``).
+        shape: its shape.
+        file: the file's name.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the headers of a folder's weights files say.
+
+    Attributes:
+        tensors: name -> tensor.
+        faults: what is wrong with the files, one sentence each.
+        complete: True if the name of every tensor is known, whatever is wrong with their data.
+        unsure: why the files cannot be judged; ``None`` if they can.
         files: the names of the files with tensors.
     """
 
+    tensors: dict[str, Stored]
+    faults: tuple[str, ...] = ()
+    complete: bool = True
+    unsure: str | None = None
     files: tuple[str, ...] = ()
 
 
@@ -90,23 +116,12 @@ def read_config(folder: Path) -> Config:
         return Config(None, fault=data)
     if not isinstance(data, dict):
         return Config(None, fault=f"{CONFIG} holds a {type(data).__name__}; expected an object")
-    unsure = _too_much(data)
-    return Config(data, fault=None if unsure else _wrong_entries(data), unsure=unsure)
-
-
-def _wrong_entries(data: dict[str, Any]) -> str | None:
-    """Return what is wrong with the form of entries for single layers, anywhere in a config."""
-    for _, part in _values(data):
-        entries = part.get(_ENTRIES) if isinstance(part, dict) else None
-        if entries is None:
-            continue
-        numbered = isinstance(entries, dict) and all(number.isdecimal() for number in entries)
-        if not numbered or not all(isinstance(entry, dict) for entry in entries.values()):
-            return (
-                f"{_ENTRIES} says {short(json.dumps(entries))}; expected layer -> its values: "
-                f'"{_ENTRIES}": {{"3": {{"intermediate_size": 64}}}}'
-            )
-    return None
+    values = _values(data)
+    if values is None:
+        why = f"{CONFIG} has more values, or nests them deeper, than any config that is tried"
+        return Config(data, None, why)
+    faults = (_entries_fault(part) for part in values if isinstance(part, dict))
+    return Config(data, fault=next((fault for fault in faults if fault is not None), None))
 
 
 def _json(path: Path, longest: int) -> Any:
@@ -130,42 +145,33 @@ def _json(path: Path, longest: int) -> Any:
     return f"{name} holds a text; expected an object" if isinstance(data, str) else data
 
 
-def _too_much(data: dict[str, Any]) -> str | None:
-    """Return why a config is not tried (too many fields or values, or too deep), or None."""
-    if len(data) > _MOST_FIELDS:
-        return f"{CONFIG} has {len(data):,} fields; at most {_MOST_FIELDS:,} are tried"
-    for count, (depth, _) in enumerate(_values(data)):
-        if depth > _DEEPEST or count > _MOST_VALUES:
-            return f"{CONFIG} has more values, or nests them deeper, than any config that is tried"
-    return None
+def _values(data: Any) -> list[Any] | None:
+    """Return all values of a config's JSON; None if there are too many, or too deep ones."""
+    found, level = [data], [data]
+    for _ in range(_DEEPEST):
+        inside = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [
+            value
+            for item in inside
+            if not isinstance(item, (str, int, float, type(None)))
+            for value in item
+        ]
+        found += level
+        if len(found) > _MOST_VALUES:
+            return None
+    return None if level else found
 
 
-def _values(data: Any) -> Iterator[tuple[int, Any]]:
-    """Yield the depth of each value of a config's JSON, and the value; stop below ``_DEEPEST``."""
-    waiting = [(0, data)]
-    while waiting:
-        depth, value = waiting.pop()
-        yield depth, value
-        if depth <= _DEEPEST and isinstance(value, (dict, list)):
-            inside = value.values() if isinstance(value, dict) else value
-            waiting.extend((depth + 1, item) for item in inside)
-
-
-def read_weights(folder: Path) -> Weights:
-    """Read the headers of the weights files that ``from_pretrained`` would load.
-
-    Raises:
-        CheckpointError: there are no weights.
-    """
-    name = weights_file(folder)
-    if not name.endswith(".index.json"):
-        return _joined([_header(folder, name)], (name,))
-    index = _shards(folder, name)
-    if isinstance(index, str):
-        return Weights({}, (index,), complete=False)
-    shards, promised, faults = index
-    weights = _joined([_header(folder, shard) for shard in shards], shards)
-    return _with_index(weights, promised, faults)
+def _entries_fault(part: dict[str, Any]) -> str | None:
+    """Return what is wrong with the form of a part's entries for single layers."""
+    entries = part.get(_ENTRIES)
+    numbered = isinstance(entries, dict) and all(number.isdecimal() for number in entries)
+    if entries is None or (numbered and all(isinstance(entry, dict) for entry in entries.values())):
+        return None
+    return (
+        f"{_ENTRIES} says {short(json.dumps(entries))}; expected layer -> its values: "
+        f'"{_ENTRIES}": {{"3": {{"intermediate_size": 64}}}}'
+    )
 
 
 def weights_file(folder: Path) -> str:
@@ -176,7 +182,8 @@ def weights_file(folder: Path) -> str:
     Raises:
         CheckpointError: there is none.
     """
-    named = (read_config(folder).data or {}).get("transformers_weights")
+    data = _json(folder / CONFIG, _MOST_CONFIG_BYTES)
+    named = data.get("transformers_weights") if isinstance(data, dict) else None
     if named is not None:
         if not _is_weights_file(folder, named):
             raise CheckpointError(
@@ -186,81 +193,25 @@ def weights_file(folder: Path) -> str:
             )
         return str(named)
     name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if name is None:
-        raise CheckpointError(_no_weights(folder))
-    return name
-
-
-def _no_weights(folder: Path) -> str:
-    """Return the message for a folder without weights."""
-    not_files = [name for name in _WEIGHTS if (folder / name).exists()]
-    if not_files:
-        return f"{folder / not_files[0]} is not a file; expected the weights."
+    if name is not None:
+        return name
+    for name in _WEIGHTS:
+        if (folder / name).exists():
+            raise CheckpointError(f"{folder / name} is not a file; expected the weights.")
     others = sorted(
         p.name for end in ("safetensors", "bin", "gguf") for p in folder.glob(f"*.{end}")
     )
     hint = f" There is {others[0]}{and_more(others)}, which no plain load reads." if others else ""
-    return f"{folder} has no weights ({', '.join(_WEIGHTS)}).{hint}"
+    raise CheckpointError(f"{folder} has no weights ({', '.join(_WEIGHTS)}).{hint}")
 
 
 def _is_weights_file(folder: Path, name: Any) -> bool:
-    """True if config.json may give a weights file this name, and the file is there."""
-    if not isinstance(name, str) or not _inside(name.removesuffix(".index.json")):
+    if not isinstance(name, str) or not _is_inside(name.removesuffix(".index.json")):
         return False
     return name.endswith((".safetensors", ".safetensors.index.json")) and (folder / name).is_file()
 
 
-def _header(folder: Path, name: str) -> Header:
-    """Return the header of a weights file; its tensors say in which file of the folder they are."""
-    path = folder / name
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "is missing"
-        return Header({}, (f"{name} {what}; the index names it",), complete=False)
-    header = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    tensors = {key: replace(stored, file=name) for key, stored in header.tensors.items()}
-    return replace(header, tensors=tensors)
-
-
-def _joined(headers: list[Header], files: tuple[str, ...]) -> Weights:
-    """Return the headers of several files as one."""
-    tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
-    unsure = next((header.unsure for header in headers if header.unsure is not None), None)
-    if len(tensors) > _MOST_TENSORS:
-        unsure = f"the files have {len(tensors):,} tensors; at most {_MOST_TENSORS:,} are looked at"
-    faults = tuple(fault for header in headers for fault in header.faults)
-    return Weights(tensors, faults, all(header.complete for header in headers), unsure, files)
-
-
-def _shards(
-    folder: Path, index: str
-) -> tuple[tuple[str, ...], dict[str, str], tuple[str, ...]] | str:
-    """Read an index: its shards, and what is wrong with it.
-
-    Returns:
-        The shards inside the folder, tensor name -> file as the index says, and the faults; or the
-        reason (a string) why the index cannot be used.
-    """
-    data = _json(folder / index, _MOST_INDEX_BYTES)
-    if isinstance(data, str):
-        return data
-    promised = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(promised, dict) or not promised:
-        return f"{index} has no weight_map that says which tensor is in which file"
-    if not all(isinstance(file, str) and file for file in promised.values()):
-        return f"{index}: its weight_map should give a file's name for every tensor"
-    if not isinstance(data.get("metadata"), dict):
-        return f'{index} has no metadata, which Transformers reads. Add "metadata": {{}} to it'
-    files = sorted(set(promised.values()))
-    outside = [file for file in files if not _inside(file)]
-    faults: tuple[str, ...] = ()
-    if outside:
-        faults = (
-            f"{index} names {short(outside[0])}{and_more(outside)}, outside the folder: not read",
-        )
-    return tuple(file for file in files if _inside(file)), promised, faults
-
-
-def _inside(file: str) -> bool:
+def _is_inside(file: str) -> bool:
     """True if a weights file's name, taken literally, stays in the folder; links may lead out."""
     path = Path(file)
     plain = file.isprintable() and len(file) < _LONGEST_NAME and "\\" not in file
@@ -268,24 +219,130 @@ def _inside(file: str) -> bool:
     return plain and path.suffix in (".safetensors", ".bin")
 
 
-def _with_index(weights: Weights, promised: dict[str, str], faults: tuple[str, ...]) -> Weights:
-    """Add to the weights the faults of their index, and where it names the wrong file for a tensor.
+def read_weights(folder: Path) -> Weights:
+    """Read the headers of the weights files that ``from_pretrained`` would load.
 
-    Args:
-        weights: what the shards hold.
-        promised: tensor name -> file, as the index says.
-        faults: what is wrong with the index.
+    Raises:
+        CheckpointError: there are no weights.
     """
-    complete = weights.complete and not faults
-    faults += weights.faults
+    name = weights_file(folder)
+    if not name.endswith(".index.json"):
+        return _joined(folder, [name])
+    index = _json(folder / name, _MOST_INDEX_BYTES)
+    fault = index if isinstance(index, str) else _index_fault(name, index)
+    if fault is not None:
+        return _unreadable(fault)
+    promised = index["weight_map"]
+    files = sorted(set(promised.values()))
+    outside = [file for file in files if not _is_inside(file)]
+    weights = _joined(folder, [file for file in files if _is_inside(file)])
+    if outside:
+        listed = f"{short(outside[0])}{and_more(outside)}"
+        fault = f"{name} names {listed}, outside the folder: not read"
+        return replace(weights, faults=(fault, *weights.faults), complete=False)
+    nothing = Stored("", ())
     elsewhere = [
-        name
-        for name, file in promised.items()
-        if complete and weights.tensors.get(name, Stored("", ())).file != file
+        name for name, file in promised.items() if weights.tensors.get(name, nothing).file != file
     ]
-    if elsewhere:
-        faults += (
+    if weights.complete and elsewhere:
+        fault = (
             f"the index says that {short(elsewhere[0])} is in {short(promised[elsewhere[0]])}"
-            f"{and_more(elsewhere)}; it is not",
+            f"{and_more(elsewhere)}; it is not"
         )
-    return replace(weights, faults=faults, complete=complete)
+        return replace(weights, faults=(*weights.faults, fault))
+    return weights
+
+
+def _index_fault(name: str, data: Any) -> str | None:
+    promised = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(promised, dict) or not promised:
+        return f"{name} has no weight_map that says which tensor is in which file"
+    if not all(isinstance(file, str) and file for file in promised.values()):
+        return f"{name}: its weight_map should give a file's name for every tensor"
+    if not isinstance(data.get("metadata"), dict):
+        return f'{name} has no metadata, which Transformers reads. Add "metadata": {{}} to it'
+    return None
+
+
+def _joined(folder: Path, files: list[str]) -> Weights:
+    parts = [_read(folder / file, file) for file in files]
+    return Weights(
+        {name: tensor for part in parts for name, tensor in part.tensors.items()},
+        tuple(fault for part in parts for fault in part.faults),
+        all(part.complete for part in parts),
+        next((part.unsure for part in parts if part.unsure is not None), None),
+        tuple(files),
+    )
+
+
+def _unreadable(fault: str) -> Weights:
+    return Weights({}, (fault,), complete=False)
+
+
+def _read(path: Path, name: str) -> Weights:
+    """Read the header of one weights file, which its folder knows by this name."""
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "is missing"
+        return _unreadable(f"{name} {what}; the index names it")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        return _unreadable(f"{name} cannot be read: {error.strerror or error}")
+    if start == _POINTER:
+        return _unreadable(
+            f"{name} is a pointer of Git LFS, not the weights. Fetch them: git lfs pull"
+        )
+    return (
+        _read_safetensors(path, name) if path.suffix == ".safetensors" else _read_pickle(path, name)
+    )
+
+
+def _read_safetensors(path: Path, name: str) -> Weights:
+    try:
+        with safe_open(path, framework="np") as file:  # "pt" would map the whole file for writing
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return Weights(
+                {key: Stored(p.get_dtype(), tuple(p.get_shape()), name) for key, p in parts.items()}
+            )
+    except SafetensorError as error:
+        return _unreadable(f"{name}: safetensors refuses it: {short(error)}")
+    except MemoryError as error:
+        return Weights({}, complete=False, unsure=f"{name} cannot be mapped: {short(error)}")
+    except OSError as error:
+        return _unreadable(f"{name} cannot be read: {error.strerror or error}")
+
+
+def _read_pickle(path: Path, name: str) -> Weights:
+    """Read a ``torch.save`` file without its data; code in it is not run."""
+    import torch
+    from transformers.utils.import_utils import check_torch_load_is_safe
+
+    try:
+        check_torch_load_is_safe()
+    except ValueError:
+        why = f"{name}: torch {torch.__version__} reads pickles unsafely; torch 2.6 or newer does"
+        return Weights({}, complete=False, unsure=f"{why} not. Save it as safetensors, or update.")
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                start = file.read(2)
+            if start in (b"", b"PK"):
+                return _unreadable(f"{name} is cut off: it is not a whole torch.save file")
+            why = f"{name} is not in torch.save's zip format, and is not unpickled"
+            return Weights({}, complete=False, unsure=f"{why}. Save it as safetensors.")
+        loaded = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return _unreadable(
+            f"{name} holds more than tensors, and is not unpickled: that could run code"
+        )
+    except (Exception, RecursionError) as error:  # a broken file may lead to any exception
+        return _unreadable(f"{name} cannot be read: {short(str(error) or type(error).__name__)}")
+    if not isinstance(loaded, dict):
+        return _unreadable(f"{name} holds a {type(loaded).__name__}; expected tensors by name")
+    tensors = {
+        key: Stored(str(value.dtype).removeprefix("torch."), tuple(value.shape), name)
+        for key, value in loaded.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
+    return Weights(tensors)

@@ -6,68 +6,83 @@ tensors, ties, keys that a class ignores), on tensors without data.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from ..model.build import Refusal
 from ..model.shapes import Mismatch
 from ..model.surroundings import quiet_transformers
-from .headers import Stored
-from .words import short
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
+from ..model.tensors import ties_of
+from .building import Classes, build
+from .folder import Stored
+from .reports import short
 
 MAJOR = int(version("transformers").partition(".")[0])
-
-
-def main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that most of a model's weights have, with which it has to be loaded.
-
-    Transformers takes that of the first weight, which a class may keep in float32 (BLIP-2's
-    queries).
-    """
-    sizes: Counter[torch.dtype] = Counter()
-    for weight in model.parameters():
-        if weight.is_floating_point():
-            sizes[weight.dtype] += weight.numel()
-    return max(sizes, key=sizes.__getitem__, default=torch.get_default_dtype())
+_SAMPLES = 16
+"""Rows of a tensor that are compared with those of another."""
 
 
 @dataclass(frozen=True)
-class LoadResult:
-    """How a checkpoint's tensors load into a model.
+class Assessment:
+    """How a checkpoint's tensors load into the class built from one config, by Transformers.
 
     Attributes:
         shapes: name -> the shape in the checkpoint, for each tensor of the model that it has.
         missing: tensors of the model that would be newly initialised.
-        unexpected: tensors of the checkpoint without a place in the model, named as in the model.
         mismatched: tensors in another shape than the model's.
         failed: name -> the reason, for tensors that cannot be put together from the checkpoint's;
             the name is empty where loading failed as a whole.
+        lost: tensors of the checkpoint that belong to a part that the model has, but have no place.
+        unused: other tensors of the checkpoint that the model has no place for (another head).
+        tied: name -> all names under which the model shares that tensor.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
     failed: dict[str, str] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    tied: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        """True if every tensor of the model is there in its shape, and none is lost."""
+        return not (self.mismatched or self.misplaced)
+
+    @property
+    def misplaced(self) -> int:
+        """Return how many tensors are missing, have no place, or cannot be put together."""
+        return len(self.missing) + len(self.lost) + len(self.failed)
 
 
-def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> LoadResult:
-    """Load tensors without data into a model without data.
-
-    ``model``: the model on the meta device; it cannot be used afterwards.
+def assess(
+    classes: Classes, data: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> Assessment | Refusal:
+    """Load tensors without data into the class built from a config, on the meta device.
 
     Returns:
-        How the tensors load. If Transformers raises, only ``failed`` is set.
+        How the tensors load, or the class's refusal of the config. If Transformers raises while it
+        loads, ``failed`` says so.
     """
+    model = build(classes, data)
+    if isinstance(model, Refusal):
+        return model
+    lists = (nn.ModuleList, nn.Sequential)
+    modules = {name: isinstance(module, lists) for name, module in model.named_modules()}
+    buffers = {name for name, _ in model.named_buffers()}
+    tied = {name: frozenset(tie.names) for tie in ties_of(model) for name in tie.names}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         state = {
@@ -75,21 +90,39 @@ def load_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> LoadRe
             for name, tensor in tensors.items()
         }
         with quiet_transformers(logging.CRITICAL):
-            result = (_loaded_by_5 if MAJOR >= 5 else _loaded_by_4)(model, state)
+            loaded = (_loaded_by_5 if MAJOR >= 5 else _loaded_by_4)(model, state)
     except Exception as error:  # Transformers' loading may raise anything
-        return LoadResult(failed={"": short(error) or type(error).__name__})
-    missing, unexpected, mismatched, failed, absent = result
+        return Assessment(failed={"": short(error) or type(error).__name__}, tied=tied)
+    missing, unexpected, mismatched, failed, absent = loaded
     if MAJOR < 5:  # Transformers 5 casts them
         failed = {**failed, **_whole_numbers(model, tensors)}
     shapes = {name: shape for name, shape in expected.items() if name not in absent}
-    shapes.update(mismatched)
-    return LoadResult(
-        shapes,
+    prefix = model.base_model_prefix
+    lost: list[str] = []
+    unused: list[str] = []
+    for name in sorted(unexpected):
+        names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        if not buffers.intersection(names):
+            (lost if any(_belongs(one, modules) for one in names) else unused).append(name)
+    return Assessment(
+        {**shapes, **mismatched},
         tuple(sorted(missing)),
-        tuple(sorted(unexpected)),
         tuple(Mismatch(n, shape, expected[n]) for n, shape in sorted(mismatched.items())),
         {name: _last_line(text) for name, text in sorted(failed.items())},
+        tuple(lost),
+        tuple(unused),
+        tied,
     )
+
+
+def _belongs(name: str, modules: Mapping[str, bool]) -> bool:
+    """True if a tensor's name is inside a list of layers, or directly in a module, of the model.
+
+    ``modules``: name -> True for a list of layers.
+    """
+    parts = name.split(".")
+    inside = any(modules.get(".".join(parts[:end])) for end in range(1, len(parts)))
+    return inside or ".".join(parts[:-1]) in modules
 
 
 _Outcome = tuple[set[str], set[str], dict[str, tuple[int, ...]], dict[str, str], set[str]]
@@ -97,7 +130,6 @@ _Outcome = tuple[set[str], set[str], dict[str, tuple[int, ...]], dict[str, str],
 
 
 def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
-    """Return how Transformers 5 loads the tensors: see :data:`_Outcome`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -140,7 +172,7 @@ def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
     return set(missing), set(unexpected), mismatched, {}, absent
 
 
-def _whole_numbers(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> dict[str, str]:
+def _whole_numbers(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, str]:
     """Return the weights stored as integers, with the reason why Transformers 4 fails on them."""
     whole = ("I", "U", "BOOL", "int", "uint", "bool")
     floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
@@ -156,3 +188,62 @@ def _last_line(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line and not line.startswith("Error: ")]
     return short((errors or lines or [""])[-1])
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that most of a model's weights have, with which it has to be loaded.
+
+    Transformers takes that of the first weight, which a class may keep in float32 (BLIP-2's
+    queries).
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            sizes[weight.dtype] += weight.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.get_default_dtype())
+
+
+def differing_tie(
+    folder: Path, classes: Classes, assessment: Assessment, tensors: Mapping[str, Stored]
+) -> tuple[str, str] | None:
+    """Return two names that the model ties and whose data differ in the files, or None.
+
+    Only some rows are compared.
+
+    ``assessment``: how the tensors load, with the names that the model ties.
+    """
+    prefix = classes.model.base_model_prefix
+    for group in dict.fromkeys(assessment.tied.values()):
+        names = sorted(name for name in group if name in assessment.shapes)
+        stored = [(name, _stored(name, tensors, prefix)) for name in names]
+        located = [(name, key) for name, key in stored if key is not None]
+        for (first, a), (second, b) in itertools.pairwise(located):
+            if _differ(folder, {a: tensors[a], b: tensors[b]}):
+                return first, second
+    return None
+
+
+def _stored(name: str, tensors: Mapping[str, Stored], prefix: str) -> str | None:
+    """Return the name in the files, with or without the base model's prefix, or None."""
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((candidate for candidate in candidates if candidate in tensors), None)
+
+
+def _differ(folder: Path, pair: Mapping[str, Stored]) -> bool:
+    """True if two tensors of safetensors files differ in some of their rows, or in their shape."""
+    if not all(stored.file.endswith(".safetensors") for stored in pair.values()):
+        return False
+    first, *others = ((stored.dtype, stored.shape) for stored in pair.values())
+    if any(other != first for other in others):
+        return True
+    rows = first[1][0] if first[1] else 0
+    wanted = sorted({(rows - 1) * part // (_SAMPLES - 1) for part in range(_SAMPLES) if rows})
+    try:
+        with ExitStack() as stack:
+            parts = [
+                stack.enter_context(safe_open(folder / stored.file, framework="pt")).get_slice(name)
+                for name, stored in pair.items()
+            ]
+            return any(not torch.equal(*(part[row : row + 1] for part in parts)) for row in wanted)
+    except (OSError, RuntimeError, SafetensorError):  # as for a file that is too large to map
+        return False

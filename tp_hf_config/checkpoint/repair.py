@@ -5,30 +5,30 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..arguments import Count, check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.config_json import field_name
-from .assess import Assessment, assess
-from .causes import unsolved_causes
-from .check import Folder, SolvableFolder, check_checkpoint, checked, place, solvable_folder
+from .building import too_large
+from .check import (
+    Folder,
+    SolvableFolder,
+    check_checkpoint,
+    checked,
+    not_untied,
+    place,
+    solvable_folder,
+)
 from .folder import CONFIG, Config
-from .large import too_large
-from .reports import RepairReport
+from .loading import Assessment, assess, differing_tie
+from .reports import RepairReport, how_to_give, printable, short
 from .rotary import for_transformers_4
-from .solving import Unsolved, solve
-from .structure import Task
-from .ties import differing_tie, not_untied
-from .words import how_to_give, printable, short
+from .solving import Task, Unsolved, solve
 from .writing import check_target, locked, new_folder, replace_config
-
-_GENERATION = "generation_config.json"
-_MOST_BYTES = 2**20
 
 
 @check_arguments
@@ -92,69 +92,36 @@ def _planned(
         CheckpointError: the folder cannot be solved, or not exactly one config fits.
     """
     read = solvable_folder(path, trust_remote_code)
-    task = _task(read, given)
-    solved = solve(task)
+    classes, tensors = read.classes, read.weights.tensors
+    names = None
+    if too_large(classes, read.data, tensors) is None:
+        assessment = assess(classes, read.data, tensors)
+        if isinstance(assessment, Assessment):
+            names = differing_tie(path, classes, assessment, tensors)
+    solved = solve(Task(classes, read.data, tensors, given or {}, names))
     if isinstance(solved, Unsolved):
-        raise CheckpointError(_unsolved(read, solved), solved.candidates)
+        raise CheckpointError(_unsolved(path, solved), solved.candidates)
     old = (path / CONFIG).read_bytes()
-    rotary = for_transformers_4(read.classes, solved.data)
+    rotary = for_transformers_4(classes, solved.data)
     new = old if rotary.data == read.data else (json.dumps(rotary.data, indent=2) + "\n").encode()
-    proof = assess(read.classes, json.loads(new), read.weights.tensors)
+    proof = assess(classes, json.loads(new), tensors)
     if isinstance(proof, Refusal) or not proof.fits:
         raise CheckpointError(f"{path}: the config that was found does not load what is there.")
-    fields = {field_name(change.path): (change.says, change.holds) for change in solved.changed}
+    still_tied = names is not None and names[1] in proof.tied.get(names[0], ())
+    ties = [not_untied(names, classes)] if names is not None and still_tied else []
     report = RepairReport(
         str(path),
-        fields,
+        {str(change.field): (change.says, change.holds) for change in solved.changes},
         _difference(old, new),
         undecided=solved.undecided,
         added={field_name(path): value for path, value in rotary.added.items()},
-        notes=(
-            *_tie_notes(task, proof),
-            *_generation_notes(path, solved.data),
-            *rotary.unwritable,
-        ),
+        notes=(*ties, *rotary.unwritable),
     )
     return read, report, new
 
 
-def _unwritten(read: SolvableFolder, report: RepairReport, new: bytes) -> RepairReport:
-    """Return the report on a folder that is not written, with what it would be like."""
-    after = checked(Folder(read.path, Config(json.loads(new)), read.weights, read.classes))
-    return replace(report, after=after)
-
-
-def _task(read: SolvableFolder, given: Mapping[str, int] | None) -> Task:
-    """Return what is to be solved, with the names of two tied tensors whose data differ, if any."""
-    tensors = read.weights.tensors
-    names = None
-    absurd = bool(too_large(read.classes, read.data, tensors))
-    assessment = Refusal("") if absurd else assess(read.classes, read.data, tensors)
-    if isinstance(assessment, Assessment) and assessment.tied:
-        names = differing_tie(read.path, read.classes, assessment, tensors)
-    return Task(read.classes, read.data, tensors, given or {}, names)
-
-
-def _tie_notes(task: Task, assessment: Assessment) -> Iterator[str]:
-    """Yield a note if tensors whose data differ stay tied.
-
-    ``assessment``: how the tensors load with the new config.
-    """
-    first, second = task.differing_tie or ("", "")
-    if second in assessment.tied.get(first, frozenset()):
-        yield not_untied((first, second), task.classes)
-
-
-def _unsolved(read: SolvableFolder, unsolved: Unsolved) -> str:
-    """Return why there is no single config, and what the user can say next."""
-    text = f"{read.path}: {printable(unsolved.reason)}."
-    if unsolved.needs:
-        assessment = assess(read.classes, read.data, read.weights.tensors)
-        listed = ""
-        if isinstance(assessment, Assessment):
-            causes = unsolved_causes(unsolved, assessment, read.classes)
-            listed = " ".join(f"{cause.text}." for cause in causes)
-        return f"{read.path}: {listed} No config says that: prune these layers alike."
+def _unsolved(path: Path, unsolved: Unsolved) -> str:
+    text = f"{path}: {printable(unsolved.reason)}."
     if unsolved.candidates:
         name, value = next(iter(unsolved.candidates[0].items()))
         argument = how_to_give(name, value)
@@ -163,7 +130,6 @@ def _unsolved(read: SolvableFolder, unsolved: Unsolved) -> str:
 
 
 def _difference(old: bytes, new: bytes) -> str:
-    """Return the unified diff of two files, the old one formatted as the new; empty if equal."""
     if old == new:
         return ""
     before = json.dumps(json.loads(old), indent=2) + "\n"
@@ -171,6 +137,12 @@ def _difference(old: bytes, new: bytes) -> str:
         before.splitlines(), new.decode().splitlines(), CONFIG, f"{CONFIG} (new)", lineterm="", n=1
     )
     return "\n".join(lines)
+
+
+def _unwritten(read: SolvableFolder, report: RepairReport, new: bytes) -> RepairReport:
+    """Return the report on a folder that is not written, with what it would be like."""
+    after = checked(Folder(read.path, Config(json.loads(new)), read.weights, read.classes))
+    return replace(report, after=after)
 
 
 def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
@@ -197,23 +169,3 @@ def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: boo
         notes = (*notes, f"left out, as no plain files: {', '.join(map(short, left_out[:8]))}")
     after = replace(after, folder=str(out))
     return replace(report, folder=str(out), written=True, notes=notes, after=after)
-
-
-def _generation_notes(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a note for each entry of a folder's generation_config.json that a config rules out."""
-    path = folder / _GENERATION
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
-        return
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        yield f"{_GENERATION} is not JSON: Transformers makes one from config.json instead"
-        return
-    text = config.get("text_config")
-    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    for name, value in data.items() if isinstance(data, dict) else ():
-        if not name.endswith("_token_id") or type(size) is not int:
-            continue
-        tokens = value if isinstance(value, list) else [value]
-        if any(type(token) is int and token >= size for token in tokens):
-            yield f"{_GENERATION}: {name} {value} is no token of {size:,}; correct it by hand"

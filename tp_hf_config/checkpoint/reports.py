@@ -1,16 +1,52 @@
-"""Report what was found in a folder and what was done to it, as text, HTML and JSON."""
+"""Reports on folders as text, HTML and JSON; names and values from files as messages show them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shlex
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..reports import Report, short
-from .words import number, printable
+from ..reports import Report
+from ..reports import short as short_repr
 
 Kind = Literal["files", "config", "field", "tensors"]
+_LONGEST = 200
+"""Characters of a text from a file that a message shows."""
+
+
+def printable(text: str) -> str:
+    """Replace what is not printable with spaces: a name in a file could move the cursor."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def short(text: object) -> str:
+    """Return one printable line of at most 200 characters, and ``...`` if that cuts the text."""
+    line = " ".join(printable(str(text)[: 2 * _LONGEST]).split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
+def and_more(names: Collection[object], shown: int = 1) -> str:
+    """Return how many names are not shown, such as `` (and 3 more)``; empty if all are."""
+    return f" (and {len(names) - shown} more)" if len(names) > shown else ""
+
+
+def number(value: Any) -> str:
+    """Return a field's value as text: ``1,536``, ``true``, ``not set``."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 10**18 else f"about 2**{abs(value).bit_length()}"
+    return short(value)
+
+
+def how_to_give(name: str, value: int | None = None) -> str:
+    """Return how a user says a field's value, in Python and in the shell; None: any value."""
+    typed = shlex.quote(f"{name}={'N' if value is None else value}")
+    return f"given={{{name!r}: {'...' if value is None else value}}} or --given {typed}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +72,7 @@ class Cause:
     tensors: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return short(self, self.text)
+        return short_repr(self, self.text)
 
 
 @dataclass(frozen=True, repr=False)

@@ -19,7 +19,7 @@ from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .building import Classes, config_from
 from .folder import CONFIG
 from .loading import MAJOR
-from .words import number
+from .reports import number
 from .writing import write_config
 
 _ROPE = "rope_parameters"
@@ -40,17 +40,6 @@ class Rotary:
     data: dict[str, Any]
     added: dict[FieldPath, Any] = field(default_factory=dict)
     unwritable: tuple[str, ...] = ()
-
-    @property
-    def note(self) -> str | None:
-        """Return what readers miss without the added fields, or None if none were added."""
-        if not self.added:
-            return None
-        names = ", ".join(f"{field_name(path)} {number(self.added[path])}" for path in self.added)
-        return (
-            f"{names}: in {_ROPE} alone, as Transformers 5 writes it. repair writes it beside that "
-            "too, for programs that read configs as Transformers 4 did"
-        )
 
 
 def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
@@ -120,7 +109,6 @@ def _rope_parts(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, di
 
 
 def _by_layer_type(rope: Mapping[str, Any]) -> bool:
-    """True if ``rope_parameters`` has one entry per type of layer."""
     return any(isinstance(value, dict) for value in rope.values())
 
 
@@ -150,13 +138,10 @@ def _with_field(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, 
     """Return a copy of the config's JSON with one more field, right after ``rope_parameters``."""
     result = copy.deepcopy(data)
     node = value_at(result, path[:-1])
-    items = list(node.items())
+    items = [item for item in node.items() if item[0] != path[-1]]
+    place = [name for name, _ in items].index(_ROPE) + 1
     node.clear()
-    for name, other in items:
-        if name != path[-1]:
-            node[name] = other
-        if name == _ROPE:
-            node[path[-1]] = value
+    node.update([*items[:place], (path[-1], value), *items[place:]])
     return result
 
 

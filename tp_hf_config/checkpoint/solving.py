@@ -1,46 +1,54 @@
-"""Solve for the config that builds a checkpoint's tensors: structure, widths, then the proof."""
+"""Solve for the config that builds a checkpoint's tensors: ties, widths, then the proof.
+
+A field is changed where config.json says it: a class may read it under another name
+(``attribute_map``), or above the nested config that it belongs in (the oldest configs of the Hub
+have no ``text_config``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from ..errors import TPHFConfigError
+from ..fieldmap.expressions import Expression, Power, Quantity
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.solve.candidates import hidden_counts
-from ..fieldmap.solve.integers import Conflict
+from ..fieldmap.solve.integers import Conflict, Problem, open_together
 from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, plain_fields, with_values
 from ..model.shapes import Mismatch
-from .assess import Assessment, assess
-from .building import Classes, as_json, build, every_default, value_in
-from .forms import forms, place_in, takes_effect
-from .large import too_large, too_large_reason
-from .structure import Structure, Task, describe, settle, untie
-from .words import how_to_give
+from .building import Classes, as_json, build, entries, too_large, value_in
+from .folder import Stored
+from .loading import Assessment, assess
+from .reports import Cause, and_more, how_to_give, number, short
+
+_LISTED = 6
+"""Kinds of tensors, and values of a field, that are listed."""
 
 
 @dataclass(frozen=True)
-class FieldChange:
-    """A field that has to change.
+class Task:
+    """What is to be solved.
 
     Attributes:
-        path: the field.
-        says: its value in config.json; ``None``: not set, and ``stands_for`` is meant.
-        holds: the value that the weights need.
-        stands_for: the value that the class uses now; ``None``: not known.
-        tensors: the tensors that show it.
+        classes: the classes of the folder.
+        data: config.json.
+        tensors: the checkpoint's tensors.
+        given: fields whose value is known, by name (``text_config.head_dim``).
+        differing_tie: two tensors that the config ties and that differ in the files, if any.
     """
 
-    path: FieldPath
-    says: Any
-    holds: Any
-    stands_for: Any = None
-    tensors: tuple[str, ...] = ()
+    classes: Classes
+    data: dict[str, Any]
+    tensors: Mapping[str, Stored]
+    given: Mapping[str, int] = field(default_factory=dict)
+    differing_tie: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,12 @@ class Solution:
 
     Attributes:
         data: what config.json should hold.
-        changed: the fields in which this differs from what config.json holds.
+        changes: one cause for each field in which this differs from what config.json holds.
         undecided: names of the fields that no shape shows; they stay as they are.
     """
 
     data: dict[str, Any]
-    changed: tuple[FieldChange, ...]
+    changes: tuple[Cause, ...]
     undecided: tuple[str, ...]
 
 
@@ -64,45 +72,40 @@ class Unsolved:
 
     Attributes:
         reason: the reason, in one sentence.
-        needs: field -> value -> the tensors that need it, where one field needs several values.
+        causes: what is wrong between the config and the tensors.
         candidates: the configs that fit equally well, each as field name -> value.
-        structure: the layer counts and settings that were settled before.
     """
 
     reason: str
-    needs: dict[FieldPath, dict[int, tuple[str, ...]]] = field(default_factory=dict)
+    causes: tuple[Cause, ...] = ()
     candidates: tuple[dict[str, int], ...] = ()
-    structure: tuple[FieldChange, ...] = ()
 
 
 def solve(task: Task) -> Solution | Unsolved:
-    """Return the one config of a class that builds these tensors, proved, or why there is none.
-
-    Layer counts and ties are settled first, then the widths.
-    """
+    """Return the one config of a class that builds these tensors, proved, or why there is none."""
     classes, tensors = task.classes, task.tensors
     large = too_large(classes, task.data, tensors)
-    if large:
-        return Unsolved(too_large_reason(large, tensors))
-    data, assessment = task.data, assess(classes, task.data, tensors)
-    if isinstance(assessment, Refusal) and task.given:
-        data = _with_given(task)
-        assessment = assess(classes, data, tensors)
+    if large is not None:
+        return Unsolved(large)
+    start, assessment = task.data, assess(classes, task.data, tensors)
+    if task.given and (isinstance(assessment, Refusal) or assessment.misplaced):
+        start = _with_given(task)
+        assessment = assess(classes, start, tensors)
     if isinstance(assessment, Refusal):
         return Unsolved(assessment.reason)
-    structure = untie(task, settle(task, Structure(data, {}, assessment)))
-    changed = _structure_changes(task, data, structure)
-    if structure.rivals:
-        several = " or ".join(describe(rival) for rival in structure.rivals)
-        return Unsolved(f"the tensors that there are fit {several}", structure=changed)
-    if structure.assessment.misplaced:
-        return Unsolved(_misplaced_reason(structure.assessment, classes), structure=changed)
-    if structure.assessment.fits and not task.given:
-        return Solution(structure.data, changed, _hidden_fields(task, structure))
-    solved = _widths(task, structure)
-    if isinstance(solved, Solution):
-        return replace(solved, changed=(*changed, *solved.changed))
-    return replace(solved, structure=changed)
+    flipped, data, assessment = retied(task, start, assessment)
+    if assessment.misplaced:
+        return Unsolved(
+            _misplaced_reason(assessment, classes), tuple(_misplaced(assessment, classes))
+        )
+    field_map = learn(classes, data)
+    if assessment.fits and not task.given:
+        hidden = () if isinstance(field_map, Refusal) else hidden_counts(field_map)
+        new = as_json(classes, data) or data
+        return _solution(task, start, new, flipped, (), hidden)
+    if isinstance(field_map, Refusal):
+        return _no_width(field_map.reason, assessment)
+    return _widths(task, start, field_map, flipped, assessment)
 
 
 def _with_given(task: Task) -> dict[str, Any]:
@@ -118,98 +121,52 @@ def _with_given(task: Task) -> dict[str, Any]:
     return with_values(task.data, values)
 
 
-def _hidden_fields(task: Task, structure: Structure) -> tuple[str, ...]:
-    """Return the names of the fields that no shape shows, of a structure that fits."""
-    field_map = learn(task.classes, structure.data)
-    if isinstance(field_map, Refusal):
-        return ()
-    return tuple(sorted(map(field_name, hidden_counts(field_map))))
+def retied(
+    task: Task, data: dict[str, Any], assessment: Assessment
+) -> tuple[list[FieldPath], dict[str, Any], Assessment]:
+    """Flip settings that tie weights, if more tensors find a place then.
+
+    If all have a place, one is flipped with which ``task.differing_tie`` is no longer tied.
+
+    Returns:
+        The fields that were flipped, the config's JSON with them and how the tensors load with it.
+    """
+    flipped: list[FieldPath] = []
+    if not assessment.misplaced and task.differing_tie is None:
+        return flipped, data, assessment
+    full = as_json(task.classes, data) or data
+    ties = [
+        path
+        for path, value in entries(full)
+        if isinstance(value, bool) and str(path[-1]).startswith("tie_")
+    ]
+    for path in sorted(ties, key=len):
+        changes = {path: not value_in(full, path)}
+        new = with_values(full, changes)
+        changed = _changed(task.classes, data, changes, new)
+        outcome = assess(task.classes, changed, task.tensors)
+        if not isinstance(outcome, Refusal) and _better_tied(task, assessment, outcome):
+            flipped, data, assessment, full = [*flipped, path], changed, outcome, new
+    return flipped, data, assessment
 
 
-def _structure_changes(
-    task: Task, start: dict[str, Any], structure: Structure
-) -> tuple[FieldChange, ...]:
-    """Return the changes of layer counts and settings, with what config.json says of them."""
-    before, after = (every_default(task.classes, data) for data in (start, structure.data))
-    changes: list[FieldChange] = []
-    for path in structure.changes:
-        name = place_in(task.classes, task.data, structure.data, path)
-        says, holds = value_in(task.data, name), value_in(after, path)
-        if holds != says:
-            changes.append(FieldChange(name, says, holds, value_in(before, path)))
-    return tuple(changes)
+def _better_tied(task: Task, before: Assessment, after: Assessment) -> bool:
+    if before.misplaced or task.differing_tie is None:
+        return after.misplaced < before.misplaced
+    first, second = task.differing_tie
+    was_tied = second in before.tied.get(first, frozenset())
+    return was_tied and not after.misplaced and second not in after.tied.get(first, frozenset())
 
 
 def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
-    """Return why tensors are still out of place after every structure that was tried."""
-    loaded = assessment.loaded
-    if loaded.failed:
-        name, why = next(iter(loaded.failed.items()))
+    model = classes.model.__name__
+    if assessment.failed:
+        name, why = next(iter(assessment.failed.items()))
         return f"{name or 'the checkpoint'} cannot be put together from the tensors: {why}"
+    layers = f"If layers were removed, say how many are left: {how_to_give('num_hidden_layers')}"
     if assessment.lost:
-        return (
-            f"{classes.model.__name__} has no place for {assessment.lost[0]}, in any layout tried"
-        )
-    return f"{loaded.missing[0]} is missing, in any layout of {classes.model.__name__} tried"
-
-
-def _widths(task: Task, structure: Structure) -> Solution | Unsolved:
-    """Find the widths of a config whose structure is settled."""
-    field_map = learn(task.classes, structure.data)
-    if isinstance(field_map, Refusal):
-        return Unsolved(field_map.reason)
-    given = paths_of(field_map, task.given)
-    if isinstance(given, Unsolved):
-        return given
-    target = structure.assessment.loaded.shapes
-    empty = next((name for name, shape in target.items() if 0 in shape), None)
-    if empty is not None:
-        return Unsolved(f"{empty} is empty, and no width is 0")
-    recovery = recover(field_map, target, given)
-    if isinstance(recovery, Refusal):
-        return Unsolved(recovery.reason)
-    if isinstance(recovery, Conflict):
-        return _unsolved_conflict(recovery)
-    unprovable = _unprovable_change(field_map, recovery, given)
-    if unprovable is not None:
-        return Unsolved(unprovable)
-    return _proved(task, structure, field_map, recovery)
-
-
-def _proved(
-    task: Task, structure: Structure, field_map: FieldMap, recovery: Recovery
-) -> Solution | Unsolved:
-    """Return the config in the best form that loads the weights, or Unsolved if none does."""
-    changes = _new_values(task, structure, field_map, recovery.data)
-    data = _best_form(task, changes, recovery.data)
-    if data is None:
-        return Unsolved("the config that was found does not load these weights")
-    fields = _field_changes(task, structure, field_map, recovery.data, data)
-    return Solution(data, fields, tuple(sorted(map(field_name, recovery.undecided))))
-
-
-def _best_form(
-    task: Task, changes: Mapping[FieldPath, Any], new: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Return the first form of the config that loads the weights and says all that changes.
-
-    A value that the class does not read out of a form may show in no shape. If there is no such
-    form, return the first that loads the weights, or None.
-
-    Args:
-        task: the folder's config.
-        changes: field -> value.
-        new: the new config's JSON.
-    """
-    loading = []
-    for data in _forms(task, changes, new):
-        proof = assess(task.classes, data, task.tensors)
-        if isinstance(proof, Refusal) or not proof.fits:
-            continue
-        if takes_effect(task.classes, data, changes):
-            return data
-        loading.append(data)
-    return loading[0] if loading else None
+        return f"{model} has no place for {assessment.lost[0]}. {layers}"
+    return f"{assessment.missing[0]} is missing, which {model} builds. {layers}"
 
 
 def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
@@ -223,7 +180,63 @@ def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
         return Refusal(str(error))
 
 
-def paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, int] | Unsolved:
+def undecided_heads(field_map: FieldMap) -> dict[str, int]:
+    """Return the head counts that no shape shows, and fields that shapes show only together.
+
+    Heads times head dim is one number: four heads of 16 and two of 32 have the same shapes.
+
+    Returns:
+        The fields' names, with the values that the config says or implies.
+    """
+    quantities: dict[Quantity, Expression | Power] = {**field_map.powers, **field_map.expressions}
+    shown = {key: made for key, made in quantities.items() if isinstance(key[1], int)}
+    sizes = {key: made.base for key, made in shown.items()}
+    together = open_together(Problem(shown, field_map.sizes, sizes))
+    fields = {*hidden_counts(field_map), *together}
+    return {field_name(f): field_map.sizes[f] for f in sorted(fields, key=field_name)}
+
+
+# Widths
+
+
+def _widths(
+    task: Task,
+    start: dict[str, Any],
+    field_map: FieldMap,
+    flipped: Sequence[FieldPath],
+    assessment: Assessment,
+) -> Solution | Unsolved:
+    """Find the widths of a config in which every tensor has a place.
+
+    ``start``: config.json, perhaps with the values that the user gave.
+    ``flipped``: the settings that were flipped in the config of ``field_map``.
+    """
+    given = _paths_of(field_map, task.given)
+    if isinstance(given, Unsolved):
+        return given
+    empty = next((name for name, shape in assessment.shapes.items() if 0 in shape), None)
+    if empty is not None:
+        return _no_width(f"{empty} is empty, and no width is 0", assessment)
+    sizes = {path: value for path, value in given.items() if path in field_map.sizes}
+    recovery = recover(field_map, assessment.shapes, sizes)
+    if isinstance(recovery, Refusal):
+        return _no_width(recovery.reason, assessment)
+    if isinstance(recovery, Conflict):
+        return _in_conflict(recovery, assessment)
+    unprovable = _unprovable_change(field_map, recovery, given)
+    if unprovable is not None:
+        return _no_width(unprovable, assessment)
+    shown_by = [
+        (mismatch.name, field_map.fields_of(mismatch.name, dim))
+        for mismatch in assessment.mismatched
+        for dim, size in enumerate(mismatch.shape)
+        if (mismatch.expected or ())[dim : dim + 1] != (size,)
+    ]
+    paths = {*field_map.sizes, *given, *flipped}
+    return _solution(task, start, recovery.data, paths, shown_by, recovery.undecided)
+
+
+def _paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, int] | Unsolved:
     """Return field -> value for values given by name; Unsolved if a name is not that of one field.
 
     ``given``: name -> value. A name is the class's own or one that all configs have
@@ -235,7 +248,8 @@ def paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, i
         own = getattr(field_map.builder.config_class, "attribute_map", {}).get(name, name)
         paths = [path for path in fields if field_name(path) in (name, own)]
         paths = paths or [path for path in fields if path[-1] in (name, own)]
-        if len(paths) != 1 or paths[0] not in field_map.sizes:
+        is_set = len(paths) == 1 and value_in(field_map.data, paths[0]) == value
+        if len(paths) != 1 or not (is_set or paths[0] in field_map.sizes):
             names = sorted(field_name(path) for path in (paths or field_map.sizes))
             which = "several of that name" if len(paths) > 1 else f"no field {name} that sets sizes"
             hint = f", as in {how_to_give(names[0], value)}" if len(paths) > 1 else ""
@@ -260,7 +274,115 @@ def _unprovable_change(
     return None
 
 
-def _unsolved_conflict(conflict: Conflict) -> Unsolved:
+def _solution(
+    task: Task,
+    start: dict[str, Any],
+    new: dict[str, Any],
+    paths: Iterable[FieldPath],
+    shown_by: Sequence[tuple[str, frozenset[FieldPath]]],
+    undecided: Iterable[FieldPath],
+) -> Solution | Unsolved:
+    """Return the config with all that changes, proved; Unsolved if it does not load the weights.
+
+    Args:
+        task: the folder's config and tensors.
+        start: config.json, perhaps with the values that the user gave.
+        new: the new config's JSON, with every default.
+        paths: the fields that may change.
+        shown_by: the names of mismatched tensors, with the fields that set such a dimension.
+        undecided: the fields that no shape shows.
+    """
+    before = as_json(task.classes, start) or start
+    changes: dict[FieldPath, Any] = {}
+    for path in sorted(paths, key=field_name):
+        now = value_in(new, path)
+        says = value_in(task.data, _places(task.classes, task.data, path)[0])
+        if now is not None and (now != value_in(before, path) or says not in (None, now)):
+            changes[path] = now
+    data = _changed(task.classes, task.data, changes, new)
+    proof = assess(task.classes, data, task.tensors)
+    if isinstance(proof, Refusal) or not proof.fits:
+        return Unsolved("the config that was found does not load these weights")
+    causes = []
+    for path, holds in changes.items():
+        place = _places(task.classes, task.data, path)[0]
+        place = place if value_in(data, place) == holds else path
+        says = value_in(task.data, place)
+        if says != holds:
+            names = tuple(dict.fromkeys(name for name, fields in shown_by if path in fields))
+            names = names or tuple(dict.fromkeys(name for name, _ in shown_by))
+            causes.append(_field_cause(place, says, holds, value_in(before, path), names))
+    return Solution(data, tuple(causes), tuple(sorted(map(field_name, undecided))))
+
+
+def _places(classes: Classes, data: Mapping[str, Any], path: FieldPath) -> list[FieldPath]:
+    """Return where config.json says a field: under aliases and its own name, or further outside.
+
+    Of a field that is there under its own name and under an alias, the class reads the alias.
+    """
+    aliases: Any = getattr(classes.config, "attribute_map", {})
+    names = [*(alias for alias, own in aliases.items() if (own,) == path), *path[:1]]
+    named: list[FieldPath] = [(n,) for n in names if len(path) == 1 and data.get(n) is not None]
+    above = path[:-1]
+    while above and value_in(data, above) is None:
+        above = above[:-1]
+    is_entry = any(isinstance(key, int) for key in path)
+    return named or [path if is_entry else (*above, path[-1])]
+
+
+def _changed(
+    classes: Classes, data: dict[str, Any], changes: Mapping[FieldPath, Any], new: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a config's JSON with fields changed in place, if the class reads them there.
+
+    Else all of the config is written anew.
+
+    ``new``: the new config's JSON, with every default; lists are taken from it whole.
+    """
+    values: dict[FieldPath, Any] = {}
+    for path, value in changes.items():
+        if any(isinstance(key, int) for key in path):
+            path = path[: next(at for at, key in enumerate(path) if isinstance(key, int))]
+            value = value_in(new, path)
+        values |= dict.fromkeys(_places(classes, data, path), value)
+    in_place = with_values(data, values)
+    full = as_json(classes, in_place)
+    if full is not None and all(value_in(full, path) == now for path, now in changes.items()):
+        return in_place
+    return as_json(classes, new, use_diff=True) or in_place
+
+
+# Causes: one for all tensors that share it
+
+
+def _field_cause(
+    path: FieldPath, says: Any, holds: Any, stands_for: Any, tensors: tuple[str, ...]
+) -> Cause:
+    """Return the cause for a field that has to change.
+
+    ``stands_for``: the value that the class uses if the field is not set.
+    """
+    name = field_name(path)
+    said = f"says {number(says)}"
+    if says is None:
+        said = "is not set"
+        if stands_for is not None:
+            said += f", which means {number(stands_for)}"
+    held = f"the weights of {_layers(tensors)} hold {number(holds)}"
+    if isinstance(holds, bool) or not tensors:
+        held = f"the weights are those of {number(holds)}"
+    return Cause("field", f"{name} {said}, {held}", name, says, holds, tensors)
+
+
+def _no_width(reason: str, assessment: Assessment) -> Unsolved:
+    """Return why no width gives the shapes of mismatched tensors, and one cause for each kind."""
+    mismatched = assessment.mismatched
+    if not mismatched:
+        return Unsolved(reason)
+    return Unsolved(reason, (*_shapes(mismatched), Cause("config", short(reason))))
+
+
+def _in_conflict(conflict: Conflict, assessment: Assessment) -> Unsolved:
     """Return a conflict between shapes as Unsolved, in the names of fields and tensors."""
     if conflict.ambiguous:
         candidates = tuple(
@@ -271,93 +393,115 @@ def _unsolved_conflict(conflict: Conflict) -> Unsolved:
             ", ".join(f"{name}={value}" for name, value in candidate.items())
             for candidate in candidates
         )
-        return Unsolved(f"the shapes fit {listed}", candidates=candidates)
-    needs = {
-        path: {
-            int(value): tuple(dict.fromkeys(str(name) for name, _ in who))  # type: ignore[misc]
-            for value, who in by_value.items()
-            if value == int(value)  # type: ignore[call-overload]
-        }
+        names = tuple(mismatch.name for mismatch in assessment.mismatched)
+        reason = f"the shapes fit {listed}"
+        cause = Cause("tensors", f"{reason}, and nothing tells which", tensors=names)
+        return Unsolved(reason, (cause,), candidates)
+    causes = tuple(
+        _needs_several(
+            path,
+            {
+                int(value): tuple(dict.fromkeys(str(name) for name, _ in who))
+                for value, who in by_value.items()
+                if value.denominator == 1
+            },
+        )
         for path, by_value in conflict.needs.items()
-    }
-    names = ", ".join(field_name(path) for path in needs)
-    return Unsolved(f"no one value of {names} gives all these shapes", needs)
+    )
+    if not causes:
+        return _no_width("no one value of the fields gives all these shapes", assessment)
+    listed = ". ".join(cause.text for cause in causes)
+    return Unsolved(f"{listed}. No config says that: prune these layers alike", causes)
 
 
-def _field_changes(
-    task: Task,
-    structure: Structure,
-    field_map: FieldMap,
-    new: Mapping[str, Any],
-    written: Mapping[str, Any],
-) -> tuple[FieldChange, ...]:
-    """Return the fields whose value changes, each with the tensors that show it.
+def _needs_several(path: FieldPath, by_value: dict[int, tuple[str, ...]]) -> Cause:
+    """Return the cause for a field that would need several values at once.
 
-    Args:
-        task: the folder's config.
-        structure: the settled structure.
-        field_map: the class, learned around it.
-        new: the new config's JSON, with every default.
-        written: the same in the form that is written.
+    ``by_value``: value -> the tensors that need it.
     """
-    mismatched = structure.assessment.loaded.mismatched
-    changed = []
-    for path in sorted(field_map.sizes, key=field_name):
-        was, now = value_in(field_map.data, path), value_in(new, path)
-        name = place_in(task.classes, task.data, written, path)
-        says = value_in(task.data, name)
-        if now is None or says == now or (was == now and says is None):
-            continue
-        names = tuple(m.name for m in mismatched if _sets_mismatch(field_map, m, path))
-        names = names or tuple(m.name for m in mismatched)
-        changed.append(FieldChange(name, says, now, field_map.sizes.get(path), names))
-    return tuple(changed)
+    parts = [
+        f"{number(value)} in {_layers(names) or 'the rest'}"
+        for value, names in sorted(by_value.items(), key=lambda item: -len(item[1]))
+    ]
+    text = f"{field_name(path)} would need several values at once: {'; '.join(parts[:_LISTED])}"
+    names = tuple(name for tensors in by_value.values() for name in tensors)
+    return Cause("tensors", text, field_name(path), tensors=names)
 
 
-def _sets_mismatch(field_map: FieldMap, mismatch: Mismatch, path: FieldPath) -> bool:
-    """True if a field sets a dimension in which a mismatched tensor differs."""
-    expected = mismatch.expected or ()
-    return any(
-        path in field_map.fields_of(mismatch.name, dim)
-        for dim, (a, b) in enumerate(zip(mismatch.shape, expected, strict=False))
-        if a != b
+def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
+    """Yield a cause for each kind of mismatched tensor; layers with the same mismatch share one."""
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for mismatch in mismatched:
+        kind = (_name_pattern(mismatch.name), mismatch.shape, mismatch.expected)
+        kinds.setdefault(kind, []).append(mismatch.name)
+    for (name, shape, expected), names in list(kinds.items())[:_LISTED]:
+        where = f" ({_layers(names)})" if "*" in name else ""
+        text = f"{short(name)}{where} holds {list(shape)}, the config builds {list(expected or ())}"
+        yield Cause("tensors", text, tensors=tuple(names))
+    if len(kinds) > _LISTED:
+        yield Cause("tensors", f"and {len(kinds) - _LISTED} more kinds of tensors in other shapes")
+
+
+def _misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
+    """Yield one cause each for tensors that are missing, lost, or cannot be put together."""
+    model = classes.model.__name__
+    for names, what in (
+        (assessment.missing, f"missing in the weights: {model} would start them anew"),
+        (assessment.lost, f"in the weights, and {model} has no place for them in this config"),
+    ):
+        if names:
+            kinds = list(dict.fromkeys(_name_pattern(name) for name in names))
+            listed = ", ".join(short(kind) for kind in kinds[:3]) + and_more(kinds, 3)
+            subject = f"{len(names)} tensors are" if len(names) > 1 else "one tensor is"
+            yield Cause("tensors", f"{subject} {what}: {listed}", tensors=tuple(names))
+    failed = assessment.failed
+    if failed:
+        name, why = next(iter(failed.items()))
+        text = f"{short(name) or 'the weights'}{and_more(failed)} cannot be put together: {why}"
+        yield Cause("tensors", text, tensors=tuple(failed))
+
+
+def _list_and_layer(name: str) -> tuple[str, int] | None:
+    """Return the list of layers that a tensor is in and the layer's number; None: in no list."""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdecimal() and len(part) < 10 and index:
+            return ".".join(parts[:index]), int(part)
+    return None
+
+
+def _name_pattern(name: str) -> str:
+    """Return a tensor's name with ``*`` in place of its layer number."""
+    place = _list_and_layer(name)
+    if place is None:
+        return name
+    return name.replace(f"{place[0]}.{place[1]}.", f"{place[0]}.*.", 1)
+
+
+def _layers(names: Iterable[str]) -> str:
+    """Return where tensors are (``layers 0-29``), or their names if none of them is in a layer."""
+    numbers: dict[str, set[int]] = {}
+    alone: list[str] = []
+    for name in names:
+        place = _list_and_layer(name)
+        if place is None:
+            alone.append(name)
+        else:
+            numbers.setdefault(place[0], set()).add(place[1])
+    if not numbers:
+        return ", ".join(map(short, alone[:2])) + and_more(alone, 2)
+    return " and ".join(
+        f"{'layer' if len(in_list) == 1 else 'layers'} {_ranges(sorted(in_list))}"
+        + (f" of {short(where)}" if len(numbers) > 1 else "")
+        for where, in_list in numbers.items()
     )
 
 
-def _new_values(
-    task: Task,
-    structure: Structure,
-    field_map: FieldMap,
-    new: Mapping[str, Any],
-) -> dict[FieldPath, Any]:
-    """Return the fields whose value may not be what config.json says, each with its new value.
-
-    ``new``: the new config's JSON.
-    """
-    values = {}
-    for path in sorted({*field_map.sizes, *structure.changes}, key=field_name):
-        place = place_in(task.classes, task.data, structure.data, path)
-        now, was, says = (
-            value_in(new, path),
-            value_in(field_map.data, path),
-            value_in(task.data, place),
-        )
-        if now is not None and (path in structure.changes or now != was or says not in (None, now)):
-            values[path] = now
-    return values
-
-
-def _forms(
-    task: Task, changes: Mapping[FieldPath, Any], new: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Yield the JSON forms in which the config may be written: only the changes, then all of it.
-
-    Args:
-        task: the folder's config.
-        changes: field -> value.
-        new: the new config's JSON.
-    """
-    yield from forms(task.classes, task.data, new, changes)
-    whole = as_json(task.classes, new, use_diff=True)
-    if whole is not None:
-        yield whole
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as text, the first five ranges of them: ``0-3, 7``."""
+    runs = [
+        [value for _, value in run]
+        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
+    shown = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:5]]
+    return ", ".join(shown) + (", ..." if len(runs) > 5 else "")

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -31,10 +31,8 @@ from ..model.surroundings import evaluating, same_random_state
 from . import child
 from .building import build, entries, own_reference
 from .check import SolvableFolder, check_tensors, place, read_folder, solvable_folder
-from .compare import compared, not_finite
 from .loading import main_dtype
-from .reports import RoundtripReport
-from .words import and_more, number, short
+from .reports import Difference, RoundtripReport, and_more, number, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,19 +42,10 @@ _OF_FOLDERS = ("transformers_modules", GENERATED)  # packages of code that folde
 _WEIGHTS_MISSING = ("missing_keys", "mismatched_keys")
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a fresh process reports of one folder.
-
-    Attributes:
-        outputs: output name -> tensor.
-        loading: kind of problem (``missing_keys``) -> the keys that Transformers reports.
-        error: why the folder does not load or run; ``None`` if it does.
-    """
-
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    loading: dict[str, list[str]] = field(default_factory=dict)
-    error: str | None = None
+class _Run(TypedDict):
+    outputs: dict[str, torch.Tensor]
+    loading: dict[str, list[str]]
+    error: str | None
 
 
 @check_arguments
@@ -124,10 +113,10 @@ def fresh_run(
     def compared_with(outputs: Mapping[str, torch.Tensor]) -> RoundtripReport:
         live = {key: value.cpu() for key, value in outputs.items()}
         (run,) = finished()
-        if run.error is not None:
-            return RoundtripReport(name, name, False, error=run.error, against="the live model")
-        report = compared(name, name, live, run.outputs, "the live model")
-        problems = tuple(_problems(run.loading))
+        if run["error"] is not None:
+            return RoundtripReport(name, name, False, error=run["error"], against="the live model")
+        report = _compared(name, name, live, run["outputs"], "the live model")
+        problems = tuple(_problems(run["loading"]))
         return replace(report, loading=problems, same=report.same and not problems)
 
     with _fresh_process([job], dict(inputs), str(model.device)) as finished:
@@ -168,20 +157,24 @@ def verify_checkpoint(
     name, inputs = _example(folders[0])
     with _fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True) as finished:
         run, *others = finished()
-    problems = tuple(_problems(run.loading, _WEIGHTS_MISSING))
-    notes = tuple(_problems(run.loading, ("unexpected_keys",)))
-    if run.error is not None or not others:
-        nothing = tuple(not_finite(run.outputs))
-        same = run.error is None and not problems and not nothing
-        notes, outputs = (*notes, *nothing), tuple(run.outputs)
-        return RoundtripReport(str(path), name, same, problems, outputs, (), run.error, notes=notes)
+    problems = tuple(_problems(run["loading"], _WEIGHTS_MISSING))
+    notes = tuple(_problems(run["loading"], ("unexpected_keys",)))
+    if run["error"] is not None or not others:
+        nothing = tuple(_not_finite(run["outputs"]))
+        same = run["error"] is None and not problems and not nothing
+        notes, outputs = (*notes, *nothing), tuple(run["outputs"])
+        return RoundtripReport(
+            str(path), name, same, problems, outputs, (), run["error"], notes=notes
+        )
     (other_run,), other = others, str(paths[1])
-    if other_run.error is not None:
-        error = f"{other} does not run on the inputs made for {path}: {other_run.error}"
+    if other_run["error"] is not None:
+        error = f"{other} does not run on the inputs made for {path}: {other_run['error']}"
         comparison = RoundtripReport(str(path), name, False, error=error, against=other)
     else:
-        comparison = compared(str(path), name, other_run.outputs, run.outputs, other)
-    problems += tuple(f"{other}: {line}" for line in _problems(other_run.loading, _WEIGHTS_MISSING))
+        comparison = _compared(str(path), name, other_run["outputs"], run["outputs"], other)
+    problems += tuple(
+        f"{other}: {line}" for line in _problems(other_run["loading"], _WEIGHTS_MISSING)
+    )
     notes += comparison.notes
     if not comparison.same:
         notes += tuple(_reasons_to_differ(*folders))
@@ -223,7 +216,6 @@ def _example(read: SolvableFolder) -> tuple[str, dict[str, Any]]:
 
 
 def _job_of(read: SolvableFolder) -> dict[str, Any]:
-    """Return the job entry for a folder (see :func:`_job`)."""
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
     class_name = _class_name(read.classes.model)
     if class_name[0].startswith(_OF_FOLDERS):
@@ -233,7 +225,6 @@ def _job_of(read: SolvableFolder) -> dict[str, Any]:
 
 
 def _class_name(model_class: type) -> tuple[str, str]:
-    """Return the module and the name by which a fresh process imports a class."""
     import transformers
 
     name = model_class.__name__
@@ -288,12 +279,10 @@ def _fresh_process(
         def finished() -> list[_Run]:
             code = process.wait()
             if code != 0:
-                return [_Run(error=_end_of(code, errors.read_text())) for _ in jobs]
-            results = torch.load(files["results"], weights_only=True)
-            return [
-                _Run(each["outputs"], each["loading"], each["error"] and short(each["error"]))
-                for each in results
-            ]
+                ended = _end_of(code, errors.read_text())
+                return [_Run(outputs={}, loading={}, error=ended) for _ in jobs]
+            runs: list[_Run] = torch.load(files["results"], weights_only=True)
+            return [_Run(**{**run, "error": run["error"] and short(run["error"])}) for run in runs]
 
         try:
             yield finished
@@ -310,12 +299,12 @@ def _end_of(code: int, errors: str) -> str:
         errors: what it wrote to standard error.
     """
     lines = [line for line in errors.splitlines() if line.strip()]
+    last = short(lines[-1] if lines else code)
+    if code >= 0:
+        return f"the fresh process ended with: {last}"
     if code == -getattr(signal, "SIGKILL", 9):  # Windows has none
         return "the fresh process was killed (SIGKILL), most often for want of memory"
-    last = short(lines[-1] if lines else code)
-    if code < 0:
-        return f"the fresh process was ended by signal {-code} ({signal.strsignal(-code)}): {last}"
-    return f"the fresh process ended with: {last}"
+    return f"the fresh process was ended by signal {-code} ({signal.strsignal(-code)}): {last}"
 
 
 def start_child(job_file: Path, errors: Path) -> subprocess.Popen[bytes]:
@@ -347,3 +336,72 @@ def _problems(
         if kinds is None or kind in kinds:
             listed = ", ".join(map(short, keys[:_SHOWN])) + and_more(keys, _SHOWN)
             yield f"{kind.replace('_', ' ')}: {listed}"
+
+
+# What two runs computed
+
+
+def _compared(
+    what: str,
+    model: str,
+    reference: Mapping[str, torch.Tensor],
+    outputs: Mapping[str, torch.Tensor],
+    against: str,
+) -> RoundtripReport:
+    """Return the report on outputs, with their differences from reference outputs.
+
+    Outputs without one finite number are not taken for the same.
+    """
+    names = tuple(dict.fromkeys((*reference, *outputs)))
+    differences = tuple(
+        difference
+        for name in names
+        for difference in _difference(name, reference.get(name), outputs.get(name))
+    )
+    ours = tuple(_not_finite(outputs))
+    theirs = (line for line in _not_finite(reference) if line not in ours)
+    notes = (*ours, *(f"{line} in {against}" for line in theirs))
+    same = bool(names) and not differences and not notes
+    numbers = sum(tensor.numel() for tensor in reference.values())
+    return RoundtripReport(what, model, same, (), names, differences, None, against, notes, numbers)
+
+
+def _not_finite(outputs: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Yield a line for each output that has numbers of which none is finite."""
+    for name, tensor in outputs.items():
+        if tensor.numel() and not bool(tensor.isfinite().any()):
+            yield f"every number of {name} is NaN or infinite"
+
+
+def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Iterator[Difference]:
+    """Yield how two tensors differ, if they do; ``None`` differs from any tensor.
+
+    Of floating types that differ, the numbers are compared.
+
+    ``a``: the reference.
+    """
+    if a is None or b is None or not _comparable(a, b):
+        count = max(tensor.numel() for tensor in (a, b) if tensor is not None)
+        yield Difference(name, count, count)
+        return
+    dtypes = None
+    if a.dtype != b.dtype:
+        dtypes = str(b.dtype).removeprefix("torch."), str(a.dtype).removeprefix("torch.")
+        a, b = a.double(), b.double()
+    unequal = (a != b) & ~((a != a) & (b != b))  # NaN equals NaN here
+    if dtypes is not None or bool(unequal.any()):
+        x, y = a.double(), b.double()
+        largest = _largest((x - y)[unequal])
+        scale = _largest(x[x.isfinite()]) or 1.0
+        count = int(unequal.sum())
+        yield Difference(name, count, a.numel(), largest, largest / scale, dtypes)
+
+
+def _comparable(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if two tensors are of one shape, and of one type or floating types."""
+    floating = a.is_floating_point() and b.is_floating_point()
+    return a.shape == b.shape and (a.dtype == b.dtype or floating)
+
+
+def _largest(numbers: torch.Tensor) -> float:
+    return float(numbers.abs().max()) if numbers.numel() else 0.0

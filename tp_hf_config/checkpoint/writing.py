@@ -1,4 +1,4 @@
-"""Write a config so that its folder holds either the old state or the new one at any moment."""
+"""Write files and folders whole or not at all: they get their name once they are on the disk."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_BACKUP = f"{CONFIG}.bak"
-_NEW = f".{CONFIG}.new"
-_OLD = f".{CONFIG}.old"
-_FICLONE = 0x40049409  # linux/fs.h
 _ON_WINDOWS = os.name == "nt"
-_BINARY = getattr(os, "O_BINARY", 0)  # else Windows changes line ends
-
-
 _REPAIRED = "is being repaired by another process. Wait for it, then check again."
 
 
@@ -67,62 +60,24 @@ def locked(folder: Path, busy: str = _REPAIRED, needed: bool = True) -> Iterator
             os.close(handle)
 
 
-def replace_config(folder: Path, text: bytes) -> Path:
-    """Replace a folder's config.json and keep the old one beside it; the folder has to be locked.
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written under another name; it gets its own once it is on the disk.
 
-    If config.json is a link, the link is replaced, and the file it leads to stays as it is.
+    If a link has one of these names, the link is replaced, and not what it leads to.
 
-    ``text``: the new config.json.
-
-    Returns:
-        The path that the old config has now.
-
-    Raises:
-        OSError: the new config cannot be written; the folder is as it was.
+    Args:
+        path: the file; one that is there is replaced.
+        write: writes the file that it is given.
     """
-    target, new, old = folder / CONFIG, folder / _NEW, folder / _OLD
-    backup = _free(folder)
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
     try:
-        _write(old, target.read_bytes())
-        _write(new, text)
-        os.replace(old, backup)
-        os.replace(new, target)
-        _flush_folder(folder)
-    except BaseException:
-        if os.path.lexists(new):  # config.json is still the old one
-            _remove(backup)
-        raise
+        write(part)
+        flush(part)
+        os.replace(part, path)
     finally:
-        _remove(new)
-        _remove(old)
-    return backup
-
-
-def _free(folder: Path) -> Path:
-    """Return the first path for a backup that does not exist yet."""
-    count = 0
-    while os.path.lexists(backup := folder / (f"{_BACKUP}.{count}" if count else _BACKUP)):
-        count += 1
-    return backup
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file down to the disk; if a link has its name, replace the link, not its target."""
-    _remove(path)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
-    try:
-        done = 0
-        while done < len(data):
-            done += os.write(handle, data[done:])
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder, and with it a rename in it, to the disk; some file systems cannot do this."""
-    with suppress(OSError):
-        flush(folder)
+        part.unlink(missing_ok=True)
+    _flush_folder(path.parent)
 
 
 def flush(path: Path) -> None:
@@ -142,18 +97,37 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written under another name; it gets its own once it is on the disk.
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder, and with it a rename in it, to the disk; some file systems cannot do this."""
+    with suppress(OSError):
+        flush(folder)
 
-    Args:
-        path: the file; one that is there is replaced.
-        write: writes the file that it is given.
+
+def replace_config(folder: Path, text: bytes) -> Path:
+    """Replace a folder's config.json and keep the old one beside it; the folder has to be locked.
+
+    If config.json is a link, the link is replaced, and the file it leads to stays as it is.
+
+    ``text``: the new config.json.
+
+    Returns:
+        The path that the old config has now.
+
+    Raises:
+        OSError: the new config cannot be written; the folder is as it was.
     """
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    flush(part)
-    os.replace(part, path)
-    _flush_folder(path.parent)
+    target = folder / CONFIG
+    old, count = target.read_bytes(), 0
+    while os.path.lexists(backup := folder / f"{CONFIG}.bak{f'.{count}' if count else ''}"):
+        count += 1
+    try:
+        write_whole(backup, lambda part: part.write_bytes(old))
+        write_whole(target, lambda part: part.write_bytes(text))
+    except BaseException:
+        if target.read_bytes() == old:
+            backup.unlink(missing_ok=True)
+        raise
+    return backup
 
 
 def write_config(folder: Path, data: dict[str, Any]) -> None:
@@ -162,18 +136,12 @@ def write_config(folder: Path, data: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def _remove(path: Path) -> None:
-    """Delete a file if it exists."""
-    with suppress(FileNotFoundError):
-        path.unlink()
-
-
 @contextmanager
 def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, list[str]]]:
     """Copy a folder with another config; give the copy its name if the block raises nothing.
 
-    Until then the copy has a hidden name beside ``out``. Weights are linked where the file system
-    allows it, else copied.
+    Until then the copy has a hidden name beside ``out``. Links to folders and special files are
+    left out.
 
     ``text``: the new config.json.
 
@@ -188,7 +156,7 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
     work = out.parent / f".{out.name}.{os.getpid()}.new"
     try:
         left_out = _copy(source, work)
-        _write(work / CONFIG, text)
+        write_whole(work / CONFIG, lambda part: part.write_bytes(text))
         yield work, left_out
         if os.path.lexists(out):
             raise CheckpointError(f"{out} was made by somebody else meanwhile; it is left alone.")
@@ -196,6 +164,24 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         _flush_folder(out.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _copy(source: Path, work: Path) -> list[str]:
+    """Copy a folder but for its own config.json; return the names of what was left out."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    left_out = []
+    for where, folders, files in os.walk(source, onerror=fail):
+        (work / Path(where).relative_to(source)).mkdir(parents=True)
+        for path in (Path(where, name) for name in sorted((*folders, *files))):
+            if path.is_file():
+                if path != source / CONFIG:
+                    shutil.copy2(path, work / path.relative_to(source))
+            elif path.is_symlink() or not path.is_dir():
+                left_out.append(str(path.relative_to(source)))
+    return left_out
 
 
 def check_target(source: Path, out: Path) -> None:
@@ -209,49 +195,3 @@ def check_does_not_exist(out: Path) -> None:
     """Raise a CheckpointError if ``out`` exists already, so that nothing is overwritten."""
     if os.path.lexists(out):
         raise CheckpointError(f"{out} is there already. Say a folder that is not.")
-
-
-def _copy(source: Path, work: Path, top: bool = True) -> list[str]:
-    """Copy a folder but for its own config.json; leave out links to folders and special files.
-
-    Returns:
-        The names of what was left out, relative to the folder.
-    """
-    left_out = []
-    work.mkdir(parents=True)
-    for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
-        path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            left_out += [f"{entry.name}/{name}" for name in _copy(path, work / entry.name, False)]
-        elif entry.name == CONFIG and top:
-            continue
-        elif entry.is_file():
-            _copy_file(path, work / entry.name)
-        else:
-            left_out.append(entry.name)
-    return left_out
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    """Copy a file; where the file system can, both share what is on the disk until one changes.
-
-    A hard link would not do: training may write into a file that is there (``torch.save``).
-    """
-    if _cloned(source, target):
-        shutil.copystat(source, target)
-    else:
-        shutil.copy2(source, target)
-
-
-def _cloned(source: Path, target: Path) -> bool:
-    """True if the file system has made ``target`` a copy without room of its own (``FICLONE``)."""
-    if fcntl is None:
-        return False
-    try:
-        with source.open("rb") as read, target.open("wb") as written:
-            fcntl.ioctl(written, _FICLONE, read.fileno())
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        return False
-    return True

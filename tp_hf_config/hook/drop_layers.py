@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..arguments import Count, check_arguments
-from ..calibration.influence import layer_influence
+from ..calibration.importance import layer_influence
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import build_live, notes_on_options
 from ..fieldmap.fewer_layers import Change, config_without, layer_lists_in

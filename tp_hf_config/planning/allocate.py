@@ -18,10 +18,9 @@ from torch import nn
 
 from ..arguments import Count, Positive, Share, check_arguments
 from ..calibration.calibrate import Calibration
-from ..calibration.difference import Difference
+from ..calibration.compensation import Difference, run_as_cut, run_held_out
 from ..calibration.importance import Kind
-from ..calibration.refits_of_step import StepRefits
-from ..calibration.trial import run_as_cut, run_held_out
+from ..calibration.refit import StepRefits
 from ..errors import UnsupportedModelError
 from ..fieldmap.model_view import ModelView, view_of
 from ..graph.config_graph import ConfigGraph

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import nn
 
-from ..calibration.forecast import gram_bytes
+from ..calibration.measured import gram_bytes
 from ..fieldmap.field_map import FieldMap
 from ..forward.find_recipe import dry_pass
 from ..model.build import Refusal

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..calibration.batches import TOKENS, WINDOW
-from ..calibration.forecast import inputs_of
+from ..calibration.measured import inputs_of
 from ..fieldmap.field_map import FieldMap
 
 RATE = 140e9

@@ -22,7 +22,7 @@ from tp_hf_config import (
     calibrate,
     pruner_kwargs,
 )
-from tp_hf_config.calibration import difference
+from tp_hf_config.calibration import compensation
 from tp_hf_config.calibration.compensation import Compensation
 from tp_hf_config.calibration.linear_ops import Consumer
 
@@ -59,7 +59,14 @@ _OWN_FLOAT32 = {"mamba2": 1e-5}
 """Classes that compute in float32 in a float64 model, and what that leaves."""
 
 
-@pytest.mark.parametrize("name", EXACT)
+OF_EVERY_KIND = (
+    ("llama", "gpt2", "mixtral", "deepseek_v3", "mamba2", "t5", "convnext", "wav2vec2"),
+    ("gemma3", "falcon", "gpt_oss", "deberta_v2", "swin", "timm_vit", "qwen2_vl"),
+)
+"""Those that ``make test`` runs: first of the exact ones, then of all."""
+
+
+@pytest.mark.parametrize("name", calibrated.others_full(EXACT, OF_EVERY_KIND[0]))
 def test_units_that_others_make_up_for_leave_no_trace(name: str) -> None:
     """Half of all units are copies of others: the pruned model computes what the whole one did."""
     model = calibrated.build(name)
@@ -81,7 +88,7 @@ def test_units_that_others_make_up_for_leave_no_trace(name: str) -> None:
     assert plain.config.to_dict() == model.config.to_dict()
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", calibrated.others_full(zoo.NAMES, OF_EVERY_KIND[1]))
 def test_no_layer_is_worse_than_its_plain_cut(name: str) -> None:
     """On the data that refits are solved for."""
     model = calibrated.build(name)
@@ -101,7 +108,7 @@ def test_no_layer_is_worse_than_its_plain_cut(name: str) -> None:
 ROUND_TRIPS = ("llama", "gpt2", "mixtral", "bert", "t5", "convnext")
 
 
-@pytest.mark.parametrize("name", ROUND_TRIPS)
+@pytest.mark.parametrize("name", calibrated.others_full(ROUND_TRIPS, ("mixtral", "t5")))
 def test_a_refitted_model_is_the_same_after_a_reload(name: str, collector: Any) -> None:
     model = calibrated.build(name, torch.float32)
     plain = copy.deepcopy(model)
@@ -282,7 +289,7 @@ def test_refits_that_make_the_whole_model_worse_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = iter([0.1, 0.2, 0.1])  # cut, refitted, after the cut
-    monkeypatch.setattr(difference.Difference, "mean", lambda self: next(changes))
+    monkeypatch.setattr(compensation.Difference, "mean", lambda self: next(changes))
     model = calibrated.build("llama")
     down = [layer.mlp.down_proj.weight[:, :48].clone() for layer in model.model.layers]
     hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model)))

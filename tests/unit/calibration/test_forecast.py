@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from tp_hf_config import calibrate, plan
-from tp_hf_config.calibration import forecast
+from tp_hf_config.calibration import measured
 from tp_hf_config.calibration.linear_ops import Consumer
 
 pytestmark = [
@@ -22,7 +22,7 @@ NAMES = ["llama", "gpt2", "qwen3_moe", "deepseek_v3", "bert", "t5", "vit", "mamb
 EXPERTS = [n for n in NAMES if n in ("qwen3_moe", "deepseek_v3")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", calibrated.others_full(NAMES, [*EXPERTS, "t5", "mamba2"]))
 def test_what_a_plan_foretells_is_what_calibrating_takes(name: str) -> None:
     if name in EXPERTS and small.TRANSFORMERS < (5,):
         pytest.skip("an expert that gets no tokens is not there in Transformers 4")
@@ -53,7 +53,7 @@ def test_a_second_process_needs_no_tiny_model(
     monkeypatch.setenv("TP_HF_CONFIG_CACHE", str(tmp_path))
     config = hf.LlamaConfig(hidden_size=96, intermediate_size=80, num_attention_heads=3)
     first = plan(config).before.gram_bytes
-    monkeypatch.delattr(forecast, "experiments_of")
+    monkeypatch.delattr(measured, "experiments_of")
     assert plan(config).before.gram_bytes == first == 32 * 4 * (96**2 + 80**2)
 
 

@@ -11,7 +11,7 @@ import transformers as hf
 import zoo
 from torch import Tensor, nn
 
-from tp_hf_config.calibration.influence import layer_influence
+from tp_hf_config.calibration.importance import layer_influence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

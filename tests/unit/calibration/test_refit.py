@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tp_hf_config.calibration.greedy import Part, elimination_order
+from tp_hf_config.calibration.importance import Part, elimination_order
 from tp_hf_config.calibration.refit import refit_from_gram, refit_from_products
 from tp_hf_config.graph.edits import plain_cut
 

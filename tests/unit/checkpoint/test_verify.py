@@ -28,7 +28,6 @@ from tp_hf_config import (
 )
 
 
-@pytest.mark.usefixtures("started_as_for_users")
 def test_a_model_that_comes_back_the_same():
     model = tiny.build("t5").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -134,12 +133,11 @@ def test_a_progress_bar_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "it/s" not in report.error
 
 
-@pytest.mark.parametrize("start", ["started_as_for_users", "_start_at_once"])
+@pytest.mark.usefixtures("started_as_for_users")
 def test_a_module_that_has_the_name_of_one_of_the_library(
-    start: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    request.getfixturevalue(start)
-    model_class = own_class("heads", "pass", tmp_path, monkeypatch)
+    model_class = own_class("solving", "pass", tmp_path, monkeypatch)
     model = model_class(hf.BertConfig(**tiny._SIZES)).eval()
     report = verify_roundtrip(model, tiny.inputs(model))
     assert (report.same, report.error, report.model) == (True, None, "Own")

@@ -25,7 +25,7 @@ from tp_hf_config import (
     drop_layers,
     pruner_kwargs,
 )
-from tp_hf_config.calibration.influence import layer_influence
+from tp_hf_config.calibration.importance import layer_influence
 from tp_hf_config.forward.layer_passes import hidden_out
 from tp_hf_config.hook import apply
 

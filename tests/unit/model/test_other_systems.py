@@ -137,11 +137,6 @@ class TestWithoutFcntl:
         with writing.locked(folder):
             pass
 
-    def test_a_file_is_copied(self, tmp_path: Path) -> None:
-        (tmp_path / "a").write_bytes(b"1\n")
-        writing._copy_file(tmp_path / "a", tmp_path / "b")
-        assert (tmp_path / "b").read_bytes() == b"1\n"
-
 
 def test_windows_flushes_only_what_is_open_for_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
