@@ -26,7 +26,7 @@ from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import config_json, config_nodes
 from tp_hf_config.model.layer_class import layer_lists
 from tp_hf_config.model.layer_entries import layer_lists_of
-from tp_hf_config.pipeline.trial import Outcome, Subject, attempt, save
+from tp_hf_config.pipeline.support import Outcome, Subject, attempt, save
 from tp_hf_config.twin.masked_check import EXACT
 
 GLOBAL, FIRST_KEPT = "global", "firsts-kept"

@@ -114,7 +114,7 @@ def _reason(error: BaseException) -> str:
 
 def _widths(case: Any, folder: Path, note: Note) -> None:
     """Prune every width, and with the defaults."""
-    from tp_hf_config.pipeline.trial import WidthSupport, attempt, trials
+    from tp_hf_config.pipeline.support import WidthSupport, attempt, trials
 
     widths: list[dict[str, Any]] = []
     for trial in trials(case, folder):
@@ -132,7 +132,7 @@ def _layers(case: Any, folder: Path, note: Note) -> None:
     """Drop a layer of every list, and let layers differ, if there are any."""
     from layer_trials import differ_trial, drop_trials, lists_of_layers
 
-    from tp_hf_config.pipeline.trial import save
+    from tp_hf_config.pipeline.support import save
 
     lists = lists_of_layers(case)
     note(lists=lists)
@@ -193,7 +193,7 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
     _surroundings(seconds, memory)
     import transformers
 
-    from tp_hf_config.pipeline.trial import reloaded
+    from tp_hf_config.pipeline.support import reloaded
 
     result = read_result(folder)
     model_class = getattr(transformers, pair.class_name)

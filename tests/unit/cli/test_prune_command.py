@@ -29,7 +29,8 @@ from tp_hf_config import Calibration
 from tp_hf_config.calibration import measured as measured_model
 from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import deciding, output, prune, recovery
+from tp_hf_config.pipeline import output, prune
+from tp_hf_config.pipeline import text as text_module
 from tp_hf_config.planning.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread", "every_width")
@@ -811,7 +812,7 @@ class TestRefused:
     def test_a_recovery_that_diverges(
         self, capsys: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(recovery, "kl_div", lambda *_, **__: torch.tensor(float("nan")))
+        monkeypatch.setattr(text_module, "kl_div", lambda *_, **__: torch.tensor(float("nan")))
         typed = ("prune", models / "roberta", "--out", tmp_path / "out", *QUARTER)
         more = ("--calibration", models / "text.txt", "--recover", 2)
         code, _, errors = shell(capsys, *typed, *more)
@@ -889,7 +890,7 @@ def after(step: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., A
 
 STEPS = {
     "loading": (prune, "load"),
-    "pruning": (deciding, "run_steps"),
+    "pruning": (prune, "run_steps"),
     "saving": (prune, "save_model"),
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),

@@ -12,9 +12,9 @@ import transformers as hf
 
 from tp_hf_config.calibration.batches import shipped_text
 from tp_hf_config.errors import CalibrationWarning, PipelineError, UnsupportedModelError
-from tp_hf_config.pipeline.choice import Choice, choose, class_writes_text
 from tp_hf_config.pipeline.job import Job
 from tp_hf_config.pipeline.source import find_source
+from tp_hf_config.pipeline.text import Choice, choose, class_writes_text
 
 FILE = Path("there/text.txt")
 TEXTS = {None: None, "own": None, FILE: "w1 w2"}

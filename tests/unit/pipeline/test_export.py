@@ -20,7 +20,7 @@ from shell import shell
 
 from tp_hf_config import PipelineError, export, verify_checkpoint
 from tp_hf_config.checkpoint import loading
-from tp_hf_config.pipeline import padded as padded_module
+from tp_hf_config.pipeline import padding as padding_module
 
 pytestmark = pytest.mark.skipif(
     not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
@@ -68,7 +68,7 @@ PADDED: list[tuple[str, tuple[str, ...], float, float, dict[str, int]]] = [
 @pytest.fixture
 def without_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fresh process finds is another test's."""
-    monkeypatch.setattr(padded_module, "prove_roundtrip", lambda *_: None)
+    monkeypatch.setattr(padding_module, "prove_roundtrip", lambda *_: None)
 
 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -185,7 +185,7 @@ class TestPadded:
     def test_what_a_fresh_process_cannot_load_is_not_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        save = padded_module.save_model
+        save = padding_module.save_model
 
         def broken(model: Any, folder: Path) -> None:
             save(model, folder)
@@ -193,7 +193,7 @@ class TestPadded:
             config["rms_norm_eps"] = 0.5
             (folder / "config.json").write_text(json.dumps(config))
 
-        monkeypatch.setattr(padded_module, "save_model", broken)
+        monkeypatch.setattr(padding_module, "save_model", broken)
         model = differing.pruned("llama", ("intermediate_size",))
         with pytest.raises(PipelineError, match="the model was not written, its round trip is not"):
             export(model, tmp_path / "out", to="padded")

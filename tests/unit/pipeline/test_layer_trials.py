@@ -19,9 +19,8 @@ import zoo
 
 from tp_hf_config import ConfigSyncError, drop_layers
 from tp_hf_config.model.build import Refusal, without_data
-from tp_hf_config.pipeline import trial
-from tp_hf_config.pipeline.support import prepared
-from tp_hf_config.pipeline.trial import Subject, attempt, reloaded
+from tp_hf_config.pipeline import support
+from tp_hf_config.pipeline.support import Subject, attempt, prepared, reloaded
 
 layer_trials: Any = small.module_of(small.ROOT / "benchmarks" / "support" / "layer_trials.py")
 LayerTrial, differ_trial = layer_trials.LayerTrial, layer_trials.differ_trial
@@ -90,7 +89,7 @@ def test_a_step_that_is_refused_before_the_cut_is_no_failure(
             pruner.step()
         raise ConfigSyncError("no config says that")
 
-    monkeypatch.setattr(trial, "_prune_and_check", refused)
+    monkeypatch.setattr(support, "_prune_and_check", refused)
     case = case_of("llama")
     assert attempt(case, copy.deepcopy(case.model), tmp_path) == expected
 

@@ -17,16 +17,20 @@ from transformers import PreTrainedTokenizerFast
 from tp_hf_config.calibration.batches import second_text, shipped_text
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import deciding
-from tp_hf_config.pipeline.choice import Choice
+from tp_hf_config.pipeline import prune
 from tp_hf_config.pipeline.companions import Copied
-from tp_hf_config.pipeline.job import Job, Pruned
-from tp_hf_config.pipeline.material import Material, Run, gather
-from tp_hf_config.pipeline.objective import Objective, batch_of, objective_of
-from tp_hf_config.pipeline.progress import Silent
+from tp_hf_config.pipeline.job import Job, Progress, Pruned
+from tp_hf_config.pipeline.proofs import Proof
 from tp_hf_config.pipeline.prune import _seeded
-from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.pipeline.source import Source
+from tp_hf_config.pipeline.text import (
+    Choice,
+    Material,
+    Objective,
+    batch_of,
+    gather,
+    objective_of,
+)
 from tp_hf_config.planning.model_size import Size
 from tp_hf_config.planning.plan import Plan
 from tp_hf_config.planning.settings import PruneSettings
@@ -45,7 +49,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="\0")
 
 
-class Said(Silent):
+class Said(Progress):
     """Remembers what is shown."""
 
     def __init__(self) -> None:
@@ -77,7 +81,7 @@ def windows_in(text: str) -> list[str]:
 
 class TestShippedText:
     def test_the_first_70_per_cent_of_the_passages_and_the_others(self) -> None:
-        path = Path(deciding.__file__).parents[1] / "calibration" / "shipped_text.txt"
+        path = Path(prune.__file__).parents[1] / "calibration" / "shipped_text.txt"
         whole = path.read_text(encoding="utf-8")
         passages = [one.strip("\n") for one in whole.split("\n----\n")]
         assert len(passages) == 106
@@ -175,7 +179,7 @@ class TestWindows:
     ) -> None:
         choice = Choice(importance, "file", self.text, tokenizer)
         with pytest.raises(UnsupportedModelError) as refused:
-            gather(job(recover=recover), choice, tiny.build("bert"), Silent())
+            gather(job(recover=recover), choice, tiny.build("bert"), Progress())
         assert str(refused.value) == (
             "BertModel has no logits, so a text cannot tell how well it does: leave --recover "
             "out, and use another --importance than taylor"
@@ -203,14 +207,13 @@ class TestObjective:
         reason = "LlamaForCausalLM does not run on text alone (ValueError: no image)"
         assert objective_of(model, None, torch.zeros(1, 8, dtype=torch.long)) == Refusal(reason)
         choice = Choice("wanda", "own", compensate=True)
-        monkeypatch.setattr(deciding, "gather", lambda *_: Refusal(reason))
+        monkeypatch.setattr(prune, "gather", lambda *_: Refusal(reason))
         note = f"channels are ranked by magnitude, and no weight is refitted: {reason}"
-        run = Run(job(), model, choice, Silent())
-        deciding._gather(run)
-        assert (run.choice, run.material) == (Choice("magnitude", notes=(note,)), None)
+        found = prune._gathered(job(), choice, model, Progress())
+        assert found == (Choice("magnitude", notes=(note,)), None)
         asked = Choice("wanda", "own", compensate=True, asked=True)
         with pytest.raises(UnsupportedModelError) as refused:
-            deciding._gather(Run(job(), model, asked, Silent()))
+            prune._gathered(job(), asked, model, Progress())
         assert str(refused.value) == (
             f"{reason}: leave --calibration, --recover, --allocate and --drop-layers out, and use "
             "--importance magnitude or random"

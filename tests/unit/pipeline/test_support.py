@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs, supports
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.pipeline.trial import reloaded, save
+from tp_hf_config.pipeline.support import reloaded, save
 
 # One type for each mechanism: grouped heads, fused layers, Conv1D, experts, latent attention,
 # relative positions, tied weights, heads with the hidden size, convolutions, images
