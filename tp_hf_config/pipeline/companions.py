@@ -134,11 +134,7 @@ def _weights_of(folder: Path) -> tuple[str, ...]:
 
 
 def fetch_companions(source: Source) -> None:
-    """Download what :func:`copy_companions` copies of a Hub model, and do nothing for others.
-
-    Raises:
-        PipelineError: it cannot be downloaded.
-    """
+    """Download what :func:`copy_companions` copies of a Hub model, and do nothing for others."""
     if source.folder is None:
         _snapshot(source)
 

@@ -36,9 +36,6 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
         target: the final folder; empty or not there, unless ``overwrite``.
         source: a folder that has to stay.
         overwrite: replace a model folder that is there, at the end.
-
-    Raises:
-        PipelineError: ``target`` cannot be written to, or something would be overwritten.
     """
     check_target(target, source=source, overwrite=overwrite)
     target = target.expanduser().resolve()
@@ -62,11 +59,7 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
 
 
 def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-    """Raise if :func:`new_folder` would refuse ``target``, before there is anything to write.
-
-    Raises:
-        PipelineError: ``target`` cannot be written to, or something would be overwritten.
-    """
+    """Raise if :func:`new_folder` would refuse ``target``, before there is anything to write."""
     try:
         path = target.expanduser().resolve()
         reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
@@ -162,9 +155,6 @@ def check_savable(model: PreTrainedModel) -> None:
 
     Transformers up to 5.0, for one, saves none whose fields contradict each other, as published
     ones do.
-
-    Raises:
-        PipelineError: Transformers does not save it.
     """
     generation = getattr(model, "generation_config", None)
     if generation is None:
@@ -194,9 +184,6 @@ def save_model(
 
     Returns:
         What the config cannot say to Transformers 4, and why, one sentence each.
-
-    Raises:
-        PipelineError: the weights cannot be written.
     """
     # with torch, which no check of a job needs
     from ..checkpoint.building import Classes

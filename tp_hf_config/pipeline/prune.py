@@ -319,11 +319,7 @@ def _cut(
 def _dropped_layers(
     job: Job, model: PreTrainedModel, material: Material | None, progress: Progress
 ) -> DroppedLayers | None:
-    """Drop the layers that change least on the text.
-
-    Raises:
-        PipelineError: there are not so many layers.
-    """
+    """Drop the layers that change least on the text."""
     count = job.drop_layers
     if not count or material is None:
         return None

@@ -66,9 +66,6 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
     """Return the source that a user means by a folder, a file or a name, without using torch.
 
     A name may be a Hub id; whether the Hub has it is not checked.
-
-    Raises:
-        PipelineError: there is no such folder or file, or no model in it.
     """
     try:
         return _source(name, trust_remote_code)
@@ -117,9 +114,6 @@ def check_reachable(source: Source) -> None:
     """Raise if a model is not in a local folder, and the Hub and its cache have no config of it.
 
     Do nothing if the environment names an old cache, in which Transformers 4 looks.
-
-    Raises:
-        PipelineError: there is no such config, or the Hub cannot be reached.
     """
     if source.folder is not None or os.environ.keys() & _OLD_CACHES:
         return
@@ -142,11 +136,7 @@ def _without_config(folder: Path) -> str:
 
 
 def config_of(source: Source) -> PreTrainedConfig:
-    """Return the model's config; read no weights.
-
-    Raises:
-        PipelineError: the config cannot be read, or needs code that is not trusted.
-    """
+    """Return the model's config; read no weights."""
     from transformers import AutoConfig
 
     from ..model.from_config import too_many_layers
@@ -297,9 +287,6 @@ def load(
 
     Returns:
         The model, and notes for the user, such as tensors that are missing.
-
-    Raises:
-        PipelineError: the weights cannot be loaded, or some are missing.
     """
     import torch
 
@@ -343,11 +330,7 @@ def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer.
-
-    Raises:
-        PipelineError: there is no tokenizer, or it cannot be loaded.
-    """
+    """Load the model's tokenizer."""
     from transformers import AutoTokenizer
 
     try:

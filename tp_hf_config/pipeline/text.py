@@ -492,9 +492,6 @@ def recover(
 
     The target is the answers and not the text: training on the text would teach the text.
     ``what``: what to call it in the progress.
-
-    Raises:
-        PipelineError: the loss, or a weight afterwards, is not finite.
     """
     objective, teacher = material.objective, material.teacher
     assert teacher is not None  # only then does a job recover

@@ -30,18 +30,23 @@ from tp_hf_config.pipeline.support import reloaded, save
 TABLE = json.loads((small.ROOT / "docs" / "support.json").read_text())
 MEASURED = {(pair["task"], pair["type"]): pair for pair in TABLE["pairs"]}
 SAMPLE = [
-    ("causal-lm", "llama"),
-    ("causal-lm", "gpt2"),
-    ("causal-lm", "gpt_bigcode"),
     ("causal-lm", "phi3"),
-    ("causal-lm", "gemma2"),
     ("causal-lm", "mixtral"),
     ("masked-lm", "bert"),
-    ("masked-lm", "deberta-v2"),
     ("seq2seq-lm", "t5"),
-    ("image-classification", "vit"),
-    ("image-classification", "convnext"),
-    ("model", "paligemma"),
+    *(
+        pytest.param(*pair, marks=pytest.mark.full)
+        for pair in (
+            ("causal-lm", "llama"),
+            ("causal-lm", "gpt2"),
+            ("causal-lm", "gpt_bigcode"),
+            ("causal-lm", "gemma2"),
+            ("masked-lm", "deberta-v2"),
+            ("image-classification", "vit"),
+            ("image-classification", "convnext"),
+            ("model", "paligemma"),
+        )
+    ),
 ]
 
 
