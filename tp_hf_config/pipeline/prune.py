@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch_pruning as tp
@@ -55,8 +55,6 @@ _RANKINGS = {
     "global": {"global_pruning": True},
     "isomorphic": {"global_pruning": True, "isomorphic": True},
 }
-Perplexities = tuple[float | None, float | None]
-"""Of the held-out text of the calibration file, and of the second text."""
 
 
 def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
@@ -106,15 +104,15 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         if planned is not None and job.ranking != "local":
             _check_ranking(model, planned, job)
         choice, material = _gathered(job, choice, model, progress)
-        before = model.num_parameters(), _perplexities(model, material)
+        before = _measured(model, material)
 
         # cut: layers first, then widths
         cut = _cut(job, model, planned, choice, material, progress)
-        after = model.num_parameters(), _perplexities(model, material)
+        after = _measured(model, material)
         del material  # with the unpruned model: the process that loads the pruned one needs room
 
         # write: the model and what belongs to it, once a fresh process has loaded it
-        result = _write(job, model, choice, cut, (before, after), notes, work, progress)
+        result = _write(job, model, choice, cut, before, after, notes, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -259,8 +257,16 @@ def _gathered(
     return choice.without_text(material.reason), None
 
 
-def _perplexities(model: PreTrainedModel, material: Material | None) -> Perplexities:
-    return (None, None) if material is None else material.perplexities(model)
+class Measured(NamedTuple):
+    """A model's number of parameters, and its perplexity on each of ``TEXTS``."""
+
+    parameters: int
+    perplexities: tuple[float | None, float | None]
+
+
+def _measured(model: PreTrainedModel, material: Material | None) -> Measured:
+    perplexities = (None, None) if material is None else material.perplexities(model)
+    return Measured(model.num_parameters(), perplexities)
 
 
 # -------------------------------------------------------------------------------------------- cut
@@ -448,20 +454,17 @@ def _write(
     model: PreTrainedModel,
     choice: Choice,
     cut: Cut,
-    measured: tuple[tuple[int, Perplexities], tuple[int, Perplexities]],
+    before: Measured,
+    after: Measured,
     load_notes: Sequence[str],
     work: Path,
     progress: Progress,
 ) -> Pruned:
-    """Write the model, what belongs to it and its card into ``work``; prove that it loads there.
-
-    ``measured``: its parameters and perplexities before and after.
-    """
+    """Write the model, what belongs to it and its card into ``work``; prove that it loads there."""
     rotary_notes = save_model(model, work, job.max_shard_size)
     copied = copy_companions(job.source, work)
     progress.say("a fresh process loads what was written")
     proof = prove_roundtrip(model, work, cut.recipe)
-    (parameters, before), (left, after) = measured
     planned = cut.widths if isinstance(cut.widths, Plan) else None
     layerwise = _layerwise(model)
     notes = [*load_notes, *(planned.notes if planned else ()), *choice.notes]
@@ -472,13 +475,13 @@ def _write(
     notes += notes_on_uncopied(job.source, copied, changed(cut.reports))
     if job.layers == "differ" and layerwise is None:
         notes.append("all layers have the same widths in the end: the class is the stock one")
-    held_out, second = map(_pair, before, after)
+    held_out, second = map(_pair, before.perplexities, after.perplexities)
     result = Pruned(
         type(model).__name__,
         job.out,
         planned,
         cut.reports,
-        (parameters, left),
+        (before.parameters, after.parameters),
         proof,
         copied,
         held_out,
@@ -505,9 +508,9 @@ def _layerwise(model: PreTrainedModel) -> Layerwise | None:
     )
 
 
-def _lost_perplexities(before: Perplexities, after: Perplexities) -> Iterator[str]:
+def _lost_perplexities(before: Measured, after: Measured) -> Iterator[str]:
     """Yield a note on each text of which the pruned model's perplexity is no finite number."""
-    for text, old, new in zip(TEXTS, before, after, strict=True):
+    for text, old, new in zip(TEXTS, before.perplexities, after.perplexities, strict=True):
         if old is not None and new is None:
             yield f"perplexity on {text} was {old:.1f}, and is not finite now: prune less"
 

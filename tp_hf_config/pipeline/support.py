@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -191,8 +190,14 @@ def supports(
         case = prepared(model, seed, make_inputs)
         if isinstance(case, Refusal):
             return Support(name, why_not=case.reason, seed=seed)
-        widths = tuple(_after_reload(trial, type(model)) for trial in trials(case, Path(folder)))
-    return Support(name, widths, None, case.tiny.partial, seed)
+        widths: list[WidthSupport] = []
+        for width, saved in trials(case, Path(folder)):
+            refusals = (reloaded(type(model), place) for place in saved)
+            refusal = next(filter(None, refusals), None)
+            if refusal is not None:
+                width = replace(width, outcome="failed", why=refusal.reason)
+            widths.append(width)
+    return Support(name, tuple(widths), None, case.tiny.partial, seed)
 
 
 def prepared(
@@ -211,15 +216,6 @@ def prepared(
     return subject(tiny, seed)
 
 
-def _after_reload(trial: Trial, model_class: type[nn.Module]) -> WidthSupport:
-    """Load what a trial saved; ``failed`` if a loaded model differs."""
-    for folder in trial.folders:
-        refusal = reloaded(model_class, folder)
-        if refusal is not None:
-            return replace(trial.width, outcome="failed", why=refusal.reason)
-    return trial.width
-
-
 @dataclass(frozen=True)
 class Subject:
     """A model to prune copies of.
@@ -236,19 +232,6 @@ class Subject:
     def warmed_up(self) -> nn.Module:
         """A copy of the model after a pass, to mask."""
         return run_once(copy.deepcopy(self.model), self.tiny.inputs, self.tiny.recipe)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One width that was pruned in copies of the tiny model.
-
-    Attributes:
-        width: the outcome.
-        folders: where the pruned copies were saved, one for each number of steps.
-    """
-
-    width: WidthSupport
-    folders: tuple[Path, ...] = ()
 
 
 def subject(tiny: TinyModel, seed: int) -> Subject:
@@ -310,8 +293,12 @@ def _as_float32(value: torch.Tensor) -> None:
             value.add_(1e-3 * torch.randn_like(value)).copy_(value.float())
 
 
-def trials(case: Subject, folder: Path) -> Iterator[Trial]:
-    """Yield a trial for every width that the library lists for a model; prune new copies for each.
+Tried = tuple[WidthSupport, tuple[Path, ...]]
+"""The outcome of a width, and where pruned copies were saved: one for each number of steps."""
+
+
+def trials(case: Subject, folder: Path) -> Iterator[Tried]:
+    """Try every width that the library lists for a model, in new copies of the model.
 
     Leave out a width that cannot be pruned if one of its fields is in a width that can.
 
@@ -327,7 +314,7 @@ def trials(case: Subject, folder: Path) -> Iterator[Trial]:
         yield _trial(case, width, folder / f"{number:02d}")
 
 
-def _trial(case: Subject, width: Width, folder: Path) -> Trial:
+def _trial(case: Subject, width: Width, folder: Path) -> Tried:
     """Prune half of a width in one step and, if it has more than two units, in two."""
     folders: list[Path] = []
     for steps in _STEPS if width.units > 2 else _STEPS[:1]:
@@ -343,8 +330,8 @@ def _trial(case: Subject, width: Width, folder: Path) -> Trial:
         elif steps > 1:
             why = f"{steps} steps: {why}"
         graph = "" if outcome == "refused" else "config"
-        return Trial(WidthSupport(width.names, outcome, why, graph, width.units))
-    return Trial(WidthSupport(width.names, "works", "", "config", width.units), tuple(folders))
+        return WidthSupport(width.names, outcome, why, graph, width.units), ()
+    return WidthSupport(width.names, "works", "", "config", width.units), tuple(folders)
 
 
 def attempt(
@@ -459,61 +446,32 @@ def save(
     return None
 
 
-def reloaded(model_class: Any, folder: Path) -> Refusal | None:
+def reloaded(loader: Any, folder: Path, **options: Any) -> Refusal | None:
     """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``.
 
-    Code that was saved with it runs, as every auto class that it names lets it: those of the model
-    itself, and those of the classes beside it, which only have to have its layers.
+    Args:
+        loader: the class whose ``from_pretrained`` loads it.
+        folder: what :func:`save` wrote.
+        options: more options of ``from_pretrained``.
     """
-    import transformers
-
-    config = json.loads((folder / "config.json").read_text())
-    places = (config.get("auto_map") or {}).items()
-    models = {
-        getattr(transformers, name): place for name, place in places if name.startswith("AutoModel")
-    }
-    saved = f".{config['architectures'][0]}"
-    own = [auto for auto, place in models.items() if place.endswith(saved)] or [model_class]
-    beside = [auto for auto in models if auto not in own]
     case = torch.load(folder / _CASE, weights_only=True)
-    case["options"].update({"trust_remote_code": True} if models else {})
-    for loader in (*own, *beside):
-        try:
-            reason = _wrong_of(loader, folder, case) if loader in own else _lacks(loader, folder)
-        except Exception as error:
-            reason = f"it cannot be loaded: {type(error).__name__}: {error}"
-        if reason is not None:
-            by = f"{loader.__name__}: " if loader in beside else ""
-            return Refusal(_line(f"{by}{reason}"))
-    return None
-
-
-def _wrong_of(loader: Any, folder: Path, case: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a saved model that a class loads; ``None`` if it is the same."""
     recipe = RunRecipe(methods=tuple(case["methods"]))
-    model, problems = load(loader, str(folder), case["options"])
-    if problems:
-        return f"loading reports {problems}"
-    for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
-        if getattr(module, "_can_set_experts_implementation", bool)():
-            module.set_experts_implementation("eager")
-    if layer_lists(type(model)):
-        model._tell_layers("_experts_implementation_internal")
-    with torch.no_grad():
-        watched = [PassResult(*result) for result in case["watched"]]
-        outputs = outputs_in_float64(model.double().eval(), case["inputs"], watched, recipe)
+    watched = [PassResult(*result) for result in case["watched"]]
+    try:
+        model, problems = load(loader, str(folder), {**case["options"], **options})
+        if problems:
+            return Refusal(_line(f"loading reports {problems}"))
+        for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
+            if getattr(module, "_can_set_experts_implementation", bool)():
+                module.set_experts_implementation("eager")
+        if layer_lists(type(model)):
+            model._tell_layers("_experts_implementation_internal")
+        with torch.no_grad():
+            outputs = outputs_in_float64(model.double().eval(), case["inputs"], watched, recipe)
+    except Exception as error:
+        return Refusal(_line(f"it cannot be loaded: {type(error).__name__}: {error}"))
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
-    return None if same else "loaded again it computes other outputs"
-
-
-def _lacks(loader: Any, folder: Path) -> str | None:
-    """Return which layers get no weights in a class beside the saved one; ``None`` if all do."""
-    options = {"trust_remote_code": True, "ignore_mismatched_sizes": True}  # of its own head
-    model, problems = load(loader, str(folder), options)
-    lists = tuple(f"{name}." for name in layer_lists(type(model)))
-    keys = (*problems.get("missing_keys", ()), *problems.get("mismatched_keys", ()))
-    lacking = [key for key in keys if any(name in key for name in lists)]
-    return f"no weights are loaded for {lacking}" if lacking else None
+    return None if same else Refusal("loaded again it computes other outputs")
 
 
 @contextmanager
