@@ -22,9 +22,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tp_hf_config import PipelineError, export
 from tp_hf_config.model.layer_entries import GLOBAL_READS, set_entries
 
-pytestmark = pytest.mark.skipif(
-    not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
+    ),
+]
 FFN = ("intermediate_size",)
 
 

@@ -22,9 +22,12 @@ from tp_hf_config import PipelineError, export, verify_checkpoint
 from tp_hf_config.checkpoint import loading
 from tp_hf_config.pipeline import padding as padding_module
 
-pytestmark = pytest.mark.skipif(
-    not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
+    ),
+]
 WITHIN = 1e-5
 """How far outputs in float32 may differ: sums over other numbers of terms."""
 _EIGHT: dict[str, Any] = {

@@ -40,6 +40,7 @@ from tp_hf_config.pipeline import export as export_module
 from tp_hf_config.pipeline import gguf_file
 from tp_hf_config.pipeline.gguf_file import vocabulary_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FFN, HEADS = "intermediate_size", "num_attention_heads"
 TEXT = "the tower was there, and nobody there said so: it is 42 feet high\n" * 3
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -25,9 +25,12 @@ from tp_hf_config.pipeline.support import Subject, attempt, prepared
 layer_trials: Any = small.module_of(small.ROOT / "benchmarks" / "support" / "layer_trials.py")
 LayerTrial, differ_trial = layer_trials.LayerTrial, layer_trials.differ_trial
 reloaded_by_all = layer_trials.reloaded_by_all
-pytestmark = pytest.mark.skipif(
-    small.TRANSFORMERS < (5,), reason="the configs of Transformers 4 have other fields"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        small.TRANSFORMERS < (5,), reason="the configs of Transformers 4 have other fields"
+    ),
+]
 differing = pytest.mark.skipif(
     not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
 )

@@ -35,6 +35,10 @@ from tp_hf_config.planning.model_size import Size
 from tp_hf_config.planning.plan import Plan
 from tp_hf_config.planning.settings import PruneSettings
 
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
 LETTERS = [chr(number) for number in range(32, 127)]  # 95 of the tiny models' 99 tokens
 SIZE = 62  # tokens of a window: the tiny models have 64 positions
 
@@ -132,8 +136,8 @@ class TestWindows:
     def test_own(self) -> None:
         """It needs no tokenizer; then there is no second text."""
         model = tiny.build("llama-gqa")
-        one, said = gathered(model, Choice("obs", "own", compensate=True), seed=3)
-        other, _ = gathered(model, Choice("obs", "own", compensate=True), seed=3)
+        one, said = gathered(model, Choice("obs", "own", compensate=True), seed=3, tokens=620)
+        other, _ = gathered(model, Choice("obs", "own", compensate=True), seed=3, tokens=620)
         assert one.calibration is not None
         assert other.calibration is not None
         assert one.calibration.train[0]["input_ids"].shape == (1, SIZE)
@@ -150,7 +154,6 @@ class TestWindows:
         assert material.teacher is not None
         assert material.teacher is not model
 
-    @pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")  # poolers read 1 token
     @pytest.mark.parametrize(
         ("name", "task", "arguments"),
         [
@@ -165,7 +168,7 @@ class TestWindows:
     ) -> None:
         """They are calibrated on the file, and asked about no second text."""
         model = tiny.build(name)
-        material, _ = gathered(model, Choice("wanda", "file", self.text, tokenizer))
+        material, _ = gathered(model, Choice("wanda", "file", self.text, tokenizer), tokens=620)
         assert material.calibration is not None
         (batch, *_) = material.calibration.train
         assert {key: tuple(value.shape) for key, value in batch.items()} == arguments

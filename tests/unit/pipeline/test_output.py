@@ -21,6 +21,11 @@ from tp_hf_config.pipeline.job import Job
 from tp_hf_config.pipeline.output import check_target, new_folder, save_model
 from tp_hf_config.pipeline.source import Source
 
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
+
 
 class TestTarget:
     @pytest.mark.parametrize("name", ["a" * 300, "a" * 250, "a\0b"], ids=["long", "work", "null"])

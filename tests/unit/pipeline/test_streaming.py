@@ -29,7 +29,10 @@ from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.output import save_model
 from tp_hf_config.pipeline.source import Source
 
-pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
 _FORMAT = {"format": "pt"}
 OTHERS = ("llama", "gpt2", "convnext", "qwen2_vl")
 CLASSES = (
