@@ -104,6 +104,11 @@ class Job:
         layers: Layers = self.widths.get("layers", "uniform")
         return layers
 
+    @property
+    def steps(self) -> int:
+        """The number of pruning steps."""
+        return int(self.widths.get("iterative_steps", 1))
+
 
 def calibration_text(job: Job) -> str | None:
     """Return the text in a job's calibration file; ``None`` if it has none.

@@ -403,7 +403,7 @@ def run_steps(
         assert calibration is not None  # the choice has a text for all others
         importance = calibration.importance(name)
     pruner = _pruner(job, model, widths, importance, hook)
-    steps = int(job.widths.get("iterative_steps", 1))
+    steps = job.steps
     for step in range(1, steps + 1):
         title = f"step {step}/{steps}"
         if material is not None and choice.importance == "taylor":
@@ -435,8 +435,7 @@ def _pruner(
     hook: HFConfigSyncHook,
 ) -> Any:
     if isinstance(widths, Allocation):
-        steps = int(job.widths.get("iterative_steps", 1))
-        arguments = widths.pruner_kwargs(model, iterative_steps=steps)
+        arguments = widths.pruner_kwargs(model, iterative_steps=job.steps)
     else:
         arguments = widths.pruner_kwargs(model)
     with warnings.catch_warnings():
