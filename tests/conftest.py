@@ -219,7 +219,7 @@ def one_thread() -> Iterator[None]:
 def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     """No fresh process proves a pruned folder: what it would find is not what a test is about."""
     from tp_hf_config.pipeline import prune
-    from tp_hf_config.pipeline.roundtrip import Proof
+    from tp_hf_config.pipeline.proofs import Proof
 
     monkeypatch.setattr(prune, "prove_roundtrip", lambda *_: Proof(1, 2))
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .hook.trainer.optimizer import optimizer_follows
     from .pipeline.apply_cuts import apply_cuts
     from .pipeline.export import export
-    from .pipeline.exported import Exported
+    from .pipeline.job import Exported
     from .pipeline.sharded import save_sharded
     from .pipeline.support import Support, supports
     from .planning.allocate import Allocation, allocate
@@ -116,7 +116,7 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "hook.report": ("SyncReport",),
     "pipeline.apply_cuts": ("apply_cuts",),
     "pipeline.export": ("export",),
-    "pipeline.exported": ("Exported",),
+    "pipeline.job": ("Exported",),
     "pipeline.sharded": ("save_sharded",),
     "pipeline.support": ("Support", "supports"),
     "hook.trainer.callback": ("PruningCallback",),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from tp_hf_config.checkpoint.child import load
 from tp_hf_config.errors import TPHFConfigError, in_one_line
 from tp_hf_config.fieldmap.completeness import build_live
 from tp_hf_config.fieldmap.fewer_layers import layer_lists_in
@@ -25,7 +28,7 @@ from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import config_json, config_nodes
 from tp_hf_config.model.layer_class import layer_lists
 from tp_hf_config.model.layer_entries import layer_lists_of
-from tp_hf_config.pipeline.trial import Outcome, Subject, attempt, save
+from tp_hf_config.pipeline.support import Outcome, Subject, attempt, reloaded, save
 from tp_hf_config.twin.masked_check import EXACT
 
 GLOBAL, FIRST_KEPT = "global", "firsts-kept"
@@ -55,6 +58,45 @@ class LayerTrial:
         """Return the result as data for ``json.dumps``."""
         data = {"outcome": self.outcome, "why": self.why, "how": self.how}
         return data | ({"unobserved": True} if self.unobserved else {})
+
+
+def reloaded_by_all(model_class: Any, folder: Path) -> Refusal | None:
+    """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``.
+
+    Code that was saved with it runs, as every auto class that it names lets it: those of the model
+    itself, and those of the classes beside it, which only have to have its layers.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    places = (config.get("auto_map") or {}).items()
+    models = {
+        getattr(transformers, name): place for name, place in places if name.startswith("AutoModel")
+    }
+    if not models:
+        return reloaded(model_class, folder)
+    saved = f".{config['architectures'][0]}"
+    own = [auto for auto, place in models.items() if place.endswith(saved)] or [model_class]
+    for auto in own:
+        refusal = reloaded(auto, folder, trust_remote_code=True)
+        if refusal is not None:
+            return refusal
+    for auto in models.keys() - set(own):
+        try:
+            reason = _lacks(auto, folder)
+        except Exception as error:
+            reason = f"it cannot be loaded: {in_one_line(error)}"
+        if reason is not None:
+            return Refusal(f"{auto.__name__}: {reason}"[:500])
+    return None
+
+
+def _lacks(loader: Any, folder: Path) -> str | None:
+    """Return which layers get no weights in a class beside the saved one; ``None`` if all do."""
+    options = {"trust_remote_code": True, "ignore_mismatched_sizes": True}  # of its own head
+    model, problems = load(loader, str(folder), options)
+    lists = tuple(f"{name}." for name in layer_lists(type(model)))
+    keys = (*problems.get("missing_keys", ()), *problems.get("mismatched_keys", ()))
+    lacking = [key for key in keys if any(name in key for name in lists)]
+    return f"no weights are loaded for {lacking}" if lacking else None
 
 
 def lists_of_layers(case: Subject) -> list[str]:

@@ -114,16 +114,16 @@ def _reason(error: BaseException) -> str:
 
 def _widths(case: Any, folder: Path, note: Note) -> None:
     """Prune every width, and with the defaults."""
-    from tp_hf_config.pipeline.trial import WidthSupport, attempt, trials
+    from tp_hf_config.pipeline.support import WidthSupport, attempt, trials
 
     widths: list[dict[str, Any]] = []
-    for trial in trials(case, folder):
-        widths.append(_tried(trial.width, trial.folders, folder))
+    for width, saved in trials(case, folder):
+        widths.append(_tried(width, saved, folder))
         note(widths=widths)
-    saved = folder / "defaults"  # pruner_kwargs(model), one ratio, one step
-    outcome, why = attempt(case, copy.deepcopy(case.model), saved)
+    place = folder / "defaults"  # pruner_kwargs(model), one ratio, one step
+    outcome, why = attempt(case, copy.deepcopy(case.model), place)
     why = why or ("nothing was pruned" if outcome == "refused" else "")
-    folders = (saved,) if outcome == "works" else ()
+    folders = (place,) if outcome == "works" else ()
     tried = _tried(WidthSupport((), outcome, why), folders, folder)
     note(defaults={key: tried[key] for key in ("outcome", "why", "folders")})
 
@@ -132,7 +132,7 @@ def _layers(case: Any, folder: Path, note: Note) -> None:
     """Drop a layer of every list, and let layers differ, if there are any."""
     from layer_trials import differ_trial, drop_trials, lists_of_layers
 
-    from tp_hf_config.pipeline.trial import save
+    from tp_hf_config.pipeline.support import save
 
     lists = lists_of_layers(case)
     note(lists=lists)
@@ -192,19 +192,18 @@ def load_again(pair: Pair, folder: Path, seconds: int, memory: int) -> None:
     """Load what was saved, in a process that has not seen the pruning."""
     _surroundings(seconds, memory)
     import transformers
-
-    from tp_hf_config.pipeline.trial import reloaded
+    from layer_trials import reloaded_by_all
 
     result = read_result(folder)
     model_class = getattr(transformers, pair.class_name)
     if (folder / UNPRUNED).exists():
-        refusal = reloaded(model_class, folder / UNPRUNED)
+        refusal = reloaded_by_all(model_class, folder / UNPRUNED)
         if refusal is not None:  # whatever fails after that is no news of pruning
             kept = {k: v for k, v in result["layers"].items() if k not in ("dropped", "differ")}
             result["layers"] = {**kept, "why": f"before anything is pruned, {refusal.reason}"}
     for tried in attempts(result):
         for saved in tried.pop("folders", ()):
-            refusal = reloaded(model_class, folder / saved)
+            refusal = reloaded_by_all(model_class, folder / saved)
             if refusal is not None:
                 tried.update(outcome="failed", why=refusal.reason)
             shutil.rmtree(folder / saved)

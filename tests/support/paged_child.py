@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tp_hf_config.calibration import passes
-from tp_hf_config.pipeline import prune, streaming
+from tp_hf_config.pipeline import prune, source
 from tp_hf_config.pipeline.job import Job
 from tp_hf_config.pipeline.source import Source
 
@@ -28,11 +28,11 @@ def anonymous() -> int:
 def main(folder: str, out: str, settings: str, free: str) -> None:
     """Prune, and print the growth of anonymous memory, in bytes."""
     torch.set_num_threads(1)
-    for module in (passes, streaming):
+    for module in (passes, source):
         module.free_memory = lambda *_: int(free)  # type: ignore[attr-defined]
     job = Job(Source(folder, folder), Path(out), {"pruning_ratio": 0.25}, **json.loads(settings))
     config = prune.config_of(job.source)
-    prune.planned(job, config, prune.class_for(job.source, config))  # learns the class
+    prune.planned_widths(job, config, prune.class_for(job.source, config))  # learns the class
     most, done = 0, threading.Event()
     before = anonymous()
 

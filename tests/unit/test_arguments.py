@@ -193,14 +193,8 @@ def test_a_pruner_s_own_arguments_are_checked_when_it_is_made() -> None:
 
 OPTION = re.compile(r"(?<![\w-])--[a-z]")
 OF_THE_COMMAND = {  # what is said of a job, which only the command makes
-    "choice",
-    "checks",
-    "deciding",
-    "material",
     "prune",
-    "recovery",
-    "streaming",
-    "widths",
+    "text",
 }
 
 

@@ -23,8 +23,7 @@ from tp_hf_config.checkpoint.reports import (
 from tp_hf_config.graph.prunable import Width
 from tp_hf_config.hook.history import PrunedGroup, PrunedLayer
 from tp_hf_config.hook.report import SyncReport
-from tp_hf_config.pipeline.support import Support
-from tp_hf_config.pipeline.trial import WidthSupport
+from tp_hf_config.pipeline.support import Support, WidthSupport
 
 pytestmark = pytest.mark.usefixtures("every_width")
 

@@ -15,7 +15,7 @@ from shell import shell
 from tp_hf_config import CheckReport, Prunable, RepairReport, RoundtripReport, Support, SyncReport
 from tp_hf_config.pipeline.companions import Copied
 from tp_hf_config.pipeline.job import Pruned
-from tp_hf_config.pipeline.roundtrip import Proof
+from tp_hf_config.pipeline.proofs import Proof
 from tp_hf_config.planning.model_size import Size
 from tp_hf_config.planning.plan import Plan
 from tp_hf_config.planning.settings import PruneSettings

@@ -17,8 +17,7 @@ from .. import __version__
 from ..checkpoint.folder import check_model_folder
 from ..checkpoint.writing import check_target as check_new_folder
 from ..model.surroundings import quiet_transformers
-from ..pipeline.exported import Format
-from ..pipeline.job import Importance, Job, Ranking, calibration_text, check_job
+from ..pipeline.job import Format, Importance, Job, Ranking, calibration_text
 from ..pipeline.output import check_target
 from ..pipeline.source import Source, check_reachable, class_for, config_of, find_source
 from ..planning.settings import Gqa, Layers
@@ -209,7 +208,7 @@ def plan(
     """Say what pruning will give, from the config alone."""
     widths = values.widths_of(ctx.params)
     source = _found(model, trust_remote_code)
-    from ..pipeline.checks import plan_for
+    from ..pipeline.prune import plan_for
 
     with quiet_transformers():
         config = config_of(source)
@@ -270,7 +269,7 @@ def prune(
     given |= {"widths": values.widths_of(ctx.params), "command": shlex.join([PROGRAM, *ctx.obj])}
     job = Job(source=_found(model, trust_remote_code), **given)
     with could_not_tell():
-        check_job(job)
+        check_target(out, source=job.source.folder, overwrite=overwrite)
         if isinstance(calibration, Path) and not calibration.is_fifo():
             calibration_text(job)  # a pipe can be read once
     from ..pipeline.prune import prune_checkpoint

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TextIO, TypeVar
 
+from ..pipeline.job import Progress
+
 T = TypeVar("T")
 PROGRAM = "tp-hf-config"
 DONE, FAILED, UNKNOWN, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
@@ -27,7 +29,7 @@ def discard(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class Shown:
+class Shown(Progress):
     """A progress display on standard error."""
 
     def say(self, what: object) -> None:

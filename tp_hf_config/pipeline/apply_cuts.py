@@ -18,10 +18,8 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.paging import paged
 from .companions import copy_companions
 from .output import check_savable, check_target, new_folder, save_model
-from .roundtrip import prove_roundtrip
-from .source import class_for, config_of, find_source, load
-from .source_checks import check_source
-from .streaming import is_large
+from .proofs import prove_roundtrip
+from .source import check_source, class_for, config_of, find_source, is_large, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

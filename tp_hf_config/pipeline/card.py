@@ -1,4 +1,4 @@
-"""Write the README.md of a pruned or exported model: where it comes from, and what was done."""
+"""The README.md of a pruned model: where it comes from, and what was done."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from huggingface_hub.repocard import metadata_load
 
 from ..hook.report import in_words
 from ..schema import versions
-from .exported import Exported
-from .job import Pruned
-from .layerwise import Layerwise
+from .job import Layerwise, Pruned
 from .source import Source, cached_model
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -33,25 +31,24 @@ def card(source: Source, pruned: Pruned) -> str:
     for text, (old, new) in pruned.perplexities.items():
         lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after")
     differ = pruned.layers_differ
-    return f"""{_front_matter(source)}
+    return f"""{front_matter(source)}
 # {name.rpartition("/")[2]}, pruned
 
 `{name}` (`{pruned.model}`), pruned with Torch-Pruning and tp-hf-config.
 
-{_table(("", "before", "after"), rows)}
+{table(("", "before", "after"), rows)}
 
-{_bullets([*lines, *pruned.notes])}
+{bullets([*lines, *pruned.notes])}
 
 {"" if differ is None else _loading(differ, pruned.out.name)}## How
 
-{_table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()])}
+{table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()])}
 
-{_versions()}
+{versions_table()}
 """
 
 
 def _loading(layerwise: Layerwise, folder: str) -> str:
-    """Return the section on a model whose layers differ: how it is loaded, and its widths."""
     widths = [(name, " ".join(map(str, values))) for name, values in layerwise.widths.items()]
     return f"""## Loading
 
@@ -70,38 +67,13 @@ Without `trust_remote_code=True` loading fails with `AmbiguousGlobalPerLayerAttr
 says that `ignore_mismatched_sizes` is `False`, since the stock class knows one width for all \
 layers. Do not change config.json.
 
-{_table(("by layer", ""), widths)}
+{table(("by layer", ""), widths)}
 
 """
 
 
-def card_of_export(source: Source | None, exported: Exported) -> str:
-    """Return the text of the model card of an export, with front matter for the Hub.
-
-    ``source``: the model that was exported; ``None`` for a model that was given.
-    """
-    name = exported.model if source is None else base_model(source)
-    before, after = exported.parameters
-    rows = [(field, old, new) for field, (old, new) in exported.widths.items()]
-    rows.append(("parameters", f"{before:,}", f"{after:,}"))
-    differing = " with layers that differ" if exported.fields else ""
-    return f"""{"" if source is None else _front_matter(source)}
-# {name.rpartition("/")[2]}, {exported.to}
-
-`{name}` (`{exported.model}`{differing}), exported by tp-hf-config to `{exported.to}`. \
-It computes the same: {exported.proof}.
-
-Load it with `{exported.loading}`.
-
-{_table(("by layer", "before", "here"), rows)}
-
-{_bullets(exported.notes)}
-
-{_versions()}
-""".lstrip()
-
-
-def _front_matter(source: Source) -> str:
+def front_matter(source: Source) -> str:
+    """Return the YAML that the Hub reads."""
     data = ModelCardData(
         base_model=base_model(source),
         library_name="transformers",
@@ -137,14 +109,17 @@ def _metadata(source: Source) -> dict[str, Any]:
     return {key: metadata[key] for key in _KEPT if key in metadata}
 
 
-def _bullets(lines: Iterable[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
+    """Return a list in Markdown."""
     return "\n".join(f"- {line}." for line in lines)
 
 
-def _versions() -> str:
-    return _table(("version", ""), [("python", platform.python_version()), *versions().items()])
+def versions_table() -> str:
+    """Return a table of what was installed."""
+    return table(("version", ""), [("python", platform.python_version()), *versions().items()])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     clean = [[re.sub(r"[|\n]", " ", cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *clean))

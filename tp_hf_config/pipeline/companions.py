@@ -127,7 +127,6 @@ def copy_companions(
 
 
 def _weights_of(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files that a folder's weights are read from, in subfolders too."""
     try:
         return read_weights(folder).files
     except CheckpointError:  # only the small files of a Hub model are there
@@ -135,11 +134,7 @@ def _weights_of(folder: Path) -> tuple[str, ...]:
 
 
 def fetch_companions(source: Source) -> None:
-    """Download what :func:`copy_companions` copies of a Hub model, and do nothing for others.
-
-    Raises:
-        PipelineError: it cannot be downloaded.
-    """
+    """Download what :func:`copy_companions` copies of a Hub model, and do nothing for others."""
     if source.folder is None:
         _snapshot(source)
 
@@ -218,7 +213,7 @@ def notes_on_uncopied(
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """True if a file name matches one of the patterns and is as deep in folders as the pattern."""
+    """Match file names with patterns, of which no star goes into a folder."""
     return any(
         fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
     )

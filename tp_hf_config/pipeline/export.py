@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +15,15 @@ from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
-from . import decilm, gguf_export, padded
-from .card import card_of_export
+from . import llama, padding
+from .card import base_model, bullets, front_matter, table, versions_table
 from .companions import LICENCES, Copied, code_files, copy_companions
-from .exported import Exported, Format, Ready, Request
+from .job import Exported, Format, Ready
 from .output import check_savable, check_target, new_folder
-from .source import check_reachable, class_for, config_of, find_source, load
-from .source_checks import check_source
+from .source import Source, check_reachable, check_source, class_for, config_of, find_source, load
 
 if TYPE_CHECKING:
-    from .source import Source
-
-_WAYS: dict[str, Callable[[Request], Ready | Refusal]] = {
-    "padded": padded.prepare,
-    "decilm": decilm.prepare,
-    "gguf": gguf_export.prepare,
-}
+    from transformers import PreTrainedModel
 
 
 @check_arguments
@@ -99,7 +91,7 @@ def export(
         )
     if to != "gguf":
         check_savable(model)
-    ready = _WAYS[to](Request(model, source, multiple_of))
+    ready = _ready(to, model, source, multiple_of)
     if isinstance(ready, Refusal):
         raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {ready.reason}")
     folder = None if source is None else source.folder
@@ -118,8 +110,20 @@ def export(
             (*notes, *ready.notes),
             time.perf_counter() - started,
         )
-        (work / "README.md").write_text(card_of_export(source, result), encoding="utf-8")
+        (work / "README.md").write_text(_card(source, result), encoding="utf-8")
     return result
+
+
+def _ready(
+    to: Format, model: PreTrainedModel, source: Source | None, multiple_of: int | None
+) -> Ready | Refusal:
+    if to == "padded":
+        return padding.prepare(model, multiple_of)
+    if to == "decilm":
+        return llama.prepare_decilm(model, multiple_of)
+    from . import gguf_file  # with the package gguf, which is not always installed
+
+    return gguf_file.prepare(model, source, multiple_of)
 
 
 def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -> Copied:
@@ -129,3 +133,25 @@ def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -
     if ready.holds_tokenizer:
         return copy_companions(source, folder, LICENCES)
     return copy_companions(source, folder, without=code_files(model.config))
+
+
+def _card(source: Source | None, exported: Exported) -> str:
+    name = exported.model if source is None else base_model(source)
+    before, after = exported.parameters
+    rows = [(field, old, new) for field, (old, new) in exported.widths.items()]
+    rows.append(("parameters", f"{before:,}", f"{after:,}"))
+    differing = " with layers that differ" if exported.fields else ""
+    return f"""{"" if source is None else front_matter(source)}
+# {name.rpartition("/")[2]}, {exported.to}
+
+`{name}` (`{exported.model}`{differing}), exported by tp-hf-config to `{exported.to}`. \
+It computes the same: {exported.proof}.
+
+Load it with `{exported.loading}`.
+
+{table(("by layer", "before", "here"), rows)}
+
+{bullets(exported.notes)}
+
+{versions_table()}
+""".lstrip()

@@ -1,20 +1,35 @@
-"""Write a Llama whose layers may differ as a GGUF file, and compare the file with the Llama."""
+"""Export to ``"gguf"``: one file with weights, widths by layer and tokenizer, for llama.cpp.
+
+llama.cpp knows byte-level BPE, with a name for each way to split text before it, and the BPE of
+SentencePiece. What a tokenizer does is read from the JSON of its fast form.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import listed
-from .gguf_vocabulary import Vocabulary
-from .llama_layers import Layer, LlamaLayers, rope_theta
+from ..errors import PipelineError, listed
+from ..model.build import Refusal
+from .card import base_model
+from .job import Ready
+from .llama import Layer, LlamaLayers, llama_layers
+from .source import Source, tokenizer_of
 
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+GGUF_FILE = "model.gguf"
+"""The file in the folder of an export."""
+_SILU = ("silu", "swish")
 _TYPES = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -22,9 +37,87 @@ _TYPES = {
 }
 """The dtype of a tensor -> its type in the file, and that of a file mostly of such tensors."""
 _ROTARY_FACTORS = "rope_freqs.weight"
+_CLOSE = 1e-6
+"""How far float32 frequencies may be from the default's and still count as those."""
+_SPACE = "\u2581"
+"""What stands for a space in SentencePiece's tokens."""
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE = {
+    (("ByteLevel", True), False): "gpt-2",
+    (("Digits",), ("ByteLevel", True), False): "smollm",
+    (("Split", _WORDS % r"\p{N}{1,3}"), ("ByteLevel", False), True): "llama-bpe",
+    (("Split", _WORDS % r"\p{N}"), ("ByteLevel", False), False): "qwen2",
+}
+"""How text is split, and whether whole words skip the merges -> llama.cpp's name for that."""
+_SPECIAL = ("bos", "eos", "unk", "pad")
+_BYTES = tuple(f"<0x{number:02X}>" for number in range(256))
+_NO_TOKENIZER = (
+    "a model that is not read from a folder comes without a tokenizer, and without one in the file "
+    "llama-cli and llama-server end with an assertion. Save model and tokenizer to a folder, and "
+    "give export that"
+)
+Vocabulary = dict[str, Any]
+"""What a file says of a tokenizer: a method of ``gguf.GGUFWriter`` without ``add_`` -> its value.
+"""
 
 
-def write(
+def prepare(
+    model: PreTrainedModel, source: Source | None, multiple_of: int | None
+) -> Ready | Refusal:
+    """Prove that a model is a Llama, whose layers may differ, and that GGUF can say all of it.
+
+    ``source``: where it was read from, for its tokenizer.
+    ``multiple_of``: pad the feed-forward of every layer to a multiple of this.
+
+    Returns:
+        The export, ready to be written; or a refusal that says what llama.cpp does not compute.
+    """
+    if source is None:
+        return Refusal(_NO_TOKENIZER)
+    llama = llama_layers(model, multiple_of)
+    if isinstance(llama, Refusal):
+        return llama
+    config = llama.config
+    if config.hidden_act not in _SILU:
+        return Refusal(f"hidden_act {config.hidden_act!r}: llama.cpp's Llama computes 'silu' alone")
+    other = sorted({str(v.dtype) for v in llama.weights.values() if v.dtype not in _TYPES})
+    if other:
+        return Refusal(
+            f"its weights are {', '.join(other)}, and a GGUF file takes float32, float16 and "
+            "bfloat16. Save it in one of these first"
+        )
+    factors = rotary_factors(config)
+    if isinstance(factors, Refusal):
+        return factors
+    found = vocabulary_of(tokenizer_of(source), config.vocab_size)
+    if isinstance(found, Refusal):
+        return found
+    vocabulary, notes = found
+
+    def write(folder: Path) -> None:
+        write_file(folder / GGUF_FILE, llama, vocabulary, factors, base_model(source))
+        reason = _difference(folder / GGUF_FILE, llama, factors)
+        if reason is not None:
+            raise PipelineError(f"the file was not written, read back it is another: {reason}")
+
+    return Ready(
+        write,
+        llama.fields,
+        llama.parameters,
+        llama.proof,
+        loading=f"llama-cli --model {GGUF_FILE}",
+        notes=notes,
+        holds_tokenizer=True,
+    )
+
+
+# ------------------------------------------------------------------------------ widths and weights
+
+
+def write_file(
     path: Path, llama: LlamaLayers, vocabulary: Vocabulary, factors: Tensor | None, name: str
 ) -> None:
     """Write a GGUF file.
@@ -36,14 +129,13 @@ def write(
         factors: what rotary frequencies are divided by; ``None``: 1.
         name: the model's name.
     """
-    writer: Any = gguf.GGUFWriter(path, architecture(llama.layers))
+    writer: Any = gguf.GGUFWriter(path, _architecture(llama.layers))
     writer.add_name(name)
     writer.add_file_type(_TYPES[llama.weights["model.embed_tokens.weight"].dtype][1])
     _add_widths(writer, llama)
-    _add_vocabulary(writer, vocabulary)
-    if factors is not None:
-        writer.add_tensor(_ROTARY_FACTORS, factors.numpy())
-    for key, tensor in zip(_names(llama).values(), _tensors(llama), strict=True):
+    for method, value in vocabulary.items():
+        getattr(writer, f"add_{method}")(value)
+    for key, tensor in _tensors(llama, factors):
         kind, tensor = _TYPES[tensor.dtype][0], tensor.contiguous()
         if tensor.dtype == torch.bfloat16:  # which NumPy has not
             tensor = tensor.view(torch.uint8)
@@ -54,46 +146,29 @@ def write(
     writer.close()
 
 
-def architecture(layers: list[Layer]) -> str:
-    """Return llama.cpp's name of the architecture: a Llama with one width for all layers or not."""
+def _difference(path: Path, llama: LlamaLayers, factors: Tensor | None) -> str | None:
+    """Return how a file differs from what it is to hold, or ``None``."""
+    reader = gguf.GGUFReader(path)
+    arch = _architecture(llama.layers)
+    for key, value in _by_layer(llama.layers).items():
+        field = reader.get_field(f"{arch}.{key}")
+        read = None if field is None else field.contents()
+        if read != value:
+            return f"{arch}.{key} is {read}, expected {value}"
+    found = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
+    for key, tensor in _tensors(llama, factors):
+        read = found.pop(key, None)
+        if read is None or not torch.equal(read.view(tensor.dtype), tensor):
+            return f"{key} is not what was written"
+    return f"it has other tensors: {listed(sorted(found))}" if found else None
+
+
+def _architecture(layers: list[Layer]) -> str:
+    """Return llama.cpp's name of a Llama with one width for all layers, or with several."""
     return "llama" if len(set(layers)) == 1 else "deci"
 
 
-def difference(path: Path, llama: LlamaLayers, factors: Tensor | None) -> str | None:
-    """Return how a file differs from what it is to hold, or ``None``.
-
-    Args:
-        path: the file.
-        llama: the model: its widths by layer, and every bit of its tensors.
-        factors: what rotary frequencies are divided by; ``None``: 1.
-    """
-    reader = gguf.GGUFReader(path)
-    arch = architecture(llama.layers)
-    for key, values in _by_layer(llama.layers).items():
-        field = reader.get_field(f"{arch}.{key}")
-        read = None if field is None else field.contents()
-        if read != _one_or_all(values):
-            return f"{arch}.{key} is {read}, expected {_one_or_all(values)}"
-    names = _names(llama)
-    tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
-    rotary = set() if factors is None else {_ROTARY_FACTORS}
-    others = tensors.keys() ^ {*names.values(), *rotary}
-    if others:
-        return f"it has other tensors: {listed(sorted(others))}"
-    for key, weight in llama.weights.items():
-        dtype = _dtype(weight)
-        data = tensors[names[key]].view(dtype)
-        heads = _heads(key, llama.layers)
-        original = data if heads is None else _in_halves(data, heads)
-        if not torch.equal(original, weight.to(dtype)):
-            return f"{names[key]} is not {key}"
-    if factors is not None and not torch.equal(tensors[_ROTARY_FACTORS], factors):
-        return f"{_ROTARY_FACTORS} is another"
-    return None
-
-
 def _add_widths(writer: Any, llama: LlamaLayers) -> None:
-    """Add what llama.cpp builds the model from."""
     config = llama.config
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -102,75 +177,40 @@ def _add_widths(writer: Any, llama: LlamaLayers) -> None:
     writer.add_key_length(llama.head_dim)
     writer.add_value_length(llama.head_dim)
     writer.add_rope_dimension_count(llama.head_dim)
-    writer.add_rope_freq_base(rope_theta(config))
+    writer.add_rope_freq_base(_rope_theta(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     by_layer = _by_layer(llama.layers)
-    writer.add_feed_forward_length(_one_or_all(by_layer["feed_forward_length"]))
-    writer.add_head_count(_one_or_all(by_layer["attention.head_count"]))
-    writer.add_head_count_kv(_one_or_all(by_layer["attention.head_count_kv"]))
+    writer.add_feed_forward_length(by_layer["feed_forward_length"])
+    writer.add_head_count(by_layer["attention.head_count"])
+    writer.add_head_count_kv(by_layer["attention.head_count_kv"])
 
 
-def _by_layer(layers: list[Layer]) -> dict[str, list[int]]:
-    """Return key in the file, without the architecture -> its value in each layer."""
-    return {
+def _by_layer(layers: list[Layer]) -> dict[str, int | list[int]]:
+    """Return key in the file, without the architecture -> its value, or one for each layer."""
+    values = {
         "feed_forward_length": [layer.ffn for layer in layers],
         "attention.head_count": [layer.queries for layer in layers],
         "attention.head_count_kv": [layer.keys for layer in layers],
     }
+    return {key: own[0] if len(set(own)) == 1 else own for key, own in values.items()}
 
 
-def _one_or_all(values: list[int]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else values
+def _tensors(llama: LlamaLayers, factors: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and values of each tensor, as llama.cpp wants them.
 
-
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
-    """Add the tokenizer."""
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types([gguf.TokenType[kind] for kind in vocabulary.types])
-    if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
-    if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
-    for kind, token in vocabulary.special.items():
-        getattr(writer, f"add_{kind}_token_id")(token)
-    writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_eos_token(vocabulary.adds_eos)
-    writer.add_add_space_prefix(vocabulary.adds_space)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)
-
-
-def _names(llama: LlamaLayers) -> dict[str, str]:
-    """Return a Llama's name of a tensor -> llama.cpp's."""
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(llama.layers))
-    suffixes = (".weight", ".bias")
-    return {key: known.get_name(key, try_suffixes=suffixes) or key for key in llama.weights}
-
-
-def _tensors(llama: LlamaLayers) -> Iterator[Tensor]:
-    """Yield the tensors as llama.cpp wants them, in the order of the weights.
-
-    It turns neighbouring channels of a head together, Transformers those half a head apart.
+    It turns neighbouring channels of a head together, Transformers those half a head apart. Norms
+    and biases have to be float32, which holds the others.
     """
+    if factors is not None:
+        yield _ROTARY_FACTORS, factors
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(llama.layers))
     for key, weight in llama.weights.items():
-        heads = _heads(key, llama.layers)
-        yield (weight if heads is None else _in_pairs(weight, heads)).to(_dtype(weight))
-
-
-def _dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype in the file: norms and biases have to be float32, which holds the others."""
-    return torch.float32 if weight.dim() == 1 else weight.dtype
-
-
-def _heads(key: str, layers: list[Layer]) -> int | None:
-    """Return the number of heads whose channels are turned; ``None`` for what is not turned."""
-    parts = key.split(".")
-    if parts[-2] not in ("q_proj", "k_proj"):
-        return None
-    layer = layers[int(parts[2])]
-    return layer.queries if parts[-2] == "q_proj" else layer.keys
+        name = known.get_name(key, try_suffixes=(".weight", ".bias")) or key
+        parts = key.split(".")
+        if parts[-2] in ("q_proj", "k_proj"):
+            layer = llama.layers[int(parts[2])]
+            weight = _in_pairs(weight, layer.queries if parts[-2] == "q_proj" else layer.keys)
+        yield name, weight.float() if weight.dim() == 1 else weight
 
 
 def _in_pairs(tensor: Tensor, heads: int) -> Tensor:
@@ -179,7 +219,273 @@ def _in_pairs(tensor: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _in_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Undo :func:`_in_pairs`."""
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+def rotary_factors(config: LlamaConfig) -> Tensor | Refusal | None:
+    """Return by what llama.cpp divides the frequencies of the rotary embeddings.
+
+    Returns:
+        A factor for each pair of channels, as scaled embeddings (Llama 3) have; ``None`` if all
+        are 1; or a refusal: they depend on the length of the text, or scale attention too.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(config)
+    kind = str(getattr(rotary, "rope_type", "default"))
+    if "dynamic" in kind or kind == "longrope":
+        return Refusal(
+            f"rope_type {kind!r}: its frequencies depend on the length of the text, and a GGUF "
+            "file has one factor for each"
+        )
+    scaling = float(getattr(rotary, "attention_scaling", 1.0))
+    if scaling != 1:
+        return Refusal(
+            f"rope_type {kind!r} scales attention by {scaling:.4g}, which a GGUF file of a Llama "
+            "does not say"
+        )
+    frequencies = rotary.inv_freq.double().cpu()
+    size = 2 * len(frequencies)
+    default = _rope_theta(config) ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    factors = default / frequencies
+    if torch.allclose(factors, torch.ones_like(factors), rtol=_CLOSE, atol=0):
+        return None
+    return factors.float()
+
+
+def _rope_theta(config: LlamaConfig) -> float:
+    """Return the base of the rotary frequencies, which Transformers 4 keeps in another place."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or config.rope_theta)
+
+
+# --------------------------------------------------------------------------------------- vocabulary
+
+
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerBase, size: int
+) -> tuple[Vocabulary, tuple[str, ...]] | Refusal:
+    """Return a tokenizer as llama.cpp reads it, and notes where llama.cpp cuts text otherwise.
+
+    ``size``: how many embeddings the model has.
+
+    Returns:
+        Both; or a refusal: llama.cpp would cut text in another way.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return Refusal(f"its tokenizer ({type(tokenizer).__name__}) has no fast form to read")
+    data = json.loads(fast.to_str())
+    model, added = data["model"], data["added_tokens"]
+    reason = _why_another_bpe(model) or _why_other_added(added, data["normalizer"])
+    if reason is not None:
+        return Refusal(reason)
+    own = {token["content"] for token in added}
+    vocabulary = {token: number for token, number in model["vocab"].items() if token not in own}
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    in_pieces = bool(model["byte_fallback"])  # as SentencePiece cuts
+    cutting = (_sentencepiece if in_pieces else _byte_level)(data, vocabulary, merges)
+    if isinstance(cutting, Refusal):
+        return cutting
+    ends = _ends(tokenizer)
+    if isinstance(ends, Refusal):
+        return ends
+    ids = {**vocabulary, **{token["content"]: token["id"] for token in added}}
+    if max(ids.values()) >= size:
+        return Refusal(
+            f"its tokenizer has tokens up to {max(ids.values())}, and the model {size} embeddings"
+        )
+    how, scores, adds_space, notes = cutting
+    kind = gguf.TokenType
+    kinds = dict.fromkeys(_BYTES, kind.BYTE) if in_pieces else {}
+    kinds |= {t["content"]: kind.CONTROL if t["special"] else kind.USER_DEFINED for t in added}
+    texts, types = [f"[PAD{number}]" for number in range(size)], [kind.UNUSED] * size
+    for text, number in ids.items():
+        texts[number], types[number] = text, kinds.get(text, kind.NORMAL)
+    found: Vocabulary = {
+        "tokenizer_model": "llama" if in_pieces else "gpt2",
+        "tokenizer_pre": how,
+        "token_list": texts,
+        "token_types": types,
+        "token_scores": [scores.get(text, 0.0) for text in texts] if scores else None,
+        "token_merges": None if in_pieces else [" ".join(pair) for pair in merges] or None,
+    }
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+    found |= {f"{name}_token_id": token for name, token in special.items()}
+    found |= {"add_bos_token": ends[0], "add_eos_token": ends[1], "add_space_prefix": adds_space}
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    found["chat_template"] = template or None
+    return {method: value for method, value in found.items() if value is not None}, notes
+
+
+_Cutting = tuple[str, dict[str, float], bool, tuple[str, ...]]
+"""How text is cut: llama.cpp's name of what is done before merging, SentencePiece's scores, whether
+a space is put before a text, and notes."""
+
+
+def _why_another_bpe(model: Mapping[str, Any]) -> str | None:
+    """Return why llama.cpp's BPE is not that of a tokenizer, or ``None``."""
+    kind = model.get("type")
+    if kind != "BPE":
+        return (
+            f"its tokenizer is of the type {kind}, and byte-level BPE and SentencePiece's BPE are "
+            "what is written"
+        )
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            return f"its tokenizer's {key} is {model[key]!r}, which a GGUF file does not say"
+    return None
+
+
+def _why_other_added(added: Sequence[Mapping[str, Any]], normalizer: Any) -> str | None:
+    """Return why llama.cpp would find added tokens elsewhere in a text, or ``None``."""
+    for token in added:
+        for key in ("single_word", "lstrip", "rstrip"):
+            if token[key]:
+                return (
+                    f"its tokenizer's token {token['content']!r} has {key} set, which a GGUF file "
+                    "does not say"
+                )
+        if token["normalized"] and normalizer not in (None, {"type": "NFC"}):
+            return (
+                f"its tokenizer looks for {token['content']!r} after it has changed the text "
+                "(normalized), llama.cpp before"
+            )
+    return None
+
+
+def _byte_level(
+    data: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]
+) -> _Cutting | Refusal:
+    """Return how byte-level BPE cuts text."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    lacking = set(ByteLevel.alphabet()) - vocabulary.keys()
+    unknown = data["model"].get("unk_token")
+    if lacking and unknown is not None:
+        return Refusal(
+            f"its tokenizer makes {unknown!r} of the {len(lacking)} bytes that it has no token "
+            "for, llama.cpp nothing"
+        )
+    notes: tuple[str, ...] = ()
+    if data["normalizer"] == {"type": "NFC"}:
+        notes = (
+            "the tokenizer composes characters first (NFC), which llama.cpp does not: text with "
+            "combining accents is cut otherwise there",
+        )
+    elif data["normalizer"] is not None:
+        return Refusal(_what("normalizer", data["normalizer"]))
+    steps = _steps(data["pre_tokenizer"])
+    pre = _PRE.get((*steps, bool(data["model"].get("ignore_merges"))))
+    if pre is None:
+        return Refusal(_what("pre_tokenizer", data["pre_tokenizer"]))
+    return pre, {}, False, notes
+
+
+def _steps(pre: Any) -> tuple[Any, ...]:
+    """Return the steps of a pre-tokenizer in short; those with other settings as their JSON."""
+    if pre is None:
+        return ()
+    if pre["type"] == "Sequence":
+        return tuple(step for one in pre["pretokenizers"] for step in _steps(one))
+    match pre:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return (("ByteLevel", pre.get("use_regex", True)),)
+        case {"type": "Digits", "individual_digits": True}:
+            return (("Digits",),)
+        case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} if not pre[
+            "invert"
+        ]:
+            return (("Split", regex),)
+    return (json.dumps(pre),)
+
+
+def _sentencepiece(
+    data: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]
+) -> _Cutting | Refusal:
+    """Return how SentencePiece's BPE cuts text."""
+    if not vocabulary.keys() >= set(_BYTES):
+        return Refusal("its tokenizer has byte_fallback and not a token for each of 256 bytes")
+    if data["model"].get("ignore_merges"):
+        return Refusal("its tokenizer has byte_fallback and ignore_merges, llama.cpp not both")
+    scores = _scores(vocabulary, merges)
+    if scores is None:
+        return Refusal(
+            "its tokenizer's merges are not those of SentencePiece: llama.cpp merges any two "
+            "tokens that make up a third, in the order of the third"
+        )
+    space = _space_before(data["normalizer"], data["pre_tokenizer"])
+    if space is None:
+        both = [data["normalizer"], data["pre_tokenizer"]]
+        return Refusal(_what("normalizer and pre_tokenizer", both))
+    adds, exact = space
+    notes = (
+        ()
+        if exact
+        else (
+            "llama.cpp puts a space before a text that begins with one, and after each control "
+            "token, where the tokenizer does not",
+        )
+    )
+    return "default", scores, adds, notes
+
+
+def _scores(
+    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]
+) -> dict[str, float] | None:
+    """Return token -> score; ``None`` if no scores lead to these merges in this order.
+
+    Merges to an added token say nothing: it is cut out of a text before.
+    """
+    merges = [pair for pair in merges if "".join(pair) in vocabulary]
+    possible = {
+        (token[:at], token[at:])
+        for token in vocabulary.keys() - set(_BYTES)
+        for at in range(1, len(token))
+        if token[:at] in vocabulary and token[at:] in vocabulary
+    }
+    in_order = ["".join(pair) for pair in merges]
+    distinct = dict.fromkeys(in_order)
+    runs = [token for token, _ in groupby(in_order)]
+    if set(merges) != possible or len(runs) != len(distinct):
+        return None
+    return {token: -float(rank) for rank, token in enumerate(distinct, start=1)}
+
+
+def _space_before(normalizer: Any, pre: Any) -> tuple[bool, bool] | None:
+    """Return whether a space is put before text, and whether just where llama.cpp puts it."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    if pre is None:
+        steps = (normalizer or {}).get("normalizers", [normalizer])
+        return (steps != [replace], True) if steps in ([replace], [prepend, replace]) else None
+    metaspace = {"type": "Metaspace", "replacement": _SPACE, "split": False}
+    if normalizer is not None or not metaspace.items() <= pre.items():
+        return None
+    adds = pre["prepend_scheme"] != "never"
+    return adds, not adds
+
+
+def _what(name: str, value: Any) -> str:
+    """Return that a setting of a tokenizer is none that llama.cpp has."""
+    text = json.dumps(value, ensure_ascii=False)
+    shown = text if len(text) <= 200 else f"{text[:200]} ..."
+    return f"its tokenizer's {name} is none that llama.cpp has for such a tokenizer: {shown}"
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool] | Refusal:
+    """Return whether bos is put before a text, and eos behind it."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return Refusal(
+            "its tokenizer has no eos_token, and llama.cpp would take some other token for it. Set "
+            "tokenizer.eos_token and save it again"
+        )
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for before in ([], [tokenizer.bos_token_id]):
+        for behind in ([], [eos]):
+            if whole == [*before, *bare, *behind]:
+                return bool(before), bool(behind)
+    return Refusal(
+        f"its tokenizer makes {whole} of {bare}; llama.cpp puts bos before or eos behind, no others"
+    )

@@ -1,15 +1,14 @@
-"""The job of pruning a model, what is checked of it without torch and a model, and its result."""
+"""What a job is to do, its result and that of an export, and a display of progress. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from ..errors import PipelineError
+from ..errors import PipelineError, as_range
 from ..reports import Report, old_and_new
-from .output import check_target
 from .source import Source
 
 if TYPE_CHECKING:
@@ -19,15 +18,30 @@ if TYPE_CHECKING:
     from ..planning.plan import Plan
     from ..planning.settings import Layers
     from .companions import Copied
-    from .layerwise import Layerwise
-    from .roundtrip import Proof
+    from .proofs import Proof, SameOutputs
 
+T = TypeVar("T")
 Ranking = Literal["local", "global", "isomorphic"]
 Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "taylor", "random"]
-
-
+Format = Literal["padded", "decilm", "gguf"]
+"""What a model can be exported to."""
+ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""A config field -> its value in each layer before and after."""
 TEXTS = ("held-out text of the calibration file", "a second text, never calibrated on")
 """The texts on which perplexity is measured, in words."""
+
+
+class Progress:
+    """A display of how far a job is; this one shows nothing."""
+
+    def say(self, what: object) -> None:
+        """Show that something was done or found."""
+
+    def track(
+        self, items: Iterable[T], total: int, what: str, unit: str = "windows"
+    ) -> Iterator[T]:
+        """Yield the items, ``total`` of them, and show how many are done."""
+        yield from items
 
 
 @dataclass(frozen=True)
@@ -96,15 +110,6 @@ class Job:
         return int(self.widths.get("iterative_steps", 1))
 
 
-def check_job(job: Job) -> None:
-    """Raise if a job's result cannot be written where it is to be.
-
-    Raises:
-        PipelineError: the output folder cannot be written to.
-    """
-    check_target(job.out, source=job.source.folder, overwrite=job.overwrite)
-
-
 def calibration_text(job: Job) -> str | None:
     """Return the text in a job's calibration file; ``None`` if it has none.
 
@@ -125,6 +130,25 @@ def calibration_text(job: Job) -> str | None:
     if not text.strip():
         raise PipelineError(f"{path}: the calibration text is empty")
     return text
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """How a saved model whose layers differ is loaded.
+
+    Attributes:
+        widths: config field -> its value in each layer.
+        auto_class: the class of Transformers whose ``from_pretrained`` loads it.
+        file: the name of the generated file that builds its layers.
+    """
+
+    widths: Mapping[str, tuple[Any, ...]]
+    auto_class: str
+    file: str
+
+    def loading(self, folder: str) -> str:
+        """Return the call that loads it from a folder."""
+        return f'{self.auto_class}.from_pretrained("{folder}", trust_remote_code=True)'
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,7 +225,11 @@ class Pruned(Report):
             yield f"not copied: {', '.join(self.copied.not_copied)}"
         yield from (f"note: {note}" for note in self.notes)
         if self.layers_differ is not None:
-            yield self.layers_differ.in_one_line(str(self.out))
+            yield (
+                f"layers differ: {self.layers_differ.loading(str(self.out))} runs "
+                f"{self.layers_differ.file}, written by tp-hf-config, which builds each layer by "
+                "its own widths; tp-hf-config export gives forms without code"
+            )
         yield f"written: {self.out} ({self.seconds:.0f} s)"
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,3 +244,75 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
         for name, (old, new) in report.fields.items():
             changes[name] = (changes.get(name, (old,))[0], new)
     return changes
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An export that is proved and can be written.
+
+    Attributes:
+        write: writes it into an empty folder.
+        fields: the fields that were padded, or by which layers differ.
+        parameters: how many parameters it has.
+        proof: the comparison of its outputs with the model's.
+        loading: how it is loaded, for the model card.
+        notes: what else the user should know.
+        holds_tokenizer: the tokenizer is in what is written, and its files are not copied.
+    """
+
+    write: Callable[[Path], None]
+    fields: ByLayer
+    parameters: int
+    proof: SameOutputs
+    loading: str
+    notes: tuple[str, ...] = ()
+    holds_tokenizer: bool = False
+
+
+@dataclass(frozen=True, repr=False)
+class Exported(Report):
+    """The result of an export; ``str`` gives a few lines of text.
+
+    Attributes:
+        model: the name of the stock class.
+        to: the format.
+        out: the folder that was written.
+        fields: config field -> its value in each layer before and after.
+        parameters: the number of parameters before and after.
+        proof: the comparison of the outputs before and after.
+        copied: the files that were copied, and those that were not.
+        loading: how it is loaded.
+        notes: what else the user should know.
+        seconds: wall-clock time.
+    """
+
+    model: str
+    to: str
+    out: Path
+    fields: ByLayer
+    parameters: tuple[int, int]
+    proof: SameOutputs
+    copied: Copied
+    loading: str
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def widths(self) -> dict[str, tuple[str, str]]:
+        """Return config field -> its values before and after, as text: ``768..1536``."""
+        return {name: (as_range(old), as_range(new)) for name, (old, new) in self.fields.items()}
+
+    def title(self) -> str:
+        """Return the class and the format, with the widths that changed."""
+        widths = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.widths.items())
+        return f"{self.model}, {self.to}: {widths or 'all layers alike'}"
+
+    def lines(self) -> Iterator[str]:
+        """Yield what it came to, and where it was written."""
+        before, after = self.parameters
+        yield f"parameters: {before:,} -> {after:,}"
+        yield f"proof: {self.proof}"
+        if self.copied.files:
+            yield f"copied: {', '.join(self.copied.files)}"
+        yield from (f"note: {note}" for note in self.notes)
+        yield f"written: {self.out} ({self.seconds:.0f} s)"

@@ -1,22 +1,35 @@
-"""Find out whether a model is a Llama by another name, by building a Llama with its weights."""
+"""Models that compute what a Llama does: found out by building a Llama, layers may differ.
+
+Such a model is exported to ``"decilm"``: the Llama of several widths that vLLM and others serve as
+DeciLM. It has an entry for each layer (``block_configs``): the width of the feed-forward, and how
+many query heads read one key/value head. All layers have the same number of query heads.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.building import Classes
+from ..checkpoint.rotary import write_for_transformers_4
 from ..checkpoint.verify import live_outputs
 from ..errors import in_one_line, listed
 from ..fieldmap.learn_field_map import map_of
 from ..model.build import Builder, Refusal, without_data
 from ..model.config_json import config_json, with_values
-from .padding_proof import ROUNDING, SameOutputs, compared, in_float64, outputs_of
-from .roundtrip import runnable_inputs
+from ..model.layer_class import layer_lists
+from .job import ByLayer, Ready
+from .output import writing_weights
+from .padding import layer_widths, pad, padded_alike
+from .proofs import ROUNDING, SameOutputs, compared, in_float64, outputs_of, runnable_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -25,6 +38,34 @@ if TYPE_CHECKING:
 
 _NOT_SETTINGS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 _BIASES = ("attention_bias", "mlp_bias")
+MULTIPLE = 256
+"""Engines that know a layer's width as a ratio alone round it up to a multiple of this."""
+_FILE = "configuration_decilm"
+_SOURCE = '''\
+"""The config of a Llama whose layers differ, as vLLM and others serve it: DeciLM.
+
+Written by tp_hf_config, which pruned this model. It needs only Transformers.
+"""
+
+from transformers import LlamaConfig
+
+
+class Block(dict):
+    """What one layer has of its own; keys are attributes too."""
+
+    def __getattr__(self, key):
+        if key not in self:
+            raise AttributeError(key)
+        return Block(self[key]) if isinstance(self[key], dict) else self[key]
+
+
+class DeciLMConfig(LlamaConfig):
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), **kwargs):
+        super().__init__(**kwargs)
+        self.block_configs = [Block(block) for block in block_configs]
+'''
 
 
 def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusal:
@@ -131,3 +172,205 @@ def _give_weights(built: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a model that was built without data its weights; they are not copied."""
     built.load_state_dict(weights, assign=True)
     built.tie_weights()  # type: ignore[operator]
+
+
+class Layer(NamedTuple):
+    """The widths of one layer: feed-forward, query heads, key/value heads."""
+
+    ffn: int
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class LlamaLayers:
+    """A model that computes what a Llama does, layer by layer.
+
+    Attributes:
+        config: the Llama's, with the largest widths of all layers.
+        weights: its tensors on the CPU, under a Llama's names; a tied head is not among them.
+        layers: the widths of each layer.
+        fields: the fields in which layers differ, before and after padding.
+        proof: the comparison of a Llama's outputs with the model's.
+    """
+
+    config: LlamaConfig
+    weights: dict[str, Tensor]
+    layers: list[Layer]
+    fields: ByLayer
+    proof: SameOutputs
+
+    @property
+    def head_dim(self) -> int:
+        """The size of one head."""
+        return _head_dim(self.config)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters."""
+        return sum(value.numel() for value in self.weights.values())
+
+
+def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> LlamaLayers | Refusal:
+    """Prove that a model is a Llama, whose layers may differ, and collect what it consists of.
+
+    ``multiple_of``: pad the feed-forward of every layer to a multiple of this.
+
+    Returns:
+        The Llama; or a refusal that says why it is none.
+    """
+    differ = bool(layer_lists(type(model)))
+    if multiple_of is not None and not differ:
+        return Refusal(
+            f"multiple_of={multiple_of} pads layers that differ, and these are alike. Prune to "
+            "multiples: round_to= of the pruner"
+        )
+    padded = padded_alike(model) if differ else None
+    if isinstance(padded, Refusal):
+        return padded
+    llama = as_llama(model if padded is None else padded[0])
+    wide = model if multiple_of is None else _in_multiples(model, multiple_of)
+    if isinstance(llama, Refusal):
+        return llama
+    if isinstance(wide, Refusal):
+        return wide
+    config, proof = llama
+    before = _layers(model.state_dict(), config)
+    weights = {name: value.detach().cpu() for name, value in wide.state_dict().items()}
+    layers = _layers(weights, config)
+    weights = _with_zero_biases(weights, config)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    fields = {
+        "intermediate_size": (tuple(b.ffn for b in before), tuple(n.ffn for n in layers)),
+        "num_attention_heads": (tuple(b.queries for b in before), tuple(n.queries for n in layers)),
+        "num_key_value_heads": (tuple(b.keys for b in before), tuple(n.keys for n in layers)),
+    }
+    own = {name: values for name, values in fields.items() if len({*values[0], *values[1]}) > 1}
+    return LlamaLayers(config, weights, layers, own, proof)
+
+
+def _in_multiples(model: PreTrainedModel, multiple_of: int) -> PreTrainedModel | Refusal:
+    """Return a model whose layers have a feed-forward of such a multiple, each its own."""
+    widths = layer_widths(model)
+    multiples = {
+        width.fields[0]: -(-widths.values[width.fields[0]] // multiple_of) * multiple_of
+        for width in widths.widths
+        if len(width.fields) == 1 and width.groups[0].count.run == 1  # channels, not heads
+    }
+    padded = pad(model, widths, type(model), with_values(widths.data, multiples))
+    return padded if isinstance(padded, Refusal) else padded[0]
+
+
+def _layers(weights: Mapping[str, Tensor], config: LlamaConfig) -> list[Layer]:
+    """Return the widths of each layer, by the shapes of a Llama's tensors."""
+    layers: list[Layer] = []
+    head_dim = _head_dim(config)
+    for number in range(config.num_hidden_layers):
+        ffn, queries, keys = (
+            len(weights[f"model.layers.{number}.{name}_proj.weight"])
+            for name in ("mlp.up", "self_attn.q", "self_attn.k")
+        )
+        layers.append(Layer(ffn, queries // head_dim, keys // head_dim))
+    return layers
+
+
+def _head_dim(config: LlamaConfig) -> int:
+    return int(config.head_dim or config.hidden_size // config.num_attention_heads)
+
+
+def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+    """Return weights with zeros for the biases that a Llama has beside them (Qwen2's of o_proj)."""
+    result = dict(weights)
+    biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
+    for name, value in weights.items():
+        layer, _, key = name.rpartition(".")
+        part = layer.split(".")[-2:-1]
+        if key == "weight" and part and biased.get(part[0]):
+            result.setdefault(f"{layer}.bias", torch.zeros(len(value), dtype=value.dtype))
+    return result
+
+
+def prepare_decilm(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
+    """Prove that a model is a Llama of several widths, and write down those of each layer.
+
+    ``multiple_of``: 256: layers are padded to it, and their widths are given as ratios.
+
+    Returns:
+        The export, ready to be written; or a refusal that says what DeciLM does not express.
+    """
+    if multiple_of not in (None, MULTIPLE):
+        return Refusal(
+            f"multiple_of={multiple_of}: DeciLM's ratios stand for multiples of "
+            f"{MULTIPLE}, and without any every layer keeps its own width"
+        )
+    llama = llama_layers(model, multiple_of)
+    if isinstance(llama, Refusal):
+        return llama
+    config, layers = llama.config, llama.layers
+    if len({layer.queries for layer in layers}) > 1:
+        heads = " or ".join(map(str, sorted({layer.queries for layer in layers})))
+        return Refusal(
+            f"its layers have {heads} query heads, and DeciLM has one number for all layers. Prune "
+            "the feed-forward alone, or export to='padded' or, for llama.cpp, to='gguf'"
+        )
+    blocks = [_block(layer, config.hidden_size if multiple_of else None) for layer in layers]
+    generation = model.generation_config
+
+    def write(folder: Path) -> None:
+        _write_decilm(folder, _deci_config(config, layers, blocks, model.dtype), llama.weights)
+        if generation is not None:
+            generation.save_pretrained(folder)
+
+    return Ready(
+        write,
+        llama.fields,
+        llama.parameters,
+        llama.proof,
+        loading="vllm.LLM(folder, trust_remote_code=True)",
+    )
+
+
+def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:
+    """Return the entry of a layer, as a ratio to the hidden size if that is given.
+
+    Engines multiply the ratio by two thirds of the hidden size, and round the result up to a
+    multiple of 256: the middle below the width leaves rounding errors no chance.
+    """
+    ffn: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
+    if hidden_size is None:
+        ffn["intermediate_size"] = layer.ffn
+    else:
+        ffn["ffn_mult"] = 1.5 * (layer.ffn - MULTIPLE // 2) / hidden_size
+    attention = {"no_op": False, "replace_with_linear": False}
+    return {"attention": {**attention, "n_heads_in_group": layer.queries // layer.keys}, "ffn": ffn}
+
+
+def _deci_config(
+    llama: LlamaConfig, layers: list[Layer], blocks: list[dict[str, Any]], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the config's JSON: a Llama's with the largest widths, and an entry for each layer."""
+    return {
+        **config_json(llama),
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{_FILE}.DeciLMConfig"},
+        "model_type": "nemotron-nas",
+        "dtype": str(dtype).removeprefix("torch."),
+        "intermediate_size": max(layer.ffn for layer in layers),
+        "num_attention_heads": layers[0].queries,
+        "num_key_value_heads": max(layer.keys for layer in layers),
+        "block_configs": blocks,
+    }
+
+
+def _write_decilm(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write the config, the file of its class and the weights."""
+    from huggingface_hub import save_torch_state_dict
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = folder / "config.json"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_for_transformers_4(folder, Classes(LlamaConfig, LlamaForCausalLM, 0))
+    (folder / f"{_FILE}.py").write_text(_SOURCE, encoding="utf-8")
+    with writing_weights():
+        save_torch_state_dict(weights, folder)

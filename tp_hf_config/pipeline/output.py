@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import secrets
@@ -11,21 +10,19 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.folder import CONFIG
-from ..checkpoint.writing import flush, locked, write_config
-from ..errors import CheckpointError, PipelineError, in_one_line
+from ..checkpoint.writing import flush, write_config
+from ..errors import PipelineError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _OF_A_MODEL = ("config.json", "model.gguf")
 """A folder with one of these files holds a model."""
-_BUSY = "is being written by another process. Wait for it, or choose another folder"
 _UNFINISHED, _REPLACED = ".unfinished", ".old"
 
 
@@ -39,18 +36,21 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
         target: the final folder; empty or not there, unless ``overwrite``.
         source: a folder that has to stay.
         overwrite: replace a model folder that is there, at the end.
-
-    Raises:
-        PipelineError: ``target`` cannot be written to, or something would be overwritten.
     """
     check_target(target, source=source, overwrite=overwrite)
     target = target.expanduser().resolve()
     work = _beside(target, _UNFINISHED)
     try:
         work.mkdir()
-        with in_use(work):
-            yield work
-            put_in_place(work, target, overwrite)
+        yield work
+        for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
+            # some file systems cannot flush a folder
+            with suppress(OSError) if path.is_dir() else nullcontext():
+                flush(path)
+        reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
+        if reason is not None:
+            raise PipelineError(reason)
+        _rename_into_place(work, target, _beside(target, _REPLACED))
     except OSError as error:
         raise PipelineError(f"{target}: cannot be written: {error}") from error
     finally:
@@ -58,57 +58,8 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
             shutil.rmtree(work, ignore_errors=True)
 
 
-def in_use(work: Path) -> AbstractContextManager[None]:
-    """Lock an unfinished folder, so that others can tell it from what a killed process left.
-
-    Raises:
-        CheckpointError: another process is writing it.
-    """
-    return locked(work, _BUSY, needed=False)
-
-
-def put_in_place(work: Path, target: Path, overwrite: bool) -> None:
-    """Give a complete folder its final name.
-
-    Args:
-        work: the folder, on the same disk.
-        target: its final path, resolved.
-        overwrite: replace a model folder that is there.
-
-    Raises:
-        PipelineError: something would be overwritten; it was not there at the start.
-    """
-    for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
-        # some file systems cannot flush a folder
-        with suppress(OSError) if path.is_dir() else nullcontext():
-            flush(path)
-    reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
-    if reason is not None:
-        raise PipelineError(reason)
-    _rename_into_place(work, target, _beside(target, _REPLACED))
-
-
-def abandoned(target: Path) -> list[str]:
-    """Return what processes that were killed left beside a folder that they wrote, a line each."""
-    target = target.expanduser().resolve()
-    token, lines = "[0-9a-f]" * 8, []
-    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{token}{_UNFINISHED}")):
-        # where there are no locks, nothing tells it from one that is being written
-        with suppress(CheckpointError), locked(path, _BUSY, needed=True):
-            lines.append(f"left by a run that was killed, remove it: rm -r {quote(str(path))}")
-    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{token}{_REPLACED}")):
-        lines.append(
-            f"left by a run that was killed, the model that it was replacing: {quote(str(path))}"
-        )
-    return lines
-
-
 def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-    """Raise if :func:`new_folder` would refuse ``target``, before there is anything to write.
-
-    Raises:
-        PipelineError: ``target`` cannot be written to, or something would be overwritten.
-    """
+    """Raise if :func:`new_folder` would refuse ``target``, before there is anything to write."""
     try:
         path = target.expanduser().resolve()
         reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
@@ -126,7 +77,6 @@ def _beside(target: Path, ending: str) -> Path:
 
 
 def _why_unwritable(target: Path, overwrite: bool) -> str | None:
-    """Return why a folder may not be written to, or ``None``."""
     if not target.parent.is_dir():
         return f"{target}: the folder it is to be in is not there. Make it first: {target.parent}"
     if target.exists() and not target.is_dir():
@@ -205,9 +155,6 @@ def check_savable(model: PreTrainedModel) -> None:
 
     Transformers up to 5.0, for one, saves none whose fields contradict each other, as published
     ones do.
-
-    Raises:
-        PipelineError: Transformers does not save it.
     """
     generation = getattr(model, "generation_config", None)
     if generation is None:
@@ -237,9 +184,6 @@ def save_model(
 
     Returns:
         What the config cannot say to Transformers 4, and why, one sentence each.
-
-    Raises:
-        PipelineError: the weights cannot be written.
     """
     # with torch, which no check of a job needs
     from ..checkpoint.building import Classes

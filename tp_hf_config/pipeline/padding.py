@@ -1,33 +1,112 @@
 """Pad layers that differ with zeros, so that a class which knows one width for all can hold them.
 
-Where a unit's channels stand in each parameter is read off the dependency groups, at the widths
-that a layer has and at those that it gets. Units are added behind those that are there: query heads
-behind those of their key/value group, key/value groups behind the others.
+Padding is a cut the other way round: the wider class is built, the units that a layer lacks are
+looked up in the dependency groups of the build, and the layer's weights stand where those units do
+not. Units are added behind those that are there: query heads behind those of their key/value group,
+key/value groups behind the others.
+
+Equal outputs prove less than that zeros are neutral: an expert of zeros may not be chosen in a few
+tokens. So what leads into the added units is set to noise too, one side of a layer after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import in_one_line, listed
+from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import view_of
 from ..graph.full_size import Group
 from ..graph.layer_fields import layers_listed
 from ..graph.prunable import Width, widths_of
-from ..graph.unit_count import UnitCount
+from ..graph.sides import Side, is_output, sides_of
 from ..model.build import Builder, Refusal, without_data
-from ..model.config_json import FieldPath, config_json, field_name
-from ..model.layer_entries import layer_number, shared_field
+from ..model.config_json import FieldPath, config_json, field_name, with_values
+from ..model.fill import fill
+from ..model.layer_class import auto_classes, stock_class
+from ..model.layer_entries import layer_number, name_in_all_layers, shared_field, uniform_json
 from ..model.tensors import owner, tensor
-from ..twin.layout import TensorDim, places_of
+from ..twin.layout import places_of
+from .job import ByLayer, Ready
+from .output import save_model
+from .proofs import (
+    ROUNDING,
+    SameOutputs,
+    compared,
+    in_float64,
+    outputs_of,
+    prove_roundtrip,
+    runnable_inputs,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_LOUD = 10.0
+"""How much larger noise is than the weights around it: a router's choice has to follow it."""
+
+
+def prepare(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
+    """Pad every layer to the widest, for the stock class, and prove that it computes the same.
+
+    Returns:
+        The padded model, ready to be written; or why the stock class cannot hold it.
+    """
+    result = padded_alike(model, multiple_of or 1)
+    if isinstance(result, Refusal):
+        return result
+    stock, fields, proof = result
+    recipe = map_of(model).recipe
+
+    def write(folder: Path) -> None:
+        save_model(stock, folder)
+        prove_roundtrip(stock, folder, recipe)
+
+    return Ready(
+        write,
+        fields,
+        stock.num_parameters(),
+        proof,
+        loading=f"{auto_classes(type(stock.config), type(stock))[0]}.from_pretrained(folder)",
+    )
+
+
+def padded_alike(
+    model: PreTrainedModel, multiple_of: int = 1
+) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
+    """Pad every layer to the widest, and prove it.
+
+    Args:
+        model: a model whose layers differ.
+        multiple_of: what a padded width has to be a multiple of, unless it counts heads.
+
+    Returns:
+        The padded model of the stock class, the fields that changed with their values by layer
+        before and after, and the comparison of outputs; or a refusal.
+    """
+    widths = layer_widths(model)
+    values = _largest(widths, multiple_of)
+    if isinstance(values, Refusal):
+        return values
+    data = with_values(uniform_json(widths.data), values)
+    padded = pad(model, widths, stock_class(type(model)), data)
+    if isinstance(padded, Refusal):
+        return padded
+    before = {field: tuple(widths.values_of(field)) for field in values}
+    fields = {
+        field_name(field): (old, (values[field],) * len(old))
+        for field, old in before.items()
+        if set(old) != {values[field]}
+    }
+    return padded[0], fields, padded[1]
 
 
 @dataclass(frozen=True)
@@ -48,10 +127,6 @@ class LayerWidths:
     def groups(self) -> list[Group]:
         """The dependency groups of all widths."""
         return [group for width in self.widths for group in width.groups]
-
-    def by_layer(self, shared: tuple[FieldPath, ...]) -> list[Width]:
-        """Return the widths of single layers that some fields for all layers stand for."""
-        return [width for width in self.widths if _shared(width.fields) == shared]
 
     def values_of(self, shared: FieldPath) -> list[int]:
         """Return the values that layers have of a field, in their order."""
@@ -74,11 +149,6 @@ def layer_widths(model: PreTrainedModel) -> LayerWidths:
             if width.reason is None and all(layer_number(f) is not None for f in width.fields)
         )
         data = config_json(model.config, use_diff=False)
-    groups = [group for width in widths for group in width.groups]
-    widths = tuple(
-        replace(width, groups=tuple(_grouped(group, groups) for group in width.groups))
-        for width in widths
-    )
     shared = {shared_field(field) for width in widths for field in width.fields}
     own = [
         field
@@ -86,28 +156,14 @@ def layer_widths(model: PreTrainedModel) -> LayerWidths:
         if layer_number(field) is not None and shared_field(field) in shared
     ]
     own.sort(key=lambda field: (field_name(shared_field(field)), layer_number(field) or 0))
-    values = {field: view.field_map.values[field] for field in own}
-    return LayerWidths(data, widths, values)
-
-
-def _grouped(group: Group, groups: Iterable[Group]) -> Group:
-    """Return a group with as many channel groups as there are units around its own.
-
-    Query heads stand in units of a key/value head each.  Of a layer with a single one, that is not
-    seen where its output is split into heads.
-    """
-    for other in groups:
-        around = set(group.fields) < set(other.fields)
-        if around and places_of(group.dims) <= places_of(other.dims):
-            return replace(group, count=replace(group.count, channel_groups=other.count.units))
-    return group
+    return LayerWidths(data, widths, {field: view.field_map.values[field] for field in own})
 
 
 def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
     return tuple(map(shared_field, fields))
 
 
-def largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] | Refusal:
+def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] | Refusal:
     """Return field for all layers -> the least value that every layer can be padded to.
 
     ``multiple_of``: what the value of a field in which layers differ has to be a multiple of; not
@@ -124,7 +180,7 @@ def largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] |
             found[field] = joint
         elif len(values) == 1:
             found[field] = values.pop()
-        elif own := widths.by_layer((field,)):
+        elif own := [w for w in widths.widths if _shared(w.fields) == (field,)]:
             multiple = multiple_of if own[0].groups[0].count.run == 1 else 1
             found[field] = -(-max(values) // multiple) * multiple
         else:
@@ -159,33 +215,20 @@ def _largest_joint(widths: LayerWidths, field: FieldPath) -> int | None:
     return None
 
 
-@dataclass(frozen=True)
-class Padded:
-    """A padded model.
-
-    Attributes:
-        model: the model, on the CPU.
-        groups: its dependency groups of which units were added, each with the units added.
-    """
-
-    model: PreTrainedModel
-    groups: tuple[tuple[Group, Tensor], ...]
-
-
 def pad(
     model: PreTrainedModel,
     widths: LayerWidths,
     model_class: type[PreTrainedModel],
     data: dict[str, Any],
-) -> Padded | Refusal:
-    """Build a class from a config with wider layers, and copy a model's weights into it.
+) -> tuple[PreTrainedModel, SameOutputs] | Refusal:
+    """Build a class from a config with wider layers, and give it a model's weights and zeros.
 
     ``model``: the model; it stays as it is.
     ``data``: the config's JSON, in which no width is less than the model's.
 
     Returns:
-        The padded model; or a refusal: the class does not build it, or a parameter's units cannot
-        be told.
+        The padded model on the CPU, and the proof that it computes the same; or a refusal: the
+        class does not build it, a parameter's units cannot be told, or zeros are not neutral.
     """
     builder = Builder(model).of_class(model_class)
     try:
@@ -193,146 +236,158 @@ def pad(
     except Exception as error:  # a config class may refuse with any exception
         return Refusal(in_one_line(error))
     empty = without_data(model_class, config)
-    built = builder.build(data, buffers=True)
-    for result in (empty, built):
-        if isinstance(result, Refusal):
-            return result
-    pairs = _paired(widths, layer_widths(empty), model)  # type: ignore[arg-type]
-    refusal = _fill(built, model, pairs)
+    built: Any = builder.build(data, buffers=True)
+    if isinstance(empty, Refusal):
+        return empty
+    if isinstance(built, Refusal):
+        return built
+    added = _added_units(layer_widths(empty), widths.values)
+    refusal = _fill(built, model, added)
     if refusal is not None:
         return refusal
-    padded: Any = built
-    padded.generation_config = getattr(model, "generation_config", None)
-    added: list[tuple[Group, Tensor]] = []
-    for old, new in pairs:
-        units = torch.ones(new.count.units, dtype=torch.bool)
-        units[unit_positions(old.count, new.count)] = False
-        if bool(units.any()):
-            added.append((new, units.nonzero().flatten()))
-    return Padded(padded, tuple(added))
+    built.generation_config = getattr(model, "generation_config", None)
+    proof = _prove(model, built, added)
+    return proof if isinstance(proof, Refusal) else (built, proof)
 
 
-def _paired(narrow: LayerWidths, wide: LayerWidths, model: nn.Module) -> list[tuple[Group, Group]]:
-    """Return each group of the wider layers with what it is in the model.
+_Added = list[tuple[Group, Tensor]]
+"""Groups of the padded model, each with the units that were added."""
 
-    What a layer's own widths do not show is taken from the wider ones: query heads of their own,
-    in a layer that has one for each key/value head.
-    """
-    known = {_kind(group): group for group in narrow.groups}
-    pairs: list[tuple[Group, Group]] = []
+
+def _added_units(wide: LayerWidths, old: Mapping[FieldPath, int]) -> _Added:
+    """Return which units of wider layers are those that layers with the old values lack."""
+    added: _Added = []
     for group in wide.groups:
-        old = known.get(_kind(group))
-        pairs.append((old or _narrowed(group, narrow.values, wide.values, model), group))
-    return pairs
+        lacking = torch.ones(group.count.units, dtype=torch.bool)
+        # query heads stand in groups of a key/value head each
+        around = next((g for g in wide.groups if _is_around(g, group)), None)
+        now = group.count.channel_groups if around is None else around.count.units
+        then = now if around is None else _units(around, wide.values, old)
+        lacking[positions_among(_units(group, wide.values, old), then, len(lacking), now)] = False
+        if bool(lacking.any()):
+            added.append((group, lacking.nonzero().flatten()))
+    return added
 
 
-def _kind(group: Group) -> tuple[frozenset[FieldPath], tuple[object, ...]]:
-    """Return what a group is whatever its widths: its fields, places and parts."""
-    return frozenset(group.fields), tuple(sorted(map(_place_and_parts, group.dims)))
+def _is_around(outer: Group, group: Group) -> bool:
+    return set(group.fields) < set(outer.fields) and (
+        places_of(group.dims) <= places_of(outer.dims)
+    )
 
 
-def _place_and_parts(dim: TensorDim) -> tuple[str, int, int]:
-    return dim.name, dim.dim, dim.layout.parts
+def _units(group: Group, new: Mapping[FieldPath, int], old: Mapping[FieldPath, int]) -> int:
+    """Return how many units a group has where its fields have the old values."""
+    field = min(group.fields, key=lambda field: (new[field], old[field]))  # units hold the others'
+    return group.count.units * old[field] // new[field]
 
 
-def _narrowed(
-    group: Group, old: Mapping[FieldPath, int], new: Mapping[FieldPath, int], model: nn.Module
-) -> Group:
-    """Return a group with the layouts that it has where its fields have smaller values."""
-    field = group.fields[0]
-    units = group.count.units * old[field] // new[field]
-    dims: list[TensorDim] = []
-    for dim in group.dims:
-        layout = dim.layout
-        rest = tensor(model, dim.name).shape[dim.dim] - units * layout.parts * layout.run
-        gap = rest // layout.parts if layout.gap else 0
-        offset = (gap or rest) if layout.offset else 0
-        run = layout.run if rest >= 0 else 0  # smaller units inside say where the channels are
-        dims.append(replace(dim, layout=replace(layout, run=run, offset=offset, gap=gap)))
-    return replace(group, dims=tuple(dims), count=replace(group.count, units=units))
+def positions_among(units: int, groups: int, more_units: int, more_groups: int) -> Tensor:
+    """Return, for every unit, its number among more units in more channel groups."""
+    unit = torch.arange(units)
+    before, after = units // groups, more_units // more_groups
+    return unit // before * after + unit % before
 
 
-def unit_positions(old: UnitCount, new: UnitCount) -> Tensor:
-    """Return, for every unit, its number among more units; channel groups stay together."""
-    units = torch.arange(old.units)
-    before, after = old.units // old.channel_groups, new.units // new.channel_groups
-    return units // before * after + units % before
-
-
-def _fill(built: Any, model: nn.Module, pairs: Sequence[tuple[Group, Group]]) -> Refusal | None:
-    """Give a model without data the weights of a narrower one, and zeros for units it lacks.
+def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
+    """Give a wider build a model's weights, and zeros where units were added.
 
     Return why that cannot be, or ``None``.
     """
     narrow, wide = model.state_dict(), built.state_dict()
     if narrow.keys() != wide.keys():
         return Refusal(f"it has other tensors: {listed(sorted(narrow.keys() ^ wide.keys()))}")
-    dims = _dims_by_name(pairs)
+    masks: dict[str, dict[int, Tensor]] = {}
+    for group, units in added:
+        for dim in group.dims:
+            size = wide[dim.name].shape[dim.dim]
+            mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
+            mask[dim.layout.table(group.count.units)[units].flatten()] = False
+    places = {
+        name: {axis: mask.nonzero().flatten() for axis, mask in by_axis.items()}
+        for name, by_axis in masks.items()
+    }
+
+    def padded(name: str, values: Tensor) -> Tensor:
+        values = values.detach().cpu()
+        for axis, positions in places.get(name, {}).items():
+            shape = (*values.shape[:axis], wide[name].shape[axis], *values.shape[axis + 1 :])
+            values = values.new_zeros(shape).index_copy(axis, positions, values)
+        return values.clone()
+
     for name, value in narrow.items():
-        widened = value.detach().cpu()
-        for axis, size in enumerate(wide[name].shape):
-            if size == widened.shape[axis]:
-                continue
-            new_positions = _new_positions(widened.shape[axis], size, dims.get((name, axis), ()))
-            if new_positions is None:
+        for axis, size in enumerate(value.shape):
+            kept = places.get(name, {}).get(axis)
+            if size != (wide[name].shape[axis] if kept is None else len(kept)):
                 return Refusal(f"nothing proves which channels {name} has in dimension {axis}")
-            shape = (*widened.shape[:axis], size, *widened.shape[axis + 1 :])
-            widened = widened.new_zeros(shape).index_copy(axis, new_positions, widened)
-        _put(built, name, widened)
-    built.tie_weights()
+    fill(built, model, padded)
+    for name in narrow.keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
+        module, key = owner(built, name)
+        module._buffers[key] = padded(name, narrow[name])
     return None
 
 
-_Dim = tuple[TensorDim, TensorDim, UnitCount, UnitCount]
-"""A tensor dim as it is and as it is when wider, each with the unit count of its group."""
-
-
-def _dims_by_name(pairs: Iterable[tuple[Group, Group]]) -> dict[tuple[str, int], list[_Dim]]:
-    """Return parameter and dimension -> its tensor dims in all groups, the largest runs first."""
-    dims: dict[tuple[str, int], list[_Dim]] = {}
-    for old, new in pairs:
-        order = [sorted(group.dims, key=_place_and_parts) for group in (old, new)]
-        for old_dim, new_dim in zip(*order, strict=True):
-            dims.setdefault(new_dim.place, []).append((old_dim, new_dim, old.count, new.count))
-    for found in dims.values():
-        found.sort(key=lambda entry: -entry[1].layout.run)
-    return dims
-
-
-def _new_positions(size: int, wider: int, dims: Iterable[_Dim]) -> Tensor | None:
-    """Return the position that each channel of a dimension gets in the wider one.
-
-    Channels of no unit keep their order.
-
-    Args:
-        size: how many channels the dimension has.
-        wider: how many it gets.
-        dims: its tensor dims, those of the largest units first: what smaller ones say goes.
+def _prove(model: PreTrainedModel, padded: PreTrainedModel, added: _Added) -> SameOutputs | Refusal:
+    """Compare a padded model with the model, and ask whether zeros are neutral in every width.
 
     Returns:
-        The positions, or ``None`` if the tensor dims do not tell them.
+        The comparison; or a refusal that names the field in which zeros are not neutral, or says
+        why the model cannot be run.
     """
-    positions, of_units = torch.full((size,), -1), torch.zeros(wider, dtype=torch.bool)
-    for old, new, count, wider_count in dims:
-        table = new.layout.table(wider_count.units)
-        of_units[table.flatten()] = True
-        kept = table[unit_positions(count, wider_count)]
-        now = old.layout.table(count.units)
-        if now.shape == kept.shape:  # else smaller units (heads in a group) are added inside too
-            positions[now] = kept
-    rest = (positions < 0).nonzero().flatten()
-    outside = (~of_units).nonzero().flatten()
-    if len(rest) != len(outside):
-        return None
-    positions[rest] = outside
-    return positions
+    recipe = map_of(model).recipe
+    inputs = runnable_inputs(model, recipe)
+    if isinstance(inputs, Refusal):
+        return inputs
+    expected = outputs_of(in_float64(model, recipe), inputs, recipe)
+    twin = in_float64(padded, recipe)
+    found = outputs_of(twin, inputs, recipe)
+    for name, entrance in _entrances(twin, added):
+        with _noise(twin, entrance):
+            loud = outputs_of(twin, inputs, recipe)
+        if not compared(found, loud).difference <= ROUNDING:
+            return Refusal(
+                f"zeros are not neutral in {name}: what its other units compute depends on "
+                "how many there are, as in a norm or a choice over all of them"
+            )
+    same = compared(expected, found)
+    if not same.difference <= ROUNDING:
+        return Refusal(f"with zeros its outputs are {same.difference:.0e} off")
+    return same
 
 
-def _put(built: nn.Module, name: str, value: Tensor) -> None:
-    """Set a parameter or buffer of a model that was built without data."""
-    module, key = owner(built, name)
-    if key in module._parameters:
-        trained = value.is_floating_point() and module._parameters[key].requires_grad  # type: ignore[union-attr]
-        module._parameters[key] = nn.Parameter(value.clone(), requires_grad=trained)
-    else:
-        module._buffers[key] = value.clone()
+_Entrance = list[tuple[Side, Tensor]]
+"""The same side of like layers, each with the positions of the channels that were added."""
+
+
+def _entrances(model: nn.Module, padding: _Added) -> Iterable[tuple[str, _Entrance]]:
+    """Return what leads into added units: sides of layers that compute them, alike ones together.
+
+    Each comes with the name of the field that counts the units.
+    """
+    kinds: dict[tuple[str, str], _Entrance] = {}
+    for group, added in padding:
+        name = " + ".join(name_in_all_layers(field_name(field)) for field in group.fields)
+        for side in filter(is_output, sides_of(model, group, {})):
+            kind = re.sub(r"\.\d+(?=\.)", ".*", str(side.dims[0].place))
+            kinds.setdefault((name, kind), []).append((side, side.table[added].flatten()))
+    return [(name, entrance) for (name, _), entrance in kinds.items()]
+
+
+@contextmanager
+def _noise(model: nn.Module, entrance: _Entrance) -> Iterator[None]:
+    """While open, channels that were added hold noise in the parameters of some sides."""
+    places = [(dim.place, channels) for side, channels in entrance for dim in side.dims]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for (name, axis), channels in places:
+                weight = tensor(model, name)
+                shape = [*weight.shape]
+                shape[axis] = len(channels)
+                noise = torch.randn(shape, generator=generator, dtype=weight.dtype)
+                loud = _LOUD * weight.abs().mean().clamp_min(1e-3)
+                weight.index_copy_(axis, channels, noise * loud)
+        yield
+    finally:
+        with torch.no_grad():
+            for (name, axis), channels in places:
+                tensor(model, name).index_fill_(axis, channels, 0.0)

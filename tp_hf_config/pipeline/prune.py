@@ -1,38 +1,60 @@
-"""Prune a model folder into a new folder: the steps, in order."""
+"""Prune a model folder into a new folder: source, plan, measure, cut, write."""
 
 from __future__ import annotations
 
 import random
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+import torch_pruning as tp
+
+from ..calibration.passes import shown_by
+from ..errors import CalibrationWarning, ConfigSyncError, PipelineError, UnsupportedModelError
+from ..fieldmap.layer_map import by_layers
+from ..fieldmap.learn_field_map import map_of
 from ..forward.run_recipe import RunRecipe
+from ..hook.drop_layers import drop_layers
+from ..hook.dropped_layers import DroppedLayers
+from ..hook.hook import HFConfigSyncHook
+from ..hook.report import SyncReport
+from ..model.build import Refusal
+from ..model.config_json import field_name
+from ..model.layer_class import layer_lists
+from ..model.layer_entries import values_by_layer
 from ..model.paging import is_paged, paged
 from ..model.surroundings import same_random_state
-from ..planning.allocate import Allocation
+from ..planning.allocate import Allocation, allocate
+from ..planning.make_plan import plan
 from ..planning.plan import Plan
+from ..planning.refusals import PlannedRefusal
 from .card import card
-from .checks import check_device, dtype_of
-from .choice import Choice, choose
-from .companions import Copied, copy_companions, fetch_companions, notes_on_uncopied
-from .deciding import decide, show
-from .job import TEXTS, Job, Pruned, calibration_text, changed, check_job
-from .layerwise import layerwise_of
-from .material import Run
-from .output import abandoned, check_savable, new_folder, save_model
-from .progress import Progress, Silent
-from .roundtrip import Proof, prove_roundtrip
-from .source import class_for, config_of, load
-from .source_checks import check_source
-from .streaming import streams
-from .widths import planned
+from .companions import copy_companions, fetch_companions, notes_on_uncopied
+from .job import TEXTS, Importance, Job, Layerwise, Progress, Pruned, calibration_text, changed
+from .output import check_savable, check_target, new_folder, save_model
+from .proofs import prove_roundtrip
+from .source import Source, check_source, class_for, config_of, is_large, load
+from .text import Choice, Material, accumulate_gradients, choose, gather, measure, recover
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_OF_TORCH_PRUNING: dict[Importance, str] = {
+    "magnitude": "GroupMagnitudeImportance",
+    "taylor": "GroupTaylorImportance",
+    "random": "RandomImportance",
+}
+_RANKINGS = {
+    "local": {},
+    "global": {"global_pruning": True},
+    "isomorphic": {"global_pruning": True, "isomorphic": True},
+}
 
 
 def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
@@ -49,25 +71,57 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         ConfigSyncError: the class refuses the widths.
     """
     started = time.perf_counter()
-    progress = progress or Silent()
-    check_job(job)
+    progress = progress or Progress()
+    source = job.source
+
+    # source: its config; whether it can be pruned, and the result be written
+    check_target(job.out, source=source.folder, overwrite=job.overwrite)
     text = calibration_text(job)
-    for line in abandoned(job.out):
-        progress.say(line)
-    check_device(job.device)
-    config = config_of(job.source)
-    check_source(job.source, config)
-    fetch_companions(job.source)
-    config.dtype = dtype_of(job.dtype) or config.dtype
-    model_class = class_for(job.source, config)
-    plan = planned(job, config, model_class)
+    _check_device(job.device)
+    config = config_of(source)
+    check_source(source, config)
+    fetch_companions(source)
+    dtype = None if job.dtype is None else getattr(torch, job.dtype)
+    config.dtype = dtype or config.dtype
+    model_class = class_for(source, config)
+
+    # plan: what the config alone tells
+    planned = planned_widths(job, config, model_class)
     choice = choose(job, text, config, model_class)
-    with new_folder(job.out, source=job.source.folder, overwrite=job.overwrite) as work:
-        if plan is not None:
-            show(plan, job, progress)
-        with _seeded(job.seed), paged(work if streams(job) else None):
-            result = _prune_and_write(job, config, model_class, plan, choice, work, progress)
+
+    with (
+        new_folder(job.out, source=source.folder, overwrite=job.overwrite) as work,
+        _seeded(job.seed),
+        paged(work if _streams(job) else None),
+    ):
+        if planned is not None:
+            _show(planned, job, progress)
+
+        # measure: the unpruned model on a text
+        progress.say(f"{'mapping' if is_paged() else 'loading'} {source.name}")
+        model, notes = load(source, config, model_class, dtype=dtype, device=job.device)
+        check_savable(model)
+        if planned is not None and job.ranking != "local":
+            _check_ranking(model, planned, job)
+        choice, material = _gathered(job, choice, model, progress)
+        before = _measured(model, material)
+
+        # cut: layers first, then widths
+        cut = _cut(job, model, planned, choice, material, progress)
+        after = _measured(model, material)
+        del material  # with the unpruned model: the process that loads the pruned one needs room
+
+        # write: the model and what belongs to it, once a fresh process has loaded it
+        result = _write(job, model, choice, cut, before, after, notes, work, progress)
     return replace(result, seconds=time.perf_counter() - started)
+
+
+def _streams(job: Job) -> bool:
+    """Return True if a job puts the weights that it computes into mapped files, not into memory.
+
+    Weights that are only read are mapped in any case, and the result is the same, byte for byte.
+    """
+    return is_large(job.source) if job.stream is None else job.stream
 
 
 @contextmanager
@@ -82,41 +136,351 @@ def _seeded(seed: int) -> Iterator[None]:
         random.setstate(state)
 
 
-def _prune_and_write(
-    job: Job,
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except Exception as error:  # torch raises a different error for each device
+        raise PipelineError(
+            f"device {name} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+def planned_widths(
+    job: Job, config: PreTrainedConfig, model_class: type[PreTrainedModel]
+) -> Plan | None:
+    """Return the plan; ``None`` if no width is pruned, or if widths are decided later.
+
+    Whether the widths that the job names can be pruned is checked in either case.
+
+    Raises:
+        PipelineError: a setting is invalid, the plan prunes nothing or cannot be carried out.
+        UnsupportedModelError: a field cannot be pruned, or layers cannot differ.
+        ConfigSyncError: the class refuses the widths.
+    """
+    if not job.widths:
+        return None
+    if job.drop_layers or job.allocate:
+        # the target is met later, by other means or with fewer layers
+        widths = {name: value for name, value in job.widths.items() if name != "target_params"}
+        plan_for(job.source, config, model_class, widths)
+        return None
+    planned = plan_for(job.source, config, model_class, job.widths)
+    _check_plan(planned, job)
+    return planned
+
+
+def plan_for(
+    source: Source,
     config: PreTrainedConfig,
     model_class: type[PreTrainedModel],
-    plan: Plan | None,
+    settings: Mapping[str, Any],
+) -> Plan:
+    """Return the plan that :func:`~tp_hf_config.plan` makes from the config alone.
+
+    ``settings``: keyword arguments for :func:`~tp_hf_config.plan`.
+
+    Raises:
+        PipelineError: a setting is invalid or the target cannot be reached.
+        UnsupportedModelError: a field cannot be pruned.
+    """
+    try:
+        return plan(config, model_class=model_class, **settings)
+    except ValueError as error:
+        raise PipelineError(f"{source.name}: {error}") from error
+
+
+def _check_plan(planned: Plan, job: Job) -> None:
+    """Raise if a plan cannot be carried out or would prune nothing."""
+    if planned.refusal is not None:
+        raise ConfigSyncError(_refusal_text(planned, planned.refusal))
+    if all(width.after == width.before for width in planned.widths):
+        steps = "; ".join(
+            f"{w.name} {w.asked:g} of {next(iter(w.before.values())):,}" for w in planned.widths
+        )
+        why = "; ".join(planned.adjusted) or "Ask for more"
+        raise PipelineError(f"these ratios prune nothing ({steps}). {why}")
+    free = shutil.disk_usage(job.out.expanduser().resolve().parent).free
+    if planned.after is not None and planned.after.bytes > free:
+        raise PipelineError(
+            f"{job.out}: the pruned model takes {planned.after.bytes:,} bytes, and {free:,} are "
+            "free"
+        )
+
+
+def _refusal_text(planned: Plan, refusal: PlannedRefusal) -> str:
+    """Return why the class refuses the widths, and ratios that it takes."""
+    values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
+    lines = [f"{planned.model} refuses {values}: {refusal.reason.rstrip('.')}."]
+    for ratios, leads_to in refusal.nearest:
+        options = ",".join(f"{name}={ratio:g}" for name, ratio in ratios.items())
+        values = ", ".join(f"{name} {value}" for name, value in leads_to.items())
+        lines.append(f"It takes --ratios {options} ({values})")
+    if not refusal.nearest:
+        lines.append("It takes nothing near them: change one ratio at a time")
+    return "\n".join(lines)
+
+
+def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
+    """Show the widths before anything is cut, as far as they are known by then."""
+    progress.say(widths)
+    if job.ranking != "local":
+        progress.say(
+            f"the plan is of one ratio for all layers: --ranking {job.ranking} decides how much of "
+            "each goes"
+        )
+
+
+# ---------------------------------------------------------------------------------------- measure
+
+
+def _gathered(
+    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
+) -> tuple[Choice, Material | None]:
+    """Return what the model is run on, if anything, with a choice that goes without where it must.
+
+    Raises:
+        UnsupportedModelError: the model does not run on text alone, and the user asked for that.
+    """
+    if choice.origin is None:
+        return choice, None
+    material = gather(job, choice, model, progress)
+    if not isinstance(material, Refusal):
+        return choice, material
+    if choice.asked:
+        raise UnsupportedModelError(
+            f"{material.reason}: leave --calibration, --recover, --allocate and --drop-layers out, "
+            "and use --importance magnitude or random"
+        )
+    return choice.without_text(material.reason), None
+
+
+class Measured(NamedTuple):
+    """A model's number of parameters, and its perplexity on each of ``TEXTS``."""
+
+    parameters: int
+    perplexities: tuple[float | None, float | None]
+
+
+def _measured(model: PreTrainedModel, material: Material | None) -> Measured:
+    perplexities = (None, None) if material is None else material.perplexities(model)
+    return Measured(model.num_parameters(), perplexities)
+
+
+# -------------------------------------------------------------------------------------------- cut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What was cut.
+
+    Attributes:
+        widths: the widths that the model was pruned to; ``None``: only layers were dropped.
+        dropped: the layers that were dropped.
+        reports: one for each pruning step.
+        recipe: how its class was run before widths were pruned.
+    """
+
+    widths: Plan | Allocation | None
+    dropped: DroppedLayers | None
+    reports: tuple[SyncReport, ...]
+    recipe: RunRecipe
+
+
+def _cut(
+    job: Job,
+    model: PreTrainedModel,
+    planned: Plan | None,
     choice: Choice,
+    material: Material | None,
+    progress: Progress,
+) -> Cut:
+    """Drop layers, decide widths if there is no plan, and prune the model in place.
+
+    A target stays a share of the whole model, as it was before layers were dropped.
+    """
+    parameters = model.num_parameters()
+    dropped = _dropped_layers(job, model, material, progress)
+    widths: Plan | Allocation | None = planned
+    if job.widths and planned is None:
+        calibration = None if material is None else material.calibration
+        if dropped is not None and choice.measures and calibration is not None:
+            measure(calibration, progress)
+        settings = dict(job.widths)
+        if settings.get("target_params", 2) <= 1:
+            settings["target_params"] = int(settings["target_params"] * parameters)
+        if job.allocate:
+            widths = _allocated(model, settings, choice, material, progress)
+        else:
+            widths = plan_for(job.source, model.config, type(model), settings)
+            _check_plan(widths, job)
+        _show(widths, job, progress)
+    recipe = map_of(model, how=by_layers).recipe
+    reports = run_steps(job, model, widths, choice, material, progress)
+    return Cut(widths, dropped, reports, recipe)
+
+
+def _dropped_layers(
+    job: Job, model: PreTrainedModel, material: Material | None, progress: Progress
+) -> DroppedLayers | None:
+    """Drop the layers that change least on the text."""
+    count = job.drop_layers
+    if not count or material is None:
+        return None
+    try:
+        dropped = drop_layers(
+            model, count=count, calibration=material.calibration, which=job.drop_from
+        )
+    except ValueError as error:
+        raise PipelineError(f"--drop-layers {count}: {error}") from error
+    progress.say(str(dropped))
+    return dropped
+
+
+def _allocated(
+    model: PreTrainedModel,
+    settings: Mapping[str, Any],
+    choice: Choice,
+    material: Material | None,
+    progress: Progress,
+) -> Allocation:
+    """Return widths for every layer, by sensitivity; the target in the settings is a number."""
+    assert material is not None  # the user asked for it, so that there is a text or an error
+    calibration, target = material.calibration, settings["target_params"]
+    assert calibration is not None
+    if not calibration.held_out:
+        raise PipelineError(
+            "--allocate compares layers on text that is held out, and there is one window alone: "
+            "give a longer text (--calibration FILE), or leave --tokens out"
+        )
+    if model.num_parameters() <= target:
+        raise PipelineError(
+            f"--allocate: the model has {model.num_parameters():,} parameters by then, so "
+            f"--target-params {target:,.0f} prunes no width: take a smaller target"
+        )
+    progress.say("allocating: every layer is cut and refitted alone, the model's answers compared")
+    kind: Any = choice.importance
+    try:
+        return allocate(
+            model,
+            calibration,
+            target_params=target,
+            prune=settings.get("prune"),
+            importance=kind,
+            round_to=settings.get("round_to", 1),
+        )
+    except ValueError as error:
+        raise PipelineError(f"--allocate: {error}") from error
+
+
+def run_steps(
+    job: Job,
+    model: PreTrainedModel,
+    widths: Plan | Allocation | None,
+    choice: Choice,
+    material: Material | None,
+    progress: Progress,
+) -> tuple[SyncReport, ...]:
+    """Prune in steps, with gradients before and recovery after each; return their reports.
+
+    Without widths nothing is pruned, but the model recovers.
+    """
+    recovers = material is not None and material.teacher is not None
+    if widths is None:
+        if material is not None and recovers:
+            recover(model, material, job.recover, progress, "recovery")
+        return ()
+    calibration = None if material is None else material.calibration
+    hook = HFConfigSyncHook(
+        compensate=calibration if choice.compensate else None, layers=job.layers
+    )
+    name: Any = choice.importance
+    if name in _OF_TORCH_PRUNING:
+        importance = getattr(tp.importance, _OF_TORCH_PRUNING[name])()
+    else:
+        assert calibration is not None  # the choice has a text for all others
+        importance = calibration.importance(name)
+    pruner = _pruner(job, model, widths, importance, hook)
+    steps = job.steps
+    for step in range(1, steps + 1):
+        title = f"step {step}/{steps}"
+        if material is not None and choice.importance == "taylor":
+            accumulate_gradients(model, material, progress, f"{title}: gradients")
+        with shown_by(progress.track):
+            pruner.step()
+        progress.say(str(hook.last_report))
+        updates = job.recover * step // steps - job.recover * (step - 1) // steps
+        if material is not None and recovers and updates:
+            recover(model, material, updates, progress, f"{title}: recovery")
+    model.zero_grad()
+    return tuple(hook.reports)
+
+
+def _check_ranking(model: PreTrainedModel, planned: Plan, job: Job) -> None:
+    """Raise if layers that are ranked together would end with widths that no config can say.
+
+    A pruner that is made and not used tells, before the model is run on any text.
+    """
+    hook = HFConfigSyncHook(layers=job.layers)
+    _pruner(job, model, planned, tp.importance.GroupMagnitudeImportance(), hook)
+
+
+def _pruner(
+    job: Job,
+    model: PreTrainedModel,
+    widths: Plan | Allocation,
+    importance: Any,
+    hook: HFConfigSyncHook,
+) -> Any:
+    if isinstance(widths, Allocation):
+        arguments = widths.pruner_kwargs(model, iterative_steps=job.steps)
+    else:
+        arguments = widths.pruner_kwargs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # it says what to do in Python
+        return tp.pruner.MetaPruner(
+            model, **{**arguments, **_RANKINGS[job.ranking]}, importance=importance, hooks=[hook]
+        )
+
+
+# ------------------------------------------------------------------------------------------ write
+
+
+def _write(
+    job: Job,
+    model: PreTrainedModel,
+    choice: Choice,
+    cut: Cut,
+    before: Measured,
+    after: Measured,
+    load_notes: Sequence[str],
     work: Path,
     progress: Progress,
 ) -> Pruned:
-    """Load, prune and prove the model, and write everything into the unfinished folder."""
-    dtype = dtype_of(job.dtype)
-    progress.say(f"{'mapping' if is_paged() else 'loading'} {job.source.name}")
-    model, load_notes = load(job.source, config, model_class, dtype=dtype, device=job.device)
-    check_savable(model)
-    run = Run(job, model, choice, progress)
-    cut = decide(run, plan)
-    after, choice, widths = run.perplexities(), run.choice, cut.widths
-    del run  # free the unpruned model: the process that loads the pruned one needs room
-    proof, copied, rotary_notes = _write(job, model, cut.recipe, work, progress)
-    layerwise = layerwise_of(model)
-    held_out, second = map(_pair, cut.perplexities, after)
-    notes = [*load_notes, *(widths.notes if isinstance(widths, Plan) else ()), *choice.notes]
+    """Write the model, what belongs to it and its card into ``work``; prove that it loads there."""
+    rotary_notes = save_model(model, work, job.max_shard_size)
+    copied = copy_companions(job.source, work)
+    progress.say("a fresh process loads what was written")
+    proof = prove_roundtrip(model, work, cut.recipe)
+    planned = cut.widths if isinstance(cut.widths, Plan) else None
+    layerwise = _layerwise(model)
+    notes = [*load_notes, *(planned.notes if planned else ()), *choice.notes]
     notes += cut.dropped.notes if cut.dropped else ()
     notes += [note for report in cut.reports for note in report.notes]
-    notes += _lost_perplexities(cut.perplexities, after)
+    notes += _lost_perplexities(before, after)
     notes += [*rotary_notes, *copied.notes]
     notes += notes_on_uncopied(job.source, copied, changed(cut.reports))
     if job.layers == "differ" and layerwise is None:
         notes.append("all layers have the same widths in the end: the class is the stock one")
+    held_out, second = map(_pair, before.perplexities, after.perplexities)
     result = Pruned(
         type(model).__name__,
         job.out,
-        widths if isinstance(widths, Plan) else None,
+        planned,
         cut.reports,
-        (cut.parameters, model.num_parameters()),
+        (before.parameters, after.parameters),
         proof,
         copied,
         held_out,
@@ -124,32 +488,28 @@ def _prune_and_write(
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
         dropped_layers=cut.dropped,
-        allocation=widths if isinstance(widths, Allocation) else None,
+        allocation=cut.widths if isinstance(cut.widths, Allocation) else None,
         layers_differ=layerwise,
     )
     (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
     return result
 
 
-def _write(
-    job: Job, model: PreTrainedModel, recipe: RunRecipe, work: Path, progress: Progress
-) -> tuple[Proof, Copied, tuple[str, ...]]:
-    """Write the model and what belongs to it into ``work``, and prove that it loads from there.
-
-    Returns:
-        The proof, the files that were copied, and notes.
-    """
-    notes = save_model(model, work, job.max_shard_size)
-    copied = copy_companions(job.source, work)
-    progress.say("a fresh process loads what was written")
-    return prove_roundtrip(model, work, recipe), copied, notes
+def _layerwise(model: PreTrainedModel) -> Layerwise | None:
+    """Return how a model whose layers differ is loaded; ``None`` if they do not."""
+    model_class: Any = type(model)
+    if not layer_lists(model_class):
+        return None
+    return Layerwise(
+        {field_name(field): values for field, values in values_by_layer(model).items()},
+        model_class._auto_class,
+        f"{model_class.__module__.rpartition('.')[2]}.py",
+    )
 
 
-def _lost_perplexities(
-    before: Sequence[float | None], after: Sequence[float | None]
-) -> Iterator[str]:
+def _lost_perplexities(before: Measured, after: Measured) -> Iterator[str]:
     """Yield a note on each text of which the pruned model's perplexity is no finite number."""
-    for text, old, new in zip(TEXTS, before, after, strict=True):
+    for text, old, new in zip(TEXTS, before.perplexities, after.perplexities, strict=True):
         if old is not None and new is None:
             yield f"perplexity on {text} was {old:.1f}, and is not finite now: prune less"
 

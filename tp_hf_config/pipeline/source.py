@@ -1,17 +1,22 @@
-"""Find where a model comes from (a folder, a GGUF file, a Hub id), and read it from there."""
+"""Find where a model comes from (a folder, a GGUF file, a Hub id), and read it from there.
+
+What pruning would not be pruning the model is refused: packed weights, adapters, and files of which
+Transformers reads only a part.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.folder import read_config
-from ..errors import PipelineError, TPHFConfigError, UnsupportedModelError
+from ..checkpoint.folder import ADAPTER, read_config
+from ..errors import PipelineError, TPHFConfigError, UnsupportedModelError, listed
 from ..model.shortage import raise_shortage
+from ..model.surroundings import free_memory
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHOWN = 300  # characters of an error
 _OLD_CACHES = {"TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"}  # Transformers 4 looks there
+_ROTARY_TENSORS = ("rope_freqs", "rope_factors")
+_SCALING = ".rope.scaling."
+_SCALES = "gpt-oss"  # the architecture whose scaling Transformers reads (5.24, and before)
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,6 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
     """Return the source that a user means by a folder, a file or a name, without using torch.
 
     A name may be a Hub id; whether the Hub has it is not checked.
-
-    Raises:
-        PipelineError: there is no such folder or file, or no model in it.
     """
     try:
         return _source(name, trust_remote_code)
@@ -90,6 +95,13 @@ def _source(name: str, trust_remote_code: bool) -> Source:
     return Source(name, name, None, trust_remote_code)
 
 
+def is_large(source: Source) -> bool:
+    """Return True if a folder's weights take more than half of the memory that is free."""
+    folder = source.folder
+    files = () if folder is None else folder.rglob("*.safetensors")
+    return 2 * sum(file.stat().st_size for file in files) > free_memory()
+
+
 def cached_model(folder: Path) -> Path | None:
     """Return what the Hub's cache has of a model, if a folder is a snapshot in it; else ``None``.
 
@@ -102,9 +114,6 @@ def check_reachable(source: Source) -> None:
     """Raise if a model is not in a local folder, and the Hub and its cache have no config of it.
 
     Do nothing if the environment names an old cache, in which Transformers 4 looks.
-
-    Raises:
-        PipelineError: there is no such config, or the Hub cannot be reached.
     """
     if source.folder is not None or os.environ.keys() & _OLD_CACHES:
         return
@@ -127,11 +136,7 @@ def _without_config(folder: Path) -> str:
 
 
 def config_of(source: Source) -> PreTrainedConfig:
-    """Return the model's config; read no weights.
-
-    Raises:
-        PipelineError: the config cannot be read, or needs code that is not trusted.
-    """
+    """Return the model's config; read no weights."""
     from transformers import AutoConfig
 
     from ..model.build import too_many_layers
@@ -184,6 +189,83 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
         raise _cannot(source, f"its code ({reference}) cannot be loaded", error) from error
 
 
+def check_source(source: Source, config: PreTrainedConfig) -> None:
+    """Raise if pruning what ``from_pretrained`` gives of a source would not be pruning the model.
+
+    Raises:
+        UnsupportedModelError: the weights are quantised, an adapter belongs to them, or
+            Transformers does not read all of a GGUF file.
+        PipelineError: Transformers 5 wrote the config, and Transformers 4 is installed.
+    """
+    if source.gguf is not None:
+        _check_gguf(source)
+        return
+    _check_not_quantised(source, config)
+    _check_rotary(source)
+    if source.folder is not None and (source.folder / ADAPTER).is_file():
+        raise UnsupportedModelError(
+            f"{source.name} holds an adapter ({ADAPTER}), and adapters are not pruned. Merge it "
+            "first (model.merge_and_unload()), and save the merged model"
+        )
+
+
+def _check_not_quantised(source: Source, config: PreTrainedConfig) -> None:
+    from ..checkpoint.building import quantisation
+    from ..model.config_json import config_json
+
+    packed = quantisation(config_json(config))
+    if packed is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else None
+        raise UnsupportedModelError(
+            f"{source.name} is quantised ({method or 'method unknown'}): packed weights cannot be "
+            "pruned. Prune the float16, bfloat16 or float32 model that it was made of, and "
+            "quantise the result."
+        )
+
+
+def _check_rotary(source: Source) -> None:
+    from ..checkpoint.loading import MAJOR
+    from ..checkpoint.rotary import unread_by_transformers_4
+
+    if MAJOR >= 5 or source.folder is None:
+        return
+    unread = unread_by_transformers_4(read_config(source.folder).data or {})
+    if unread:
+        raise PipelineError(
+            f"{source.name}: Transformers 5 wrote {', '.join(unread)} into rope_parameters, where "
+            f"the installed Transformers {MAJOR} does not look. First: tp-hf-config repair "
+            f"{source.name}"
+        )
+
+
+def _check_gguf(source: Source) -> None:
+    import gguf
+
+    reader: Any = gguf.GGUFReader(source.options["gguf_file"])
+    parts = reader.get_field("split.count")
+    if parts is not None and int(parts.contents()) > 1:
+        raise UnsupportedModelError(
+            f"{source.name} is one of {int(parts.contents())} files of a model, and Transformers "
+            "would read this one alone. Merge them first: llama-gguf-split --merge"
+        )
+    unread = list(_unread(reader))
+    if unread:
+        raise UnsupportedModelError(
+            f"{source.name} scales its rotary embeddings ({listed(unread)}), which Transformers "
+            "does not read from a GGUF file: the model would compute something else. Prune the "
+            "safetensors model that it was made of"
+        )
+
+
+def _unread(reader: Any) -> Iterator[str]:
+    """Yield the names of tensors and fields in a GGUF file that scale rotary embeddings."""
+    yield from (t.name for t in reader.tensors if t.name.startswith(_ROTARY_TENSORS))
+    for name, field in reader.fields.items():
+        architecture, scaling, kind = name.partition(_SCALING)
+        if scaling and architecture != _SCALES and (kind, field.contents()) != ("type", "none"):
+            yield name
+
+
 def load(
     source: Source,
     config: PreTrainedConfig,
@@ -205,9 +287,6 @@ def load(
 
     Returns:
         The model, and notes for the user, such as tensors that are missing.
-
-    Raises:
-        PipelineError: the weights cannot be loaded, or some are missing.
     """
     import torch
 
@@ -237,11 +316,7 @@ def load(
 
 
 def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return notes on tensors that a model's files lack, and on those that its class does not read.
-
-    ``info``: what ``from_pretrained`` says of loading; tensors that a class is to ignore are not
-    in it.
-    """
+    # tensors that a class says to ignore are not in what from_pretrained tells
     kinds = {
         "missing_keys": f"are not in {source.name} and are random",
         "unexpected_keys": f"of {source.name} are not read by its class, so the result lacks them",
@@ -255,11 +330,7 @@ def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer.
-
-    Raises:
-        PipelineError: there is no tokenizer, or it cannot be loaded.
-    """
+    """Load the model's tokenizer."""
     from transformers import AutoTokenizer
 
     try:

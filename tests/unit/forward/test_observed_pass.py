@@ -25,7 +25,7 @@ from tp_hf_config.forward.observed_pass import (
 )
 from tp_hf_config.model.build import Builder
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.pipeline.trial import subject
+from tp_hf_config.pipeline.support import subject
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
 from tp_hf_config.twin.links import Links
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model

@@ -29,7 +29,7 @@ from tp_hf_config.graph import experiments
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, without_data
 from tp_hf_config.model.disk_cache import VARIABLE, class_digest
-from tp_hf_config.pipeline.trial import subject
+from tp_hf_config.pipeline.support import subject
 from tp_hf_config.twin.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("every_width")

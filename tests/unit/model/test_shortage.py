@@ -18,14 +18,11 @@ from tp_hf_config.calibration.sources import Sources
 from tp_hf_config.cli import main
 from tp_hf_config.forward.run_recipe import PLAIN
 from tp_hf_config.model.shortage import is_out_of_memory
-from tp_hf_config.pipeline import material as material_module
-from tp_hf_config.pipeline.choice import Choice
-from tp_hf_config.pipeline.job import Job
-from tp_hf_config.pipeline.material import gather
-from tp_hf_config.pipeline.objective import objective_of
-from tp_hf_config.pipeline.progress import Silent
-from tp_hf_config.pipeline.roundtrip import runnable_inputs
+from tp_hf_config.pipeline import text as text_module
+from tp_hf_config.pipeline.job import Job, Progress
+from tp_hf_config.pipeline.proofs import runnable_inputs
 from tp_hf_config.pipeline.source import Source
+from tp_hf_config.pipeline.text import Choice, gather, objective_of
 
 CUDA = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
 _IDS = torch.arange(3, 11)[None]
@@ -88,10 +85,10 @@ def test_a_text_that_does_not_fit_is_no_model_that_takes_no_text(
 
 
 def test_windows_that_do_not_fit_are_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(material_module, "own_text", _on_cuda)
+    monkeypatch.setattr(text_module, "own_text", _on_cuda)
     job = Job(Source("model", "model"), Path("out"), {})
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        gather(job, Choice("wanda", "own"), tiny.build("llama-gqa"), Silent())
+        gather(job, Choice("wanda", "own"), tiny.build("llama-gqa"), Progress())
 
 
 def test_inputs_that_do_not_fit_are_no_inputs_that_do_not_run() -> None:

@@ -12,9 +12,9 @@ import transformers as hf
 
 from tp_hf_config.calibration.batches import shipped_text
 from tp_hf_config.errors import CalibrationWarning, PipelineError, UnsupportedModelError
-from tp_hf_config.pipeline.choice import Choice, choose, class_writes_text
 from tp_hf_config.pipeline.job import Job
 from tp_hf_config.pipeline.source import find_source
+from tp_hf_config.pipeline.text import Choice, choose, class_writes_text
 
 FILE = Path("there/text.txt")
 TEXTS = {None: None, "own": None, FILE: "w1 w2"}
@@ -172,6 +172,12 @@ class TestRefused:
             ),
             (
                 "bert",
+                {"allocate": True},
+                "--allocate needs text to run BertModel on (the shipped text is for causal "
+                f"language models alone). {_ADD[0]}",
+            ),
+            (
+                "bert",
                 {"drop_layers": 1},
                 "--drop-layers needs text to run BertModel on (the shipped text is for causal "
                 f"language models alone). {_ADD[0]}",
@@ -212,6 +218,17 @@ class TestRefused:
         message = "ViTForImageClassification takes no text that tells which of its layers change"
         with pytest.raises(UnsupportedModelError, match=message):
             chosen(models / "vit", drop_layers=1)
+        message = "ViTForImageClassification takes no text on which --allocate could compare its "
+        with pytest.raises(UnsupportedModelError, match=message):
+            chosen(models / "vit", allocate=True)
+
+    def test_an_importance_that_tells_nothing_of_layers(self, models: Path) -> None:
+        with pytest.raises(PipelineError) as refused:
+            chosen(models / "llama-gqa", allocate=True, importance="taylor")
+        assert str(refused.value) == (
+            "--allocate measures what layers carry on a text, --importance taylor does not: leave "
+            "it out, or take one of wanda, activation, flap, obs"
+        )
 
     @pytest.mark.parametrize("settings", [{"importance": "wanda"}, {"calibration": FILE}])
     def test_no_tokenizer_where_a_text_is_asked_for(

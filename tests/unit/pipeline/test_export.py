@@ -20,11 +20,14 @@ from shell import shell
 
 from tp_hf_config import PipelineError, export, verify_checkpoint
 from tp_hf_config.checkpoint import loading
-from tp_hf_config.pipeline import padded as padded_module
+from tp_hf_config.pipeline import padding as padding_module
 
-pytestmark = pytest.mark.skipif(
-    not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
+    ),
+]
 WITHIN = 1e-5
 """How far outputs in float32 may differ: sums over other numbers of terms."""
 _EIGHT: dict[str, Any] = {
@@ -64,11 +67,13 @@ PADDED: list[tuple[str, tuple[str, ...], float, float, dict[str, int]]] = [
     ("phi3_8", ("num_attention_heads",), 0.5, 0.1, {"num_attention_heads": 8}),
 ]
 
+IN_MAKE_TEST = ("qwen2", "gpt2", "mixtral", "whisper", "phi3_8")
+
 
 @pytest.fixture
 def without_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fresh process finds is another test's."""
-    monkeypatch.setattr(padded_module, "prove_roundtrip", lambda *_: None)
+    monkeypatch.setattr(padding_module, "prove_roundtrip", lambda *_: None)
 
 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,8 +97,16 @@ class TestPadded:
     @pytest.mark.usefixtures("without_fresh_process")
     @pytest.mark.parametrize(
         ("name", "fields", "first", "others", "values"),
-        PADDED,
-        ids=[f"{name}-{'-'.join(fields)}-{first}" for name, fields, first, *_ in PADDED],
+        [
+            pytest.param(
+                name,
+                fields,
+                *shares,
+                id=f"{name}-{'-'.join(fields)}-{shares[0]}",
+                marks=() if name in IN_MAKE_TEST else pytest.mark.full,
+            )
+            for name, fields, *shares in PADDED
+        ],
     )
     def test_the_stock_class_computes_the_same(
         self,
@@ -185,7 +198,7 @@ class TestPadded:
     def test_what_a_fresh_process_cannot_load_is_not_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        save = padded_module.save_model
+        save = padding_module.save_model
 
         def broken(model: Any, folder: Path) -> None:
             save(model, folder)
@@ -193,7 +206,7 @@ class TestPadded:
             config["rms_norm_eps"] = 0.5
             (folder / "config.json").write_text(json.dumps(config))
 
-        monkeypatch.setattr(padded_module, "save_model", broken)
+        monkeypatch.setattr(padding_module, "save_model", broken)
         model = differing.pruned("llama", ("intermediate_size",))
         with pytest.raises(PipelineError, match="the model was not written, its round trip is not"):
             export(model, tmp_path / "out", to="padded")

@@ -34,11 +34,13 @@ from tokenizers import (
 )
 
 from tp_hf_config import PipelineError, export
+from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.layer_entries import GLOBAL_READS, set_entries
 from tp_hf_config.pipeline import export as export_module
-from tp_hf_config.pipeline import gguf_file, gguf_vocabulary
-from tp_hf_config.pipeline.gguf_vocabulary import Vocabulary, vocabulary_of
+from tp_hf_config.pipeline import gguf_file
+from tp_hf_config.pipeline.gguf_file import vocabulary_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FFN, HEADS = "intermediate_size", "num_attention_heads"
 TEXT = "the tower was there, and nobody there said so: it is 42 feet high\n" * 3
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -120,7 +122,7 @@ def sentencepiece(
     pre: Any = None, normalizer: Any = None, swapped: bool = False
 ) -> hf.PreTrainedTokenizerFast:
     """SentencePiece's BPE: any two tokens that make up a third are merged, in the order of it."""
-    tokens = ["<unk>", "<s>", "</s>", *gguf_vocabulary._BYTES, *PIECES, *"▁abcehrstw", "</", "s>"]
+    tokens = ["<unk>", "<s>", "</s>", *gguf_file._BYTES, *PIECES, *"▁abcehrstw", "</", "s>"]
     vocab = {token: number for number, token in enumerate(tokens)}
     merges = [
         (piece[:at], piece[at:])
@@ -424,8 +426,13 @@ class TestRefused:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = saved(layer_zoo.build("gguf"), tmp_path / "model")
-        monkeypatch.setattr(gguf_file, "_in_pairs", lambda tensor, heads: tensor)
-        wrong = "read back it is another: blk.0.attn_q.weight is not model.layers.0.self_attn.q_p"
+        add = gguf.GGUFWriter.add_tensor
+
+        def shifted(writer: Any, key: str, tensor: Any, **options: Any) -> None:
+            add(writer, key, tensor + 1 if key == "blk.0.attn_q.weight" else tensor, **options)
+
+        monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", shifted)
+        wrong = "read back it is another: blk.0.attn_q.weight is not what was written"
         with pytest.raises(PipelineError, match=wrong):
             export(folder, tmp_path / "out", to="gguf")
         monkeypatch.undo()
@@ -436,14 +443,29 @@ class TestRefused:
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def vocabulary(tokenizer: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What is said of a tokenizer, and the notes."""
+    found = vocabulary_of(tokenizer, 320)
+    assert not isinstance(found, Refusal)
+    return found
+
+
+def types(found: dict[str, Any]) -> list[str]:
+    return [kind.name for kind in found["token_types"]]
+
+
+def special(found: dict[str, Any]) -> dict[str, int]:
+    return {key: token for key, token in found.items() if key.endswith("_token_id")}
+
+
 class TestTokenizer:
     @pytest.mark.parametrize(
         ("pre", "ignore_merges", "name"),
         [
             (BYTE_LEVEL, False, "gpt-2"),
             ([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL], False, "smollm"),
-            (gguf_vocabulary._WORDS % r"\p{N}{1,3}", True, "llama-bpe"),
-            (gguf_vocabulary._WORDS % r"\p{N}", False, "qwen2"),
+            (gguf_file._WORDS % r"\p{N}{1,3}", True, "llama-bpe"),
+            (gguf_file._WORDS % r"\p{N}", False, "qwen2"),
         ],
     )
     def test_byte_level(self, pre: Any, ignore_merges: bool, name: str) -> None:
@@ -453,22 +475,22 @@ class TestTokenizer:
         pre = pre_tokenizers.Sequence(pre) if isinstance(pre, list) else pre
         tokenizer = byte_level(pre, ignore_merges=ignore_merges)
         tokenizer.chat_template = "{{ messages }}"
-        found = vocabulary_of(tokenizer, 320)
-        assert isinstance(found, Vocabulary)
-        assert (found.model, found.pre) == ("gpt2", name)
+        found, notes = vocabulary(tokenizer)
+        assert (found["tokenizer_model"], found["tokenizer_pre"]) == ("gpt2", name)
         size = len(tokenizer)
-        assert list(found.tokens[:size]) == tokenizer.convert_ids_to_tokens(list(range(size)))
-        assert list(found.tokens[size:]) == [f"[PAD{n}]" for n in range(size, 320)]
+        assert found["token_list"][:size] == tokenizer.convert_ids_to_tokens(list(range(size)))
+        assert found["token_list"][size:] == [f"[PAD{n}]" for n in range(size, 320)]
         control = ["CONTROL"] * 3
         rest = ["NORMAL"] * (size - 4)
-        assert found.types == [*control, *rest, "USER_DEFINED", *["UNUSED"] * (320 - size)]
-        assert len(found.merges) == size - 4 - 256
-        assert found.merges[0] in ("t h", "Ġ t", "h e", "e r")
-        assert not found.scores
-        assert found.special == {"bos": 0, "eos": 1}
-        assert (found.adds_bos, found.adds_eos, found.adds_space) == (False, False, False)
-        assert found.chat_template == "{{ messages }}"
-        assert found.notes == ()
+        assert types(found) == [*control, *rest, "USER_DEFINED", *["UNUSED"] * (320 - size)]
+        assert len(found["token_merges"]) == size - 4 - 256
+        assert found["token_merges"][0] in ("t h", "Ġ t", "h e", "e r")
+        assert "token_scores" not in found
+        assert special(found) == {"bos_token_id": 0, "eos_token_id": 1}
+        ends = ("add_bos_token", "add_eos_token", "add_space_prefix")
+        assert [found[end] for end in ends] == [False, False, False]
+        assert found["chat_template"] == "{{ messages }}"
+        assert notes == ()
 
     def test_what_is_put_before_and_behind(self, tmp_path: Path) -> None:
         tokenizer = byte_level(bos=True)
@@ -493,29 +515,30 @@ class TestTokenizer:
         ],
     )
     def test_sentencepiece(self, pre: Any, normalizer: Any, adds_space: bool, exact: bool) -> None:
-        found = vocabulary_of(sentencepiece(pre, normalizer), 320)
-        assert isinstance(found, Vocabulary)
-        assert (found.model, found.pre, found.merges) == ("llama", "default", ())
-        assert (found.adds_bos, found.adds_space) == (True, adds_space)
-        assert found.special == {"bos": 1, "eos": 2, "unk": 0}
-        assert found.types[:4] == ["CONTROL", "CONTROL", "CONTROL", "BYTE"]
-        assert (found.types.count("BYTE"), found.types.count("NORMAL")) == (256, 22)
-        assert [found.scores[found.tokens.index(piece)] for piece in PIECES] == [
+        found, notes = vocabulary(sentencepiece(pre, normalizer))
+        assert (found["tokenizer_model"], found["tokenizer_pre"]) == ("llama", "default")
+        assert "token_merges" not in found
+        assert (found["add_bos_token"], found["add_space_prefix"]) == (True, adds_space)
+        assert special(found) == {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
+        assert types(found)[:4] == ["CONTROL", "CONTROL", "CONTROL", "BYTE"]
+        assert (types(found).count("BYTE"), types(found).count("NORMAL")) == (256, 22)
+        tokens = found["token_list"]
+        assert [found["token_scores"][tokens.index(piece)] for piece in PIECES] == [
             -1.0 - number for number in range(10)
         ]
         note = "llama.cpp puts a space before a text that begins with one, and after each control"
-        assert [text.startswith(note) for text in found.notes] == [] if exact else [True]
+        assert [text.startswith(note) for text in notes] == [] if exact else [True]
 
     def test_scores_merge_as_the_merges_do(self) -> None:
         tokenizer = sentencepiece(None, LEGACY)
-        found = vocabulary_of(tokenizer, 320)
-        assert isinstance(found, Vocabulary)
-        scores = dict(zip(found.tokens, found.scores, strict=True))
+        found, _ = vocabulary(tokenizer)
+        tokens = found["token_list"]
+        scores = dict(zip(tokens, found["token_scores"], strict=True))
         chance = random.Random(0)
         for _ in range(300):
             text = "".join(chance.choices("there  ", k=chance.randint(1, 14)))
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert [found.tokens[n] for n in ids] == by_scores("▁" + text.replace(" ", "▁"), scores)
+            assert [tokens[n] for n in ids] == by_scores("▁" + text.replace(" ", "▁"), scores)
 
     @pytest.mark.parametrize(
         ("make", "reason"),
@@ -573,22 +596,21 @@ class TestTokenizer:
     )
     def test_what_llama_cpp_would_cut_otherwise(self, make: Callable[[], Any], reason: str) -> None:
         found = vocabulary_of(make(), 340)
-        assert not isinstance(found, Vocabulary)
+        assert isinstance(found, Refusal)
         assert found.reason.startswith(reason)
 
     def test_more_tokens_than_embeddings(self) -> None:
         tokenizer = byte_level()
         last = len(tokenizer) - 1
         found = vocabulary_of(tokenizer, last)
-        assert not isinstance(found, Vocabulary)
+        assert isinstance(found, Refusal)
         assert found.reason == (
             f"its tokenizer has tokens up to {last}, and the model {last} embeddings"
         )
 
     def test_composed_characters_are_noted(self) -> None:
-        found = vocabulary_of(byte_level(normalizer=normalizers.NFC()), 320)
-        assert isinstance(found, Vocabulary)
-        assert found.notes == (
+        _, notes = vocabulary(byte_level(normalizer=normalizers.NFC()))
+        assert notes == (
             "the tokenizer composes characters first (NFC), which llama.cpp does not: text with "
             "combining accents is cut otherwise there",
         )

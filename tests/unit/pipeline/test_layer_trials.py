@@ -19,15 +19,18 @@ import zoo
 
 from tp_hf_config import ConfigSyncError, drop_layers
 from tp_hf_config.model.build import Refusal, without_data
-from tp_hf_config.pipeline import trial
-from tp_hf_config.pipeline.support import prepared
-from tp_hf_config.pipeline.trial import Subject, attempt, reloaded
+from tp_hf_config.pipeline import support
+from tp_hf_config.pipeline.support import Subject, attempt, prepared
 
 layer_trials: Any = small.module_of(small.ROOT / "benchmarks" / "support" / "layer_trials.py")
 LayerTrial, differ_trial = layer_trials.LayerTrial, layer_trials.differ_trial
-pytestmark = pytest.mark.skipif(
-    small.TRANSFORMERS < (5,), reason="the configs of Transformers 4 have other fields"
-)
+reloaded_by_all = layer_trials.reloaded_by_all
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        small.TRANSFORMERS < (5,), reason="the configs of Transformers 4 have other fields"
+    ),
+]
 differing = pytest.mark.skipif(
     not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"
 )
@@ -67,12 +70,12 @@ def test_layers_differ_and_load_with_their_own_code(
     widths = {entry["intermediate_size"] for entry in config["per_layer_config"].values()}
     assert len(widths) > 1
     assert type(case.model) is kind
-    assert reloaded(kind, folder) is None
+    assert reloaded_by_all(kind, folder) is None
     config["per_layer_config"] = dict.fromkeys(
         config["per_layer_config"], config["per_layer_config"]["0"]
     )
     (folder / "config.json").write_text(json.dumps(config))
-    assert "cannot be loaded" in str(reloaded(kind, folder))
+    assert "cannot be loaded" in str(reloaded_by_all(kind, folder))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_a_step_that_is_refused_before_the_cut_is_no_failure(
             pruner.step()
         raise ConfigSyncError("no config says that")
 
-    monkeypatch.setattr(trial, "_prune_and_check", refused)
+    monkeypatch.setattr(support, "_prune_and_check", refused)
     case = case_of("llama")
     assert attempt(case, copy.deepcopy(case.model), tmp_path) == expected
 
@@ -122,9 +125,9 @@ def test_a_layer_of_every_list_goes(tmp_path: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         full = getattr(case_of("t5").tiny.model.config, field)
         assert config[field] == full - 1
-        assert reloaded(kind, folder) is None
+        assert reloaded_by_all(kind, folder) is None
     shutil.copy(second.folders[0] / "config.json", first.folders[0])
-    assert "loading reports" in str(reloaded(kind, first.folders[0]))
+    assert "loading reports" in str(reloaded_by_all(kind, first.folders[0]))
 
 
 def test_another_layer_than_the_dropped_one_is_seen(

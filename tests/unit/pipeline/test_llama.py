@@ -13,6 +13,7 @@ import zoo
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline.llama import as_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = zoo._GQA.get("max_position_embeddings", 64)
 _SETTINGS: dict[str, Any] = {**zoo._GQA, "head_dim": 16, "max_position_embeddings": LENGTH}
 _ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": LENGTH // 4}

@@ -17,20 +17,28 @@ from transformers import PreTrainedTokenizerFast
 from tp_hf_config.calibration.batches import second_text, shipped_text
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import deciding
-from tp_hf_config.pipeline.choice import Choice
+from tp_hf_config.pipeline import prune
 from tp_hf_config.pipeline.companions import Copied
-from tp_hf_config.pipeline.job import Job, Pruned
-from tp_hf_config.pipeline.material import Material, Run, gather
-from tp_hf_config.pipeline.objective import Objective, batch_of, objective_of
-from tp_hf_config.pipeline.progress import Silent
+from tp_hf_config.pipeline.job import Job, Progress, Pruned
+from tp_hf_config.pipeline.proofs import Proof
 from tp_hf_config.pipeline.prune import _seeded
-from tp_hf_config.pipeline.roundtrip import Proof
 from tp_hf_config.pipeline.source import Source
+from tp_hf_config.pipeline.text import (
+    Choice,
+    Material,
+    Objective,
+    batch_of,
+    gather,
+    objective_of,
+)
 from tp_hf_config.planning.model_size import Size
 from tp_hf_config.planning.plan import Plan
 from tp_hf_config.planning.settings import PruneSettings
 
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
 LETTERS = [chr(number) for number in range(32, 127)]  # 95 of the tiny models' 99 tokens
 SIZE = 62  # tokens of a window: the tiny models have 64 positions
 
@@ -45,7 +53,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="\0")
 
 
-class Said(Silent):
+class Said(Progress):
     """Remembers what is shown."""
 
     def __init__(self) -> None:
@@ -77,7 +85,7 @@ def windows_in(text: str) -> list[str]:
 
 class TestShippedText:
     def test_the_first_70_per_cent_of_the_passages_and_the_others(self) -> None:
-        path = Path(deciding.__file__).parents[1] / "calibration" / "shipped_text.txt"
+        path = Path(prune.__file__).parents[1] / "calibration" / "shipped_text.txt"
         whole = path.read_text(encoding="utf-8")
         passages = [one.strip("\n") for one in whole.split("\n----\n")]
         assert len(passages) == 106
@@ -128,8 +136,8 @@ class TestWindows:
     def test_own(self) -> None:
         """It needs no tokenizer; then there is no second text."""
         model = tiny.build("llama-gqa")
-        one, said = gathered(model, Choice("obs", "own", compensate=True), seed=3)
-        other, _ = gathered(model, Choice("obs", "own", compensate=True), seed=3)
+        one, said = gathered(model, Choice("obs", "own", compensate=True), seed=3, tokens=620)
+        other, _ = gathered(model, Choice("obs", "own", compensate=True), seed=3, tokens=620)
         assert one.calibration is not None
         assert other.calibration is not None
         assert one.calibration.train[0]["input_ids"].shape == (1, SIZE)
@@ -146,7 +154,6 @@ class TestWindows:
         assert material.teacher is not None
         assert material.teacher is not model
 
-    @pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")  # poolers read 1 token
     @pytest.mark.parametrize(
         ("name", "task", "arguments"),
         [
@@ -161,7 +168,7 @@ class TestWindows:
     ) -> None:
         """They are calibrated on the file, and asked about no second text."""
         model = tiny.build(name)
-        material, _ = gathered(model, Choice("wanda", "file", self.text, tokenizer))
+        material, _ = gathered(model, Choice("wanda", "file", self.text, tokenizer), tokens=620)
         assert material.calibration is not None
         (batch, *_) = material.calibration.train
         assert {key: tuple(value.shape) for key, value in batch.items()} == arguments
@@ -175,7 +182,7 @@ class TestWindows:
     ) -> None:
         choice = Choice(importance, "file", self.text, tokenizer)
         with pytest.raises(UnsupportedModelError) as refused:
-            gather(job(recover=recover), choice, tiny.build("bert"), Silent())
+            gather(job(recover=recover), choice, tiny.build("bert"), Progress())
         assert str(refused.value) == (
             "BertModel has no logits, so a text cannot tell how well it does: leave --recover "
             "out, and use another --importance than taylor"
@@ -203,14 +210,13 @@ class TestObjective:
         reason = "LlamaForCausalLM does not run on text alone (ValueError: no image)"
         assert objective_of(model, None, torch.zeros(1, 8, dtype=torch.long)) == Refusal(reason)
         choice = Choice("wanda", "own", compensate=True)
-        monkeypatch.setattr(deciding, "gather", lambda *_: Refusal(reason))
+        monkeypatch.setattr(prune, "gather", lambda *_: Refusal(reason))
         note = f"channels are ranked by magnitude, and no weight is refitted: {reason}"
-        run = Run(job(), model, choice, Silent())
-        deciding._gather(run)
-        assert (run.choice, run.material) == (Choice("magnitude", notes=(note,)), None)
+        found = prune._gathered(job(), choice, model, Progress())
+        assert found == (Choice("magnitude", notes=(note,)), None)
         asked = Choice("wanda", "own", compensate=True, asked=True)
         with pytest.raises(UnsupportedModelError) as refused:
-            deciding._gather(Run(job(), model, asked, Silent()))
+            prune._gathered(job(), asked, model, Progress())
         assert str(refused.value) == (
             f"{reason}: leave --calibration, --recover, --allocate and --drop-layers out, and use "
             "--importance magnitude or random"

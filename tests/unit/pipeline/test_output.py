@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,15 @@ from transformers import GenerationConfig
 
 from tp_hf_config.checkpoint.loading import main_dtype
 from tp_hf_config.errors import PipelineError
-from tp_hf_config.pipeline import deciding, output, prune
+from tp_hf_config.pipeline import output, prune
 from tp_hf_config.pipeline.job import Job
-from tp_hf_config.pipeline.output import abandoned, check_target, new_folder, save_model
+from tp_hf_config.pipeline.output import check_target, new_folder, save_model
 from tp_hf_config.pipeline.source import Source
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
 
 
 class TestTarget:
@@ -78,20 +82,6 @@ class TestFileSystems:
             (work / "part").mkdir()
             (work / "part" / "file").write_text("text")
         assert (tmp_path / "out" / "part" / "file").read_text() == "text"
-
-    def test_lock_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Nothing tells then what is being written from what was left."""
-        left = (
-            f"left by a run that was killed, remove it: rm -r {tmp_path}/.out.01234567.unfinished"
-        )
-        (tmp_path / ".out.01234567.unfinished").mkdir()
-        assert abandoned(tmp_path / "out") == [left]
-
-        def refused(*_: Any) -> None:
-            raise OSError(95, "Operation not supported")
-
-        monkeypatch.setattr(fcntl, "flock", refused)
-        assert abandoned(tmp_path / "out") == []
 
 
 class TestSavedConfig:
@@ -151,7 +141,7 @@ class TestGenerationConfig:
             save(config, *args, **options)
 
         monkeypatch.setattr(GenerationConfig, "save_pretrained", strict)
-        monkeypatch.setattr(deciding, "run_steps", None)
+        monkeypatch.setattr(prune, "run_steps", None)
         with pytest.raises(PipelineError) as refused:
             prune.prune_checkpoint(job)
         text = str(refused.value)

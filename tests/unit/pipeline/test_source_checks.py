@@ -14,10 +14,15 @@ import transformers as hf
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.pipeline import gguf_file
 from tp_hf_config.pipeline.companions import Copied, copy_companions
-from tp_hf_config.pipeline.gguf_vocabulary import Vocabulary
-from tp_hf_config.pipeline.llama_layers import Layer, LlamaLayers, rotary_factors
-from tp_hf_config.pipeline.source import Source, class_for, config_of, find_source, load
-from tp_hf_config.pipeline.source_checks import check_source
+from tp_hf_config.pipeline.llama import Layer, LlamaLayers
+from tp_hf_config.pipeline.source import (
+    Source,
+    check_source,
+    class_for,
+    config_of,
+    find_source,
+    load,
+)
 
 SCALED = {
     "rope_type": "llama3",
@@ -28,11 +33,14 @@ SCALED = {
     "original_max_position_embeddings": 64,
 }
 TOKENS = ["<s>", "</s>", "<unk>", *(f"t{i}" for i in range(29))]
-KINDS = ["CONTROL"] * 3 + ["NORMAL"] * 29
-SPECIAL = {"bos": 0, "eos": 1}
-VOCABULARY = Vocabulary(
-    "gpt2", "gpt-2", TOKENS, KINDS, [], (), SPECIAL, False, False, False, None, ()
-)
+VOCABULARY: dict[str, Any] = {
+    "tokenizer_model": "gpt2",
+    "tokenizer_pre": "gpt-2",
+    "token_list": TOKENS,
+    "token_types": [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 29,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 def write(path: Path, seed: int = 0, **settings: Any) -> hf.LlamaForCausalLM:
@@ -44,7 +52,7 @@ def write(path: Path, seed: int = 0, **settings: Any) -> hf.LlamaForCausalLM:
     model = hf.LlamaForCausalLM(config).eval()
     path.parent.mkdir(exist_ok=True)
     llama = LlamaLayers(config, dict(model.state_dict()), [Layer(48, 2, 2)], {}, None)
-    gguf_file.write(path, llama, VOCABULARY, rotary_factors(config), "tiny")
+    gguf_file.write_file(path, llama, VOCABULARY, gguf_file.rotary_factors(config), "tiny")
     return model
 
 

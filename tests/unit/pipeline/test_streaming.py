@@ -24,14 +24,21 @@ from safetensors.torch import load_file, save_file
 from tp_hf_config import UnsupportedModelError, apply_cuts
 from tp_hf_config.errors import PipelineError, TPHFConfigError
 from tp_hf_config.model import paging
-from tp_hf_config.pipeline import output, prune, streaming
+from tp_hf_config.pipeline import output, prune, source
 from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.output import save_model
 from tp_hf_config.pipeline.source import Source
 
-pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
+]
 _FORMAT = {"format": "pt"}
-CLASSES = ("llama", "phi3", "gpt2", "mixtral", "gpt_oss", "t5", "convnext", "qwen2_vl")
+OTHERS = ("llama", "gpt2", "convnext", "qwen2_vl")
+CLASSES = (
+    *("phi3", "mixtral", "gpt_oss", "t5"),  # fused, stacked on loading, stacked, tied
+    *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS),
+)
 
 
 @pytest.fixture
@@ -89,9 +96,8 @@ class TestTheSameBytes:
     @pytest.mark.parametrize(
         "settings",
         [
-            {"importance": "random", "seed": 3},
+            {"importance": "random", "seed": 3, "max_shard_size": "100KB"},
             {"dtype": "bfloat16"},
-            {"max_shard_size": "100KB"},
             {"widths": {"pruning_ratio": 0.5, "iterative_steps": 3}},
             {"widths": {"prune": (), "gqa": "group", "head_pruning_ratio": 0.5}},
         ],
@@ -200,7 +206,7 @@ def test_a_cut_list_is_carried_out(
     model: Any = zoo.build(name)
     cuts = cuts_of(model)
     cuts.save(tmp_path / "cuts.safetensors")
-    monkeypatch.setattr(streaming, "free_memory", lambda: 1)
+    monkeypatch.setattr(source, "free_memory", lambda: 1)
     out = apply_cuts(folder, tmp_path / "cuts.safetensors", tmp_path / "streamed")
     assert out == tmp_path / "streamed"
     assert in_files
@@ -244,11 +250,11 @@ def test_a_model_larger_than_half_of_the_memory_streams(
 ) -> None:
     folder = saved("llama", tmp_path / "model", max_shard_size="200KB")
     given = job(folder, tmp_path, stream=None)
-    assert streaming.streams(given) is False
+    assert prune._streams(given) is False
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    monkeypatch.setattr(streaming, "free_memory", lambda: size)
-    assert streaming.streams(given) is True
-    assert streaming.streams(job(folder, tmp_path, stream=False)) is False
+    monkeypatch.setattr(source, "free_memory", lambda: size)
+    assert prune._streams(given) is True
+    assert prune._streams(job(folder, tmp_path, stream=False)) is False
 
 
 SHAPE = {"vocab_size": 99, "hidden_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4}

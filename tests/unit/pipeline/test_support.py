@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs, supports
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.pipeline.trial import reloaded, save
+from tp_hf_config.pipeline.support import reloaded, save
 
 # One type for each mechanism: grouped heads, fused layers, Conv1D, experts, latent attention,
 # relative positions, tied weights, heads with the hidden size, convolutions, images
@@ -30,18 +30,23 @@ from tp_hf_config.pipeline.trial import reloaded, save
 TABLE = json.loads((small.ROOT / "docs" / "support.json").read_text())
 MEASURED = {(pair["task"], pair["type"]): pair for pair in TABLE["pairs"]}
 SAMPLE = [
-    ("causal-lm", "llama"),
-    ("causal-lm", "gpt2"),
-    ("causal-lm", "gpt_bigcode"),
     ("causal-lm", "phi3"),
-    ("causal-lm", "gemma2"),
     ("causal-lm", "mixtral"),
     ("masked-lm", "bert"),
-    ("masked-lm", "deberta-v2"),
     ("seq2seq-lm", "t5"),
-    ("image-classification", "vit"),
-    ("image-classification", "convnext"),
-    ("model", "paligemma"),
+    *(
+        pytest.param(*pair, marks=pytest.mark.full)
+        for pair in (
+            ("causal-lm", "llama"),
+            ("causal-lm", "gpt2"),
+            ("causal-lm", "gpt_bigcode"),
+            ("causal-lm", "gemma2"),
+            ("masked-lm", "deberta-v2"),
+            ("image-classification", "vit"),
+            ("image-classification", "convnext"),
+            ("model", "paligemma"),
+        )
+    ),
 ]
 
 

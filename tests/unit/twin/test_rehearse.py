@@ -22,7 +22,7 @@ from tp_hf_config.fieldmap.legal_values import ungrouped_change
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import FieldPath, config_json
-from tp_hf_config.pipeline.trial import subject
+from tp_hf_config.pipeline.support import subject
 from tp_hf_config.twin.find_groups import find_groups
 from tp_hf_config.twin.masked_check import _channel_axis
 from tp_hf_config.twin.rehearse import rehearse

@@ -1,23 +1,30 @@
-"""Prove what was written: a fresh process loads it and computes the same bits."""
+"""Prove a result: a fresh process loads it and computes the same bits, or two models agree."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..checkpoint.verify import fresh_run, live_outputs
 from ..errors import PipelineError
 from ..forward.inputs import example_inputs, input_forms
+from ..forward.observed_pass import outputs_in_float64
 from ..forward.run_recipe import RunRecipe
 from ..model.build import Refusal
 from ..model.shortage import raise_shortage
+from ..model.surroundings import same_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+ROUNDING = 1e-9
+"""The largest relative difference of outputs in float64 that counts as rounding."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,6 @@ def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> Iterator[dict[str, Any
 
 
 def _outputs(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor] | Refusal:
-    """Return what a model computes of some inputs; or why it does not run with them."""
     try:
         return live_outputs(model, inputs)
     except Exception as error:  # a forward pass may raise anything
@@ -88,10 +94,59 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor
         return Refusal(f"{type(error).__name__}: {error}")
 
 
-def _none_runs(refusals: Sequence[Refusal]) -> Refusal:
-    """Return why a model cannot be run: what it says of the likeliest inputs."""
+def _none_runs(refusals: list[Refusal]) -> Refusal:
     return Refusal(f"no inputs were found that it runs with: {refusals[0].reason}")
 
 
 def _not_proved(reason: str) -> PipelineError:
     return PipelineError(f"the model was not written, its round trip is not proved: {reason}")
+
+
+@dataclass(frozen=True)
+class SameOutputs:
+    """Two models computed the same on small inputs.
+
+    Attributes:
+        numbers: how many numbers were compared.
+        difference: their largest relative difference.
+    """
+
+    numbers: int
+    difference: float
+
+    def __str__(self) -> str:
+        return f"{self.numbers:,} numbers of outputs in float64, {self.difference:.0e} apart"
+
+
+def in_float64(model: PreTrainedModel, recipe: RunRecipe) -> PreTrainedModel:
+    """Return a copy of a model on the CPU, in float64 and eval mode, without fused kernels."""
+    twin: Any = copy.deepcopy(model).cpu().double().train(False)
+    twin.set_attn_implementation(recipe.attention)
+    if getattr(twin, "_can_set_experts_implementation", lambda: False)():
+        twin.set_experts_implementation("eager")  # fused ones know no float64
+    return twin  # type: ignore[no-any-return]
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -> list[Tensor]:
+    """Return the outputs of a model in float64 on the CPU."""
+
+    def on_cpu(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        return value.cpu().double() if value.is_floating_point() else value.cpu()
+
+    inputs = {key: on_cpu(value) for key, value in inputs.items()}
+    with torch.no_grad(), same_random_state():
+        return outputs_in_float64(model, inputs, recipe=recipe)
+
+
+def compared(expected: list[Tensor], found: list[Tensor]) -> SameOutputs:
+    """Return how far outputs are from those that are expected; infinitely, if others come."""
+    if [value.shape for value in expected] != [value.shape for value in found]:
+        return SameOutputs(0, float("inf"))
+    apart = [
+        float((a - b).norm() / a.norm().clamp_min(1e-30))
+        for a, b in zip(expected, found, strict=True)
+    ]
+    worst = max(apart, key=lambda value: float("inf") if value != value else value)
+    return SameOutputs(sum(value.numel() for value in expected), worst)

@@ -1,0 +1,525 @@
+"""What a job runs its model on: which text, what it is asked, how well it answers.
+
+Perplexities, the gradients for Taylor importance and the distillation after a step are here too.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from ..calibration.batches import (
+    TOKENS,
+    Text,
+    own_text,
+    second_text,
+    shipped_text,
+    windows_of,
+    with_held_out,
+    writes_text,
+)
+from ..calibration.calibrate import Calibration, calibrate
+from ..calibration.importance import Kind
+from ..errors import (
+    CalibrationWarning,
+    PipelineError,
+    TPHFConfigError,
+    UnsupportedModelError,
+    in_one_line,
+)
+from ..model.build import Refusal
+from ..model.shortage import raise_shortage
+from .job import Importance, Job, Progress
+from .source import is_large, tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Origin = Literal["file", "shipped", "own"]
+Task = Literal["next token", "masked token", "second half", "own answer", "nothing"]
+CALIBRATED = get_args(Kind)
+TEXTUAL = (*CALIBRATED, "taylor")
+_TOGETHER = 8  # windows, if a model may be larger than memory: its files are read for each batch
+_GRADIENTS = 8  # windows
+_LEARNING_RATE = 1e-4
+_WARM_UP = 5  # updates
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a job ranks channels, and which text it runs a model of one class on.
+
+    Attributes:
+        importance: how channels are ranked.
+        origin: ``file``: the text of the calibration file; ``shipped``: the one that comes with the
+            package; ``own``: the model writes it; ``None``: the model is not run.
+        text: the text; empty if the model writes it.
+        tokenizer: the model's tokenizer; ``None`` if it is not needed, or there is none.
+        compensate: the weights that read pruned channels are refitted.
+        drops: layers are dropped, by their influence on the text.
+        asked: the user asked for something that takes a text; otherwise the job goes without where
+            the model does not run on it.
+        notes: what the user should know.
+    """
+
+    importance: Importance
+    origin: Origin | None = None
+    text: str = ""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    compensate: bool = False
+    drops: bool = False
+    asked: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def calibrates(self) -> bool:
+        """True if the model is run on the text for an importance, refits or influences."""
+        return self.measures or (self.origin is not None and self.drops)
+
+    @property
+    def measures(self) -> bool:
+        """True if what weights read of the text is measured, for an importance or refits."""
+        return self.origin is not None and (self.compensate or self.importance in CALIBRATED)
+
+    def without_text(self, reason: str) -> Choice:
+        """Return what the job does where no text can be had; a note says why."""
+        importance = "magnitude" if self.importance in CALIBRATED else self.importance
+        note = f"channels are ranked by {importance}, and no weight is refitted: {reason}"
+        return Choice(importance, notes=(*self.notes, note))
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Return what was done, by name; leave out what is not set."""
+        text: str | None = "shipped text" if self.origin == "shipped" else self.origin
+        if isinstance(job.calibration, Path):
+            text = job.calibration.name
+        dropped = "=".join(filter(None, (job.drop_from, str(job.drop_layers or ""))))
+        widths = bool(job.widths) or not job.drop_layers
+        own = {
+            "drop_layers": dropped or None,
+            "ranking": None if job.ranking == "local" else job.ranking,
+            "allocate": job.allocate or None,
+            "importance": self.importance if widths else None,
+            "calibration": text,
+            "tokens": job.tokens,
+            "compensate": self.compensate if self.origin and widths else None,
+            "recover": job.recover or None,
+            "device": job.device,
+            "dtype": job.dtype,
+            "seed": job.seed,
+            "command": job.command or None,
+        }
+        return {name: value for name, value in {**job.widths, **own}.items() if value is not None}
+
+
+def choose(
+    job: Job, text: str | None, config: PreTrainedConfig, model_class: type[PreTrainedModel]
+) -> Choice:
+    """Return how a job ranks channels, and which text it takes.
+
+    A causal language model is calibrated on the shipped text where the user says nothing else;
+    other models are ranked by magnitude, unless there is a calibration file.
+
+    ``text``: what is in its calibration file; ``None`` if it has none.
+
+    Raises:
+        PipelineError: the user asked for something that takes a text, and there is none for this
+            class, or no tokenizer.
+        UnsupportedModelError: the same, and the class takes no text.
+    """
+    need = _need(job)
+    asked = bool(need) or job.calibration is not None
+    writes = class_writes_text(model_class, config)
+    _check_text(job, need, model_class, writes)
+    if not asked and not (writes and (job.compensate or job.importance is None)):
+        if writes and job.importance == "magnitude":
+            warnings.warn(
+                f"--importance magnitude ranks {model_class.__name__} by the size of its weights, "
+                "which often takes what a language model needs most. Leave --importance out, or "
+                "at least --no-compensate",
+                CalibrationWarning,
+                stacklevel=3,
+            )
+        return Choice(job.importance or "magnitude")
+    choice = Choice(
+        job.importance or "wanda",
+        compensate=job.compensate,
+        drops=bool(job.drop_layers),
+        asked=asked,
+    )
+    try:
+        tokenizer = tokenizer_of(job.source)
+    except PipelineError as error:
+        if job.calibration == "own":
+            return replace(choice, origin="own")
+        if asked:
+            raise
+        return choice.without_text(str(error))
+    if job.calibration == "own":
+        return replace(choice, origin="own", tokenizer=tokenizer)
+    origin: Origin = "shipped" if text is None else "file"
+    return replace(choice, origin=origin, text=text or shipped_text(), tokenizer=tokenizer)
+
+
+def _need(job: Job) -> str:
+    """Return the argument that takes a text; empty if there is none."""
+    if job.allocate:
+        return "--allocate"
+    if job.importance in TEXTUAL:
+        return f"--importance {job.importance}"
+    if job.drop_layers:
+        return "--drop-layers"
+    if job.recover:
+        return "--recover"
+    return "--tokens" if job.tokens else ""
+
+
+def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes: bool) -> None:
+    """Raise if a job needs a text, and there is none that its class could be run on."""
+    name = model_class.__name__
+    if job.allocate and job.importance not in (None, *CALIBRATED):
+        raise PipelineError(
+            f"--allocate measures what layers carry on a text, --importance {job.importance} does "
+            f"not: leave it out, or take one of {', '.join(CALIBRATED)}"
+        )
+    if not _takes_text(model_class):
+        if job.drop_layers:
+            raise UnsupportedModelError(
+                f"{name} takes no text that tells which of its layers change least. In Python: "
+                "tp_hf_config.drop_layers(model, count=2, calibration="
+                "tp_hf_config.calibrate(model, batches))"
+            )
+        if job.allocate:
+            raise UnsupportedModelError(
+                f"{name} takes no text on which --allocate could compare its layers. In Python: "
+                "tp_hf_config.allocate(model, tp_hf_config.calibrate(model, batches), "
+                "target_params=0.8)"
+            )
+        if need or job.calibration is not None:
+            raise UnsupportedModelError(
+                f"{name} takes no text, so {need or '--calibration'} is of no use to it. Leave "
+                "--calibration and --recover out, and use --importance magnitude or random (in "
+                "Python: tp_hf_config.calibrate(model, batches))"
+            )
+    if job.calibration == "own" and not writes:
+        raise PipelineError(
+            f"--calibration own: {name} is no causal language model, it writes no text. Say "
+            "--calibration FILE (plain text, some thousand words of what the model is for)"
+        )
+    if need and job.calibration is None and not writes:
+        raise PipelineError(
+            f"{need} needs text to run {name} on (the shipped text is for causal language models "
+            "alone). Add --calibration FILE (plain text, some thousand words of what the model is "
+            "for)" + (", or use --importance magnitude" if job.importance in TEXTUAL else "")
+        )
+
+
+def _takes_text(model_class: type[Any]) -> bool:
+    return "input_ids" in inspect.signature(model_class.forward).parameters
+
+
+def class_writes_text(model_class: type[Any], config: PreTrainedConfig) -> bool:
+    """True for a causal language model that takes token ids; it need not be built for that."""
+    known = SimpleNamespace(
+        main_input_name=model_class.main_input_name,
+        can_generate=model_class.can_generate,
+        config=config,
+    )
+    return _takes_text(model_class) and writes_text(known)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a model is asked about a window.
+
+    Attributes:
+        task: ``next token``: predict each token from those before it; ``masked token``: predict
+            masked tokens; ``second half``: an encoder-decoder predicts the second half of the
+            window from the first; ``own answer``: the model's own answers count as right;
+            ``nothing``: it has no logits, it can only be run.
+        mask_token: the id that replaces masked tokens; ``None`` for other tasks.
+    """
+
+    task: Task
+    mask_token: int | None = None
+
+    def logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """Return the model's logits for windows ``(windows, tokens)``: ``(answers, classes)``."""
+        ids = ids.to(model.device)
+        asked = ids
+        if self.task == "masked token":
+            asked = ids.masked_fill(_masked(ids), self.mask_token or 0)
+        logits: Tensor = model(**batch_of(model, asked)).logits
+        if self.task == "masked token":
+            return logits[_masked(ids)]
+        if self.task != "own answer":
+            logits = logits[:, :-1]
+        return logits.flatten(0, -2)
+
+    def loss(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the answers for windows ``(windows, tokens)``."""
+        logits, ids = self.logits(model, ids).float(), ids.to(model.device)
+        if self.task == "masked token":
+            return cross_entropy(logits, ids[_masked(ids)])
+        if self.task == "own answer":
+            return cross_entropy(logits, logits.detach().argmax(-1))
+        text = ids.tensor_split(2, dim=1)[1] if self.task == "second half" else ids
+        return cross_entropy(logits, text[:, 1:].flatten())
+
+    @torch.no_grad()
+    def perplexity(
+        self, model: PreTrainedModel, windows: Tensor, together: int = 1
+    ) -> float | None:
+        """Return exp of the mean loss over the windows ``(windows, tokens)``.
+
+        ``together``: how many windows go through the model at a time.
+
+        Return ``None`` if there are no windows, if no answer is right or wrong (``own answer``,
+        ``nothing``), or if the result is not finite.
+        """
+        if not len(windows) or self.task in ("own answer", "nothing"):
+            return None
+        losses = [self.loss(model, rows) * len(rows) for rows in torch.split(windows, together)]
+        value = float((torch.stack(losses).sum() / len(windows)).exp())
+        return value if math.isfinite(value) else None
+
+
+def _masked(ids: Tensor) -> Tensor:
+    """Return a mask that is true at every seventh token, always the same, so that models compare.
+
+    ``ids``: of shape ``(1, tokens)``, as the mask.
+    """
+    positions = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
+    return positions.expand_as(ids)
+
+
+def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Return the forward pass's arguments for windows ``(windows, tokens)``.
+
+    An encoder-decoder's encoder gets the first half, its decoder the second.
+    """
+    arguments = inspect.signature(model.forward).parameters
+    # an encoder that was taken out of an encoder-decoder has the config of one
+    if not model.config.is_encoder_decoder or "decoder_input_ids" not in arguments:
+        return {"input_ids": ids}
+    first, second = ids.tensor_split(2, dim=1)
+    return {"input_ids": first, "decoder_input_ids": second}
+
+
+@torch.no_grad()
+def objective_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, window: Tensor
+) -> Objective | Refusal:
+    """Return what a model can be asked about a text, judged by its outputs for one window.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer; ``None`` if it has none.
+        window: token ids, ``(1, tokens)``.
+
+    Returns:
+        The objective, or why the model does not run on text alone.
+    """
+    given = batch_of(model, window.to(model.device))
+    try:
+        logits = getattr(model(**given), "logits", None)
+    except Exception as error:  # a class that needs an image too may raise anything
+        raise_shortage(error)
+        return Refusal(
+            f"{type(model).__name__} does not run on text alone ({type(error).__name__}: "
+            f"{in_one_line(error)})"
+        )
+    if logits is None:
+        return Objective("nothing")
+    *_, answered = given.values()
+    if logits.shape[:-1] != answered.shape:
+        return Objective("own answer")  # it classifies the whole text; a text file has no label
+    if "decoder_input_ids" in given:
+        return Objective("second half")
+    if model.can_generate():
+        return Objective("next token")
+    mask_token = None if tokenizer is None else tokenizer.mask_token_id
+    if mask_token is not None and logits.shape[-1] > int(mask_token):
+        return Objective("masked token", int(mask_token))
+    return Objective("own answer")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a model is run on, and what is needed for that.
+
+    Attributes:
+        objective: what the model is asked.
+        batches: windows ``(1, tokens)`` for gradients and recovery, without end.
+        teacher: a copy of the unpruned model; ``None`` without recovery.
+        calibration: what the model's weights read; ``None`` if nothing is made of it. Where layers
+            are dropped it is not measured yet, because they are dropped before.
+        held_out: windows ``(windows, tokens)`` of the calibration file that decide nothing.
+        second: windows of the second text; none if the model is no causal language model.
+        together: how many windows go through the model at a time.
+    """
+
+    objective: Objective
+    batches: Iterator[Tensor]
+    teacher: PreTrainedModel | None
+    calibration: Calibration | None
+    held_out: Tensor
+    second: Tensor
+    together: int = 1
+
+    def perplexities(self, model: PreTrainedModel) -> tuple[float | None, float | None]:
+        """Return the perplexity on the held-out windows, and that on the second text."""
+        texts = self.held_out, self.second
+        held_out, second = (self.objective.perplexity(model, t, self.together) for t in texts)
+        return held_out, second
+
+
+def gather(
+    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
+) -> Material | Refusal:
+    """Return what a job runs its model on, or why the model does not run on text alone.
+
+    Raises:
+        CalibrationError: the text or the tokenizer does not fit the model, or its layers' outputs
+            are not finite.
+        UnsupportedModelError: the model has no logits, which the job needs.
+    """
+    try:
+        text = _windows(job, choice, model, progress)
+    except TPHFConfigError:
+        raise
+    except Exception as error:  # a class or a tokenizer for more than text may raise anything
+        raise_shortage(error)
+        return Refusal(
+            f"{type(model).__name__} cannot be run on windows of text alone "
+            f"({type(error).__name__}: {in_one_line(error)})"
+        )
+    objective = objective_of(model, choice.tokenizer, text.train[:1])
+    if isinstance(objective, Refusal):
+        return objective
+    if objective.task == "nothing" and (job.recover or choice.importance == "taylor"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no logits, so a text cannot tell how well it does: leave "
+            "--recover out, and use another --importance than taylor"
+        )
+    second = text.held_out[:0]
+    if objective.task == "next token" and choice.tokenizer is not None:
+        second = _all(windows_of(second_text(), choice.tokenizer, model))
+    together = _TOGETHER if is_large(job.source) else 1
+    return Material(
+        objective,
+        _shuffled(text.train, job.seed),
+        copy.deepcopy(model) if job.recover else None,
+        _calibration(job, model, text.train, progress, together) if choice.calibrates else None,
+        text.held_out,
+        second,
+        together,
+    )
+
+
+def _windows(job: Job, choice: Choice, model: PreTrainedModel, progress: Progress) -> Text:
+    """Return the windows of the chosen text; only those of a file are held out of it."""
+    if choice.origin == "own":
+        progress.say("the model writes the text that it is calibrated on")
+        text = own_text(model, with_held_out(job.tokens or TOKENS), job.seed)
+    else:
+        assert choice.tokenizer is not None  # only the model's own text needs none
+        text = windows_of(choice.text, choice.tokenizer, model)
+    if choice.origin == "file":
+        return text
+    return Text(_all(text), text.held_out[:0])
+
+
+def _all(text: Text) -> Tensor:
+    return torch.cat([text.train, text.held_out])
+
+
+def _shuffled(windows: Tensor, seed: int) -> Iterator[Tensor]:
+    """Yield windows of shape ``(1, tokens)`` without end, in a new random order every round."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for row in torch.randperm(len(windows), generator=generator):
+            yield windows[row][None]
+
+
+def _calibration(
+    job: Job, model: PreTrainedModel, windows: Tensor, progress: Progress, together: int
+) -> Calibration:
+    """Measure a model on as many windows as the job says; if layers are dropped, do that later."""
+    chosen = windows[: with_held_out(max(1, (job.tokens or TOKENS) // windows.shape[1]))]
+    batches = [batch_of(model, rows) for rows in torch.split(chosen, together)]
+    calibration = calibrate(model, batches, measure=False, refits=job.compensate)
+    if not job.drop_layers:
+        measure(calibration, progress)
+    return calibration
+
+
+def measure(calibration: Calibration, progress: Progress) -> None:
+    """Measure what a model's weights read, and say so."""
+    windows = len(calibration.train) + len(calibration.held_out)
+    progress.say(f"calibrating: {windows} windows")
+    calibration.measure()
+    progress.say(str(calibration))
+
+
+def accumulate_gradients(
+    model: PreTrainedModel, material: Material, progress: Progress, what: str
+) -> None:
+    """Sum the gradients of eight windows in the parameters' ``grad``, for Taylor importance.
+
+    ``what``: what to call it in the progress.
+    """
+    model.zero_grad()
+    for batch in progress.track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
+        material.objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+
+
+def recover(
+    model: PreTrainedModel, material: Material, updates: int, progress: Progress, what: str
+) -> None:
+    """Distil the answers of the unpruned model into the pruned one, in place; a window an update.
+
+    The target is the answers and not the text: training on the text would teach the text.
+    ``what``: what to call it in the progress.
+    """
+    objective, teacher = material.objective, material.teacher
+    assert teacher is not None  # only then does a job recover
+    # Pruning replaced the parameters, so every pruning step needs a new optimizer.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / _WARM_UP, 1 - i / updates)
+    )
+    for batch in progress.track(islice(material.batches, updates), updates, what):
+        with torch.no_grad():
+            target = objective.logits(teacher, batch).float().log_softmax(-1)
+        guess = objective.logits(model, batch).float().log_softmax(-1)
+        loss = kl_div(guess, target, log_target=True, reduction="batchmean")
+        if not math.isfinite(loss.item()):
+            raise _diverged(what, f"the loss is {loss.item()}")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():  # by the last update, which no loss has seen
+            raise _diverged(what, f"{name} is not finite")
+    model.zero_grad()
+
+
+def _diverged(what: str, how: str) -> PipelineError:
+    return PipelineError(
+        f"{what}: {how}. Load the model in float32 (--dtype float32), or prune less at a time "
+        "(--steps)"
+    )
