@@ -99,7 +99,7 @@ def test_there_are_no_circles() -> None:
 
 def test_modules_are_short() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert {path: count for path, count in lines.items() if count > 400} == {}
+    assert {path: count for path, count in lines.items() if count > 600} == {}
 
 
 LINES = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..fieldmap.expressions import Expression, Power, Quantity
 from ..fieldmap.field_map import FieldMap
-from ..fieldmap.solve.candidates import hidden_counts
-from ..fieldmap.solve.integers import Problem, open_together
+from ..fieldmap.solve.fit import Problem, open_together
+from ..fieldmap.solve.recover import hidden_counts
 from ..model.config_json import field_name
 
 

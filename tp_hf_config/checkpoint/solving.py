@@ -10,9 +10,8 @@ from ..errors import TPHFConfigError
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
-from ..fieldmap.solve.candidates import hidden_counts
-from ..fieldmap.solve.integers import Conflict
-from ..fieldmap.solve.recover import Recovery, recover
+from ..fieldmap.solve.fit import Conflict
+from ..fieldmap.solve.recover import Recovery, hidden_counts, recover
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, plain_fields, with_values
 from ..model.shapes import Mismatch

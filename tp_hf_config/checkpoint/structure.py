@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..fieldmap.layer_counts import changes
+from ..fieldmap.lower_depth import changes
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .assess import Assessment, assess, lists_of

@@ -20,7 +20,6 @@ from torch import nn
 
 from ..model.shapes import named_modules
 from ..model.shortage import note_shortage
-from .layer_counts import by_number, rises
 
 Key = tuple[str, str]
 """A fact's key: a module inside the layer and its attribute, or ``_CONFIG`` and a config's key."""
@@ -378,3 +377,23 @@ def _is_config(value: Any) -> bool:
 def class_name(value: Any) -> str:
     """Return the full name of a class or function."""
     return f"{value.__module__}.{value.__qualname__}"
+
+
+def rises(value: Any) -> bool:
+    """True if a list may hold numbers of layers: rising whole numbers from 0 on, at least one."""
+    return is_whole_number_list(value) and value == sorted(set(value)) and value[0] >= 0
+
+
+def by_number(value: Any) -> bool:
+    """True if this is a dictionary of entries for some layers, by their numbers (Gemma 4)."""
+    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
+
+
+def is_whole_number_list(value: Any) -> bool:
+    """True if this is a list of whole numbers, at least one."""
+    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
+
+
+def may_name_layers(value: Any) -> bool:
+    """True if a list may name several layers by their numbers."""
+    return rises(value) and len(value) > 1

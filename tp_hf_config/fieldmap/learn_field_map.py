@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,23 +17,29 @@ from torch import nn
 from ..errors import UnsupportedModelError, listed
 from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
-from ..model.config_json import EntryOfKind, FieldPath, config_json
+from ..model.config_json import EntryOfKind, FieldPath, config_json, config_nodes, value_at
 from ..model.disk_cache import class_digest, entry_key, folder, load, store
 from ..model.layer_class import layer_lists
 from ..model.shapes import Mismatch, compare, shapes
-from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, same_random_state
-from . import fit_expressions as lines
-from .candidate_fields import candidates
+from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, replaced, same_random_state
 from .completeness import build_live, missing_parts, notes_on_layer_order
-from .depth import Depth
-from .field_map import FieldMap, from_state, state_of
+from .field_map import Depth, FieldMap, from_state, state_of
 from .lower_depth import shallow
 from .probe import Study
-from .ratio_fields import find_ratio_partners, let_follow
-from .sensitivity import all_implied, independent, non_size_followers, sensitivities
+from .sensitivity import (
+    all_implied,
+    find_ratio_partners,
+    fit_expressions,
+    fit_powers,
+    independent,
+    let_follow,
+    non_size_followers,
+    sensitivities,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
 
 Learn = Callable[[Builder, Any, nn.Module, MakeInputs | None], FieldMap]
 """Takes a builder, a config, its build and the user's inputs; returns the field map."""
@@ -183,7 +190,7 @@ def learn(
 
     ``full`` is the class built from it, without data. Of a ``tiny`` model, all layers are kept, and
     the values of unset fields are not looked for; for its ``entries`` see
-    :class:`~tp_hf_config.fieldmap.depth.Depth`. Without a ``recipe``, one is found.
+    :class:`~tp_hf_config.fieldmap.field_map.Depth`. Without a ``recipe``, one is found.
     """
     data = config_json(config, use_diff=False)
     every_layer = tiny or bool(layer_lists(builder.model_class))  # each has fields of its own
@@ -201,9 +208,9 @@ def learn(
     in_proportion = {
         field for follower, rule in study.ratio_rules.items() for field in (follower, *rule.fields)
     }
-    expressions = lines.expressions(study, values, probes)
+    expressions = fit_expressions(study, values, probes)
     moving = {field for expression in expressions.values() for field in expression.fields}
-    powers, unfitted = lines.powers(study, values, probes, expressions)
+    powers, unfitted = fit_powers(study, values, probes, expressions)
     must_equal |= non_size_followers(study, values, moving)
     with_effect = probes.keys() | must_equal.keys() | in_proportion
     return FieldMap(
@@ -227,3 +234,110 @@ def learn(
         unfitted=unfitted,
         recipe=study.recipe,
     )
+
+
+_FEW = 64
+"""Entries up to which a dictionary in a config may hold widths."""
+
+
+def candidates(
+    builder: Builder, data: dict[str, Any]
+) -> tuple[dict[FieldPath, int], list[FieldPath]]:
+    """Return the fields worth probing: the whole numbers and unset fields that the class reads.
+
+    The first are numbers above 0, with their values. The second may hold a number, and are sorted
+    by their last key.
+    """
+    live = builder.config(data)
+    nodes = dict(config_nodes(live))
+    with _recording_reads({type(node) for node in nodes.values()}) as reads:
+        builder.build(data)
+    declared: dict[FieldPath, int] = {}
+    unset: list[FieldPath] = []
+    for nested, node in nodes.items():
+        part = value_at(data, nested)
+        part = part if isinstance(part, dict) else {}
+        for name in sorted(reads.get(type(node), ())):
+            value = part.get(name)
+            field: FieldPath = (*nested, name)
+            entries = {} if field in nodes else dict(_entries(value, field))
+            counts = {key: n for key, n in entries.items() if type(n) is int and n > 0}
+            declared.update(counts)
+            own = not name.startswith("_") and not _is_machinery(name)
+            if value is None and own and _takes_numbers(type(node), name):
+                unset.append(field)
+    return declared, sorted(unset, key=lambda field: str(field[-1]))  # same names side by side
+
+
+def numbers_read(
+    builder: Builder, data: dict[str, Any], run: Callable[[nn.Module], Any]
+) -> dict[FieldPath, int]:
+    """Return the whole numbers above 0 that the class reads while it runs.
+
+    ``run`` runs a model on the meta device.
+    """
+    model: Any = builder.build(data)
+    if isinstance(model, Refusal):
+        return {}
+    nodes = dict(config_nodes(model.config))
+    with _recording_reads({type(node) for node in nodes.values()}) as reads:
+        run(model)
+    numbers: dict[FieldPath, int] = {}
+    for nested, node in nodes.items():
+        part = value_at(data, nested)
+        for name in sorted(reads.get(type(node), ())) if isinstance(part, dict) else ():
+            field: FieldPath = (*nested, name)
+            entries = {} if field in nodes else dict(_entries(part.get(name), field))
+            numbers |= {key: n for key, n in entries.items() if type(n) is int and n > 0}
+    return numbers
+
+
+def _takes_numbers(config_class: type, name: str) -> bool:
+    """True if a field's annotation allows whole numbers, or if it is not declared."""
+    declared = getattr(config_class, "__dataclass_fields__", {}).get(name)
+    return declared is None or any(word in str(declared.type) for word in ("int", "Any"))
+
+
+def _entries(value: Any, field: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
+    """Yield a value, or every value inside a list or a small dictionary, each with its field."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _entries(entry, (*field, index))
+    elif isinstance(value, dict):  # a large one holds label names
+        for key, entry in value.items() if len(value) <= _FEW else ():
+            yield from _entries(entry, (*field, key))
+    else:
+        yield field, value
+
+
+def _is_machinery(name: str) -> bool:
+    """True if every config has this method or constant; ``num_labels`` is neither."""
+    from transformers import PretrainedConfig
+
+    attribute = getattr(PretrainedConfig, name, None)
+    if isinstance(attribute, property):
+        return attribute.fset is None
+    return hasattr(PretrainedConfig, name)
+
+
+@contextmanager
+def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
+    """Record which attributes this thread reads from configs of these classes, declared or not.
+
+    A config is read while it is made, too, so that no object but the class can record.
+    """
+    reads: dict[type, set[str]] = {cls: set() for cls in classes}
+
+    def recorder(cls: type, inherited: Any) -> Any:
+        def __getattribute__(self: Any, key: str) -> Any:
+            if not key.startswith("__"):
+                reads[cls].add(inherited(self, "attribute_map").get(key, key))
+            return inherited(self, key)
+
+        return __getattribute__
+
+    with ExitStack() as stack:
+        for cls in classes:
+            recording = recorder(cls, cls.__getattribute__)
+            stack.enter_context(replaced(cls, "__getattribute__", recording))
+        yield reads

@@ -19,8 +19,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.shortage import note_shortage
 from ..model.tensors import compute_unsaved, parameter_names, put_parameter, saved_buffers, select
-from .masked_check import EXACT, difference_of_pass
-from .pruned_pass import pruned_pass
+from .masked_check import EXACT, difference_of_pass, pruned_pass
 from .width_scalars import CutDim
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import nn
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.fieldmap import layer_kinds
-from tp_hf_config.fieldmap.depth import Depth
+from tp_hf_config.fieldmap.field_map import Depth
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.fieldmap.lower_depth import shallow
 from tp_hf_config.forward.inputs import example_inputs, second_sample

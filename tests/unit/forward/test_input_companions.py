@@ -12,8 +12,7 @@ from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.coverage import unreached_by, working_inputs
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.model.build import Refusal, without_data
-from tp_hf_config.twin.find_groups import _find
-from tp_hf_config.twin.joint_fields import equal_together
+from tp_hf_config.twin.find_groups import _find, equal_together
 from tp_hf_config.twin.prove import is_unread
 from tp_hf_config.twin.rehearse import rehearse
 from tp_hf_config.twin.tiny.random_weights import randomise

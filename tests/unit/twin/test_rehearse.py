@@ -17,8 +17,8 @@ from tp_hf_config import (
     pruner_kwargs,
     supports,
 )
+from tp_hf_config.fieldmap.field_map import ungrouped_change
 from tp_hf_config.fieldmap.learn_field_map import map_of
-from tp_hf_config.fieldmap.legal_values import ungrouped_change
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import FieldPath, config_json

@@ -14,7 +14,7 @@ from masked import masked_difference
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.fieldmap.layer_counts import may_name_layers
+from tp_hf_config.fieldmap.layer_kinds import may_name_layers
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.coverage import unreached_by
 from tp_hf_config.forward.inputs import example_inputs, second_sample

@@ -12,10 +12,18 @@ from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
 from ...model.shapes import shapes
 from ...model.tensors import is_matrix_stack
-from .compute_budget import PARTS, in_proportion, lighter
-from .image_sizes import crops, is_side, smaller_images
+from .compute_budget import (
+    PARTS,
+    cheaper,
+    crops,
+    in_proportion,
+    is_side,
+    lighter,
+    smaller_images,
+    with_equal_values,
+    with_few_objects,
+)
 from .requirements import HEAD_DIM, Requirements
-from .run_numbers import cheaper, with_equal_values, with_few_objects
 
 _FEW = 8
 """Values up to this are small: they count something."""

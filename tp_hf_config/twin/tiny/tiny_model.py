@@ -9,13 +9,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial, wraps
+from itertools import combinations
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ...fieldmap.field_map import FieldMap
-from ...fieldmap.layer_counts import is_whole_number_list, may_name_layers
+from ...fieldmap.layer_kinds import is_whole_number_list, may_name_layers
 from ...fieldmap.learn_field_map import learn
 from ...forward.buffer_gradients import followed_buffers
 from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
@@ -29,10 +30,9 @@ from ...model.build import Refusal
 from ...model.config_json import OF_NO_EFFECT, FieldPath, with_values, without_names
 from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
-from ..joint_fields import equal_by_chance
 from ..twin_test import Proof, TwinTest
+from .compute_budget import with_smaller_inputs
 from .random_weights import randomise, redraw_matrices, scale_convolutions
-from .run_numbers import with_smaller_inputs
 from .shrink import shrunken, small_tokens
 
 _LAYERS = 2
@@ -160,6 +160,17 @@ class TinyModel:
             return TwinTest(model, self.inputs, *given)
         remembered = (self._replay, self._proofs, self.outputs, self._followed)
         return TwinTest(self.model, self.inputs, *given, *remembered)
+
+
+def equal_by_chance(field_map: FieldMap, full: FieldMap) -> frozenset[frozenset[FieldPath]]:
+    """Return the pairs of fields that are equal in the tiny model alone: there are few numbers."""
+    widths = [field for field in field_map.values if field in full.values]
+    return frozenset(
+        frozenset(pair)
+        for pair in combinations(widths, 2)
+        if field_map.values[pair[0]] == field_map.values[pair[1]]
+        and full.values[pair[0]] != full.values[pair[1]]
+    )
 
 
 _Item = TypeVar("_Item")
