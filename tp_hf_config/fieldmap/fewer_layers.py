@@ -117,7 +117,6 @@ def settings_of_left(
 
 
 def _layers_in(all_shapes: Shapes, name: str) -> int:
-    """Return how many layers of a list have tensors."""
     rest = [key.removeprefix(f"{name}.") for key in all_shapes if key.startswith(f"{name}.")]
     return len({key.partition(".")[0] for key in rest})
 
@@ -169,7 +168,6 @@ class _Search:
         return None
 
     def refusal(self) -> Refusal:
-        """Return why no config was found: what differs, or the class's own words."""
         return Refusal(
             self._reason or self._refused or f"no field of the config counts {self._name}"
         )

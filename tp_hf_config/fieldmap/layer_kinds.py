@@ -75,7 +75,6 @@ class Kinds:
 
     @functools.cached_property
     def _differs(self) -> frozenset[Key]:
-        """The keys of the facts that not all layers share."""
         return frozenset(key for kind in self.kinds for key, _ in kind)
 
     def without_settings(self, names: Collection[str]) -> Kinds:
@@ -277,7 +276,6 @@ def _common_attributes() -> frozenset[str]:
 
 
 def _entry(values: Mapping[int, Any], number: int) -> Hashable:
-    """Return the comparable form of a layer's entry."""
     return plain(values.get(number))
 
 
@@ -303,7 +301,6 @@ class ModuleFacts:
         return self._at[id(module)]
 
     def _own(self, module: nn.Module) -> Iterator[tuple[str, Hashable]]:
-        """Yield the facts about a module itself, without those about its children."""
         yield CLASS, class_name(type(module))
         for key, value in vars(module).items():
             if key not in _EVERYWHERE:
@@ -317,7 +314,6 @@ class ModuleFacts:
                 yield name, (tuple(buffer.shape), str(buffer.dtype), saved)
 
     def _config(self, config: Any) -> Hashable:
-        """Return the comparable form of a config, made once for each config."""
         if id(config) not in self._configs:
             self._configs[id(config)] = ConfigText(config.to_json_string(use_diff=False))
         return self._configs[id(config)]
@@ -370,7 +366,6 @@ def plain(value: Any) -> Hashable:
 
 
 def _is_config(value: Any) -> bool:
-    """True if a value is a config."""
     return hasattr(value, "to_json_string")
 
 

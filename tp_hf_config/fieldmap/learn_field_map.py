@@ -78,7 +78,6 @@ def map_of(
 
 
 def _says_widths(field_map: FieldMap) -> bool:
-    """True if a field map says of some field that it sets a width."""
     return bool(field_map.values or field_map.ratio_partners)
 
 
@@ -126,7 +125,6 @@ def _learned_once(
     make_inputs: MakeInputs | None,
     how: Learn,
 ) -> FieldMap:
-    """Return a field map from memory, or find it."""
     options = tuple(builder.options.items())
     data = config.to_json_string(use_diff=False)
     # the map holds the function
@@ -167,7 +165,6 @@ def stored_or_learned(
 
 
 def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:
-    """Return the message for a model whose shapes its own config does not build."""
     name = type(model).__name__
     if any("lora_" in mismatch.name or ".base_layer." in mismatch.name for mismatch in mismatches):
         advice = "It has PEFT adapters: merge them first (model.merge_and_unload())."

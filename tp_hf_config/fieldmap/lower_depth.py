@@ -234,11 +234,9 @@ class _Lowering:
         return True
 
     def _in_layers(self, name: str) -> bool:
-        """True if a tensor stands in a list of layers."""
         return _inside(name, list(self.kinds))
 
     def depth(self) -> Depth:
-        """Return the config after all changes, and how names map onto it."""
         first_of_kind: dict[str, tuple[int, ...]] = {}
         for number, step in enumerate(self._steps):
             for name, first in step.first_of_kind.items():
@@ -269,12 +267,10 @@ def _pieces(shape: Sequence[int], new: Sequence[int], ratios: Collection[Fractio
 
 
 def _numbers(kinds: Sequence[Any], kind: Any) -> tuple[int, ...]:
-    """Return the numbers of the layers of one kind."""
     return tuple(number for number, other in enumerate(kinds) if other == kind)
 
 
 def _inside(name: str, lists: Sequence[str]) -> bool:
-    """True if a name stands inside one of these lists."""
     return any(name.startswith(f"{one}.") for one in lists)
 
 
@@ -305,7 +301,6 @@ def _without_coincidence(
 
 
 def _without_numbers(change: Mapping[FieldPath, Any]) -> dict[FieldPath, Any]:
-    """Return a change without the whole numbers in it."""
     return {field: value for field, value in change.items() if type(value) is not int}
 
 

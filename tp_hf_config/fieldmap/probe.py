@@ -278,7 +278,6 @@ class Study:
 
 
 def _numbers(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Return the numeric attributes of every module: module -> attribute -> number."""
     return {
         name: {key: value for key, value in vars(module).items() if type(value) in (int, float)}
         for name, module in named_modules(model)
@@ -286,7 +285,6 @@ def _numbers(model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
-    """Return the modules whose attributes differ."""
     return [name for name, numbers in after.items() if before.get(name) != numbers]
 
 

@@ -241,7 +241,6 @@ def _vanishes(study: Study, values: Mapping[FieldPath, int]) -> bool | None:
 
 
 def _joint_probes(study: Study, field: FieldPath, other: FieldPath, value: int) -> list[Probe]:
-    """Return probes of two fields of equal value that change to the same value."""
     probes: list[Probe] = []
     for joint_value in (2 * value, 3 * value):
         sizes = study.at({field: joint_value, other: joint_value})

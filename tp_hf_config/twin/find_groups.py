@@ -102,12 +102,10 @@ def _moves_alone(tiny: TinyModel, field: FieldPath) -> bool:
 
 @once
 def _find_alone(field: FieldPath, tiny: TinyModel) -> Finding:
-    """Return the finding for one field, not rehearsed yet."""
     return _find(tiny, (field,))
 
 
 def _takes_less(field_map: FieldMap, field: FieldPath) -> bool:
-    """True if the class builds with less of a field alone: three quarters, half or one less."""
     value = field_map.values[field]
     tried = {value * 3 // 4, value // 2, value - 1} - {0}
     return any(not isinstance(field_map.build_at({field: less}), Refusal) for less in tried)
@@ -141,7 +139,6 @@ def _rehearsed(tiny: TinyModel, finding: Finding) -> Finding:
 
 
 def _widths(tiny: TinyModel) -> dict[FieldPath, int]:
-    """Return the values of the fields that set how many channels a tensor has."""
     values = tiny.field_map.values
     return {field: value for field, value in values.items() if _sets_channels(tiny, field)}
 
@@ -261,7 +258,6 @@ def _shares_of_states(tiny: TinyModel, shares: Shares) -> Shares:
 
 
 def _least(tiny: TinyModel, field: FieldPath) -> int:
-    """Return the smallest value of a field with which the class still runs."""
     field_map = tiny.field_map
     for value in range(1, field_map.values[field]):
         model = field_map.builder.build_real(with_values(field_map.depth.data, {field: value}))

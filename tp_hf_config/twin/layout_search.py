@@ -40,12 +40,10 @@ class _Attempt:
 
     @property
     def told_apart(self) -> Places:
-        """Return the tensor dims in which units are told apart."""
         return places_of(self.links.unequal)
 
     @property
     def failures(self) -> int:
-        """Return in how many tensor dims units are told apart."""
         return len(self.links.unequal)
 
 
@@ -93,11 +91,9 @@ class _Search:
         self.tried: list[_Attempt] = []
 
     def best(self) -> _Attempt:
-        """Return the first of the attempts with the fewest failures."""
         return min(self.tried, key=lambda attempt: attempt.failures)
 
     def likely_together(self) -> None:
-        """Try likely layouts of all styles together, until an attempt fits."""
         for chosen in likely_first([layouts for layouts, _ in self.styles]):
             if self._fits(chosen) or len(self.tried) == _MAX_LAYOUTS:
                 break
@@ -199,7 +195,6 @@ class _Search:
         return False
 
     def _fits(self, chosen: tuple[UnitLayout, ...]) -> bool:
-        """Try one layout for each style; True if units are told apart nowhere."""
         return self._tries(_sources(self.styles, chosen), chosen)
 
     def _tries(self, sources: Sources, chosen: tuple[UnitLayout, ...] = ()) -> bool:
@@ -276,7 +271,6 @@ def _with_layouts_of(other: _Attempt, attempt: _Attempt, places: Places) -> Sour
 
 
 def _sources(styles: Mapping[Style, Sequence[TensorDim]], chosen: Sequence[UnitLayout]) -> Sources:
-    """Return the tensor dims with one layout for each style, and the fields that set them."""
     return {
         replace(dim, layout=layout): field
         for layout, ((_, field), dims) in zip(chosen, styles.items(), strict=True)
@@ -360,7 +354,6 @@ def likely_first(
     """Yield combinations of one layout for each style, the lowest sums of scores first."""
 
     def adding_up(total: int, rest: Sequence[Sequence[tuple[int, UnitLayout]]]) -> Iterator[Any]:
-        """Yield the combinations whose scores have this sum."""
         if not rest:
             yield from [()] * (total == 0)
             return

@@ -92,7 +92,6 @@ def difference_of_pass(
 def _first_difference(
     expected: Sequence[Tensor], actual: Sequence[Tensor], kept: Kept
 ) -> Refusal | None:
-    """Return where an output first differs from the masked original, or None if nowhere."""
     if len(expected) != len(actual):
         return Refusal(f"{len(actual)} outputs, the original has {len(expected)}")
     for number, (full, value) in enumerate(zip(expected, actual, strict=True)):
@@ -369,7 +368,6 @@ def pruned_inputs_of(
 def _cut_inputs(
     inputs: Mapping[str, Any], original: nn.Module, kept: Kept, recipe: RunRecipe
 ) -> dict[str, Any]:
-    """Return the inputs, with encoder states cut to the channels that their reader kept."""
     states_input = encoder_states_of(original, recipe.encoder_states)
     states = encoder_states_in(original, inputs, recipe.encoder_states)
     if states_input is None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache, partial
+from functools import partial
 from itertools import chain, product
 from math import gcd
-from types import FunctionType, ModuleType
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import listed
-from ..fieldmap.names_in_code import names_of
+from ..fieldmap.names_in_code import names_in_code
 from ..forward.coverage import forward_error
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
@@ -159,7 +155,6 @@ def _stream(test: TwinTest, unused: Sequence[TensorDim], groups: Sequence[TinyGr
 
 
 def _shapes(test: TwinTest, dims: Sequence[TensorDim]) -> set[tuple[int, torch.Size]]:
-    """Return the dimension of each tensor dim, with the shape of its tensor."""
     return {(dim.dim, test.parameters[dim.name].shape) for dim in dims}
 
 
@@ -231,55 +226,14 @@ def order_of(units: int, channel_groups: int, swap: bool) -> Iterator[int]:
         yield from (start + unit for unit in order)
 
 
-_MAKERS = ("__init__",)
-"""The methods that make layers."""
-_ACCESSORS = ("get_input_embeddings", "set_input_embeddings")
-"""Methods that only hand over a layer: what nobody calls runs nothing (MBart's ``shared``)."""
+_NO_READERS = ("__init__", "get_input_embeddings", "set_input_embeddings")
+"""Methods that make a layer or hand it over, and run nothing (MBart's ``shared``)."""
 
 
 def is_unread(model: nn.Module, layer: str) -> bool:
-    """True if no code reads this layer's attribute: only ``__init__`` and accessors name it.
-
-    This looks at all code of the Python modules that define the classes of the model.
-    """
+    """True if no code reads this layer's attribute: only ``__init__`` and accessors name it."""
     names = [part for part in layer.split(".") if not part.isdigit()]
-    sources = {type(module).__module__ for module in model.modules()}
-    return bool(names) and not any(names[-1] in _named_in(source) for source in sources)
-
-
-@cache
-def _named_in(source: str) -> frozenset[str]:
-    """Return all names in a module's code, but of ``__init__`` and accessors that nothing calls."""
-    functions = [f for f in _functions(sys.modules[source], source) if f.__name__ not in _MAKERS]
-    names = _names([f for f in functions if f.__name__ not in _ACCESSORS])
-    return names | _names([f for f in functions if f.__name__ in names.intersection(_ACCESSORS)])
-
-
-def _names(functions: Iterable[FunctionType]) -> frozenset[str]:
-    """Return all names and texts in the code of some functions."""
-    return frozenset(name for function in functions for name in names_of(function.__code__))
-
-
-def _functions(source: ModuleType, defined_in: str) -> Iterator[FunctionType]:
-    """Yield the functions that a Python module has or imports, and those of its own classes."""
-    values = list(vars(source).values())
-    for cls in [value for value in values if inspect.isclass(value)]:
-        if cls.__module__ == defined_in:
-            values += vars(cls).values()
-    for value in values:
-        yield from _unwrapped(value)
-
-
-def _unwrapped(value: Any) -> Iterator[FunctionType]:
-    """Yield the functions behind a method, a property or a decorator."""
-    if isinstance(value, property):
-        values = [value.fget, value.fset]
-    else:
-        values = [getattr(value, "__func__", value)]
-    for function in values:
-        while isinstance(function, FunctionType):
-            yield function
-            function = getattr(function, "__wrapped__", None)
+    return bool(names) and names[-1] not in names_in_code(model, _NO_READERS)
 
 
 @once

@@ -104,7 +104,6 @@ def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[tuple[dict[FieldPath, i
 
 
 def _random_units(group: TinyGroup, count: int) -> Tensor:
-    """Return random units of a group in rising order, as many of every channel group."""
     generator = torch.Generator().manual_seed(count)
     size, per_channel_group = group.units // group.channel_groups, count // group.channel_groups
     chosen = [

@@ -160,7 +160,6 @@ class TwinTest:
             return not self._observed(dims, grads, first, second)[1]
 
     def _make_twins(self, dims: Sequence[TensorDim], first: int, second: int) -> None:
-        """Give one unit the weights of another in every tensor dim, in place."""
         for dim in dims:
             source, target = self._positions(dim, first, second)
             values = self.parameters[dim.name].data.index_select(dim.dim, source)
@@ -393,7 +392,6 @@ class TwinTest:
         return result
 
     def _positions(self, dim: TensorDim, *units: int) -> list[Tensor]:
-        """Return the positions of each of these units along a tensor dim."""
         device = self.parameters[dim.name].device
         return [positions_of(dim.layout, unit, self.units, device) for unit in units]
 

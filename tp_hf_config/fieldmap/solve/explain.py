@@ -107,7 +107,6 @@ def explain_unfilled(model: PreTrainedModel, names: Sequence[str]) -> ConfigSync
 
 
 def _needs(by_value: dict[int | float, list[str]], base: int | None) -> str:
-    """Return as text which layers need which value of a field, and the value that it had."""
     parts = []
     for value, names in sorted(by_value.items()):
         if names:

@@ -285,5 +285,4 @@ def _branch(
 def _values(
     problem: Problem, steps: Mapping[FieldPath, int], names: Iterable[FieldPath]
 ) -> dict[FieldPath, int]:
-    """Return the values of some fields at these steps."""
     return {name: problem.base[name] + steps.get(name, 0) for name in names}

@@ -125,7 +125,6 @@ def _other_tensors(field_map: FieldMap, target: Shapes) -> Refusal | None:
 
 
 def _tied_groups(model: nn.Module) -> dict[str, set[str]]:
-    """Return, for every parameter with several names, the set of its names."""
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
@@ -171,7 +170,6 @@ def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> V
 
 
 def _mismatched(field_map: FieldMap, mismatches: Sequence[Mismatch]) -> Refusal:
-    """Return the reason why no width gives these tensors."""
     name = field_map.builder.config_class.__name__
     return Refusal(f"no width of {name} gives {listed(mismatches, '; ')}")
 

@@ -41,7 +41,6 @@ def in_proportion(field_map: FieldMap, data: dict[str, Any], observe: Observe) -
     """
 
     def in_order(trial: dict[str, Any], paths: Collection[FieldPath]) -> bool:
-        """True if these fields are still larger than all that they were larger than."""
         return all(
             value_at(trial, field) > value_at(trial, other)
             for field in paths
@@ -229,7 +228,6 @@ def with_few_objects(
     """
 
     def in_small_image(config: dict[str, Any]) -> float:
-        """Return how many numbers a pass computes with the smallest image that the class takes."""
         images = map(required.observed, smaller_images(field_map, config))
         return next((observed.numbers for observed in images if observed is not None), math.inf)
 
@@ -438,12 +436,10 @@ def is_side(field: FieldPath) -> bool:
 
 
 def _is_patch(field: FieldPath) -> bool:
-    """True if a field is the side of a patch, by its name."""
     return any(key == _PATCH for key in field[-2:])
 
 
 def _outermost(lists: Collection[FieldPath]) -> set[FieldPath]:
-    """Return the lists that are in none of the others."""
     return {field for field in lists if not any(field[:n] in lists for n in range(1, len(field)))}
 
 

@@ -66,7 +66,6 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
         return required.observed(trial) is not None
 
     def router_can_choose(trial: dict[str, Any], field: FieldPath) -> bool:
-        """True if the model also runs with half of the experts."""
         return runs(with_values(trial, {field: value_at(trial, field) // 2}))
 
     data = next(filter(runs, smaller_images(field_map, data)), data)
@@ -231,7 +230,6 @@ def _pads(field_map: FieldMap, field: FieldPath, other: FieldPath) -> bool:
 
 
 def _part(field: FieldPath) -> FieldPath:
-    """Return the path of the nested config that a field is in."""
     return field[:-2] if isinstance(field[-1], int) else field[:-1]
 
 
@@ -338,7 +336,6 @@ def _has_experts(field_map: FieldMap, field: FieldPath) -> bool:
 
 
 def _is_stacked(field_map: FieldMap, name: str) -> bool:
-    """True if a parameter of the shallow model is a stack of matrices."""
     model = field_map.unpruned
     return not isinstance(model, Refusal) and is_matrix_stack(model, name)
 
@@ -372,5 +369,4 @@ def small_tokens(field_map: FieldMap) -> dict[str, Any]:
 
 
 def _is_large(value: Any) -> bool:
-    """True if a token id is not among the first three."""
     return isinstance(value, int) and value > 2

@@ -101,7 +101,6 @@ class TinyModel:
 
     @cached_property
     def _followed(self) -> frozenset[str]:
-        """The saved buffers that gradients reach."""
         return followed_buffers(self.model, self.inputs, self.watched, self.recipe)
 
     @cached_property
@@ -314,7 +313,6 @@ def _unreached_shares(model: nn.Module, working: WorkingInputs) -> dict[str, flo
 
 
 def _numbered(name: str) -> str:
-    """Return a name with ``*`` for the last number in it."""
     return re.sub(r"\d+(?=\D*$)", "*", name)
 
 
@@ -337,7 +335,6 @@ def _with_numbers(
 
 
 def _computes_numbers(model: nn.Module, working: WorkingInputs) -> bool:
-    """True if no output holds a NaN."""
     with torch.no_grad(), AllFloat64():
         outputs = tensors_in(outputs_of(model, working.inputs, working.recipe))
         return not any(output.isnan().any() for output in outputs)
