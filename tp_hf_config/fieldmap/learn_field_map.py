@@ -242,27 +242,19 @@ def candidates(
 ) -> tuple[dict[FieldPath, int], list[FieldPath]]:
     """Return the fields worth probing: the whole numbers and unset fields that the class reads.
 
-    The first are numbers above 0, with their values. The second may hold a number, and are sorted
-    by their last key.
+    Fields that are read but not declared are included (``getattr(config, "head_dim", None)``). The
+    first are numbers above 0, with their values. The second may hold a number, and are sorted by
+    their last key.
     """
-    live = builder.config(data)
-    nodes = dict(config_nodes(live))
-    with _recording_reads({type(node) for node in nodes.values()}) as reads:
-        builder.build(data)
     declared: dict[FieldPath, int] = {}
     unset: list[FieldPath] = []
-    for nested, node in nodes.items():
-        part = value_at(data, nested)
-        part = part if isinstance(part, dict) else {}
-        for name in sorted(reads.get(type(node), ())):
-            value = part.get(name)
-            field: FieldPath = (*nested, name)
-            entries = {} if field in nodes else dict(_entries(value, field))
-            counts = {key: n for key, n in entries.items() if type(n) is int and n > 0}
-            declared.update(counts)
-            own = not name.startswith("_") and not _is_machinery(name)
-            if value is None and own and _takes_numbers(type(node), name):
-                unset.append(field)
+    config = builder.config(data)
+    for config_class, field, value in _fields_read(data, config, lambda: builder.build(data)):
+        declared.update(_whole_numbers(value, field))
+        name = str(field[-1])
+        own = not name.startswith("_") and not _is_machinery(name)
+        if value is None and own and _takes_numbers(config_class, name):
+            unset.append(field)
     return declared, sorted(unset, key=lambda field: str(field[-1]))  # same names side by side
 
 
@@ -276,17 +268,32 @@ def numbers_read(
     model: Any = builder.build(data)
     if isinstance(model, Refusal):
         return {}
-    nodes = dict(config_nodes(model.config))
+    read = _fields_read(data, model.config, lambda: run(model))
+    return {
+        key: number
+        for _, field, value in read
+        for key, number in _whole_numbers(value, field).items()
+    }
+
+
+def _fields_read(
+    data: dict[str, Any], config: Any, act: Callable[[], Any]
+) -> Iterator[tuple[type, FieldPath, Any]]:
+    """Yield what an act reads of a config and those inside it: config class, field and value."""
+    nodes = dict(config_nodes(config))
     with _recording_reads({type(node) for node in nodes.values()}) as reads:
-        run(model)
-    numbers: dict[FieldPath, int] = {}
+        act()
     for nested, node in nodes.items():
         part = value_at(data, nested)
-        for name in sorted(reads.get(type(node), ())) if isinstance(part, dict) else ():
-            field: FieldPath = (*nested, name)
-            entries = {} if field in nodes else dict(_entries(part.get(name), field))
-            numbers |= {key: n for key, n in entries.items() if type(n) is int and n > 0}
-    return numbers
+        for name in sorted(reads[type(node)]):
+            if (*nested, name) not in nodes:
+                value = part.get(name) if isinstance(part, dict) else None
+                yield type(node), (*nested, name), value
+
+
+def _whole_numbers(value: Any, field: FieldPath) -> dict[FieldPath, int]:
+    """Return the whole numbers above 0 in a value, each with its field."""
+    return {key: n for key, n in _entries(value, field) if type(n) is int and n > 0}
 
 
 def _takes_numbers(config_class: type, name: str) -> bool:

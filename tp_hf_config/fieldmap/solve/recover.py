@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
-from math import gcd, isqrt, prod
+from math import gcd, prod
 from typing import Any
 
 from torch import nn
@@ -25,8 +25,6 @@ from .fit import Conflict, Values, build_with_shapes, fit, open_together, proble
 
 _MOST_GUESSES = 64
 """Values of joint fields that are tried."""
-_FARTHEST = 64
-"""Distance from a value up to which others are tried that may build the same shapes."""
 _LISTED = 8
 """Solutions that are tried, and that a conflict lists."""
 
@@ -73,34 +71,8 @@ def recover(
     (values,) = fitting
     proof = build_with_shapes(field_map, field_map.data, target, values)
     if isinstance(proof, tuple):
-        recovery = Recovery(values, proof[0], frozenset(hidden_counts(field_map)) - given.keys())
-        return _several(field_map, recovery, given) or recovery
+        return Recovery(values, proof[0], frozenset(hidden_counts(field_map)) - given.keys())
     return proof if isinstance(proof, Refusal) else _mismatched(field_map, proof)
-
-
-def _several(
-    field_map: FieldMap, recovery: Recovery, given: Mapping[FieldPath, int]
-) -> Conflict | None:
-    """Return a conflict if several values of a changed field build the same, or None."""
-    values = recovery.values
-    for field in values.keys() - given.keys() - field_map.must_equal.keys() - recovery.undecided:
-        if values[field] != field_map.sizes.get(field):
-            equal_values = _equal_values(field_map, values, field)
-            if len(equal_values) > 1:
-                return Conflict(ambiguous=[{field: value} for value in equal_values])
-    return None
-
-
-def _equal_values(field_map: FieldMap, values: Values, field: FieldPath) -> list[int]:
-    """Return the values of a field next to its own, and its own, that build the same shapes."""
-    built, own_value = field_map.shapes_at(values), values[field]
-    equal_values = [own_value]
-    for step in (-1, 1) if not isinstance(built, Refusal) else ():
-        for other in range(own_value + step, own_value + step * (_FARTHEST + 1), step):
-            if other < 1 or field_map.shapes_at({**values, field: other}) != built:
-                break
-            equal_values.append(other)
-    return sorted(equal_values)
 
 
 def _other_tensors(field_map: FieldMap, target: Shapes) -> Refusal | None:
@@ -163,8 +135,7 @@ def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> V
         if not outcome:
             return values
         if not isinstance(outcome, Refusal):
-            other = with_other_size(goal, values, given, outcome)
-            return other or _mismatched(goal.field_map, outcome)
+            return _mismatched(goal.field_map, outcome)
         reason = outcome
     return reason
 
@@ -297,44 +268,6 @@ def _split_width(goal: Goal, field: FieldPath) -> int:
                 widths.append(then // len(pieces))
                 break
     return gcd(*widths)
-
-
-def with_other_size(
-    goal: Goal, values: Values, given: Mapping[FieldPath, int], mismatches: Sequence[Mismatch]
-) -> Values | None:
-    """Return the values with another size of an image, say, that build the target; None: none do.
-
-    Such a field sets mismatched dimensions along no straight line: they tell what it may be.
-    """
-    choices: dict[tuple[FieldPath, int], None] = {}
-    for mismatch in mismatches:
-        pairs = zip(mismatch.shape, mismatch.expected or (), strict=False)
-        for dim, (want, have) in enumerate(pairs):
-            setting = goal.field_map.unfitted.get((mismatch.name, dim), frozenset())
-            for field in sorted(setting - given.keys(), key=str) if want != have else ():
-                for number in _scaled(values[field], have, want):
-                    choices[field, number] = None
-    for field, number in choices:
-        candidate = {**values, field: number}
-        if number > 0 and not goal.compare_at(candidate):
-            return candidate
-    return None
-
-
-def _scaled(value: int, have: int, want: int) -> Iterator[int]:
-    """Yield what a field may be if a dimension has to be ``want`` where it is built as ``have``.
-
-    The dimension may be proportional to the field, to its inverse or its square (images), or a sum.
-    """
-    if have and want:
-        yield value * want // have
-        yield -(-value * want // have)
-    yield max(0, value + want - have)
-    if have and want:
-        yield value * have // want
-        yield -(-value * have // want)
-        yield isqrt(value * value * want // have)
-        yield isqrt(value * value * want // have) + 1
 
 
 def hidden_counts(field_map: FieldMap) -> list[FieldPath]:
