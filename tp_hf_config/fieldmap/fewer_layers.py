@@ -33,6 +33,7 @@ from .layer_kinds import (
     class_name,
     kinds_in,
     lists_of,
+    names_in_code,
     rises,
 )
 from .lower_depth import (
@@ -41,7 +42,6 @@ from .lower_depth import (
     of_every_config,
     restated,
 )
-from .names_in_code import names_in_code
 
 Change = dict[FieldPath, Any]
 """Field -> its new value."""

@@ -429,8 +429,8 @@ RatioPartners = dict[FieldPath, tuple[FieldPath, ...]]
 def find_ratio_partners(study: Study, values: Mapping[FieldPath, int]) -> RatioPartners:
     """Return the refused fields that the class accepts in proportion with others, and the others.
 
-    Two fields are partners if the class accepts both at twice their value, and builds other sizes
-    then.
+    No such field can be probed alone: Mamba 2's heads times head dim is its inner width. Two fields
+    are partners if the class accepts both at twice their value, and builds other sizes then.
     """
     accepted: RatioPartners = {}
     for field, other in combinations(study.refused, 2):

@@ -31,10 +31,15 @@ from ..model.surroundings import same_random_state
 from ..model.tensors import saved_buffers
 from ..planning.pruner_kwargs import pruner_kwargs
 from ..planning.settings import Layers
-from ..twin.masked_check import difference_of_pass, pruned_inputs_of, pruned_pass, run_once
-from ..twin.rehearse import fill, own_tensors
-from ..twin.tiny.random_weights import randomise, scale_convolutions
-from ..twin.tiny.tiny_model import TinyModel
+from ..twin.masked_check import (
+    difference_of_pass,
+    fill,
+    own_tensors,
+    pruned_inputs_of,
+    pruned_pass,
+    run_once,
+)
+from ..twin.tiny.tiny_model import TinyModel, randomise, scale_convolutions
 
 Outcome = Literal["works", "refused", "failed"]
 CASE = "case.pt"

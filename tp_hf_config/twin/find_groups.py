@@ -26,8 +26,8 @@ from ..model.tensors import is_matrix_stack, saved_buffers
 from .group import Finding, TinyGroup, all_alike
 from .layout import Places, TensorDim, UnitLayout, places_of
 from .layout_search import Sources, Style, layouts_of, searched
+from .masked_check import rehearse
 from .prove import channel_groups_of, companion, named, order_of, proved, second_look
-from .rehearse import rehearse
 from .tiny.tiny_model import TinyModel, once
 from .twin_test import Links, TwinTest
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import listed
-from ..fieldmap.names_in_code import names_in_code
+from ..fieldmap.layer_kinds import names_in_code
 from ..forward.coverage import forward_error
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
@@ -22,8 +22,7 @@ from ..model.shapes import shapes
 from ..model.surroundings import same_random_state
 from .group import Finding, TinyGroup, as_in_like_layers, in_parts_alike
 from .layout import TensorDim
-from .tiny.random_weights import randomise, scale_convolutions
-from .tiny.tiny_model import TinyModel, once
+from .tiny.tiny_model import TinyModel, once, randomise, scale_convolutions
 from .twin_test import Links, TwinTest
 
 
@@ -238,7 +237,10 @@ def is_unread(model: nn.Module, layer: str) -> bool:
 
 @once
 def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
-    """Return the fields that count the channel groups of a group, as experiments show."""
+    """Return the fields that count the channel groups of a group, as other builds show.
+
+    Mamba 2's heads share states in as many groups as ``n_groups`` says, which no layer shows.
+    """
     numbers = tiny.field_map.values | tiny.field_map.non_size_fields
     equal = [field for field, value in numbers.items() if value == group.channel_groups]
     return [field for field in equal if field not in group.fields and _counts(field, group, tiny)]

@@ -30,7 +30,7 @@ from tp_hf_config.model.config_json import config_json, with_values
 from tp_hf_config.model.shapes import named_modules, shapes
 
 Values = dict[tuple[str | int, ...], int]
-SEEDS = range(10)
+SEEDS = range(5)
 
 
 def sizes(rng: random.Random, **choices: Any) -> Values:
@@ -240,7 +240,7 @@ def test_learn_from_one_config_and_find_another(name: str):
         rebuilt = field_map.builder.build(with_values(base, {**start, **result}))
         assert not isinstance(rebuilt, Refusal)
         assert shapes(rebuilt) == shapes(target)
-    assert moved > 5
+    assert moved > 2
 
 
 def test_fields_that_are_read_and_not_declared():

@@ -21,7 +21,7 @@ from tp_hf_config.model.config_json import FieldPath, with_values
 from tp_hf_config.model.shapes import shapes
 
 Shapes = dict[str, tuple[int, ...]]
-EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=6, deadline=None, derandomize=True)
 
 FIELDS: dict[str, list[FieldPath]] = {
     "llama": [

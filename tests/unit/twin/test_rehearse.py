@@ -24,8 +24,7 @@ from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import FieldPath, config_json
 from tp_hf_config.pipeline.trial import subject
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.masked_check import _channel_axis
-from tp_hf_config.twin.rehearse import rehearse
+from tp_hf_config.twin.masked_check import _channel_axis, rehearse
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 from tp_hf_config.twin.width_scalars import CutDim, DualWidth
 

@@ -23,8 +23,7 @@ from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.tiny.random_weights import randomise
-from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 
 pytestmark = pytest.mark.skipif(
     small.TRANSFORMERS < (5,), reason="Transformers 4 has other configs of Qwen3-VL"

@@ -193,8 +193,9 @@ def cheaper(
     """Return the config with lower numbers that set no width, if its model is slow to run.
 
     First images shrink together with all numbers in proportion to them. Then every number that the
-    class reads when it is built or when it runs goes down to a divisor of it. That has to be above
-    ``most``, the largest number of experts. ``rows`` are fields that only count positions.
+    class reads when it is built, or when it runs (how many objects a detector looks for), goes down
+    to a divisor of it. That has to be above ``most``, the largest number of experts. ``rows`` are
+    fields that only count positions.
     """
     before = observed(data)
     if before is None or before.numbers <= _SLOW:
